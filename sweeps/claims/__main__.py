@@ -1,13 +1,13 @@
-"""Claims, each by one command: what was predicted, what was run, and whether it holds.
+"""Runs claims and decides whether their predictions hold, each by one command.
 
 python -m sweeps.claims list
-python -m sweeps.claims hours --hours 8 --cores 2     # what is left costs, and what fits
-python -m sweeps.claims run text_summaries            # what is missing; again: it goes on
+python -m sweeps.claims hours --hours 8 --cores 2     # the cost of missing runs, and what fits
+python -m sweeps.claims run text_summaries            # missing runs; the same command continues
 python -m sweeps.claims run lambda curriculum --seeds 0 1
 python -m sweeps.claims verdict text_summaries
-python -m sweeps.claims verdict --all                 # and the pages made anew
-python -m sweeps.claims replicate second_token_rates  # anew, beside what is committed
-python -m sweeps.claims questions                     # the front page's three, answered by results
+python -m sweeps.claims verdict --all                 # also updates the pages
+python -m sweeps.claims replicate second_token_rates  # run again, compare with the stored result
+python -m sweeps.claims questions                     # the README's three questions, answered
 python -m sweeps.claims weights star_graph_summaries --arms joint --seeds 0
 """
 
@@ -25,13 +25,13 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
-from sweeps.claims.commit import predicted_in
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import left_of
 from sweeps.claims.listing import costs, listing, planned
 from sweeps.claims.pages import block, write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.recall import stored_seeds
+from sweeps.claims.register import predicted_in
 from sweeps.claims.result import (
     NOT_RUN,
     Result,
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     args.typed = ["python -m sweeps.claims", *arguments]
-    # What came out of one's own claims is one's own, too, and has no pages that are made of it.
+    # Results of a user's own claims lie next to those claims, and no page is made from them.
     own = args.claims.resolve() != FOLDER.resolve()
     args.has_pages = args.root is not None or not own
     args.root = args.root or (args.claims.absolute().parent if own else ROOT)
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _replicate(args: argparse.Namespace) -> int:
-    """Run a claim whatever its result has, and compare."""
+    """Run a claim again, finished seeds included, and compare with its stored result."""
     claim = _at(args, read_claim(args.name, args.claims, allow=args.allow))
     require_package("scipy", what="a verdict", extra="report")
     left = _start(args, [claim], seeds=args.seeds)
@@ -123,14 +123,14 @@ def _replicate(args: argparse.Namespace) -> int:
     if committed is None or is_stale(committed, claim):
         print("There is no committed result of this claim to compare with.")
         return 1 if left else 0
-    print(f"Beside {args.results / claim.label}.json, {committed['date']}:")
+    print(f"Compared with {args.results / claim.label}.json, {committed['date']}:")
     for line in words.beside(here, committed):
         print(f"  {line}")
     return 1 if left else 0
 
 
 def _weights(args: argparse.Namespace) -> int:
-    """Train again what is not in the folder of runs, and write what all of it ended with."""
+    """Train the runs that are not in the folder of runs, and write the final weights of all."""
     claim = _at(args, read_claim(args.name, args.claims, allow=args.allow))
     unknown = sorted(set(args.arms or ()) - set(claim.arms))
     if unknown:
@@ -147,7 +147,7 @@ def _weights(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> int:
-    """Run claims whose predictions are in a commit; how many of the runs are not done."""
+    """Run claims whose predictions are in a commit; returns how many runs are not done."""
     commits = {
         claim.label: predicted_in(
             args.claims / f"{claim.name}.yaml",
@@ -170,7 +170,7 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> i
 
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
-        raise UserError("verdict wants names of claims, or --all.")
+        raise UserError("verdict needs either names of claims or --all.")
     require_package("scipy", what="a verdict", extra="report")
     code = 0
     for name in args.names or names(args.claims):
@@ -236,69 +236,73 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    listing = actions.add_parser("list", help="all claims, and what became of them")
-    costing = actions.add_parser("hours", help="what is left costs on this machine, and what fits")
-    running = actions.add_parser("run", help="run what is missing, seed by seed")
-    judging = actions.add_parser("verdict", help="decide from what has run")
+    listing = actions.add_parser("list", help="all claims with their verdicts")
+    costing = actions.add_parser(
+        "hours", help="what missing runs cost on this machine, and what fits"
+    )
+    running = actions.add_parser("run", help="start missing runs, seed by seed")
+    judging = actions.add_parser("verdict", help="decide from finished runs")
     asking = actions.add_parser(
-        "questions", help="the front page's three questions, answered by results, as Markdown"
+        "questions", help="the README's three questions, answered from results, as Markdown"
     )
     replicating = actions.add_parser(
-        "replicate", help="run a claim anew, and compare with what is committed"
+        "replicate", help="run a claim again, and compare with its stored result"
     )
     weighing = actions.add_parser(
-        "weights", help="make runs again, and write their weights as safetensors"
+        "weights", help="train runs again, and write their weights as safetensors"
     )
-    costing.add_argument("names", nargs="*", metavar="NAME", help="of claims, in this order")
-    costing.add_argument("--hours", type=float, help="of the clock: plan what fits into them")
-    costing.add_argument("--cores", type=int, default=1, help="that run a job each (default 1)")
-    running.add_argument("names", nargs="+", metavar="NAME", help="of claims")
+    costing.add_argument("names", nargs="*", metavar="NAME", help="claims, in this order")
+    costing.add_argument("--hours", type=float, help="wall time: plan what fits into it")
+    costing.add_argument(
+        "--cores", type=int, default=1, help="jobs at once, one per core (default 1)"
+    )
+    running.add_argument("names", nargs="+", metavar="NAME", help="claims")
     for action in (replicating, weighing):
-        action.add_argument("name", metavar="NAME", help="of a claim")
-    weighing.add_argument("--arms", nargs="+", metavar="ARM", help="instead of all")
+        action.add_argument("name", metavar="NAME", help="a claim")
+    weighing.add_argument("--arms", nargs="+", metavar="ARM", help="arms (default all)")
     weighing.add_argument(
-        "--to", type=Path, default=Path("runs/weights"), help="a folder (runs/weights)"
+        "--to", type=Path, default=Path("runs/weights"), help="output folder (runs/weights)"
     )
     for action in (running, replicating, weighing):
-        action.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
-        action.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
+        action.add_argument("--seeds", nargs="+", type=int, help="seeds (default the claim's)")
+        action.add_argument("--jobs", type=int, default=1, help="jobs at once (default 1)")
         action.add_argument("--retry-failed", action="store_true", help="start failed runs again")
         action.add_argument(
             "--unpredicted",
             action="store_true",
-            help="try a claim that is in no commit, as its verdict will say",
+            help="run a claim that no commit contains; its verdict will say so",
         )
-    judging.add_argument("names", nargs="*", metavar="NAME", help="of claims")
+    judging.add_argument("names", nargs="*", metavar="NAME", help="claims")
     judging.add_argument("--all", action="store_true", help="all claims, and the pages")
     for action in (running, judging, replicating, weighing):
         action.add_argument("--gpu", action="store_true", help="at the published scale")
     for action in (listing, costing, running, judging, replicating, weighing):
-        # What is made again must not count in a verdict on what is committed.
+        # Repeated runs must not count in the verdict on the original ones.
         folder = "runs/replicated" if action in (replicating, weighing) else "runs/claims"
         action.add_argument(
-            "--runs", type=Path, default=Path(folder), help=f"their folder ({folder})"
+            "--runs", type=Path, default=Path(folder), help=f"folder of runs ({folder})"
         )
     for action in (listing, costing, running, judging, asking, replicating, weighing):
         action.add_argument(
-            "--claims", type=_folder, default=FOLDER, help="a folder of your own YAMLs"
+            "--claims", type=_folder, default=FOLDER, help="a folder with your own claims"
         )
         action.add_argument(
             "--allow",
             action="append",
             default=[],
             metavar="PACKAGE",
-            help="whose classes its arms may name beside this project's own; may be repeated",
+            help="a package whose classes arms may name; may be repeated",
         )
         action.add_argument(
             "--root",
             type=Path,
-            help="has results/ and the pages (this checkout, or what --claims lies in)",
+            help="folder with results/ and the pages (this checkout, or the parent of --claims)",
         )
     return parser
 
 
 def _folder(given: str) -> Path:
-    """A folder that is there."""
+    """An existing folder."""
     if not Path(given).is_dir():
         raise argparse.ArgumentTypeError(f"{given} is not a folder: check the path")
     return Path(given)

@@ -1,4 +1,4 @@
-"""A claim as data: what is said, what is run, what is measured, and what would make it hold."""
+"""A claim as data: its sentence, its arms, its measure and its predictions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CPU, GPU = "cpu", "gpu"
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What is read of a finished run.
+    """The number that is read from a finished run.
 
     Attributes:
-        tag: of ``summary.json``.
-        solved: level that the value must exceed; then the measure is the share of seeds that do.
-            None for the value itself.
-        last: part of the run, from its end, over whose rows of ``metrics.csv`` the tag is averaged,
-            for what the summary does not have; 0 < last <= 1. None for the summary.
-        curve: arms of plain runs; then the measure is the compute-equivalent gain in the tag
-            against them, seed by seed (``sweeps/report/equivalent.py``). Empty for the value.
-        own_curves: arms that have another curve than that, such as those of another size, each
-            with the arms of its own.
-        part: of the gain: ``total``, or its ``effect`` alone.
+        tag: a key of ``summary.json``.
+        solved: the measure is the share of seeds whose value exceeds this level; None for the value
+            itself.
+        last: the tag is averaged over the rows of ``metrics.csv`` in this last part of the run,
+            0 < last <= 1, for tags that the summary lacks; None to read the summary.
+        curve: arms of plain runs; the measure is then the compute-equivalent gain in the tag over
+            them, seed by seed (``sweeps/report/equivalent.py``). Empty for the value itself.
+        own_curves: (arm, its plain arms) for arms that are compared with another curve, such as
+            those of another size.
+        part: which gain: ``total``, or only its ``effect``.
     """
 
     tag: str
@@ -40,7 +40,7 @@ class Measure:
 
     @property
     def of_run(self) -> Measure:
-        """What is read of each run, whatever is made of it."""
+        """The same value of each run, without the comparison with a curve."""
         return replace(self, curve=(), own_curves=(), part="total")
 
     def curve_of(self, arm: str) -> tuple[str, ...]:
@@ -58,13 +58,13 @@ class Prediction:
     """One arm, alone or against another, on one side of a threshold.
 
     Attributes:
-        arm: whose measure it is.
+        arm: the arm that is measured.
         against: the arm that is subtracted, seed by seed; None for the arm's own value.
-        side: where the effect lies: above ``by``, below it, or within -by .. by.
+        side: the effect lies ``above`` by, ``below`` it, or ``within`` -by .. by.
         by: the threshold, in the measure's unit.
-        expected: the size that is predicted; decides nothing.
-        published: the source's own number, beside which ours is printed.
-        measure: by default the claim's.
+        expected: the predicted size; it decides nothing.
+        published: the source's number, printed next to ours.
+        measure: the claim's unless the prediction has its own.
     """
 
     arm: str
@@ -78,14 +78,14 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is run: what a GPU changes.
+    """How much is run: the part of a claim that differs between CPU and GPU.
 
     Attributes:
-        shared: overrides of every arm, instead of the claim's; None for those.
+        shared: overrides of every arm, instead of the claim's; None for the claim's.
         arms: overrides of some arms, instead of the claim's.
-        seeds: in the order in which they are run.
-        minimum: seeds of an arm, or pairs of two, below which nothing is decided.
-        minutes: of all runs: two CPU cores, or one GPU.
+        seeds: in the order in which they run.
+        minimum: nothing is decided with fewer seeds per arm, or pairs of seeds.
+        minutes: expected for all runs, on two CPU cores or one GPU.
     """
 
     shared: tuple[str, ...] | None = None
@@ -97,25 +97,25 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a claim's file says.
+    """The content of a claim's file.
 
     Attributes:
-        name: of the file.
-        sentence: the claim.
-        source: who says so.
-        note: what a reader of the verdict should know.
-        equal: what the arms have the same of; ``nothing`` where the measure itself counts the cost.
+        name: the file's name without ``.yaml``.
+        sentence: the claim in words.
+        source: the paper that it comes from.
+        note: information for readers of the verdict.
+        equal: the resource that all arms spend alike; ``nothing`` if the measure counts the cost.
         shared: overrides of every arm.
-        arms: overrides by name.
-        measure: what is measured.
-        predictions: all of them have to hold.
-        scale: of the setting.
+        arms: each arm's overrides, by its name.
+        measure: the default of the predictions.
+        predictions: the claim holds if all of them hold.
+        scale: seeds and sizes of this setting.
         setting: ``cpu`` or ``gpu``.
-        remark: what was learned of it since; no part of the prediction.
-        superseded_by: a later claim that asks the same better, likewise; "" for none.
-        digest: of all that the file says; comments, and what was said since, do not count.
-        gpu: the published scale's, where a CPU does not reach it.
-        folder: of the file, as it was typed (``--claims``); "" for the project's own.
+        remark: a comment added after the prediction; the digest leaves it out.
+        superseded_by: a later claim that asks the same better, "" for none; also left out.
+        digest: SHA-256 of the file's values.
+        gpu: the published scale, where a CPU does not reach it.
+        folder: the file's folder as typed (``--claims``); "" for the project's own.
     """
 
     name: str
@@ -137,16 +137,16 @@ class Claim:
 
     @property
     def label(self) -> str:
-        """``NAME``, and ``NAME.gpu`` at the other scale: of the files of its results."""
+        """The name of its result files: ``NAME``, or ``NAME.gpu`` at the published scale."""
         return self.name if self.setting == CPU else f"{self.name}.{self.setting}"
 
     @property
     def command(self) -> str:
-        """What runs it."""
+        """The command that runs it."""
         return self.typed("run")
 
     def typed(self, action: str) -> str:
-        """The command line of an action on it, with the options that say which claim is meant."""
+        """The command line of an action on this claim."""
         on = "" if self.setting == CPU else f" --{self.setting}"
         where = f" --claims {shlex.quote(self.folder)}" if self.folder else ""
         return f"python -m sweeps.claims {action} {self.name}{where}{on}"
@@ -160,7 +160,7 @@ class Claim:
         """The claim at the published scale.
 
         Raises:
-            UserError: it has none.
+            UserError: the claim has only one scale.
         """
         if self.gpu is None:
             raise UserError(f"The claim {self.name} has no gpu setting: run it without --gpu.")
@@ -168,5 +168,5 @@ class Claim:
 
     @property
     def measures(self) -> list[Measure]:
-        """What is read of runs for the predictions, in their order, each once."""
+        """What the predictions read from runs, in their order, without repetition."""
         return list(dict.fromkeys(prediction.measure.of_run for prediction in self.predictions))

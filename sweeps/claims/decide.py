@@ -1,9 +1,9 @@
-"""From numbers to a verdict: by the claim's own threshold, and by nothing else.
+"""Decides a claim's predictions from the numbers of its runs, by the claim's own thresholds.
 
-The effect of a prediction lies inside the region that it names or outside. Its p-value is the
-smallest level at which the interval leaves the boundary nearest to the effect, so that interval and
-test agree; Holm's correction is over all predictions of the claim, those without a test counted as
-p = 1, so that what is run later cannot make an earlier verdict weaker.
+A prediction names a region; its effect lies inside or outside. The p-value is the smallest level at
+which the effect's interval excludes the nearest boundary, so interval and test agree. Holm's
+correction covers all predictions of the claim. Those without a test count as p = 1, so later runs
+cannot weaken an earlier verdict.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sweeps.report.equivalent import PlainCurve, Spent
 from sweeps.report.statistics import LEVEL, Share, holm, paired, share, unpaired
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
-# Why nothing is decided where more seeds might: too few, noise, or noise after the correction.
+# Reasons that more seeds could remove: too few seeds, noise, or noise after the correction.
 FEW, NOISE, UNCORRECTED = (
     "n = ",
     "the threshold is within the noise",
@@ -27,27 +27,27 @@ FEW, NOISE, UNCORRECTED = (
 )
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
 
-# How far two arms may be apart in what they are said to have the same of.
+# The largest relative difference of two arms in the resource that they should spend alike.
 _APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What became of one prediction.
+    """The result of one prediction.
 
     Attributes:
-        prediction: as the claim has it.
+        prediction: the claim's.
         verdict: HOLDS, FAILS or UNDECIDED.
-        why: of a verdict that is undecided.
-        test: by which; None where there are no numbers.
+        why: the reason of UNDECIDED.
+        test: its name; None without numbers.
         effect: mean difference, mean, difference of shares, or share; None without numbers.
-        low: lower end of its 95 % interval, of this one effect; None for two shares and one seed.
-        high: upper end.
-        n: seeds, or pairs; of two shares the seeds of the arm.
-        p: of the test against the boundary; None without one.
-        adjusted: Holm's, among the claim's predictions.
+        low: lower end of the effect's 95 % interval, uncorrected; None for two shares and one seed.
+        high: its upper end.
+        n: seeds or pairs; the smaller number of seeds for two shares.
+        p: p-value of the test against the boundary; None without one.
+        adjusted: the p-value after Holm's correction over the claim's predictions.
         own: the arm's share of seeds that solve, where that is measured.
-        other: likewise of the arm that it is against.
+        other: the same share of the arm that it is compared with.
     """
 
     prediction: Prediction
@@ -77,11 +77,11 @@ class _Test:
 
 
 def decide(claim: Claim, arms: Arms) -> list[Finding]:
-    """Every prediction's verdict.
+    """Decide every prediction of a claim.
 
     Args:
-        claim: with its thresholds.
-        arms: what was observed.
+        claim: its predictions have the thresholds.
+        arms: the observed runs.
     """
     tests = [_test(prediction, arms) for prediction in claim.predictions]
     adjusted = holm([1.0 if t is None or t.p is None else t.p for t in tests])
@@ -90,14 +90,14 @@ def decide(claim: Claim, arms: Arms) -> list[Finding]:
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """A claim's verdict: all its predictions have to hold, and one that does not is enough."""
+    """A claim holds if all its predictions do, and does not if one of them does not."""
     if FAILS in verdicts:
         return FAILS
     return HOLDS if all(verdict == HOLDS for verdict in verdicts) else UNDECIDED
 
 
 def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
-    """Of an arm's finished seeds those above the level; None without one."""
+    """The share of an arm's finished seeds above the level; None without a finished seed."""
     assert measure.solved is not None
     values = _read(seeds, measure)
     if not values:
@@ -106,13 +106,13 @@ def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
 
 
 def _read(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:
-    """What was read of an arm's finished runs."""
+    """The measured value of each finished run of an arm, by seed."""
     name = key(measure)
     return {s: seed.values[name] for s, seed in seeds.items() if seed.done and name in seed.values}
 
 
 def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
-    """What is tested, by seed: what was read of the runs, or the logarithms of their gains."""
+    """The tested values by seed: the measured values, or the logarithms of the gains."""
     if not measure.is_ratio:
         return _read(arms[arm], measure)
     gains = {seed: gain_of(arms, arm, seed, measure) for seed in arms[arm]}
@@ -120,13 +120,13 @@ def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
 
 
 def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
-    """The compute-equivalent gain of an arm's run, or why it has none.
+    """The compute-equivalent gain of an arm's run, or the reason why it has none.
 
     Args:
-        arms: what was observed.
-        arm: of the run.
-        seed: of the run, and of the plain runs that it is compared with.
-        measure: a ratio.
+        arms: the observed runs.
+        arm: the run's.
+        seed: the run's, and that of the plain runs that it is compared with.
+        measure: a measure with a curve.
     """
     runs = [arms[name].get(seed) for name in (arm, *measure.curve_of(arm))]
     spent = [_spent(run, measure) for run in runs if run is not None]
@@ -187,12 +187,12 @@ def _inside(prediction: Prediction, effect: float) -> bool:
 
 
 def boundary(side: str, by: float, effect: float) -> float:
-    """The end of the region that is nearest to the effect."""
+    """The end of the predicted region that is nearest to the effect."""
     return -by if side == "within" and effect < 0 else by
 
 
 def _test(prediction: Prediction, arms: Arms) -> _Test | None:
-    """The numbers; None where a finished seed is missing on either side."""
+    """Test a prediction; None where either arm has no finished seed."""
     measure = prediction.measure
     own = arms[prediction.arm]
     other = None if prediction.against is None else arms[prediction.against]
@@ -237,7 +237,7 @@ def _of_values(
 
 
 def _of_share(prediction: Prediction, own: Share) -> _Test:
-    """By the binomial, two-sided as its interval is: twice the smaller tail."""
+    """Binomial test, two-sided like the interval: twice the smaller tail."""
     from scipy import stats
 
     by = min(max(boundary(prediction.side, prediction.by, own.rate), 0.0), 1.0)
@@ -260,7 +260,7 @@ def _of_shares(own: Share, other: Share) -> _Test:
 
 
 def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | None) -> str:
-    """Why nothing is decided, whatever the numbers are; empty where that is not so."""
+    """A reason against any verdict that does not depend on the effect; empty without one."""
     names = [n for n in (prediction.arm, prediction.against) if n is not None]
     for name in names:
         for seed, run in arms[name].items():
@@ -285,7 +285,7 @@ def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | No
 
 
 def _unequal(what: str, own: Sequence[Seed], other: Sequence[Seed]) -> str:
-    """In what two arms differ that are said to have the same of it; empty where they have."""
+    """How far two arms differ in the resource that they should spend alike; empty if they agree."""
     if what == "nothing":
         return ""
     costs = [[run.costs[what] for run in runs if what in run.costs] for runs in (own, other)]

@@ -1,4 +1,4 @@
-"""How many seeds would decide a prediction that is undecided, from the noise that was seen."""
+"""Estimates from the observed noise how many seeds would decide an undecided prediction."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from sweeps.claims.decide import FEW, NOISE, UNCORRECTED, UNDECIDED, boundary
 from sweeps.report.statistics import LEVEL, t_quantile
 
 POWER = 0.8
-MOST = 10_000  # a number above it says that the effect is at the threshold
+MOST = 10_000  # above it, the effect counts as equal to the threshold
 Entry = Mapping[str, Any]  # one of a result's predictions
 
 
 def seeds_enough(entries: list[Entry], minimum: int) -> list[int | None]:
-    """Of every prediction, the seeds an arm with which it would be decided in 80 % of cases.
+    """The seeds per arm that would decide each prediction in 80 % of cases.
 
-    The effect and its variance are taken to be those seen, of the verdict's own test: paired
-    differences, an arm's values, logarithms of gains, or shares of seeds. By the normal
+    The observed effect and variance are taken as true, on the scale of the verdict's test:
+    paired differences, an arm's values, logarithms of gains, or shares of seeds. By the normal
     approximation, the mean of n such values is beyond the boundary at Holm's level if
 
         n >= (z(1 - a / 2) + z(power))^2 s^2 / d^2
 
-    with d the effect's distance from the boundary, s the standard deviation (of two shares p, q
-    with s^2 = p (1 - p) + q (1 - q), each shrunk by two seeds), and a = 0.05 / (1 + predictions of
-    the claim with a larger p).
+    where d is the effect's distance from the boundary and s the standard deviation (for two shares
+    p and q, s^2 = p (1 - p) + q (1 - q), each share with one success and one failure added), and
+    a = 0.05 / (1 + predictions of the claim with a larger p).
 
     Args:
         entries: a result's predictions.
-        minimum: the claim's own.
+        minimum: the claim's minimum of seeds.
 
     Returns:
-        None for one that is decided, or that no number of seeds decides: its arms are not compared,
-        a seed has failed, the noise is unknown, or the effect is at the threshold.
+        One number per prediction. None where it is decided already, or where more seeds would not
+        help: the arms cannot be compared, a seed has failed, the noise is unknown, or the effect
+        is at the threshold.
     """
     ps = [1.0 if entry["p"] is None else entry["p"] for entry in entries]
     return [
@@ -59,7 +60,7 @@ def _enough(entry: Entry, minimum: int, tests: int) -> int | None:
 
 
 def _distance_and_variance(entry: Entry) -> tuple[float, float] | None:
-    """Of one seed, on the scale of the test."""
+    """The effect's distance from the boundary and one seed's variance, on the test's scale."""
     effect, n = entry["effect"], entry["n"]
     if entry["own"] is not None:
         shares = [share for share in (entry["own"], entry["other"]) if share is not None]

@@ -1,5 +1,5 @@
-"""A claim's figure: for every measure the effects with their intervals and thresholds, or the arms'
-shares of seeds that solve."""
+"""Draws a claim's figures: per measure, the effects with intervals and thresholds, or the share of
+seeds that solve; and training loss against compute for arms of the same FLOPs."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
 from sweeps.claims.words import quantity, subject
 from sweeps.report.statistics import interval, share
-from sweeps.report.style import COLOURS, DASHES, QUIET, as_svg, by_row, styled
+from sweeps.report.style import COLORS, DASHES, QUIET, as_svg, by_row, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# After the name of a claim, that of its figure of curves.
+# The suffix of the file with the curves.
 CURVE = "_curve"
-# Of the compute; the fall before it would hide the differences after it.
+# The share of the compute that the y-axis leaves out: the early fall would hide the differences.
 _SHOWN_FROM = 0.2
 
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
-    """``LABEL.svg``, and ``LABEL_2.svg`` .. for further measures; those without numbers are left
-    out. ``LABEL_curve.svg`` where arms have the same FLOPs.
+    """Write ``LABEL.svg``, ``LABEL_2.svg`` .. for further measures with numbers, and
+    ``LABEL_curve.svg`` where arms have the same FLOPs.
 
     Args:
-        result: of a claim.
-        label: of the claim.
-        folder: of the files; it exists.
+        result: a claim's result.
+        label: the claim's label.
+        folder: an existing folder.
 
     Raises:
         UserError: matplotlib is missing.
@@ -54,14 +54,14 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
 
 
 def files_of(result: Result, label: str, folder: Path) -> list[Path]:
-    """Where the figures of a result are; the curves' is the last."""
+    """The paths of a result's figures; the curves come last."""
     n = len(_drawn(result))
     files = [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
     return [*files, folder / f"{label}{CURVE}.svg"] if panels(result) else files
 
 
 def digest(result: Result) -> str:
-    """Of all numbers of a result; it stands in the metadata of the figures that show them."""
+    """SHA-256 of a result, stored in the metadata of its figures."""
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
@@ -74,7 +74,7 @@ def _styled() -> Any:
 
 
 def _drawn(result: Result) -> list[list[dict[str, Any]]]:
-    """The predictions that have numbers, those of one measure together."""
+    """The predictions with numbers, grouped by measure."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in result["predictions"]:
         if entry["effect"] is not None:
@@ -88,7 +88,7 @@ def _draw(result: Result, entries: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _effects(entries: Sequence[dict[str, Any]]) -> Figure:
-    """Filled is decided; a tick is a threshold."""
+    """A filled point is a decided prediction, a tick is its threshold."""
     shown = list(reversed(entries))
     figure, axes = by_row([subject(entry) for entry in shown])
     ratio = bool(shown[0]["measure"].get("curve"))
@@ -101,23 +101,23 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Figure:
             y,
             xerr=reach,
             fmt="o",
-            color=COLOURS[0],
-            markerfacecolor="none" if entry["verdict"] == UNDECIDED else COLOURS[0],
+            color=COLORS[0],
+            markerfacecolor="none" if entry["verdict"] == UNDECIDED else COLORS[0],
         )
         bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
-        axes.plot(bounds, [y] * len(bounds), "|", color=COLOURS[1], markersize=14)
+        axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
     axes.set_xlabel(quantity(entries[0]["measure"]))
     return figure
 
 
 def _shares(result: Result, measure: dict[str, Any]) -> Figure:
-    """Of all arms, with the interval of each."""
+    """Every arm's share of seeds that solve, with its interval."""
     counts = {arm: _count(content, measure) for arm, content in result["arms"].items()}
     shown = [(arm, share(*count)) for arm, count in reversed(counts.items()) if count[1]]
     figure, axes = by_row([arm for arm, _ in shown])
     for y, (_, found) in enumerate(shown):
         reach = [[found.rate - found.low], [found.high - found.rate]]
-        axes.errorbar(found.rate, y, xerr=reach, fmt="o", color=COLOURS[0])
+        axes.errorbar(found.rate, y, xerr=reach, fmt="o", color=COLORS[0])
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel(quantity(measure))
     return figure
@@ -133,7 +133,7 @@ def _count(content: dict[str, Any], measure: dict[str, Any]) -> tuple[int, int]:
 
 
 def panels(result: Result) -> dict[str, list[str]]:
-    """The arms that have curves, by tokenizer: nats a token compare within one alone."""
+    """The arms with curves, by tokenizer: nats per token of different tokenizers do not compare."""
     found: dict[str, list[str]] = {}
     for arm, content in result["arms"].items():
         if _curves(content):
@@ -143,8 +143,8 @@ def panels(result: Result) -> dict[str, list[str]]:
 
 
 def draw_curves(result: Result) -> Figure:
-    """How the main prediction's training loss falls with compute, of arms of the same FLOPs: a
-    panel a tokenizer, at least one, and a line an arm with its interval over seeds."""
+    """The main prediction's training loss against compute: one panel per tokenizer, one line per
+    arm, with its interval over seeds. The result has at least one curve."""
     from matplotlib.figure import Figure
 
     found = panels(result)
@@ -165,16 +165,16 @@ def _panel(axes: Axes, arms: Sequence[tuple[str, list[list[list[float]]]]]) -> N
     highest, lowest = 0.0, math.inf
     for arm, curves in arms:
         head = arm.rpartition("_")[0] if arm[-1].isdigit() else arm
-        colour = COLOURS[heads.setdefault(head, len(heads)) % len(COLOURS)]
+        color = COLORS[heads.setdefault(head, len(heads)) % len(COLORS)]
         dash = DASHES[seen.setdefault(head, 0) % len(DASHES)]
         seen[head] += 1
         at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(PARTS)]
         means = [interval([curve[i][1] for curve in curves]) for i in range(PARTS)]
         middle, half = [m.mean for m in means], [m.half or 0.0 for m in means]
-        axes.plot(at, middle, color=colour, linestyle=dash, label=arm)
+        axes.plot(at, middle, color=color, linestyle=dash, label=arm)
         low = [m - h for m, h in zip(middle, half, strict=True)]
         high = [m + h for m, h in zip(middle, half, strict=True)]
-        axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
         shown = [m for x, m in zip(at, middle, strict=True) if x >= _SHOWN_FROM * at[-1]]
         highest, lowest = max(highest, *shown), min(lowest, *low)
     axes.set_ylim(lowest, highest)
@@ -183,5 +183,5 @@ def _panel(axes: Axes, arms: Sequence[tuple[str, list[list[list[float]]]]]) -> N
 
 
 def _curves(content: dict[str, Any]) -> list[Any]:
-    """Of the seeds that have one."""
+    """The curves of an arm's seeds."""
     return [seed["curve"] for seed in content["seeds"].values() if seed.get("curve")]

@@ -1,8 +1,8 @@
-"""What is left to run of claims, what it costs on this machine, and how much fits into a time.
+"""Estimates how long the missing runs of claims take on this machine, and how many fit into a time.
 
-A pending run costs what the finished seeds of its arm took here. Where there is none, its FLOPs are
-divided by the median rate of all finished runs; where there is no rate, it is given its part of the
-minutes that its claim expects. Every number says which of these it is.
+A pending run is assumed to take as long as the finished seeds of its arm took here. Without one,
+its FLOPs are divided by the median rate of all finished runs. Without a rate, it gets its share of
+the minutes that its claim expects. Every estimate names its source.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MEASURED, BY_FLOPS, EXPECTED = "measured", "by FLOPs", "as the claim expects"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one pending run.
+    """The estimated time of one pending run.
 
     Attributes:
-        arm: of the run.
-        seed: of the run.
-        hours: of one core, of the clock.
+        arm: the run's.
+        seed: the run's.
+        hours: wall time on one core.
         source: MEASURED, BY_FLOPS or EXPECTED.
     """
 
@@ -48,12 +48,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Left:
-    """What is left of a claim.
+    """The pending runs of a claim.
 
     Attributes:
         claim: the claim.
-        done: finished runs.
-        costs: of the pending ones, seed by seed.
+        done: number of finished runs.
+        costs: those of the pending runs, seed by seed.
     """
 
     claim: Claim
@@ -62,22 +62,22 @@ class Left:
 
     @property
     def hours(self) -> float:
-        """Of one core."""
+        """Core-hours of all pending runs."""
         return sum(cost.hours for cost in self.costs)
 
     @property
     def seeds(self) -> list[int]:
-        """The pending ones, in the order in which they run."""
+        """The pending seeds, in the order in which they run."""
         return list(dict.fromkeys(cost.seed for cost in self.costs))
 
     def sources(self) -> str:
-        """How many of the costs are from where: ``12 measured, 3 by FLOPs``."""
+        """The number of costs by source: ``12 measured, 3 by FLOPs``."""
         counts = Counter(cost.source for cost in self.costs)
         return ", ".join(f"{n} {source}" for source, n in counts.items())
 
 
 def this_machine() -> str:
-    """As runs describe the machine that they ran on."""
+    """This machine in the words that runs use."""
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -89,15 +89,15 @@ def left_of(
     count_flops: bool = True,
     machine: str | None = None,
 ) -> list[Left]:
-    """What is left of claims, a run that several share once, at the first of them.
+    """The pending runs of claims. A run that several claims share counts for the first of them.
 
     Args:
         claims: in the order in which they would run.
         runs: the folder of all claims' runs, absolute; it need not exist.
-        results: of all claims, by label.
-        count_flops: compose the arms that have no finished seed, a few seconds each, for their
-            FLOPs; else they are given what their claim expects.
-        machine: whose times count where there are any; by default this one's.
+        results: all claims' results, by label.
+        count_flops: compose arms without a finished seed, a few seconds each, to count their FLOPs;
+            otherwise their runs get the time that their claim expects.
+        machine: times of this machine are preferred; by default this one.
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
@@ -140,13 +140,13 @@ def left_of(
 def _seeds(
     claim: Claim, runs: Path, results: Mapping[str, Result]
 ) -> Mapping[str, Mapping[int, Seed]]:
-    """All that is known of a claim's runs, here and in the results."""
+    """A claim's runs, from this folder and from the results."""
     register = read_register(claim, runs)
     started = register.runs if register is not None and register.is_of(claim) else {}
     shared = shared_seeds(claim, results.values())
     try:
         return with_stored(observe(claim, runs, started), claim, results.get(claim.label), shared)
-    except UserError:  # the folder of runs is of another time: what is stored counts
+    except UserError:  # the folder has runs of other configs: use the stored ones
         return with_stored(observe(claim, runs, {}), claim, results.get(claim.label), shared)
 
 
@@ -162,10 +162,10 @@ def _composed(
 
 
 def flops_of(job: ClaimJob) -> float | None:
-    """Training FLOPs of a run, as ``python -m mtp_lightning.plan`` counts; None where it cannot.
+    """A run's training FLOPs as ``python -m mtp_lightning.plan`` counts them; None if it cannot.
 
-    Of a run with ``compare.match=flops`` they are those of plain training, of a branch what is left
-    of it.
+    A run with ``compare.match=flops`` has the FLOPs of plain training. A branch counts only from
+    the step where it begins.
     """
     from mtp_lightning.plan import plans_of
     from sweeps.compose import compose_run
@@ -187,16 +187,16 @@ def flops_of(job: ClaimJob) -> float | None:
 
 
 def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Left, list[int]]]:
-    """The seeds of every claim that end in time, claim by claim in the order given.
+    """The seeds that end in time, claim by claim in the given order.
 
-    Seeds are whole, all arms of one, and in the claim's own order; a claim whose next seed does not
-    fit is left for those after it. The runs of a claim are given to the cores in turn, each to the
-    first that is free; a claim begins when the one before it has ended.
+    A seed fits if all its arms do. Seeds stay in the claim's order; if the next one does not fit,
+    the next claim is tried. Each run of a claim goes to the first free core, and a claim begins
+    when the previous one has ended.
 
     Args:
-        left: of claims.
-        hours: of the clock.
-        cores: that run a job each.
+        left: the claims' pending runs.
+        hours: wall time.
+        cores: jobs at once.
     """
     chosen, began = [], 0.0
     for each in left:
@@ -215,7 +215,7 @@ def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Lef
 
 
 def makespan(hours: Sequence[float], cores: int) -> float:
-    """When the last of some runs ends, each on the first core that is free."""
+    """Hours until the last run ends, if each goes to the first free core."""
     free = [0.0] * cores
     for one in hours:
         heapq.heapreplace(free, free[0] + one)
@@ -223,7 +223,7 @@ def makespan(hours: Sequence[float], cores: int) -> float:
 
 
 def command_of(left: Left, seeds: Sequence[int], *, cores: int) -> str:
-    """What is typed to run some seeds."""
+    """The command that runs some seeds."""
     numbers = " ".join(map(str, seeds))
     jobs_ = f" --jobs {cores}" if cores > 1 else ""
     return f"{left.claim.command} --seeds {numbers}{jobs_}"

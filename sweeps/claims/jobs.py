@@ -1,7 +1,7 @@
-"""What a claim has to run: an arm at a seed, in a folder named by what it computes.
+"""The runs of a claim: an arm at a seed, in a folder named by a digest of its config.
 
-The same composed config is the same run, whichever claim asks for it, so that claims share their
-control arms. Housekeeping, and what is the same however it is set, is left out of the name.
+Two claims with the same composed config share the run, for example that of a control arm. The
+digest leaves out settings that do not change what is computed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, count_processes, settle
 from sweeps.process import Task, python_command
 
-# Of every run. One thread: its bits, and its seconds, are then the same beside other jobs.
+# Overrides of every run. With one thread, bits and seconds do not depend on other jobs.
 _FIXED = {
     CPU: ("trainer.accelerator=cpu", "trainer.num_threads=1", "logger=csv"),
     "gpu": ("trainer.accelerator=cuda", "logger=csv"),
 }
-# Keys whose value may be another arm, whose run of the same seed is meant: ARM@STEP, or ARM.
+# Keys whose value may name another arm (ARM@STEP or ARM): its run of the same seed is used.
 _BRANCH, _START = "branch_from", "init_from"
-# Keys that came after results were stored, with the value under which they change nothing.
+# Keys added after results were stored, with the value that changes nothing.
 _LATER = {"branch_from": None, "data.train_windows": "all"}
-# What weighs and trains depths, where there are none.
+# Groups that change nothing in a run without MTP depths.
 OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
@@ -41,13 +41,13 @@ class ClaimJob:
     """An arm at a seed.
 
     Attributes:
-        arm: its name.
-        seed: of the run.
-        folder: the run's, below the folder of all runs; says what the run computes.
-        overrides: for the command line.
-        max_steps: optimizer steps that it is given.
-        processes: that train together.
-        parent: folder of the run that it branches or starts from; None of one that begins anew.
+        arm: the arm's name.
+        seed: the run's.
+        folder: the run's name in the folder of all runs; it ends in the digest of the config.
+        overrides: those of the command line.
+        max_steps: planned optimizer steps.
+        processes: number of processes that train together.
+        parent: folder of the run that it branches or starts from; None for an independent run.
     """
 
     arm: str
@@ -59,7 +59,7 @@ class ClaimJob:
     parent: str | None = None
 
     def task(self, runs: Path) -> Task:
-        """It as a task of a pool.
+        """The job as a task of a pool.
 
         Args:
             runs: the folder of all runs, absolute.
@@ -77,14 +77,14 @@ class ClaimJob:
 
 
 def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
-    """All arms at all seeds, seed by seed: whatever has run when it is interrupted is balanced.
+    """All arms at all seeds, seed by seed, so that an interruption leaves complete seeds.
 
-    An arm with ``branch_from=ARM@STEP`` goes on from that arm's run of the same seed, and one with
-    ``init_from=ARM`` starts from the weights of that run; both stand after it.
+    An arm with ``branch_from=ARM@STEP`` continues that arm's run of the same seed, and one with
+    ``init_from=ARM`` starts from the weights of that run; both come after it in the list.
 
     Args:
-        claim: whose arms they are.
-        seeds: in the order wanted.
+        claim: its arms are run.
+        seeds: in the order in which they run.
         runs: the folder of all runs, absolute.
 
     Raises:
@@ -101,10 +101,10 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits of what a resolved config computes.
+    """Twelve hexadecimal digits that identify what a resolved config computes.
 
     Args:
-        config: nested.
+        config: a nested config.
     """
     flat = {
         key: value
@@ -124,7 +124,7 @@ class _Arm:
         self._name = arm
         given = claim.overrides(arm)
         named = [(key_of(o), o.partition("=")[2]) for o in given]
-        # Any other value of init_from is a path.
+        # A value of init_from that is not an arm's name is a path.
         links = [
             (key, value)
             for key, value in named
@@ -148,7 +148,7 @@ class _Arm:
             raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
 
     def job(self, seed: int, runs: Path, before: Mapping[str, ClaimJob]) -> ClaimJob:
-        """This arm at a seed, whose arms before it are known."""
+        """This arm at a seed; ``before`` has the same seed's jobs of earlier arms."""
         composed = copy.deepcopy(self._composed)
         link: tuple[str, ...] = ()
         parent = None
@@ -158,7 +158,7 @@ class _Arm:
                 parent = before[self._parent].folder
                 at = f"@{self._step}" if self._step else ""
                 link = (f"{self._key}={runs / parent}{at}",)
-                # Its name says what it computes, wherever the folder of runs is.
+                # The digest does not depend on where the folder of runs is.
                 composed[self._key] = f"{parent}{at}"
         settled = settle(composed, runs / "run")
         return ClaimJob(
@@ -173,7 +173,7 @@ class _Arm:
 
 
 def _folder(settled: dict[str, Any], seed: int) -> str:
-    """``sequential_depth-2_seed-0_0123456789ab``: to be found by people, and told apart."""
+    """``sequential_depth-2_seed-0_0123456789ab``: readable, and unique by its digest."""
     depth, target = settled["mtp"]["depth"], str(settled["mtp"]["_target_"])
     head = "none" if is_plain(depth, target) else f"{target.split('.')[-2]}_depth-{depth}"
     return f"{head}_seed-{seed}_{digest(settled)}"

@@ -1,4 +1,4 @@
-"""Tables of the terminal: all claims, what is left of them, and a plan of what fits into a time."""
+"""Tables for the terminal: all claims, their pending runs, and a plan of what fits into a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sweeps.claims.words import aligned
 
 
 def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) -> list[str]:
-    """A line a claim, decided ones first."""
+    """One line per claim, decided claims first."""
     rows = []
     for left in left_of(in_order(claims, results), runs, results, count_flops=False):
         claim, result = left.claim, results.get(left.claim.label)
@@ -40,7 +40,7 @@ def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) 
 
 
 def costs(left: Sequence[Left]) -> list[str]:
-    """What is pending of every claim, and in all."""
+    """The pending runs of every claim, and their sum."""
     rows = [
         [each.claim.label, str(len(each.costs)), f"{each.hours:.2f}", each.sources()]
         for each in left
@@ -51,7 +51,7 @@ def costs(left: Sequence[Left]) -> list[str]:
 
 
 def planned(left: Sequence[Left], *, hours: float, cores: int) -> list[str]:
-    """What fits, and the commands that run it."""
+    """The seeds that fit into a time, and the commands that run them."""
     chosen = fitting(left, hours=hours, cores=cores)
     rows = [
         [

@@ -1,4 +1,4 @@
-"""What a claim's runs have come to, as plain numbers: all that a verdict is made of."""
+"""Reads the numbers of a claim's runs: the whole input of a verdict."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sweeps.report.compare import wait_of
 from sweeps.report.read import Run, read_run
 from sweeps.report.statistics import Wait
 
-TAG = "train/loss_depth_0"  # of the curves
-# Parts of a run that are a point each: the mean of the steps that were logged in it.
+TAG = "train/loss_depth_0"  # the loss of the curves
+# Points of a curve: each is the mean of the steps logged in one of as many equal parts of a run.
 PARTS = 20
 COSTS = ("step", "flops", "parameters", "seconds", "tokens")
 
@@ -25,21 +25,21 @@ class Seed:
     """One run of an arm.
 
     Attributes:
-        folder: of the run; says what it computes.
-        state: as the report has it; only ``done`` is a number.
+        folder: the run's name; it ends in the digest of its config.
+        state: as in the report; only a ``done`` run counts.
         reason: why it is not done.
-        values: by :func:`key` of the measures, finite ones alone.
-        waits: by :func:`key` of the measures of solving: (optimizer step, whether it solved then).
-        costs: steps given (``steps``), steps done, FLOPs, parameters, seconds, tokens.
-        curve: FLOPs and training loss of the next token (:func:`curve_of`), of arms that have the
-            same FLOPs.
-        text: fingerprint of what it was evaluated on.
-        weights: digest of what it ended with (``interop/weights.py``), where a task was to be
-            solved and they are kept.
-        commit: of the code.
+        values: finite values, by :func:`key` of the measure.
+        waits: (optimizer step, whether it was solved then), by :func:`key` of the measure.
+        costs: planned steps (``steps``), done steps, FLOPs, parameters, seconds, tokens.
+        curve: (FLOPs, training loss of the next token) from :func:`curve_of`, where the claim's
+            arms have the same FLOPs.
+        text: fingerprint of the evaluated text.
+        weights: digest of the final weights (``interop/weights.py``), where a task was to be solved
+            and they are kept.
+        commit: the code's.
         machine: as the run describes it.
-        started: time, UTC.
-        ended: likewise.
+        started: UTC time.
+        ended: UTC time.
     """
 
     folder: str
@@ -61,7 +61,7 @@ class Seed:
         return self.state == "done"
 
     def wait(self, measure: Measure) -> Wait | None:
-        """Steps until it solved; None where it has not validated."""
+        """Steps until the run solved the task; None without a validation."""
         found = self.waits.get(key(measure))
         return None if found is None else Wait(*found)
 
@@ -70,17 +70,17 @@ Arms = Mapping[str, Mapping[int, Seed]]
 
 
 def key(measure: Measure) -> str:
-    """Of a measure's values in a result: ``moe/max_violation, last 0.5``."""
+    """The key of a measure's values in a result: ``moe/max_violation, last 0.5``."""
     return measure.tag if measure.last is None else f"{measure.tag}, last {measure.last:g}"
 
 
 def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]]) -> Arms:
-    """All arms at all seeds that are planned or were ever started.
+    """Read all arms at all seeds that are planned or were ever started.
 
     Args:
-        claim: whose measures are read.
+        claim: its measures are read.
         runs: the folder of all runs.
-        registered: by arm and seed, the folder of each run.
+        registered: each run's folder, by arm and seed.
     """
     arms: dict[str, dict[int, Seed]] = {}
     for arm in claim.arms:
@@ -138,8 +138,8 @@ def _value(run: Run, measure: Measure) -> float | None:
 
 
 def curve_of(run: Run) -> list[tuple[float, float]]:
-    """FLOPs up to the middle of each part of a finished run, and the mean loss of the part, nats a
-    token; empty where a part has no value."""
+    """(FLOPs up to its middle, mean loss in nats per token) of each part of a finished run; empty
+    if a part has no value."""
     steps, flops = run.final("step"), run.final("flops")
     if not steps or not flops:
         return []

@@ -1,5 +1,6 @@
-"""docs/results.md and the READMEs' part, between their markers, from ``results/*.json``: the facts
-here, the words in ``results.jinja`` and ``readme*.jinja``."""
+"""Writes the text between the markers of docs/results.md and the READMEs from ``results/*.json``.
+
+This file collects the facts; ``results.jinja`` and ``readme*.jinja`` have the words."""
 
 from __future__ import annotations
 
@@ -24,30 +25,30 @@ from sweeps.claims.result import Result, in_order, is_stale, read_result, state
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
 READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
 
-# Whether the main prediction gains at equal compute, and what a head is good for.
+# The claims of the README's answers: quality at equal compute, and planning.
 QUESTION = "text_equal_flops"
 PLANNING = "star_graph_heads_5000"
 # Further heads on the same task, against the same control.
 MORE_PLANNING = "star_graph_summaries"
-# Shown in the place of the first while it has no numbers.
+# Its picture is shown while QUESTION has no numbers.
 INSTEAD = "drafts_best"
 
 Found = Sequence[tuple[Claim, Result | None]]
 
 
 def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
-    """Replace what is between the markers of the pages.
+    """Replace the text between the markers of the pages.
 
     Args:
-        root: has ``results/``, ``docs/results.md``, ``README.md`` and, perhaps, its translations.
+        root: has ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
         claims: the folder of the claims' files.
 
     Returns:
-        The pages that have changed.
+        The changed pages.
 
     Raises:
         OSError: a page is missing.
-        UserError: it has no markers, or a package is missing.
+        UserError: a page has no markers, or a package is missing.
     """
     changed = []
     for page, text in pages(root, claims).items():
@@ -58,7 +59,7 @@ def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
 
 
 def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
-    """What the pages should be; arguments and errors as :func:`write_pages`."""
+    """The pages' new texts; arguments and errors as in :func:`write_pages`."""
     found = _found(root, claims)
     facts = {**_results(found), "questions": answers(found, root, to="../")}
     texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
@@ -70,7 +71,7 @@ def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
 
 def _found(root: Path, claims: Path) -> Found:
     read = [read_claim(name, claims) for name in names(claims)]
-    # Each at its published scale, too, where it has one.
+    # A claim with a published scale comes twice, at both scales.
     every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
     return [(claim, read_result(claim.label, root / "results")) for claim in every]
 
@@ -86,17 +87,17 @@ def answers(found: Found, root: Path, *, to: str = "") -> str:
     Args:
         found: claims with their results.
         root: has ``results/`` and ``benchmarks/``.
-        to: the path from the page to it.
+        to: the path from the page to the root.
     """
     return _render("questions.jinja", {**questions(found, root), "to": to})
 
 
 def part(found: Found, name: str, root: Path) -> str:
-    """What is between the markers of a README.
+    """The text between the markers of a README.
 
     Args:
         found: claims with their results.
-        name: of the README.
+        name: the README's file name.
         root: has ``results/`` and ``benchmarks/``.
     """
     speed = questions(found, root)["speed"]
@@ -121,10 +122,10 @@ def _between(page: Path, text: str) -> str:
 
 
 def _results(found: Found) -> dict[str, Any]:
-    """For the page of results, decided claims first."""
+    """The facts of the page of results, decided claims first."""
     by_label = {claim.label: result for claim, result in found if result is not None}
     order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in found], by_label))}
-    # A claim's published scale stands after the claim: the sort is stable.
+    # The sort is stable: a claim's published scale stays after the claim.
     ordered = sorted(found, key=lambda pair: order[pair[0].name])
     sections = [_facts(claim, result) for claim, result in ordered]
     shown = [one for one in sections if one["claim"].setting == "cpu"]
@@ -136,7 +137,7 @@ def _results(found: Found) -> dict[str, Any]:
 
 
 def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
-    """What the page says of a claim."""
+    """The facts of one claim."""
     equal = {"flops": "At equal FLOPs. ", "nothing": ""}.get(
         claim.equal, f"At equal {claim.equal}. "
     )
@@ -154,9 +155,9 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
         "files": files_of(result, claim.label, Path()),
         "entries": list(zip(result["predictions"], more, strict=True)),
         "held": [entry["verdict"] for entry in result["predictions"]].count(HOLDS),
-        # Of the arm with the fewest finished, and of the one with the most.
+        # The fewest and the most finished seeds of an arm.
         "n": "–".join(dict.fromkeys(map(str, (min(done), max(done))))),
-        # The section, whose title ends in the verdict.
+        # The anchor of the claim's section, whose title ends in the verdict.
         "anchor": f"{claim.name}-{re.sub('[^a-z0-9_ ]', '', facts['state']).replace(' ', '-')}",
         "medians": [
             f"{arm} never" if steps is None else f"{arm} {steps:g}"
@@ -167,7 +168,7 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
 
 
 def _readme(found: Found) -> dict[str, Any]:
-    """For a README: the answers to its three questions, pictures, and how many claims hold."""
+    """The facts of a README: its answers, its pictures, and how many claims hold."""
     on_cpu = {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
     old = [name for name, (claim, _) in on_cpu.items() if claim.superseded_by]
     shown = {name: pair for name, pair in on_cpu.items() if name not in old}
@@ -188,7 +189,7 @@ def _readme(found: Found) -> dict[str, Any]:
 
 
 def _question(shown: Mapping[str, tuple[Claim, Result | None]]) -> dict[str, Any] | None:
-    """Of the first question: verdicts by setting, and the smallest and the largest effect."""
+    """The first answer: counts of verdicts, and the smallest and the largest effect."""
     if QUESTION not in shown:
         return None
     claim, result = shown[QUESTION]
@@ -212,8 +213,7 @@ def _question(shown: Mapping[str, tuple[Claim, Result | None]]) -> dict[str, Any
 def _solvers(
     wanted: Sequence[str], shown: Mapping[str, tuple[Claim, Result | None]]
 ) -> dict[str, Any] | None:
-    """Of every arm of some claims the seeds that solved the task; None where the first claim has
-    no numbers."""
+    """Every arm's share of seeds that solved the task; None if the first claim has no numbers."""
     counts: dict[str, Mapping[str, int]] = {}
     beyond: list[str] = []
     for name in wanted:
@@ -232,7 +232,7 @@ def _solvers(
 
 
 def _pictures(shown: Mapping[str, tuple[Claim, Result | None]]) -> Any:
-    """One of each group, the first that has numbers: its file, and what it shows."""
+    """The first figure with numbers of each group: its file, and what it shows."""
     for group in ({QUESTION: "question", INSTEAD: "drafts"}, {PLANNING: "planning"}):
         for name, kind in group.items():
             claim, result = shown.get(name, (None, None))

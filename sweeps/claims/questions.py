@@ -1,9 +1,8 @@
-"""The front page's three questions, each answered by numbers of results: facts here, words in
-``questions.jinja``.
+"""Collects the facts that answer the README's three questions; ``questions.jinja`` has the words.
 
 What is a module worth (compute-equivalent gain by size), does it teach to plan (share of seeds by
-head), and how much faster does a real model write (tokens per second of SmolLM2-135M). A number
-that is not decided says so, with the seeds that it has of those planned.
+head), and how much faster does a real model write (tokens per second of SmolLM2-135M)? An undecided
+number says so, with its finished and its planned seeds.
 """
 
 from __future__ import annotations
@@ -19,23 +18,26 @@ from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.figure import files_of
 from sweeps.claims.result import Result, is_stale
 
-# Size -> claims about it, the first that has numbers is taken.
+# Size -> its claims; the first with numbers is shown.
 SIZES = {
     "0.2 M": ("equivalent_gain_200k_long", "equivalent_gain_200k"),
     "0.6 M": ("equivalent_gain_600k",),
     "2 M": ("equivalent_gain_2m",),
 }
-# Claims about the star graph, likewise; the arms of each group stand together.
+# Groups of claims about the star graph; the first group with numbers is shown.
 PLANNING = (("planning_seeds",), ("star_graph_heads_5000", "star_graph_summaries"))
 # One file per processor, written by benchmarks.pretrained_heads.
 SPEED = "benchmarks/results/pretrained_heads*.json"
-WAYS = ("drafts_1", "drafts_1_of_4096")  # of drafting one token; one for all texts of a processor
+WAYS = (
+    "drafts_1",
+    "drafts_1_of_4096",
+)  # one draft per pass, from all tokens or the 4096 most frequent
 
 Found = Mapping[str, tuple[Claim, Result | None]]
 
 
 def questions(found: Sequence[tuple[Claim, Result | None]], root: Path) -> dict[str, Any]:
-    """The facts of all three; one that nothing is known of is None.
+    """The facts of all three questions; None for one without any.
 
     Args:
         found: claims with their results.
@@ -46,7 +48,7 @@ def questions(found: Sequence[tuple[Claim, Result | None]], root: Path) -> dict[
 
 
 def _worth(found: Found) -> dict[str, Any] | None:
-    """By size every head's gain, or the command that would measure it."""
+    """Every head's gain by size, or the command that would measure it."""
     sizes: list[dict[str, Any]] = []
     figure = None
     for size, claims in SIZES.items():
@@ -65,7 +67,7 @@ def _worth(found: Found) -> dict[str, Any] | None:
 
 
 def _heads(claim: Claim, result: Result | None) -> Iterator[str]:
-    """``parallel 0.777 × (undecided, 1 seed of 5)``: of every arm whose gain is predicted."""
+    """``parallel 0.777 × (undecided, 1 seed of 5)`` for each arm whose gain is predicted."""
     assert result is not None
     for entry in result["predictions"]:
         measure = entry["measure"]
@@ -87,7 +89,7 @@ def _seeds(entry: Mapping[str, Any], claim: Claim) -> str:
 
 
 def _plans(found: Found) -> dict[str, Any] | None:
-    """By head the share of seeds that learn the way, with its interval."""
+    """Every head's share of seeds that learn the way, with its interval."""
     for group in PLANNING:
         if group[0] not in found or not _has_numbers(*found[group[0]]):
             continue
@@ -119,9 +121,9 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
 
 
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
-    """Greedy decoding with drafts by processor: how many times as fast as plain decoding it is on
-    each kind of text, and tokens per second where they are stored. The way of drafting is the one
-    with the best mean over the texts."""
+    """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
+    decoding, and tokens per second where they are stored. Each processor shows the way of drafting
+    with the best mean ratio."""
     found = []
     for file in sorted(root.glob(SPEED)):
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""Claims from their files: ``sweeps/claims/NAME.yaml``, one a claim.
+"""Reads claims from their files, ``sweeps/claims/NAME.yaml``.
 
-Such a file is no config of Hydra's and is composed into no run: its arms are lists of overrides. An
-unknown key is refused, since a misspelt threshold would be a prediction that nobody made.
+These files are not Hydra configs: an arm is a list of overrides. Unknown keys are refused, because
+a misspelled threshold would silently be another prediction.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from mtp_lightning.run.config import read_yaml
 from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, Measure, Prediction, Scale
 
 FOLDER = Path(__file__).parent
-# Keys that say what came after the prediction.
+# Keys that may be added after the runs; the digest leaves them out.
 _SINCE = ("remark", "superseded_by")
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """The claims that there are."""
+    """The names of the claims in a folder."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ()) -> Claim:
-    """A claim from its file.
+    """Read a claim from its file.
 
     Args:
-        name: of the claim.
-        folder: that its file lies in.
-        allow: packages whose classes its arms may name, beside this project's own.
+        name: the claim's.
+        folder: the folder of its file.
+        allow: packages whose classes its arms may name, besides this project's own.
 
     Raises:
-        UserError: no such claim, or its file says what cannot be meant; with the remedy.
+        UserError: there is no such claim, or its file is invalid.
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"{name!r} names no claim: rename its file, to letters, digits, - and _.")
@@ -51,7 +51,7 @@ def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ())
 
 
 class _Reader:
-    """Turns what YAML gives into a claim, or into the sentence that says what is wrong."""
+    """Turns parsed YAML into a claim, or raises a UserError that says what is wrong."""
 
     def __init__(self, file: Path, allow: Collection[str]) -> None:
         self._file, self._allow = file, allow
@@ -128,8 +128,8 @@ class _Reader:
         if of_shares and (found.side == "within" or found.by != 0):
             self._refuse(
                 f"{place}: {found.side} {found.by:g}",
-                "two shares of seeds are compared by Fisher's test, which knows above 0 and "
-                "below 0 alone",
+                "Fisher's test, which compares two shares of seeds, can only decide above 0 "
+                "or below 0",
             )
         return found
 

@@ -1,7 +1,7 @@
-"""Runs that are gone, of this machine or another: their numbers are in the committed results.
+"""Recalls finished runs from the committed results, where their folders are gone or elsewhere.
 
-A seed that a result has as done is not run again, and a verdict counts it; nor is an arm's that
-another claim has run, since a run's folder says what it computes.
+A seed that is done in a result counts in a verdict and is not run again. The same holds for a run
+of another claim with the same config, since a run's folder is named by its config.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from sweeps.claims.register import Register
 
 
 def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, dict[int, Seed]]:
-    """By arm, the runs of a stored result; none of a result of another prediction.
+    """The runs of a stored result by arm and seed; empty if the result is of another prediction.
 
     Args:
-        claim: as it is now.
-        stored: its ``results/LABEL.json``; None where there is none.
+        claim: the claim as it is now.
+        stored: its ``results/LABEL.json``, or None.
     """
     if stored is None or stored["digest"] != claim.digest:
         return {}
@@ -35,11 +35,11 @@ def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, di
 
 
 def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str, Seed]:
-    """By folder, the done runs of claims that measured what this one measures, and more perhaps.
+    """The done runs of all claims that measured at least what this one measures, by folder.
 
     Args:
-        claim: as it is now.
-        results: of all claims.
+        claim: the claim as it is now.
+        results: all claims' results.
     """
     wanted, names = set(claim.measures), {key(measure) for measure in claim.measures}
     found = {}
@@ -57,16 +57,16 @@ def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str
 def left_to_run(
     claim: Claim, seeds: Sequence[int], runs: Path, stored: Mapping[str, Any] | None
 ) -> list[ClaimJob]:
-    """A claim's jobs at some seeds, but for those that its stored result has as done.
+    """A claim's jobs at some seeds, without those that are done in its stored result.
 
     Args:
-        claim: as it is now.
-        seeds: in the order wanted.
+        claim: the claim as it is now.
+        seeds: in the order in which they run.
         runs: the folder of all runs, absolute.
-        stored: its result.
+        stored: the claim's result, or None.
 
     Raises:
-        UserError: an arm does not compose, or has another config than its stored runs had.
+        UserError: an arm does not compose, or its config differs from that of its stored runs.
     """
     known = {
         arm: {number: seed for number, seed in of.items() if seed.done}
@@ -78,8 +78,8 @@ def left_to_run(
         if done is not None and done.folder != job.folder:
             raise UserError(
                 f"{claim.label} has a result of {job.arm} at seed {job.seed}, {done.folder}, and "
-                f"its config is now that of {job.folder}: go on from the commit {done.commit} that "
-                f"it was made from, or run the claim anew beside it by {claim.typed('replicate')}."
+                f"its config is now that of {job.folder}: continue from the commit {done.commit} "
+                f"that made it, or run the claim again separately: {claim.typed('replicate')}."
             )
         if done is None and job.seed in seeds:
             left.append(job)
@@ -92,17 +92,17 @@ def with_stored(
     stored: Mapping[str, Any] | None,
     shared: Mapping[str, Seed] | None = None,
 ) -> Arms:
-    """What was observed here, and of the stored results what was started elsewhere alone, or is
-    done there and not here.
+    """Add stored runs to the observed ones: those that were only started elsewhere, and those that
+    are done there and not here.
 
     Args:
-        arms: as they were observed.
-        claim: as it is now.
-        stored: its result.
+        arms: the observed runs.
+        claim: the claim as it is now.
+        stored: its result, or None.
         shared: other claims' runs, from :func:`shared_seeds`.
 
     Raises:
-        UserError: a run that both have is of another config here.
+        UserError: a stored run has another config here.
     """
     both = {arm: dict(seeds) for arm, seeds in arms.items()}
     for arm, seeds in stored_seeds(claim, stored).items():
@@ -113,11 +113,11 @@ def with_stored(
             elif seed.done and here.folder != seed.folder:
                 raise UserError(
                     f"{claim.label} has a result of {arm} at seed {number}, {seed.folder}, and "
-                    f"the folder of runs has it of another config, {here.folder}: give the runs "
-                    "that the result goes on from as --runs, or compare them by "
+                    f"the folder of runs has another config for it, {here.folder}: give --runs the "
+                    "folder of the result's runs, or compare the two by "
                     f"{claim.typed('replicate')}."
                 )
-            elif here.weights is None:  # they may be gone, and the rest not
+            elif here.weights is None:  # the run's weights may be deleted, and the rest not
                 both[arm][number] = replace(here, weights=seed.weights)
     for seeds in both.values():
         for number, seed in seeds.items():
@@ -129,7 +129,7 @@ def with_stored(
 def beginning(
     register: Register | None, claim: Claim, stored: Mapping[str, Any] | None
 ) -> tuple[str, str | None]:
-    """When a claim's first run was asked for, here or before, and the commit that had it then."""
+    """When a claim's first run was asked for, here or elsewhere, and its commit then."""
     began = [] if register is None else [(register.began, register.commit)]
     if stored is not None and stored["digest"] == claim.digest:
         began.append((stored["began"], stored["predicted_in"]))
@@ -143,6 +143,6 @@ def _measure(entry: Mapping[str, Any]) -> Measure:
 
 def _seed(run: Mapping[str, Any]) -> Seed:
     waits = {name: (float(at), bool(solved)) for name, (at, solved) in run["waits"].items()}
-    # Results of before there were curves have none.
+    # Older results have no curves.
     curve = [(float(x), float(y)) for x, y in run.get("curve", [])]
     return Seed(**{**run, "waits": waits, "curve": curve})

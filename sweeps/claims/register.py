@@ -1,12 +1,13 @@
-"""What has been started for a claim, and which prediction stood when the first of it was.
+"""Records every started run of a claim, and the commit with its prediction.
 
-A file beside the runs, ``LABEL.claim.json``. It is what makes a verdict: every seed that was ever
-started is in it and none is dropped, and a claim that has been changed since is found out.
+The register is ``LABEL.claim.json`` in the folder of runs. It keeps every seed that was ever
+started, so none can be dropped, and the claim's digest, so a later change is noticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,16 +20,19 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob
 
 VERSION = 1
+TRIAL = "or try it with --unpredicted, which its verdict will say"
 T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
 class Register:
-    """Attributes:
-    digest: of the claim, when its first run was asked for.
-    commit: that the prediction was in then; None for a trial, whose prediction was in none.
-    began: when that was.
-    runs: by arm and seed, the folder of the run.
+    """The runs of a claim.
+
+    Attributes:
+        digest: the claim's when its first run was asked for.
+        commit: the commit with the prediction then; None for a trial, which no commit had.
+        began: the time of that.
+        runs: each run's folder, by arm and seed.
     """
 
     digest: str
@@ -37,36 +41,36 @@ class Register:
     runs: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def is_of(self, claim: Claim) -> bool:
-        """Whether the prediction still is what it was."""
+        """Whether the prediction is unchanged."""
         return self.digest == claim.digest
 
     def add(self, claim: Claim, jobs: Sequence[ClaimJob]) -> None:
-        """Take jobs in.
+        """Add jobs.
 
         Raises:
-            UserError: an arm at a seed has another config than when it was run, as after a change
-                of the code's defaults: old and new runs would be one arm.
+            UserError: an arm at a seed has another config than its earlier run, for example after
+                a change of the code's defaults: an arm would mix old and new runs.
         """
         for job in jobs:
             known = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.folder)
             if known != job.folder:
                 raise UserError(
                     f"{claim.label} has run {job.arm} at seed {job.seed} in {known}, and its "
-                    f"config is now that of {job.folder}: go on from the commit that those runs "
-                    "were made from, or give --runs another folder and run all of it anew."
+                    f"config is now that of {job.folder}: continue from the commit that made those "
+                    "runs, or give --runs another folder and run all of it again."
                 )
 
 
 def file_of(claim: Claim, runs: Path) -> Path:
-    """Where a claim's register is."""
+    """The path of a claim's register."""
     return runs / f"{claim.label}.claim.json"
 
 
 def read_register(claim: Claim, runs: Path) -> Register | None:
-    """A claim's register; None where nothing was run.
+    """Read a claim's register; None if nothing was run.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: the file is damaged.
     """
     return read_stored(file_of(claim, runs), VERSION, _parse, remedy="give --runs another folder")
 
@@ -99,16 +103,16 @@ def write_register(register: Register, claim: Claim, runs: Path) -> None:
 def read_stored(
     file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
 ) -> T | None:
-    """What a file holds; None where there is none.
+    """Read and parse a JSON file; None if it does not exist.
 
     Args:
-        file: with ``version`` among its keys.
-        version: the one that is understood.
-        parse: from the content to what is wanted.
-        remedy: what to do with a file that cannot be read.
+        file: has the key ``version``.
+        version: the version that this code reads.
+        parse: turns the content into the returned object.
+        remedy: what the user should do about a file that cannot be read.
 
     Raises:
-        UserError: it is damaged, or of another version.
+        UserError: the file is damaged or of another version.
     """
     if not file.exists():
         return None
@@ -121,3 +125,59 @@ def read_stored(
         raise UserError(
             f"{file} cannot be read as version {version} of this file ({error}): {remedy}."
         ) from error
+
+
+def predicted_in(
+    file: Path, claim: Claim, stored: Mapping[str, Any] | None, *, unpredicted: bool = False
+) -> str | None:
+    """The commit that had a claim's prediction before its runs.
+
+    Args:
+        file: the claim's file.
+        claim: its content.
+        stored: the claim's result; if it is of the same prediction, it knows the commit.
+        unpredicted: return None for a prediction that no commit has, instead of refusing it.
+
+    Raises:
+        UserError: no commit has the prediction.
+    """
+    if stored is not None and stored["digest"] == claim.digest and stored["predicted_in"]:
+        return str(stored["predicted_in"])
+    try:
+        return commit_of(file)
+    except UserError:
+        if unpredicted:
+            return None
+        raise
+
+
+def commit_of(file: Path) -> str:
+    """The last commit that changed a file.
+
+    Raises:
+        UserError: the file is in no Git repository, or has changes that are not committed.
+    """
+    # Git commits a symbolic link itself, not the file that it points to.
+    real = file.resolve()
+    if _git(real, "rev-parse", "--is-inside-work-tree") != "true":
+        raise UserError(
+            f"{file} is in no Git repository, so nobody could tell whether the prediction came "
+            f"before its runs: commit it (git init, git add, git commit), {TRIAL}."
+        )
+    # An ignored file has an empty status and no commit.
+    unchanged = _git(real, "status", "--porcelain", "--", real.name) == ""
+    commit = _git(real, "log", "-1", "--format=%H", "--", real.name) if unchanged else None
+    if not commit:
+        raise UserError(
+            f"{file} is in no commit as it stands: commit the prediction before its runs, {TRIAL}."
+        )
+    return commit
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(file.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

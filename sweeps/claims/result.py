@@ -1,7 +1,7 @@
-"""``results/LABEL.json``: a claim's verdict with all numbers that it was made of.
+"""Makes, writes and reads ``results/LABEL.json``: a claim's verdict with all its numbers.
 
-It is written by code from what the runs left, and never by hand. Pages and figures are made of it
-alone, so that they can be made anew where the runs are no more.
+Only code writes these files, from the files of runs. Pages and figures are made from them alone, so
+they can be made again after the runs are deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sweeps.claims.register import read_register, read_stored
 from sweeps.report.statistics import survival
 
 VERSION = 1
-# Beside the verdict of a trial, wherever it stands.
+# Follows the verdict of a trial wherever it is shown.
 UNPREDICTED = "predicted: in no commit"
 
 STALE, NOT_RUN = "stale", "not run"
@@ -33,12 +33,12 @@ Result = dict[str, Any]
 
 
 def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | None:
-    """A claim's result from its runs; None where none was started.
+    """Make a claim's result from its runs; None if none was started.
 
     Args:
-        claim: as it is now.
+        claim: the claim as it is now.
         runs: the folder of all claims' runs.
-        results: the folder of the results so far, whose finished runs count where they are gone.
+        results: the folder of earlier results; their finished runs count, too.
 
     Raises:
         UserError: the claim was changed after its runs began.
@@ -58,12 +58,12 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
 
 
 def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:
-    """All of it as plain data.
+    """A claim's result as plain data.
 
     Args:
-        claim: as it is now.
-        arms: what its runs have come to.
-        began: when the first was asked for, and the commit that had the prediction then.
+        claim: the claim as it is now.
+        arms: its observed runs.
+        began: when the first run was asked for, and the prediction's commit then.
     """
     findings = decide(claim, arms)
     seeds = [seed for of_arm in arms.values() for seed in of_arm.values()]
@@ -90,7 +90,7 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
 
 
 def with_trial(verdict: str, commit: str | None) -> str:
-    """A verdict, and that its prediction was in no commit where that is so."""
+    """The verdict, marked if no commit had its prediction."""
     return verdict if commit or UNPREDICTED in verdict else f"{verdict} ({UNPREDICTED})"
 
 
@@ -103,7 +103,7 @@ def state(claim: Claim, result: Result | None) -> str:
 
 
 def in_order(claims: Sequence[Claim], results: Mapping[str, Result]) -> list[Claim]:
-    """Decided claims, undecided ones, stale ones, those that were not run; each by name."""
+    """Sort claims: decided, undecided, stale, not run; each group by name."""
 
     def place(claim: Claim) -> tuple[int, str]:
         said = state(claim, results.get(claim.label))
@@ -113,7 +113,7 @@ def in_order(claims: Sequence[Claim], results: Mapping[str, Result]) -> list[Cla
 
 
 def unfinished(claim: Claim, arms: Arms) -> list[str]:
-    """What is not done, an arm a line; a verdict rests on the rest."""
+    """The states of unfinished seeds, one line per arm; the verdict leaves these seeds out."""
     lines = []
     for arm in claim.arms:
         states = [seed.state for seed in arms[arm].values()]
@@ -130,7 +130,7 @@ def is_stale(result: Result, claim: Claim) -> bool:
 
 
 def file_of(label: str, folder: Path) -> Path:
-    """Where a claim's result is."""
+    """The path of a claim's result."""
     return folder / f"{label}.json"
 
 
@@ -141,21 +141,21 @@ def write_result(result: Result, label: str, folder: Path) -> None:
 
 
 def read_result(label: str, folder: Path) -> Result | None:
-    """A claim's result; None where there is none.
+    """Read a claim's result; None if it has none.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: the file is damaged.
     """
     return read_stored(
         file_of(label, folder),
         VERSION,
         dict,
-        remedy=f"make it anew by python -m sweeps.claims verdict {label}",
+        remedy=f"make it again by python -m sweeps.claims verdict {label}",
     )
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """All that are there, by their claims' labels.
+    """Read all results of a folder, by label.
 
     Raises:
         UserError: a file is damaged.
@@ -169,7 +169,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
     return {**flat.pop("prediction"), **flat}
 
 
-def _arm(claim: Claim, arm: str, seeds: dict[int, Seed] | Any) -> dict[str, Any]:
+def _arm(claim: Claim, arm: str, seeds: Mapping[int, Seed]) -> dict[str, Any]:
     return {
         "overrides": list(claim.overrides(arm)),
         "time_to_solve": _times(claim, list(seeds.values())),
@@ -178,7 +178,7 @@ def _arm(claim: Claim, arm: str, seeds: dict[int, Seed] | Any) -> dict[str, Any]
 
 
 def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
-    """By Kaplan and Meier, of every measure of solving."""
+    """The Kaplan-Meier estimate of the time to solve, for every measure of solving."""
     found = {}
     for measure in claim.measures:
         if measure.solved is None:
@@ -197,8 +197,8 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
 
 
 def minutes_of(seed: Seed) -> float:
-    """What a run took by the clock. A run that was continued says when it was started last: at
-    least the training counts."""
+    """A run's wall time in minutes. A continued run only knows its last start, so its training time
+    is the lower bound."""
     training = seed.costs.get("seconds", 0.0) / 60
     if not (seed.done and seed.started and seed.ended):
         return training

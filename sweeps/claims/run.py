@@ -1,4 +1,4 @@
-"""Runs what claims still lack, by the machinery of sweeps: resumable, one job at a time."""
+"""Runs the missing jobs of claims like those of a sweep, so that they can be resumed."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def run(
     retry_failed: bool = False,
     command: Sequence[str] = (),
 ) -> int:
-    """Run all arms of claims at all seeds, what is finished left out, seed by seed.
+    """Run all unfinished arms of claims at all seeds, seed by seed.
 
     Args:
-        claims: whose runs they are.
+        claims: the claims to run.
         runs: the folder of all claims' runs, absolute; it need not exist.
-        commits: by each claim's label, the one that its prediction is in; None for a trial.
+        commits: the commit of each prediction, by the claim's label; None for a trial.
         seeds: by default each claim's own.
         arms: by default all of each claim.
-        results: the folder of the claims' results: what any has as done is not run again.
+        results: the folder of results; runs that are done there are not run again.
         n_jobs: jobs at once.
-        retry_failed: start failed ones again.
+        retry_failed: start failed runs again.
         command: the command line, for ``sweep.json``.
 
     Returns:
-        How many of the asked-for runs are not done.
+        The number of asked-for runs that are not done.
 
     Raises:
-        UserError: a prediction was changed after its runs began, an arm does not compose, or it
-            has other settings than when it was run; a damaged result.
-        BlockingIOError: another process is at work there.
+        UserError: a prediction was changed after its runs began, an arm does not compose, its
+            config differs from that of its earlier runs, or a result is damaged.
+        BlockingIOError: another process runs claims in this folder.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
     stored = {} if results is None else read_results(results)
@@ -104,7 +104,7 @@ def _register(claim: Claim, asked: Sequence[ClaimJob], runs: Path, commit: str |
 
 
 def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
-    """All claims' jobs by seed, then by claim and arm, a shared one once."""
+    """All claims' jobs, ordered by seed, claim and arm; a shared job comes once."""
     by_seed: dict[int, dict[str, ClaimJob]] = {}
     for claim_jobs in asked:
         for job in claim_jobs:
@@ -113,8 +113,8 @@ def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
 
 
 def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path) -> list[ClaimJob]:
-    """The jobs, and before each the runs that it branches or starts from, where those are not here:
-    their numbers may be in a result, but their checkpoints are not."""
+    """The jobs, each after the runs that it branches or starts from, unless those are done here. A
+    stored result has a parent's numbers but not its checkpoints."""
     found: dict[str, ClaimJob] = {}
     seeds = list(dict.fromkeys(job.seed for job in todo if job.parent is not None))
     known = {job.folder: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
@@ -129,7 +129,7 @@ def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path)
 
 
 def _batches(waiting: Sequence[ClaimJob]) -> list[list[ClaimJob]]:
-    """The jobs in order, parted where one branches from another that is still to run."""
+    """Split the jobs, in order, wherever one branches from a job of the current batch."""
     batches: list[list[ClaimJob]] = [[]]
     for job in waiting:
         if any(job.parent == other.folder for other in batches[-1]):
@@ -139,7 +139,7 @@ def _batches(waiting: Sequence[ClaimJob]) -> list[list[ClaimJob]]:
 
 
 def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
-    """``sweep.json``, by which the report reads the folder like any sweep's."""
+    """Write ``sweep.json``, with which the report reads the folder like any sweep's."""
     plan = Plan(runs)
     known = {job.folder for job in plan.jobs}
     plan.jobs += [Job(job.folder, job.overrides) for job in todo if job.folder not in known]

@@ -1,8 +1,7 @@
-"""The weights that runs ended with, made again where they are gone.
+"""Writes the final weights of runs, and compares their digests with those of the stored result.
 
-Runs stay where they were made, and go. The same config on the same commit, with one thread of the
-same kind of processor, gives the same weights to the last bit; so whoever runs an arm again has
-them again, and can tell by the digest that a result keeps.
+The same config on the same commit, with one thread of the same kind of processor, gives the same
+weights to the last bit. So weights that were deleted can be trained again and checked.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ def write_weights(
     """Write ``ARM_seed-S.safetensors`` of finished runs.
 
     Args:
-        claim: whose runs they are.
-        runs: their folder, absolute.
-        to: the files' folder; it need not exist.
-        seeds: of the runs.
-        arms: likewise.
+        claim: the claim of the runs.
+        runs: the folder of runs, absolute.
+        to: the output folder; it need not exist.
+        seeds: the runs' seeds.
+        arms: the runs' arms.
         stored: the runs of the claim's result, by arm and seed.
 
     Returns:
-        A line a run: its file, and whether the result has the same digest, or that nothing of it is
-        kept; and of how many runs nothing is.
+        One line per run, with its file and whether the result has the same digest, or saying that
+        the run keeps no weights; and the number of runs that keep none.
 
     Raises:
-        UserError: an arm does not compose; the package safetensors is missing.
-        OSError: a full disk, among others.
+        UserError: an arm does not compose, or the package safetensors is missing.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     from mtp_lightning.interop import weights
 

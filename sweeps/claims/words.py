@@ -1,4 +1,4 @@
-"""A result's numbers and predictions for people."""
+"""Describes a result's predictions and numbers in words."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def subject(entry: Entry) -> str:
 
 
 def quantity(measure: Entry) -> str:
-    """What is measured: ``share of seeds with val/exact_match > 0.95``."""
+    """A measure in words: ``share of seeds with val/exact_match > 0.95``."""
     if measure.get("curve"):
         what = "what a step is worth in plain steps" if measure["part"] == "effect" else "gain"
         return f"compute-equivalent {what}, by {measure['tag']}"
@@ -38,7 +38,7 @@ def quantity(measure: Entry) -> str:
 
 
 def predicted(entry: Entry) -> str:
-    """``above 0``, ``within ±0.01``, and the size that is expected."""
+    """``above 0`` or ``within ±0.01``, followed by the expected size."""
     by = _brief(entry, entry["by"])
     region = f"within ±{by}" if entry["side"] == "within" else f"{entry['side']} {by}"
     size = entry["expected"]
@@ -76,7 +76,7 @@ def tested(entry: Entry) -> str:
 
 
 def verdict(entry: Entry, more: str = "") -> str:
-    """In Markdown, the verdict, with the reason of one that is undecided, and what would help."""
+    """The verdict in Markdown, followed by the reason of an undecided one and what would help."""
     said = "; ".join(filter(None, [entry["why"], more]))
     return f"**{plain(entry['verdict'])}**" + (f": {plain(said)}" if said else "")
 
@@ -94,12 +94,12 @@ def show(entry: Entry, value: float) -> str:
 def aligned(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
 ) -> list[str]:
-    """A table as lines of text, its columns aligned; on a terminal no line is longer than it.
+    """A table as lines of text with aligned columns, cut at the terminal's width.
 
     Args:
         head: the columns' names.
-        rows: of cells.
-        right: columns that stand to the right.
+        rows: lists of cells.
+        right: right-aligned columns, from 0.
     """
     lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -114,7 +114,7 @@ def aligned(
 
 
 def _brief(entry: Entry, value: float) -> str:
-    """As it stands in the claim's file, or in per cent."""
+    """A number as in the claim's file; in percent for a rate."""
     text = f"{100 * value:g} %" if _is_rate(entry) and value else f"{value:g}"
     return text.replace("-", "−")
 
@@ -130,12 +130,12 @@ def _equals(p: float) -> str:
 
 
 def beside(here: Entry, committed: Entry) -> list[str]:
-    """A line a prediction: both numbers with their 95 % intervals, and whether these overlap; of
-    two shares those of the arm, and of what it is compared with.
+    """One line per prediction: both numbers with their 95 % intervals, and whether these overlap.
+    For two shares, the intervals of both arms must overlap.
 
     Args:
-        here: of runs of one's own.
-        committed: of the same claim.
+        here: the result of the user's runs.
+        committed: the stored result of the same claim.
     """
     return [
         f"{subject(mine)}, {quantity(mine['measure'])}: here {measured(mine)}, "
@@ -153,6 +153,6 @@ def _agreement(mine: Entry, theirs: Entry) -> str:
 
 
 def _intervals(entry: Entry) -> list[Entry]:
-    """What has ``low`` and ``high``: the effect, or the shares. One seed has no interval."""
+    """The intervals of an entry: its shares or its effect. One seed has no interval."""
     found = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
     return [each for each in found if each["low"] is not None]

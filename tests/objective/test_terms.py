@@ -305,7 +305,7 @@ def test_an_anchor_is_its_two_distances(
             "anchor.latent=0 and anchor.semantic=0 leave nothing",
         ),
         (lambda: Anchor(semantic=-1), "anchor.semantic must be a number of at least 0"),
-        (lambda: Mixture({"anchor": 1}), "does not look at what the depths predict"),
+        (lambda: Mixture({"anchor": 1}), "does not train what the depths predict"),
         (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),
     ],
 )

@@ -139,7 +139,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
     assert execute("verdict", "mine", *elsewhere).returncode == 0
     assert json.loads((tmp_path / "results" / "mine.json").read_text()) == result
 
-    # Beside what is committed: here the same runs.
+    # The stored result is of the same runs here.
     again = execute("replicate", "mine", *where, "--root", tmp_path)
     assert again.returncode == 0, again.stderr
     assert "4 runs in" in again.stdout and "4 ended before" in again.stdout
@@ -160,4 +160,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
     refused = execute("run", "nope", *where)
     assert refused.returncode == 1 and "choose one of mine, yours" in refused.stderr
     neither = execute("verdict", *where)
-    assert neither.returncode == 1 and "verdict wants names of claims, or --all" in neither.stderr
+    assert (
+        neither.returncode == 1
+        and "verdict needs either names of claims or --all" in neither.stderr
+    )

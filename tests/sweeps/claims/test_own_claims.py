@@ -17,9 +17,8 @@ pytest.importorskip("matplotlib")
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
-from sweeps.claims.commit import commit_of, predicted_in
 from sweeps.claims.pages import BEGIN, END, QUESTION, part
-from sweeps.claims.register import Register, read_register, write_register
+from sweeps.claims.register import Register, commit_of, predicted_in, read_register, write_register
 from sweeps.claims.result import make_result
 from sweeps.process import Task
 from tests.sweeps.claims.fixture_claims import claim_of, observed, write_claim
@@ -106,7 +105,7 @@ def test_a_result_from_before_trials_were_told_apart_says_so_too(tmp_path: Path)
     claim = replace(claim_of(tmp_path), name=QUESTION)
     arms = observed(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
     result = {**make_result(claim, arms, ("2026-11-25T09:00:00+00:00", None)), "verdict": "holds"}
-    assert "成立 (预测不在任何提交中)" in part([(claim, result)], "README.zh-CN.md")
+    assert "成立 (预测不在任何提交中)" in part([(claim, result)], "README.zh-CN.md", tmp_path)
 
 
 def test_what_came_out_of_ones_own_claims_lies_beside_them(

@@ -219,7 +219,7 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = "| [mine](#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold | 4–5 |"
     assert row in page and "Predicted, and not run yet: other." in page
     assert "then run, 0 hold, 0 do not, 1 is undecided, which means" in readme
-    assert "Predicted, and not run yet: other." in readme
+    assert "Predicted, and not run yet: 1 more" in readme
     assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
     assert write_pages(tmp_path, claims) == [], "nothing changes"
@@ -252,7 +252,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         (["run", "mine", "--seeds", 1, -1], "--seeds -1: give whole numbers >= 0"),
         (["run", "mine", "--gpu"], "has no gpu setting"),
         (["run", "yours"], "choose one of mine"),
-        (["verdict", "mine", "--all"], "wants names of claims, or --all"),
+        (["verdict", "mine", "--all"], "needs either names of claims or --all"),
     ):
         assert run(*arguments, *where) == 1
         assert said in capsys.readouterr().err
