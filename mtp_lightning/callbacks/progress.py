@@ -20,8 +20,9 @@ from mtp_lightning.settings import require_number, require_whole
 
 _WIDE = 120  # columns of a terminal in which the bar has room for a schedule's name
 _TIMED_FROM = 10  # steps of this process, before which nobody knows how long the rest takes
-# tqdm's own format without the remaining time.
-_UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+# Short, so that all of it and some bar fit into 100 columns.
+_TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
+_UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
 class StepProgressBar(ProgressBar):
@@ -116,7 +117,7 @@ class StepProgressBar(ProgressBar):
                 self._text = self._describe(trainer, outputs)
                 self._bar.set_postfix_str(self._text, refresh=False)
                 if step - self._began[0] >= _TIMED_FROM:
-                    self._bar.bar_format = None
+                    self._bar.bar_format = _TIMED
                 self._bar.update(step - self._bar.n)
                 self._bar.refresh()
                 self._shown_at = now
