@@ -349,7 +349,7 @@ def test_another_number_of_threads_is_said(
     finally:
         torch.set_num_threads(1)
     assert "trained with 1 CPU threads and continues with 2" in caplog.text
-    assert "trainer.num_threads=1 would equal" in caplog.text
+    assert "trainer.num_threads=1 would give the same bits" in caplog.text
     assert checkpoint(tmp_path)["threads"] == 2
 
 
@@ -366,4 +366,4 @@ def test_other_kernels_are_said(
     assert "with a C++ compiler would give the same bits" in caplog.text
     monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
     train_here(tmp_path, cache, {"trainer.max_steps": 8})
-    assert "MTP_LIGHTNING_NATIVE=0 would equal" in caplog.text
+    assert "MTP_LIGHTNING_NATIVE=0 would give the same bits" in caplog.text
