@@ -18,7 +18,7 @@ from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
 from sweeps.claims.words import quantity, subject
 from sweeps.report.statistics import interval, share
-from sweeps.report.style import COLOURS, DASHES, QUIET, as_svg, by_row, styled
+from sweeps.report.style import COLORS, DASHES, QUIET, as_svg, by_row, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,11 +101,11 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Figure:
             y,
             xerr=reach,
             fmt="o",
-            color=COLOURS[0],
-            markerfacecolor="none" if entry["verdict"] == UNDECIDED else COLOURS[0],
+            color=COLORS[0],
+            markerfacecolor="none" if entry["verdict"] == UNDECIDED else COLORS[0],
         )
         bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
-        axes.plot(bounds, [y] * len(bounds), "|", color=COLOURS[1], markersize=14)
+        axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
     axes.set_xlabel(quantity(entries[0]["measure"]))
     return figure
 
@@ -117,7 +117,7 @@ def _shares(result: Result, measure: dict[str, Any]) -> Figure:
     figure, axes = by_row([arm for arm, _ in shown])
     for y, (_, found) in enumerate(shown):
         reach = [[found.rate - found.low], [found.high - found.rate]]
-        axes.errorbar(found.rate, y, xerr=reach, fmt="o", color=COLOURS[0])
+        axes.errorbar(found.rate, y, xerr=reach, fmt="o", color=COLORS[0])
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel(quantity(measure))
     return figure
@@ -165,16 +165,16 @@ def _panel(axes: Axes, arms: Sequence[tuple[str, list[list[list[float]]]]]) -> N
     highest, lowest = 0.0, math.inf
     for arm, curves in arms:
         head = arm.rpartition("_")[0] if arm[-1].isdigit() else arm
-        colour = COLOURS[heads.setdefault(head, len(heads)) % len(COLOURS)]
+        color = COLORS[heads.setdefault(head, len(heads)) % len(COLORS)]
         dash = DASHES[seen.setdefault(head, 0) % len(DASHES)]
         seen[head] += 1
         at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(PARTS)]
         means = [interval([curve[i][1] for curve in curves]) for i in range(PARTS)]
         middle, half = [m.mean for m in means], [m.half or 0.0 for m in means]
-        axes.plot(at, middle, color=colour, linestyle=dash, label=arm)
+        axes.plot(at, middle, color=color, linestyle=dash, label=arm)
         low = [m - h for m, h in zip(middle, half, strict=True)]
         high = [m + h for m, h in zip(middle, half, strict=True)]
-        axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
         shown = [m for x, m in zip(at, middle, strict=True) if x >= _SHOWN_FROM * at[-1]]
         highest, lowest = max(highest, *shown), min(lowest, *low)
     axes.set_ylim(lowest, highest)

@@ -1,6 +1,6 @@
-"""A sweep as a page: `python -m sweeps.report FOLDER`.
+"""Reports a sweep as a page: `python -m sweeps.report FOLDER`.
 
-The way of the data: read.py (files -> runs) -> collect.py, settings.py (runs that differ in the
-seed alone) -> compare.py, equivalent.py (differences, gains) -> figures.py, tables.py, findings.py
--> page.py, events.py. Nothing here trains, and nothing is written into a run's own folder.
+Data flows through read.py (files -> runs), collect.py and settings.py (runs that differ only in the
+seed), compare.py and equivalent.py (differences, gains), figures.py, tables.py and findings.py, to
+page.py and events.py. The report trains nothing and writes nothing into a run's folder.
 """

@@ -32,24 +32,24 @@ def report(
     """Write `report.html`, `runs.csv` and `figures/`.
 
     Args:
-        folders: of sweeps or runs; several are told apart by their names.
-        output: where the files go; by default the folder itself, or for several a folder beside
+        folders: folders of sweeps or runs; the names of several are shown.
+        output: the output folder; by default the folder itself, or for several a folder next to
             the first.
         reference: label of the setting that all are compared with; by default the one without
             MTP, or the first.
-        level: of a task, the exact match above which a seed solves it.
-        every: seconds after which the page loads itself again; None for a page that stays.
+        level: a seed solves a task if its exact match is above this level.
+        every: the page reloads itself after as many seconds; None for a static page.
 
     Returns:
-        The page's path, and the answer that it begins with.
+        The page's path, and the sentences that it begins with.
 
     Raises:
-        FileNotFoundError: a folder without runs.
-        UserError: ``reference`` names no setting, ``level`` is none, or a package is missing.
+        FileNotFoundError: a folder has no runs.
+        UserError: ``reference`` names no setting, ``level`` is invalid, or a package is missing.
     """
     _require_packages()
     if not 0 <= level < 1:
-        raise UserError(f"--solved {level:g} is no share below 1: give one such as {SOLVED}.")
+        raise UserError(f"--solved {level:g} must be at least 0 and below 1, such as {SOLVED}.")
     from sweeps.report import events, figures, page, style
 
     sweeps = _read(folders)
@@ -84,7 +84,7 @@ def report(
 def _again(
     make: Callable[..., tuple[Path, list[str]]], folders: Sequence[str]
 ) -> tuple[Path, bool]:
-    """A report that loads itself again while there are jobs to come, and whether there are."""
+    """Make a report that reloads itself while jobs are left, and say whether any are."""
     runs = [run for sweep in _read(folders) for run in sweep.runs]
     running = any(run.state in ("running", "pending") for run in runs)
     return make(every=SECONDS if running else None)[0], running
@@ -95,9 +95,9 @@ def _read(folders: Sequence[str | Path]) -> list[Sweep]:
         return [read_sweep(folders[0])]
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("A folder is given twice: each is compared with the others.")
+        raise UserError("A folder is given twice: give every folder once.")
     parts = [path.resolve().parts for path in paths]
-    # As much of the paths as tells them apart: a/sweep and b/sweep.
+    # The shortest ends of the paths that differ: a/sweep and b/sweep.
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -127,12 +127,14 @@ def main(
 ) -> None:
     """The command line."""
     parser = Parser(prog=program, description="Compare the runs of one or more sweeps.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a sweep, or of runs")
-    parser.add_argument("--output", metavar="DIR", help="where the report goes")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="a folder of a sweep or of runs"
+    )
+    parser.add_argument("--output", metavar="DIR", help="output folder")
     parser.add_argument(
         "--reference",
         metavar="SETTING",
-        help="what all are compared with, as 'mtp.depth=0' (default: no MTP, or the first setting)",
+        help="compare with this, as 'mtp.depth=0' (default: no MTP, or the first setting)",
     )
     parser.add_argument(
         "--solved",
@@ -144,19 +146,23 @@ def main(
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="make it again while jobs run, and serve it on 127.0.0.1",
+        help="update the report while jobs run, and serve it on 127.0.0.1",
     )
     parser.add_argument(
-        "--port", type=int, default=0, help="of --watch (default: a free one)", metavar="PORT"
+        "--port", type=int, default=0, help="port of --watch (default: a free one)", metavar="PORT"
     )
     parser.add_argument(
-        "--diff", action="store_true", help="of two runs' configs instead of a report"
+        "--diff",
+        action="store_true",
+        help="print how two runs' configs differ, instead of a report",
     )
     given = parser.parse_args(arguments)
     with readable_errors():
         if given.diff:
             if len(given.folders) != 2:
-                raise UserError(f"--diff wants two runs, and got {len(given.folders)}.")
+                raise UserError(
+                    f"--diff compares two runs, not {len(given.folders)}: give two folders."
+                )
             print("\n".join(describe(*given.folders)) or "no difference")
             return
         make = partial(

@@ -1,5 +1,5 @@
-"""From runs to settings: which runs differ in nothing but the seed, and what tells settings
-apart."""
+"""Groups runs into settings (runs that differ only in the seed), and names settings by the keys in
+which they differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import Run, Sweep
 from sweeps.report.settings import SOLVED, Setting, Settings, order, show
 
-# Keys that name a setting best, where the command lines do not say which are meant.
+# Keys that describe a setting best, if the command lines do not name the varied ones.
 _TELLING = (
     "mtp._target_",
     "mtp.depth",
@@ -26,8 +26,8 @@ _TELLING = (
     "trainer.max_steps",
 )
 
-FOLDER = "folder"  # the key by which settings of two sweeps are told apart
-DATA = "data.fingerprint"  # of the data that a finished run was really trained on
+FOLDER = "folder"  # the key that separates settings of two sweeps
+DATA = "data.fingerprint"  # of the data that a finished run was trained on
 TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
 
 
@@ -63,12 +63,12 @@ def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
 
 
 def ignored(key: str) -> bool:
-    """Whether a config key tells no setting from another: the seed, and what has no bearing."""
+    """Whether a key separates no settings: the seed, and keys that do not change the numbers."""
     return key == "seed" or not has_bearing(key)
 
 
 def _seed_keys(runs: Iterable[Run]) -> set[str]:
-    """Keys such as data.seed that are the run's seed in every run."""
+    """Keys such as data.seed whose value is the run's seed in every run."""
     keys = {key for run in runs for key in run.config if "seed" in key.rpartition(".")[2]}
     return {k for k in keys if all(r.config.get(k, r.seed) == r.seed for r in runs)}
 
@@ -81,8 +81,7 @@ def _comparable(run: Run, follows: set[str]) -> dict[str, Any]:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config is computed: ``mtp=none`` and any other stack without depths are the
-    same."""
+    """The part of a config that changes what is computed: all stacks without depths are equal."""
     if not _is_plain(config):
         return config
     return {k: v for k, v in config.items() if k == "mtp.depth" or not k.startswith("mtp.")}
@@ -95,12 +94,11 @@ def _is_plain(config: dict[str, Any]) -> bool:
 def _apart(
     settings: list[Setting], key: str, same: Callable[[Run], Any], name: Callable[[Run], str]
 ) -> list[Setting]:
-    """The settings, or, where the finished runs of one differ in what ``same`` gives, one for each
-    of these, named by the key.
+    """Split settings whose finished runs differ in ``same``; ``key`` names the parts.
 
-    Equal configs can do that: a text file may have changed between two runs, or what is evaluated
-    of it. A run that has not ended does not say which it reads, and its curve is not averaged with
-    the others' then.
+    Runs of equal configs differ if a text file, or the evaluated part of it, has changed between
+    them. An unfinished run does not say which text it reads, so its curve is then not averaged with
+    the others.
     """
     if all(len({same(run) for run in setting.done}) < 2 for setting in settings):
         return settings
@@ -128,8 +126,7 @@ def _text_name(run: Run) -> str:
 
 
 def _drop_repeats(setting: Setting) -> list[Run]:
-    """Keep one run a seed, a finished one and of those the newest: a repeated seed is no second
-    sample."""
+    """Keep one run per seed, the newest finished one: a repeated seed is not a second sample."""
     best: dict[Any, Run] = {}
     for run in setting.runs:
         other = best.get(run.seed)
@@ -146,14 +143,13 @@ def _rank(run: Run) -> tuple[bool, float]:
 
 
 def _name(settings: list[Setting], asked: list[str]) -> list[str]:
-    """Choose the keys that tell the settings apart, and set every setting's values of them.
+    """Choose the keys that separate the settings, and set every setting's values of them.
 
-    First come the keys that the sweeps or the command lines name, then those that are needed to
-    tell apart what is still alike.
+    Keys named by sweeps or command lines come first, then others while two settings are alike.
     """
     given = [key for s in settings for run in s.runs for key in run.overrides]
     named = [*asked, *given]
-    # No MTP is what one compares with first, so the depth leads.
+    # Most comparisons are with plain training, so the depth comes first.
     candidates = [FOLDER, *(key for key in named if key == "mtp.depth"), *named]
     chosen: list[str] = []
     for key in dict.fromkeys(candidates):
@@ -161,7 +157,7 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
         if not (ignored(key) or key in chosen) and len({show(v) for v in values}) > 1:
             chosen.append(key)
     keys = {key for setting in settings for key in setting.config}
-    last = {DATA, TEXT}  # which follow from other keys, if any
+    last = {DATA, TEXT}  # last, because they usually follow from other keys
     rest = [k for k in _TELLING if k in keys] + sorted(keys - {*_TELLING, *last})
     rest += sorted(keys & last)
     for key in rest:
@@ -180,7 +176,7 @@ def _parts(settings: list[Setting], keys: list[str]) -> Counter[tuple[str, ...]]
 
 
 def _value(setting: Setting, key: str) -> Any:
-    """A setting's value of a key of the config, or its choice for a group of the config."""
+    """A setting's value of a config key, or its choice of a config group."""
     if key in setting.config:
         value = setting.config[key]
         return _class_name(value) if key.endswith("._target_") else value

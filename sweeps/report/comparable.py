@@ -1,7 +1,7 @@
-"""What may be compared between settings, and the sentences that say what may not.
+"""Decides which settings may be compared, and explains which may not.
 
-Settings compare if they were evaluated on the same text, see as much of it at once, and if the
-numbers of their depths are those of one task.
+Settings compare if they were evaluated on the same text, with contexts of about equal bytes, and if
+their depths solve the same task.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ MEANS = {
 
 
 def may_compare(one: Setting, other: Setting, tag: str) -> bool:
-    """Whether a metric of two settings is measured on the same text, or on none. Decoding is
-    measured on the text: its prompts are held-out documents, and what is accepted of the drafts
-    depends on them. Training loss, throughput, parameters, FLOPs and seconds are not."""
+    """Whether two settings measured a metric on the same text, or on none.
+
+    Decoding depends on the text: its prompts are held-out documents. Training loss, throughput,
+    parameters, FLOPs and seconds do not."""
     return not tag.startswith(("val/", "decode/")) or bool(_text(one) == _text(other))
 
 
 def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
-    """The settings that have finished runs, those together that may be compared."""
+    """Settings with finished runs, grouped by those that may be compared."""
     groups: dict[Any, list[Setting]] = {}
     for setting in settings:
         if setting.done:
@@ -45,14 +46,14 @@ def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
 
 
 def _text(setting: Setting) -> Any:
-    """Equal for settings of one text. Runs that do not mention their text are together, as they
-    always were; a part that has no digest is like no other's."""
+    """A key that is equal for settings of one text. Settings that do not mention their text share a
+    key; a text without a digest has a key of its own."""
     text = setting.text
     return "" if text is None else text.fingerprint or id(setting)
 
 
 def refusal(settings: Sequence[Setting]) -> str:
-    """What is not compared, why, and what would help; empty where all are of one text."""
+    """The sentences that refuse a comparison and say what would help; empty for one text."""
     groups = by_text(settings)
     if len(groups) < 2:
         return ""
@@ -93,8 +94,8 @@ def _bytes(group: Sequence[Setting]) -> str:
 
 
 def contexts(settings: Sequence[Setting]) -> list[str]:
-    """A sentence for all settings of one text whose windows differ in tokens or in tokenizer:
-    whether they see equally many bytes."""
+    """One sentence per text whose settings differ in window or tokenizer: whether their windows
+    have equally many bytes."""
     return [sentence for group in by_text(settings) if (sentence := _context(group))]
 
 
@@ -107,9 +108,9 @@ def _context(group: Sequence[Setting]) -> str:
     if len(sizes) < len(group):
         said = "Whether the context is equal in bytes is unknown"
     elif max(sizes) <= EQUAL_CONTEXT * min(sizes):
-        said = "The context is equalised in bytes, within 5 %"
+        said = "The context is equal in bytes, within 5 %"
     else:
-        said = "The context is not equalised: a model that sees more text may predict better"
+        said = "The context is not equal: a model that sees more text may predict better"
     by_size: dict[str, list[str]] = {}
     for setting, window in zip(group, windows, strict=True):
         by_size.setdefault(_window(*window), []).append(setting.label)
@@ -125,7 +126,7 @@ def _window(tokens: int | None, rate: float | None) -> str:
 
 
 def _bytes_per_token(setting: Setting) -> float | None:
-    """Of the evaluated targets; of the whole validation split where these are not counted."""
+    """Bytes per token of the evaluated targets, or else of the whole validation split."""
     text = setting.text
     if text and text.bytes and text.tokens:
         return text.bytes / text.tokens
@@ -138,14 +139,14 @@ def _whole(value: Any) -> int | None:
 
 
 def error_of_text(setting: Setting) -> float | None:
-    """Standard error of a setting's bits per byte over the documents of the evaluation text, by
-    bootstrap, mean over seeds; None where a finished run has none."""
+    """Bootstrap standard error of a setting's bits per byte over the evaluated documents, mean over
+    seeds; None if a finished run has none."""
     found = setting.estimate(BITS_ERROR).interval
     return found.mean if found else None
 
 
 def text_errors(settings: Sequence[Setting]) -> str:
-    """What stands beside intervals over seeds, and what it is not; empty without errors."""
+    """The sentences that explain the text's own error; empty without errors."""
     errors = [error for setting in settings if (error := error_of_text(setting)) is not None]
     if not errors:
         return ""
@@ -153,24 +154,24 @@ def text_errors(settings: Sequence[Setting]) -> str:
     size = least if least == most else f"{least} to {most}"
     return (
         f"The text's own error in bits per byte is {size}: the standard error over its documents "
-        "(bootstrap, mean over seeds), beside the ± over seeds. It says how far another text would "
-        "move the numbers, all of them together; it is not the error of a difference between runs "
-        "on the same text."
+        "(bootstrap, mean over seeds), apart from the ± over seeds. It says how far another text "
+        "would move all numbers together; it is not the error of a difference between runs on the "
+        "same text."
     )
 
 
 def predicts_tokens(setting: Setting) -> bool:
-    """Whether the depths of a setting predict a token each, unless a finished run says it not. The
-    depth of a head that summarises what comes, or of registers, predicts no token of its own."""
+    """Whether each depth of a setting predicts a token; true unless a finished run denies it. The
+    depth of a summary head or of registers predicts no token of its own."""
     return all(run.summary.get("mtp_predicts_tokens", True) for run in setting.done)
 
 
 def meaning(settings: Settings) -> str:
-    """What the teacher-forced numbers of these settings' depths are, for beneath a chart or table
-    of them; empty where no run says it.
+    """A note below charts and tables on what the teacher-forced numbers of depths mean; empty if no
+    run says it.
 
-    Sequential modules are given the true tokens up to i + k before they predict the next one;
-    parallel and linear heads and bare targets predict it from the tokens up to i.
+    Sequential modules read the true tokens up to i + k before they predict the next one; parallel
+    and linear heads and bare targets predict it from the tokens up to i.
     """
     by_kind: dict[bool, list[str]] = {}
     for setting in settings.all:
@@ -182,9 +183,9 @@ def meaning(settings: Settings) -> str:
     if len(by_kind) > 1:
         given, blind = (some(by_kind[reads]) for reads in (True, False))
         remark = (
-            f"Two tasks stand side by side here. With {given} depth k reads the true tokens before "
-            f"its target, with {blind} none beyond the main prediction's. Loss, agreement and "
-            "overlap of a depth do not compare between the two: compare what the decoding loop "
+            f"The depths solve two different tasks. With {given} depth k reads the true tokens "
+            f"before its target, with {blind} none beyond the main prediction's. Loss, agreement "
+            "and overlap of a depth do not compare between the two: compare what the decoding loop "
             "accepts, decode/*."
         )
     if others := [setting.label for setting in settings.all if not predicts_tokens(setting)]:

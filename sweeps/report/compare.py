@@ -1,8 +1,7 @@
-"""Differences between settings, and whether the seeds' noise would explain them.
+"""Compares settings, and tests whether noise between seeds explains their differences.
 
-Losses are compared seed by seed (paired t). A task is solved by a seed or not, so that settings of
-a task are compared by their shares of seeds that solve it (Fisher's exact test, unpaired), and by
-the time that these took.
+Losses are compared seed by seed (paired t-test). Settings of a task are compared by the share of
+seeds that solve it (Fisher's exact test, unpaired) and by the time to solve.
 """
 
 from __future__ import annotations
@@ -41,13 +40,12 @@ class Comparison:
     """One setting against its reference.
 
     Attributes:
-        setting: the one.
-        reference: the other.
-        result: of the test: paired differences, or, of a task, the two shares of seeds that solve;
-            None where no seed has both, a mean is missing, or the two were evaluated on different
-            texts.
-        adjusted: Holm's p-value among all tests of the report; None where there is no test.
-        verdict: in words.
+        setting: the compared setting.
+        reference: the setting that it is compared with.
+        result: of the test: paired differences, or, for a task, the two shares of seeds that solve;
+            None if no seed has both, a mean is missing, or the texts differ.
+        adjusted: Holm's p-value among all tests of the report; None without a test.
+        verdict: the result in words.
     """
 
     setting: Setting
@@ -58,24 +56,24 @@ class Comparison:
 
     @property
     def paired(self) -> Paired | None:
-        """The result, where it is of paired differences."""
+        """The result if it is of paired differences."""
         return self.result if isinstance(self.result, Paired) else None
 
     @property
     def solved(self) -> Unpaired | None:
-        """The result, where it is of shares."""
+        """The result if it is of shares."""
         return self.result if isinstance(self.result, Unpaired) else None
 
     @property
     def against(self) -> str:
-        """The reference, by the keys in which it differs from the setting."""
+        """The reference's values of the keys in which it differs from the setting."""
         own = self.setting.values
         other = {k: v for k, v in self.reference.values.items() if show(v) != show(own.get(k))}
         return ", ".join(f"{key}={show(value)}" for key, value in other.items())
 
     @property
     def refused(self) -> bool:
-        """Whether the two are numbers of different evaluation texts."""
+        """Whether the two were evaluated on different texts or questions."""
         return self.verdict in (OTHER_TEXT, OTHER_QUESTIONS)
 
     @property
@@ -90,10 +88,10 @@ def compare(
     """Test every setting against its reference, with Holm's correction over all of them.
 
     Args:
-        settings: of the sweep.
-        tag: the metric; by default the headline, and of a task who solves it.
-        reference: label of the setting that all others are compared with, or a part of it that
-            names one; by default see :func:`references`.
+        settings: the settings of the report.
+        tag: the metric; by default the headline metric, or for a task whether a seed solves it.
+        reference: label of the setting that all others are compared with, or an unambiguous part of
+            it; by default see :func:`references`.
 
     Raises:
         UserError: ``reference`` names no setting, or several.
@@ -123,9 +121,9 @@ def compare(
 def references(settings: Settings, named: str | None = None) -> list[Setting]:
     """The reference of every setting.
 
-    By default it is the one with the smallest value of the first varied key (no MTP, if the depth
-    is varied) and equal values of all others; where such a one is missing for some setting, the
-    first setting is everybody's reference.
+    By default it is the setting with the smallest value of the first varied key (no MTP, if the
+    depth is varied) and equal values of all other keys. If some setting has no such reference, the
+    first setting without MTP, or else the first, is the reference of all.
     """
     if named is not None:
         return [_find(settings, named)] * len(settings.all)
@@ -179,21 +177,21 @@ def _verdict(
 
 
 def sparse(comparisons: Sequence[Comparison]) -> bool:
-    """Whether some test rests on fewer than five pairs, too few to see any but large effects."""
+    """Whether a test has fewer than five pairs, which only reveal large effects."""
     found = (c.paired for c in comparisons)
     return any(r and r.p is not None and r.difference.n < 5 for r in found)
 
 
 def smallest_p(comparisons: Sequence[Comparison]) -> float | None:
-    """The smallest p-value that any outcome of the exact tests could have after the correction,
-    with as many seeds and tests; None without a test."""
+    """The smallest corrected p-value that the exact tests can reach with these numbers of seeds and
+    tests; None without a test."""
     tests = [c.solved for c in comparisons if c.solved and c.adjusted is not None]
     least = [test.least for test in tests if test.least is not None]
     return min(1.0, len(least) * min(least)) if least else None
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which (cost, loss) points no other is at least as good as in both, and better in one."""
+    """Which (cost, loss) points are not dominated by another one."""
     return [
         not any(
             cost <= own_cost and loss <= own_loss and (cost, loss) != (own_cost, own_loss)
@@ -204,8 +202,8 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def solved_share(setting: Setting, level: float) -> Share | None:
-    """Finished seeds whose final ``val/exact_match`` is above the level; None where one of them
-    has no number, since nobody knows whether it solves."""
+    """The share of finished seeds whose final ``val/exact_match`` is above the level; None if one
+    of them has no number."""
     found = setting.estimate(EXACT)
     if found.interval is None:
         return None
@@ -213,8 +211,8 @@ def solved_share(setting: Setting, level: float) -> Share | None:
 
 
 def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:
-    """Optimizer steps to a run's first validation above the level, whatever came after it; to the
-    last one, if there was none such yet. None without a validation."""
+    """Optimizer steps to a run's first validation above the level, or to the last validation if
+    none was above; None without a validation."""
     solved = first_above(run.rows, level, tag)
     if solved is not None:
         return Wait(solved["step"], True)
@@ -223,6 +221,6 @@ def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:
 
 
 def time_to_solve(setting: Setting, level: float) -> Survival | None:
-    """Over all seeds that have validated, running and failed ones too; None without such."""
+    """The time to solve over all seeds with a validation, unfinished ones too; None without any."""
     waits = (wait_of(run, level) for run in setting.runs)
     return survival([wait for wait in waits if wait])

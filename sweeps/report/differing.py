@@ -1,4 +1,4 @@
-"""What two runs were told differently: their composed configs, key by key."""
+"""Compares the composed configs of runs, key by key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sweeps.report.settings import show
 
 
 def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """The keys that any two of the runs differ in, by run; where its files lie is no difference.
+    """Every run's values of the keys in which any two runs differ, by run; paths are left out.
 
     Args:
-        runs: those without a config are left out.
+        runs: runs without a config are left out.
     """
     known = {run.name: _shown(run.config) for run in runs if run.config}
     keys = {key for config in known.values() for key in config}
@@ -28,14 +28,14 @@ def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 
 def describe(first: str | Path, second: str | Path) -> list[str]:
-    """A line for each key that two runs differ in: ``KEY: A | B``.
+    """One line per key in which two runs differ: ``KEY: A | B``.
 
     Args:
         first: a run's folder.
-        second: another's.
+        second: another run's folder.
 
     Raises:
-        UserError: a folder is no single run with a config.
+        UserError: a folder is not that of one run with a config.
     """
     left, right = (_shown(_only(folder).config) for folder in (first, second))
     keys = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
@@ -46,7 +46,7 @@ def _only(folder: str | Path) -> Run:
     runs = read_sweep(folder).runs
     if len(runs) != 1 or not runs[0].config:
         raise UserError(
-            f"{folder} is no run with a config.yaml: --diff compares the folders of two runs."
+            f"{folder} is not a run with a config.yaml: --diff compares the folders of two runs."
         )
     return runs[0]
 

@@ -1,18 +1,18 @@
-"""Compute-equivalent gain: how much plain training the same loss would have cost.
+"""Compute-equivalent gain: the compute that plain training needs for the same loss.
 
-Plain next-token training reaches a loss L with ``C_plain(L)`` FLOPs. A run that ends at L and has
-spent C has
+Plain next-token training reaches a loss L with ``C_plain(L)`` FLOPs. A run that ends at L with C
+FLOPs has
 
     gain = C_plain(L) / C = price x effect
 
-where 1 means that it pays for itself. The *price* is (FLOPs of a plain step) / (FLOPs of the run's
-step), a fact about the two models. The *effect* is what is left: what a step of the run is worth
-in plain steps.
+A gain of 1 means that the run pays for itself. The *price* is (FLOPs of a plain step) / (FLOPs of
+the run's step), which depends only on the two models. The *effect* is the number of plain steps
+that a step of the run is worth.
 
-The plain curve is of runs that are each trained to their end, with the same seed and, where the
-learning rate decays, with the same share of decay: a run that was stopped early has not annealed.
-Between its points log C is interpolated over L by a monotone cubic (Fritsch & Carlson 1980, SIAM J.
-Numer. Anal. 17); a loss beyond them has no gain, since nothing is extrapolated.
+Each point of the plain curve is a complete run with the same seed and, if the learning rate decays,
+the same share of decay, because a run that was stopped early has not annealed. Between the points,
+log C is interpolated over L by a monotone cubic (Fritsch & Carlson 1980, SIAM J. Numer. Anal. 17).
+Nothing is extrapolated: a loss beyond the points has no gain.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import Interval, interval, ratio_interval
 
-# What a budget is made of, and what a module is: the rest is equal between an arm and its curve.
+# Keys of the budget, and keys of the MTP modules: an arm and its curve agree in all others.
 _BUDGET = (
     "trainer.max_steps",
     "trainer.val_check_interval",
@@ -45,11 +45,11 @@ _MODULE = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 @dataclass(frozen=True, order=True)
 class Spent:
-    """What a run came to.
+    """The compute and the final loss of a run.
 
     Attributes:
         flops: training FLOPs of the whole run.
-        loss: at its end; lower is better.
+        loss: final loss; lower is better.
         steps: optimizer steps.
     """
 
@@ -60,11 +60,11 @@ class Spent:
 
 @dataclass(frozen=True)
 class Gain:
-    """Of one run.
+    """The gain of one run.
 
     Attributes:
         total: ``C_plain(L) / C``.
-        price: FLOPs of a plain step by those of the run's.
+        price: FLOPs of a plain step divided by those of the run's step.
     """
 
     total: float
@@ -72,7 +72,7 @@ class Gain:
 
     @property
     def effect(self) -> float:
-        """What a step is worth in plain steps."""
+        """The number of plain steps that a step is worth."""
         return self.total / self.price
 
 
@@ -83,7 +83,7 @@ class PlainCurve:
         runs: at least two, of different lengths.
 
     Raises:
-        ValueError: too few, or more compute did not always make the loss lower.
+        ValueError: there are too few runs, or more compute did not always lower the loss.
     """
 
     def __init__(self, runs: Sequence[Spent]) -> None:
@@ -106,7 +106,7 @@ class PlainCurve:
         return math.exp(float(self._log_flops(loss)))
 
     def gain(self, run: Spent) -> Gain | str:
-        """Of a run; a sentence's part where its loss is beyond the curve."""
+        """The gain of a run, or the reason if its loss is beyond the curve."""
         flops = self.flops_at(run.loss)
         if flops is None:
             return (
@@ -120,13 +120,13 @@ class PlainCurve:
 
 @dataclass(frozen=True)
 class Valued:
-    """An arm beside the plain curve of its seeds.
+    """An arm compared with the plain curves of its seeds.
 
     Attributes:
         setting: the arm.
-        spent: FLOPs and loss that its runs ended with, by seed.
-        gains: by seed, of those that have one.
-        why: what is missing where there is no mean; a seed without a gain leaves none.
+        spent: final FLOPs and loss of its runs, by seed.
+        gains: the gains, by seed, of seeds that have one.
+        why: why there is no mean: a seed has no gain.
     """
 
     setting: Setting
@@ -136,29 +136,29 @@ class Valued:
 
     @property
     def total(self) -> Interval | None:
-        """Gain, geometric mean over seeds with the t interval of the logarithms."""
+        """Geometric mean of the gain over seeds, with the t interval of the logarithms."""
         return None if self.why else ratio_interval([gain.total for gain in self.gains.values()])
 
     @property
     def price(self) -> Interval | None:
-        """FLOPs of a plain step by those of the arm's."""
+        """FLOPs of a plain step divided by those of the arm's step."""
         return None if self.why else interval([gain.price for gain in self.gains.values()])
 
     @property
     def effect(self) -> Interval | None:
-        """What a step is worth in plain steps, as :attr:`total`."""
+        """The number of plain steps that a step is worth, averaged as :attr:`total`."""
         return None if self.why else ratio_interval([gain.effect for gain in self.gains.values()])
 
 
 @dataclass
 class Family:
-    """Plain settings that differ in their budget alone, and the arms that differ from these in
-    their budget and their modules.
+    """Plain settings that differ only in budget, and arms that differ from them only in budget and
+    modules.
 
     Attributes:
-        plain: the curve's settings, by their FLOPs.
-        arms: with their gains.
-        curves: by seed.
+        plain: the curve's settings, ordered by FLOPs.
+        arms: the arms with their gains.
+        curves: the plain curves, by seed.
     """
 
     plain: list[Setting] = field(default_factory=list)
@@ -167,11 +167,11 @@ class Family:
 
 
 def families(settings: Settings) -> list[Family]:
-    """The plain curves of a report, each with the arms that it prices; none without plain runs at
-    two budgets or more and an arm beside them.
+    """The plain curves of a report with their arms. A family needs plain runs at two budgets and an
+    arm.
 
     Args:
-        settings: of the sweeps; their headline is the loss.
+        settings: the settings of the report; their headline metric is the loss.
     """
     tag = settings.headline.tag
     groups: dict[str, list[Setting]] = {}
@@ -195,7 +195,7 @@ def families(settings: Settings) -> list[Family]:
 
 
 def _rest(setting: Setting) -> str:
-    """What an arm and the plain runs of its curve have the same of."""
+    """A key that an arm and the plain runs of its curve share."""
     config = setting.config.items()
     return json.dumps(
         {k: v for k, v in config if not lies_in(k, (*_BUDGET, *_MODULE))}, default=str

@@ -1,4 +1,4 @@
-"""The report's part of TensorBoard: the figures, and which columns the HPARAMS tab shows."""
+"""Writes the report's figures and the columns of the HPARAMS tab for TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SUFFIX = ".report"
 def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) -> None:
     """Replace the report's own event file.
 
-    Without one, TensorBoard lists every key that any command line named, and every metric. With
-    it, the HPARAMS tab has the varied keys, the seed and the metrics of the report's table.
+    Without it, TensorBoard lists all keys of all command lines and all metrics. With it, the
+    HPARAMS tab has the varied keys, the seed and the metrics of the report's table.
 
     Args:
-        folder: of the event file; TensorBoard names the figures' run after it.
-        settings: of the sweep.
-        drawings: whose PNGs are in the folder.
+        folder: the folder of the event file; TensorBoard shows its name.
+        settings: the settings of the report.
+        drawings: drawings whose PNGs are in the folder.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -72,7 +72,7 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
         writer.close()
 
 
-# What a summary calls by a short name, as it is logged.
+# Short names of a summary, and the tags under which these values are logged.
 _TAGS = {"flops": "progress/flops", "seconds": "progress/seconds"}
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report: each function draws one, or says what it lacks."""
+"""Draws the figures of a report. Each function returns a drawing or says why there is none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
 from sweeps.report.style import (
-    COLOURS,
+    COLORS,
     QUIET,
     SEEDS,
     Drawing,
@@ -36,20 +36,20 @@ from sweeps.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What joins settings by a line, or ranks them: nothing is left of it where these may not be
-# compared. The other figures show every setting for itself.
+# Figures that join or rank settings: they are left out if the settings may not be compared. The
+# other figures show each setting on its own.
 _COMPARING = ("tokens_per_step", "speedup", "lambda_", "heat_map", "pareto_")
 
 
 def draw(
     settings: Settings, comparisons: Sequence[Comparison], families: Sequence[Family] = ()
 ) -> list[Drawing]:
-    """Every figure that the runs have something to show in, in reading order."""
+    """All figures in reading order, including those that lack data."""
     by_place = place_figures(settings)
     task = [solved(settings), exact_match(settings), times(settings), *by_place["task"]]
     drawings = [
         *(task if settings.is_task else []),
-        # What was asked for comes first; of a task, the seeds that solve it.
+        # The answer comes first: differences, or for a task the seeds that solve it.
         *([] if settings.is_task else [differences(comparisons, settings.headline)]),
         *(gains(settings, family, i) for i, family in enumerate(families or [None])),
         *(curve(settings, axis) for axis in CURVE_AXES),
@@ -76,19 +76,19 @@ def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
 
 
 def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing:
-    """The plain curve, and how far from it on the axis of FLOPs every arm is."""
+    """The plain curve, and every arm's distance from it along the axis of FLOPs."""
     metric = settings.headline
     drawing = Drawing(
         f"gains_{number}" if number else "gains",
         "What the same loss costs with plain training",
-        "Grey: plain runs of several budgets, and the curve between them. An arrow goes from an "
+        "Gray: plain runs of several budgets, and the curve between them. An arrow goes from an "
         "arm to the FLOPs that plain training needs for the same loss; its number is the "
         "compute-equivalent gain, plain FLOPs / the arm's own. Above 1 the arm pays for itself "
         "(the arrow points right), below 1 plain training is cheaper. Means over seeds; bars are "
         "95 % intervals.",
     )
     if family is None:
-        return drawing.lacking("no plain runs (mtp=none) of two lengths with an arm beside them")
+        return drawing.lacking("no plain runs (mtp=none) of two lengths and an arm to compare")
     shown = [arm for arm in family.arms if arm.spent]
     key = key_to(settings.all, [arm.setting for arm in shown])
     figure, axes = canvas([("plain training", Look(QUIET, "-", "o")), *key])
@@ -97,7 +97,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         if at := _ends(setting, metric):
             _point(axes, setting, at, Look(QUIET, "-", "o"))
     ends = [at for setting in family.plain if (at := _ends(setting, metric))]
-    with suppress(ValueError):  # means that do not fall have no curve
+    with suppress(ValueError):  # the means do not fall with compute: no curve
         plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for cost, loss in ends])
         first, last = plain.runs[0].loss, plain.runs[-1].loss
         losses = [first + (last - first) * i / 100 for i in range(101)]
@@ -112,7 +112,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
             continue
         cost, loss = at
         end = cost.mean * arm.total.mean
-        arrow: Any = {"arrowstyle": "->", "color": look.colour, "shrinkA": 4, "shrinkB": 0}
+        arrow: Any = {"arrowstyle": "->", "color": look.color, "shrinkA": 4, "shrinkB": 0}
         axes.annotate("", (end, loss.mean), (cost.mean, loss.mean), arrowprops=arrow)
         left = end < cost.mean
         axes.annotate(
@@ -123,7 +123,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
             ha="right" if left else "left",
             va="center",
             fontsize=9,
-            color=look.colour,
+            color=look.color,
         )
     budgets = sorted({cost.mean for cost, _ in ends})
     shown_at = budgets[:: max(len(budgets) // 6, 1)]
@@ -134,7 +134,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
 
 
 def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval, Interval] | None:
-    """What a setting costs, and its main loss; None where either is missing."""
+    """A setting's cost and main loss; None if either is missing."""
     cost, loss = setting.estimate(tag).interval, setting.estimate(metric.tag).interval
     return (cost, loss) if cost and loss else None
 
@@ -142,7 +142,7 @@ def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval,
 def _point(
     axes: Axes, setting: Setting, at: tuple[Interval, Interval], look: Look, *, filled: bool = True
 ) -> None:
-    """A setting at its cost and loss, with the intervals of both."""
+    """Draw a setting at its cost and loss, with both intervals."""
     cost, loss = at
     axes.errorbar(
         cost.mean,
@@ -150,16 +150,16 @@ def _point(
         xerr=cost.half,
         yerr=loss.half,
         fmt=look.marker,
-        color=look.colour,
+        color=look.color,
         elinewidth=0.8,
         markersize=7,
-        markerfacecolor=look.colour if filled else "none",
+        markerfacecolor=look.color if filled else "none",
         label=setting.name,
     )
 
 
 def solved(settings: Settings) -> Drawing:
-    """The share of seeds that solve, for every setting."""
+    """The share of seeds that solve the task, for every setting."""
     drawing = Drawing(
         "solved",
         "Seeds that solve",
@@ -176,7 +176,7 @@ def solved(settings: Settings) -> Drawing:
         reach = [[share.rate - share.low], [share.high - share.rate]]
         look = look_of[id(setting)]
         axes.errorbar(
-            share.rate, y, xerr=reach, fmt=look.marker, color=look.colour, label=setting.name
+            share.rate, y, xerr=reach, fmt=look.marker, color=look.color, label=setting.name
         )
     share_axis(axes, "x")
     axes.set_xlabel("seeds that solve (more is better)")
@@ -205,8 +205,8 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
             y,
             xerr=difference.half,
             fmt="o",
-            color=COLOURS[0],
-            markerfacecolor=COLOURS[0] if found.differs else "none",
+            color=COLORS[0],
+            markerfacecolor=COLORS[0] if found.differs else "none",
             label=found.setting.name,
         )
     axes.set_xlabel(f"difference in {metric.unit} (lower is better)")
@@ -214,7 +214,7 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
 
 
 def front(settings: Settings, tag: str) -> Drawing:
-    """Pareto front of the main loss against what training or decoding costs."""
+    """Pareto front of the main loss against training FLOPs or decoding speed."""
     cheap, metric = tag == FLOPS, settings.headline
     drawing = Drawing(
         "pareto_flops" if cheap else "pareto_decoding",
@@ -223,7 +223,7 @@ def front(settings: Settings, tag: str) -> Drawing:
         "(by their means: whether two points differ at all, the table of differences says). "
         + ("" if cheap else "Speed is of greedy decoding with drafts on the machine of the run. ")
         + SEEDS
-        + _beside(settings.all, metric),
+        + _text_error(settings.all, metric),
     )
     points = [(s, at) for s in settings.all if (at := _ends(s, metric, tag))]
     if not points:
@@ -243,7 +243,7 @@ def front(settings: Settings, tag: str) -> Drawing:
 
 
 def heat_maps(settings: Settings) -> list[Drawing]:
-    """Main-depth loss over two varied keys, one map for every value of the others."""
+    """Main-depth loss over two varied keys, one map for all values of the other keys."""
     keys = [key for key in settings.varied if _values(settings.all, key) > 1]
     wanted = [key for key in ("mtp.depth", "mtp_lambda") if key in keys]
     pair = (wanted + [key for key in keys if key not in wanted])[:2]
@@ -271,7 +271,7 @@ def _heat_map(
         f"{axis_of(down)} by {axis_of(across)}" + (f" at {name}" if name else ""),
         f"Main-depth validation loss in {metric.unit}, mean over seeds and half of its 95 % "
         "interval; darker is lower, and better. A dash is a gap: no run, or one without a number."
-        + _beside(members, metric),
+        + _text_error(members, metric),
     )
     by_column = sorted(members, key=lambda s: order(s.values[across]))
     rows = list(dict.fromkeys(show(s.values[down]) for s in members))
@@ -288,7 +288,7 @@ def _heat_map(
     axes.grid(False)
     table = [[cells.get((row, column)) for column in columns] for row in rows]
     grid = [[math.nan if cell is None else cell.mean for cell in line] for line in table]
-    # The scale ends beyond the data, so that the lightest cell is still a colour on white paper.
+    # The scale ends beyond the data, so that even the lightest cell differs from white paper.
     scale: Any = {"vmin": low - 1e-12, "vmax": high + 0.35 * (high - low) + 1e-12}
     edges: Any = [[i - 0.5 for i in range(n + 1)] for n in (len(columns), len(rows))]
     axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="Blues_r", **scale)
@@ -308,8 +308,8 @@ def _heat_map(
     return drawing.drawn(figure)
 
 
-def _beside(settings: list[Setting], metric: Metric) -> str:
-    """The error that the intervals over seeds leave out."""
+def _text_error(settings: list[Setting], metric: Metric) -> str:
+    """A sentence about the text's own error, which intervals over seeds leave out."""
     error = text_errors(settings) if metric.tag == BITS else ""
     return f" {error}".rstrip()
 

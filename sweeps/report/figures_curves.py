@@ -1,4 +1,4 @@
-"""Figures over training: losses, right answers and seeds that have not solved yet."""
+"""Figures over training: losses, right answers, and seeds that have not solved their task yet."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def _points(run: Run, tag: str, loss: str) -> Points:
 
 
 def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Points]]) -> None:
-    """Bold: a setting's mean, at the validations that all of its runs have reached; thin: each run
-    where a setting has several, unless there are too many lines.
+    """Draw each setting's mean in bold, at the validations that all of its runs have reached, and
+    its single runs thin, unless there are too many lines.
 
     Args:
-        axes: to draw on.
-        settings: all.
-        lines: for each setting the points of its runs; runs without any do not count.
+        axes: the axes to draw on.
+        settings: all settings.
+        lines: per setting the points of its runs; runs without points are left out.
     """
     for setting, look, runs in zip(settings, looks(settings), lines, strict=True):
         runs = [points for points in runs if points]
@@ -70,7 +70,7 @@ def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Po
                 axes.plot(
                     *zip(*points.values(), strict=True),
                     look.dash,
-                    color=look.colour,
+                    color=look.color,
                     linewidth=0.7,
                     alpha=0.45,
                     label=f"{SEED}{setting.name}",
@@ -78,10 +78,10 @@ def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Po
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]
         ys = [sum(points[step][1] for points in runs) / len(runs) for step in common]
-        # A line of one point has no length.
+        # A single point needs a marker to be seen.
         marker = look.marker if len(settings) > MANY or len(xs) == 1 else ""
         style = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
-        axes.plot(xs, ys, color=look.colour, label=setting.name, **style)
+        axes.plot(xs, ys, color=look.color, label=setting.name, **style)
 
 
 def exact_match(settings: Settings) -> Drawing:
@@ -131,11 +131,11 @@ def times(settings: Settings) -> Drawing:
             [1, *found.shares],
             look.dash,
             where="post",
-            color=look.colour,
+            color=look.color,
             label=setting.name,
         )
         ticks = [found.after(time) for time in found.censored]
-        axes.plot(found.censored, ticks, "|", color=look.colour, markersize=9)
+        axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
     share_axis(axes, "y")
     axes.set(xlabel="optimizer steps", ylabel="seeds not solved yet (fewer is better)")
     si_axis(axes)

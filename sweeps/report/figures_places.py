@@ -1,4 +1,4 @@
-"""Figures over places: prediction depths, the weight of their losses, positions and distances."""
+"""Figures over prediction depths, the weight of their losses, positions and distances."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sweeps.report.style import (
 )
 
 Line = Mapping[Any, Interval]
-"""Means and intervals of one setting, by their place on the x axis."""
+"""Means and intervals of one setting, by their x coordinate."""
 
-# Figure -> title, caption, the tags with the number that is their place, and the axes' names.
+# Figure -> title, caption, a pattern of tags whose group is the x coordinate, the axes' names.
 _LONG_RANGE = {
     "loss_position": (
         "Loss by position in the window",
@@ -71,11 +71,11 @@ _LONG_RANGE = {
         ("nats", "accepted drafts (more is better)"),
     ),
 }
-_NO_GROUPS = "depth|position|repeat|random_repeat"  # what else is called accuracy_.._NUMBER
+_NO_GROUPS = "depth|position|repeat|random_repeat"  # other tags of the form accuracy_.._NUMBER
 
 
 def place_figures(settings: Settings) -> dict[str, list[Drawing]]:
-    """By what they are of: ``task``, ``depth`` and ``long range``."""
+    """The drawings by subject: ``task``, ``depth`` and ``long range``."""
     drawn = {
         "task": [by_position(settings), *by_group(settings)] if settings.is_task else [],
         "depth": [
@@ -99,15 +99,15 @@ def over_places(
     apart: float = 0.0,
     lacking: str = "no finished run measured it",
 ) -> Drawing:
-    """A line for each setting.
+    """Draw one line per setting.
 
     Args:
-        drawing: that gets the figure.
-        settings: all, or stand-ins for families of them.
-        lines: one a setting; an empty one is left out.
-        axes_names: of x and y.
+        drawing: the drawing that gets the figure.
+        settings: all settings, or stand-ins for families of settings.
+        lines: one per setting; empty lines are left out.
+        axes_names: names of the x and y axes.
         apart: width over which settings are spread, so that equal values do not hide each other.
-        lacking: why there is no figure where all lines are empty.
+        lacking: the reason given if all lines are empty.
     """
     shown = [s for s, line in zip(settings, lines, strict=True) if line]
     if not shown:
@@ -214,7 +214,7 @@ def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
 
 
 def long_range(settings: Settings) -> list[Drawing]:
-    """Every curve that a finished run has numbers for; no gap where ``long_range`` was not on."""
+    """The curves for which a finished run has numbers; nothing if ``long_range`` was off."""
     curves = (_long_range(settings, name) for name in _LONG_RANGE)
     return [drawing for drawing in curves if drawing.figure is not None]
 
@@ -230,7 +230,7 @@ def _long_range(settings: Settings, name: str) -> Drawing:
 
 
 def by_position(settings: Settings) -> Drawing:
-    """Right tokens by their place in the answer."""
+    """Accuracy by position in the answer."""
     drawing = Drawing(
         "accuracy_position",
         "Accuracy by position",
@@ -250,7 +250,7 @@ def by_position(settings: Settings) -> Drawing:
         _crosses(drawing, settings, forced)
         keep_to_shares(axes)
         places = [place for place, _ in said]
-        if places[-1] > 16:  # from there on places share buckets that double: 17-32, 33-64, ..
+        if places[-1] > 16:  # later positions share buckets that double: 17-32, 33-64, ..
             doubling_axis(axes, [x for x in places if x in (1, 2, 4, 8) or x > 16])
         else:
             axes.set_xticks(places)
@@ -258,7 +258,7 @@ def by_position(settings: Settings) -> Drawing:
 
 
 def by_group(settings: Settings) -> list[Drawing]:
-    """Right tokens by what the task groups them by, as a distance; a figure for each such thing."""
+    """Accuracy by each quantity that the task groups tokens by, such as a distance."""
     pattern = rf"val/accuracy_(?!(?:{_NO_GROUPS})_\d)(\w+?)_(\d+)(?:-\d+)?"
     found: dict[str, list[tuple[float, str]]] = {}
     for m in _matches(settings, pattern):
@@ -284,13 +284,13 @@ def by_group(settings: Settings) -> list[Drawing]:
 def _crosses(
     drawing: Drawing, settings: Settings, tags: list[tuple[Any, str]], *, apart: float = 0.0
 ) -> None:
-    """The means of other tags, at the places of the lines."""
+    """Mark the means of other tags at the x coordinates of the lines."""
     assert drawing.figure is not None
     count = len(settings.all)
     for at, (setting, look) in enumerate(zip(settings.all, looks(settings.all), strict=True)):
         line, aside = _line(setting, tags), apart * ((at + 0.5) / count - 0.5)
         means = [found.mean for found in line.values()]
-        drawing.figure.axes[0].plot([x + aside for x in line], means, "x", color=look.colour)
+        drawing.figure.axes[0].plot([x + aside for x in line], means, "x", color=look.color)
 
 
 def _teacher_forced(settings: Settings) -> str:
@@ -302,7 +302,7 @@ def _line(setting: Setting, tags: Iterable[tuple[Any, str]]) -> dict[Any, Interv
 
 
 def _places(settings: Settings, pattern: str) -> list[tuple[float, str]]:
-    """The tags that match, each with its number; 1 for one without."""
+    """The matching tags with their numbers; 1 for a tag without a number."""
     return sorted((float(m[1] or 1), m[0]) for m in _matches(settings, pattern))
 
 
@@ -312,7 +312,7 @@ def _matches(settings: Settings, pattern: str) -> list[re.Match[str]]:
 
 
 def _families(settings: Settings, key: str) -> list[tuple[Setting, list[Setting]]]:
-    """Settings that differ in one key alone, each family with a stand-in for what it shares."""
+    """Families of settings that differ only in one key, with a stand-in for the shared keys."""
     families: dict[str, tuple[Setting, list[Setting]]] = {}
     for setting in settings.all:
         shared = {k: value for k, value in setting.values.items() if k != key}

@@ -1,5 +1,5 @@
-"""The answer in sentences, and what a reader must know before believing it: the facts here, the
-words in ``answer.jinja`` and ``caveats.jinja``."""
+"""Collects the facts of the report's answer and of its caveats; ``answer.jinja`` and
+``caveats.jinja`` have the words."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def answer(
     runs: Sequence[Run],
     families: Sequence[Family] = (),
 ) -> list[str]:
-    """What came out, in a few sentences computed from the data."""
+    """The report's answer in a few sentences."""
     task, tag = settings.is_task, EXACT if settings.is_task else settings.headline.tag
     groups = by_text(settings.all)
     known = any(_ranked(group, tag) for group in groups)
-    # Within each text; one setting alone on its text is the best of nothing.
+    # Settings are ranked within each text; a setting alone on its text is not ranked.
     shown = groups if len(groups) == 1 else [group for group in groups if len(group) > 1]
     compared = [c for c in comparisons if not c.refused]
     tested = [c for c in compared if c.adjusted is not None]
@@ -78,7 +78,7 @@ def answer(
         level=f"{settings.level:g}",
         headline=settings.headline,
         refusal=refusal(settings.all),
-        # Where every setting is alone on its text, an empty group stands for all of them.
+        # If every setting is alone on its text, one empty group replaces them all.
         groups=[_facts(group, settings, named=len(groups) > 1) for group in shown * known]
         or [{"top": None, "ranked": [], "fastest": None}] * known,
         share=_share,
@@ -94,7 +94,7 @@ def answer(
 
 
 def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict[str, Any]:
-    """What is known of settings on one text."""
+    """The facts about the settings of one text."""
     level, metric = settings.level, settings.headline
     facts: dict[str, Any] = {"where": _where(group) if named else "", "top": None, "median": None}
     facts["ranked"] = _ranked(group, metric.tag)
@@ -104,7 +104,7 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     facts["fastest"] = next(iter(_ranked(group, SPEEDUP, largest=True)), None)
     shares = [(s, share) for s in group if (share := solved_share(s, level))]
     if settings.is_task and shares:
-        # Of equal shares the one of most seeds, whose interval is the narrowest.
+        # Of equal shares, the one with the most seeds has the narrowest interval.
         best, top = max(shares, key=lambda pair: (pair[1].rate, pair[1].n))
         equal = [s.label for s, share in shares if share.rate == top.rate and s is not best]
         facts |= {"best": best, "top": top, "equal": equal, "alone": len(shares) == 1}
@@ -128,13 +128,13 @@ def _share(found: Share) -> str:
 
 
 def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> list[Setting]:
-    """Settings with a mean of the metric, the best one first."""
+    """Settings that have a mean of the metric, the best first."""
     known = [(found.mean, s) for s in settings if (found := s.estimate(tag).interval)]
     return [s for _, s in sorted(known, key=lambda pair: pair[0], reverse=largest)]
 
 
 def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
-    """What may make numbers incomparable, or is missing."""
+    """Sentences on what is missing and what may make numbers incomparable."""
     runs = [run for sweep in sweeps for run in sweep.runs]
     done = [run for run in runs if run.state == "done"]
     differing = [
@@ -180,7 +180,7 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
 
 
 def _kinds(values: Iterable[Any], *, between: str = "; ", cut: int | None = None) -> str:
-    """How many runs have which value, where they do not all have the same; else empty."""
+    """The values with their numbers of runs; empty if all runs have the same value."""
     kinds = Counter("unknown" if v is None else json.dumps(v).strip('"') for v in values)
     counted = between.join(f"{kind[:cut]} ({n})" for kind, n in kinds.most_common(4))
     return counted if len(kinds) > 1 else ""

@@ -1,8 +1,8 @@
-"""What a page's figures answer: a point says its values under the pointer, and an entry of a legend
-hides its setting.
+"""Makes the page's figures interactive: a point shows its values under the pointer, and an entry of
+the legend hides its setting.
 
-A figure stays the SVG that it is. Every setting's marks get a name in it, by which the page's
-script hides them, and every point gets a circle with a title, which a browser shows by itself.
+The figures remain SVGs. Every setting's marks get ids by which the page's script hides them, and
+every point gets a circle with a title, which browsers show as a tooltip.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# In front of the label of one seed's line, which no legend lists.
+# Prefix of the label of one seed's line, which keeps it out of legends.
 SEED = "_"
-_POINTS = 72  # an inch of an SVG
+_POINTS = 72  # SVG points per inch
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Point:
     """A point of a saved figure.
 
     Attributes:
-        setting: its number.
-        at: where it is in the SVG.
-        says: the setting and its values, in lines.
+        setting: the setting's number.
+        at: (x, y) in the SVG, in points.
+        says: the tooltip: the setting and its values, in lines.
     """
 
     setting: int
@@ -42,12 +42,12 @@ def mark(figure: Figure, labels: Sequence[str]) -> None:
     """Name the marks of every setting in a figure, before it is saved.
 
     Args:
-        figure: with its settings' labels at what it draws.
-        labels: of all settings, whose places in it are the names' numbers.
+        figure: its artists have the settings' labels.
+        labels: all settings' labels; their indices become the numbers in the ids.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     short = {brief(label): number for label, number in numbers.items()}
-    parts = itertools.count()  # no two ids are equal
+    parts = itertools.count()  # makes ids unique
     named = [
         (f"series-{numbers[label]}", artist)
         for axes in figure.axes
@@ -69,10 +69,10 @@ def _labelled(axes: Axes) -> Iterator[tuple[str, Any]]:
 
 
 def points_of(figure: Figure, labels: Sequence[str]) -> list[Point]:
-    """The points of settings in a figure that is drawn, and so laid out.
+    """The points of all settings in a figure that was saved before, and so is laid out.
 
     Args:
-        figure: of one pair of axes.
+        figure: a figure with one pair of axes.
         labels: as in :func:`mark`.
     """
     numbers = {label: number for number, label in enumerate(labels)}
@@ -107,12 +107,12 @@ def points_of(figure: Figure, labels: Sequence[str]) -> list[Point]:
 
 
 def _quantity(label: str) -> str:
-    """What an axis shows, without which way is better."""
+    """An axis label without its part in parentheses, such as ``(lower is better)``."""
     return label.partition(" (")[0]
 
 
 def _intervals(container: Any, at: tuple[float, float]) -> list[str]:
-    """The intervals along x, and along y, of the point at some values."""
+    """The x and y intervals of a point as text; empty strings without intervals."""
     found = ["", ""]
     bars = () if container is None or len(container.lines) < 3 else container.lines[2]
     for collection in bars:

@@ -1,4 +1,4 @@
-"""What is reported of every setting: names, units, and which way is better."""
+"""The reported metrics with names and units, and numbers as text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootst
 FLOPS, SECONDS = "flops", "seconds"
 PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
-CHANCE = "val/chance"  # of EXACT, the share of a task's answers that are right
+CHANCE = "val/chance"  # the exact match of a random answer
 
-# Rates of what was counted, in 0 .. 1: their intervals over seeds stay there.
+# Tags of shares in 0 .. 1, whose intervals over seeds stay within 0 .. 1.
 _SHARES = re.compile(
     r"(val|decode)/([^/]+/)?(forced_)?"
     r"(accuracy|agreement|overlap|acceptance|exact_match|creativity|rejection|recall|floor)(_.*)?"
@@ -30,10 +30,10 @@ class Metric:
     """One column of the table of settings.
 
     Attributes:
-        tag: in ``summary.json``.
-        name: for people.
-        unit: likewise.
-        form: ``%``, ``si``, or the digits after the point.
+        tag: its key in ``summary.json``.
+        name: its name in the table.
+        unit: its unit in the table.
+        form: ``%``, ``si``, or the number of decimal places.
     """
 
     tag: str
@@ -60,7 +60,7 @@ TABLE = (
 )
 
 ANSWERS = Metric(EXACT, "Exact match", "of answers", "%")
-BESIDE = (  # what single tasks report
+OF_TASKS = (  # metrics of single tasks
     Metric("val/creativity", "Creativity", "of sampled answers", "%"),
     Metric("val/excess_loss", "Excess loss", "nats per token", 4),
     Metric("val/belief_r2", "Beliefs", "R² of an affine probe", 3),
@@ -76,7 +76,7 @@ CURVE_AXES = {
 
 
 def number(value: float, form: str | int) -> str:
-    """A number for people: ``0.4312`` as ``43.1 %``, ``1.97e11`` as ``197 G``, or with digits."""
+    """A number as text: ``0.4312`` as ``43.1 %``, ``1.97e11`` as ``197 G``, or with decimals."""
     if not math.isfinite(value):
         return str(value)
     if form == "%":
@@ -98,8 +98,7 @@ def ends(share: Share) -> str:
 
 
 def spread(found: Interval, form: str | int) -> str:
-    """What stands after a mean: ``± 0.0021``, of a share ``28.4 % to 99.5 %``; empty without an
-    interval."""
+    """An interval as text: ``± 0.0021``, or ``28.4 % to 99.5 %`` for a share; empty without one."""
     if found.ends is not None:
         return " to ".join(number(end, form) for end in found.ends)
     return "" if found.half is None else f"± {number(found.half, form)}"
@@ -111,7 +110,7 @@ def with_interval(found: Interval, metric: Metric) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """``0.03``, ``< 0.001``; empty where there was no test."""
+    """``0.03``, ``< 0.001``; empty without a test."""
     if p is None:
         return ""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
@@ -124,7 +123,7 @@ def equals(p: float | None) -> str:
 
 
 def some(names: Sequence[str], *, most: int = 4, between: str = "; ") -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + rest
 

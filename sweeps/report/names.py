@@ -1,13 +1,13 @@
-"""What config keys and their values are called in figures and titles.
+"""Names of config keys and values in figures and titles.
 
-Tables and ``--reference`` have them as they are typed.
+Tables and ``--reference`` use the keys as typed.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# An axis of a key, and how one of its values is written.
+# Key -> (name of its axis, format of its values).
 _NAMES = {
     "mtp": ("kind of head", "{}"),
     "mtp.depth": ("D", "D = {}"),
@@ -32,14 +32,14 @@ _HEADS = {
 
 
 def name_of(key: str, value: str) -> str:
-    """A value for people: ``D = 2`` for ``mtp.depth=2``; of an unknown key as it is typed."""
+    """A readable name of a value: ``D = 2`` for ``mtp.depth=2``; unknown keys stay as typed."""
     if key == "mtp":
         return _HEADS.get(value, f"{value} head")
     return _NAMES[key][1].format(value) if key in _NAMES else f"{key}={value}"
 
 
 def axis_of(key: str) -> str:
-    """A key for people: ``D`` for ``mtp.depth``."""
+    """A readable name of a key: ``D`` for ``mtp.depth``."""
     return _NAMES[key][0] if key in _NAMES else key
 
 
@@ -49,11 +49,11 @@ def joined(names: list[str]) -> str:
 
 
 def question(varied: list[str], metric: Any, *, task: bool) -> str:
-    """What a comparison of settings asks; empty where nothing varies.
+    """The question that a report answers; empty if nothing varies.
 
     Args:
-        varied: the keys that tell the settings apart.
-        metric: that they are compared by.
+        varied: the keys in which the settings differ.
+        metric: the metric by which they are compared.
         task: whether they are compared by the seeds that solve a task.
     """
     if not varied:

@@ -1,4 +1,4 @@
-"""From settings, comparisons and drawings to `report.html`, `runs.csv` and the figures' files."""
+"""Writes `report.html`, `runs.csv` and the figures' files."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ def render(
     now: datetime,
     every: float | None = None,
 ) -> str:
-    """The page, complete in itself.
+    """The page as HTML that loads nothing else.
 
     Args:
-        settings: of all sweeps.
-        comparisons: of the main loss, or of a task's seeds that solve.
-        families: plain curves with the arms that they price.
-        sweeps: where the runs are.
-        drawings: drawn or lacking.
-        svgs: of those that are drawn, by name, with their points.
-        folder: where the page goes; links to logs are relative to it.
-        now: shown as the time of the report.
-        every: seconds after which the page loads itself again; None for a page that stays.
+        settings: the settings of all sweeps.
+        comparisons: comparisons by the main loss, or by the share of seeds that solve a task.
+        families: plain curves with their arms.
+        sweeps: the sweeps with their runs.
+        drawings: all drawings; those without a figure are listed with the reason.
+        svgs: the SVG and the points of each drawn figure, by name.
+        folder: the page's folder; links to logs are relative to it.
+        now: the time that the page shows.
+        every: the page reloads itself after as many seconds; None for a static page.
     """
     from markupsafe import Markup
 
     runs = [run for sweep in sweeps for run in sweep.runs]
-    # What is said in the notes, too; whoever reads a table may not have read those.
-    beside = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
-    remarks = [*filter(None, [meaning(settings), text_errors(settings.all)]), *beside]
+    # The notes say this, too, but readers of a table may not have read them.
+    warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
+    remarks = [*filter(None, [meaning(settings), text_errors(settings.all)]), *warnings]
     made = environment("sweeps.report", html=True)
     style, script = (
         Markup("\n".join(made.get_template(f"{name}.jinja").render() for name in names))
@@ -75,7 +75,7 @@ def render(
     data = {"settings": [setting.name for setting in settings.all], "configs": compared}
     not_done = [run for run in runs if run.state != "done"]
     return made.get_template("report.html.jinja").render(
-        # Within a script, "<" could only end it.
+        # A "<" could end the script element.
         data=Markup(json.dumps(data).replace("<", "\\u003c")),
         style=style,
         script=script,
@@ -94,7 +94,7 @@ def render(
             tables.of_settings(settings, remarks),
             *(tables.of_gains(family, settings, i) for i, family in enumerate(families)),
             *filter(None, [tables.of_floors(settings)]),
-            tables.of_differences(comparisons, settings, beside),
+            tables.of_differences(comparisons, settings, warnings),
         ],
         jobs=tables.of_jobs(not_done, folder),
         task=settings.is_task,
@@ -105,8 +105,8 @@ def render(
 
 
 def _policy(style: str, script: str) -> str:
-    """What the page may do: it is shown and answers by its own style and script, told by their
-    digests. Whatever else of a run might get into it is not run, and nothing is loaded."""
+    """The page's content security policy. It allows only the page's own style and script, named by
+    their digests: text of a run that gets into the page is not executed, and nothing is loaded."""
     style, script = (
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for text in (style, script)
@@ -120,19 +120,19 @@ def _policy(style: str, script: str) -> str:
 def write_figures(
     drawings: Sequence[Drawing], folder: Path, labels: Sequence[str]
 ) -> dict[str, tuple[bytes, list[Point]]]:
-    """PNG and SVG of every drawing; by name, the SVGs and their points.
+    """Write every drawing as PNG and SVG; returns the SVGs and their points, by name.
 
-    Figures of an earlier report that are not drawn any more are removed.
+    Figures of an earlier report are removed.
 
     Args:
-        drawings: drawn or lacking.
-        folder: of the files.
-        labels: of the settings, as the figures have them.
+        drawings: all drawings; those without a figure are skipped.
+        folder: the output folder.
+        labels: the settings' labels in the figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
         for ending in ("png", "svg"):
-            for old in folder.glob(f"{drawing.name}*.{ending}"):  # heat_map_1, too
+            for old in folder.glob(f"{drawing.name}*.{ending}"):  # also heat_map_1
                 old.unlink()
     svgs: dict[str, tuple[bytes, list[Point]]] = {}
     for drawing in drawings:
@@ -146,14 +146,14 @@ def write_figures(
 
 
 def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
-    """One row a run, finished or not: state, varied keys, seed, and every number of its summary.
+    """One row per run, finished or not: state, varied keys, seed, and every number of its summary.
 
-    Numbers are written to the last bit, NaN as ``nan``; what does not exist is an empty cell.
+    Numbers are written to the last bit, NaN as ``nan``, missing values as empty cells.
     """
     runs = [run for sweep in sweeps for run in sweep.runs]
     values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
     repeated = {run.folder for run in settings.left_out}
-    # In full, so that whoever averages these rows can keep texts apart.
+    # The full fingerprint: who averages these rows must keep different texts apart.
     text = ["evaluated_text"] * any(run.text for run in runs)
     solving = ["solved_at_step"] * settings.is_task
     names = ["run", "state", "reason", *settings.varied, "seed", "counted", *text, *solving]

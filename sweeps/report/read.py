@@ -1,4 +1,4 @@
-"""From the files of runs, finished or not, to plain records; nothing in them is trusted."""
+"""Reads the files of runs, finished or not, into plain records; no file is trusted."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ STATES = ("done", "running", "pending", "interrupted", "failed", "missing", "unf
 
 @dataclass(frozen=True)
 class Text:
-    """The validation documents that a run's final numbers are of: a number of one text says nothing
-    beside a number of another.
+    """The validation documents of a run's final numbers. Numbers of different texts do not compare.
 
     Attributes:
-        fingerprint: hex digest of the documents; None if only a part of them was evaluated, or
-            nobody knows which.
-        documents: how many; None if unknown, as the others.
-        bytes: of UTF-8 in the evaluated depth-0 targets. A document mask leaves out every
+        fingerprint: hex digest of the documents; None if only a part of them was evaluated, or an
+            unknown part.
+        documents: number of documents; None if unknown, like the other counts.
+        bytes: UTF-8 bytes of the evaluated depth-0 targets. A document mask leaves out every
             document's first token, so runs on one text may differ in it a little.
-        tokens: evaluated depth-0 targets.
+        tokens: number of evaluated depth-0 targets.
     """
 
     fingerprint: str | None
@@ -49,15 +48,15 @@ class Text:
 
     @property
     def short(self) -> str:
-        """The name for people: eight characters of the digest, or what else there is."""
+        """A short name: eight characters of the digest, or the number of bytes."""
         if self.fingerprint:
             return self.fingerprint[:8]
         return "unknown" if self.bytes is None else f"unknown ({self.bytes:,} bytes)"
 
     @property
     def same(self) -> Any:
-        """Equal for two runs *of one setting* that were evaluated on one text. Without a digest
-        it is what was counted: equal configs on equal data evaluate the same part."""
+        """A value that is equal for two runs *of one setting* on one text. Without a digest it is
+        the counts, since equal configs on equal data evaluate the same part."""
         return self.fingerprint or (self.documents, self.bytes, self.tokens)
 
 
@@ -66,17 +65,17 @@ class Run:
     """One job of a sweep, or one run of a plain folder.
 
     Attributes:
-        folder: where its files are, or should be.
-        sweep: name of the folder that was asked for, when there are several; else empty.
-        state: one of :data:`STATES`; ``missing`` has no files, ``unfinished`` no summary and nobody
-            who says why.
+        folder: the folder of its files; it may not exist.
+        sweep: the name of its sweep if there are several, else empty.
+        state: one of :data:`STATES`; ``missing`` has no files, ``unfinished`` has no summary and no
+            known reason.
         reason: why it is not done.
-        overrides: the command line's, by key; values as text.
-        choices: the config groups' choices, by group.
+        overrides: the command line's overrides by key, values as text.
+        choices: the chosen options by config group.
         config: the composed config by dotted key; empty if it was not written.
-        summary: what the run ended with; empty unless done.
-        rows: of ``metrics.csv``, by log tag.
-        notes: what was wrong with its files.
+        summary: the final numbers and facts; empty unless done.
+        rows: the rows of ``metrics.csv``, by log tag.
+        notes: problems with its files.
     """
 
     folder: Path
@@ -92,22 +91,22 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name, after the sweep's where there are several."""
+        """The folder's name, after the sweep's name if there are several."""
         return f"{self.sweep}/{self.folder.name}" if self.sweep else self.folder.name
 
     @property
     def seed(self) -> Any:
-        """As configured, or as asked for by a run that has not begun; None if unknown."""
+        """The config's seed, or that of the overrides before the run has begun; None if unknown."""
         value = self.config.get("seed", self.overrides.get("seed"))
         return int(value) if isinstance(value, str) and value.isdigit() else value
 
     def final(self, tag: str) -> float | None:
-        """A metric of the finished run: None if it has none, NaN if that is its value."""
+        """A number of a finished run's summary, which may be NaN; None if it has none."""
         value = self.summary.get(tag)
         return float(value) if isinstance(value, int | float) else None
 
     def fact(self, *keys: str) -> Any:
-        """What a finished run's summary has under nested keys; None if there is no such thing."""
+        """A finished run's value under nested keys of its summary; None if there is none."""
         value: Any = self.summary
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -115,8 +114,8 @@ class Run:
 
     @property
     def text(self) -> Text | None:
-        """What a finished run was evaluated on; None if its summary does not mention it (older
-        runs do not)."""
+        """The text that a finished run was evaluated on; None if its summary does not say so, as in
+        older runs."""
         if not isinstance(self.fact("evaluation"), dict):
             return None
         digest = self.fact("evaluation", "fingerprint")
@@ -127,13 +126,13 @@ class Run:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """What lies in one folder.
+    """The runs of one folder.
 
     Attributes:
-        folder: as asked for.
-        runs: by name; jobs in the sweep's order.
-        varied: keys that the sweep's jobs differ in, in order; empty for a plain folder.
-        notes: what is worth knowing before its numbers are read.
+        folder: the folder as given.
+        runs: the sweep's jobs in its order, then other runs by name.
+        varied: the keys in which the sweep's jobs differ; empty for a plain folder.
+        notes: problems that readers of its numbers should know.
     """
 
     folder: Path
@@ -143,14 +142,14 @@ class Sweep:
 
 
 def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
-    """All runs directly below a folder, or the run that the folder is.
+    """Read all runs directly below a folder, or the folder itself if it is a run.
 
     Args:
-        folder: of a sweep, or of runs.
-        name: of the sweep, put before its runs' names.
+        folder: a folder of a sweep or of runs.
+        name: the sweep's name, put before its runs' names.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing in it that looks like a run.
+        FileNotFoundError: there is no such folder, or no run in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -164,7 +163,7 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     planned = plan.get("jobs")
     planned = planned if isinstance(planned, list) else []
     jobs = {job["folder"]: job for job in planned if _is_job(job)}
-    # Names with a dot are a run's own folders, such as .hydra.
+    # Names that begin with a dot are folders of a run, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
     found = [path.name for path in inside if _is_run(path)]
     for run_name in [*jobs, *(n for n in found if n not in jobs)]:
@@ -189,7 +188,7 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
 
 
 def read_run(folder: Path, *, sweep: str = "") -> Run:
-    """One run, from whichever of its files exist and can be read."""
+    """Read a run from those of its files that exist and are readable."""
     run = Run(folder=folder, sweep=sweep)
     if not folder.is_dir():
         run.state, run.reason = "missing", "its folder does not exist: it has not begun"
@@ -220,7 +219,7 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
         run.state, run.reason = "unfinished", f"its {CONFIG_FILE} is missing or damaged"
         return run
     steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
-    # A matched run chooses its own steps, and a callback may have ended this one.
+    # Matching chooses the number of steps itself, and a callback may have stopped the run early.
     if steps != wanted and "compare" not in summary and not summary.get("stopped_early"):
         run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
         return run
@@ -229,7 +228,7 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
 
 
 def _is_job(stored: Any) -> bool:
-    """Whether an entry of the plan is of a folder in the sweep's."""
+    """Whether an entry of the plan names a folder directly in the sweep's."""
     return isinstance(stored, dict) and component(stored.get("folder"))
 
 
@@ -238,13 +237,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, float, str]]:
-    """Sort key under which depth-10 follows depth-2."""
+    """A sort key that puts depth-10 after depth-2."""
     parts = re.findall(r"\d+|\D+", path.name)
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """The mapping in a file, and what is wrong with it; one of the two is empty."""
+    """(The mapping in a file, ""), or ({}, what is wrong with the file)."""
     try:
         content = read_json(path)
     except FileNotFoundError:
@@ -279,7 +278,7 @@ def _read_choices(path: Path) -> dict[str, Any]:
 
 
 def _overrides(given: Any) -> dict[str, str]:
-    """Overrides by key, without the + that Hydra may ask for."""
+    """Overrides by key, without Hydra's leading ``+``."""
     if not isinstance(given, list):
         return {}
     set_ones = [str(text) for text in given if "=" in str(text) and str(text)[:1] != "~"]
@@ -287,7 +286,7 @@ def _overrides(given: Any) -> dict[str, str]:
 
 
 def _last_sign(folder: Path) -> str:
-    """When a running job was last heard of, if that is long ago."""
+    """A warning if a running job has not written for more than ten minutes; else empty."""
     files = [folder / METRICS_FILE, folder / LOG_FILE, folder / STATUS_FILE]
     seen = [path.stat().st_mtime for path in files if path.exists()]
     minutes = (time.time() - max(seen, default=math.inf)) / 60

@@ -1,4 +1,4 @@
-"""Settings: runs that differ in nothing but the seed, with the means over them."""
+"""A setting is a group of runs that differ only in the seed; its numbers are means over them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from mtp_lightning.run.solved import SOLVED as SOLVED
 from sweeps.report.metrics import (
     ANSWERS,
-    BESIDE,
     BITS,
     BY_TAG,
     EXACT,
     LOSS,
+    OF_TASKS,
     TABLE,
     Metric,
     is_share,
@@ -31,9 +31,9 @@ class Estimate:
     """A metric of a setting.
 
     Attributes:
-        interval: over its seeds; None is a gap.
-        gap: why there is none; empty where the metric does not exist for this setting.
-        values: by seed.
+        interval: mean and interval over its seeds, or None.
+        gap: why there is no interval; empty if the setting does not have this metric.
+        values: finite values by seed.
     """
 
     interval: Interval | None
@@ -43,14 +43,14 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Setting:
-    """Runs whose configs are equal but for the seed, trained on the same data and evaluated on
-    the same text.
+    """Runs whose configs differ only in the seed, trained on the same data and evaluated on the
+    same text.
 
     Attributes:
-        values: of the varied keys.
-        config: by dotted key, of the first run.
-        runs: one a seed.
-        planned: runs that this setting has or should have, whatever their state.
+        values: values of the varied keys.
+        config: the first run's config, by dotted key.
+        runs: one per seed.
+        planned: number of runs in any state, planned ones included.
     """
 
     values: dict[str, Any]
@@ -60,12 +60,12 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The varied keys with their values; ``all runs`` where nothing varies."""
+        """The varied keys with their values; ``all runs`` if nothing varies."""
         return ", ".join(f"{k}={show(v)}" for k, v in self.values.items()) or "all runs"
 
     @property
     def name(self) -> str:
-        """The same for people: ``linear heads, D = 2``."""
+        """The label in readable names: ``linear heads, D = 2``."""
         return ", ".join(name_of(k, show(v)) for k, v in self.values.items()) or "all runs"
 
     @property
@@ -74,7 +74,7 @@ class Setting:
 
     @property
     def text(self) -> Text | None:
-        """What its finished runs were evaluated on; None where there are none, or they do not
+        """The text that its finished runs were evaluated on; None if there are none, or they do not
         mention it."""
         return self.done[0].text if self.done else None
 
@@ -90,13 +90,13 @@ class Setting:
         return depth if isinstance(depth, int) else None
 
     def estimate(self, tag: str) -> Estimate:
-        """Mean and interval over the finished runs; a gap where one of them has no number, since
-        the mean of the others would be another question's answer."""
+        """Mean and interval over the finished runs. If one of them has no number, there is no mean:
+        leaving it out would bias the result."""
         finals = {run.seed: run.final(tag) for run in self.done}
         good = {s: v for s, v in finals.items() if v is not None and math.isfinite(v)}
         if len(good) == len(finals) and good:
             values = list(good.values())
-            # A metric of a user's own may have a share's name and be none.
+            # A user's metric may match the pattern of shares without being one.
             within = is_share(tag) and all(0 <= value <= 1 for value in values)
             return Estimate((share_interval if within else interval)(values), "", good)
         if not finals:
@@ -112,10 +112,10 @@ class Settings:
     """All settings of one or more sweeps.
 
     Attributes:
-        all: in the order of the varied keys' values.
-        varied: the keys that tell them apart, seeds left out.
+        all: the settings, ordered by the varied keys' values.
+        varied: the keys in which they differ, without the seed.
         left_out: runs that repeat a seed of their setting.
-        level: ``val/exact_match`` above which a seed solves its task, of 0 .. 1.
+        level: a seed solves its task if ``val/exact_match`` (0 .. 1) is above this.
     """
 
     all: list[Setting]
@@ -130,8 +130,8 @@ class Settings:
 
     @property
     def headline(self) -> Metric:
-        """What settings are compared by: the main depth's loss per token, or bits per byte where
-        the tokenizers differ."""
+        """The metric by which settings are compared: the main depth's loss per token, or bits per
+        byte if the tokenizers differ."""
         tokenizers = {
             json.dumps(run.fact("data", "tokenizer", "fingerprint"))
             for run in self.done
@@ -141,24 +141,24 @@ class Settings:
 
     @cached_property
     def is_task(self) -> bool:
-        """Whether runs answer a task's questions: these are compared by how many seeds solve it."""
+        """Whether runs answer a task's questions; they are then compared by seeds that solve it."""
         return any(setting.answers for setting in self.all)
 
     @property
     def columns(self) -> list[Metric]:
-        """What the table of settings may have; of a task exact match first, then that on every set
-        outside of the distribution and what the task reports beside."""
+        """The possible columns of the table of settings. A task begins with exact match, then exact
+        match on every out-of-distribution set, then the task's other metrics."""
         if not self.is_task:
             return [*TABLE]
         tags = dict.fromkeys(tag for run in self.done for tag in run.summary)
         found = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
         sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in found if m]
-        beside = [metric for metric in BESIDE if metric.tag in tags]
-        return [ANSWERS, *sets, *beside, *TABLE]
+        others = [metric for metric in OF_TASKS if metric.tag in tags]
+        return [ANSWERS, *sets, *others, *TABLE]
 
 
 def show(value: Any) -> str:
-    """A config value as on the command line."""
+    """A config value as typed on the command line."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
@@ -167,7 +167,7 @@ def show(value: Any) -> str:
 
 
 def order(value: Any) -> tuple[int, float, str]:
-    """None first, then numbers by size, then everything else by name."""
+    """A sort key: None first, then numbers by size, then other values by name."""
     if value is None or value == "none":
         return (-1, 0.0, "")
     if isinstance(value, int | float) and not isinstance(value, bool):

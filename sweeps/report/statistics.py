@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIDENCE = 0.95
-LEVEL = 0.05  # of the tests
+LEVEL = 0.05  # significance level of the tests
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Interval:
     """A mean with its 95 % confidence interval, ``mean - half .. mean + half`` unless it has ends.
 
     Attributes:
-        mean: of the values.
+        mean: mean of the values.
         half: half of the interval's width; None for a single value, which has no interval.
         n: number of values.
-        ends: low and high, where these are not equally far from the mean; None elsewhere.
+        ends: (low, high) of an asymmetric interval, else None.
     """
 
     mean: float
@@ -29,7 +29,7 @@ class Interval:
 
     @property
     def reach(self) -> tuple[float, float]:
-        """How far the interval reaches below the mean, and above; 0 for a single value."""
+        """Distances of the mean to the lower and the upper end; 0 for a single value."""
         if self.ends is None:
             return self.half or 0.0, self.half or 0.0
         return self.mean - self.ends[0], self.ends[1] - self.mean
@@ -39,7 +39,7 @@ def interval(values: Sequence[float]) -> Interval:
     """Mean and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over n - 1.
 
     Args:
-        values: one a seed, at least one, all finite.
+        values: one per seed, at least one, all finite.
     """
     assert values and all(math.isfinite(value) for value in values)
     n, mean = len(values), math.fsum(values) / len(values)
@@ -56,25 +56,25 @@ def t_quantile(n: int) -> float:
 
 
 def share_interval(values: Sequence[float]) -> Interval:
-    """Mean m of shares and an interval that stays in 0 .. 1: Wilson's (1927) score interval with
-    the dispersion phi that the values have (quasi-binomial; McCullagh and Nelder 1989, section
-    4.5). It holds every mu with
+    """Mean m of shares with an interval within 0 .. 1: Wilson's (1927) score interval with the
+    dispersion phi estimated from the values (quasi-binomial; McCullagh and Nelder 1989, section
+    4.5). It contains every mu with
 
         |m - mu| <= t_{n-1} sqrt(phi mu (1 - mu) / n),    phi = s^2 / (m (1 - m))
 
-    and is the t interval up to terms of second order in its width, around m = 1/2. Equal values
-    have a point, as there.
+    At m = 1/2 it equals the t interval up to second order in its width. Equal values give a point,
+    as with the t interval.
 
     Args:
-        values: one a seed, at least one, all in 0 .. 1.
+        values: one per seed, at least one, all in 0 .. 1.
     """
     assert all(0 <= value <= 1 for value in values)
     found = interval(values)
     mean, rest = found.mean, 1 - found.mean
     if not found.half or not mean * rest:
         return found
-    # The roots of (1 + k) mu^2 - (2 m + k) mu + m^2 with k = t^2 phi / n, as distances from m that
-    # no rounding makes negative or larger than m and 1 - m.
+    # The roots of (1 + k) mu^2 - (2 m + k) mu + m^2 with k = t^2 phi / n, as distances from m.
+    # In this form rounding makes them neither negative nor larger than m and 1 - m.
     k = found.half**2 / (mean * rest)
     away = k / 2 + math.hypot(k / 2, found.half)
     low, high = mean - mean * (away / (mean + away)), mean + rest * (away / (rest + away))
@@ -98,10 +98,9 @@ class Paired:
 
     Attributes:
         difference: interval of ``setting - reference`` over the seeds that both have.
-        p: two-sided p-value of the paired t-test; None with fewer than two pairs, and where there
-            is nothing to estimate noise from.
-        constant: the difference is the same at every one of several seeds, to the last bit: a fact
-            about this data, which has no test.
+        p: two-sided p-value of the paired t-test; None with fewer than two pairs or without noise.
+        constant: several seeds all have the same difference up to rounding: a fact about this data,
+            which needs no test.
     """
 
     difference: Interval
@@ -114,7 +113,7 @@ def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Pair
 
     Args:
         setting: one setting's values by seed, all finite.
-        reference: the other's.
+        reference: the other setting's values by seed.
     """
     from scipy import stats
 
@@ -125,7 +124,7 @@ def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Pair
     found = interval(differences)
     if found.n < 2:
         return Paired(found, None)
-    # What the subtraction rounded away is no noise between seeds.
+    # Rounding of the subtraction is not noise between seeds.
     bit = max(math.ulp(values[seed]) for values in (setting, reference) for seed in seeds)
     if max(differences) - min(differences) <= bit:
         return Paired(found, None, constant=True)
@@ -134,8 +133,8 @@ def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Pair
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the order given: the chance that any of the tests finds
-    a difference where there is none stays below the level that they are compared with."""
+    """Holm's (1979) adjusted p-values, in the given order. Compared with a level, they keep the
+    probability of any false positive among the tests below that level."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -152,14 +151,14 @@ def _standard_error(values: Sequence[float], mean: float) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of n seeds, with the 95 % interval of Clopper and Pearson (1934), which holds at
-    least that often whatever the true share is.
+    """``count`` of n seeds, with the 95 % interval of Clopper and Pearson (1934), whose coverage is
+    at least 95 % for every true share.
 
     Attributes:
-        count: of the seeds.
-        n: all of them, at least one.
-        low: the interval's lower end, of 0 .. 1.
-        high: its upper end.
+        count: number of seeds with the property.
+        n: number of all seeds, at least one.
+        low: the interval's lower end, 0 .. 1.
+        high: its upper end, 0 .. 1.
     """
 
     count: int
@@ -184,14 +183,13 @@ def share(count: int, n: int) -> Share:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """Two shares, of seeds that are not paired: of equal seeds one setting may solve what the other
-    does not, and the test does not ask which.
+    """Two shares of seeds, compared without pairing equal seeds.
 
     Attributes:
-        own: the setting's.
-        other: the reference's.
-        p: two-sided p-value of Fisher's exact test; None where one of the two has one seed.
-        least: the smallest p-value that so many seeds can give; None likewise.
+        own: the setting's share.
+        other: the reference's share.
+        p: two-sided p-value of Fisher's exact test; None if either has only one seed.
+        least: the smallest p-value that these numbers of seeds can give; None if p is.
     """
 
     own: Share
@@ -219,8 +217,8 @@ class Wait:
     """One seed's time until something happens.
 
     Attributes:
-        time: when it happened, or was last looked for in vain.
-        ended: whether it happened; else the time is right-censored.
+        time: when it happened, or when it was last checked and had not happened.
+        ended: whether it happened; otherwise the time is right-censored.
     """
 
     time: float
@@ -229,15 +227,15 @@ class Wait:
 
 @dataclass(frozen=True)
 class Survival:
-    """The share of seeds that still wait, by Kaplan and Meier (1958): ``prod over t_i <= t of
-    1 - d_i / n_i``, where d_i ended at t_i and n_i were under watch until then.
+    """The Kaplan-Meier (1958) estimate of the share of seeds that still wait: ``prod over t_i <= t
+    of 1 - d_i / n_i``, where d_i seeds ended at t_i and n_i were observed until then.
 
     Attributes:
-        times: at which seeds ended or were last looked at, rising.
-        shares: that wait after each; 1 before the first.
-        censored: the times of the seeds that did not end, rising.
-        ended: how many did.
-        n: all seeds.
+        times: times at which seeds ended or were last checked, rising.
+        shares: the share that waits after each time; 1 before the first.
+        censored: the last times of seeds that did not end, rising.
+        ended: number of seeds that ended.
+        n: number of all seeds.
     """
 
     times: tuple[float, ...]
@@ -248,8 +246,8 @@ class Survival:
 
     @property
     def median(self) -> float | None:
-        """The first time after which at most half wait; None where more do to the end."""
-        # Half of the seeds is half, whatever the product's factors were rounded to.
+        """The first time after which at most half wait; None if more than half wait to the end."""
+        # The tolerance covers rounding in the product when exactly half wait.
         reached = [t for t, s in zip(self.times, self.shares, strict=True) if s <= 0.5 + 1e-9]
         return reached[0] if reached else None
 
@@ -260,8 +258,8 @@ class Survival:
 
 
 def survival(waits: Sequence[Wait]) -> Survival | None:
-    """The estimate from all seeds' waits; None without one. A seed that was last looked at when
-    another ended was under watch until then."""
+    """The estimate from all seeds' waits; None without any. A seed that was last checked when
+    another ended still counts as observed at that time."""
     from scipy import stats
 
     if not waits:

@@ -1,5 +1,5 @@
-"""How figures look: one canvas, colours by the first varied key, and files that read on paper, on a
-light page and on a dark one."""
+"""The look of figures: a canvas, colors by the first varied key, and files that are readable on
+paper, on light pages and on dark ones."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
     from sweeps.report.hover import Point
 
-# Told apart by people who confuse red and green, on white and on black (after Okabe & Ito 2008).
-COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
+# Distinguishable with red-green color blindness, on white and on black (after Okabe & Ito 2008).
+COLORS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MANY = 12  # settings that a legend still lists one by one
-_WIDE = 29  # letters of a legend's label that leave no room for a second column
+MANY = 12  # the most settings that a legend lists one by one
+_WIDE = 29  # labels of as many letters leave no room for a second column of the legend
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
-QUIET = "#8b949e"  # lines that are no setting's
+QUIET = "#8b949e"  # lines that belong to no setting
 
-_NO_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # may stand in a run's name
+_NO_XML = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1f]"
+)  # characters that XML forbids; a run's name may have them
 
-WHOLE = (-0.03, 1.03)  # limits of an axis for shares
+WHOLE = (-0.03, 1.03)  # limits of an axis of shares
 SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
 
 _RC: Any = {
@@ -58,9 +60,9 @@ _RC: Any = {
     "lines.markersize": 5,
     "errorbar.capsize": 3,
     "axes.axisbelow": True,
-    # A dollar in a setting's name is a dollar.
+    # A dollar sign in a setting's name does not begin a formula.
     "text.parse_math": False,
-    # Text stays text: it can be searched, and takes the page's font.
+    # Text stays text, so it can be searched and takes the page's font.
     "svg.fonttype": "none",
     "svg.hashsalt": "mtp-lightning",
 }
@@ -71,11 +73,11 @@ class Drawing:
     """A figure of the report.
 
     Attributes:
-        name: of its files.
-        title: above it.
-        caption: what it says, and how it was computed.
-        figure: None where there is nothing to draw.
-        why: what is missing then.
+        name: the name of its files.
+        title: the title above it.
+        caption: an explanation of what is shown and how it was computed.
+        figure: the figure; None if data is missing.
+        why: what is missing.
     """
 
     name: str
@@ -93,16 +95,16 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Look:
-    """Colour, line and marker of one setting."""
+    """Color, line and marker of one setting."""
 
-    colour: str
+    color: str
     dash: Any
     marker: str
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Figures made, and saved, inside have the report's look."""
+    """A context in which figures are drawn and saved in the report's look."""
     import matplotlib
 
     with matplotlib.rc_context(_RC):
@@ -110,17 +112,17 @@ def styled() -> Iterator[None]:
 
 
 def looks(settings: list[Setting]) -> list[Look]:
-    """Colours follow the first varied key, lines and markers the others together."""
+    """Colors follow the first varied key, lines and markers the combination of the others."""
     first: dict[str, int] = {}
     others: dict[str, int] = {}
     found = []
     for setting in settings:
         head, rest = _halves(setting)
         a = first.setdefault(head, len(first))
-        b = others.setdefault(rest, len(others)) + a // len(COLOURS)
-        # Four dashes and seven markers come together again after 28 settings.
+        b = others.setdefault(rest, len(others)) + a // len(COLORS)
+        # Four dashes and seven markers make 28 different combinations.
         dash, marker = DASHES[b % len(DASHES)], MARKERS[b % len(MARKERS)]
-        found.append(Look(COLOURS[a % len(COLOURS)], dash, marker))
+        found.append(Look(COLORS[a % len(COLORS)], dash, marker))
     return found
 
 
@@ -130,8 +132,8 @@ def looks_of(settings: list[Setting]) -> dict[int, Look]:
 
 
 def key_to(settings: list[Setting], shown: list[Setting]) -> list[tuple[str, Look]]:
-    """The legend of ``shown``: a line for each setting, or, if they are many, one for each value
-    of the first key (its colour) and one for each combination of the others (dash and marker)."""
+    """The legend of ``shown``: one entry per setting. If there are many, one per value of the first
+    key (its color) and one per combination of the other keys (dash and marker)."""
     pairs = [
         (setting, look)
         for setting, look in zip(settings, looks(settings), strict=True)
@@ -139,9 +141,9 @@ def key_to(settings: list[Setting], shown: list[Setting]) -> list[tuple[str, Loo
     ]
     if len(pairs) <= MANY or len(shown[0].values) < 2:
         return [(setting.name, look) for setting, look in pairs]
-    colours = {_halves(s)[0]: Look(look.colour, "-", "") for s, look in pairs}
+    colors = {_halves(s)[0]: Look(look.color, "-", "") for s, look in pairs}
     lines = {_halves(s)[1]: Look(QUIET, look.dash, look.marker) for s, look in pairs}
-    return [*colours.items(), *lines.items()]
+    return [*colors.items(), *lines.items()]
 
 
 def _halves(setting: Setting) -> tuple[str, str]:
@@ -153,8 +155,8 @@ def canvas(key: list[tuple[str, Look]] | None = None, *, rows: int = 0) -> tuple
     """An empty figure.
 
     Args:
-        key: its legend, below it in one or two columns; None or a single entry for none.
-        rows: lines of text that it needs more room for, beside those of the legend.
+        key: the legend below the figure, in one or two columns; a single entry is not shown.
+        rows: lines of text that need extra height, besides those of the legend.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -169,7 +171,7 @@ def canvas(key: list[tuple[str, Look]] | None = None, *, rows: int = 0) -> tuple
     if entries:
         figure.legend(
             handles=[
-                Line2D([], [], color=o.colour, linestyle=o.dash, marker=o.marker, label=label)
+                Line2D([], [], color=o.color, linestyle=o.dash, marker=o.marker, label=label)
                 for label, o in entries
             ],
             loc="outside lower center",
@@ -179,7 +181,7 @@ def canvas(key: list[tuple[str, Look]] | None = None, *, rows: int = 0) -> tuple
 
 
 def by_row(labels: list[str]) -> tuple[Figure, Axes]:
-    """An empty figure with a row for each label, the first one at the bottom, at y = 0."""
+    """An empty figure with one row per label; the first is at the bottom, at y = 0."""
     labels = [brief(label, 36) for label in labels]
     if len(labels) <= MANY:
         labels = [textwrap.fill(label, 24) for label in labels]
@@ -191,13 +193,13 @@ def by_row(labels: list[str]) -> tuple[Figure, Axes]:
 
 
 def brief(label: str, letters: int = 46) -> str:
-    """A label that fits into a figure: one line, its beginning and its end."""
+    """A label in one line, shortened in the middle to fit into a figure."""
     label, half = " ".join(label.split()), letters // 2
     return label if len(label) <= letters else f"{label[:half]}…{label[-half:]}"
 
 
 def bars(axes: Axes, line: Mapping[Any, Interval], look: Look, label: str, aside: float) -> None:
-    """One setting's means, with their intervals, over places on the x axis."""
+    """Draw one setting's means with their intervals, by x coordinate."""
     if not line:
         return
     axes.errorbar(
@@ -206,14 +208,14 @@ def bars(axes: Axes, line: Mapping[Any, Interval], look: Look, label: str, aside
         yerr=[*zip(*(found.reach for found in line.values()), strict=True)],
         fmt=look.marker,
         linestyle=look.dash,
-        color=look.colour,
+        color=look.color,
         elinewidth=1,
         label=label,
     )
 
 
 def si_axis(axes: Axes) -> None:
-    """Few ticks on the x axis, as 15 M."""
+    """Give the x axis few ticks, written as 15 M."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -221,13 +223,13 @@ def si_axis(axes: Axes) -> None:
 
 
 def share_axis(axes: Axes, which: str) -> None:
-    """The ``x`` or ``y`` axis of a share: 0 % to 100 %, beyond which no interval reaches."""
+    """Show 0 % to 100 % on the ``x`` or ``y`` axis."""
     _percent(axes, which)
     axes.set(**{f"{which}lim": WHOLE})
 
 
 def keep_to_shares(axes: Axes) -> None:
-    """The same of a ``y`` axis, as much of it as the values need."""
+    """Show the ``y`` axis in percent, as far as the values need it within 0 % to 100 %."""
     _percent(axes, "y")
     keep_within(axes, 0, 1)
 
@@ -240,34 +242,34 @@ def _percent(axes: Axes, which: str) -> None:
 
 
 def doubling_axis(axes: Axes, places: Sequence[float]) -> None:
-    """An x axis on which what doubles is equally far apart, with ticks at the places."""
+    """Give the x axis a base-2 logarithmic scale with ticks at the places."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
 
 
 def keep_within(axes: Axes, low: float, high: float) -> None:
-    """An interval may reach beyond what a rate can be; the axis does not."""
+    """Cut the y axis at the possible values; an interval may reach beyond them."""
     bottom, top = axes.get_ylim()
     room = 0.03 * (min(top, high) - max(bottom, low))
     axes.set_ylim(max(bottom, low - room), min(top, high + room))
 
 
 def as_png(figure: Figure) -> bytes:
-    """For slides and TensorBoard, on white."""
+    """The figure as a PNG on white, for slides and TensorBoard."""
     return _save(figure, format="png", dpi=160)
 
 
 def as_svg(figure: Figure, *, of: str | None = None) -> bytes:
-    """A file of its own, on white; ``of`` says in its metadata what it was drawn from."""
+    """The figure as an SVG file on white; ``of`` in its metadata names its source."""
     svg = _save(figure, format="svg", metadata={"Date": None, "Identifier": of})
     return _NO_XML.sub("\N{REPLACEMENT CHARACTER}".encode(), svg)
 
 
 def as_inline(svg: bytes, *, name: str, label: str, points: Iterable[Point] = ()) -> str:
-    """The SVG as part of a page: its ink is the page's, its ids are its own. What it has as styles
-    becomes attributes, since the page's policy allows no style that it does not name. Every point
-    gets a circle over it that says its values."""
+    """The SVG as an element of a page. It takes the page's text color, and its ids get its name as
+    a prefix. Inline styles become attributes, because the page's content security policy forbids
+    them. Every point gets a circle with its values as a tooltip."""
     root = ElementTree.fromstring(svg)
     for parent in [*root.iter()]:
         for child in [*parent]:
@@ -295,12 +297,12 @@ def as_inline(svg: bytes, *, name: str, label: str, points: Iterable[Point] = ()
 
 
 def _local(name: str) -> str:
-    """Without its namespace, as HTML has it."""
+    """A name without its XML namespace, as in HTML."""
     return name.rpartition("}")[2]
 
 
 def _attributes(style: str) -> dict[str, str]:
-    """A style's declarations as attributes of presentation; the font's name is the page's."""
+    """A style's declarations as presentation attributes, without the font's name."""
     found = {}
     for declaration in filter(None, style.split(";")):
         key, _, value = (part.strip() for part in declaration.partition(":"))
@@ -316,5 +318,5 @@ def _attributes(style: str) -> dict[str, str]:
 def _save(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, **options)
-    figure.set_layout_engine("none")  # it is laid out, and stays so in the next format
+    figure.set_layout_engine("none")  # keeps the layout for the next format
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The tables of a page as data: what stands in every cell, and what it is sorted by."""
+"""The tables of a page as data: the text and the sort key of every cell."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Cell:
     """One cell.
 
     Attributes:
-        text: in it.
-        sort: what it is sorted by, a number to the last bit; None for the text.
-        half: an interval beside the text.
-        beside: a line below it.
-        gap: why there is no number, below it.
-        kind: its classes in the page's style; ``text`` stands to the left.
-        link: of a log, after the text.
+        text: the main text.
+        sort: the sort key, a number to the last bit; None to sort by the text.
+        half: an interval after the text.
+        beside: a line below the text.
+        gap: a line below that says why there is no number.
+        kind: CSS classes; ``text`` aligns to the left.
+        link: the path of a log, linked after the text.
     """
 
     text: str
@@ -48,11 +48,11 @@ class Table:
     """A table with its caption; the first cell of a row names it.
 
     Attributes:
-        name: its id.
-        title: above it.
-        caption: sentences, a paragraph each.
-        head: name and unit of each column; one whose unit is None has text.
-        rows: of cells.
+        name: its id in the page.
+        title: the title above it.
+        caption: paragraphs.
+        head: (name, unit) of each column; the unit of a text column is None.
+        rows: lists of cells.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Table:
 
 
 def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
-    """Final numbers of every setting."""
+    """The final numbers of every setting."""
     metrics = _metrics(settings)
     solving = [("Solved", "of seeds"), ("Median time", "steps to solve")] * settings.is_task
     table = Table(
@@ -107,8 +107,8 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
 
 
 def _metrics(settings: Settings) -> list[Metric]:
-    """The table's columns: what some run has. Bits per byte say more than the loss per token only
-    where tokenizers differ, or where the text's own error stands beside them."""
+    """The columns that some run has. Bits per byte are shown only if tokenizers differ or the
+    text's own error is known; otherwise they repeat the loss per token."""
     found = [
         m for m in settings.columns if any(run.final(m.tag) is not None for run in settings.done)
     ]
@@ -119,7 +119,7 @@ def _metrics(settings: Settings) -> list[Metric]:
 
 
 def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
-    """What every arm is worth in plain training."""
+    """The compute-equivalent gain of every arm."""
     table = Table(
         f"gains-{number}" if number else "gains",
         "Compute-equivalent gain",
@@ -144,14 +144,14 @@ def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
 
 
 def of_floors(settings: Settings) -> Table | None:
-    """How often the drafts of every setting are rejected, and how much of that no head could avoid;
-    None without a run that measured it."""
+    """How often drafts are rejected, and how much of that no head could avoid; None if no run
+    measured it."""
     table = Table(
         "floors",
         "Floor and gap",
         [
-            "Rejection of sampled drafts, on texts that the model itself goes on with from "
-            "held-out prompts. A head of order m sees the trunk's state and the m tokens before "
+            "Rejection of sampled drafts, on the model's own continuations of held-out "
+            "prompts. A head of order m sees the trunk's state and the m tokens before "
             "its target: the floor is the least rejection of any such head, the gap what the "
             "trained head is above it. A head that reads more tokens may be below the floor of a "
             "small order. Recall: the target is among the head's first 16 choices.",
@@ -181,7 +181,7 @@ def of_floors(settings: Settings) -> Table | None:
 def of_differences(
     comparisons: Sequence[Comparison], settings: Settings, remarks: Sequence[str]
 ) -> Table:
-    """Every setting against its reference."""
+    """Every setting compared with its reference."""
     tests = sum(c.adjusted is not None for c in comparisons)
     corrected = f"the next column has Holm's correction for the {tests} tests of this table."
     against = [("Setting", None), ("Against", None)]
@@ -226,13 +226,13 @@ def of_differences(
 
 
 def of_jobs(runs: Sequence[Run], folder: Path) -> Table:
-    """What is not done; ``folder`` is the page's, to which links of logs are relative."""
+    """Jobs that are not done; links to logs are relative to the page's ``folder``."""
     head = [("Job", None), ("State", None), ("Step", ""), ("Why", None), ("Overrides", None)]
     table = Table("jobs", "Jobs that are not done", [], head)
     for run in runs:
         log = run.folder / LOG_FILE
         steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
-        # Quoted, no part of a name is a scheme or begins a query.
+        # Quoting prevents that a name is read as a scheme or a query.
         link = quote(os.path.relpath(log, folder)) if log.is_file() else ""
         table.rows.append(
             [

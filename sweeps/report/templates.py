@@ -1,4 +1,4 @@
-"""Pages and prose from templates."""
+"""Renders pages and prose from Jinja templates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 def environment(package: str, *, html: bool = False) -> Environment:
-    """Templates of a package's folder.
+    """The templates of a package.
 
     Args:
-        package: whose ``*.jinja`` they are.
-        html: whether what is filled in is escaped for a page.
+        package: the package with the ``*.jinja`` files.
+        html: whether inserted values are escaped for HTML.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -28,7 +28,7 @@ def environment(package: str, *, html: bool = False) -> Environment:
 
 
 def sentences(package: str, name: str, **facts: Any) -> list[str]:
-    """What a template of prose says: a sentence a line; lines that say nothing are left out."""
+    """The lines of a rendered template, one sentence each, without empty lines."""
     made = environment(package)
     made.finalize = lambda value: " ".join(str(value).splitlines())  # a name may have several lines
     text = made.get_template(name).render(**facts)

@@ -1,4 +1,4 @@
-"""A report that is made again while a sweep runs, served to this machine alone."""
+"""Updates a report while its sweep runs, and serves it to this machine only."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ SECONDS = 10.0
 
 
 class Pages(SimpleHTTPRequestHandler):
-    """The report's own files, as they are now; nothing else of its folder."""
+    """Serves the report's current files and nothing else of its folder."""
 
-    timeout = 30  # seconds that a client has to send something
+    timeout = 30  # seconds without a byte from the client
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def end_headers(self) -> None:
-        """Forbid keeping what changes."""
+        """Forbid caching, since the files change."""
         self.send_header("Cache-Control", "no-store")
         super().end_headers()
 
     def send_head(self) -> Any:
-        """Only the page, its table and its figures, and for those alone who call it by its name."""
+        """Serve the page, its table and its figures, for requests with a local host name only."""
         if not is_called(self.headers.get("Host")):
             self.send_error(421)
             return None
@@ -45,7 +45,7 @@ class Pages(SimpleHTTPRequestHandler):
         return super().send_head()
 
     def list_directory(self, path: Any) -> None:
-        """No lists of files."""
+        """Refuse to list files."""
         self.send_error(404)
 
 
@@ -56,13 +56,13 @@ def watch(
     seconds: float = SECONDS,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Make a report again and again, and serve it, until its jobs have ended or Ctrl-C.
+    """Update and serve a report until its jobs have ended or Ctrl-C.
 
     Args:
-        make: makes it; returns the page and whether jobs are still running or to run.
-        port: of 127.0.0.1; 0 takes a free one.
-        seconds: between two reports.
-        tell: says where it is.
+        make: makes the report; returns the page and whether jobs are running or pending.
+        port: port of 127.0.0.1; 0 takes a free one.
+        seconds: time between two updates.
+        tell: prints a line for the user.
 
     Raises:
         OSError: the port is taken.
@@ -78,7 +78,7 @@ def watch(
             while running:
                 time.sleep(seconds)
                 _, running = make()
-            # Whoever looks at the page gets its last state.
+            # An open page still loads the last state.
             time.sleep(min(seconds, SECONDS))
         except KeyboardInterrupt:
             pass

@@ -169,7 +169,7 @@ def test_a_report_without_a_plain_curve_says_what_is_missing(tmp_path: Path) -> 
     priced_sweep(tmp_path, budgets=(1.0,))
     assert families(collect([read_sweep(tmp_path)])) == []
     html = report([tmp_path])[0].read_text(encoding="utf-8")
-    assert "no plain runs (mtp=none) of two lengths with an arm beside them" in html
+    assert "no plain runs (mtp=none) of two lengths and an arm to compare" in html
     assert '<h2 id="gains">' not in html
 
 

@@ -40,27 +40,27 @@ def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
         ("byte", 256, {**tokenized("t", 9.0), **evaluated("a" * 32, bytes=3_900, tokens=3_900)}),
         ("bpe", 256, {**tokenized("u", 9.0), **text}),
     )
-    assert len(said) == 1 and said[0].startswith("The context is not equalised")
+    assert len(said) == 1 and said[0].startswith("The context is not equal")
     assert "256 tokens x 1.00 bytes = 256 bytes with tokenizer.kind=byte" in said[0]
     assert "256 tokens x 3.90 bytes = 998 bytes with tokenizer.kind=bpe" in said[0]
     html = report([tmp_path])[0].read_text()
-    assert html.count("The context is not equalised") == 3  # notes and both tables
+    assert html.count("The context is not equal") == 3  # notes and both tables
 
 
 def test_windows_of_equal_bytes_are_called_so(tmp_path: Path) -> None:
     byte, bpe = tokenized("t", 1.0), tokenized("u", 4.0)
     said = of(tmp_path / "a", ("byte", 1000, byte), ("bpe", 256, bpe))
-    assert len(said) == 1 and "equalised in bytes, within 5 %" in said[0]
+    assert len(said) == 1 and "equal in bytes, within 5 %" in said[0]
     assert "= 1,000 bytes" in said[0] and "= 1,024 bytes" in said[0]
     said = of(tmp_path / "b", ("byte", 970, byte), ("bpe", 256, bpe))  # 5.6 % less
-    assert said[0].startswith("The context is not equalised")
+    assert said[0].startswith("The context is not equal")
 
 
 def test_windows_of_one_tokenizer(tmp_path: Path) -> None:
     rate = tokenized("t", 2.0)
     assert of(tmp_path / "same", ("byte", 128, rate)) == []
     (said,) = of(tmp_path / "two", ("byte", 128, rate), ("byte", 256, rate))
-    assert "not equalised" in said and "128 tokens x 2.00 bytes = 256 bytes" in said
+    assert "not equal" in said and "128 tokens x 2.00 bytes = 256 bytes" in said
 
 
 def test_a_context_that_nobody_knows(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def test_configs_are_compared(
     main(["--diff", str(tmp_path / "a"), str(tmp_path / "a")])
     assert capsys.readouterr().out == "no difference\n"
     for wrong, said in (
-        (["--diff", str(tmp_path / "a")], "wants two runs, and got 1"),
-        (["--diff", str(tmp_path / "a"), str(tmp_path)], "is no run with a config.yaml"),
+        (["--diff", str(tmp_path / "a")], "compares two runs, not 1"),
+        (["--diff", str(tmp_path / "a"), str(tmp_path)], "is not a run with a config.yaml"),
     ):
         with pytest.raises(SystemExit):
             main(wrong)

@@ -192,7 +192,7 @@ def test_many_settings_keep_their_looks_apart() -> None:
         for weight in (0.1, 0.2, 0.3):
             values = {"mtp.depth": depth, "mtp_lambda": weight}
             made.append(type("S", (), {"values": values})())
-    assert len({(look.colour, look.dash) for look in looks(made)}) == 12
+    assert len({(look.color, look.dash) for look in looks(made)}) == 12
 
 
 def test_a_legend_of_many_settings_is_by_key() -> None:
@@ -202,7 +202,7 @@ def test_a_legend_of_many_settings_is_by_key() -> None:
         for b in range(9)
         for c in "xy"
     ]
-    assert len({(o.colour, o.dash, o.marker) for o in looks(every)}) == len(every)
+    assert len({(o.color, o.dash, o.marker) for o in looks(every)}) == len(every)
     key = [label for label, _ in key_to(every, every)]
     assert key[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(key) == 3 + 18
     few = [label for label, _ in key_to(every, every[:3])]
@@ -261,14 +261,14 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
     drawn = drawings(tmp_path / "both")
     html = report([tmp_path / "both"])[0].read_text()
     for text in (drawn["loss_depth"].caption, drawn["agreement_depth"].caption, html):
-        assert "Two tasks stand side by side here" in text and "decode/*" in text
-        where = text.index("Two tasks")
+        assert "The depths solve two different tasks" in text and "decode/*" in text
+        where = text.index("two different tasks")
         given, blind = text[where : where + 400].split("reads the true tokens before its target")
         assert "sequential" in given and "parallel" not in given
         assert "parallel" in blind and "linear" in blind
     table = re.search(r'<h2 id="settings">.*?</caption>', html, re.DOTALL)
-    assert table and "Two tasks" in table[0]
-    assert "Two tasks" not in drawn["loss_tokens"].caption
+    assert table and "two different tasks" in table[0]
+    assert "two different tasks" not in drawn["loss_tokens"].caption
     variants(tmp_path / "given", {"sequential": True, "none": None})
     assert "reads the true tokens before its" in drawings(tmp_path / "given")["loss_depth"].caption
     variants(tmp_path / "blind", {"parallel": False})
@@ -281,7 +281,7 @@ def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
     said = {"mtp_reads_tokens": False, "mtp_predicts_tokens": False}
     write_run(tmp_path / "bag", config, summary={"val/loss_depth_1": 912.5, **said})
     caption = drawings(tmp_path)["loss_depth"].caption
-    assert "Two tasks" not in caption and "reads the true tokens before its" in caption
+    assert "two different tasks" not in caption and "reads the true tokens before its" in caption
     where = caption.index("predicts no token of its own")
     assert "bag" in caption[where - 60 : where]
     report([tmp_path])

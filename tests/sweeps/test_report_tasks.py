@@ -368,7 +368,9 @@ def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for level in ("1", "-0.1", "nan"):
         with pytest.raises(SystemExit):
             main([str(tmp_path), "--solved", level])
-        assert f"--solved {float(level):g} is no share below 1" in capsys.readouterr().err
+        assert (
+            f"--solved {float(level):g} must be at least 0 and below 1" in capsys.readouterr().err
+        )
 
 
 def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
