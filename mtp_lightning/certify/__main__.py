@@ -1,6 +1,6 @@
 """``mtp-lightning certify MODEL``; ``--help`` explains it.
 
-The exit code is 0 where every promise was kept, 2 where one was broken, 1 for a user's mistake.
+The exit code is 0 if every promise was kept, 2 if one was broken, 1 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from mtp_lightning.errors import UserError
 def main(
     argv: list[str] | None = None, *, program: str = "python -m mtp_lightning.certify"
 ) -> None:
-    """The command."""
+    """The command line."""
     parser = Parser(
         prog=program,
         description="Do drafts change a model's text? Tried in every way of decoding.",
         epilog="exit code: 0 lossless, 2 a promise was broken, 1 nothing could be tried",
     )
     parser.add_argument("model", type=Path, help="a run, a Hugging Face folder or a GGUF file")
-    parser.add_argument("--prompts", type=int, default=1000, help="how many (1000)")
-    parser.add_argument("--new-tokens", type=int, default=16, help="of every prompt (16)")
+    parser.add_argument("--prompts", type=int, default=1000, help="number of prompts (1000)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="new tokens per prompt (16)")
     parser.add_argument(
         "--weights",
         help="fp32,bf16,int8: precisions of the weights (those that this machine has)",
@@ -31,10 +31,10 @@ def main(
     parser.add_argument(
         "--quick", action="store_true", help="a minute: fewer ways, and as many prompts as it takes"
     )
-    parser.add_argument("--minutes", type=float, help="take no further prompts after that time")
+    parser.add_argument("--minutes", type=float, help="stop taking prompts after this time")
     parser.add_argument("--text", type=Path, help="take the prompts from this file")
     parser.add_argument("--output", type=Path, help="folder for certificate.json and badge.svg")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and samples (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and samples (0)")
     parser.add_argument(
         "--allow", default="", help="packages that the model may name, as generate.py's allow"
     )
@@ -49,7 +49,7 @@ def main(
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes={args.minutes} must be above 0.")
         minutes = 1.0 if args.quick and args.minutes is None else args.minutes
-        # Imported here, so that --help does not wait for torch.
+        # Imported late: --help must not wait for torch.
         from mtp_lightning.certify.run import certify
         from mtp_lightning.run.atomic import write_bytes, write_json
 

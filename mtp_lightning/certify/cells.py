@@ -21,9 +21,9 @@ class Cell:
 
     Attributes:
         drafts: the name of ``options`` in the table.
-        options: how texts are drafted.
-        batch: texts decoded together; those beyond one come and go.
-        threads: of PyTorch.
+        options: how tokens are drafted.
+        batch: texts decoded together; in a batch, texts end and others take their slots.
+        threads: number of PyTorch threads.
         reads: ``whole`` continues the prompt; ``resumed`` continues prompt and half of the text
             after reading both again.
     """
@@ -55,7 +55,7 @@ def ways(model: MTPModel) -> dict[str, DecodingOptions]:
             drafted = options.max_draft(model)
         except UserError:  # this model cannot draft that way
             continue
-        # "deeper" may be one of the depths before it.
+        # "deeper" may equal one of the depths before it.
         if (name == "none" or drafted) and options not in found.values():
             found[name] = options
     return found
@@ -65,10 +65,10 @@ def cells(model: MTPModel, threads: tuple[int, ...], *, few: bool = False) -> It
     """The cells of a model.
 
     Args:
-        model: to be decoded.
-        threads: their numbers.
-        few: only those that differ from one text on one thread in at most one way besides drafts,
-            rather than the product of all ways.
+        model: the model to decode.
+        threads: numbers of threads to try.
+        few: only cells that differ from one text on one thread in at most one way besides drafts,
+            instead of the product of all ways.
     """
     first = (1, threads[0], WHOLE)
     rest = tuple(itertools.product((1, _BATCH), threads, (WHOLE, RESUMED)))

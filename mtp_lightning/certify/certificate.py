@@ -1,4 +1,4 @@
-"""What a certificate says, as a table, as JSON and as a badge."""
+"""The results of all cells, as a table, as JSON and as a badge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtp_lightning.certify.cells import Cell
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.sampled import Sampled
 
-# A lossless model is called broken by its samples with this probability, all cells together.
+# The probability that samples call a lossless model broken, over all cells together.
 _FALSE_ALARM = 1e-4
 _BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" \
 aria-label="{left}: {right}">
@@ -28,10 +28,10 @@ class Row:
     """A cell in one precision.
 
     Attributes:
-        precision: of the weights.
+        precision: the precision of the weights.
         cell: how texts were decoded.
-        greedy: of its greedy texts.
-        sampled: of its sampled ones; None where none were drawn.
+        greedy: the comparison of greedy texts.
+        sampled: the test of sampled texts; None if none were drawn.
     """
 
     precision: str
@@ -42,13 +42,13 @@ class Row:
 
 @dataclass
 class Certificate:
-    """What was tried and found.
+    """The results of a model.
 
     Attributes:
         model: its path.
-        facts: the machine, the versions, the settings.
-        same_bits: whether logits are promised to the last bit on this machine.
-        rows: the cells.
+        facts: machine, versions and settings.
+        same_bits: whether this machine promises equal logits to the last bit.
+        rows: the cells with their results.
     """
 
     model: str
@@ -58,11 +58,11 @@ class Certificate:
 
     @property
     def least_p(self) -> float:
-        """The p that no cell's samples may fall below."""
+        """The smallest p-value that a cell's samples may have (Bonferroni)."""
         return _FALSE_ALARM / max(sum(row.sampled is not None for row in self.rows), 1)
 
     def broken(self) -> list[str]:
-        """The promises that were not kept, a sentence each."""
+        """The broken promises, one sentence each."""
         found = []
         for row in self.rows:
             where, greedy = _where(row), row.greedy
@@ -85,7 +85,7 @@ class Certificate:
         return found
 
     def verdict(self) -> str:
-        """All of it in a sentence."""
+        """The result in one sentence."""
         texts = sum(row.greedy.texts for row in self.rows)
         equal = sum(row.greedy.equal for row in self.rows)
         ps = [row.sampled.p for row in self.rows if row.sampled is not None]
@@ -97,7 +97,7 @@ class Certificate:
         return f"{'BROKEN' if self.broken() else 'lossless'}: {told}."
 
     def lines(self) -> Iterator[str]:
-        """A table with a line a precision and way of drafting, and the verdict."""
+        """A table with one line per precision and way of drafting, and the verdict."""
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.precision, row.cell.drafts), []).append(row)
@@ -120,7 +120,7 @@ class Certificate:
         yield self.verdict()
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The certificate as plain data for JSON."""
         return {
             "model": self.model,
             "verdict": self.verdict(),
@@ -131,7 +131,7 @@ class Certificate:
         }
 
     def badge(self) -> str:
-        """A picture for a model card, SVG."""
+        """An SVG badge for a model card."""
         texts = sum(row.greedy.texts for row in self.rows)
         right = "broken" if self.broken() else f"{texts:,} of {texts:,} texts"
         rest = 14 + 7 * len(right)

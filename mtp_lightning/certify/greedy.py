@@ -1,4 +1,4 @@
-"""Greedy texts of a cell, compared with those of plain decoding.
+"""Compares a cell's greedy texts with those of plain decoding.
 
 Shapes: T tokens of a text, V vocabulary.
 """
@@ -16,15 +16,15 @@ from mtp_lightning.model import MTPModel
 
 @dataclass
 class Greedy:
-    """What the greedy texts of a cell showed.
+    """The comparison of a cell's greedy texts with plain decoding.
 
     Attributes:
-        texts: how many were compared.
-        equal: how many of them are those of plain decoding, token for token.
-        tokens: how many tokens were compared, a text's first different one included.
-        same_bits: at how many of them all logits are those of plain decoding, to the last bit.
+        texts: number of compared texts.
+        equal: number of texts with the same tokens.
+        tokens: number of compared tokens, including the first different one of a text.
+        same_bits: number of tokens whose logits are all equal to the last bit.
         largest: the largest difference between two logits of one token.
-        first: the first different text, by its number, and the token in it where it parts.
+        first: (text, token) of the first difference; None without one.
     """
 
     texts: int = 0
@@ -38,9 +38,9 @@ class Greedy:
         """Count a text.
 
         Args:
-            number: of the text.
-            wanted: plain decoding's.
-            found: the cell's, which begins at token ``start`` of the other.
+            number: the text's number.
+            wanted: the text of plain decoding.
+            found: the cell's text, which begins at token ``start`` of ``wanted``.
         """
         ids = wanted.ids[start : start + len(found.ids)]
         pairs = zip(ids, found.ids, strict=True)
@@ -49,7 +49,7 @@ class Greedy:
         self.equal += parts is None
         if parts is not None and self.first is None:
             self.first = number, start + parts
-        # Up to there both have read the same tokens.
+        # The logits compare up to the first different token, where both have read the same.
         T = len(ids) if parts is None else parts + 1
         a_TV, b_TV = wanted.logits_TV[start : start + T], found.logits_TV[:T]
         self.tokens += T
@@ -73,20 +73,20 @@ def compare_texts(
     *,
     first: int,
 ) -> None:
-    """Decode prompts by a cell and count them.
+    """Decode prompts as a cell does, and count the results.
 
     Args:
-        model: on its device.
-        cell: how.
+        model: the model, on its device.
+        cell: the way of decoding.
         beginnings: the prompts.
-        wanted: their texts by :func:`plain_texts`.
-        into: where they are counted.
+        wanted: their texts from :func:`plain_texts`.
+        into: counts the texts.
         first: the number of the first prompt.
     """
     length = len(wanted[0].ids)
     start = length // 2 if cell.reads == RESUMED else 0
     read = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
-    # In a batch the rows end at different times, and others take their places.
+    # In a batch the rows end at different times, and others take their slots.
     spread = range(1) if cell.batch == 1 else range(max((length - start) // 2, 1))
     lengths = [length - start - i % len(spread) for i in range(len(read))]
     with threads(cell.threads):

@@ -1,4 +1,4 @@
-"""From a path to a certificate: a part of the prompts at a time, through all cells."""
+"""Opens a model and runs all cells, a part of the prompts at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
 from mtp_lightning.system import processor
 
-# Prompts whose logits are in memory at a time.
+# Prompts whose logits are in memory at the same time.
 _PART = 16
 
 
@@ -38,22 +38,33 @@ def certify(
     allow: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Certificate:
-    """Try all cells of a model.
+    """Run all cells of a model.
 
-    Args:
-        path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
-        count: prompts.
-        length: new tokens of each.
-        precisions: of the weights; None for those that this machine decodes in.
-        few: try few cells, see :func:`~mtp_lightning.certify.cells.cells`.
-        minutes: after which no further prompts are taken; every precision has its share.
-        file: holds the prompts' text; None is Python's standard library.
-        seed: of prompts and samples.
-        allow: packages whose variants the model may ask for.
-        say: called with a line after every part.
+        Args:
+            path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
+    <<<<<<< HEAD
+            count: prompts.
+            length: new tokens of each.
+            precisions: of the weights; None for those that this machine decodes in.
+            few: try few cells, see :func:`~mtp_lightning.certify.cells.cells`.
+            minutes: after which no further prompts are taken; every precision has its share.
+            file: holds the prompts' text; None is Python's standard library.
+            seed: of prompts and samples.
+            allow: packages whose variants the model may ask for.
+    =======
+            count: number of prompts.
+            length: new tokens per prompt.
+            precisions: precisions of the weights.
+            few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
+            minutes: no more prompts are taken after this time, divided equally among the precisions.
+            file: the prompts' text; None for Python's standard library.
+            seed: the seed of prompts and samples.
+            allow: packages whose variants the model may use.
+    >>>>>>> pages
+            say: called with a line after every part.
 
-    Raises:
-        UserError: an option out of range, a model that cannot be opened, or that makes no drafts.
+        Raises:
+            UserError: an option is out of range, or the model cannot be opened or makes no drafts.
     """
     if precisions is None:
         rounded = () if rounded_weights_need("cpu") else ("bf16", "int8")
@@ -112,6 +123,6 @@ def certify(
 
 
 def _is_sampled(cell: Cell, threads: Sequence[int]) -> bool:
-    """Whether a cell's samples are drawn: one a way of drafting, since their distribution depends
-    on nothing else that greedy texts do not show."""
+    """Whether a cell's samples are drawn. One cell per way of drafting is enough: greedy texts test
+    everything else that their distribution depends on."""
     return cell == Cell(drafts=cell.drafts, options=cell.options, batch=8, threads=threads[0])

@@ -1,10 +1,10 @@
-"""Sampled texts of a cell, held against the distribution that they claim to be drawn from.
+"""Tests whether a cell's sampled tokens follow the trunk's distribution.
 
 A token x drawn from p has F(x - 1) + v p(x) uniform on [0, 1), where F is the cumulative of p in
 any fixed order and v is uniform (the randomized probability integral transform; Brockwell 2007,
-"Universal residuals"). Given the tokens before it, a token of a lossless decoder is drawn from the
-trunk's own p, so that these numbers are independent, whatever the drafts were. The order here is
-from the most probable token down, where drafts that are accepted too often show first.
+"Universal residuals"). A lossless decoder draws each token from the trunk's p given the tokens
+before it, so these numbers are independent, whatever the drafts were. The order here is from the
+most to the least probable token, which best reveals drafts that are accepted too often.
 
 Shapes: T tokens of a text, V vocabulary.
 """
@@ -26,11 +26,11 @@ _BINS = 16
 
 @dataclass
 class Sampled:
-    """What the sampled texts of a cell showed.
+    """The counts of a cell's sampled tokens.
 
     Attributes:
-        tokens: how many were drawn.
-        counts: how many fell into each of 16 equal bins of [0, 1).
+        tokens: number of drawn tokens.
+        counts: number of their transforms in each of 16 equal bins of [0, 1).
     """
 
     tokens: int = 0
@@ -44,7 +44,7 @@ class Sampled:
 
     @property
     def p(self) -> float:
-        """The probability of a statistic as large, of a lossless decoder."""
+        """The probability that a lossless decoder has a statistic at least as large."""
         degrees = torch.tensor((_BINS - 1) / 2, dtype=torch.float64)
         half = torch.tensor(self.chi_square / 2, dtype=torch.float64)
         return float(torch.special.gammaincc(degrees, half))
@@ -63,13 +63,13 @@ def draw_texts(
     """Sample a text for every prompt, at temperature 1, and count its tokens.
 
     Args:
-        model: on its device.
-        cell: how.
+        model: the model, on its device.
+        cell: the way of decoding.
         beginnings: the prompts.
-        length: tokens of a text.
-        into: where they are counted.
+        length: tokens per text.
+        into: counts the tokens.
         first: the number of the first prompt.
-        seed: of all random numbers.
+        seed: the seed of all random numbers.
     """
     options = replace(cell.options, batch_size=cell.batch, temperature=1.0, seed=seed)
     with threads(cell.threads):
@@ -83,7 +83,7 @@ def draw_texts(
 
 
 def transform(logits_TV: Tensor, ids: Sequence[int], noise: torch.Generator) -> Tensor:
-    """The transform [T] of tokens by the logits that they were drawn by."""
+    """The transform [T] of tokens, from the logits from which they were drawn."""
     p_TV = logits_TV.double().softmax(dim=-1)
     ids_T1 = torch.tensor(ids).unsqueeze(1)
     own_T1 = p_TV.gather(1, ids_T1)

@@ -1,4 +1,4 @@
-"""Prompts to try a model on, and their texts with the logits that every token was chosen by.
+"""Chooses prompts, and decodes them with the logits from which every token was chosen.
 
 Shapes: T tokens of a text, V vocabulary.
 """
@@ -21,7 +21,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
-# Characters that surely hold a prompt's tokens.
+# Characters that are enough for a prompt's tokens.
 _SLICE = 400
 _SHORTEST, _LONGEST = 4, 32
 
@@ -32,7 +32,7 @@ class Text:
 
     Attributes:
         ids: its tokens.
-        parts: the trunk's logits [T, V] that they were chosen by, a tensor a round.
+        parts: the trunk's logits [T, V] from which they were chosen, one tensor per round.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -40,24 +40,24 @@ class Text:
 
     @property
     def logits_TV(self) -> Tensor:
-        """The logits that every token was chosen by."""
+        """The logits from which the tokens were chosen."""
         return torch.cat(self.parts)
 
 
 def prompts(
     tokenizer: Any, count: int, *, longest: int, seed: int, file: Path | None
 ) -> list[list[int]]:
-    """Short beginnings from anywhere in a text.
+    """Cut short prompts from random places of a text.
 
     Args:
-        tokenizer: the model's.
-        count: how many.
-        longest: most tokens of one.
-        seed: decides which.
-        file: holds the text; None takes the modules of Python's standard library.
+        tokenizer: the model's tokenizer.
+        count: number of prompts.
+        longest: most tokens of a prompt.
+        seed: the seed of the random choices.
+        file: the text; None for the modules of Python's standard library.
 
     Raises:
-        UserError: the file is too short, or is not UTF-8.
+        UserError: the file is too short or not UTF-8.
     """
     chance = random.Random(seed)
     if file is None:
@@ -94,13 +94,13 @@ def decode(
     *,
     first: int = 0,
 ) -> list[Text]:
-    """Decode texts, of which ``options.batch_size`` are alive at a time.
+    """Decode texts, at most ``options.batch_size`` at a time.
 
     Args:
-        model: on its device.
-        options: of all of them; the seed's stream of a text is that of its number.
-        beginnings: what each continues.
-        lengths: how many tokens each gets; no token ends a text before.
+        model: the model, on its device.
+        options: options of all texts; a text's random numbers depend on the seed and its number.
+        beginnings: the prompts.
+        lengths: new tokens of each text; no token ends a text earlier.
         first: the number of the first text.
     """
     found = [Text() for _ in beginnings]

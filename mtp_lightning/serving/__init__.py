@@ -1,10 +1,10 @@
-"""An endpoint that speaks OpenAI's HTTP over the one decoding loop.
+"""An HTTP server with OpenAI's API on top of the decoding engine.
 
-A request goes this way: ``app`` (HTTP) -> ``schemas`` (the fields of a body) -> ``asked`` (what the
-engine is asked for) -> ``worker`` (the thread that owns the engine) -> ``replies`` (objects of
-OpenAI's shape) -> ``app``; ``start`` and ``server`` begin and end it.
+A request passes through ``app`` (HTTP), ``schemas`` (the fields of a body), ``asked`` (the request
+to the engine), ``worker`` (the thread that owns the engine) and ``replies`` (objects of OpenAI's
+shape), back to ``app``. ``start`` and ``server`` start and stop the server.
 
-This folder comes off: ``generate.py`` writes without it.
+This folder comes off: ``generate.py`` works without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, bodies within limits, streams, and clients that hang up."""
+"""The HTTP routes: reading bodies within limits, streaming, and disconnected clients."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from mtp_lightning.serving.replies import Reply, Words
 from mtp_lightning.serving.schemas import shown
 from mtp_lightning.serving.worker import Worker
 
-_BODY_SECONDS = 30  # that a client has to send a body in
+_BODY_SECONDS = 30  # the longest time for sending a body
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Endpoint:
-    """Answers requests by a worker.
+    """Answers requests with the texts of a worker.
 
     Args:
-        reader: understands bodies.
-        worker: has the model.
-        meters: are told what happens.
-        tokenizer: of the model.
-        max_body: bytes.
-        hosts: names that the server may be called by, beside localhost.
-        created: when the server began, seconds since 1970.
-        facts: what clients are told of the model beside OpenAI's fields.
+        reader: parses bodies.
+        worker: runs the model.
+        meters: count requests.
+        tokenizer: the model's.
+        max_body: largest body in bytes.
+        hosts: host names of the server, besides localhost.
+        created: start of the server, seconds since 1970.
+        facts: further facts about the model, next to OpenAI's fields.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Endpoint:
         self._facts = facts
 
     def app(self) -> FastAPI:
-        """The application. FastAPI makes no pages for it: those need a network."""
+        """The application, without FastAPI's own pages, which load files from the internet."""
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.add_api_route("/", page)
         app.add_api_route("/health", self.health)
@@ -80,21 +80,21 @@ class Endpoint:
         return app
 
     async def health(self) -> JSONResponse:
-        """Whether requests are taken."""
+        """Whether the server accepts requests."""
         alive = self._worker.alive
         told = {"status": "ok" if alive else "ending"}
         return JSONResponse(told, status_code=200 if alive else 503)
 
     async def metrics(self) -> Response:
-        """For Prometheus."""
+        """The metrics for Prometheus."""
         return Response(self._meters.text(), media_type=_METRICS)
 
     async def models(self) -> dict[str, Any]:
-        """The one that is here."""
+        """The list of models, which has one entry."""
         return {"object": "list", "data": [self._model()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """The same, asked for by its name."""
+        """The model with a given name."""
         if name != self._reader.name:
             told = f"There is no model of that name, only {self._reader.name}."
             raise Refusal(told, status=404, param="model", code="model_not_found")
@@ -122,7 +122,7 @@ class Endpoint:
         except Exception:
             self._meters.ended(500)
             raise
-        if not isinstance(response, StreamingResponse):  # which counts itself, at its end
+        if not isinstance(response, StreamingResponse):  # a stream counts itself when it ends
             self._meters.ended(response.status_code)
         return response
 
@@ -137,7 +137,7 @@ class Endpoint:
         try:
             if not asked.stream:
                 return JSONResponse(await _whole(news, reply))
-            first = await anext(news)  # until then, a refusal has a status of its own
+            first = await anext(news)  # an earlier refusal can still set the status
         except BaseException:
             self._worker.cancel(job)
             raise
@@ -155,7 +155,7 @@ class Endpoint:
         news: AsyncIterator[News],
         watch: asyncio.Task[None],
     ) -> AsyncIterator[bytes]:
-        """A text as server-sent events; whatever ends it, its row is freed and its end counted."""
+        """A text as server-sent events. Its row is freed, and the request counted, in any case."""
         status = HUNG_UP
         try:
             for chunk in reply.chunks(first, first=True):
@@ -175,14 +175,14 @@ class Endpoint:
             self._meters.ended(status)
 
     async def _watch(self, request: Request, job: Job) -> None:
-        """Free a job's place when its client hangs up."""
+        """Free a job's slot when its client disconnects."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._worker.cancel(job)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # which no page of another site can send unasked
+        if kind != "application/json":  # another site's page cannot send this without permission
             raise Refusal("The content-type must be application/json.", status=415)
         body = bytearray()
         try:

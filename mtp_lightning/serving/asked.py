@@ -1,4 +1,4 @@
-"""From a body to what is asked of the engine, or to the sentence that refuses it."""
+"""Turns a body into a request to the engine, or refuses it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from mtp_lightning.serving.schemas import (
 )
 from mtp_lightning.settings import is_whole
 
-# OpenAI's: what a completion gets that does not say how long it shall be.
+# OpenAI's default of max_tokens for completions.
 _SHORT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A body that was understood.
+    """A parsed body.
 
     Attributes:
-        request: for the engine.
-        chat: whether it is answered as a message.
-        stream: whether it is answered token by token.
-        usage: whether a stream ends with the counts of tokens.
-        drafts: whether a stream tells how every token came.
+        request: the request to the engine.
+        chat: whether the reply is a message.
+        stream: whether the reply is streamed.
+        usage: whether a stream ends with token counts.
+        drafts: whether a stream reports which tokens were drafted.
     """
 
     request: Request
@@ -47,18 +47,18 @@ class Asked:
 
 
 class Reader:
-    """Understands bodies; safe to call from several threads.
+    """Parses bodies; thread-safe.
 
     Args:
         run: the model and its tokenizer.
-        name: what clients call it.
-        max_tokens: the most that a request may ask for.
-        max_draft: the most drafts that a request may ask for.
+        name: the model's name for clients.
+        max_tokens: most new tokens of a request.
+        max_draft: most drafts per round.
         max_prompt: most tokens of a prompt.
-        room: tokens that a prompt and its text may have together; None for no bound.
+        room: most tokens of a prompt and its text together; None for no bound.
 
     Raises:
-        UserError: a chat template that is none.
+        UserError: the chat template is invalid.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Reader:
     ) -> None:
         self.name = name
         self.template = ChatTemplate.of(run.tokenizer_state)
-        # One of its own: encode_specials changes it, which must not be while the worker decodes.
+        # A separate tokenizer: encode_specials changes its state, while the worker decodes.
         self._tokenizer = replace(run).tokenizer
         self._vocab = run.model.config.trunk.vocab_size
         self._completion = limited(CompletionBody, max_tokens, max_draft)
@@ -81,18 +81,18 @@ class Reader:
         self._max_tokens = max_tokens
         self._max_prompt = max_prompt
         self._room = room
-        # Nor may two threads encode in two ways.
+        # For the same reason, one thread encodes at a time.
         self._encoding = threading.Lock()
 
     def read(self, body: bytes, *, chat: bool) -> Asked:
-        """A request for the engine.
+        """Parse a body.
 
         Args:
-            body: as it was sent.
-            chat: to which of the two endpoints.
+            body: the bytes as sent.
+            chat: whether it was sent to the chat endpoint.
 
         Raises:
-            Refusal: anything in it that is wrong, or that cannot be done.
+            Refusal: the body is invalid, or asks for something that this server cannot do.
         """
         asked = understood(body, self._chat if chat else self._completion)
         if asked.model not in (None, self.name):
@@ -113,7 +113,7 @@ class Reader:
                 temperature=asked.temperature,
                 top_k=asked.top_k,
                 top_p=asked.top_p,
-                # One of its own where none is given.
+                # Without a seed, every request gets a random one.
                 seed=secrets.randbits(31) if asked.seed is None else asked.seed,
                 stop=tuple(asked.stop),
                 logprobs=logprobs,
@@ -125,13 +125,13 @@ class Reader:
         if options and options.model_fields_set and not asked.stream:
             told = "stream_options is for stream=true: leave it out."
             raise Refusal(told, param="stream_options")
-        beside = StreamOptions() if options is None else options
+        extras = options or StreamOptions()
         return Asked(
             request=request,
             chat=chat,
             stream=asked.stream,
-            usage=beside.include_usage,
-            drafts=beside.include_drafts,
+            usage=extras.include_usage,
+            drafts=extras.include_drafts,
         )
 
     def _prompt(self, given: Any) -> list[int]:
@@ -143,7 +143,7 @@ class Reader:
         for token in given:
             if not is_whole(token) or not 0 <= token < self._vocab:
                 ids = f"the model's are 0 to {self._vocab - 1}"
-                raise Refusal(f"{shown(token)} is no token id: {ids}.", param="prompt")
+                raise Refusal(f"{shown(token)} is not a token id: {ids}.", param="prompt")
         return self._checked(given)
 
     def _chat_prompt(self, messages: list[Message]) -> list[int]:
@@ -173,7 +173,7 @@ class Reader:
         return ids
 
     def _new_tokens(self, asked: Body, prompt: int) -> int:
-        # The last new token is never read.
+        # The model never reads the last new token.
         room = self._max_tokens if self._room is None else self._room - prompt + 1
         name, wanted, default = "max_tokens", asked.max_tokens, _SHORT
         if isinstance(asked, ChatBody):

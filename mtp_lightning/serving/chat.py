@@ -1,7 +1,7 @@
-"""The chat template that a tokenizer came with: messages as the text that the model was trained on.
+"""Formats messages with the chat template of the model's tokenizer.
 
-A template is a program of whoever made the model. It runs in Jinja's sandbox, as transformers runs
-it: it sees the messages and nothing of Python, and can change neither.
+A template is an untrusted program from the model's author. It runs in Jinja's immutable sandbox, as
+in transformers: it reads the messages, cannot change them, and has no access to Python.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class ChatTemplate:
-    """How a model's messages are written.
+    """Turns messages into the text that the model was trained on.
 
     Args:
-        source: of Jinja.
-        specials: names of special tokens that the template may use.
+        source: the Jinja source.
+        specials: text of special tokens by name, such as ``bos_token``.
 
     Raises:
-        UserError: it is no template.
+        UserError: the template is invalid.
     """
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
@@ -47,17 +47,17 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer_state: Mapping[str, Any]) -> ChatTemplate | None:
-        """The one that lay beside a tokenizer, None if there was none.
+        """The template from a tokenizer's folder; None if it has none.
 
         Args:
-            tokenizer_state: of a :class:`~mtp_lightning.opening.OpenedModel`.
+            tokenizer_state: that of a :class:`~mtp_lightning.opening.OpenedModel`.
 
         Raises:
-            UserError: it is no template.
+            UserError: the template is invalid.
         """
-        beside = tokenizer_state.get("beside", {})
-        config = json.loads(beside.get("tokenizer_config.json", "{}"))
-        source = beside.get("chat_template.jinja", config.get("chat_template"))
+        files = tokenizer_state.get("beside", {})
+        config = json.loads(files.get("tokenizer_config.json", "{}"))
+        source = files.get("chat_template.jinja", config.get("chat_template"))
         if isinstance(source, list):  # several by name
             named = {entry.get("name"): entry.get("template") for entry in source}
             source = named.get("default")
@@ -68,7 +68,7 @@ class ChatTemplate:
         return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)})
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """What the model reads before it answers.
+        """The prompt for the model's answer.
 
         Args:
             messages: each with ``role`` and ``content``.
@@ -80,7 +80,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=list(messages), add_generation_prompt=True, **self._specials
             )
-        except Exception as error:  # whatever a stranger's program makes of a stranger's messages
+        except Exception as error:  # an untrusted program may raise anything
             told = str(error).strip().rstrip(".") or type(error).__name__
             raise Refusal(
                 f"The model's chat template does not take these messages: {told}.", param="messages"

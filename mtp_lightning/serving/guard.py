@@ -1,4 +1,4 @@
-"""Who is answered: requests by a name of this server, whose headers come in time."""
+"""Refuses requests for other host names, and closes connections whose headers come too late."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mtp_lightning.hosts import is_called
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.serving.schemas import shown
 
-_HEADER_SECONDS = 10  # that a client has to send a request's headers in
+_HEADER_SECONDS = 10  # the longest time for sending a request's headers
 
 
 class OwnNames:
-    """Refuses requests for other servers (421, as RFC 9110 calls them misdirected).
+    """Refuses requests for other host names with status 421 (misdirected request, RFC 9110).
 
     Args:
-        app: that answers the others.
-        names: of this server, beside localhost.
+        app: answers the other requests.
+        names: host names of this server, besides localhost.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
@@ -31,7 +31,7 @@ class OwnNames:
         self._names = names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As every application of ASGI."""
+        """Answer as an ASGI application."""
         host = Headers(scope=scope).get("host")
         if is_called(host, self._names):
             await self._app(scope, receive, send)
@@ -41,20 +41,20 @@ class OwnNames:
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's connection, which it would keep for as long as headers do not end.
+    """uvicorn's connection with a time limit for headers, which uvicorn lacks.
 
-    A connection without a request costs a socket: it is closed when none has come in time.
+    Without the limit, idle connections could use up all sockets.
     """
 
     _timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:
-        """Wait for the first request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Wait on while the headers are not complete."""
+        """Run the timer except while a request is answered."""
         super().data_received(data)
         cycle: Any = self.cycle
         if cycle is None or cycle.response_complete:
@@ -63,7 +63,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing."""
+        """Stop the timer."""
         self._stop()
         super().connection_lost(exc)
 

@@ -1,4 +1,4 @@
-"""One request on its way through the worker, and what it hears from it."""
+"""One request to the worker, and the news that the worker sends about it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mtp_lightning.serving.refusal import Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What a text has grown by.
+    """The growth of a text.
 
     Attributes:
-        text: characters that are whole; joined, the text.
+        text: new complete characters; all of them joined are the text.
         fresh: the tokens since the last news.
-        pieces: of each of them, the characters that it makes whole.
-        seconds: since the text's first token.
-        done: the finished text, with the last news.
+        pieces: the characters that each of these tokens completes.
+        seconds: time since the text's first token.
+        done: the finished text; only in the last news.
     """
 
     text: str
@@ -34,17 +34,17 @@ class News:
 
 
 class Job:
-    """Made on the event loop that listens; told by the worker's thread.
+    """A request that the worker's thread reports to the event loop on which the job was made.
 
     Args:
-        request: what is wanted.
-        detokenizer: of its tokens.
+        request: the request to the engine.
+        detokenizer: turns its tokens into text.
 
     Attributes:
-        asked_at: when it came, by ``time.perf_counter()``.
-        over: whether nobody listens any more, or there is nothing more to hear.
+        asked_at: when the request came, by ``time.perf_counter()``.
+        over: whether the text has ended or the client has gone.
         began_at: when its first token came.
-        detokenizer, length, tokens: the worker's own, on how far it is.
+        detokenizer, length, tokens: the worker's progress.
     """
 
     def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
@@ -53,25 +53,25 @@ class Job:
         self.began_at = self.asked_at
         self.over = False
         self.detokenizer = detokenizer
-        self.length = 0  # characters told
-        self.tokens = 0  # counted
+        self.length = 0  # characters sent
+        self.tokens = 0  # tokens counted
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[News | Refusal] = asyncio.Queue()
 
     def tell(self, news: News | Refusal) -> None:
-        """Hand on what happened, from any thread."""
+        """Send news to the event loop, from any thread."""
         if self.over:
             return
         self.over = isinstance(news, Refusal) or news.done is not None
-        # A loop that was forced to end has nobody on it who listens.
+        # The loop may have been closed by force.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._told.put_nowait, news)
 
     async def news(self) -> AsyncIterator[News]:
-        """All that is told, to the end.
+        """All news, to the end of the text.
 
         Raises:
-            Refusal: it was refused, or ended before its time.
+            Refusal: the request was refused, or its text was cut short.
         """
         done = False
         while not done:

@@ -1,4 +1,4 @@
-"""What ``/metrics`` tells, in Prometheus' text form."""
+"""The metrics of ``/metrics``, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WAITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Meters:
-    """The meters of one server, in a registry of its own."""
+    """The metrics of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -36,12 +36,12 @@ class Meters:
         )
 
     def watch(self, queue: Callable[[], int], rows: Callable[[], int]) -> None:
-        """Ask these for the lengths whenever somebody looks."""
+        """Set functions that return the current queue length and number of rows."""
         self._queue.set_function(queue)
         self._rows.set_function(rows)
 
     def ended(self, status: int) -> None:
-        """Count a request."""
+        """Count a finished request."""
         self._requests.labels(str(status)).inc()
 
     def read(self, tokens: int) -> None:
@@ -53,11 +53,11 @@ class Meters:
         self._tokens.inc(tokens)
 
     def first_token(self, seconds: float) -> None:
-        """Note how long a client waited for it."""
+        """Record how long a client waited for its first token."""
         self._first.observe(seconds)
 
     def round(self, seconds: float) -> None:
-        """Note how long a round took."""
+        """Record how long a round took."""
         self._round.observe(seconds)
 
     def drafts(self, accepted: Sequence[int], reached: Sequence[int]) -> None:
@@ -67,5 +67,5 @@ class Meters:
             self._reached.labels(str(position)).inc(judged)
 
     def text(self) -> bytes:
-        """All of it."""
+        """All metrics as text."""
         return generate_latest(self._registry)

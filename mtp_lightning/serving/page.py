@@ -1,4 +1,4 @@
-"""The page at ``/``: one file of this package, and the headers that say what it may do."""
+"""The page at ``/``: one HTML file, sent with a strict content security policy."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FILE = Path(__file__).with_name("page.html")
 
 
 def page() -> Response:
-    """The page. Its own style and script run, named by their digests, and it asks this server
-    alone; whatever else might get into it is neither run nor loaded."""
+    """The page. Its policy allows only its own style and script, named by their digests, and
+    requests to this server; nothing else is executed or loaded."""
     html = _FILE.read_text(encoding="utf-8")
     policy = {
         "default-src": "'none'",

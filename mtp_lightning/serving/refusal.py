@@ -1,23 +1,23 @@
-"""What a client is told when there is no text for it."""
+"""The error that a client gets instead of a text."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# nginx's number for it; no client sees it.
+# nginx's status for a client that has disconnected; it only appears in metrics.
 HUNG_UP = 499
 _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 class Refusal(Exception):
-    """A request that is not answered, or no further.
+    """A request is refused, or its text is cut short.
 
     Args:
-        message: one sentence, for a person.
-        status: of HTTP.
-        param: the field that is wrong.
+        message: one sentence for people.
+        status: HTTP status.
+        param: the invalid field.
         code: a word for programs, such as ``model_not_found``.
-        retry_after: seconds after which it may be tried again.
+        retry_after: seconds after which the client may try again.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """In OpenAI's shape."""
+        """The error object of OpenAI's API."""
         return {
             "error": {
                 "message": str(self),
@@ -49,5 +49,5 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the response."""
+        """Headers of the response."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}

@@ -1,4 +1,4 @@
-"""Finished texts and growing ones as objects of OpenAI's shape."""
+"""Formats finished and growing texts as objects of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mtp_lightning.serving.asked import Asked
 from mtp_lightning.serving.job import News
 
 _REASONS = {"eot": "stop", "stop": "stop", "length": "length"}
-# OpenAI's for what cannot be: JSON has no infinity.
+# OpenAI's log-probability of impossible tokens: JSON has no infinity.
 _IMPOSSIBLE = -9999.0
 
 
 class Words:
-    """What is written for a token.
+    """The text of single tokens.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -29,18 +29,18 @@ class Words:
         self.eot_id: int = tokenizer.eot_id
 
     def text(self, token: int) -> str:
-        """Its text; of part of a character, its bytes as OpenAI writes them."""
+        """A token's text, or its bytes in OpenAI's notation if it is part of a character."""
         try:
             return self.raw(token).decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.raw(token))
 
     def drafted(self, token: int) -> str:
-        """The same of a draft, which may be the end of the text."""
+        """A draft's text; a draft may also be the end of the text."""
         return "<end of text>" if token == self.eot_id else self.text(token)
 
     def raw(self, token: int) -> bytes:
-        """Its bytes."""
+        """A token's bytes."""
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
@@ -48,15 +48,15 @@ class Reply:
     """The answer to one request, whole or in chunks.
 
     Args:
-        asked: the request.
-        model: what clients call it.
-        words: of its tokenizer.
+        asked: the parsed body.
+        model: the model's name for clients.
+        words: texts of tokens.
     """
 
     def __init__(self, asked: Asked, *, model: str, words: Words) -> None:
         self._asked = asked
         self._words = words
-        # Where the next token begins in the text.
+        # The offset of the next token in the text.
         self._offset = 0
         self._characters = getincrementaldecoder("utf-8")("replace")
         kind = "chat.completion" if asked.chat else "text_completion"
@@ -76,7 +76,7 @@ class Reply:
         return {**self._head, "choices": [choice], "usage": self._usage(done)}
 
     def chunks(self, news: News, *, first: bool) -> list[dict[str, Any]]:
-        """The objects of a stream that tell of news; a chat's begins with who speaks."""
+        """The objects of a stream for some news; a chat's stream begins with the role."""
         done, choices = news.done, []
         logprobs = news.fresh.logprobs
         told = bool(news.text or logprobs or (self._asked.drafts and news.pieces))
@@ -97,7 +97,7 @@ class Reply:
         return found
 
     def _drafts(self, news: News) -> dict[str, Any]:
-        """How the tokens of a chunk came: an extension of OpenAI's object."""
+        """Which tokens of a chunk were drafted: an extension of OpenAI's object."""
         fresh, tokens = news.fresh, []
         for text, depth, rejected in zip(news.pieces, fresh.depths, fresh.rejected, strict=True):
             left = [
@@ -113,7 +113,7 @@ class Reply:
         logprobs: Sequence[LogProb] = (),
         done: Generation | None = None,
     ) -> dict[str, Any]:
-        # The end of text is no part of the text.
+        # The end-of-text token does not belong to the text.
         known = [logprob for logprob in logprobs if logprob.token != self._words.eot_id]
         told = None
         if self._asked.request.logprobs is not None and (known or not self._asked.stream):
@@ -149,7 +149,7 @@ class Reply:
 
     def _usage(self, done: Generation) -> dict[str, Any]:
         prompt, new = len(self._asked.request.prompt), done.new_tokens
-        # OpenAI's predicted tokens are drafts: those that are part of the text, and the others.
+        # OpenAI's predicted tokens are our drafts: accepted ones are part of the text.
         accepted = sum(done.accepted_mask)
         drafts = {
             "accepted_prediction_tokens": accepted,

@@ -1,8 +1,7 @@
-"""Bodies of requests: OpenAI's, as far as this server knows them.
+"""Schemas of request bodies: the part of OpenAI's API that this server supports.
 
-pydantic checks the types; :func:`understood` says in a sentence what it finds. A field that would
-change the text and that this server has no means for is refused rather than ignored; null is a
-field that was not given.
+pydantic checks the types, and :func:`understood` turns its errors into sentences. A field that
+would change the text but is not supported is refused, not ignored. A null counts as missing.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.settings import is_whole
 
-# What they say changes no text.
+# Fields that do not change the text.
 _IGNORED = frozenset(
     {
         *("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
         *("safety_identifier", "service_tier", "store", "user"),
     }
 )
-# Accepted with the one value that asks for nothing.
+# Unsupported fields, each accepted only with the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1,
     "best_of": 1,
@@ -51,7 +50,7 @@ _NEUTRAL: Mapping[str, Any] = {
 }
 _SHOWN = 60  # characters of a client's value in a message
 _MOST_STOPS, _LONGEST_STOP = 16, 256
-# What a field must be, by the kind of pydantic's error; numbers have bounds of their own.
+# What a field must be, by the type of pydantic's error; numbers get their bounds from the schema.
 _WANTED = {
     "bool_type": "true or false",
     "list_type": "a string or a list",
@@ -65,21 +64,21 @@ Role = Literal["assistant", "developer", "system", "user"]
 
 
 def _encodable(text: Any) -> Any:
-    """Refuse half of a surrogate pair, which no tokenizer reads."""
+    """Refuse half of a surrogate pair, which cannot be encoded as UTF-8."""
     if isinstance(text, str):
         text.encode("utf-8")  # a UnicodeEncodeError is a ValueError, which pydantic reports
     return text
 
 
 def _unwrapped(prompt: Any) -> Any:
-    """The one prompt of a list of prompts."""
+    """The prompt of a list with one prompt."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         return prompt[0]
     return prompt
 
 
 def _joined(content: Any) -> Any:
-    """The text of a content in parts."""
+    """The joined text of a content that consists of parts."""
     if not isinstance(content, list):
         return content
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
@@ -124,7 +123,7 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream holds beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
     include_drafts: bool = False
@@ -132,7 +131,7 @@ class StreamOptions(_Strict):
 
 
 class Body(_Strict):
-    """What both endpoints understand."""
+    """The fields of both endpoints."""
 
     model: Any = None
     max_tokens: int | None = None
@@ -148,7 +147,7 @@ class Body(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _asks_for_nothing(cls, fields: Any) -> Any:
-        """Leave out what changes no text; refuse what would be ignored though it does."""
+        """Drop fields that do not change the text, and refuse unsupported ones that would."""
         known = {}
         for name, value in fields.items():
             if value is None or name in _IGNORED:
@@ -166,14 +165,14 @@ class Body(_Strict):
 
 
 class CompletionBody(Body):
-    """Of ``/v1/completions``."""
+    """The body of ``/v1/completions``."""
 
     prompt: Annotated[Any, BeforeValidator(_unwrapped), AfterValidator(_encodable)] = None
     logprobs: Annotated[Alternatives | None, BeforeValidator(_counted)] = None
 
 
 class ChatBody(Body):
-    """Of ``/v1/chat/completions``."""
+    """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
@@ -185,7 +184,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def limited(kind: type[AnyBody], max_tokens: int, max_draft: int) -> type[AnyBody]:
-    """A body in which no more than so many tokens, and so many drafts a round, may be asked for."""
+    """A body with upper bounds for new tokens and for drafts per round."""
     length = Annotated[int, Field(ge=1, le=max_tokens)] | None
     names = {"max_tokens", "max_completion_tokens"} & kind.model_fields.keys()
     fields: dict[str, Any] = {name: (length, None) for name in names}
@@ -194,10 +193,10 @@ def limited(kind: type[AnyBody], max_tokens: int, max_draft: int) -> type[AnyBod
 
 
 def understood(body: bytes, kind: type[AnyBody]) -> AnyBody:
-    """A body that was sent.
+    """Parse a body.
 
     Raises:
-        Refusal: it is no JSON object in UTF-8, or a field of it is not of its kind.
+        Refusal: the body is not a JSON object in UTF-8, or a field is invalid.
     """
     try:
         content = json.loads(body.decode("utf-8"), parse_constant=_no_number)
@@ -215,7 +214,7 @@ def understood(body: bytes, kind: type[AnyBody]) -> AnyBody:
 
 
 def _no_number(name: str) -> None:
-    raise UserError(f"{name} is no number of JSON")
+    raise UserError(f"{name} is not a number in JSON")
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -248,7 +247,7 @@ def _refusal(kind: type[Body], errors: ValidationError) -> Refusal:
 
 
 def _number(kind: type[Body], name: str) -> str:
-    """Which numbers a field takes."""
+    """The numbers that a field accepts, in words."""
     said = kind.model_json_schema()["properties"][name]
     said = next((part for part in said.get("anyOf", ()) if part["type"] != "null"), said)
     number = "a whole number" if said["type"] == "integer" else "a number"
@@ -256,7 +255,7 @@ def _number(kind: type[Body], name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A client's value, as much of it as belongs into a sentence."""
+    """A client's value, shortened to fit into a sentence."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
     if is_whole(value) and abs(value) >= 10**_SHOWN:

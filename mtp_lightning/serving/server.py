@@ -1,4 +1,4 @@
-"""The server's life: it begins with its worker, a signal ends both, running texts first."""
+"""Starts the server with its worker. A signal stops both, after running texts have finished."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from mtp_lightning.serving.guard import Connection
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.worker import Worker
 
-# Beyond the grace: for the round that is under way, and for what is still to be sent.
+# Seconds after the grace period, for the current round and for sending the rest.
 _SPARE_SECONDS = 5
 
 
 class Server(uvicorn.Server):
-    """One model behind one address.
+    """Serves one model at one address.
 
     Args:
-        cfg: ``conf/serve.yaml``.
+        cfg: the config of ``conf/serve.yaml``.
         run: the model.
-        name: what clients call it.
+        name: the model's name for clients.
 
     Attributes:
-        signum: of the signal that ended it; None before.
+        signum: number of the signal that stopped the server; None before.
 
     Raises:
-        UserError: an option out of range, a model that cannot do what is asked.
+        UserError: an option is out of range, or the model does not support it.
     """
 
     def __init__(self, cfg: Any, run: OpenedModel, *, name: str) -> None:
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Answer until a signal comes, or a defect: then :attr:`worker` has what was raised."""
+        """Answer until a signal or a defect, which is then in ``worker.failure``."""
         self.worker.start()
         try:
             super().run(sockets)
@@ -98,14 +98,14 @@ class Server(uvicorn.Server):
             self.worker.join(_SPARE_SECONDS)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Those that wait are refused now, those that run have the grace."""
+        """Refuse waiting requests, and give running ones the grace period."""
         self.worker.close(self._grace)
         await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM for as long as it runs. Unlike uvicorn, do not raise them again
-        at the end: the app has a code and a sentence for it."""
+        """Handle SIGINT and SIGTERM while the server runs. Unlike uvicorn, do not raise them again
+        at the end, since the app reports them itself."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends in good order, a second one at once."""
+        """The first signal stops the server gracefully, the second one at once."""
         if self.should_exit:
             self.force_exit = True
             self.worker.hurry()

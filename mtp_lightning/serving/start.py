@@ -1,4 +1,4 @@
-"""From ``conf/serve.yaml`` to a server: what is checked before, and what is said."""
+"""Checks ``conf/serve.yaml``, opens the model and starts the server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import kernels_told
 from mtp_lightning.experiment.generating import open_for
 from mtp_lightning.run.layout import CHECKPOINTS
-from mtp_lightning.settings import (
-    require,
-    require_number,
-    require_whole,
-)
+from mtp_lightning.settings import require, require_number, require_whole
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 
@@ -28,16 +24,16 @@ def serve(cfg: Any) -> None:
     """Answer requests until a signal comes.
 
     Raises:
-        UserError: an option out of range, a package that is missing, a damaged or foreign
-            checkpoint.
-        OSError: a missing file.
-        Stopped: a signal ended it.
+        UserError: an option is out of range, a package is missing, or a checkpoint is damaged or of
+            another program.
+        OSError: a file is missing.
+        Stopped: a signal stopped the server.
     """
     _check(cfg)
     _require_packages()
     from mtp_lightning.serving.server import Server
 
-    with listen(str(cfg.host), cfg.port) as listening:  # before a large model is read for nothing
+    with listen(str(cfg.host), cfg.port) as listening:  # fails before a large model is read
         run = open_for(cfg)
         server = Server(cfg, run, name=_name(cfg, run.path))
         print(f"{_name(cfg, run.path)} answers at {_address(listening)}", flush=True)
@@ -52,14 +48,14 @@ def serve(cfg: Any) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients may connect to; from then on they wait.
+    """Open a socket; clients that connect wait until the server runs.
 
     Args:
         host: a name or an address.
-        port: its number; 0 takes a free one.
+        port: a port number; 0 takes a free one.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address is not available.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -96,7 +92,7 @@ def _require_packages() -> None:
 
 
 def _name(cfg: Any, file: Path) -> str:
-    """What clients call the model: the name of its run or folder, unless told."""
+    """The model's name for clients: ``cfg.name``, or the name of its run or folder."""
     if cfg.name is not None:
         return str(cfg.name)
     file = file.resolve()

@@ -1,7 +1,6 @@
-"""The thread that owns the engine: jobs wait for a place, sequences grow round by round.
+"""The thread that owns the engine: jobs wait for a slot, and sequences grow round by round.
 
-Everything that touches the model happens in it; other threads put jobs in, and take them away,
-under one lock.
+Only this thread uses the model. Other threads submit and cancel jobs under one lock.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _RETRY_AFTER = 1  # seconds
 
 
 class Worker:
-    """Decodes jobs in a thread of its own.
+    """Decodes jobs in a separate thread.
 
     Args:
-        engine: nobody else's.
-        queue: most jobs that wait.
-        meters: are told what happens.
+        engine: an engine that nothing else uses.
+        queue: the most waiting jobs.
+        meters: record tokens, drafts and times.
         on_failure: called from the thread if a defect ends it.
 
     Attributes:
-        failure: the defect that ended it.
-        cut: texts that were ended before their time because the server's had come.
+        failure: the exception that ended the thread.
+        cut: number of texts that the end of the server cut short.
     """
 
     def __init__(
@@ -55,19 +54,19 @@ class Worker:
         meters.watch(lambda: len(self._waiting), lambda: len(self._running))
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are taken."""
+        """Whether the worker accepts jobs."""
         return self._thread.is_alive() and self._ends_at is None
 
     def submit(self, job: Job) -> None:
-        """Put a job behind the others.
+        """Put a job at the end of the queue.
 
         Raises:
-            Refusal: the model cannot read it, there are too many, or the server ends.
+            Refusal: the engine cannot do it, the queue is full, or the server is ending.
         """
         try:
             self._engine.check(job.request)
@@ -88,18 +87,18 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget a job whose client has gone: it waits no more, and its sequence is freed after the
-        round that is under way. One that is over is left alone."""
+        """Cancel the job of a disconnected client: it leaves the queue, or its sequence is freed
+        after the current round. A finished job is left alone."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
             job.tell(Refusal("The client has hung up.", status=HUNG_UP))
 
     def close(self, grace: float) -> None:
-        """Take no more jobs, refuse those that wait, and end.
+        """Accept no more jobs, refuse the waiting ones, and end.
 
         Args:
-            grace: seconds that running texts have to finish.
+            grace: seconds in which running texts may finish.
         """
         with self._changed:
             if self._ends_at is None:
@@ -109,16 +108,16 @@ class Worker:
             self._changed.notify()
 
     def hurry(self) -> None:
-        """Give running texts no more time. It takes no lock: signals' handlers call it."""
+        """Cut running texts short. It takes no lock, because signal handlers call it."""
         self._ends_at = time.monotonic()
 
     def join(self, seconds: float) -> bool:
-        """Wait for the end of the thread; whether it came."""
+        """Wait for the end of the thread; returns whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)  # a setting of every thread
+        torch.set_num_threads(self._threads)  # PyTorch keeps this setting per thread
         try:
             with self._engine:
                 while self._turn():
@@ -131,11 +130,11 @@ class Worker:
             self._end_all()
 
     def _turn(self) -> bool:
-        """One round of all sequences, new ones among them; whether there will be another."""
+        """Decode one round of all sequences, including new ones; returns whether to continue."""
         with self._changed:
             while not (self._waiting or self._running or self._ends_at is not None):
                 self._changed.wait()
-            # Read here alone: what is taken from the queue after an end was noticed would be lost.
+            # Read once: jobs taken from the queue after the end was noticed would be lost.
             ends_at = self._ends_at
             gone = [sequence for sequence, job in self._running.items() if job.over]
             free = 0 if ends_at is not None else self._engine.free + len(gone)
@@ -181,7 +180,7 @@ class Worker:
         text, done = "".join(pieces), None
         if sequence.finish_reason is not None:
             done = sequence.generation()
-            # Characters that never became whole, and those before a stop string in its token.
+            # Adds incomplete characters, and characters before a stop string in the same token.
             text += (done.text or "")[job.length + len(text) :]
             self._meters.drafts(done.drafts_accepted, done.drafts_reached)
             del self._running[sequence]
@@ -195,7 +194,7 @@ class Worker:
         del self._running[sequence]
 
     def _end_all(self) -> None:
-        """Tell those whose time is up."""
+        """Refuse the rest of all running texts."""
         for job in self._running.values():
             self.cut += not job.over
             job.tell(_ending())

@@ -267,8 +267,8 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
         assert "sequential" in given and "parallel" not in given
         assert "parallel" in blind and "linear" in blind
     table = re.search(r'<h2 id="settings">.*?</caption>', html, re.DOTALL)
-    assert table and "Two tasks" in table[0]
-    assert "Two tasks" not in drawn["loss_tokens"].caption
+    assert table and "two different tasks" in table[0]
+    assert "two different tasks" not in drawn["loss_tokens"].caption
     variants(tmp_path / "given", {"sequential": True, "none": None})
     assert "reads the true tokens before its" in drawings(tmp_path / "given")["loss_depth"].caption
     variants(tmp_path / "blind", {"parallel": False})
@@ -281,7 +281,7 @@ def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
     said = {"mtp_reads_tokens": False, "mtp_predicts_tokens": False}
     write_run(tmp_path / "bag", config, summary={"val/loss_depth_1": 912.5, **said})
     caption = drawings(tmp_path)["loss_depth"].caption
-    assert "Two tasks" not in caption and "reads the true tokens before its" in caption
+    assert "two different tasks" not in caption and "reads the true tokens before its" in caption
     where = caption.index("predicts no token of its own")
     assert "bag" in caption[where - 60 : where]
     report([tmp_path])
