@@ -40,31 +40,20 @@ def certify(
 ) -> Certificate:
     """Run all cells of a model.
 
-        Args:
-            path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
-    <<<<<<< HEAD
-            count: prompts.
-            length: new tokens of each.
-            precisions: of the weights; None for those that this machine decodes in.
-            few: try few cells, see :func:`~mtp_lightning.certify.cells.cells`.
-            minutes: after which no further prompts are taken; every precision has its share.
-            file: holds the prompts' text; None is Python's standard library.
-            seed: of prompts and samples.
-            allow: packages whose variants the model may ask for.
-    =======
+    Args:
+        path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
             count: number of prompts.
-            length: new tokens per prompt.
-            precisions: precisions of the weights.
-            few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
-            minutes: no more prompts are taken after this time, divided equally among the precisions.
-            file: the prompts' text; None for Python's standard library.
-            seed: the seed of prompts and samples.
-            allow: packages whose variants the model may use.
-    >>>>>>> pages
+        length: new tokens per prompt.
+        precisions: precisions of the weights; None for those that this machine decodes in.
+        few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
+        minutes: no more prompts are taken after this time, divided equally among the precisions.
+        file: the prompts' text; None for Python's standard library.
+        seed: the seed of prompts and samples.
+        allow: packages whose variants the model may use.
             say: called with a line after every part.
 
-        Raises:
-            UserError: an option is out of range, or the model cannot be opened or makes no drafts.
+    Raises:
+        UserError: an option is out of range, or the model cannot be opened or makes no drafts.
     """
     if precisions is None:
         rounded = () if rounded_weights_need("cpu") else ("bf16", "int8")
