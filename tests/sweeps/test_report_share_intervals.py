@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 from scipy import optimize, stats
 
 from sweeps.report.__main__ import report
-from sweeps.report.metrics import ANSWERS, BESIDE, TABLE, is_share
+from sweeps.report.metrics import ANSWERS, OF_TASKS, TABLE, is_share
 from sweeps.report.statistics import Interval, interval, share_interval
 from tests.sweeps.fixture_runs import write_run
 
@@ -94,7 +94,7 @@ def test_without_noise_it_is_a_point() -> None:
 
 
 def test_what_is_shown_in_percent_is_a_share() -> None:
-    for metric in (*TABLE, ANSWERS, *BESIDE):
+    for metric in (*TABLE, ANSWERS, *OF_TASKS):
         assert is_share(metric.tag) == (metric.form == "%"), metric.tag
     shares = ["val/longer/exact_match", "val/forced_accuracy_position_17-32", "val/overlap_depth_2"]
     shares += ["decode/acceptance_entropy_4-up", "decode/acceptance_at_8-15"]
