@@ -48,7 +48,7 @@ def lines(typescript: str) -> list[str]:
     at = next((i for i, line in enumerate(shown) if _BAR.match(line)), None)
     if at is not None and bars:
         shown[at] = bars[len(bars) // 3].strip()
-    # Where the bar was drawn anew, there are lines of nothing.
+    # Redrawing the bar leaves empty lines.
     return [line for line in shown if line.strip()]
 
 

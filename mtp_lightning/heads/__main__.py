@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
             raise UserError(f"--hours={args.hours:g} must be above 0.")
         for word in args.overrides:
             if "=" not in word:
-                raise UserError(f"{word} is no setting: give KEY=VALUE, as train.py takes it.")
+                raise UserError(f"{word} is not a setting: give KEY=VALUE, as train.py takes it.")
         for file in (args.model, *map(Path, args.text)):
             if not file.exists():
                 raise UserError(

@@ -30,7 +30,7 @@ from mtp_lightning.opening import OpenedModel, open_model
 def export(cfg: Any) -> Path:
     """Write the folder that ``conf/export.yaml`` asks for, and verify it.
 
-    It has its name when it is whole and verified; until then it is ``.NAME.partial`` beside it.
+    It gets its name when it is whole and verified; until then it is ``.NAME.partial`` next to it.
 
     Raises:
         UserError: an option out of range, a model that no layout fits.
@@ -104,7 +104,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
     if contents.heads:
         print(
             f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
-            f"knows: the trunk is exported plainly, the heads beside it in {heads.FILE}."
+            f"knows: the trunk is exported plainly, the heads in {heads.FILE} next to it."
         )
     if cfg.verify:
         _verify(partial, run, model, dtype=cfg.dtype)

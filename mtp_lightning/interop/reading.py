@@ -78,7 +78,7 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     """Read the model's description, and where its weights are.
 
     Args:
-        path: the folder, or a GGUF file, which is dequantised.
+        path: the folder, or a GGUF file, which is dequantized.
         allow: packages whose variants its file of heads may ask for.
 
     Raises:
@@ -178,11 +178,11 @@ def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str,
 
     Args:
         folder: the folder.
-        block: of matrices in fp8, which are dequantised.
+        block: of matrices in fp8, which are dequantized.
 
     Raises:
         FileNotFoundError: as :func:`files_of`.
-        UserError: likewise; or a damaged file, or a tensor that is quantised.
+        UserError: likewise; or a damaged file, or a tensor that is quantized.
     """
     tensors: dict[str, Part] = {}
     for file, promised in files_of(folder).items():

@@ -64,7 +64,7 @@ def test_the_hours_are_divided(
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(model)
     assert "--hours=0 must be above 0" in refused(folder, "--hours", "0", capsys=capsys)
-    assert "deeper is no setting" in refused(folder, "deeper", capsys=capsys)
+    assert "deeper is not a setting" in refused(folder, "deeper", capsys=capsys)
     assert "nowhere does not exist" in refused("nowhere", capsys=capsys)
     assert "gone does not exist" in refused(folder, "--text", "gone", capsys=capsys)
     run = str(model.parent / "run")

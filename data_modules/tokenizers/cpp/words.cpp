@@ -28,7 +28,7 @@ constexpr int64_t kLongest = 64;  // characters of a run
 int64_t end_of_run(const uint8_t* text, int64_t i, int64_t size) {
   const uint8_t kind = kKinds.of[text[i]];
   for (int64_t characters = 0; i < size && kKinds.of[text[i]] == kind; ++i) {
-    const bool begins = (text[i] & 0xC0) != 0x80;  // a character, and does not go on with one
+    const bool begins = (text[i] & 0xC0) != 0x80;  // the first byte of a character
     if (begins && ++characters > kLongest) break;
   }
   return i;
@@ -114,7 +114,7 @@ class Words {
   }
 
   std::vector<Slot> slots_;  // a power of two, at most half full
-  std::string bytes_;        // of all words behind each other
+  std::string bytes_;        // of all words, one after the other
   std::vector<int64_t> starts_;
 };
 
