@@ -64,7 +64,7 @@ def test_how_long_the_rest_takes() -> None:
 def test_the_bar_estimates_from_the_tenth_step_on(capsys) -> None:
     fit(TinyModule(), [bar(interactive=True)], max_steps=12, val_every=100)
     drawn = {
-        int(found[1]): "<" in found[0]
+        int(found[1]): " left" in found[0]
         for found in re.finditer(r"\| *(\d+)/12 \[[^\]]*\]", capsys.readouterr().err)
     }
     assert drawn[9] is False and drawn[10] is True

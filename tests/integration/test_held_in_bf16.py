@@ -94,7 +94,7 @@ def test_a_run_goes_on_and_starts_another(base: Path) -> None:
     ("change", "message"),
     [
         ({"mtp.freeze_trunk": "false"}, "this run trains its trunk"),
-        ({"trainer.strategy": "fsdp"}, "trainer.strategy=fsdp is not there"),
+        ({"trainer.strategy": "fsdp"}, "does not work with trainer.strategy=fsdp"),
     ],
 )
 def test_what_it_is_not_for(base: Path, tmp_path: Path, change: Any, message: str) -> None:

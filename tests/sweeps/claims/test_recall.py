@@ -105,7 +105,7 @@ def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None
     both = with_stored(here, claim, stored)
     assert both["plain"][0].weights == "f" * 64, "the run's checkpoints may be gone"
     here["plain"][0].folder = "another"
-    with pytest.raises(ValueError, match="has it of another config, another: give the runs"):
+    with pytest.raises(ValueError, match="has another config for it, another: give --runs"):
         with_stored(here, claim, stored)
 
 
