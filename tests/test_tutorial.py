@@ -142,7 +142,7 @@ def test_the_readmes_own_head_runs(tmp_path: Path) -> None:
     )
     (command,) = re.findall(r"^PYTHONPATH=mine (python .*)$", section, re.M)
     words = [word.removeprefix("mine/") for word in shlex.split(command)]
-    assert "depth 2" in type_in([*words, "run_dir=run"], tmp_path, tmp_path / "cache")
+    assert "bits per byte" in type_in([*words, "run_dir=run"], tmp_path, tmp_path / "cache")
 
 
 @pytest.mark.slow

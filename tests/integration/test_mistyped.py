@@ -228,7 +228,7 @@ TABLE = [
     Row("doctor.py FOLDER --new-tokens many", ("invalid int value: 'many'", "--help"), code=2),
     Row("sweeps.report FOLDER/nowhere", ("FOLDER/nowhere", "give a sweep's"), fast=True),
     Row("sweeps.report FOLDER/empty", ("FOLDER/empty holds no runs: give",)),
-    Row("sweeps.report FOLDER/empty --solved 3", ("--solved 3", "give one such as")),
+    Row("sweeps.report FOLDER/empty --solved 3", ("--solved 3", "such as 0.95")),
     Row("sweeps.report FOLDER --lable x", ("--lable x", "--help"), code=2),
     Row("sweeps.claims verdict nosuch", ("no claim nosuch", "choose one of"), fast=True),
     Row("sweeps.claims jugde lambda", ("'jugde'", "choose from", "--help"), code=2),

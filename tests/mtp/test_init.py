@@ -214,7 +214,9 @@ def test_a_module_that_is_there_is_kept(tiny_trunk: TrunkConfig) -> None:
 
 def test_what_cannot_begin(tiny_trunk: TrunkConfig) -> None:
     last = SequentialConfig(depth=1, init="last_block")
-    with pytest.raises(ValueError, match=r"mtp.init=last_block has no effect: init_from=old.ckpt holds every"):
+    with pytest.raises(
+        ValueError, match=r"mtp.init=last_block has no effect: init_from=old.ckpt holds every"
+    ):
         begun(start_of(tiny_trunk, SequentialConfig(depth=1)), last, text(1))
     experts = deepseek.TRUNK.feed_forward
     assert isinstance(experts, ExpertsConfig)
