@@ -13,6 +13,7 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.measure import TOGETHER, intervals
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_choice
@@ -51,7 +52,7 @@ class SampledAcceptance(SpeculativeEval):
                 f"callbacks.{self.NAME}.temperature={temperature:g} samples nothing: give a number "
                 "above 0, or measure greedy text by callbacks.speculative_eval."
             )
-        require_choice(f"callbacks.{self.NAME}.verify", verify, ("token", "block"))
+        require_choice(f"callbacks.{self.NAME}.verify", verify, tuple(RULES))
         self.temperature, self.verify = temperature, verify
 
     def measure(

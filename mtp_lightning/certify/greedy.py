@@ -87,8 +87,8 @@ def compare_texts(
     start = length // 2 if cell.reads == RESUMED else 0
     read = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
     # In a batch the rows end at different times, and others take their slots.
-    spread = range(1) if cell.batch == 1 else range(max((length - start) // 2, 1))
-    lengths = [length - start - i % len(spread) for i in range(len(read))]
+    spread = 1 if cell.batch == 1 else max((length - start) // 2, 1)
+    lengths = [length - start - i % spread for i in range(len(read))]
     with threads(cell.threads):
         found = decode(model, replace(cell.options, batch_size=cell.batch), read, lengths)
     for i, (mine, other) in enumerate(zip(wanted, found, strict=True)):

@@ -42,7 +42,7 @@ def certify(
 
     Args:
         path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
-            count: number of prompts.
+        count: number of prompts.
         length: new tokens per prompt.
         precisions: precisions of the weights; None for those that this machine decodes in.
         few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
@@ -50,7 +50,7 @@ def certify(
         file: the prompts' text; None for Python's standard library.
         seed: the seed of prompts and samples.
         allow: packages whose variants the model may use.
-            say: called with a line after every part.
+        say: called with a line after every part.
 
     Raises:
         UserError: an option is out of range, or the model cannot be opened or makes no drafts.
@@ -60,7 +60,8 @@ def certify(
         precisions = ("fp32", *rounded)
     for precision in precisions:
         check_precision(precision)
-    cores = torch.get_num_threads()
+    threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
+    asked: list[list[int]] = []
     result: Certificate | None = None
     for precision in precisions:
         run = open_model(path, allow=allow)
@@ -85,12 +86,12 @@ def certify(
             },
             same_bits=ops.code()[0] == "native",
         )
+        # The same for every precision.
         longest = run.seq_len - length
-        asked = prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
-        counts = (1,) if cores == 1 else (1, 2)
+        asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
         rows = [
-            Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell, counts) else None)
-            for cell in cells(model, counts, few=few)
+            Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell, threads) else None)
+            for cell in cells(model, threads, few=few)
         ]
         result.rows += rows
         began, end = time.monotonic(), float("inf")

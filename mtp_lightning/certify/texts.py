@@ -6,10 +6,10 @@ Shapes: T tokens of a text, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ class Text:
     ids: list[int] = field(default_factory=list)
     parts: list[Tensor] = field(default_factory=list)
 
-    @property
+    @cached_property
     def logits_TV(self) -> Tensor:
-        """The logits from which the tokens were chosen."""
+        """The logits from which the tokens were chosen, once the text is finished."""
         return torch.cat(self.parts)
 
 
@@ -67,13 +67,13 @@ def prompts(
     else:
         files = [file]
     found: list[list[int]] = []
-    tries = 0
+    tries, read = 0, cache(partial(Path.read_text, encoding="utf-8"))
     while len(found) < count:
         if (tries := tries + 1) > 20 * count + 100:
             raise UserError(f"{file} holds too little text for {count} prompts: give a longer one.")
         path = chance.choice(files)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read(path)
         except UnicodeDecodeError as error:
             if file is None:
                 continue
@@ -109,16 +109,13 @@ def decode(
         found[index - first].parts.append(logits_TV.clone())
 
     options = replace(options, eot_id=-1)
-    waiting = deque(
+    requests = (
         replace(options.request(ids, first + i), max_new_tokens=length)
         for i, (ids, length) in enumerate(zip(beginnings, lengths, strict=True))
     )
     with Engine(model, options, on_logits=keep) as engine:
-        while waiting or engine.sequences:
-            joined = engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
-            for sequence in (*joined, *engine.step()):
-                if sequence.finish_reason is not None:
-                    found[sequence.request.index - first].ids = sequence.token_ids
+        for sequence in engine.run(requests):
+            found[sequence.request.index - first].ids = sequence.token_ids
     return found
 
 

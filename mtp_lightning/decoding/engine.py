@@ -14,7 +14,8 @@ that of plain decoding token for token; a sample is determined by ``seed`` and `
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -195,6 +196,20 @@ class Engine:
             self._tell(sequence, outcome.logits_BTV[i, : len(sequence.token_ids) - before])
         self._let_go()
         return sequences
+
+    def run(self, requests: Iterable[Request]) -> Iterator[TextSequence]:
+        """Decode requests to their ends, each in the first slot that becomes free.
+
+        Args:
+            requests: any number of them.
+
+        Yields:
+            After every round the sequences that have new tokens, those that have just joined first.
+        """
+        waiting = deque(requests)
+        while waiting or self._sequences:
+            joined = self.add([waiting.popleft() for _ in range(min(self.free, len(waiting)))])
+            yield from (*joined, *self.step())
 
     def remove(self, sequence: TextSequence) -> None:
         """Stop decoding a sequence before its end and free its slot.

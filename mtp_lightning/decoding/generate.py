@@ -7,7 +7,6 @@ print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,17 +52,15 @@ def generate(
     # Allocate storage for no more texts than there are.
     options = replace(options, batch_size=min(options.places, max(len(prompts), 1)))
     engine = Engine(model, options, tokenizer=tokenizer)
-    waiting = deque(options.request(prompt, index) for index, prompt in enumerate(prompts))
-    for request in waiting:
+    requests = [options.request(prompt, index) for index, prompt in enumerate(prompts)]
+    for request in requests:
         engine.check(request)
     done: dict[int, Generation] = {}
     with engine:
-        while waiting or engine.sequences:
-            joined = engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
-            for sequence in (*joined, *engine.step()):
-                fresh = sequence.fresh()
-                if on_tokens is not None and fresh.token_ids:
-                    on_tokens(sequence.request.index, fresh)
-                if sequence.finish_reason is not None:
-                    done[sequence.request.index] = sequence.generation()
+        for sequence in engine.run(requests):
+            fresh = sequence.fresh()
+            if on_tokens is not None and fresh.token_ids:
+                on_tokens(sequence.request.index, fresh)
+            if sequence.finish_reason is not None:
+                done[sequence.request.index] = sequence.generation()
     return [done[index] for index in range(len(prompts))]

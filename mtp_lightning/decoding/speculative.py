@@ -255,16 +255,21 @@ def accept_or_resample(
     Returns:
         Tokens [B, T], of which the first ``accepted + 1`` are valid, and ``accepted`` [B].
     """
-    n_drafts = draft_BM.shape[1]
-    index = draft_BM.unsqueeze(-1)
-    p_draft_BM = p_BTV[:, :n_drafts].gather(-1, index).squeeze(-1)
-    q_draft_BM = q_BMV.gather(-1, index).squeeze(-1)
+    p_draft_BM, q_draft_BM = of_drafts(p_BTV, q_BMV, draft_BM)
     # u < p / q without the division: p = 0 never accepts, p >= q always does.
     ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
-    ok_BM &= torch.arange(n_drafts, device=ok_BM.device) < limit_B.unsqueeze(1)
+    ok_BM &= torch.arange(draft_BM.shape[1], device=ok_BM.device) < limit_B.unsqueeze(1)
     accepted_B = ok_BM.long().cumprod(dim=1).sum(dim=1)
     tokens_BT = with_own_token(p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B)
     return tokens_BT, accepted_B
+
+
+def of_drafts(p_BTV: Tensor, q_BMV: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
+    drawn from; arguments as :func:`accept_or_resample`."""
+    index = draft_BM.unsqueeze(-1)
+    p_BMV = p_BTV[:, : draft_BM.shape[1]]
+    return p_BMV.gather(-1, index).squeeze(-1), q_BMV.gather(-1, index).squeeze(-1)
 
 
 def with_own_token(

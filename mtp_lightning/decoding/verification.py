@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.speculative import accept_or_resample, with_own_token
+from mtp_lightning.decoding.speculative import accept_or_resample, of_drafts, with_own_token
 
 Verification = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A rule: called like :func:`accept_or_resample`."""
@@ -42,9 +42,7 @@ def accept_block(
     """Block verification. The arguments and the result are those of :func:`accept_or_resample`;
     draft number ``limit`` is the last one of its row."""
     n_drafts = draft_BM.shape[1]
-    index = draft_BM.unsqueeze(-1)
-    p_draft_BM = p_BTV[:, :n_drafts].gather(-1, index).squeeze(-1).double()
-    q_draft_BM = q_BMV.gather(-1, index).squeeze(-1).double()
+    p_draft_BM, q_draft_BM = (x.double() for x in of_drafts(p_BTV, q_BMV, draft_BM))
     joint_B = torch.ones_like(final_noise_B, dtype=torch.float64)
     joints = [joint_B]
     for p_B, q_B in zip(p_draft_BM.unbind(1), q_draft_BM.unbind(1), strict=True):

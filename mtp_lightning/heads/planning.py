@@ -148,7 +148,7 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
             f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
             "machine: give more."
         )
-    weights = sum(p.numel() for p in run.model.parameters())
+    weights = run.model.config.num_params()
     return Plan(
         model=str(path.resolve()),
         hours=hours,
@@ -159,7 +159,7 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
         tokens_per_second=written,
         flops_per_second=speed,
         weights=weights,
-        head_weights=config.num_params() - run.model.config.num_params(),
+        head_weights=config.num_params() - weights,
         overrides=overrides,
     )
 
