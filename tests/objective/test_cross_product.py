@@ -164,17 +164,22 @@ HEADS_BY_NAME = {
 def product(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
     for rest in itertools.product(listed("objective"), WEIGHTS, MASKS, ACTIVE):
         yield Case(head, sort, *rest)
+    yield from plain(head, sort)
 
 
 def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """Weights by masks by schedules, where every objective has its turn; of heads that refuse most
-    of them, more of what they take."""
+    """Weights by masks by schedules, where every objective has its turn."""
     turns = itertools.cycle(listed("objective"))
     for rest in itertools.product(WEIGHTS, MASKS, ACTIVE):
         yield Case(head, sort, next(turns), *rest)
-    plain = Case(head, sort, "ce", "none", "none", "all")
-    for draw in range(1 if plain.takes_all else 5):
-        yield replace(plain, draw=draw)
+    yield from plain(head, sort)
+
+
+def plain(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
+    """What every head takes, more often for the heads that refuse most of the rest."""
+    case = Case(head, sort, "ce", "none", "none", "all")
+    for draw in range(1, 2 if case.takes_all else 6):
+        yield replace(case, draw=draw)
 
 
 @cache
