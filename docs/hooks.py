@@ -7,6 +7,7 @@ import base64
 import html
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -44,11 +45,21 @@ _SEARCH = 'data-md-component="search" role="dialog" aria-label="Search"'
 
 
 def on_config(config: Any) -> Any:
-    """Add the pages that the navigation does not name to How to."""
+    """Add the pages that the navigation does not name to How to, and a link to the repository."""
     named = set(re.findall(r"[\w/]+\.md", json.dumps(config.nav)))
     rest = sorted(f.name for f in (ROOT / "docs").glob("*.md") if f.name not in named)
     next(part["How to"] for part in config.nav if "How to" in part).extend(rest)
+    config.repo_url = repository()
     return config
+
+
+def repository() -> str | None:
+    """The web address that this checkout was cloned from; None of a clone of a folder."""
+    asked = ["git", "remote", "get-url", "origin"]
+    url = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    url = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", url).removesuffix(".git")
+    url = re.sub(r"//[^/@]*@", "//", url)  # without a name or a password
+    return url if url.startswith("https://") else None
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -74,6 +85,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Make links of the repository work on the site; a link without a page becomes plain text."""
     up = "../" * page.file.src_uri.count("/")
     markdown = markdown.replace("<!-- verdicts -->", verdicts())
+    markdown = markdown.replace("<!-- questions -->", questions_zh())
 
     def link(found: re.Match[str]) -> str:
         bang, text, target = found.groups()
@@ -120,6 +132,14 @@ def verdicts() -> str:
             f"of its {sum(counts.values())} predictions {counted}."
         )
     return "\n\n".join(parts)
+
+
+def questions_zh() -> str:
+    """The three questions and their answers, as the Chinese README has them."""
+    readme = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    block = re.split(r"<!-- /?claims.*?-->", readme)[1]
+    paragraphs = [part for part in block.strip().split("\n\n") if part.startswith("**")]
+    return "\n\n".join(paragraphs).replace("](docs/", "](../")
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -21,6 +21,7 @@ PAGES = {
     "README.md": README,
     "README.zh-CN.md": (ROOT / "README.zh-CN.md").read_text(encoding="utf-8"),
     "docs/recipes.md": (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"),
+    **{f"docs/zh/{p.name}": p.read_text(encoding="utf-8") for p in ROOT.glob("docs/zh/*.md")},
 }
 
 
@@ -114,10 +115,20 @@ def prose(page: str) -> str:
     return re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_both_languages_say_the_same() -> None:
+TRANSLATED = {
+    "README.zh-CN.md": "README.md",
+    **{
+        f"docs/zh/{chapter}.md": f"docs/tutorial/{chapter}.md"
+        for chapter in ("first_run", "depths", "drafting")
+    },
+}
+
+
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_both_languages_say_the_same(page: str) -> None:
     """Commands and code in the same order; links, pictures and numbers, which a sentence of another
     language may have in another."""
-    english, chinese = PAGES["README.md"], PAGES["README.zh-CN.md"]
+    english, chinese = ((ROOT / p).read_text(encoding="utf-8") for p in (TRANSLATED[page], page))
     assert commands(english) == commands(chinese)
     blocks = [
         re.findall(r"^```.*?^```$", page, re.DOTALL | re.MULTILINE) for page in (english, chinese)
@@ -130,8 +141,9 @@ def test_both_languages_say_the_same() -> None:
         r"\d[\d.,]*\d|\d",
     ):
         both = [re.findall(what, prose(page), re.MULTILINE) for page in (english, chinese)]
-        assert sorted(both[0]) == sorted(both[1]), what
-    assert re.findall(r"[\u4e00-\u9fff]", english) == ["中", "文"]
+        if not (page.startswith("docs/") and "]" in what):  # a chapter may lead back to English
+            assert sorted(both[0]) == sorted(both[1]), what
+    assert set(re.findall(r"[\u4e00-\u9fff]", english)) <= {"中", "文"}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -140,7 +152,7 @@ def test_links_lead_somewhere(page: str) -> None:
     links = r"\]\(([^)\s]+)\)|(?:srcset|src)=\"([^\"]+)\""
     for target in map("".join, re.findall(links, prose(PAGES[page]))):
         path, _, anchor = target.partition("#")
-        if path.startswith(("http:", "https:", "reference/")):
+        if path.startswith(("http:", "https:", "reference/", "../reference/")):
             continue  # the last is a page of the site, made when it is built
         file = (ROOT / page).parent / path
         assert file.exists(), path

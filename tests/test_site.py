@@ -19,7 +19,14 @@ from tests.sweeps.browser import CHROMIUM, Browser
 
 pytestmark = pytest.mark.extras
 NOTEBOOK = ROOT / "docs" / "tutorial" / "notebook.ipynb"
-LOOKED_AT = ("index", "tutorial/first_run", "tutorial/notebook", "results", "reference/settings")
+LOOKED_AT = (
+    "index",
+    "zh/index",
+    "tutorial/first_run",
+    "tutorial/notebook",
+    "results",
+    "reference/settings",
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,40 @@ def test_the_front_page_has_cards_and_verdicts(site: Path) -> None:
     assert result["sentence"] in page and f"<strong>{result['verdict']}</strong>" in page
     assert page.count("<p><strong>") - 3 == page.count("The claim: <em>") == 3
     assert 'src="images/smollm2_heads.svg"' in page and 'src="assets/terminal-light.svg"' in page
+
+
+def test_the_chinese_front_page_answers_the_questions(site: Path) -> None:
+    page = (site / "zh" / "index.html").read_text(encoding="utf-8")
+    readme = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^\*\*([^*]+？)\*\*", readme, re.MULTILINE)
+    assert len(asked) == 3
+    for question in asked:
+        assert f"<strong>{question}</strong>" in page
+
+
+@pytest.mark.parametrize(
+    ("origin", "url"),
+    [
+        ("https://example.org/a/b.git", "https://example.org/a/b"),
+        ("https://me:secret@example.org/a/b", "https://example.org/a/b"),
+        ("git@example.org:a/b.git", "https://example.org/a/b"),
+        ("ssh://git@example.org/a/b.git", "https://example.org/a/b"),
+        ("/home/me/b", None),
+        (None, None),
+    ],
+)
+def test_the_site_links_to_where_it_was_cloned_from(
+    origin: str | None, url: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import hooks
+
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    if origin:
+        subprocess.run(["git", "remote", "add", "origin", origin], cwd=tmp_path, check=True)
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    assert hooks.repository() == url
 
 
 def test_the_settings_are_conf_s(site: Path) -> None:
