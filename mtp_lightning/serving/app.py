@@ -13,13 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mtp_lightning.decoding.detokenizer import Detokenizer
-from mtp_lightning.serving.asked import Reader
 from mtp_lightning.serving.guard import OwnNames
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.page import page
+from mtp_lightning.serving.parsing import Parser
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
-from mtp_lightning.serving.replies import Reply, Words
+from mtp_lightning.serving.responses import Completion, TokenTexts
 from mtp_lightning.serving.schemas import shown
 from mtp_lightning.serving.worker import Worker
 
@@ -31,7 +31,7 @@ class Endpoint:
     """Answers requests with the texts of a worker.
 
     Args:
-        reader: parses bodies.
+        parser: parses bodies.
         worker: runs the model.
         meters: count requests.
         tokenizer: the model's.
@@ -44,7 +44,7 @@ class Endpoint:
     def __init__(
         self,
         *,
-        reader: Reader,
+        parser: Parser,
         worker: Worker,
         meters: Meters,
         tokenizer: Any,
@@ -53,11 +53,11 @@ class Endpoint:
         created: int,
         facts: Mapping[str, Any],
     ) -> None:
-        self._reader = reader
+        self._parser = parser
         self._worker = worker
         self._meters = meters
         self._tokenizer = tokenizer
-        self._words = Words(tokenizer)
+        self._token_texts = TokenTexts(tokenizer)
         self._max_body = max_body
         self._hosts = hosts
         self._created = created
@@ -95,13 +95,13 @@ class Endpoint:
 
     async def model(self, name: str) -> dict[str, Any]:
         """The model with a given name."""
-        if name != self._reader.name:
-            told = f"There is no model of that name, only {self._reader.name}."
+        if name != self._parser.name:
+            told = f"There is no model of that name, only {self._parser.name}."
             raise Refusal(told, status=404, param="model", code="model_not_found")
         return self._model()
 
     def _model(self) -> dict[str, Any]:
-        name, owner = self._reader.name, "mtp-lightning"
+        name, owner = self._parser.name, "mtp-lightning"
         told = {"id": name, "object": "model", "created": self._created, "owned_by": owner}
         return {**told, "mtp": self._facts}
 
@@ -127,30 +127,30 @@ class Endpoint:
         return response
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
-        body = await self._body(request)
-        asked = await asyncio.to_thread(self._reader.read, body, chat=chat)
-        job = Job(asked.request, Detokenizer(self._tokenizer))
-        reply = Reply(asked, model=self._reader.name, words=self._words)
+        sent = await self._body(request)
+        body = await asyncio.to_thread(self._parser.parse, sent, chat=chat)
+        job = Job(body.request, Detokenizer(self._tokenizer))
+        completion = Completion(body, model=self._parser.name, token_texts=self._token_texts)
         self._worker.submit(job)
         watch = asyncio.create_task(self._watch(request, job))
         news = job.news()
         try:
-            if not asked.stream:
-                return JSONResponse(await _whole(news, reply))
+            if not body.stream:
+                return JSONResponse(await _whole(news, completion))
             first = await anext(news)  # an earlier refusal can still set the status
         except BaseException:
             self._worker.cancel(job)
             raise
         finally:
-            if not asked.stream or job.over:
+            if not body.stream or job.over:
                 watch.cancel()
-        events = self._events(job, reply, first, news, watch)
+        events = self._events(job, completion, first, news, watch)
         return StreamingResponse(events, media_type="text/event-stream", headers=_UNCACHED)
 
     async def _events(
         self,
         job: Job,
-        reply: Reply,
+        completion: Completion,
         first: News,
         news: AsyncIterator[News],
         watch: asyncio.Task[None],
@@ -158,11 +158,11 @@ class Endpoint:
         """A text as server-sent events. Its row is freed, and the request counted, in any case."""
         status = HUNG_UP
         try:
-            for chunk in reply.chunks(first, first=True):
+            for chunk in completion.chunks(first, first=True):
                 yield _event(chunk)
             if first.done is None:
                 async for more in news:
-                    for chunk in reply.chunks(more, first=False):
+                    for chunk in completion.chunks(more, first=False):
                         yield _event(chunk)
             yield b"data: [DONE]\n\n"
             status = 200
@@ -203,13 +203,13 @@ class Endpoint:
 _UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def _whole(news: AsyncIterator[News], reply: Reply) -> dict[str, Any]:
+async def _whole(news: AsyncIterator[News], completion: Completion) -> dict[str, Any]:
     logprobs, done = [], None
     async for more in news:
         logprobs += more.fresh.logprobs
         done = more.done
     assert done is not None
-    return reply.whole(done, logprobs)
+    return completion.whole(done, logprobs)
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
 """Schemas of request bodies: the part of OpenAI's API that this server supports.
 
-pydantic checks the types, and :func:`understood` turns its errors into sentences. A field that
+pydantic checks the types, and :func:`parse` turns its errors into sentences. A field that
 would change the text but is not supported is refused, not ignored. A null counts as missing.
 """
 
@@ -192,7 +192,7 @@ def limited(kind: type[AnyBody], max_tokens: int, max_draft: int) -> type[AnyBod
     return create_model(kind.__name__, __base__=kind, **fields)
 
 
-def understood(body: bytes, kind: type[AnyBody]) -> AnyBody:
+def parse(body: bytes, kind: type[AnyBody]) -> AnyBody:
     """Parse a body.
 
     Raises:

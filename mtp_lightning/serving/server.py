@@ -17,9 +17,9 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.app import Endpoint
-from mtp_lightning.serving.asked import Reader
 from mtp_lightning.serving.guard import Connection
 from mtp_lightning.serving.meters import Meters
+from mtp_lightning.serving.parsing import Parser
 from mtp_lightning.serving.worker import Worker
 
 # Seconds after the grace period, for the current round and for sending the rest.
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         prompt = run.seq_len if cfg.max_prompt is None else cfg.max_prompt
         options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
         engine = Engine(run.model, options, tokenizer=run.tokenizer)
-        reader = Reader(
+        parser = Parser(
             run,
             name=name,
             max_tokens=cfg.max_new_tokens,
@@ -59,13 +59,13 @@ class Server(uvicorn.Server):
         facts = {
             "draft_depth": engine.max_draft,
             "tree": None if options.tree is None else list(options.tree.widths),
-            "chat": reader.template is not None,
+            "chat": parser.template is not None,
             "max_tokens": cfg.max_new_tokens,
         }
         meters = Meters()
         self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)
         endpoint = Endpoint(
-            reader=reader,
+            parser=parser,
             worker=self.worker,
             meters=meters,
             tokenizer=run.tokenizer,

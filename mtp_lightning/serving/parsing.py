@@ -18,8 +18,8 @@ from mtp_lightning.serving.schemas import (
     Message,
     StreamOptions,
     limited,
+    parse,
     shown,
-    understood,
 )
 from mtp_lightning.settings import is_whole
 
@@ -28,7 +28,7 @@ _SHORT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ParsedBody:
     """A parsed body.
 
     Attributes:
@@ -46,7 +46,7 @@ class Asked:
     drafts: bool
 
 
-class Reader:
+class Parser:
     """Parses bodies; thread-safe.
 
     Args:
@@ -84,52 +84,52 @@ class Reader:
         # For the same reason, one thread encodes at a time.
         self._encoding = threading.Lock()
 
-    def read(self, body: bytes, *, chat: bool) -> Asked:
+    def parse(self, sent: bytes, *, chat: bool) -> ParsedBody:
         """Parse a body.
 
         Args:
-            body: the bytes as sent.
+            sent: the bytes of a body.
             chat: whether it was sent to the chat endpoint.
 
         Raises:
             Refusal: the body is invalid, or asks for something that this server cannot do.
         """
-        asked = understood(body, self._chat if chat else self._completion)
-        if asked.model not in (None, self.name):
+        body = parse(sent, self._chat if chat else self._completion)
+        if body.model not in (None, self.name):
             raise Refusal(
-                f"The model {shown(asked.model)} is not here, only {self.name}.",
+                f"The model {shown(body.model)} is not here, only {self.name}.",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
-        if isinstance(asked, ChatBody):
-            prompt, logprobs = self._chat_prompt(asked.messages), _chat_logprobs(asked)
+        if isinstance(body, ChatBody):
+            prompt, logprobs = self._chat_prompt(body.messages), _chat_logprobs(body)
         else:
-            prompt, logprobs = self._prompt(asked.prompt), asked.logprobs
+            prompt, logprobs = self._prompt(body.prompt), body.logprobs
         try:
             request = Request(
                 prompt=prompt,
-                max_new_tokens=self._new_tokens(asked, len(prompt)),
-                temperature=asked.temperature,
-                top_k=asked.top_k,
-                top_p=asked.top_p,
+                max_new_tokens=self._new_tokens(body, len(prompt)),
+                temperature=body.temperature,
+                top_k=body.top_k,
+                top_p=body.top_p,
                 # Without a seed, every request gets a random one.
-                seed=secrets.randbits(31) if asked.seed is None else asked.seed,
-                stop=tuple(asked.stop),
+                seed=secrets.randbits(31) if body.seed is None else body.seed,
+                stop=tuple(body.stop),
                 logprobs=logprobs,
-                draft_depth=asked.draft_depth,
+                draft_depth=body.draft_depth,
             )
         except ValueError as error:
             raise Refusal(str(error)) from error
-        options = asked.stream_options
-        if options and options.model_fields_set and not asked.stream:
+        options = body.stream_options
+        if options and options.model_fields_set and not body.stream:
             told = "stream_options is for stream=true: leave it out."
             raise Refusal(told, param="stream_options")
         extras = options or StreamOptions()
-        return Asked(
+        return ParsedBody(
             request=request,
             chat=chat,
-            stream=asked.stream,
+            stream=body.stream,
             usage=extras.include_usage,
             drafts=extras.include_drafts,
         )
@@ -172,17 +172,17 @@ class Reader:
             )
         return ids
 
-    def _new_tokens(self, asked: Body, prompt: int) -> int:
+    def _new_tokens(self, body: Body, prompt: int) -> int:
         # The model never reads the last new token.
         room = self._max_tokens if self._room is None else self._room - prompt + 1
-        name, wanted, default = "max_tokens", asked.max_tokens, _SHORT
-        if isinstance(asked, ChatBody):
+        name, wanted, default = "max_tokens", body.max_tokens, _SHORT
+        if isinstance(body, ChatBody):
             default = self._max_tokens
-            if asked.max_completion_tokens is not None:
-                if wanted not in (None, asked.max_completion_tokens):
+            if body.max_completion_tokens is not None:
+                if wanted not in (None, body.max_completion_tokens):
                     told = "max_tokens and max_completion_tokens differ: give one of them."
                     raise Refusal(told)
-                name, wanted = "max_completion_tokens", asked.max_completion_tokens
+                name, wanted = "max_completion_tokens", body.max_completion_tokens
         if wanted is None:
             return min(default, self._max_tokens, room)
         if wanted > room:
@@ -195,7 +195,7 @@ class Reader:
         return wanted
 
 
-def _chat_logprobs(asked: ChatBody) -> int | None:
-    if asked.top_logprobs and not asked.logprobs:
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if body.top_logprobs and not body.logprobs:
         raise Refusal("top_logprobs needs logprobs=true.", param="top_logprobs")
-    return asked.top_logprobs if asked.logprobs else None
+    return body.top_logprobs if body.logprobs else None

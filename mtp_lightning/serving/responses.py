@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_lightning.decoding.sequence import Generation, LogProb
-from mtp_lightning.serving.asked import Asked
 from mtp_lightning.serving.job import News
+from mtp_lightning.serving.parsing import ParsedBody
 
 _REASONS = {"eot": "stop", "stop": "stop", "length": "length"}
 # OpenAI's log-probability of impossible tokens: JSON has no infinity.
 _IMPOSSIBLE = -9999.0
 
 
-class Words:
+class TokenTexts:
     """The text of single tokens.
 
     Args:
@@ -44,25 +44,25 @@ class Words:
         return self._bytes[token] if token < len(self._bytes) else b""
 
 
-class Reply:
+class Completion:
     """The answer to one request, whole or in chunks.
 
     Args:
-        asked: the parsed body.
+        body: the parsed body.
         model: the model's name for clients.
-        words: texts of tokens.
+        token_texts: texts of tokens.
     """
 
-    def __init__(self, asked: Asked, *, model: str, words: Words) -> None:
-        self._asked = asked
-        self._words = words
+    def __init__(self, body: ParsedBody, *, model: str, token_texts: TokenTexts) -> None:
+        self._body = body
+        self._token_texts = token_texts
         # The offset of the next token in the text.
         self._offset = 0
         self._characters = getincrementaldecoder("utf-8")("replace")
-        kind = "chat.completion" if asked.chat else "text_completion"
+        kind = "chat.completion" if body.chat else "text_completion"
         self._head = {
-            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": f"{kind}.chunk" if asked.chat and asked.stream else kind,
+            "id": f"{'chatcmpl' if body.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": f"{kind}.chunk" if body.chat and body.stream else kind,
             "created": int(time.time()),
             "model": model,
         }
@@ -70,7 +70,7 @@ class Reply:
     def whole(self, done: Generation, logprobs: Sequence[LogProb]) -> dict[str, Any]:
         """The object of a finished text."""
         content: dict[str, Any] = {"text": done.text}
-        if self._asked.chat:
+        if self._body.chat:
             content = {"message": {"role": "assistant", "content": done.text, "refusal": None}}
         choice = self._choice(content, logprobs, done)
         return {**self._head, "choices": [choice], "usage": self._usage(done)}
@@ -79,20 +79,20 @@ class Reply:
         """The objects of a stream for some news; a chat's stream begins with the role."""
         done, choices = news.done, []
         logprobs = news.fresh.logprobs
-        told = bool(news.text or logprobs or (self._asked.drafts and news.pieces))
-        if not self._asked.chat and (told or done):
+        told = bool(news.text or logprobs or (self._body.drafts and news.pieces))
+        if not self._body.chat and (told or done):
             choices.append(self._choice({"text": news.text}, logprobs, done))
-        if self._asked.chat and first:
+        if self._body.chat and first:
             choices.append(self._choice({"delta": {"role": "assistant", "content": ""}}))
-        if self._asked.chat and told:
+        if self._body.chat and told:
             choices.append(self._choice({"delta": {"content": news.text}}, logprobs))
-        if self._asked.chat and done:
+        if self._body.chat and done:
             choices.append(self._choice({"delta": {}}, done=done))
-        counted: dict[str, Any] = {"usage": None} if self._asked.usage else {}
+        counted: dict[str, Any] = {"usage": None} if self._body.usage else {}
         found = [{**self._head, "choices": [choice], **counted} for choice in choices]
-        if told and self._asked.drafts:
-            found[1 if self._asked.chat and first else 0]["mtp"] = self._drafts(news)
-        if done and self._asked.usage:
+        if told and self._body.drafts:
+            found[1 if self._body.chat and first else 0]["mtp"] = self._drafts(news)
+        if done and self._body.usage:
             found.append({**self._head, "choices": [], "usage": self._usage(done)})
         return found
 
@@ -101,7 +101,7 @@ class Reply:
         fresh, tokens = news.fresh, []
         for text, depth, rejected in zip(news.pieces, fresh.depths, fresh.rejected, strict=True):
             left = [
-                {"depth": d.depth, "text": self._words.drafted(d.token), "after": d.after}
+                {"depth": d.depth, "text": self._token_texts.drafted(d.token), "after": d.after}
                 for d in rejected
             ]
             tokens.append({"text": text, "depth": depth, **({"rejected": left} if left else {})})
@@ -114,18 +114,18 @@ class Reply:
         done: Generation | None = None,
     ) -> dict[str, Any]:
         # The end-of-text token does not belong to the text.
-        known = [logprob for logprob in logprobs if logprob.token != self._words.eot_id]
+        known = [logprob for logprob in logprobs if logprob.token != self._token_texts.eot_id]
         told = None
-        if self._asked.request.logprobs is not None and (known or not self._asked.stream):
-            told = self._chat_logprobs(known) if self._asked.chat else self._logprobs(known)
+        if self._body.request.logprobs is not None and (known or not self._body.stream):
+            told = self._chat_logprobs(known) if self._body.chat else self._logprobs(known)
         reason = None if done is None else _REASONS[done.finish_reason]
         return {"index": 0, **content, "logprobs": told, "finish_reason": reason}
 
     def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
-        text, offsets = self._words.text, []
+        text, offsets = self._token_texts.text, []
         for logprob in logprobs:
             offsets.append(self._offset)
-            self._offset += len(self._characters.decode(self._words.raw(logprob.token)))
+            self._offset += len(self._characters.decode(self._token_texts.raw(logprob.token)))
         return {
             "tokens": [text(logprob.token) for logprob in logprobs],
             "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
@@ -144,11 +144,11 @@ class Reply:
         return [self._token(token, value) for token, value in logprob.top]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._words.text(token), self._words.raw(token)
+        text, raw = self._token_texts.text(token), self._token_texts.raw(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
 
     def _usage(self, done: Generation) -> dict[str, Any]:
-        prompt, new = len(self._asked.request.prompt), done.new_tokens
+        prompt, new = len(self._body.request.prompt), done.new_tokens
         # OpenAI's predicted tokens are our drafts: accepted ones are part of the text.
         accepted = sum(done.accepted_mask)
         drafts = {
