@@ -8,6 +8,7 @@ import runpy
 import sys
 
 from mtp_lightning import parts
+from mtp_lightning.cli import readable_errors
 
 _NAME = "mtp-lightning"
 # Hydra apps, which are modules of mtp_lightning.apps.
@@ -43,7 +44,8 @@ def main() -> None:
         module = importlib.import_module(TOOLS[command][0])
         module.main(sys.argv[2:], program=f"{_NAME} {command}")
     elif command in ("-h", "--help", "help"):
-        print(_help())
+        with readable_errors(ends_with_reader=True):
+            print(_help())
     else:
         from difflib import get_close_matches
 

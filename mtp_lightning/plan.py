@@ -351,11 +351,11 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        print("\n".join(f"{f.name}={f.default:g}" for f in fields(Machines)))
-        return
-    with readable_errors():
+    with readable_errors(ends_with_reader=True):
+        if not arguments or {"-h", "--help"} & set(arguments):
+            print(__doc__)
+            print("\n".join(f"{f.name}={f.default:g}" for f in fields(Machines)))
+            return
         lines = list(describe(*plans_of(arguments)))
         head, rows = lines[:2], [line.split("  ") for line in lines[2:]]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

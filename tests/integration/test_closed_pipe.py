@@ -70,6 +70,15 @@ def test_a_reader_that_goes_ends_no_work(
         assert said == "told\n" * told + "error: a sentence\n" * (how == "fails")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["-c", "from mtp_lightning.console import main; main()"], ["-m", "mtp_lightning.plan"]],
+    ids=["mtp-lightning", "plan"],
+)
+def test_help_that_nobody_reads_ends_quietly(words: list[str]) -> None:
+    assert unread([sys.executable, *words, "--help"]) == (141, "")
+
+
 def test_a_report_is_made_without_a_reader(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name, loss in (("a", 2.0), ("b", 2.1)):
