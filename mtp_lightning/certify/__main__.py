@@ -33,6 +33,10 @@ def main(
     )
     parser.add_argument("--minutes", type=float, help="stop taking prompts after this time")
     parser.add_argument("--text", type=Path, help="take the prompts from this file")
+    parser.add_argument(
+        "--against",
+        help="transformers,llama.cpp: also count texts of these that differ from their plain ones",
+    )
     parser.add_argument("--output", type=Path, help="folder for certificate.json and badge.svg")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and samples (0)")
     parser.add_argument(
@@ -62,6 +66,7 @@ def main(
             minutes=minutes,
             file=args.text,
             seed=args.seed,
+            against=args.against.split(",") if args.against else (),
             allow=tuple(filter(None, args.allow.split(","))),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )

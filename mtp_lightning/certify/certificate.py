@@ -8,6 +8,7 @@ from typing import Any
 
 from mtp_lightning.certify.cells import Cell
 from mtp_lightning.certify.greedy import Greedy
+from mtp_lightning.certify.others import Count
 from mtp_lightning.certify.sampled import Sampled
 
 # The probability that samples call a lossless model broken, over all cells together.
@@ -49,12 +50,14 @@ class Certificate:
         facts: machine, versions and settings.
         same_bits: whether this machine promises equal logits to the last bit.
         rows: the cells with their results.
+        others: the same count for other programs, if they were asked; they promise nothing here.
     """
 
     model: str
     facts: dict[str, Any]
     same_bits: bool
     rows: list[Row] = field(default_factory=list)
+    others: list[Count] = field(default_factory=list)
 
     @property
     def least_p(self) -> float:
@@ -94,6 +97,8 @@ class Certificate:
             told += ", all logits to the last bit"
         if ps:
             told += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
+        if all(row.cell.drafts == "none" for row in self.rows):
+            told += "; the model has no heads that draft"
         return f"{'BROKEN' if self.broken() else 'lossless'}: {told}."
 
     def lines(self) -> Iterator[str]:
@@ -116,6 +121,10 @@ class Certificate:
                 f"{f'{same:,}/{tokens:,}':>17} {f'{largest:.1e}' if largest else '0':>11} "
                 f"{f'{min(ps):.2g}' if ps else '':>11}"
             ).rstrip()
+        for count in self.others:
+            way = count.way
+            equal = f"{count.equal:,}/{count.texts:,}"
+            yield f"{way.program}, {way.weights}, {way.name}: {equal} texts equal its plain ones"
         yield from self.broken()
         yield self.verdict()
 
@@ -128,6 +137,16 @@ class Certificate:
             **self.facts,
             "logits_promised_to_the_last_bit": self.same_bits,
             "cells": [_plain(row) for row in self.rows],
+            "others": [
+                {
+                    "program": count.way.program,
+                    "weights": count.way.weights,
+                    "way": count.way.name,
+                    "texts": count.texts,
+                    "texts_equal": count.equal,
+                }
+                for count in self.others
+            ],
         }
 
     def badge(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from mtp_lightning.certify.cells import Cell, cells
 from mtp_lightning.certify.certificate import Certificate, Row
 from mtp_lightning.certify.greedy import Greedy, compare_texts, plain_texts
+from mtp_lightning.certify.others import compare_others, require_programs
 from mtp_lightning.certify.sampled import Sampled, draw_texts
 from mtp_lightning.certify.texts import prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
@@ -36,6 +37,7 @@ def certify(
     file: Path | None = None,
     seed: int = 0,
     allow: Sequence[str] = (),
+    against: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Certificate:
     """Run all cells of a model.
@@ -50,23 +52,25 @@ def certify(
         file: the prompts' text; None for Python's standard library.
         seed: the seed of prompts and samples.
         allow: packages whose variants the model may use.
+        against: other programs to count for, see :mod:`~mtp_lightning.certify.others`.
         say: called with a line after every part.
 
     Raises:
-        UserError: an option is out of range, or the model cannot be opened or makes no drafts.
+        UserError: an option is out of range, the model cannot be opened, or another program cannot
+            be asked.
     """
     if precisions is None:
         rounded = () if rounded_weights_need("cpu") else ("bf16", "int8")
         precisions = ("fp32", *rounded)
     for precision in precisions:
         check_precision(precision)
+    require_programs(against, path)
     threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
     asked: list[list[int]] = []
     result: Certificate | None = None
     for precision in precisions:
         run = open_model(path, allow=allow)
         model = run.model
-        model.mtp.require_drafts()
         if length >= run.seq_len:
             raise UserError(
                 f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
@@ -109,6 +113,9 @@ def certify(
             if time.monotonic() > end:
                 break
     assert result is not None
+    if against:
+        tried = asked[: max(row.greedy.texts for row in result.rows)]
+        result.others = compare_others(against, path, tried, length, say)
     return result
 
 

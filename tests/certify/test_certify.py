@@ -269,6 +269,11 @@ def test_the_command(
         (["mine", "--minutes", "0"], "--minutes=0.0 must be above 0"),
         (["mine", "--weights", "fp16"], "fp16"),
         (["mine", "--new-tokens", "64", "--weights", "fp32"], "64 new tokens do not fit"),
+        (
+            ["mine", "--against", "vllm"],
+            "--against vllm is unknown: give transformers or llama.cpp.",
+        ),
+        (["mine", "--against", "llama.cpp"], "llama.cpp"),  # it is missing, or reads no runs
         (["mine", "--text", "TINY", "--weights", "fp32"], "too little text"),
         (["mine", "--text", "LATIN", "--weights", "fp32"], "is not UTF-8"),
     ],
@@ -290,6 +295,7 @@ def test_mistakes(
     assert ended.value.code == 1 and told in said and said.count("\n") == 1
 
 
-def test_a_model_without_heads_is_refused(certify: Any) -> None:
-    with pytest.raises(ValueError, match="no MTP depth to draft with"):
-        certify(small_model(0, 0))
+def test_a_model_without_heads_is_tried_in_batches_and_on_threads(certify: Any) -> None:
+    found = certify(small_model(0, 0), count=8, few=False)
+    assert {row.cell.drafts for row in found.rows} == {"none"} and not found.broken()
+    assert found.verdict().endswith("; the model has no heads that draft.")

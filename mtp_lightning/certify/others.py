@@ -1,0 +1,234 @@
+"""Asks other programs the same question: does a faster way of decoding change their own text?
+
+Every program decodes the prompts one at a time without drafts, and once more in a batch and with
+drafts that it looks up in the text itself (prompt lookup, n-grams), since no program but this one
+reads every kind of head. A text counts as equal if all its tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_lightning.errors import UserError
+
+Prompts = Sequence[Sequence[int]]
+_BATCH, _DRAFTS = 8, 4
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way in which another program decodes.
+
+    Attributes:
+        program: the program and its version.
+        weights: the precision of the weights, in the program's words.
+        name: ``plain``, which is the reference, or what is done differently.
+        decode: prompts and a length -> a text per prompt, as tokens or as a string.
+    """
+
+    program: str
+    weights: str
+    name: str
+    decode: Callable[[Prompts, int], Sequence[Any]]
+
+
+@dataclass
+class Count:
+    """The texts of a way that equal plain decoding by the same program.
+
+    Attributes:
+        way: the way of decoding.
+        texts: number of compared texts.
+        equal: number of equal texts.
+    """
+
+    way: Way
+    texts: int = 0
+    equal: int = 0
+
+
+def compare_others(
+    names: Sequence[str],
+    path: Path,
+    prompts: Prompts,
+    length: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Count]:
+    """Count the texts of other programs that differ from their own plain decoding.
+
+    Args:
+        names: keys of PROGRAMS.
+        path: a Hugging Face folder or a GGUF file.
+        prompts: the prompts' tokens.
+        length: new tokens per prompt.
+        say: called with a line after every program and precision.
+
+    Raises:
+        UserError: see :func:`require_programs`.
+    """
+    require_programs(names, path)
+    found: list[Count] = []
+    for name in names:
+        for ways in PROGRAMS[name].ways(path):
+            plain, *others = ways
+            wanted = plain.decode(prompts, length)
+            for way in others:
+                got = way.decode(prompts, length)
+                equal = sum(a == b for a, b in zip(wanted, got, strict=True))
+                found.append(Count(way, len(prompts), equal))
+            say(f"{plain.program}, {plain.weights}: {len(prompts):,} prompts")
+    return found
+
+
+def require_programs(names: Sequence[str], path: Path) -> None:
+    """Check, before any model is opened, that programs are installed and read a path.
+
+    Raises:
+        UserError: a program is unknown or not installed, or does not read this path.
+    """
+    for name in names:
+        if name not in PROGRAMS:
+            raise UserError(f"--against {name} is unknown: give {' or '.join(PROGRAMS)}.")
+        program = PROGRAMS[name]
+        if find_spec(program.package) is None:
+            raise UserError(f"--against {name} needs pip install -e '.[{program.extra}]'.")
+        if not program.reads(path):
+            raise UserError(f"{name} does not read {path}: give {program.wanted}.")
+
+
+def _transformers(path: Path) -> Iterator[list[Way]]:
+    """transformers' own generate(), in fp32 and bf16."""
+    import transformers
+
+    for weights, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = _opened(path, dtype)
+
+        def generate(rows: Prompts, length: int, *, model: Any = model, **kwargs: Any) -> Any:
+            """Continue rows, filled up on the left to the longest."""
+            longest = max(map(len, rows))
+            ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
+            seen = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+            # A configuration of its own: no token ends a text.
+            greedy = transformers.GenerationConfig(
+                max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs
+            )
+            out = model.generate(ids, attention_mask=seen, generation_config=greedy)
+            return out[:, longest:].tolist()
+
+        def one_by_one(
+            prompts: Prompts, length: int, *, generate: Any = generate, **kwargs: Any
+        ) -> list[list[int]]:
+            return [generate([ids], length, **kwargs)[0] for ids in prompts]
+
+        def looked_up(prompts: Prompts, length: int, *, plain: Any = one_by_one) -> Any:
+            return plain(prompts, length, prompt_lookup_num_tokens=_DRAFTS)
+
+        def in_batches(prompts: Prompts, length: int, *, generate: Any = generate) -> Any:
+            parts = (prompts[i : i + _BATCH] for i in range(0, len(prompts), _BATCH))
+            return [row for part in parts for row in generate(part, length)]
+
+        program = f"transformers {transformers.__version__}"
+        yield [
+            Way(program, weights, "plain", one_by_one),
+            Way(program, weights, "drafts by prompt lookup", looked_up),
+            Way(program, weights, f"batch of {_BATCH}", in_batches),
+        ]
+
+
+def _opened(path: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder or a GGUF file."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    if not _is_gguf(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return model.eval()
+    # from_pretrained needs one more package for a GGUF file.
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_config(config)
+    found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
+    model.load_state_dict(found["tensors"], strict=False)  # a tied head is not in the file
+    return model.to(dtype).eval()
+
+
+def _llama_cpp(path: Path) -> Iterator[list[Way]]:
+    """llama.cpp's server, on the file as it is."""
+    import xllamacpp
+
+    kinds = xllamacpp.common_speculative_type
+
+    def decode(prompts: Prompts, length: int, *, batch: int = 1, drafts: Any = None) -> list[str]:
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_parallel = batch
+        params.n_ctx = batch * (max(map(len, prompts)) + length + 8)
+        params.warmup = params.cache_prompt = False
+        params.cpuparams.n_threads = torch.get_num_threads()
+        params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.verbosity = 0
+        if drafts is not None:
+            params.speculative.types = [drafts]
+            params.speculative.ngram_simple.size_n = 2
+            params.speculative.ngram_simple.size_m = _DRAFTS
+        server = xllamacpp.Server(params)
+
+        def ask(ids: Sequence[int]) -> str:
+            asked = {
+                **{"prompt": list(ids), "n_predict": length, "temperature": 0.0, "top_k": 1},
+                **{"ignore_eos": True, "cache_prompt": False},
+            }
+            return str(server.handle_completions(asked)["choices"][0]["text"])
+
+        with ThreadPoolExecutor(batch) as pool:
+            return list(pool.map(ask, prompts))
+
+    program, weights = f"llama.cpp (xllamacpp {version('xllamacpp')})", "the file's"
+    drafted = kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE
+    yield [
+        Way(program, weights, "plain", decode),
+        Way(program, weights, "drafts by n-grams", lambda p, n: decode(p, n, drafts=drafted)),
+        Way(program, weights, f"batch of {_BATCH}", lambda p, n: decode(p, n, batch=_BATCH)),
+    ]
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
+@dataclass(frozen=True)
+class Program:
+    """Another program.
+
+    Attributes:
+        package: the Python package that brings it.
+        extra: this project's extra that installs the package.
+        reads: whether it reads a path.
+        wanted: what it reads, in words.
+        ways: a path -> the ways of decoding, the plain one first, for each precision.
+    """
+
+    package: str
+    extra: str
+    reads: Callable[[Path], bool]
+    wanted: str
+    ways: Callable[[Path], Iterator[list[Way]]]
+
+
+PROGRAMS = {
+    "transformers": Program(
+        "transformers",
+        "hf",
+        lambda path: _is_gguf(path) or (path / "config.json").is_file(),
+        "a GGUF file or a Hugging Face folder, which python export.py makes",
+        _transformers,
+    ),
+    "llama.cpp": Program("xllamacpp", "engines", _is_gguf, "a GGUF file", _llama_cpp),
+}

@@ -1,0 +1,87 @@
+"""Texts of other programs, counted by the same rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.certify.certificate import Certificate
+from mtp_lightning.certify.others import PROGRAMS, Count, Program, Way, compare_others
+
+PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+
+
+def test_texts_that_differ_from_the_programs_own_plain_ones_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def plain(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+        return [[ids[0]] * length for ids in prompts]
+
+    def wrong_once(prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+        return [*plain(prompts, length)[:-1], [0] * length]
+
+    ways = [Way("p 1", "fp32", "plain", plain), Way("p 1", "fp32", "drafts", wrong_once)]
+    program = Program("json", "none", lambda path: True, "anything", lambda path: iter([ways]))
+    monkeypatch.setitem(PROGRAMS, "p", program)
+    (count,) = compare_others(["p"], Path("mine"), PROMPTS, 4)
+    assert (count.texts, count.equal, count.way.name) == (3, 2, "drafts")
+    found = Certificate("m", {}, False, [], [count])
+    assert "p 1, fp32, drafts: 2/3 texts equal its plain ones" in list(found.lines())
+    (stored,) = json.loads(json.dumps(found.plain()))["others"]
+    assert stored == {
+        **{"program": "p 1", "weights": "fp32", "way": "drafts"},
+        **{"texts": 3, "texts_equal": 2},
+    }
+    assert found.broken() == []  # they promise nothing here
+
+
+@pytest.mark.extras
+def test_transformers_on_a_small_llama(tmp_path: Path) -> None:
+    """In float32 on so small a model, its ways give the same texts; the drafts are really made."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    transformers.set_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    found = compare_others(["transformers"], tmp_path, PROMPTS, 12)
+    assert [(count.way.weights, count.way.name) for count in found] == [
+        (weights, name)
+        for weights in ("fp32", "bf16")
+        for name in ("drafts by prompt lookup", "batch of 8")
+    ]
+    assert all(count.texts == 3 for count in found)
+    assert all(count.equal == 3 for count in found[:2])
+    (plain, looked_up, _), _ = PROGRAMS["transformers"].ways(tmp_path)
+    texts = plain.decode(PROMPTS, 5)
+    assert [len(ids) for ids in texts] == [5, 5, 5] and looked_up.decode(PROMPTS, 5) == texts
+
+
+@pytest.mark.extras
+def test_transformers_on_a_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    from tests.interop.gguf_files import write_gguf
+
+    found = compare_others(["transformers"], write_gguf(tmp_path / "small.gguf"), PROMPTS, 8)
+    assert [count.equal for count in found[:2]] == [3, 3]
+
+
+@pytest.mark.extras
+def test_llama_cpp_on_a_small_llama(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs pip install -e '.[engines]'")
+    pytest.importorskip("gguf")
+    from tests.interop.gguf_files import write_gguf
+
+    file = write_gguf(tmp_path / "small.gguf")
+    found = compare_others(["llama.cpp"], file, PROMPTS, 8)
+    assert [count.way.name for count in found] == ["drafts by n-grams", "batch of 8"]
+    assert all(isinstance(count, Count) and count.texts == 3 for count in found)
