@@ -11,7 +11,7 @@ import io
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_counts import require_counts
+from mtp_lightning.interop.gguf_reader import one_reader
 from mtp_lightning.interop.parts import Held, Part
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.stored import brief
@@ -75,7 +76,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
         UserError: for a damaged file, an architecture that transformers does not read from GGUF,
             tensors that it skips, or missing packages.
     """
-    transformers, reader = _libraries(path)
+    with _opened(path) as (transformers, reader):
+        return _read(path, transformers, reader)
+
+
+def _read(path: Path, transformers: Any, reader: Any) -> tuple[dict[str, Any], dict[str, Part]]:
     _refuse_what_is_passed_over(path, reader)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -126,8 +131,7 @@ def tokenizer_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it holds no tokenizer that transformers reads.
     """
-    transformers, _ = _libraries(path)
-    with tempfile.TemporaryDirectory() as folder:
+    with _opened(path) as (transformers, _), tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(path.parent), gguf_file=path.name, local_files_only=True
@@ -138,20 +142,23 @@ def tokenizer_state(path: Path) -> dict[str, Any]:
         return pretrained_state(folder) | {"path": str(path)}
 
 
-def _libraries(path: Path) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """transformers, and gguf's reader of a file."""
     try:
-        import gguf
+        import gguf  # noqa: F401
         import transformers
     except ImportError as error:
         raise UserError(
             f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
         ) from error
     require_counts(path)
-    try:
-        return transformers, gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            reader = stack.enter_context(one_reader(path))
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
+        yield transformers, reader
 
 
 def _parsed(path: Path, load: Any, **options: Any) -> dict[str, Any]:

@@ -58,6 +58,16 @@ def test_logits_are_transformers(
     folders.assert_equal_logits(model, theirs, rows=len(SPECIALS) + len(WORDS))
 
 
+def test_a_file_is_parsed_once_for_the_model_and_once_for_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, reader, made = write_gguf(tmp_path / "tiny.gguf"), gguf.GGUFReader, []
+    fields = reader._build_fields
+    monkeypatch.setattr(reader, "_build_fields", lambda *args: made.append(1) or fields(*args))
+    open_model(file)
+    assert len(made) == 2 and gguf.GGUFReader is reader and issubclass(np.memmap, np.ndarray)
+
+
 def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     """From a GGUF file through a checkpoint's state to a folder, and from there to another."""
     run = open_model(write_gguf(tmp_path / "tiny.gguf"))
