@@ -50,7 +50,7 @@ def report(
     _require_packages()
     if not 0 <= level < 1:
         raise UserError(f"--solved {level:g} must be at least 0 and below 1, such as {SOLVED}.")
-    from sweeps.report import events, figures, page, style
+    from sweeps.report import chart, events, figures, page
 
     sweeps = _read(folders)
     settings = collect(sweeps, level=level)
@@ -58,10 +58,9 @@ def report(
     priced = [] if settings.is_task else families(settings)
     target = Path(output) if output is not None else _default_output(sweeps)
     target.mkdir(parents=True, exist_ok=True)
-    with style.styled():
+    with chart.styled():
         drawings = figures.draw(settings, comparisons, priced)
-        labels = [setting.name for setting in settings.all]
-        svgs = page.write_figures(drawings, target / page.FIGURES, labels)
+        svgs = page.write_figures(drawings, target / page.FIGURES)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings, sweeps).encode(), target / "runs.csv")

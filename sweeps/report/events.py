@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sweeps.report.chart import Drawing
 from sweeps.report.collect import FOLDER
 from sweeps.report.settings import Settings
-from sweeps.report.style import Drawing
 
 _SUFFIX = ".report"
 

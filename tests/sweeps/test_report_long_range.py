@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sweeps.report.figures_places import long_range
+from sweeps.report.lines import long_range
 from sweeps.report.statistics import interval
 
 
