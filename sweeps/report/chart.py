@@ -35,7 +35,7 @@ INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
 QUIET = "#8b949e"  # lines that belong to no setting
 SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
 
-_WIDE = 29  # labels of as many letters leave no room for a second column of the legend
+_LETTERS = 58  # of a legend's labels side by side
 _POINTS = 72  # SVG points per inch
 # Characters that XML forbids; a run's name may have them.
 _NO_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -166,9 +166,10 @@ class Chart:
         self._points: list[tuple[str, tuple[float, float], tuple[str, str]]] = []
         entries = list(key)
         entries = entries if len(entries) > 1 else []
-        columns = 1 if any(len(brief(name)) >= _WIDE for name, _ in entries) else 2 * panels
+        longest = max((len(brief(name)) for name, _ in entries), default=0)
+        columns = max(1, min(2 * panels, _LETTERS * panels // (longest + 1)))
         rows += math.ceil(len(entries) / columns)
-        size = (5.2 if panels == 1 else 4.6 * panels), 3.3 + 0.2 * rows
+        size = (5.2, 3.3 + 0.2 * rows) if panels == 1 else (4.6 * panels, 3.9 + 0.2 * rows)
         self.figure: Figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
         self.panels = self.figure.subplots(1, panels, squeeze=False)[0]
         self.axes = self.panels[0]
@@ -250,7 +251,7 @@ class Chart:
         axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         if whole:
             self.axes.set(**{f"{which}lim": (-0.03, 1.03)})
-        else:
+        elif which == "y":
             self.keep_within(0, 1)
 
     def keep_within(self, low: float, high: float) -> None:
@@ -291,9 +292,11 @@ class Chart:
 
 def by_row(labels: Sequence[str], *, names: Sequence[str] = ()) -> Chart:
     """An empty chart with one row per label; the first is at the bottom, at y = 0."""
-    labels = [brief(label, 60 if len(labels) <= MANY else 36) for label in labels]
     if len(labels) <= MANY:
+        # Spaces that do not break keep "D = 2" in one line.
+        labels = [brief(label, 90).replace(" = ", "\u00a0=\u00a0") for label in labels]
         labels = [textwrap.fill(label, 24) for label in labels]
+    labels = [label if "\n" in label else brief(label, 36) for label in labels]
     lines = sum(label.count("\n") + 1 for label in labels)
     chart = Chart(names=names, rows=max(lines - 14, 0))
     chart.axes.set_yticks(range(len(labels)), labels)

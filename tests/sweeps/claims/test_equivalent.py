@@ -147,7 +147,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
     result = make_result(claim, arms, ("2026-11-27T00:00:00+00:00", "c" * 40))
     (entry,) = result["predictions"]
     assert words.subject(entry) == "large / heads"
-    assert words.quantity(entry["measure"]) == f"compute-equivalent gain, by {TAG}"
+    assert words.quantity(entry["measure"]) == "compute-equivalent gain, by loss in bits per byte"
     assert words.measured(entry).startswith("1.302 × [1.302 ×, ")
     # Its runs serve a claim that reads the same of them, gain or not.
     plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
