@@ -26,18 +26,16 @@ from sweeps.report.equivalent import Family, PlainCurve, Spent
 from sweeps.report.lines import (
     BY_POSITION,
     by_group,
-    curve,
-    exact_match,
     long_range,
     of_depths,
     over_places,
-    times,
 )
 from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
+from sweeps.report.training import curve, exact_match, times
 
 # Figures that join or rank settings: they are left out if the settings may not be compared. The
 # other figures show each setting on its own.
@@ -101,7 +99,7 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         return drawing.lacking("no plain runs (mtp=none) of two lengths and an arm to compare")
     shown = [arm for arm in family.arms if arm.spent]
     key = key_to(settings.all, [arm.setting for arm in shown])
-    chart = Chart([("plain training", QUIETLY), *key], names=_names(settings))
+    chart = Chart([("plain training", QUIETLY), *key], names=settings.names)
     axes = chart.axes
     axes.set_xscale("log")
     ends = [(setting, at) for setting in family.plain if (at := _ends(setting, metric))]
@@ -144,10 +142,6 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     return drawing.drawn(chart)
 
 
-def _names(settings: Settings) -> list[str]:
-    return [setting.name for setting in settings.all]
-
-
 def _looks(settings: Settings) -> dict[int, Look]:
     """Looks by the settings' ``id``."""
     return {id(s): look for s, look in zip(settings.all, looks(settings.all), strict=True)}
@@ -185,7 +179,7 @@ def solved(settings: Settings) -> Drawing:
     shown = [(setting, share) for setting, share in reversed(shares) if share]
     if not shown:
         return drawing.lacking(f"no finished run has {EXACT}")
-    chart = by_row([setting.name for setting, _ in shown], names=_names(settings))
+    chart = by_row([setting.name for setting, _ in shown], names=settings.names)
     look_of = _looks(settings)
     for y, (setting, share) in enumerate(shown):
         reach = [[share.rate - share.low], [share.high - share.rate]]
@@ -209,7 +203,7 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
         return drawing.lacking("no setting was evaluated on the same text as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    chart = by_row([c.setting.name for c, _ in shown], names=_names(settings))
+    chart = by_row([c.setting.name for c, _ in shown], names=settings.names)
     chart.axes.axvline(0, color=QUIETLY.color, linewidth=1)
     look = Look(COLORS[0], "-", "o")
     for y, (found, difference) in enumerate(shown):
@@ -236,7 +230,7 @@ def front(settings: Settings, tag: str) -> Drawing:
         return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
     sign = 1 if cheap else -1
     best = pareto([(sign * cost.mean, loss.mean) for _, (cost, loss) in points])
-    chart = Chart(key_to(settings.all, [s for s, _ in points]), names=_names(settings))
+    chart = Chart(key_to(settings.all, [s for s, _ in points]), names=settings.names)
     line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
     chart.axes.plot(*zip(*line, strict=True), color=QUIETLY.color, linewidth=1.2)
     look_of = _looks(settings)

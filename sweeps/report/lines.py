@@ -1,4 +1,4 @@
-"""Figures with a line per setting: over training, and over depths, positions and distances."""
+"""Figures over prediction depths, the weight of their losses, positions and distances."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sweeps.report.chart import MANY, QUIET, SEEDS, Chart, Drawing, key_to, looks, reach_of
+from sweeps.report.chart import QUIET, SEEDS, Chart, Drawing, key_to, looks, reach_of
 from sweeps.report.comparable import meaning, predicts_tokens
-from sweeps.report.compare import time_to_solve
-from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT, LOSS, PER_STEP, SPEEDUP
-from sweeps.report.read import Run
+from sweeps.report.metrics import LOSS, PER_STEP, SPEEDUP
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
 
 RIGHT = "right tokens (more is better)"
 NATS = "nats per token (lower is better)"
-_TIMES = "optimizer steps", "seeds not solved yet (fewer is better)"
 
-Points = Mapping[float, tuple[float, float]]
-"""The (x, y) of a run's validations, by step."""
 Line = Mapping[Any, Interval]
 """Means and intervals of one setting, by their x coordinate."""
 
@@ -128,7 +123,7 @@ LONG_RANGE = {
     ),
 }
 # Tags of the task's own groups, such as distances; other tags have the same form.
-_GROUPS = r"val/accuracy_(?!(?:depth|position|repeat|random_repeat)_\d)({}\w*?)_(\d+)(?:-\d+)?"
+_GROUPS = r"val/accuracy_(?!(?:depth|position|repeat|random_repeat)_\d)(\w+?)_(\d+)(?:-\d+)?"
 
 
 def over_places(settings: Settings, name: str, spec: Places) -> Drawing:
@@ -136,17 +131,15 @@ def over_places(settings: Settings, name: str, spec: Places) -> Drawing:
     tags, crosses = (_places(settings, one) if one else [] for one in (spec.pattern, spec.crosses))
     caption = spec.caption + (_teacher_forced(settings) if spec.of_depths else SEEDS)
     drawing = Drawing(name, spec.title, caption)
+    # The depths of a head that predicts no token have losses of another kind.
+    main = [(place, tag) for place, tag in tags if not place]
     lines = [
-        # The depths of a head that predicts no token have losses of another kind.
-        _line(
-            s, tags if not spec.of_depths or predicts_tokens(s) else [t for t in tags if not t[0]]
-        )
+        (s, _line(s, main if spec.of_depths and not predicts_tokens(s) else tags))
         for s in settings.all
     ]
+    marked = [_line(setting, crosses) for setting in settings.all] if crosses else ()
     apart = 0.3 if spec.of_depths else 0.0
-    marked = [_line(setting, crosses) for setting in settings.all]
-    crossed = marked if any(marked) else ()
-    drawing = _draw_lines(drawing, settings.all, lines, spec.names, apart=apart, crosses=crossed)
+    drawing = _draw_lines(drawing, settings, lines, spec.names, apart=apart, crosses=marked)
     if drawing.chart is not None:
         places = sorted({place for place, _ in tags})
         if spec.share:
@@ -162,8 +155,8 @@ def over_places(settings: Settings, name: str, spec: Places) -> Drawing:
 
 def _draw_lines(
     drawing: Drawing,
-    settings: Sequence[Setting],
-    lines: Sequence[Line],
+    settings: Settings,
+    lines: Sequence[tuple[Setting, Line]],
     names: tuple[str, str],
     *,
     apart: float = 0.0,
@@ -174,19 +167,21 @@ def _draw_lines(
 
     Args:
         drawing: the drawing that gets the chart.
-        settings: all settings, or stand-ins for families of settings.
-        lines: one per setting; empty lines are left out.
+        settings: the settings of the report.
+        lines: all settings, or stand-ins for families of them, with their lines, which may be
+            empty.
         names: names of the x and y axes.
         apart: width over which settings are spread, so that equal values do not hide each other.
         crosses: means that are marked by crosses, per setting.
         lacking: the reason given if all lines are empty.
     """
-    shown = [s for s, line in zip(settings, lines, strict=True) if line]
+    every = [setting for setting, _ in lines]
+    shown = [setting for setting, line in lines if line]
     if not shown:
         return drawing.lacking(lacking)
-    chart = Chart(key_to(settings, shown), names=[s.name for s in settings])
-    for at, (setting, line, look) in enumerate(zip(settings, lines, looks(settings), strict=True)):
-        aside = apart * ((at + 0.5) / len(settings) - 0.5)
+    chart = Chart(key_to(every, shown), names=settings.names)
+    for at, ((setting, line), look) in enumerate(zip(lines, looks(every), strict=True)):
+        aside = apart * ((at + 0.5) / len(lines) - 0.5)
         if line:
             xs, ys = [x + aside for x in line], [found.mean for found in line.values()]
             style = {"linestyle": look.dash, "elinewidth": 1}
@@ -200,7 +195,7 @@ def _draw_lines(
 
 def by_group(settings: Settings) -> list[Drawing]:
     """Accuracy by each quantity that the task groups tokens by, such as a distance."""
-    names = dict.fromkeys(match[1] for match in _matches(settings, _GROUPS.format("")))
+    names = dict.fromkeys(match[1] for match in _matches(settings, _GROUPS))
     caption = "Decoded tokens that are the example's own, over buckets that double, at each one's "
     return [
         over_places(
@@ -304,119 +299,8 @@ def _against(
         place = places.get(show(setting.config.get(key)))
         if place is not None and (found := setting.estimate(tag).interval):
             line[place] = found
-    standins = [standin for standin, _ in families.values()]
-    lines = [dict(sorted(line.items())) for _, line in families.values()]
-    return _draw_lines(drawing, standins, lines, names, lacking=f"no finished run has {tag}")
-
-
-def curve(settings: Settings, axis: str) -> Drawing:
-    """Main-depth validation loss against tokens, FLOPs or seconds."""
-    tag, x_label = CURVE_AXES[axis]
-    metric = settings.headline
-    drawing = Drawing(
-        f"loss_{axis}",
-        f"Loss against {axis if axis != 'flops' else 'FLOPs'}",
-        "Bold: mean over seeds, at the validations that all of them have reached. Thin: single "
-        "seeds, running ones too. Losses above those of the last three quarters are cut off."
-        + " Seconds are the mean over seeds, and those of a shared machine."
-        * (axis == "seconds"),
-    )
-    drawing, places = _over_training(drawing, settings, tag, metric.tag)
-    if drawing.chart is None:
-        return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
-    furthest = max(x for x, _ in places)
-    late = [y for x, y in places if x >= furthest / 4 and math.isfinite(y)]
-    if late and max(late) > min(late):
-        margin = 0.08 * (max(late) - min(late))
-        drawing.chart.axes.set_ylim(min(late) - margin, max(late) + margin)
-    drawing.chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
-    if axis != "seconds":
-        drawing.chart.si_axis()
-    return drawing
-
-
-def exact_match(settings: Settings) -> Drawing:
-    """Right answers against optimizer steps."""
-    drawing = Drawing(
-        "exact_match",
-        "Exact match against steps",
-        "Share of greedily decoded answers that are right. Bold: mean over seeds, at the "
-        "validations that all of them have reached. Thin: single seeds, running ones too. Dotted: "
-        f"chance. Dashed: a seed solves above {settings.level:g}.",
-    )
-    drawing, _ = _over_training(drawing, settings, "step", EXACT)
-    if drawing.chart is None:
-        return drawing.lacking(f"no run has logged {EXACT}")
-    axes = drawing.chart.axes
-    rows = [row for setting in settings.all for run in setting.runs for row in run.rows]
-    for chance in sorted({row[CHANCE] for row in rows if CHANCE in row}):
-        axes.axhline(chance, linestyle=":", color=QUIET, linewidth=1.2, label="chance")
-    axes.axhline(settings.level, linestyle="--", color=QUIET, linewidth=0.8, label="solved")
-    drawing.chart.percent("y")
-    axes.set(xlabel="optimizer steps", ylabel="right answers (more is better)")
-    drawing.chart.si_axis()
-    return drawing
-
-
-def _over_training(
-    drawing: Drawing, settings: Settings, x_tag: str, y_tag: str
-) -> tuple[Drawing, list[tuple[float, float]]]:
-    """Draw each setting's mean in bold, at the validations that all of its runs have reached, and
-    its single runs thin, unless there are too many lines. Returns the drawing, and all points."""
-    lines = [[_logged(run, x_tag, y_tag) for run in setting.runs] for setting in settings.all]
-    places = [place for runs in lines for points in runs for place in points.values()]
-    if not places:
-        return drawing, []
-    many = len(settings.all) > MANY
-    chart = Chart(key_to(settings.all, settings.all), names=[s.name for s in settings.all])
-    for setting, look, every in zip(settings.all, looks(settings.all), lines, strict=True):
-        runs = [points for points in every if points]
-        for points in runs if len(runs) > 1 and not many else ():
-            thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
-            xs, ys = zip(*points.values(), strict=True)
-            chart.draw(setting.name, look, xs, ys, says=False, **thin)
-        common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
-        xs, ys = (
-            [sum(points[step][i] for points in runs) / len(runs) for step in common] for i in (0, 1)
-        )
-        # A single point needs a marker to be seen.
-        marker = look.marker if many or len(common) == 1 else ""
-        bold = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
-        chart.draw(setting.name, look, xs, ys, **bold)
-    return drawing.drawn(chart), places
-
-
-def _logged(run: Run, x_tag: str, y_tag: str) -> Points:
-    rows = (row for row in run.rows if x_tag in row and y_tag in row)
-    return {row["step"]: (row[x_tag], row[y_tag]) for row in rows}
-
-
-def times(settings: Settings) -> Drawing:
-    """Survival curves of the time to solve."""
-    drawing = Drawing(
-        "time_to_solve",
-        "Time to solve",
-        f"Share of seeds that no validation has yet found above {settings.level:g} "
-        "(Kaplan-Meier). Ticks: seeds that had not solved at their last validation, running and "
-        "failed ones too. A seed that falls back later has solved here, and not in the share of "
-        "seeds that solve. Times are known to the interval between validations.",
-    )
-    curves = [time_to_solve(setting, settings.level) for setting in settings.all]
-    shown = [s for s, found in zip(settings.all, curves, strict=True) if found]
-    if not shown:
-        return drawing.lacking(f"no run has logged {EXACT}")
-    chart = Chart(key_to(settings.all, shown), names=[s.name for s in settings.all])
-    for setting, look, found in zip(settings.all, looks(settings.all), curves, strict=True):
-        if found is not None:
-            style = {"drawstyle": "steps-post", "linestyle": look.dash, "marker": ""}
-            xs, ys = [0, *found.times], [1, *found.shares]
-            chart.draw(setting.name, look, xs, ys, **style)
-            ticks = [found.after(time) for time in found.censored]
-            chart.axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
-    chart.percent("y")
-    chart.axes.set(xlabel=_TIMES[0], ylabel=_TIMES[1])
-    chart.si_axis()
-    return drawing.drawn(chart)
+    lines = [(standin, dict(sorted(line.items()))) for standin, line in families.values()]
+    return _draw_lines(drawing, settings, lines, names, lacking=f"no finished run has {tag}")
 
 
 def of_depths(settings: Settings) -> list[Drawing]:

@@ -124,6 +124,11 @@ class Settings:
     level: float = SOLVED
 
     @property
+    def names(self) -> list[str]:
+        """Readable names of all settings."""
+        return [setting.name for setting in self.all]
+
+    @property
     def done(self) -> list[Run]:
         """All finished runs that count."""
         return [run for setting in self.all for run in setting.done]
