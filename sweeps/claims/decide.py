@@ -33,35 +33,23 @@ _APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The result of one prediction.
+    """The result of one prediction."""
 
-    Attributes:
-        prediction: the claim's.
-        verdict: HOLDS, FAILS or UNDECIDED.
-        why: the reason of UNDECIDED.
-        test: its name; None without numbers.
-        effect: mean difference, mean, difference of shares, or share; None without numbers.
-        low: lower end of the effect's 95 % interval, uncorrected; None for two shares and one seed.
-        high: its upper end.
-        n: seeds or pairs; the smaller number of seeds for two shares.
-        p: p-value of the test against the boundary; None without one.
-        adjusted: the p-value after Holm's correction over the claim's predictions.
-        own: the arm's share of seeds that solve, where that is measured.
-        other: the same share of the arm that it is compared with.
-    """
-
-    prediction: Prediction
-    verdict: str = UNDECIDED
-    why: str = ""
-    test: str | None = None
+    prediction: Prediction  # the claim's
+    verdict: str = UNDECIDED  # HOLDS, FAILS or UNDECIDED
+    why: str = ""  # the reason of UNDECIDED
+    test: str | None = None  # its name; None without numbers
+    # Mean difference, mean, difference of shares, or share; None without numbers.
     effect: float | None = None
+    # Lower end of the effect's 95 % interval, uncorrected; None for two shares and one seed.
     low: float | None = None
-    high: float | None = None
-    n: int = 0
-    p: float | None = None
+    high: float | None = None  # its upper end
+    n: int = 0  # seeds or pairs; the smaller number of seeds for two shares
+    p: float | None = None  # p-value of the test against the boundary; None without one
+    # The p-value after Holm's correction over the claim's predictions.
     adjusted: float | None = None
-    own: Share | None = None
-    other: Share | None = None
+    own: Share | None = None  # the arm's share of seeds that solve, where that is measured
+    other: Share | None = None  # the same share of the arm that it is compared with
 
 
 def decide(claim: Claim, arms: Arms) -> list[Finding]:

@@ -38,24 +38,15 @@ OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimJob:
-    """An arm at a seed.
+    """An arm at a seed."""
 
-    Attributes:
-        arm: the arm's name.
-        seed: the run's.
-        folder: the run's name in the folder of all runs; it ends in the digest of the config.
-        overrides: those of the command line.
-        max_steps: planned optimizer steps.
-        processes: number of processes that train together.
-        parent: folder of the run that it branches or starts from; None for an independent run.
-    """
-
-    arm: str
-    seed: int
-    folder: str
-    overrides: tuple[str, ...]
-    max_steps: int
-    processes: int
+    arm: str  # the arm's name
+    seed: int  # the run's
+    folder: str  # the run's name in the folder of all runs; it ends in the digest of the config
+    overrides: tuple[str, ...]  # those of the command line
+    max_steps: int  # planned optimizer steps
+    processes: int  # number of processes that train together
+    # Folder of the run that it branches or starts from; None for an independent run.
     parent: str | None = None
 
     def task(self, runs: Path) -> Task:

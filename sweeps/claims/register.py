@@ -26,18 +26,12 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Register:
-    """The runs of a claim.
+    """The runs of a claim."""
 
-    Attributes:
-        digest: the claim's when its first run was asked for.
-        commit: the commit with the prediction then; None for a trial, which no commit had.
-        began: the time of that.
-        runs: each run's folder, by arm and seed.
-    """
-
-    digest: str
-    commit: str | None
-    began: str = field(default_factory=now)
+    digest: str  # the claim's when its first run was asked for
+    commit: str | None  # the commit with the prediction then; None for a trial, which no commit had
+    began: str = field(default_factory=now)  # the time of that
+    # Each run's folder, by arm and seed.
     runs: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def is_of(self, claim: Claim) -> bool:

@@ -311,21 +311,13 @@ def reach_of(found: Iterable[Interval]) -> list[tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the report.
+    """A figure of the report."""
 
-    Attributes:
-        name: the name of its files.
-        title: the title above it.
-        caption: an explanation of what is shown and how it was computed.
-        chart: the figure; None if data is missing.
-        why: what is missing.
-    """
-
-    name: str
-    title: str
-    caption: str
-    chart: Chart | None = None
-    why: str = ""
+    name: str  # the name of its files
+    title: str  # the title above it
+    caption: str  # an explanation of what is shown and how it was computed
+    chart: Chart | None = None  # the figure; None if data is missing
+    why: str = ""  # what is missing
 
     @property
     def figure(self) -> Figure | None:

@@ -37,22 +37,15 @@ OTHER_QUESTIONS = "not compared: other questions"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting against its reference.
+    """One setting against its reference."""
 
-    Attributes:
-        setting: the compared setting.
-        reference: the setting that it is compared with.
-        result: of the test: paired differences, or, for a task, the two shares of seeds that solve;
-            None if no seed has both, a mean is missing, or the texts differ.
-        adjusted: Holm's p-value among all tests of the report; None without a test.
-        verdict: the result in words.
-    """
-
-    setting: Setting
-    reference: Setting
+    setting: Setting  # the compared setting
+    reference: Setting  # the setting that it is compared with
+    # Of the test: paired differences, or, for a task, the two shares of seeds that solve; None if
+    # no seed has both, a mean is missing, or the texts differ.
     result: Paired | Unpaired | None
-    adjusted: float | None
-    verdict: str
+    adjusted: float | None  # Holm's p-value among all tests of the report; None without a test
+    verdict: str  # the result in words
 
     @property
     def paired(self) -> Paired | None:

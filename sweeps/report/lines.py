@@ -23,27 +23,18 @@ Line = Mapping[Any, Interval]
 
 @dataclass(frozen=True)
 class Places:
-    """A figure of one line per setting over the numbers in its tags.
+    """A figure of one line per setting over the numbers in its tags."""
 
-    Attributes:
-        title: the title.
-        caption: what is shown.
-        pattern: the tags; their group is the x coordinate, 1 where it matches nothing.
-        names: names of the x and y axes.
-        axis: ``double`` for a scale on which positions double, ``few`` for that if there are more
-            than 16, ``each`` for a tick at every place, or empty.
-        share: whether the values are shares.
-        crosses: the same of further tags, marked without intervals.
-        of_depths: whether the places are depths, whose numbers do not compare between all heads.
-    """
-
-    title: str
-    caption: str
-    pattern: str
-    names: tuple[str, str]
+    title: str  # the title
+    caption: str  # what is shown
+    pattern: str  # the tags; their group is the x coordinate, 1 where it matches nothing
+    names: tuple[str, str]  # names of the x and y axes
+    # `double` for a scale on which positions double, `few` for that if there are more than 16,
+    # `each` for a tick at every place, or empty.
     axis: str = "double"
-    share: bool = False
-    crosses: str = ""
+    share: bool = False  # whether the values are shares
+    crosses: str = ""  # the same of further tags, marked without intervals
+    # Whether the places are depths, whose numbers do not compare between all heads.
     of_depths: bool = False
 
 

@@ -64,19 +64,12 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 @dataclass(frozen=True)
 class Metric:
-    """One column of the table of settings.
+    """One column of the table of settings."""
 
-    Attributes:
-        tag: its key in ``summary.json``.
-        name: its name in the table.
-        unit: its unit in the table.
-        form: ``%``, ``si``, or the number of decimal places.
-    """
-
-    tag: str
-    name: str
-    unit: str
-    form: str | int
+    tag: str  # its key in `summary.json`
+    name: str  # its name in the table
+    unit: str  # its unit in the table
+    form: str | int  # `%`, `si`, or the number of decimal places
 
     def show(self, value: float) -> str:
         """The value in the metric's unit."""
