@@ -180,11 +180,6 @@ def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Lef
     A seed fits if all its arms do. Seeds stay in the claim's order; if the next one does not fit,
     the next claim is tried. Each run of a claim goes to the first free core, and a claim begins
     when the previous one has ended.
-
-    Args:
-        left: the claims' pending runs.
-        hours: wall time.
-        cores: jobs at once.
     """
     chosen, began = [], 0.0
     for each in left:

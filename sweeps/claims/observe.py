@@ -63,13 +63,8 @@ def key(measure: Measure) -> str:
 
 
 def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]]) -> Arms:
-    """Read all arms at all seeds that are planned or were ever started.
-
-    Args:
-        claim: its measures are read.
-        runs: the folder of all runs.
-        registered: each run's folder, by arm and seed.
-    """
+    """Read all arms at all seeds that are planned or were ever started; ``registered`` has each
+    run's folder in ``runs``, by arm and seed."""
     arms: dict[str, dict[int, Seed]] = {}
     for arm in claim.arms:
         folders = registered.get(arm, {})

@@ -157,17 +157,9 @@ def write_weights(
     arms: Collection[str],
     stored: Mapping[str, Mapping[int, Seed]],
 ) -> tuple[list[str], int]:
-    """Write ``ARM_seed-S.safetensors`` of finished runs, and compare their digests with those of
-    the stored result. The same config on the same commit, with one thread of the same kind of
-    processor, gives the same weights to the last bit.
-
-    Args:
-        claim: the claim of the runs.
-        runs: the folder of runs, absolute.
-        to: the output folder; it need not exist.
-        seeds: the runs' seeds.
-        arms: the runs' arms.
-        stored: the runs of the claim's result, by arm and seed.
+    """Write ``ARM_seed-S.safetensors`` of finished runs to a folder, and compare their digests with
+    those of the runs in the stored result. The same config on the same commit, with one thread of
+    the same kind of processor, gives the same weights to the last bit.
 
     Returns:
         One line per run, with its file and whether the result has the same digest, or saying that
