@@ -13,7 +13,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
-from sweeps.report.differing import describe
 from sweeps.report.equivalent import families
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
@@ -158,11 +157,9 @@ def main(
     given = parser.parse_args(arguments)
     with readable_errors():
         if given.diff:
-            if len(given.folders) != 2:
-                raise UserError(
-                    f"--diff compares two runs, not {len(given.folders)}: give two folders."
-                )
-            print("\n".join(describe(*given.folders)) or "no difference")
+            from sweeps.report.page import differences
+
+            print("\n".join(differences(given.folders)) or "no difference")
             return
         make = partial(
             report,

@@ -83,8 +83,7 @@ def compare(
     Args:
         settings: the settings of the report.
         tag: the metric; by default the headline metric, or for a task whether a seed solves it.
-        reference: label of the setting that all others are compared with, or an unambiguous part of
-            it; by default see :func:`references`.
+        reference: see :func:`references`.
 
     Raises:
         UserError: ``reference`` names no setting, or several.
@@ -112,7 +111,8 @@ def compare(
 
 
 def references(settings: Settings, named: str | None = None) -> list[Setting]:
-    """The reference of every setting.
+    """The reference of every setting: the one that is named by its label, or by an unambiguous part
+    of it.
 
     By default it is the setting with the smallest value of the first varied key (no MTP, if the
     depth is varied) and equal values of all other keys. If some setting has no such reference, the
@@ -167,12 +167,6 @@ def _verdict(
     if adjusted is None:
         return "one seed: no test"
     return "beyond noise" if adjusted < LEVEL else "within noise"
-
-
-def sparse(comparisons: Sequence[Comparison]) -> bool:
-    """Whether a test has fewer than five pairs, which only reveal large effects."""
-    found = (c.paired for c in comparisons)
-    return any(r and r.p is not None and r.difference.n < 5 for r in found)
 
 
 def smallest_p(comparisons: Sequence[Comparison]) -> float | None:

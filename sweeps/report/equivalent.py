@@ -66,10 +66,7 @@ class Gain:
 
 
 class PlainCurve:
-    """``C_plain(L)`` through plain runs.
-
-    Args:
-        runs: at least two, of different lengths.
+    """``C_plain(L)`` through plain runs of at least two lengths.
 
     Raises:
         ValueError: there are too few runs, or more compute did not always lower the loss.
@@ -144,11 +141,7 @@ class Family:
 
 def families(settings: Settings) -> list[Family]:
     """The plain curves of a report with their arms. A family needs plain runs at two budgets and an
-    arm.
-
-    Args:
-        settings: the settings of the report; their headline metric is the loss.
-    """
+    arm; the loss is the headline metric."""
     tag = settings.headline.tag
     groups: dict[str, list[Setting]] = {}
     for setting in settings.all:
@@ -179,23 +172,16 @@ def _rest(setting: Setting) -> str:
 
 
 def _valued(arm: Setting, family: Family, tag: str) -> Valued:
-    spent: dict[Any, Spent] = {}
-    gains: dict[Any, Gain] = {}
-    why = ""
-    for run in arm.done:
-        own = _spent(run, tag)
-        gain = (
-            "it has no FLOPs or no finite loss"
-            if own is None
-            else _gain(own, run.seed, family, tag)
-        )
-        if own is not None:
-            spent[run.seed] = own
-        if isinstance(gain, Gain):
-            gains[run.seed] = gain
-        else:
-            why = why or f"seed {run.seed}: {gain}"
-    return Valued(arm, spent, gains, why)
+    spent = {run.seed: own for run in arm.done if (own := _spent(run, tag))}
+    found: dict[Any, Gain | str] = {
+        run.seed: _gain(spent[run.seed], run.seed, family, tag)
+        if run.seed in spent
+        else "it has no FLOPs or no finite loss"
+        for run in arm.done
+    }
+    gains = {seed: gain for seed, gain in found.items() if isinstance(gain, Gain)}
+    missing = (f"seed {seed}: {why}" for seed, why in found.items() if isinstance(why, str))
+    return Valued(arm, spent, gains, next(missing, ""))
 
 
 def _gain(own: Spent, seed: Any, family: Family, tag: str) -> Gain | str:

@@ -9,20 +9,22 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.run.config import PLACES, lies_in
 from sweeps.report import tables
 from sweeps.report.chart import Drawing, as_inline
 from sweeps.report.comparable import contexts, meaning, refusal, text_errors
 from sweeps.report.compare import Comparison, wait_of
-from sweeps.report.differing import configs
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.names import joined, question
-from sweeps.report.read import Sweep
+from sweeps.report.read import Run, Sweep, read_sweep
 from sweeps.report.settings import Settings, show
 from sweeps.report.templates import environment
 
@@ -162,6 +164,42 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Every run's values of the keys in which any two runs differ, by run; paths and runs without a
+    config are left out."""
+    known = {
+        run.name: {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
+        for run in runs
+        if run.config
+    }
+    keys = {key for config in known.values() for key in config}
+    varied = sorted(k for k in keys if len({config.get(k) for config in known.values()}) > 1)
+    return {name: {k: of[k] for k in varied if k in of} for name, of in known.items()}
+
+
+def differences(folders: Sequence[str | Path]) -> list[str]:
+    """One line per key in which two runs differ: ``KEY: A | B``.
+
+    Raises:
+        UserError: these are not two folders, or a folder is not that of one run with a config.
+    """
+    if len(folders) != 2:
+        raise UserError(f"--diff compares two runs, not {len(folders)}: give two folders.")
+    found: list[Run] = []
+    for folder in folders:
+        runs = read_sweep(folder).runs
+        if len(runs) != 1 or not runs[0].config:
+            raise UserError(
+                f"{folder} is not a run with a config.yaml: --diff compares the folders of two "
+                "runs."
+            )
+        # Two runs may have the same name.
+        found.append(replace(runs[0], folder=Path(str(len(found)))))
+    left, right = configs(found).values()
+    keys = sorted(left.keys() | right.keys())
+    return [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
 
 
 def _is_number(value: Any) -> bool:

@@ -30,11 +30,8 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over n - 1.
-
-    Args:
-        values: one per seed, at least one, all finite.
-    """
+    """Mean of values, one per seed, and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over
+    n - 1."""
     assert values and all(math.isfinite(value) for value in values)
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
@@ -58,9 +55,6 @@ def share_interval(values: Sequence[float]) -> Interval:
 
     At m = 1/2 it equals the t interval up to second order in its width. Equal values give a point,
     as with the t interval.
-
-    Args:
-        values: one per seed, at least one, all in 0 .. 1.
     """
     assert all(0 <= value <= 1 for value in values)
     found = interval(values)
@@ -99,12 +93,8 @@ class Paired:
 
 
 def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired | None:
-    """The paired t-test over seeds (Student 1908); None without a common seed.
-
-    Args:
-        setting: one setting's values by seed, all finite.
-        reference: the other setting's values by seed.
-    """
+    """The paired t-test (Student 1908) on two settings' values by seed; None without a common
+    seed."""
     from scipy import stats
 
     seeds = sorted(setting.keys() & reference.keys(), key=str)
