@@ -160,7 +160,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
         ({"equivalent": TAG}, {}, "measure without curve"),
         ({**GAIN, "curve": ["short"]}, {}, "give at least two arms of plain runs"),
         ({**GAIN, "curve": ["short", "nowhere"]}, {}, "give at least two arms of plain runs"),
-        ({**GAIN, "part": "price"}, {}, "choose total or effect"),
+        ({**GAIN, "part": "price"}, {}, "choose one of total, effect"),
         ({**GAIN, "solved": 0.9}, {}, "no level at which it is solved"),
         ({"tag": TAG, "curve": list(PLAIN)}, {}, "belongs to equivalent"),
         (
