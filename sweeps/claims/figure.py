@@ -202,7 +202,7 @@ def draw_curves(result: Result) -> Chart:
         if len(found) > 1:
             axes.set_title(title, fontsize=10.5)
     chart.si_axis()
-    chart.axes.set_ylabel("training loss, nats per token (lower is better)")
+    chart.axes.set_ylabel("training loss of the next token\n(nats per token, lower is better)")
     return chart
 
 
