@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
-from sweeps.report.metrics import in_words, number, plural
+from sweeps.report.metrics import in_words, number
 from sweeps.report.names import name_of
 from sweeps.report.statistics import interval, share
 
@@ -68,24 +68,29 @@ def digest(result: Result) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def caption(result: Result, *, curves: bool = False) -> str:
-    """The number of seeds and the size of the models, and how the figure is read."""
-    runs = [[s for s in of["seeds"].values() if s["state"] == "done"] for of in _arms(result)]
+def seeds_and_size(result: Result) -> tuple[str, str]:
+    """Numbers of finished seeds an arm and of parameters: ``("4 to 5", "218 k to 384 k")``."""
+    runs = [
+        [run for run in of["seeds"].values() if run["state"] == "done"]
+        for of in result["arms"].values()
+    ]
     counts = sorted({len(of) for of in runs if of})
     sizes = sorted({run["costs"].get("parameters", 0) for of in runs for run in of} - {0})
-    n = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    facts = [plural(counts[-1], "seed").replace(str(counts[-1]), n, 1) + " an arm"]
-    if sizes:
-        ends = dict.fromkeys(number(size, "si") for size in (sizes[0], sizes[-1]))
-        facts.append(f"{' to '.join(ends)} parameters")
+    return _span([str(count) for count in counts]), _span([number(size, "si") for size in sizes])
+
+
+def _span(found: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys((*found[:1], *found[-1:])))
+
+
+def caption(result: Result, *, curves: bool = False) -> str:
+    """The number of seeds and the size of the models, and how the figure is read."""
+    seeds, size = seeds_and_size(result)
+    facts = f"{seeds} {'seed' if seeds == '1' else 'seeds'} an arm"
+    facts += f", {size} parameters" if size else ""
     shares = any(e["measure"]["solved"] is not None for e in result["predictions"])
-    marks = "Bands" if curves else "Bars"
     rest = "" if curves or shares else ", orange ticks the thresholds; filled is decided"
-    return f"{', '.join(facts)}. {marks} are 95 % intervals{rest}."
-
-
-def _arms(result: Result) -> Iterable[dict[str, Any]]:
-    return result["arms"].values()
+    return f"{facts}. {'Bands' if curves else 'Bars'} are 95 % intervals{rest}."
 
 
 def _drawn(result: Result) -> list[list[dict[str, Any]]]:

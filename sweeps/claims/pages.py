@@ -19,7 +19,7 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
 from sweeps.claims.enough import said, seeds_enough
-from sweeps.claims.figure import CURVE, caption, files_of
+from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, is_stale, read_result, state
 from sweeps.report.metrics import plural
@@ -198,15 +198,16 @@ def _question(found: Mapping[str, Pair]) -> dict[str, Any] | None:
     return facts
 
 
-def _pictures(found: Mapping[str, Pair]) -> Iterator[tuple[str, str, str]]:
-    """The first figure with numbers of each group: its file, what it shows, and its caption."""
+def _pictures(found: Mapping[str, Pair]) -> Iterator[dict[str, Any]]:
+    """The first figure with numbers of each group: its file, what it shows, and of how much."""
     for group in ({QUESTION: "question", INSTEAD: "drafts"}, {PLANNING: "planning"}):
         for name, kind in group.items():
             claim, result = found.get(name, (None, None))
             if claim and result and (files := files_of(result, claim.label, Path("results"))):
                 file = files[-1] if name == QUESTION else files[0]
-                curves = file.stem.endswith(CURVE)
-                yield file.as_posix(), "curve" if curves else kind, caption(result, curves=curves)
+                kind = "curve" if file.stem.endswith(CURVE) else kind
+                seeds, size = seeds_and_size(result)
+                yield {"file": file.as_posix(), "kind": kind, "seeds": seeds, "size": size}
                 break
 
 

@@ -75,7 +75,8 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
             late = f"not by step {curve.times[-1]:,.0f}" if curve and median is None else ""
             counts = f"{share.count} of {share.n}: {ends(share)}" if share else ""
             gap = setting.estimate(EXACT).gap
-            cells.append(_number(share and share.rate, "%", beside=counts, gap=gap))
+            rate = None if share is None else share.rate
+            cells.append(_number(rate, "%", beside=counts, gap=gap))
             cells.append(_number(median, 0, beside=late))
         for metric in metrics:
             found = setting.estimate(metric.tag)
@@ -181,11 +182,10 @@ def of_differences(
     table = Table("differences", "Differences", [said, *remarks], [*against, *own, *verdict])
     for c in comparisons:
         if settings.is_task:
-            shares = (c.solved.own, c.solved.other) if c.solved else (None, None)
+            shares = [c.solved.own, c.solved.other] if c.solved else []
             numbers = [
-                _number(x and x.rate, "%", x and f"{x.count} of {x.n}", beside=x and ends(x))
-                for x in shares
-            ]
+                Cell(f"{x.count} of {x.n}", repr(x.rate), beside=ends(x)) for x in shares
+            ] or 2 * [Cell("–", "")]
         else:
             difference = c.paired.difference if c.paired else None
             mean = _interval(difference, 4)
@@ -196,8 +196,8 @@ def of_differences(
             Cell(p_value(p), "" if p is None else repr(p))
             for p in (c.result.p if c.result else None, c.adjusted)
         ]
-        verdict = Cell(c.verdict, kind="text beyond" if c.differs else "text")
-        table.rows.append([_text(c.setting.label), _text(c.against), *numbers, *ps, verdict])
+        outcome = Cell(c.verdict, kind="text beyond" if c.differs else "text")
+        table.rows.append([_text(c.setting.label), _text(c.against), *numbers, *ps, outcome])
     return table
 
 
@@ -228,21 +228,15 @@ def _text(text: str) -> Cell:
 
 
 def _number(
-    value: float | None,
-    form: str | int,
-    text: str | None = None,
-    *,
-    half: str = "",
-    beside: str | None = "",
-    gap: str = "",
+    value: float | None, form: str | int, *, half: str = "", beside: str = "", gap: str = ""
 ) -> Cell:
-    """A number in its form, or as the given text; a dash for None."""
+    """A number in its form; a dash for None."""
     if value is None:
-        return Cell("–", "", beside=beside or "", gap=gap)
-    return Cell(text or number(value, form), repr(value), half, beside or "", gap)
+        return Cell("–", "", beside=beside, gap=gap)
+    return Cell(number(value, form), repr(value), half, beside, gap)
 
 
 def _interval(found: Interval | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
-    half = spread(found, form) if found and found.half else ""
-    gap = "" if found else gap
-    return _number(found and found.mean, form, half=half, beside=beside, gap=gap)
+    if found is None:
+        return _number(None, form, beside=beside, gap=gap)
+    return _number(found.mean, form, half=spread(found, form) if found.half else "", beside=beside)
