@@ -179,14 +179,14 @@ def _of_values(
     from_boundary = paired(own, shifted)
     assert from_boundary is not None
     ends = [mean] if half is None else [mean, mean - half, mean + half]
-    mean, low, high = (*(math.exp(end) if ratio else end for end in ends), None, None)[:3]
+    shown = [math.exp(end) if ratio else end for end in ends]
     return Finding(
         prediction=prediction,
         why=FACT if from_boundary.constant else "",
         test=ALONE if other is None else PAIRED,
-        effect=mean,
-        low=low,
-        high=high,
+        effect=shown[0],
+        low=None if half is None else shown[1],
+        high=None if half is None else shown[2],
         n=effect.difference.n,
         p=from_boundary.p,
     )

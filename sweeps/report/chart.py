@@ -321,7 +321,7 @@ class Drawing:
 
     @property
     def figure(self) -> Figure | None:
-        return self.chart and self.chart.figure
+        return self.chart.figure if self.chart else None
 
     def drawn(self, chart: Chart) -> Drawing:
         return replace(self, chart=chart)

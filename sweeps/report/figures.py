@@ -163,7 +163,7 @@ def _point(
 ) -> None:
     """Draw a setting at its cost and loss, with both intervals."""
     (x, y), (x_reach, y_reach) = zip(*((one.mean, one.half) for one in at), strict=True)
-    own = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
+    own: Any = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
     chart.draw(setting.name, look, [x], [y], x_reach=x_reach, y_reach=y_reach, **own)
 
 
@@ -207,7 +207,7 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
     chart.axes.axvline(0, color=QUIETLY.color, linewidth=1)
     look = Look(COLORS[0], "-", "o")
     for y, (found, difference) in enumerate(shown):
-        own = {"x_reach": difference.half, "filled": found.differs}
+        own: Any = {"x_reach": difference.half, "filled": found.differs}
         chart.draw(found.setting.name, look, [difference.mean], [y], **own)
     chart.axes.set_xlabel(f"difference in {settings.headline.unit} (lower is better)")
     return drawing.drawn(chart)

@@ -79,8 +79,8 @@ def _over_training(
         runs = [points for points in every if points]
         for points in runs if len(runs) > 1 and not many else ():
             thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
-            xs, ys = zip(*points.values(), strict=True)
-            chart.draw(setting.name, look, xs, ys, says=False, **thin)
+            own = zip(*points.values(), strict=True)
+            chart.draw(setting.name, look, *own, says=False, **thin)
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs, ys = (
             [sum(points[step][i] for points in runs) / len(runs) for step in common] for i in (0, 1)
