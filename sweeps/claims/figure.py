@@ -127,21 +127,22 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Chart:
         chart.axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
     if words.show(shown[0], 0.5).endswith("%"):
         chart.percent("x", whole=False)
+    # Few ticks, which do not overlap.
+    chart.axes.locator_params("x", nbins=5)
     label = words.quantity(measure)
-    if against and not ratio:
-        label = f"{label}, minus that of {against}"
-    elif "" not in others and not ratio:
+    if "" not in others and not against and not ratio:
         label = f"difference in {label}"
-    _title(chart, label, "above 1 pays for itself" if ratio else in_words(measure["tag"])[1])
+    less = f"minus that of {against}" if against and not ratio else ""
+    better = "above 1 pays for itself" if ratio else in_words(measure["tag"])[1]
+    _title(chart, label, less, f"({better})" if better else "")
     return chart
 
 
-def _title(chart: Chart, label: str, better: str) -> None:
-    """Name the x axis, with the direction that is better in a line of its own where it is long."""
-    end = f"({better})" if better else ""
-    short = len(label) + len(end) < 44
-    lines = [f"{label} {end}".strip()] if short else [textwrap.fill(label, 46), end]
-    chart.axes.set_xlabel("\n".join(filter(None, lines)))
+def _title(chart: Chart, *parts: str) -> None:
+    """Name the x axis, with a line of its own for each part where the name is long."""
+    short = len(" ".join(parts)) < 44
+    lines = [" ".join(filter(None, parts))] if short else [textwrap.fill(p, 46) for p in parts if p]
+    chart.axes.set_xlabel("\n".join(lines))
 
 
 def _shares(result: Result, measure: dict[str, Any]) -> Chart:
@@ -154,7 +155,7 @@ def _shares(result: Result, measure: dict[str, Any]) -> Chart:
         reach = [[found.rate - found.low], [found.high - found.rate]]
         chart.draw("", _LOOK, [found.rate], [y], x_reach=reach)
     chart.percent("x")
-    _title(chart, words.quantity(measure), "more is better")
+    _title(chart, words.quantity(measure), "(more is better)")
     return chart
 
 
