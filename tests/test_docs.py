@@ -93,7 +93,7 @@ def test_the_measured_numbers_are_those_of_the_claims(row: list[str]) -> None:
     result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     found = [
         (words.measured(entry), entry["verdict"])
-        for entry in result["predictions"]
+        for entry in words.entries(result)
         if (words.subject(entry), words.quantity(entry["measure"])) == (subject, quantity)
     ]
     assert found == [(measured, verdict)]

@@ -159,7 +159,7 @@ def made(
     def make(page: Callable[[Path, Path], Path]) -> Path:
         if page.__name__ not in known:
             # What has no text is not drawn: it would take half of the time.
-            with mock.patch("sweeps.report.page.as_png", return_value=bytes(32)):
+            with mock.patch("sweeps.report.chart.Chart.png", return_value=bytes(32)):
                 known[page.__name__] = page(tmp_path_factory.mktemp(page.__name__), sweep)
         return known[page.__name__]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import write_figures
-from sweeps.claims.hours import left_of
-from sweeps.claims.listing import costs, listing, planned
+from sweeps.claims.hours import costs, left_of, listing, planned
 from sweeps.claims.pages import block, write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.recall import stored_seeds
@@ -44,8 +43,7 @@ from sweeps.claims.result import (
     state,
     write_result,
 )
-from sweeps.claims.run import run
-from sweeps.claims.weights import write_weights
+from sweeps.claims.run import run, write_weights
 from sweeps.pool import Interrupted
 
 
@@ -64,24 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if min(seeds) < 0:
             raise UserError(f"--seeds {min(seeds)}: give whole numbers >= 0.")
         try:
-            actions = {
-                "list": _list,
-                "hours": _hours,
-                "run": _run,
-                "verdict": _verdict,
-                "questions": _questions,
-                "replicate": _replicate,
-                "weights": _weights,
-            }
-            sys.exit(actions[args.action](args))
+            sys.exit(_ACTIONS[args.action][0](args))
         except Interrupted as interrupt:
             print("interrupted. The same command continues.", flush=True)
             sys.exit(128 + interrupt.signum)
 
 
 def _list(args: argparse.Namespace) -> int:
-    claims, results = _read(args, names(args.claims))
-    print("\n".join(listing(claims, results, args.runs.absolute())))
+    claims = _claims(args, names(args.claims))
+    print("\n".join(listing(claims, read_results(args.results), args.runs.absolute())))
     return 0
 
 
@@ -90,7 +79,7 @@ def _hours(args: argparse.Namespace) -> int:
         raise UserError(f"--hours {args.hours:g}: give hours of the clock above 0.")
     if args.cores < 1:
         raise UserError(f"--cores {args.cores}: give a whole number of at least 1.")
-    claims, results = _read(args, args.names or names(args.claims))
+    claims, results = _claims(args, args.names or names(args.claims)), read_results(args.results)
     if not args.names:
         claims = [claim for claim in in_order(claims, results) if not claim.superseded_by]
     left = left_of(claims, args.runs.absolute(), results)
@@ -100,19 +89,14 @@ def _hours(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[list[Claim], dict[str, Result]]:
-    claims = [read_claim(name, args.claims, allow=args.allow) for name in wanted]
-    return claims, read_results(args.results)
-
-
 def _run(args: argparse.Namespace) -> int:
-    claims = [_at(args, read_claim(name, args.claims, allow=args.allow)) for name in args.names]
+    claims = _claims(args, args.names)
     return 1 if _start(args, claims, seeds=args.seeds, results=args.results) else 0
 
 
 def _replicate(args: argparse.Namespace) -> int:
     """Run a claim again, finished seeds included, and compare with its stored result."""
-    claim = _at(args, read_claim(args.name, args.claims, allow=args.allow))
+    (claim,) = _claims(args, [args.name])
     require_package("scipy", what="a verdict", extra="report")
     left = _start(args, [claim], seeds=args.seeds)
     here = judge(claim, args.runs.absolute())
@@ -122,16 +106,15 @@ def _replicate(args: argparse.Namespace) -> int:
     _say(here)
     if committed is None or is_stale(committed, claim):
         print("There is no committed result of this claim to compare with.")
-        return 1 if left else 0
-    print(f"Compared with {args.results / claim.label}.json, {committed['date']}:")
-    for line in words.beside(here, committed):
-        print(f"  {line}")
+    else:
+        print(f"Compared with {args.results / claim.label}.json, {committed['date']}:")
+        print("\n".join(f"  {line}" for line in words.beside(here, committed)))
     return 1 if left else 0
 
 
 def _weights(args: argparse.Namespace) -> int:
     """Train the runs that are not in the folder of runs, and write the final weights of all."""
-    claim = _at(args, read_claim(args.name, args.claims, allow=args.allow))
+    (claim,) = _claims(args, [args.name])
     unknown = sorted(set(args.arms or ()) - set(claim.arms))
     if unknown:
         raise UserError(f"--arms {unknown[0]}: choose from {', '.join(claim.arms)}.")
@@ -139,8 +122,7 @@ def _weights(args: argparse.Namespace) -> int:
     require_package("safetensors", what="a file of weights", extra="hf")
     left = _start(args, [claim], seeds=seeds, arms=arms)
     stored = stored_seeds(claim, read_result(claim.label, args.results))
-    to = args.to / claim.label
-    runs = args.runs.absolute()
+    runs, to = args.runs.absolute(), args.to / claim.label
     lines, gone = write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored)
     print("\n".join(lines))
     return 1 if left or gone else 0
@@ -157,36 +139,24 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> i
         )
         for claim in claims
     }
-    return run(
-        claims,
-        args.runs.absolute(),
-        commits=commits,
-        n_jobs=args.jobs,
-        retry_failed=args.retry_failed,
-        command=args.typed,
-        **asked,
-    )
+    options = {"n_jobs": args.jobs, "retry_failed": args.retry_failed, "command": args.typed}
+    return run(claims, args.runs.absolute(), commits=commits, **options, **asked)
 
 
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UserError("verdict needs either names of claims or --all.")
     require_package("scipy", what="a verdict", extra="report")
-    code = 0
-    for name in args.names or names(args.claims):
-        claim = read_claim(name, args.claims, allow=args.allow)
-        scales = [claim, *([claim.on_gpu()] if claim.gpu else [])] if args.all else [None]
-        for at in scales:
-            code |= _judge(args, at or _at(args, claim))
+    claims = _claims(args, args.names or names(args.claims))
+    if args.all:  # at both scales
+        gpu = args.gpu
+        pairs = ([claim, *([claim.on_gpu()] if claim.gpu and not gpu else [])] for claim in claims)
+        claims = [claim for pair in pairs for claim in pair]
+    code = max(_judge(args, claim) for claim in claims)
     if args.all and args.has_pages:
         for page in write_pages(args.root, args.claims):
             print(f"wrote {page}")
     return code
-
-
-def _questions(args: argparse.Namespace) -> int:
-    print(block(args.root, args.claims))
-    return 0
 
 
 def _judge(args: argparse.Namespace, claim: Claim) -> int:
@@ -205,28 +175,46 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
         print(f"{claim.label}: {NOT_RUN}; {claim.command}")
         return 0
     write_figures(result, claim.label, folder)
-    stale = is_stale(result, claim)
     print(f"{claim.label}: {state(claim, result)}. {claim.sentence}")
     _say(result)
     if not args.has_pages:
         print(f"  all numbers: {file_of(claim.label, folder)}")
-    return int(stale)
+    return int(is_stale(result, claim))
+
+
+def _questions(args: argparse.Namespace) -> int:
+    print(block(args.root, args.claims))
+    return 0
 
 
 def _say(result: Result) -> None:
-    for entry in result["predictions"]:
+    for entry in words.entries(result):
         print(
             f"  {entry['verdict']}: {words.subject(entry)}, {words.quantity(entry['measure'])} "
             f"{words.predicted(entry)}: {words.measured(entry)}"
         )
-        details = "; ".join(filter(None, (words.tested(entry), entry["why"])))
-        print(f"    {details}")
+        print("    " + "; ".join(filter(None, (words.tested(entry), entry["why"]))))
     for line in result["unfinished"]:
         print(f"  unfinished: {line}")
 
 
-def _at(args: argparse.Namespace, claim: Claim) -> Claim:
-    return claim.on_gpu() if args.gpu else claim
+def _claims(args: argparse.Namespace, wanted: Sequence[str]) -> list[Claim]:
+    claims = [read_claim(name, args.claims, allow=args.allow) for name in wanted]
+    return [claim.on_gpu() for claim in claims] if getattr(args, "gpu", False) else claims
+
+
+_ACTIONS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
+    "list": (_list, "all claims with their verdicts"),
+    "hours": (_hours, "what missing runs cost on this machine, and what fits"),
+    "run": (_run, "start missing runs, seed by seed"),
+    "verdict": (_verdict, "decide from finished runs"),
+    "questions": (
+        _questions,
+        "the README's three questions, answered from results, as Markdown",
+    ),
+    "replicate": (_replicate, "run a claim again, and compare with its stored result"),
+    "weights": (_weights, "train runs again, and write their weights as safetensors"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,68 +224,40 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    listing = actions.add_parser("list", help="all claims with their verdicts")
-    costing = actions.add_parser(
-        "hours", help="what missing runs cost on this machine, and what fits"
-    )
-    running = actions.add_parser("run", help="start missing runs, seed by seed")
-    judging = actions.add_parser("verdict", help="decide from finished runs")
-    asking = actions.add_parser(
-        "questions", help="the README's three questions, answered from results, as Markdown"
-    )
-    replicating = actions.add_parser(
-        "replicate", help="run a claim again, and compare with its stored result"
-    )
-    weighing = actions.add_parser(
-        "weights", help="train runs again, and write their weights as safetensors"
-    )
-    costing.add_argument("names", nargs="*", metavar="NAME", help="claims, in this order")
-    costing.add_argument("--hours", type=float, help="wall time: plan what fits into it")
-    costing.add_argument(
-        "--cores", type=int, default=1, help="jobs at once, one per core (default 1)"
-    )
-    running.add_argument("names", nargs="+", metavar="NAME", help="claims")
-    for action in (replicating, weighing):
-        action.add_argument("name", metavar="NAME", help="a claim")
-    weighing.add_argument("--arms", nargs="+", metavar="ARM", help="arms (default all)")
-    weighing.add_argument(
-        "--to", type=Path, default=Path("runs/weights"), help="output folder (runs/weights)"
-    )
-    for action in (running, replicating, weighing):
-        action.add_argument("--seeds", nargs="+", type=int, help="seeds (default the claim's)")
-        action.add_argument("--jobs", type=int, default=1, help="jobs at once (default 1)")
-        action.add_argument("--retry-failed", action="store_true", help="start failed runs again")
-        action.add_argument(
-            "--unpredicted",
-            action="store_true",
-            help="run a claim that no commit contains; its verdict will say so",
-        )
-    judging.add_argument("names", nargs="*", metavar="NAME", help="claims")
-    judging.add_argument("--all", action="store_true", help="all claims, and the pages")
-    for action in (running, judging, replicating, weighing):
-        action.add_argument("--gpu", action="store_true", help="at the published scale")
-    for action in (listing, costing, running, judging, replicating, weighing):
-        # Repeated runs must not count in the verdict on the original ones.
-        folder = "runs/replicated" if action in (replicating, weighing) else "runs/claims"
-        action.add_argument(
-            "--runs", type=Path, default=Path(folder), help=f"folder of runs ({folder})"
-        )
-    for action in (listing, costing, running, judging, asking, replicating, weighing):
-        action.add_argument(
-            "--claims", type=_folder, default=FOLDER, help="a folder with your own claims"
-        )
-        action.add_argument(
-            "--allow",
-            action="append",
-            default=[],
-            metavar="PACKAGE",
-            help="a package whose classes arms may name; may be repeated",
-        )
-        action.add_argument(
-            "--root",
-            type=Path,
-            help="folder with results/ and the pages (this checkout, or the parent of --claims)",
-        )
+    parsers = {name: actions.add_parser(name, help=said) for name, (_, said) in _ACTIONS.items()}
+
+    def option(wanted: str, *flags: str, **given: Any) -> None:
+        for name in wanted.split():
+            parsers[name].add_argument(*flags, **given)
+
+    running, anew = "run replicate weights", "replicate weights"
+    option("hours", "names", nargs="*", metavar="NAME", help="claims, in this order")
+    option("run", "names", nargs="+", metavar="NAME", help="claims")
+    option("verdict", "names", nargs="*", metavar="NAME", help="claims")
+    option(anew, "name", metavar="NAME", help="a claim")
+    option("hours", "--hours", type=float, help="wall time: plan what fits into it")
+    cores = "jobs at once, one per core (default 1)"
+    option("hours", "--cores", type=int, default=1, help=cores)
+    option("weights", "--arms", nargs="+", metavar="ARM", help="arms (default all)")
+    to = Path("runs/weights")
+    option("weights", "--to", type=Path, default=to, help="output folder (runs/weights)")
+    option(running, "--seeds", nargs="+", type=int, help="seeds (default the claim's)")
+    option(running, "--jobs", type=int, default=1, help="jobs at once (default 1)")
+    option(running, "--retry-failed", action="store_true", help="start failed runs again")
+    trial = "run a claim that no commit contains; its verdict will say so"
+    option(running, "--unpredicted", action="store_true", help=trial)
+    option("verdict", "--all", action="store_true", help="all claims, and the pages")
+    option(f"verdict {running}", "--gpu", action="store_true", help="at the published scale")
+    # Repeated runs must not count in the verdict on the original ones.
+    for wanted, folder in (("list hours run verdict", "runs/claims"), (anew, "runs/replicated")):
+        option(wanted, "--runs", type=Path, default=Path(folder), help=f"folder of runs ({folder})")
+    every = " ".join(parsers)
+    own = "a folder with your own claims"
+    option(every, "--claims", type=_folder, default=FOLDER, help=own)
+    allow = "a package whose classes arms may name; may be repeated"
+    option(every, "--allow", action="append", default=[], metavar="PACKAGE", help=allow)
+    root = "folder with results/ and the pages (this checkout, or the parent of --claims)"
+    option(every, "--root", type=Path, help=root)
     return parser
 
 

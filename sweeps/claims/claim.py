@@ -16,27 +16,21 @@ CPU, GPU = "cpu", "gpu"
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """The number that is read from a finished run.
+    """The number that is read from a finished run."""
 
-    Attributes:
-        tag: a key of ``summary.json``.
-        solved: the measure is the share of seeds whose value exceeds this level; None for the value
-            itself.
-        last: the tag is averaged over the rows of ``metrics.csv`` in this last part of the run,
-            0 < last <= 1, for tags that the summary lacks; None to read the summary.
-        curve: arms of plain runs; the measure is then the compute-equivalent gain in the tag over
-            them, seed by seed (``sweeps/report/equivalent.py``). Empty for the value itself.
-        own_curves: (arm, its plain arms) for arms that are compared with another curve, such as
-            those of another size.
-        part: which gain: ``total``, or only its ``effect``.
-    """
-
-    tag: str
+    tag: str  # a key of `summary.json`
+    # The measure is the share of seeds whose value exceeds this level; None for the value itself.
     solved: float | None = None
+    # The tag is averaged over the rows of `metrics.csv` in this last part of the run, 0 < last <=
+    # 1, for tags that the summary lacks; None to read the summary.
     last: float | None = None
+    # Arms of plain runs; the measure is then the compute-equivalent gain in the tag over them, seed
+    # by seed (`sweeps/report/equivalent.py`). Empty for the value itself.
     curve: tuple[str, ...] = ()
+    # (arm, its plain arms) for arms that are compared with another curve, such as those of another
+    # size.
     own_curves: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    part: str = "total"
+    part: str = "total"  # which gain: `total`, or only its `effect`
 
     @property
     def of_run(self) -> Measure:
@@ -55,85 +49,52 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One arm, alone or against another, on one side of a threshold.
+    """One arm, alone or against another, on one side of a threshold."""
 
-    Attributes:
-        arm: the arm that is measured.
-        against: the arm that is subtracted, seed by seed; None for the arm's own value.
-        side: the effect lies ``above`` by, ``below`` it, or ``within`` -by .. by.
-        by: the threshold, in the measure's unit.
-        expected: the predicted size; it decides nothing.
-        published: the source's number, printed next to ours.
-        measure: the claim's unless the prediction has its own.
-    """
-
-    arm: str
+    arm: str  # the arm that is measured
+    # The arm that is subtracted, seed by seed; None for the arm's own value.
     against: str | None = None
-    side: str
-    by: float = 0.0
-    expected: float | None = None
-    published: str = ""
-    measure: Measure
+    side: str  # the effect lies `above` by, `below` it, or `within` -by .. by
+    by: float = 0.0  # the threshold, in the measure's unit
+    expected: float | None = None  # the predicted size; it decides nothing
+    published: str = ""  # the source's number, printed next to ours
+    measure: Measure  # the claim's unless the prediction has its own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is run: the part of a claim that differs between CPU and GPU.
+    """How much is run: the part of a claim that differs between CPU and GPU."""
 
-    Attributes:
-        shared: overrides of every arm, instead of the claim's; None for the claim's.
-        arms: overrides of some arms, instead of the claim's.
-        seeds: in the order in which they run.
-        minimum: nothing is decided with fewer seeds per arm, or pairs of seeds.
-        minutes: expected for all runs, on two CPU cores or one GPU.
-    """
-
+    # Overrides of every arm, instead of the claim's; None for the claim's.
     shared: tuple[str, ...] | None = None
+    # Overrides of some arms, instead of the claim's.
     arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    seeds: tuple[int, ...]
-    minimum: int
-    minutes: float
+    seeds: tuple[int, ...]  # in the order in which they run
+    minimum: int  # nothing is decided with fewer seeds per arm, or pairs of seeds
+    minutes: float  # expected for all runs, on two CPU cores or one GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The content of a claim's file.
+    """The content of a claim's file."""
 
-    Attributes:
-        name: the file's name without ``.yaml``.
-        sentence: the claim in words.
-        source: the paper that it comes from.
-        note: information for readers of the verdict.
-        equal: the resource that all arms spend alike; ``nothing`` if the measure counts the cost.
-        shared: overrides of every arm.
-        arms: each arm's overrides, by its name.
-        measure: the default of the predictions.
-        predictions: the claim holds if all of them hold.
-        scale: seeds and sizes of this setting.
-        setting: ``cpu`` or ``gpu``.
-        remark: a comment added after the prediction; the digest leaves it out.
-        superseded_by: a later claim that asks the same better, "" for none; also left out.
-        digest: SHA-256 of the file's values.
-        gpu: the published scale, where a CPU does not reach it.
-        folder: the file's folder as typed (``--claims``); "" for the project's own.
-    """
-
-    name: str
-    sentence: str
-    source: str
-    note: str = ""
-    remark: str = ""
-    superseded_by: str = ""
-    equal: str
-    shared: tuple[str, ...]
-    arms: Mapping[str, tuple[str, ...]]
-    measure: Measure
-    predictions: tuple[Prediction, ...]
-    scale: Scale
-    setting: str = CPU
-    digest: str
+    name: str  # the file's name without `.yaml`
+    sentence: str  # the claim in words
+    source: str  # the paper that it comes from
+    note: str = ""  # information for readers of the verdict
+    remark: str = ""  # a comment added after the prediction; the digest leaves it out
+    superseded_by: str = ""  # a later claim that asks the same better, "" for none; also left out
+    equal: str  # the resource that all arms spend alike; `nothing` if the measure counts the cost
+    shared: tuple[str, ...]  # overrides of every arm
+    arms: Mapping[str, tuple[str, ...]]  # each arm's overrides, by its name
+    measure: Measure  # the default of the predictions
+    predictions: tuple[Prediction, ...]  # the claim holds if all of them hold
+    scale: Scale  # seeds and sizes of this setting
+    setting: str = CPU  # `cpu` or `gpu`
+    digest: str  # SHA-256 of the file's values
+    # The published scale, where a CPU does not reach it.
     gpu: Scale | None = field(default=None, repr=False)
-    folder: str = ""
+    folder: str = ""  # the file's folder as typed (`--claims`); "" for the project's own
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sweeps.claims.claim import Claim, Measure, Prediction
 from sweeps.claims.observe import Arms, Seed, key
@@ -33,60 +33,30 @@ _APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The result of one prediction.
+    """The result of one prediction."""
 
-    Attributes:
-        prediction: the claim's.
-        verdict: HOLDS, FAILS or UNDECIDED.
-        why: the reason of UNDECIDED.
-        test: its name; None without numbers.
-        effect: mean difference, mean, difference of shares, or share; None without numbers.
-        low: lower end of the effect's 95 % interval, uncorrected; None for two shares and one seed.
-        high: its upper end.
-        n: seeds or pairs; the smaller number of seeds for two shares.
-        p: p-value of the test against the boundary; None without one.
-        adjusted: the p-value after Holm's correction over the claim's predictions.
-        own: the arm's share of seeds that solve, where that is measured.
-        other: the same share of the arm that it is compared with.
-    """
-
-    prediction: Prediction
-    verdict: str
-    why: str = ""
-    test: str | None = None
+    prediction: Prediction  # the claim's
+    verdict: str = UNDECIDED  # HOLDS, FAILS or UNDECIDED
+    why: str = ""  # the reason of UNDECIDED
+    test: str | None = None  # its name; None without numbers
+    # Mean difference, mean, difference of shares, or share; None without numbers.
     effect: float | None = None
+    # Lower end of the effect's 95 % interval, uncorrected; None for two shares and one seed.
     low: float | None = None
-    high: float | None = None
-    n: int = 0
-    p: float | None = None
+    high: float | None = None  # its upper end
+    n: int = 0  # seeds or pairs; the smaller number of seeds for two shares
+    p: float | None = None  # p-value of the test against the boundary; None without one
+    # The p-value after Holm's correction over the claim's predictions.
     adjusted: float | None = None
-    own: Share | None = None
-    other: Share | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Test:
-    name: str
-    effect: float
-    interval: tuple[float, float] | None
-    n: int
-    p: float | None
-    own: Share | None = None
-    other: Share | None = None
-    constant: bool = False
+    own: Share | None = None  # the arm's share of seeds that solve, where that is measured
+    other: Share | None = None  # the same share of the arm that it is compared with
 
 
 def decide(claim: Claim, arms: Arms) -> list[Finding]:
-    """Decide every prediction of a claim.
-
-    Args:
-        claim: its predictions have the thresholds.
-        arms: the observed runs.
-    """
+    """Decide every prediction of a claim from the observed runs of its arms."""
     tests = [_test(prediction, arms) for prediction in claim.predictions]
-    adjusted = holm([1.0 if t is None or t.p is None else t.p for t in tests])
-    found = zip(claim.predictions, tests, adjusted, strict=True)
-    return [_finding(claim, prediction, arms, test, p) for prediction, test, p in found]
+    adjusted = holm([1.0 if test.p is None else test.p for test in tests])
+    return [_decided(claim, arms, test, p) for test, p in zip(tests, adjusted, strict=True)]
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -120,14 +90,8 @@ def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
 
 
 def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
-    """The compute-equivalent gain of an arm's run, or the reason why it has none.
-
-    Args:
-        arms: the observed runs.
-        arm: the run's.
-        seed: the run's, and that of the plain runs that it is compared with.
-        measure: a measure with a curve.
-    """
+    """The compute-equivalent gain of an arm's run over plain runs of its seed, or the reason why it
+    has none."""
     runs = [arms[name].get(seed) for name in (arm, *measure.curve_of(arm))]
     spent = [_spent(run, measure) for run in runs if run is not None]
     if len(spent) < len(runs) or None in spent:
@@ -150,34 +114,18 @@ def _spent(run: Seed, measure: Measure) -> Spent | None:
     return Spent(flops=run.costs["flops"], loss=run.values[name], steps=run.costs["step"])
 
 
-def _finding(
-    claim: Claim, prediction: Prediction, arms: Arms, test: _Test | None, adjusted: float
-) -> Finding:
-    why = _obstacle(claim, prediction, arms, test)
-    if test is None:
-        return Finding(prediction=prediction, verdict=UNDECIDED, why=why)
-    verdict = UNDECIDED
-    if not why and adjusted < LEVEL:
-        verdict = HOLDS if _inside(prediction, test.effect) else FAILS
-    elif not why:
-        tests = len(claim.predictions)
-        beyond = test.p is not None and test.p < LEVEL
-        why = f"{UNCORRECTED} over {tests}" if beyond else NOISE
-    low, high = test.interval or (None, None)
-    return Finding(
-        prediction=prediction,
-        verdict=verdict,
-        why=why,
-        test=test.name,
-        effect=test.effect,
-        low=low,
-        high=high,
-        n=test.n,
-        p=test.p,
-        adjusted=None if test.p is None else adjusted,
-        own=test.own,
-        other=test.other,
-    )
+def _decided(claim: Claim, arms: Arms, test: Finding, adjusted: float) -> Finding:
+    """A test with its verdict."""
+    why, verdict = _obstacle(claim, arms, test), UNDECIDED
+    if test.test is not None and not why:
+        if adjusted < LEVEL:
+            verdict = HOLDS if _inside(test.prediction, test.effect or 0.0) else FAILS
+        elif test.p is not None and test.p < LEVEL:
+            why = f"{UNCORRECTED} over {len(claim.predictions)}"
+        else:
+            why = NOISE
+    p = None if test.p is None else adjusted
+    return replace(test, verdict=verdict, why=why, adjusted=p)
 
 
 def _inside(prediction: Prediction, effect: float) -> bool:
@@ -191,97 +139,80 @@ def boundary(side: str, by: float, effect: float) -> float:
     return -by if side == "within" and effect < 0 else by
 
 
-def _test(prediction: Prediction, arms: Arms) -> _Test | None:
-    """Test a prediction; None where either arm has no finished seed."""
-    measure = prediction.measure
-    own = arms[prediction.arm]
-    other = None if prediction.against is None else arms[prediction.against]
+def _test(prediction: Prediction, arms: Arms) -> Finding:
+    """The test of a prediction, not yet decided; without numbers where an arm has no finished seed.
+    Its ``why`` says if all seeds have the same difference, which has no noise to test."""
+    measure, against = prediction.measure, prediction.against
     if measure.solved is None:
         values = _values(arms, prediction.arm, measure)
-        reference = None if other is None else _values(arms, str(prediction.against), measure)
+        reference = None if against is None else _values(arms, against, measure)
         return _of_values(prediction, values, reference)
-    mine = arm_share(own, measure)
-    if mine is None:
-        return None
-    if other is None:
-        return _of_share(prediction, mine)
-    theirs = arm_share(other, measure)
-    return None if theirs is None else _of_shares(mine, theirs)
+    own = arm_share(arms[prediction.arm], measure)
+    other = None if against is None else arm_share(arms[against], measure)
+    if own is None or (against is not None and other is None):
+        return Finding(prediction=prediction)
+    found = Finding(prediction=prediction, n=own.n, own=own, other=other)
+    if other is not None:
+        n, p = min(own.n, other.n), unpaired(own, other).p
+        return replace(found, test=FISHER, effect=own.rate - other.rate, n=n, p=p)
+    from scipy import stats
+
+    # Two-sided like the interval: twice the smaller tail.
+    by = min(max(boundary(prediction.side, prediction.by, own.rate), 0.0), 1.0)
+    tails = (stats.binom.sf(own.count - 1, own.n, by), stats.binom.cdf(own.count, own.n, by))
+    p = min(1.0, 2 * float(min(tails)))
+    return replace(found, test=BINOMIAL, effect=own.rate, low=own.low, high=own.high, p=p)
 
 
 def _of_values(
     prediction: Prediction, own: Mapping[int, float], other: Mapping[int, float] | None
-) -> _Test | None:
+) -> Finding:
+    """The t-test of an arm's values, or of paired differences, against the nearest boundary."""
     zero = dict.fromkeys(own, 0.0)
     effect = paired(own, zero if other is None else other)
     if effect is None:
-        return None
+        return Finding(prediction=prediction)
     mean, half = effect.difference.mean, effect.difference.half
     ratio = prediction.measure.is_ratio
     by = math.log(prediction.by) if ratio else boundary(prediction.side, prediction.by, mean)
     shifted = {s: v + by for s, v in (zero if other is None else other).items()}
     from_boundary = paired(own, shifted)
     assert from_boundary is not None
-    ends = None if half is None else (mean - half, mean + half)
-    if ratio:
-        mean = math.exp(mean)
-        ends = None if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
-    return _Test(
-        name=ALONE if other is None else PAIRED,
-        effect=mean,
-        interval=ends,
+    ends = [mean] if half is None else [mean, mean - half, mean + half]
+    shown = [math.exp(end) if ratio else end for end in ends]
+    return Finding(
+        prediction=prediction,
+        why=FACT if from_boundary.constant else "",
+        test=ALONE if other is None else PAIRED,
+        effect=shown[0],
+        low=None if half is None else shown[1],
+        high=None if half is None else shown[2],
         n=effect.difference.n,
         p=from_boundary.p,
-        constant=from_boundary.constant,
     )
 
 
-def _of_share(prediction: Prediction, own: Share) -> _Test:
-    """Binomial test, two-sided like the interval: twice the smaller tail."""
-    from scipy import stats
-
-    by = min(max(boundary(prediction.side, prediction.by, own.rate), 0.0), 1.0)
-    tails = (stats.binom.sf(own.count - 1, own.n, by), stats.binom.cdf(own.count, own.n, by))
-    p = min(1.0, 2 * float(min(tails)))
-    ends = (own.low, own.high)
-    return _Test(name=BINOMIAL, effect=own.rate, interval=ends, n=own.n, p=p, own=own)
-
-
-def _of_shares(own: Share, other: Share) -> _Test:
-    return _Test(
-        name=FISHER,
-        effect=own.rate - other.rate,
-        interval=None,
-        n=min(own.n, other.n),
-        p=unpaired(own, other).p,
-        own=own,
-        other=other,
-    )
-
-
-def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | None) -> str:
+def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
     """A reason against any verdict that does not depend on the effect; empty without one."""
-    names = [n for n in (prediction.arm, prediction.against) if n is not None]
+    measure = test.prediction.measure
+    names = [n for n in (test.prediction.arm, test.prediction.against) if n is not None]
     for name in names:
         for seed, run in arms[name].items():
             if run.state == "failed":
                 return f"{name} failed at seed {seed}, and no seed is dropped"
-            if run.done and key(prediction.measure) not in run.values:
-                return f"{name} has no {prediction.measure.tag} at seed {seed}"
-            if run.done and prediction.measure.is_ratio:
-                gain = gain_of(arms, name, seed, prediction.measure)
-                if isinstance(gain, str):
-                    return f"{name} at seed {seed}: {gain}"
-    if test is None:
+            if run.done and key(measure) not in run.values:
+                return f"{name} has no {measure.tag} at seed {seed}"
+            gain = gain_of(arms, name, seed, measure) if run.done and measure.is_ratio else 1.0
+            if isinstance(gain, str):
+                return f"{name} at seed {seed}: {gain}"
+    if test.test is None:
         return "no seed is finished" if len(names) < 2 else "no seed is finished in both arms"
     if test.n < claim.scale.minimum:
         return f"{FEW}{test.n} is below the claim's minimum of {claim.scale.minimum}"
-    done = {name: [run for run in arms[name].values() if run.done] for name in names}
-    if len({run.text for runs in done.values() for run in runs}) > 1:
+    done = [[run for run in arms[name].values() if run.done] for name in names]
+    if len({run.text for runs in done for run in runs}) > 1:
         return "the arms were evaluated on different texts"
-    if test.constant:
-        return FACT
-    return _unequal(claim.equal, *done.values()) if len(names) == 2 else ""
+    return test.why or (_unequal(claim.equal, *done) if len(names) == 2 else "")
 
 
 def _unequal(what: str, own: Sequence[Seed], other: Sequence[Seed]) -> str:

@@ -28,14 +28,10 @@ def seeds_enough(entries: list[Entry], minimum: int) -> list[int | None]:
     p and q, s^2 = p (1 - p) + q (1 - q), each share with one success and one failure added), and
     a = 0.05 / (1 + predictions of the claim with a larger p).
 
-    Args:
-        entries: a result's predictions.
-        minimum: the claim's minimum of seeds.
-
     Returns:
-        One number per prediction. None where it is decided already, or where more seeds would not
-        help: the arms cannot be compared, a seed has failed, the noise is unknown, or the effect
-        is at the threshold.
+        One number per prediction, at least the claim's ``minimum``. None where it is decided
+        already, or where more seeds would not help: the arms cannot be compared, a seed has failed,
+        the noise is unknown, or the effect is at the threshold.
     """
     ps = [1.0 if entry["p"] is None else entry["p"] for entry in entries]
     return [
@@ -45,11 +41,8 @@ def seeds_enough(entries: list[Entry], minimum: int) -> list[int | None]:
 
 
 def _enough(entry: Entry, minimum: int, tests: int) -> int | None:
-    why = entry["why"]
-    waits = why.startswith((FEW, NOISE, UNCORRECTED))
-    if entry["verdict"] != UNDECIDED or not waits or entry["effect"] is None:
-        return None
-    seen = _distance_and_variance(entry)
+    waits = entry["verdict"] == UNDECIDED and entry["why"].startswith((FEW, NOISE, UNCORRECTED))
+    seen = _distance_and_variance(entry) if waits and entry["effect"] is not None else None
     if seen is None or not seen[0]:
         return None
     distance, variance = seen

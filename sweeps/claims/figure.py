@@ -1,33 +1,34 @@
-"""Draws a claim's figures: per measure, the effects with intervals and thresholds, or the share of
-seeds that solve; and training loss against compute for arms of the same FLOPs."""
+"""Draws a claim's figures in the report's look: per measure, the effects with intervals and
+thresholds, or the share of seeds that solve; and training loss against compute for arms of the same
+FLOPs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from sweeps.claims import words
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
-from sweeps.claims.words import quantity, subject
+from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
+from sweeps.report.metrics import in_words, number
+from sweeps.report.names import name_of
 from sweeps.report.statistics import interval, share
-from sweeps.report.style import COLORS, DASHES, QUIET, as_svg, by_row, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # The suffix of the file with the curves.
 CURVE = "_curve"
 # The share of the compute that the y-axis leaves out: the early fall would hide the differences.
 _SHOWN_FROM = 0.2
+SOFT = "#5b6672"
+_LOOK = Look(COLORS[0], "-", "o")
 
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
@@ -42,14 +43,16 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is missing.
     """
-    files = []
-    with _styled():
-        drawn = [partial(_draw, result, entries) for entries in _drawn(result)]
-        if panels(result):
-            drawn.append(partial(draw_curves, result))
-        for file, draw in zip(files_of(result, label, folder), drawn, strict=True):
-            write_bytes(as_svg(draw(), of=digest(result)), file)
-            files.append(file)
+    files = files_of(result, label, folder)
+    drawn = [partial(_draw, result, entries) for entries in _drawn(result)]
+    if panels(result):
+        drawn.append(partial(draw_curves, result))
+    with styled():
+        for file, draw in zip(files, drawn, strict=True):
+            chart = draw()
+            said = textwrap.fill(caption(result, curves=file.stem.endswith(CURVE)), 76)
+            chart.figure.suptitle(said, fontsize=8.5, color=SOFT)
+            write_bytes(chart.svg(of=digest(result)), file)
     return files
 
 
@@ -65,62 +68,95 @@ def digest(result: Result) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _styled() -> Any:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError("The figures need matplotlib: pip install -e '.[report]'.") from None
-    return styled()
+def seeds_and_size(result: Result) -> tuple[str, str]:
+    """Numbers of finished seeds an arm and of parameters: ``("4 to 5", "218 k to 384 k")``."""
+    runs = [
+        [run for run in of["seeds"].values() if run["state"] == "done"]
+        for of in result["arms"].values()
+    ]
+    counts = sorted({len(of) for of in runs if of})
+    sizes = sorted({run["costs"].get("parameters", 0) for of in runs for run in of} - {0})
+    return _span([str(count) for count in counts]), _span([number(size, "si") for size in sizes])
+
+
+def _span(found: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys((*found[:1], *found[-1:])))
+
+
+def caption(result: Result, *, curves: bool = False) -> str:
+    """The number of seeds and the size of the models, and how the figure is read."""
+    seeds, size = seeds_and_size(result)
+    facts = f"{seeds} {'seed' if seeds == '1' else 'seeds'} an arm"
+    facts += f", {size} parameters" if size else ""
+    shares = any(e["measure"]["solved"] is not None for e in result["predictions"])
+    rest = "" if curves or shares else ", orange ticks the thresholds; filled is decided"
+    return f"{facts}. {'Bands' if curves else 'Bars'} are 95 % intervals{rest}."
 
 
 def _drawn(result: Result) -> list[list[dict[str, Any]]]:
     """The predictions with numbers, grouped by measure."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in result["predictions"]:
+    for entry in words.entries(result):
         if entry["effect"] is not None:
-            groups.setdefault(quantity(entry["measure"]), []).append(entry)
+            groups.setdefault(words.quantity(entry["measure"]), []).append(entry)
     return list(groups.values())
 
 
-def _draw(result: Result, entries: Sequence[dict[str, Any]]) -> Figure:
+def _draw(result: Result, entries: Sequence[dict[str, Any]]) -> Chart:
     measure = entries[0]["measure"]
     return _effects(entries) if measure["solved"] is None else _shares(result, measure)
 
 
-def _effects(entries: Sequence[dict[str, Any]]) -> Figure:
+def _effects(entries: Sequence[dict[str, Any]]) -> Chart:
     """A filled point is a decided prediction, a tick is its threshold."""
     shown = list(reversed(entries))
-    figure, axes = by_row([subject(entry) for entry in shown])
-    ratio = bool(shown[0]["measure"].get("curve"))
-    axes.axvline(1 if ratio else 0, color=QUIET, linewidth=1)
+    measure = shown[0]["measure"]
+    others = {words.other_of(entry) for entry in shown}
+    # One arm that all others are compared with stands in the axis' title alone.
+    (against,) = others if len(others) == 1 else [""]
+    chart = by_row([entry["arm"] if against else words.subject(entry) for entry in shown])
+    ratio = bool(measure.get("curve"))
+    if ratio or "" not in others:
+        chart.axes.axvline(1 if ratio else 0, color=QUIET, linewidth=1)
     for y, entry in enumerate(shown):
-        ends = (entry["low"], entry["high"])
-        reach = None if None in ends else [[entry["effect"] - ends[0]], [ends[1] - entry["effect"]]]
-        axes.errorbar(
-            entry["effect"],
-            y,
-            xerr=reach,
-            fmt="o",
-            color=COLORS[0],
-            markerfacecolor="none" if entry["verdict"] == UNDECIDED else COLORS[0],
-        )
+        effect, low, high = (entry[key] for key in ("effect", "low", "high"))
+        reach = None if low is None else [[effect - low], [high - effect]]
+        filled = entry["verdict"] != UNDECIDED
+        chart.draw("", _LOOK, [effect], [y], x_reach=reach, filled=filled)
         bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
-        axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
-    axes.set_xlabel(quantity(entries[0]["measure"]))
-    return figure
+        chart.axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
+    if words.show(shown[0], 0.5).endswith("%"):
+        chart.percent("x", whole=False)
+    # Few ticks, which do not overlap.
+    chart.axes.locator_params("x", nbins=5)
+    label = words.quantity(measure)
+    if "" not in others and not against and not ratio:
+        label = f"difference in {label}"
+    less = f"minus that of {against}" if against and not ratio else ""
+    better = "above 1 pays for itself" if ratio else in_words(measure["tag"])[1]
+    _title(chart, label, less, f"({better})" if better else "")
+    return chart
 
 
-def _shares(result: Result, measure: dict[str, Any]) -> Figure:
+def _title(chart: Chart, *parts: str) -> None:
+    """Name the x axis, with a line of its own for each part where the name is long."""
+    short = len(" ".join(parts)) < 44
+    lines = [" ".join(filter(None, parts))] if short else [textwrap.fill(p, 46) for p in parts if p]
+    chart.axes.set_xlabel("\n".join(lines))
+
+
+def _shares(result: Result, measure: dict[str, Any]) -> Chart:
     """Every arm's share of seeds that solve, with its interval."""
-    counts = {arm: _count(content, measure) for arm, content in result["arms"].items()}
-    shown = [(arm, share(*count)) for arm, count in reversed(counts.items()) if count[1]]
-    figure, axes = by_row([arm for arm, _ in shown])
+    names = words.names_in(result)
+    counts = {names[arm]: _count(content, measure) for arm, content in result["arms"].items()}
+    shown = [(name, share(*count)) for name, count in reversed(counts.items()) if count[1]]
+    chart = by_row([name for name, _ in shown])
     for y, (_, found) in enumerate(shown):
         reach = [[found.rate - found.low], [found.high - found.rate]]
-        axes.errorbar(found.rate, y, xerr=reach, fmt="o", color=COLORS[0])
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_xlabel(quantity(measure))
-    return figure
+        chart.draw("", _LOOK, [found.rate], [y], x_reach=reach)
+    chart.percent("x")
+    _title(chart, words.quantity(measure), "(more is better)")
+    return chart
 
 
 def _count(content: dict[str, Any], measure: dict[str, Any]) -> tuple[int, int]:
@@ -138,48 +174,42 @@ def panels(result: Result) -> dict[str, list[str]]:
     for arm, content in result["arms"].items():
         if _curves(content):
             named = [o for o in content["overrides"] if o.startswith("tokenizer=")]
-            found.setdefault(named[-1] if named else "the experiment's tokenizer", []).append(arm)
+            tokenizer = (named or [""])[-1].partition("=")[2]
+            found.setdefault(name_of("tokenizer", tokenizer), []).append(arm)
     return found
 
 
-def draw_curves(result: Result) -> Figure:
+def draw_curves(result: Result) -> Chart:
     """The main prediction's training loss against compute: one panel per tokenizer, one line per
     arm, with its interval over seeds. The result has at least one curve."""
-    from matplotlib.figure import Figure
-
-    found = panels(result)
-    figure = Figure(figsize=(4.6 * len(found) + 0.4, 4.4), layout="constrained")
-    for axes, (title, arms) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
-        _panel(axes, [(arm, _curves(result["arms"][arm])) for arm in arms])
-        axes.set_title(title, fontsize=10.5)
-        axes.set_xlabel("training FLOPs")
-    figure.axes[0].set_ylabel("training loss of the next token (nats a token)")
-    return figure
-
-
-def _panel(axes: Axes, arms: Sequence[tuple[str, list[list[list[float]]]]]) -> None:
-    heads: dict[str, int] = {}
-    seen: dict[str, int] = {}
-    highest, lowest = 0.0, math.inf
-    for arm, curves in arms:
-        head = arm.rpartition("_")[0] if arm[-1].isdigit() else arm
-        color = COLORS[heads.setdefault(head, len(heads)) % len(COLORS)]
-        dash = DASHES[seen.setdefault(head, 0) % len(DASHES)]
-        seen[head] += 1
-        at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(PARTS)]
-        means = [interval([curve[i][1] for curve in curves]) for i in range(PARTS)]
-        middle, half = [m.mean for m in means], [m.half or 0.0 for m in means]
-        axes.plot(at, middle, color=color, linestyle=dash, label=arm)
-        low = [m - h for m, h in zip(middle, half, strict=True)]
-        high = [m + h for m, h in zip(middle, half, strict=True)]
-        axes.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
-        shown = [m for x, m in zip(at, middle, strict=True) if x >= _SHOWN_FROM * at[-1]]
-        highest, lowest = max(highest, *shown), min(lowest, *low)
-    axes.set_ylim(lowest, highest)
-    axes.set_xlim(0)
-    axes.legend()
+    found, names = panels(result), words.names_in(result)
+    # The panel's title says the tokenizer.
+    short = {
+        arm: names[arm].removesuffix(f", {title}") for title, arms in found.items() for arm in arms
+    }
+    heads = [name.partition(", D = ") for name in dict.fromkeys(short.values())]
+    key = zip(map("".join, heads), looks_of((head, d) for head, _, d in heads), strict=True)
+    look_of = dict(key)
+    lines = [(name, Look(look.color, look.dash, "")) for name, look in look_of.items()]
+    chart = Chart(lines, panels=len(found))
+    for axes, (title, arms) in zip(chart.panels, found.items(), strict=True):
+        highest, lowest = 0.0, math.inf
+        for arm in arms:
+            curves, look = _curves(result["arms"][arm]), look_of[short[arm]]
+            at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(PARTS)]
+            means = [interval([curve[i][1] for curve in curves]) for i in range(PARTS)]
+            axes.plot(at, [m.mean for m in means], color=look.color, linestyle=look.dash)
+            low, high = ([m.mean + sign * (m.half or 0.0) for m in means] for sign in (-1, 1))
+            axes.fill_between(at, low, high, color=look.color, alpha=0.18, linewidth=0)
+            shown = [m.mean for x, m in zip(at, means, strict=True) if x >= _SHOWN_FROM * at[-1]]
+            highest, lowest = max(highest, *shown), min(lowest, *low)
+        axes.set(ylim=(lowest, highest), xlabel="training FLOPs")
+        axes.set_xlim(0)
+        if len(found) > 1:
+            axes.set_title(title, fontsize=10.5)
+    chart.si_axis()
+    chart.axes.set_ylabel("training loss of the next token\n(nats per token, lower is better)")
+    return chart
 
 
 def _curves(content: dict[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Estimates how long the missing runs of claims take on this machine, and how many fit into a time.
+"""Lists claims, estimates how long their missing runs take on this machine, and plans what fits.
 
 A pending run is assumed to take as long as the finished seeds of its arm took here. Without one,
 its FLOPs are divided by the median rate of all finished runs. Without a rate, it gets its share of
@@ -8,10 +8,11 @@ the minutes that its claim expects. Every estimate names its source.
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,25 +21,22 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of, lies_in
 from sweeps.claims.claim import Claim
+from sweeps.claims.decide import UNDECIDED
+from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import OF_DEPTHS, ClaimJob, jobs
 from sweeps.claims.observe import Seed, observe
 from sweeps.claims.recall import shared_seeds, with_stored
 from sweeps.claims.register import read_register
-from sweeps.claims.result import Result, minutes_of
+from sweeps.claims.result import Result, in_order, is_stale, minutes_of, state
+from sweeps.claims.words import aligned
 
 MEASURED, BY_FLOPS, EXPECTED = "measured", "by FLOPs", "as the claim expects"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated time of one pending run.
-
-    Attributes:
-        arm: the run's.
-        seed: the run's.
-        hours: wall time on one core.
-        source: MEASURED, BY_FLOPS or EXPECTED.
-    """
+    """The estimated wall time of one pending run on one core; ``source`` is MEASURED, BY_FLOPS or
+    EXPECTED."""
 
     arm: str
     seed: int
@@ -48,13 +46,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Left:
-    """The pending runs of a claim.
-
-    Attributes:
-        claim: the claim.
-        done: number of finished runs.
-        costs: those of the pending runs, seed by seed.
-    """
+    """A claim with its number of finished runs, and the costs of the pending ones, seed by seed."""
 
     claim: Claim
     done: int
@@ -70,6 +62,7 @@ class Left:
         """The pending seeds, in the order in which they run."""
         return list(dict.fromkeys(cost.seed for cost in self.costs))
 
+    @property
     def sources(self) -> str:
         """The number of costs by source: ``12 measured, 3 by FLOPs``."""
         counts = Counter(cost.source for cost in self.costs)
@@ -103,7 +96,11 @@ def left_of(
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
     machine = machine or this_machine()
     here = [seed for seed in finished if seed.machine == machine] or finished
-    rates = [s.costs["flops"] / (minutes_of(s) * 60) for s in here if _has_rate(s)]
+    rates = [
+        s.costs["flops"] / (minutes_of(s) * 60)
+        for s in here
+        if s.costs.get("flops") and minutes_of(s) > 0
+    ]
     rate = median(rates) if rates else None
     taken: set[str] = set()
     found = []
@@ -117,7 +114,8 @@ def left_of(
             for arm, of in arms.items()
         }
         unseen = {arm for arm, _ in pending if not known[arm]}
-        composed = _composed(claim, pending, runs) if unseen and count_flops else {}
+        wanted = list(dict.fromkeys(seed for _, seed in pending)) if unseen and count_flops else []
+        composed = {(job.arm, job.seed): job for job in jobs(claim, wanted, runs)} if wanted else {}
         expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
         costs = []
         for arm, number in pending:
@@ -144,21 +142,11 @@ def _seeds(
     register = read_register(claim, runs)
     started = register.runs if register is not None and register.is_of(claim) else {}
     shared = shared_seeds(claim, results.values())
+    stored = results.get(claim.label)
     try:
-        return with_stored(observe(claim, runs, started), claim, results.get(claim.label), shared)
+        return with_stored(observe(claim, runs, started), claim, stored, shared)
     except UserError:  # the folder has runs of other configs: use the stored ones
-        return with_stored(observe(claim, runs, {}), claim, results.get(claim.label), shared)
-
-
-def _has_rate(seed: Seed) -> bool:
-    return bool(seed.costs.get("flops")) and minutes_of(seed) > 0
-
-
-def _composed(
-    claim: Claim, pending: Iterable[tuple[str, int]], runs: Path
-) -> dict[tuple[str, int], ClaimJob]:
-    seeds = list(dict.fromkeys(seed for _, seed in pending))
-    return {(job.arm, job.seed): job for job in jobs(claim, seeds, runs)}
+        return with_stored(observe(claim, runs, {}), claim, stored, shared)
 
 
 def flops_of(job: ClaimJob) -> float | None:
@@ -192,11 +180,6 @@ def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Lef
     A seed fits if all its arms do. Seeds stay in the claim's order; if the next one does not fit,
     the next claim is tried. Each run of a claim goes to the first free core, and a claim begins
     when the previous one has ended.
-
-    Args:
-        left: the claims' pending runs.
-        hours: wall time.
-        cores: jobs at once.
     """
     chosen, began = [], 0.0
     for each in left:
@@ -222,8 +205,62 @@ def makespan(hours: Sequence[float], cores: int) -> float:
     return max(free)
 
 
-def command_of(left: Left, seeds: Sequence[int], *, cores: int) -> str:
+def _command(left: Left, seeds: Sequence[int], cores: int) -> str:
     """The command that runs some seeds."""
     numbers = " ".join(map(str, seeds))
     jobs_ = f" --jobs {cores}" if cores > 1 else ""
     return f"{left.claim.command} --seeds {numbers}{jobs_}"
+
+
+def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) -> list[str]:
+    """One line per claim, decided claims first."""
+    rows = []
+    for left in left_of(in_order(claims, results), runs, results, count_flops=False):
+        claim, result = left.claim, results.get(left.claim.label)
+        entries = [] if result is None or is_stale(result, claim) else result["predictions"]
+        said = state(claim, result)
+        enough: list[int | None] = []
+        if said.startswith(UNDECIDED) and importlib.util.find_spec("scipy") is not None:
+            enough = seeds_enough(entries, claim.scale.minimum)
+        rows.append(
+            [
+                claim.label,
+                f"{sum(e['verdict'] != UNDECIDED for e in entries)}/{len(claim.predictions)}",
+                said,
+                f"{left.done}/{len(claim.arms) * len(claim.scale.seeds)}",
+                str(max((n for n in enough if n is not None), default="")),
+                f"{left.hours:.1f}" if left.costs else "",
+                claim.sentence,
+            ]
+        )
+    head = ["claim", "decided", "verdict", "runs", "seeds to decide", "hours left", "claimed"]
+    return aligned(head, rows, right=(1, 3, 4, 5))
+
+
+def costs(left: Sequence[Left]) -> list[str]:
+    """The pending runs of every claim, and their sum."""
+    rows = [
+        [each.claim.label, str(len(each.costs)), f"{each.hours:.2f}", each.sources] for each in left
+    ]
+    runs, hours = sum(len(each.costs) for each in left), sum(each.hours for each in left)
+    rows.append(["all", str(runs), f"{hours:.2f}", ""])
+    return aligned(["claim", "runs left", "core-hours", "from"], rows, right=(1, 2))
+
+
+def planned(left: Sequence[Left], *, hours: float, cores: int) -> list[str]:
+    """The seeds that fit into a time, and the commands that run them."""
+    chosen = fitting(left, hours=hours, cores=cores)
+    rows = [
+        [
+            each.claim.label,
+            " ".join(map(str, seeds)),
+            f"{len(seeds)} of {len(each.seeds)}",
+            f"{sum(cost.hours for cost in each.costs if cost.seed in seeds):.2f}",
+        ]
+        for each, seeds in chosen
+    ]
+    title = f"In {hours:g} hours, {cores} at once:"
+    if not rows:
+        return [f"{title} not one seed fits."]
+    table = aligned(["claim", "seeds", "of those left", "core-hours"], rows, right=(2, 3))
+    return [title, "", *table, "", *(_command(e, seeds, cores) for e, seeds in chosen)]

@@ -38,32 +38,19 @@ OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimJob:
-    """An arm at a seed.
+    """An arm at a seed."""
 
-    Attributes:
-        arm: the arm's name.
-        seed: the run's.
-        folder: the run's name in the folder of all runs; it ends in the digest of the config.
-        overrides: those of the command line.
-        max_steps: planned optimizer steps.
-        processes: number of processes that train together.
-        parent: folder of the run that it branches or starts from; None for an independent run.
-    """
-
-    arm: str
-    seed: int
-    folder: str
-    overrides: tuple[str, ...]
-    max_steps: int
-    processes: int
+    arm: str  # the arm's name
+    seed: int  # the run's
+    folder: str  # the run's name in the folder of all runs; it ends in the digest of the config
+    overrides: tuple[str, ...]  # those of the command line
+    max_steps: int  # planned optimizer steps
+    processes: int  # number of processes that train together
+    # Folder of the run that it branches or starts from; None for an independent run.
     parent: str | None = None
 
     def task(self, runs: Path) -> Task:
-        """The job as a task of a pool.
-
-        Args:
-            runs: the folder of all runs, absolute.
-        """
+        """The job as a task of a pool, with its folder in ``runs``, which is absolute."""
         folder = runs / self.folder
         return Task(
             folder=folder,
@@ -82,30 +69,21 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     An arm with ``branch_from=ARM@STEP`` continues that arm's run of the same seed, and one with
     ``init_from=ARM`` starts from the weights of that run; both come after it in the list.
 
-    Args:
-        claim: its arms are run.
-        seeds: in the order in which they run.
-        runs: the folder of all runs, absolute.
-
     Raises:
         UserError: an arm does not compose, or branches from one that is not listed before it.
     """
-    arms = {arm: _Arm(claim, arm) for arm in claim.arms}
+    arms = [_Arm(claim, arm) for arm in claim.arms]
     found: list[ClaimJob] = []
     for seed in seeds:
         of_seed: dict[str, ClaimJob] = {}
-        for name, arm in arms.items():
-            of_seed[name] = arm.job(seed, runs, of_seed)
+        for arm in arms:
+            of_seed[arm.name] = arm.job(seed, runs, of_seed)
         found += of_seed.values()
     return found
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that identify what a resolved config computes.
-
-    Args:
-        config: a nested config.
-    """
+    """Twelve hexadecimal digits that identify what a resolved, nested config computes."""
     flat = {
         key: value
         for key, value in flatten(dict(config)).items()
@@ -121,7 +99,7 @@ class _Arm:
     """An arm's config, composed once for all seeds."""
 
     def __init__(self, claim: Claim, arm: str) -> None:
-        self._name = arm
+        self.name = arm
         given = claim.overrides(arm)
         named = [(key_of(o), o.partition("=")[2]) for o in given]
         # A value of init_from that is not an arm's name is a path.
@@ -162,7 +140,7 @@ class _Arm:
                 composed[self._key] = f"{parent}{at}"
         settled = settle(composed, runs / "run")
         return ClaimJob(
-            arm=self._name,
+            arm=self.name,
             seed=seed,
             folder=_folder(settled, seed),
             overrides=(*self._overrides, *link, f"seed={seed}"),

@@ -22,39 +22,27 @@ COSTS = ("step", "flops", "parameters", "seconds", "tokens")
 
 @dataclass(kw_only=True)
 class Seed:
-    """One run of an arm.
+    """One run of an arm."""
 
-    Attributes:
-        folder: the run's name; it ends in the digest of its config.
-        state: as in the report; only a ``done`` run counts.
-        reason: why it is not done.
-        values: finite values, by :func:`key` of the measure.
-        waits: (optimizer step, whether it was solved then), by :func:`key` of the measure.
-        costs: planned steps (``steps``), done steps, FLOPs, parameters, seconds, tokens.
-        curve: (FLOPs, training loss of the next token) from :func:`curve_of`, where the claim's
-            arms have the same FLOPs.
-        text: fingerprint of the evaluated text.
-        weights: digest of the final weights (``interop/weights.py``), where a task was to be solved
-            and they are kept.
-        commit: the code's.
-        machine: as the run describes it.
-        started: UTC time.
-        ended: UTC time.
-    """
-
-    folder: str
-    state: str
-    reason: str = ""
-    values: dict[str, float] = field(default_factory=dict)
+    folder: str  # the run's name; it ends in the digest of its config
+    state: str  # as in the report; only a `done` run counts
+    reason: str = ""  # why it is not done
+    values: dict[str, float] = field(default_factory=dict)  # finite values, by `key` of the measure
+    # (optimizer step, whether it was solved then), by `key` of the measure.
     waits: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    # Planned steps (`steps`), done steps, FLOPs, parameters, seconds, tokens.
     costs: dict[str, float] = field(default_factory=dict)
+    # (FLOPs, training loss of the next token) from `curve_of`, where the claim's arms have the same
+    # FLOPs.
     curve: list[tuple[float, float]] = field(default_factory=list)
-    text: str | None = None
+    text: str | None = None  # fingerprint of the evaluated text
+    # Digest of the final weights (`interop/weights.py`), where a task was to be solved and they are
+    # kept.
     weights: str | None = None
-    commit: str | None = None
-    machine: str | None = None
-    started: str | None = None
-    ended: str | None = None
+    commit: str | None = None  # the code's
+    machine: str | None = None  # as the run describes it
+    started: str | None = None  # UTC time
+    ended: str | None = None  # UTC time
 
     @property
     def done(self) -> bool:
@@ -75,13 +63,8 @@ def key(measure: Measure) -> str:
 
 
 def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]]) -> Arms:
-    """Read all arms at all seeds that are planned or were ever started.
-
-    Args:
-        claim: its measures are read.
-        runs: the folder of all runs.
-        registered: each run's folder, by arm and seed.
-    """
+    """Read all arms at all seeds that are planned or were ever started; ``registered`` has each
+    run's folder in ``runs``, by arm and seed."""
     arms: dict[str, dict[int, Seed]] = {}
     for arm in claim.arms:
         folders = registered.get(arm, {})

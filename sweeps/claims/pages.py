@@ -1,12 +1,14 @@
 """Writes the text between the markers of docs/results.md and the READMEs from ``results/*.json``.
 
-This file collects the facts; ``results.jinja`` and ``readme*.jinja`` have the words."""
+This file collects the facts; ``results.jinja``, ``questions.jinja`` and ``readme*.jinja`` have the
+words. An undecided number says so, with its finished and its planned seeds.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,32 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
 from sweeps.claims.enough import said, seeds_enough
-from sweeps.claims.figure import CURVE, files_of
-from sweeps.claims.questions import questions
+from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, is_stale, read_result, state
+from sweeps.report.metrics import plural
 
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
 READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
 
-# The claims of the README's answers: quality at equal compute, and planning.
-QUESTION = "text_equal_flops"
-PLANNING = "star_graph_heads_5000"
-# Further heads on the same task, against the same control.
-MORE_PLANNING = "star_graph_summaries"
-# Its picture is shown while QUESTION has no numbers.
-INSTEAD = "drafts_best"
+# The claim of the README's first answer, quality at equal compute, and the one whose picture is
+# shown while it has no numbers.
+QUESTION, INSTEAD = "text_equal_flops", "drafts_best"
+# Groups of claims about the star graph; the first group with numbers is shown.
+PLANNING, MORE_PLANNING = "star_graph_heads_5000", "star_graph_summaries"
+_PLANNING = (("planning_seeds",), (PLANNING, MORE_PLANNING))
+# Size -> its claims of compute-equivalent gain; the first with numbers is shown.
+_SIZES = {
+    "0.2 M": ("equivalent_gain_200k_long", "equivalent_gain_200k"),
+    "0.6 M": ("equivalent_gain_600k",),
+    "2 M": ("equivalent_gain_2m",),
+}
+# One file per processor, written by benchmarks.pretrained_heads, and its ways of drafting one token
+# per pass: from all tokens, or from the 4096 most frequent.
+_SPEED = "benchmarks/results/pretrained_heads*.json"
+_WAYS = ("drafts_1", "drafts_1_of_4096")
 
-Found = Sequence[tuple[Claim, Result | None]]
+Pair = tuple[Claim, Result | None]
 
 
 def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
@@ -69,39 +80,33 @@ def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
     return {page: _between(page, text) for page, text in texts.items()}
 
 
-def _found(root: Path, claims: Path) -> Found:
+def block(root: Path, claims: Path = FOLDER) -> str:
+    """The answers to the three questions for a page in the checkout's root, such as README.md."""
+    return answers(_found(root, claims), root)
+
+
+def answers(found: Sequence[Pair], root: Path, *, to: str = "") -> str:
+    """What a module is worth, whether it teaches to plan, and how much faster a real model writes,
+    in Markdown; ``to`` is the path from the page to the root."""
+    by_name = _by_name(found)
+    facts = {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
+    return _render("questions.jinja", {**facts, "to": to})
+
+
+def part(found: Sequence[Pair], name: str, root: Path) -> str:
+    """The text between the markers of the README of that file name."""
+    return _render(READMES[name], {**_readme(found), "speed": _speeds(root)})
+
+
+def _found(root: Path, claims: Path) -> list[Pair]:
     read = [read_claim(name, claims) for name in names(claims)]
     # A claim with a published scale comes twice, at both scales.
     every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
     return [(claim, read_result(claim.label, root / "results")) for claim in every]
 
 
-def block(root: Path, claims: Path = FOLDER) -> str:
-    """The answers to the three questions for a page in the checkout's root, such as README.md."""
-    return answers(_found(root, claims), root)
-
-
-def answers(found: Found, root: Path, *, to: str = "") -> str:
-    """The answers to the three questions of :mod:`sweeps.claims.questions`, in Markdown.
-
-    Args:
-        found: claims with their results.
-        root: has ``results/`` and ``benchmarks/``.
-        to: the path from the page to the root.
-    """
-    return _render("questions.jinja", {**questions(found, root), "to": to})
-
-
-def part(found: Found, name: str, root: Path) -> str:
-    """The text between the markers of a README.
-
-    Args:
-        found: claims with their results.
-        name: the README's file name.
-        root: has ``results/`` and ``benchmarks/``.
-    """
-    speed = questions(found, root)["speed"]
-    return _render(READMES[name], {**_readme(found), "speed": speed})
+def _by_name(found: Sequence[Pair]) -> dict[str, Pair]:
+    return {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
 
 
 def _render(template: str, facts: Mapping[str, Any]) -> str:
@@ -109,7 +114,7 @@ def _render(template: str, facts: Mapping[str, Any]) -> str:
 
     made = environment("sweeps.claims")
     made.filters["plain"] = lambda text: plain(str(text))
-    text = made.get_template(template).render(words=words, **facts)
+    text = made.get_template(template).render(words=words, plural=plural, **facts)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -121,7 +126,7 @@ def _between(page: Path, text: str) -> str:
     return f"{whole[:start]}\n\n{text}\n\n{whole[end:]}"
 
 
-def _results(found: Found) -> dict[str, Any]:
+def _results(found: Sequence[Pair]) -> dict[str, Any]:
     """The facts of the page of results, decided claims first."""
     by_label = {claim.label: result for claim, result in found if result is not None}
     order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in found], by_label))}
@@ -138,107 +143,160 @@ def _results(found: Found) -> dict[str, Any]:
 
 def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     """The facts of one claim."""
-    equal = {"flops": "At equal FLOPs. ", "nothing": ""}.get(
-        claim.equal, f"At equal {claim.equal}. "
-    )
     facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
-    facts |= {"equal": equal, "predictions": [asdict(p) for p in claim.predictions]}
     if result is None:
-        return facts
+        return facts | {"predictions": words.entries(None, claim)}
     more = map(said, seeds_enough(result["predictions"], claim.scale.minimum))
-    done = [
-        sum(seed["state"] == "done" for seed in arm["seeds"].values())
-        for arm in result["arms"].values()
-    ]
+    arms = {words.names_in(result)[arm]: of for arm, of in result["arms"].items()}
+    done = [sum(run["state"] == "done" for run in of["seeds"].values()) for of in arms.values()]
+    files = files_of(result, claim.label, Path())
     return facts | {
         "stale": is_stale(result, claim),
-        "files": files_of(result, claim.label, Path()),
-        "entries": list(zip(result["predictions"], more, strict=True)),
+        "files": [(f.name, caption(result, curves=f.stem.endswith(CURVE))) for f in files],
+        "entries": list(zip(words.entries(result), more, strict=True)),
         "held": [entry["verdict"] for entry in result["predictions"]].count(HOLDS),
         # The fewest and the most finished seeds of an arm.
         "n": "–".join(dict.fromkeys(map(str, (min(done), max(done))))),
         # The anchor of the claim's section, whose title ends in the verdict.
         "anchor": f"{claim.name}-{re.sub('[^a-z0-9_ ]', '', facts['state']).replace(' ', '-')}",
         "medians": [
-            f"{arm} never" if steps is None else f"{arm} {steps:g}"
-            for arm, content in result["arms"].items()
+            f"{name} never" if steps is None else f"{name} {steps:g}"
+            for name, content in arms.items()
             for steps in (times["median_steps"] for times in content["time_to_solve"].values())
         ],
     }
 
 
-def _readme(found: Found) -> dict[str, Any]:
+def _readme(found: Sequence[Pair]) -> dict[str, Any]:
     """The facts of a README: its answers, its pictures, and how many claims hold."""
-    on_cpu = {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
-    old = [name for name, (claim, _) in on_cpu.items() if claim.superseded_by]
-    shown = {name: pair for name, pair in on_cpu.items() if name not in old}
-    run = [state(claim, result) for claim, result in shown.values() if result is not None]
-    counts = {
-        "all": len(run),
-        "holds": sum(word.startswith(HOLDS) for word in run),
-        "fails": sum(word.startswith(FAILS) for word in run),
-        "open": sum(not word.startswith((HOLDS, FAILS)) for word in run),
-    }
+    by_name = {n: pair for n, pair in _by_name(found).items() if not pair[0].superseded_by}
+    run = [state(claim, result) for claim, result in by_name.values() if result is not None]
+    holds, fails = (sum(word.startswith(verdict) for word in run) for verdict in (HOLDS, FAILS))
+    counts = {"all": len(run), "holds": holds, "fails": fails, "open": len(run) - holds - fails}
     return {
-        "question": _question(shown),
-        "plans": _solvers((PLANNING, MORE_PLANNING), shown),
-        "pictures": list(_pictures(shown)),
+        "question": _question(by_name),
+        "plans": _plans(by_name),
+        "pictures": list(_pictures(by_name)),
         "counts": counts if run else None,
-        "missing": [name for name, (_, result) in shown.items() if result is None],
+        "missing": [name for name, (_, result) in by_name.items() if result is None],
     }
 
 
-def _question(shown: Mapping[str, tuple[Claim, Result | None]]) -> dict[str, Any] | None:
+def _question(found: Mapping[str, Pair]) -> dict[str, Any] | None:
     """The first answer: counts of verdicts, and the smallest and the largest effect."""
-    if QUESTION not in shown:
+    if QUESTION not in found:
         return None
-    claim, result = shown[QUESTION]
-    entries = [] if result is None else [e for e in result["predictions"] if e["low"] is not None]
-    if not entries:
-        return {"entries": [], "command": claim.command}
-    verdicts = [entry["verdict"] for entry in entries]
-    by_size = sorted(entries, key=lambda entry: float(entry["effect"]))
-    least, most = (plain(f"{words.measured(e)} ({e['arm']})") for e in (by_size[0], by_size[-1]))
-    return {
-        "entries": entries,
-        "state": state(claim, result),
-        "worse": verdicts.count(HOLDS),
-        "better": verdicts.count(FAILS),
-        "open": verdicts.count(UNDECIDED),
-        "least": least,
-        "most": most,
-    }
+    claim, result = found[QUESTION]
+    entries = [] if result is None else [e for e in words.entries(result) if e["low"] is not None]
+    facts: dict[str, Any] = {"entries": entries, "command": claim.command}
+    if entries:
+        verdicts = [entry["verdict"] for entry in entries]
+        by_size = sorted(entries, key=lambda entry: float(entry["effect"]))
+        facts |= {"state": state(claim, result), "ends": (by_size[0], by_size[-1])}
+        facts |= {"worse": verdicts.count(HOLDS), "better": verdicts.count(FAILS)}
+        facts["open"] = verdicts.count(UNDECIDED)
+    return facts
 
 
-def _solvers(
-    wanted: Sequence[str], shown: Mapping[str, tuple[Claim, Result | None]]
-) -> dict[str, Any] | None:
-    """Every arm's share of seeds that solved the task; None if the first claim has no numbers."""
-    counts: dict[str, Mapping[str, int]] = {}
-    beyond: list[str] = []
-    for name in wanted:
-        claim, result = shown.get(name, (None, None))
-        fresh = claim is not None and result is not None and not is_stale(result, claim)
-        entries = [e for e in result["predictions"] if e["own"]] if fresh and result else []
-        if not any(entry["against"] for entry in entries) and not counts:
-            return None
-        for entry in entries:
-            if entry["other"]:
-                counts.setdefault(entry["against"], entry["other"])
-            counts[entry["arm"]] = entry["own"]
-            if entry["against"] and entry["verdict"] == HOLDS:
-                beyond.append(entry["arm"])
-    return {"counts": counts, "beyond": beyond}
-
-
-def _pictures(shown: Mapping[str, tuple[Claim, Result | None]]) -> Any:
-    """The first figure with numbers of each group: its file, and what it shows."""
+def _pictures(found: Mapping[str, Pair]) -> Iterator[dict[str, Any]]:
+    """The first figure with numbers of each group: its file, what it shows, and of how much."""
     for group in ({QUESTION: "question", INSTEAD: "drafts"}, {PLANNING: "planning"}):
         for name, kind in group.items():
-            claim, result = shown.get(name, (None, None))
-            if claim is None or result is None:
-                continue
-            if files := files_of(result, claim.label, Path("results")):
+            claim, result = found.get(name, (None, None))
+            if claim and result and (files := files_of(result, claim.label, Path("results"))):
                 file = files[-1] if name == QUESTION else files[0]
-                yield file.as_posix(), "curve" if file.stem.endswith(CURVE) else kind
+                kind = "curve" if file.stem.endswith(CURVE) else kind
+                seeds, size = seeds_and_size(result)
+                yield {"file": file.as_posix(), "kind": kind, "seeds": seeds, "size": size}
                 break
+
+
+def _has_numbers(claim: Claim, result: Result | None) -> bool:
+    if result is None or is_stale(result, claim):
+        return False
+    return any(entry["effect"] is not None for entry in result["predictions"])
+
+
+def _worth(found: Mapping[str, Pair]) -> dict[str, Any] | None:
+    """Every head's gain by size, where it was measured."""
+    sizes: dict[str, list[str]] = {}
+    figure = None
+    for size, claims in _SIZES.items():
+        there = [found[name] for name in claims if name in found]
+        if there:
+            sizes[size] = []
+        for claim, result in [pair for pair in there if _has_numbers(*pair)][:1]:
+            assert result is not None
+            sizes[size] = [_worth_of(e, claim) for e in words.entries(result, claim) if _is_gain(e)]
+            figure = files_of(result, claim.label, Path("results"))[0].as_posix()
+    return {"sizes": sizes, "figure": figure} if sizes else None
+
+
+def _is_gain(entry: words.Entry) -> bool:
+    measure = entry["measure"]
+    return bool(measure.get("curve")) and measure["part"] == "total" and entry["against"] is None
+
+
+def _worth_of(entry: words.Entry, claim: Claim) -> str:
+    """``parallel heads 0.777 × (undecided, 1 seed of 5)``."""
+    if entry["effect"] is None:
+        number = "out of range" if "out of range" in entry["why"] else "no number"
+    elif entry["low"] is None:  # of one seed, as the parenthesis says
+        number = words.show(entry, entry["effect"])
+    else:
+        number = words.measured(entry)
+    seeds = plural(entry["n"], "seed")
+    if entry["verdict"] == UNDECIDED:
+        seeds = f"undecided, {seeds} of {len(claim.scale.seeds)}"
+    return f"{entry['arm']} {number} ({seeds})"
+
+
+def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
+    """Every head's share of seeds that learn the way, and the heads that are beyond noise."""
+    for group in _PLANNING:
+        if group[0] not in found or not _has_numbers(*found[group[0]]):
+            continue
+        arms: dict[str, dict[str, Any]] = {}
+        beyond, figure = [], None
+        for claim, result in (found[name] for name in group if name in found):
+            if result is None or is_stale(result, claim):
+                continue
+            files = files_of(result, claim.label, Path("results"))
+            figure = figure or (files[0].as_posix() if files else None)
+            for entry in words.entries(result, claim):
+                for arm, share in (("against", "other"), ("arm", "own")):
+                    if entry[share] is not None:
+                        planned = len(claim.scale.seeds)
+                        arms.setdefault(entry[arm], {**entry[share], "planned": planned})
+                if entry["own"] and entry["against"] and entry["verdict"] == HOLDS:
+                    beyond.append(entry["arm"])
+        if arms:
+            return {"arms": arms, "beyond": beyond, "figure": figure}
+    return None
+
+
+def _speeds(root: Path) -> list[dict[str, Any]] | None:
+    """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
+    decoding, and tokens per second where they are stored. Each processor shows the way of drafting
+    with the best mean ratio."""
+    found = []
+    for file in sorted(root.glob(_SPEED)):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in content["rows"] if row["temperature"] == 0]
+        ways = [way for way in _WAYS if all(way in row for row in rows)]
+        if not rows or not ways:
+            continue
+        best = max(ways, key=lambda way: sum(row[way]["over_plain"] for row in rows))
+        texts = [
+            {
+                "kind": row["kind"],
+                "ratio": row[best]["over_plain"],
+                "plain": row.get("plain", {}).get("tokens_per_second"),
+                "drafted": row[best].get("tokens_per_second"),
+                "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_second"),
+                "tokens": row["tokens"],
+            }
+            for row in rows
+        ]
+        found.append({"processor": content.get("processor", "one processor"), "texts": texts})
+    return found or None

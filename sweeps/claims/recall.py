@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,7 @@ from sweeps.claims.register import Register
 
 
 def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, dict[int, Seed]]:
-    """The runs of a stored result by arm and seed; empty if the result is of another prediction.
-
-    Args:
-        claim: the claim as it is now.
-        stored: its ``results/LABEL.json``, or None.
-    """
+    """The runs of a stored result by arm and seed; empty if the result is of another prediction."""
     if stored is None or stored["digest"] != claim.digest:
         return {}
     return {
@@ -35,12 +29,7 @@ def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, di
 
 
 def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str, Seed]:
-    """The done runs of all claims that measured at least what this one measures, by folder.
-
-    Args:
-        claim: the claim as it is now.
-        results: all claims' results.
-    """
+    """The done runs of all claims that measured at least what this one measures, by folder."""
     wanted, names = set(claim.measures), {key(measure) for measure in claim.measures}
     found = {}
     for result in results:
@@ -59,22 +48,18 @@ def left_to_run(
 ) -> list[ClaimJob]:
     """A claim's jobs at some seeds, without those that are done in its stored result.
 
-    Args:
-        claim: the claim as it is now.
-        seeds: in the order in which they run.
-        runs: the folder of all runs, absolute.
-        stored: the claim's result, or None.
-
     Raises:
         UserError: an arm does not compose, or its config differs from that of its stored runs.
     """
     known = {
-        arm: {number: seed for number, seed in of.items() if seed.done}
+        (arm, number): seed
         for arm, of in stored_seeds(claim, stored).items()
+        for number, seed in of.items()
+        if seed.done
     }
     left = []
-    for job in jobs(claim, list(dict.fromkeys([*seeds, *chain(*known.values())])), runs):
-        done = known.get(job.arm, {}).get(job.seed)
+    for job in jobs(claim, list(dict.fromkeys([*seeds, *(n for _, n in known)])), runs):
+        done = known.get((job.arm, job.seed))
         if done is not None and done.folder != job.folder:
             raise UserError(
                 f"{claim.label} has a result of {job.arm} at seed {job.seed}, {done.folder}, and "
@@ -92,14 +77,8 @@ def with_stored(
     stored: Mapping[str, Any] | None,
     shared: Mapping[str, Seed] | None = None,
 ) -> Arms:
-    """Add stored runs to the observed ones: those that were only started elsewhere, and those that
-    are done there and not here.
-
-    Args:
-        arms: the observed runs.
-        claim: the claim as it is now.
-        stored: its result, or None.
-        shared: other claims' runs, from :func:`shared_seeds`.
+    """Add runs of the claim's result, and of other claims (:func:`shared_seeds`), to the observed
+    ones: those that were only started elsewhere, and those that are done there and not here.
 
     Raises:
         UserError: a stored run has another config here.

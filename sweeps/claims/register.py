@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,19 +26,12 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Register:
-    """The runs of a claim.
+    """The runs of a claim."""
 
-    Attributes:
-        digest: the claim's when its first run was asked for.
-        commit: the commit with the prediction then; None for a trial, which no commit had.
-        began: the time of that.
-        runs: each run's folder, by arm and seed.
-    """
-
-    digest: str
-    commit: str | None
+    digest: str  # the claim's when its first run was asked for
+    commit: str | None  # the commit with the prediction then; None for a trial
     began: str = field(default_factory=now)
-    runs: dict[str, dict[int, str]] = field(default_factory=dict)
+    runs: dict[str, dict[int, str]] = field(default_factory=dict)  # folders, by arm and seed
 
     def is_of(self, claim: Claim) -> bool:
         """Whether the prediction is unchanged."""
@@ -61,8 +54,7 @@ class Register:
                 )
 
 
-def file_of(claim: Claim, runs: Path) -> Path:
-    """The path of a claim's register."""
+def _file(claim: Claim, runs: Path) -> Path:
     return runs / f"{claim.label}.claim.json"
 
 
@@ -72,47 +64,31 @@ def read_register(claim: Claim, runs: Path) -> Register | None:
     Raises:
         UserError: the file is damaged.
     """
-    return read_stored(file_of(claim, runs), VERSION, _parse, remedy="give --runs another folder")
+    return read_stored(_file(claim, runs), VERSION, _parse, remedy="give --runs another folder")
 
 
 def _parse(content: dict[str, Any]) -> Register:
-    return Register(
-        digest=str(content["digest"]),
-        commit=content["commit"],
-        began=str(content["began"]),
-        runs={
-            str(arm): {int(seed): str(folder) for seed, folder in seeds.items()}
-            for arm, seeds in content["runs"].items()
-        },
-    )
+    runs = {
+        str(arm): {int(seed): str(folder) for seed, folder in seeds.items()}
+        for arm, seeds in content["runs"].items()
+    }
+    digest, began = str(content["digest"]), str(content["began"])
+    return Register(digest=digest, commit=content["commit"], began=began, runs=runs)
 
 
 def write_register(register: Register, claim: Claim, runs: Path) -> None:
     """Store a claim's register."""
-    content = {
-        "version": VERSION,
-        "claim": claim.label,
-        "digest": register.digest,
-        "commit": register.commit,
-        "began": register.began,
-        "runs": register.runs,
-    }
-    write_json(content, file_of(claim, runs))
+    content = {"version": VERSION, "claim": claim.label, **asdict(register)}
+    write_json(content, _file(claim, runs))
 
 
 def read_stored(
     file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
 ) -> T | None:
-    """Read and parse a JSON file; None if it does not exist.
-
-    Args:
-        file: has the key ``version``.
-        version: the version that this code reads.
-        parse: turns the content into the returned object.
-        remedy: what the user should do about a file that cannot be read.
+    """Read and parse a JSON file that has a version; None if it does not exist.
 
     Raises:
-        UserError: the file is damaged or of another version.
+        UserError: the file is damaged or of another version; ends in the remedy.
     """
     if not file.exists():
         return None
@@ -130,13 +106,8 @@ def read_stored(
 def predicted_in(
     file: Path, claim: Claim, stored: Mapping[str, Any] | None, *, unpredicted: bool = False
 ) -> str | None:
-    """The commit that had a claim's prediction before its runs.
-
-    Args:
-        file: the claim's file.
-        claim: its content.
-        stored: the claim's result; if it is of the same prediction, it knows the commit.
-        unpredicted: return None for a prediction that no commit has, instead of refusing it.
+    """The commit that had a claim's prediction before its runs. A stored result of the same
+    prediction knows it; None for a prediction in no commit if ``unpredicted``.
 
     Raises:
         UserError: no commit has the prediction.

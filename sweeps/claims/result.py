@@ -33,12 +33,8 @@ Result = dict[str, Any]
 
 
 def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | None:
-    """Make a claim's result from its runs; None if none was started.
-
-    Args:
-        claim: the claim as it is now.
-        runs: the folder of all claims' runs.
-        results: the folder of earlier results; their finished runs count, too.
+    """Make a claim's result from its runs, and from finished runs of the earlier results in a
+    folder; None if none was started.
 
     Raises:
         UserError: the claim was changed after its runs began.
@@ -58,13 +54,8 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
 
 
 def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:
-    """A claim's result as plain data.
-
-    Args:
-        claim: the claim as it is now.
-        arms: its observed runs.
-        began: when the first run was asked for, and the prediction's commit then.
-    """
+    """A claim's result as plain data; ``began`` says when its first run was asked for, and the
+    prediction's commit then."""
     findings = decide(claim, arms)
     seeds = [seed for of_arm in arms.values() for seed in of_arm.values()]
     ended = sorted(seed.ended for seed in seeds if seed.done and seed.ended)
@@ -81,7 +72,14 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "verdict": with_trial(overall([finding.verdict for finding in findings]), began[1]),
         "unfinished": unfinished(claim, arms),
         "predictions": [_finding(finding) for finding in findings],
-        "arms": {arm: _arm(claim, arm, of_arm) for arm, of_arm in arms.items()},
+        "arms": {
+            arm: {
+                "overrides": list(claim.overrides(arm)),
+                "time_to_solve": _times(claim, list(of_arm.values())),
+                "seeds": {str(seed): asdict(run) for seed, run in of_arm.items()},
+            }
+            for arm, of_arm in arms.items()
+        },
         "date": ended[-1][:10] if ended else None,
         "minutes": round(sum(minutes_of(seed) for seed in seeds), 1),
         "machines": sorted({seed.machine for seed in seeds if seed.machine}),
@@ -146,20 +144,12 @@ def read_result(label: str, folder: Path) -> Result | None:
     Raises:
         UserError: the file is damaged.
     """
-    return read_stored(
-        file_of(label, folder),
-        VERSION,
-        dict,
-        remedy=f"make it again by python -m sweeps.claims verdict {label}",
-    )
+    remedy = f"make it again by python -m sweeps.claims verdict {label}"
+    return read_stored(file_of(label, folder), VERSION, dict, remedy=remedy)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Read all results of a folder, by label.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+    """Read all results of a folder, by label; errors as in :func:`read_result`."""
     found = {file.stem: read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))}
     return {label: result for label, result in found.items() if result is not None}
 
@@ -167,14 +157,6 @@ def read_results(folder: Path) -> dict[str, Result]:
 def _finding(finding: Finding) -> dict[str, Any]:
     flat = asdict(finding)
     return {**flat.pop("prediction"), **flat}
-
-
-def _arm(claim: Claim, arm: str, seeds: Mapping[int, Seed]) -> dict[str, Any]:
-    return {
-        "overrides": list(claim.overrides(arm)),
-        "time_to_solve": _times(claim, list(seeds.values())),
-        "seeds": {str(seed): asdict(run) for seed, run in seeds.items()},
-    }
 
 
 def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:

@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mtp_lightning.markdown import plain
-from sweeps.report.metrics import BY_TAG, number, p_value
-
-_RATES = re.compile(
-    r"accuracy|acceptance(?!_slope)|agreement|overlap|exact_match|rejection|recall|floor|gap_depth"
-)
+from sweeps.claims.claim import Claim
+from sweeps.report.metrics import equals, form_of, in_words, number, p_value
+from sweeps.report.names import arm_names
 
 Entry = Mapping[str, Any]  # one of a result's predictions
 
 
+def names_in(result: Entry) -> dict[str, str]:
+    """Readable names of a result's arms."""
+    return arm_names({arm: content["overrides"] for arm, content in result["arms"].items()})
+
+
+def entries(result: Entry | None, claim: Claim | None = None) -> list[dict[str, Any]]:
+    """The predictions of a result, or of a claim without one, with readable names of arms."""
+    if claim is not None:
+        names = arm_names({arm: claim.overrides(arm) for arm in claim.arms})
+    found: Sequence[Any] = [] if result is None else result["predictions"]
+    if claim is None:
+        assert result is not None
+        names = names_in(result)
+    elif result is None:
+        found = [asdict(prediction) for prediction in claim.predictions]
+    return [
+        {**entry, **{key: names.get(entry[key], entry[key]) for key in ("arm", "against")}}
+        for entry in found
+    ]
+
+
 def subject(entry: Entry) -> str:
-    """``parallel − next_token``, or the arm alone."""
+    """``parallel heads, bytes − no MTP``, or the arm alone."""
     sign = "/" if entry["measure"].get("curve") else "−"
-    against = "" if entry["against"] is None else f" {sign} {entry['against']}"
-    return f"{entry['arm']}{against}"
+    return entry["arm"] + (f" {sign} {other}" if (other := other_of(entry)) else "")
+
+
+def other_of(entry: Entry) -> str:
+    """The arm that is subtracted, without what both arms have in common; empty for none."""
+    parts = [] if entry["against"] is None else entry["against"].split(", ")
+    own = entry["arm"].split(", ")
+    return ", ".join([part for part in parts if part not in own] or parts)
 
 
 def quantity(measure: Entry) -> str:
-    """A measure in words: ``share of seeds with val/exact_match > 0.95``."""
+    """A measure in words: ``seeds with more than 95 % right answers``."""
+    what, _ = in_words(measure["tag"])
     if measure.get("curve"):
-        what = "what a step is worth in plain steps" if measure["part"] == "effect" else "gain"
-        return f"compute-equivalent {what}, by {measure['tag']}"
+        effect = measure["part"] == "effect"
+        gain = "plain steps that a step is worth" if effect else "compute-equivalent gain"
+        return f"{gain}, by {what}"
     if measure["solved"] is not None:
-        return f"share of seeds with {measure['tag']} > {measure['solved']:g}"
+        return f"seeds with more than {measure['solved']:.0%} {what}".replace("%", " %")
     if measure["last"] is not None:
-        return f"{measure['tag']}, mean over the last {measure['last']:.0%} of the run"
-    return str(measure["tag"])
+        last = f"{measure['last']:.0%}".replace("%", " %")
+        return f"{what}, mean over the last {last} of the run"
+    return what
 
 
 def predicted(entry: Entry) -> str:
@@ -70,9 +98,8 @@ def tested(entry: Entry) -> str:
     if entry["test"] is None:
         return ""
     text = f"{entry['test']}, n = {entry['n']}"
-    if entry["p"] is None:
-        return text
-    return f"{text}, p {_equals(entry['p'])} (Holm {p_value(entry['adjusted'])})"
+    p = entry["p"]
+    return text if p is None else f"{text}, p {equals(p)} (Holm {p_value(entry['adjusted'])})"
 
 
 def verdict(entry: Entry, more: str = "") -> str:
@@ -83,24 +110,18 @@ def verdict(entry: Entry, more: str = "") -> str:
 
 def show(entry: Entry, value: float) -> str:
     """A value in the unit of what the prediction measures; a difference with its sign."""
-    tag = entry["measure"]["tag"]
     if entry["measure"].get("curve"):
         return f"{value:.3f} ×"
-    form: str | int = BY_TAG[tag].form if tag in BY_TAG else 4
-    text = number(value, "%" if _is_rate(entry) else form).replace("-", "−")
+    form = "%" if _is_share(entry) else form_of(entry["measure"]["tag"])
+    text = number(value, form).replace("-", "−")
     return f"+{text}" if entry["against"] is not None and value >= 0 else text
 
 
 def aligned(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
 ) -> list[str]:
-    """A table as lines of text with aligned columns, cut at the terminal's width.
-
-    Args:
-        head: the columns' names.
-        rows: lists of cells.
-        right: right-aligned columns, from 0.
-    """
+    """A table as lines of text, cut at the terminal's width; ``right`` has the columns, from 0,
+    that are aligned to the right."""
     lines = [list(head), *map(list, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -113,34 +134,13 @@ def aligned(
     return shown
 
 
-def _brief(entry: Entry, value: float) -> str:
-    """A number as in the claim's file; in percent for a rate."""
-    text = f"{100 * value:g} %" if _is_rate(entry) and value else f"{value:g}"
-    return text.replace("-", "−")
-
-
-def _is_rate(entry: Entry) -> bool:
-    measure = entry["measure"]
-    return measure["solved"] is not None or _RATES.search(measure["tag"]) is not None
-
-
-def _equals(p: float) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
-
-
 def beside(here: Entry, committed: Entry) -> list[str]:
     """One line per prediction: both numbers with their 95 % intervals, and whether these overlap.
-    For two shares, the intervals of both arms must overlap.
-
-    Args:
-        here: the result of the user's runs.
-        committed: the stored result of the same claim.
-    """
+    For two shares, the intervals of both arms must overlap."""
     return [
         f"{subject(mine)}, {quantity(mine['measure'])}: here {measured(mine)}, "
         f"committed {measured(theirs)}: {_agreement(mine, theirs)}"
-        for mine, theirs in zip(here["predictions"], committed["predictions"], strict=True)
+        for mine, theirs in zip(entries(here), entries(committed), strict=True)
     ]
 
 
@@ -156,3 +156,14 @@ def _intervals(entry: Entry) -> list[Entry]:
     """The intervals of an entry: its shares or its effect. One seed has no interval."""
     found = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
     return [each for each in found if each["low"] is not None]
+
+
+def _brief(entry: Entry, value: float) -> str:
+    """A number as in the claim's file; in percent for a share."""
+    text = f"{100 * value:g} %" if _is_share(entry) and value else f"{value:g}"
+    return text.replace("-", "−")
+
+
+def _is_share(entry: Entry) -> bool:
+    measure = entry["measure"]
+    return measure["solved"] is not None or form_of(measure["tag"]) == "%"

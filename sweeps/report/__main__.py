@@ -13,7 +13,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
-from sweeps.report.differing import describe
 from sweeps.report.equivalent import families
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
@@ -50,7 +49,7 @@ def report(
     _require_packages()
     if not 0 <= level < 1:
         raise UserError(f"--solved {level:g} must be at least 0 and below 1, such as {SOLVED}.")
-    from sweeps.report import events, figures, page, style
+    from sweeps.report import chart, events, figures, page
 
     sweeps = _read(folders)
     settings = collect(sweeps, level=level)
@@ -58,24 +57,14 @@ def report(
     priced = [] if settings.is_task else families(settings)
     target = Path(output) if output is not None else _default_output(sweeps)
     target.mkdir(parents=True, exist_ok=True)
-    with style.styled():
+    with chart.styled():
         drawings = figures.draw(settings, comparisons, priced)
-        labels = [setting.name for setting in settings.all]
-        svgs = page.write_figures(drawings, target / page.FIGURES, labels)
+        svgs = page.write_figures(drawings, target / page.FIGURES)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings, sweeps).encode(), target / "runs.csv")
-    html = page.render(
-        settings,
-        comparisons,
-        priced,
-        sweeps,
-        drawings,
-        svgs,
-        folder=target,
-        now=datetime.now(),
-        every=every,
-    )
+    facts = (settings, comparisons, priced, sweeps, drawings, svgs)
+    html = page.render(*facts, folder=target, now=datetime.now(), every=every)
     write_bytes(html.encode(), target / "report.html")
     runs = [run for sweep in sweeps for run in sweep.runs]
     return target / "report.html", answer(settings, comparisons, runs, priced)
@@ -127,51 +116,28 @@ def main(
 ) -> None:
     """The command line."""
     parser = Parser(prog=program, description="Compare the runs of one or more sweeps.")
-    parser.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="a folder of a sweep or of runs"
-    )
-    parser.add_argument("--output", metavar="DIR", help="output folder")
-    parser.add_argument(
-        "--reference",
-        metavar="SETTING",
-        help="compare with this, as 'mtp.depth=0' (default: no MTP, or the first setting)",
-    )
-    parser.add_argument(
-        "--solved",
-        type=float,
-        default=SOLVED,
-        metavar="LEVEL",
-        help="val/exact_match above which a seed solves its task (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--watch",
-        action="store_true",
-        help="update the report while jobs run, and serve it on 127.0.0.1",
-    )
-    parser.add_argument(
-        "--port", type=int, default=0, help="port of --watch (default: a free one)", metavar="PORT"
-    )
-    parser.add_argument(
-        "--diff",
-        action="store_true",
-        help="print how two runs' configs differ, instead of a report",
-    )
+    option = parser.add_argument
+    option("folders", nargs="+", metavar="FOLDER", help="a folder of a sweep or of runs")
+    option("--output", metavar="DIR", help="output folder")
+    against = "compare with this, as 'mtp.depth=0' (default: no MTP, or the first setting)"
+    option("--reference", metavar="SETTING", help=against)
+    solves = "val/exact_match above which a seed solves its task (default: %(default)s)"
+    option("--solved", type=float, default=SOLVED, metavar="LEVEL", help=solves)
+    serve = "update the report while jobs run, and serve it on 127.0.0.1"
+    option("--watch", action="store_true", help=serve)
+    port = "port of --watch (default: a free one)"
+    option("--port", type=int, default=0, metavar="PORT", help=port)
+    diff = "print how two runs' configs differ, instead of a report"
+    option("--diff", action="store_true", help=diff)
     given = parser.parse_args(arguments)
     with readable_errors():
         if given.diff:
-            if len(given.folders) != 2:
-                raise UserError(
-                    f"--diff compares two runs, not {len(given.folders)}: give two folders."
-                )
-            print("\n".join(describe(*given.folders)) or "no difference")
+            from sweeps.report.page import differences
+
+            print("\n".join(differences(given.folders)) or "no difference")
             return
-        make = partial(
-            report,
-            given.folders,
-            output=given.output,
-            reference=given.reference,
-            level=given.solved,
-        )
+        asked = {"output": given.output, "reference": given.reference, "level": given.solved}
+        make = partial(report, given.folders, **asked)
         if given.watch:
             watch(lambda: _again(make, given.folders), port=given.port)
             return

@@ -37,22 +37,15 @@ OTHER_QUESTIONS = "not compared: other questions"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One setting against its reference.
+    """One setting against its reference."""
 
-    Attributes:
-        setting: the compared setting.
-        reference: the setting that it is compared with.
-        result: of the test: paired differences, or, for a task, the two shares of seeds that solve;
-            None if no seed has both, a mean is missing, or the texts differ.
-        adjusted: Holm's p-value among all tests of the report; None without a test.
-        verdict: the result in words.
-    """
-
-    setting: Setting
-    reference: Setting
+    setting: Setting  # the compared setting
+    reference: Setting  # the setting that it is compared with
+    # Of the test: paired differences, or, for a task, the two shares of seeds that solve; None if
+    # no seed has both, a mean is missing, or the texts differ.
     result: Paired | Unpaired | None
-    adjusted: float | None
-    verdict: str
+    adjusted: float | None  # Holm's p-value among all tests of the report; None without a test
+    verdict: str  # the result in words
 
     @property
     def paired(self) -> Paired | None:
@@ -90,8 +83,7 @@ def compare(
     Args:
         settings: the settings of the report.
         tag: the metric; by default the headline metric, or for a task whether a seed solves it.
-        reference: label of the setting that all others are compared with, or an unambiguous part of
-            it; by default see :func:`references`.
+        reference: see :func:`references`.
 
     Raises:
         UserError: ``reference`` names no setting, or several.
@@ -119,7 +111,8 @@ def compare(
 
 
 def references(settings: Settings, named: str | None = None) -> list[Setting]:
-    """The reference of every setting.
+    """The reference of every setting: the one that is named by its label, or by an unambiguous part
+    of it.
 
     By default it is the setting with the smallest value of the first varied key (no MTP, if the
     depth is varied) and equal values of all other keys. If some setting has no such reference, the
@@ -174,12 +167,6 @@ def _verdict(
     if adjusted is None:
         return "one seed: no test"
     return "beyond noise" if adjusted < LEVEL else "within noise"
-
-
-def sparse(comparisons: Sequence[Comparison]) -> bool:
-    """Whether a test has fewer than five pairs, which only reveal large effects."""
-    found = (c.paired for c in comparisons)
-    return any(r and r.p is not None and r.difference.n < 5 for r in found)
 
 
 def smallest_p(comparisons: Sequence[Comparison]) -> float | None:

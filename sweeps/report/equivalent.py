@@ -45,30 +45,19 @@ _MODULE = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 @dataclass(frozen=True, order=True)
 class Spent:
-    """The compute and the final loss of a run.
+    """The compute and the final loss of a run."""
 
-    Attributes:
-        flops: training FLOPs of the whole run.
-        loss: final loss; lower is better.
-        steps: optimizer steps.
-    """
-
-    flops: float
-    loss: float
-    steps: float
+    flops: float  # training FLOPs of the whole run
+    loss: float  # final loss; lower is better
+    steps: float  # optimizer steps
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of one run.
+    """The gain of one run."""
 
-    Attributes:
-        total: ``C_plain(L) / C``.
-        price: FLOPs of a plain step divided by those of the run's step.
-    """
-
-    total: float
-    price: float
+    total: float  # `C_plain(L) / C`
+    price: float  # FLOPs of a plain step divided by those of the run's step
 
     @property
     def effect(self) -> float:
@@ -77,10 +66,7 @@ class Gain:
 
 
 class PlainCurve:
-    """``C_plain(L)`` through plain runs.
-
-    Args:
-        runs: at least two, of different lengths.
+    """``C_plain(L)`` through plain runs of at least two lengths.
 
     Raises:
         ValueError: there are too few runs, or more compute did not always lower the loss.
@@ -120,19 +106,12 @@ class PlainCurve:
 
 @dataclass(frozen=True)
 class Valued:
-    """An arm compared with the plain curves of its seeds.
+    """An arm compared with the plain curves of its seeds."""
 
-    Attributes:
-        setting: the arm.
-        spent: final FLOPs and loss of its runs, by seed.
-        gains: the gains, by seed, of seeds that have one.
-        why: why there is no mean: a seed has no gain.
-    """
-
-    setting: Setting
-    spent: dict[Any, Spent]
-    gains: dict[Any, Gain]
-    why: str
+    setting: Setting  # the arm
+    spent: dict[Any, Spent]  # final FLOPs and loss of its runs, by seed
+    gains: dict[Any, Gain]  # the gains, by seed, of seeds that have one
+    why: str  # why there is no mean: a seed has no gain
 
     @property
     def total(self) -> Interval | None:
@@ -153,26 +132,16 @@ class Valued:
 @dataclass
 class Family:
     """Plain settings that differ only in budget, and arms that differ from them only in budget and
-    modules.
+    modules."""
 
-    Attributes:
-        plain: the curve's settings, ordered by FLOPs.
-        arms: the arms with their gains.
-        curves: the plain curves, by seed.
-    """
-
-    plain: list[Setting] = field(default_factory=list)
-    arms: list[Valued] = field(default_factory=list)
-    curves: dict[Any, PlainCurve] = field(default_factory=dict)
+    plain: list[Setting] = field(default_factory=list)  # the curve's settings, ordered by FLOPs
+    arms: list[Valued] = field(default_factory=list)  # the arms with their gains
+    curves: dict[Any, PlainCurve] = field(default_factory=dict)  # the plain curves, by seed
 
 
 def families(settings: Settings) -> list[Family]:
     """The plain curves of a report with their arms. A family needs plain runs at two budgets and an
-    arm.
-
-    Args:
-        settings: the settings of the report; their headline metric is the loss.
-    """
+    arm; the loss is the headline metric."""
     tag = settings.headline.tag
     groups: dict[str, list[Setting]] = {}
     for setting in settings.all:
@@ -203,23 +172,16 @@ def _rest(setting: Setting) -> str:
 
 
 def _valued(arm: Setting, family: Family, tag: str) -> Valued:
-    spent: dict[Any, Spent] = {}
-    gains: dict[Any, Gain] = {}
-    why = ""
-    for run in arm.done:
-        own = _spent(run, tag)
-        gain = (
-            "it has no FLOPs or no finite loss"
-            if own is None
-            else _gain(own, run.seed, family, tag)
-        )
-        if own is not None:
-            spent[run.seed] = own
-        if isinstance(gain, Gain):
-            gains[run.seed] = gain
-        else:
-            why = why or f"seed {run.seed}: {gain}"
-    return Valued(arm, spent, gains, why)
+    spent = {run.seed: own for run in arm.done if (own := _spent(run, tag))}
+    found: dict[Any, Gain | str] = {
+        run.seed: _gain(spent[run.seed], run.seed, family, tag)
+        if run.seed in spent
+        else "it has no FLOPs or no finite loss"
+        for run in arm.done
+    }
+    gains = {seed: gain for seed, gain in found.items() if isinstance(gain, Gain)}
+    missing = (f"seed {seed}: {why}" for seed, why in found.items() if isinstance(why, str))
+    return Valued(arm, spent, gains, next(missing, ""))
 
 
 def _gain(own: Spent, seed: Any, family: Family, tag: str) -> Gain | str:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sweeps.report.chart import Drawing
 from sweeps.report.collect import FOLDER
 from sweeps.report.settings import Settings
-from sweeps.report.style import Drawing
 
 _SUFFIX = ".report"
 
@@ -21,9 +21,9 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
     HPARAMS tab has the varied keys, the seed and the metrics of the report's table.
 
     Args:
-        folder: the folder of the event file; TensorBoard shows its name.
+        folder: the folder of the event file and of the drawings' PNGs; TensorBoard shows its name.
         settings: the settings of the report.
-        drawings: drawings whose PNGs are in the folder.
+        drawings: the drawings.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary

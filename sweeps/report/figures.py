@@ -6,35 +6,36 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sweeps.report.chart import (
+    COLORS,
+    QUIETLY,
+    SEEDS,
+    Chart,
+    Drawing,
+    Look,
+    brief,
+    by_row,
+    key_to,
+    looks,
+)
 from sweeps.report.comparable import by_text, text_errors
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.figures_curves import curve, exact_match, times
-from sweeps.report.figures_places import place_figures
+from sweeps.report.lines import (
+    BY_POSITION,
+    by_group,
+    long_range,
+    of_depths,
+    over_places,
+)
 from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
-from sweeps.report.style import (
-    COLORS,
-    QUIET,
-    SEEDS,
-    Drawing,
-    Look,
-    brief,
-    by_row,
-    canvas,
-    key_to,
-    looks_of,
-    share_axis,
-    si_axis,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from sweeps.report.training import curve, exact_match, times
 
 # Figures that join or rank settings: they are left out if the settings may not be compared. The
 # other figures show each setting on its own.
@@ -45,16 +46,23 @@ def draw(
     settings: Settings, comparisons: Sequence[Comparison], families: Sequence[Family] = ()
 ) -> list[Drawing]:
     """All figures in reading order, including those that lack data."""
-    by_place = place_figures(settings)
-    task = [solved(settings), exact_match(settings), times(settings), *by_place["task"]]
-    drawings = [
-        *(task if settings.is_task else []),
+    drawings = (
+        [
+            solved(settings),
+            exact_match(settings),
+            times(settings),
+            over_places(settings, "accuracy_position", BY_POSITION),
+            *by_group(settings),
+        ]
+        if settings.is_task
         # The answer comes first: differences, or for a task the seeds that solve it.
-        *([] if settings.is_task else [differences(comparisons, settings.headline)]),
+        else [differences(comparisons, settings)]
+    )
+    drawings += [
         *(gains(settings, family, i) for i, family in enumerate(families or [None])),
         *(curve(settings, axis) for axis in CURVE_AXES),
-        *by_place["depth"],
-        *by_place["long range"],
+        *of_depths(settings),
+        *long_range(settings),
         *heat_maps(settings),
         front(settings, FLOPS),
         front(settings, DECODE_SPEED),
@@ -70,7 +78,7 @@ def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
         return drawing
     if drawing.name.startswith(_COMPARING):
         why = f"it would compare settings that were {which}"
-        return replace(drawing, figure=None, why=why)
+        return replace(drawing, chart=None, why=why)
     warning = f" The settings were {which}: compare none across these."
     return replace(drawing, caption=drawing.caption + warning)
 
@@ -91,26 +99,27 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         return drawing.lacking("no plain runs (mtp=none) of two lengths and an arm to compare")
     shown = [arm for arm in family.arms if arm.spent]
     key = key_to(settings.all, [arm.setting for arm in shown])
-    figure, axes = canvas([("plain training", Look(QUIET, "-", "o")), *key])
+    chart = Chart([("plain training", QUIETLY), *key], names=settings.names)
+    axes = chart.axes
     axes.set_xscale("log")
-    for setting in family.plain:
-        if at := _ends(setting, metric):
-            _point(axes, setting, at, Look(QUIET, "-", "o"))
-    ends = [at for setting in family.plain if (at := _ends(setting, metric))]
+    ends = [(setting, at) for setting in family.plain if (at := _ends(setting, metric))]
+    for setting, at in ends:
+        _point(chart, setting, at, QUIETLY)
     with suppress(ValueError):  # the means do not fall with compute: no curve
-        plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for cost, loss in ends])
+        plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for _, (cost, loss) in ends])
         first, last = plain.runs[0].loss, plain.runs[-1].loss
         losses = [first + (last - first) * i / 100 for i in range(101)]
         flops = [plain.flops_at(loss) or math.nan for loss in losses]
-        axes.plot(flops, losses, color=QUIET, linewidth=1.4)
-    look_of = looks_of(settings.all)
+        axes.plot(flops, losses, color=QUIETLY.color, linewidth=1.4)
+    look_of = _looks(settings)
     for arm in shown:
-        look, at = look_of[id(arm.setting)], _ends(arm.setting, metric)
-        if at is not None:
-            _point(axes, arm.setting, at, look)
-        if at is None or arm.total is None:
+        look, place = look_of[id(arm.setting)], _ends(arm.setting, metric)
+        if place is None:
             continue
-        cost, loss = at
+        cost, loss = place
+        _point(chart, arm.setting, place, look)
+        if arm.total is None:
+            continue
         end = cost.mean * arm.total.mean
         arrow: Any = {"arrowstyle": "->", "color": look.color, "shrinkA": 4, "shrinkB": 0}
         axes.annotate("", (end, loss.mean), (cost.mean, loss.mean), arrowprops=arrow)
@@ -125,12 +134,17 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
             fontsize=9,
             color=look.color,
         )
-    budgets = sorted({cost.mean for cost, _ in ends})
+    budgets = sorted({cost.mean for _, (cost, _) in ends})
     shown_at = budgets[:: max(len(budgets) // 6, 1)]
     axes.set_xticks(shown_at, [number_of(x, "si") for x in shown_at])
     axes.minorticks_off()
     axes.set(xlabel="training FLOPs", ylabel=f"{metric.unit} (lower is better)")
-    return drawing.drawn(figure)
+    return drawing.drawn(chart)
+
+
+def _looks(settings: Settings) -> dict[int, Look]:
+    """Looks by the settings' ``id``."""
+    return {id(s): look for s, look in zip(settings.all, looks(settings.all), strict=True)}
 
 
 def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval, Interval] | None:
@@ -140,22 +154,17 @@ def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval,
 
 
 def _point(
-    axes: Axes, setting: Setting, at: tuple[Interval, Interval], look: Look, *, filled: bool = True
+    chart: Chart,
+    setting: Setting,
+    at: tuple[Interval, Interval],
+    look: Look,
+    *,
+    filled: bool = True,
 ) -> None:
     """Draw a setting at its cost and loss, with both intervals."""
-    cost, loss = at
-    axes.errorbar(
-        cost.mean,
-        loss.mean,
-        xerr=cost.half,
-        yerr=loss.half,
-        fmt=look.marker,
-        color=look.color,
-        elinewidth=0.8,
-        markersize=7,
-        markerfacecolor=look.color if filled else "none",
-        label=setting.name,
-    )
+    (x, y), (x_reach, y_reach) = zip(*((one.mean, one.half) for one in at), strict=True)
+    own: Any = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
+    chart.draw(setting.name, look, [x], [y], x_reach=x_reach, y_reach=y_reach, **own)
 
 
 def solved(settings: Settings) -> Drawing:
@@ -170,20 +179,17 @@ def solved(settings: Settings) -> Drawing:
     shown = [(setting, share) for setting, share in reversed(shares) if share]
     if not shown:
         return drawing.lacking(f"no finished run has {EXACT}")
-    figure, axes = by_row([setting.name for setting, _ in shown])
-    look_of = looks_of(settings.all)
+    chart = by_row([setting.name for setting, _ in shown], names=settings.names)
+    look_of = _looks(settings)
     for y, (setting, share) in enumerate(shown):
         reach = [[share.rate - share.low], [share.high - share.rate]]
-        look = look_of[id(setting)]
-        axes.errorbar(
-            share.rate, y, xerr=reach, fmt=look.marker, color=look.color, label=setting.name
-        )
-    share_axis(axes, "x")
-    axes.set_xlabel("seeds that solve (more is better)")
-    return drawing.drawn(figure)
+        chart.draw(setting.name, look_of[id(setting)], [share.rate], [y], x_reach=reach)
+    chart.percent("x")
+    chart.axes.set_xlabel("seeds that solve (more is better)")
+    return drawing.drawn(chart)
 
 
-def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
+def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawing:
     """Every setting's difference to its reference."""
     drawing = Drawing(
         "differences",
@@ -197,20 +203,14 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
         return drawing.lacking("no setting was evaluated on the same text as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    figure, axes = by_row([c.setting.name for c, _ in shown])
-    axes.axvline(0, color=QUIET, linewidth=1)
+    chart = by_row([c.setting.name for c, _ in shown], names=settings.names)
+    chart.axes.axvline(0, color=QUIETLY.color, linewidth=1)
+    look = Look(COLORS[0], "-", "o")
     for y, (found, difference) in enumerate(shown):
-        axes.errorbar(
-            difference.mean,
-            y,
-            xerr=difference.half,
-            fmt="o",
-            color=COLORS[0],
-            markerfacecolor=COLORS[0] if found.differs else "none",
-            label=found.setting.name,
-        )
-    axes.set_xlabel(f"difference in {metric.unit} (lower is better)")
-    return drawing.drawn(figure)
+        own: Any = {"x_reach": difference.half, "filled": found.differs}
+        chart.draw(found.setting.name, look, [difference.mean], [y], **own)
+    chart.axes.set_xlabel(f"difference in {settings.headline.unit} (lower is better)")
+    return drawing.drawn(chart)
 
 
 def front(settings: Settings, tag: str) -> Drawing:
@@ -230,16 +230,16 @@ def front(settings: Settings, tag: str) -> Drawing:
         return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
     sign = 1 if cheap else -1
     best = pareto([(sign * cost.mean, loss.mean) for _, (cost, loss) in points])
-    figure, axes = canvas(key_to(settings.all, [s for s, _ in points]))
+    chart = Chart(key_to(settings.all, [s for s, _ in points]), names=settings.names)
     line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
-    axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1.2)
-    look_of = looks_of(settings.all)
+    chart.axes.plot(*zip(*line, strict=True), color=QUIETLY.color, linewidth=1.2)
+    look_of = _looks(settings)
     for (setting, at), on in zip(points, best, strict=True):
-        _point(axes, setting, at, look_of[id(setting)], filled=on)
+        _point(chart, setting, at, look_of[id(setting)], filled=on)
     x_label = "training FLOPs" if cheap else "tokens per second, greedy with drafts"
-    axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
-    si_axis(axes)
-    return drawing.drawn(figure)
+    chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
+    chart.si_axis()
+    return drawing.drawn(chart)
 
 
 def heat_maps(settings: Settings) -> list[Drawing]:
@@ -284,7 +284,8 @@ def _heat_map(
     if not known:
         return drawing.lacking(f"no finished run has {metric.tag}")
     low, high = min(known), max(known)
-    figure, axes = canvas(rows=max(len(rows) - 5, 0))
+    chart = Chart(rows=max(len(rows) - 5, 0))
+    axes = chart.axes
     axes.grid(False)
     table = [[cells.get((row, column)) for column in columns] for row in rows]
     grid = [[math.nan if cell is None else cell.mean for cell in line] for line in table]
@@ -305,7 +306,7 @@ def _heat_map(
     axes.set_xticks(range(len(columns)), [brief(column, letters) for column in columns])
     axes.set_yticks(range(len(rows)), [brief(row, 16) for row in rows])
     axes.set(xlabel=brief(axis_of(across)), ylabel=brief(axis_of(down), 30))
-    return drawing.drawn(figure)
+    return drawing.drawn(chart)
 
 
 def _text_error(settings: list[Setting], metric: Metric) -> str:

@@ -13,7 +13,6 @@ from sweeps.report.compare import (
     Comparison,
     smallest_p,
     solved_share,
-    sparse,
     time_to_solve,
     wait_of,
 )
@@ -88,7 +87,8 @@ def answer(
         tested=tested,
         beyond=sorted((c for c in tested if c.differs), key=lambda c: c.adjusted or 0),
         closest=min((c.adjusted for c in tested if c.adjusted is not None), default=1.0),
-        sparse=sparse(comparisons),
+        # Fewer than five pairs reveal large effects only.
+        sparse=any(r.p is not None and r.difference.n < 5 for c in comparisons if (r := c.paired)),
         least=smallest_p(tested),
     )
 

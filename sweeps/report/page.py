@@ -9,22 +9,23 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.run.config import PLACES, lies_in
 from sweeps.report import tables
+from sweeps.report.chart import Drawing, as_inline
 from sweeps.report.comparable import contexts, meaning, refusal, text_errors
 from sweeps.report.compare import Comparison, wait_of
-from sweeps.report.differing import configs
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
-from sweeps.report.hover import Point, mark, points_of
 from sweeps.report.names import joined, question
-from sweeps.report.read import Sweep
+from sweeps.report.read import Run, Sweep, read_sweep
 from sweeps.report.settings import Settings, show
-from sweeps.report.style import Drawing, as_inline, as_png, as_svg
 from sweeps.report.templates import environment
 
 FIGURES = "figures"
@@ -36,7 +37,7 @@ def render(
     families: Sequence[Family],
     sweeps: Sequence[Sweep],
     drawings: Sequence[Drawing],
-    svgs: dict[str, tuple[bytes, list[Point]]],
+    svgs: dict[str, bytes],
     *,
     folder: Path,
     now: datetime,
@@ -50,7 +51,7 @@ def render(
         families: plain curves with their arms.
         sweeps: the sweeps with their runs.
         drawings: all drawings; those without a figure are listed with the reason.
-        svgs: the SVG and the points of each drawn figure, by name.
+        svgs: the SVG of each drawn figure, by name.
         folder: the page's folder; links to logs are relative to it.
         now: the time that the page shows.
         every: the page reloads itself after as many seconds; None for a static page.
@@ -66,11 +67,11 @@ def render(
         Markup("\n".join(made.get_template(f"{name}.jinja").render() for name in names))
         for names in (("report.css",), ("sort.js", "page.js"))
     )
-    figures = []
-    for drawing in (d for d in drawings if d.name in svgs):
-        svg, points = svgs[drawing.name]
-        inline = as_inline(svg, name=drawing.name, label=drawing.title, points=points)
-        figures.append({"drawing": drawing, "svg": Markup(inline)})
+    figures = [
+        {"drawing": drawing, "svg": Markup(as_inline(svgs[drawing.name], drawing))}
+        for drawing in drawings
+        if drawing.name in svgs
+    ]
     compared = configs(runs)
     data = {"settings": [setting.name for setting in settings.all], "configs": compared}
     not_done = [run for run in runs if run.state != "done"]
@@ -117,31 +118,20 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def write_figures(
-    drawings: Sequence[Drawing], folder: Path, labels: Sequence[str]
-) -> dict[str, tuple[bytes, list[Point]]]:
-    """Write every drawing as PNG and SVG; returns the SVGs and their points, by name.
-
-    Figures of an earlier report are removed.
-
-    Args:
-        drawings: all drawings; those without a figure are skipped.
-        folder: the output folder.
-        labels: the settings' labels in the figures.
-    """
+def write_figures(drawings: Sequence[Drawing], folder: Path) -> dict[str, bytes]:
+    """Write every drawing as PNG and SVG, in place of an earlier report's; returns the SVGs, by
+    name. Drawings without a figure are skipped."""
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
         for ending in ("png", "svg"):
             for old in folder.glob(f"{drawing.name}*.{ending}"):  # also heat_map_1
                 old.unlink()
-    svgs: dict[str, tuple[bytes, list[Point]]] = {}
+    svgs = {}
     for drawing in drawings:
-        if drawing.figure is not None:
-            mark(drawing.figure, labels)
-            svg = as_svg(drawing.figure)
-            svgs[drawing.name] = svg, points_of(drawing.figure, labels)
-            write_bytes(svg, folder / f"{drawing.name}.svg")
-            write_bytes(as_png(drawing.figure), folder / f"{drawing.name}.png")
+        if drawing.chart is not None:
+            svgs[drawing.name] = drawing.chart.svg()
+            write_bytes(svgs[drawing.name], folder / f"{drawing.name}.svg")
+            write_bytes(drawing.chart.png(), folder / f"{drawing.name}.png")
     return svgs
 
 
@@ -174,6 +164,42 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Every run's values of the keys in which any two runs differ, by run; paths and runs without a
+    config are left out."""
+    known = {
+        run.name: {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
+        for run in runs
+        if run.config
+    }
+    keys = {key for config in known.values() for key in config}
+    varied = sorted(k for k in keys if len({config.get(k) for config in known.values()}) > 1)
+    return {name: {k: of[k] for k in varied if k in of} for name, of in known.items()}
+
+
+def differences(folders: Sequence[str | Path]) -> list[str]:
+    """One line per key in which two runs differ: ``KEY: A | B``.
+
+    Raises:
+        UserError: these are not two folders, or a folder is not that of one run with a config.
+    """
+    if len(folders) != 2:
+        raise UserError(f"--diff compares two runs, not {len(folders)}: give two folders.")
+    found: list[Run] = []
+    for folder in folders:
+        runs = read_sweep(folder).runs
+        if len(runs) != 1 or not runs[0].config:
+            raise UserError(
+                f"{folder} is not a run with a config.yaml: --diff compares the folders of two "
+                "runs."
+            )
+        # Two runs may have the same name.
+        found.append(replace(runs[0], folder=Path(str(len(found)))))
+    left, right = configs(found).values()
+    keys = sorted(left.keys() | right.keys())
+    return [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
 
 
 def _is_number(value: Any) -> bool:

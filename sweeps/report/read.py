@@ -30,21 +30,15 @@ STATES = ("done", "running", "pending", "interrupted", "failed", "missing", "unf
 
 @dataclass(frozen=True)
 class Text:
-    """The validation documents of a run's final numbers. Numbers of different texts do not compare.
+    """The validation documents of a run's final numbers; different texts do not compare."""
 
-    Attributes:
-        fingerprint: hex digest of the documents; None if only a part of them was evaluated, or an
-            unknown part.
-        documents: number of documents; None if unknown, like the other counts.
-        bytes: UTF-8 bytes of the evaluated depth-0 targets. A document mask leaves out every
-            document's first token, so runs on one text may differ in it a little.
-        tokens: number of evaluated depth-0 targets.
-    """
-
+    # Hex digest of the documents; None if only a part of them was evaluated, or an unknown part.
     fingerprint: str | None
-    documents: int | None
+    documents: int | None  # number of documents; None if unknown, like the other counts
+    # UTF-8 bytes of the evaluated depth-0 targets. A document mask leaves out every document's
+    # first token, so runs on one text may differ in it a little.
     bytes: int | None
-    tokens: int | None
+    tokens: int | None  # number of evaluated depth-0 targets
 
     @property
     def short(self) -> str:
@@ -62,32 +56,23 @@ class Text:
 
 @dataclass(kw_only=True)
 class Run:
-    """One job of a sweep, or one run of a plain folder.
+    """One job of a sweep, or one run of a plain folder."""
 
-    Attributes:
-        folder: the folder of its files; it may not exist.
-        sweep: the name of its sweep if there are several, else empty.
-        state: one of :data:`STATES`; ``missing`` has no files, ``unfinished`` has no summary and no
-            known reason.
-        reason: why it is not done.
-        overrides: the command line's overrides by key, values as text.
-        choices: the chosen options by config group.
-        config: the composed config by dotted key; empty if it was not written.
-        summary: the final numbers and facts; empty unless done.
-        rows: the rows of ``metrics.csv``, by log tag.
-        notes: problems with its files.
-    """
-
-    folder: Path
-    sweep: str = ""
+    folder: Path  # the folder of its files; it may not exist
+    sweep: str = ""  # the name of its sweep if there are several, else empty
+    # One of `STATES`; `missing` has no files, `unfinished` has no summary and no known reason.
     state: str = "unfinished"
-    reason: str = ""
+    reason: str = ""  # why it is not done
+    # The command line's overrides by key, values as text.
     overrides: dict[str, str] = field(default_factory=dict)
-    choices: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)  # the chosen options by config group
+    # The composed config by dotted key; empty if it was not written.
     config: dict[str, Any] = field(default_factory=dict)
+    # The final numbers and facts; empty unless done.
     summary: dict[str, Any] = field(default_factory=dict)
+    # The rows of `metrics.csv`, by log tag.
     rows: list[dict[str, float]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # problems with its files
 
     @property
     def name(self) -> str:
@@ -126,18 +111,13 @@ class Run:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """The runs of one folder.
+    """The runs of one folder."""
 
-    Attributes:
-        folder: the folder as given.
-        runs: the sweep's jobs in its order, then other runs by name.
-        varied: the keys in which the sweep's jobs differ; empty for a plain folder.
-        notes: problems that readers of its numbers should know.
-    """
-
-    folder: Path
-    runs: list[Run]
+    folder: Path  # the folder as given
+    runs: list[Run]  # the sweep's jobs in its order, then other runs by name
+    # The keys in which the sweep's jobs differ; empty for a plain folder.
     varied: list[str] = field(default_factory=list)
+    # Problems that readers of its numbers should know.
     notes: list[str] = field(default_factory=list)
 
 

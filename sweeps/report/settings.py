@@ -28,35 +28,22 @@ from sweeps.report.statistics import Interval, interval, share_interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of a setting.
+    """A metric of a setting."""
 
-    Attributes:
-        interval: mean and interval over its seeds, or None.
-        gap: why there is no interval; empty if the setting does not have this metric.
-        values: finite values by seed.
-    """
-
-    interval: Interval | None
-    gap: str
-    values: dict[Any, float]
+    interval: Interval | None  # mean and interval over its seeds, or None
+    gap: str  # why there is no interval; empty if the setting does not have this metric
+    values: dict[Any, float]  # finite values by seed
 
 
 @dataclass(kw_only=True)
 class Setting:
     """Runs whose configs differ only in the seed, trained on the same data and evaluated on the
-    same text.
+    same text."""
 
-    Attributes:
-        values: values of the varied keys.
-        config: the first run's config, by dotted key.
-        runs: one per seed.
-        planned: number of runs in any state, planned ones included.
-    """
-
-    values: dict[str, Any]
-    config: dict[str, Any]
-    runs: list[Run] = field(default_factory=list)
-    planned: int = 0
+    values: dict[str, Any]  # values of the varied keys
+    config: dict[str, Any]  # the first run's config, by dotted key
+    runs: list[Run] = field(default_factory=list)  # one per seed
+    planned: int = 0  # number of runs in any state, planned ones included
 
     @property
     def label(self) -> str:
@@ -109,19 +96,17 @@ class Setting:
 
 @dataclass(kw_only=True)
 class Settings:
-    """All settings of one or more sweeps.
+    """All settings of one or more sweeps."""
 
-    Attributes:
-        all: the settings, ordered by the varied keys' values.
-        varied: the keys in which they differ, without the seed.
-        left_out: runs that repeat a seed of their setting.
-        level: a seed solves its task if ``val/exact_match`` (0 .. 1) is above this.
-    """
+    all: list[Setting]  # the settings, ordered by the varied keys' values
+    varied: list[str]  # the keys in which they differ, without the seed
+    left_out: list[Run]  # runs that repeat a seed of their setting
+    level: float = SOLVED  # a seed solves its task if `val/exact_match` (0 .. 1) is above this
 
-    all: list[Setting]
-    varied: list[str]
-    left_out: list[Run]
-    level: float = SOLVED
+    @property
+    def names(self) -> list[str]:
+        """Readable names of all settings."""
+        return [setting.name for setting in self.all]
 
     @property
     def done(self) -> list[Run]:

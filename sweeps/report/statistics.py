@@ -13,19 +13,13 @@ LEVEL = 0.05  # significance level of the tests
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval, ``mean - half .. mean + half`` unless it has ends.
+    """A mean with its 95 % confidence interval: ``mean ± half``, unless it has ends."""
 
-    Attributes:
-        mean: mean of the values.
-        half: half of the interval's width; None for a single value, which has no interval.
-        n: number of values.
-        ends: (low, high) of an asymmetric interval, else None.
-    """
-
-    mean: float
+    mean: float  # mean of the values
+    # Half of the interval's width; None for a single value, which has no interval.
     half: float | None
-    n: int
-    ends: tuple[float, float] | None = None
+    n: int  # number of values
+    ends: tuple[float, float] | None = None  # (low, high) of an asymmetric interval, else None
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -36,11 +30,8 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over n - 1.
-
-    Args:
-        values: one per seed, at least one, all finite.
-    """
+    """Mean of values, one per seed, and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over
+    n - 1."""
     assert values and all(math.isfinite(value) for value in values)
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
@@ -64,9 +55,6 @@ def share_interval(values: Sequence[float]) -> Interval:
 
     At m = 1/2 it equals the t interval up to second order in its width. Equal values give a point,
     as with the t interval.
-
-    Args:
-        values: one per seed, at least one, all in 0 .. 1.
     """
     assert all(0 <= value <= 1 for value in values)
     found = interval(values)
@@ -94,27 +82,19 @@ def ratio_interval(values: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """The differences between two settings, seed by seed.
+    """The differences between two settings, seed by seed."""
 
-    Attributes:
-        difference: interval of ``setting - reference`` over the seeds that both have.
-        p: two-sided p-value of the paired t-test; None with fewer than two pairs or without noise.
-        constant: several seeds all have the same difference up to rounding: a fact about this data,
-            which needs no test.
-    """
-
-    difference: Interval
+    difference: Interval  # interval of `setting - reference` over the seeds that both have
+    # Two-sided p-value of the paired t-test; None with fewer than two pairs or without noise.
     p: float | None
+    # Several seeds all have the same difference up to rounding: a fact about this data, which needs
+    # no test.
     constant: bool = False
 
 
 def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired | None:
-    """The paired t-test over seeds (Student 1908); None without a common seed.
-
-    Args:
-        setting: one setting's values by seed, all finite.
-        reference: the other setting's values by seed.
-    """
+    """The paired t-test (Student 1908) on two settings' values by seed; None without a common
+    seed."""
     from scipy import stats
 
     seeds = sorted(setting.keys() & reference.keys(), key=str)
@@ -152,19 +132,12 @@ def _standard_error(values: Sequence[float], mean: float) -> float:
 @dataclass(frozen=True)
 class Share:
     """``count`` of n seeds, with the 95 % interval of Clopper and Pearson (1934), whose coverage is
-    at least 95 % for every true share.
+    at least 95 % for every true share."""
 
-    Attributes:
-        count: number of seeds with the property.
-        n: number of all seeds, at least one.
-        low: the interval's lower end, 0 .. 1.
-        high: its upper end, 0 .. 1.
-    """
-
-    count: int
-    n: int
-    low: float
-    high: float
+    count: int  # number of seeds with the property
+    n: int  # number of all seeds, at least one
+    low: float  # the interval's lower end, 0 .. 1
+    high: float  # its upper end, 0 .. 1
 
     @property
     def rate(self) -> float:
@@ -183,19 +156,12 @@ def share(count: int, n: int) -> Share:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """Two shares of seeds, compared without pairing equal seeds.
+    """Two shares of seeds, compared without pairing equal seeds."""
 
-    Attributes:
-        own: the setting's share.
-        other: the reference's share.
-        p: two-sided p-value of Fisher's exact test; None if either has only one seed.
-        least: the smallest p-value that these numbers of seeds can give; None if p is.
-    """
-
-    own: Share
-    other: Share
-    p: float | None
-    least: float | None
+    own: Share  # the setting's share
+    other: Share  # the reference's share
+    p: float | None  # two-sided p-value of Fisher's exact test; None if either has only one seed
+    least: float | None  # the smallest p-value that these numbers of seeds can give; None if p is
 
 
 def unpaired(own: Share, other: Share) -> Unpaired:
@@ -214,35 +180,22 @@ def _fisher(a: int, n_a: int, b: int, n_b: int) -> float:
 
 @dataclass(frozen=True)
 class Wait:
-    """One seed's time until something happens.
+    """One seed's time until something happens."""
 
-    Attributes:
-        time: when it happened, or when it was last checked and had not happened.
-        ended: whether it happened; otherwise the time is right-censored.
-    """
-
-    time: float
-    ended: bool
+    time: float  # when it happened, or when it was last checked and had not happened
+    ended: bool  # whether it happened; otherwise the time is right-censored
 
 
 @dataclass(frozen=True)
 class Survival:
     """The Kaplan-Meier (1958) estimate of the share of seeds that still wait: ``prod over t_i <= t
-    of 1 - d_i / n_i``, where d_i seeds ended at t_i and n_i were observed until then.
+    of 1 - d_i / n_i``, where d_i seeds ended at t_i and n_i were observed until then."""
 
-    Attributes:
-        times: times at which seeds ended or were last checked, rising.
-        shares: the share that waits after each time; 1 before the first.
-        censored: the last times of seeds that did not end, rising.
-        ended: number of seeds that ended.
-        n: number of all seeds.
-    """
-
-    times: tuple[float, ...]
-    shares: tuple[float, ...]
-    censored: tuple[float, ...]
-    ended: int
-    n: int
+    times: tuple[float, ...]  # times at which seeds ended or were last checked, rising
+    shares: tuple[float, ...]  # the share that waits after each time; 1 before the first
+    censored: tuple[float, ...]  # the last times of seeds that did not end, rising
+    ended: int  # number of seeds that ended
+    n: int  # number of all seeds
 
     @property
     def median(self) -> float | None:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,48 +17,30 @@ from sweeps.report.equivalent import Family
 from sweeps.report.metrics import BITS, EXACT, Metric, ends, number, p_value, spread
 from sweeps.report.read import Run
 from sweeps.report.settings import Settings, show
-from sweeps.report.statistics import Interval, Share
+from sweeps.report.statistics import Interval
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell.
-
-    Attributes:
-        text: the main text.
-        sort: the sort key, a number to the last bit; None to sort by the text.
-        half: an interval after the text.
-        beside: a line below the text.
-        gap: a line below that says why there is no number.
-        kind: CSS classes; ``text`` aligns to the left.
-        link: the path of a log, linked after the text.
-    """
+    """One cell: its text and what stands around it."""
 
     text: str
-    sort: str | None = None
-    half: str = ""
-    beside: str = ""
-    gap: str = ""
-    kind: str = ""
-    link: str = ""
+    sort: str | None = None  # a number to the last bit; None to sort by the text
+    half: str = ""  # an interval after the text
+    beside: str = ""  # a line below the text
+    gap: str = ""  # a line below that says why there is no number
+    kind: str = ""  # CSS classes; ``text`` aligns to the left
+    link: str = ""  # the path of a log, linked after the text
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its caption; the first cell of a row names it.
+    """A table; the first cell of a row names it."""
 
-    Attributes:
-        name: its id in the page.
-        title: the title above it.
-        caption: paragraphs.
-        head: (name, unit) of each column; the unit of a text column is None.
-        rows: lists of cells.
-    """
-
-    name: str
+    name: str  # its id in the page
     title: str
-    caption: list[str]
-    head: list[tuple[str, str | None]]
+    caption: list[str]  # paragraphs
+    head: list[tuple[str, str | None]]  # (name, unit) of a column; None for one of text
     rows: list[list[Cell]] = field(default_factory=list)
 
 
@@ -82,21 +64,20 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
         ],
     )
     for setting in settings.all:
-        keys = [Cell(show(value), kind="text") for value in setting.values.values()]
+        keys = [_text(show(value)) for value in setting.values.values()] or [_text("all runs")]
         done, planned = len(setting.done), setting.planned
-        some = done < planned
-        seeds = f"{done} of {planned}" if some else str(done)
-        cells = [*(keys or [Cell("all runs", kind="text")])]
-        cells.append(Cell(seeds, str(done), kind="some" * some))
+        seeds = f"{done} of {planned}" if done < planned else str(done)
+        cells = [*keys, Cell(seeds, str(done), kind="some" * (done < planned))]
         if settings.is_task:
-            share, curve = (
-                solved_share(setting, settings.level),
-                time_to_solve(setting, settings.level),
-            )
+            share = solved_share(setting, settings.level)
+            curve = time_to_solve(setting, settings.level)
             median = curve.median if curve else None
             late = f"not by step {curve.times[-1]:,.0f}" if curve and median is None else ""
+            counts = f"{share.count} of {share.n}: {ends(share)}" if share else ""
             gap = setting.estimate(EXACT).gap
-            cells += [_share(share, gap=gap), _number(median, Metric("", "", "", 0), beside=late)]
+            rate = None if share is None else share.rate
+            cells.append(_number(rate, "%", beside=counts, gap=gap))
+            cells.append(_number(median, 0, beside=late))
         for metric in metrics:
             found = setting.estimate(metric.tag)
             error = error_of_text(setting) if metric.tag == BITS else None
@@ -135,11 +116,9 @@ def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
         [("Arm", None), ("Seeds", ""), ("Gain", "×"), ("Price", "×"), ("Effect", "×")],
     )
     for arm in family.arms:
-        name = Cell(arm.setting.label, kind="text")
-        means = [_interval(found, 3) for found in (arm.total, arm.price, arm.effect)]
-        if arm.why:
-            means[0] = Cell("–", "", gap=arm.why)
-        table.rows.append([name, Cell(str(len(arm.gains))), *means])
+        gain = _interval(arm.total, 3, gap=arm.why)
+        rest = [_interval(found, 3) for found in (arm.price, arm.effect)]
+        table.rows.append([_text(arm.setting.label), Cell(str(len(arm.gains))), gain, *rest])
     return table
 
 
@@ -168,7 +147,7 @@ def of_floors(settings: Settings) -> Table | None:
         tags = {tag for run in setting.done for tag in run.summary}
         places = (re.fullmatch(r"val/floor_depth_(\d+)_order_(\d+)", tag) for tag in tags)
         for k, m in sorted((int(place[1]), int(place[2])) for place in places if place):
-            row = [Cell(setting.label, kind="text"), Cell(str(k)), Cell(str(m))]
+            row = [_text(setting.label), Cell(str(k)), Cell(str(m))]
             order = f"depth_{k}_order_{m}"
             of = (f"rejection_depth_{k}", f"floor_{order}", f"gap_{order}", f"recall_16_depth_{k}")
             for name in of:
@@ -203,25 +182,22 @@ def of_differences(
     table = Table("differences", "Differences", [said, *remarks], [*against, *own, *verdict])
     for c in comparisons:
         if settings.is_task:
-            shares = (c.solved.own, c.solved.other) if c.solved else (None, None)
-            numbers = [_count(found) for found in shares]
+            shares = [c.solved.own, c.solved.other] if c.solved else []
+            numbers = [
+                Cell(f"{x.count} of {x.n}", repr(x.rate), beside=ends(x)) for x in shares
+            ] or 2 * [Cell("–", "")]
         else:
             difference = c.paired.difference if c.paired else None
-            n = str(difference.n) if difference else "0"
             mean = _interval(difference, 4)
             if c.paired and c.paired.constant:
-                mean = Cell(mean.text, mean.sort)
-            numbers = [Cell(n), mean]
-        table.rows.append(
-            [
-                Cell(c.setting.label, kind="text"),
-                Cell(c.against, kind="text"),
-                *numbers,
-                _p(c.result.p if c.result else None),
-                _p(c.adjusted),
-                Cell(c.verdict, kind="text beyond" if c.differs else "text"),
-            ]
-        )
+                mean = replace(mean, half="")
+            numbers = [Cell(str(difference.n) if difference else "0"), mean]
+        ps = [
+            Cell(p_value(p), "" if p is None else repr(p))
+            for p in (c.result.p if c.result else None, c.adjusted)
+        ]
+        outcome = Cell(c.verdict, kind="text beyond" if c.differs else "text")
+        table.rows.append([_text(c.setting.label), _text(c.against), *numbers, *ps, outcome])
     return table
 
 
@@ -234,42 +210,33 @@ def of_jobs(runs: Sequence[Run], folder: Path) -> Table:
         steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
         # Quoting prevents that a name is read as a scheme or a query.
         link = quote(os.path.relpath(log, folder)) if log.is_file() else ""
+        overrides = " ".join(f"{k}={v}" for k, v in run.overrides.items())
         table.rows.append(
             [
-                Cell(run.name, kind="text"),
+                _text(run.name),
                 Cell(run.state, kind="text state"),
                 Cell(str(int(max(steps))) if steps else ""),
                 Cell(run.reason, kind="text wrap", link=link),
-                Cell(" ".join(f"{k}={v}" for k, v in run.overrides.items()), kind="text wrap code"),
+                Cell(overrides, kind="text wrap code"),
             ]
         )
     return table
 
 
-def _interval(found: Interval | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
-    if found is None:
-        return Cell("–", "", beside=beside, gap=gap)
-    half = spread(found, form) if found.half else ""
-    return Cell(number(found.mean, form), repr(found.mean), half, beside, gap)
+def _text(text: str) -> Cell:
+    return Cell(text, kind="text")
 
 
-def _number(value: float | None, metric: Metric, *, beside: str = "", gap: str = "") -> Cell:
+def _number(
+    value: float | None, form: str | int, *, half: str = "", beside: str = "", gap: str = ""
+) -> Cell:
+    """A number in its form; a dash for None."""
     if value is None:
         return Cell("–", "", beside=beside, gap=gap)
-    return Cell(metric.show(value), repr(value), beside=beside, gap=gap)
+    return Cell(number(value, form), repr(value), half, beside, gap)
 
 
-def _share(found: Share | None, *, gap: str) -> Cell:
-    beside = "" if found is None else f"{found.count} of {found.n}: {ends(found)}"
-    rate = None if found is None else found.rate
-    return _number(rate, Metric("", "", "", "%"), beside=beside, gap=gap)
-
-
-def _count(found: Share | None) -> Cell:
+def _interval(found: Interval | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
     if found is None:
-        return Cell("–", "")
-    return Cell(f"{found.count} of {found.n}", repr(found.rate), beside=ends(found))
-
-
-def _p(value: float | None) -> Cell:
-    return Cell(p_value(value), "" if value is None else repr(value))
+        return _number(None, form, beside=beside, gap=gap)
+    return _number(found.mean, form, half=spread(found, form) if found.half else "", beside=beside)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sweeps.report.__main__ import report
+from sweeps.report.chart import styled
 from sweeps.report.collect import collect
 from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
 from sweeps.report.figures import gains
 from sweeps.report.read import read_sweep
-from sweeps.report.style import styled
 from tests.sweeps.fixture_runs import evaluated, write_run
 
 pytest.importorskip("scipy", reason="extra 'report' is not installed")

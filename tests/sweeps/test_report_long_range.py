@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from sweeps.report.figures_places import long_range
+from sweeps.report.lines import long_range
 from sweeps.report.statistics import interval
 
 
@@ -18,7 +18,7 @@ def settings(*summaries: dict[str, float]) -> Any:
         return SimpleNamespace(interval=interval(values) if values else None)
 
     one = SimpleNamespace(done=runs, estimate=estimate, name="D = 2", values={"mtp.depth": 2})
-    return SimpleNamespace(all=[one])
+    return SimpleNamespace(all=[one], names=[one.name])
 
 
 def test_a_curve_of_every_measure_with_its_interval() -> None:

@@ -11,8 +11,8 @@ pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
 from sweeps.report.__main__ import report
-from sweeps.report.metrics import BY_TAG, LOSS
-from sweeps.report.names import axis_of, joined, name_of, question
+from sweeps.report.metrics import BY_TAG, LOSS, form_of, in_words
+from sweeps.report.names import arm_names, axis_of, joined, name_of, question
 from tests.sweeps.fixture_runs import depth_sweep
 
 
@@ -25,6 +25,34 @@ def test_keys_and_values_have_names() -> None:
     assert asked == "Which D and lambda give the lowest loss in nats per token?"
     assert question(["mtp"], None, task=True) == "Which kind of head solves the task?"
     assert question([], BY_TAG[LOSS], task=False) == ""
+
+
+def test_arms_have_the_names_that_tell_them_apart() -> None:
+    shared = ["mtp.depth=2", "data.seq_len=64"]
+    arms = {
+        "none": ["mtp=none"],
+        "shared": ["mtp=sequential", "mtp.share_layers=true"],
+        "seq": ["mtp=sequential"],
+        "bpe": ["mtp=none", "tokenizer=bpe_small"],
+        "own_key": ["mtp=sequential", "my.key=3"],
+    }
+    found = arm_names({arm: [*shared, *overrides] for arm, overrides in arms.items()})
+    assert found == {
+        "none": "no MTP, bytes",
+        "shared": "sequential modules, one for all depths",
+        "seq": "seq",  # the keys with names do not tell it from the next
+        "own_key": "own key",
+        "bpe": "no MTP, BPE",
+    }
+
+
+def test_tags_are_said_in_words_with_their_unit() -> None:
+    assert in_words("val/bits_per_byte") == ("loss in bits per byte", "lower is better")
+    assert in_words("val/loss_depth_2")[0] == "loss of depth 2 in nats per token"
+    assert in_words("val/accuracy_distance_16-31")[0] == "right tokens at a distance of 16-31"
+    assert in_words("my/metric") == ("my/metric", "")
+    assert form_of("decode/acceptance_position_1") == "%" and form_of("my/metric") == 4
+    assert form_of("decode/acceptance_slope_entropy") == 4 and form_of("flops") == "si"
 
 
 def test_a_report_begins_with_its_question(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ pytest.importorskip("scipy")
 
 from sweeps.report import figures
 from sweeps.report.__main__ import main, report
+from sweeps.report.chart import Drawing, key_to, looks, styled
 from sweeps.report.collect import collect
 from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Setting
-from sweeps.report.style import Drawing, key_to, looks, styled
 from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
 
 ROOT = Path(__file__).parents[2]

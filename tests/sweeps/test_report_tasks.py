@@ -17,6 +17,7 @@ pytest.importorskip("scipy")
 
 from sweeps.report import figures
 from sweeps.report.__main__ import main, report
+from sweeps.report.chart import Drawing, styled
 from sweeps.report.collect import collect
 from sweeps.report.compare import (
     OTHER_QUESTIONS,
@@ -31,7 +32,6 @@ from sweeps.report.metrics import EXACT
 from sweeps.report.read import Run, read_sweep
 from sweeps.report.settings import Settings
 from sweeps.report.statistics import Wait, holm, share_interval
-from sweeps.report.style import Drawing, styled
 from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
 
 EARLY, LATE, NEVER = (0.97, 0.99, 1.0), (0.4, 0.5, 0.96), (0.3, 0.5, 0.5)

@@ -14,6 +14,7 @@ pytest.importorskip("scipy")
 
 from sweeps.report import figures
 from sweeps.report.__main__ import report
+from sweeps.report.chart import Drawing, styled
 from sweeps.report.collect import TEXT, collect
 from sweeps.report.comparable import REMEDY, by_text, refusal
 from sweeps.report.compare import FACT, OTHER_TEXT, Comparison, compare
@@ -21,7 +22,6 @@ from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import FLOPS, LOSS, SPEEDUP
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
-from sweeps.report.style import Drawing, styled
 from tests.sweeps.fixture_runs import evaluated, write_run
 
 A, B = "a1" * 16, "b2" * 16

@@ -69,10 +69,10 @@ def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
         assert panels(result) == {}
         return
     assert panels(result) == {
-        "the experiment's tokenizer": ["plain", "mtp"],
-        "tokenizer=bpe_small": ["bpe"],
+        "bytes": ["plain", "mtp"],
+        "BPE": ["bpe"],
     }
     files = write_figures(result, "mine", tmp_path)
     assert files == files_of(result, "mine", tmp_path) and files[-1].name == "mine_curve.svg"
     text = files[-1].read_text()
-    assert "tokenizer=bpe_small" in text and "training FLOPs" in text and ">plain<" in text
+    assert ">BPE<" in text and "training FLOPs" in text and ">no MTP<" in text

@@ -147,7 +147,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
     result = make_result(claim, arms, ("2026-11-27T00:00:00+00:00", "c" * 40))
     (entry,) = result["predictions"]
     assert words.subject(entry) == "large / heads"
-    assert words.quantity(entry["measure"]) == f"compute-equivalent gain, by {TAG}"
+    assert words.quantity(entry["measure"]) == "compute-equivalent gain, by loss in bits per byte"
     assert words.measured(entry).startswith("1.302 × [1.302 ×, ")
     # Its runs serve a claim that reads the same of them, gain or not.
     plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
@@ -160,7 +160,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
         ({"equivalent": TAG}, {}, "measure without curve"),
         ({**GAIN, "curve": ["short"]}, {}, "give at least two arms of plain runs"),
         ({**GAIN, "curve": ["short", "nowhere"]}, {}, "give at least two arms of plain runs"),
-        ({**GAIN, "part": "price"}, {}, "choose total or effect"),
+        ({**GAIN, "part": "price"}, {}, "choose one of total, effect"),
         ({**GAIN, "solved": 0.9}, {}, "no level at which it is solved"),
         ({"tag": TAG, "curve": list(PLAIN)}, {}, "belongs to equivalent"),
         (

@@ -65,7 +65,7 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
         ("plain", 4, 0.75, MEASURED),
         ("mtp", 4, 1.5, MEASURED),
     ]
-    assert left.hours == 6.75 and left.sources() == "5 measured"
+    assert left.hours == 6.75 and left.sources == "5 measured"
 
 
 def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path: Path) -> None:

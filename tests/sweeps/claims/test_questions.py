@@ -37,9 +37,12 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
     ]
     small = read_claim("equivalent_gain_200k_long")
     text = answers([(small, None), (claim, result(claim, found))], tmp_path, to="../")
-    assert "0.2 M: not run yet; 0.6 M: sequential out of range (undecided, 0 seeds of 5), " in text
-    assert "parallel 0.812 × (undecided, 1 seed of 5), " in text
-    assert "top 0.750 × [0.700 ×, 0.800 ×] (5 seeds)." in text
+    assert (
+        "0.2 M: not run yet; 0.6 M: sequential modules out of range (undecided, 0 seeds of 5), "
+        in text
+    )
+    assert "parallel heads 0.812 × (undecided, 1 seed of 5), " in text
+    assert "top head 0.750 × [0.700 ×, 0.800 ×] (5 seeds)." in text
     assert f"](../results/{GAIN}.svg)" in text and "plan?" not in text
     # What was changed since has no numbers.
     stale = {**result(claim, found), "digest": "other"}
@@ -56,7 +59,10 @@ def test_whether_it_teaches_to_plan(tmp_path: Path) -> None:
     entries = [entry("mtp", 1, against="plain", own=share, other=none, measure=solved)]
     text = answers([(claim, result(claim, entries))], tmp_path)
     planned = f", {len(claim.scale.seeds)} planned" if len(claim.scale.seeds) > 4 else ""
-    assert f"plain 0 of 5 seeds [0 %, 50 %]; mtp 4 of 4 seeds [40 %, 100 %]{planned}." in text
+    assert (
+        f"no MTP 0 of 5 seeds [0 %, 50 %]; sequential modules 4 of 4 seeds [40 %, 100 %]{planned}."
+        in text
+    )
 
 
 @pytest.mark.parametrize("llama", [None, 60.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from mtp_lightning.errors import UserError
 from sweeps.claims.read import FOLDER, names, read_claim
+from sweeps.claims.words import entries, quantity, subject
+from sweeps.report.names import arm_names
 from tests.sweeps.claims.fixture_claims import CONTENT, SOLVED, claim_of, write_claim
 
 ARMS = CONTENT["arms"]
@@ -130,6 +133,11 @@ def test_the_claims_that_there_are(name: str) -> None:
             links = [o.partition("=")[2] for o in claim.arms[arm] if "_from=" in o.split(".")[0]]
             used |= {link.split("@")[0] for link in links}
     assert used == set(claim.arms), "an arm that nothing is predicted of"
+    readable = arm_names({arm: claim.overrides(arm) for arm in claim.arms})
+    assert len(set(readable.values())) == len(claim.arms), "two arms have one name"
+    for entry in entries(None, claim):
+        said = f"{subject(entry)} {quantity(entry['measure'])}"
+        assert not re.search(r"[=/]\S|\w_\w", said), f"{said} has a raw key"
 
 
 def test_classes_of_other_packages_are_allowed_by_name(tmp_path: Path) -> None:

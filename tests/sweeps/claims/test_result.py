@@ -201,7 +201,8 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for said_there in (
         "### mine: undecided",
         "MTP helps. Source: Somebody 2024, arXiv 2404.00000. At equal steps.",
-        "![mine](../results/mine.svg)",
+        "![mine. 4 to 5 seeds an arm. Bars are 95 % intervals, orange ticks the thresholds; filled "
+        "is decided.](../results/mine.svg)",
         "below 0, expected −0.1 | 2.1 | −0.049",
         "paired t, n = 4, p < 0.001 (Holm < 0.001)",
         "**undecided**: mtp failed at seed 4, and no seed is dropped",
@@ -217,9 +218,9 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert said_there in page, said_there
     readme = (tmp_path / "README.md").read_text()
     row = "| [mine](#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold | 4–5 |"
-    assert row in page and "Predicted, and not run yet: other." in page
-    assert "then run, 0 hold, 0 do not, 1 is undecided, which means" in readme
-    assert "Predicted, and not run yet: 1 more" in readme
+    assert row in page and "Predicted and not run yet: other." in page
+    assert "then run, 0 hold, 0 do not, and 1 is undecided: the" in readme
+    assert "1 more is predicted and not run yet" in readme
     assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
     assert write_pages(tmp_path, claims) == [], "nothing changes"
@@ -274,7 +275,7 @@ def test_figures_by_measure(tmp_path: Path) -> None:
     solved = claim_of(tmp_path, measure=SOLVED)
     result = result_of(solved, {"plain": rights(0), "mtp": rights(7)})
     (file,) = write_figures(result, "mine", tmp_path)
-    assert "share of seeds with val/exact_match" in file.read_text()
+    assert "seeds with more than 95 % right answers" in file.read_text()
     empty = result_of(solved, {"plain": ["missing"], "mtp": ["missing"]})
     assert write_figures(empty, "mine", tmp_path) == []
 
@@ -289,7 +290,10 @@ def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
     (line,) = beside(same, committed)
     for number in (same, committed):
         assert words.measured(number["predictions"][0]) in line
-    assert line.startswith("mtp − plain, val/bits_per_byte: here ") and "they agree" in line
+    assert (
+        line.startswith("sequential modules − no MTP, loss in bits per byte: here ")
+        and "they agree" in line
+    )
     assert "they do not agree" in beside(other, committed)[0]
     # One seed is as far from a mean as noise is wide.
     assert "one seed" in beside(one, committed)[0]
@@ -321,8 +325,8 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
     told = {
         "README.md": (
             "**does not hold**",
-            "0 worse beyond noise, 2 better",
-            "then run, 0 hold, 1 does not, 0 are undecided",
+            "0 are worse beyond noise, 2 better",
+            "then run, 0 hold, 1 does not, and 0 are undecided",
         ),
         "README.zh-CN.md": (
             "**不成立**",
@@ -348,11 +352,17 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
     ]
     write_claim(claims, PLANNING, measure=SOLVED, predictions=more)
     claim = read_claim(PLANNING, claims)
-    for count, told in ((7, ("beyond noise: mtp.", "超出噪声的：mtp。")), (2, ("none", "无"))):
+    for count, told in (
+        (7, ("beyond noise: sequential modules.", "超出噪声的：串行模块。")),
+        (2, ("none", "无")),
+    ):
         result = result_of(claim, {"plain": rights(0), "mtp": rights(count)})
         english, chinese = (part([(claim, result)], one, tmp_path) for one in (ENGLISH, CHINESE))
-        assert f"plain 0 of {len(rights(0))}, mtp {count} of {len(rights(0))}." in english
-        assert f"mtp {count}/{len(rights(0))}。" in chinese
+        assert (
+            f"no MTP 0 of {len(rights(0))}; sequential modules {count} of {len(rights(0))}."
+            in english
+        )
+        assert f"串行模块 {count}/{len(rights(0))}。" in chinese
         assert told[0] in english and told[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
     assert "plan?" not in part([(claim, waiting)], ENGLISH, tmp_path)
@@ -361,16 +371,16 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
 def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
     claims = tmp_path / "claims"
     found = []
-    for name, arm, count in ((PLANNING, "mtp", 0), (MORE_PLANNING, "other", 7)):
-        arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: []}
+    for name, arm, count in ((PLANNING, "top", 0), (MORE_PLANNING, "bag", 7)):
+        arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: [f"mtp={arm}"]}
         more = [{"arm": arm, "against": "plain", "side": "above"}]
         write_claim(claims, name, measure=SOLVED, arms=arms, predictions=more)
         claim = read_claim(name, claims)
         found.append((claim, result_of(claim, {"plain": rights(0), arm: rights(count)})))
     n = len(rights(0))
     text = part(found, ENGLISH, tmp_path)
-    assert f"plain 0 of {n}, mtp 0 of {n}, other 7 of {n}. More than" in text
-    assert "beyond noise: other." in text
+    assert f"no MTP 0 of {n}; top head 0 of {n}; bag head 7 of {n}. More than" in text
+    assert "beyond noise: bag head." in text
     # Without the first claim's numbers there is nothing to add to.
     assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH, tmp_path)
 

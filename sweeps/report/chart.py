@@ -1,0 +1,391 @@
+"""The look of all figures, and the files that they become.
+
+Colors follow the first varied key. Files are readable on paper, on light pages and on dark ones.
+Every mark belongs to a setting: its id lets the page's script hide it, and its points show their
+values under the pointer, by titles in the SVG.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+import textwrap
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mtp_lightning.errors import UserError
+from sweeps.report.names import name_of
+from sweeps.report.settings import Setting, show
+from sweeps.report.statistics import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Distinguishable with red-green color blindness, on white and on black (after Okabe & Ito 2008).
+COLORS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MANY = 12  # the most settings that a legend lists one by one
+INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
+QUIET = "#8b949e"  # lines that belong to no setting
+SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
+
+_LETTERS = 58  # of a legend's labels side by side
+_POINTS = 72  # SVG points per inch
+# Characters that XML forbids; a run's name may have them.
+_NO_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_RC: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 1.7,
+    "legend.columnspacing": 1.2,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "errorbar.capsize": 3,
+    "axes.axisbelow": True,
+    # A dollar sign in a setting's name does not begin a formula.
+    "text.parse_math": False,
+    # Text stays text, so it can be searched and takes the page's font.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mtp-lightning",
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """A context in which figures are drawn and saved in this look.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("The figures need matplotlib: pip install -e '.[report]'.") from None
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+@dataclass(frozen=True)
+class Look:
+    """Color, line and marker of one setting."""
+
+    color: str
+    dash: Any
+    marker: str
+
+
+QUIETLY = Look(QUIET, "-", "o")
+
+
+def looks(settings: Sequence[Setting]) -> list[Look]:
+    """Colors follow the first varied key, lines and markers the combination of the others."""
+    return looks_of([_halves(setting) for setting in settings])
+
+
+def looks_of(halves: Iterable[tuple[str, str]]) -> list[Look]:
+    """The look of each (what the color says, what line and marker say)."""
+    first: dict[str, int] = {}
+    others: dict[str, int] = {}
+    found = []
+    for head, rest in halves:
+        a = first.setdefault(head, len(first))
+        b = others.setdefault(rest, len(others)) + a // len(COLORS)
+        # Four dashes and seven markers make 28 different combinations.
+        dash, marker = DASHES[b % len(DASHES)], MARKERS[b % len(MARKERS)]
+        found.append(Look(COLORS[a % len(COLORS)], dash, marker))
+    return found
+
+
+def key_to(settings: Sequence[Setting], shown: Sequence[Setting]) -> list[tuple[str, Look]]:
+    """The legend of ``shown``: one entry per setting. If there are many, one per value of the first
+    key (its color) and one per combination of the other keys (dash and marker)."""
+    pairs = [
+        (setting, look)
+        for setting, look in zip(settings, looks(settings), strict=True)
+        if any(setting is one for one in shown)
+    ]
+    if len(pairs) <= MANY or len(shown[0].values) < 2:
+        return [(setting.name, look) for setting, look in pairs]
+    colors = {_halves(s)[0]: Look(look.color, "-", "") for s, look in pairs}
+    lines = {_halves(s)[1]: Look(QUIET, look.dash, look.marker) for s, look in pairs}
+    return [*colors.items(), *lines.items()]
+
+
+def _halves(setting: Setting) -> tuple[str, str]:
+    parts = [name_of(key, show(value)) for key, value in setting.values.items()]
+    return ", ".join(parts[:1]), ", ".join(parts[1:])
+
+
+def brief(label: str, letters: int = 46) -> str:
+    """A label in one line, shortened in the middle to fit into a figure."""
+    label, half = " ".join(label.split()), letters // 2
+    return label if len(label) <= letters else f"{label[:half]}…{label[-half:]}"
+
+
+class Chart:
+    """A figure with one pair of axes, whose marks know their setting.
+
+    Args:
+        key: the legend below the figure, in one or two columns; a single entry is not shown.
+        names: names of all settings; the page hides their marks and shows their values.
+        rows: lines of text that need extra height, besides those of the legend.
+        panels: pairs of axes side by side; the first is :attr:`axes`.
+    """
+
+    def __init__(
+        self,
+        key: Iterable[tuple[str, Look]] = (),
+        *,
+        names: Sequence[str] = (),
+        rows: int = 0,
+        panels: int = 1,
+    ) -> None:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
+        self._names = list(names)
+        self._parts = itertools.count()  # makes ids unique
+        self._points: list[tuple[str, tuple[float, float], tuple[str, str]]] = []
+        entries = list(key)
+        entries = entries if len(entries) > 1 else []
+        longest = max((len(brief(name)) for name, _ in entries), default=0)
+        columns = max(1, min(2 * panels, _LETTERS * panels // (longest + 1)))
+        rows += math.ceil(len(entries) / columns)
+        size = (5.2, 3.3 + 0.2 * rows) if panels == 1 else (4.6 * panels, 3.9 + 0.2 * rows)
+        self.figure: Figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
+        self.panels = self.figure.subplots(1, panels, squeeze=False)[0]
+        self.axes = self.panels[0]
+        for axes in self.panels:
+            axes.set_facecolor("none")
+        if entries:
+            handles = [
+                Line2D([], [], color=o.color, linestyle=o.dash, marker=o.marker, label=brief(name))
+                for name, o in entries
+            ]
+            legend = self.figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+            shown = zip(entries, legend.get_texts(), legend.get_lines(), strict=True)
+            for (name, _), text, handle in shown:
+                self._mark("switch", name, [text, handle])
+
+    def _mark(self, kind: str, name: str, artists: Iterable[Any]) -> None:
+        if name in self._names:
+            for artist in artists:
+                artist.set_gid(f"{kind}-{self._names.index(name)}-{next(self._parts)}")
+
+    def draw(
+        self,
+        name: str,
+        look: Look,
+        xs: Sequence[float],
+        ys: Sequence[float],
+        *,
+        says: bool = True,
+        x_reach: Any = None,
+        y_reach: Any = None,
+        filled: bool = True,
+        **style: Any,
+    ) -> None:
+        """Draw a setting's points, joined by a line if ``style`` has a linestyle.
+
+        Args:
+            name: the setting's.
+            look: its color and marker.
+            xs: the points' x coordinates.
+            ys: their y coordinates.
+            says: whether they show their values under the pointer.
+            x_reach: intervals as matplotlib's ``xerr``: half widths, or distances down and up.
+            y_reach: the same of y.
+            filled: False for hollow markers.
+            style: options of matplotlib's ``errorbar``.
+        """
+        given = {"color": look.color, "marker": look.marker, "linestyle": "none"}
+        given |= {} if filled else {"markerfacecolor": "none"}
+        container = self.axes.errorbar(
+            xs, ys, xerr=x_reach, yerr=y_reach, label=name, **{**given, **style}
+        )
+        container.lines[0].set_label(name if says else f"_{name}")
+        self._mark("series", name, container.get_children())
+        for i, at in enumerate(zip(xs, ys, strict=True) if says and name in self._names else ()):
+            reach = (_said(at[0], x_reach, i), _said(at[1], y_reach, i))
+            self._points.append((name, at, reach))
+
+    def points(self) -> Iterator[tuple[int, float, float, str]]:
+        """(Number of the setting, x, y in the SVG, tooltip) of the visible points of a figure that
+        was saved before, and so is laid out."""
+        scale, height = _POINTS / self.figure.dpi, self.figure.get_figheight() * _POINTS
+        # An axis label without its part in parentheses, such as "(lower is better)".
+        labels = [
+            text.partition(" (")[0] for text in (self.axes.get_xlabel(), self.axes.get_ylabel())
+        ]
+        for name, at, reach in self._points:
+            right, up = self.axes.transData.transform(at)
+            if self.axes.bbox.contains(right, up):
+                said = zip(labels, at, reach, strict=True)
+                lines = [f"{label}: {_digits(x)}{bar}" for label, x, bar in said if label]
+                place = round(right * scale, 1), round(height - up * scale, 1)
+                yield self._names.index(name), *place, "\n".join([name, *lines])
+
+    def percent(self, which: str, *, whole: bool = True) -> None:
+        """Write the ``x`` or ``y`` axis in percent, from 0 % to 100 % or as far as needed."""
+        from matplotlib.ticker import PercentFormatter
+
+        axis = self.axes.xaxis if which == "x" else self.axes.yaxis
+        axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        if whole:
+            self.axes.set(**{f"{which}lim": (-0.03, 1.03)})
+        elif which == "y":
+            self.keep_within(0, 1)
+
+    def keep_within(self, low: float, high: float) -> None:
+        """Cut the y axis at the possible values; an interval may reach beyond them."""
+        bottom, top = self.axes.get_ylim()
+        room = 0.03 * (min(top, high) - max(bottom, low))
+        self.axes.set_ylim(max(bottom, low - room), min(top, high + room))
+
+    def si_axis(self) -> None:
+        """Give the x axis few ticks, written as 15 M."""
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+
+        for axes in self.panels:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+
+    def doubling_axis(self, places: Sequence[float]) -> None:
+        """Give the x axis a base-2 logarithmic scale with ticks at the places."""
+        self.axes.set_xscale("log", base=2)
+        self.axes.set_xticks(places, [f"{place:g}" for place in places])
+        self.axes.minorticks_off()
+
+    def png(self) -> bytes:
+        """The figure as a PNG on white, for slides and TensorBoard."""
+        return self._save(format="png", dpi=160)
+
+    def svg(self, *, of: str | None = None) -> bytes:
+        """The figure as an SVG file on white; ``of`` in its metadata names its source."""
+        svg = self._save(format="svg", metadata={"Date": None, "Identifier": of})
+        return _NO_XML.sub("\N{REPLACEMENT CHARACTER}".encode(), svg)
+
+    def _save(self, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, **options)
+        self.figure.set_layout_engine("none")  # keeps the layout for the next format
+        return buffer.getvalue()
+
+
+def by_row(labels: Sequence[str], *, names: Sequence[str] = ()) -> Chart:
+    """An empty chart with one row per label; the first is at the bottom, at y = 0."""
+    if len(labels) <= MANY:
+        # Spaces that do not break keep "D = 2" in one line.
+        labels = [brief(label, 90).replace(" = ", "\u00a0=\u00a0") for label in labels]
+        labels = [textwrap.fill(label, 24) for label in labels]
+    labels = [label if "\n" in label else brief(label, 36) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    chart = Chart(names=names, rows=max(lines - 14, 0))
+    chart.axes.set_yticks(range(len(labels)), labels)
+    chart.axes.set_ylim(-0.6, len(labels) - 0.4)
+    return chart
+
+
+def reach_of(found: Iterable[Interval]) -> list[tuple[float, ...]]:
+    """Distances to the lower and to the upper ends of intervals, as matplotlib takes them."""
+    return [*zip(*(one.reach for one in found), strict=True)]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the report."""
+
+    name: str  # the name of its files
+    title: str  # the title above it
+    caption: str  # an explanation of what is shown and how it was computed
+    chart: Chart | None = None  # the figure; None if data is missing
+    why: str = ""  # what is missing
+
+    @property
+    def figure(self) -> Figure | None:
+        return self.chart.figure if self.chart else None
+
+    def drawn(self, chart: Chart) -> Drawing:
+        return replace(self, chart=chart)
+
+    def lacking(self, why: str) -> Drawing:
+        return replace(self, why=why)
+
+
+def as_inline(svg: bytes, drawing: Drawing) -> str:
+    """The SVG of a drawing as an element of a page. It takes the page's text color, and its ids get
+    its name as a prefix. Inline styles become attributes, because the page's content security
+    policy forbids them. Every point gets a circle with its values as a tooltip."""
+    root = ElementTree.fromstring(svg)
+    for parent in [*root.iter()]:
+        for child in [*parent]:
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        given = {_local(key): value for key, value in element.attrib.items()}
+        given |= _attributes(given.pop("style", ""))
+        for key, value in given.items():
+            if key in ("id", "href"):
+                given[key] = re.sub("^#?", rf"\g<0>{drawing.name}-", value)
+            elif value.startswith("url(#"):
+                given[key] = value.replace("#", f"#{drawing.name}-", 1)
+        element.attrib = given
+    for number, x, y, says in drawing.chart.points() if drawing.chart else ():
+        given = {"cx": f"{x}", "cy": f"{y}", "r": "6", "class": f"point series-{number}"}
+        circle = ElementTree.SubElement(root, "circle", given)
+        ElementTree.SubElement(circle, "title").text = says
+    view = {"viewBox": root.attrib["viewBox"]}
+    root.attrib = {"role": "img", "aria-label": drawing.title, "class": "figure", **view}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """A name without its XML namespace, as in HTML."""
+    return name.rpartition("}")[2]
+
+
+def _attributes(style: str) -> Mapping[str, str]:
+    """A style's declarations as presentation attributes, without the font's name."""
+    found = {}
+    for declaration in filter(None, style.split(";")):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key == "font" and (size := re.search(r"[\d.]+px", value)):
+            key, value = "font-size", size[0]
+        if key != "font-family":
+            found[key] = {INK: "currentColor", GRID: "var(--grid)"}.get(value, value)
+    return {**found, "fill": "none"} if found.get("fill") == PAPER else found
+
+
+def _said(at: float, reach: Any, i: int) -> str:
+    """The interval of the i-th point: `` ± HALF``, or `` (LOW to HIGH)``; empty without one."""
+    down, up = (reach[0][i], reach[1][i]) if isinstance(reach, list) else (reach, reach)
+    if not down and not up:
+        return ""
+    half = (down + up) / 2
+    even = abs(up - down) <= 2e-6 * half
+    return f" ± {_digits(half)}" if even else f" ({_digits(at - down)} to {_digits(at + up)})"
+
+
+def _digits(value: float) -> str:
+    """Five digits, with commas between thousands."""
+    value = float(f"{value:.5g}")
+    return f"{value:,.0f}" if value.is_integer() else f"{value:,.5g}"

@@ -1,0 +1,125 @@
+"""Figures over training: losses, right answers, and seeds that have not solved their task yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from sweeps.report.chart import MANY, QUIET, Chart, Drawing, key_to, looks
+from sweeps.report.compare import time_to_solve
+from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT
+from sweeps.report.read import Run
+from sweeps.report.settings import Settings
+
+Points = Mapping[float, tuple[float, float]]
+"""The (x, y) of a run's validations, by step."""
+
+
+def curve(settings: Settings, axis: str) -> Drawing:
+    """Main-depth validation loss against tokens, FLOPs or seconds."""
+    tag, x_label = CURVE_AXES[axis]
+    metric = settings.headline
+    drawing = Drawing(
+        f"loss_{axis}",
+        f"Loss against {axis if axis != 'flops' else 'FLOPs'}",
+        "Bold: mean over seeds, at the validations that all of them have reached. Thin: single "
+        "seeds, running ones too. Losses above those of the last three quarters are cut off."
+        + " Seconds are the mean over seeds, and those of a shared machine."
+        * (axis == "seconds"),
+    )
+    drawing, places = _over_training(drawing, settings, tag, metric.tag)
+    if drawing.chart is None:
+        return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
+    furthest = max(x for x, _ in places)
+    late = [y for x, y in places if x >= furthest / 4 and math.isfinite(y)]
+    if late and max(late) > min(late):
+        margin = 0.08 * (max(late) - min(late))
+        drawing.chart.axes.set_ylim(min(late) - margin, max(late) + margin)
+    drawing.chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
+    if axis != "seconds":
+        drawing.chart.si_axis()
+    return drawing
+
+
+def exact_match(settings: Settings) -> Drawing:
+    """Right answers against optimizer steps."""
+    drawing = Drawing(
+        "exact_match",
+        "Exact match against steps",
+        "Share of greedily decoded answers that are right. Bold: mean over seeds, at the "
+        "validations that all of them have reached. Thin: single seeds, running ones too. Dotted: "
+        f"chance. Dashed: a seed solves above {settings.level:g}.",
+    )
+    drawing, _ = _over_training(drawing, settings, "step", EXACT)
+    if drawing.chart is None:
+        return drawing.lacking(f"no run has logged {EXACT}")
+    axes = drawing.chart.axes
+    rows = [row for setting in settings.all for run in setting.runs for row in run.rows]
+    for chance in sorted({row[CHANCE] for row in rows if CHANCE in row}):
+        axes.axhline(chance, linestyle=":", color=QUIET, linewidth=1.2, label="chance")
+    axes.axhline(settings.level, linestyle="--", color=QUIET, linewidth=0.8, label="solved")
+    drawing.chart.percent("y")
+    axes.set(xlabel="optimizer steps", ylabel="right answers (more is better)")
+    drawing.chart.si_axis()
+    return drawing
+
+
+def _over_training(
+    drawing: Drawing, settings: Settings, x_tag: str, y_tag: str
+) -> tuple[Drawing, list[tuple[float, float]]]:
+    """Draw each setting's mean in bold, at the validations that all of its runs have reached, and
+    its single runs thin, unless there are too many lines. Returns the drawing, and all points."""
+    lines = [[_logged(run, x_tag, y_tag) for run in setting.runs] for setting in settings.all]
+    places = [place for runs in lines for points in runs for place in points.values()]
+    if not places:
+        return drawing, []
+    many = len(settings.all) > MANY
+    chart = Chart(key_to(settings.all, settings.all), names=settings.names)
+    for setting, look, every in zip(settings.all, looks(settings.all), lines, strict=True):
+        runs = [points for points in every if points]
+        for points in runs if len(runs) > 1 and not many else ():
+            thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
+            own = zip(*points.values(), strict=True)
+            chart.draw(setting.name, look, *own, says=False, **thin)
+        common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
+        xs, ys = (
+            [sum(points[step][i] for points in runs) / len(runs) for step in common] for i in (0, 1)
+        )
+        # A single point needs a marker to be seen.
+        marker = look.marker if many or len(common) == 1 else ""
+        bold = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
+        chart.draw(setting.name, look, xs, ys, **bold)
+    return drawing.drawn(chart), places
+
+
+def _logged(run: Run, x_tag: str, y_tag: str) -> Points:
+    rows = (row for row in run.rows if x_tag in row and y_tag in row)
+    return {row["step"]: (row[x_tag], row[y_tag]) for row in rows}
+
+
+def times(settings: Settings) -> Drawing:
+    """Survival curves of the time to solve."""
+    drawing = Drawing(
+        "time_to_solve",
+        "Time to solve",
+        f"Share of seeds that no validation has yet found above {settings.level:g} "
+        "(Kaplan-Meier). Ticks: seeds that had not solved at their last validation, running and "
+        "failed ones too. A seed that falls back later has solved here, and not in the share of "
+        "seeds that solve. Times are known to the interval between validations.",
+    )
+    curves = [time_to_solve(setting, settings.level) for setting in settings.all]
+    shown = [s for s, found in zip(settings.all, curves, strict=True) if found]
+    if not shown:
+        return drawing.lacking(f"no run has logged {EXACT}")
+    chart = Chart(key_to(settings.all, shown), names=settings.names)
+    for setting, look, found in zip(settings.all, looks(settings.all), curves, strict=True):
+        if found is not None:
+            style = {"drawstyle": "steps-post", "linestyle": look.dash, "marker": ""}
+            xs, ys = [0, *found.times], [1, *found.shares]
+            chart.draw(setting.name, look, xs, ys, **style)
+            ticks = [found.after(time) for time in found.censored]
+            chart.axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
+    chart.percent("y")
+    chart.axes.set(xlabel="optimizer steps", ylabel="seeds not solved yet (fewer is better)")
+    chart.si_axis()
+    return drawing.drawn(chart)
