@@ -1,6 +1,6 @@
 """Asks other programs the same question: does a faster way of decoding change their own text?
 
-Every program decodes the prompts one at a time without drafts, and once more in a batch and with
+Every program decodes the prompts one at a time without drafts, and again in a batch and with
 drafts that it looks up in the text itself (prompt lookup, n-grams), since no program but this one
 reads every kind of head. A text counts as equal if all its tokens are.
 """
