@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from mtp_lightning.run.metrics import read_metrics, read_newest
+from tests.warm import HEAVY, Done, warm
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -91,11 +92,26 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
-def execute(args: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        args, capture_output=True, text=True, timeout=240, env=environment(), cwd=cwd or ROOT
-    )
+def execute(
+    args: list[str],
+    cwd: Path | None = None,
+    *,
+    imported: tuple[str, ...] = HEAVY,
+    seconds: float = 240,
+    **more: str,
+) -> Done:
+    """Run a command of Python to its end.
+
+    Args:
+        args: the command.
+        cwd: where it runs; by default in the checkout.
+        imported: modules that it finds imported.
+        seconds: that it may take.
+        more: of its environment.
+    """
+    assert args[0] == sys.executable
+    env = {**environment(), **more}
+    return warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
 
 
 def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:

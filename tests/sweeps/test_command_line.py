@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from mtp_lightning.literal import quoted
+from tests.integration import helpers
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
+from tests.warm import LIGHT
 
 
 def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
@@ -23,9 +25,7 @@ def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> 
 
 
 def execute(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        args, capture_output=True, text=True, timeout=240, env=environment(), cwd=cwd
-    )
+    return helpers.execute(args, cwd, imported=LIGHT)
 
 
 def plan(folder: Path) -> dict[str, Path]:
