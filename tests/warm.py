@@ -96,6 +96,8 @@ def main() -> None:
             os.chdir(cwd)
             os.environ.clear()
             os.environ.update(added | env)
+            own = env.get("PYTHONPATH", "").split(os.pathsep)
+            sys.path[1:1] = [path for path in own if path and path not in sys.path]
             for number, name in enumerate((os.devnull, *files)):
                 flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
                 os.dup2(os.open(name, flags), number)

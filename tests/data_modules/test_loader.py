@@ -124,8 +124,10 @@ def test_workers_change_nothing_and_the_global_generator_does_not_move(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("consumed", [1, 5, 6, 7, 12, 15])
+@pytest.mark.parametrize(
+    ("consumed", "workers"),
+    [*((consumed, 0) for consumed in (1, 5, 6, 7, 12, 15)), (5, 2), (6, 2)],
+)
 def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
     def stream(loader, n):
         taken = []

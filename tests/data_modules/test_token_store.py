@@ -44,7 +44,7 @@ class Listed(Source):
 
 def store_of(documents: list[str], folder: Path, tokenizer=None, **options) -> TokenStore:
     split = DocumentSplit(Listed(documents), **options)
-    return prepare_store(tokenizer or ByteTokenizer(), split, folder)[0]
+    return prepare_store(tokenizer or ByteTokenizer(), split, folder, workers=0)[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -276,7 +276,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def text(tmp_path) -> Path:
     folder = tmp_path / "text"
     folder.mkdir()
-    for i, document in enumerate(SyntheticSource(size=5_000_000, documents=80).documents()):
+    for i, document in enumerate(SyntheticSource(size=2_500_000, documents=80).documents()):
         (folder / f"{i:03}.txt").write_text(document)
     return folder
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.helpers import train_here
+
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -30,6 +32,12 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session")
+def finished(once: Once, cache: Path) -> Path:
+    """The quick run as it is."""
+    return once("finished", lambda folder: train_here(folder, cache))
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,16 @@ LONG = {
 }
 
 
+# The same in a third of the steps; an epoch is about 44 batches.
+SHORT = {**LONG, "data.source.size": 3_000, "data.source.documents": 10, "trainer.max_steps": 50}
+
+
+@pytest.fixture(scope="module")
+def short(once: Once, cache: Path) -> Path:
+    """The short run that nothing happened to."""
+    return once("short", lambda folder: train_here(folder, cache, SHORT))
+
+
 @pytest.fixture(scope="module")
 def whole(once: Once, cache: Path) -> Path:
     """The run that nothing happened to."""
@@ -203,7 +213,7 @@ def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whol
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_step_was_logged(
-    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Too late to be saved with its step: it waits for the next one, and nothing that was saved is
     wrong."""
@@ -222,20 +232,20 @@ def test_a_signal_after_the_step_was_logged(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
             patch.setattr(MetricsCSV, "log_metrics", log_and_kill)
-            train_here(tmp_path, cache, LONG)
+            train_here(tmp_path, cache, SHORT)
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
     step = checkpoint(tmp_path)["global_step"]
     assert stopped.value.signum == number and f"step {step}:" in str(stopped.value)
     assert step == 31
-    train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    train_here(tmp_path, cache, SHORT)
+    assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 def test_sigterm_in_a_step_that_is_validated(
-    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning would leave its validation out, and the run that goes on would miss it."""
     step_of = MTPModule.training_step
@@ -249,12 +259,12 @@ def test_sigterm_in_a_step_that_is_validated(
     try:
         with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 35:"):
             patch.setattr(MTPModule, "training_step", step_and_kill)
-            train_here(tmp_path, cache, LONG)
+            train_here(tmp_path, cache, SHORT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    train_here(tmp_path, cache, SHORT)
+    assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 def test_interrupt_in_the_validation_behind_the_last_step(
@@ -271,7 +281,7 @@ def test_interrupt_in_the_validation_behind_the_last_step(
 
 
 def test_killed_right_behind_a_save(
-    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run goes on behind the saved step, so that its row must be there."""
     from mtp_lightning.callbacks.checkpoints import Checkpoints
@@ -285,10 +295,10 @@ def test_killed_right_behind_a_save(
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
         patch.setattr(Checkpoints, "_save", save_and_die)
-        train_here(tmp_path, cache, LONG)
+        train_here(tmp_path, cache, SHORT)
     assert checkpoint(tmp_path)["global_step"] == 2 * EVERY
-    train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
+    train_here(tmp_path, cache, SHORT)
+    assert rows(tmp_path) == rows(short)
 
 
 @pytest.mark.long

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from mtp_lightning.run.status import read_status
 from sweeps import search as search_module
 from sweeps.search_space import Choice, Interval, parse
-from tests.integration.helpers import ROOT, environment, overrides
+from tests.integration.helpers import execute, overrides
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")
 
@@ -231,7 +230,7 @@ def test_real_runs(tmp_path: Path, cache: Path) -> None:
     settings = {"optimizer.lr": "interval(1e-4,3e-2,log)", "mtp.depth": "0,1"}
     command = [sys.executable, "-m", "sweeps.search", str(tmp_path / "search")]
     command += ["--trials", "3", "--n-jobs", "2", *overrides(cache, settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    done = execute(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 trials: 3 complete" in done.stdout
     for trial in study(tmp_path / "search").trials:
