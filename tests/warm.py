@@ -101,14 +101,14 @@ def main() -> None:
             for number, name in enumerate((os.devnull, *files)):
                 flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
                 os.dup2(os.open(name, flags), number)
-            os._exit(_code_of(args))
+            os._exit(code_of(args))
         _, status, usage = os.wait4(child, 0)
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps([code, usage.ru_utime + usage.ru_stime]), file=answers, flush=True)
 
 
-def _code_of(args: list[str]) -> int:
-    """Run a program to its end as Python does, but do not take its modules apart."""
+def code_of(args: list[str]) -> int:
+    """Run a program to its end as Python does, but do not take its modules apart; its exit code."""
     code = 0
     try:
         try:
@@ -120,9 +120,9 @@ def _code_of(args: list[str]) -> int:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
-        code = 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     return code

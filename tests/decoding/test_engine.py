@@ -15,8 +15,7 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
-from tests.decoding.test_generate import Letters
+from tests.decoding.models import Letters, random_prompts, small_model, steer_drafts, teacher_forced
 from tests.models import build
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (

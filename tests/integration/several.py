@@ -42,7 +42,7 @@ def train_all(file: Path) -> None:
 
 
 def main() -> None:
-    """The agent of torchrun, which forks instead of starting Python anew."""
+    """The agent of torchrun, which forks instead of starting Python again."""
     import torch
 
     torch.set_num_threads(1)

@@ -23,10 +23,10 @@ from tests.integration.helpers import (
     checkpoint,
     column,
     command,
-    config,
     execute,
     rows,
     start,
+    stop_after,
     train_here,
     wait_for_step,
     weights,
@@ -158,8 +158,10 @@ def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, whole:
     assert_same_weights(tmp_path, whole)
 
 
-def test_a_finished_run_started_again_trains_no_more(tmp_path: Path, cache: Path) -> None:
-    first = train_here(tmp_path, cache)
+def test_a_finished_run_started_again_trains_no_more(
+    tmp_path: Path, cache: Path, copied: Path
+) -> None:
+    first = json.loads((tmp_path / "summary.json").read_text())
     before = rows(tmp_path)
     again = train_here(tmp_path, cache)
     assert rows(tmp_path) == before
@@ -319,31 +321,6 @@ def test_no_torn_rows(killed: Killed) -> None:
     with (killed.folder / "metrics.csv").open() as file:
         table = list(csv.reader(file))
     assert {len(row) for row in table} == {len(table[0])} and len(table) == STEPS + 1
-
-
-def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
-    """Run up to ``step`` and stop there, as at the end of a time limit: with a checkpoint.
-
-    Lightning validates where it stops: only at a step that validates anyway are the rows the same.
-    """
-    import lightning.pytorch as pl
-
-    from mtp_lightning.experiment import training
-
-    class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
-            trainer.should_stop = trainer.global_step >= step
-
-    build = training.build_trainer
-
-    def stopping(*args: object, **kwargs: object) -> pl.Trainer:
-        trainer = build(*args, **kwargs)  # type: ignore[arg-type]
-        trainer.callbacks.insert(0, Stop())  # type: ignore[attr-defined]
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_trainer", stopping)
-        training.train(config(folder, cache, settings))
 
 
 @pytest.mark.slow

@@ -18,11 +18,11 @@ from tests.integration.helpers import (
     assert_same_weights,
     command,
     execute,
+    fails,
     rows,
     train_here,
 )
 from tests.integration.several import run_all
-from tests.integration.test_bad_input import fails
 
 # A quick run on a task: what is text's is left out.
 TASK: dict[str, Any] = {

@@ -25,7 +25,7 @@ from sweeps.recipe import Recipe
 from sweeps.work import Worker
 from tests.integration import helpers
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
-from tests.sweeps.test_command_line import execute, plan, states, wait_until
+from tests.sweeps.typed import execute, plan, states, wait_until
 from tests.warm import LIGHT
 
 # In place of a run: it says that it ended, once only, or fails where its seed is 13.
