@@ -315,16 +315,32 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o not in SHARED])
-def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
+# Groups that have nothing to do with each other: one option of each in one config.
+APART = ("model", "objective", "callbacks", "lambda_schedule", "balance")
+
+
+def chosen_together() -> list[tuple[str, ...]]:
+    """Every option, alone or with others."""
+    left = [option for option in OPTIONS if option not in SHARED]
+    groups = [[o for o in left if o.rsplit("/", 1)[0] == group] for group in APART]
+    several = [
+        tuple(group[i % len(group)] for group in groups) for i in range(max(map(len, groups)))
+    ]
+    return [*several, *((o,) for o in left if o.rsplit("/", 1)[0] not in APART)]
+
+
+@pytest.mark.parametrize("options", chosen_together(), ids="+".join)
+def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Path) -> None:
     from mtp_lightning.experiment import build
     from mtp_lightning.experiment.device import settle_device
     from mtp_lightning.experiment.instantiate import instantiate
 
     text = tmp_path / "text.txt"
     text.write_text("one line of text, and another\n" * 400)
+    chosen = [word for option in options for word in NEEDS.get(option, [])]
+    chosen += ["=".join(option.rsplit("/", 1)) for option in options]
+    (option, *_) = options
     group, name = option.rsplit("/", 1)
-    chosen = [f"{group}={name}", *NEEDS.get(option, [])]
     if group != "data" and option not in {*TASK_PRESETS, "experiment/smollm2_heads"}:
         chosen += ["data=text", "data.paths=TEXT", "data.seq_len=8"]
     paths = {"TEXT": text}
