@@ -21,8 +21,8 @@ import pytest
 _FOLDERS = ("checkpoints", "lightning_logs", "multirun", "outputs", "runs")
 # What Python and the tools of a checkout keep for themselves.
 _KEPT = (".git", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", ".ruff_cache")
-# Of Python's own, which ends with the process that it serves.
-_HELPER = "multiprocessing.resource_tracker"
+# These end with the process that they serve; the second is tests/warm.py.
+_HELPERS = ("multiprocessing.resource_tracker", "-m tests.warm")
 _MARK = "MTP_TESTS_PROCESS"
 # A killed sweep's watchdog (sweeps/process.py) lives for the grace that it gives the runs.
 _WATCHDOG, _GRACE = 'trap "" TERM; read -r _', 75.0
@@ -136,7 +136,9 @@ class Leftovers:
         self._foreign = numbers - ours - unknown
         found = {pid: _command(pid) for pid in ours - _with_children(self._held, parents)}
         return {
-            pid: command for pid, command in found.items() if command and _HELPER not in command
+            pid: command
+            for pid, command in found.items()
+            if command and not any(helper in command for helper in _HELPERS)
         }
 
     def _listing(self) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from data_modules.windows import WindowBatch
@@ -9,6 +11,10 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import routers_of
+
+# A tree of tokens, and its paths from the root.
+PARENTS = [-1, 0, 0, 1, 1, 2, 5, 3]
+PATHS = [[0, 1, 3, 7], [0, 1, 4], [0, 2, 5, 6]]
 
 
 def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
@@ -36,3 +42,14 @@ def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:
     generator = torch.Generator().manual_seed(1)
     shape = (rows, seq_len + depth + 1)
     return WindowBatch(torch.randint(0, 37, shape, generator=generator), depth)
+
+
+def checkpoint_of(model: MTPModel) -> dict[str, Any]:
+    """What a run would have written of it, as far as it is read."""
+    return {
+        "model_config": model.config.to_dict(),
+        "state_dict": {f"model.{name}": t for name, t in model.state_dict().items()},
+        "tokenizer": {},
+        "config": {},
+        "global_step": 3,
+    }

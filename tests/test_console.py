@@ -13,12 +13,13 @@ import yaml
 
 from mtp_lightning.console import APPS, TOOLS
 from tests.integration import helpers
+from tests.warm import LIGHT, Done
 
 # A folder's name with everything that some grammar or shell has a meaning for.
 ODD = "a [b], c='d' \"e\" #运行 $f \\ (g) {h} ~i"
 
 
-def console(*arguments: str) -> subprocess.CompletedProcess[str]:
+def console(*arguments: str, imported: tuple[str, ...] = LIGHT) -> Done:
     """The command of this checkout; its last line of stdout lists what slow packages it loaded."""
     program = (
         "import atexit, sys; sys.argv[0] = 'mtp-lightning';"
@@ -26,12 +27,12 @@ def console(*arguments: str) -> subprocess.CompletedProcess[str]:
         "atexit.register(lambda: print('LOADED', [m for m in slow if m in sys.modules]));"
         "from mtp_lightning.console import main; main()"
     )
-    return helpers.execute([sys.executable, "-c", program, *arguments])
+    return helpers.execute([sys.executable, "-c", program, *arguments], imported=imported)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
 def test_help_lists_the_commands_at_once(arguments: tuple[str, ...]) -> None:
-    done = console(*arguments)
+    done = console(*arguments, imported=())
     assert done.returncode == 0 and done.stdout.endswith("LOADED []\n"), done.stderr
     for command in (*APPS, *TOOLS):
         assert f"\n  {command} " in done.stdout
@@ -104,7 +105,9 @@ def test_the_command_that_a_run_ends_with_can_be_typed(base: Path) -> None:
     said = (base / ODD / "said").read_text().splitlines()
     (line,) = [line for line in said if line.startswith("text ")]
     typed = f"{sys.executable} {helpers.ROOT}/{line.split('python ', 1)[1]} {' '.join(SHORT)}"
-    done = helpers.execute(["sh", "-c", typed], base)
+    done = subprocess.run(
+        ["sh", "-c", typed], capture_output=True, text=True, cwd=base, env=helpers.environment()
+    )
     assert done.returncode == 0 and done.stdout.startswith("..."), done.stderr
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from mtp_lightning.callbacks.progress import StepProgressBar
 from mtp_lightning.cli import QUIET
 from mtp_lightning.explained import Key, groups, help_for, read_option
 from mtp_lightning.paths import CONF
-from tests.integration.helpers import ROOT, environment
+from tests.integration.helpers import ROOT, execute
+from tests.warm import LIGHT, Done
 
 
 def test_a_files_comments(tmp_path: Path) -> None:
@@ -59,17 +59,14 @@ def test_help_for_groups_and_options() -> None:
 
 
 def test_the_command_line_helps() -> None:
-    def execute(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "train.py"), *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=environment(), timeout=120
-        )
+    def typed(*words: str) -> Done:
+        return execute([sys.executable, str(ROOT / "train.py"), *words], imported=LIGHT)
 
-    whole = execute("--help")
+    whole = typed("--help")
     assert whole.returncode == 0 and len(whole.stdout.splitlines()) <= 55, "one screen"
     assert "--help GROUP" in whole.stdout
-    assert execute("--help", "mtp").stdout.strip() == help_for("mtp")
-    refused = execute("--help", "nope")
+    assert typed("--help", "mtp").stdout.strip() == help_for("mtp")
+    refused = typed("--help", "nope")
     assert refused.returncode == 1 and "no group 'nope'" in refused.stderr
 
 

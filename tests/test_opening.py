@@ -14,8 +14,7 @@ from mtp_lightning.opening import build_model, open_model, read_model
 from mtp_lightning.parts import PARTS, Part
 from mtp_lightning.run import loading
 from tests.decoding.models import small_model
-from tests.models import build
-from tests.run.test_loading import checkpoint_of
+from tests.models import build, checkpoint_of
 
 
 def test_a_reader_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import pytest
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.parts import PARTS
-from tests.integration.helpers import ROOT, environment
-from tests.test_structure import imports, sources, takes
+from tests.integration.helpers import ROOT, execute
+from tests.layout import imports, sources, takes
+from tests.warm import Done
 
 PACKAGES = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 HERE = [name for name in PARTS if parts.is_there(name)]
@@ -29,11 +29,16 @@ def enter(root):
 """.replace("ROOT", repr(str(ROOT)))
 ENTER = f"{ALONE}root, *sys.argv = sys.argv[1:]\nenter(root)\n"
 RUN = f"{ENTER}runpy.run_path(sys.argv[0], run_name='__main__')"
-# Imports the modules of each copy in a fork of a process that has the libraries already; a package
-# of others may be missing.
+# A copy's programs find these imported, and nothing of the checkout.
+LIBRARIES = ("hydra", "lightning.pytorch", "numpy", "tokenizers", "torch", "torchmetrics")
+# Imports the modules of each copy in a fork; a package of others may be missing. Files are compiled
+# once, for all copies.
 IMPORT = f"""{ALONE}
-import hydra, lightning.pytorch, numpy, tokenizers, torch, torchmetrics
-for root, names in json.load(sys.stdin).items():
+from importlib.machinery import SourceFileLoader
+codes = {{name: compile(open(path).read(), path, "exec") for name, path in json.loads(sys.argv[2])}}
+compiled = SourceFileLoader.get_code
+SourceFileLoader.get_code = lambda self, name: codes.get(name) or compiled(self, name)
+for root, names in json.loads(sys.argv[1]).items():
     sys.stderr.flush()
     if (child := os.fork()) == 0:
         enter(root)
@@ -53,7 +58,7 @@ for root, names in json.load(sys.stdin).items():
 
 def without(folder: Path, *taken: str) -> Path:
     """A copy of the tree without some parts."""
-    for name in (*PACKAGES, "conf"):  # compiled files, too, which keeps this short
+    for name in (*PACKAGES, "conf"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("train.py", "generate.py", "export.py", "serve.py", "doctor.py"):
         shutil.copy(ROOT / name, folder / name)
@@ -66,23 +71,13 @@ def without(folder: Path, *taken: str) -> Path:
     return folder
 
 
-def start(
-    program: str, root: Path, *arguments: str, stdin: str = ""
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        input=stdin,
-        text=True,
-        cwd=root,
-        env=environment(),
-        timeout=600,
-    )
-
-
-def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(root: Path, *arguments: str) -> Done:
     """A program of a copy."""
-    return start(RUN, root, str(root), *arguments)
+    return execute([sys.executable, "-c", RUN, str(root), *arguments], root, imported=LIBRARIES)
+
+
+def module(file: str) -> str:
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 def modules(*taken: str) -> list[str]:
@@ -91,7 +86,7 @@ def modules(*taken: str) -> list[str]:
     homes = [PARTS[name].module for name in gone]
     found = []
     for file in sources(*PACKAGES):
-        name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        name = module(file)
         if not takes(name, *homes) and not name.endswith("__main__"):
             found.append(name)
     return found
@@ -100,7 +95,9 @@ def modules(*taken: str) -> list[str]:
 def test_every_module_imports_without_each_part_and_without_all(tmp_path: Path) -> None:
     taken = {**{part: (part,) for part in HERE}, "all": tuple(HERE)}
     todo = {str(without(tmp_path / name, *gone)): modules(*gone) for name, gone in taken.items()}
-    done = start(IMPORT, tmp_path, stdin=json.dumps(todo))
+    files = [(module(file), str(ROOT / file)) for file in sources(*PACKAGES)]
+    program = [sys.executable, "-c", IMPORT, json.dumps(todo), json.dumps(files)]
+    done = execute(program, tmp_path, imported=LIBRARIES, seconds=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -131,16 +128,16 @@ def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
         assert done.stderr.startswith("error: ") and f"needs {module} (" in done.stderr
 
 
-@pytest.mark.parametrize("file", sources(*PACKAGES))
-def test_only_one_file_of_the_core_names_a_part(file: str) -> None:
-    name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-    own = {part for part, found in PARTS.items() if takes(name, found.module)}
-    if name == "mtp_lightning.parts":
-        return
-    allowed = {*own, *(use for part in own for use in PARTS[part].uses)}
-    for part in PARTS.keys() - allowed:
-        for imported in imports(file):
-            assert not takes(imported, PARTS[part].module), f"{part} is named by {file}"
+def test_only_one_file_of_the_core_names_a_part() -> None:
+    for file in sources(*PACKAGES):
+        name = module(file)
+        own = {part for part, found in PARTS.items() if takes(name, found.module)}
+        if name == "mtp_lightning.parts":
+            continue
+        allowed = {*own, *(use for part in own for use in PARTS[part].uses)}
+        for part in PARTS.keys() - allowed:
+            for imported in imports(file):
+                assert not takes(imported, PARTS[part].module), f"{part} is named by {file}"
 
 
 def test_a_part_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +159,8 @@ def test_the_cores_tests_pass_without_a_part(part: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", root / "pyproject.toml")
     program = f"{ENTER}import pytest; sys.exit(pytest.main(sys.argv))"
     skipped = [f"--deselect={file}" for file in _of_part(part)]
-    done = start(program, root, str(root), "-n", "2", "-x", *CORE, *skipped)
+    args = [sys.executable, "-c", program, str(root), "-n", "2", "-x", *CORE, *skipped]
+    done = execute(args, root, imported=(), seconds=600)
     assert done.returncode == 0, done.stdout
 
 

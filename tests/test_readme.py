@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mtp_lightning.literal import literal
-from tests.integration.helpers import train_here
+from tests.integration.helpers import execute, train_here
+from tests.warm import Done
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,11 +49,9 @@ APPS = {
 SHORT = ["debug=fast", "trainer.max_steps=10", "logger=csv"]
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    app, *overrides = arguments
-    command = [sys.executable, str(ROOT / app), *overrides]
+def run(tmp_path: Path, app: str, *overrides: str) -> Done:
     # From another directory, as the apps promise.
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    return execute([sys.executable, str(ROOT / app), *overrides], tmp_path)
 
 
 def test_the_two_commands_are_there() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parents[1]
+from tests.integration.helpers import execute
+from tests.layout import ROOT, imports, sources, takes
+from tests.warm import LIGHT
+
 CONF = ROOT / "conf"
 APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 
@@ -85,41 +85,7 @@ LAZY = (
     "pandas",
     "tensorboard",
 )
-
-
-def sources(*folders: str) -> list[str]:
-    """Python files below the folders, as paths from the root."""
-    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    return sorted(path.relative_to(ROOT).as_posix() for path in found)
-
-
-def imports(file: str, *, top_only: bool = False) -> Iterator[str]:
-    """Full names of the modules (and of what is taken from them) that a file imports; those for the
-    type checker alone count too, for a reader follows them. ``top_only``: when it is loaded."""
-    yield from _imports(ast.parse((ROOT / file).read_text(encoding="utf-8")), top_only)
-
-
-def _imports(node: ast.AST, top_only: bool) -> Iterator[str]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "relative imports hide which room is meant"
-            yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif not (top_only and _waits(child)):
-            yield from _imports(child, top_only)
-
-
-def _waits(node: ast.AST) -> bool:
-    """Whether what is in it does not run when the file is loaded."""
-    if isinstance(node, ast.If):
-        return "TYPE_CHECKING" in ast.unparse(node.test)
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-
-
-def takes(name: str, *packages: str) -> bool:
-    """Whether an imported name lies in one of the packages."""
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+LATE = "slow to import, or an extra: do it in the function that needs it"
 
 
 def room(parts: list[str]) -> str:
@@ -136,87 +102,110 @@ def test_the_checks_below_see_imports() -> None:
     assert "rich.console.Console" not in set(imports("mtp_lightning/run/summary.py", top_only=True))
 
 
-@pytest.mark.parametrize("file", sources("mtp_lightning"))
-def test_import_direction(file: str) -> None:
-    own = room(file.split("/"))
-    if own == "__init__":
-        assert list(imports(file, top_only=True)) == []
-        assert all(takes(name, "mtp_lightning.parts") for name in imports(file))
-        return
-    assert own in RANK, f"give {own} a place in RANK, and in the rooms of CONTRIBUTING.md"
-    for name in imports(file):
-        if takes(name, "mtp_lightning"):
-            other = room(name.split("."))
-            assert other in RANK, f"give {other} a place in RANK"
-            assert other == own or RANK[other] < RANK[own], f"{own} imports {other}: {name}"
+def test_import_direction() -> None:
+    for file in sources("mtp_lightning"):
+        own = room(file.split("/"))
+        if own == "__init__":
+            assert list(imports(file, top_only=True)) == []
+            assert all(takes(name, "mtp_lightning.parts") for name in imports(file))
+            continue
+        assert own in RANK, f"give {own} a place in RANK, and in the rooms of CONTRIBUTING.md"
+        for name in imports(file):
+            if takes(name, "mtp_lightning"):
+                other = room(name.split("."))
+                assert other in RANK, f"give {other} a place in RANK"
+                assert other == own or RANK[other] < RANK[own], f"{own} imports {other}: {name}"
 
 
-@pytest.mark.parametrize("file", sources("mtp_lightning", "data_modules"))
-def test_who_may_import_what(file: str) -> None:
-    for name in imports(file):
-        if takes(name, "lightning", "pytorch_lightning"):
-            assert file.startswith((*LIGHTNING, EXPERIMENT, "data_modules/")), name
-        if takes(name, "hydra", "omegaconf"):
-            assert file.startswith(CONFIGURED), name
-        if takes(name, "mtp_lightning"):
-            # how a setting is refused, a library of C++ opened, and what systems do differently
-            shared = ("settings", "errors", "built", "parts", "stored", "system")
-            own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
-            assert own or not file.startswith("data_modules/"), name
-        if takes(name, "data_modules") and not file.startswith("data_modules/"):
-            # The batch is all that models and data share. experiment/ and certify/ bring the two
-            # together, opening.py hands out the tokenizer stored beside a model's weights, and
-            # programs lie in the same cache folder as tokens.
-            stored = file == "mtp_lightning/opening.py" and takes(name, "data_modules.tokenizers")
-            kept = file == "mtp_lightning/decoding/programs.py" and takes(
-                name, "data_modules.cache"
+def test_who_may_import_what() -> None:
+    for file in sources("mtp_lightning", "data_modules"):
+        for name in imports(file):
+            where = f"{file}: {name}"
+            if takes(name, "lightning", "pytorch_lightning"):
+                assert file.startswith((*LIGHTNING, EXPERIMENT, "data_modules/")), where
+            if takes(name, "hydra", "omegaconf"):
+                assert file.startswith(CONFIGURED), where
+            if takes(name, "mtp_lightning"):
+                # how a setting is refused, a library of C++ opened, and what systems do differently
+                shared = ("settings", "errors", "built", "parts", "stored", "system")
+                own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
+                assert own or not file.startswith("data_modules/"), where
+            if takes(name, "data_modules") and not file.startswith("data_modules/"):
+                # The batch is all that models and data share. experiment/ and certify/ bring the
+                # two together, opening.py hands out the tokenizer stored beside a model's weights,
+                # and programs lie in the same cache folder as tokens.
+                stored = file == "mtp_lightning/opening.py" and takes(
+                    name, "data_modules.tokenizers"
+                )
+                kept = file == "mtp_lightning/decoding/programs.py" and takes(
+                    name, "data_modules.cache"
+                )
+                together = stored or kept or file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
+                assert takes(name, "data_modules.windows") or together, where
+            assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), (
+                file,
+                name,
             )
-            together = stored or kept or file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
-            assert takes(name, "data_modules.windows") or together, name
-        assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), name
-    late = [name for name in imports(file, top_only=True) if takes(name, *LAZY)]
-    assert late == [], "slow to import: do it in the function that needs it"
+        late = [name for name in imports(file, top_only=True) if takes(name, *LAZY)]
+        assert late == [], f"{file}: {LATE}"
 
 
-@pytest.mark.parametrize("file", sources("sweeps/report"))
-def test_the_report_reads_files_alone(file: str) -> None:
-    for name in imports(file):
-        own = takes(name, "sweeps.report", *SHARED_WITH_SWEEPS)
-        assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), name
-    late = [name for name in imports(file, top_only=True) if takes(name, *LAZY, "scipy", "jinja2")]
-    assert late == [], "slow to import, and an extra: do it in the function that needs it"
+def test_the_report_reads_files_alone() -> None:
+    for file in sources("sweeps/report"):
+        for name in imports(file):
+            own = takes(name, "sweeps.report", *SHARED_WITH_SWEEPS)
+            assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), (
+                file,
+                name,
+            )
+        late = [
+            name for name in imports(file, top_only=True) if takes(name, *LAZY, "scipy", "jinja2")
+        ]
+        assert late == [], (
+            f"{file}: slow to import, and an extra: do it in the function that needs it"
+        )
 
 
-@pytest.mark.parametrize("file", sources("mtp_lightning/nn", "mtp_lightning/mtp"))
-def test_pure_torch(file: str) -> None:
+def test_pure_torch() -> None:
     """Stacks also read windows, from which they make their targets."""
-    windows = ["data_modules.windows"] if file.startswith("mtp_lightning/mtp/") else []
-    for name in imports(file):
-        assert takes(name, "torch", "mtp_lightning", *windows) or _standard(name), name
+    for file in sources("mtp_lightning/nn", "mtp_lightning/mtp"):
+        windows = ["data_modules.windows"] if file.startswith("mtp_lightning/mtp/") else []
+        for name in imports(file):
+            where = f"{file}: {name}"
+            assert takes(name, "torch", "mtp_lightning", *windows) or _standard(name), where
 
 
-@pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
-def test_sweeps_talk_to_runs_through_files(file: str) -> None:
-    for name in imports(file):
-        assert not takes(name, "lightning", "data_modules", "conf", "tests", *_app_names()), name
-        shared = (*SHARED_WITH_SWEEPS, *(WEIGHTS if file.startswith("sweeps/claims/") else []))
-        assert not takes(name, "mtp_lightning") or takes(name, *shared), name
-    slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", *WEIGHTS, *LAZY)
-    for name in imports(file, top_only=True):
-        assert not takes(name, *slow), "slow to import: do it in the function that needs it"
-        if file.startswith("hydra_plugins/"):  # which Hydra imports at every start
-            assert takes(name, "hydra", "omegaconf", *SHARED_WITH_SWEEPS) or _standard(name), name
+def test_sweeps_talk_to_runs_through_files() -> None:
+    for file in sources("sweeps", "hydra_plugins"):
+        for name in imports(file):
+            where = f"{file}: {name}"
+            assert not takes(name, "lightning", "data_modules", "conf", "tests", *_app_names()), (
+                file,
+                name,
+            )
+            shared = (*SHARED_WITH_SWEEPS, *(WEIGHTS if file.startswith("sweeps/claims/") else []))
+            assert not takes(name, "mtp_lightning") or takes(name, *shared), where
+        slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", *WEIGHTS, *LAZY)
+        for name in imports(file, top_only=True):
+            assert not takes(name, *slow), (
+                f"{file}: slow to import: do it in the function that needs it"
+            )
+            if file.startswith("hydra_plugins/"):  # which Hydra imports at every start
+                assert takes(name, "hydra", "omegaconf", *SHARED_WITH_SWEEPS) or _standard(name), (
+                    file,
+                    name,
+                )
 
 
-@pytest.mark.parametrize("app", APPS)
-def test_apps_wait_with_slow_imports(app: str) -> None:
-    files = [app, f"mtp_lightning/apps/{app}", "mtp_lightning/apps/__init__.py"]
-    for name in (name for file in files for name in imports(file, top_only=True)):
-        allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
-        assert allowed or _standard(name), name
-    for file in ("cli", "literal", "paths", "errors", "console"):
-        for name in imports(f"mtp_lightning/{file}.py", top_only=True):
-            assert takes(name, *SHARED_WITH_SWEEPS) or _standard(name), name
+def test_apps_wait_with_slow_imports() -> None:
+    for app in APPS:
+        files = [app, f"mtp_lightning/apps/{app}", "mtp_lightning/apps/__init__.py"]
+        for name in (name for file in files for name in imports(file, top_only=True)):
+            allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
+            assert allowed or _standard(name), (app, name)
+        for file in ("cli", "literal", "paths", "errors", "console"):
+            for name in imports(f"mtp_lightning/{file}.py", top_only=True):
+                assert takes(name, *SHARED_WITH_SWEEPS) or _standard(name), (app, name)
 
 
 def _standard(name: str) -> bool:
@@ -237,30 +226,20 @@ def test_help_is_quick(app: str) -> None:
         f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{app!r}, '--help'];"
         f"runpy.run_path({str(ROOT / app)!r}, run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    hydra = [sys.executable, "-c", "import hydra"]
+    # Processor time as a ratio within one try: the machine's speed varies from try to try.
+    ratios: list[float] = []
+    while len(ratios) < 3 and not (ratios and ratios[-1] < 8):
+        done = execute([sys.executable, "-c", program], Path("/"), imported=())
+        ratios.append(done.seconds / execute(hydra, imported=()).seconds)
+    assert min(ratios) < 8, ratios
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
     assert f"python {app}" in done.stdout
-    # Processor time as a ratio within one try: the machine's speed varies from try to try.
-    ratios = []
-    for _ in range(3):
-        ratios.append(_cpu_seconds([ROOT / app, "--help"]) / _cpu_seconds(["-c", "import hydra"]))
-        if ratios[-1] < 8:
-            break
-    assert min(ratios) < 8, ratios
-
-
-def _cpu_seconds(arguments: list[str | Path]) -> float:
-    before = os.times()
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
-    after = os.times()
-    return sum(after[2:4]) - sum(before[2:4])
 
 
 def test_help_names_every_group_and_override() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True
-    )
+    done = execute([sys.executable, str(ROOT / "train.py"), "--help"], imported=LIGHT)
     for group in ("model", "mtp", "lambda_schedule", "data", "tokenizer", "optimizer", "trainer"):
         assert f"\n{group}: " in done.stdout
     keys = {line.split("=")[0].strip() for line in done.stdout.split("used most:")[1].splitlines()}
@@ -277,16 +256,18 @@ def test_help_names_every_group_and_override() -> None:
 CONFIGS = sorted(path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("file", CONFIGS)
-def test_every_key_is_explained(file: str) -> None:
+def test_every_key_is_explained() -> None:
     """A comment stands above every key that a user may set."""
-    lines = (CONF / file).read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# "), "the first line says what the file is"
-    if file.startswith(("debug/", "experiment/")):
-        return  # a preset sets other files' keys, which are explained there
-    for key, line in _keys(yaml.compose((CONF / file).read_text(encoding="utf-8"))):
-        above = lines[line - 1].strip() if line else ""
-        assert above.startswith("#"), f"{key} in line {line + 1} has no comment above it"
+    for file in CONFIGS:
+        lines = (CONF / file).read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("# "), f"the first line of {file} says what it is"
+        if file.startswith(("debug/", "experiment/")):
+            continue  # a preset sets other files' keys, which are explained there
+        for key, line in _keys(yaml.compose((CONF / file).read_text(encoding="utf-8"))):
+            above = lines[line - 1].strip() if line else ""
+            assert above.startswith("#"), (
+                f"{file}: {key} in line {line + 1} has no comment above it"
+            )
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -334,16 +315,32 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o not in SHARED])
-def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
+# Groups that have nothing to do with each other: one option of each in one config.
+APART = ("model", "objective", "callbacks", "lambda_schedule", "balance")
+
+
+def chosen_together() -> list[tuple[str, ...]]:
+    """Every option, alone or with others."""
+    left = [option for option in OPTIONS if option not in SHARED]
+    groups = [[o for o in left if o.rsplit("/", 1)[0] == group] for group in APART]
+    several = [
+        tuple(group[i % len(group)] for group in groups) for i in range(max(map(len, groups)))
+    ]
+    return [*several, *((o,) for o in left if o.rsplit("/", 1)[0] not in APART)]
+
+
+@pytest.mark.parametrize("options", chosen_together(), ids="+".join)
+def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Path) -> None:
     from mtp_lightning.experiment import build
     from mtp_lightning.experiment.device import settle_device
     from mtp_lightning.experiment.instantiate import instantiate
 
     text = tmp_path / "text.txt"
     text.write_text("one line of text, and another\n" * 400)
+    chosen = [word for option in options for word in NEEDS.get(option, [])]
+    chosen += ["=".join(option.rsplit("/", 1)) for option in options]
+    (option, *_) = options
     group, name = option.rsplit("/", 1)
-    chosen = [f"{group}={name}", *NEEDS.get(option, [])]
     if group != "data" and option not in {*TASK_PRESETS, "experiment/smollm2_heads"}:
         chosen += ["data=text", "data.paths=TEXT", "data.seq_len=8"]
     paths = {"TEXT": text}

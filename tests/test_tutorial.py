@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mtp_lightning.literal import literal
-from tests.integration.helpers import ROOT, environment, overrides
+from tests.integration.helpers import ROOT, execute, overrides
 
 FOLDER = ROOT / "docs" / "tutorial"
 CHAPTERS = ("first_run", "depths", "drafting", "sweep", "your_head")
@@ -91,10 +90,8 @@ def type_in(words: list[str], folder: Path, cache: Path) -> str:
         }
         kept = [word for word in rest if not word.startswith(("max_new_tokens=", "decode."))]
         command = [str(ROOT / program), *kept, *less.get(program, [])]
-    env = {**environment(), "PYTHONPATH": f"{ROOT}:{folder}", "MTP_LIGHTNING_CACHE": str(cache)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600
-    )
+    env = {"PYTHONPATH": str(folder), "MTP_LIGHTNING_CACHE": str(cache)}
+    done = execute([sys.executable, *command], folder, seconds=600, **env)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

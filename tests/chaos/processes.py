@@ -7,11 +7,9 @@ session of its own with the default signal handlers; it ends as an interpreter d
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import resource
-import runpy
 import signal
 import sys
 import time
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.integration.helpers import ROOT, environment
+from tests.warm import code_of
 
 # What changes a process before its command begins.
 Change = Callable[[], None]
@@ -194,27 +193,8 @@ def _become(
         if change is not None:
             change()
         app, *rest = arguments
-        code = 0
-        if app == "-m":
-            sys.argv = rest
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [str(ROOT / app), *rest]
-            runpy.run_path(str(ROOT / app), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    except KeyboardInterrupt:
-        traceback.print_exc()
-        code = 130
+        code = code_of(arguments if app == "-m" else [str(ROOT / app), *rest])
     except BaseException:
         traceback.print_exc()
-        code = 1
     finally:
-        try:
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
+        os._exit(code)

@@ -11,7 +11,7 @@ from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from mtp_lightning.nn.trunk import Trunk
 from tests.kernels import prepared
-from tests.nn.test_tree_cache import PARENTS, PATHS
+from tests.models import PARENTS, PATHS
 
 
 @pytest.mark.parametrize("starts", [[7], [20, 20], [3, 18, 11]])

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
-from pathlib import Path
 
 import pytest
 
-from data_modules import TokenDataModule, digests
+from data_modules import TokenDataModule
 from data_modules.digests import LARGE, content_digest
 from data_modules.sources.base import digest_files
 from data_modules.tokenizers import ByteTokenizer
-
-
-@pytest.fixture
-def reads(monkeypatch) -> list[str]:
-    """Names of the files whose content was read, in order."""
-    seen: list[str] = []
-    real = digests.hashlib.file_digest
-    monkeypatch.setattr(
-        digests.hashlib,
-        "file_digest",
-        lambda file, how: seen.append(Path(file.name).name) or real(file, how),
-    )
-    return seen
-
-
-@pytest.fixture
-def later(monkeypatch) -> None:
-    """As though every file had been written long ago."""
-    now = time.time_ns
-    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 10_000_000_000)
 
 
 def test_a_large_file_is_read_once(tmp_path, reads, later):

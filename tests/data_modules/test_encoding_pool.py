@@ -18,7 +18,7 @@ from data_modules.sources import SyntheticSource, TextSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
-from tests.data_modules.test_token_store import contents
+from tests.data_modules.stores import contents
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_modules import loader as loader_module
 from data_modules.order import LARGE, FeistelOrder, epoch_order, window_order
-from tests.data_modules.test_loader import loader_of, numbers
+from tests.data_modules.loaders import loader_of, numbers
 
 seeds = st.integers(0, 2**31)
 

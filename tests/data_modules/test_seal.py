@@ -15,8 +15,7 @@ from data_modules.cache import build_once
 from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
-from tests.data_modules.test_digests import later, reads  # noqa: F401  # fixtures
-from tests.data_modules.test_token_store import Listed, store_of
+from tests.data_modules.stores import Listed, store_of
 
 DOCUMENTS = [f"document {i} of a corpus\n" * (i % 5 + 1) for i in range(200)]
 FILES = [
@@ -61,7 +60,7 @@ def test_damaged_digests_are_told(tmp_path: Path, content: bytes) -> None:
 
 def test_digests_are_those_of_the_files_which_are_not_read_for_it(
     tmp_path: Path,
-    reads: list[str],  # noqa: F811
+    reads: list[str],
 ) -> None:
     folder = reopened(tmp_path).folder
     assert not [name for name in reads if name.endswith(".bin")]
@@ -73,8 +72,8 @@ def test_digests_are_those_of_the_files_which_are_not_read_for_it(
 
 def test_what_is_large_is_read_once(
     tmp_path: Path,
-    reads: list[str],  # noqa: F811
-    later: None,  # noqa: F811
+    reads: list[str],
+    later: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(digests, "LARGE", 1000)

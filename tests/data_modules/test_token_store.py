@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -20,36 +19,11 @@ from data_modules import cache, claim, encoding, store_builder
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import pieces
 from data_modules.sources import SyntheticSource, TextSource
-from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit, cut_point
 from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore, token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
-
-
-class Listed(Source):
-    """Documents from a list."""
-
-    name = "listed"
-
-    def __init__(self, documents: list[str]) -> None:
-        self.listed = documents
-
-    def documents(self):
-        return iter(self.listed)
-
-    def fingerprint(self) -> str:
-        return json.dumps(self.listed)
-
-
-def store_of(documents: list[str], folder: Path, tokenizer=None, **options) -> TokenStore:
-    split = DocumentSplit(Listed(documents), **options)
-    return prepare_store(tokenizer or ByteTokenizer(), split, folder)[0]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+from tests.data_modules.stores import Listed, contents, store_of
 
 
 def test_store_holds_every_document_once(tmp_path):
@@ -276,7 +250,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def text(tmp_path) -> Path:
     folder = tmp_path / "text"
     folder.mkdir()
-    for i, document in enumerate(SyntheticSource(size=5_000_000, documents=80).documents()):
+    for i, document in enumerate(SyntheticSource(size=2_500_000, documents=80).documents()):
         (folder / f"{i:03}.txt").write_text(document)
     return folder
 

@@ -130,3 +130,12 @@ def verify_passes_give_the_bits_of_single_ones(model, *, threads, rows):
                     single.accept([0] * rows, 0)
     finally:
         torch.set_num_threads(1)
+
+
+class Letters:
+    """Token i is one character; the last id ends a text."""
+
+    eot_id = 36
+
+    def decode(self, ids):
+        return "".join("abcdefghijklmnopqrstuvwxyz0123456789$"[i] for i in ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 
 import pytest
@@ -84,8 +85,13 @@ def recorded(monkeypatch, session):
     return logits
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("name", "chance"),
+    [
+        *((name, 0.6) for name in VARIANTS),
+        *itertools.product(("dense", "deepseek", "linear, markov", "plain"), (0.0, 1.0)),
+    ],
+)
 def test_passes_are_those_of_eager_decoding(name, chance, passes, monkeypatch):
     settings = dict(VARIANTS[name])
     model = small_model(5, settings.pop("depth"), **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
+from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import VOCAB, random_prompts, small_model
-from tests.decoding.test_sampling import require_the_models_distribution
 
 ROWS = 20
 HEADS: list[dict[str, Any]] = [
@@ -44,14 +45,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("mtp", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("mtp", "way"),
+    [*itertools.product(HEADS, WAYS[:2]), *itertools.product(HEADS[:2], WAYS[2:])],
+    ids=str,
+)
 def test_drafts_are_of_the_first_tokens_and_change_no_text(
     mtp: dict[str, Any], way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(4, 2, **mtp)
     prompts = random_prompts(4, (9, 3, 14))
-    options: dict[str, Any] = {"max_new_tokens": 30, "batch_size": 2, "seed": 3}
+    options: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 2, "seed": 3}
     seen = watched(monkeypatch)
     found = generate(model, prompts, draft_vocab=ROWS, **options, **way)
     assert seen or way.get("draft_depth") == "auto"

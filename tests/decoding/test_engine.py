@@ -15,8 +15,7 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
-from tests.decoding.test_generate import Letters
+from tests.decoding.models import Letters, random_prompts, small_model, steer_drafts, teacher_forced
 from tests.models import build
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
@@ -69,7 +68,7 @@ def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
 def test_rows_that_come_and_go_are_those_by_themselves(mtp, options):
     """Greedy and sampled side by side; some are removed halfway, and change nothing."""
     model = small_model(3, **mtp)
-    requests = requests_of(3, 24)
+    requests = requests_of(3, 16)
     expected = [by_itself(model, request, **options) for request in requests]
     generator = torch.Generator().manual_seed(0)
     waiting, found, removed = deque(requests), {}, set()
@@ -84,7 +83,7 @@ def test_rows_that_come_and_go_are_those_by_themselves(mtp, options):
             if engine.sequences and torch.rand((), generator=generator) < 0.05:
                 engine.remove(engine.sequences[0])
                 removed.add(len(waiting))
-    assert removed and len(found) > 15
+    assert removed and len(found) > 9
     for index, token_ids in found.items():
         assert token_ids == expected[index], index
 

@@ -14,16 +14,7 @@ from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.options import Request
-from tests.decoding.models import random_prompts, small_model, steer_drafts
-
-
-class Letters:
-    """Token i is one character; the last id ends a text."""
-
-    eot_id = 36
-
-    def decode(self, ids):
-        return "".join("abcdefghijklmnopqrstuvwxyz0123456789$"[i] for i in ids)
+from tests.decoding.models import Letters, random_prompts, small_model, steer_drafts
 
 
 @pytest.fixture

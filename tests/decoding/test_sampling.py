@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -15,22 +14,8 @@ from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from tests.decoding.models import random_prompts, small_model, teacher_forced
-
-VOCAB = 8
-
-
-def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
-    """Standard deviations by which the statistic exceeds its mean; cells of p = 0 must be empty."""
-    assert counts[probs == 0].sum() == 0
-    counts, expected = counts.double(), probs.double() * counts.sum()
-    big = expected >= 5
-    cells_o = torch.cat((counts[big], counts[~big].sum().view(1)))
-    cells_e = torch.cat((expected[big], expected[~big].sum().view(1)))
-    used = cells_e > 0
-    statistic = ((cells_o - cells_e)[used] ** 2 / cells_e[used]).sum()
-    freedom = int(used.sum()) - 1
-    return float((statistic - freedom) / math.sqrt(2 * freedom))
+from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
+from tests.decoding.models import random_prompts, small_model
 
 
 def test_processors_by_hand():
@@ -138,10 +123,14 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.3, "top_k": 5}],
+    ("options", "drafted"),
+    [
+        ({"temperature": 1.0}, 1),
+        ({"temperature": 1.0}, 2),
+        ({"temperature": 0.7, "top_p": 0.8}, 2),
+        ({"temperature": 1.3, "top_k": 5}, 2),
+    ],
 )
-@pytest.mark.parametrize("drafted", [1, 2])
 def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
     require_the_models_distribution(small_model(11, 2, vocab=VOCAB), options, drafted)
 
@@ -160,41 +149,6 @@ def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):
     """The second draft's distribution depends on the first draft."""
     model = small_model(11, 2, vocab=VOCAB, **mtp)
     require_the_models_distribution(model, {"temperature": 1.0}, 2)
-
-
-def require_the_models_distribution(model, options, drafted, prompt_length=4):
-    """Three tokens; the second and third come from the first round's drafts."""
-    (prompt,) = random_prompts(11, (prompt_length,), VOCAB)
-    cut = {"temperature", "top_k", "top_p"}
-    sampling = Sampling(**{name: options[name] for name in options.keys() & cut})
-    probs = torch.zeros(VOCAB, VOCAB, VOCAB)
-    for a, b in itertools.product(range(VOCAB), repeat=2):
-        (logits,) = teacher_forced(model, [*prompt, a, b], 0)
-        p = sampling.probabilities(logits[-3:])
-        probs[a, b] = p[0, a] * p[1, b] * p[2]
-    n = 6000
-    # Places are taken by the next row as soon as they are free, as a server's are.
-    generations = generate(
-        model,
-        [prompt] * n,
-        max_new_tokens=3,
-        draft_depth=drafted,
-        seed=1,
-        batch_size=500,
-        **options,
-    )
-    assert 0.02 < sum(g.drafts_accepted[0] for g in generations) / n < 0.999
-    counts = torch.zeros(VOCAB**3)
-    for g in generations:
-        a, b, c = g.token_ids
-        counts[a * VOCAB**2 + b * VOCAB + c] += 1
-    assert chi_square(counts, probs.flatten()) < 5
-    two = counts.view(VOCAB, VOCAB, VOCAB).sum(-1).flatten()
-    assert chi_square(two, probs.sum(-1).flatten()) < 5
-    # Control: another temperature's distribution is noticed.
-    if sampling == Sampling(temperature=1.0):
-        other = (probs**0.5) / (probs**0.5).sum()
-        assert chi_square(counts, other.flatten()) > 10
 
 
 def test_how_rows_are_sampled_is_found_once_however_many_end(monkeypatch):

@@ -13,9 +13,9 @@ from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.nn.attention import Positions
+from tests.decoding.distributions import VOCAB as SAMPLED
+from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model, steer_drafts
-from tests.decoding.test_sampling import VOCAB as SAMPLED
-from tests.decoding.test_sampling import require_the_models_distribution
 
 VOCAB = 4  # random heads are right now and then
 SINGLE: dict[str, Any] = {"cache": "single"}

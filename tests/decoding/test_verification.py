@@ -15,8 +15,8 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sampling import draw
 from mtp_lightning.decoding.speculative import accept_or_resample
 from mtp_lightning.decoding.verification import RULES, accept_block
+from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
-from tests.decoding.test_sampling import VOCAB, chi_square, require_the_models_distribution
 
 V, D = 3, 2
 ZERO, ONE = Fraction(0), Fraction(1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.integration.helpers import train_here
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -30,6 +33,18 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session")
+def finished(once: Once, cache: Path) -> Path:
+    """The quick run as it is."""
+    return once("finished", lambda folder: train_here(folder, cache))
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change: its own folder."""
+    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

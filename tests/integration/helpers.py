@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from mtp_lightning.cli import readable_errors
 from mtp_lightning.run.metrics import read_metrics, read_newest
+from tests.warm import HEAVY, Done, warm
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -49,6 +52,23 @@ QUICK = {
     "trainer.num_threads": 1,
     "trainer.accelerator": "cpu",
     "callbacks.throughput.measure_matmul": "false",
+}
+
+# A quick run that answers the questions of a task.
+TASK = {
+    "data": "copy",
+    "data.task.letters": 3,
+    "data.task.shortest": 2,
+    "data.task.periods": 2,
+    "data.task.held_out": "null",
+    "data.eval_examples": 32,
+    "data.eval_bytes": None,
+    "data.val_fraction": None,
+    "data.seq_len": None,
+    "tokenizer": None,
+    "mtp": "teacherless",
+    "mtp.depth": None,
+    "lambda_schedule": "constant",
 }
 
 
@@ -91,11 +111,26 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1"}
 
 
-def execute(args: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        args, capture_output=True, text=True, timeout=240, env=environment(), cwd=cwd or ROOT
-    )
+def execute(
+    args: list[str],
+    cwd: Path | None = None,
+    *,
+    imported: tuple[str, ...] = HEAVY,
+    seconds: float = 240,
+    **more: str,
+) -> Done:
+    """Run a command of Python to its end.
+
+    Args:
+        args: the command.
+        cwd: where it runs; by default in the checkout.
+        imported: modules that it finds imported.
+        seconds: that it may take.
+        more: of its environment.
+    """
+    assert args[0] == sys.executable
+    env = {**environment(), **more}
+    return warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
 
 
 def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -164,3 +199,52 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def _moments(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     state = content["optimizer_states"][0]["state"]
     return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items()}
+
+
+def fails(
+    capfd: pytest.CaptureFixture[str],
+    run_dir: Path,
+    cache: Path,
+    settings: dict[str, Any],
+) -> str:
+    """Run as the app does; the one line of the error."""
+    from mtp_lightning.experiment.training import train
+
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        train(config(run_dir, cache, settings))
+    assert ended.value.code == 1
+    return the_error(capfd.readouterr().err)
+
+
+def the_error(stderr: str) -> str:
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    assert stderr.endswith(f"{lines[0]}\n"), "nothing stands below it"
+    return lines[0]
+
+
+def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
+    """Run up to ``step`` and stop there, as at the end of a time limit: with a checkpoint.
+
+    Lightning validates where it stops: only at a step that validates anyway are the rows the same.
+    """
+    import lightning.pytorch as pl
+
+    from mtp_lightning.experiment import training
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
+            trainer.should_stop = trainer.global_step >= step
+
+    build = training.build_trainer
+
+    def stopping(*args: object, **kwargs: object) -> pl.Trainer:
+        trainer = build(*args, **kwargs)  # type: ignore[arg-type]
+        trainer.callbacks.insert(0, Stop())  # type: ignore[attr-defined]
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "build_trainer", stopping)
+        training.train(config(folder, cache, settings))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.integration.helpers import ROOT, config, environment
+from tests.integration.helpers import config, execute
 
 Runs = dict[str, dict[str, Any]]
 
@@ -20,33 +23,67 @@ def run_all(folder: Path, cache: Path, runs: Runs, *, processes: int) -> None:
         folder: where those go.
         cache: of token stores.
         runs: the settings of each, on top of the quick run's.
-        processes: that torchrun starts for all of them.
+        processes: that train all of them, and find each other as those of torchrun do.
     """
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"cache": str(cache), "runs": runs}, default=str))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "tests.integration.several", str(plan)],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env=environment(),
-        cwd=ROOT,
-    )
+    several = [sys.executable, "-m", "tests.integration.several", str(plan), str(processes)]
+    done = execute(several, seconds=1200)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def main() -> None:
-    import torch
-
+def train_all(file: Path) -> None:
     from mtp_lightning.experiment.training import train
 
-    torch.set_num_threads(1)
-    file = Path(sys.argv[1])
     plan = json.loads(file.read_text())
     for name, settings in plan["runs"].items():
         print(f"--- {name}", file=sys.stderr, flush=True)
         train(config(file.parent / name, Path(plan["cache"]), settings))
+
+
+def main() -> None:
+    """The agent of torchrun, which forks instead of starting Python again."""
+    import torch
+
+    torch.set_num_threads(1)
+    file, processes = Path(sys.argv[1]), int(sys.argv[2])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = set()
+    for rank in range(processes):
+        if (child := os.fork()) == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "tests",
+                "TORCHELASTIC_RESTART_COUNT": "0",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            try:
+                train_all(file)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)
+        ranks.add(child)
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    failed = False
+    while ranks:
+        child, status = os.wait()
+        ranks.discard(child)
+        if status and not failed:
+            failed = True
+            for other in ranks:  # which would wait for it
+                os.kill(other, signal.SIGKILL)
+    del store
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

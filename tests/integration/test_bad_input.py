@@ -12,34 +12,10 @@ from mtp_lightning.cli import readable_errors
 from tests.integration.helpers import (
     CONF,
     checkpoint,
-    config,
+    fails,
     overrides,
-    train_here,
+    the_error,
 )
-
-
-def fails(
-    capfd: pytest.CaptureFixture[str],
-    run_dir: Path,
-    cache: Path,
-    settings: dict[str, Any],
-) -> str:
-    """Run as the app does; the one line of the error."""
-    from mtp_lightning.experiment.training import train
-
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended, readable_errors():
-        train(config(run_dir, cache, settings))
-    assert ended.value.code == 1
-    return the_error(capfd.readouterr().err)
-
-
-def the_error(stderr: str) -> str:
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, stderr
-    assert stderr.endswith(f"{lines[0]}\n"), "nothing stands below it"
-    return lines[0]
 
 
 def write(folder: Path, content: bytes | str, name: str = "text.txt") -> Path:
@@ -165,7 +141,7 @@ def test_settings(
 
 
 def test_evaluate_refuses_what_it_cannot_load(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from hydra import compose, initialize_config_dir
 
@@ -187,14 +163,13 @@ def test_evaluate_refuses_what_it_cannot_load(
     assert "model_config" in refused(tmp_path / "other.ckpt")
     torch.save({"code": Path("/")}, tmp_path / "code.ckpt")
     assert "not loaded" in refused(tmp_path / "code.ckpt").replace("\n", " ")
-    train_here(tmp_path / "run", cache)
-    content = checkpoint(tmp_path / "run")
+    content = checkpoint(finished)
     content["state_dict"].pop("model.trunk.norm.weight")
     content["state_dict"]["model.extra"] = torch.zeros(1)
     torch.save(content, tmp_path / "part.ckpt")
     error = refused(tmp_path / "part.ckpt")
     assert "trunk.norm.weight is missing" in error and "extra is unknown" in error
-    content = checkpoint(tmp_path / "run")
+    content = checkpoint(finished)
     content["config"]["data"]["source"]["_target_"] = "os.system"
     torch.save(content, tmp_path / "foreign.ckpt")
     assert "os.system is refused" in refused(tmp_path / "foreign.ckpt")

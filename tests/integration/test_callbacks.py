@@ -17,7 +17,7 @@ from sweeps.report.read import read_run
 from tests.integration.helpers import config, rows, train_here, weights
 
 
-@pytest.mark.parametrize("monitor", ["train/loss", "train/loss_depth_2", "val/accuracy_depth_1"])
+@pytest.mark.parametrize("monitor", ["train/loss_depth_2", "val/accuracy_depth_1"])
 def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
     # Nothing gets better by that much, so that it stops at the third validation.
     settings = {
@@ -52,16 +52,15 @@ def test_a_value_that_is_monitored_is_that_of_the_newest_step(
     assert seen == before
 
 
-def test_learning_rates(tmp_path: Path, cache: Path) -> None:
+def test_learning_rates(tmp_path: Path, cache: Path, finished: Path) -> None:
     train_here(tmp_path, cache, {"callbacks": "[learning_rate,early_stopping]"})
-    train_here(tmp_path / "without", cache)
     (tag,) = [tag for tag in rows(tmp_path)[0] if tag.startswith("lr-") and tag.endswith("pg1")]
     logged = read_column(tmp_path / "metrics.csv", tag)
     rates = read_column(tmp_path / "metrics.csv", "train/lr")
     for step in range(1, 10):
         assert logged[step] == pytest.approx(rates[step], rel=1e-6)  # Lightning's log is float32
     kept = [{t: v for t, v in row.items() if not t.startswith("lr-")} for row in rows(tmp_path)]
-    assert [row for row in kept if len(row) > 1] == rows(tmp_path / "without")
+    assert [row for row in kept if len(row) > 1] == rows(finished)
 
 
 def train_with(
@@ -148,15 +147,12 @@ def test_what_is_kept_of_a_run_that_has_ended_well(tmp_path: Path, cache: Path, 
         train_here(small, cache, {**settings, "trainer.max_steps": 20})
 
 
-def test_floors_of_a_run(tmp_path: Path, cache: Path) -> None:
+def test_floors_of_a_run(tmp_path: Path, cache: Path, finished: Path) -> None:
     sizes = {"n_prompts": 2, "prompt_tokens": 8, "rollouts": 4, "seen": 2}
     settings = {f"callbacks.floor_and_gap.{name}": value for name, value in sizes.items()}
     summary = train_here(tmp_path, cache, {"callbacks": "floor_and_gap", **settings})
-    train_here(tmp_path / "without", cache)
     for k, m in ((1, 0), (2, 0), (2, 1)):
         floor, gap = (summary[f"val/{n}_depth_{k}_order_{m}"] for n in ("floor", "gap"))
         assert 0 <= floor <= 1 and gap >= -floor
-    losses = [
-        read_column(f / "metrics.csv", "train/loss") for f in (tmp_path, tmp_path / "without")
-    ]
-    assert losses[0] == losses[1]
+    a, b = (read_column(folder / "metrics.csv", "train/loss") for folder in (tmp_path, finished))
+    assert a == b

@@ -18,7 +18,8 @@ import yaml
 
 from sweeps.claims.read import read_claim
 from tests.integration.conftest import Once
-from tests.integration.helpers import ROOT, environment, overrides, rows
+from tests.integration.helpers import ROOT, execute, overrides, rows
+from tests.warm import Done
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
@@ -67,18 +68,9 @@ def quick(words: list[str], cache: Path) -> list[str]:
     return [*start, *options, *short, *chosen]
 
 
-def run(
-    command: list[str], folder: Path, cache: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, cache: Path | None = None) -> Done:
     kept = {} if cache is None else {"MTP_LIGHTNING_CACHE": str(cache)}
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=environment() | {"PYTHONPATH": str(folder)} | kept,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return execute(command, folder, seconds=600, PYTHONPATH=str(folder), **kept)
 
 
 def test_the_page_has_a_recipe_for_everything() -> None:

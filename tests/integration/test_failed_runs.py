@@ -12,11 +12,11 @@ import torch
 
 from tests.integration.helpers import (
     checkpoint,
+    fails,
     rows,
     train_here,
     weights,
 )
-from tests.integration.test_bad_input import fails
 
 
 def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -72,9 +72,8 @@ def test_full_disk_while_saving(
 
 
 def test_checkpoint_of_another_architecture(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    train_here(tmp_path, cache)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     before = {path: path.read_bytes() for path in files}
     error = fails(capfd, tmp_path, cache, {"model.n_layers": 2, "mtp.depth": 3})
@@ -87,17 +86,15 @@ def test_checkpoint_of_another_architecture(
 
 
 def test_resumed_with_other_data(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    train_here(tmp_path, cache)
     other = {"data.source.size": 30_000, "trainer.max_steps": 20}
     assert "windows" in fails(capfd, tmp_path, cache, other)
     assert checkpoint(tmp_path)["global_step"] == 10
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "previous.ckpt"])
-def test_checkpoints_are_plain(tmp_path: Path, cache: Path, name: str) -> None:
-    train_here(tmp_path, cache)
-    content = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+def test_checkpoints_are_plain(finished: Path, name: str) -> None:
+    content = torch.load(finished / "checkpoints" / name, weights_only=True)
     assert content["global_step"] in (5, 10)
     assert {"state_dict", "optimizer_states", "model_config", "tokenizer", "config"} <= set(content)

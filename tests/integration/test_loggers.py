@@ -152,9 +152,8 @@ def test_lightnings_own_logger(
     assert "mtp_lambda: 0.3" in (tmp_path / "theirs" / "hparams.yaml").read_text()
 
 
-def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path, cache: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path, cache: Path, copied: Path) -> None:
     """What a process logged before its first checkpoint is done again."""
-    train_here(tmp_path, cache)
     first = rows(tmp_path)
     for file in (tmp_path / "checkpoints").iterdir():
         file.unlink()

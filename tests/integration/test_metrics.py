@@ -32,7 +32,7 @@ DEPTH, SEQ_LEN = 2, 16
 # One document, of characters that are one, two and three bytes long.
 POEM = "".join(
     f"Line {i}: the old goose — naïve, ünruly — walks {'over' if i % 3 else 'under'} hill {i % 7}\n"
-    for i in range(70)
+    for i in range(45)
 )
 # The last line end before 90 % of the characters: what comes after it is the validation text.
 CUT = POEM.rfind("\n", 0, round(len(POEM) * 0.9)) + 1

@@ -26,17 +26,14 @@ HEADS = {
 }
 
 
+TRUNK = {**SHAPE, "mtp": "none", "mtp.depth": None, "trainer.max_steps": 2}
+
+
 @pytest.fixture(scope="module")
 def trunk(once: Once, cache: Path) -> Path:
     """A trunk that has learned something."""
-    settings = {
-        **SHAPE, "mtp": "none", "mtp.depth": None, "trainer.max_steps": 250,
-        "trainer.val_check_interval": 250, "optimizer.lr": 0.01,
-    }  # fmt: skip
-    return (
-        once("finished-trunk", lambda folder: helpers.train_here(folder / "run", cache, settings))
-        / "run"
-    )
+    longer = {"trainer.max_steps": 250, "trainer.val_check_interval": 250, "optimizer.lr": 0.01}
+    return once("trunk", lambda folder: helpers.train_here(folder, cache, {**TRUNK, **longer}))
 
 
 def first_losses(folder: Path) -> list[float]:
@@ -60,8 +57,9 @@ def test_first_losses_are_near_the_trunks_own(
     assert max(last) < (own + math.log(257)) / 2 < min(drawn)
 
 
-def test_a_run_that_goes_on_begins_nothing(trunk: Path, cache: Path, tmp_path: Path) -> None:
-    settings = {**HEADS, "init_from": trunk, "callbacks.checkpoints.every_n_steps": 2}
+def test_a_run_that_goes_on_begins_nothing(cache: Path, tmp_path: Path) -> None:
+    helpers.train_here(tmp_path / "trunk", cache, TRUNK)
+    settings = {**HEADS, "init_from": tmp_path / "trunk", "callbacks.checkpoints.every_n_steps": 2}
     helpers.train_here(tmp_path / "whole", cache, settings)
     helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 2})
     with pytest.raises(ValueError, match=r"began with mtp.init=last_block, and a run that conti"):

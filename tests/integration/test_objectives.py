@@ -16,12 +16,11 @@ from tests.integration.helpers import (
     assert_same_weights,
     checkpoint,
     column,
-    command,
-    execute,
     rows,
     train_here,
     weights,
 )
+from tests.integration.several import run_all
 
 pytestmark = pytest.mark.slow
 
@@ -60,11 +59,9 @@ def test_in_every_precision(tmp_path: Path, cache: Path, precision: str, variant
     assert len(losses) == 6 and all(loss == loss for loss in losses) and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("variant", ["sequential", "parallel"])
-def test_two_processes_equal_one(tmp_path: Path, cache: Path, variant: str) -> None:
+def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     common = {
         **ALL,
-        "mtp": variant,
         "trainer.precision": "64-true",
         "data.document_mask": "true",
         "data.source.documents": 1200,
@@ -72,18 +69,21 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, variant: str) -> N
     }
     two = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
     two |= {"trainer.devices": 2, "trainer.strategy": "ddp"}
-    done = execute(command(tmp_path / "two", cache, common | two))
-    assert done.returncode == 0, done.stderr
-    train_here(tmp_path / "one", cache, common | {"data.batch_size": 8})
-    left, right = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert len(left) == len(right) == 6
-    for a, b in zip(left, right, strict=True):
-        assert a == pytest.approx(b, rel=2e-6)
-    assert "objective/tau" in right[-1] and "confidence/error_depth_2" in right[-1]
-    mine, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
-    assert "mtp.confidence.weight" in " ".join(mine)
-    for name, weight in theirs.items():
-        torch.testing.assert_close(mine[name], weight, rtol=1e-5, atol=1e-7, msg=name)
+    variants = ("sequential", "parallel")
+    runs = {variant: common | two | {"mtp": variant} for variant in variants}
+    run_all(tmp_path, cache, runs, processes=2)
+    for variant in variants:
+        one = tmp_path / f"{variant}-one"
+        train_here(one, cache, common | {"mtp": variant, "data.batch_size": 8})
+        left, right = rows(tmp_path / variant), rows(one)
+        assert len(left) == len(right) == 6
+        for a, b in zip(left, right, strict=True):
+            assert a == pytest.approx(b, rel=2e-6)
+        assert "objective/tau" in right[-1] and "confidence/error_depth_2" in right[-1]
+        mine, theirs = weights(tmp_path / variant), weights(one)
+        assert "mtp.confidence.weight" in " ".join(mine)
+        for name, weight in theirs.items():
+            torch.testing.assert_close(mine[name], weight, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_resumes_exactly(tmp_path: Path, cache: Path) -> None:

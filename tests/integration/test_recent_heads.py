@@ -9,9 +9,7 @@ import pytest
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.opening import open_model
-from tests.integration.helpers import assert_same_weights, rows, train_here
-from tests.integration.test_resume import stop_after
-from tests.integration.test_teacherless import TRAINED as TASK
+from tests.integration.helpers import TASK, assert_same_weights, rows, stop_after, train_here
 
 pytestmark = pytest.mark.slow
 

@@ -23,10 +23,10 @@ from tests.integration.helpers import (
     checkpoint,
     column,
     command,
-    config,
     execute,
     rows,
     start,
+    stop_after,
     train_here,
     wait_for_step,
     weights,
@@ -44,6 +44,16 @@ LONG = {
     "trainer.val_check_interval": 35,
     "callbacks.checkpoints.every_n_steps": EVERY,
 }
+
+
+# The same in a third of the steps; an epoch is about 44 batches.
+SHORT = {**LONG, "data.source.size": 3_000, "data.source.documents": 10, "trainer.max_steps": 50}
+
+
+@pytest.fixture(scope="module")
+def short(once: Once, cache: Path) -> Path:
+    """The short run that nothing happened to."""
+    return once("short", lambda folder: train_here(folder, cache, SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +158,10 @@ def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, whole:
     assert_same_weights(tmp_path, whole)
 
 
-def test_a_finished_run_started_again_trains_no_more(tmp_path: Path, cache: Path) -> None:
-    first = train_here(tmp_path, cache)
+def test_a_finished_run_started_again_trains_no_more(
+    tmp_path: Path, cache: Path, copied: Path
+) -> None:
+    first = json.loads((tmp_path / "summary.json").read_text())
     before = rows(tmp_path)
     again = train_here(tmp_path, cache)
     assert rows(tmp_path) == before
@@ -203,7 +215,7 @@ def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whol
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_step_was_logged(
-    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Too late to be saved with its step: it waits for the next one, and nothing that was saved is
     wrong."""
@@ -222,20 +234,20 @@ def test_a_signal_after_the_step_was_logged(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
             patch.setattr(MetricsCSV, "log_metrics", log_and_kill)
-            train_here(tmp_path, cache, LONG)
+            train_here(tmp_path, cache, SHORT)
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
     step = checkpoint(tmp_path)["global_step"]
     assert stopped.value.signum == number and f"step {step}:" in str(stopped.value)
     assert step == 31
-    train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    train_here(tmp_path, cache, SHORT)
+    assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 def test_sigterm_in_a_step_that_is_validated(
-    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning would leave its validation out, and the run that goes on would miss it."""
     step_of = MTPModule.training_step
@@ -249,12 +261,12 @@ def test_sigterm_in_a_step_that_is_validated(
     try:
         with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 35:"):
             patch.setattr(MTPModule, "training_step", step_and_kill)
-            train_here(tmp_path, cache, LONG)
+            train_here(tmp_path, cache, SHORT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    train_here(tmp_path, cache, SHORT)
+    assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 def test_interrupt_in_the_validation_behind_the_last_step(
@@ -271,7 +283,7 @@ def test_interrupt_in_the_validation_behind_the_last_step(
 
 
 def test_killed_right_behind_a_save(
-    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run goes on behind the saved step, so that its row must be there."""
     from mtp_lightning.callbacks.checkpoints import Checkpoints
@@ -285,10 +297,10 @@ def test_killed_right_behind_a_save(
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
         patch.setattr(Checkpoints, "_save", save_and_die)
-        train_here(tmp_path, cache, LONG)
+        train_here(tmp_path, cache, SHORT)
     assert checkpoint(tmp_path)["global_step"] == 2 * EVERY
-    train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
+    train_here(tmp_path, cache, SHORT)
+    assert rows(tmp_path) == rows(short)
 
 
 @pytest.mark.long
@@ -309,31 +321,6 @@ def test_no_torn_rows(killed: Killed) -> None:
     with (killed.folder / "metrics.csv").open() as file:
         table = list(csv.reader(file))
     assert {len(row) for row in table} == {len(table[0])} and len(table) == STEPS + 1
-
-
-def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
-    """Run up to ``step`` and stop there, as at the end of a time limit: with a checkpoint.
-
-    Lightning validates where it stops: only at a step that validates anyway are the rows the same.
-    """
-    import lightning.pytorch as pl
-
-    from mtp_lightning.experiment import training
-
-    class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
-            trainer.should_stop = trainer.global_step >= step
-
-    build = training.build_trainer
-
-    def stopping(*args: object, **kwargs: object) -> pl.Trainer:
-        trainer = build(*args, **kwargs)  # type: ignore[arg-type]
-        trainer.callbacks.insert(0, Stop())  # type: ignore[attr-defined]
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_trainer", stopping)
-        training.train(config(folder, cache, settings))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from mtp_lightning.run.summary import environment
 from sweeps.report.compare import wait_of
 from sweeps.report.read import read_run
 from sweeps.report.statistics import Wait
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
     assert_same_weights,
     command,
@@ -68,8 +69,17 @@ def said(summary: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in summary.items() if not k.startswith(timed) and k not in environment()}
 
 
-def test_it_stops_is_finished_and_says_what_it_took(tmp_path: Path, cache: Path) -> None:
-    summary = train_here(tmp_path, cache, EASY)
+@pytest.fixture(scope="module")
+def solved(once: Once, cache: Path) -> Path:
+    """A run that was solved."""
+    return once("solved", lambda folder: train_here(folder, cache, EASY))
+
+
+def test_it_stops_is_finished_and_says_what_it_took(
+    tmp_path: Path, cache: Path, solved: Path
+) -> None:
+    shutil.copytree(solved, tmp_path, dirs_exist_ok=True)
+    summary = stored(tmp_path)
     step = summary["step"]
     assert step == stops_at(rights(tmp_path)) and 10 <= step < 60
     assert summary["solved"] is True and summary["stopped_early"] is True
@@ -94,15 +104,16 @@ def test_it_stops_is_finished_and_says_what_it_took(tmp_path: Path, cache: Path)
     assert more["step"] > step and more["solved"]
 
 
-def test_it_survives_an_interruption_between_the_two(tmp_path: Path, cache: Path) -> None:
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    summary = train_here(whole, cache, EASY)
-    shutil.copytree(whole, again)
+def test_it_survives_an_interruption_between_the_two(
+    tmp_path: Path, cache: Path, solved: Path
+) -> None:
+    summary, again = stored(solved), tmp_path / "again"
+    shutil.copytree(solved, again)
     shutil.move(again / "checkpoints" / "previous.ckpt", again / "checkpoints" / "last.ckpt")
     (again / "summary.json").unlink()
     resumed = train_here(again, cache, EASY)
-    assert_same_weights(whole, again)
-    assert rows(whole) == rows(again) and resumed["step"] == summary["step"]
+    assert_same_weights(solved, again)
+    assert rows(solved) == rows(again) and resumed["step"] == summary["step"]
     for key in ("solved_at", "time_to_solve"):
         assert {**resumed[key], "seconds": 0} == {**summary[key], "seconds": 0}
 
@@ -116,10 +127,11 @@ def test_what_is_never_solved_is_null(tmp_path: Path, cache: Path) -> None:
     assert wait_of(read_run(tmp_path), 0.95) == Wait(10, False)
 
 
-def test_a_validation_behind_the_last_step_counts(tmp_path: Path, cache: Path) -> None:
+def test_a_validation_behind_the_last_step_counts(
+    tmp_path: Path, cache: Path, solved: Path
+) -> None:
     """That at the end of training, where the interval does not divide it."""
-    solved = train_here(tmp_path / "whole", cache, EASY)
-    step = solved["step"]
+    step = stored(solved)["step"]
     late = {
         "trainer.max_steps": step - 2,
         "lambda_schedule": "constant",

@@ -7,6 +7,7 @@ socket opened, a file written elsewhere, code executed, or memory taken (``store
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import resource
 import socket
@@ -23,8 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_counts import require_counts
 from mtp_lightning.opening import open_model, require_held
 from mtp_lightning.run.loading import model_config
-from tests.integration.conftest import Once
-from tests.integration.helpers import checkpoint, config, train_here
+from tests.integration.helpers import checkpoint, config
 
 SECRET = "a-token-of-the-environment"
 ATTACKS: dict[str, Any] = {
@@ -55,9 +55,8 @@ ATTACKS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session")
-def finished(once: Once, cache: Path) -> Path:
-    return once("finished", lambda folder: train_here(folder, cache))
+opened = functools.cache(open_model)
+held = functools.cache(checkpoint)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +102,7 @@ def of_config(key: str) -> Callable[[Path, Any, Path], object]:
     def read(finished: Path, value: Any, folder: Path) -> object:
         from mtp_lightning.experiment.evaluating import validation_data
 
-        run = open_model(finished)
+        run = opened(finished)
         changed = replace(run, config=set_at(run.config, key, value))
         data = validation_data(changed)
         return next(iter(data.val_dataloader())).tokens.shape, data.evaluation_summary()
@@ -115,10 +114,11 @@ def of_model(key: str) -> Callable[[Path, Any, Path], object]:
     """The description of a model in a checkpoint."""
 
     def read(finished: Path, value: Any, folder: Path) -> object:
-        content = set_at(checkpoint(finished), f"model_config.{key}", value)
-        found = model_config(content, source=folder)
-        weights = {name: t for name, t in content["state_dict"].items()}
-        require_held(found, weights, source=str(folder))
+        content = held(finished)
+        plain = {"model_config": content["model_config"]}
+        changed = set_at(plain, f"model_config.{key}", value)
+        found = model_config({**content, **changed}, source=folder)
+        require_held(found, content["state_dict"], source=str(folder))
         return found
 
     return read
@@ -215,7 +215,7 @@ def of_card(key: str) -> Callable[[Path, Any, Path], object]:
         from mtp_lightning.interop import card
         from mtp_lightning.interop.writing import Contents
 
-        run = open_model(finished)
+        run = opened(finished)
         found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
         return card.render(
             "name", run.model.config, Contents(layer_depths=1, heads=False, parameters=1, shards=1),

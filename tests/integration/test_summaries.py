@@ -3,6 +3,7 @@ exported."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.interop.exporting import export
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.opening import open_model
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
     CONF,
     assert_same_weights,
     checkpoint,
-    command,
-    execute,
     rows,
     train_here,
 )
+from tests.integration.several import run_all
 
 pytestmark = pytest.mark.slow
 
@@ -73,10 +74,16 @@ def text(head: str) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def run(once: Once, cache: Path, head: str) -> Path:
+    """A run on text of each head."""
+    return once(f"text-{head}", lambda folder: train_here(folder, cache, text(head)))
+
+
 @pytest.mark.parametrize("head", HEADS)
-def test_what_a_run_logs_and_evaluate_gives_again(tmp_path: Path, cache: Path, head: str) -> None:
-    summary = train_here(tmp_path, cache, text(head))
-    table = rows(tmp_path)
+def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    table = rows(run)
     assert all(row["train/loss_depth_1"] > 0 and row["train/lambda_depth_1"] > 0 for row in table)
     for row in table:
         total = row["train/loss_depth_0"] + row["train/lambda_depth_1"] * row["train/loss_depth_1"]
@@ -93,37 +100,41 @@ def test_what_a_run_logs_and_evaluate_gives_again(tmp_path: Path, cache: Path, h
     assert summary["mtp_predicts_tokens"] is False and summary["mtp_reads_tokens"] is False
     assert summary["flops"] == summary["step"] * 4 * 16 * summary["flops_per_token"]
     assert not any(tag.startswith("decode/acceptance") for tag in summary)
-    given = [f"checkpoint={tmp_path}/checkpoints/last.ckpt", "num_threads=1", "accelerator=cpu"]
+    given = [f"checkpoint={run}/checkpoints/last.ckpt", "num_threads=1", "accelerator=cpu"]
     again = evaluate(app("evaluate", *given))
     assert {tag: again[tag] for tag in measured} == measured
     # How far back the main prediction looks is measured all the same.
     assert "val/loss_position_1" in again and "val/loss_position_1_depth_1" not in again
     if head == "bag":
-        weights_V = checkpoint(tmp_path)["state_dict"]["model.mtp.weights_V"]
+        weights_V = checkpoint(run)["state_dict"]["model.mtp.weights_V"]
         assert weights_V.min() >= 1 and len(set(weights_V.tolist())) > 10
-        model = open_model(tmp_path).model
+        model = open_model(run).model
         assert torch.equal(model.mtp.weights_V, weights_V)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_resumes_exactly(tmp_path: Path, cache: Path, head: str) -> None:
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    train_here(whole, cache, text(head))
-    shutil.copytree(whole, again)
+def test_it_resumes_exactly(tmp_path: Path, cache: Path, run: Path, head: str) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
     shutil.move(again / "checkpoints" / "previous.ckpt", again / "checkpoints" / "last.ckpt")
     (again / "summary.json").unlink()
     train_here(again, cache, text(head))
-    assert_same_weights(whole, again)
-    assert rows(whole) == rows(again)
+    assert_same_weights(run, again)
+    assert rows(run) == rows(again)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_accumulation_and_workers_change_nothing(tmp_path: Path, cache: Path, head: str) -> None:
-    exact = text(head) | {"trainer.precision": "64-true"}
+def test_accumulation_and_two_processes_change_nothing(tmp_path: Path, cache: Path) -> None:
+    exact = {head: text(head) | {"trainer.precision": "64-true"} for head in HEADS}
     split = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 4}
-    train_here(tmp_path / "whole", cache, exact)
-    train_here(tmp_path / "split", cache, exact | split)
-    _same_rows(tmp_path / "whole", tmp_path / "split")
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
+    runs = {f"{head}-two": exact[head] | two for head in HEADS}
+    run_all(tmp_path, cache, runs, processes=2)
+    for head in HEADS:
+        whole = tmp_path / f"{head}-whole"
+        train_here(whole, cache, exact[head])
+        train_here(tmp_path / f"{head}-split", cache, exact[head] | split)
+        for way in ("split", "two"):
+            _same_rows(whole, tmp_path / f"{head}-{way}")
 
 
 def _same_rows(one: Path, other: Path) -> None:
@@ -134,16 +145,6 @@ def _same_rows(one: Path, other: Path) -> None:
         assert {tag: b[tag] for tag in counted} == pytest.approx(
             {tag: a[tag] for tag in counted}, rel=1e-7, abs=1e-12
         )
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_two_processes_equal_one(tmp_path: Path, cache: Path, head: str) -> None:
-    exact = text(head) | {"trainer.precision": "64-true"}
-    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
-    done = execute(command(tmp_path / "two", cache, exact | two))
-    assert done.returncode == 0, done.stderr
-    train_here(tmp_path / "one", cache, exact)
-    _same_rows(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -164,19 +165,18 @@ def test_a_task_has_no_documents_to_count(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_it_decodes_plainly_and_is_exported_alone(
-    tmp_path: Path, cache: Path, head: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Path, head: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_here(tmp_path / "run", cache, text(head))
-    given = [f"checkpoint={tmp_path / 'run'}", "prompt=abc", "max_new_tokens=5", "accelerator=cpu"]
+    given = [f"checkpoint={run}", "prompt=abc", "max_new_tokens=5", "accelerator=cpu"]
     (generation,) = generate_text(app("generate", *given))
     assert generation.new_tokens >= 1
     with pytest.raises(ValueError, match=f"mtp={head} shapes the trunk in training"):
         generate_text(app("generate", *given, "draft_depth=1"))
     out = tmp_path / "exported"
-    asked = [f"checkpoint={tmp_path / 'run'}", f"output={out}", "verify=false"]
+    asked = [f"checkpoint={run}", f"output={out}", "verify=false"]
     export(app("export", *asked))
     assert f"mtp={head} shaped the trunk in training" in capsys.readouterr().out
-    read = open_model(tmp_path / "run").model
+    read = open_model(run).model
 
     alone = open_model(out).model
     assert alone.depth == 0
@@ -207,8 +207,8 @@ def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize("rule", ["gradnorm", "cosine_gate"])
 @pytest.mark.parametrize("head", HEADS)
 def test_balance_rules_measure_it(tmp_path: Path, cache: Path, head: str, rule: str) -> None:
-    summary = train_here(tmp_path, cache, text(head) | {"balance": rule})
-    assert summary["step"] == 10
+    summary = train_here(tmp_path, cache, text(head) | {"balance": rule, "trainer.max_steps": 4})
+    assert summary["step"] == 4
     assert any(tag.startswith("grad/") and "_depth_1" in tag for tag in rows(tmp_path)[-1])
 
 

@@ -18,11 +18,11 @@ from tests.integration.helpers import (
     assert_same_weights,
     command,
     execute,
+    fails,
     rows,
     train_here,
 )
 from tests.integration.several import run_all
-from tests.integration.test_bad_input import fails
 
 # A quick run on a task: what is text's is left out.
 TASK: dict[str, Any] = {
@@ -291,11 +291,13 @@ def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
-    """About two minutes of one thread: nearly all copies are right; dealt to others, none."""
+    """About a minute of one thread: nearly all copies are right; dealt to others, none."""
     from mtp_lightning.decoding.answers import say
     from mtp_lightning.experiment.training import train
 
     given = ["experiment=copy", "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv"]
+    given += ["callbacks=[default,stop_when_solved]", "callbacks.stop_when_solved.level=0.955"]
+    given += ["callbacks.stop_when_solved.validations=1"]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", overrides=[*given, f"paths.output_dir={tmp_path}"])
     summary = train(cfg)

@@ -3,10 +3,8 @@ transformers: from a folder of Llama's, Qwen's or DeepSeek's to verified heads a
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,14 +13,12 @@ import pytest
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_tokenizer
-from tests.integration.helpers import ROOT, environment
-from tests.interop.test_transformers import make
+from tests.integration.helpers import ROOT, execute
+from tests.interop.theirs import THERE, make
 
 pytestmark = [
     pytest.mark.extras,
-    pytest.mark.skipif(
-        importlib.util.find_spec("transformers") is None, reason="pip install -e '.[hf]'"
-    ),
+    pytest.mark.skipif(not THERE, reason="pip install -e '.[hf]'"),
 ]
 
 PAGE = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
@@ -74,16 +70,12 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
     texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(60)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
-    cache = {"PYTHONPATH": str(ROOT), "MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
+    cache = {"MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
     said: list[str] = []
     for words in COMMANDS:
         if words[: len(words[:2])] in ELSEWHERE or words[:1] in ELSEWHERE:
             continue
-        done = subprocess.run(
-            [sys.executable, *typed(words)],
-            cwd=tmp_path, env={**environment(), **cache}, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
+        done = execute([sys.executable, *typed(words)], tmp_path, **cache)
         # Nothing to be sound before there are heads, nor after four steps.
         allowed = (0, 2) if words[1] == "doctor.py" else (0,)
         assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"

@@ -27,7 +27,7 @@ from mtp_lightning.objective.terms.mixture import Mixture
 from tests.flops import counted_flops
 from tests.losses import gradients, mtp_loss, step_of
 from tests.models import build, windows
-from tests.objective.test_teacher import LiveMemory
+from tests.objective.memory import LiveMemory
 from tests.reference import branch_point
 
 

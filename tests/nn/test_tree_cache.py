@@ -11,9 +11,7 @@ from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from tests.deepseek import trunk as deepseek_trunk
 from tests.kernels import BATCH_INVARIANT, prepared
-
-PARENTS = [-1, 0, 0, 1, 1, 2, 5, 3]
-PATHS = [[0, 1, 3, 7], [0, 1, 4], [0, 2, 5, 6]]
+from tests.models import PARENTS, PATHS
 
 
 @pytest.mark.parametrize("starts", [[7], [20, 20], [3, 18, 11]])

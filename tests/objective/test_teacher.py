@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -20,31 +16,7 @@ from mtp_lightning.objective.terms.lk import LK
 from mtp_lightning.objective.terms.mixture import Mixture
 from tests.losses import mtp_loss
 from tests.models import build, windows
-
-
-class LiveMemory(TorchDispatchMode):
-    """The largest tensor that a pass makes, and the most bytes of large ones alive at once."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__()
-        self.least, self.largest, self.peak = least, 0, 0
-        self._live: list[tuple[weakref.ref[Tensor], int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor) and tensor.numel() >= self.least:
-                self.largest = max(self.largest, tensor.numel())
-                self._count(tensor)
-        return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._live = [entry for entry in self._live if entry[0]() is not None]
-        self._live.append((weakref.ref(tensor), storage.data_ptr(), storage.nbytes()))
-        once = {address: size for _, address, size in self._live}
-        self.peak = max(self.peak, sum(once.values()))
-
+from tests.objective.memory import LiveMemory
 
 MEMORY = [KL(temperature=2), JS(), LK(), Mixture({"ce": 1, "kl": 1, "tv": 1, "feature": 1})]
 

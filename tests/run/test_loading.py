@@ -6,29 +6,17 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.run import loading
-from tests.models import build
-
-
-def checkpoint_of(model: MTPModel) -> dict[str, Any]:
-    """What a run would have written of it, as far as it is read."""
-    return {
-        "model_config": model.config.to_dict(),
-        "state_dict": {f"model.{name}": t for name, t in model.state_dict().items()},
-        "tokenizer": {},
-        "config": {},
-        "global_step": 3,
-    }
+from tests.models import build, checkpoint_of
 
 
 @pytest.mark.parametrize(

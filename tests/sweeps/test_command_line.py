@@ -6,51 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mtp_lightning.literal import quoted
-from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
-
-
-def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
-    own = [f"sweep_dir={quoted(str(folder))}", "hydra.launcher.n_jobs=2", *more]
-    return [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings), *own]
-
-
-def execute(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        args, capture_output=True, text=True, timeout=240, env=environment(), cwd=cwd
-    )
-
-
-def plan(folder: Path) -> dict[str, Path]:
-    """The jobs' folders by their varied overrides."""
-    stored = json.loads((folder / "sweep.json").read_text())
-    return {
-        " ".join(o for o in job["overrides"] if o.split("=")[0] in stored["varied"]): folder
-        / job["folder"]
-        for job in stored["jobs"]
-    }
-
-
-def states(folder: Path) -> dict[str, str]:
-    found = {}
-    for name, job in plan(folder).items():
-        file = job / "status.json"
-        found[name] = json.loads(file.read_text())["state"] if file.exists() else "none"
-    return found
-
-
-def wait_until(what: Any, seconds: float = 120.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "did not happen"
-        time.sleep(0.01)
+from tests.integration.helpers import environment, rows, train_here
+from tests.sweeps.typed import command, execute, plan, states, wait_until
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from mtp_lightning.run.status import read_status
 from sweeps import search as search_module
 from sweeps.search_space import Choice, Interval, parse
-from tests.integration.helpers import ROOT, environment, overrides
+from tests.integration.helpers import execute, overrides
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")
 
@@ -74,9 +73,9 @@ def test_finds_the_better_half(
     tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "search"
-    assert run(folder, "--trials", "14", "--no-pruning") == 0
+    assert run(folder, "--trials", "9", "--no-pruning") == 0
     trials = study(folder).trials
-    assert [trial.number for trial in trials] == list(range(14))
+    assert [trial.number for trial in trials] == list(range(9))
     assert {trial.state.name for trial in trials} == {"COMPLETE"}
     best = study(folder).best_trial
     assert best.params["mtp.depth"] == "1"
@@ -87,10 +86,10 @@ def test_finds_the_better_half(
         assert status is not None and status["state"] == "done"
         assert f"optimizer.lr={trial.params['optimizer.lr']!r}" in status["overrides"]
     printed = capsys.readouterr().out
-    assert "14 trials: 14 complete, 0 pruned, 0 failed" in printed
+    assert "9 trials: 9 complete, 0 pruned, 0 failed" in printed
     assert f"{best.value:.4f}" in printed
     stored = json.loads((folder / "sweep.json").read_text())
-    assert stored["varied"] == ["optimizer.lr", "mtp.depth"] and len(stored["jobs"]) == 14
+    assert stored["varied"] == ["optimizer.lr", "mtp.depth"] and len(stored["jobs"]) == 9
 
 
 def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
@@ -149,10 +148,10 @@ def test_the_same_values_are_run_once(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
     folder = tmp_path / "search"
-    assert run(folder, "optimizer.lr=0.01", "--trials", "8") == 0
+    assert run(folder, "optimizer.lr=0.01", "--trials", "5") == 0
     assert len(list(folder.glob("*/job.log"))) <= 2
     assert {t.value for t in study(folder).trials if t.params["mtp.depth"] == "1"} <= {1.0}
-    assert len([t for t in study(folder).trials if t.state.name == "COMPLETE"]) == 8
+    assert len([t for t in study(folder).trials if t.state.name == "COMPLETE"]) == 5
 
 
 @pytest.mark.parametrize("fixed", ["seed=13", "mtp_lambda=nan"])
@@ -231,7 +230,7 @@ def test_real_runs(tmp_path: Path, cache: Path) -> None:
     settings = {"optimizer.lr": "interval(1e-4,3e-2,log)", "mtp.depth": "0,1"}
     command = [sys.executable, "-m", "sweeps.search", str(tmp_path / "search")]
     command += ["--trials", "3", "--n-jobs", "2", *overrides(cache, settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    done = execute(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 trials: 3 complete" in done.stdout
     for trial in study(tmp_path / "search").trials:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.integration.helpers import ROOT, environment, overrides
-from tests.sweeps.test_command_line import execute, plan, states, wait_until
+from tests.sweeps.typed import execute, plan, states, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+
+from tests.integration.helpers import execute
+from tests.warm import LIGHT
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -45,17 +47,17 @@ def test_every_value_composes(file: Path) -> None:
     varied = params(file)
     assert len(varied["seed"]) >= 2, "without seeds there is no noise to compare with"
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for key, values in varied.items():
-            for value in values:
-                cfg = compose("config", overrides=[f"+sweeps={file.stem}", f"{key}={value}"])
-                assert cfg.trainer.max_steps == 1000
+        for i in range(max(map(len, varied.values()))):  # all values, several in one config
+            chosen = [f"{key}={values[i % len(values)]}" for key, values in varied.items()]
+            cfg = compose("config", overrides=[f"+sweeps={file.stem}", *chosen])
+            assert cfg.trainer.max_steps == 1000
         if file.stem == "lambda":
             assert cfg.lambda_schedule._target_.endswith(".constant")
 
 
 def test_help_lists_them_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = execute(command, tmp_path, imported=LIGHT)
     (group,) = [line for line in done.stdout.splitlines() if line.startswith("sweeps: ")]
     assert set(group.removeprefix("sweeps: ").split(", ")) >= NAMES
     assert "tests" not in done.stdout.split("Overrides used most")[0]
@@ -63,14 +65,14 @@ def test_help_lists_them_from_anywhere(tmp_path: Path) -> None:
 
 def test_an_unknown_sweep_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "-m", "+sweeps=dept"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = execute(command, tmp_path, imported=LIGHT)
     assert done.returncode == 1
     assert "sweeps has no option 'dept': did you mean depth?" in done.stderr
 
 
 def test_a_claim_is_no_sweep(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "+sweeps=claims/lambda", "--cfg", "job"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = execute(command, tmp_path, imported=LIGHT)
     assert done.returncode == 1
     assert "sweeps/claims has no option 'lambda'" in done.stderr
     assert "did you mean lambda" not in done.stderr

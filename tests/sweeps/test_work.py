@@ -23,8 +23,10 @@ from sweeps.pool import Pool
 from sweeps.process import Task
 from sweeps.recipe import Recipe
 from sweeps.work import Worker
+from tests.integration import helpers
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
-from tests.sweeps.test_command_line import execute, plan, states, wait_until
+from tests.sweeps.typed import execute, plan, states, wait_until
+from tests.warm import LIGHT
 
 # In place of a run: it says that it ended, once only, or fails where its seed is 13.
 STUB = """
@@ -60,7 +62,7 @@ def planned(tmp_path: Path, seeds: str) -> Path:
     folder = tmp_path / "sweep"
     launcher = ["hydra/launcher=plan", f"sweep_dir={folder}", "trainer.accelerator=cpu"]
     args = [sys.executable, str(stub(tmp_path)), "-m", f"seed={seeds}", *launcher]
-    done = subprocess.run(args, capture_output=True, text=True, env=own_environment(), cwd=tmp_path)
+    done = execute(args, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"python -m sweeps.work {folder.name}" in done.stdout
     return folder
@@ -82,7 +84,7 @@ def start(folder: Path, *more: str, **values: str) -> subprocess.Popen[str]:
 
 def status_of(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sweeps.status", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=own_environment())
+    return execute(command, folder)
 
 
 def log_of(folder: Path) -> str:
@@ -108,8 +110,7 @@ def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
     assert {job.read_text() for job in folder.glob("*/begun")} == {"x"}
     again = [sys.executable, str(tmp_path / "stub.py"), "-m", "seed=range(10,20)"]
     more = ["trainer.accelerator=cpu", "hydra/launcher=plan", f"sweep_dir={folder}"]
-    execute_own = {"capture_output": True, "text": True, "env": own_environment(), "cwd": tmp_path}
-    done = subprocess.run([*again, *more, "sweep.retry_failed=true"], **execute_own)  # type: ignore[call-overload]
+    done = execute([*again, *more, "sweep.retry_failed=true"], tmp_path)
     assert done.returncode == 0 and "9 done before" in done.stdout, done.stdout + done.stderr
     assert start(folder).wait(60) == 0
     assert set(states(folder).values()) == {"done"} and status_of(folder).returncode == 0
@@ -125,10 +126,7 @@ def test_a_worker_that_is_asked_to_end_leaves_its_jobs_to_others(tmp_path: Path)
     assert f"{os.uname().nodename}-{first.pid}" in told.stdout
     # Nobody else may run the jobs meanwhile.
     args = [sys.executable, str(tmp_path / "stub.py"), "-m", "seed=0,1,2"]
-    other = subprocess.run(
-        [*args, "trainer.accelerator=cpu", f"sweep_dir={folder}"],
-        capture_output=True, text=True, env=own_environment(), cwd=tmp_path,
-    )  # fmt: skip
+    other = execute([*args, "trainer.accelerator=cpu", f"sweep_dir={folder}"], tmp_path)
     assert other.returncode == 1 and "Workers are at work" in other.stderr
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 143, log_of(folder)
@@ -200,10 +198,10 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
 def test_a_program_may_lie_at_a_path_with_spaces(tmp_path: Path) -> None:
     (there := tmp_path / "my programs").mkdir()
     folder = planned(there, "0")
-    done = subprocess.run(
-        [sys.executable, "-m", "sweeps.work", str(folder), f"--program='{there / 'stub.py'}'"],
-        capture_output=True, text=True, env=own_environment(), cwd=tmp_path,
-    )  # fmt: skip
+    program = ["-m", "sweeps.work", str(folder), f"--program='{there / 'stub.py'}'"]
+    done = helpers.execute(
+        [sys.executable, *program], tmp_path, imported=LIGHT, **own_environment()
+    )
     assert done.returncode == 0 and "1 of 1 jobs done" in done.stdout, done.stdout + done.stderr
 
 
@@ -229,7 +227,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         cases.append(([str(copy), "--program=x"], told))
     for arguments, told in cases:
         command = [sys.executable, "-m", "sweeps.work", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=own_environment())
+        done = execute(command, tmp_path)
         assert done.returncode == 1 and told in done.stderr, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
 

@@ -97,17 +97,14 @@ def expected(task: Task, examples: list[Example], training: list[Example]) -> di
     return {"seen": seen / len(examples), "trivial": max(right) / len(examples)}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in (*HELD_OUT, "star_graph") else pytest.param(name, marks=pytest.mark.slow)
-        for name in NAMES
-    ],
-)
-def test_validation_asks_nothing_that_training_has_answered(name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_asks_nothing_that_training_has_answered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or its share is logged, with the best of the strategies that know no task."""
+    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 2000)
     task = configured(name)
-    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 8000)}
+    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 2000)}
     asked = {tuple(task.example(i).prompt) for i in range(512)}
     share = len(asked & training) / len(asked)
     found = TaskDataModule(task).answer_sets()[""].baselines
@@ -117,7 +114,7 @@ def test_validation_asks_nothing_that_training_has_answered(name: str) -> None:
     elif name in ("hmm", "induction"):  # all have the one prompt, and what is said tells them apart
         assert share == 1 and found["seen"] < 0.01
     elif name == "sibling":
-        assert found["seen"] > 0.1 and found["trivial"] == 1
+        assert found["seen"] > 0.05 and found["trivial"] == 1
     else:
         assert share == 0 == found["seen"] and found["trivial"] < 0.05
 
@@ -144,7 +141,7 @@ def test_a_fixed_training_set_is_what_is_looked_at() -> None:
 def test_no_word_of_training_goes_on_from_one_of_validation(generators: str, deciding: int) -> None:
     """Its running products would be the answer."""
     task = Group(generators=generators, held_out=16)
-    begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 20_000) for i in range(1, len(e.prompt))}
+    begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 5000) for i in range(1, len(e.prompt))}
     for i in range(512):
         prompt = task.example(i).prompt
         assert len(prompt) > deciding and tuple(prompt[:deciding]) not in begun

@@ -206,8 +206,9 @@ def test_refuses_where_no_depth_reaches_the_trunk(
         require_trunk_gradients(config, what="balance=gradnorm")
 
 
-@pytest.mark.parametrize("branch", ["final", "before_last"])
-@pytest.mark.parametrize("scope", ["trunk", "last_block"])
+@pytest.mark.parametrize(
+    ("branch", "scope"), [("final", "trunk"), ("final", "last_block"), ("before_last", "trunk")]
+)
 @pytest.mark.parametrize(
     "variant",
     ["sequential", "parallel", "linear", "parameter_free", "nextlat", "joint", "linear mlp"],

@@ -124,7 +124,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path, rule: str, 
         "data.document_mask": "true",
         "data.source.documents": 1200,
         "data.eval_batch_size": 8,
-        "trainer.max_steps": 6,
+        "trainer.max_steps": 5,
         "trainer.precision": "64-true",
     }
     parts, whole = tmp_path / "4x2", tmp_path / "1x8"

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from sweeps.claims.pages import BEGIN, END
+from tests.integration import helpers
 from tests.integration.helpers import ROOT, environment, overrides
 from tests.sweeps.claims.fixture_claims import write_claim
 from tests.sweeps.claims.test_own_claims import commit
+from tests.warm import LIGHT
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -25,14 +27,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def execute(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=environment(),
-    )
+    return helpers.execute(command(*arguments), imported=LIGHT)
 
 
 def states(runs: Path) -> dict[str, dict[str, str]]:

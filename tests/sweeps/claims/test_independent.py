@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.paths import ROOT
+from tests.integration.helpers import execute
 
 SCRIPT = ROOT / "results" / "independent" / "gain.py"
 TINY = {"vocabulary": 17, "width": 16, "layers": 2, "heads": 2, "hidden": 24, "context": 16}
@@ -43,7 +43,8 @@ def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
     sizes = [f"--{name}={value}" for name, value in TINY.items()]
     output = tmp_path / "gain.json"
     command = [sys.executable, str(SCRIPT), str(tmp_path), "--output", str(output), *sizes]
-    subprocess.run([*command, "--seeds", "1", "2"], check=True, capture_output=True)
+    done = execute([*command, "--seeds", "1", "2"])
+    assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert [one["seed"] for one in found["seeds"]] == [1, 2]
     # FLOPs as this project counts them.

@@ -1,0 +1,62 @@
+"""Counts of samples against the distribution that they should have."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.sampling import Sampling
+from tests.decoding.models import random_prompts, teacher_forced
+
+VOCAB = 8
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Standard deviations by which the statistic exceeds its mean; cells of p = 0 must be empty."""
+    assert counts[probs == 0].sum() == 0
+    counts, expected = counts.double(), probs.double() * counts.sum()
+    big = expected >= 5
+    cells_o = torch.cat((counts[big], counts[~big].sum().view(1)))
+    cells_e = torch.cat((expected[big], expected[~big].sum().view(1)))
+    used = cells_e > 0
+    statistic = ((cells_o - cells_e)[used] ** 2 / cells_e[used]).sum()
+    freedom = int(used.sum()) - 1
+    return float((statistic - freedom) / math.sqrt(2 * freedom))
+
+
+def require_the_models_distribution(model, options, drafted, prompt_length=4):
+    """Three tokens; the second and third come from the first round's drafts."""
+    (prompt,) = random_prompts(11, (prompt_length,), VOCAB)
+    cut = {"temperature", "top_k", "top_p"}
+    sampling = Sampling(**{name: options[name] for name in options.keys() & cut})
+    probs = torch.zeros(VOCAB, VOCAB, VOCAB)
+    for a, b in itertools.product(range(VOCAB), repeat=2):
+        (logits,) = teacher_forced(model, [*prompt, a, b], 0)
+        p = sampling.probabilities(logits[-3:])
+        probs[a, b] = p[0, a] * p[1, b] * p[2]
+    n = 3000
+    # Places are taken by the next row as soon as they are free, as a server's are.
+    generations = generate(
+        model,
+        [prompt] * n,
+        max_new_tokens=3,
+        draft_depth=drafted,
+        seed=1,
+        batch_size=500,
+        **options,
+    )
+    assert 0.02 < sum(g.drafts_accepted[0] for g in generations) / n < 0.999
+    counts = torch.zeros(VOCAB**3)
+    for g in generations:
+        a, b, c = g.token_ids
+        counts[a * VOCAB**2 + b * VOCAB + c] += 1
+    assert chi_square(counts, probs.flatten()) < 5
+    two = counts.view(VOCAB, VOCAB, VOCAB).sum(-1).flatten()
+    assert chi_square(two, probs.sum(-1).flatten()) < 5
+    # Control: another temperature's distribution is noticed.
+    if sampling == Sampling(temperature=1.0):
+        other = (probs**0.5) / (probs**0.5).sum()
+        assert chi_square(counts, other.flatten()) > 10
