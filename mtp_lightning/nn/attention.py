@@ -178,15 +178,6 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return Attention(trunk, self)
 
-    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        out = trunk.n_heads * trunk.d_head
-        return trunk.d_model * (qkv_width(trunk) + out)
-
-    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        norms = 2 * trunk.d_head if self.qk_norm else 0
-        biases = qkv_width(trunk) if self.qkv_bias else 0
-        return self.matrix_params(trunk, layer) + norms + biases
-
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
         d_model, d_head = trunk.d_model, trunk.d_head
         heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}

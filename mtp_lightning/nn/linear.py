@@ -1,4 +1,4 @@
-"""A linear layer without bias."""
+"""Layers of one matrix: linear without bias, and lookup tables."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A lookup table [rows, width], not yet initialized: PyTorch's own initialization, on the
+    ``meta`` device, would import 800 modules."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -33,13 +33,13 @@ from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
+from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.rules.position_weights import PositionWeights, position_weights
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.mixture import known_terms
-from tests.flops import counted_flops
 from tests.objective.states import HEADS
 from tests.objective.whole import ACCEPTED, FORMULAS, LOGGED, Asked, Step
 

@@ -65,10 +65,6 @@ class Rule(ABC):
         """Learn from the optimizer step that is over; returns values to log."""
         return {}
 
-    def flops(self, d_model: int) -> int:
-        """FLOPs per position and depth of training that the rule's terms add."""
-        return 0
-
     def state_dict(self) -> dict[str, Any]:
         """The rule's state, in plain containers. Keys must be unique among all rules."""
         return {}

@@ -18,15 +18,14 @@ from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.gradients import (
     Scope,
     TaskGradients,
-    measuring_flops,
     require_trunk_gradients,
     shared_parameters,
     task_gradients,
 )
+from mtp_lightning.objective.cost import StepCost, counted_flops
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.targets import PositionCounts, count_taught
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from tests.flops import counted_flops
 from tests.losses import mtp_loss, reported_loss, step_of
 from tests.models import build, windows
 
@@ -230,5 +229,6 @@ def test_flops_are_those_of_pytorchs_operators(
                 task_gradients(
                     model, [(batch, KEY)], active, PositionCounts(batch.counts().tolist()), group
                 )
-            expected = measuring_flops(model.config, batch.seq_len, active, scope)
-            assert counted.total == len(batch) * batch.seq_len * expected
+            cost = StepCost(model.config)
+            expected = cost(batch.seq_len, active, scope=scope) - cost(batch.seq_len, active)
+            assert counted.total == len(batch) * expected
