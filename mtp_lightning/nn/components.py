@@ -106,6 +106,8 @@ class AttentionConfig(LayerConfig, family="attention"):
     its ``cache_entry`` of every new token, at the index ``layer``.
     """
 
+    modules: ClassVar[dict[str, str]] = {"grouped_query": "attention", "latent": "mla"}
+
     def head_size(self, trunk: TrunkShape) -> int:
         """H, width of a query or key head.
 
@@ -146,3 +148,5 @@ class FeedForwardConfig(LayerConfig, family="feed_forward"):
     Its ``forward(x_BTC, positions)`` returns [B, T, C]. It may add an auxiliary loss with
     ``positions.ledger.add_loss`` if ``positions.ledger`` is not None.
     """
+
+    modules: ClassVar[dict[str, str]] = {"dense": "feed_forward", "experts": "moe"}

@@ -6,12 +6,14 @@ Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.ledger import loads
 from mtp_lightning.nn.ops import Op, gated
 from mtp_lightning.nn.precision import compute_dtype, no_autocast
 
@@ -69,14 +71,6 @@ def _grouped(load_E: Tensor) -> _Products:
     return lambda x_RI, weight_EOI: F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
-def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
-    """int64 [E], the number of tokens that chose each expert."""
-    # bincount would read the numbers on the host first, which waits for a GPU.
-    load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
-    chosen = chosen_MK.flatten()
-    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
-
-
 def _on_meta(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
@@ -105,6 +99,8 @@ def gathered(
 
 class Experts(nn.Module):
     """E SwiGLU layers; gate and up are one matrix per expert, gate first."""
+
+    may_be_bf16: ClassVar[bool] = True
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
         super().__init__()

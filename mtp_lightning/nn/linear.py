@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,9 @@ from mtp_lightning.nn.ops import linear
 
 class Linear(nn.Module):
     """``x @ weight.T`` with a weight of [out_features, in_features]."""
+
+    # Whether a frozen weight may be held in bf16 (Trunk.hold_in_bf16).
+    may_be_bf16: ClassVar[bool] = True
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -166,6 +166,7 @@ class Router(Linear):
     """
 
     expert_bias: Tensor
+    may_be_bf16 = False
 
     def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__(d_model, config.n_routed)

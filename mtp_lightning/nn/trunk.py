@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
@@ -72,3 +73,16 @@ class Trunk(nn.Module):
             TrunkState.LAST_BLOCK: output.last_block,
             TrunkState.FINAL: output.final,
         }[which]
+
+    def hold_in_bf16(self) -> None:
+        """Hold the matrices of a frozen trunk in bf16, in half of their memory.
+
+        The results under bf16 autocast stay the same, since it would round the weights to the same
+        numbers. Without autocast (in decoding, and for experts on a CPU) a weight is cast to fp32
+        for each product. Embedding, head, norms and routers stay unchanged, and so do layers from
+        outside this project, which may need their own dtype.
+        """
+        for layer in self.blocks.modules():
+            if getattr(layer, "may_be_bf16", False):
+                for weight in layer.parameters(recurse=False):
+                    weight.data = weight.data.to(torch.bfloat16)

@@ -23,17 +23,20 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import RandomKey
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen
-from mtp_lightning.objective.rules.confidence import ConfidenceRule
-from mtp_lightning.objective.rules.coupling import Coupling
-from mtp_lightning.objective.rules.entropy_mask import entropy_mask
-from mtp_lightning.objective.rules.position_weights import position_weights
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts, taught_targets
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.settings import require
 
 _MAIN_TERM = CrossEntropy()
+# The rules of a setting by its words: their class in rules/, and the settings that they read.
+_CONFIDENCE = {"learned": ("confidence.ConfidenceRule", ())}
+_MASKS = {"entropy": ("entropy_mask.EntropyMask", ("tau", "quantile"))}
+_WEIGHTS = {
+    "exp_decay": ("position_weights.ExpDecay", ("decay",)),
+    "acceptance": ("position_weights.Acceptance", ("smoothing",)),
+}
 
 
 class Objective:
@@ -78,13 +81,12 @@ class Objective:
             require(isinstance(value, bool), f"objective.{name}", value, "true or false")
         self.term, self.train_head = term, train_head
         self.parts = list(term.parts())
-        found: list[Rule | None] = [
-            ConfidenceRule() if confidence else None,
-            entropy_mask(mask, tau=tau, quantile=quantile),
-            position_weights(weights, decay=decay, smoothing=smoothing),
-            *(Coupling(part, self.asked) for _, part in self.parts if part.couples),
+        self.rules: list[Rule] = [
+            *chosen("confidence", "learned" if confidence else "none", _CONFIDENCE),
+            *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
+            *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
+            *(rule for _, part in self.parts for rule in part.rules(self.asked)),
         ]
-        self.rules = [rule for rule in found if rule is not None]
 
     @classmethod
     def options(cls) -> list[str]:
