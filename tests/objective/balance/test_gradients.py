@@ -209,15 +209,24 @@ def test_refuses_where_no_depth_reaches_the_trunk(
 @pytest.mark.parametrize("scope", ["trunk", "last_block"])
 @pytest.mark.parametrize(
     "variant",
-    ["sequential", "parallel", "linear", "parameter_free", "nextlat", "joint", "linear mlp"],
+    [
+        "sequential",
+        "parallel",
+        "linear",
+        "parameter_free",
+        "nextlat",
+        "joint",
+        "linear mlp",
+        "linear markov",
+    ],
 )
 def test_flops_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, scope: Scope, branch: str
 ) -> None:
     """With experts, too, whose products are a node of our own."""
     switches = {} if variant == "parameter_free" else {"branch": branch}
-    if variant == "linear mlp":
-        variant, switches = "linear", {**switches, "correction": "mlp"}
+    variant, _, correction = variant.partition(" ")
+    switches |= {"correction": correction} if correction else {}
     experts = replace(tiny_trunk, feed_forward=replace(EXPERTS, sequence_loss=0.0))
     for trunk in (tiny_trunk, experts):
         model = build(trunk, MTPConfig.find(variant)(depth=3, **switches)).double()
