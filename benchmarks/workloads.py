@@ -109,7 +109,7 @@ def build_step(task: Row) -> Training:
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(plan.counts.valid) * d_model * element, loss
 
-    flops = one_step.flops_per_token(task["seq_len"])
+    flops = one_step.cost.per_token(task["seq_len"])
     return Training(step, forward, model, optimizer, flops, rss_imported)
 
 

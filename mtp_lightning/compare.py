@@ -9,17 +9,18 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mtp_lightning.errors import UserError
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, n_weights
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance, depths_of
+from mtp_lightning.objective.balance.gradients import Scope
+from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.stored import read_json
@@ -96,7 +97,7 @@ def plain_reference(
     return Reference(
         name="the same trunk with mtp=none",
         parameters=plain.num_params(),
-        flops=plain.flops_per_token(seq_len) * tokens_per_step * max_steps,
+        flops=StepCost(plain).per_token(seq_len) * tokens_per_step * max_steps,
     )
 
 
@@ -140,7 +141,7 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
             return best
         best = fewer
     excess = best.num_params() - target
-    if excess > config.trunk.block_params() / 2:
+    if excess > n_weights(best.on_meta().trunk.blocks[-1]) / 2:
         raise UserError(
             f"compare.match=parameters cannot be met: with {best.trunk.n_layers} trunk layers left "
             f"the model still has {excess:,} parameters more than the reference's {target:,}. "
@@ -150,14 +151,13 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
 
 
 def total_flops(
-    config: ModelConfig,
+    cost: StepCost,
     schedule: LambdaSchedule,
     *,
     seq_len: int,
     max_steps: int,
     tokens_per_step: int,
     balance: Balance | None = None,
-    objective: Objective = CROSS_ENTROPY,
 ) -> float:
     """Training FLOPs of a whole run. A depth whose weight is 0 at a step costs nothing in it.
 
@@ -167,9 +167,6 @@ def total_flops(
     balance = NoBalance(schedule.depth) if balance is None else balance
     samples = min(max_steps, _SAMPLES)
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
-    with torch.device("meta"):
-        stack = config.mtp.build(config.trunk)  # further_flops depends on its kind
-    main = config.mtp.trains_trunk
     total = 0.0
     for sample in range(samples):
         step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
@@ -177,27 +174,27 @@ def total_flops(
         base = [1.0, *schedule.weights(progress)]
         kind = tuple(depths_of(base)), balance.rests_at(progress)
         if kind not in costs:
-            rests = balance.scope is None or balance.rests_at(progress)
-            measured = 0.0 if rests else 1 / balance.every_n_steps
+            scope = None if balance.rests_at(progress) else balance.scope
             costs[kind] = sum(
-                chance
-                * (
-                    config.flops_per_token(seq_len, active)
-                    + objective.further_flops(config, stack, seq_len, active, main=main)
-                    + measured
-                    * (
-                        balance.measuring_flops(config, seq_len, active)
-                        + objective.measuring_flops(config, active)
-                    )
-                )
+                chance * _of_step(cost, seq_len, active, scope, balance.every_n_steps)
                 for chance, active in balance.active_sets(base)
             )
         total += costs[kind]
     return total / samples * max_steps * tokens_per_step
 
 
+def _of_step(
+    cost: StepCost, seq_len: int, active: Sequence[int], scope: Scope | None, every: int
+) -> float:
+    """FLOPs per position of a step, if one in ``every`` steps measures gradients."""
+    plain = cost.per_token(seq_len, active)
+    if scope is None:
+        return plain
+    return plain + 1 / every * (cost.per_token(seq_len, active, scope=scope) - plain)
+
+
 def match_steps(
-    config: ModelConfig,
+    cost: StepCost,
     schedule: LambdaSchedule,
     target: float,
     *,
@@ -205,17 +202,15 @@ def match_steps(
     max_steps: int,
     tokens_per_step: int,
     balance: Balance | None = None,
-    objective: Objective = CROSS_ENTROPY,
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
     flops = partial(
         total_flops,
-        config,
+        cost,
         schedule,
         seq_len=seq_len,
         tokens_per_step=tokens_per_step,
         balance=balance,
-        objective=objective,
     )
     steps = max_steps
     for _ in range(8):  # the cost of a step depends weakly on the length of the run
@@ -265,14 +260,13 @@ def match(
         assert match == "flops"
         target = reference.flops
         max_steps, reached = match_steps(
-            config,
+            StepCost(config, objective),
             schedule,
             target,
             seq_len=seq_len,
             max_steps=max_steps,
             tokens_per_step=tokens_per_step,
             balance=balance,
-            objective=objective,
         )
     return Matched(
         match=match,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning import parts
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.components import UsedInPart
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialise
@@ -33,53 +36,45 @@ class ModelConfig:
     trunk: TrunkConfig
     mtp: MTPConfig
 
+    def on_meta(self) -> MTPModel:
+        """The model in training mode on PyTorch's ``meta`` device: modules and shapes without
+        values, which take no memory.
+
+        Raises:
+            UserError: a tensor has more elements than PyTorch can count.
+        """
+        try:
+            with torch.device("meta"):
+                return MTPModel(self)
+        except (RuntimeError, TypeError) as error:
+            if "overflow" not in str(error).lower():
+                raise
+            raise UserError(
+                f"a model of model.d_model={self.trunk.d_model} and model.vocab_size="
+                f"{self.trunk.vocab_size} has a tensor too large to count: make it smaller."
+            ) from error
+
     def num_params(self) -> int:
         """All parameters; tied ones count once."""
-        return self.trunk.num_params() + self._stack_params()
+        return self._counted[0]
 
     def num_active_params(self) -> int:
-        """Parameters that one token uses: all except experts that it is not sent to."""
-        stack = self._stack_params() - self.mtp.num_idle_params(self.trunk)
-        return self.trunk.num_active_params() + stack
+        """Parameters that one token uses: without the experts that it is not sent to, and without
+        the embedding if it is only a lookup table."""
+        return self._counted[1]
 
-    def _stack_params(self) -> int:
-        confidence = self.mtp.depth * (self.trunk.d_model + 1) if self.mtp.confidence else 0
-        return self.mtp.num_params(self.trunk) + confidence
+    def num_trunk_params(self) -> int:
+        """Parameters of embedding, blocks, final norm and head."""
+        return self._counted[2]
 
-    def forward_flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
-        """FLOPs per position of a forward pass, attention and heads included.
-
-        Args:
-            seq_len: T, since attention's share grows with it.
-            active: the MTP depths computed; by default all.
-        """
-        if active is None:
-            active = range(1, self.mtp.depth + 1)
-        blocks = self.mtp.trunk_flops(self.trunk, seq_len, active)
-        return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
-
-    def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
-        """FLOPs per position of training: forward, and twice as much backward, without gradients
-        that are not needed.
-
-        A frozen trunk has no backward pass, its main prediction is not computed, and its head only
-        propagates gradients to the modules. The same holds for the head's passes of the depths with
-        ``mtp.detach=all``.
-        """
-        mtp, trunk = self.mtp, self.trunk
-        if active is None:
-            active = range(1, mtp.depth + 1)
-        head = trunk.head_flops()
-        forward = self.forward_flops_per_token(seq_len, active)
-        backward = mtp.module_backward_flops(trunk, seq_len, active)
-        backward += mtp.projections(active) * head
-        if mtp.trains_trunk:
-            backward += 2 * (mtp.trunk_flops(trunk, seq_len, active) + head)
-            if mtp.detach != "all":
-                backward += mtp.projections(active) * head
-        else:
-            forward -= head
-        return forward + backward
+    @cached_property
+    def _counted(self) -> tuple[int, int, int]:
+        model = self.on_meta()
+        total, stack = n_weights(model), n_weights(model.mtp)
+        in_part = (layer for layer in model.modules() if isinstance(layer, UsedInPart))
+        idle = sum(layer.idle_params() for layer in in_part)
+        looked_up = 0 if self.trunk.tie_embeddings else n_weights(model.trunk.embedding)
+        return total, total - idle - looked_up, total - stack
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
@@ -100,6 +95,11 @@ class ModelConfig:
             trunk=TrunkConfig.from_dict(data["trunk"], allow=allow),
             mtp=MTPConfig.from_dict(data["mtp"], allow=allow),
         )
+
+
+def n_weights(module: nn.Module) -> int:
+    """The number of weights in a module; shared ones count once."""
+    return sum(weight.numel() for weight in module.parameters())
 
 
 class MTPModel(nn.Module):

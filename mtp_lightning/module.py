@@ -21,7 +21,6 @@ from mtp_lightning import processes
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn import ops
-from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.init import drawn_anew
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
@@ -78,7 +77,7 @@ class MTPModule(pl.LightningModule):
         self.seed = seed
         self.model = MTPModel(model_config) if deferred and not self.deferred else model
         if half:
-            hold_in_bf16(self.model.trunk)
+            self.model.trunk.hold_in_bf16()
         if not self.deferred:
             self.model.initialise(seed)
         self.schedule = schedule

@@ -186,7 +186,12 @@ def require_held(
     Raises:
         UserError: with what is asked for and what is there.
     """
-    for what, asked in (("layers", config.trunk.n_layers), ("MTP depths", config.mtp.depth)):
+    asked_for = {
+        "layers": config.trunk.n_layers,
+        "MTP depths": config.mtp.depth,
+        "components": config.mtp.rank,
+    }
+    for what, asked in asked_for.items():
         # Each has a tensor of its own, but for depths that share one or have none.
         if asked > max(len(weights), _FREE_DEPTHS):
             raise UserError(

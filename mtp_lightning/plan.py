@@ -17,19 +17,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from typing import Any
 
 import torch
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel, n_weights
 from mtp_lightning.nn.attention import GroupedQueryConfig, qkv_width
+from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.objective.cost import StepCost, counted_flops, window_on_meta
 from mtp_lightning.objective.through_head import chunk_rows
 
 STRATEGIES = ("ddp", "fsdp", "hsdp")
@@ -182,13 +184,14 @@ class Plan:
         Args:
             strategy: ``ddp``, ``fsdp`` over all devices, or ``hsdp`` with a replica per machine.
         """
-        params, block = self.model.num_params(), self._largest_block()
+        params, blocks = self.model.num_params(), self._block_params
+        block, root = max(blocks), params - sum(blocks)
         if strategy == "ddp":
             states, gathered = float(_STATES * params), (_SINGLE + _HALF) * params
         else:
             shard = self.devices if strategy == "fsdp" else self.shard
             states = _STATES * params / shard
-            gathered = _HALF * (self._root_params() + 2 * block) + _SINGLE * block
+            gathered = _HALF * (root + 2 * block) + _SINGLE * block
             gathered = gathered if shard > 1 else _HALF * params
         trunk = self.model.trunk
         rows = min(chunk_rows(trunk.vocab_size, torch.device("cuda")), self.batch * self.seq_len)
@@ -201,7 +204,7 @@ class Plan:
 
     def compute_seconds(self) -> float:
         """Seconds of arithmetic for one micro-batch, at the assumed MFU."""
-        flops = self.model.flops_per_token(self.seq_len) * self.batch * self.seq_len
+        flops = self.cost.per_token(self.seq_len) * self.batch * self.seq_len
         return flops / (self.machines.peak * self.machines.mfu)
 
     def network_seconds(self, strategy: str) -> float:
@@ -238,23 +241,38 @@ class Plan:
         """Bytes per token of all blocks. A stack counts as the number of blocks with its FLOPs."""
         trunk, mtp = self.model.trunk, self.model.mtp
         own = sum(kept_bytes(trunk, layer) for layer in range(trunk.n_layers))
-        flops = mtp.module_flops(trunk, self.seq_len, range(1, mtp.depth + 1))
         outputs = _SINGLE * trunk.d_model * (1 + mtp.depth)
         # The one block that is being recomputed.
         again = kept_bytes(replace(trunk, recompute=False)) if trunk.recompute else 0
-        return own + flops / trunk.block_flops(self.seq_len) * kept_bytes(trunk) + outputs + again
+        return own + self._stack_in_blocks() * kept_bytes(trunk) + outputs + again
 
-    def _largest_block(self) -> int:
-        trunk = self.model.trunk
-        return max(trunk.block_params(layer) for layer in range(trunk.n_layers))
+    @torch.no_grad()
+    def _stack_in_blocks(self) -> float:
+        """FLOPs of the stack's forward pass, as a multiple of those of a module's block."""
+        trunk, depths = self.model.trunk, range(1, self.model.mtp.depth + 1)
+        with torch.device("meta"):
+            block = Block(trunk)
+        _, at = self._on_meta.run_trunk(window_on_meta(self.model, self.seq_len), depths)
+        with counted_flops() as of_block:
+            block(at.hidden, at.positions)
+        with counted_flops() as of_stack:
+            list(self._on_meta.mtp.states(replace(at, head=self._on_meta.head), depths))
+        return of_stack.total / of_block.total
 
-    def _root_params(self) -> int:
-        """Parameters outside blocks: embedding, head, norms, and a stack's other parts."""
-        trunk = self.model.trunk
-        blocks = sum(trunk.block_params(layer) for layer in range(trunk.n_layers))
-        stack = self.model.num_params() - trunk.num_params()
-        in_blocks = stack // trunk.block_params() * trunk.block_params()
-        return trunk.num_params() - blocks + stack - in_blocks
+    @cached_property
+    def cost(self) -> StepCost:
+        """FLOPs of training steps."""
+        return StepCost(self.model)
+
+    @cached_property
+    def _on_meta(self) -> MTPModel:
+        return self.model.on_meta()
+
+    @cached_property
+    def _block_params(self) -> list[int]:
+        """Parameters of every block, of the trunk and of the stack."""
+        blocks = (part for part in self._on_meta.modules() if isinstance(part, Block))
+        return [n_weights(block) for block in blocks]
 
 
 def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
@@ -266,7 +284,7 @@ def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
     """
     first, machines = plans[0], plans[0].machines
     model = first.model
-    flops = model.flops_per_token(first.seq_len)
+    flops = first.cost.per_token(first.seq_len)
     yield (
         f"{model.num_params() / 1e9:.3f}B parameters, {model.num_active_params() / 1e9:.3f}B for a "
         f"token; {flops / 1e9:.2f} GFLOPs a token at T={first.seq_len}; {first.batch} windows a "

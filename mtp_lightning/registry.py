@@ -38,6 +38,8 @@ class Registered:
 
     family: ClassVar[str]
     variant: ClassVar[str]
+    # The module of a variant, in the family's folder, where it has another name than the variant.
+    modules: ClassVar[dict[str, str]] = {}
     _variants: ClassVar[dict[str, type[Any]]]
 
     def __init_subclass__(
@@ -98,7 +100,7 @@ class Registered:
         if not isinstance(variant, str):
             raise UserError(f"{cls.family} must name a variant, not {variant!r:.80}.")
         if variant not in cls._variants:
-            _import_siblings(cls.__module__, variant)
+            _import_siblings(cls.__module__, cls.modules.get(variant, variant))
         if variant not in cls._variants:
             _import_siblings(cls.__module__)
         if variant not in cls._variants and module is not None:
@@ -119,6 +121,12 @@ class Registered:
             known = ", ".join(cls._variants)
             raise UserError(f"{cls.family}={variant} is unknown here; known are {known}.")
         return cls._variants[variant]
+
+
+def imported(name: str) -> Any:
+    """The object of a dotted name, imported on demand: for code that only one option needs."""
+    module, _, found = name.rpartition(".")
+    return getattr(importlib.import_module(module), found)
 
 
 def _place(cls: type) -> str:

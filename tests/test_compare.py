@@ -16,9 +16,11 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.schedule.curriculum import forward_curriculum
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.schedule.published import constant
+from tests import closed_forms
 from tests.integration import helpers
 
 TRUNK = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96)
@@ -42,7 +44,7 @@ def test_gloeckles_heads_cost_a_trunk_layer_each(depth: int) -> None:
     assert found.max_steps == 300
     # What remains is the heads' own norms.
     assert found.reached - found.target == depth * 32
-    assert found.remaining == pytest.approx(depth * 32 / TRUNK.num_params())
+    assert found.remaining == pytest.approx(depth * 32 / closed_forms.trunk_params(TRUNK))
     assert f"{8 - depth} trunk layers" in str(found) and "mtp=none" in str(found)
 
 
@@ -52,7 +54,7 @@ def test_the_nearest_number_of_layers_is_taken() -> None:
         found = matched(config, "parameters")
         distances = {
             n: abs(ModelConfig(trunk=replace(TRUNK, n_layers=n), mtp=mtp).num_params()
-                   - TRUNK.num_params())
+                   - closed_forms.trunk_params(TRUNK))
             for n in range(1, 9)
         }  # fmt: skip
         assert distances[found.n_layers] == min(distances.values())
@@ -72,31 +74,33 @@ def test_flops_shortens_the_run() -> None:
     found = matched(config, "flops")
     plain = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
     # By hand: steps are in inverse proportion to the cost of a token.
-    expected = 300 * plain.flops_per_token(64) / config.flops_per_token(64)
+    expected = 300 * StepCost(plain).per_token(64) / StepCost(config).per_token(64)
     assert abs(found.max_steps - expected) <= 0.5
     assert found.n_layers == 8 and found.max_steps < 300
-    assert found.target == plain.flops_per_token(64) * 1024 * 300
-    assert found.reached == config.flops_per_token(64) * 1024 * found.max_steps
+    assert found.target == StepCost(plain).per_token(64) * 1024 * 300
+    assert found.reached == StepCost(config).per_token(64) * 1024 * found.max_steps
     assert abs(found.remaining) < 1 / found.max_steps
 
 
 def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
     growing = forward_curriculum(depth=2, mtp_lambda=0.3)  # thirds of the run with 0, 1, 2 depths
-    cost = [config.flops_per_token(64, active) for active in ([], [1], [1, 2])]
-    total = compare.total_flops(config, growing, seq_len=64, max_steps=300, tokens_per_step=10)
+    cost = [StepCost(config).per_token(64, active) for active in ([], [1], [1, 2])]
+    total = compare.total_flops(StepCost(config), growing, **LENGTH | {"tokens_per_step": 10})
     assert total == pytest.approx(sum(cost) * 100 * 10, rel=1e-9)
     assert matched(config, "flops", growing).max_steps > matched(config, "flops").max_steps
     # Longer runs are sampled; the sum must not notice.
-    long = compare.total_flops(config, growing, seq_len=64, max_steps=90_000, tokens_per_step=10)
+    long = compare.total_flops(
+        StepCost(config), growing, seq_len=64, max_steps=90_000, tokens_per_step=10
+    )
     assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
 
 
 def test_flops_lengthens_the_run_to_a_costlier_reference() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
-    own = config.flops_per_token(64) * 1024 * 300
+    own = StepCost(config).per_token(64) * 1024 * 300
     steps, reached = compare.match_steps(
-        config, constant(depth=0, mtp_lambda=0.3), 2.5 * own, **LENGTH
+        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * own, **LENGTH
     )
     assert steps == 750 and reached == 2.5 * own
 

@@ -17,7 +17,9 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.opening import StoredModel
+from tests import closed_forms
 from tests.integration import helpers
 from tests.losses import mtp_loss
 
@@ -153,11 +155,11 @@ def test_a_frozen_trunk_costs_less(tiny_trunk: TrunkConfig) -> None:
     frozen = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
     trained = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1))
     seq_len = 16
-    blocks = tiny_trunk.n_layers * tiny_trunk.block_flops(seq_len)
-    head = tiny_trunk.head_flops()
+    blocks = tiny_trunk.n_layers * closed_forms.block(tiny_trunk, seq_len)[1]
+    head = 2 * tiny_trunk.d_model * tiny_trunk.vocab_size
     # No main prediction, no backward pass through the trunk; through the modules' head one half.
     saved = 2 * blocks + 3 * head + head
-    difference = trained.flops_per_token(seq_len) - frozen.flops_per_token(seq_len)
+    difference = StepCost(trained).per_token(seq_len) - StepCost(frozen).per_token(seq_len)
     assert difference == saved
 
 

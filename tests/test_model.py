@@ -122,43 +122,6 @@ def test_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig) -> No
         assert list(hidden) == [0, *active]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    "mtp",
-    [
-        NoMTPConfig(),
-        SequentialConfig(depth=0),
-        SequentialConfig(depth=3),
-        SequentialConfig(depth=3, share_layers=True),
-    ],
-)
-def test_parameter_count_from_the_config(mtp: SequentialConfig, tied: bool) -> None:
-    trunk = TrunkConfig(
-        vocab_size=50, d_model=24, n_layers=3, n_heads=4, n_kv_heads=1, d_ff=40,
-        d_head=8, tie_embeddings=tied,
-    )  # fmt: skip
-    config = ModelConfig(trunk=trunk, mtp=mtp)
-    built = sum(p.numel() for p in MTPModel(config).parameters())
-    assert config.num_params() == built
-
-
-def test_flops_against_pytorchs_counter(tiny_trunk: TrunkConfig) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=2))
-    model = MTPModel(config).double()  # float64 takes PyTorch's own operators, which it can count
-    model.initialise(0)
-    seq_len = 16
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
-        hidden = model(WindowBatch(torch.randint(0, 37, (1, seq_len + 3)), 2))
-        for h in hidden.values():
-            model.head(h)
-    assert counter.get_total_flops() == seq_len * config.forward_flops_per_token(seq_len)
-
-
 def test_trunk_starts_equal_under_every_depth(tiny_trunk: TrunkConfig) -> None:
     shallow, deep = (
         MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=d))) for d in (0, 3)

@@ -21,17 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import Session, decoding_passes
-from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder, Round
-from mtp_lightning.decoding.tree_session import TreeSession
-from mtp_lightning.decoding.tree_speculative import TreeDecoder
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.registry import imported
 from mtp_lightning.settings import is_whole
 
 
@@ -77,7 +74,8 @@ class Engine:
         self._decoder: Decoder | None = None
         self._auto = None
         if options.auto and self.max_draft:
-            self._auto = AutoDepth(self.max_draft, self.max_draft / model.config.trunk.n_layers)
+            auto_depth = imported("mtp_lightning.decoding.adaptive.AutoDepth")
+            self._auto = auto_depth(self.max_draft, self.max_draft / model.config.trunk.n_layers)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -239,14 +237,17 @@ class Engine:
         options, room = self.options, {"places": self.places, "capacity": capacity}
         room |= {} if options.draft_vocab is None else {"draft_vocab": options.draft_vocab}
         if options.tree is not None:
-            trees = TreeSession(self._model, **room, tree=options.tree)
-            return TreeDecoder(trees, places=self.places)
-        kind: type[Session] = SingleCacheSession if options.cache == "single" else Session
-        if options.compile:
-            # The compiler is slow to import.
-            from mtp_lightning.decoding.compiled import CompiledSession
-
-            kind = CompiledSession
+            trees = imported("mtp_lightning.decoding.tree_session.TreeSession")(
+                self._model, **room, tree=options.tree
+            )
+            return imported("mtp_lightning.decoding.tree_speculative.TreeDecoder")(
+                trees, places=self.places
+            )
+        kind: type[Session] = Session
+        if options.cache == "single":
+            kind = imported("mtp_lightning.decoding.single_cache.SingleCacheSession")
+        elif options.compile:
+            kind = imported("mtp_lightning.decoding.compiled.CompiledSession")
         return Decoder(
             kind(self._model, **room, max_draft=self.max_draft),
             places=self.places,

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
+from mtp_lightning.registry import imported
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
@@ -230,7 +230,8 @@ def pass_costs(
         repeats: timed calls of each pass.
         clock: see :func:`race`.
     """
-    kind = CompiledSession if compile else Session
+    compiled = "mtp_lightning.decoding.compiled.CompiledSession"
+    kind: type[Session] = imported(compiled) if compile else Session
     with decoding_passes(model):
         capacity = len(prompt) + 64
         session = kind(model, places=batch, capacity=capacity, max_draft=model.depth)

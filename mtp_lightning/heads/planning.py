@@ -15,6 +15,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.objective.cost import StepCost, forward_flops
 from mtp_lightning.opening import OpenedModel, open_model, read_model
 
 # Shares of the hours; the rest is for start-up, validations, the certificate and the export.
@@ -138,9 +139,8 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
     trunk = run.model.config.trunk
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
     speed = _reads(run, window)
-    steps = int(
-        3600 * hours * _TRAINING * speed / (config.flops_per_token(window) * _BATCH * window)
-    )
+    per_step = StepCost(config).per_token(window) * _BATCH * window
+    steps = int(3600 * hours * _TRAINING * speed / per_step)
     written = 0.0 if files else _writes(run, window)
     texts = int(3600 * hours * _TEXTS * written / _new(window))
     if steps < 10 or (not files and texts < _FEWEST):
@@ -167,7 +167,7 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
 def _reads(run: OpenedModel, window: int) -> float:
     """FLOP/s of reading windows."""
     windows = WindowBatch(torch.zeros(_BATCH, window + 1, dtype=torch.long), 0)
-    flops = run.model.config.forward_flops_per_token(window) * _BATCH * window
+    flops = forward_flops(run.model.config, window) * _BATCH
 
     @torch.no_grad()
     def read() -> None:

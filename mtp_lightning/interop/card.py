@@ -118,7 +118,7 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
 
 def _count(config: ModelConfig, contents: Contents) -> str:
     """What the stored values are."""
-    trunk, whole = config.trunk.num_params(), config.num_params()
+    trunk, whole = config.num_trunk_params(), config.num_params()
     told = f"{contents.parameters:,} values are stored: {trunk:,} of the trunk and its head"
     if whole > trunk:
         told += f", {whole - trunk:,} of the MTP modules"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ _MIMO = {
 _EMBEDDING, _HEAD = "trunk.embedding.weight", "head.weight"
 # Tables next to the weights in old checkpoints, which follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def adds_weights(config: ModelConfig) -> bool:
+    """Whether a model's depths have weights of their own, besides estimates of acceptance."""
+    bare = replace(config, mtp=replace(config.mtp, confidence=False))
+    return bare.num_params() > bare.num_trunk_params()
 
 
 def has_layout(config: ModelConfig) -> bool:

@@ -19,7 +19,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
-from mtp_lightning.interop.names import plain, to_folder
+from mtp_lightning.interop.names import adds_weights, plain, to_folder
 from mtp_lightning.interop.reading import read_folder, read_tensors
 from mtp_lightning.interop.transformers_model import Loaded, import_transformers
 from mtp_lightning.interop.writing import DTYPES, has_extra_file
@@ -77,7 +77,7 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     config, plain_weights = plain(model.config, weights)
     extra = has_extra_file(model.config)
-    if extra or not config.mtp.num_params(config.trunk):
+    if extra or not adds_weights(config):
         config = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
     wanted = to_folder(config, plain_weights, DTYPES[dtype])
     found = read_tensors(folder)

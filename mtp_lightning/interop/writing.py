@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, heads, tensor_files
-from mtp_lightning.interop.names import has_layout, plain, to_folder
+from mtp_lightning.interop.names import adds_weights, has_layout, plain, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -103,7 +103,7 @@ def write_folder(
 
 def has_extra_file(config: ModelConfig) -> bool:
     """Whether a model's stack has weights, but no Hugging Face layout."""
-    return config.mtp.num_params(config.trunk) > 0 and not has_layout(config)
+    return adds_weights(config) and not has_layout(config)
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None:

@@ -9,6 +9,7 @@ Shapes: B batch, T positions, K depths (0 .. D), V vocabulary, P positions of on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.bits_per_byte import bits_per_byte, bits_per_byte_se
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.feed import Prediction
@@ -246,3 +246,31 @@ def exact(values: Tensor) -> Tensor:
 def _log_probs(h_PC: Tensor, weight_VC: Tensor) -> Tensor:
     chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC)
     return torch.cat([chunk for _, chunk in chunks])
+
+
+def bits_per_byte(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
+    """Summed loss of the evaluated targets over the bytes of the same targets.
+
+    Args:
+        nats_N: summed loss of each document.
+        bytes_N: UTF-8 bytes of its targets.
+    """
+    return float(nats_N.sum() / math.log(2) / bytes_N.sum())
+
+
+def bits_per_byte_se(
+    nats_N: np.ndarray, bytes_N: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> float:
+    """Standard error of :func:`bits_per_byte` by a bootstrap over documents (Efron 1979): how much
+    another sample of as many documents would change it.
+
+    It measures how well this text represents its corpus. The difference of two models on the same
+    text varies far less.
+    """
+    generator = np.random.default_rng(seed)
+    n = len(nats_N)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = generator.integers(n, size=n)
+        means[i] = bits_per_byte(nats_N[drawn], bytes_N[drawn])
+    return float(means.std(ddof=1))

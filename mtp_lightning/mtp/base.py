@@ -30,7 +30,7 @@ from mtp_lightning.settings import require_whole
 
 @dataclass(frozen=True, kw_only=True)
 class MTPConfig(Switches, Registered, ABC, family="mtp"):
-    """Depth and switches of a stack, and its parameters and FLOPs, known before it is built.
+    """Depth and switches of a stack.
 
     A variant adds its switches as fields; the others keep the values of
     :class:`~mtp_lightning.mtp.switches.Switches`.
@@ -99,48 +99,6 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     def build(self, trunk: TrunkConfig) -> MTPStack:
         """The stack, with its weights not yet initialized."""
 
-    @abstractmethod
-    def num_params(self, trunk: TrunkConfig) -> int:
-        """Parameters that the stack adds to the trunk's."""
-
-    def num_idle_params(self, trunk: TrunkConfig) -> int:
-        """Those of them that a token does not use: experts that it is not sent to."""
-        return 0
-
-    @abstractmethod
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        """Forward FLOPs per position of the ``active`` depths, without the shared head."""
-
-    def trunk_flops(
-        self,
-        trunk: TrunkConfig,
-        seq_len: int,
-        active: Sequence[int],
-        layers: Sequence[int] | None = None,
-    ) -> int:
-        """Forward FLOPs per position of the trunk's blocks (``layers``, or all) while the
-        ``active`` depths are computed."""
-        layers = range(trunk.n_layers) if layers is None else layers
-        return sum(trunk.block_flops(seq_len, layer) for layer in layers)
-
-    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        """Backward FLOPs of the same; by default twice as many, for weights and for inputs."""
-        return 2 * self.module_flops(trunk, seq_len, active)
-
-    def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
-        """Forward FLOPs per position of the operations that the backward pass of depth ``k`` alone
-        goes through, if the ``active`` depths were computed together."""
-        return self.module_flops(trunk, seq_len, [k])
-
-    def projections(self, active: Sequence[int]) -> int:
-        """How many more times than for the trunk alone a position goes through the shared head."""
-        return len(active)
-
-    def flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        """Forward FLOPs per position of the ``active`` depths, with the shared head."""
-        head = self.projections(active) * trunk.head_flops()
-        return self.module_flops(trunk, seq_len, active) + head
-
 
 class MTPStack(nn.Module, ABC):
     """A stack on a trunk: it turns the trunk's state at the branch point into one hidden state per
@@ -155,11 +113,8 @@ class MTPStack(nn.Module, ABC):
 
     # Whether a depth attends to earlier positions, so that decoding needs a cache for it.
     attends_back: ClassVar[bool] = True
-    # Whether depths are trained one after another. Each then computes its own teacher, and a
-    # prepass computes each of them a second time.
+    # Whether depths are trained one after another.
     in_turn: ClassVar[bool] = False
-    # Whether every depth is the main prediction's own hidden state.
-    shares_state: ClassVar[bool] = False
     confidence: Confidence | None
 
     def __init__(self, config: MTPConfig) -> None:
@@ -311,15 +266,6 @@ class MTPStack(nn.Module, ABC):
         """
         if self.max_draft_depth == 0:
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
-
-    def teacher_passes(self, depths: int, *, main: bool) -> int:
-        """How many more times a position goes through the head to compute the depths' teachers.
-
-        Args:
-            depths: number of depths that are trained.
-            main: whether the main prediction goes through the head anyway.
-        """
-        return int(not main)
 
     def look_at(self, document_frequency: Callable[[], tuple[Tensor, int]]) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.

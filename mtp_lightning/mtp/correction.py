@@ -26,7 +26,7 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.linear import Linear, embedding
 from mtp_lightning.settings import require_choice, require_whole
 
 Kind = Literal["none", "markov", "mlp"]
@@ -99,26 +99,6 @@ class SideBySideConfig(MTPConfig):
             return [Bigrams(trunk, self.columns) for _ in depths]
         return []
 
-    def correction_params(self, trunk: TrunkConfig) -> int:
-        """Parameters of the corrections of all depths."""
-        c, rank = trunk.d_model, self.columns
-        if self.correction == "mlp":
-            return sum((k + 2) * c * c for k in range(1, self.depth + 1))
-        return self.depth * rank * (trunk.vocab_size + c) if self.correction == "markov" else 0
-
-    def correction_flops(self, trunk: TrunkConfig, k: int) -> int:
-        """Forward FLOPs per position of the correction of depth ``k``."""
-        c = trunk.d_model
-        if self.correction == "mlp":
-            return 2 * (k + 2) * c * c
-        return 2 * c * self.columns if self.correction == "markov" else 0
-
-    def correction_backward_flops(self, trunk: TrunkConfig, k: int) -> int:
-        """Backward FLOPs of the same, without the gradients of inputs that need none."""
-        cut = self.freeze_trunk or self.detach == "all"
-        saved = 2 * (k + 1) * trunk.d_model**2 if cut and self.correction == "mlp" else 0
-        return 2 * self.correction_flops(trunk, k) - saved
-
 
 class Correction(nn.Module):
     """A module of the depth and the branch point whose output [B, T, C] is added to a head's state.
@@ -156,7 +136,7 @@ class Bigrams(Correction):
     def __init__(self, trunk: TrunkConfig, rank: int) -> None:
         super().__init__(rank, trunk)
         # An nn.Embedding, by which optimizers distinguish lookup tables from matrices.
-        self.embedding = nn.Embedding(trunk.vocab_size, rank)
+        self.embedding = embedding(trunk.vocab_size, rank)
 
     def forward(self, k: int, at: BranchPoint) -> Tensor:
         return self.down(self.embedding(at.tokens_at(k)))

@@ -38,23 +38,6 @@ class JointConfig(OneModuleConfig, variant="joint"):
     def build(self, trunk: TrunkConfig) -> JointMTP:
         return JointMTP(self, trunk)
 
-    def num_params(self, trunk: TrunkConfig) -> int:
-        layer = trunk.attention.num_params(trunk, None) + trunk.d_model + 1
-        return layer if self.depth else 0
-
-    def num_idle_params(self, trunk: TrunkConfig) -> int:
-        return trunk.attention.idle_params(trunk, None) if self.depth else 0
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        # One layer over the entries up to the deepest active depth. Its window has `places`
-        # entries; seq_len = 0 asks for the FLOPs of the weights alone, without attention's.
-        places = max(active) + 1 if active else 0
-        return places * trunk.attention.flops(trunk, min(seq_len, 1) * places, None)
-
-    def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
-        # The layer's backward pass goes over all entries, whichever depth it starts from.
-        return self.module_flops(trunk, seq_len, active)
-
 
 class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""

@@ -33,7 +33,6 @@ from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, ad
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ledger import Ledger
 
 
@@ -152,9 +151,6 @@ class SideBySide(MTPStack):
         key: RandomKey | None = None,
     ) -> Feed:
         return HeadByHead(self, final_BTC, at, depths, key)
-
-    def teacher_passes(self, depths: int, *, main: bool) -> int:
-        return depths  # one head at a time needs a teacher of its own
 
     def ahead(self, active: Sequence[int]) -> int:
         return max(active, default=0) if self.corrections else 0
@@ -296,17 +292,9 @@ class OneModuleConfig(MTPConfig):
 class TargetsConfig(MTPConfig):
     """The config of stacks without weights or matrix products of their own."""
 
-    def num_params(self, trunk: TrunkConfig) -> int:
-        return 0
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return 0
-
 
 class Targets(MTPStack):
     """A stack without modules: every depth is the main prediction, with a target further ahead."""
-
-    shares_state: ClassVar[bool] = True
 
     def feed(
         self,

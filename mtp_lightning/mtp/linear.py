@@ -65,33 +65,6 @@ class LinearConfig(SideBySideConfig, variant="linear"):
     def build(self, trunk: TrunkConfig) -> MTPStack:
         return LinearMTP(self, trunk) if self.rank == 1 else JointLinearMTP(self, trunk)
 
-    def num_params(self, trunk: TrunkConfig) -> int:
-        if self.rank > 1:
-            return self._joint_params(trunk, self.depth)
-        return self.depth * trunk.d_model**2 + self.correction_params(trunk)
-
-    def _joint_params(self, trunk: TrunkConfig, depth: int) -> int:
-        matrices = self.rank * (depth + 1) - 1
-        return matrices * trunk.d_model**2 + self.rank * trunk.d_model
-
-    def projections(self, active: Sequence[int]) -> int:
-        # All components of the next token and of every depth up to the deepest.
-        joint = self.rank * (max(active, default=0) + 1) - 1
-        return len(active) if self.rank == 1 else joint
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        if self.rank > 1:
-            return 2 * self._joint_params(trunk, max(active, default=0))
-        return sum(2 * trunk.d_model**2 + self.correction_flops(trunk, k) for k in active)
-
-    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        if self.rank > 1:
-            return 2 * self.module_flops(trunk, seq_len, active)
-        # The matrix reads the branch directly: with a detached trunk its input needs no gradient.
-        reaches_trunk = self.trains_trunk and self.detach == "none"
-        own = (1 + reaches_trunk) * 2 * trunk.d_model**2
-        return sum(own + self.correction_backward_flops(trunk, k) for k in active)
-
 
 class LinearMTP(SideBySide):
     """D matrices side by side."""

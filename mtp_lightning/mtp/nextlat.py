@@ -13,7 +13,6 @@ divergence between the head's two predictions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,14 +33,6 @@ class NextLatConfig(OneModuleConfig, variant="nextlat"):
 
     def build(self, trunk: TrunkConfig) -> NextLatMTP:
         return NextLatMTP(self, trunk)
-
-    def num_params(self, trunk: TrunkConfig) -> int:
-        c = trunk.d_model
-        return 4 * c * c + 2 * 2 * c if self.depth else 0
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        # A depth needs all shallower ones, but not their logits.
-        return max(active, default=0) * 2 * 4 * trunk.d_model**2
 
 
 class StateModel(nn.Module):

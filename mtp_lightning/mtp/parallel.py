@@ -9,7 +9,7 @@ Embedding and output head are the trunk's. ``correction`` lets the heads see the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -64,21 +64,6 @@ class ParallelConfig(SideBySideConfig, variant="parallel"):
 
     def build(self, trunk: TrunkConfig) -> ParallelMTP:
         return ParallelMTP(self, trunk)
-
-    def num_params(self, trunk: TrunkConfig) -> int:
-        heads = self.depth * (trunk.block_params() + trunk.d_model)
-        return heads + self.correction_params(trunk)
-
-    def num_idle_params(self, trunk: TrunkConfig) -> int:
-        return self.depth * trunk.block_idle_params()
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        corrections = sum(self.correction_flops(trunk, k) for k in active)
-        return len(active) * trunk.block_flops(seq_len) + corrections
-
-    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        corrections = sum(self.correction_backward_flops(trunk, k) for k in active)
-        return 2 * len(active) * trunk.block_flops(seq_len) + corrections
 
 
 class ParallelHead(nn.Module):

@@ -11,7 +11,6 @@ to 0 (``lambda_schedule=modded_nanogpt``); there is nothing to draft with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
@@ -25,9 +24,6 @@ class ParameterFreeConfig(TargetsConfig, variant="parameter_free"):
 
     def build(self, trunk: TrunkConfig) -> ParameterFreeMTP:
         return ParameterFreeMTP(self)
-
-    def projections(self, active: Sequence[int]) -> int:
-        return 0
 
 
 class ParameterFreeMTP(Targets):

@@ -156,9 +156,6 @@ class JointLinearMTP(MTPStack):
     ) -> Feed:
         return JointFeed(self, final_BTC, at, max(depths, default=0))
 
-    def teacher_passes(self, depths: int, *, main: bool) -> int:
-        return depths * self.config.rank  # of each depth's positions, all components
-
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
 

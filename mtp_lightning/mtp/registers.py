@@ -58,23 +58,6 @@ class RegistersConfig(TrainingOnlyConfig, variant="registers"):
                 f"1 = {seq_len + 1} tokens ahead: lower it, or lengthen the window."
             )
 
-    def num_params(self, trunk: TrunkConfig) -> int:
-        return trunk.d_model
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return 0
-
-    def trunk_flops(
-        self,
-        trunk: TrunkConfig,
-        seq_len: int,
-        active: Sequence[int],
-        layers: Sequence[int] | None = None,
-    ) -> int:
-        if not active:
-            return super().trunk_flops(trunk, seq_len, active, layers)
-        return 2 * super().trunk_flops(trunk, 2 * seq_len, active, layers)
-
 
 class Registers(TrainingOnly):
     """The learned vector that all registers start from."""

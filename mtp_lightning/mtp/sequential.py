@@ -85,14 +85,6 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     def build(self, trunk: TrunkConfig) -> SequentialMTP:
         return SequentialMTP(self, trunk)
 
-    def num_params(self, trunk: TrunkConfig) -> int:
-        c = trunk.d_model
-        blank = c if self.token_dropout and self.depth else 0
-        return self.n_modules * (trunk.block_params() + 2 * c * c + 3 * c) + blank
-
-    def num_idle_params(self, trunk: TrunkConfig) -> int:
-        return self.n_modules * trunk.block_idle_params()
-
     @property
     def reads_tokens(self) -> bool:
         """Whether modules ever read tokens."""
@@ -102,11 +94,6 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     def n_modules(self) -> int:
         """Number of modules."""
         return min(self.depth, 1) if self.share_layers else self.depth
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        # A depth needs all shallower modules, but not their logits.
-        module = trunk.block_flops(seq_len) + 2 * 2 * trunk.d_model**2
-        return max(active, default=0) * module
 
 
 class SequentialModule(nn.Module):

@@ -9,7 +9,6 @@ Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,19 +58,6 @@ class SummaryConfig(TrainingOnlyConfig):
     def outputs(self, trunk: TrunkConfig) -> int:
         """Rows of the matrix: outputs of the head per position."""
         return trunk.vocab_size
-
-    def num_params(self, trunk: TrunkConfig) -> int:
-        return self.outputs(trunk) * trunk.d_model
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return len(active) * 2 * self.num_params(trunk)
-
-    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        reaches_trunk = self.trains_trunk and self.detach == "none"
-        return (1 + reaches_trunk) * self.module_flops(trunk, seq_len, active)
-
-    def projections(self, active: Sequence[int]) -> int:
-        return 0
 
 
 class Summary(TrainingOnly):

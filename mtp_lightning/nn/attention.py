@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from mtp_lightning.nn.ops import rotary_attention
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.rope import rope_table, turn_in_place
 from mtp_lightning.nn.shape import TrunkShape, check_whole
-from mtp_lightning.nn.static_cache import StaticCache
-from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from mtp_lightning.settings import require_bool
+
+if TYPE_CHECKING:
+    from mtp_lightning.nn.static_cache import StaticCache
+    from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
 @dataclass(frozen=True)
@@ -177,15 +179,6 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return Attention(trunk, self)
-
-    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        out = trunk.n_heads * trunk.d_head
-        return trunk.d_model * (qkv_width(trunk) + out)
-
-    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        norms = 2 * trunk.d_head if self.qk_norm else 0
-        biases = qkv_width(trunk) if self.qkv_bias else 0
-        return self.matrix_params(trunk, layer) + norms + biases
 
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
         d_model, d_head = trunk.d_model, trunk.d_head

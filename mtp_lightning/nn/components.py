@@ -1,7 +1,7 @@
 """The interfaces of attention and feed-forward layers, of which a block has one each.
 
-A layer is an ``nn.Module`` with a config that builds it and knows its parameters and FLOPs. To add
-a layer, write such a pair in a file of your own; its config only has to define ``build``:
+A layer is an ``nn.Module`` with a config that builds it. To add a layer, write such a pair in a
+file of your own; its config only has to define ``build``:
 
     @dataclass(frozen=True, kw_only=True)
     class WindowConfig(AttentionConfig, variant="window"):
@@ -18,9 +18,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
@@ -56,9 +55,17 @@ class CacheEntry:
         return key_BMPH, value_BMPH
 
 
+@runtime_checkable
+class UsedInPart(Protocol):
+    """A module of which a token does not use all weights, such as experts."""
+
+    def idle_params(self) -> int:
+        """The number of weights that a token does not use."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(Registered, ABC):
-    """Switches of a layer, and its parameters and FLOPs.
+    """Switches of a layer.
 
     In every method ``trunk`` is the trunk's config and ``layer`` the layer's index in it; None is
     the block of a prediction module.
@@ -79,22 +86,6 @@ class LayerConfig(Registered, ABC):
             UserError: naming the keys.
         """
 
-    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """All parameters; by default counted on a layer built on the ``meta`` device."""
-        return self._count(trunk, layer)[0]
-
-    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """Parameters of the matrices that a token is multiplied with; by default all matrices."""
-        return self._count(trunk, layer)[1]
-
-    def idle_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """Parameters that a token does not use, such as experts that it is not sent to."""
-        return 0
-
-    def flops(self, trunk: TrunkShape, seq_len: int, layer: int | None) -> int:
-        """Forward FLOPs for one token of a window of ``seq_len``; a multiply-add counts as two."""
-        return 2 * self.matrix_params(trunk, layer)
-
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterable[Place]:
         """The layer's weights in Hugging Face's layout, by names within the layer.
 
@@ -106,15 +97,6 @@ class LayerConfig(Registered, ABC):
             "Hugging Face's has such a layer."
         )
 
-    def _count(self, trunk: TrunkShape, layer: int | None) -> tuple[int, int]:
-        key = repr(self), layer
-        if key not in trunk.counted:
-            with torch.device("meta"):
-                weights = list(self.build(trunk, layer).parameters())
-            matrices = sum(w.numel() for w in weights if w.dim() > 1)
-            trunk.counted[key] = sum(w.numel() for w in weights), matrices
-        return trunk.counted[key]
-
 
 class AttentionConfig(LayerConfig, family="attention"):
     """The layer that mixes positions.
@@ -123,6 +105,8 @@ class AttentionConfig(LayerConfig, family="attention"):
     ``positions``: the rotary table, the mask and, in decoding, the cache. There the layer appends
     its ``cache_entry`` of every new token, at the index ``layer``.
     """
+
+    modules: ClassVar[dict[str, str]] = {"grouped_query": "attention", "latent": "mla"}
 
     def head_size(self, trunk: TrunkShape) -> int:
         """H, width of a query or key head.
@@ -157,12 +141,6 @@ class AttentionConfig(LayerConfig, family="attention"):
         """What the cache stores per token; by default keys and values of all key-value heads."""
         return CacheEntry(2 * trunk.n_kv_heads, trunk.d_head)
 
-    def flops(self, trunk: TrunkShape, seq_len: int, layer: int | None) -> int:
-        """See :meth:`LayerConfig.flops`. All ``seq_len`` keys count for every query, as if there
-        were no causal mask: the usual convention, which keeps figures comparable."""
-        mixing = 4 * seq_len * trunk.n_heads * trunk.d_head
-        return 2 * self.matrix_params(trunk, layer) + mixing
-
 
 class FeedForwardConfig(LayerConfig, family="feed_forward"):
     """The layer that transforms every position separately.
@@ -170,3 +148,5 @@ class FeedForwardConfig(LayerConfig, family="feed_forward"):
     Its ``forward(x_BTC, positions)`` returns [B, T, C]. It may add an auxiliary loss with
     ``positions.ledger.add_loss`` if ``positions.ledger`` is not None.
     """
+
+    modules: ClassVar[dict[str, str]] = {"dense": "feed_forward", "experts": "moe"}

@@ -1,4 +1,4 @@
-"""The trunk's shape and layers, and its parameters and FLOPs, before anything is built."""
+"""The trunk's shape and layers, before anything is built."""
 
 from __future__ import annotations
 
@@ -92,47 +92,6 @@ class TrunkConfig(TrunkShape):
             "scaling": self.rope_scaling,
             "turned": self.attention.turned_size(self),
         }
-
-    def block_params(self, layer: int | None = None) -> int:
-        """Parameters of one block: its layers and the norms before them.
-
-        Args:
-            layer: index in the trunk; None is a prediction module's block.
-        """
-        layers = (c.num_params(self, layer) for c in (self.attention, self.feed_forward))
-        return sum(layers) + 2 * self.d_model
-
-    def block_idle_params(self, layer: int | None = None) -> int:
-        """Parameters of one block that a token does not use."""
-        return sum(c.idle_params(self, layer) for c in (self.attention, self.feed_forward))
-
-    def embedding_params(self) -> int:
-        """Parameters of the embedding, which is also the head if they are tied."""
-        return self.vocab_size * self.d_model
-
-    def num_params(self) -> int:
-        """Parameters of embedding, blocks, final norm and head; tied ones count once."""
-        head = 0 if self.tie_embeddings else self.embedding_params()
-        blocks = sum(self.block_params(layer) for layer in range(self.n_layers))
-        return self.embedding_params() + blocks + self.d_model + head
-
-    def num_active_params(self) -> int:
-        """Parameters that one token uses: without idle experts, and without the embedding if it is
-        only a lookup table."""
-        idle = sum(self.block_idle_params(layer) for layer in range(self.n_layers))
-        looked_up = 0 if self.tie_embeddings else self.embedding_params()
-        return self.num_params() - idle - looked_up
-
-    def block_flops(self, seq_len: int, layer: int | None = None) -> int:
-        """Forward FLOPs of one block for one token of a window of ``seq_len``.
-
-        A multiply-add counts as two FLOPs; norms and other elementwise operations are left out.
-        """
-        return sum(c.flops(self, seq_len, layer) for c in (self.attention, self.feed_forward))
-
-    def head_flops(self) -> int:
-        """Forward FLOPs of the output head for one token."""
-        return 2 * self.d_model * self.vocab_size
 
 
 def _component(family: type[Layer], value: Any, allow: Collection[str] = ()) -> Layer:

@@ -6,13 +6,16 @@ Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.ledger import loads
 from mtp_lightning.nn.ops import Op, gated
+from mtp_lightning.nn.precision import compute_dtype, no_autocast
 
 
 @Op
@@ -68,12 +71,18 @@ def _grouped(load_E: Tensor) -> _Products:
     return lambda x_RI, weight_EOI: F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
-def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
-    """int64 [E], the number of tokens that chose each expert."""
-    # bincount would read the numbers on the host first, which waits for a GPU.
-    load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
-    chosen = chosen_MK.flatten()
-    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
+def _on_meta(
+    x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """:func:`routed_experts` where no number is known, and so no load: all rows go to one expert,
+    by as many FLOPs."""
+    top_k = chosen_MK.shape[1]
+    x_RC = x_MC.repeat_interleave(top_k, dim=0)
+    inner_RF = gated(F.linear(x_RC, gate_up[0])) * gates_MK.reshape(-1, 1)
+    return F.linear(inner_RF, down[0]).unflatten(0, (-1, top_k)).sum(1)
+
+
+routed_experts.register("meta", _on_meta)
 
 
 def gathered(
@@ -91,6 +100,8 @@ def gathered(
 class Experts(nn.Module):
     """E SwiGLU layers; gate and up are one matrix per expert, gate first."""
 
+    may_be_bf16: ClassVar[bool] = True
+
     def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_expert, d_model))
@@ -98,12 +109,10 @@ class Experts(nn.Module):
 
     def forward(self, x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor) -> Tensor:
         """``sum_j gates[:, j] * expert_{chosen[:, j]}(x)``, [M, C]."""
-        kind = x_MC.device.type
         # On CPUs the few rows of an expert are faster in fp32 than in autocast's dtype.
-        autocast = kind != "cpu" and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else x_MC.dtype
+        dtype = x_MC.dtype if x_MC.device.type == "cpu" else compute_dtype(x_MC)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with no_autocast(x_MC):
             return routed_experts(x_MC.to(dtype), chosen_MK, gates_MK.to(dtype), gate_up, down)
 
     def extra_repr(self) -> str:

@@ -22,12 +22,6 @@ class DenseConfig(FeedForwardConfig, variant="dense"):
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return FeedForward(trunk.d_model, trunk.d_ff)
 
-    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        return 3 * trunk.d_model * trunk.d_ff
-
-    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        return self.matrix_params(trunk, layer)
-
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
         return swiglu_places(trunk.d_model, trunk.d_ff)
 

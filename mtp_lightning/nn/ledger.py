@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.experts import loads
+
+def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
+    """int64 [E], the number of tokens that chose each expert."""
+    # bincount would read the numbers on the host first, which waits for a GPU.
+    load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
+    chosen = chosen_MK.flatten()
+    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 class Ledger:

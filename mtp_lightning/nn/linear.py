@@ -1,6 +1,8 @@
-"""A linear layer without bias."""
+"""Layers of one matrix: linear without bias, and lookup tables."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from mtp_lightning.nn.ops import linear
 class Linear(nn.Module):
     """``x @ weight.T`` with a weight of [out_features, in_features]."""
 
+    # Whether a frozen weight may be held in bf16 (Trunk.hold_in_bf16).
+    may_be_bf16: ClassVar[bool] = True
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -20,3 +25,9 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A lookup table [rows, width], not yet initialized: PyTorch's own initialization, on the
+    ``meta`` device, would import 800 modules."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -102,16 +102,6 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
     def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
         return CacheEntry(1, self.d_cached, shared=True)
 
-    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        return sum(rows * columns for _, _, (rows, columns) in self._matrices(trunk))
-
-    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        return self.matrix_params(trunk, layer) + self.kv_rank + (self.q_rank or 0)
-
-    def flops(self, trunk: TrunkShape, seq_len: int, layer: int | None) -> int:
-        mixing = 2 * seq_len * trunk.n_heads * (self.d_head + self.d_value)
-        return 2 * self.matrix_params(trunk, layer) + mixing
-
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
         for own, theirs, shape in self._matrices(trunk):
             yield renamed(f"{own}.weight", f"{theirs}.weight", shape)

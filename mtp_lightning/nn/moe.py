@@ -27,6 +27,7 @@ from mtp_lightning.nn.feed_forward import FeedForward, swiglu_places
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.precision import no_autocast
 from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.settings import require, require_number
 
@@ -131,21 +132,6 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
                 f"model.n_layers={trunk.n_layers}: lower it."
             )
 
-    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        return self.matrix_params(trunk, layer) + self.idle_params(trunk, layer)
-
-    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """Matrices that a token uses: the router, the shared experts and the chosen ones."""
-        if self.is_dense(layer):
-            return 3 * trunk.d_model * trunk.d_ff
-        experts = 3 * (self.top_k + self.n_shared) * self.d_expert
-        return trunk.d_model * (self.n_routed + experts)
-
-    def idle_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        if self.is_dense(layer):
-            return 0
-        return 3 * (self.n_routed - self.top_k) * self.d_expert * trunk.d_model
-
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
         d_model = trunk.d_model
         if self.is_dense(layer):
@@ -180,6 +166,7 @@ class Router(Linear):
     """
 
     expert_bias: Tensor
+    may_be_bf16 = False
 
     def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__(d_model, config.n_routed)
@@ -201,7 +188,7 @@ class Router(Linear):
         self, x_MC: Tensor, ledger: Ledger | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
-        with torch.autocast(x_MC.device.type, enabled=False):
+        with no_autocast(x_MC):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
             # Vectorized code rounds the last numbers of a tensor differently from the others.
             law = torch.sigmoid if self.config.scoring == "sigmoid" else _softmax
@@ -243,6 +230,11 @@ class MoE(nn.Module):
         self.experts = Experts(d_model, config.d_expert, config.n_routed)
         width = config.n_shared * config.d_expert
         self.shared = FeedForward(d_model, width) if width else None
+
+    def idle_params(self) -> int:
+        """Weights of the experts that a token is not sent to."""
+        of_one = sum(weight[0].numel() for weight in self.experts.parameters())
+        return (self.config.n_routed - self.config.top_k) * of_one
 
     def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``positions.ledger``."""

@@ -63,7 +63,7 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     if weight_NK.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(
         x.device.type
     ):
-        weight_NK = weight_NK.to(x.dtype)  # bf16 only to save memory (nn/half.py)
+        weight_NK = weight_NK.to(x.dtype)  # bf16 only to save memory (Trunk.hold_in_bf16)
     return F.linear(x, weight_NK)
 
 

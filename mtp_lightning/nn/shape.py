@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from mtp_lightning.errors import UserError
@@ -88,8 +87,3 @@ class TrunkShape:
         if self.init_std is None:
             std = _DEEPSEEK_STD * (_DEEPSEEK_WIDTH / self.d_model) ** 0.5
             object.__setattr__(self, "init_std", std)
-
-    @cached_property
-    def counted(self) -> dict[Any, tuple[int, int]]:
-        """A cache of the parameter counts of layers, filled by :class:`LayerConfig`."""
-        return {}

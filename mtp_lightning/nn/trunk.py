@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.linear import embedding
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -47,7 +49,7 @@ class Trunk(nn.Module):
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
@@ -71,3 +73,16 @@ class Trunk(nn.Module):
             TrunkState.LAST_BLOCK: output.last_block,
             TrunkState.FINAL: output.final,
         }[which]
+
+    def hold_in_bf16(self) -> None:
+        """Hold the matrices of a frozen trunk in bf16, in half of their memory.
+
+        The results under bf16 autocast stay the same, since it would round the weights to the same
+        numbers. Without autocast (in decoding, and for experts on a CPU) a weight is cast to fp32
+        for each product. Embedding, head, norms and routers stay unchanged, and so do layers from
+        outside this project, which may need their own dtype.
+        """
+        for layer in self.blocks.modules():
+            if getattr(layer, "may_be_bf16", False):
+                for weight in layer.parameters(recurse=False):
+                    weight.data = weight.data.to(torch.bfloat16)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.ledger import Ledger
-from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.objective.ranks import sum_over_ranks
 
 
@@ -36,7 +35,7 @@ def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[st
     """
     if not ledger.loads:
         return {}
-    used = {name: router for name, router in routers_of(model).items() if router in ledger.loads}
+    used = {name: layer for name, layer in model.named_modules() if layer in ledger.loads}
     # All routers have the same number of experts, and all ranks used the same routers.
     load_LE = sum_over_ranks(torch.stack([ledger.loads[router] for router in used.values()]))
     for router, load_E in zip(used.values(), load_LE, strict=True):

@@ -20,17 +20,23 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen
-from mtp_lightning.objective.rules.confidence import ConfidenceRule
-from mtp_lightning.objective.rules.coupling import Coupling
-from mtp_lightning.objective.rules.entropy_mask import entropy_mask
-from mtp_lightning.objective.rules.position_weights import position_weights
+from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts, taught_targets
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.settings import require
+
+_MAIN_TERM = CrossEntropy()
+# The rules of a setting by its words: their class in rules/, and the settings that they read.
+_CONFIDENCE = {"learned": ("confidence.ConfidenceRule", ())}
+_MASKS = {"entropy": ("entropy_mask.EntropyMask", ("tau", "quantile"))}
+_WEIGHTS = {
+    "exp_decay": ("position_weights.ExpDecay", ("decay",)),
+    "acceptance": ("position_weights.Acceptance", ("smoothing",)),
+}
 
 
 class Objective:
@@ -75,13 +81,12 @@ class Objective:
             require(isinstance(value, bool), f"objective.{name}", value, "true or false")
         self.term, self.train_head = term, train_head
         self.parts = list(term.parts())
-        found: list[Rule | None] = [
-            ConfidenceRule() if confidence else None,
-            entropy_mask(mask, tau=tau, quantile=quantile),
-            position_weights(weights, decay=decay, smoothing=smoothing),
-            *(Coupling(part, self.asked) for _, part in self.parts if part.couples),
+        self.rules: list[Rule] = [
+            *chosen("confidence", "learned" if confidence else "none", _CONFIDENCE),
+            *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
+            *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
+            *(rule for _, part in self.parts for rule in part.rules(self.asked)),
         ]
-        self.rules = [rule for rule in found if rule is not None]
 
     @classmethod
     def options(cls) -> list[str]:
@@ -133,6 +138,33 @@ class Objective:
                     DepthTarget(k, tokens_BT, coefficient, term, part, stride=batch.stride)
                 )
         return found
+
+    def all_targets(
+        self,
+        stack: MTPStack,
+        batch: WindowBatch,
+        factors: Sequence[float],
+        counts: PositionCounts,
+        key: RandomKey | None,
+    ) -> list[DepthTarget]:
+        """The main prediction's target, then those of every depth with a factor.
+
+        Args:
+            stack: the stack that is trained.
+            batch: a micro-batch.
+            factors: [D + 1], the factors of the losses.
+            counts: positions that count in the whole step.
+            key: key of the stack's random choices in training.
+        """
+        found = [DepthTarget(0, batch.targets(0), factors[0] / counts.valid[0], _MAIN_TERM)]
+        for k in (k for k, factor in enumerate(factors) if k and factor):
+            place = stack.target_depth(k, key)
+            found += self.targets(k, batch, factors[k], counts, place=place)
+        return found
+
+    def trains_head(self, mtp: MTPConfig) -> bool:
+        """Whether the depths' losses train the shared head."""
+        return self.train_head and mtp.detach != "all"
 
     def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         """The targets after all rules have changed them.
@@ -200,58 +232,6 @@ class Objective:
                 f"{self.rules[0].asked} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
                 "or more, or leave it out."
             )
-
-    def further_flops(
-        self,
-        config: ModelConfig,
-        stack: MTPStack,
-        seq_len: int,
-        active: Sequence[int],
-        *,
-        main: bool = True,
-    ) -> int:
-        """FLOPs per position of training that :meth:`ModelConfig.flops_per_token` leaves out, since
-        it assumes that the depths are trained on cross-entropy.
-
-        Args:
-            config: the model's.
-            stack: its stack, or one like it.
-            seq_len: T.
-            active: depths that are computed.
-            main: whether the main prediction goes through the head anyway.
-        """
-        head, depths = config.trunk.head_flops(), len(active)
-        flops = self._prepass_flops(config, stack, seq_len, active)
-        if not active:
-            return flops
-        flops += depths * sum(rule.flops(config.trunk.d_model) for rule in self.rules)
-        if self.needs_teacher:
-            flops += stack.teacher_passes(depths, main=main) * head
-        trained = self.train_head and config.mtp.detach != "all"
-        if stack.shares_state and (self.needs_teacher or not trained):
-            return flops + depths * (2 + trained) * head  # a pass per depth (OneState)
-        if not self.train_head and config.mtp.trains_trunk and config.mtp.detach != "all":
-            flops -= config.mtp.projections(active) * head
-        return flops
-
-    def measuring_flops(self, config: ModelConfig, active: Sequence[int]) -> int:
-        """FLOPs per position that teachers add to measuring every depth's gradient."""
-        return len(active) * config.trunk.head_flops() if self.needs_teacher else 0
-
-    def _prepass_flops(
-        self, config: ModelConfig, stack: MTPStack, seq_len: int, active: Sequence[int]
-    ) -> int:
-        """FLOPs per position of the prepass that computes :attr:`measures`."""
-        of_depths = [measure for measure in self.measures if not measure.of_main]
-        passes = int(len(of_depths) < len(self.measures))
-        if active and any(measure.needs_teacher for measure in of_depths):
-            passes = stack.teacher_passes(len(active), main=False)
-        if of_depths:
-            passes += len(active)
-        flops = passes * config.trunk.head_flops()
-        if of_depths and stack.in_turn:  # the heads are computed a second time
-            flops += config.mtp.module_flops(config.trunk, seq_len, active)
-        return flops
 
 
 CROSS_ENTROPY = Objective(term=CrossEntropy())

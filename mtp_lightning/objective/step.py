@@ -29,16 +29,14 @@ from mtp_lightning.objective.balance.gradients import (
     require_separable,
     shared_parameters,
 )
+from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step_plan import StepPlan, StepResult
 from mtp_lightning.objective.stream import prepass, stream_loss
-from mtp_lightning.objective.targets import DepthTarget, by_depth, step_counts
-from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-
-_MAIN_TERM = CrossEntropy()
+from mtp_lightning.objective.targets import by_depth, step_counts
 
 
 class OptimizerStep:
@@ -53,6 +51,9 @@ class OptimizerStep:
         seed: seed of the random choices in training.
         accumulate: number of micro-batches that a rank's batch is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
+
+    Attributes:
+        cost: FLOPs of a window, by what a step computes.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class OptimizerStep:
         self.model = model
         self.schedule = schedule
         self.balance = balance
-        self.objective = (objective or CROSS_ENTROPY).for_model(model)
+        self.cost = StepCost(model.config, objective or CROSS_ENTROPY)
+        self.objective = self.cost.objective.for_model(model)
         self.objective.check(model.config.mtp)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
@@ -216,7 +218,7 @@ class OptimizerStep:
                 "Use longer documents, or data.document_mask=false."
             )
         model, objective = self.model, self.objective
-        targets = self._targets(plan, micro, key)
+        targets = objective.all_targets(model.mtp, micro, plan.factors, plan.counts, key)
         depths = [k for k in by_depth(targets) if k]
         ledger, auxiliary = Ledger(), 1 / plan.windows
         final, at = model.run_trunk(micro, plan.active, ledger=ledger, key=key)
@@ -226,7 +228,7 @@ class OptimizerStep:
             model.head.weight,
             feed,
             objective.settle(targets, seen),
-            train_head=objective.train_head and model.config.mtp.detach != "all",
+            train_head=objective.trains_head(model.config.mtp),
             auxiliary=auxiliary,
             compiled=model.has_compiled_kernels,
         )
@@ -238,46 +240,15 @@ class OptimizerStep:
             all_sums[target.depth, target.part] = own_sum
         return total, all_sums, ledger
 
-    def _targets(
-        self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None
-    ) -> list[DepthTarget]:
-        """The targets of the main prediction, then of every depth."""
-        main = plan.factors[0] / plan.counts.valid[0]
-        targets = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)]
-        for k in plan.active:
-            place = self.model.mtp.target_depth(k, key)
-            targets += self.objective.targets(k, micro, plan.factors[k], plan.counts, place=place)
-        return targets
-
-    def flops_per_token(
-        self, seq_len: int, active: Sequence[int] | None = None, *, main: bool | None = None
-    ) -> int:
-        """FLOPs per position of training, the objective's own included.
-
-        Args:
-            seq_len: T.
-            active: the MTP depths computed; by default all.
-            main: whether the main prediction is computed; by default if anything learns from it.
-        """
-        config = self.model.config
-        active = list(range(1, self.model.depth + 1) if active is None else active)
-        main = config.mtp.trains_trunk if main is None else main
-        further = self.objective.further_flops(config, self.model.mtp, seq_len, active, main=main)
-        return config.flops_per_token(seq_len, active) + further
-
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
-        config, seq_len, active = self.model.config, plan.seq_len, plan.active
-        main = plan.factors[0] != 0
-        per_position = self.flops_per_token(seq_len, active, main=main)
-        if main and not config.mtp.trains_trunk:
-            per_position += config.trunk.head_flops()
-        if plan.micro_batches[0][0].states is not None:  # stored states replace the trunk's passes
-            per_position -= config.mtp.trunk_flops(config.trunk, seq_len, active)
-        if measured:
-            per_position += self.balance.measuring_flops(config, seq_len, active)
-            per_position += self.objective.measuring_flops(config, active)
-        # Positions that a document mask leaves without a target are computed too.
-        return plan.windows * seq_len * per_position
+        per_window = self.cost(
+            plan.seq_len,
+            plan.active,
+            main=plan.factors[0] != 0,
+            stored=plan.micro_batches[0][0].states is not None,
+            scope=self.balance.scope if measured else None,
+        )
+        return plan.windows * per_window
 
 
 def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:

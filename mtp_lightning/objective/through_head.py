@@ -31,6 +31,7 @@ from mtp_lightning.nn.ops import (
     matmul_transposed,
     weight_gradient,
 )
+from mtp_lightning.nn.precision import compute_dtype, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
 from mtp_lightning.objective.terms.base import Teacher
 
@@ -100,12 +101,6 @@ def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
     return log_softmax_(logits_RV, dtype)
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype for products with a hidden state: autocast's if it is on, else its own."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
 @torch.no_grad()
 def through_head(
     head: HeadWeight,
@@ -142,7 +137,7 @@ def through_head(
                 yield way
             done = end
 
-    with torch.autocast(weight.device.type, enabled=False):
+    with no_autocast(weight):
         found: Iterable[_Way] = ways()
         if main_MC is not None:
             found = list(found)

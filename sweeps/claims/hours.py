@@ -169,7 +169,7 @@ def flops_of(job: ClaimJob) -> float | None:
         return None
     data = config.data
     tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * job.max_steps
-    whole = plan.model.flops_per_token(data.seq_len) * tokens
+    whole = plan.cost.per_token(data.seq_len) * tokens
     branch = [o.rpartition("@")[2] for o in job.overrides if key_of(o) == "branch_from"]
     return float(whole * (1 - int(branch[0]) / job.max_steps if branch else 1))
 

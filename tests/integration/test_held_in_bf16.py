@@ -11,7 +11,6 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment.training import prepare
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.ops import linear
 from mtp_lightning.opening import open_model
 from mtp_lightning.run import checkpoints
@@ -108,7 +107,7 @@ def test_what_it_is_not_for(base: Path, tmp_path: Path, change: Any, message: st
 def test_outside_autocast_it_is_the_rounded_model(name: str) -> None:
     """Windows, and decoding by packed copies."""
     held: MTPModel = deepseek.build(folders.TRUNKS[name], depth=1).eval()
-    hold_in_bf16(held.trunk)
+    held.trunk.hold_in_bf16()
     rounded = deepseek.build(folders.TRUNKS[name], depth=1).eval()
     rounded.load_state_dict(held.state_dict())
     for found, wanted in zip(folders.logits(held), folders.logits(rounded), strict=True):

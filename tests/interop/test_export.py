@@ -84,7 +84,7 @@ def test_the_card(base: Path, tmp_path: Path) -> None:
                  r'_keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\.", '):  # fmt: skip
         assert part in text, part
     config = open_model(base / "deepseek").model.config
-    trunk, whole = config.trunk.num_params(), config.num_params()
+    trunk, whole = config.num_trunk_params(), config.num_params()
     # The embedding and the head of each of two depths; biases of four experts, three times.
     beyond = 2 * 2 * config.trunk.vocab_size * config.trunk.d_model + 3 * 4
     said = f"{whole + beyond:,} values are stored: {trunk:,} of the trunk and its head, "

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.bits_per_byte import bits_per_byte, bits_per_byte_se
-from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.metrics.rates import DepthRates, bits_per_byte, bits_per_byte_se
 
 
 def test_nats_over_the_bytes_of_the_same_targets() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -18,10 +17,8 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import ExpertsConfig
 from tests.losses import mtp_loss
 from tests.models import build, windows
 
@@ -53,51 +50,6 @@ def test_medusas_heads_start_as_the_main_prediction(tiny_trunk: TrunkConfig) -> 
     mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
     # At zero a head still learns: SiLU's slope there is a half.
     assert all(p.grad.abs().max() > 1e-4 for p in model.mtp.parameters())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    "mtp", [ParallelConfig(depth=3), LinearConfig(depth=3), ParameterFreeConfig(depth=3)]
-)
-def test_parameters_and_flops_from_the_config(
-    tiny_trunk: TrunkConfig, mtp: MTPConfig, tied: bool
-) -> None:
-    config = ModelConfig(trunk=replace(tiny_trunk, tie_embeddings=tied), mtp=mtp)
-    model = MTPModel(config).double()  # float64 takes PyTorch's own operators: it can count those
-    assert config.num_params() == sum(p.numel() for p in model.parameters())
-    seq_len = 16
-    for active in ([1, 2, 3], [2], []):
-        with (
-            FlopCounterMode(display=False) as counter,
-            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        ):
-            hidden = model(windows(1, seq_len, 3), active)
-            # The parameter-free depths share one hidden state, and so one set of logits.
-            for h in {id(h): h for h in hidden.values()}.values():
-                model.head(h)
-        expected = seq_len * config.forward_flops_per_token(seq_len, active)
-        assert counter.get_total_flops() == expected
-
-
-@pytest.mark.parametrize(
-    ("mtp", "idle"),
-    [
-        (ParallelConfig(depth=3), 3),
-        (SequentialConfig(depth=3), 3),
-        (SequentialConfig(depth=3, share_layers=True), 1),
-        (LinearConfig(depth=3), 0),
-    ],
-)
-def test_active_parameters_leave_idle_experts_out(
-    tiny_trunk: TrunkConfig, mtp: MTPConfig, idle: int
-) -> None:
-    experts = {"n_routed": 6, "n_shared": 1, "top_k": 2, "d_expert": 16}
-    trunk = replace(tiny_trunk, feed_forward=ExpertsConfig(**experts))
-    config = ModelConfig(trunk=trunk, mtp=mtp)
-    built = sum(p.numel() for p in MTPModel(config).parameters())
-    assert config.num_params() == built
-    # Four of six experts of three matrices each, in two trunk blocks and in the modules'.
-    assert config.num_active_params() == built - (2 + idle) * 4 * 3 * 32 * 16
 
 
 @pytest.mark.parametrize("variant", ["parallel", "linear"])

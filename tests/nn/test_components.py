@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import compiled, generate
@@ -19,7 +18,6 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
-from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
@@ -104,37 +102,6 @@ def test_every_variant_is_among_them() -> None:
     known = {*AttentionConfig._variants.values(), *FeedForwardConfig._variants.values()}
     own = {kind for kind in known if kind.__module__.startswith(("mtp_lightning.", __name__))}
     assert own == {type(layer) for layer in LAYERS.values()}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("layer", [0, 1, None])
-def test_counts_equal_those_of_the_built_layer(name: str, layer: int | None) -> None:
-    config = LAYERS[name]
-    trunk = own_trunk(n_kv_heads=4, **{config.family: config})
-    built = config.build(trunk, layer)
-    params = sum(p.numel() for p in built.parameters())
-    matrices = sum(p.numel() for p in built.parameters() if p.dim() > 1)
-    idle = config.idle_params(trunk, layer)
-    assert config.num_params(trunk, layer) == params
-    assert config.matrix_params(trunk, layer) == matrices - idle
-    assert (idle > 0) == (name.startswith("experts") and (layer != 0 or "alone" in name))
-    whole = Block(trunk, layer)
-    assert trunk.block_params(layer) == sum(p.numel() for p in whole.parameters())
-
-
-@pytest.mark.parametrize("name", ["grouped", "latent", "dense", "experts", "window", "squared"])
-@pytest.mark.parametrize("layer", [0, None])
-def test_flops_against_pytorchs_counter(name: str, layer: int | None) -> None:
-    config, seq_len = LAYERS[name], 12
-    trunk = own_trunk(n_kv_heads=4, **{config.family: config})
-    block = Block(trunk, layer).double()
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, 0, 0.1)
-    positions = Positions.of_window(trunk, seq_len, device=torch.device("cpu"))
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, math:
-        block(torch.randn(1, seq_len, 32, dtype=torch.float64), positions)
-    assert counter.get_total_flops() == seq_len * trunk.block_flops(seq_len, layer)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -33,13 +33,13 @@ from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
+from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.objective import Objective
-from mtp_lightning.objective.rules.position_weights import PositionWeights, position_weights
+from mtp_lightning.objective.rules.position_weights import PositionWeights
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.mixture import known_terms
-from tests.flops import counted_flops
 from tests.objective.states import HEADS
 from tests.objective.whole import ACCEPTED, FORMULAS, LOGGED, Asked, Step
 
@@ -369,8 +369,8 @@ def test_the_tables_know_all_that_there_is() -> None:
     own_terms = {n for n, term in known_terms().items() if term.__module__.startswith("mtp_")}
     assert formulas == own_terms
     assert set(Objective.options()) - {"quantile"} == {f.name for f in fields(Asked)} - {"mixture"}
-    rules = {type(position_weights(word, decay=None, smoothing=None)) for word in WEIGHTS}
-    assert rules == {type(None), *PositionWeights.__subclasses__()}
+    found = [Objective(term=CE, weights=word).rules for word in WEIGHTS]
+    assert {type(rule) for rules in found for rule in rules} == {*PositionWeights.__subclasses__()}
     for depth, active in ((1, "all"), (2, "some"), (3, "some"), (3, "none")):
         assert schedules(depth)[active]
 

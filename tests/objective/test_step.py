@@ -19,11 +19,12 @@ from mtp_lightning.objective.balance.random_weights import RandomWeights
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
+from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.step_plan import StepResult
-from tests.flops import counted_flops
+from tests import closed_forms
 
 DEPTH = 2
 RULES = {
@@ -110,7 +111,7 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
     batch = documents_of(5)
     whole = plain(WindowBatch(batch.tokens, DEPTH))
     result = masked(batch)
-    per_position = plain.model.config.flops_per_token(batch.seq_len)
+    per_position = closed_forms.training(plain.model.config, batch.seq_len, [1, 2])
     assert result.flops == whole.flops == 2 * 12 * per_position
     assert result.tokens < whole.tokens == 2 * 12
 

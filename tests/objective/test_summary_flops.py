@@ -17,11 +17,12 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradnorm import GradNorm
+from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.step_plan import StepResult
-from tests.flops import counted_flops
+from tests import closed_forms
 from tests.models import build
 from tests.mtp.summaries import ahead_windows
 
@@ -57,16 +58,16 @@ def trained(
 def test_a_step_and_the_parameters(tiny_trunk: TrunkConfig, name: str, tied: bool) -> None:
     trunk = replace(tiny_trunk, tie_embeddings=tied)
     config = ModelConfig(trunk=trunk, mtp=STACKS[name])
-    assert config.num_params() == sum(p.numel() for p in build(trunk, config.mtp).parameters())
     result, counted = trained(trunk, config.mtp)
     assert result.plan.active == [1]
-    assert result.flops == counted == 4 * 12 * config.flops_per_token(12) > 0
+    assert result.flops == counted == 4 * 12 * closed_forms.training(config, 12, [1]) > 0
 
 
 @pytest.mark.parametrize("name", ["top", "bag", "registers"])
 def test_a_depth_of_weight_0_costs_nothing(tiny_trunk: TrunkConfig, name: str) -> None:
     result, counted = trained(tiny_trunk, STACKS[name], weight=0.0)
-    plain = ModelConfig(trunk=tiny_trunk, mtp=STACKS[name]).flops_per_token(12, [])
+    config = ModelConfig(trunk=tiny_trunk, mtp=STACKS[name])
+    plain = closed_forms.training(config, 12, [])
     assert result.flops == counted == 4 * 12 * plain
 
 

@@ -21,7 +21,6 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.objective.balance.gradients import (
     Scope,
     TaskGradients,
-    measuring_flops,
     require_trunk_gradients,
 )
 from mtp_lightning.objective.schedule.base import Progress
@@ -120,10 +119,6 @@ class Balance(ABC):
         """
         if self.scope is not None:
             require_trunk_gradients(config, what=f"balance={self.name}")
-
-    def measuring_flops(self, config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
-        """Additional FLOPs per position of a step that measures gradients."""
-        return 0 if self.scope is None else measuring_flops(config, seq_len, active, self.scope)
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
         """The sets of MTP depths that a step may compute, each with its probability."""

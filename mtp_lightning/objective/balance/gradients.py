@@ -176,7 +176,7 @@ def task_gradients(
     size = sum(p.numel() for p in parameters)
     total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
     for micro, key in micro_batches:
-        _add_gradients(model, micro, tasks, counts, parameters, total_KP, key, objective)
+        add_gradients(model, micro, tasks, counts, parameters, total_KP, key, objective)
     total_KP = sum_over_ranks(total_KP)
     found, start = {}, 0
     for name, group in groups.items():
@@ -184,29 +184,6 @@ def task_gradients(
         vectors = {k: total_KP[row, start:end] for row, k in enumerate(tasks)}
         found[name], start = TaskGradients(vectors, group), end
     return found
-
-
-def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], scope: Scope) -> int:
-    """Additional FLOPs per position of :func:`task_gradients` in a training step."""
-    trunk, mtp, shared = config.trunk, config.mtp, _shared_blocks(config)
-
-    def blocks(first: int, last: int, seq_len: int) -> int:
-        return mtp.trunk_flops(trunk, seq_len, active, range(first, last))
-
-    def beyond(seq_len: int) -> int:
-        """Forward FLOPs between the shared blocks and the head, over all tasks."""
-        own = sum(mtp.alone_flops(trunk, seq_len, k, active) for k in active)
-        return own + blocks(shared, trunk.n_layers, seq_len)
-
-    forward = blocks(0, trunk.n_layers, seq_len) + mtp.module_flops(trunk, seq_len, active)
-    # Attention's products, which grow with seq_len, have two inputs and need both gradients (2x);
-    # products with weights need only the gradient of their input (1x), not the weights'.
-    passed_on = 2 * beyond(seq_len) - beyond(0)
-    asked = blocks(shared - 1 if scope == "last_block" else 0, shared, seq_len)
-    # A stack's own head counts as a module.
-    shared_head = 1 + (0 if mtp.brings_loss else len(active))
-    tasks = 1 + len(active)
-    return forward + passed_on + 2 * (shared_head * trunk.head_flops() + tasks * asked)
 
 
 @contextmanager
@@ -228,7 +205,7 @@ def _shared_blocks(config: ModelConfig) -> int:
     return config.trunk.n_layers - (config.mtp.branch == "before_last")
 
 
-def _add_gradients(
+def add_gradients(
     model: MTPModel,
     batch: WindowBatch,
     tasks: Sequence[int],
@@ -238,7 +215,8 @@ def _add_gradients(
     key: RandomKey,
     objective: Objective,
 ) -> None:
-    """One micro-batch's part of every task's gradient, added to the task's row."""
+    """Add one micro-batch's part of every task's gradient to the task's row of ``total_KP``;
+    arguments as in :func:`task_gradients`."""
     unused = total_KP.new_zeros(1 + len(objective.parts), dtype=torch.float64)
     with torch.enable_grad(), _only(model, parameters):
         stack = model.mtp

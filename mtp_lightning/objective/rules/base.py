@@ -18,6 +18,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Term
+from mtp_lightning.registry import imported
+from mtp_lightning.settings import require_choice
 
 Seen = Mapping[str, Mapping[int, Tensor]]
 """A measure's name -> depth -> its values [B, T], at least fp32; arbitrary at positions without a
@@ -65,10 +67,6 @@ class Rule(ABC):
         """Learn from the optimizer step that is over; returns values to log."""
         return {}
 
-    def flops(self, d_model: int) -> int:
-        """FLOPs per position and depth of training that the rule's terms add."""
-        return 0
-
     def state_dict(self) -> dict[str, Any]:
         """The rule's state, in plain containers. Keys must be unique among all rules."""
         return {}
@@ -77,19 +75,30 @@ class Rule(ABC):
         """The inverse of :meth:`state_dict`; ``state`` holds the keys of all rules."""
 
 
-def require_reader(key: str, value: object, reader: str, *, chosen: bool) -> None:
-    """Refuse a setting that nothing reads.
+def chosen(
+    setting: str, word: str, known: Mapping[str, tuple[str, Sequence[str]]], **given: Any
+) -> list[Rule]:
+    """The rule that a setting of the objective selects, imported on demand; empty for ``none``.
 
     Args:
-        key: the setting's key in ``objective``.
-        value: its value; None if it is not set.
-        reader: the setting that would read it: ``objective.mask=entropy``.
-        chosen: whether that one is chosen.
+        setting: the setting's key.
+        word: its value.
+        known: each word's class, ``MODULE.CLASS`` of this package, and the settings that it reads.
+        given: the values of these settings; None if not set.
 
     Raises:
-        UserError: naming both settings.
+        UserError: the word is unknown, or a setting is out of range or not read by the rule.
     """
-    if value is not None and not chosen:
-        raise UserError(
-            f"objective.{key}={value} is read by {reader} alone: set that, or leave it null."
-        )
+    require_choice(f"objective.{setting}", word, ("none", *known))
+    for reader, (_, keys) in known.items():
+        for key in keys:
+            if given[key] is not None and reader != word:
+                raise UserError(
+                    f"objective.{key}={given[key]} is read by objective.{setting}={reader} alone: "
+                    "set that, or leave it null."
+                )
+    if word == "none":
+        return []
+    name, keys = known[word]
+    kind = imported(f"{__package__}.{name}")
+    return [kind(**{key: given[key] for key in keys if given[key] is not None})]

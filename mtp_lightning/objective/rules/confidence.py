@@ -24,9 +24,6 @@ class ConfidenceRule(Rule):
         head = stack.confidence
         return [] if head is None else [(1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head))]
 
-    def flops(self, d_model: int) -> int:
-        return 4 * 2 * d_model  # two forward products, and two backward products of the first
-
 
 class ConfidenceTerm(Term):
     """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``.

@@ -19,34 +19,13 @@ from torch import Tensor
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.errors import UserError
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen, require_reader
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
-from mtp_lightning.settings import require_choice, require_number
+from mtp_lightning.settings import require_number
 
 # Changes of entropy are counted in bins of 1/16 nat; they are smaller than ln V.
 _BINS, _REACH = 512, 16.0
-
-
-def entropy_mask(mask: str, *, tau: float | None, quantile: float | None) -> EntropyMask | None:
-    """The rule that ``objective.mask`` selects; None for ``none``.
-
-    Raises:
-        UserError: the mask is unknown, or a setting is out of range or not read by it.
-    """
-    require_choice("objective.mask", mask, ("none", "entropy"))
-    for key, value in (("tau", tau), ("quantile", quantile)):
-        require_reader(key, value, EntropyMask.asked, chosen=mask == "entropy")
-    if mask == "none":
-        return None
-    if tau is not None and tau != math.inf:
-        require_number("objective.tau (null for a running quantile)", tau)
-    if tau is not None and quantile is not None:
-        raise UserError(
-            f"objective.tau={tau} and objective.quantile={quantile} both set the threshold of a "
-            "jump: leave one of them null."
-        )
-    return EntropyMask(tau, quantile=0.95 if quantile is None else quantile)
 
 
 class Entropy(Measure):
@@ -68,18 +47,28 @@ class EntropyMask(Rule):
 
     Args:
         tau: threshold of a jump, in nats; None for the running quantile.
-        quantile: share of the changes between adjacent positions that are not jumps.
+        quantile: share of the changes between adjacent positions that are not jumps; None for 0.95.
         decay: decay of the counts per optimizer step.
 
     Raises:
-        UserError: the quantile is outside of (0, 1).
+        UserError: tau is not a number, the quantile is outside of (0, 1), or both are given.
     """
 
     asked = "objective.mask=entropy"
     measures = (Entropy(),)
 
-    def __init__(self, tau: float | None, *, quantile: float = 0.95, decay: float = 0.99) -> None:
+    def __init__(
+        self, tau: float | None = None, quantile: float | None = None, *, decay: float = 0.99
+    ) -> None:
+        if tau is not None and tau != math.inf:
+            require_number("objective.tau (null for a running quantile)", tau)
+        if tau is not None and quantile is not None:
+            raise UserError(
+                f"objective.tau={tau} and objective.quantile={quantile} both set the threshold of "
+                "a jump: leave one of them null."
+            )
         self.fixed = tau
+        quantile = 0.95 if quantile is None else quantile
         self.quantile = require_number("objective.quantile", quantile, above=0, below=1)
         self.decay = decay
         self._counts = torch.zeros(_BINS, dtype=torch.float64)

@@ -17,28 +17,10 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen, require_reader
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
-from mtp_lightning.settings import require_choice, require_number
-
-
-def position_weights(
-    weights: str, *, decay: float | None, smoothing: float | None
-) -> PositionWeights | None:
-    """The rule that ``objective.weights`` selects; None for ``none``.
-
-    Raises:
-        UserError: the rule is unknown, or a setting is out of range or not read by it.
-    """
-    require_choice("objective.weights", weights, ("none", "exp_decay", "acceptance"))
-    require_reader("decay", decay, ExpDecay.asked, chosen=weights == "exp_decay")
-    require_reader("smoothing", smoothing, Acceptance.asked, chosen=weights == "acceptance")
-    if weights == "exp_decay":
-        return ExpDecay(4.0 if decay is None else decay)
-    if weights == "acceptance":
-        return Acceptance(0.5 if smoothing is None else smoothing)
-    return None
+from mtp_lightning.settings import require_number
 
 
 class TargetProb(Measure):
@@ -78,14 +60,14 @@ class ExpDecay(PositionWeights):
     """``exp(-(k - 1) / g)`` for depth k.
 
     Args:
-        g: decay length in depths.
+        decay: g, in depths.
     """
 
     asked = "objective.weights=exp_decay"
     of_drafts = False
 
-    def __init__(self, g: float) -> None:
-        self.g = require_number("objective.decay", g, above=0)
+    def __init__(self, decay: float = 4.0) -> None:
+        self.g = require_number("objective.decay", decay, above=0)
 
     def of_depths(
         self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
@@ -104,14 +86,14 @@ class Acceptance(PositionWeights):
     sum_{i>=k} P_i``, over the depths that count at the position.
 
     Args:
-        a: smoothing: the smallest acceptance ``s_k``.
+        smoothing: a, the smallest acceptance ``s_k``.
     """
 
     asked = "objective.weights=acceptance"
     measures = (TargetProb(),)
 
-    def __init__(self, a: float) -> None:
-        self.a = require_number("objective.smoothing", a, least=0, most=1)
+    def __init__(self, smoothing: float = 0.5) -> None:
+        self.a = require_number("objective.smoothing", smoothing, least=0, most=1)
 
     def of_depths(
         self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]

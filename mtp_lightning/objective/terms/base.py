@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
+    from mtp_lightning.objective.rules.base import Rule
 
 
 @dataclass(eq=False)
@@ -81,8 +82,6 @@ class Term(ABC):
             log-probabilities: :meth:`value` is then differentiable with respect to
             ``chunk.hidden_RC`` and ``parameters``, and not to the log-probabilities.
         parameters: its own parameters, which belong to the model.
-        couples: whether a depth's loss depends on the other depths' acceptance; the term then has
-            the methods ``accepted`` and ``together`` (``coupled.py``).
         follows_mask: whether ``objective.mask`` applies to its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
         is_word: whether ``objective.terms`` may name it.
@@ -92,7 +91,6 @@ class Term(ABC):
     needs_teacher: ClassVar[bool] = False
     of_token: ClassVar[bool] = False
     of_state: ClassVar[bool] = False
-    couples: ClassVar[bool] = False
     follows_mask: ClassVar[bool] = True
     follows_weights: ClassVar[bool] = True
     is_word: ClassVar[bool] = True
@@ -118,6 +116,14 @@ class Term(ABC):
         """The term as it trains a model. A term that reads a part of the model other than a depth's
         state returns a copy of itself that holds that part."""
         return self
+
+    def rules(self, asked: str) -> Sequence[Rule]:
+        """The rules that the term needs, by default none.
+
+        Args:
+            asked: the setting that selects the term, for messages.
+        """
+        return ()
 
     def tag(self, k: int) -> str:
         """The log tag of its loss of depth ``k``, if it is not the only term."""

@@ -9,21 +9,27 @@ losses of D depths sum to D minus the expected number of accepted drafts.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from data_modules.windows import IGNORE_INDEX
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen
+from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Chunk, Term
 
 
 class Coupled(Term):
     """A term whose gradient by a depth's logits is that of ``1 - s_k``, times the chance that the
-    other drafts are accepted. These chances must be known before any depth learns
-    (``rules/coupling.py``)."""
+    other drafts are accepted. These chances must be known before any depth learns, so the term
+    brings a rule with a prepass (:class:`Coupling`)."""
 
     needs_teacher = True
-    couples = True
+
+    def rules(self, asked: str) -> Sequence[Rule]:
+        return [Coupling(self, asked)]
 
     @abstractmethod
     def accepted(self, chunk: Chunk) -> Tensor:
@@ -67,3 +73,53 @@ class Coupled(Term):
                 if j >= i:
                     scales[i] = scales[i] + coefficients[j] * valid[j] * others
         return values, scales
+
+
+class Accepted(Measure):
+    """How likely a depth's draft is accepted, as its term says.
+
+    Args:
+        term: the term whose ``accepted`` is measured.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, term: Coupled) -> None:
+        self.term, self.name = term, f"accepted by {term.name}"  # type: ignore[misc]
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return self.term.accepted(chunk)
+
+
+class Coupling(Rule):
+    """Computes the losses and gradient scales of a coupled term from all depths together.
+
+    Args:
+        term: the term; only its targets are changed.
+        asked: the setting that selects it.
+    """
+
+    def __init__(self, term: Coupled, asked: str) -> None:
+        self.term, self.asked = term, asked
+        self.measures = (Accepted(term),)
+
+    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+        own = {t.depth: t for t in targets if t.term is self.term}
+        if not own:
+            return list(targets)
+        (measure,) = self.measures
+        accepted = {k: seen[measure.name][k] for k in own}
+        valid = {k: t.tokens != IGNORE_INDEX for k, t in own.items()}
+        weights = {
+            k: torch.ones_like(accepted[k])
+            if t.weights is None
+            else t.weights.to(accepted[k].dtype)
+            for k, t in own.items()
+        }
+        coefficients = {k: t.coefficient * weights[k] for k, t in own.items()}
+        values, scales = self.term.together(accepted, valid, coefficients)
+        settled = {
+            k: replace(t, weights=scales[k] / t.coefficient, values=values[k] * weights[k])
+            for k, t in own.items()
+        }
+        return [settled[t.depth] if t.term is self.term else t for t in targets]

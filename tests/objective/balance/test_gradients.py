@@ -18,15 +18,14 @@ from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.gradients import (
     Scope,
     TaskGradients,
-    measuring_flops,
     require_trunk_gradients,
     shared_parameters,
     task_gradients,
 )
+from mtp_lightning.objective.cost import StepCost, counted_flops
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.targets import PositionCounts, count_taught
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from tests.flops import counted_flops
 from tests.losses import mtp_loss, reported_loss, step_of
 from tests.models import build, windows
 
@@ -211,15 +210,24 @@ def test_refuses_where_no_depth_reaches_the_trunk(
 )
 @pytest.mark.parametrize(
     "variant",
-    ["sequential", "parallel", "linear", "parameter_free", "nextlat", "joint", "linear mlp"],
+    [
+        "sequential",
+        "parallel",
+        "linear",
+        "parameter_free",
+        "nextlat",
+        "joint",
+        "linear mlp",
+        "linear markov",
+    ],
 )
 def test_flops_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, scope: Scope, branch: str
 ) -> None:
     """With experts, too, whose products are a node of our own."""
     switches = {} if variant == "parameter_free" else {"branch": branch}
-    if variant == "linear mlp":
-        variant, switches = "linear", {**switches, "correction": "mlp"}
+    variant, _, correction = variant.partition(" ")
+    switches |= {"correction": correction} if correction else {}
     experts = replace(tiny_trunk, feed_forward=replace(EXPERTS, sequence_loss=0.0))
     for trunk in (tiny_trunk, experts):
         model = build(trunk, MTPConfig.find(variant)(depth=3, **switches)).double()
@@ -231,5 +239,6 @@ def test_flops_are_those_of_pytorchs_operators(
                 task_gradients(
                     model, [(batch, KEY)], active, PositionCounts(batch.counts().tolist()), group
                 )
-            expected = measuring_flops(model.config, batch.seq_len, active, scope)
-            assert counted.total == len(batch) * batch.seq_len * expected
+            cost = StepCost(model.config)
+            expected = cost(batch.seq_len, active, scope=scope) - cost(batch.seq_len, active)
+            assert counted.total == len(batch) * expected

@@ -15,6 +15,7 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.paths import ROOT
 from tests.integration.helpers import execute
 
@@ -51,7 +52,7 @@ def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
     shape = {"vocab_size": 17, "d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2}
     trunk = TrunkConfig(**shape, d_ff=24)  # type: ignore[arg-type]
     plain, heads = (
-        ModelConfig(trunk=trunk, mtp=mtp).flops_per_token(16)
+        StepCost(ModelConfig(trunk=trunk, mtp=mtp)).per_token(16)
         for mtp in (NoMTPConfig(), ParallelConfig(depth=1))
     )
     for one in found["seeds"]:

@@ -1,0 +1,193 @@
+"""FLOPs of a training step, counted by running one on PyTorch's ``meta`` device.
+
+Tensors of that device have shapes and no values, so a step takes neither memory nor arithmetic.
+What is counted are the matrix products that PyTorch's operators compute, forward and backward; a
+multiply-add is two FLOPs. Elementwise operations count as nothing. Attention counts all T keys for
+every query, as if there were no causal mask: the usual convention, which keeps figures comparable.
+Positions without a valid target are computed and count. A recomputed activation counts once.
+
+Shapes: T positions of a window, C d_model, D depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.objective.balance.gradients import Scope, add_gradients, shared_parameters
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
+from mtp_lightning.objective.stream import prepass, stream_loss
+from mtp_lightning.objective.targets import PositionCounts, by_depth
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the FLOPs of the operators called inside, by PyTorch's own formulas.
+    PyTorch's ``FlopCounterMode`` refuses ``autograd.grad`` within a pass, which heads side by side
+    need.
+
+    Attributes:
+        total: FLOPs so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCount]:
+    """Inside, matrix products are counted, attention's too.
+
+    Raises:
+        UserError: on the ``meta`` device, a layer reads a tensor's values.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
+            yield count
+    except RuntimeError as error:
+        if "meta" not in str(error).lower():
+            raise
+        raise UserError(
+            "A step's FLOPs are counted on the meta device, whose tensors have no values, and this "
+            f"model needs some ({error}): compute with tensors on the input's device, without "
+            "item(), tolist() or a mask as an index."
+        ) from error
+
+
+class StepCost:
+    """FLOPs of training a model on one window; each kind of step is counted once.
+
+    Args:
+        config: the model's.
+        objective: the objective of the MTP depths.
+    """
+
+    def __init__(self, config: ModelConfig, objective: Objective = CROSS_ENTROPY) -> None:
+        # Recomputed activations are no progress, so they do not count.
+        self.config = replace(config, trunk=replace(config.trunk, recompute=False))
+        self.objective = objective
+        self._known: dict[tuple[Any, ...], int] = {}
+
+    def per_token(
+        self, seq_len: int, active: Sequence[int] | None = None, *, scope: Scope | None = None
+    ) -> int:
+        """FLOPs per position of training.
+
+        Args:
+            seq_len: T; attention's share grows with it.
+            active: the MTP depths that are computed; by default all.
+            scope: see :meth:`__call__`.
+        """
+        depths = range(1, self.config.mtp.depth + 1) if active is None else active
+        # With a frozen trunk nothing learns from the main prediction.
+        main = self.config.mtp.trains_trunk
+        return self(seq_len, depths, main=main, scope=scope) // seq_len
+
+    def __call__(
+        self,
+        seq_len: int,
+        active: Sequence[int],
+        *,
+        main: bool = True,
+        stored: bool = False,
+        scope: Scope | None = None,
+    ) -> int:
+        """FLOPs of one window.
+
+        Args:
+            seq_len: T.
+            active: the MTP depths that are computed.
+            main: whether the main prediction is computed.
+            stored: whether the trunk's states are read instead of computed.
+            scope: the parameters for which every depth's gradient is measured too; None for no
+                measurement.
+
+        Raises:
+            UserError: a layer cannot run on the ``meta`` device.
+        """
+        kind = seq_len, tuple(active), main, stored, scope
+        if kind not in self._known:
+            # A profiler or counter around the step would see the operators of this one too.
+            with (
+                _disable_current_modes(),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                counted_flops() as count,
+            ):
+                self._run(*kind)
+            self._known[kind] = count.total
+        return self._known[kind]
+
+    def _run(
+        self, seq_len: int, active: Sequence[int], main: bool, stored: bool, scope: Scope | None
+    ) -> None:
+        model = self.config.on_meta()
+        objective, key = self.objective.for_model(model), RandomKey(0, 0)
+        batch = window_on_meta(self.config, seq_len, stored=stored)
+        factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
+        counts = PositionCounts([1] * len(factors), [1] * len(factors))
+        targets = objective.all_targets(model.mtp, batch, factors, counts, key)
+        final, at = model.run_trunk(batch, active, key=key)
+        feed = model.mtp.feed(final, at, batch, [k for k in by_depth(targets) if k], key)
+        prepass(model.head.weight, feed, targets, objective.measures)
+        # The rules change targets by their values, and no matrix product.
+        loss, _ = stream_loss(
+            model.head.weight, feed, targets, train_head=objective.trains_head(self.config.mtp)
+        )
+        if loss.requires_grad:
+            loss.backward()
+        if scope is not None:
+            asked = shared_parameters(model, scope)
+            rows = torch.empty(1 + len(active), sum(p.numel() for p in asked), device="meta")
+            add_gradients(model, batch, [0, *active], counts, asked, rows, key, objective)
+
+
+@torch.no_grad()
+def forward_flops(config: ModelConfig, seq_len: int) -> int:
+    """FLOPs of a forward pass over one window, with all depths and their logits."""
+    model = config.on_meta()
+    with counted_flops() as count:
+        for hidden in model(window_on_meta(config, seq_len)).values():
+            model.head(hidden)
+    return count.total
+
+
+def window_on_meta(config: ModelConfig, seq_len: int, *, stored: bool = False) -> WindowBatch:
+    """A batch of one window without values.
+
+    Args:
+        config: the model's.
+        seq_len: T.
+        stored: whether it holds the trunk's states.
+    """
+    mtp, width = config.mtp, config.trunk.d_model
+    extra = max(mtp.places_ahead - mtp.depth - 1, 0)
+    tokens = torch.empty(
+        1, seq_len + mtp.stride * mtp.depth + 1 + extra, dtype=torch.int64, device="meta"
+    )
+    return WindowBatch(
+        tokens,
+        mtp.depth,
+        scored=tokens.bool() if mtp.answers_at_once else None,
+        stride=mtp.stride,
+        extra=extra,
+        states=torch.empty(1, 2, seq_len, width, device="meta") if stored else None,
+    )

@@ -1,0 +1,152 @@
+"""Parameters and FLOPs of training in closed form, as references for what the product measures.
+
+FLOPs are those of one position of a window of T; a multiply-add is two, and attention has no causal
+discount. The objective is cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
+
+
+def attention(trunk: TrunkConfig, seq_len: int) -> tuple[int, int]:
+    """Parameters, and forward FLOPs."""
+    c, n, a = trunk.d_model, trunk.n_heads, trunk.attention
+    if isinstance(a, LatentAttentionConfig):
+        head = a.d_nope + a.d_rope
+        query = c * n * head if a.q_rank is None else a.q_rank * (c + n * head)
+        down, up = c * (a.kv_rank + a.d_rope), a.kv_rank * n * (a.d_nope + a.d_value)
+        matrices = query + down + up + n * a.d_value * c
+        norms = a.kv_rank + (a.q_rank or 0)
+        return matrices + norms, 2 * matrices + 2 * seq_len * n * (head + a.d_value)
+    assert isinstance(a, GroupedQueryConfig)
+    h, qkv = trunk.d_head, (n + 2 * trunk.n_kv_heads) * trunk.d_head
+    matrices = c * (qkv + n * h)
+    further = 2 * h * a.qk_norm + qkv * a.qkv_bias
+    return matrices + further, 2 * matrices + 4 * seq_len * n * h
+
+
+def feed_forward(trunk: TrunkConfig, layer: int | None) -> tuple[int, int]:
+    """Parameters, and those of them that a token does not use."""
+    f = trunk.feed_forward
+    if not isinstance(f, ExpertsConfig) or (layer is not None and layer < f.first_k_dense):
+        return 3 * trunk.d_model * trunk.d_ff, 0
+    one = 3 * trunk.d_model * f.d_expert
+    router = trunk.d_model * f.n_routed
+    return router + (f.n_routed + f.n_shared) * one, (f.n_routed - f.top_k) * one
+
+
+def block(trunk: TrunkConfig, seq_len: int, layer: int | None = None) -> tuple[int, int]:
+    """Parameters, and forward FLOPs; ``layer`` None is a module's block."""
+    (mixing, mixed), (params, idle) = attention(trunk, seq_len), feed_forward(trunk, layer)
+    return mixing + params + 2 * trunk.d_model, mixed + 2 * (params - idle)
+
+
+def trunk_params(trunk: TrunkConfig) -> int:
+    blocks = sum(block(trunk, 0, layer)[0] for layer in range(trunk.n_layers))
+    embeddings = 1 if trunk.tie_embeddings else 2
+    return embeddings * trunk.vocab_size * trunk.d_model + blocks + trunk.d_model
+
+
+def correction(mtp: MTPConfig, trunk: TrunkConfig, k: int) -> tuple[int, int]:
+    """Parameters, and those of its matrices."""
+    c, kind = trunk.d_model, getattr(mtp, "correction", "none")
+    if kind == "none":
+        return 0, 0
+    if kind == "mlp":
+        return (k + 2) * c * c, (k + 2) * c * c
+    rank = mtp.columns  # type: ignore[attr-defined]
+    return rank * (trunk.vocab_size + c), rank * c
+
+
+def stack_params(config: ModelConfig) -> int:
+    mtp, trunk = config.mtp, config.trunk
+    c, depth = trunk.d_model, mtp.depth
+    one, layer = block(trunk, 0)[0], attention(trunk, 0)[0]
+    corrections = sum(correction(mtp, trunk, k)[0] for k in range(1, depth + 1))
+    confidence = depth * (c + 1) if mtp.confidence else 0
+    match mtp.variant:
+        case "sequential":
+            assert isinstance(mtp, SequentialConfig)
+            modules = min(depth, 1) if mtp.share_layers else depth
+            own = modules * (one + 2 * c * c + 3 * c) + c * bool(mtp.token_dropout and depth)
+        case "parallel":
+            own = depth * (one + c) + corrections
+        case "linear" if mtp.rank > 1:
+            own = (mtp.rank * (depth + 1) - 1) * c * c + mtp.rank * c
+        case "linear":
+            own = depth * c * c + corrections
+        case "joint":
+            own = (layer + c + 1) * bool(depth)
+        case "nextlat":
+            own = (4 * c * c + 4 * c) * bool(depth)
+        case "top" | "bag":
+            own = trunk.vocab_size * c
+        case "registers":
+            own = c
+        case _:
+            own = 0
+    return own + confidence
+
+
+def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tuple[int, int]:
+    """Forward and backward FLOPs of the depths, without the shared head."""
+    mtp, trunk = config.mtp, config.trunk
+    c, deepest, n = trunk.d_model, max(active, default=0), len(active)
+    one, reaches = block(trunk, seq_len)[1], mtp.trains_trunk and mtp.detach == "none"
+    corrections = [2 * correction(mtp, trunk, k)[1] for k in active]
+    backward = 2 * sum(corrections)
+    if getattr(mtp, "correction", "none") == "mlp" and (mtp.freeze_trunk or mtp.detach == "all"):
+        # The first matrix reads states and embeddings, which need no gradient.
+        backward -= sum(2 * (k + 1) * c * c for k in active)
+    match mtp.variant:
+        case "sequential":
+            own = deepest * (one + 4 * c * c)
+        case "parallel":
+            return n * one + sum(corrections), 2 * n * one + backward
+        case "linear" if mtp.rank > 1:
+            own = 2 * ((mtp.rank * (deepest + 1) - 1) * c * c + mtp.rank * c)
+        case "linear":
+            matrices = n * 2 * c * c
+            return matrices + sum(corrections), (1 + reaches) * matrices + backward
+        case "joint":
+            places = deepest + 1 if active else 0
+            own = places * attention(trunk, places)[1]
+        case "nextlat":
+            own = deepest * 8 * c * c
+        case "top" | "bag":
+            own = n * 2 * trunk.vocab_size * c
+            return own, (1 + reaches) * own
+        case _:
+            own = 0
+    return own, 2 * own
+
+
+def training(config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
+    """FLOPs per position: forward, and backward without gradients that are not needed."""
+    mtp, trunk = config.mtp, config.trunk
+    head = 2 * trunk.d_model * trunk.vocab_size
+    tokens, wide = (2, 2 * seq_len) if mtp.variant == "registers" and active else (1, seq_len)
+    blocks = tokens * sum(block(trunk, wide, layer)[1] for layer in range(trunk.n_layers))
+    # How often a position goes through the shared head for the depths.
+    passes = len(active)
+    if mtp.variant in ("top", "bag"):
+        passes = 0
+    elif mtp.variant in ("parameter_free", "teacherless"):
+        # One pass serves all depths.
+        passes = 0
+    elif mtp.rank > 1:
+        passes = mtp.rank * (max(active, default=0) + 1) - 1
+    forward, backward = stack_flops(config, seq_len, active)
+    own = forward + backward + blocks + (2 if mtp.detach == "all" else 3) * passes * head
+    if not mtp.trains_trunk:
+        return forward + backward + blocks + 2 * passes * head
+    return own + 2 * blocks + 3 * head

@@ -1,0 +1,167 @@
+"""Parameters and FLOPs that the product measures on the meta device, against closed forms.
+
+That an optimizer step's FLOPs are those of the operators that it calls is tested with the steps
+(``test_cross_product.py``, ``test_step.py``, ``balance/test_gradients.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.components import FeedForwardConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.objective.cost import StepCost, forward_flops
+from tests import closed_forms
+
+EXPERTS = ExpertsConfig(n_routed=6, n_shared=1, top_k=2, d_expert=16, first_k_dense=1)
+LATENT = LatentAttentionConfig(kv_rank=8, q_rank=12, d_nope=8, d_rope=4, d_value=10)
+TRUNKS: dict[str, dict[str, Any]] = {
+    "dense": {"attention": GroupedQueryConfig(qk_norm=True, qkv_bias=True), "recompute": True},
+    "untied experts": {"tie_embeddings": False, "feed_forward": EXPERTS},
+    "latent": {"n_kv_heads": 4, "attention": replace(LATENT, q_rank=None)},
+    "deepseek": {"n_kv_heads": 4, "attention": LATENT, "feed_forward": EXPERTS},
+}
+HEADS: dict[str, list[dict[str, Any]]] = {
+    "none": [{}],
+    "sequential": [{}, {"share_layers": True}, {"token_dropout": 1.0, "confidence": True}],
+    "parallel": [{}, {"correction": "mlp"}, {"correction": "markov"}, {"stride": 2}],
+    "linear": [{}, {"correction": "mlp"}, {"correction": "markov"}, {"rank": 3}],
+    "joint": [{}],
+    "nextlat": [{}],
+    "parameter_free": [{}],
+    "teacherless": [{}],
+    "top": [{"lookahead": 6}],
+    "bag": [{"lookahead": 6}],
+    "registers": [{"lookahead": 6}],
+}
+SWITCHES: list[dict[str, Any]] = [
+    {},
+    {"detach": "trunk"},
+    {"detach": "all", "branch": "before_last"},
+    {"freeze_trunk": True},
+    {"freeze_trunk": True, "branch": "final"},
+]
+T = 12
+
+
+def trunk_of(name: str) -> TrunkConfig:
+    sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    return TrunkConfig(**{**sizes, "d_ff": 48, **TRUNKS[name]})
+
+
+def configs(head: str, depth: int = 3) -> list[MTPConfig]:
+    """The head with every switch that it has."""
+    found = []
+    for own in HEADS[head]:
+        for switches in SWITCHES:
+            kind = MTPConfig.find(head)
+            for given in ({"depth": depth}, {}):  # a head of one depth has no setting for it
+                try:
+                    found.append(kind(**own, **switches, **given))
+                except (UserError, TypeError):
+                    continue
+                break
+    return found
+
+
+def test_every_head_is_among_them() -> None:
+    own = {k for k, v in MTPConfig._variants.items() if v.__module__.startswith("mtp_lightning.")}
+    assert own == HEADS.keys() and all(configs(head) for head in HEADS)
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str, trunk: str) -> None:
+    for mtp in configs(head):
+        config = ModelConfig(trunk=trunk_of(trunk), mtp=mtp)
+        model = MTPModel(config)
+        assert config.num_params() == sum(p.numel() for p in model.parameters())
+        of_trunk = closed_forms.trunk_params(config.trunk)
+        assert config.num_trunk_params() == of_trunk
+        assert config.num_params() == of_trunk + closed_forms.stack_params(config)
+        looked_up = 0 if config.trunk.tie_embeddings else model.trunk.embedding.weight.numel()
+        idle = sum(
+            p[EXPERTS.top_k :].numel()
+            for name, p in model.named_parameters()
+            if ".experts." in name
+        )
+        assert config.num_active_params() == config.num_params() - idle - looked_up
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
+    trunks = list(TRUNKS)
+    for number, mtp in enumerate(configs(head)):
+        config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
+        cost, depths = StepCost(config), list(range(1, mtp.depth + 1))
+        for active in (depths, depths[1:2], []):
+            expected = closed_forms.training(config, T, active)
+            assert cost.per_token(T, active) == expected, (mtp, active)
+            assert cost(T, active, main=mtp.trains_trunk) == T * expected
+        # With another length of the window, attention has another share.
+        assert cost.per_token(2 * T) == closed_forms.training(config, 2 * T, depths)
+
+
+def test_flops_of_a_forward_pass() -> None:
+    config = ModelConfig(trunk=trunk_of("deepseek"), mtp=MTPConfig.find("sequential")(depth=2))
+    trunk = config.trunk
+    blocks = sum(closed_forms.block(trunk, T, layer)[1] for layer in range(trunk.n_layers))
+    own, _ = closed_forms.stack_flops(config, T, [1, 2])
+    assert forward_flops(config, T) == T * (blocks + own + 3 * 2 * trunk.d_model * trunk.vocab_size)
+
+
+def test_a_kind_of_step_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = StepCost(ModelConfig(trunk=trunk_of("dense"), mtp=MTPConfig.find("joint")(depth=2)))
+    first = cost(T, [1, 2])
+    monkeypatch.setattr(ModelConfig, "on_meta", None)
+    assert cost(T, (1, 2)) == first
+    with pytest.raises(TypeError):
+        cost(T, [1])
+
+
+def test_a_large_model_takes_no_memory() -> None:
+    trunk = TrunkConfig(
+        vocab_size=129_280, d_model=7168, n_layers=3, n_heads=128, n_kv_heads=128, d_ff=18_432
+    )
+    config = ModelConfig(trunk=trunk, mtp=MTPConfig.find("sequential")(depth=1))
+    assert StepCost(config).per_token(4096) == closed_forms.training(config, 4096, [1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CappedConfig(FeedForwardConfig, variant="test_capped"):
+    """A user's layer that reads a value."""
+
+    def build(self, trunk, layer):
+        return Capped(trunk.d_model)
+
+
+class Capped(nn.Linear):
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, d_model)
+
+    def forward(self, x_BTC, positions=None):
+        return super().forward(x_BTC) / max(x_BTC.max().item(), 1.0)
+
+
+def test_a_layer_that_reads_values_is_named() -> None:
+    trunk = replace(trunk_of("dense"), feed_forward=CappedConfig())
+    config = ModelConfig(trunk=trunk, mtp=MTPConfig.find("none")())
+    with pytest.raises(UserError, match="FLOPs are counted on the meta device"):
+        StepCost(config).per_token(T)
+
+
+def test_sizes_that_no_tensor_can_have_are_refused() -> None:
+    for d_model in (2**60, 2**64):
+        trunk = replace(trunk_of("dense"), d_model=d_model, d_head=8)
+        with pytest.raises(UserError, match="too large to count"):
+            ModelConfig(trunk=trunk, mtp=MTPConfig.find("none")()).num_params()

@@ -1,0 +1,100 @@
+"""Line and import budgets: the code stays as small as it is.
+
+A budget is raised only by a commit that says what it took away elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
+# Lines of every room's Python files.
+LINES = {
+    "data_modules": 9_500,
+    "hydra_plugins": 160,
+    "mtp_lightning": 4_250,
+    "mtp_lightning/apps": 370,
+    "mtp_lightning/callbacks": 1_830,
+    "mtp_lightning/certify": 800,
+    "mtp_lightning/cpu": 1_450,
+    "mtp_lightning/decoding": 4_050,
+    "mtp_lightning/distributed": 1_420,
+    "mtp_lightning/experiment": 2_530,
+    "mtp_lightning/heads": 380,
+    "mtp_lightning/interop": 3_170,
+    "mtp_lightning/loggers": 790,
+    "mtp_lightning/metrics": 1_180,
+    "mtp_lightning/mtp": 3_000,
+    "mtp_lightning/nn": 2_900,
+    "mtp_lightning/notebook": 560,
+    "mtp_lightning/objective": 4_290,
+    "mtp_lightning/optim": 390,
+    "mtp_lightning/run": 1_350,
+    "mtp_lightning/serving": 1_760,
+    "sweeps": 10_950,
+}
+# Files of this project that a command imports, and their lines; without the package of fast code
+# for CPUs (cpu/), which comes off.
+IMPORTS = {"train": (174, 22_000), "generate": (92, 11_500)}
+COUNT = """
+import atexit, json, runpy, sys
+
+def told():
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    with open(out, "w") as file:
+        json.dump(sorted(f for f in files if f and f.endswith(".py")), file)
+
+root, app, *arguments, out = sys.argv[1:]
+sys.path.insert(0, root)
+atexit.register(told)
+sys.argv = [app, *arguments]
+runpy.run_path(f"{root}/{app}", run_name="__main__")
+"""
+
+
+def room(file: Path) -> str:
+    parts = file.relative_to(ROOT).parts
+    return "/".join(parts[: 2 if parts[0] == "mtp_lightning" and len(parts) > 2 else 1])
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def test_no_room_is_larger_than_its_budget() -> None:
+    found = dict.fromkeys(LINES, 0)
+    for package in PRODUCT:
+        for file in (ROOT / package).rglob("*.py"):
+            found[room(file)] = found.get(room(file), 0) + lines(file)
+    assert found.keys() == LINES.keys()
+    over = {name: (n, LINES[name]) for name, n in found.items() if n > LINES[name]}
+    assert not over, "room: (lines, budget)"
+
+
+@pytest.mark.slow
+def test_no_command_imports_more_than_its_budget(tmp_path: Path, cache: Path) -> None:
+    run = tmp_path / "run"
+    fast = ["debug=fast", "trainer.max_steps=2", f"run_dir={run}", f"paths.cache_dir={cache}"]
+    commands = {"train": fast, "generate": [f"checkpoint={run}", "prompt=def", "max_new_tokens=4"]}
+    for name, arguments in commands.items():
+        out = tmp_path / f"{name}.json"
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT, str(ROOT), f"{name}.py", *arguments, str(out)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        files = [Path(file) for file in json.loads(out.read_text()) if file.startswith(f"{ROOT}/")]
+        own = [f for f in files if f.relative_to(ROOT).parts[0] in PRODUCT]
+        own = [file for file in own if room(file) != "mtp_lightning/cpu"]
+        most, longest = IMPORTS[name]
+        assert len(own) <= most, (name, len(own))
+        assert sum(map(lines, own)) <= longest, (name, sum(map(lines, own)))
+        assert len(own) > most * 0.8, "set the budget to what is reached"
