@@ -56,7 +56,7 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
         weights = [_as_fp32(x) for x in _packed(model)]
         if not weights:
             return {}
-        session = Session(model, places=1, capacity=len(prompt) + 8, max_draft=0)
+        session = Session(model, slots=1, capacity=len(prompt) + 8, max_draft=0)
         session.join([prompt])
 
         def read() -> None:

@@ -20,12 +20,12 @@ from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.components import UsedInPart
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialise
-from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.trunk import Trunk
 
 
@@ -142,7 +142,7 @@ class MTPModel(nn.Module):
         """Initialize all weights."""
         assert self.config.trunk.init_std is not None
         initialise(self, std=self.config.trunk.init_std, seed=seed)
-        self.mtp.initialise_own()
+        self.mtp.initialize_own()
 
     @property
     def has_compiled_kernels(self) -> bool:
@@ -247,7 +247,7 @@ class MTPModel(nn.Module):
         batch: WindowBatch,
         active: Sequence[int],
         *,
-        ledger: Ledger | None = None,
+        auxiliary: AuxiliaryOutputs | None = None,
         key: RandomKey | None = None,
     ) -> tuple[Tensor, BranchPoint]:
         """The trunk over whole windows, or its states that are stored in the batch.
@@ -255,7 +255,7 @@ class MTPModel(nn.Module):
         Args:
             batch: windows built for this model's depth.
             active: depths that will be computed.
-            ledger: collects auxiliary outputs of the trunk and, through the branch point, of the
+            auxiliary: collects auxiliary outputs of the trunk and, through the branch point, of the
                 stack.
             key: key of the stack's random choices in training; None for no random choices.
 
@@ -275,7 +275,7 @@ class MTPModel(nn.Module):
             dtype=self.head.weight.dtype,
             documents=documents,
             in_blocks=self.has_compiled_kernels,
-            ledger=ledger,
+            auxiliary=auxiliary,
         )
         # One lookup for all depths, which read the same embeddings, shifted.
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)

@@ -9,7 +9,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.inputs import RandomKey
-from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import Progress
@@ -53,7 +53,7 @@ def reported_loss(
     windows: int | None = None,
     term: Term | Objective | None = None,
     taught: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Ledger]:
+) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
     """A micro-batch's part of L, its summed losses [D + 1], or [D + 1, P] of P terms, and what the
     layers reported. Unless ``taught`` says otherwise, the micro-batch is the whole step to terms
     that have a teacher."""
@@ -66,8 +66,8 @@ def reported_loss(
         windows=len(batch) if windows is None else windows,
         micro_batches=[(batch, key or RandomKey(0, 0))],
     )
-    total, sums_KP, ledger = step_of(model, term).loss(plan, batch, key)
-    return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, ledger
+    total, sums_KP, auxiliary = step_of(model, term).loss(plan, batch, key)
+    return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, auxiliary
 
 
 def mtp_loss(

@@ -38,7 +38,7 @@ RANK = {
     "objective": 3,
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
     "cpu": 4.5,
-    **dict.fromkeys(["certify", "compare", "interop"], 5),
+    **dict.fromkeys(["certify", "interop", "matching"], 5),
     **dict.fromkeys(["init_from", "loggers"], 6),
     **dict.fromkeys(["module", "callbacks"], 7),
     "distributed": 7.5,

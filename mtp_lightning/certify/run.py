@@ -114,8 +114,8 @@ def certify(
                 break
     assert result is not None
     if against:
-        tried = asked[: max(row.greedy.texts for row in result.rows)]
-        result.others = compare_others(against, path, tried, length, say)
+        read = asked[: max(row.greedy.texts for row in result.rows)]
+        result.others = compare_others(against, path, read, length, say)
     return result
 
 

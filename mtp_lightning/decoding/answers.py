@@ -102,7 +102,7 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
     if uniforms_BW is not None:
         uniforms_BW = F.pad(uniforms_BW, (0, rounds))
     with decoding_passes(model):
-        session = Session(model, places=batch.batch_size, capacity=max(first) + rounds, max_draft=0)
+        session = Session(model, slots=batch.batch_size, capacity=max(first) + rounds, max_draft=0)
         rows = zip(batch.tokens.tolist(), first, strict=True)
         logits_BV = session.join([row[:n] for row, n in rows])
         for i in range(rounds):

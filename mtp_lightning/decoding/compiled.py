@@ -168,9 +168,9 @@ def record(
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
-    def __init__(self, model: MTPModel, *, places: int, capacity: int, max_draft: int) -> None:
-        assert places == 1
-        super().__init__(model, places=places, capacity=capacity, max_draft=max_draft)
+    def __init__(self, model: MTPModel, *, slots: int, capacity: int, max_draft: int) -> None:
+        assert slots == 1
+        super().__init__(model, slots=slots, capacity=capacity, max_draft=max_draft)
         self._width = max_draft + 1
 
     def _run(self, kind: str, number: int, cache: KVCache, *passing: Tensor) -> Sequence[Tensor]:

@@ -33,7 +33,7 @@ from mtp_lightning.settings import is_whole
 
 
 class Engine:
-    """Decodes up to ``places`` requests together, in rounds.
+    """Decodes up to ``slots`` requests together, in rounds.
 
     It is a context manager and works only while entered, with the model in eval mode and its
     weights packed. All calls must come from the thread that entered it, except :meth:`check`, which
@@ -65,7 +65,7 @@ class Engine:
                 "and not token by token: ask it by evaluate.py."
             )
         self.options = options = DecodingOptions() if options is None else options
-        self.places = options.places
+        self.slots = options.slots
         self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer
         self._on_logits = on_logits
@@ -99,7 +99,7 @@ class Engine:
     @property
     def free(self) -> int:
         """Number of slots without a sequence."""
-        return self.places - len(self._sequences)
+        return self.slots - len(self._sequences)
 
     def check(self, request: Request) -> None:
         """Refuse a request that :meth:`add` would refuse.
@@ -146,7 +146,7 @@ class Engine:
         """
         if len(requests) > self.free:
             raise UserError(
-                f"{len(requests)} requests for {self.free} free slots of {self.places}: wait until "
+                f"{len(requests)} requests for {self.free} free slots of {self.slots}: wait until "
                 "a sequence has finished."
             )
         for request in requests:
@@ -234,14 +234,14 @@ class Engine:
         return self._decoder
 
     def _new_decoder(self, capacity: int) -> Decoder:
-        options, room = self.options, {"places": self.places, "capacity": capacity}
+        options, room = self.options, {"slots": self.slots, "capacity": capacity}
         room |= {} if options.draft_vocab is None else {"draft_vocab": options.draft_vocab}
         if options.tree is not None:
             trees = imported("mtp_lightning.decoding.tree_session.TreeSession")(
                 self._model, **room, tree=options.tree
             )
             return imported("mtp_lightning.decoding.tree_speculative.TreeDecoder")(
-                trees, places=self.places
+                trees, slots=self.slots
             )
         kind: type[Session] = Session
         if options.cache == "single":
@@ -250,7 +250,7 @@ class Engine:
             kind = imported("mtp_lightning.decoding.compiled.CompiledSession")
         return Decoder(
             kind(self._model, **room, max_draft=self.max_draft),
-            places=self.places,
+            slots=self.slots,
             max_draft=self.max_draft,
             min_confidence=options.min_confidence,
             verify=RULES[options.verify],

@@ -50,7 +50,7 @@ def generate(
     """
     options = replace(options or DecodingOptions(), **changes)
     # Allocate storage for no more texts than there are.
-    options = replace(options, batch_size=min(options.places, max(len(prompts), 1)))
+    options = replace(options, batch_size=min(options.slots, max(len(prompts), 1)))
     engine = Engine(model, options, tokenizer=tokenizer)
     requests = [options.request(prompt, index) for index, prompt in enumerate(prompts)]
     for request in requests:

@@ -76,7 +76,7 @@ def race(
     outputs: dict[str, list[Generation]] = {}
     for options in ways.values():
         generate(model, prompts[:1], options, tokenizer=tokenizer)
-    alone = all(options.places == 1 for options in ways.values())
+    alone = all(options.slots == 1 for options in ways.values())
     groups = [[prompt] for prompt in prompts] if alone else [prompts]
     order = list(ways)
     for _ in range(repeats):
@@ -234,7 +234,7 @@ def pass_costs(
     kind: type[Session] = imported(compiled) if compile else Session
     with decoding_passes(model):
         capacity = len(prompt) + 64
-        session = kind(model, places=batch, capacity=capacity, max_draft=model.depth)
+        session = kind(model, slots=batch, capacity=capacity, max_draft=model.depth)
         session.join([prompt] * batch)
 
         def verify(n_drafts: int) -> list[list[int]]:

@@ -15,16 +15,16 @@ class Noise:
     on the other rows of the batch.
 
     Args:
-        places: most rows at a time.
+        slots: most rows at a time.
         per_round: numbers that a row takes per round.
         device: device of the returned tensors.
     """
 
     _ROUNDS = 64  # rounds whose numbers are drawn at a time
 
-    def __init__(self, places: int, per_round: int, device: torch.device | str) -> None:
+    def __init__(self, slots: int, per_round: int, device: torch.device | str) -> None:
         self._generators: list[torch.Generator] = []
-        shape = (places, self._ROUNDS, per_round)
+        shape = (slots, self._ROUNDS, per_round)
         self._block = torch.empty(shape, dtype=torch.float64, device=device)
         self._round = self._ROUNDS
 

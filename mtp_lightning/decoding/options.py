@@ -184,9 +184,9 @@ class DecodingOptions(TextOptions):
         least = 1 if self.tree is None else max(self.tree.widths)
         self._settle_whole("draft_vocab", least=least)
         require_bool("compile", self.compile)
-        if self.compile and self.places != 1:
+        if self.compile and self.slots != 1:
             raise UserError(
-                f"compile=true decodes one prompt at a time: set batch_size=1, not {self.places}."
+                f"compile=true decodes one prompt at a time: set batch_size=1, not {self.slots}."
             )
         for option, others in _NOT_TOGETHER.items():
             asked = self._asked(option)
@@ -214,7 +214,7 @@ class DecodingOptions(TextOptions):
         return Request(prompt=prompt, index=index, **_values(self, TextOptions))
 
     @property
-    def places(self) -> int:
+    def slots(self) -> int:
         """The most texts that are decoded at a time."""
         if self.batch_size is None:
             return 1 if self.compile else _TOGETHER

@@ -239,8 +239,8 @@ class TextSequence:
             if any(s in self._decode(self.token_ids[first:end]) for s in stop):
                 del self.token_ids[end:], self.depths[end:]
                 text = self._decode(self.token_ids)
-                places = [text.find(s) for s in stop if s in text]
-                self._text = text[: min(places)] if places else text
+                ends = [text.find(s) for s in stop if s in text]
+                self._text = text[: min(ends)] if ends else text
                 self.finish_reason = "stop"
                 return
 

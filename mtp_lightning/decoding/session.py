@@ -49,7 +49,7 @@ class Session:
 
     Args:
         model: in eval mode, on its device.
-        places: most rows at a time.
+        slots: most rows at a time.
         capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
@@ -66,7 +66,7 @@ class Session:
         self,
         model: MTPModel,
         *,
-        places: int,
+        slots: int,
         capacity: int,
         max_draft: int,
         draft_vocab: int | None = None,
@@ -78,15 +78,15 @@ class Session:
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
-        self.trunk_cache = self._cache(tables, trunk.n_layers, places)
+        self.trunk_cache = self._cache(tables, trunk.n_layers, slots)
         kept = self.depths_kept(max_draft)
         layers = int(model.mtp.attends_back)
-        self.depth_caches = [self._cache(tables, layers, places) for _ in range(kept)]
-        self._tokens = torch.zeros(places, tables.capacity, dtype=torch.int64, device=weight.device)
+        self.depth_caches = [self._cache(tables, layers, slots) for _ in range(kept)]
+        self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
         self._states = [
-            torch.zeros(places, tables.capacity, width, dtype=weight.dtype, device=weight.device)
+            torch.zeros(slots, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
         self._branch = partial(model.mtp.branch, model.trunk)
@@ -103,8 +103,8 @@ class Session:
         self.newest_B1C: Tensor | None = None
         self._resize()
 
-    def _cache(self, tables: PositionTables, n_layers: int, places: int) -> KVCache:
-        return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=places)
+    def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
+        return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         weight = self.model.trunk.embedding.weight

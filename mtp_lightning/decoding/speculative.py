@@ -76,7 +76,7 @@ class Decoder:
 
     Args:
         session: the decoding state, still without rows.
-        places: most rows at a time.
+        slots: most rows at a time.
         max_draft: most drafts that any round will have.
         min_confidence: a round stops drafting once the product of confidences is below this in
             every row; a sampled row accepts no draft from its own such depth on. The confidence of
@@ -90,7 +90,7 @@ class Decoder:
         self,
         session: Session,
         *,
-        places: int,
+        slots: int,
         max_draft: int,
         min_confidence: float = 0.0,
         verify: Callable[..., tuple[Tensor, Tensor]] | None = None,
@@ -99,7 +99,7 @@ class Decoder:
         self.min_confidence = min_confidence
         self._verify = verify or accept_or_resample
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
-        self._noise = Noise(places, 2 * max_draft + 1, session.tokens_BS.device)
+        self._noise = Noise(slots, 2 * max_draft + 1, session.tokens_BS.device)
         self._max_draft = max_draft
         self._samplings: list[Sampling] = []
         self._row_sampling: RowSampling | None = None

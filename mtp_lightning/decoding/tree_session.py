@@ -33,7 +33,7 @@ class TreeSession(Session):
     """A :class:`Session` that drafts the same tree in every round.
 
     Args:
-        model, places, capacity, draft_vocab: see :class:`Session`.
+        model, slots, capacity, draft_vocab: see :class:`Session`.
         tree: the tree's shape.
     """
 
@@ -41,7 +41,7 @@ class TreeSession(Session):
         self,
         model: MTPModel,
         *,
-        places: int,
+        slots: int,
         capacity: int,
         tree: Tree,
         draft_vocab: int | None = None,
@@ -51,14 +51,14 @@ class TreeSession(Session):
         self._columns = lru_cache(maxsize=256)(self._columns_of)
         super().__init__(
             model,
-            places=places,
+            slots=slots,
             capacity=capacity,
             max_draft=tree.depth,
             draft_vocab=draft_vocab,
         )
 
-    def _cache(self, tables: PositionTables, n_layers: int, places: int) -> KVCache:
-        return TreeCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=places)
+    def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
+        return TreeCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
 
     @property
     def _widest(self) -> int:

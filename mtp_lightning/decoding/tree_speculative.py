@@ -32,14 +32,14 @@ class TreeDecoder(Decoder):
 
     Args:
         session: the decoding state, still without rows.
-        places: most rows at a time.
+        slots: most rows at a time.
     """
 
     session: TreeSession
 
-    def __init__(self, session: TreeSession, *, places: int) -> None:
+    def __init__(self, session: TreeSession, *, slots: int) -> None:
         self.tree = session.tree
-        super().__init__(session, places=places, max_draft=len(self.tree))
+        super().__init__(session, slots=slots, max_draft=len(self.tree))
 
     def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
         """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""

@@ -34,7 +34,7 @@ from mtp_lightning.vetting import require_reach
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
     from data_modules.tokenizers import Tokenizer
-    from mtp_lightning.compare import Matched
+    from mtp_lightning.matching import Matched
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
     """
     if cfg.compare.match == "none":
         return cfg, None
-    from mtp_lightning import compare
+    from mtp_lightning import matching
 
     config, trainer = build_model_config(cfg, vocab_size), cfg.trainer
     batch = cfg.data.batch_size * trainer.accumulate_grad_batches
@@ -244,11 +244,11 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
         "tokens_per_step": batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
     }
     reference = (
-        compare.plain_reference(config, **length)
+        matching.plain_reference(config, **length)
         if cfg.compare.reference is None
-        else compare.run_reference(cfg.compare.reference)
+        else matching.run_reference(cfg.compare.reference)
     )
-    matched = compare.match(
+    matched = matching.match(
         config,
         build_schedule(cfg),
         balance=build_balance(cfg),

@@ -55,7 +55,7 @@ from mtp_lightning.stored import require_memory
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
-    from mtp_lightning.compare import Matched
+    from mtp_lightning.matching import Matched
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 One rule serves both directions. A tensor here consists of one or several tensors there, stacked:
 rows of query, key and value; of gate and up; of all experts. The configs of attention and
-feed-forward layers list their own tensors (``hf_places``).
+feed-forward layers list their own tensors (``hf_weights``).
 
 The layouts are Llama's (also Qwen2's and Qwen3's, with biases or norms on heads), DeepSeek-V3's and
 GLM-4.5's, which combines Llama's attention with DeepSeek's experts. MTP depth k is layer L + k - 1
@@ -29,7 +29,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.opening import Stored
 
 # This project's names of a module's parts, and the layouts' names.
@@ -113,7 +113,7 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     return ModelConfig(trunk=config.trunk, mtp=stack), weights
 
 
-def weight_map(config: ModelConfig) -> Iterator[Place]:
+def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     """All tensors of trunk and head, and of the modules of a sequential stack."""
     trunk, mtp = config.trunk, config.mtp
     wide, vector = (trunk.vocab_size, trunk.d_model), (trunk.d_model,)
@@ -147,12 +147,12 @@ def mtp_prefix(config: ModelConfig, index: int) -> str:
     return f"model.layers.{config.trunk.n_layers + index}."
 
 
-def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iterator[Place]:
+def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iterator[MappedWeight]:
     norms = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
     for norm, name in norms.items():
         yield renamed(f"{own}{norm}.weight", f"{theirs}{name}.weight", (trunk.d_model,))
     for component, name in ((trunk.attention, "self_attn"), (trunk.feed_forward, "mlp")):
-        for place in component.hf_places(trunk, layer):
+        for place in component.hf_weights(trunk, layer):
             yield place.under(f"{own}{component.family}.", f"{theirs}{name}.")
 
 
@@ -207,7 +207,7 @@ def from_folder(
     return weights
 
 
-def _misfits(needed: Iterable[Place], tensors: Mapping[str, Part]) -> Iterator[str]:
+def _misfits(needed: Iterable[MappedWeight], tensors: Mapping[str, Part]) -> Iterator[str]:
     known = set()
     for place in needed:
         for name, shape in place.parts:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.places import Place
+from mtp_lightning.nn.weight_map import MappedWeight
 from mtp_lightning.opening import Stored
 
 
@@ -55,24 +55,24 @@ class Assembled(Stored):
     """A tensor of this project, assembled from those of a layout.
 
     Attributes:
-        place: which parts are where.
+        mapped: which parts are where.
         parts: in the place's order, with its shapes.
     """
 
-    place: Place
+    mapped: MappedWeight
     parts: tuple[Part, ...]
 
     @property
     def shape(self) -> torch.Size:
         (rows, *rest) = self.parts[0].shape
         rows = sum(part.shape[0] for part in self.parts)
-        stacked = self.place.stacked
+        stacked = self.mapped.stacked
         return torch.Size((rows, *rest) if stacked is None else (stacked, rows // stacked, *rest))
 
     def copy_to(self, target: Tensor) -> None:
-        rows = target if self.place.stacked is None else target.flatten(0, 1)
+        rows = target if self.mapped.stacked is None else target.flatten(0, 1)
         assert rows.data_ptr() == target.data_ptr()
-        order = self.place.order
+        order = self.mapped.order
         where = None if order is None else torch.tensor(order).argsort()
         at = 0
         for part in self.parts:

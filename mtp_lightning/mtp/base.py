@@ -275,7 +275,7 @@ class MTPStack(nn.Module, ABC):
                 documents.
         """
 
-    def initialise_own(self) -> None:
+    def initialize_own(self) -> None:
         """Set weights that do not keep their random initialization; called after it."""
 
     def check_beginning(self, trunk: Trunk) -> None:

@@ -113,7 +113,7 @@ class Correction(nn.Module):
         self.down = Linear(width, trunk.d_model)
 
     @torch.no_grad()
-    def initialise_own(self) -> None:
+    def initialize_own(self) -> None:
         """Start at zero."""
         self.down.weight.zero_()
 

@@ -76,7 +76,7 @@ class JointMTP(MTPStack):
             places,
             device=window.device,
             dtype=self.gamma.dtype,
-            ledger=at.positions.ledger,
+            auxiliary=at.positions.auxiliary,
         )
         return branch_BT1C + self.attention(window, positions).view_as(tokens_BTJC)
 

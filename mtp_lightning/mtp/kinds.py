@@ -33,7 +33,7 @@ from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, ad
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 
 
 class Chain(MTPStack):
@@ -123,10 +123,10 @@ class SideBySide(MTPStack):
         modules = (self.depths, self.corrections) if self.corrections else (self.depths,)
         return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
 
-    def initialise_own(self) -> None:
+    def initialize_own(self) -> None:
         for module in self.corrections:
             assert isinstance(module, Correction)
-            module.initialise_own()
+            module.initialize_own()
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
@@ -203,7 +203,7 @@ class HeadByHead(Feed):
 
     def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # This computes each head a second time. Its routers' loads are counted when it learns.
-        unheard = replace(self.at, positions=replace(self.at.positions, ledger=None))
+        unheard = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
         for state in self.stack.states(unheard, self.depths, self.key):
             yield [state]
 
@@ -227,15 +227,15 @@ class HeadByHead(Feed):
             The gradients of the shared inputs, and those of the head's own parameters.
         """
         own = self.stack.parameters_of(k)
-        outer = self.at.positions.ledger
-        ledger = None if outer is None else Ledger()
+        outer = self.at.positions.auxiliary
+        reported = None if outer is None else AuxiliaryOutputs()
         with torch.set_grad_enabled(any(lesson.needs)):
             leaves = [
                 tensor.detach().requires_grad_(wanted)
                 for tensor, wanted in zip(self.common, lesson.needs[1:], strict=False)
             ]
             at = replace(
-                self.at, hidden=leaves[0], positions=replace(self.at.positions, ledger=ledger)
+                self.at, hidden=leaves[0], positions=replace(self.at.positions, auxiliary=reported)
             )
             if len(leaves) > 1:
                 at = replace(at, embedded=leaves[1])
@@ -245,9 +245,9 @@ class HeadByHead(Feed):
         )
         yield [prediction]
         auxiliary: list[Tensor] = []
-        if outer is not None and ledger is not None:
-            auxiliary = ledger.losses
-            outer.add_loads(ledger)
+        if outer is not None and reported is not None:
+            auxiliary = reported.losses
+            outer.add_loads(reported)
             for loss in auxiliary:  # detached: their backward pass is the one below
                 outer.add_loss(loss.detach())
         if prediction.gradient is None:

@@ -76,8 +76,8 @@ class LinearMTP(SideBySide):
         super().__init__(config, heads, config.build_corrections(trunk))
 
     @torch.no_grad()
-    def initialise_own(self) -> None:
-        super().initialise_own()
+    def initialize_own(self) -> None:
+        super().initialize_own()
         for parameter in self.depths.parameters():
             parameter.zero_()
 

@@ -108,7 +108,7 @@ class JointLinearMTP(MTPStack):
         self.weigh = Linear(trunk.d_model, config.rank)
 
     @torch.no_grad()
-    def initialise_own(self) -> None:
+    def initialize_own(self) -> None:
         for components in self.depths:
             assert isinstance(components, nn.ModuleList)
             first = components[0]

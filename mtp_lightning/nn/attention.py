@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.document_attention import MIN_WIDTH, block_mask, dense_mask, of_blocks
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import rotary_attention
-from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.rope import rope_table, turn_in_place
 from mtp_lightning.nn.shape import TrunkShape, check_whole
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_bool
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ class Positions:
         mask: bool [B, 1, T, S], True where a query attends to a key, or the same as a block mask;
             None is causal. With a cache, the mask that its ``attend`` expects.
         cache: keys and values to append to; None for a pass over whole windows.
-        ledger: collects the layers' auxiliary outputs in training; None for none.
+        auxiliary: collects the layers' auxiliary outputs in training; None for none.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | BlockMask | None = None
     cache: KVCache | StaticCache | None = None
-    ledger: Ledger | None = None
+    auxiliary: AuxiliaryOutputs | None = None
 
     @staticmethod
     def of_window(
@@ -60,7 +60,7 @@ class Positions:
         dtype: torch.dtype = torch.float32,
         documents: Tensor | None = None,
         in_blocks: bool = False,
-        ledger: Ledger | None = None,
+        auxiliary: AuxiliaryOutputs | None = None,
     ) -> Positions:
         """Positions 0 .. T-1 of whole windows.
 
@@ -71,7 +71,7 @@ class Positions:
             dtype: the model's.
             documents: ids [B, T]; tokens then attend only within their document.
             in_blocks: whether the mask may be a block mask (``document_attention.py``).
-            ledger: see :class:`Positions`.
+            auxiliary: see :class:`Positions`.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
@@ -79,7 +79,7 @@ class Positions:
         if documents is not None:
             in_blocks = in_blocks and config.attention.reads_blocks(config)
             mask = block_mask(documents) if in_blocks else dense_mask(documents)
-        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, ledger=ledger)
+        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, auxiliary=auxiliary)
 
     @staticmethod
     def of_cache(cache: KVCache, starts: list[int], n_new: int) -> Positions:
@@ -103,7 +103,11 @@ class Positions:
     def repeated(self) -> Positions:
         """The positions for repeating this pass under activation recomputation: layers compute the
         same (autograd compares), but do not report a second time."""
-        return self if self.ledger is None else replace(self, ledger=Ledger(keep=False))
+        return (
+            self
+            if self.auxiliary is None
+            else replace(self, auxiliary=AuxiliaryOutputs(keep=False))
+        )
 
 
 class _OpenPass(Positions):
@@ -114,7 +118,7 @@ class _OpenPass(Positions):
         """``given`` are the fields that :func:`dataclasses.replace` passes; they replace the
         cache's own."""
         # Bypasses the setters of a frozen dataclass.
-        self.__dict__.update({"ledger": None, **given}, cache=cache, _open=cache)
+        self.__dict__.update({"auxiliary": None, **given}, cache=cache, _open=cache)
 
     _open: KVCache
 
@@ -180,21 +184,21 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return Attention(trunk, self)
 
-    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
         d_model, d_head = trunk.d_model, trunk.d_head
         heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
         rows = {f"{name}_proj": n * d_head for name, n in heads.items()}
         matrices = tuple((f"{name}.weight", (n, d_model)) for name, n in rows.items())
         order, qkv_order = self._orders(trunk)
-        yield Place(own="qkv.weight", parts=matrices, order=qkv_order)
+        yield MappedWeight(own="qkv.weight", parts=matrices, order=qkv_order)
         if self.qkv_bias:
             biases = tuple((f"{n}.bias", (w,)) for n, w in rows.items())
-            yield Place(own="qkv_bias", parts=biases, order=qkv_order)
+            yield MappedWeight(own="qkv_bias", parts=biases, order=qkv_order)
         yield renamed("out.weight", "o_proj.weight", (d_model, trunk.n_heads * d_head))
         if self.qk_norm:
             for own, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
                 gains = ((f"{theirs}.weight", (d_head,)),)
-                yield Place(own=f"{own}.weight", parts=gains, order=order)
+                yield MappedWeight(own=f"{own}.weight", parts=gains, order=order)
 
     def _orders(self, trunk: TrunkShape) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """The order of the dimensions in Hugging Face's layout: of one head, and of all heads of

@@ -32,7 +32,7 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's index in the cache, if there is one."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            # Only the first pass reports to the ledger; its repetitions do not.
+            # Only the first pass reports to the auxiliary; its repetitions do not.
             passes = itertools.chain([positions], itertools.repeat(positions.repeated()))
             return checkpoint(
                 lambda x: self._compute(x, next(passes), layer),

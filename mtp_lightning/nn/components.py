@@ -23,8 +23,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.places import Place
 from mtp_lightning.nn.shape import TrunkShape
+from mtp_lightning.nn.weight_map import MappedWeight
 from mtp_lightning.registry import Registered
 
 
@@ -86,7 +86,7 @@ class LayerConfig(Registered, ABC):
             UserError: naming the keys.
         """
 
-    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterable[Place]:
+    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterable[MappedWeight]:
         """The layer's weights in Hugging Face's layout, by names within the layer.
 
         Raises:
@@ -146,7 +146,7 @@ class FeedForwardConfig(LayerConfig, family="feed_forward"):
     """The layer that transforms every position separately.
 
     Its ``forward(x_BTC, positions)`` returns [B, T, C]. It may add an auxiliary loss with
-    ``positions.ledger.add_loss`` if ``positions.ledger`` is not None.
+    ``positions.auxiliary.add_loss`` if ``positions.auxiliary`` is not None.
     """
 
     modules: ClassVar[dict[str, str]] = {"dense": "feed_forward", "experts": "moe"}

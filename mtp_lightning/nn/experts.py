@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.nn.auxiliary import loads
 from mtp_lightning.nn.batch_invariant import FEW
-from mtp_lightning.nn.ledger import loads
 from mtp_lightning.nn.ops import Op, gated
 from mtp_lightning.nn.precision import compute_dtype, no_autocast
 

@@ -11,8 +11,8 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import swiglu
-from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.shape import TrunkShape
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +22,14 @@ class DenseConfig(FeedForwardConfig, variant="dense"):
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return FeedForward(trunk.d_model, trunk.d_ff)
 
-    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
-        return swiglu_places(trunk.d_model, trunk.d_ff)
+    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
+        return swiglu_weights(trunk.d_model, trunk.d_ff)
 
 
-def swiglu_places(d_model: int, d_ff: int) -> Iterator[Place]:
+def swiglu_weights(d_model: int, d_ff: int) -> Iterator[MappedWeight]:
     """The names of the weights of one :class:`FeedForward` in Hugging Face's layout."""
     up = tuple((f"{name}_proj.weight", (d_ff, d_model)) for name in ("gate", "up"))
-    yield Place(own="gate_up.weight", parts=up)
+    yield MappedWeight(own="gate_up.weight", parts=up)
     yield renamed("down.weight", "down_proj.weight", (d_model, d_ff))
 
 

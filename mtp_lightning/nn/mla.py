@@ -22,10 +22,10 @@ from mtp_lightning.nn.document_attention import MIN_WIDTH
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
-from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.rope import turn_in_place
 from mtp_lightning.nn.rope_scaling import YarnScaling
 from mtp_lightning.nn.shape import TrunkShape, check_whole
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_number
 
 
@@ -102,7 +102,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
     def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
         return CacheEntry(1, self.d_cached, shared=True)
 
-    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
         for own, theirs, shape in self._matrices(trunk):
             yield renamed(f"{own}.weight", f"{theirs}.weight", shape)
         if self.q_rank is not None:

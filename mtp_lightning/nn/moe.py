@@ -4,7 +4,7 @@
     out = shared(u) + sum of g_i expert_i(u) over the chosen
 
 The bias b only affects the choice. It has no gradient: objective/expert_balance.py moves it after
-every optimizer step, by the loads that routers report (nn/ledger.py).
+every optimizer step, by the loads that routers report (nn/auxiliary.py).
 
 Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 """
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.experts import Experts
-from mtp_lightning.nn.feed_forward import FeedForward, swiglu_places
-from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.feed_forward import FeedForward, swiglu_weights
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.precision import no_autocast
 from mtp_lightning.nn.shape import TrunkShape, check_whole
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require, require_number
 
 Scoring = Literal["sigmoid", "softmax"]
@@ -132,25 +132,25 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
                 f"model.n_layers={trunk.n_layers}: lower it."
             )
 
-    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
         d_model = trunk.d_model
         if self.is_dense(layer):
-            yield from swiglu_places(d_model, trunk.d_ff)
+            yield from swiglu_weights(d_model, trunk.d_ff)
             return
         yield renamed("router.weight", "gate.weight", (self.n_routed, d_model))
         if self.scoring == "sigmoid":
             bias = ("gate.e_score_correction_bias", (self.n_routed,))
-            yield Place(own="router.expert_bias", parts=(bias,), precise=True)
+            yield MappedWeight(own="router.expert_bias", parts=(bias,), precise=True)
         experts = [
-            [place.under("", f"experts.{i}.") for place in swiglu_places(d_model, self.d_expert)]
+            [place.under("", f"experts.{i}.") for place in swiglu_weights(d_model, self.d_expert)]
             for i in range(self.n_routed)
         ]
         for same in zip(*experts, strict=True):  # gate_up of every expert, then down
             parts = tuple(part for place in same for part in place.parts)
             own = f"experts.{same[0].own.removesuffix('.weight')}"
-            yield Place(own=own, parts=parts, stacked=self.n_routed)
+            yield MappedWeight(own=own, parts=parts, stacked=self.n_routed)
         if self.n_shared:
-            for place in swiglu_places(d_model, self.n_shared * self.d_expert):
+            for place in swiglu_weights(d_model, self.n_shared * self.d_expert):
                 yield place.under("shared.", "shared_experts.")
 
     def rate(self, done: float) -> float:
@@ -185,7 +185,7 @@ class Router(Linear):
         self.expert_bias.zero_()
 
     def forward(  # type: ignore[override]
-        self, x_MC: Tensor, ledger: Ledger | None = None
+        self, x_MC: Tensor, auxiliary: AuxiliaryOutputs | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
         with no_autocast(x_MC):
@@ -197,8 +197,8 @@ class Router(Linear):
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
         # The biases of a frozen router stay fixed too.
-        if ledger is not None and self.weight.requires_grad:
-            ledger.count(self, chosen_MK, self.config.n_routed)
+        if auxiliary is not None and self.weight.requires_grad:
+            auxiliary.count(self, chosen_MK, self.config.n_routed)
         return scores_ME, chosen_MK, gates_MK
 
     @torch.no_grad()
@@ -237,14 +237,14 @@ class MoE(nn.Module):
         return (self.config.n_routed - self.config.top_k) * of_one
 
     def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
-        """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``positions.ledger``."""
-        ledger = None if positions is None else positions.ledger
+        """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``positions.auxiliary``."""
+        auxiliary = None if positions is None else positions.auxiliary
         x_MC = x_BTC.reshape(-1, x_BTC.shape[-1])
-        scores_ME, chosen_MK, gates_MK = self.router(x_MC, ledger)
-        if ledger is not None and self.config.sequence_loss and scores_ME.requires_grad:
+        scores_ME, chosen_MK, gates_MK = self.router(x_MC, auxiliary)
+        if auxiliary is not None and self.config.sequence_loss and scores_ME.requires_grad:
             scores_BTE = scores_ME.view(*x_BTC.shape[:-1], -1)
             per_sequence = sequence_balance_loss(scores_BTE, self.config.top_k)
-            ledger.add_loss(self.config.sequence_loss * per_sequence.sum())
+            auxiliary.add_loss(self.config.sequence_loss * per_sequence.sum())
         out = self.experts(x_MC, chosen_MK, gates_MK).view(x_BTC.shape)
         return out if self.shared is None else out + self.shared(x_BTC)
 

@@ -81,7 +81,7 @@ class StepCost:
     """
 
     def __init__(self, config: ModelConfig, objective: Objective = CROSS_ENTROPY) -> None:
-        # Recomputed activations are no progress, so they do not count.
+        # Recomputed activations do not count: they bring no progress.
         self.config = replace(config, trunk=replace(config.trunk, recompute=False))
         self.objective = objective
         self._known: dict[tuple[Any, ...], int] = {}

@@ -10,12 +10,14 @@ import re
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.ranks import sum_over_ranks
 
 
 @torch.no_grad()
-def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[str, Tensor]:
+def balance_experts(
+    model: nn.Module, auxiliary: AuxiliaryOutputs, *, done: float
+) -> dict[str, Tensor]:
     """``b += gamma * sign(mean load - load)`` for every router, after an optimizer step.
 
     The load of an expert is the number of tokens sent to it in the whole step, over all
@@ -25,7 +27,7 @@ def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[st
 
     Args:
         model: its routers are those of the trunk and of the MTP modules.
-        ledger: the loads of all micro-batches of this rank's step.
+        auxiliary: the loads of all micro-batches of this rank's step.
         done: fraction of the run that was done before the step.
 
     Returns:
@@ -33,11 +35,11 @@ def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[st
         ``moe/max_violation_depth_k`` for the module of depth k, each MaxVio = max load / mean load
         - 1 of the step, and their mean, ``moe/max_violation``. Empty without experts.
     """
-    if not ledger.loads:
+    if not auxiliary.loads:
         return {}
-    used = {name: layer for name, layer in model.named_modules() if layer in ledger.loads}
+    used = {name: layer for name, layer in model.named_modules() if layer in auxiliary.loads}
     # All routers have the same number of experts, and all ranks used the same routers.
-    load_LE = sum_over_ranks(torch.stack([ledger.loads[router] for router in used.values()]))
+    load_LE = sum_over_ranks(torch.stack([auxiliary.loads[router] for router in used.values()]))
     for router, load_E in zip(used.values(), load_LE, strict=True):
         # Compare E * load with the total in whole numbers, so that equality is exact.
         direction_E = torch.sign(load_E.sum() - load_E * load_E.shape[0])

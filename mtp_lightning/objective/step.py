@@ -23,7 +23,7 @@ from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.inputs import RandomKey
-from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import (
     require_separable,
@@ -110,7 +110,7 @@ class OptimizerStep:
         progress: Progress,
         optimizer: torch.optim.Optimizer,
         *,
-        run: Callable[..., tuple[Tensor, Tensor, Ledger]] = call,
+        run: Callable[..., tuple[Tensor, Tensor, AuxiliaryOutputs]] = call,
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> StepResult:
@@ -131,7 +131,7 @@ class OptimizerStep:
         plan = self.plan(batch, progress)
         shape = (self.model.depth + 1, len(self.objective.parts))
         sums = torch.zeros(shape, dtype=torch.float64, device=batch.device)
-        ledger = Ledger()
+        auxiliary = AuxiliaryOutputs()
         for index, (micro, key) in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
@@ -141,8 +141,8 @@ class OptimizerStep:
                     # Data-parallel ranks average their gradients; here they must add up.
                     backward(loss * world_size())
             sums += micro_sums
-            ledger.add_loads(reported)
-            ledger.losses += [auxiliary.detach() for auxiliary in reported.losses]
+            auxiliary.add_loads(reported)
+            auxiliary.losses += [loss.detach() for loss in reported.losses]
         losses_KP = self.objective.losses(sum_over_ranks(sums), plan.counts)
         losses = self.objective.mixed(losses_KP)
 
@@ -175,10 +175,10 @@ class OptimizerStep:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done = progress.step / max(progress.max_steps, 1)
-        values |= balance_experts(self.model, ledger, done=done)
-        if ledger.losses:
-            auxiliary = torch.stack(ledger.losses) * (1 / plan.windows)
-            values["moe/sequence_loss"] = sum_over_ranks(auxiliary.sum())
+        values |= balance_experts(self.model, auxiliary, done=done)
+        if auxiliary.losses:
+            losses = torch.stack(auxiliary.losses) * (1 / plan.windows)
+            values["moe/sequence_loss"] = sum_over_ranks(losses.sum())
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         if len(self.objective.parts) > 1:
             values |= {
@@ -198,7 +198,7 @@ class OptimizerStep:
 
     def loss(
         self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None = None
-    ) -> tuple[Tensor, Tensor, Ledger]:
+    ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
         """One micro-batch's part of the step's loss.
 
         The backward passes of heads side by side have already run when this returns (see
@@ -220,8 +220,8 @@ class OptimizerStep:
         model, objective = self.model, self.objective
         targets = objective.all_targets(model.mtp, micro, plan.factors, plan.counts, key)
         depths = [k for k in by_depth(targets) if k]
-        ledger, auxiliary = Ledger(), 1 / plan.windows
-        final, at = model.run_trunk(micro, plan.active, ledger=ledger, key=key)
+        auxiliary, factor = AuxiliaryOutputs(), 1 / plan.windows
+        final, at = model.run_trunk(micro, plan.active, auxiliary=auxiliary, key=key)
         feed = model.mtp.feed(final, at, micro, depths, key)
         seen = prepass(model.head.weight, feed, targets, objective.measures)
         total, sums = stream_loss(
@@ -229,16 +229,16 @@ class OptimizerStep:
             feed,
             objective.settle(targets, seen),
             train_head=objective.trains_head(model.config.mtp),
-            auxiliary=auxiliary,
+            auxiliary=factor,
             compiled=model.has_compiled_kernels,
         )
-        for loss in ledger.losses:
+        for loss in auxiliary.losses:
             if loss.requires_grad:  # the losses of heads side by side are already backpropagated
-                total = total + auxiliary * loss
+                total = total + factor * loss
         all_sums = sums.new_zeros(model.depth + 1, len(objective.parts))
         for target, own_sum in zip(targets, sums, strict=True):
             all_sums[target.depth, target.part] = own_sum
-        return total, all_sums, ledger
+        return total, all_sums, auxiliary
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         per_window = self.cost(

@@ -75,7 +75,7 @@ class Worker:
         with self._changed:
             if not self.alive:
                 raise _ending()
-            free = self._engine.places - len(self._running) - self._joining
+            free = self._engine.slots - len(self._running) - self._joining
             if len(self._waiting) >= self._queue + free:
                 raise Refusal(
                     f"{self._queue} requests are waiting already: try again later.",

@@ -28,9 +28,9 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import costs, left_of, listing, planned
 from sweeps.claims.pages import block, write_pages
+from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.recall import stored_seeds
-from sweeps.claims.register import predicted_in
 from sweeps.claims.result import (
     NOT_RUN,
     Result,

@@ -25,8 +25,8 @@ from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import OF_DEPTHS, ClaimJob, jobs
 from sweeps.claims.observe import Seed, observe
+from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import shared_seeds, with_stored
-from sweeps.claims.register import read_register
 from sweeps.claims.result import Result, in_order, is_stale, minutes_of, state
 from sweeps.claims.words import aligned
 
@@ -139,8 +139,10 @@ def _seeds(
     claim: Claim, runs: Path, results: Mapping[str, Result]
 ) -> Mapping[str, Mapping[int, Seed]]:
     """A claim's runs, from this folder and from the results."""
-    register = read_register(claim, runs)
-    started = register.runs if register is not None and register.is_of(claim) else {}
+    preregistration = read_preregistration(claim, runs)
+    started = (
+        preregistration.runs if preregistration is not None and preregistration.is_of(claim) else {}
+    )
     shared = shared_seeds(claim, results.values())
     stored = results.get(claim.label)
     try:

@@ -15,7 +15,7 @@ from mtp_lightning.errors import UserError
 from sweeps.claims.claim import Claim, Measure
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Arms, Seed, key
-from sweeps.claims.register import Register
+from sweeps.claims.preregistration import Preregistration
 
 
 def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, dict[int, Seed]]:
@@ -106,10 +106,10 @@ def with_stored(
 
 
 def beginning(
-    register: Register | None, claim: Claim, stored: Mapping[str, Any] | None
+    preregistration: Preregistration | None, claim: Claim, stored: Mapping[str, Any] | None
 ) -> tuple[str, str | None]:
     """When a claim's first run was asked for, here or elsewhere, and its commit then."""
-    began = [] if register is None else [(register.began, register.commit)]
+    began = [] if preregistration is None else [(preregistration.began, preregistration.commit)]
     if stored is not None and stored["digest"] == claim.digest:
         began.append((stored["began"], stored["predicted_in"]))
     return min(began, key=lambda pair: pair[0])

@@ -18,8 +18,8 @@ from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
+from sweeps.claims.preregistration import read_preregistration, read_stored
 from sweeps.claims.recall import beginning, shared_seeds, with_stored
-from sweeps.claims.register import read_register, read_stored
 from sweeps.report.statistics import survival
 
 VERSION = 1
@@ -39,18 +39,19 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
     Raises:
         UserError: the claim was changed after its runs began.
     """
-    register = read_register(claim, runs)
-    if register is None:
+    preregistration = read_preregistration(claim, runs)
+    if preregistration is None:
         return None
-    if not register.is_of(claim):
+    if not preregistration.is_of(claim):
         raise UserError(
             f"The claim {claim.label} is stale: it was changed after its runs began "
-            f"({register.began}). Give the changed one another name, or --runs another folder."
+            f"({preregistration.began}). Give the changed one another name, or --runs another "
+            "folder."
         )
     by_label = {} if results is None else read_results(results)
     stored, shared = by_label.get(claim.label), shared_seeds(claim, by_label.values())
-    arms = with_stored(observe(claim, runs, register.runs), claim, stored, shared)
-    return make_result(claim, arms, beginning(register, claim, stored))
+    arms = with_stored(observe(claim, runs, preregistration.runs), claim, stored, shared)
+    return make_result(claim, arms, beginning(preregistration, claim, stored))
 
 
 def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:

@@ -12,8 +12,12 @@ from mtp_lightning.run.status import describe_failure, read_status, state_of, wr
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed
+from sweeps.claims.preregistration import (
+    Preregistration,
+    read_preregistration,
+    write_preregistration,
+)
 from sweeps.claims.recall import left_to_run, shared_seeds
-from sweeps.claims.register import Register, read_register, write_register
 from sweeps.claims.result import read_results
 from sweeps.local_pool import make_pool
 from sweeps.plan import Job, Plan, must_run
@@ -95,14 +99,17 @@ def run(
 
 
 def _register(claim: Claim, asked: Sequence[ClaimJob], runs: Path, commit: str | None) -> None:
-    register = read_register(claim, runs) or Register(digest=claim.digest, commit=commit)
-    if not register.is_of(claim):
+    preregistration = read_preregistration(claim, runs) or Preregistration(
+        digest=claim.digest, commit=commit
+    )
+    if not preregistration.is_of(claim):
         raise UserError(
             f"The claim {claim.label} was changed after its runs began in {runs} "
-            f"({register.began}): give the changed one another name, or --runs another folder."
+            f"({preregistration.began}): give the changed one another name, or --runs another "
+            "folder."
         )
-    register.add(claim, asked)
-    write_register(register, claim, runs)
+    preregistration.add(claim, asked)
+    write_preregistration(preregistration, claim, runs)
 
 
 def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:

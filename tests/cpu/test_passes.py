@@ -30,7 +30,7 @@ MODELS = {
 
 def sessions(model: MTPModel, places: int, drafts: int) -> tuple[Session, Session]:
     """One that takes the calls, and one that composes them of layers."""
-    whole, layers = (Session(model, places=places, capacity=80, max_draft=drafts) for _ in range(2))
+    whole, layers = (Session(model, slots=places, capacity=80, max_draft=drafts) for _ in range(2))
     assert whole._fused_trunk is not None and all(whole._fused_drafts)
     layers._fused_trunk, layers._fused_drafts = None, [None] * drafts
     return whole, layers
@@ -111,9 +111,9 @@ def test_what_is_not_known_is_computed_by_its_layers() -> None:
         (small_model(0, 2, deepseek=True), False),
     ):
         with decoding_passes(model):
-            session = Session(model, places=1, capacity=20, max_draft=1)
+            session = Session(model, slots=1, capacity=20, max_draft=1)
             assert (session._fused_trunk is not None) == trunk
             assert session._fused_drafts == [None]
     model = small_model(0, 2)
-    unpacked = Session(model, places=1, capacity=20, max_draft=1)
+    unpacked = Session(model, slots=1, capacity=20, max_draft=1)
     assert unpacked._fused_trunk is None and unpacked._fused_drafts == [None]

@@ -117,7 +117,7 @@ def verify_passes_give_the_bits_of_single_ones(model, *, threads, rows):
     try:
         with torch.inference_mode(), fused_passes(model):
             together, single = (
-                Session(model, places=rows, capacity=48, max_draft=2) for _ in range(2)
+                Session(model, slots=rows, capacity=48, max_draft=2) for _ in range(2)
             )
             for session in (together, single):
                 session.join([tokens[:10]] * rows)

@@ -39,8 +39,8 @@ def stored(cache: KVCache) -> int:
 
 
 def sessions(model: Any) -> list[Session]:
-    chain = Session(model, places=2, capacity=CAPACITY, max_draft=DEPTH)
-    tree = TreeSession(model, places=2, capacity=CAPACITY, tree=Tree((2,) * DEPTH))
+    chain = Session(model, slots=2, capacity=CAPACITY, max_draft=DEPTH)
+    tree = TreeSession(model, slots=2, capacity=CAPACITY, tree=Tree((2,) * DEPTH))
     return [chain, tree]
 
 
@@ -57,7 +57,7 @@ def test_heads_without_attention_store_no_more_than_the_trunk(head: str) -> None
 def test_targets_draft_nothing_and_store_nothing() -> None:
     model = small_model(0, DEPTH, stack=ParameterFreeConfig)
     assert model.mtp.max_draft_depth == 0
-    assert Session(model, places=2, capacity=CAPACITY, max_draft=0).depth_caches == []
+    assert Session(model, slots=2, capacity=CAPACITY, max_draft=0).depth_caches == []
 
 
 @pytest.mark.parametrize("head", ATTENDING)
@@ -65,7 +65,7 @@ def test_depths_that_attend_back_write_what_they_have(head: str) -> None:
     """So that none is given a cache, or denied one, for nothing."""
     model = small_model(0, DEPTH, **ATTENDING[head])
     with decoding_passes(model):
-        session = Session(model, places=2, capacity=CAPACITY, max_draft=DEPTH)
+        session = Session(model, slots=2, capacity=CAPACITY, max_draft=DEPTH)
         logits = session.join(random_prompts(0, (6, 9)))
         session.put_pending(logits.argmax(-1))
         for k in range(1, DEPTH + 1):
@@ -88,7 +88,7 @@ def test_texts_and_drafts_are_those_with_caches(
     asked |= {"max_context": 16, "long": "slide"}
     bare = generate(model, prompts, **asked)
     monkeypatch.setattr(type(model.mtp), "attends_back", True)
-    assert stored(Session(model, places=1, capacity=8, max_draft=1).depth_caches[0]) > 0
+    assert stored(Session(model, slots=1, capacity=8, max_draft=1).depth_caches[0]) > 0
     held = generate(model, prompts, **asked)
     assert [x.token_ids for x in bare] == [x.token_ids for x in held]
     assert [x.verify_passes for x in bare] == [x.verify_passes for x in held]

@@ -40,10 +40,10 @@ def test_values_of_yaml_become_the_options_own() -> None:
     cfg = OmegaConf.create({"stop": ["a", 5], "tree": [3, 2], "batch_size": None, "other": 1})
     options = DecodingOptions.from_config(cfg, max_context=7)
     assert options.stop == ("a", "5") and options.tree is not None and options.tree.depth == 2
-    assert options.max_context == 7 and options.places == 8 and not options.drafts_as_trained
+    assert options.max_context == 7 and options.slots == 8 and not options.drafts_as_trained
     plain = options.plain()
     assert plain.tree is None and not plain.speculative and plain.stop == options.stop
-    assert DecodingOptions.from_config({"stop": "ab", "compile": True}).places == 1
+    assert DecodingOptions.from_config({"stop": "ab", "compile": True}).slots == 1
     request = options.request([1], 4)
     assert (request.index, request.stop) == (4, ("a", "5"))
     assert {field.name for field in fields(request)} == {

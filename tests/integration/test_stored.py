@@ -227,7 +227,7 @@ def of_card(key: str) -> Callable[[Path, Any, Path], object]:
 
 def of_reference(finished: Path, value: Any, folder: Path) -> object:
     """A run that another is compared with."""
-    from mtp_lightning.compare import run_reference
+    from mtp_lightning.matching import run_reference
 
     (folder / "summary.json").write_text(json.dumps({"parameters": value, "flops": value}))
     return run_reference(folder)

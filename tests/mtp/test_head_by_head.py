@@ -14,8 +14,8 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.feed import Together
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.base import depths_of
 from mtp_lightning.objective.stream import stream_loss
@@ -30,12 +30,12 @@ def joint(
     batch: WindowBatch,
     weights: list[float],
     counts: list[int],
-    ledger: Ledger | None = None,
+    auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same objective with all heads forward before any backward."""
     factors = [1.0, *weights]
     depths = depths_of(factors)
-    final, at = model.run_trunk(batch, depths, ledger=ledger)
+    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary)
     feed = Together(final, list(model.mtp.states(at, depths)), {})
     targets = [
         DepthTarget(k, batch.targets(k), factors[k] / max(counts[k], 1), CrossEntropy())
@@ -109,9 +109,9 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
     found = gradients(model)
     loads = reported.loads.values()
     assert all(int(load.sum()) == 30 * 2 for load in loads) and len(loads) == 4
-    ledger = Ledger()
-    total, _ = joint(model, batch, weights, counts, ledger)
-    (total + sum(ledger.losses) / 6).backward()
+    auxiliary = AuxiliaryOutputs()
+    total, _ = joint(model, batch, weights, counts, auxiliary)
+    (total + sum(auxiliary.losses) / 6).backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
     # Without the balance losses the routers' gradients are others.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning import compare
+from mtp_lightning import matching
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.joint import JointConfig
@@ -193,11 +193,11 @@ def test_runs_are_matched_to_plain_ones(head: str) -> None:
     config = ModelConfig(trunk=trunk, mtp=HEADS[head](depth=2))
     length: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
     for what in ("parameters", "flops"):
-        found = compare.match(
+        found = matching.match(
             config,
             constant(depth=2, mtp_lambda=0.3),
             match=what,
-            reference=compare.plain_reference(config, **length),
+            reference=matching.plain_reference(config, **length),
             **length,
         )
         assert abs(found.remaining) < 0.05

@@ -110,11 +110,11 @@ def test_a_layers_places_are_its_weights(name: str) -> None:
     trunk = own_trunk(n_kv_heads=4, **{config.family: config})
     if name == "squared":
         with pytest.raises(ValueError, match="feed_forward of the variant test_squared cannot be"):
-            config.hf_places(trunk, 1)
+            config.hf_weights(trunk, 1)
         return
     for layer in (0, 1, None):
         weights = config.build(trunk, layer).state_dict()
-        found = list(config.hf_places(trunk, layer))
+        found = list(config.hf_weights(trunk, layer))
         assert sorted(place.own for place in found) == sorted(weights)
         for place in found:
             rows = weights[place.own] if place.stacked is None else weights[place.own].flatten(0, 1)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from mtp_lightning.nn import experts as plain
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.experts import Experts, routed_experts
-from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.moe import (
     ExpertsConfig,
     MoE,
@@ -152,39 +152,39 @@ def test_choice_equals_sorting() -> None:
         assert sorted(found) == sorted(expected)
 
 
-def at(ledger: Ledger | None) -> Positions:
+def at(auxiliary: AuxiliaryOutputs | None) -> Positions:
     config = deepseek.trunk()
-    return Positions.of_window(config, 1, device=torch.device("cpu"), ledger=ledger)
+    return Positions.of_window(config, 1, device=torch.device("cpu"), auxiliary=auxiliary)
 
 
 def test_loads_count_each_reported_pass_once() -> None:
     layer = layer_of()
     x = torch.randn(2, 30, 32)
-    ledger = Ledger()
-    layer(x, at(ledger))
-    layer(x, at(ledger))
+    auxiliary = AuxiliaryOutputs()
+    layer(x, at(auxiliary))
+    layer(x, at(auxiliary))
     layer(x, at(None))
-    layer(x, at(ledger).repeated())
-    assert ledger.loads[layer.router].sum() == 2 * 60 * 2
+    layer(x, at(auxiliary).repeated())
+    assert auxiliary.loads[layer.router].sum() == 2 * 60 * 2
     chosen = layer.router.choose(layer.router(x.view(-1, 32))[0])
     counted = torch.bincount(chosen.flatten(), minlength=8)
-    assert torch.equal(ledger.loads[layer.router], 2 * counted)
+    assert torch.equal(auxiliary.loads[layer.router], 2 * counted)
 
 
 def test_frozen_router_counts_nothing() -> None:
     layer = layer_of().requires_grad_(False)
-    ledger = Ledger()
-    layer(torch.randn(1, 4, 32, requires_grad=True), at(ledger))
-    assert ledger.loads == {}
+    auxiliary = AuxiliaryOutputs()
+    layer(torch.randn(1, 4, 32, requires_grad=True), at(auxiliary))
+    assert auxiliary.loads == {}
 
 
 def test_sequence_loss_equals_the_equations() -> None:
     config = deepseek.trunk(experts={"sequence_loss": 0.01})
     layer = layer_of(sequence_loss=0.01)
     x = torch.randn(3, 20, 32)
-    ledger = Ledger()
-    layer(x, at(ledger))
-    (loss,) = ledger.losses
+    auxiliary = AuxiliaryOutputs()
+    layer(x, at(auxiliary))
+    (loss,) = auxiliary.losses
     expected = torch.zeros((), dtype=torch.float64)
     for row in x.double():
         scores = torch.sigmoid(row @ layer.router.weight.detach().double().T)
@@ -192,8 +192,8 @@ def test_sequence_loss_equals_the_equations() -> None:
     torch.testing.assert_close(loss.double(), expected)
     grad = torch.autograd.grad(loss, layer.router.weight)[0]
     assert grad.abs().max() > 0
-    layer(x, at(ledger).repeated())  # computed again, and not reported again
-    assert len(ledger.losses) == 1
+    layer(x, at(auxiliary).repeated())  # computed again, and not reported again
+    assert len(auxiliary.losses) == 1
 
 
 def test_sequence_loss_of_perfect_balance_is_one() -> None:
@@ -209,9 +209,9 @@ def test_sequence_loss_knows_no_bias() -> None:
     for bias in (0.0, 1.0):
         layer = layer_of(sequence_loss=0.01)
         layer.router.expert_bias.copy_(bias * torch.arange(8))
-        ledger = Ledger()
-        layer(torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1)), at(ledger))
-        losses.append(float(ledger.losses[0].detach()))
+        auxiliary = AuxiliaryOutputs()
+        layer(torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1)), at(auxiliary))
+        losses.append(float(auxiliary.losses[0].detach()))
     assert losses[0] == losses[1]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.moe import MoE, Router, routers_of
 from mtp_lightning.objective.expert_balance import balance_experts, label
 from tests import deepseek
@@ -142,12 +142,14 @@ def test_schedule_rests_the_biases(tmp_path: Path, cache: Path) -> None:
 def test_one_update_by_hand() -> None:
     config = deepseek.trunk(experts={"n_routed": 4, "n_groups": 1, "top_groups": 1})
     router = Router(32, config.feed_forward)
-    ledger = Ledger()
-    ledger.loads[router] = torch.tensor([5, 3, 4, 4])
-    values = balance_experts(router, ledger, done=0.0)
+    auxiliary = AuxiliaryOutputs()
+    auxiliary.loads[router] = torch.tensor([5, 3, 4, 4])
+    values = balance_experts(router, auxiliary, done=0.0)
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
     assert values["moe/max_violation"].item() == pytest.approx(0.25)
-    assert balance_experts(router, Ledger(), done=0.0) == {}  # an unused router stays as it is
+    assert (
+        balance_experts(router, AuxiliaryOutputs(), done=0.0) == {}
+    )  # an unused router stays as it is
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
 
 
@@ -160,8 +162,8 @@ def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
     model = deepseek.build(deepseek.TRUNK, depth=2).train()
     before = {name: r.expert_bias.clone() for name, r in routers_of(model).items()}
     batch = WindowBatch(torch.randint(0, 37, (2, 19)), 2)
-    _, _, ledger = reported_loss(model, batch, [0.3, 0.0], [32] * 3)
-    values = balance_experts(model, ledger, done=0.0)
+    _, _, auxiliary = reported_loss(model, batch, [0.3, 0.0], [32] * 3)
+    values = balance_experts(model, auxiliary, done=0.0)
     assert "moe/max_violation_depth_1" in values and "moe/max_violation_depth_2" not in values
     for name, router in routers_of(model).items():
         assert torch.equal(router.expert_bias, before[name]) == (".depths.1." in name)
@@ -182,9 +184,9 @@ def train_router(rate: float, steps: int = 600) -> float:
     for _ in range(steps):
         x = torch.randn(1, 256, 32)
         x[..., 0] += 3.0
-        ledger = Ledger()
-        layer.router(x[0], ledger)
-        violations.append(balance_experts(layer, ledger, done=0.0)["moe/max_violation"].item())
+        auxiliary = AuxiliaryOutputs()
+        layer.router(x[0], auxiliary)
+        violations.append(balance_experts(layer, auxiliary, done=0.0)["moe/max_violation"].item())
     return sum(violations[-20:]) / 20
 
 

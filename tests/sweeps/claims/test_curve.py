@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 
 from sweeps.claims.figure import files_of, panels, write_figures
 from sweeps.claims.observe import PARTS, TAG, curve_of
-from sweeps.claims.register import Register, write_register
+from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.result import judge
 from sweeps.report.read import read_run
 from tests.sweeps.claims.fixture_claims import claim_of
@@ -62,7 +62,9 @@ def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
         folders[arm] = {seed: f"{arm}{seed}" for seed in (0, 1)}
         for seed, name in folders[arm].items():
             logged(runs / name, {step: 5 - step / 50 + seed for step in range(1, 101)}, seed=seed)
-    write_register(Register(digest=claim.digest, commit=None, runs=folders), claim, runs)
+    write_preregistration(
+        Preregistration(digest=claim.digest, commit=None, runs=folders), claim, runs
+    )
     result = judge(claim, runs)
     assert result is not None
     if equal == "steps":

@@ -9,8 +9,12 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.paths import ROOT
 from sweeps.claims.jobs import digest, jobs
+from sweeps.claims.preregistration import (
+    Preregistration,
+    read_preregistration,
+    write_preregistration,
+)
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.register import Register, read_register, write_register
 from sweeps.compose import compose_run
 from tests.sweeps.claims.fixture_claims import claim_of
 
@@ -117,11 +121,11 @@ def test_an_arm_that_does_not_compose_is_named(tmp_path: Path) -> None:
 def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     found = jobs(claim, [0, 1], RUNS)
-    register = Register(digest=claim.digest, commit="c" * 40)
-    register.add(claim, found)
-    write_register(register, claim, tmp_path)
-    again = read_register(claim, tmp_path)
-    assert again == register and again is not None and again.is_of(claim)
+    preregistration = Preregistration(digest=claim.digest, commit="c" * 40)
+    preregistration.add(claim, found)
+    write_preregistration(preregistration, claim, tmp_path)
+    again = read_preregistration(claim, tmp_path)
+    assert again == preregistration and again is not None and again.is_of(claim)
     assert again.runs["mtp"] == {0: found[1].folder, 1: found[3].folder}
     other = claim_of(tmp_path, shared=["mtp.depth=3"])
     assert not again.is_of(other)
@@ -129,8 +133,8 @@ def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -
         again.add(claim, jobs(other, [0], RUNS)[1:])
     (tmp_path / "mine.claim.json").write_text('{"version": 1, "runs": []}')
     with pytest.raises(ValueError, match="cannot be read as version 1"):
-        read_register(claim, tmp_path)
-    assert read_register(claim, tmp_path / "empty") is None
+        read_preregistration(claim, tmp_path)
+    assert read_preregistration(claim, tmp_path / "empty") is None
 
 
 @pytest.mark.slow

@@ -18,7 +18,13 @@ from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import BEGIN, END, QUESTION, part
-from sweeps.claims.register import Register, commit_of, predicted_in, read_register, write_register
+from sweeps.claims.preregistration import (
+    Preregistration,
+    commit_of,
+    predicted_in,
+    read_preregistration,
+    write_preregistration,
+)
 from sweeps.claims.result import make_result
 from sweeps.process import Task
 from tests.sweeps.claims.fixture_claims import claim_of, observed, write_claim
@@ -160,6 +166,6 @@ def test_a_trial_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert known(claim, predicted_in="d" * 40) == "d" * 40
     assert known(claim, predicted_in=None) is None
     assert known(claim, predicted_in="d" * 40, digest="of another prediction") is None
-    write_register(Register(digest=claim.digest, commit=None), claim, tmp_path)
-    again = read_register(claim, tmp_path)
+    write_preregistration(Preregistration(digest=claim.digest, commit=None), claim, tmp_path)
+    again = read_preregistration(claim, tmp_path)
     assert again is not None and again.commit is None

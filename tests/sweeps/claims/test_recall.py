@@ -13,9 +13,9 @@ pytest.importorskip("scipy")
 
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
+from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import read_claim
 from sweeps.claims.recall import beginning, left_to_run, shared_seeds, with_stored
-from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
 from sweeps.claims.run import run
 from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write_claim
@@ -68,7 +68,9 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
             write_run(
                 runs / f"{arm}{seed}", {"seed": seed}, loss=2 * PLAIN[seed] - less, summary=summary
             )
-    write_register(Register(digest=claim.digest, commit="a" * 40, runs=here), claim, runs)
+    write_preregistration(
+        Preregistration(digest=claim.digest, commit="a" * 40, runs=here), claim, runs
+    )
     results = tmp_path / "results"
     write_result(stored, claim.label, results)
     alone, both = judge(claim, runs), judge(claim, runs, results)
@@ -112,7 +114,7 @@ def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None
 def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     stored = elsewhere(claim, tmp_path)
-    later = Register(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
+    later = Preregistration(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
     assert beginning(later, claim, stored) == BEGAN
     assert beginning(later, claim, None) == (later.began, later.commit)
 
@@ -147,7 +149,9 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
         write_run(
             runs / named["mtp", seed], {"seed": seed}, loss=2 * PLAIN[seed] - 0.1, summary=summary
         )
-    write_register(Register(digest=claim.digest, commit="a" * 40, runs=here), claim, runs)
+    write_preregistration(
+        Preregistration(digest=claim.digest, commit="a" * 40, runs=here), claim, runs
+    )
     alone, both = judge(claim, runs), judge(claim, runs, results)
     assert alone is not None and both is not None
     assert (alone["predictions"][0]["n"], both["predictions"][0]["n"]) == (0, 3)

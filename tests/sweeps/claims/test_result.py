@@ -29,8 +29,8 @@ from sweeps.claims.pages import (
     part,
     write_pages,
 )
+from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import (
     Result,
     is_stale,
@@ -117,8 +117,8 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
         lines = ["step,moe/max_violation", "5,9.0", "11,1.0", "20,2.0", "21,"]
         (runs / f"m{seed}" / "metrics.csv").write_text("\n".join(lines) + "\n")
     folders = {a: {s: f"{a[0]}{s}" for s in range(5)} for a in ("plain", "mtp")}
-    register = Register(digest=claim.digest, commit=None, runs=folders)
-    write_register(register, claim, runs)
+    preregistration = Preregistration(digest=claim.digest, commit=None, runs=folders)
+    write_preregistration(preregistration, claim, runs)
     result = judge(claim, runs)
     assert result is not None
     values = result["arms"]["mtp"]["seeds"]["3"]["values"]
@@ -128,9 +128,9 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
     assert "no moe/max_violation at seed 0" not in result["predictions"][1]["why"]
     # An extra seed that was ever started counts; a planned one that was not is shown.
     write_run(runs / "p9", {"seed": 9}, done=False)
-    register.runs["plain"][9] = "p9"
-    del register.runs["plain"][0]
-    write_register(register, claim, runs)
+    preregistration.runs["plain"][9] = "p9"
+    del preregistration.runs["plain"][0]
+    write_preregistration(preregistration, claim, runs)
     again = judge(claim, runs)
     assert again is not None
     assert again["unfinished"] == ["plain: 4 of 6 seeds done, 1 missing, 1 unfinished"]
@@ -143,7 +143,9 @@ def test_solving_is_read_of_runs(tmp_path: Path) -> None:
         task_run(runs / f"p{seed}", {"seed": seed}, rights=(0.4, 0.5))
         task_run(runs / f"m{seed}", {"seed": seed}, rights=(0.4, 0.97))
     folders = {a: {s: f"{a[0]}{s}" for s in range(2)} for a in ("plain", "mtp")}
-    write_register(Register(digest=claim.digest, commit=None, runs=folders), claim, runs)
+    write_preregistration(
+        Preregistration(digest=claim.digest, commit=None, runs=folders), claim, runs
+    )
     result = judge(claim, runs)
     assert result is not None
     assert result["arms"]["mtp"]["seeds"]["1"]["waits"] == {"val/exact_match": (20, True)}
@@ -159,7 +161,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
     runs.mkdir()
     claim = claim_of(claims)
     where = ["--claims", claims, "--root", root(tmp_path)]
-    write_register(Register(digest=claim.digest, commit=None), claim, runs)
+    write_preregistration(Preregistration(digest=claim.digest, commit=None), claim, runs)
     write_result(
         result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)}), "mine", tmp_path / "results"
     )

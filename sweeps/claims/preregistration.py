@@ -1,6 +1,6 @@
 """Records every started run of a claim, and the commit with its prediction.
 
-The register is ``LABEL.claim.json`` in the folder of runs. It keeps every seed that was ever
+The preregistration is ``LABEL.claim.json`` in the folder of runs. It keeps every seed that was ever
 started, so none can be dropped, and the claim's digest, so a later change is noticed.
 """
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Register:
+class Preregistration:
     """The runs of a claim."""
 
     digest: str  # the claim's when its first run was asked for
@@ -58,8 +58,8 @@ def _file(claim: Claim, runs: Path) -> Path:
     return runs / f"{claim.label}.claim.json"
 
 
-def read_register(claim: Claim, runs: Path) -> Register | None:
-    """Read a claim's register; None if nothing was run.
+def read_preregistration(claim: Claim, runs: Path) -> Preregistration | None:
+    """Read a claim's preregistration; None if nothing was run.
 
     Raises:
         UserError: the file is damaged.
@@ -67,18 +67,18 @@ def read_register(claim: Claim, runs: Path) -> Register | None:
     return read_stored(_file(claim, runs), VERSION, _parse, remedy="give --runs another folder")
 
 
-def _parse(content: dict[str, Any]) -> Register:
+def _parse(content: dict[str, Any]) -> Preregistration:
     runs = {
         str(arm): {int(seed): str(folder) for seed, folder in seeds.items()}
         for arm, seeds in content["runs"].items()
     }
     digest, began = str(content["digest"]), str(content["began"])
-    return Register(digest=digest, commit=content["commit"], began=began, runs=runs)
+    return Preregistration(digest=digest, commit=content["commit"], began=began, runs=runs)
 
 
-def write_register(register: Register, claim: Claim, runs: Path) -> None:
-    """Store a claim's register."""
-    content = {"version": VERSION, "claim": claim.label, **asdict(register)}
+def write_preregistration(preregistration: Preregistration, claim: Claim, runs: Path) -> None:
+    """Store a claim's preregistration."""
+    content = {"version": VERSION, "claim": claim.label, **asdict(preregistration)}
     write_json(content, _file(claim, runs))
 
 

@@ -14,7 +14,7 @@ def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
     return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
-class Ledger:
+class AuxiliaryOutputs:
     """Collects auxiliary outputs. It is part of the :class:`Positions` that every block receives;
     without one, layers report nothing.
 
@@ -43,7 +43,7 @@ class Ledger:
         if self.keep:
             self._add(router, loads(chosen_MK, n_experts))
 
-    def add_loads(self, other: Ledger) -> None:
+    def add_loads(self, other: AuxiliaryOutputs) -> None:
         """Add the loads of another pass of the same step."""
         for router, load_E in other.loads.items():
             self._add(router, load_E)

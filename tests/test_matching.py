@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning import compare, vetting
+from mtp_lightning import matching, vetting
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -27,12 +27,12 @@ TRUNK = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_head
 LENGTH: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
 
 
-def matched(config: ModelConfig, what: str, schedule: Piecewise | None = None) -> compare.Matched:
-    return compare.match(
+def matched(config: ModelConfig, what: str, schedule: Piecewise | None = None) -> matching.Matched:
+    return matching.match(
         config,
         schedule or constant(depth=config.mtp.depth, mtp_lambda=0.3),
         match=what,
-        reference=compare.plain_reference(config, **LENGTH),
+        reference=matching.plain_reference(config, **LENGTH),
         **LENGTH,
     )
 
@@ -86,11 +86,11 @@ def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
     growing = forward_curriculum(depth=2, mtp_lambda=0.3)  # thirds of the run with 0, 1, 2 depths
     cost = [StepCost(config).per_token(64, active) for active in ([], [1], [1, 2])]
-    total = compare.total_flops(StepCost(config), growing, **LENGTH | {"tokens_per_step": 10})
+    total = matching.total_flops(StepCost(config), growing, **LENGTH | {"tokens_per_step": 10})
     assert total == pytest.approx(sum(cost) * 100 * 10, rel=1e-9)
     assert matched(config, "flops", growing).max_steps > matched(config, "flops").max_steps
     # Longer runs are sampled; the sum must not notice.
-    long = compare.total_flops(
+    long = matching.total_flops(
         StepCost(config), growing, seq_len=64, max_steps=90_000, tokens_per_step=10
     )
     assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
@@ -99,7 +99,7 @@ def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
 def test_flops_lengthens_the_run_to_a_costlier_reference() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
     own = StepCost(config).per_token(64) * 1024 * 300
-    steps, reached = compare.match_steps(
+    steps, reached = matching.match_steps(
         StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * own, **LENGTH
     )
     assert steps == 750 and reached == 2.5 * own
@@ -111,10 +111,10 @@ def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compare.reference=runs/a is used by nothing"):
         vetting.check({"compare": {"match": "none", "reference": "runs/a"}}, "config")
     with pytest.raises(FileNotFoundError, match="holds no summary.json"):
-        compare.run_reference(tmp_path)
+        matching.run_reference(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"parameters": 3}))
     with pytest.raises(ValueError, match="does not say what its run cost .*flops"):
-        compare.run_reference(tmp_path)
+        matching.run_reference(tmp_path)
 
 
 def test_runs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class MappedWeight:
     """A tensor of this project, and the tensors of a folder that it is made of.
 
     Attributes:
@@ -29,12 +29,12 @@ class Place:
     copy: bool = False
     precise: bool = False
 
-    def under(self, own: str, theirs: str) -> Place:
+    def under(self, own: str, theirs: str) -> MappedWeight:
         """The same with prefixes before the names."""
         parts = tuple((f"{theirs}{name}", shape) for name, shape in self.parts)
         return replace(self, own=f"{own}{self.own}", parts=parts)
 
 
-def renamed(own: str, theirs: str, shape: Shape, *, copy: bool = False) -> Place:
+def renamed(own: str, theirs: str, shape: Shape, *, copy: bool = False) -> MappedWeight:
     """A weight that the folder holds unchanged under another name."""
-    return Place(own=own, parts=((theirs, shape),), copy=copy)
+    return MappedWeight(own=own, parts=((theirs, shape),), copy=copy)
