@@ -22,8 +22,9 @@ from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
 from mtp_lightning.system import processor
 
-# Prompts whose logits are in memory at the same time.
-_PART = 16
+# Prompts whose logits are in memory at the same time, without a limit of time and with one: a batch
+# is the least that every cell can be tried on.
+_PART, _LEAST = 16, 8
 
 
 def certify(
@@ -48,7 +49,8 @@ def certify(
         length: new tokens per prompt.
         precisions: precisions of the weights; None for those that this machine decodes in.
         few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
-        minutes: no more prompts are taken after this time, divided equally among the precisions.
+        minutes: no more prompts are taken after this time, divided equally among the precisions;
+            each precision is tried on eight prompts at least.
         file: the prompts' text; None for Python's standard library.
         seed: the seed of prompts and samples.
         allow: packages whose variants the model may use.
@@ -101,8 +103,9 @@ def certify(
         began, end = time.monotonic(), float("inf")
         if minutes is not None:
             end = began + 60 * minutes / len(precisions)
-        for first in range(0, count, _PART):
-            part = asked[first : first + _PART]
+        step = _PART if minutes is None else _LEAST
+        for first in range(0, count, step):
+            part = asked[first : first + step]
             wanted = plain_texts(model, part, length)
             for row in rows:
                 compare_texts(model, row.cell, part, wanted, row.greedy, first=first)
