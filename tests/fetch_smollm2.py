@@ -7,6 +7,7 @@ modules of the standard library, and topics of the language reference.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import subprocess
@@ -51,4 +52,6 @@ def write_prompts(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(fetch(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"default {FOLDER}")
+    print(fetch(parser.parse_args().folder))
