@@ -29,7 +29,9 @@ def main(
         help="fp32,bf16,int8: precisions of the weights (those that this machine has)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="fewer ways, and as many prompts as a minute takes, eight at least"
+        "--quick",
+        action="store_true",
+        help="fewer ways, and as many prompts as a minute takes, eight at least",
     )
     parser.add_argument("--minutes", type=float, help="stop taking prompts after this time")
     parser.add_argument("--text", type=Path, help="take the prompts from this file")
