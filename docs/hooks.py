@@ -100,7 +100,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
     outward = r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)\s]+|docs/[^)\s]+|CONTRIBUTING\.md|CHANGELOG\.md)\)"
     if page.file.src_uri.startswith("tutorial/"):  # ../methods.md is a page of the site
-        return markdown
+        return markdown.replace("(notebook.ipynb)", "(notebook.md)")
     return re.sub(outward, link, markdown)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from mtp_lightning.explained import groups, included
@@ -28,6 +29,8 @@ def sentence(error: Exception) -> str:
         return f"there is no config {file}: check its name, and --config-dir."
     if override := getattr(error, "override", None):
         key, equals, value = override.partition("=")
+        if not equals and ("/" in key or Path(key).exists()):
+            return f"{key} has no key: give it as checkpoint={key} (train.py: run_dir={key})."
         if not equals:
             return f"{key} has no value: give it as {key}=..."
         return (

@@ -25,6 +25,10 @@ from mtp_lightning.stored import require_text
 _OWN = __name__.partition(".")[0]
 
 
+class NotAllowed(UserError):
+    """A variant is code of a package that the user has not allowed."""
+
+
 class Registered:
     """Base of a family of configs, which are dataclasses.
 
@@ -106,7 +110,7 @@ class Registered:
         if variant not in cls._variants and module is not None:
             package = str(module).partition(".")[0]
             if package not in allow:
-                raise UserError(
+                raise NotAllowed(
                     f"{cls.family}={variant} is code of the package {package}, which is not "
                     f"imported without your permission: say allow=[{package}] if you trust it."
                 )

@@ -97,7 +97,7 @@ def main() -> None:
             os.environ.clear()
             os.environ.update(added | env)
             own = env.get("PYTHONPATH", "").split(os.pathsep)
-            sys.path[1:1] = [path for path in own if path and path not in sys.path]
+            sys.path[1:1] = [path for path in own if path and path not in sys.path[1:]]
             for number, name in enumerate((os.devnull, *files)):
                 flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
                 os.dup2(os.open(name, flags), number)

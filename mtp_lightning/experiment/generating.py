@@ -172,5 +172,5 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
             raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
         literal.require_utf8([f"prompt={found[0]}"])
     if not found or not all(found):
-        raise UserError("The prompt is empty: give at least one character.")
+        raise UserError("The prompt is empty: give prompt=TEXT or prompts=FILE.")
     return found

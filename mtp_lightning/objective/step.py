@@ -177,8 +177,8 @@ class OptimizerStep:
         done = progress.step / max(progress.max_steps, 1)
         values |= balance_experts(self.model, auxiliary, done=done)
         if auxiliary.losses:
-            losses = torch.stack(auxiliary.losses) * (1 / plan.windows)
-            values["moe/sequence_loss"] = sum_over_ranks(losses.sum())
+            sequence_loss = torch.stack(auxiliary.losses) * (1 / plan.windows)
+            values["moe/sequence_loss"] = sum_over_ranks(sequence_loss.sum())
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         if len(self.objective.parts) > 1:
             values |= {

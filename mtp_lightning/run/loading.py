@@ -11,6 +11,7 @@ import torch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.opening import StoredModel, require_held
+from mtp_lightning.registry import NotAllowed
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
 
@@ -114,6 +115,8 @@ def model_config(
     try:
         return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, NotAllowed):
+            raise UserError(f"{source} cannot be read: {error}") from error
         raise UserError(f"{source} describes no model: {error}") from error
 
 

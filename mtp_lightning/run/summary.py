@@ -57,7 +57,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
     expected = "decode/expected_tokens_per_step" in summary
     if expected:
-        rates.add_column("agreement there", justify="right")
+        rates.add_column("agreement, own text", justify="right")
     for k in range(depth + 1):
         rates.add_row(
             "next token" if k == 0 else f"depth {k}",
@@ -85,8 +85,8 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         ("coherent and new of answers at temperature 1", "val/creativity", "{:.1%}"),
         ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
         ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),
-        ("tokens per verify pass", "decode/tokens_per_step", "{:.2f}"),
-        ("  expected from agreement there", "decode/expected_tokens_per_step", "{:.2f}"),
+        ("tokens per pass", "decode/tokens_per_step", "{:.2f}"),
+        ("  expected from that agreement", "decode/expected_tokens_per_step", "{:.2f}"),
         ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
         ("  expected from that and the passes' cost", "decode/expected_speedup", "{:.2f}"),
         ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),

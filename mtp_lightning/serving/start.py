@@ -36,7 +36,8 @@ def serve(cfg: Any) -> None:
     with listen(str(cfg.host), cfg.port) as listening:  # fails before a large model is read
         run = open_for(cfg)
         server = Server(cfg, run, name=_name(cfg, run.path))
-        print(f"{_name(cfg, run.path)} answers at {_address(listening)}", flush=True)
+        name, address = _name(cfg, run.path), _address(listening)
+        print(f"{name} answers at {address}; its page: {address.removesuffix('v1')}", flush=True)
         if told := kernels_told(run.model.head.weight.device.type):
             print(told, flush=True)
         server.run([listening])

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,8 +47,12 @@ def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ())
     file = folder / f"{name}.yaml"
     own = folder.resolve() == FOLDER.resolve()
     if not file.is_file():
-        known = ", ".join(names(folder)) or "none"
-        raise UserError(f"There is no claim {name} in {folder}: choose one of {known}.")
+        known = names(folder)
+        near = get_close_matches(name, known, n=1)
+        meant = (
+            f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known) or 'none'}."
+        )
+        raise UserError(f"There is no claim {name} in {folder}: {meant}")
     found = _Reader(file, allow).claim(name, read_yaml(file))
     return replace(found, folder="" if own else str(folder))
 

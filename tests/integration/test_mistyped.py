@@ -157,6 +157,7 @@ TABLE = [
     ),
     # what is missing
     Row("train.py data=text", ("data.paths has no value: give it as data.paths=...",)),
+    Row("evaluate.py runs/mine", ("runs/mine has no key: give it as checkpoint=runs/mine",)),
     Row("evaluate.py", ("checkpoint has no value: give it as checkpoint=...",)),
     Row(
         "train.py data=shakespeare",

@@ -70,7 +70,7 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
     texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(60)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
-    cache = {"MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
+    cache = {"PYTHONPATH": str(ROOT), "MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
     said: list[str] = []
     for words in COMMANDS:
         if words[: len(words[:2])] in ELSEWHERE or words[:1] in ELSEWHERE:

@@ -46,7 +46,9 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.fullmatch(r"(\S+) answers at (http://127\.0\.0\.1:\d+/v1)\n", line)
+        found = re.fullmatch(
+            r"(\S+) answers at (http://127\.0\.0\.1:\d+/v1); its page: http.*/\n", line
+        )
         assert found, line + (process.communicate(timeout=60)[1] if not line else "")
         assert process.stdout.readline().startswith("CPU layers by ")
         yield process, found[1], found[2]
