@@ -124,7 +124,9 @@ def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
     for line in "".join(RECIPES[CLAIM]).strip().splitlines():
         done = run([sys.executable, *shlex.split(line)[1:]], tmp_path, cache)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    assert "one_module: " in done.stdout and "module - plain" in done.stdout.replace("−", "-")
+    assert "one_module: " in done.stdout and "sequential modules - no MTP" in done.stdout.replace(
+        "−", "-"
+    )
     result = json.loads((tmp_path / "results" / "one_module.json").read_text())
     assert result["predicted_in"] and not result["unfinished"]
 
