@@ -65,16 +65,12 @@ def compare_others(
     """Count the texts of other programs that differ from their own plain decoding.
 
     Args:
-        names: keys of PROGRAMS.
+        names: keys of PROGRAMS, for which :func:`require_programs` has passed.
         path: a Hugging Face folder or a GGUF file.
         prompts: the prompts' tokens.
         length: new tokens per prompt.
         say: called with a line after every program and precision.
-
-    Raises:
-        UserError: see :func:`require_programs`.
     """
-    require_programs(names, path)
     found: list[Count] = []
     for name in names:
         for ways in PROGRAMS[name].ways(path):
@@ -106,41 +102,37 @@ def require_programs(names: Sequence[str], path: Path) -> None:
 
 def _transformers(path: Path) -> Iterator[list[Way]]:
     """transformers' own generate(), in fp32 and bf16."""
+    for weights, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        yield _ways_of(_opened(path, dtype), weights)
+
+
+def _ways_of(model: Any, weights: str) -> list[Way]:
+    """The ways of decoding of transformers' model."""
     import transformers
 
-    for weights, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        model = _opened(path, dtype)
+    def generate(rows: Prompts, length: int, **kwargs: Any) -> Any:
+        """Continue rows, filled up on the left to the longest."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
+        seen = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        # A configuration of its own: no token ends a text.
+        greedy = transformers.GenerationConfig(
+            max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs
+        )
+        out = model.generate(ids, attention_mask=seen, generation_config=greedy)
+        return out[:, longest:].tolist()
 
-        def generate(rows: Prompts, length: int, *, model: Any = model, **kwargs: Any) -> Any:
-            """Continue rows, filled up on the left to the longest."""
-            longest = max(map(len, rows))
-            ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
-            seen = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-            # A configuration of its own: no token ends a text.
-            greedy = transformers.GenerationConfig(
-                max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs
-            )
-            out = model.generate(ids, attention_mask=seen, generation_config=greedy)
-            return out[:, longest:].tolist()
+    def decode(prompts: Prompts, length: int, *, batch: int = 1, **kwargs: Any) -> list[list[int]]:
+        parts = (prompts[i : i + batch] for i in range(0, len(prompts), batch))
+        return [row for part in parts for row in generate(part, length, **kwargs)]
 
-        def one_by_one(
-            prompts: Prompts, length: int, *, generate: Any = generate, **kwargs: Any
-        ) -> list[list[int]]:
-            return [generate([ids], length, **kwargs)[0] for ids in prompts]
-
-        def looked_up(prompts: Prompts, length: int, *, plain: Any = one_by_one) -> Any:
-            return plain(prompts, length, prompt_lookup_num_tokens=_DRAFTS)
-
-        def in_batches(prompts: Prompts, length: int, *, generate: Any = generate) -> Any:
-            parts = (prompts[i : i + _BATCH] for i in range(0, len(prompts), _BATCH))
-            return [row for part in parts for row in generate(part, length)]
-
-        program = f"transformers {transformers.__version__}"
-        yield [
-            Way(program, weights, "plain", one_by_one),
-            Way(program, weights, "drafts by prompt lookup", looked_up),
-            Way(program, weights, f"batch of {_BATCH}", in_batches),
-        ]
+    program = f"transformers {transformers.__version__}"
+    drafted = {"prompt_lookup_num_tokens": _DRAFTS}
+    return [
+        Way(program, weights, "plain", decode),
+        Way(program, weights, "drafts by prompt lookup", lambda p, n: decode(p, n, **drafted)),
+        Way(program, weights, f"batch of {_BATCH}", lambda p, n: decode(p, n, batch=_BATCH)),
+    ]
 
 
 def _opened(path: Path, dtype: torch.dtype) -> Any:
