@@ -147,8 +147,8 @@ def test_the_readmes_engineer_is_served(tmp_path: Path) -> None:
     (row,) = re.findall(r"^\| \*\*engineer\*\*.*$", README, re.M)
     commands = [shlex.split(command) for command in re.findall(r"`(python [^`]+)`", row)]
     assert len(commands) == 3
-    (tmp_path / "notes").mkdir()
-    for name in ("notes/one.txt", "book.txt"):
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/one.md", "README.md"):
         lines = (f"the {i} of {name} is {i * i % 97} of them\n" for i in range(1500))
         (tmp_path / name).write_text("".join(lines))
     # Fewer texts than a whole run of it has.

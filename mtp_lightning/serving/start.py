@@ -37,7 +37,7 @@ def serve(cfg: Any) -> None:
         run = open_for(cfg)
         server = Server(cfg, run, name=_name(cfg, run.path))
         name, address = _name(cfg, run.path), _address(listening)
-        print(f"{name} answers at {address}; its page: {address.removesuffix('v1')}", flush=True)
+        print(f"{name} (page: {address.removesuffix('v1')}) answers at {address}", flush=True)
         if told := kernels_told(run.model.head.weight.device.type):
             print(told, flush=True)
         server.run([listening])

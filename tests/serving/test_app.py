@@ -47,7 +47,8 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.fullmatch(
-            r"(\S+) answers at (http://127\.0\.0\.1:\d+/v1); its page: http.*/\n", line
+            r"(\S+) \(page: http://127\.0\.0\.1:\d+/\) answers at (http://127\.0\.0\.1:\d+/v1)\n",
+            line,
         )
         assert found, line + (process.communicate(timeout=60)[1] if not line else "")
         assert process.stdout.readline().startswith("CPU layers by ")
