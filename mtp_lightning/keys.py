@@ -29,6 +29,8 @@ from mtp_lightning.settings import (
 _ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
 _OWN = ("mtp_lightning.", "data_modules.")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
+# A word that a number's key takes too, with its meaning: ``(int >= 1; all: the whole split)``.
+_WORD = re.compile(r"; (\w+): ([^);]+)\)")
 _KIND = re.compile(r"(?:^|[;(])\s*(int|float|number|bool|true \| false)\b(.*)", re.DOTALL)
 _INTERVAL = re.compile(rf" in ([\[(]){_NUMBER}, {_NUMBER}([\])])")
 _SPAN = re.compile(rf" (?:in |between )?{_NUMBER} (?:to|and|\.\.) {_NUMBER}")
@@ -174,6 +176,8 @@ def require_taken(name: str, value: Any, says: str) -> None:
             require_choice(name, value, choices)
         return
     kind, rest = found.groups()
+    if word := _WORD.search(says):
+        name = f"{name} ({word[1]} for {word[2]})"
     if isinstance(value, list) and re.search(r"\blist\b|floats", says):
         return
     if kind in ("bool", "true | false"):

@@ -105,12 +105,13 @@ def unknown_option(group: str, name: str, options: Collection[str]) -> str:
     """The sentence that refuses an option of a group."""
     near = _near(name, [option for option in options if option != name])
     names = [option for option in options if option not in _PARTS]
-    meant = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}."
+    own = "; one of your own needs --config-dir"
+    meant = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}{own}."
     return f"{group} has no option {name!r}: {meant} (--help {group})"
 
 
 def _near(word: str, words: Collection[str]) -> str | None:
-    found = difflib.get_close_matches(word.lower(), list(words), n=1)
+    found = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.65)
     return found[0] if found else None
 
 

@@ -69,8 +69,16 @@ class Composer:
             overrides: overrides of the job.
 
         Raises:
-            HydraException: if they do not match the config.
+            UserError: if they do not match the config.
         """
+        from hydra.errors import HydraException
+
+        try:
+            return self._compose(overrides)
+        except HydraException as error:
+            raise UserError(sentence(error)) from error
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
         parsed = [self._parse(override) for override in overrides]
         groups = tuple(str(override.input_line) for override, value in parsed if not value)
         if groups not in self._bases:

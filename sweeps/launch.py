@@ -70,7 +70,11 @@ def launch(
             signal's number if it was interrupted.
     """
     with readable_errors():
-        return _launch(run, config=config, hydra_context=hydra_context, batch=batch)
+        try:
+            return _launch(run, config=config, hydra_context=hydra_context, batch=batch)
+        except UserError:
+            _forget(Path(config.hydra.sweep.dir))
+            raise
 
 
 def _launch(
@@ -97,7 +101,7 @@ def _launch(
     for job in jobs:
         own_paths, run_folder = paths[frozenset(job.overrides)], folder / job.folder
         config_of_job = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
-        vetting.check(config_of_job, "config")
+        vetting.check(config_of_job, "config", [*own_paths, *job.overrides])
         settled[job.folder] = config_of_job
         plan.recipes[job.folder] = recipe = Recipe(
             program=program,
@@ -145,6 +149,14 @@ def _launch(
         lock.release()
     _say_end(folder, list(tasks.values()))
     return [_job_return(job, folder / job.folder) for job in jobs]
+
+
+def _forget(folder: Path) -> None:
+    """Delete the folder of a sweep that was refused before it was planned: Hydra has made it, with
+    the sweep's config alone in it."""
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+        (folder / "multirun.yaml").unlink()
+        folder.rmdir()
 
 
 def _paths(overrides: Sequence[str]) -> list[str]:

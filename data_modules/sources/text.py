@@ -24,9 +24,10 @@ class TextSource(Source):
 
     A plain file is one document. A ``.jsonl`` file holds one document per line, the string under
     ``field``, and a ``.parquet`` file one per row. Files that end in ``.gz`` or ``.zst`` are
-    decompressed as they are read. A folder stands for all files below it (except hidden ones, which
-    a log line counts), and a glob for its matches. Files are taken in the order of ``paths``,
-    sorted inside a folder or glob; a file named twice is read once.
+    decompressed as they are read. A folder stands for all files below it, except hidden ones, empty
+    ones and those that are not text, which a log line counts; a glob stands for its matches. Files
+    are taken in the order of ``paths``, sorted inside a folder or glob; a file named twice is read
+    once.
 
     Args:
         paths: one path, folder or glob, or a list of them; ``~`` is expanded, and relative paths
@@ -134,8 +135,8 @@ def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
     they are.
 
     Args:
-        given: a path; ``~`` is expanded, and a folder stands for all files below it that are not
-            hidden.
+        given: a path; ``~`` is expanded, and a folder stands for all files of text below it that
+            are not hidden.
         key: the config key of the path, for messages.
 
     Raises:
@@ -159,16 +160,25 @@ def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
 
 def _folder(folder: Path, key: str) -> list[tuple[str, Path]]:
     below = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
-    files = sorted(
-        (relative.as_posix(), path)
-        for relative, path in below
-        if not any(part.startswith(".") for part in relative.parts)
-    )
+    shown = [(r, path) for r, path in below if not any(part[0] == "." for part in r.parts)]
+    files = sorted((r.as_posix(), path) for r, path in shown if _may_be_text(path))
     if not files:
-        raise FileNotFoundError(f"the folder {folder} holds no files: check {key}")
-    if len(files) < len(below):
-        log.info("%s: %d hidden files are left out", folder, len(below) - len(files))
+        raise FileNotFoundError(f"the folder {folder} holds no files of text: check {key}")
+    hidden, other = len(below) - len(shown), len(shown) - len(files)
+    if hidden or other:
+        said = "%s: left out %d hidden files, and %d that are empty or not text"
+        log.log(logging.WARNING if other else logging.INFO, said, folder, hidden, other)
     return files
+
+
+def _may_be_text(path: Path) -> bool:
+    """Whether a file of a folder is read: it is packed text, or begins with no byte 0 (as Git tells
+    text from other files)."""
+    if path.suffix.lower() in (*COMPRESSED, ".parquet"):
+        return True
+    with path.open("rb") as file:
+        beginning = file.read(8000)
+    return bool(beginning) and b"\0" not in beginning
 
 
 def _one_document(path: Path) -> str:

@@ -65,8 +65,7 @@ def start(
             sys.argv.remove(_VERBOSE)
             os.environ[VERBOSE] = "1"
         require_utf8(sys.argv[1:])
-        sys.argv[1:] = literal(sys.argv[1:])
-        _require_flags(sys.argv[1:])
+        sys.argv[1:] = _options_first(literal(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
 
 
@@ -130,8 +129,8 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
         utils.run_and_report, Hydra.get_mode = before  # type: ignore[method-assign]
 
 
-def _require_flags(arguments: list[str]) -> None:
-    """Refuse an unknown flag in one line."""
+def _options_first(arguments: list[str]) -> list[str]:
+    """Move the options before the overrides, as Hydra wants them; refuse an unknown one."""
     parser = utils.get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -139,7 +138,14 @@ def _require_flags(arguments: list[str]) -> None:
         sys.exit(2)
 
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(arguments)
+    options = list(arguments)
+    known, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        refuse(f"unrecognized arguments: {' '.join(w for w in unknown if w.startswith('-'))}")
+    overrides = known.overrides
+    for override in overrides:
+        options.remove(override)
+    return [*options, *overrides]
 
 
 __all__ = ["Check", "readable_errors", "start"]

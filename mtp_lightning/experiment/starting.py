@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CONTINUING = "Continuing %s from step %d."
+# Most differences of two architectures that one message lists.
+_SHOWN = 3
+
 # The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
 BEGINNING_TOKENS = 8192
 
@@ -225,7 +229,9 @@ def begin_module(
             log.info("Branching from %s at step %d.", origin.checkpoint, step)
         else:
             _say_changes(origin.content, module)
-            log.info("Continuing %s from step %d.", folder, step)
+            over = step >= stored.trainer.max_steps
+            said = "%s has all its %d steps: evaluating it again." if over else _CONTINUING
+            log.info(said, folder, step)
         return step
     if origin.start is not None:
         from mtp_lightning.init_from import start_from
@@ -264,8 +270,10 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
+        more = [f"and {n} more"] if (n := len(differences) - _SHOWN) > 0 else []
+        told = "; ".join([*differences[:_SHOWN], *more])
         raise UserError(
-            f"{source} holds another architecture than this config ({'; '.join(differences)}): "
+            f"{source} holds another architecture than this config ({told}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
     if checkpoint.get("optimizer_states") == []:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -158,7 +159,9 @@ class Body(_Strict):
                     told = f"{name}={shown(value)} is not supported, only {only}."
                     raise Refusal(told, param=name)
             elif name not in cls.model_fields:
-                raise Refusal(f"The field {shown(name)} is not known here: leave it out.")
+                near = get_close_matches(name, cls.model_fields, n=1)
+                remedy = f"did you mean {near[0]}?" if near else "leave it out."
+                raise Refusal(f"The field {shown(name)} is not known here: {remedy}")
             else:
                 known[name] = value
         return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import platform
 import re
@@ -85,10 +86,24 @@ def test_text_refuses_bad_input_by_name(tmp_path):
         list(TextSource(tmp_path).documents())
     (tmp_path / "latin.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"latin\.txt is empty"):
-        list(TextSource(tmp_path).documents())
+        list(TextSource(tmp_path / "*.txt").documents())
     for nothing in ([], "", [""], None, [3]):
         with pytest.raises((ValueError, TypeError)):
             TextSource(nothing)
+
+
+def test_a_folder_is_read_without_what_is_not_text(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "__init__.py").write_bytes(b"")
+    (tmp_path / "logo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"DIRC")
+    (tmp_path / "more.txt.gz").write_bytes(gzip.compress(b"second\0"))
+    assert list(TextSource(tmp_path).documents()) == ["first", "second\0"]
+    assert "left out 1 hidden files, and 2 that are empty or not text" in caplog.text
+    # A file that was named itself is never left out.
+    with pytest.raises(ValueError, match=r"logo\.png is not UTF-8"):
+        list(TextSource(tmp_path / "logo.png").documents())
 
 
 def test_text_fingerprint_follows_content_not_place(tmp_path):

@@ -115,8 +115,13 @@ def test_data_parallel_jobs_train_with_the_processes_asked_for(tmp_path: Path, c
 
 
 WRONG = {
-    "no such option": ({"mtp": "sequential,sequentail"}, (), "mtp/sequentail"),
+    "no such option": (
+        {"mtp": "sequential,sequentail"},
+        (),
+        "no option 'sequentail': did you mean sequential?",
+    ),
     "no such key": ({"mtp.depht": "0,1"}, (), "mtp.depht"),
+    "added key": ({"+swep": "depth"}, (), "swep is not a key: did you mean sweeps?"),
     "missing value": ({"data": "text", "seed": "0,1"}, (), "data.paths has no value"),
     "several machines": (
         {"trainer.num_nodes": "1,2", "trainer.strategy": "ddp"},
@@ -136,6 +141,10 @@ WRONG = {
 }
 
 
+# Refused when the jobs are given devices, after the sweep is planned.
+ON_DEVICES = ("several machines", "device", "too few devices")
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_said_before_any_job_starts(
     tmp_path: Path, cache: Path, case: str
@@ -145,7 +154,9 @@ def test_what_is_wrong_is_said_before_any_job_starts(
     assert done.returncode == 1, done.stdout
     assert told in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.glob("sweep/*/job.log")) == []
+    # Hydra has made the folder; it stays only if the sweep was planned before a device refused.
+    assert (tmp_path / "sweep").exists() == (tmp_path / "sweep" / "sweep.json").exists()
+    assert not (tmp_path / "sweep").exists() or case in ON_DEVICES
 
 
 @pytest.mark.slow
