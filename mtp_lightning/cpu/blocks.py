@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.packed import PackedWeight, packed_copy
+from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, packed_copy
 from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.nn.block import Block
@@ -36,11 +36,11 @@ class BlockStruct(ctypes.Structure):
     """``Block`` of decode.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("width", "heads", "kv_heads", "head", "inner", "kind")),
+        *((name, c_int64) for name in ("width", "heads", "kv_heads", "head", "inner")),
         *((name, c_double) for name in ("eps", "head_eps")),
         *((name, c_void_p) for name in ("attention_norm", "feed_forward_norm")),
         *((name, c_void_p) for name in ("query_norm", "key_norm", "bias")),
-        *((name, c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, PackedStruct) for name in ("qkv", "out", "gate_up", "down")),
     )
 
 
@@ -166,7 +166,7 @@ def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
         return None
     matrices = (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
     packed = [p for m in matrices if (p := packed_of(m.weight)) is not None]
-    if len(packed) < len(matrices) or len({weight.kind for weight in packed}) > 1:
+    if len(packed) < len(matrices):
         return None
     norms = (
         block.attention_norm,
@@ -176,20 +176,18 @@ def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
     )
     if not all(norm is None or is_plain(norm) for norm in norms):
         return None
-    qkv = packed[0]
     gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
     bias = attention.qkv_bias
     struct = BlockStruct(
-        qkv.inputs,
+        packed[0].inputs,
         attention.n_heads,
         attention.n_kv_heads,
         attention.d_head,
         packed[3].inputs,
-        qkv.kind,
         block.attention_norm.eps,
         block.attention_norm.eps if attention.query_norm is None else attention.query_norm.eps,
         *gains,
         None if bias is None else bias.data_ptr(),
-        *(weight.numbers.data_ptr() for weight in packed),
+        *(weight.struct for weight in packed),
     )
     return struct, [*packed, *norms, bias]

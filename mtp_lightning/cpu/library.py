@@ -57,9 +57,7 @@ _FUNCTIONS = {
 _NUMBERS = {
     "attention_kept": (c_int64,),
     "packed_size": (c_int64,) * 3,
-    "pack_full": (*[c_void_p] * 2, c_int64, c_int64),
-    "pack_half": (*[c_void_p] * 2, c_int64, c_int64),
-    "pack_byte": (*[c_void_p] * 2, c_int64, c_int64),
+    "pack_weight": (*[c_void_p] * 2, *[c_int64] * 3),
 }
 
 

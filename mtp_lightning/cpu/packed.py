@@ -5,7 +5,9 @@ the layout of ``cpp/skinny.h`` the bits of a row's result do not depend on the o
 speculative decoding requires. Weights whose numbers are all bf16 are packed in bf16: half of the
 bytes without loss, since the product is computed in fp32. Weights that are integers of int8 times
 one scale per output are packed in int8, a quarter of the bytes; the product is scaled at its end.
-``decoding/precision.py`` rounds a model to either. Without the C++, the layout is oneDNN's, which
+Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
+them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32.
+``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
 A weight holds its packed copy as an attribute from :func:`pack` to :func:`unpack`.
@@ -15,14 +17,35 @@ Shapes: K inputs, N outputs.
 
 from __future__ import annotations
 
+import ctypes
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.cpu import library as native
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+class Kind(IntEnum):
+    """``Kind`` of skinny.h: the format of a packed weight."""
+
+    FULL = 0
+    HALF = 1
+    BYTE = 2
+    BLOCKS4 = 3
+    BLOCKS8 = 4
+
+
+# Those with the fewest bytes first.
+_BY_SIZE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8, Kind.HALF, Kind.FULL)
+
+
+class PackedStruct(ctypes.Structure):
+    """``Packed`` of skinny.h."""
+
+    _fields_ = (("numbers", c_void_p), ("kind", c_int64))
 
 
 @dataclass(frozen=True)
@@ -30,19 +53,21 @@ class PackedWeight:
     """A packed weight.
 
     Attributes:
-        numbers: fp32, bf16 or int8, in panels; for int8, preceded by the bytes of the scales.
+        numbers: uint8, the bytes of the panels.
         outputs: N.
         inputs: K.
+        kind: the panels' format.
     """
 
     numbers: Tensor
     outputs: int
     inputs: int
+    kind: Kind
 
     @property
-    def kind(self) -> int:
-        """``Kind`` of skinny.h: the dtype of the numbers."""
-        return _KINDS[self.numbers.dtype]
+    def struct(self) -> PackedStruct:
+        """``Packed``; it points to the numbers and does not keep them alive."""
+        return PackedStruct(self.numbers.data_ptr(), self.kind)
 
     def linear(self, x: Tensor) -> Tensor:
         """``x @ weight.T`` [..., N] of ``x`` [..., K]; a row's bits depend on no other row."""
@@ -87,13 +112,8 @@ def packed_weight(weight_NK: Tensor) -> PackedWeight | None:
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
     library, shape = native.lib(), tuple(weight_NK.shape)
-    # Try the fewest bytes first; an attempt ends at the first number that does not fit.
-    for dtype, fill in (
-        (torch.int8, library.pack_byte),
-        (torch.bfloat16, library.pack_half),
-        (torch.float32, library.pack_full),
-    ):
-        numbers = torch.empty(library.packed_size(*shape, _KINDS[dtype]), dtype=dtype)
-        if fill(weight_NK.data_ptr(), numbers.data_ptr(), *shape):
-            break
-    return PackedWeight(numbers, *shape)
+    for kind in _BY_SIZE:  # an attempt ends at the first number that does not fit
+        numbers = torch.empty(library.packed_size(*shape, kind), dtype=torch.uint8)
+        if library.pack_weight(weight_NK.data_ptr(), numbers.data_ptr(), *shape, kind):
+            return PackedWeight(numbers, *shape, kind)
+    raise AssertionError("fp32 represents all numbers")

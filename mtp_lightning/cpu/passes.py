@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, OpenPass, is_plain, packed_of
-from mtp_lightning.cpu.packed import PackedWeight
+from mtp_lightning.cpu.packed import PackedStruct, PackedWeight
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
@@ -28,9 +28,10 @@ class _JoinStruct(ctypes.Structure):
     """``Join`` of decode.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("width", "kind", "hidden_first")),
+        *((name, c_int64) for name in ("width", "hidden_first")),
         *((name, c_double) for name in ("embedded_eps", "hidden_eps")),
-        *((name, c_void_p) for name in ("embedded_norm", "hidden_norm", "projection")),
+        *((name, c_void_p) for name in ("embedded_norm", "hidden_norm")),
+        ("projection", PackedStruct),
     )
 
 
@@ -38,9 +39,10 @@ class _DraftStruct(ctypes.Structure):
     """``Draft`` of decode.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("ahead", "outputs", "kind")),
+        *((name, c_int64) for name in ("ahead", "outputs")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("join", "block", "gain", "embedding", "head")),
+        *((name, c_void_p) for name in ("join", "block", "gain", "embedding")),
+        ("head", PackedStruct),
     )
 
 
@@ -48,9 +50,10 @@ class _TrunkStruct(ctypes.Structure):
     """``Trunk`` of decode.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("blocks", "outputs", "kind", "kept")),
+        *((name, c_int64) for name in ("blocks", "outputs", "kept")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("block", "gain", "embedding", "head")),
+        *((name, c_void_p) for name in ("block", "gain", "embedding")),
+        ("head", PackedStruct),
     )
 
 
@@ -80,8 +83,7 @@ class FusedModule:
             return None
         gains = enorm.weight.data_ptr(), hnorm.weight.data_ptr()
         join = _JoinStruct(
-            weight.outputs, weight.kind, module.hidden_first, enorm.eps, hnorm.eps, *gains,
-            weight.numbers.data_ptr(),
+            weight.outputs, module.hidden_first, enorm.eps, hnorm.eps, *gains, weight.struct,
         )  # fmt: skip
         return FusedModule(join, blocks, (enorm, hnorm, weight))
 
@@ -125,9 +127,8 @@ class FusedTrunk:
         self._alive = before, last, head, embedding
         self._outputs = head.outputs
         self._trunk = _TrunkStruct(
-            self._n, head.outputs, head.kind, _KEPT.index(kept), last.eps,
-            ctypes.addressof(self._blocks), last.gain, embedding.data_ptr(),
-            head.numbers.data_ptr(),
+            self._n, head.outputs, _KEPT.index(kept), last.eps, ctypes.addressof(self._blocks),
+            last.gain, embedding.data_ptr(), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)
 
@@ -161,9 +162,8 @@ class FusedDraft:
         self._outputs = head.outputs
         blocks = module.blocks
         self._draft = _DraftStruct(
-            ahead, head.outputs, head.kind, blocks.eps, ctypes.addressof(module.join),
-            ctypes.addressof(blocks.array), blocks.gain, embedding.data_ptr(),
-            head.numbers.data_ptr(),
+            ahead, head.outputs, blocks.eps, ctypes.addressof(module.join),
+            ctypes.addressof(blocks.array), blocks.gain, embedding.data_ptr(), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._draft)
 

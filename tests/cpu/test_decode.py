@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.packed import PackedWeight, packed_copy, packed_weight
+from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_copy, packed_weight
 from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -29,22 +29,22 @@ def packed(weight: torch.Tensor) -> PackedWeight:
     return found
 
 
-def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype is not torch.float32:
-        layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
-        layer.weight.data = weight.clone()
-        round_weights(layer, "bf16" if dtype is torch.bfloat16 else "int8")
-        return layer.weight.data
-    return weight
+def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
+    if kind == Kind.FULL:
+        return weight
+    layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    layer.weight.data = weight.clone()
+    round_weights(layer, "bf16" if kind == Kind.HALF else "int8")
+    return layer.weight.data
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_products_are_right_and_a_row_is_alone(shape, dtype):
-    weight = rounded(torch.randn(shape), dtype)
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.HALF, Kind.BYTE])
+def test_products_are_right_and_a_row_is_alone(shape, kind):
+    weight = rounded(torch.randn(shape), kind)
     product = packed(weight)
     if weight.numel() > 1:  # a single number may be a whole one of its own step
-        assert product.numbers.dtype == dtype
+        assert product.kind == kind
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
         x = torch.randn(rows, shape[1])
         found = product.linear(x)
@@ -59,7 +59,7 @@ def test_bf16_loses_nothing_to_the_last_bit():
     half = packed(weight)
     weight[129, 39] += 2**-20  # the last number is none of bf16's any more
     full = packed(weight)
-    assert (half.numbers.dtype, full.numbers.dtype) == (torch.bfloat16, torch.float32)
+    assert (half.kind, full.kind) == (Kind.HALF, Kind.FULL)
     assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
     x = torch.randn(3, 40)
     x[:, 5] = x[:, 5].abs()
@@ -69,7 +69,7 @@ def test_bf16_loses_nothing_to_the_last_bit():
 def test_int8_is_the_nearest_of_255_steps_a_row():
     weight = torch.randn(70, 40) * torch.logspace(-6, 6, 70).unsqueeze(1)
     weight[5], weight[6, 1:] = 0.0, 0.0
-    found = rounded(weight, torch.int8).double()
+    found = rounded(weight, Kind.BYTE).double()
     largest = weight.double().abs().amax(1, keepdim=True)
     # The step is the largest number's 127th part but for 2^-15 of it.
     steps = largest / 127
@@ -78,19 +78,19 @@ def test_int8_is_the_nearest_of_255_steps_a_row():
     assert ((levels - levels.round()).abs() < 0.01).all() and levels.max() <= 127.01
     assert torch.equal(found[5], torch.zeros(40, dtype=torch.float64))
     product = packed(found.float())
-    assert product.numbers.dtype == torch.int8
+    assert product.kind == Kind.BYTE
     assert product.numbers.nbytes <= 80 * 40 + 4 * 80
     # Packing loses nothing: of an identity the product is the weight.
     assert torch.equal(product.linear(torch.eye(40)).t(), found.float())
 
 
 def test_a_step_missed_by_one_number_is_no_int8():
-    weight = rounded(torch.randn(130, 40), torch.int8)
-    assert packed(weight).numbers.dtype == torch.int8
+    weight = rounded(torch.randn(130, 40), Kind.BYTE)
+    assert packed(weight).kind == Kind.BYTE
     weight[129, 39] += 2**-20
-    assert packed(weight).numbers.dtype == torch.float32
+    assert packed(weight).kind == Kind.FULL
     weight[129, 39] = float("nan")
-    assert packed(weight).numbers.dtype == torch.float32
+    assert packed(weight).kind == Kind.FULL
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -101,10 +101,10 @@ def test_what_is_not_finite_is_not_lost(value, row):
         weight[7] = torch.tensor([*row[:at], value, *row[at:]])
         # BLAS leaves out some products with 0.
         expected = (torch.eye(weight.shape[1]).unsqueeze(1) * weight).sum(-1)
-        for matrix in (weight, rounded(weight, torch.bfloat16)):
+        for matrix in (weight, rounded(weight, Kind.HALF)):
             found = packed(matrix).linear(torch.eye(weight.shape[1]))
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-        int8 = rounded(weight, torch.int8)
+        int8 = rounded(weight, Kind.BYTE)
         assert int8[7].isnan().all() and (int8[:7] == 0).all() and (int8[8:] == 0).all()
         ones = torch.ones(1, weight.shape[1])
         assert packed(int8).linear(ones).isnan().nonzero().tolist() == [[0, 7]]
@@ -112,9 +112,9 @@ def test_what_is_not_finite_is_not_lost(value, row):
     assert not packed(weight).linear(ones).isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_threads_change_no_bit(dtype):
-    product, x = packed(rounded(torch.randn(4096, 128), dtype)), torch.randn(3, 128)
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.BYTE])
+def test_threads_change_no_bit(kind):
+    product, x = packed(rounded(torch.randn(4096, 128), kind)), torch.randn(3, 128)
     alone = product.linear(x)
     torch.set_num_threads(2)
     try:
@@ -131,10 +131,8 @@ def test_only_matrices_are_rounded():
         expected = before[name].bfloat16().float() if p.dim() > 1 else before[name]
         assert torch.equal(p, expected), name
     with prepared(trunk):
-        kinds = {
-            copy.numbers.dtype for p in trunk.parameters() if (copy := packed_copy(p)) is not None
-        }
-    assert kinds == {torch.bfloat16}
+        kinds = {copy.kind for p in trunk.parameters() if (copy := packed_copy(p)) is not None}
+    assert kinds == {Kind.HALF}
 
 
 def fused(layer: torch.nn.Module) -> bool:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mtp_lightning.cpu.packed import packed_copy
+from mtp_lightning.cpu.packed import Kind, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.precision import use_precision
@@ -29,7 +29,7 @@ def own(library, monkeypatch):
     use_library(monkeypatch, library)
 
 
-KINDS = {"bf16": torch.bfloat16, "int8": torch.int8}
+KINDS = {"bf16": Kind.HALF, "int8": Kind.BYTE}
 ROUNDED = pytest.mark.parametrize("precision", KINDS)
 
 
@@ -64,7 +64,7 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
 def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows, precision):
     model = rounded(precision, 3, 2, deepseek=deepseek)
     with fused_passes(model):
-        assert packed_copy(model.head.weight).numbers.dtype == KINDS[precision]
+        assert packed_copy(model.head.weight).kind == KINDS[precision]
     verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
 
 
@@ -76,14 +76,14 @@ def test_what_is_rounded_is_read_in_fewer_bytes_and_the_rest_is_left(precision):
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
     with fused_passes(model):
-        assert packed_copy(model.head.weight).numbers.dtype == torch.float32
+        assert packed_copy(model.head.weight).kind == Kind.FULL
     use_precision(model, precision)
     if precision == "bf16":
         assert torch.equal(model.head.weight, before.head.weight.bfloat16().float())
     assert not torch.equal(model.head.weight, before.head.weight)
     assert torch.equal(model.trunk.norm.weight, before.trunk.norm.weight)
     with fused_passes(model):
-        assert packed_copy(model.head.weight).numbers.dtype == KINDS[precision]
+        assert packed_copy(model.head.weight).kind == KINDS[precision]
         assert "forward" in vars(model.trunk)
 
 

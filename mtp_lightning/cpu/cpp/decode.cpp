@@ -10,19 +10,19 @@
 #include "skinny.h"
 
 struct Block {
-    int64_t width, heads, kv_heads, head, inner, kind;
+    int64_t width, heads, kv_heads, head, inner;
     double eps, head_eps;
     const float *attention_norm, *feed_forward_norm;  // [C]
     const float *query_norm, *key_norm, *bias;        // [H], [H], [(N + 2 P) H], or NULL
-    const void *qkv, *out, *gate_up, *down;           // packed
+    Packed qkv, out, gate_up, down;
 };
 
 // A sequential module's two norms and the projection of their concatenated results.
 struct Join {
-    int64_t width, kind, hidden_first;
+    int64_t width, hidden_first;
     double embedded_eps, hidden_eps;
     const float *embedded_norm, *hidden_norm;
-    const void* projection;
+    Packed projection;
 };
 
 struct Pass {
@@ -207,13 +207,13 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     s.fit(tokens, b);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.attention_norm, s.normed.data() + i * c, c, b.eps);
-    skinny(s.normed.data(), b.qkv, b.kind, s.qkv.data(), tokens,
+    skinny(s.normed.data(), b.qkv, s.qkv.data(), tokens,
              (b.heads + 2 * b.kv_heads) * b.head, c, false);
     attention(b, pass, entries, s);
-    skinny(s.mixed.data(), b.out, b.kind, x, tokens, c, mixed, true);
+    skinny(s.mixed.data(), b.out, x, tokens, c, mixed, true);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.feed_forward_norm, s.normed.data() + i * c, c, b.eps);
-    skinny(s.normed.data(), b.gate_up, b.kind, s.gate_up.data(), tokens, 2 * f, c, false);
+    skinny(s.normed.data(), b.gate_up, s.gate_up.data(), tokens, 2 * f, c, false);
     for (int64_t i = 0; i < tokens; i++) {
         const float *gate = s.gate_up.data() + 2 * i * f, *up = gate + f;
         float* to = s.inner.data() + i * f;
@@ -221,7 +221,7 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
             put(to + at, silu(take(gate + at, n)) * take(up + at, n), n);
         });
     }
-    skinny(s.inner.data(), b.down, b.kind, x, tokens, c, f, true);
+    skinny(s.inner.data(), b.down, x, tokens, c, f, true);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * gain for every row.
@@ -266,17 +266,17 @@ extern "C" void decode_join(const Join* join, const float* embedded, const float
     if ((int64_t)both.size() < tokens * 2 * c) both.resize(tokens * 2 * c);
     for (int64_t i = 0; i < tokens; i++)
         side_by_side(*join, embedded + i * c, hidden + i * c, both.data() + i * 2 * c);
-    skinny(both.data(), join->projection, join->kind, out, tokens, c, 2 * c, false);
+    skinny(both.data(), join->projection, out, tokens, c, 2 * c, false);
 }
 
 // A module that drafts: its weights, the embedding and the head.
 struct Draft {
-    int64_t ahead, outputs, kind;
+    int64_t ahead, outputs;
     double eps;
     const Join* join;
     const Block* block;
     const float *gain, *embedding;  // [C], [V, C]
-    const void* head;               // packed, of the kind
+    Packed head;
 };
 
 // A pass of a module from token ids to logits; its states are written to `after` for the next depth.
@@ -294,21 +294,21 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
         side_by_side(join, draft->embedding + ids[at + draft->ahead] * c, before + at * c,
                      both.data() + i * 2 * c);
     }
-    skinny(both.data(), join.projection, join.kind, x.data(), tokens, c, 2 * c, false);
+    skinny(both.data(), join.projection, x.data(), tokens, c, 2 * c, false);
     decode_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
     if (after) keep(*pass, normed.data(), after, c);
     for (int64_t row = 0; row < pass->rows; row++)
         memcpy(last + row * c, normed.data() + (row * t + newest[row]) * c, c * sizeof(float));
-    skinny(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
+    skinny(last, draft->head, logits, pass->rows, draft->outputs, c, false);
 }
 
 // A trunk: all blocks, the final norm, the embedding and the head.
 struct Trunk {
-    int64_t blocks, outputs, kind, kept;
+    int64_t blocks, outputs, kept;
     double eps;
     const Block* block;
     const float *gain, *embedding;  // [C], [V, C]
-    const void* head;               // packed, of the kind
+    Packed head;
 };
 
 // The trunk's state that the modules branch from.
@@ -338,11 +338,11 @@ extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t
     decode_blocks(trunk->block + last, 1, &own, x.data(), trunk->gain, normed.data(), trunk->eps);
     keep_if(LAST_BLOCK, x);
     keep_if(FINAL, normed);
-    skinny(normed.data(), trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
+    skinny(normed.data(), trunk->head, logits, tokens, trunk->outputs, c, false);
 }
 
 // out[M, N] = x[M, K] weight.T
 extern "C" void decode_linear(const float* x, const void* weight, float* out, int64_t rows,
                               int64_t outputs, int64_t inputs, int64_t kind) {
-    skinny(x, weight, kind, out, rows, outputs, inputs, false);
+    skinny(x, Packed{weight, kind}, out, rows, outputs, inputs, false);
 }

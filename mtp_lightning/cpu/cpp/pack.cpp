@@ -1,17 +1,23 @@
-// Packs weights into panels (skinny.h), in fp32, bf16 or int8. Packing reads and writes the weights
-// once: tiles of 16 x 16 are transposed in registers.
+// Packs weights into panels, in the formats of skinny.h. Packing reads and writes the weights once:
+// tiles of 16 x 16 are transposed in registers.
 #include <sys/mman.h>
+
+#include <atomic>
+#include <vector>
 
 #include "skinny.h"
 
 // The digest of the sources, set by setup.py.
 extern "C" const char* built_from() { return BUILT_FROM; }
 
-// Size of a packed weight in numbers of its dtype; each of int8's scales takes four.
+// Bytes of a packed weight.
 extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t kind) {
-    int64_t panels = (outputs - 1) / PANEL;
-    int64_t numbers = (panels * PANEL + panel_width(outputs - panels * PANEL, kind)) * inputs;
-    return kind == BYTE ? numbers + padded(outputs) * (int64_t)sizeof(float) : numbers;
+    return as_format(kind, [&](auto format) {
+        using Format = decltype(format);
+        int64_t panels = (outputs - 1) / PANEL, rest = outputs - panels * PANEL;
+        return panels * Format::bytes(PANEL, inputs) +
+               Format::bytes(panel_width<Format>(rest), inputs);
+    });
 }
 
 // Asks for huge pages, which are filled faster and need fewer address translations when read.
@@ -33,22 +39,28 @@ static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs,
     transpose(rows);
 }
 
-// Packs weight[N, K] in fp32. Returns 1.
-extern "C" int64_t pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
-    large_pages(packed, packed_size(outputs, inputs, FULL) * sizeof(float));
+// Packs panel by panel: body(panel, first output, width).
+template <typename Format, typename Body>
+static void for_panels(char* packed, int64_t outputs, int64_t inputs, Body body) {
+    int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
+    large_pages(packed, panels * size);
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
-        int64_t width = panel_width(outputs - p * PANEL, FULL);
-        float* to = packed + p * PANEL * inputs;
+    for (int64_t p = 0; p < panels; p++)
+        body(packed + p * size, p * PANEL, panel_width<Format>(outputs - p * PANEL));
+}
+
+// Packs weight[N, K] in fp32.
+static bool pack(Full, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+    for_panels<Full>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
         for (int64_t j = 0; j < width; j += LANES)
             for (int64_t k = 0; k < inputs; k += LANES) {
                 Vector rows[LANES];
-                tile_of(weight, outputs, inputs, p * PANEL + j, k, rows);
+                tile_of(weight, outputs, inputs, at + j, k, rows);
                 for (int64_t i = 0; i < LANES && k + i < inputs; i++)
-                    store(to + (k + i) * width + j, rows[i]);
+                    store((float*)panel + (k + i) * width + j, rows[i]);
             }
-    }
-    return 1;
+    });
+    return true;
 }
 
 // Whether bf16 represents all numbers exactly.
@@ -65,30 +77,24 @@ static bool halves(const float* numbers, int64_t n) {
     return true;
 }
 
-// Packs in bf16: two vectors of outputs share one of 32 numbers, the second in the upper halves.
-// Returns 0, without packing, if bf16 does not represent all numbers exactly.
-extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outputs,
-                             int64_t inputs) {
-    if (!halves(weight, outputs * inputs)) return 0;
+// Packs in bf16, if bf16 represents all numbers exactly.
+static bool pack(Half16, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+    if (!halves(weight, outputs * inputs)) return false;
     const Whole upper = (int32_t)0xffff0000 - (Whole){};
-    large_pages(packed, packed_size(outputs, inputs, HALF) * sizeof(uint16_t));
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
-        int64_t width = panel_width(outputs - p * PANEL, HALF);
-        uint16_t* to = packed + p * PANEL * inputs;
+    for_panels<Half16>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
         for (int64_t j = 0; j < width; j += 2 * LANES)
             for (int64_t k = 0; k < inputs; k += LANES) {
                 Vector first[LANES], second[LANES];
-                tile_of(weight, outputs, inputs, p * PANEL + j, k, first);
-                tile_of(weight, outputs, inputs, p * PANEL + j + LANES, k, second);
+                tile_of(weight, outputs, inputs, at + j, k, first);
+                tile_of(weight, outputs, inputs, at + j + LANES, k, second);
                 for (int64_t i = 0; i < LANES && k + i < inputs; i++) {
                     Whole low = ((Whole)first[i] >> 16) & ~upper;
-                    store((float*)(to + (k + i) * width + j),
+                    store((float*)((uint16_t*)panel + (k + i) * width + j),
                           (Vector)(low | ((Whole)second[i] & upper)));
                 }
             }
-    }
-    return 1;
+    });
+    return true;
 }
 
 // The step of which all numbers of an output are integer multiples, the largest 127 times; 0 if they
@@ -108,28 +114,120 @@ static float step_of(const float* numbers, int64_t n) {
     return step;
 }
 
-// Packs in int8, preceded by a scale for every output. Returns 0, with unusable content in `packed`,
-// if int8 does not represent all numbers exactly.
-extern "C" int64_t pack_byte(const float* weight, int8_t* packed, int64_t outputs, int64_t inputs) {
-    float* scales = (float*)packed;
-    memset(scales, 0, padded(outputs) * sizeof(float));
+// Packs in int8, if every output has a step that represents its numbers exactly.
+static bool pack(Byte, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+    std::vector<float> steps(padded(outputs));
     for (int64_t o = 0; o < outputs; o++)
-        if ((scales[o] = step_of(weight + o * inputs, inputs)) < 0.0f) return 0;
-    int8_t* numbers = (int8_t*)(scales + padded(outputs));
-    large_pages(packed, packed_size(outputs, inputs, BYTE));
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
-        int64_t width = panel_width(outputs - p * PANEL, BYTE);
-        int8_t* to = numbers + p * PANEL * inputs;
+        if ((steps[o] = step_of(weight + o * inputs, inputs)) < 0.0f) return false;
+    for_panels<Byte>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
+        memcpy(panel, &steps[at], width * sizeof(float));
+        int8_t* to = (int8_t*)(panel + width * sizeof(float));
         for (int64_t j = 0; j < width; j += LANES) {
-            Vector step = load(scales + p * PANEL + j);
+            Vector step = load(&steps[at + j]);
             for (int64_t k = 0; k < inputs; k += LANES) {
                 Vector rows[LANES];
-                tile_of(weight, outputs, inputs, p * PANEL + j, k, rows);
+                tile_of(weight, outputs, inputs, at + j, k, rows);
                 for (int64_t i = 0; i < LANES && k + i < inputs; i++)
                     store_bytes(to + (k + i) * width + j, step > all(0.0f) ? rows[i] / step : step);
             }
         }
+    });
+    return true;
+}
+
+static inline float as_fp16(float x) { return _cvtsh_ss(_cvtss_sh(x, 0)); }
+
+// A block of 32 numbers of one output as step x q + offset.
+template <int BITS>
+struct Fitted {
+    float step, offset;
+    int32_t q[GROUP];
+
+    // Takes a step and an offset, rounded to fp16, if they give all numbers exactly.
+    bool fits(const float* numbers, float given_step, float given_offset) {
+        step = as_fp16(given_step), offset = as_fp16(given_offset);
+        Vector a = all(step) * all(Blocks<BITS>::LEVELS), b = all(offset) - a;
+        Whole lost = {};
+        for (int64_t i = 0; i < GROUP; i += LANES) {
+            Vector number = load(numbers + i);
+            Vector level = step == 0.0f ? all(0.0f) : rounded((number - all(offset)) / all(step));
+            lost |= ~(level >= all(0.0f)) | (level >= all(Blocks<BITS>::LEVELS));
+            Vector fraction = multiply_add(level, all(1 / Blocks<BITS>::LEVELS), all(1.0f));
+            lost |= multiply_add(a, fraction, b) != number;  // also true for NaN
+            store((float*)q + i, (Vector)_mm512_cvtps_epi32((__m512)level));
+        }
+        return !_mm512_test_epi32_mask((__m512i)lost, (__m512i)lost);
     }
-    return 1;
+
+    // Finds the step and the offset, if there are any.
+    bool find(const float* numbers) {
+        float low = numbers[0], high = numbers[0];
+        for (int64_t i = 1; i < GROUP; i++) {
+            low = numbers[i] < low ? numbers[i] : low;
+            high = numbers[i] > high ? numbers[i] : high;
+        }
+        constexpr int TOP = (1 << BITS) - 1, ZERO = 1 << (BITS - 1);
+        float size = -low > high ? -low : high;
+        // As Q8_0: the largest number has the level 127, or 128, on either side of an offset of 0.
+        if (fits(numbers, size / (ZERO - 1), -size / (ZERO - 1) * ZERO)) return true;
+        if (fits(numbers, size / ZERO, -size)) return true;
+        if (low == high) {
+            if (fits(numbers, 0.0f, low)) return true;
+            for (int n = 1; n <= ZERO; n++)  // as Q4_0, whose offset is 8 steps below 0
+                if (fits(numbers, -low / n, low / n * ZERO) || fits(numbers, low / n, -low / n * ZERO))
+                    return true;
+            return false;
+        }
+        // As Q4_1 and Q4_0: one of the extremes, or a level beyond them, is the offset.
+        for (int n = TOP; n > 0; n--) {
+            float given = as_fp16((high - low) / n);
+            for (int beyond = 0; beyond <= TOP - n; beyond++) {
+                if (fits(numbers, given, low - beyond * given)) return true;
+                if (fits(numbers, -given, high + beyond * given)) return true;
+                if (BITS > 4) break;
+            }
+        }
+        return false;
+    }
+};
+
+// Packs in blocks, if every 32 inputs of an output have a step and an offset that represent them
+// exactly.
+template <int BITS>
+static bool pack(Blocks<BITS>, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+    Fitted<BITS> first;
+    if (inputs % GROUP || !first.find(weight)) return false;
+    std::atomic<bool> lost{false};
+    using Format = Blocks<BITS>;
+    for_panels<Format>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
+        int64_t vectors = width / LANES;
+        for (int64_t k = 0; k < inputs && !lost; k += GROUP, panel += Format::bytes(width, GROUP)) {
+            memset(panel, 0, Format::bytes(width, GROUP));
+            for (int64_t o = 0; o < width && at + o < outputs; o++) {
+                Fitted<BITS> block;
+                if (!block.find(weight + (at + o) * inputs + k)) {
+                    lost = true;
+                    return;
+                }
+                int64_t v = o / LANES, lane = o % LANES;
+                uint16_t* steps = (uint16_t*)(panel + v * sizeof(Vector));
+                steps[lane] = _cvtss_sh(block.step, 0);
+                steps[LANES + lane] = _cvtss_sh(block.offset, 0);
+                uint32_t* words = (uint32_t*)(panel + vectors * sizeof(Vector));
+                for (int64_t i = 0; i < GROUP; i++) {
+                    int64_t word = i / Format::IN_LANE, shift = i % Format::IN_LANE * BITS;
+                    words[(word * vectors + v) * LANES + lane] |= (uint32_t)block.q[i] << shift;
+                }
+            }
+        }
+    });
+    return !lost;
+}
+
+// Packs weight[N, K] in a format. Returns 0, with unusable content in `packed`, if the format does not
+// represent all numbers exactly.
+extern "C" int64_t pack_weight(const float* weight, char* packed, int64_t outputs, int64_t inputs,
+                               int64_t kind) {
+    return as_format(kind,
+                     [&](auto format) { return pack(format, weight, packed, outputs, inputs); });
 }

@@ -1,110 +1,217 @@
 // Skinny GEMM: products with few rows on the left, limited by reading the weights from memory.
 //
-// Weights are packed in panels of 64 outputs: the 64 numbers of every input are adjacent, so that a
-// panel is one stream and no sum runs across lanes. In bf16 a vector holds 32 of them: output i in
-// the lower half and output i + 16 in the upper half of a lane. In int8 (weight = number x scale of
-// its output) the scales of all outputs come first. Every output is one chain of multiply-adds in
-// the order of its inputs, independent of other rows: one row has the same bits as many.
+// Weights are packed in panels of 64 outputs: the numbers of an input, or of a few adjacent ones, are
+// together for all outputs, so that a panel is one stream and no sum runs across lanes. Every output
+// is one chain of multiply-adds in the order of its inputs, independent of other rows: one row has the
+// same bits as many, and every format has the bits of fp32, except int8, whose scale multiplies the sum.
 //
-// Shapes: M rows, N outputs, K inputs.
+// Shapes: M rows, N outputs, K inputs, R rows of a tile, V vectors of outputs of a panel.
 #pragma once
 
 #include "vector.h"
 
 constexpr int64_t PANEL = WIDE;
+constexpr int64_t GROUP = 32;  // inputs of an output that share a step and an offset
 
-// The dtype of the numbers of a packed weight: fp32, bf16, int8.
-enum Kind : int64_t { FULL, HALF, BYTE };
+// The formats of a packed weight.
+enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8 };
 
-// The width of a panel: its outputs, rounded up to whole vectors (in bf16 to pairs of them).
-static inline int64_t panel_width(int64_t outputs, int64_t kind) {
-    int64_t unit = kind == HALF ? 2 * LANES : LANES;
-    int64_t width = (outputs + unit - 1) / unit * unit;
-    return width < PANEL ? width : PANEL;
-}
+#define INLINE static inline __attribute__((always_inline))
 
 static inline Vector lower_half(Whole x) { return (Vector)(x << 16); }
 static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff0000); }
 
 typedef int32_t LooseWhole __attribute__((vector_size(64), aligned(4), may_alias));
 
-template <typename Number>
-constexpr int64_t KIND = sizeof(Number) == 4 ? FULL : sizeof(Number) == 2 ? HALF : BYTE;
+static inline Whole load_whole(const char* from) { return *(const LooseWhole*)from; }
 
-// R rows times a panel of V vectors: out[R, 16 V] (+)= x[R, K] panel[K, 16 V]; `scales` are int8's.
-template <int R, int V, typename Number>
-static inline void panel_rows(const float* x, int64_t inputs, const Number* panel,
-                              const float* scales, float* out, int64_t outputs, int64_t n,
-                              bool add) {
-    Vector sum[R][V];
+// Sixteen fp16 numbers as fp32.
+static inline Vector load_fp16(const char* from) {
+    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+
+// sum[R][V] += x[R] weight[V] for one input of R rows.
+template <int R, int V>
+INLINE void add_products(const float* x, int64_t stride, const Vector (&weight)[V],
+                         Vector (&sum)[R][V]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+        Vector left = all(x[r * stride]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = all(0.0f);
-    for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
-        Vector weight[V];
-        if constexpr (KIND<Number> == BYTE) {
+        for (int v = 0; v < V; v++) sum[r][v] = multiply_add(left, weight[v], sum[r][v]);
+    }
+}
+
+// A format has UNIT, the vectors of outputs that are stored together, the bytes of a panel, and
+// sums<R, V>(x, inputs, panel, sum): sum[R, 16 V] += x[R, K] panel[K, 16 V].
+
+struct Full {
+    static constexpr int UNIT = 1;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
+    template <int R, int V>
+    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+        for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
+            Vector weight[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) weight[v] = load_bytes(panel + v * LANES);
-        } else if constexpr (KIND<Number> == HALF) {
-#pragma GCC unroll 2
-            for (int v = 0; v < V; v += 2) {
-                Whole pair = *(const LooseWhole*)(panel + v * LANES);
-                weight[v] = lower_half(pair), weight[v + 1] = upper_half(pair);
-            }
-        } else {
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) weight[v] = load(panel + v * LANES);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            Vector left = all(x[r * inputs + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = multiply_add(left, weight[v], sum[r][v]);
+            for (int v = 0; v < V; v++) weight[v] = (Vector)load_whole(panel + v * sizeof(Vector));
+            add_products<R, V>(x + k, inputs, weight, sum);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            if constexpr (KIND<Number> == BYTE) sum[r][v] *= load(scales + v * LANES);
-            int64_t left = n - v * LANES;
-            float* to = out + r * outputs + v * LANES;
-            if (left >= LANES)
-                store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-            else if (left > 0)
-                store_some(to, add ? load_some(to, left) + sum[r][v] : sum[r][v], left);
+};
+
+// bf16: a vector holds 32 numbers, output i in the lower half and output i + 16 in the upper half of a
+// lane.
+struct Half16 {
+    static constexpr int UNIT = 2;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
+    template <int R, int V>
+    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+        for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector) / 2) {
+            Vector weight[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v += 2) {
+                Whole pair = load_whole(panel + v * sizeof(Vector) / 2);
+                weight[v] = lower_half(pair), weight[v + 1] = upper_half(pair);
+            }
+            add_products<R, V>(x + k, inputs, weight, sum);
         }
+    }
+};
+
+// int8: weight = number x scale of its output. The scales are the first vectors of a panel.
+struct Byte {
+    static constexpr int UNIT = 1;
+    static int64_t bytes(int64_t width, int64_t inputs) { return width * (inputs + sizeof(float)); }
+    template <int R, int V>
+    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+        const float* scales = (const float*)panel;
+        panel += V * sizeof(Vector);
+        for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
+            Vector weight[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) weight[v] = load_bytes((const int8_t*)panel + v * LANES);
+            add_products<R, V>(x + k, inputs, weight, sum);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[r][v] *= load(scales + v * LANES);
+    }
+};
+
+// Blocks of 32 inputs, as in GGUF's Q4_0, Q4_1 and Q8_0: weight = step x q + offset with q of BITS
+// bits; step and offset are fp16. A block is a vector of 16 steps and 16 offsets for every 16 outputs,
+// then BITS times V vectors, whose lanes hold 32 / BITS inputs of one output.
+//
+// q becomes the fraction of 1.q, so that no conversion is needed: with a = 2^BITS step, weight =
+// a x 1.q + (offset - a), rounded once. Packing refuses weights where that is not exact.
+template <int BITS>
+struct Blocks {
+    static constexpr int UNIT = 1;
+    static constexpr int IN_LANE = 32 / BITS;
+    static constexpr float LEVELS = 1 << BITS;
+    static int64_t bytes(int64_t width, int64_t inputs) {
+        return inputs / GROUP * width * (1 + BITS) * 4;
+    }
+    // 1.q of the lanes' number j.
+    INLINE Vector fraction(Whole lanes, int j) {
+        int left = 23 - BITS - j * BITS;
+        Whole moved = left > 0 ? lanes << left : lanes >> -left;
+        const __m512i mask = _mm512_set1_epi32(((1 << BITS) - 1) << (23 - BITS));
+        const __m512i one = _mm512_set1_epi32(0x3f800000);
+        return (Vector)_mm512_ternarylogic_epi32((__m512i)moved, mask, one, 0xea);  // (a & b) | c
+    }
+    template <int R, int V>
+    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+        for (int64_t k = 0; k < inputs; k += GROUP) {
+            Vector step[V], offset[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++, panel += sizeof(Vector)) {
+                step[v] = load_fp16(panel) * all(LEVELS);
+                offset[v] = load_fp16(panel + sizeof(Vector) / 2) - step[v];
+            }
+            for (int i = 0; i < BITS; i++, panel += V * sizeof(Vector)) {
+                const float* from = x + k + i * IN_LANE;
+#pragma GCC unroll 8
+                for (int j = 0; j < IN_LANE; j++) {
+                    Vector weight[V];
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; v++)
+                        weight[v] = multiply_add(
+                            step[v], fraction(load_whole(panel + v * sizeof(Vector)), j), offset[v]);
+                    add_products<R, V>(from + j, inputs, weight, sum);
+                }
+            }
+        }
+    }
+};
+
+// Calls body with the format of a kind.
+template <typename Body>
+static inline auto as_format(int64_t kind, Body body) {
+    switch (kind) {
+        case FULL: return body(Full{});
+        case HALF: return body(Half16{});
+        case BYTE: return body(Byte{});
+        case BLOCKS4: return body(Blocks<4>{});
+        default: return body(Blocks<8>{});
+    }
+}
+
+// The width of a panel: its outputs, rounded up to whole vectors (in bf16 to pairs of them).
+template <typename Format>
+static inline int64_t panel_width(int64_t outputs) {
+    int64_t unit = Format::UNIT * LANES, width = (outputs + unit - 1) / unit * unit;
+    return width < PANEL ? width : PANEL;
 }
 
 // With fewer multiply-adds, starting a thread costs more than it saves.
 constexpr int64_t WORTH_THREADS = 1 << 18;
 
 // out[M, N] (+)= x[M, K] weight.T of a packed weight.
-template <typename Number>
-static void skinny(const float* x, const Number* weight, const float* scales, float* out,
-                   int64_t rows, int64_t outputs, int64_t inputs, bool add) {
-    int64_t panels = (outputs + PANEL - 1) / PANEL;
+template <typename Format>
+static void skinny(const float* x, const char* weight, float* out, int64_t rows, int64_t outputs,
+                   int64_t inputs, bool add) {
+    int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
-        int64_t at = p * PANEL, n = outputs - at, width = panel_width(n, KIND<Number>);
+        int64_t at = p * PANEL, n = outputs - at, width = panel_width<Format>(n);
         for (int64_t i = 0; i < rows; i += HIGH)
             sized(rows - i, width, [&](auto r, auto v) {
-                if constexpr (KIND<Number> != HALF || v.value % 2 == 0)
-                    panel_rows<r.value, v.value>(x + i * inputs, inputs, weight + at * inputs,
-                                                 scales + at, out + i * outputs + at, outputs, n,
-                                                 add);
+                constexpr int R = r.value, V = v.value;
+                if constexpr (V % Format::UNIT == 0) {
+                    Vector sum[R][V];
+#pragma GCC unroll 8
+                    for (int j = 0; j < R; j++)
+#pragma GCC unroll 4
+                        for (int u = 0; u < V; u++) sum[j][u] = all(0.0f);
+                    Format::template sums<R, V>(x + i * inputs, inputs, weight + p * size, sum);
+#pragma GCC unroll 8
+                    for (int j = 0; j < R; j++)
+#pragma GCC unroll 4
+                        for (int u = 0; u < V; u++) {
+                            int64_t left = n - u * LANES;
+                            float* to = out + (i + j) * outputs + at + u * LANES;
+                            if (left >= LANES)
+                                store(to, add ? load(to) + sum[j][u] : sum[j][u]);
+                            else if (left > 0)
+                                store_some(to, add ? load_some(to, left) + sum[j][u] : sum[j][u],
+                                           left);
+                        }
+                }
             });
     }
 }
 
-static inline void skinny(const float* x, const void* weight, int64_t kind, float* out,
-                          int64_t rows, int64_t outputs, int64_t inputs, bool add) {
-    const float* scales = (const float*)weight;
-    if (kind == BYTE)
-        skinny(x, (const int8_t*)(scales + padded(outputs)), scales, out, rows, outputs, inputs, add);
-    else if (kind == HALF)
-        skinny(x, (const uint16_t*)weight, scales, out, rows, outputs, inputs, add);
-    else
-        skinny(x, (const float*)weight, scales, out, rows, outputs, inputs, add);
+// A packed weight.
+struct Packed {
+    const void* numbers;
+    int64_t kind;
+};
+
+static inline void skinny(const float* x, const Packed& weight, float* out, int64_t rows,
+                          int64_t outputs, int64_t inputs, bool add) {
+    as_format(weight.kind, [&](auto format) {
+        skinny<decltype(format)>(x, (const char*)weight.numbers, out, rows, outputs, inputs, add);
+    });
 }

@@ -1,0 +1,123 @@
+"""Weights in blocks of 32 inputs, as in GGUF files: packed in their own bits, without loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu import packed as packing
+from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
+
+GROUP = 32
+SHAPES = [(1, 32), (16, 64), (33, 96), (130, 32), (257, 160)]
+
+
+@pytest.fixture(autouse=True)
+def own(library, monkeypatch):
+    monkeypatch.setattr(native, "library", library)
+
+
+def packed(weight: Tensor) -> PackedWeight:
+    found = packed_weight(weight)
+    assert found is not None
+    return found
+
+
+def in_fp32(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> PackedWeight:
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_BY_SIZE", (Kind.FULL,))
+        return packed(weight)
+
+
+def fp16(numbers: Tensor) -> Tensor:
+    return numbers.half().float()
+
+
+def blocks_of(shape: tuple[int, int], levels: int, seed: int, *, symmetric: bool) -> Tensor:
+    """Random blocks by the definition: step x q + offset, with step and offset in fp16."""
+    generator = torch.Generator().manual_seed(seed)
+    n = shape[0] * shape[1] // GROUP
+    step = fp16(torch.randn(n, 1, generator=generator) * 0.02)
+    q = torch.randint(levels, (n, GROUP), generator=generator).float()
+    offset = fp16(
+        -levels // 2 * step if symmetric else torch.randn(n, 1, generator=generator) * 0.1
+    )
+    # In float64 first: the sum is rounded once.
+    return (step.double() * q.double() + offset.double()).float().view(shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_four_bits_have_the_bits_of_fp32(shape, symmetric, monkeypatch):
+    weight = blocks_of(shape, 16, sum(shape), symmetric=symmetric)
+    found, full = packed(weight), in_fp32(weight, monkeypatch)
+    assert found.kind == Kind.BLOCKS4
+    panels = -(-shape[0] // 16) * 16
+    assert found.numbers.nbytes == panels * shape[1] * 5 // 8
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13):
+        x = torch.randn(rows, shape[1])
+        product = found.linear(x)
+        assert torch.equal(product, full.linear(x))
+        assert torch.equal(product, torch.cat([found.linear(row) for row in x.split(1)]))
+        expected = x.double() @ weight.double().t()
+        torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > GROUP])
+def test_eight_bits_have_the_bits_of_fp32(shape, monkeypatch):
+    # As quantizers leave it, one number of every block is 127 steps.
+    weight = blocks_of(shape, 255, sum(shape), symmetric=True).view(-1, GROUP)
+    weight[:, 0] = weight.abs().amax(1)
+    step = fp16(weight[:, :1] / 127)
+    weight = ((weight / step).round().nan_to_num() * step).view(shape)
+    found, full = packed(weight), in_fp32(weight, monkeypatch)
+    assert found.kind == Kind.BLOCKS8
+    for rows in (1, 3, 7):
+        x = torch.randn(rows, shape[1])
+        assert torch.equal(found.linear(x), full.linear(x))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_what_gguf_quantizes_is_read_in_its_bits(name, monkeypatch):
+    quants = pytest.importorskip("gguf.quants", reason="needs pip install -e '.[hf]'")
+    kind = quants.GGMLQuantizationType[name]
+    weight = torch.randn(70, 96) * torch.logspace(-3, 3, 70).unsqueeze(1)
+    weight[5], weight[6, 1:], weight[7, :] = 0.0, 0.0, 0.25
+    dequantized = quants.dequantize(quants.quantize(weight.numpy(), kind), kind)
+    weight = torch.from_numpy(dequantized).float().contiguous()
+    found = packed(weight)
+    assert found.kind == (Kind.BLOCKS4 if name.startswith("Q4") else Kind.BLOCKS8)
+    x = torch.randn(2, 96)
+    assert torch.equal(found.linear(x), in_fp32(weight, monkeypatch).linear(x))
+    # Packing loses nothing: of an identity the product is the weight.
+    assert torch.equal(found.linear(torch.eye(96)).t(), weight)
+
+
+@pytest.mark.parametrize("value", [2**-20, float("nan"), float("inf"), -float("inf")])
+def test_one_number_between_the_levels_is_not_lost(value, monkeypatch):
+    weight = blocks_of((70, 64), 16, 3, symmetric=False)
+    assert packed(weight).kind == Kind.BLOCKS4
+    weight[69, 63] += value
+    found = packed(weight)
+    assert found.kind == Kind.FULL
+    x = torch.randn(2, 64)
+    assert torch.equal(
+        found.linear(x).nan_to_num(), (in_fp32(weight, monkeypatch).linear(x)).nan_to_num()
+    )
+
+
+def test_inputs_that_fill_no_block_stay_as_they_are():
+    weight = blocks_of((16, 64), 16, 1, symmetric=False)[:, :40].contiguous()
+    assert packed(weight).kind == Kind.FULL
+
+
+def test_threads_change_no_bit():
+    product, x = packed(blocks_of((4096, 128), 16, 1, symmetric=False)), torch.randn(3, 128)
+    alone = product.linear(x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(product.linear(x), alone)
+    finally:
+        torch.set_num_threads(1)
