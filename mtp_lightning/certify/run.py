@@ -16,7 +16,7 @@ from mtp_lightning.certify.others import compare_others, require_programs
 from mtp_lightning.certify.sampled import Sampled, draw_texts
 from mtp_lightning.certify.texts import prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
-from mtp_lightning.decoding.precision import check_precision, use_precision
+from mtp_lightning.decoding.precision import PRECISIONS, check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
@@ -62,8 +62,7 @@ def certify(
             be asked.
     """
     if precisions is None:
-        rounded = () if rounded_weights_need("cpu") else ("bf16", "int8")
-        precisions = ("fp32", *rounded)
+        precisions = ("fp32",) if rounded_weights_need("cpu") else PRECISIONS
     for precision in precisions:
         check_precision(precision)
     require_programs(against, path)

@@ -111,9 +111,9 @@ def packed_weight(weight_NK: Tensor) -> PackedWeight | None:
     weight_NK = weight_NK.detach()
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
-    library, shape = native.lib(), tuple(weight_NK.shape)
+    library, (outputs, inputs) = native.lib(), weight_NK.shape
     for kind in _BY_SIZE:  # an attempt ends at the first number that does not fit
-        numbers = torch.empty(library.packed_size(*shape, kind), dtype=torch.uint8)
-        if library.pack_weight(weight_NK.data_ptr(), numbers.data_ptr(), *shape, kind):
-            return PackedWeight(numbers, *shape, kind)
+        numbers = torch.empty(library.packed_size(outputs, inputs, kind), dtype=torch.uint8)
+        if library.pack_weight(weight_NK.data_ptr(), numbers.data_ptr(), outputs, inputs, kind):
+            return PackedWeight(numbers, outputs, inputs, kind)
     raise AssertionError("fp32 represents all numbers")

@@ -1,14 +1,15 @@
-"""``precision=bf16`` or ``int8``: a pass of decoding reads half or a quarter of the bytes.
+"""``precision=bf16``, ``int8`` or ``int4``: decoding reads a half to a sixth of the bytes.
 
-Every matrix is rounded, to bf16 or to 255 levels per row. Norm gains, biases, hidden states, caches
-and sums stay fp32. The rounded model is then decoded: with or without drafts, its greedy text is
-the same token for token. Weights stored in bf16, as most published ones are, lose nothing in bf16;
-int8 can change a text.
+Every matrix is rounded: to bf16, to 255 levels per row, or to 16 levels per 32 inputs. Norm gains,
+biases, hidden states, caches and sums stay fp32. The rounded model is then decoded: with or without
+drafts, its greedy text is the same token for token. Weights stored in bf16, as most published ones
+are, lose nothing in bf16; the others can change a text. ``fp32`` leaves the numbers as they are:
+those of a quantized GGUF file are still read in the file's bits (``cpu/packed.py``).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from mtp_lightning.decoding.fused import rounded_weights_need
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.head import Head
 from mtp_lightning.settings import require_choice
 
 
@@ -29,7 +31,7 @@ def check_precision(precision: str, *, compile: bool = False) -> None:
     Raises:
         UserError: the precision is unknown, or rounded weights would not be faster here.
     """
-    if require_choice("precision", precision, ("fp32", "bf16", "int8")) == "fp32":
+    if require_choice("precision", precision, PRECISIONS) == "fp32":
         return
     if compile:
         raise UserError(
@@ -41,7 +43,7 @@ def check_precision(precision: str, *, compile: bool = False) -> None:
 
 
 def use_precision(model: MTPModel, precision: str) -> None:
-    """Round ``model`` in place to ``precision``: ``fp32`` (no change), ``bf16`` or ``int8``.
+    """Round ``model`` in place to ``precision``; ``fp32`` changes nothing.
 
     Raises:
         UserError: the precision is unknown, or rounded weights would not be faster here.
@@ -52,7 +54,7 @@ def use_precision(model: MTPModel, precision: str) -> None:
     weight = model.head.weight
     if not weight.is_cpu or weight.dtype != torch.float32:
         raise _nothing_faster(precision, "an fp32 model on a CPU")
-    round_weights(model, "bf16" if precision == "bf16" else "int8")
+    round_weights(model, precision)
 
 
 def _nothing_faster(precision: str, missing: str) -> UserError:
@@ -63,18 +65,23 @@ def _nothing_faster(precision: str, missing: str) -> UserError:
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, precision: Literal["bf16", "int8"]) -> None:
+def round_weights(model: nn.Module, precision: str) -> None:
     """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged.
 
     In int8, the numbers of a row become integer multiples, -127 to 127, of a step: its largest
     absolute value / 127. The step is rounded up to 16 significant bits, so that fp32 represents the
     multiples exactly. A row with a NaN or an infinity becomes NaN.
+
+    In int4, every 32 inputs of an output have 16 levels from their smallest to their largest
+    number, with a step and an offset in fp16, as in GGUF's Q4_1. As in GGUF files, the embedding
+    and the head keep 8 bits: they are rounded to int8, and so are matrices whose inputs are not a
+    multiple of 32.
     """
+    eight = {id(m.weight) for m in model.modules() if isinstance(m, Head | nn.Embedding)}
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.copy_(
-                parameter.bfloat16() if precision == "bf16" else _rounded_to_bytes(parameter)
-            )
+            kept = precision == "int4" and id(parameter) in eight
+            parameter.copy_(_ROUNDED["int8" if kept else precision](parameter))
 
 
 def _rounded_to_bytes(weight: Tensor) -> Tensor:
@@ -83,3 +90,24 @@ def _rounded_to_bytes(weight: Tensor) -> Tensor:
     # Rounded up, so that no multiple exceeds 127.
     step = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
     return torch.where(step == 0, 0.0, (weight / step).round() * step)
+
+
+def _rounded_to_blocks(weight: Tensor) -> Tensor:
+    if weight.shape[-1] % _BLOCK:
+        return _rounded_to_bytes(weight)
+    blocks = weight.float().unflatten(-1, (-1, _BLOCK))
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    step, offset = ((high - low) / 15).half().double(), low.half().double()
+    level = torch.where(step == 0, 0.0, (blocks - offset) / step).round().clamp(0, 15)
+    # The sum is rounded to fp32 once.
+    return (step * level + offset).float().flatten(-2)
+
+
+# Inputs that share a step and an offset in int4.
+_BLOCK = 32
+_ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "bf16": Tensor.bfloat16,
+    "int8": _rounded_to_bytes,
+    "int4": _rounded_to_blocks,
+}
+PRECISIONS = ("fp32", *_ROUNDED)

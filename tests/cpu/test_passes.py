@@ -81,10 +81,10 @@ def test_numbers_are_those_of_the_layers(name: str, lengths: tuple[int, ...]) ->
             drafts_and_verifies(whole, layers, drafts, seed=7)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_rounded_weights_too(precision: str) -> None:
     model = small_model(4, 2)
-    round_weights(model, precision)  # type: ignore[arg-type]
+    round_weights(model, precision)
     with decoding_passes(model):
         whole, layers = sessions(model, 2, 2)
         for session in (whole, layers):

@@ -11,7 +11,7 @@ import torch
 from mtp_lightning.cpu.packed import Kind, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import fused_passes
-from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.decoding.precision import round_weights, use_precision
 from mtp_lightning.experiment import generating
 from tests.decoding.models import (
     random_prompts,
@@ -29,7 +29,12 @@ def own(library, monkeypatch):
     use_library(monkeypatch, library)
 
 
-KINDS = {"bf16": Kind.HALF, "int8": Kind.BYTE}
+# Of the head and of a projection of 64 inputs.
+KINDS = {
+    "bf16": (Kind.HALF, Kind.HALF),
+    "int8": (Kind.BYTE, Kind.BYTE),
+    "int4": (Kind.BYTE, Kind.BLOCKS4),
+}
 ROUNDED = pytest.mark.parametrize("precision", KINDS)
 
 
@@ -64,7 +69,8 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
 def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows, precision):
     model = rounded(precision, 3, 2, deepseek=deepseek)
     with fused_passes(model):
-        assert packed_copy(model.head.weight).kind == KINDS[precision]
+        weights = model.head.weight, model.mtp.module(1).eh_proj.weight
+        assert tuple(packed_copy(weight).kind for weight in weights) == KINDS[precision]
     verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
 
 
@@ -83,14 +89,43 @@ def test_what_is_rounded_is_read_in_fewer_bytes_and_the_rest_is_left(precision):
     assert not torch.equal(model.head.weight, before.head.weight)
     assert torch.equal(model.trunk.norm.weight, before.trunk.norm.weight)
     with fused_passes(model):
-        assert packed_copy(model.head.weight).kind == KINDS[precision]
+        assert packed_copy(model.head.weight).kind == KINDS[precision][0]
         assert "forward" in vars(model.trunk)
+
+
+def test_int4_is_the_nearest_of_16_levels_of_32_inputs():
+    layer = torch.nn.Linear(96, 70, bias=False)
+    weight = torch.randn(70, 96) * torch.logspace(-3, 3, 70).unsqueeze(1)
+    weight[5], weight[6, 1:], weight[7] = 0.0, 0.0, 0.25
+    layer.weight.data = weight.clone()
+    round_weights(layer, "int4")
+    found = layer.weight.data.double().unflatten(1, (3, 32))
+    blocks = weight.double().unflatten(1, (3, 32))
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    # Half a step, and what rounding the step and the smallest number to fp16 costs.
+    allowed = (high - low) / 15 * (0.5 + 15 * 2**-11) + low.abs() * 2**-11 + 2**-24
+    assert ((found - blocks).abs() <= allowed).all()
+    assert all(len(row.unique()) <= 16 for row in found.flatten(0, 1))
+    assert torch.equal(found[5], torch.zeros(3, 32, dtype=torch.float64))
+    layer.weight.data[3, 40] = float("nan")
+    round_weights(layer, "int4")
+    assert layer.weight.data[3, 32:64].isnan().all() and layer.weight.data.isnan().sum() == 32
+
+
+def test_int4_keeps_eight_bits_in_the_embedding_and_the_head():
+    models = [small_model(2, 1) for _ in range(2)]
+    for model, precision in zip(models, ("int8", "int4"), strict=True):
+        use_precision(model, precision)
+    int8, int4 = models
+    assert torch.equal(int4.head.weight, int8.head.weight)
+    assert torch.equal(int4.trunk.embedding.weight, int8.trunk.embedding.weight)
+    assert not torch.equal(int4.mtp.module(1).eh_proj.weight, int8.mtp.module(1).eh_proj.weight)
 
 
 def test_refusals_name_the_remedy(monkeypatch):
     model = small_model(2, 1)
-    with pytest.raises(ValueError, match="precision must be .*, not 'int4'|precision=int4"):
-        use_precision(model, "int4")
+    with pytest.raises(ValueError, match="precision=int2 is unknown"):
+        use_precision(model, "int2")
     use_library(monkeypatch, None)
     with pytest.raises(ValueError, match="needs a CPU with AVX-512 .*leave precision=fp32"):
         use_precision(model, "bf16")
@@ -108,8 +143,8 @@ def test_generate_takes_it(monkeypatch):
     cfg.compile = True
     with pytest.raises(ValueError, match="precision=bf16 does not go together with compile=true"):
         generating.open_for(cfg)
-    cfg.compile, cfg.precision = False, "int4"
-    with pytest.raises(ValueError, match="precision=int4 is unknown"):
+    cfg.compile, cfg.precision = False, "int2"
+    with pytest.raises(ValueError, match="precision=int2 is unknown"):
         generating.open_for(cfg)
     cfg.precision = "int8"
     use_library(monkeypatch, None)

@@ -73,13 +73,13 @@ def test_drafts_are_of_the_first_tokens_and_change_no_text(
         assert [g.drafts_accepted for g in whole] == [g.drafts_accepted for g in all_rows]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_what_the_first_tokens_are_worth_is_what_the_whole_head_says(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(4, 1)
     if precision != "fp32":
-        round_weights(model, precision)  # type: ignore[arg-type]
+        round_weights(model, precision)
     (prompt,) = random_prompts(4, (9,))
     seen = watched(monkeypatch)
     for vocab in (None, ROWS):

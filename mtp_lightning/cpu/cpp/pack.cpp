@@ -161,30 +161,28 @@ struct Fitted {
 
     // Finds the step and the offset, if there are any.
     bool find(const float* numbers) {
-        float low = numbers[0], high = numbers[0];
-        for (int64_t i = 1; i < GROUP; i++) {
-            low = numbers[i] < low ? numbers[i] : low;
-            high = numbers[i] > high ? numbers[i] : high;
-        }
         constexpr int TOP = (1 << BITS) - 1, ZERO = 1 << (BITS - 1);
+        Vector one = load(numbers), two = load(numbers + LANES);
+        float high = largest_of(larger(one, two)), low = -largest_of(larger(-one, -two));
         float size = -low > high ? -low : high;
-        // As Q8_0: the largest number has the level 127, or 128, on either side of an offset of 0.
-        if (fits(numbers, size / (ZERO - 1), -size / (ZERO - 1) * ZERO)) return true;
-        if (fits(numbers, size / ZERO, -size)) return true;
+        // As Q8_0: the largest number has the level 127, above or below an offset of 0.
+        if (BITS == 8 && fits(numbers, size / (ZERO - 1), -size / (ZERO - 1) * ZERO)) return true;
+        // As Q4_1: the smallest number is the offset, the largest has the last level.
+        if (fits(numbers, (high - low) / TOP, low)) return true;
+        // As Q4_0: the number of the largest size has the level 0, eight steps from 0.
+        if (fits(numbers, size / ZERO, -size) || fits(numbers, -size / ZERO, size)) return true;
         if (low == high) {
-            if (fits(numbers, 0.0f, low)) return true;
-            for (int n = 1; n <= ZERO; n++)  // as Q4_0, whose offset is 8 steps below 0
+            for (int n = 1; n <= ZERO; n++)
                 if (fits(numbers, -low / n, low / n * ZERO) || fits(numbers, low / n, -low / n * ZERO))
                     return true;
             return false;
         }
-        // As Q4_1 and Q4_0: one of the extremes, or a level beyond them, is the offset.
+        // An extreme, or with 4 bits a level beyond it, is the offset; not all levels are used.
         for (int n = TOP; n > 0; n--) {
             float given = as_fp16((high - low) / n);
-            for (int beyond = 0; beyond <= TOP - n; beyond++) {
+            for (int beyond = 0; beyond <= (BITS == 4 ? TOP - n : 0); beyond++) {
                 if (fits(numbers, given, low - beyond * given)) return true;
                 if (fits(numbers, -given, high + beyond * given)) return true;
-                if (BITS > 4) break;
             }
         }
         return false;
