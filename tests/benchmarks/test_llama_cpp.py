@@ -1,0 +1,35 @@
+"""benchmarks/llama_cpp.py: both programs decode the same file, and its rates can be true."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import llama_cpp
+
+pytestmark = pytest.mark.extras
+
+
+def test_rows(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs pip install -e '.[engines]'")
+    pytest.importorskip("gguf")
+    from tests.interop.gguf_files import write_gguf
+
+    file = write_gguf(tmp_path / "small.gguf")
+    rows = llama_cpp.measure(
+        str(file),
+        heads=None,
+        threads=1,
+        batch=2,
+        precisions=("fp32", "int8"),
+        prompts=[[5, 6, 7, 8], [9, 10, 11, 12]],
+        new_tokens=8,
+        turns=1,
+        python=sys.executable,
+    )
+    assert [row["side"].split()[0] for row in rows] == ["xllamacpp", "plain,", "plain,"]
+    for row in rows:
+        assert row["megabytes"] > 10 and row["prompt_tokens_per_second"] > 0
+    assert rows[0]["over"] == rows[0]["prompt_over"] == 1
