@@ -21,52 +21,77 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.settings import require_choice
 
 
-def check_precision(precision: str, *, compile: bool = False) -> None:
+def check_precision(precision: str, heads: str | None = None, *, compile: bool = False) -> None:
     """Refuse a precision that this machine cannot decode in, before a model is read.
 
     Args:
         precision: as the user gave it.
+        heads: ``head_precision``, as the user gave it.
         compile: whether compiled passes are asked for.
 
     Raises:
-        UserError: the precision is unknown, or rounded weights would not be faster here.
+        UserError: a precision is unknown, or rounded weights would not be faster here.
     """
-    if require_choice("precision", precision, PRECISIONS) == "fp32":
-        return
-    if compile:
-        raise UserError(
-            f"precision={precision} does not go together with compile=true, whose programs "
-            "read fp32: leave one of them out."
-        )
-    if missing := rounded_weights_need("cpu"):
-        raise _nothing_faster(precision, missing)
+    given = {"precision": precision}
+    if heads is not None:
+        given["head_precision"] = heads
+    for key, value in given.items():
+        if require_choice(key, value, PRECISIONS) == "fp32":
+            continue
+        if compile:
+            raise UserError(
+                f"{key}={value} does not go together with compile=true, whose programs "
+                "read fp32: leave one of them out."
+            )
+        if missing := rounded_weights_need("cpu"):
+            raise _nothing_faster(f"{key}={value}", missing)
 
 
-def use_precision(model: MTPModel, precision: str) -> None:
+def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> None:
     """Round ``model`` in place to ``precision``; ``fp32`` changes nothing.
 
+    Args:
+        model: the model.
+        precision: of all matrices.
+        heads: of the MTP stack's own matrices instead, which changes the drafts and no text; None
+            for ``precision``.
+
     Raises:
-        UserError: the precision is unknown, or rounded weights would not be faster here.
+        UserError: a precision is unknown, rounded weights would not be faster here, or there are no
+            matrices to round.
     """
-    check_precision(precision)
-    if precision == "fp32":
+    check_precision(precision, heads)
+    own = [p for p in model.mtp.parameters() if p.dim() > 1]
+    if heads is not None and not own:
+        raise UserError(
+            f"head_precision={heads} is of the MTP modules' matrices, and this model has none: "
+            "leave it out."
+        )
+    if {precision, heads} <= {"fp32", None}:
         return
     weight = model.head.weight
     if not weight.is_cpu or weight.dtype != torch.float32:
-        raise _nothing_faster(precision, "an fp32 model on a CPU")
+        raise _nothing_faster(f"precision={precision}", "an fp32 model on a CPU")
+    stored = [p.detach().clone() for p in own] if heads is not None else []
     round_weights(model, precision)
+    if heads is not None:
+        with torch.no_grad():
+            for parameter, before in zip(own, stored, strict=True):
+                parameter.copy_(before)
+        round_weights(model.mtp, heads)
 
 
-def _nothing_faster(precision: str, missing: str) -> UserError:
+def _nothing_faster(setting: str, missing: str) -> UserError:
     return UserError(
-        f"precision={precision} needs {missing}: without it, weights would not be read faster; "
-        "leave precision=fp32."
+        f"{setting} needs {missing}: without it, weights would not be read faster; leave it at "
+        "fp32."
     )
 
 
 @torch.no_grad()
 def round_weights(model: nn.Module, precision: str) -> None:
     """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged.
+    In fp32 nothing changes.
 
     In int8, the numbers of a row become integer multiples, -127 to 127, of a step: its largest
     absolute value / 127. The step is rounded up to 16 significant bits, so that fp32 represents the
@@ -77,6 +102,8 @@ def round_weights(model: nn.Module, precision: str) -> None:
     and the head keep 8 bits: they are rounded to int8, and so are matrices whose inputs are not a
     multiple of 32.
     """
+    if precision == "fp32":
+        return
     eight = {id(m.weight) for m in model.modules() if isinstance(m, Head | nn.Embedding)}
     for parameter in model.parameters():
         if parameter.dim() > 1:

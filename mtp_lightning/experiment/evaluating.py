@@ -71,10 +71,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     vetting.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
-    check_precision(cfg.precision)
+    check_precision(cfg.precision, cfg.head_precision)
     allow = trusted_packages(cfg)
     run = open_model(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
-    use_precision(run.model, cfg.precision)
+    use_precision(run.model, cfg.precision, cfg.head_precision)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
     if told := kernels_told(run.model.head.weight.device.type):
         print(told)

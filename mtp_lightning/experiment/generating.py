@@ -123,11 +123,11 @@ def open_for(cfg: Any) -> OpenedModel:
         UserError: the checkpoint is damaged or foreign, or the precision is not available.
         OSError: a file is missing.
     """
-    check_precision(cfg.precision, compile=cfg.compile)
+    check_precision(cfg.precision, cfg.head_precision, compile=cfg.compile)
     set_threads(cfg.num_threads)
     device = pick_accelerator(cfg.accelerator)
     run = open_model(cfg.checkpoint, device=device, allow=cfg.allow)
-    use_precision(run.model, cfg.precision)
+    use_precision(run.model, cfg.precision, cfg.head_precision)
     return run
 
 

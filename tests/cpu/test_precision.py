@@ -112,6 +112,24 @@ def test_int4_is_the_nearest_of_16_levels_of_32_inputs():
     assert layer.weight.data[3, 32:64].isnan().all() and layer.weight.data.isnan().sum() == 32
 
 
+@pytest.mark.parametrize("heads", ["fp32", "int4"])
+def test_the_modules_have_a_precision_of_their_own_which_changes_no_text(heads):
+    both, own = small_model(6, 2), small_model(6, 2)
+    use_precision(both, "int8")
+    use_precision(own, "int8", heads)
+    other = {n for n, p in own.named_parameters() if not torch.equal(p, both.get_parameter(n))}
+    assert {"mtp.depths.0.eh_proj.weight", "mtp.depths.1.eh_proj.weight"} <= other
+    assert all(name.startswith("mtp.") for name in other)
+    prompts = random_prompts(6, (5, 9))
+    texts = [[g.token_ids for g in generate(m, prompts, max_new_tokens=NEW)] for m in (both, own)]
+    assert texts[0] == texts[1]
+
+
+def test_modules_that_are_not_there_have_no_precision():
+    with pytest.raises(ValueError, match="head_precision=int8 .* has none: leave it out"):
+        use_precision(small_model(2, 0), "fp32", "int8")
+
+
 def test_int4_keeps_eight_bits_in_the_embedding_and_the_head():
     models = [small_model(2, 1) for _ in range(2)]
     for model, precision in zip(models, ("int8", "int4"), strict=True):
@@ -127,7 +145,7 @@ def test_refusals_name_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match="precision=int2 is unknown"):
         use_precision(model, "int2")
     use_library(monkeypatch, None)
-    with pytest.raises(ValueError, match="needs a CPU with AVX-512 .*leave precision=fp32"):
+    with pytest.raises(ValueError, match="needs a CPU with AVX-512 .*leave it at fp32"):
         use_precision(model, "bf16")
 
 
@@ -135,7 +153,13 @@ def test_generate_takes_it(monkeypatch):
     model = small_model(2, 1)
     run = SimpleNamespace(model=model)
     monkeypatch.setattr(generating, "open_model", lambda *args, **options: run)
-    settings = {"num_threads": 1, "accelerator": "cpu", "checkpoint": "x", "allow": []}
+    settings = {
+        "head_precision": None,
+        "num_threads": 1,
+        "accelerator": "cpu",
+        "checkpoint": "x",
+        "allow": [],
+    }
     cfg = SimpleNamespace(**settings, precision="bf16", compile=False)
     assert generating.open_for(cfg) is run
     assert torch.equal(model.head.weight, model.head.weight.bfloat16().float())
