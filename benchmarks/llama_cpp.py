@@ -187,7 +187,7 @@ def llama_cpp(
     turns: int = 5,
     python: str = sys.executable,
 ) -> Row:
-    """Tokens a second of every side, with llama.cpp's as the unit.
+    """Tokens per second of every side, with llama.cpp's as the unit.
 
     Args:
         model: a GGUF file.

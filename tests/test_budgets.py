@@ -23,7 +23,7 @@ LINES = {
     "mtp_lightning/callbacks": 1_830,
     "mtp_lightning/certify": 1_050,
     "mtp_lightning/cpu": 1_450,
-    "mtp_lightning/decoding": 4_050,
+    "mtp_lightning/decoding": 4_080,
     "mtp_lightning/distributed": 1_420,
     "mtp_lightning/experiment": 2_530,
     "mtp_lightning/heads": 380,
