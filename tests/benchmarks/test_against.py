@@ -41,7 +41,7 @@ def test_an_unknown_commit_is_refused() -> None:
         against.commit_of("no-such")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tree_from_before_gets_the_files_of_workers(tmp_path: Path) -> None:
     """It then measures its own code: what is not there cannot be imported."""
     words = ["git", "archive", "--format=tar", "ed24bd7", "mtp_lightning", "benchmarks", "conf"]

@@ -40,7 +40,7 @@ def test_validation(tmp_path: Path) -> None:
     assert [row["total"] / row["seconds"] for row in parts] == pytest.approx([10] * 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpu_on_a_cpu(tmp_path: Path) -> None:
     """What it measures, at sizes of a CPU; a row that fails costs no other."""
     arguments = ["--device", "cpu", "--rows", "pico:1:2", "nope:0:1", "--vocab-size", "300"]
@@ -59,7 +59,7 @@ def test_gpu_on_a_cpu(tmp_path: Path) -> None:
             gpu.main([])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_ways_are_measured(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     result = checkpoints.main(["--megabytes", "48", "--rounds", "1", "--output", str(output)])

@@ -118,7 +118,7 @@ def test_profile_of_a_step_adds_up(library: Any, monkeypatch: pytest.MonkeyPatch
     assert all(row["products_ms"] > 0 and row["operators"] >= 2 for row in linear)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profile, precision and memory from their command lines."""
     shape = {"vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 16}

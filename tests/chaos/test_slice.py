@@ -16,7 +16,7 @@ def test_what_is_promised_holds(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "tests.chaos", "--alone", "--repeatable"),
-            *("--cases", "24", "--folder", tmp_path),
+            *("--cases", "12", "--folder", tmp_path),
         ],
         capture_output=True,
         text=True,

@@ -175,26 +175,21 @@ def test_bad_settings_are_named(monkeypatch, tmp_path):
         generate(model, [[1]], max_new_tokens=2, compile=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_programs.py builds one for .ci/run
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize(
     "mtp",
     [
+        {},
+        {"deepseek": True},
+        {"stack": JointConfig},
         {"stack": JointConfig, "deepseek": True},
-        *(
-            pytest.param(mtp, marks=pytest.mark.long)
-            for mtp in (
-                {},
-                {"deepseek": True},
-                {"stack": JointConfig},
-                {"stack": NextLatConfig},
-                {"stack": LinearConfig, "correction": "mlp"},
-                {"stack": LinearConfig, "correction": "markov"},
-                {"stack": LinearConfig, "rank": 2},
-            )
-        ),
+        {"stack": NextLatConfig},
+        {"stack": LinearConfig, "correction": "mlp"},
+        {"stack": LinearConfig, "correction": "markov"},
+        {"stack": LinearConfig, "rank": 2},
     ],
     ids=str,
 )

@@ -289,7 +289,7 @@ def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path) -> None:
     assert found["val/exact_match"] == own["val/exact_match"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
     """About a minute of one thread: nearly all copies are right; dealt to others, none."""
     from mtp_lightning.decoding.answers import say

@@ -159,8 +159,10 @@ def test_what_is_wrong_is_said_before_any_job_starts(
     assert not (tmp_path / "sweep").exists() or case in ON_DEVICES
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("auto", marks=pytest.mark.slow), pytest.param("ddp", marks=pytest.mark.long)],
+)
 def test_interrupted_by_ctrl_c(tmp_path: Path, cache: Path, strategy: str) -> None:
     folder = tmp_path / "sweep"
     settings = {
