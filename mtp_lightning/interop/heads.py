@@ -29,12 +29,19 @@ def is_there(folder: Path) -> bool:
 
 
 def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stack's part of a model's weights; experts' biases stay in float32."""
+    """The stack's part of a model's weights; experts' biases stay in float32, and ids as they
+    are."""
     return {
-        name: (tensor.float() if name.endswith("expert_bias") else tensor.to(dtype)).contiguous()
+        name: _stored(name, tensor, dtype).contiguous()
         for name, tensor in weights.items()
         if name.startswith("mtp.")
     }
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if name.endswith("expert_bias"):
+        return tensor.float()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def metadata(config: ModelConfig) -> dict[str, str]:

@@ -172,7 +172,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
 @torch.inference_mode()
 def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
     hidden = model(WindowBatch(tokens, model.depth, stride=model.config.mtp.stride))
-    return [model.head(h_BTC) for h_BTC in hidden.values()]
+    return [model.head_of(k)(h_BTC) for k, h_BTC in hidden.items()]
 
 
 def _check_heads(back: MTPModel, own: list[Tensor], tokens: Tensor) -> Iterator[str]:
