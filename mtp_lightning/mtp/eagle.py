@@ -102,6 +102,31 @@ class EagleConfig(MTPConfig, variant="eagle"):
                 "mtp.draft_vocab=null, or leave it out."
             )
 
+    def check_trunk(self, trunk: TrunkConfig) -> None:
+        """Refuse a trunk that has no such layer on it.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
+        entry = trunk.attention.cache_entry(trunk)
+        if (entry.n_vectors, entry.width, trunk.d_rope) != whole_heads:
+            raise UserError(
+                "mtp=eagle stores keys and values of whole heads, and the cache of "
+                f"model.attention={trunk.attention.variant} does not: use "
+                "model.attention=grouped_query."
+            )
+        if self.layers is not None and max(self.layers) > trunk.n_layers:
+            raise UserError(
+                f"mtp.layers={list(self.layers)} reads states after {max(self.layers)} blocks, and "
+                f"the trunk has model.n_layers={trunk.n_layers}: give numbers up to that."
+            )
+        if self.draft_vocab is not None and self.draft_vocab > trunk.vocab_size:
+            raise UserError(
+                f"mtp.draft_vocab={self.draft_vocab}, but the model has {trunk.vocab_size} tokens: "
+                "use at most that many, or null."
+            )
+
     def layers_of(self, n_layers: int) -> tuple[int, int, int]:
         """After how many of ``n_layers`` blocks the states are read."""
         return default_layers(n_layers) if self.layers is None else self.layers
@@ -119,9 +144,9 @@ class EagleConfig(MTPConfig, variant="eagle"):
 
 def default_layers(n_layers: int) -> tuple[int, int, int]:
     """2, L / 2 and L - 3 blocks, as in the released code and in servers; for trunks of fewer than 7
-    blocks, where these do not ascend, (L - 1) / 3, L / 2 and L."""
+    blocks, where these do not ascend, (L - 1) / 3, L / 2 and L - 1, of fewer than 3 L."""
     if n_layers < 7:
-        return (n_layers - 1) // 3, n_layers // 2, n_layers
+        return (n_layers - 1) // 3, n_layers // 2, n_layers - (n_layers > 2)
     return 2, n_layers // 2, n_layers - 3
 
 
@@ -252,7 +277,7 @@ class EagleMTP(Chain):
     def __init__(self, config: EagleConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.trunk_config = trunk
-        _check_trunk(config, trunk)
+        config.check_trunk(trunk)
         self.depths = nn.ModuleList(DraftLayer(config, trunk) for _ in range(min(config.depth, 1)))
 
     @property
@@ -322,28 +347,3 @@ class EagleMTP(Chain):
     @property
     def is_recursive(self) -> bool:
         return True
-
-
-def _check_trunk(config: EagleConfig, trunk: TrunkConfig) -> None:
-    """Refuse a trunk that has no such layer on it.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
-    entry = trunk.attention.cache_entry(trunk)
-    if (entry.n_vectors, entry.width, trunk.d_rope) != whole_heads:
-        raise UserError(
-            f"mtp=eagle stores keys and values of whole heads, and the cache of model.attention="
-            f"{trunk.attention.variant} does not: use model.attention=grouped_query."
-        )
-    if config.layers is not None and max(config.layers) > trunk.n_layers:
-        raise UserError(
-            f"mtp.layers={list(config.layers)} reads states after {max(config.layers)} blocks, and "
-            f"the trunk has model.n_layers={trunk.n_layers}: give numbers up to that."
-        )
-    if config.draft_vocab is not None and config.draft_vocab > trunk.vocab_size:
-        raise UserError(
-            f"mtp.draft_vocab={config.draft_vocab}, but the model has {trunk.vocab_size} tokens: "
-            "use at most that many, or null."
-        )
