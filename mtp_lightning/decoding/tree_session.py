@@ -194,6 +194,8 @@ class SingleCacheTreeSession(TreeSession):
     depth k - 1, of which the last level is new: a cache does not keep a tree from pass to pass.
     """
 
+    _outputs: Tensor
+
     @staticmethod
     def depths_kept(max_draft: int) -> int:
         return min(max_draft, 1)

@@ -69,7 +69,7 @@ class EagleConfig(MTPConfig, variant="eagle"):
     meaning: ClassVar[tuple[str, ...]] = ("layers", "draft_vocab")
     n_states: ClassVar[int] = 3
     # The states are read before the trunk's final norm.
-    input_norm: ClassVar[Any] = "pre"
+    input_norm = "pre"
 
     layers: tuple[int, int, int] | None = None
     draft_vocab: int | None = None
@@ -82,12 +82,14 @@ class EagleConfig(MTPConfig, variant="eagle"):
             require_whole("mtp.draft_vocab", self.draft_vocab, least=1)
         if self.layers is None:
             return
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if len(self.layers) != 3 or not all(is_whole(n) and n >= 0 for n in self.layers):
+        # Any sequence, such as a list of YAML or JSON.
+        layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
+        if len(layers) != 3 or not all(is_whole(n) and n >= 0 for n in layers):
             raise UserError(
-                f"mtp.layers={list(self.layers)} must be three whole numbers of at least 0: after "
-                "how many of the trunk's blocks each state is read."
+                f"mtp.layers={self.layers} must be three whole numbers of at least 0: after how "
+                "many of the trunk's blocks each state is read."
             )
+        object.__setattr__(self, "layers", layers)
 
     def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
         if "objective.train_head=false" in apart:
@@ -121,6 +123,13 @@ class EagleConfig(MTPConfig, variant="eagle"):
                 f"mtp.layers={list(self.layers)} reads states after {max(self.layers)} blocks, and "
                 f"the trunk has model.n_layers={trunk.n_layers}: give numbers up to that."
             )
+
+    def check_vocabulary(self, trunk: TrunkConfig) -> None:
+        """Refuse more rows than there are tokens.
+
+        Raises:
+            UserError: naming the setting.
+        """
         if self.draft_vocab is not None and self.draft_vocab > trunk.vocab_size:
             raise UserError(
                 f"mtp.draft_vocab={self.draft_vocab}, but the model has {trunk.vocab_size} tokens: "
@@ -298,7 +307,10 @@ class EagleMTP(Chain):
     def look_at(self, text: CountedText) -> None:
         """Choose the draft vocabulary."""
         if self.config.draft_vocab is not None:
-            self.layer.head.choose(text.token_frequency())
+            frequency = text.token_frequency()
+            # Not before: the vocabulary may be unknown when a model is only counted.
+            self.config.check_vocabulary(self.trunk_config)
+            self.layer.head.choose(frequency)
 
     @torch.no_grad()
     def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:

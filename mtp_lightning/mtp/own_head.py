@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_modules.windows import IGNORE_INDEX
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.ops import linear
 
 
@@ -56,6 +57,19 @@ class OwnHead(nn.Module):
         counts_V = F.pad(frequency.cpu(), (0, self.vocab_size - len(frequency)))
         order = counts_V.argsort(descending=True, stable=True)
         self.tokens.copy_(order[: len(self.tokens)].sort().values)
+
+    def require_sound(self, source: str) -> None:
+        """Refuse stored rows that stand for no token, or for the same one.
+
+        Raises:
+            UserError: naming ``source``.
+        """
+        inside = (self.tokens >= 0) & (self.tokens < self.vocab_size)
+        if not (inside.all() and (self.tokens.diff() > 0).all()):
+            raise UserError(
+                f"{source} is damaged or forged: its draft vocabulary does not give every row of "
+                f"the head one of {self.vocab_size:,} tokens of its own, ascending."
+            )
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The row of every token, in the same shape; -100 for tokens without a row."""

@@ -233,8 +233,8 @@ def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
     folders.write(tmp_path / "out", trained())
     file = tmp_path / "out" / eagle3.FOLDER / "model.safetensors"
     save_file({**read_file(file), "d2t": torch.tensor(d2t)}, file)
-    with pytest.raises(UserError, match="does not give every row a token of its own"):
-        read_folder(tmp_path / "out")
+    with pytest.raises(UserError, match="draft vocabulary does not give every row of the head one"):
+        open_model(tmp_path / "out")
 
 
 def test_what_servers_cannot_compute_has_a_file_instead(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.decoding.options import DecodingOptions
@@ -156,14 +157,31 @@ def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> Non
     ("switches", "message"),
     [
         ({"layers": (1, 2)}, "mtp.layers=.1, 2. must be three whole numbers"),
+        ({"layers": 3}, "mtp.layers=3 must be three whole numbers"),
+        ({"layers": "abc"}, "mtp.layers=abc must be three whole numbers"),
         ({"layers": (1, 2, 9)}, "reads states after 9 blocks, and the trunk has model.n_layers=8"),
         ({"draft_vocab": 0}, "mtp.draft_vocab must be a whole number of at least 1"),
-        ({"draft_vocab": 38}, "mtp.draft_vocab=38, but the model has 37 tokens"),
     ],
 )
 def test_bad_switches_are_named(switches: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         drafting(**switches)
+
+
+def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
+    class Text:
+        def document_frequency(self) -> tuple[Tensor, int]:
+            raise AssertionError
+
+        def token_frequency(self) -> Tensor:
+            return torch.arange(37).flip(0) % 7
+
+    model = drafting(draft_vocab=5)
+    model.mtp.look_at(Text())
+    assert model.mtp.layer.head.tokens.tolist() == [2, 9, 16, 23, 30]
+    large = MTPModel(replace(model.config, mtp=EagleConfig(depth=2, draft_vocab=38)))
+    with pytest.raises(UserError, match="mtp.draft_vocab=38, but the model has 37 tokens"):
+        large.mtp.look_at(Text())
 
 
 def test_what_does_not_go_together_is_refused() -> None:
