@@ -30,7 +30,7 @@ LINES = {
     "mtp_lightning/interop": 3_560,
     "mtp_lightning/loggers": 790,
     "mtp_lightning/metrics": 1_200,
-    "mtp_lightning/mtp": 3_540,
+    "mtp_lightning/mtp": 3_560,
     "mtp_lightning/nn": 2_930,
     "mtp_lightning/notebook": 560,
     "mtp_lightning/objective": 4_320,
@@ -41,7 +41,7 @@ LINES = {
 }
 # Files of this project that a command imports, and their lines; without the package of fast code
 # for CPUs (cpu/), which comes off.
-IMPORTS = {"train": (174, 22_000), "generate": (92, 11_500)}
+IMPORTS = {"train": (174, 22_200), "generate": (92, 11_500)}
 COUNT = """
 import atexit, json, runpy, sys
 

@@ -24,6 +24,7 @@ from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require_whole
@@ -324,11 +325,14 @@ class MTPStack(nn.Module, ABC):
             UserError: ``mtp.init`` needs a block of another kind.
         """
 
-    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
+    def begin(
+        self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
+    ) -> None:
         """Initialize new modules from a trained trunk, where ``mtp.init`` asks for it.
 
         Args:
             fresh: indices of the modules that have no trained weights.
             trunk: the trunk, with its weights.
+            head: the trunk's head, with its weights.
             text: its states over some text; None for ``mtp.init=random``.
         """

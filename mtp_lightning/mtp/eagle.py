@@ -38,6 +38,7 @@ from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
@@ -313,10 +314,13 @@ class EagleMTP(Chain):
             self.layer.head.choose(frequency)
 
     @torch.no_grad()
-    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
-        """A new layer's norm is the trunk's final one."""
+    def begin(
+        self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
+    ) -> None:
+        """A new layer's norm is the trunk's final one, and its head the trunk's rows."""
         for _ in fresh:
             self.layer.norm.load_state_dict(trunk.norm.state_dict())
+            self.layer.head.weight.copy_(head.weight[self.layer.head.tokens])
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)

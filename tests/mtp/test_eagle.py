@@ -201,3 +201,11 @@ def test_what_does_not_go_together_is_refused() -> None:
         objective.check(replace(model.config.mtp, draft_vocab=None))
     with pytest.raises(UserError, match="which mtp=eagle never does"):
         Objective(term=KL(), train_head=False).check(model.config.mtp)
+
+
+def test_a_new_layer_starts_with_the_trunks_norm_and_rows() -> None:
+    model = drafting(draft_vocab=11)
+    layer = model.mtp.layer
+    model.mtp.begin([0], model.trunk, model.head, None)
+    assert torch.equal(layer.norm.weight, model.trunk.norm.weight)
+    assert torch.equal(layer.head.weight, model.head.weight[layer.head.tokens])
