@@ -58,7 +58,7 @@ def reported_loss(
     layers reported. Unless ``taught`` says otherwise, the micro-batch is the whole step to terms
     that have a teacher."""
     factors = [main, *weights]
-    seen = count_taught(batch, model.mtp).tolist()
+    seen = count_taught(batch, model.mtp, key or RandomKey(0, 0)).tolist()
     plan = StepPlan(
         progress=Progress(step=0, max_steps=1),
         base=factors,

@@ -139,9 +139,10 @@ class Objective:
         for part, (weight, term) in enumerate(self.parts):
             if count := counts.of(k, term):
                 taught = term.needs_teacher
-                tokens_BT = (
-                    taught_targets(stack, k, batch) if taught else stack.targets(k, batch, key)
-                )
+                if taught:
+                    tokens_BT = taught_targets(stack, k, batch, key)
+                else:
+                    tokens_BT = stack.targets(k, batch, key)
                 coefficient = factor * weight / count
                 found.append(
                     DepthTarget(k, tokens_BT, coefficient, term, part, stride=batch.stride)

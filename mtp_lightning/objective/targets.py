@@ -158,21 +158,23 @@ def step_counts(
     masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
     every = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
     counts_K = torch.stack([every if mask is None else mask.sum() for mask in masks])
-    counts_NK = torch.stack([counts_K, *([count_taught(masked, stack)] if taught else [])])
+    counts_NK = torch.stack([counts_K, *([count_taught(masked, stack, key)] if taught else [])])
     if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
     return PositionCounts(*counts_NK.tolist())
 
 
-def taught_targets(stack: MTPStack, k: int, batch: WindowBatch) -> Tensor:
+def taught_targets(
+    stack: MTPStack, k: int, batch: WindowBatch, key: RandomKey | None = None
+) -> Tensor:
     """``[B, T]`` targets of depth k that have a teacher: -100 also at the last k positions (s k
     with a stride of s), whose teacher would lie beyond the window."""
-    targets_BT = stack.targets(k, batch).clone()
+    targets_BT = stack.targets(k, batch, key).clone()
     targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
     return targets_BT
 
 
-def count_taught(batch: WindowBatch, stack: MTPStack) -> Tensor:
+def count_taught(batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None) -> Tensor:
     """``[D + 1]`` int64, the number of positions of every depth that count and have a teacher."""
-    targets = [taught_targets(stack, k, batch) for k in range(batch.depth + 1)]
+    targets = [taught_targets(stack, k, batch, key) for k in range(batch.depth + 1)]
     return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])
