@@ -39,6 +39,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sequential, token dropout": ("sequential", ["mtp.token_dropout=0.5"]),
     "joint": ("joint", []),
     "nextlat": ("nextlat", []),
+    "eagle": ("eagle", []),
+    "eagle, 64 tokens": ("eagle", ["mtp.draft_vocab=64"]),
     "parameter_free": ("parameter_free", []),
     "top": ("top", []),
     "bag": ("bag", ["mtp.weights=none"]),

@@ -122,6 +122,10 @@ class StoreDataModule(WindowDataModule):
         holding = file.document_frequency(self.tokenizer.vocab_size)
         return torch.from_numpy(holding), file.n_documents
 
+    def token_frequency(self) -> Tensor:
+        counts = self.store["train"].token_frequency(self.tokenizer.vocab_size)
+        return torch.from_numpy(counts)
+
     @property
     def training(self) -> WindowDataset:
         return WindowDataset(

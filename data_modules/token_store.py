@@ -83,6 +83,13 @@ class TokenFile:
         """``[n_pieces]`` of dtype :data:`PIECES`, for the validation split."""
         return _array(self.path.with_suffix(".pieces.npy"))
 
+    def token_frequency(self, vocab_size: int) -> np.ndarray:
+        """``[vocab_size]`` int64, how often each id occurs, end-of-text included."""
+        tokens, counts = self.tokens(), np.zeros(vocab_size, np.int64)
+        for start in range(0, self.n_tokens, _BLOCK):
+            counts += np.bincount(tokens[start : start + _BLOCK], minlength=vocab_size)
+        return counts
+
     def document_frequency(self, vocab_size: int) -> np.ndarray:
         """``[vocab_size]`` int64 number of documents that hold each id, end-of-text included."""
         tokens, starts = self.tokens(), self.starts()

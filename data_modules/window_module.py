@@ -176,6 +176,17 @@ class WindowDataModule(LightningDataModule, ABC):
             "mtp.weights=none."
         )
 
+    def token_frequency(self) -> Tensor:
+        """How often each id occurs in the training text, int64 [V].
+
+        Raises:
+            UserError: for a task.
+        """
+        raise UserError(
+            "mtp.draft_vocab counts the tokens of a text, and a task makes its examples as it "
+            "trains: set mtp.draft_vocab=null."
+        )
+
     @property
     @abstractmethod
     def training(self) -> TrainingWindows:

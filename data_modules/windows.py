@@ -42,7 +42,7 @@ class WindowBatch:
             are ``[B, T+sD+1]``.
         extra: E, tokens of every window, and entries of the other fields, after its T+sD+1.
         states: ``[B, S, T, C]`` output of a frozen trunk for the windows, if it was cached: its
-            final state, and with S = 2 also the state that the depths start from.
+            final state, and with S > 1 also the S - 1 states that the depths start from.
         host: the batch on the CPU that this one was copied from. Masks are counted there, without
             waiting for the device.
 

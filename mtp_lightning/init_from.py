@@ -87,7 +87,7 @@ def start_from(
         assert windows is not None
         text = model.read_text(windows)
     fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
-    model.mtp.begin(fresh, model.trunk, text)
+    model.mtp.begin(fresh, model.trunk, model.head, text)
     return Inherited(kept=kept, new=new, dropped=[m for m in old_modules if m not in kept])
 
 

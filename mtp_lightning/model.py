@@ -19,6 +19,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
@@ -122,6 +123,7 @@ class MTPModel(nn.Module):
         tied = embedding if config.trunk.tie_embeddings else None
         self.head = Head(config.trunk.vocab_size, config.trunk.d_model, tied=tied)
         self.mtp: MTPStack = config.mtp.build(config.trunk)
+        self.trunk.kept = self.mtp.blocks_kept
         if config.mtp.confidence and config.mtp.depth:
             self.mtp.confidence = Confidence(config.mtp.depth, config.trunk.d_model)
         if not config.mtp.trains_trunk:
@@ -137,6 +139,11 @@ class MTPModel(nn.Module):
     def token_depth(self) -> int:
         """Number of depths that predict one token each: D, or 0 for other kinds of stacks."""
         return self.depth if self.config.mtp.predicts_tokens else 0
+
+    def head_of(self, k: int) -> Head | OwnHead:
+        """The head that projects the hidden states of depth ``k``."""
+        own = self.mtp.own_head if k else None
+        return self.head if own is None else own
 
     def initialise(self, seed: int) -> None:
         """Initialize all weights."""
@@ -229,7 +236,7 @@ class MTPModel(nn.Module):
             stride: see :class:`BranchPoint`.
 
         Returns:
-            [B, T, C], ready for the head.
+            [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.
         """
         at = BranchPoint(
             hidden=branch_BTC,
@@ -283,7 +290,8 @@ class MTPModel(nn.Module):
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
             kept = [state.contiguous() for state in batch.states.unbind(1)]
-            return kept[0], BranchPoint(kept[-1], tokens, embedded, positions)
+            branch = kept[-1] if len(kept) <= 2 else torch.cat(kept[1:], dim=-1)
+            return kept[0], BranchPoint(branch, tokens, embedded, positions)
         if active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], positions, key

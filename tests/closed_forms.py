@@ -67,6 +67,15 @@ def correction(mtp: MTPConfig, trunk: TrunkConfig, k: int) -> tuple[int, int]:
     return rank * (trunk.vocab_size + c), rank * c
 
 
+def eagle(config: ModelConfig, seq_len: int) -> tuple[int, int, int]:
+    """Numbers of the projection and of the head, and between them the layer's forward FLOPs."""
+    mtp, trunk = config.mtp, config.trunk
+    c, n, h = trunk.d_model, trunk.n_heads, trunk.d_head
+    matrices = 2 * c * (n + 2 * trunk.n_kv_heads) * h + n * h * c + 3 * c * trunk.d_ff
+    rows = getattr(mtp, "draft_vocab", None) or trunk.vocab_size
+    return 3 * c * c, 2 * matrices + 4 * seq_len * n * h, rows * c
+
+
 def stack_params(config: ModelConfig) -> int:
     mtp, trunk = config.mtp, config.trunk
     c, depth = trunk.d_model, mtp.depth
@@ -88,6 +97,9 @@ def stack_params(config: ModelConfig) -> int:
             own = (layer + c + 1) * bool(depth)
         case "nextlat":
             own = (4 * c * c + 4 * c) * bool(depth)
+        case "eagle":
+            fused, layer, head = eagle(config, 0)
+            own = (fused + layer // 2 + head + 4 * c) * bool(depth)
         case "top" | "bag":
             own = trunk.vocab_size * c
         case "registers":
@@ -122,6 +134,11 @@ def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tup
             own = places * attention(trunk, places)[1]
         case "nextlat":
             own = deepest * 8 * c * c
+        case "eagle":
+            fused, layer, head = eagle(config, seq_len)
+            fused *= 2 * bool(active)
+            own = deepest * layer + n * 2 * head
+            return fused + own, (1 + reaches) * fused + 2 * own
         case "top" | "bag":
             own = n * 2 * trunk.vocab_size * c
             return own, (1 + reaches) * own
@@ -138,7 +155,7 @@ def training(config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
     blocks = tokens * sum(block(trunk, wide, layer)[1] for layer in range(trunk.n_layers))
     # How often a position goes through the shared head for the depths.
     passes = len(active)
-    if mtp.variant in ("top", "bag"):
+    if mtp.variant in ("top", "bag", "eagle"):
         passes = 0
     elif mtp.variant in ("parameter_free", "teacherless"):
         # One pass serves all depths.

@@ -58,11 +58,12 @@ def reported_loss(
     layers reported. Unless ``taught`` says otherwise, the micro-batch is the whole step to terms
     that have a teacher."""
     factors = [main, *weights]
+    seen = count_taught(batch, model.mtp, key or RandomKey(0, 0)).tolist()
     plan = StepPlan(
         progress=Progress(step=0, max_steps=1),
         base=factors,
         factors=factors,
-        counts=PositionCounts(list(counts), list(taught or count_taught(batch).tolist())),
+        counts=PositionCounts(list(counts), list(taught or seen)),
         windows=len(batch) if windows is None else windows,
         micro_batches=[(batch, key or RandomKey(0, 0))],
     )

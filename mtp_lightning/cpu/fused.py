@@ -136,7 +136,8 @@ def _module_forward(module: SequentialModule) -> Callable[..., Tensor] | None:
 
 
 def _trunk_forward(trunk: Trunk) -> Callable[..., TrunkOutput] | None:
-    blocks = _of_trunk(trunk)
+    # Fused as a whole, it would not return the states between its blocks.
+    blocks = None if trunk.kept else _of_trunk(trunk)
     if blocks is None:
         return None
     before, last = blocks

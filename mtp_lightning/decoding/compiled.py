@@ -95,8 +95,8 @@ class _DepthPass(_Pass):
         model, k = self.model, self.k
         positions = self._positions(start_B, branch_BTC.shape[1], cos, sin, entries)
         hidden = model.depth_state(k, branch_BTC, previous_BTC, tokens_BS, positions)
-        last_B1C = hidden.index_select(1, last_B)
-        said = model.head(last_B1C)[:, 0], hidden
+        last_B1C = model.mtp.head_input(hidden.index_select(1, last_B))
+        said = model.head_of(k)(last_B1C)[:, 0], hidden
         if model.mtp.confidence is None:
             return said
         return *said, model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()

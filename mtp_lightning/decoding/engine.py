@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
-from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.decoding.session import Session, decoding_passes, session_kind
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
@@ -237,17 +237,11 @@ class Engine:
         options, room = self.options, {"slots": self.slots, "capacity": capacity}
         room |= {} if options.draft_vocab is None else {"draft_vocab": options.draft_vocab}
         if options.tree is not None:
-            trees = imported("mtp_lightning.decoding.tree_session.TreeSession")(
-                self._model, **room, tree=options.tree
-            )
+            trees = session_kind(self._model, tree=True)(self._model, **room, tree=options.tree)
             return imported("mtp_lightning.decoding.tree_speculative.TreeDecoder")(
                 trees, slots=self.slots
             )
-        kind: type[Session] = Session
-        if options.cache == "single":
-            kind = imported("mtp_lightning.decoding.single_cache.SingleCacheSession")
-        elif options.compile:
-            kind = imported("mtp_lightning.decoding.compiled.CompiledSession")
+        kind = session_kind(self._model, single=options.cache == "single", compile=options.compile)
         return Decoder(
             kind(self._model, **room, max_draft=self.max_draft),
             slots=self.slots,

@@ -21,9 +21,8 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
-from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.decoding.session import decoding_passes, session_kind
 from mtp_lightning.model import MTPModel
-from mtp_lightning.registry import imported
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
@@ -180,7 +179,7 @@ def teacher_forced_rates(
         hidden = model(batch)
         still = torch.ones(end - first, dtype=torch.bool)
         for k in range(1, depth + 1):
-            choice_P = model.head(hidden[k][0, first:end]).argmax(-1).cpu()
+            choice_P = model.head_of(k)(hidden[k][0, first:end]).argmax(-1).cpu()
             reached[k - 1] += still.sum()
             still &= choice_P == text[first + k + 1 : end + k + 1]
             right[k - 1] += still.sum()
@@ -230,8 +229,7 @@ def pass_costs(
         repeats: timed calls of each pass.
         clock: see :func:`race`.
     """
-    compiled = "mtp_lightning.decoding.compiled.CompiledSession"
-    kind: type[Session] = imported(compiled) if compile else Session
+    kind = session_kind(model, compile=compile)
     with decoding_passes(model):
         capacity = len(prompt) + 64
         session = kind(model, slots=batch, capacity=capacity, max_draft=model.depth)

@@ -260,6 +260,11 @@ class DecodingOptions(TextOptions):
                 f"min_confidence={self.min_confidence} needs a model that estimates the acceptance "
                 "of its drafts: train one with objective.confidence=true, or leave it 0."
             )
+        if self.compile and model.mtp.one_cache and drafted:
+            raise UserError(
+                f"compile=true has passes for a cache per draft, and mtp={model.config.mtp.variant}"
+                " drafts in one cache: leave it out."
+            )
         if self.cache == "single" and not model.mtp.is_recursive:
             raise UserError(
                 f"cache={self.cache} is for a single module that reads its own output: decode a "
@@ -306,6 +311,11 @@ class DecodingOptions(TextOptions):
             )
         if rank > 1:
             raise _not_together(f"draft_vocab={tokens}", f"mtp.rank={rank}")
+        if model.mtp.own_head is not None:
+            raise UserError(
+                f"draft_vocab={tokens} shortens the trunk's head, and mtp="
+                f"{model.config.mtp.variant} drafts by a head of its own: leave it out."
+            )
 
 
 def _values(options: Any, kind: type) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused, fused_passes
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass
 from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
+from mtp_lightning.registry import imported
 
 
 @contextmanager
@@ -42,6 +45,29 @@ def decoding_passes(model: MTPModel) -> Iterator[None]:
     stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with torch.inference_mode(), fused_passes(model), stance:
         yield
+
+
+def session_kind(
+    model: MTPModel, *, single: bool = False, compile: bool = False, tree: bool = False
+) -> type[Any]:
+    """The kind of :class:`Session` that a model decodes with.
+
+    Args:
+        model: the model.
+        single: one cache for all drafts, also where the model does not need it.
+        compile: compiled passes, for a model that drafts with a cache per depth or not at all.
+        tree: trees of drafts instead of chains.
+    """
+    one = single or model.mtp.one_cache
+    if tree:
+        name = "tree_session.SingleCacheTreeSession" if one else "tree_session.TreeSession"
+    elif compile:
+        name = "compiled.CompiledSession"
+    elif one:
+        name = "single_cache.SingleCacheSession"
+    else:
+        return Session
+    return imported(f"{__package__}.{name}")
 
 
 class Session:
@@ -84,7 +110,8 @@ class Session:
         self.depth_caches = [self._cache(tables, layers, slots) for _ in range(kept)]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
-        widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
+        branch = model.config.mtp.n_states * trunk.d_model
+        widths = [branch, *[model.mtp.state_width(trunk.d_model)] * max_draft]
         self._states = [
             torch.zeros(slots, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
@@ -280,8 +307,8 @@ class Session:
         return sum(self.n) - sum(self.filled[1])
 
     @property
-    def _draft_head(self) -> Head | ShortHead:
-        return self.model.head if self._short is None else self._short
+    def _draft_head(self) -> Head | OwnHead | ShortHead:
+        return self.model.head_of(1) if self._short is None else self._short
 
     def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
         """Store a draft's state and confidence, and return its logits [B, V].
@@ -289,6 +316,7 @@ class Session:
         ``logits_BV`` are the draft head's logits if a fused pass has computed them.
         """
         self.newest_B1C = last_B1C
+        last_B1C = self.model.mtp.head_input(last_B1C)
         if self.model.mtp.confidence is not None:
             self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
         if logits_BV is None:

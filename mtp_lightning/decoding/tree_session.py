@@ -109,8 +109,13 @@ class TreeSession(Session):
         hidden = self.model.depth_state(k, branch, previous, tokens, positions, stride=stride)
         if k < len(self.states):
             cache.runs.write(self.states[k], hidden)
-        newest = slice(caught_up - 1 + nodes.start, caught_up - 1 + nodes.stop)
-        return self._draft_head(hidden[:, newest])
+        return self._drafted(k, hidden)
+
+    def _drafted(self, k: int, hidden: Tensor) -> Tensor:
+        """The logits [B, P, V] after the nodes of depth ``k - 1``, whose states are the last of
+        ``hidden``."""
+        newest = hidden[:, -len(self.tree.level(k - 1)) :]
+        return self._draft_head(self.model.mtp.head_input(newest))
 
     def put_nodes(self, tokens_BP: Tensor, k: int) -> None:
         """Write the candidates [B, P] of depth ``k`` into the token buffer."""
@@ -177,3 +182,41 @@ class TreeSession(Session):
         known = [places(i - k) for i in range(1 - caught_up, 1)]
         columns = [*known, *(of_node(node) for node in range(1, len(parents)))]
         return torch.tensor(columns, device=self.tokens_BS.device)
+
+
+class SingleCacheTreeSession(TreeSession):
+    """A :class:`TreeSession` of a recursive stack whose drafts all use the first depth's cache
+    (EAGLE-2, arXiv 2406.16858, without its choice of a tree by confidence).
+
+    The first pass catches up, its last position is that of node 0, and drafts depth 1. The entry of
+    a node of depth e is e positions after node 0's: its hidden state is the module's output at the
+    node's parent, its token the node's own. Depth k is drafted by a pass over the nodes down to
+    depth k - 1, of which the last level is new: a cache does not keep a tree from pass to pass.
+    """
+
+    _outputs: Tensor
+
+    @staticmethod
+    def depths_kept(max_draft: int) -> int:
+        return min(max_draft, 1)
+
+    def _drafted(self, k: int, hidden: Tensor) -> Tensor:
+        # The output at every node so far: node 0's, then those of the last pass.
+        self._outputs = hidden[:, -1:] if k == 1 else torch.cat((self._outputs[:, :1], hidden), 1)
+        return super()._drafted(k, hidden)
+
+    def draft_tree(self, k: int) -> Tensor:
+        if k == 1:
+            return super().draft_tree(1)
+        nodes = range(1, self.tree.level(k - 1).stop)
+        parents = self.tree.parents_to(k - 1)[1:]
+        # Node 0 is read already, so the nodes of depth 1 have no parent in this pass.
+        branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
+        cache = self.depth_caches[0]
+        assert isinstance(cache, TreeCache)
+        starts = [min(n, held) for n, held in zip(self.n, cache.lengths, strict=True)]
+        positions = Positions.of_tree(cache, starts, branches)
+        before = self._outputs[:, parents]
+        tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
+        hidden = self.model.depth_state(1, before, before, tokens, positions)
+        return self._drafted(k, hidden)

@@ -213,7 +213,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             "config": OmegaConf.to_container(asked, resolve=True),
         },
     )
-    module.model.mtp.look_at(data.document_frequency)
+    module.model.mtp.look_at(data)
     if cfg.trainer.compile is True:
         module.model.compile_blocks()
     return module

@@ -77,7 +77,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     key = digest(
         "trunk_states", _FORMAT, trunk_digest(model), data.fingerprint, data.seq_len,
         data.document_mask, data.batch_size, device, precision, ops.code()[0],
-        getattr(mtp, "branch", None), getattr(mtp, "input_norm", None),
+        *mtp.read_states,
         torch.get_num_threads(),
     )  # fmt: skip
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision in MIXED)
@@ -96,8 +96,8 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
                 with mixed:
                     batch = windows[numbers].to(device)
                     final, at = model.run_trunk(batch, range(1, model.depth + 1))
-                both = [final] if at.hidden is final else [final, at.hidden]
-                states = torch.stack(both, dim=1).cpu()
+                branch = () if at.hidden is final else at.hidden.chunk(mtp.n_states, dim=-1)
+                states = torch.stack([final, *branch], dim=1).cpu()
                 if kept is None:
                     shape = (len(windows), *states.shape[1:])
                     kept = np.lib.format.open_memmap(

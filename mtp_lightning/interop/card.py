@@ -104,6 +104,13 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
             "`enorm`, `hnorm`, `eh_proj`, the block, `shared_head.norm`, and copies of the "
             "embedding and the head, which all depths share."
         )
+    elif contents.heads and (place := heads.where(config)) != heads.FILE:
+        yield (
+            f"It was trained with EAGLE-3's layer, which is in the folder `{place}` in the layout "
+            "that SGLang (`--speculative-algorithm EAGLE3 --speculative-draft-model-path`) and "
+            'vLLM (`"method": "eagle3"`) read; neither was tried with this folder. mtp-lightning '
+            "reads it, too; transformers only sees the trunk."
+        )
     elif contents.heads:
         yield (
             f"It was trained with {config.mtp.depth} MTP head(s) of the variant "

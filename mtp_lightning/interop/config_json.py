@@ -161,7 +161,7 @@ def to_json(
         "initializer_range": trunk.init_std,
         "rms_norm_eps": trunk.norm_eps,
         "rope_theta": trunk.rope_theta,
-        "rope_parameters": {**_rope_type(trunk), "rope_theta": trunk.rope_theta},
+        "rope_parameters": {**rope_type(trunk), "rope_theta": trunk.rope_theta},
         "tie_word_embeddings": trunk.tie_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": None,
@@ -172,7 +172,7 @@ def to_json(
         "num_nextn_predict_layers": depth,
     }
     if trunk.rope_scaling is not None:  # as transformers 4 and servers read it
-        fields["rope_scaling"] = _rope_type(trunk)
+        fields["rope_scaling"] = rope_type(trunk)
     if kind == "deepseek_v3":
         return fields | _deepseek_fields(trunk, depth)
     fields["head_dim"] = trunk.d_head
@@ -205,7 +205,8 @@ def _mixture_fields(trunk: TrunkConfig) -> dict[str, Any]:
     }
 
 
-def _rope_type(trunk: TrunkConfig) -> dict[str, Any]:
+def rope_type(trunk: TrunkConfig) -> dict[str, Any]:
+    """How the trunk stretches its rotary frequencies, in transformers' words."""
     scaling = trunk.rope_scaling
     if scaling is None:
         return {"rope_type": "default"}
@@ -256,7 +257,7 @@ def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
     share = turned / size
     if int(size * share) < turned:  # readers round down, as transformers does
         share = math.nextafter(share, 1.0)
-    rope = {**_rope_type(trunk), "rope_theta": trunk.rope_theta, "partial_rotary_factor": share}
+    rope = {**rope_type(trunk), "rope_theta": trunk.rope_theta, "partial_rotary_factor": share}
     return {
         "attention_bias": a.qkv_bias,
         "use_qk_norm": a.qk_norm,

@@ -344,7 +344,8 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     model = folder.build()
     prompts = _prompts(path, model)
     acceptance = _accepted(model, prompts, new_tokens)
-    layout = f"mtp-lightning's {heads.FILE} (mtp={model.config.mtp.variant})"
+    place = heads.where(model.config)
+    layout = f"mtp-lightning's {place} (mtp={model.config.mtp.variant})"
     found = Diagnosis(folder=path, layout=layout, verdict="", sound=False, acceptance=acceptance)
     texts = _texts(model, prompts, new_tokens)
     choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))

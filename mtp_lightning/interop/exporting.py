@@ -104,7 +104,8 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
     if contents.heads:
         print(
             f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
-            f"knows: the trunk is exported plainly, the heads in {heads.FILE} next to it."
+            f"knows: the trunk is exported plainly, the heads in {heads.where(model.config)} next "
+            "to it."
         )
     if cfg.verify:
         _verify(partial, run, model, dtype=cfg.dtype)

@@ -1,57 +1,103 @@
-"""The extra file for MTP heads without a Hugging Face layout: ``mtp_heads.safetensors``.
+"""The MTP stack next to a trunk whose layout has no place for it.
 
-Its tensors have this project's names and shapes (``mtp.depths.0...``). Its metadata has one entry,
-``mtp_lightning``: the JSON of the stack's variant and switches, as checkpoints store them.
+EAGLE-3's layer has a layout of its own, a folder inside the trunk's (``eagle3.py``). All other
+stacks are in the file ``mtp_heads.safetensors``: its tensors have this project's names and shapes
+(``mtp.depths.0...``), and its metadata has one entry, ``mtp_lightning``: the JSON of the stack's
+variant and switches, as checkpoints store them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import tensor_files
+from mtp_lightning.interop import eagle3, tensor_files
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import Stored
 
 FILE = "mtp_heads.safetensors"
 _KEY = "mtp_lightning"
 
 
+def where(config: ModelConfig) -> str:
+    """The name of the file, or of the folder, that holds a model's stack."""
+    return eagle3.FOLDER if eagle3.fits(config) else FILE
+
+
 def is_there(folder: Path) -> bool:
-    """Whether a folder has such a file."""
-    return (folder / FILE).is_file()
+    """Whether a folder holds a stack next to the trunk."""
+    return (folder / FILE).is_file() or eagle3.is_there(folder)
 
 
 def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stack's part of a model's weights; experts' biases stay in float32."""
+    """The stack's part of a model's weights; experts' biases stay in float32, and ids as they
+    are."""
     return {
-        name: (tensor.float() if name.endswith("expert_bias") else tensor.to(dtype)).contiguous()
+        name: _stored(name, tensor, dtype).contiguous()
         for name, tensor in weights.items()
         if name.startswith("mtp.")
     }
 
 
-def metadata(config: ModelConfig) -> dict[str, str]:
-    """The file's metadata. It has one key, since the order of several is not fixed."""
-    return {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if name.endswith("expert_bias"):
+        return tensor.float()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[str, Part]]:
+def write(
+    folder: Path,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    max_positions: int,
+) -> None:
+    """Write a model's stack into the trunk's folder.
+
+    Args:
+        folder: the trunk's.
+        config: of the model.
+        weights: the model's, by its own names.
+        dtype: dtype of the folder's tensors.
+        max_positions: the context length that the folder states.
+    """
+    if eagle3.fits(config):
+        eagle3.write(folder, config, weights, dtype, max_positions=max_positions)
+        return
+    # One key, since the order of several is not fixed.
+    metadata = {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
+    tensor_files.write(folder / FILE, tensors(weights, dtype), metadata)
+
+
+def read(
+    folder: Path,
+    trunk: TrunkConfig,
+    embedding: Part | None = None,
+    *,
+    allow: Collection[str] = (),
+) -> tuple[MTPConfig, Mapping[str, Stored]]:
     """The stack and its weights.
 
     Args:
-        folder: the folder of the file.
+        folder: the trunk's.
+        trunk: its config.
+        embedding: its embedding, which copies of it must equal.
         allow: packages whose variants it may use.
 
     Raises:
         UserError: for a damaged file, or a stack that this version does not know.
     """
+    if eagle3.is_there(folder):
+        return eagle3.read(folder, trunk, embedding, allow=allow)
     found, described = tensor_files.parts(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)

@@ -160,10 +160,18 @@ def to_folder(
     config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`plain`."""
+    # Of a tied head, the folder's config says that it is.
+    tied = {"lm_head.weight"}
+    places = (p for p in weight_map(config) if not (p.copy and p.parts[0][0] in tied))
+    return pieces(places, weights, dtype)
+
+
+def pieces(
+    places: Iterable[MappedWeight], weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a layout, in order, from those of this project."""
     found: dict[str, Tensor] = {}
-    for place in weight_map(config):
-        if place.copy and place.parts[0][0] == "lm_head.weight":
-            continue  # the folder's config says that the head is tied
+    for place in places:
         tensor = weights[place.own]
         rows = tensor if place.stacked is None else tensor.flatten(0, 1)
         if place.order is not None:
@@ -184,10 +192,7 @@ def from_folder(
         UserError: for a tensor that is missing, unknown, of another shape, or a copy that differs.
     """
     needed = list(weight_map(config))
-    problems = list(_misfits(needed, tensors))
-    if problems:
-        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"The tensors in {source} do not match its config.json: {shown}.")
+    _require_all(needed, tensors, source)
     weights: dict[str, Stored] = {}
     single: dict[str, Part] = {}
     for place in needed:
@@ -205,6 +210,29 @@ def from_folder(
         if place.own in (_EMBEDDING, _HEAD):
             single[place.own] = parts[0]
     return weights
+
+
+def assembled(
+    places: Iterable[MappedWeight], tensors: Mapping[str, Part], *, source: str
+) -> dict[str, Stored]:
+    """This project's weights, from the tensors of a layout without copies.
+
+    Raises:
+        UserError: for a tensor that is missing, unknown or of another shape.
+    """
+    needed = list(places)
+    _require_all(needed, tensors, source)
+    return {
+        place.own: Assembled(place, tuple(tensors[name] for name, _ in place.parts))
+        for place in needed
+    }
+
+
+def _require_all(needed: Iterable[MappedWeight], tensors: Mapping[str, Part], source: str) -> None:
+    problems = list(_misfits(needed, tensors))
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise UserError(f"The tensors in {source} do not match its config.json: {shown}.")
 
 
 def _misfits(needed: Iterable[MappedWeight], tensors: Mapping[str, Part]) -> Iterator[str]:

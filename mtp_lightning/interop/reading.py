@@ -101,7 +101,8 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     require_held(config, tensors, source=str(path))
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
-        mtp, extra = heads.read(path, allow=allow)
+        embedding = tensors["model.embed_tokens.weight"]
+        mtp, extra = heads.read(path, trunk, embedding, allow=allow)
         config = ModelConfig(trunk=trunk, mtp=mtp)
         weights |= extra
         require_held(config, weights, source=str(path))

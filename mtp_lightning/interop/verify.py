@@ -83,7 +83,7 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     found = read_tensors(folder)
     if extra:
         wanted |= heads.tensors(weights, DTYPES[dtype])
-        found |= {name: part.tensor() for name, part in heads.read(folder)[1].items()}
+        found |= {name: part.tensor() for name, part in heads.read(folder, config.trunk)[1].items()}
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():
@@ -165,21 +165,21 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     if foreign:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
-        yield from _check_heads(read.build(), own, tokens)
+        yield from _check_heads(read.build(), own, tokens, heads.where(model.config))
     yield from _check_text(theirs, model, tokens[0, :_PROMPT])
 
 
 @torch.inference_mode()
 def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
     hidden = model(WindowBatch(tokens, model.depth, stride=model.config.mtp.stride))
-    return [model.head(h_BTC) for h_BTC in hidden.values()]
+    return [model.head_of(k)(h_BTC) for k, h_BTC in hidden.items()]
 
 
-def _check_heads(back: MTPModel, own: list[Tensor], tokens: Tensor) -> Iterator[str]:
+def _check_heads(back: MTPModel, own: list[Tensor], tokens: Tensor, where: str) -> Iterator[str]:
     for k, found in enumerate(_logits(back, tokens)):
         if not torch.equal(found, own[k]):
-            raise CheckFailed(f"depth {k} of {heads.FILE}, read back, gives other logits.")
-    yield f"{heads.FILE}, read back, gives the same logits at every depth"
+            raise CheckFailed(f"depth {k} of {where}, read back, gives other logits.")
+    yield f"{where}, read back, gives the same logits at every depth"
 
 
 def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Contents:
 
     Attributes:
         layer_depths: MTP depths among the layers, which transformers and servers read.
-        heads: whether the stack is in the extra file instead.
+        heads: whether the stack is next to them instead (``heads.py``).
         parameters: number of values in the folder's tensors, including copies.
         shards: number of weight files.
     """
@@ -87,9 +87,8 @@ def write_folder(
     _write_json(folder / CONFIG, fields)
     n_shards = _write_shards(folder, tensors, shard_bytes)
     if extra:
-        stack = heads.tensors(weights, DTYPES[dtype])
-        tensor_files.write(folder / heads.FILE, stack, heads.metadata(config))
-        tensors |= stack
+        heads.write(folder, config, weights, DTYPES[dtype], max_positions=max_positions)
+        tensors |= heads.tensors(weights, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
     generation = {"do_sample": False, **specials, "eos_token_id": tokenizer.eot_id}
     _write_json(folder / "generation_config.json", generation)

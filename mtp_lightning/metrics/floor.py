@@ -26,6 +26,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.through_head import log_probs
 
 RECALL = 16
@@ -226,7 +227,9 @@ class Floors:
             parts.append(
                 (
                     _probabilities(main_MC, weight_VC).unflatten(0, (rows, width + 1)),
-                    _probabilities(states[k][:, n - 1], weight_VC),
+                    _probabilities(
+                        states[k][:, n - 1], weight_VC, model.mtp.own_head if k else None
+                    ),
                 )
             )
         p_NKV, q_NV = map(torch.cat, zip(*parts, strict=True))
@@ -260,10 +263,12 @@ def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:
     return values
 
 
-def _probabilities(h_MC: Tensor, weight_VC: Tensor) -> Tensor:
+def _probabilities(h_MC: Tensor, weight_VC: Tensor, own: OwnHead | None = None) -> Tensor:
     """Through the head, [M, V], in its precision whatever the autocast; fp64, on the CPU."""
     with torch.autocast(weight_VC.device.type, enabled=False):
-        return log_probs(h_MC.to(weight_VC.dtype), weight_VC).double().softmax(-1).cpu()
+        h_MC = h_MC.to(weight_VC.dtype)
+        log_p_MV = log_probs(h_MC, weight_VC) if own is None else own.log_probs(h_MC)
+        return log_p_MV.double().softmax(-1).cpu()
 
 
 def _all(size: int, n: int) -> Tensor:

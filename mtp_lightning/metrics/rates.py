@@ -22,6 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import (
@@ -56,14 +57,19 @@ class DepthRates(Metric):
     in a hundred would be a tie. Sums are exact in any order, over batches and ranks, up to 8
     million nats.
 
+    If the depths have a head of their own, over some tokens, q is 0 for the others, and the loss
+    leaves targets among those out. The other rates do not.
+
     Args:
         depth: D.
         text_bytes: evaluated UTF-8 bytes of every document of the text.
+        own_head: the depths' head; None for the shared one.
     """
 
     full_state_update = False
     # Sums of what was counted, one number per depth.
     count: Tensor
+    scored: Tensor
     loss: Tensor
     accuracy: Tensor
     pairs: Tensor
@@ -71,13 +77,20 @@ class DepthRates(Metric):
     overlap: Tensor
     text_loss: Tensor
 
-    def __init__(self, depth: int, text_bytes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        depth: int,
+        text_bytes: Sequence[int] | None = None,
+        *,
+        own_head: OwnHead | None = None,
+    ) -> None:
         super().__init__()
         self.depth = depth
+        self._own = (own_head,)  # in a tuple, since the head is not a part of the metric
         self.text_bytes = text_bytes
         zeros = torch.zeros(len(text_bytes or ()), dtype=torch.float64)
         self.add_state("text_loss", default=zeros, dist_reduce_fx="sum")
-        for name in ("count", "loss", "accuracy", "pairs", "agreement", "overlap"):
+        for name in ("count", "scored", "loss", "accuracy", "pairs", "agreement", "overlap"):
             zeros = torch.zeros(depth + 1, dtype=torch.float64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
@@ -118,18 +131,21 @@ class DepthRates(Metric):
         main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
         main_choice = main.argmax(-1)
         main_probs = main.exp()
+        (own,) = self._own
         for k in range(self.depth + 1):
             log_q = main[: end - start]
             if k > 0:
-                log_q = _log_probs(hidden[k][row, start:end], weight_VC)
+                log_q = _log_probs(hidden[k][row, start:end], weight_VC, own)
             target_P = targets[k][row, start:end]
             valid_P = target_P >= 0
+            scored_P = valid_P if not k or own is None else own.rows_of(target_P) >= 0
             choice_P = log_q.argmax(-1)
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             # Masked by a product with zeros instead of an index, whose length the host would have
             # to wait for the device to know.
-            nll_P = exact(-log_target_P).where(valid_P, 0)
+            nll_P = exact(-log_target_P).where(scored_P, 0)
             self.count[k] += valid_P.sum()
+            self.scored[k] += scored_P.sum()
             self.loss[k] += nll_P.sum()
             self.accuracy[k] += ((choice_P == target_P) & valid_P).sum()
             if k == 0:
@@ -150,7 +166,7 @@ class DepthRates(Metric):
         ``overlap_depth_k`` for k = 1 .. D; NaN without any count. With the bytes also
         ``bits_per_byte`` and, for two documents or more, ``bits_per_byte_se``."""
         rates: dict[str, float] = {}
-        for name, total in (("loss", self.count), ("accuracy", self.count)):
+        for name, total in (("loss", self.scored), ("accuracy", self.count)):
             for k in range(self.depth + 1):
                 rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / total[k])
         for name in ("agreement", "overlap"):
@@ -208,7 +224,7 @@ def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthR
     """
     if model.config.mtp.brings_loss:
         return OwnLossRates(model.mtp, text_bytes)
-    return DepthRates(model.token_depth, text_bytes)
+    return DepthRates(model.token_depth, text_bytes, own_head=model.mtp.own_head)
 
 
 @torch.no_grad()
@@ -243,8 +259,8 @@ def exact(values: Tensor) -> Tensor:
     return (values.double() * 2.0**30).round_() / 2.0**30
 
 
-def _log_probs(h_PC: Tensor, weight_VC: Tensor) -> Tensor:
-    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC)
+def _log_probs(h_PC: Tensor, weight_VC: Tensor, own: OwnHead | None = None) -> Tensor:
+    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, own)
     return torch.cat([chunk for _, chunk in chunks])
 
 

@@ -18,7 +18,6 @@ not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import CountedText
 from mtp_lightning.mtp.summary import Summary, SummaryConfig, SummaryLoss
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.settings import require_choice
@@ -72,10 +72,10 @@ class BagMTP(Summary):
         super().__init__(config, trunk)
         self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
 
-    def look_at(self, document_frequency: Callable[[], tuple[Tensor, int]]) -> None:
+    def look_at(self, text: CountedText) -> None:
         """Count document frequencies for ``weights=idf``."""
         if self.config.weights == "idf":
-            self.weigh(*document_frequency())
+            self.weigh(*text.document_frequency())
 
     def weigh(self, holding: Tensor, documents: int) -> None:
         """Set the weights to inverse document frequencies.

@@ -9,23 +9,35 @@ Shapes: B batch, T positions, C d_model, D depths.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require_whole
+
+
+class CountedText(Protocol):
+    """Counts over the training text. Each raises a ``UserError`` for a task."""
+
+    def document_frequency(self) -> tuple[Tensor, int]:
+        """int64 [V] documents that hold each id, and the number of documents."""
+
+    def token_frequency(self) -> Tensor:
+        """int64 [V], how often each id occurs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +125,9 @@ class MTPStack(nn.Module, ABC):
 
     # Whether a depth attends to earlier positions, so that decoding needs a cache for it.
     attends_back: ClassVar[bool] = True
+    # Whether each draft attends to the entries of the drafts before it, as in training, so that all
+    # drafts must use the first depth's cache.
+    one_cache: ClassVar[bool] = False
     # Whether depths are trained one after another.
     in_turn: ClassVar[bool] = False
     confidence: Confidence | None
@@ -126,6 +141,17 @@ class MTPStack(nn.Module, ABC):
     def depth(self) -> int:
         """D."""
         return self.config.depth
+
+    @property
+    def own_head(self) -> OwnHead | None:
+        """The head that projects the depths' hidden states; None for the shared head."""
+        return None
+
+    @property
+    def blocks_kept(self) -> Collection[int]:
+        """After how many of the trunk's blocks :meth:`branch` reads the state, besides the states
+        that every pass returns."""
+        return ()
 
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         """The tokens that trunk and depths read instead of the batch's.
@@ -149,7 +175,17 @@ class MTPStack(nn.Module, ABC):
         """Which positions count for depth ``k``, bool [B, T], or None for all; arguments as in
         :meth:`target_depth`."""
         own = self.own_loss(k, batch) if k else None
-        return batch.valid(self.target_depth(k, key)) if own is None else own.valid_BT
+        if own is not None:
+            return own.valid_BT
+        if k and self.own_head is not None and not self.own_head.is_whole:
+            return self.targets(k, batch, key) != IGNORE_INDEX
+        return batch.valid(self.target_depth(k, key))
+
+    def targets(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor:
+        """The targets of depth ``k``, [B, T], as rows of its head: token ids for the shared one;
+        -100 where none counts. Arguments as in :meth:`target_depth`."""
+        tokens_BT = batch.targets(self.target_depth(k, key))
+        return tokens_BT if not k or self.own_head is None else self.own_head.rows_of(tokens_BT)
 
     def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss | None:
         """The loss of depth ``k`` over some windows, used instead of the objective's; None for
@@ -176,7 +212,7 @@ class MTPStack(nn.Module, ABC):
         """
         losses = {k: self.own_loss(k, batch) for k in depths}
         own = {k: loss for k, loss in losses.items() if loss is not None}
-        return Together(final_BTC, list(self.states(at, depths, key)), own)
+        return Together(final_BTC, list(self.states(at, depths, key)), own, self.own_head)
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
@@ -193,12 +229,17 @@ class MTPStack(nn.Module, ABC):
         return output, self.branch(trunk, output)
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        """The trunk's hidden state [B, T, C] that the stack starts from."""
+        """The trunk's hidden state [B, T, C] that the stack starts from; with ``config.n_states``,
+        so many states side by side."""
         return branch_state(trunk, output, self.config)
 
     def main_state(self, final_BTC: Tensor) -> Tensor:
         """The head's input for the main prediction, from the trunk's output [..., C]."""
         return final_BTC
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
+        return hidden
 
     @abstractmethod
     def states(
@@ -216,8 +257,8 @@ class MTPStack(nn.Module, ABC):
 
     @abstractmethod
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        """Depth ``k`` at the newest positions of decoding, [B, T, C] ready for the head; the same
-        function of its inputs as in :meth:`states`.
+        """Depth ``k`` at the newest positions of decoding, [B, T, C]: the state that the next depth
+        reads. :meth:`head_input` of it is the same function of its inputs as in :meth:`states`.
 
         Args:
             k: the depth.
@@ -267,12 +308,11 @@ class MTPStack(nn.Module, ABC):
         if self.max_draft_depth == 0:
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
 
-    def look_at(self, document_frequency: Callable[[], tuple[Tensor, int]]) -> None:
+    def look_at(self, text: CountedText) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.
 
         Args:
-            document_frequency: returns the number of documents that hold each id, and the number of
-                documents.
+            text: counts the training text, which takes a pass over it.
         """
 
     def initialize_own(self) -> None:
@@ -285,11 +325,14 @@ class MTPStack(nn.Module, ABC):
             UserError: ``mtp.init`` needs a block of another kind.
         """
 
-    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
+    def begin(
+        self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
+    ) -> None:
         """Initialize new modules from a trained trunk, where ``mtp.init`` asks for it.
 
         Args:
             fresh: indices of the modules that have no trained weights.
             trunk: the trunk, with its weights.
+            head: the trunk's head, with its weights.
             text: its states over some text; None for ``mtp.init=random``.
         """

@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mtp_lightning.mtp.own_head import OwnHead
+
 
 class Asked(Protocol):
     """A target at the R positions of one chunk, for a loss that the stack computes.
@@ -71,12 +73,14 @@ class Prediction:
             ``parameter_free`` those of all depths.
         train_head: whether the head's weight gets a gradient from it.
         needs_gradient: whether the hidden state gets a gradient.
-        weight: [V', C] of a head of its own; None for the shared head.
+        weight: [V', C] of a head of its own loss; None for another head.
+        head: the stack's own head, which the targets are rows of; None for the shared head.
         loss: computes the loss instead of the targets' terms.
         width: numbers per position that ``loss`` needs besides the logits, to size the chunks.
         states: number of hidden states per position in ``hidden``.
         gradient: with respect to ``hidden``, once known.
-        weight_gradient: with respect to ``weight``, once known.
+        weight_gradient: with respect to ``weight``, once known; for ``head``, of all predictions
+            that go through it together.
     """
 
     hidden: Tensor
@@ -84,6 +88,7 @@ class Prediction:
     train_head: bool = True
     needs_gradient: bool = True
     weight: Tensor | None = None
+    head: OwnHead | None = None
     loss: Loss | None = None
     width: int = 1
     states: int = 1
@@ -129,7 +134,12 @@ class Feed(ABC):
         inputs: tensors of the autograd graph, parameters included, that receive gradients.
             Parameters that this pass does not use are left out, so that autograd and DDP see no
             path to them.
+
+    Attributes:
+        head: the depths' own head; None for the shared head.
     """
+
+    head: OwnHead | None = None
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
@@ -156,13 +166,20 @@ class Together(Feed):
         final: the main prediction's hidden state.
         depths: (k, hidden state) of the depths, in order.
         own: the depths' own losses, by k.
+        head: the depths' own head; None for the shared head.
     """
 
     def __init__(
-        self, final: Tensor, depths: Sequence[tuple[int, Tensor]], own: Mapping[int, OwnLoss]
+        self,
+        final: Tensor,
+        depths: Sequence[tuple[int, Tensor]],
+        own: Mapping[int, OwnLoss],
+        head: OwnHead | None = None,
     ) -> None:
-        self.depths, self.own = depths, own
+        self.depths, self.own, self.head = depths, own, head
         weights = [loss.weight for loss in own.values()]
+        if depths and head is not None:
+            weights.append(head.weight)
         super().__init__([final, *(hidden for _, hidden in depths), *weights])
 
     def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
@@ -181,8 +198,12 @@ class Together(Feed):
         ]
         with_own = [p for p, (k, _) in zip(predictions, states, strict=True) if k in self.own]
         needs_weight = lesson.needs[len(states) :]
-        for p, loss, needed in zip(with_own, self.own.values(), needs_weight, strict=True):
+        for p, loss, needed in zip(with_own, self.own.values(), needs_weight, strict=False):
             p.weight, p.loss, p.width, p.train_head = loss.weight, loss, loss.width, needed
+        if self.depths and self.head is not None:
+            for p in predictions[1:]:
+                p.head, p.train_head = self.head, needs_weight[-1]
+            with_own.append(predictions[-1])
         yield predictions
         return [*(p.gradient for p in predictions), *(p.weight_gradient for p in with_own)]
 

@@ -3,7 +3,8 @@
 ======================  ==========================================  =======================
 kind                    depth k at position i reads                 variants
 ======================  ==========================================  =======================
-:class:`Chain`          depth k - 1 and the true token i + k        sequential, nextlat
+:class:`Chain`          depth k - 1 and the true token i + k        sequential, nextlat,
+                                                                    eagle
 :class:`SideBySide`     the branch point, and with a correction     parallel, linear
                         the true tokens up to i + k
 :class:`Targets`        nothing: it is the main prediction          parameter_free, none,

@@ -25,6 +25,7 @@ from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
 
@@ -97,11 +98,13 @@ class ParallelMTP(SideBySide):
                 check_last_block(f"mtp.depths.{i}", head.block, trunk)
 
     @torch.no_grad()
-    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
-        for head in (self._built[i] for i in fresh):
-            head.norm.load_state_dict(trunk.norm.state_dict())
+    def begin(
+        self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
+    ) -> None:
+        for module in (self._built[i] for i in fresh):
+            module.norm.load_state_dict(trunk.norm.state_dict())
             if self.config.init == "last_block":
-                copy_last_block(head.block, trunk)
+                copy_last_block(module.block, trunk)
 
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         return self.depths[k - 1](branch_BTC, positions)

@@ -98,10 +98,7 @@ class Registers(TrainingOnly):
         registers_BTC = self.register.to(embedded_BTC.dtype).expand_as(embedded_BTC)
         both = torch.cat((embedded_BTC, registers_BTC), dim=1)
         output = trunk(both, self.positions(positions, seq_len, self.offset(key)))
-        tokens, registers = (
-            TrunkOutput(*(hidden[:, half] for hidden in vars(output).values()))
-            for half in (slice(seq_len), slice(seq_len, None))
-        )
+        tokens, registers = (output.at(half) for half in (slice(seq_len), slice(seq_len, None)))
         return tokens, registers.final
 
     def positions(self, tokens: Positions, seq_len: int, d: int) -> Positions:

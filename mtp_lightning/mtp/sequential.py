@@ -25,6 +25,7 @@ from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
@@ -150,7 +151,9 @@ class SequentialMTP(Chain):
                 check_last_block(f"mtp.depths.{i}", module.block, trunk)
 
     @torch.no_grad()
-    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
+    def begin(
+        self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
+    ) -> None:
         for i in fresh:
             self._built[i].norm.load_state_dict(trunk.norm.state_dict())
         if self.config.init == "random":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -29,10 +29,22 @@ class Switches:
     stride = 1
     rank = 1
 
+    # How many of the trunk's states the stack starts from, side by side in one tensor.
+    n_states: ClassVar[int] = 1
+
     @property
     def branch_from(self) -> TrunkState:
         """The trunk's hidden state that the stack starts from."""
         return _STATES[self.branch, self.input_norm]
+
+    @property
+    def read_states(self) -> tuple[Any, ...]:
+        """Which states of the trunk the stack starts from, for the key of a cache of them."""
+        return self.branch, self.input_norm
+
+    def shared_blocks(self, n_layers: int) -> int:
+        """How many of the trunk's blocks the depths read, from the first on."""
+        return n_layers - (self.branch == "before_last")
 
 
 _STATES = {

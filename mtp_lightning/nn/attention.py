@@ -248,12 +248,7 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
         batch, seq_len, _ = x_BTC.shape
-        qkv = self.qkv(x_BTC)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
-        qkv = qkv.view(batch, seq_len, -1, self.d_head)
-        if self.query_norm is not None:
-            qkv = self._norm_heads(qkv)
+        qkv = self.heads(x_BTC)
         if positions.cache is None:
             mixed = rotary_attention(
                 qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
@@ -265,6 +260,14 @@ class Attention(nn.Module):
             positions.cache.append(layer, entry)
             mixed = positions.cache.attend(layer, query, positions.dense_mask())
         return self.out(mixed.reshape(batch, seq_len, -1))
+
+    def heads(self, x_BTC: Tensor) -> Tensor:
+        """The heads of queries, keys and values before RoPE, [B, T, N + 2 M, H] for M key heads."""
+        qkv = self.qkv(x_BTC)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
+        qkv = qkv.view(*x_BTC.shape[:2], -1, self.d_head)
+        return qkv if self.query_norm is None else self._norm_heads(qkv)
 
     def _norm_heads(self, qkv: Tensor) -> Tensor:
         assert self.query_norm is not None and self.key_norm is not None

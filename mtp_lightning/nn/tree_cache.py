@@ -24,7 +24,8 @@ class Branches:
     """The tree of the tokens of a pass.
 
     Args:
-        parents: for every token the index of its parent, which is smaller; -1 for the first.
+        parents: for every token the index of its parent, which is smaller; -1 for a token without
+            one, such as the first.
         device: device of the tables.
 
     Attributes:
@@ -40,7 +41,7 @@ class Branches:
         paths: list[list[int]] = []
         for token, parent in enumerate(parents):
             assert parent < token
-            paths.append([*(paths[parent] if token else []), token])
+            paths.append([*(paths[parent] if parent >= 0 else []), token])
         self.offsets_T = torch.tensor([len(path) - 1 for path in paths], device=device)
         # Columns: the entries stored before the pass, its tokens, the positions after it.
         sees_TW = torch.zeros(width, width + 2, dtype=torch.bool)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import torch
@@ -36,19 +37,35 @@ class TrunkOutput:
         final: after all blocks and the norm: h^0 of docs/semantics.md, which the head projects.
         last_block: after all blocks, before the final norm.
         before_last: after all blocks except the last, before any norm.
+        after: number of blocks -> the state after them, for the numbers in ``Trunk.kept``; 0 is the
+            embedding.
     """
 
     final: Tensor
     last_block: Tensor
     before_last: Tensor
+    after: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def at(self, positions: slice) -> TrunkOutput:
+        """The states at some positions."""
+        final, last_block, before_last = (
+            h_BTC[:, positions] for h_BTC in (self.final, self.last_block, self.before_last)
+        )
+        after = {n: h_BTC[:, positions] for n, h_BTC in self.after.items()}
+        return TrunkOutput(final, last_block, before_last, after)
 
 
 class Trunk(nn.Module):
-    """A pre-norm decoder without its output head."""
+    """A pre-norm decoder without its output head.
+
+    Attributes:
+        kept: after how many blocks a pass keeps the state, in :attr:`TrunkOutput.after`.
+    """
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         self.config = config
+        self.kept: Collection[int] = ()
         self.embedding = embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -60,9 +77,12 @@ class Trunk(nn.Module):
         shifted: one lookup serves all.
         """
         h_BTC = before_last = embedded_BTC
+        after = {0: h_BTC} if 0 in self.kept else {}
         for layer, block in enumerate(self.blocks):
             before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
-        return TrunkOutput(self.norm(h_BTC), h_BTC, before_last)
+            if layer + 1 in self.kept:
+                after[layer + 1] = h_BTC
+        return TrunkOutput(self.norm(h_BTC), h_BTC, before_last, after)
 
     def state(self, output: TrunkOutput, which: TrunkState) -> Tensor:
         """One of the hidden states [B, T, C] of a pass."""

@@ -165,8 +165,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
     """FLOPs of a forward pass over one window, with all depths and their logits."""
     model = config.on_meta()
     with counted_flops() as count:
-        for hidden in model(window_on_meta(config, seq_len)).values():
-            model.head(hidden)
+        for k, hidden in model(window_on_meta(config, seq_len)).items():
+            model.head_of(k)(hidden)
     return count.total
 
 
@@ -189,5 +189,5 @@ def window_on_meta(config: ModelConfig, seq_len: int, *, stored: bool = False) -
         scored=tokens.bool() if mtp.answers_at_once else None,
         stride=mtp.stride,
         extra=extra,
-        states=torch.empty(1, 2, seq_len, width, device="meta") if stored else None,
+        states=torch.empty(1, 1 + mtp.n_states, seq_len, width, device="meta") if stored else None,
     )

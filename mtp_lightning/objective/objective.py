@@ -117,22 +117,32 @@ class Objective:
         return list(found.values())
 
     def targets(
-        self, k: int, batch: WindowBatch, factor: float, counts: PositionCounts, *, place: int
+        self,
+        stack: MTPStack,
+        k: int,
+        batch: WindowBatch,
+        factor: float,
+        counts: PositionCounts,
+        key: RandomKey | None,
     ) -> list[DepthTarget]:
         """The targets of depth ``k``: one for every term that has a position in the step.
 
         Args:
+            stack: the stack that is trained.
             k: the depth, 1 .. D.
             batch: a micro-batch.
             factor: factor of L_k.
             counts: positions that count in the whole step.
-            place: :meth:`MTPStack.target_depth` of ``k``.
+            key: key of the stack's random choices in training.
         """
         found = []
         for part, (weight, term) in enumerate(self.parts):
             if count := counts.of(k, term):
                 taught = term.needs_teacher
-                tokens_BT = taught_targets(batch, k) if taught else batch.targets(place)
+                if taught:
+                    tokens_BT = taught_targets(stack, k, batch, key)
+                else:
+                    tokens_BT = stack.targets(k, batch, key)
                 coefficient = factor * weight / count
                 found.append(
                     DepthTarget(k, tokens_BT, coefficient, term, part, stride=batch.stride)
@@ -158,8 +168,7 @@ class Objective:
         """
         found = [DepthTarget(0, batch.targets(0), factors[0] / counts.valid[0], _MAIN_TERM)]
         for k in (k for k, factor in enumerate(factors) if k and factor):
-            place = stack.target_depth(k, key)
-            found += self.targets(k, batch, factors[k], counts, place=place)
+            found += self.targets(stack, k, batch, factors[k], counts, key)
         return found
 
     def trains_head(self, mtp: MTPConfig) -> bool:

@@ -54,7 +54,8 @@ def prepass(
             found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
             seen[measure.name][k] = found
             asked.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
-        return Prediction(hidden, asked, train_head=False, needs_gradient=False)
+        own = feed.head if k else None
+        return Prediction(hidden, asked, train_head=False, needs_gradient=False, head=own)
 
     due = [(0, feed.main)] if of_main else []
     for group in itertools.chain(feed.looks() if of_depths else (), [()]):

@@ -147,29 +147,34 @@ def step_counts(
         key: key of its random choices in training.
         taught: whether to count the positions with a teacher too.
     """
-    if batch.every_target_counts:  # known from the sizes, which are the same on all ranks
+    own = stack.own_head
+    if batch.every_target_counts and (own is None or own.is_whole):
+        # Known from the sizes, which are the same on all ranks.
         windows, depths = len(batch) * world_size(), range(batch.depth + 1)
         seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
         valid = [windows * batch.seq_len for _ in depths]
         return PositionCounts(valid, seen if taught else None)
     masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
     masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
-    counts_K = torch.stack([mask.sum() for mask in masks if mask is not None])
-    counts_NK = torch.stack([counts_K, *([count_taught(masked)] if taught else [])])
+    every = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
+    counts_K = torch.stack([every if mask is None else mask.sum() for mask in masks])
+    counts_NK = torch.stack([counts_K, *([count_taught(masked, stack, key)] if taught else [])])
     if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
     return PositionCounts(*counts_NK.tolist())
 
 
-def taught_targets(batch: WindowBatch, k: int) -> Tensor:
+def taught_targets(
+    stack: MTPStack, k: int, batch: WindowBatch, key: RandomKey | None = None
+) -> Tensor:
     """``[B, T]`` targets of depth k that have a teacher: -100 also at the last k positions (s k
     with a stride of s), whose teacher would lie beyond the window."""
-    targets_BT = batch.targets(k).clone()
+    targets_BT = stack.targets(k, batch, key).clone()
     targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
     return targets_BT
 
 
-def count_taught(batch: WindowBatch) -> Tensor:
+def count_taught(batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None) -> Tensor:
     """``[D + 1]`` int64, the number of positions of every depth that count and have a teacher."""
-    targets = [taught_targets(batch, k) for k in range(batch.depth + 1)]
+    targets = [taught_targets(stack, k, batch, key) for k in range(batch.depth + 1)]
     return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])

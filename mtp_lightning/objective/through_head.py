@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.mixture import mixed_log_probs
 from mtp_lightning.nn.ops import (
     cross_entropy,
@@ -77,15 +78,23 @@ def chunks(total: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, total))
 
 
-def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def log_probs_by_chunk(
+    h_MC: Tensor, weight_VC: Tensor, own: OwnHead | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """``log_softmax(h @ weight.T)`` in chunks of positions, in at least fp32, without autograd.
+
+    Args:
+        h_MC: the states.
+        weight_VC: the shared head's weight.
+        own: the head of the states, if they are not the shared head's.
 
     Yields:
         The chunk's rows among the M, and its log-probabilities [R, V], which the caller may
         overwrite.
     """
     for rows in chunks(h_MC.shape[0], chunk_rows(weight_VC.shape[0], h_MC.device)):
-        chunk_RV = log_probs(h_MC[rows], weight_VC)
+        h_RC = h_MC[rows]
+        chunk_RV = log_probs(h_RC, weight_VC) if own is None else own.log_probs(h_RC)
         yield rows, chunk_RV
         del chunk_RV
 
@@ -129,10 +138,13 @@ def through_head(
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
     def ways() -> Iterator[_Way]:
-        done = 0
+        done, own = 0, None
         for prediction in predictions:
             end = done + len(prediction.targets)
-            way = _Way(head, weight, prediction, sums[done:end], of_terms)
+            if prediction.head is not None and own is None:  # all such predictions share one
+                own = HeadWeight(prediction.head.weight, needs_gradient=prediction.train_head)
+            its_head = head if own is None or prediction.head is None else own
+            way = _Way(its_head, weight, prediction, sums[done:end], of_terms)
             if way.learns or any(target.coefficient for target in way.targets):
                 yield way
             done = end
@@ -155,7 +167,7 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None
         for way in ways:
             if way.depth:
                 left = rows_left(rows, way.depth * way.targets[0].stride, main_MC)
-                way.go(left, log_probs(way.h_NC[left], weight), teacher)
+                way.go(left, log_probs(way.h_NC[left], way.weight), way.taught_by(teacher))
         del teacher
         for way in ways:  # last, since it overwrites the teacher's log-probabilities
             if not way.depth:
@@ -195,7 +207,8 @@ class _Way:
         self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
         if prediction.weight is not None:
             self.head = HeadWeight(prediction.weight, needs_gradient=prediction.train_head)
-            self.weight = prediction.weight.detach().to(weight.dtype)
+        if prediction.weight is not None or prediction.head is not None:
+            self.weight = self.head.weight_VC.detach().to(weight.dtype)
         h, needed = prediction.hidden, prediction.needs_gradient
         self.trains_weight = self.head.needs_gradient and prediction.train_head
         self.learns = needed or self.trains_weight
@@ -230,8 +243,15 @@ class _Way:
         """Set the prediction's gradients."""
         if self.d_h is not None:
             self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
-        if self.prediction.weight is not None:
+        if self.prediction.weight is not None or self.prediction.head is not None:
             self.prediction.weight_gradient = self.head.gradient
+
+    def taught_by(self, teacher: Teacher) -> Teacher:
+        """The teacher over the tokens that the prediction's own head has rows for."""
+        own = self.prediction.head
+        if own is None or own.is_whole:
+            return teacher
+        return Teacher(own.conditional(teacher.log_probs_RV), teacher.hidden_RC)
 
     def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
         """Losses and gradients at the positions ``rows``.

@@ -25,6 +25,7 @@ _NAMES: dict[str, tuple[str, str, dict[str, str]]] = {
             "parameter_free": "parameter-free modules",
             "teacherless": "teacherless training",
             "nextlat": "NextLat head",
+            "eagle": "EAGLE-3 layer",
         },
     ),
     "mtp.depth": ("D", "D = {}", {}),

@@ -51,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "top": {"mtp": "top", "mtp.depth": 1},
     "bag": {"mtp": "bag", "mtp.depth": 1},
     "nextlat": {"mtp": "nextlat"},
+    "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
     "registers": {"mtp": "registers", "mtp.depth": 1},
     "kl": {"objective": "kl"},
     "experts": {"model": "deepseek_nano", "model.n_layers": 2, **_MODEL},

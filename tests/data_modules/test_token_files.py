@@ -160,6 +160,7 @@ def test_shards_are_one_text(tmp_path, kind):
     assert [p.tolist() for p in one.held_out_prompts(3, 9)] == [
         p.tolist() for p in many.held_out_prompts(3, 9)
     ]
+    assert (one.token_frequency() == many.token_frequency()).all()
     holding, n = one.document_frequency()
     assert (holding == many.document_frequency()[0]).all() and n == one.store["train"].n_documents
 

@@ -68,7 +68,7 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
     window = torch.tensor([[*tokens, *[0] * (model.depth + 1)]])[:, : seq_len + model.depth + 1]
     hidden = model(WindowBatch(window, model.depth))
     assert hidden[0].shape[1] == seq_len
-    return [model.head(hidden[k])[0] for k in range(depth + 1)]
+    return [model.head_of(k)(hidden[k])[0] for k in range(depth + 1)]
 
 
 def steer_drafts(

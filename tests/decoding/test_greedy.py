@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import Session, session_kind
 from mtp_lightning.decoding.speculative import Decoder
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
@@ -34,6 +35,8 @@ VARIANTS = [
     {"stack": NextLatConfig},
     {"stack": ParallelConfig, "correction": "mlp"},
     {"stack": LinearConfig, "correction": "markov"},
+    {"stack": EagleConfig},
+    {"stack": EagleConfig, "draft_vocab": 21},
 ]
 
 
@@ -64,6 +67,8 @@ def test_plain_equals_decoding_without_a_cache():
 @pytest.mark.parametrize("seed", range(2 * len(VARIANTS)))
 def test_speculative_equals_plain(seed, deepseek, monkeypatch):
     number, second = divmod(seed, 2)
+    if deepseek and VARIANTS[number].get("stack") is EagleConfig:
+        pytest.skip("its cache holds keys and values of whole heads")
     depth = 1 + (number + 2 * second + deepseek) % 4
     trunk = {"deepseek": True} if deepseek else {"kv": (1, 2, 4)[seed % 3]}
     model = small_model(seed, depth, **trunk, **VARIANTS[number])
@@ -78,7 +83,7 @@ def test_speculative_equals_plain(seed, deepseek, monkeypatch):
         ] == expected
         with monkeypatch.context() as patch:
             # Random modules hardly ever agree with the trunk: here they do, half of the time.
-            steer_drafts(patch, right, chance=0.6, seed=seed)
+            steer_drafts(patch, right, chance=0.6, seed=seed, session=session_kind(model))
             together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
             assert [g.token_ids for g in together] == expected
             assert any(any(g.accepted_mask) for g in together)
@@ -113,6 +118,8 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
         (3, 3, {"stack": ParallelConfig, "correction": "mlp"}),
         (2, 2, {"stack": LinearConfig, "correction": "mlp"}),
         (3, 3, {"stack": LinearConfig, "correction": "markov"}),
+        (3, 3, {"stack": EagleConfig}),
+        (2, 4, {"stack": EagleConfig, "draft_vocab": 21}),
     ],
 )
 @pytest.mark.parametrize("together", [False, True])
@@ -124,14 +131,20 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
         prompts = prompts[:1]
     texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
     seen = passes_checked(model, texts, drafted, monkeypatch)
-    steer_drafts(monkeypatch, texts, chance=0.7)
+    steer_drafts(monkeypatch, texts, chance=0.7, session=session_kind(model))
     generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
     assert all(seen.values()), seen
 
 
 @pytest.mark.parametrize("places", [1, 2, 3])
 @pytest.mark.parametrize(
-    "mtp", [{}, {"share_layers": True, "deepseek": True}, {"stack": LinearConfig}]
+    "mtp",
+    [
+        {},
+        {"share_layers": True, "deepseek": True},
+        {"stack": LinearConfig},
+        {"stack": EagleConfig, "draft_vocab": 21},
+    ],
 )
 def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
     """As ``draft_depth="auto"`` has it: a few rounds with drafts, many without, rows that come and
@@ -143,7 +156,7 @@ def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeyp
         for p in prompts
     ]
     seen = passes_checked(model, texts, 2, monkeypatch)
-    steer_drafts(monkeypatch, texts, chance=0.7)
+    steer_drafts(monkeypatch, texts, chance=0.7, session=session_kind(model))
     rounds, real = [0], Decoder.round
 
     def now_and_then(decoder, n_drafts, caps):
@@ -161,7 +174,8 @@ def passes_checked(model, texts, drafted, monkeypatch):
     count them by depth."""
     expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
     seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
-    draft, verify = Session.draft, Session.verify
+    kind = session_kind(model)
+    draft, verify = kind.draft, kind.verify
 
     def text_of(session, row):
         held = session.tokens_BS[row, : session.n[row] + 1].tolist()
@@ -192,8 +206,8 @@ def passes_checked(model, texts, drafted, monkeypatch):
                     seen["trunk"] += 1
         return logits
 
-    monkeypatch.setattr(Session, "draft", checked_draft)
-    monkeypatch.setattr(Session, "verify", checked_verify)
+    monkeypatch.setattr(kind, "draft", checked_draft)
+    monkeypatch.setattr(kind, "verify", checked_verify)
     return seen
 
 

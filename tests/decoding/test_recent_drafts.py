@@ -8,6 +8,7 @@ import pytest
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
@@ -22,6 +23,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "parallel markov": {"stack": ParallelConfig, "correction": "markov"},
     "linear mlp": {"stack": LinearConfig, "correction": "mlp"},
     "linear markov": {"stack": LinearConfig, "correction": "markov"},
+    "eagle": {"stack": EagleConfig},
+    "eagle, some tokens": {"stack": EagleConfig, "draft_vocab": 3},
     "linear, rank 3": {"stack": LinearConfig, "rank": 3},
 }
 

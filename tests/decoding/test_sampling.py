@@ -10,6 +10,7 @@ import torch
 from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
 from mtp_lightning.decoding.speculative import accept_or_resample
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
@@ -143,6 +144,7 @@ def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
         {"stack": ParallelConfig, "correction": "mlp"},
         {"stack": LinearConfig, "correction": "markov"},
         {"stack": LinearConfig, "rank": 3},
+        {"stack": EagleConfig, "draft_vocab": 4},
     ],
 )
 def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):

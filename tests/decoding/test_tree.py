@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.session import session_kind
 from mtp_lightning.decoding.tree import Tree, ancestor
-from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import (
     accept_path_or_resample,
     draw_without_replacement,
 )
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
@@ -37,6 +38,8 @@ VARIANTS = [
     {"stack": NextLatConfig},
     {"stack": ParallelConfig, "correction": "mlp"},
     {"stack": LinearConfig, "correction": "markov"},
+    {"stack": EagleConfig},
+    {"stack": EagleConfig, "draft_vocab": 4},
 ]
 
 
@@ -66,7 +69,8 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
     model = small_model(1, 3, vocab=VOCAB, **mtp)
     prompts = random_prompts(1, lengths, VOCAB)
     seen = dict.fromkeys(range(4), 0)
-    draft, verify = TreeSession.draft_tree, TreeSession.verify_tree
+    kind = session_kind(model, tree=True)
+    draft, verify = kind.draft_tree, kind.verify_tree
 
     def check(session, row, node, k, logits_V):
         """Depth k's logits behind a node, which stands at depth k - 1, or the trunk's, k = 0."""
@@ -93,8 +97,8 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
             check(session, row, node, 0, logits_BTV[row, node])
         return logits_BTV
 
-    monkeypatch.setattr(TreeSession, "draft_tree", checked_draft)
-    monkeypatch.setattr(TreeSession, "verify_tree", checked_verify)
+    monkeypatch.setattr(kind, "draft_tree", checked_draft)
+    monkeypatch.setattr(kind, "verify_tree", checked_verify)
     done = generate(model, prompts, max_new_tokens=7, tree=[2, 2, 1])
     assert all(seen.values()), seen
     assert len(lengths) == 1 or any(any(g.accepted_mask) for g in done)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 HEADS: dict[str, dict[str, Any]] = {
     "joint": {"mtp": "joint"},
     "nextlat": {"mtp": "nextlat"},
+    "eagle": {"mtp": "eagle", "mtp.depth": 2, "mtp.draft_vocab": 60},
     "mlp": {"mtp": "parallel", "mtp.correction": "mlp"},
     "markov": {"mtp": "linear", "mtp.correction": "markov", "mtp.correction_rank": 8},
     "stride": {"mtp": "linear", "mtp.stride": 2},
@@ -57,7 +58,7 @@ def test_resumed_is_uninterrupted_and_drafts_are_lossless(
 @pytest.mark.parametrize("head", HEADS)
 def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
     """Whose targets are answers alone."""
-    settings = HEADS[head]
+    settings = HEADS[head] | ({"mtp.draft_vocab": None} if head == "eagle" else {})
     summary = train_here(tmp_path / "run", cache, {**TASK, "mtp.depth": 1, **settings})
     assert 0 <= summary["val/exact_match"] <= 1 and summary["val/loss_depth_1"] > 0
 

@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shared_layers": {"mtp.share_layers": "true", "mtp.hidden_state_mixing": "true"},
     "curriculum": {"lambda_schedule": "forward_curriculum"},
     "nextlat": {"mtp": "nextlat"},
+    "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
     "bag": {"mtp": "bag", "mtp.depth": None},
     "teacher": {"objective": "kl"},
     "teacher_parallel": {"mtp": "parallel", "objective": "js"},

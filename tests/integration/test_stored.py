@@ -22,9 +22,12 @@ import yaml
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_counts import require_counts
+from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.opening import open_model, require_held
 from mtp_lightning.run.loading import model_config
 from tests.integration.helpers import checkpoint, config
+from tests.interop import folders
+from tests.models import build
 
 SECRET = "a-token-of-the-environment"
 ATTACKS: dict[str, Any] = {
@@ -225,6 +228,25 @@ def of_card(key: str) -> Callable[[Path, Any, Path], object]:
     return read
 
 
+def of_layer(key: str) -> Callable[[Path, Any, Path], object]:
+    """The config.json of an EAGLE-3 layer in a trunk's folder: the model is opened."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        pytest.importorskip("safetensors")
+        model = build(folders.dense(n_layers=4), EagleConfig(depth=2, draft_vocab=9))
+        folders.write(folder / "model", model)
+        file = folder / "model" / "draft" / "config.json"
+        fields = json.loads(file.read_text())
+        if not key.startswith("mtp_lightning"):
+            del fields["mtp_lightning"]  # as in a layer from elsewhere
+        if key.startswith("eagle_config"):
+            del fields["eagle_aux_hidden_state_layer_ids"]
+        file.write_text(json.dumps(set_at(fields, key, value)))
+        return open_model(folder / "model").model.config
+
+    return read
+
+
 def of_reference(finished: Path, value: Any, folder: Path) -> object:
     """A run that another is compared with."""
     from mtp_lightning.matching import run_reference
@@ -256,6 +278,11 @@ PLACES: dict[str, Callable[[Path, Any, Path], object]] = {
     **{f"card: {key}": of_card(key) for key in (
         "run_config.seed", "run_config.mtp_lambda", "run_config.data.seq_len", "summary.step",
         "summary.val/loss_depth_0")},
+    **{f"layer: {key}": of_layer(key) for key in (
+        "architectures", "hidden_size", "draft_vocab_size", "rope_theta", "rope_scaling",
+        "eagle_aux_hidden_state_layer_ids", "eagle_config",
+        "eagle_config.eagle_aux_hidden_state_layer_ids", "mtp_lightning", "mtp_lightning.variant",
+        "mtp_lightning.depth", "mtp_lightning.layers", "mtp_lightning.draft_vocab")},
     "summary.json": of_reference,
 }  # fmt: skip
 

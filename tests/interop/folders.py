@@ -76,7 +76,8 @@ def write(folder: Path, model: MTPModel, **changes: Any) -> Contents:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file's bytes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @torch.no_grad()

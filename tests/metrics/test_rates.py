@@ -11,10 +11,19 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics import rates as rates_file
 from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.mtp.own_head import OwnHead
 
 
-def brute_force(hidden: dict[int, Tensor], weight: Tensor, batch: WindowBatch) -> dict[str, float]:
+def brute_force(
+    hidden: dict[int, Tensor], weight: Tensor, batch: WindowBatch, own: OwnHead | None = None
+) -> dict[str, float]:
     probs = {k: torch.softmax(h.double() @ weight.double().T, -1) for k, h in hidden.items()}
+    for k in hidden if own is not None else ():
+        if k:
+            assert own is not None
+            rows = torch.softmax(hidden[k].double() @ own.weight.detach().double().T, -1)
+            probs[k] = torch.zeros_like(probs[0])
+            probs[k][..., own.tokens] = rows
     found: dict[str, list[float]] = {}
     for row in range(batch.batch_size):
         for i in range(batch.seq_len):
@@ -23,7 +32,8 @@ def brute_force(hidden: dict[int, Tensor], weight: Tensor, batch: WindowBatch) -
                 if docs is not None and docs[row, i] != docs[row, i + k + 1]:
                     continue
                 q, target = probs[k][row, i], batch.tokens[row, i + k + 1]
-                found.setdefault(f"loss_depth_{k}", []).append(-math.log(q[target]))
+                if q[target] > 0:
+                    found.setdefault(f"loss_depth_{k}", []).append(-math.log(q[target]))
                 found.setdefault(f"accuracy_depth_{k}", []).append(float(q.argmax() == target))
                 if k and i + k < batch.seq_len:
                     p = probs[0][row, i + k]
@@ -34,13 +44,21 @@ def brute_force(hidden: dict[int, Tensor], weight: Tensor, batch: WindowBatch) -
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+@pytest.mark.parametrize("rows", [None, 13, 5])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 5, 64])
-def test_against_brute_force(monkeypatch: pytest.MonkeyPatch, masked: bool, width: int) -> None:
+def test_against_brute_force(
+    monkeypatch: pytest.MonkeyPatch, masked: bool, width: int, rows: int | None
+) -> None:
     monkeypatch.setattr(rates_file, "chunk_rows", lambda *_: width)
     depth, seq_len = 3, 11
     weight = torch.randn(13, 8)
-    metric = DepthRates(depth)
+    own = None
+    if rows is not None:
+        own = OwnHead(13, 8, rows)
+        torch.nn.init.normal_(own.weight)
+        own.choose(torch.randint(0, 99, (13,)))
+    metric = DepthRates(depth, own_head=own)
     batches, hiddens = [], []
     for _ in range(2):
         tokens = torch.randint(0, 13, (3, seq_len + depth + 1))
@@ -54,7 +72,7 @@ def test_against_brute_force(monkeypatch: pytest.MonkeyPatch, masked: bool, widt
         torch.cat([b.documents for b in batches]) if masked else None,
     )
     joined = {k: torch.cat([h[k] for h in hiddens]) for k in range(depth + 1)}
-    assert metric.compute() == pytest.approx(brute_force(joined, weight, whole), rel=1e-4)
+    assert metric.compute() == pytest.approx(brute_force(joined, weight, whole, own), rel=1e-4)
 
 
 def test_perfect_drafts_agree_and_shifted_ones_do_not() -> None:

@@ -94,6 +94,8 @@ def test_documents_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     file = TokenFile(path, "uint16", 19, 0, len(documents))
     expected = [sum(v in d for d in documents) for v in range(8)]
     assert file.document_frequency(8).tolist() == expected
+    tokens = np.concatenate(documents).tolist()
+    assert file.token_frequency(8).tolist() == [tokens.count(v) for v in range(8)]
 
 
 def test_bad_settings_are_named() -> None:

@@ -27,6 +27,7 @@ HEADS: dict[str, dict[str, object]] = {
     "linear_markov": {"mtp": "linear", "mtp.correction": "markov"},
     "joint": {"mtp": "joint"},
     "nextlat": {"mtp": "nextlat"},
+    "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
 }
 
 

@@ -5,6 +5,7 @@ Shapes: B windows, T positions, C d_model, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.eagle import default_layers
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.sequential import draw_dropped, draw_states_back
 from tests.reference import rms_norm
@@ -79,9 +81,10 @@ class Forward:
 
     def trunk(self, x: Tensor, places: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
         """Before the last block, and after it."""
-        before_last = x
+        before_last, self.after = x, [x]
         for layer in range(self.c.n_layers):
             before_last, x = x, self.block(x, f"trunk.blocks.{layer}", places, sees)
+            self.after.append(x)
         return before_last, x
 
     def block(self, x: Tensor, name: str, places: Tensor, sees: Tensor) -> Tensor:
@@ -178,6 +181,34 @@ class Forward:
             found[k] = g
         return found
 
+    def eagle(self) -> dict[int, Tensor]:
+        """Every query alone, over the keys that its draft would find in the cache."""
+        p, n, m = "mtp.depths.0", self.c.n_heads, self.c.n_kv_heads
+        layers, size = self.config.layers or default_layers(self.c.n_layers), self.c.d_head
+        read = torch.cat([self.after[layer] for layer in layers], -1)
+        g = self.linear(read if self.config.detach == "none" else read.detach(), f"{p}.fuse")
+        found, keys, values = {}, [], []
+        for k in range(1, self.config.depth + 1):
+            halves = self.norm(self.read(k), f"{p}.token_norm"), self.norm(g, f"{p}.hidden_norm")
+            qkv = self.linear(torch.cat(halves, -1), f"{p}.attention.qkv").unflatten(-1, (-1, size))
+            q, key, value = qkv.split([n, m, m], dim=-2)
+            q, key = (rotated(part, self.places + k - 1, self.c.rope_theta) for part in (q, key))
+            keys.append(key.repeat_interleave(n // m, dim=-2))
+            values.append(value.repeat_interleave(n // m, dim=-2))
+            mixed = torch.zeros_like(q)
+            for b, t in itertools.product(range(len(self.batch)), range(self.seq_len)):
+                seen, own = self.sees[b, t], range(1, k)
+                its_keys = torch.cat([keys[0][b, seen], *(keys[i][b, t : t + 1] for i in own)])
+                its_values = [values[0][b, seen], *(values[i][b, t : t + 1] for i in own)]
+                shares = ((its_keys * q[b, t]).sum(-1) / math.sqrt(size)).softmax(0)
+                mixed[b, t] = (shares.unsqueeze(-1) * torch.cat(its_values)).sum(0)
+            g = g + self.linear(mixed.flatten(-2), f"{p}.attention.out")
+            normed = self.norm(g, f"{p}.feed_forward_norm")
+            gate, up = self.linear(normed, f"{p}.feed_forward.gate_up").chunk(2, dim=-1)
+            g = g + self.linear(F.silu(gate) * up, f"{p}.feed_forward.down")
+            found[k] = self.norm(g, f"{p}.norm")
+        return found
+
     def registers(self) -> dict[int, Tensor]:
         """Behind the tokens; a register sees the tokens up to its own, and itself."""
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
@@ -195,8 +226,20 @@ class Forward:
             return self.of_components()
         trained = train_head and self.config.detach != "all"
         head = self.head if trained else self.head.detach()
-        found = {k: torch.log_softmax(h @ head.T, -1) for k, h in self.states.items()}
+        if self.mtp.own_head is not None:
+            head = self.w["mtp.depths.0.head.weight"]
+        found = {
+            k: self.over_all(torch.log_softmax(h @ head.T, -1)) for k, h in self.states.items()
+        }
         return {0: torch.log_softmax(self.final @ self.head.T, -1), **found}
+
+    def over_all(self, log_q: Tensor) -> Tensor:
+        """Tokens that a head of the stack's own leaves out have probability 0."""
+        if self.mtp.own_head is None:
+            return log_q
+        wide = log_q.new_full((*log_q.shape[:-1], self.c.vocab_size), -math.inf)
+        wide[..., self.mtp.own_head.tokens] = log_q
+        return wide
 
     def of_components(self) -> dict[int, Tensor]:
         """Of a mixture, whose weights rest on what its components said of the tokens before."""
@@ -228,6 +271,7 @@ HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
     "linear": Forward.medusa,
     "joint": Forward.joint,
     "nextlat": Forward.nextlat,
+    "eagle": Forward.eagle,
     "registers": Forward.registers,
     "top": lambda forward: {},  # what they say goes through a head of their own
     "bag": lambda forward: {},

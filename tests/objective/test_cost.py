@@ -43,6 +43,7 @@ HEADS: dict[str, list[dict[str, Any]]] = {
     "top": [{"lookahead": 6}],
     "bag": [{"lookahead": 6}],
     "registers": [{"lookahead": 6}],
+    "eagle": [{}, {"draft_vocab": 11}],
 }
 SWITCHES: list[dict[str, Any]] = [
     {},
@@ -52,6 +53,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"freeze_trunk": True, "branch": "final"},
 ]
 T = 12
+PLAIN = ["dense", "untied experts"]
 
 
 def trunk_of(name: str) -> TrunkConfig:
@@ -82,6 +84,8 @@ def test_every_head_is_among_them() -> None:
 @pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("head", HEADS)
 def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str, trunk: str) -> None:
+    if head == "eagle" and trunk not in PLAIN:
+        pytest.skip("its cache holds keys and values of whole heads")
     for mtp in configs(head):
         config = ModelConfig(trunk=trunk_of(trunk), mtp=mtp)
         model = MTPModel(config)
@@ -100,7 +104,7 @@ def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str, tru
 
 @pytest.mark.parametrize("head", HEADS)
 def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
-    trunks = list(TRUNKS)
+    trunks = PLAIN if head == "eagle" else list(TRUNKS)
     for number, mtp in enumerate(configs(head)):
         config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
         cost, depths = StepCost(config), list(range(1, mtp.depth + 1))

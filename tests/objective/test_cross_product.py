@@ -64,9 +64,11 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "lookahead": (2, 5),
     "tau": (1.0, 0.5),
     "weights": ("none", "idf"),
+    "layers": (None, (0, 2, 2), (1, 1, 2)),
+    "draft_vocab": (None, 7),
     "init": ("random", "last_block"),
 }
-SORTS = ("correction", "stride", "rank")
+SORTS = ("correction", "stride", "rank", "draft_vocab")
 # An objective -> settings of its own, and the formulas that they stand for, with their weights.
 OBJECTIVES: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = {
     **{w: [({}, {w: 1.0})] for w in ("ce", "reverse_kl", "js", "tv", "nla", "lk", "e2e_tv", "eal")},
@@ -141,7 +143,9 @@ class Case:
     def takes_all(self) -> bool:
         """Whether no objective is refused: every depth predicts the next token of a draft."""
         predicts = target(listed("mtp")[self.head]).predicts_tokens
-        plain = all(value == 1 for name, value in self.sort if name in ("stride", "rank"))
+        asked = dict(self.sort)
+        plain = asked.get("stride", 1) == asked.get("rank", 1) == 1
+        plain = plain and asked.get("draft_vocab") is None
         return predicts and plain and listed("mtp")[self.head]["depth"] > 0
 
 
@@ -218,8 +222,10 @@ def drawn_model(config: MTPConfig, seed: int) -> MTPModel:
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
             parameter.mul_(0.5).add_(1.0 if parameter.dim() == 1 else 0.0)
-        for buffer in model.buffers():
+        for buffer in (b for b in model.buffers() if b.is_floating_point()):
             buffer.uniform_(0.5, 1.5, generator=generator)
+        if (own := model.mtp.own_head) is not None:
+            own.choose(torch.randint(0, 99, (TRUNK.vocab_size,), generator=generator))
     return model
 
 
@@ -312,7 +318,7 @@ def check(case: Case) -> str | None:
         assert result.flops == counted.total
     for k, hidden in model(batch, result.plan.active, key=RandomKey(step.seed, now)).items():
         if k in want.log_q:  # a summary's is for a head of its own
-            log_q = torch.log_softmax(model.head(hidden), -1)
+            log_q = torch.log_softmax(model.head_of(k)(hidden), -1)
             torch.testing.assert_close(log_q, want.log_q[k], rtol=1e-9, atol=1e-9)
     wanted = gradients(want.total, list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]

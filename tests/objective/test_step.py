@@ -129,6 +129,7 @@ CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_tr
         ("linear", {}),
         ("joint", {}),
         ("nextlat", {}),
+        ("eagle", {"draft_vocab": 11}),
         ("parallel", {"correction": "mlp"}),
         ("linear", {"correction": "mlp"}),
         ("linear", {"correction": "markov"}),
@@ -143,6 +144,8 @@ def test_flops_are_those_of_pytorchs_operators(
     branch: str,
 ) -> None:
     own = {"branch": branch, **correction, **switches}
+    if variant == "eagle":
+        own.pop("branch")
     trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), **own)
     trained.model.double()
     for length, active in ((5, [1, 2]), (3, [1]), (2, [])):

@@ -150,6 +150,11 @@ class Step:
         if model.config.mtp.variant == "registers":
             self.on[1] = model.mtp.offset(key) - 1
         self.valid = {k: self._valid(on) for k, on in self.on.items()}
+        own = model.mtp.own_head
+        self.rows = None if own is None or own.is_whole else own.tokens
+        for k in self.on if self.rows is not None else ():
+            if k:
+                self.valid[k] &= torch.isin(self._target(k), self.rows)
         self.taught = {k: valid & (self._on(k) < self.seq_len) for k, valid in self.valid.items()}
         config: Any = model.config.mtp
         self.logged: dict[str, Any] = {}
@@ -184,13 +189,20 @@ class Step:
 
     def _at(self, k: int) -> At:
         teacher = self._on(k).clamp(max=self.seq_len - 1)
-        start = 1 + self.on[k]
-        target = self.batch.tokens[:, start : start + self.seq_len]
+        target = self._target(k)
         states = {0: self.forward.final, **self.forward.states}
         hidden = states.get(k, self.forward.final)
         main = self.forward.final.detach()[:, teacher]
         embedded = self.forward.embedding.detach()[target]
-        return At(self.log_q[k], self.log_p[:, teacher], target, hidden, main, embedded)
+        log_q, log_p = self.log_q[k], self.log_p[:, teacher]
+        if k and self.rows is not None:  # among the tokens that can be drafted
+            log_q, log_p = log_q[..., self.rows], log_p[..., self.rows].log_softmax(-1)
+            target = (target.unsqueeze(-1) == self.rows).long().argmax(-1)
+        return At(log_q, log_p, target, hidden, main, embedded)
+
+    def _target(self, k: int) -> Tensor:
+        start = 1 + self.on[k]
+        return self.batch.tokens[:, start : start + self.seq_len]
 
     @staticmethod
     def _mean(value_BT: Tensor, counts: Tensor, kept: Tensor | float = 1.0) -> Tensor:

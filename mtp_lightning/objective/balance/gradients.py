@@ -86,7 +86,7 @@ def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
     With ``mtp.branch=before_last`` all blocks except the last are shared; the final norm is shared
     if the depths read the state after it. Embedding and head do not count.
     """
-    blocks = list(model.trunk.blocks)[: _shared_blocks(model.config)]
+    blocks = list(model.trunk.blocks)[: model.config.mtp.shared_blocks(model.config.trunk.n_layers)]
     if scope == "last_block":
         return list(blocks[-1].parameters())
     parameters = [p for block in blocks for p in block.parameters()]
@@ -112,7 +112,7 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
         reason = f"mtp.detach={config.mtp.detach} cuts it off: set mtp.detach=none"
     elif config.mtp.rank > 1:
         reason = f"with mtp.rank={config.mtp.rank} no depth's loss is its own: set mtp.rank=1"
-    elif _shared_blocks(config) == 0:
+    elif config.mtp.shared_blocks(config.trunk.n_layers) == 0:
         layers = config.trunk.n_layers
         reason = (
             f"with mtp.branch=before_last and model.n_layers={layers} no block is shared: "
@@ -201,10 +201,6 @@ def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]
             parameter.requires_grad_(True)
 
 
-def _shared_blocks(config: ModelConfig) -> int:
-    return config.trunk.n_layers - (config.mtp.branch == "before_last")
-
-
 def add_gradients(
     model: MTPModel,
     batch: WindowBatch,
@@ -225,10 +221,10 @@ def add_gradients(
         for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
             targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
             if k:
-                place = stack.target_depth(k, key)
-                targets = objective.targets(k, batch, 1.0, counts, place=place)
+                targets = objective.targets(stack, k, batch, 1.0, counts, key)
                 targets = objective.settle(targets, {})
-            prediction = Prediction(hidden, targets, train_head=False)
+            own_head = stack.own_head if k else None
+            prediction = Prediction(hidden, targets, train_head=False, head=own_head)
             if k and (own := stack.own_loss(k, batch)) is not None:
                 prediction.weight, prediction.loss, prediction.width = own.weight, own, own.width
             through_head(head, [prediction], unused, main_hidden=final)

@@ -149,7 +149,7 @@ def test_what_depths_learn_of_their_confidence_is_measured(
     model = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=True)).double()
     batch, weights = windows(4, 10, 3), [0.3, 0.2, 0.1]
     step = step_of(model, Objective(term=CrossEntropy(), confidence=True))
-    counts = PositionCounts(batch.counts().tolist(), count_taught(batch).tolist())
+    counts = PositionCounts(batch.counts().tolist(), count_taught(batch, model.mtp).tolist())
     mtp_loss(model, batch, weights, counts.valid, term=step.objective)[0].backward()
     group = {"": shared_parameters(model, "trunk")}
     found = task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, group, step.objective)[""]

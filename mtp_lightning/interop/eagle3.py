@@ -1,0 +1,244 @@
+"""The folder ``draft``: EAGLE-3's layer in the layout of its release, which SGLang and vLLM read.
+
+``config.json`` names ``LlamaForCausalLMEagle3``. ``model.safetensors`` holds the layer as
+``midlayer.*``, the projection of the trunk's states as ``fc``, the output norm, the head over the
+draft vocabulary as ``lm_head``, and two tables: ``d2t`` [N] int64, a token's id minus its row, and
+``t2d`` [V] bool, which tokens have a row. The embedding is the trunk's, which both servers share.
+
+The layers whose states the layer reads are counted in two ways: for vLLM, the number of blocks
+before a state; for SGLang (``eagle_config``), the index of the last block before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning import stored
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop import tensor_files
+from mtp_lightning.interop.config_json import rope_type
+from mtp_lightning.interop.names import assembled, pieces
+from mtp_lightning.interop.parts import Held, Part, equal
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import swiglu_weights
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
+from mtp_lightning.opening import Stored
+from mtp_lightning.settings import is_whole
+
+FOLDER, ARCHITECTURE = "draft", "LlamaForCausalLMEagle3"
+_CONFIG, _WEIGHTS, _OWN = "config.json", "model.safetensors", "mtp_lightning"
+_MODULE = "mtp.depths.0."
+_TOKENS = f"{_MODULE}head.tokens"
+# Steps of the training-time test in EAGLE-3's released code, which its folders do not name.
+_RELEASED_STEPS = 7
+# Fields that change what the layer computes, and their values if they are missing.
+_NEEDED: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")),
+    "num_key_value_heads": None,
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_before_residual": False,
+    "tie_word_embeddings": False,
+}
+
+
+def fits(config: ModelConfig) -> bool:
+    """Whether servers can compute a model's stack from such a folder: they read no state after the
+    trunk's last block, and rotate whole heads."""
+    mtp, trunk = config.mtp, config.trunk
+    if not isinstance(mtp, EagleConfig) or mtp.depth == 0 or mtp.confidence:
+        return False
+    whole = trunk.attention.turned_size(trunk) == trunk.d_head
+    return whole and max(mtp.layers_of(trunk.n_layers)) < trunk.n_layers
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder has such a folder inside."""
+    return (folder / FOLDER / _CONFIG).is_file()
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    max_positions: int,
+) -> None:
+    """Write the folder inside ``folder``.
+
+    Args:
+        folder: the trunk's.
+        config: a model's that :func:`fits`.
+        weights: the model's, by its own names.
+        dtype: dtype of the weights.
+        max_positions: the context length that the folder states.
+    """
+    tokens = weights[_TOKENS]
+    tensors = pieces(_weight_map(config), weights, dtype)
+    tensors["d2t"] = tokens - torch.arange(len(tokens))
+    tensors["t2d"] = torch.zeros(config.trunk.vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
+    (folder / FOLDER).mkdir()
+    fields = _fields(config, dtype, max_positions=max_positions)
+    text = json.dumps(fields, indent=2) + "\n"
+    (folder / FOLDER / _CONFIG).write_text(text, encoding="utf-8")
+    tensor_files.write(folder / FOLDER / _WEIGHTS, tensors, {"format": "pt"})
+
+
+def read(
+    folder: Path, trunk: TrunkConfig, embedding: Part | None, *, allow: Collection[str] = ()
+) -> tuple[MTPConfig, dict[str, Stored]]:
+    """The stack and its weights, by the model's own names.
+
+    Args:
+        folder: the trunk's.
+        trunk: its config.
+        embedding: its embedding, which a copy in the folder must equal; None for none to compare.
+        allow: packages whose variants it may use.
+
+    Raises:
+        UserError: the layer does not fit the trunk, or computes something else.
+        OSError: a file is missing.
+    """
+    source = str(folder / FOLDER)
+    fields = stored.read_json(folder / FOLDER / _CONFIG)
+    if not isinstance(fields, dict) or fields.get("architectures") != [ARCHITECTURE]:
+        raise UserError(f"{source} is not the folder of a {ARCHITECTURE}: take it away.")
+    tensors, _ = tensor_files.parts(folder / FOLDER / _WEIGHTS)
+    mtp = _stack(fields, trunk, source, allow)
+    config = ModelConfig(trunk=trunk, mtp=mtp)
+    mtp.check_trunk(trunk)
+    mtp.check_vocabulary(trunk)
+    rows = mtp.draft_vocab or trunk.vocab_size
+    wanted = _fields(config, torch.float32, max_positions=0)
+    for name, default in (_NEEDED | {"head_dim": trunk.d_model // trunk.n_heads}).items():
+        if (found := fields.get(name, default)) != wanted[name]:
+            raise UserError(
+                f"{source} has {name}={found}, and a layer on this trunk has {wanted[name]}: it "
+                "belongs to another model."
+            )
+    copy = tensors.pop("embed_tokens.weight", None)
+    if copy is not None and (embedding is None or not equal(copy, embedding)):
+        raise UserError(f"{source} has an embedding of its own: only the trunk's can be used.")
+    tensors.pop("t2d", None)
+    offsets = tensors.pop("d2t", None)
+    tokens = torch.arange(rows)
+    if offsets is not None:
+        if offsets.shape != tokens.shape or offsets.dtype not in (torch.int32, torch.int64):
+            raise UserError(f"d2t in {source} is not a table of {rows:,} whole numbers.")
+        tokens = tokens + offsets.read()
+    weights: dict[str, Stored] = dict(assembled(_weight_map(config), tensors, source=source))
+    return mtp, {**weights, _TOKENS: Held(tokens)}
+
+
+def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    trunk, mtp = config.trunk, config.mtp
+    assert isinstance(mtp, EagleConfig)
+    layers = mtp.layers_of(trunk.n_layers)
+    fields: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "hidden_size": trunk.d_model,
+        "target_hidden_size": trunk.d_model,
+        "intermediate_size": trunk.d_ff,
+        "num_hidden_layers": 1,
+        "num_attention_heads": trunk.n_heads,
+        "num_key_value_heads": trunk.n_kv_heads,
+        "head_dim": trunk.d_head,
+        "hidden_act": "silu",
+        "vocab_size": trunk.vocab_size,
+        "draft_vocab_size": mtp.draft_vocab or trunk.vocab_size,
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": trunk.norm_eps,
+        "rope_theta": trunk.rope_theta,
+        "rope_scaling": None if trunk.rope_scaling is None else rope_type(trunk),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_before_residual": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "eagle_aux_hidden_state_layer_ids": list(layers),
+        "eagle_config": {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": [n - 1 for n in layers],
+        },
+        _OWN: mtp.to_dict(),
+    }
+    return fields
+
+
+def _stack(
+    fields: dict[str, Any], trunk: TrunkConfig, source: str, allow: Collection[str]
+) -> EagleConfig:
+    """The stack that a ``config.json`` describes: this project's own words, or a release's."""
+    if _OWN in fields:
+        try:
+            found = MTPConfig.from_dict(fields[_OWN], allow=allow)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{source} does not describe its layer: {error}.") from error
+        if not isinstance(found, EagleConfig):
+            raise UserError(f"{source} describes mtp={found.variant}, and not EAGLE-3's layer.")
+        return found
+    vocab = fields.get("draft_vocab_size")
+    layers = fields.get("eagle_aux_hidden_state_layer_ids")
+    if layers is None and isinstance(fields.get("eagle_config"), dict):
+        counted = fields["eagle_config"].get("eagle_aux_hidden_state_layer_ids")
+        whole = isinstance(counted, list) and all(map(is_whole, counted))
+        layers = [n + 1 for n in counted] if whole else counted
+    if layers is not None and not (isinstance(layers, list) and all(map(is_whole, layers))):
+        raise UserError(f"{source} names no layers of the trunk, but {layers}.")
+    return EagleConfig(
+        depth=_RELEASED_STEPS,
+        layers=None if layers is None else tuple(layers),
+        draft_vocab=None if vocab in (None, trunk.vocab_size) else vocab,
+    )
+
+
+def _weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
+    """All tensors with numbers to train."""
+    trunk, mtp = config.trunk, config.mtp
+    assert isinstance(mtp, EagleConfig)
+    width, size = trunk.d_model, trunk.d_head
+    heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
+    parts = tuple(
+        (f"midlayer.self_attn.{name}_proj.weight", (n * size, 2 * width))
+        for name, n in heads.items()
+    )
+    norms = {
+        "token_norm": "midlayer.input_layernorm",
+        "hidden_norm": "midlayer.hidden_norm",
+        "feed_forward_norm": "midlayer.post_attention_layernorm",
+        "norm": "norm",
+    }
+    found = [
+        renamed("fuse.weight", "fc.weight", (width, mtp.n_states * width)),
+        MappedWeight(own="attention.qkv.weight", parts=parts),
+        renamed(
+            "attention.out.weight",
+            "midlayer.self_attn.o_proj.weight",
+            (width, trunk.n_heads * size),
+        ),
+        *(renamed(f"{own}.weight", f"{theirs}.weight", (width,)) for own, theirs in norms.items()),
+        *(
+            place.under("feed_forward.", "midlayer.mlp.")
+            for place in swiglu_weights(width, trunk.d_ff)
+        ),
+        renamed("head.weight", "lm_head.weight", (mtp.draft_vocab or trunk.vocab_size, width)),
+    ]
+    for place in found:
+        yield place.under(_MODULE, "")

@@ -1,0 +1,365 @@
+"""EAGLE-3's drafting layer (Li et al. 2025, arXiv 2503.01840; code: SafeAILab/EAGLE).
+
+One decoder layer drafts any number of tokens, each from its own output for the one before:
+
+    f_t     = W_fc [l_t ; m_t ; h_t]                   states of a low, a middle and a high layer
+    g^k_t   = a^(k-1)_t,  g^1_t = f_t
+    y       = g^k_t + Attention([norm E(x_{t+k}) ; norm g^k_t])
+    a^k_t   = y + SwiGLU(norm y)
+    q^k_t   = softmax(U norm a^k_t)                    over the most frequent tokens alone
+
+and ``q^k_t`` predicts ``x_{t+k+1}``. *Training-time test*: in training, the layer runs on its own
+outputs as it does when it drafts, D steps. The query of step k at t stands at position t + k - 1.
+It attends to the keys of step 1 at the positions up to t, and to those of the steps 2 .. k at t
+itself: the entries that its cache holds after k - 1 drafts. So training and drafting compute the
+same.
+
+Shapes: B batch, T positions, C d_model, N heads, M key heads, G = N / M, H head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.base import CountedText, MTPConfig
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
+from mtp_lightning.mtp.kinds import Chain
+from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.mtp.switches import Detach
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.ops import attention, rotary
+from mtp_lightning.nn.rope import rope_table
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.settings import is_whole, require_whole
+
+Entry = tuple[Tensor, Tensor]
+"""Rotated keys and values of one step, [B, T, M, H] each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagleConfig(MTPConfig, variant="eagle"):
+    """Switches of the drafting layer.
+
+    Attributes:
+        depth: D, steps of the training-time test.
+        layers: after how many of the trunk's blocks the three states are read; None is
+            :func:`default_layers`.
+        draft_vocab: rows of the layer's own output head, for the tokens that are the most frequent
+            in the training text; None is all tokens.
+        detach: ``trunk`` stops the gradients at the trunk's states; ``all`` also at the embedding.
+        freeze_trunk: embedding, trunk and head keep their weights, as in the paper.
+
+    Raises:
+        UserError: a switch has an unknown value.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("layers", "draft_vocab")
+    n_states: ClassVar[int] = 3
+    # The states are read before the trunk's final norm.
+    input_norm = "pre"
+
+    layers: tuple[int, int, int] | None = None
+    draft_vocab: int | None = None
+    detach: Detach = "none"
+    freeze_trunk: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draft_vocab is not None:
+            require_whole("mtp.draft_vocab", self.draft_vocab, least=1)
+        if self.layers is None:
+            return
+        # Any sequence, such as a list of YAML or JSON.
+        layers = tuple(self.layers) if isinstance(self.layers, Sequence) else (self.layers,)
+        if len(layers) != 3 or not all(is_whole(n) and n >= 0 for n in layers):
+            raise UserError(
+                f"mtp.layers={self.layers} must be three whole numbers of at least 0: after how "
+                "many of the trunk's blocks each state is read."
+            )
+        object.__setattr__(self, "layers", layers)
+
+    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
+        if "objective.train_head=false" in apart:
+            raise UserError(
+                "objective.train_head=false keeps the depths from training the trunk's head, which "
+                "mtp=eagle never does, as it has its own: leave it out."
+            )
+        if of_drafts and self.draft_vocab is not None:
+            raise UserError(
+                f"{of_drafts[0]} follows a draft from token to token, and mtp.draft_vocab="
+                f"{self.draft_vocab} leaves out the tokens that have no draft: set "
+                "mtp.draft_vocab=null, or leave it out."
+            )
+
+    def check_trunk(self, trunk: TrunkConfig) -> None:
+        """Refuse a trunk that has no such layer on it.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
+        entry = trunk.attention.cache_entry(trunk)
+        if (entry.n_vectors, entry.width, trunk.d_rope) != whole_heads:
+            raise UserError(
+                "mtp=eagle stores keys and values of whole heads, and the cache of "
+                f"model.attention={trunk.attention.variant} does not: use "
+                "model.attention=grouped_query."
+            )
+        if self.layers is not None and max(self.layers) > trunk.n_layers:
+            raise UserError(
+                f"mtp.layers={list(self.layers)} reads states after {max(self.layers)} blocks, and "
+                f"the trunk has model.n_layers={trunk.n_layers}: give numbers up to that."
+            )
+
+    def check_vocabulary(self, trunk: TrunkConfig) -> None:
+        """Refuse more rows than there are tokens.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if self.draft_vocab is not None and self.draft_vocab > trunk.vocab_size:
+            raise UserError(
+                f"mtp.draft_vocab={self.draft_vocab}, but the model has {trunk.vocab_size} tokens: "
+                "use at most that many, or null."
+            )
+
+    def layers_of(self, n_layers: int) -> tuple[int, int, int]:
+        """After how many of ``n_layers`` blocks the states are read."""
+        return default_layers(n_layers) if self.layers is None else self.layers
+
+    @property
+    def read_states(self) -> tuple[Any, ...]:
+        return self.variant, self.layers
+
+    def shared_blocks(self, n_layers: int) -> int:
+        return max(self.layers_of(n_layers))
+
+    def build(self, trunk: TrunkConfig) -> EagleMTP:
+        return EagleMTP(self, trunk)
+
+
+def default_layers(n_layers: int) -> tuple[int, int, int]:
+    """2, L / 2 and L - 3 blocks, as in the released code and in servers; for trunks of fewer than 7
+    blocks, where these do not ascend, (L - 1) / 3, L / 2 and L - 1, of fewer than 3 L."""
+    if n_layers < 7:
+        return (n_layers - 1) // 3, n_layers // 2, n_layers - (n_layers > 2)
+    return 2, n_layers // 2, n_layers - 3
+
+
+class DraftAttention(Attention):
+    """Grouped-query attention that reads 2 C numbers per position, and in training the entries of
+    the steps before."""
+
+    def __init__(self, trunk: TrunkConfig) -> None:
+        super().__init__(trunk, GroupedQueryConfig())
+        self.qkv = Linear(2 * trunk.d_model, self.qkv.weight.shape[0])
+
+    def step(
+        self, x_BTX: Tensor, positions: Positions, before: Sequence[Entry]
+    ) -> tuple[Tensor, Entry]:
+        """The output [B, T, C] of one step over whole windows, and its own entry.
+
+        Args:
+            x_BTX: the layer's input, X = 2 C.
+            positions: those of this step.
+            before: the entries of the steps before, in order.
+        """
+        kv = self.n_kv_heads
+        turned, value = self.heads(x_BTX).split([self.n_heads + kv, kv], dim=2)
+        turned = rotary(turned, positions.cos, positions.sin)
+        query, key = turned.split([self.n_heads, kv], dim=2)
+        if before:
+            mixed = attend_steps(query, [*before, (key, value)], positions.dense_mask())
+        else:
+            mixed = attention(query, key, value, positions.mask)
+        return self.out(mixed.flatten(2)), (key, value)
+
+
+def attend_steps(query_BTNH: Tensor, steps: Sequence[Entry], mask: Tensor | None) -> Tensor:
+    """Attention of the newest step's queries: to the first step's entries as ``mask`` says, and of
+    every later step to the one at the query's own place. [B, T, N, H].
+
+    The latter are products of single vectors: written as masked matrix products, they would cost as
+    much as the former (section 3.2 of the paper).
+
+    Args:
+        query_BTNH: queries of the newest step.
+        steps: keys and values of all steps.
+        mask: bool [B, 1, T, T], True where a query attends to a key; None is causal.
+    """
+    (first_key, first_value), *later = steps
+    seq_len, n_heads, size = query_BTNH.shape[1:]
+    shared = n_heads // first_key.shape[2]
+    query = query_BTNH.unflatten(2, (-1, shared)) / math.sqrt(size)
+    scores = torch.einsum("btmgh,bsmh->bmgts", query, first_key)
+    if mask is None:
+        sees = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query.device).tril()
+    else:
+        sees = mask.unsqueeze(1)
+    scores = scores.masked_fill(~sees, -math.inf)
+    # [B, M, G, T, K - 1]: one score for every later step.
+    own = torch.stack([(query * key.unsqueeze(3)).sum(-1) for key, _ in later], -1)
+    own = own.permute(0, 2, 3, 1, 4)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.cat((scores, own.to(scores.dtype)), dim=-1).softmax(-1, dtype=dtype)
+    weights = weights.to(first_value.dtype)
+    mixed = torch.einsum("bmgts,bsmh->btmgh", weights[..., :seq_len], first_value)
+    for i, (_, value) in enumerate(later):
+        weight = weights[..., seq_len + i].permute(0, 3, 1, 2).unsqueeze(-1)
+        mixed = mixed + weight * value.unsqueeze(3)
+    return mixed.flatten(2, 3)
+
+
+class DraftLayer(nn.Module):
+    """The layer, the projection of the trunk's states before it, and norm and head after it."""
+
+    def __init__(self, config: EagleConfig, trunk: TrunkConfig) -> None:
+        super().__init__()
+        width, eps = trunk.d_model, trunk.norm_eps
+        self.recompute = trunk.recompute
+        self.fuse = Linear(config.n_states * width, width)
+        self.token_norm = RMSNorm(width, eps)
+        self.hidden_norm = RMSNorm(width, eps)
+        self.attention = DraftAttention(trunk)
+        self.feed_forward_norm = RMSNorm(width, eps)
+        self.feed_forward = FeedForward(width, trunk.d_ff)
+        self.norm = RMSNorm(width, eps)
+        self.head = OwnHead(trunk.vocab_size, width, config.draft_vocab)
+
+    def forward(self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+        """The next state [B, T, C] at positions of a cache; ``hidden`` is the state before it, or
+        the trunk's states [B, T, 3 C]."""
+        hidden_BTC, x_BTX = self._inputs(hidden, embedded_BTC)
+        return self._after(hidden_BTC, self.attention(x_BTX, positions))
+
+    def step(
+        self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions, before: Sequence[Entry]
+    ) -> tuple[Tensor, Entry]:
+        """One step over whole windows, and its entry; see :meth:`DraftAttention.step`."""
+
+        def compute(
+            hidden: Tensor, embedded_BTC: Tensor, *flat: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            entries = list(zip(flat[::2], flat[1::2], strict=True))
+            hidden_BTC, x_BTX = self._inputs(hidden, embedded_BTC)
+            mixed_BTC, (key, value) = self.attention.step(x_BTX, positions, entries)
+            return self._after(hidden_BTC, mixed_BTC), key, value
+
+        inputs = (hidden, embedded_BTC, *itertools.chain.from_iterable(before))
+        if self.recompute and self.training and torch.is_grad_enabled():
+            found = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found = compute(*inputs)
+        after_BTC, key, value = found
+        return after_BTC, (key, value)
+
+    def _inputs(self, hidden: Tensor, embedded_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream [B, T, C], and the attention's input [B, T, 2 C]."""
+        if hidden.shape[-1] != self.norm.weight.shape[0]:
+            hidden = self.fuse(hidden)
+        return hidden, torch.cat((self.token_norm(embedded_BTC), self.hidden_norm(hidden)), dim=-1)
+
+    def _after(self, hidden_BTC: Tensor, mixed_BTC: Tensor) -> Tensor:
+        y_BTC = hidden_BTC + mixed_BTC
+        return y_BTC + self.feed_forward(self.feed_forward_norm(y_BTC))
+
+
+class EagleMTP(Chain):
+    """One layer, applied D times."""
+
+    config: EagleConfig
+    one_cache: ClassVar[bool] = True
+
+    def __init__(self, config: EagleConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config)
+        self.trunk_config = trunk
+        config.check_trunk(trunk)
+        self.depths = nn.ModuleList(DraftLayer(config, trunk) for _ in range(min(config.depth, 1)))
+
+    @property
+    def layer(self) -> DraftLayer:
+        """The layer."""
+        (layer,) = self.depths
+        assert isinstance(layer, DraftLayer)
+        return layer
+
+    @property
+    def own_head(self) -> OwnHead | None:
+        return self.layer.head if self.depth else None
+
+    @property
+    def blocks_kept(self) -> Collection[int]:
+        return self.config.layers_of(self.trunk_config.n_layers) if self.depth else ()
+
+    def look_at(self, text: CountedText) -> None:
+        """Choose the draft vocabulary."""
+        if self.config.draft_vocab is not None:
+            frequency = text.token_frequency()
+            # Not before: the vocabulary may be unknown when a model is only counted.
+            self.config.check_vocabulary(self.trunk_config)
+            self.layer.head.choose(frequency)
+
+    @torch.no_grad()
+    def begin(
+        self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
+    ) -> None:
+        """A new layer's norm is the trunk's final one, and its head the trunk's rows."""
+        for _ in fresh:
+            self.layer.norm.load_state_dict(trunk.norm.state_dict())
+            self.layer.head.weight.copy_(head.weight[self.layer.head.tokens])
+
+    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
+        states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
+        return states if self.config.detach == "none" else states.detach()
+
+    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
+        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
+
+    def states(
+        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        hidden, entries = at.hidden, list[Entry]()
+        for k in self.computed(active):
+            tokens = self.tokens_of(k, at.embedded_at(k), key)
+            hidden, entry = self.layer.step(hidden, tokens, self._moved(at.positions, k), entries)
+            entries.append(entry)
+            if k in active:
+                yield k, self.head_input(hidden)
+
+    def _moved(self, positions: Positions, k: int) -> Positions:
+        """The positions of step ``k``, k - 1 after those of step 1."""
+        if k == 1:
+            return positions
+        steps_T = torch.arange(len(positions.cos), device=positions.cos.device) + k - 1
+        cos, sin = rope_table(steps_T, **self.trunk_config.rotary, dtype=positions.cos.dtype)
+        return replace(positions, cos=cos.unsqueeze(-2), sin=sin.unsqueeze(-2))
+
+    def step(
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
+    ) -> Tensor:
+        return self.layer(previous_BTC, embedded_BTC, positions)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        return self.layer.norm(hidden)
+
+    @property
+    def max_draft_depth(self) -> int | None:
+        return None
+
+    @property
+    def is_recursive(self) -> bool:
+        return True

@@ -1,0 +1,112 @@
+"""An output head of the stack's own, over the most frequent tokens (EAGLE-3, arXiv 2503.01840; the
+idea of FR-Spec, Zhao et al. 2025, arXiv 2502.14856).
+
+A stack whose :attr:`MTPStack.own_head` is one projects all its depths with this head instead of the
+shared one. Row i of the head stands for token ``tokens[i]``. Tokens without a row have probability
+0: no depth is trained on them, and they are never drafted.
+
+Shapes: V vocabulary, N rows of the head, C d_model, R positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_modules.windows import IGNORE_INDEX
+from mtp_lightning.errors import UserError
+from mtp_lightning.nn.ops import linear
+
+
+class OwnHead(nn.Module):
+    """``logits = hidden @ weight.T`` over some tokens of the vocabulary.
+
+    Args:
+        vocab_size: V.
+        d_model: C.
+        rows: N; None is V.
+
+    Attributes:
+        weight: [N, C].
+        tokens: int64 [N], the token of each row, ascending; the first N until :meth:`choose`.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, vocab_size: int, d_model: int, rows: int | None = None) -> None:
+        super().__init__()
+        rows = vocab_size if rows is None else rows
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.empty(rows, d_model))
+        self.register_buffer("tokens", torch.arange(rows))
+        self._elsewhere: tuple[int, Tensor] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token has a row."""
+        return len(self.weight) == self.vocab_size
+
+    def choose(self, frequency: Tensor) -> None:
+        """Give the rows to the most frequent tokens; among equals, to the smaller id.
+
+        Args:
+            frequency: int64, how often every id of the tokenizer occurs. The model may have more
+                tokens, which occur never.
+        """
+        counts_V = F.pad(frequency.cpu(), (0, self.vocab_size - len(frequency)))
+        order = counts_V.argsort(descending=True, stable=True)
+        self.tokens.copy_(order[: len(self.tokens)].sort().values)
+
+    def require_sound(self, source: str) -> None:
+        """Refuse stored rows that stand for no token, or for the same one.
+
+        Raises:
+            UserError: naming ``source``.
+        """
+        inside = (self.tokens >= 0) & (self.tokens < self.vocab_size)
+        if not (inside.all() and (self.tokens.diff() > 0).all()):
+            raise UserError(
+                f"{source} is damaged or forged: its draft vocabulary does not give every row of "
+                f"the head one of {self.vocab_size:,} tokens of its own, ascending."
+            )
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """The row of every token, in the same shape; -100 for tokens without a row."""
+        known_N = self._tokens_on(tokens.device)
+        row = torch.searchsorted(known_N, tokens.contiguous()).clamp_(max=len(known_N) - 1)
+        return row.masked_fill_(known_N[row] != tokens, IGNORE_INDEX)
+
+    def _tokens_on(self, device: torch.device) -> Tensor:
+        """``tokens``, copied only once: targets are counted on the host, and a copy in every step
+        would wait for the device."""
+        if device == self.tokens.device:
+            return self.tokens
+        version = self.tokens._version
+        if self._elsewhere is None or self._elsewhere[0] != version:
+            self._elsewhere = version, self.tokens.to(device)
+        return self._elsewhere[1]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., C]; -inf for tokens without a row."""
+        return self.over_all(linear(hidden, self.weight))
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities [..., V] of states [..., C], in at least fp32."""
+        logits = linear(hidden.to(self.weight.dtype), self.weight)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return self.over_all(logits.to(dtype).log_softmax(-1))
+
+    def over_all(self, values: Tensor) -> Tensor:
+        """Values of the rows [..., N] -> of all tokens [..., V]; -inf for tokens without a row."""
+        if self.is_whole:
+            return values
+        wide = values.new_full((*values.shape[:-1], self.vocab_size), -float("inf"))
+        return wide.index_copy_(-1, self.tokens, values)
+
+    def conditional(self, log_probs_RV: Tensor) -> Tensor:
+        """Log-probabilities over all tokens [R, V] -> of the rows, given that it is one of them,
+        [R, N]."""
+        if self.is_whole:
+            return log_probs_RV
+        return log_probs_RV.index_select(-1, self.tokens).log_softmax(-1)

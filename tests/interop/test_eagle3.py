@@ -1,0 +1,246 @@
+"""The folder of EAGLE-3's layer: its tensors, and drafts by the published forward pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.session import decoding_passes, session_kind
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop import eagle3, heads
+from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import open_model
+from tests.interop import folders
+from tests.models import build
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+VOCAB, DEPTH = folders.ROWS, 3
+
+
+def trained(trunk: TrunkConfig | None = None, **switches: Any) -> MTPModel:
+    trunk = folders.dense(n_layers=4, init_std=0.3) if trunk is None else trunk
+    model = build(trunk, EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches})).eval()
+    if model.mtp.own_head is not None:
+        counts = torch.randint(0, 99, (VOCAB,), generator=torch.Generator().manual_seed(1))
+        model.mtp.own_head.choose(counts)
+    return model
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+class Published:
+    """SafeAILab/EAGLE's forward pass (``cnets.py``: ``topK_genrate`` of one candidate), written
+    from its equations in plain torch, on the files of a folder alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.w = read_file(folder / "model.safetensors")
+        self.c = json.loads((folder / "config.json").read_text())
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        scale = (x * x).mean(-1, keepdim=True) + self.c["rms_norm_eps"]
+        return x / scale.sqrt() * self.w[f"{name}.weight"]
+
+    def rotate(self, x: Tensor, places: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        angle = places.float() * self.c["rope_theta"] ** (-torch.arange(half).float() / half)
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def layer(self, embedded: Tensor, hidden: Tensor, at: int, cache: list[Any]) -> Tensor:
+        """One position, [C] each; its key and value join the cache."""
+        p, n, m = "midlayer", self.c["num_attention_heads"], self.c["num_key_value_heads"]
+        size = self.c["head_dim"]
+        x = torch.cat(
+            (self.norm(embedded, f"{p}.input_layernorm"), self.norm(hidden, f"{p}.hidden_norm"))
+        )
+        q, k, v = (self.w[f"{p}.self_attn.{name}_proj.weight"] @ x for name in "qkv")
+        place = torch.tensor(at)
+        q = self.rotate(q.view(n, size), place)
+        cache.append((self.rotate(k.view(m, size), place), v.view(m, size)))
+        keys, values = (
+            torch.stack(x).repeat_interleave(n // m, 1) for x in zip(*cache, strict=True)
+        )
+        shares = (torch.einsum("nh,tnh->nt", q, keys) / math.sqrt(size)).softmax(-1)
+        mixed = torch.einsum("nt,tnh->nh", shares, values).flatten()
+        hidden = hidden + self.w[f"{p}.self_attn.o_proj.weight"] @ mixed
+        x = self.norm(hidden, f"{p}.post_attention_layernorm")
+        gate, up = (self.w[f"{p}.mlp.{name}_proj.weight"] @ x for name in ("gate", "up"))
+        return hidden + self.w[f"{p}.mlp.down_proj.weight"] @ (F.silu(gate) * up)
+
+    def drafts(self, states: Tensor, embedding: Tensor, tokens: list[int], n: int) -> list[Tensor]:
+        """Logits [N] of ``n`` drafts after ``tokens``, greedily; ``states`` [T - 1, 3 C] are the
+        trunk's at all of them but the last."""
+        cache: list[Any] = []
+        for at, state in enumerate(states):
+            fused = self.w["fc.weight"] @ state
+            hidden = self.layer(embedding[tokens[at + 1]], fused, at, cache)
+        found = []
+        for step in range(n):
+            found.append(self.w["lm_head.weight"] @ self.norm(hidden, "norm"))
+            row = int(found[-1].argmax())
+            token = row + int(self.w["d2t"][row])
+            hidden = self.layer(embedding[token], hidden, len(states) + step, cache)
+        return found
+
+
+@pytest.mark.parametrize("draft_vocab", [50, None])
+@torch.no_grad()
+def test_drafts_are_those_of_the_published_forward_pass(
+    draft_vocab: int | None, tmp_path: Path
+) -> None:
+    model = trained(draft_vocab=draft_vocab)
+    folders.write(tmp_path / "out", model)
+    theirs = Published(tmp_path / "out" / eagle3.FOLDER)
+    assert theirs.c["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert theirs.c["draft_vocab_size"] == (draft_vocab or VOCAB)
+    layers = theirs.c["eagle_aux_hidden_state_layer_ids"]
+    assert layers == [1, 2, 3]
+    assert theirs.c["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    tokens = [7, 200, 31, 31, 8, 99]
+    embedding = model.trunk.embedding.weight
+    own = model.mtp.own_head
+    assert own is not None
+    with decoding_passes(model):
+        session = session_kind(model)(model, slots=1, capacity=24, max_draft=5)
+        session.join([tokens[:-1]])
+        session.put_pending(torch.tensor(tokens[-1:]))
+        states = session.states[0][0, : len(tokens) - 1]
+        for k, wanted in enumerate(theirs.drafts(states, embedding, tokens, 5), start=1):
+            logits = session.draft(k)[0]
+            torch.testing.assert_close(logits[own.tokens], wanted, rtol=1e-4, atol=1e-4)
+            session.put(logits.argmax().view(1, 1), k)
+
+
+def test_every_tensor_is_the_models(tmp_path: Path) -> None:
+    model = trained()
+    contents = folders.write(tmp_path / "out", model)
+    assert contents.heads and contents.layer_depths == 0
+    assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
+    found, layer = read_file(tmp_path / "out" / "draft" / "model.safetensors"), model.mtp.layer
+    c, f = 32, 48
+    q, k, v = layer.attention.qkv.weight.split([32, 16, 16])
+    gate, up = layer.feed_forward.gate_up.weight.split(f)
+    tokens = layer.head.tokens
+    wanted = {
+        "fc.weight": layer.fuse.weight,
+        "midlayer.input_layernorm.weight": layer.token_norm.weight,
+        "midlayer.hidden_norm.weight": layer.hidden_norm.weight,
+        "midlayer.self_attn.q_proj.weight": q,
+        "midlayer.self_attn.k_proj.weight": k,
+        "midlayer.self_attn.v_proj.weight": v,
+        "midlayer.self_attn.o_proj.weight": layer.attention.out.weight,
+        "midlayer.post_attention_layernorm.weight": layer.feed_forward_norm.weight,
+        "midlayer.mlp.gate_proj.weight": gate,
+        "midlayer.mlp.up_proj.weight": up,
+        "midlayer.mlp.down_proj.weight": layer.feed_forward.down.weight,
+        "norm.weight": layer.norm.weight,
+        "lm_head.weight": layer.head.weight,
+        "d2t": tokens - torch.arange(50),
+        "t2d": torch.isin(torch.arange(VOCAB), tokens),
+    }
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor.detach()), name
+    assert found["fc.weight"].shape == (c, 3 * c) and found["d2t"].dtype == torch.int64
+
+
+def test_the_folder_is_read_back(tmp_path: Path) -> None:
+    model = trained(layers=(0, 2, 3))
+    folders.write(tmp_path / "one", model)
+    back = open_model(tmp_path / "one").model
+    assert back.config == model.config
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())
+    prompt = [[3, 9, 77]]
+    one, other = (generate(m, prompt, max_new_tokens=12) for m in (model, back))
+    assert one[0].token_ids == other[0].token_ids
+    folders.write(tmp_path / "two", back)
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """A folder's config.json as others write it, with changes; None leaves a field out."""
+    file = folder / eagle3.FOLDER / "config.json"
+    fields = json.loads(file.read_text())
+    fields.pop("mtp_lightning")
+    fields = {name: v for name, v in (fields | changes).items() if v is not None}
+    file.write_text(json.dumps(fields))
+
+
+def test_a_layer_from_elsewhere_is_read(tmp_path: Path) -> None:
+    """Of a release: without this project's words, for SGLang or vLLM or with the default layers."""
+    model = trained()
+    for name, changes in {
+        "vllm": {"eagle_config": None},
+        "sglang": {"eagle_aux_hidden_state_layer_ids": None},
+        "release": {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None},
+    }.items():
+        folders.write(tmp_path / name, model)
+        rewrite(tmp_path / name, **changes)
+        back = read_folder(tmp_path / name)
+        assert isinstance(back.config.mtp, EagleConfig)
+        assert back.config.mtp.draft_vocab == 50 and back.config.mtp.depth == 7
+        assert back.config.mtp.layers_of(4) == (1, 2, 3)
+        assert torch.equal(
+            back.weights["mtp.depths.0.head.tokens"].long(), model.mtp.layer.head.tokens
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "is not the folder of a LlamaForCausalLMEagle3"),
+        ({"hidden_size": 64}, "has hidden_size=64, and a layer on this trunk has 32"),
+        ({"rope_theta": None}, "has rope_theta=10000.0"),
+        ({"num_hidden_layers": 2}, "has num_hidden_layers=2"),
+        ({"norm_before_residual": True}, "has norm_before_residual=True"),
+        ({"draft_vocab_size": 51}, "d2t in .* is not a table of 51"),
+        ({"draft_vocab_size": 10**12}, "draft_vocab=1000000000000, but the model has 264"),
+        ({"draft_vocab_size": "many"}, "mtp.draft_vocab must be a whole number"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "must be three whole numbers"),
+        ({"eagle_aux_hidden_state_layer_ids": 3}, "names no layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folders.write(tmp_path / "out", trained())
+    rewrite(tmp_path / "out", **changes)
+    with pytest.raises(UserError, match=message):
+        read_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("d2t", [[0] * 49 + [500], [1] + [0] * 49, [-5] + [0] * 49])
+def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folders.write(tmp_path / "out", trained())
+    file = tmp_path / "out" / eagle3.FOLDER / "model.safetensors"
+    save_file({**read_file(file), "d2t": torch.tensor(d2t)}, file)
+    with pytest.raises(UserError, match="draft vocabulary does not give every row of the head one"):
+        open_model(tmp_path / "out")
+
+
+def test_what_servers_cannot_compute_has_a_file_instead(tmp_path: Path) -> None:
+    """They read no state after the last block."""
+    model = trained(layers=(1, 2, 4))
+    folders.write(tmp_path / "out", model)
+    assert (tmp_path / "out" / heads.FILE).is_file() and not (tmp_path / "out" / "draft").exists()
+    back = open_model(tmp_path / "out").model
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())

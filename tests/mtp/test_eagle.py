@@ -1,0 +1,211 @@
+"""EAGLE-3's layer beyond what the tests of all heads say: states, steps, draft vocabulary.
+
+Its equations are in ``tests/objective/states.py``, query by query in float64, and losses and
+gradients are compared with them by ``tests/objective/test_cross_product.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.windows import IGNORE_INDEX, WindowBatch
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.session import decoding_passes, session_kind
+from mtp_lightning.errors import UserError
+from mtp_lightning.metrics.floor import Floors
+from mtp_lightning.metrics.long_range.reading import read
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP, default_layers
+from mtp_lightning.mtp.joint import JointConfig
+from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.kl import KL
+from tests.deepseek import trunk as deepseek_trunk
+from tests.losses import mtp_loss
+from tests.models import build, windows
+
+TRUNK = TrunkConfig(
+    vocab_size=37, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.2
+)
+
+
+def drafting(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
+    """In float64, with tokens of the draft vocabulary that are not the first ones."""
+    model = build(trunk, EagleConfig(**{"depth": 3, **switches})).double().eval()
+    assert isinstance(model.mtp, EagleMTP)
+    generator = torch.Generator().manual_seed(7)
+    model.mtp.layer.head.choose(torch.randint(0, 99, (trunk.vocab_size,), generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("draft_vocab", [None, 11])
+def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None) -> None:
+    """Step k at a position is draft k there, also past the trained steps."""
+    model, depth, n = drafting(draft_vocab=draft_vocab), 5, 9
+    tokens = windows(1, 2 * n, 3).tokens
+    deep = MTPModel(replace(model.config, mtp=replace(model.config.mtp, depth=depth))).double()
+    deep.load_state_dict(model.state_dict())
+    expected = deep(WindowBatch(tokens[:, : n + depth + 1], depth))
+    with decoding_passes(model):
+        session = session_kind(model)(model, slots=1, capacity=32, max_draft=depth)
+        assert len(session.depth_caches) == 1
+        session.join([tokens[0, :n].tolist()])
+        session.put_pending(tokens[0, n : n + 1])
+        for k in range(1, depth + 1):
+            logits = session.draft(k)[0]
+            session.put(tokens[:, n + k : n + k + 1], k)
+            torch.testing.assert_close(
+                logits, model.head_of(k)(expected[k][0, n - 1]), rtol=1e-12, atol=1e-12
+            )
+
+
+def test_the_states_are_those_of_three_blocks() -> None:
+    """And of the served layers of Llama 3.1 8B."""
+    assert default_layers(32) == (2, 16, 29)
+    assert [default_layers(n) for n in (1, 2, 4, 7)] == [(0, 0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4)]
+    for layers in (None, (0, 3, 8)):
+        model = drafting(layers=layers)
+        batch = windows(2, 7, 3)
+        _, at = model.run_trunk(batch, [1])
+        x = model.trunk.embedding(batch.tokens[:, :7])
+        positions = Positions.of_window(TRUNK, 7, device=x.device, dtype=torch.float64)
+        after = [x]
+        for block in model.trunk.blocks:
+            after.append(block(after[-1], positions))
+        wanted = torch.cat([after[n] for n in layers or (2, 4, 5)], -1)
+        assert torch.equal(at.hidden, wanted)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    found = []
+    for recompute in (False, True):
+        model = drafting(replace(TRUNK, recompute=recompute), draft_vocab=11).train()
+        mtp_loss(model, windows(2, 7, 3), [0.3, 0.2, 0.1], [14] * 4)[0].backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
+def test_the_vocabulary_is_of_the_most_frequent_tokens() -> None:
+    head = OwnHead(8, 4, 3)
+    assert head.tokens.tolist() == [0, 1, 2] and not head.is_whole
+    head.choose(torch.tensor([5, 0, 7, 5, 5, 9]))  # of a tokenizer with fewer ids
+    assert head.tokens.tolist() == [0, 2, 5]
+    asked = torch.tensor([[0, 1, 2], [5, 7, IGNORE_INDEX]])
+    none = IGNORE_INDEX
+    assert head.rows_of(asked).tolist() == [[0, none, 1], [2, none, none]]
+    torch.nn.init.normal_(head.weight)
+    h = torch.randn(2, 5, 4)
+    q = head.log_probs(h).exp()
+    torch.testing.assert_close(q, head(h).softmax(-1))
+    assert q.shape == (2, 5, 8) and not q[..., [1, 3, 4, 6, 7]].any()
+    torch.testing.assert_close(q.sum(-1), torch.ones(2, 5))
+    p = torch.randn(6, 8).log_softmax(-1)
+    given = p[:, [0, 2, 5]].exp()
+    torch.testing.assert_close(head.conditional(p).exp(), given / given.sum(-1, keepdim=True))
+
+
+def test_targets_without_a_row_are_left_out() -> None:
+    """A depth without any other target is not computed."""
+    model = drafting(draft_vocab=11)
+    head = model.mtp.own_head
+    assert head is not None
+    batch = windows(2, 7, 3)
+    loss_K = mtp_loss(model, batch, [1.0] * 3, [14] * 4)[1]
+    for k in (1, 2, 3):
+        target = batch.targets(k)
+        inside = torch.isin(target, head.tokens)
+        assert 0 < inside.sum() < 14
+        log_q = head.log_probs(model(batch)[k])
+        own = log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(loss_K[k], -own[inside].sum().double())
+        assert own[~inside].isneginf().all()
+    found = read(model, batch)
+    assert torch.isfinite(found.losses_KBT).all()
+    assert torch.equal(found.valid_KBT[1], torch.isin(batch.targets(1), head.tokens))
+
+
+def test_floors_see_the_whole_distribution() -> None:
+    """A draft of a token that has no row is never made, so the head rejects more."""
+    prompt = torch.tensor([3, 5, 2])
+    trunk = replace(TRUNK, vocab_size=7, n_layers=2)
+    found = [
+        Floors(drafting(trunk, draft_vocab=rows), rollouts=4, seen=1).of_prompt(
+            prompt, torch.Generator().manual_seed(0)
+        )[1, 0]
+        for rows in (1, 6)
+    ]
+    assert 0 <= found[0].floor <= found[0].rejection < 1
+    assert found[0].rejection > found[1].rejection
+
+
+def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> None:
+    assert set(drafting(tiny_trunk).trunk.kept) == {0, 1, 2}
+    assert not build(tiny_trunk, EagleConfig(depth=0)).trunk.kept
+    assert not build(tiny_trunk, JointConfig(depth=2)).trunk.kept
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"layers": (1, 2)}, "mtp.layers=.1, 2. must be three whole numbers"),
+        ({"layers": 3}, "mtp.layers=3 must be three whole numbers"),
+        ({"layers": "abc"}, "mtp.layers=abc must be three whole numbers"),
+        ({"layers": (1, 2, 9)}, "reads states after 9 blocks, and the trunk has model.n_layers=8"),
+        ({"draft_vocab": 0}, "mtp.draft_vocab must be a whole number of at least 1"),
+    ],
+)
+def test_bad_switches_are_named(switches: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        drafting(**switches)
+
+
+def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
+    class Text:
+        def document_frequency(self) -> tuple[Tensor, int]:
+            raise AssertionError
+
+        def token_frequency(self) -> Tensor:
+            return torch.arange(37).flip(0) % 7
+
+    model = drafting(draft_vocab=5)
+    model.mtp.look_at(Text())
+    assert model.mtp.layer.head.tokens.tolist() == [2, 9, 16, 23, 30]
+    large = MTPModel(replace(model.config, mtp=EagleConfig(depth=2, draft_vocab=38)))
+    with pytest.raises(UserError, match="mtp.draft_vocab=38, but the model has 37 tokens"):
+        large.mtp.look_at(Text())
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(UserError, match="use model.attention=grouped_query"):
+        build(deepseek_trunk(vocab_size=37), EagleConfig(depth=2))
+    model = drafting(draft_vocab=11)
+    for options, message in (
+        ({"compile": True}, "compile=true has passes for a cache per draft"),
+        ({"draft_vocab": 5}, "mtp=eagle drafts by a head of its own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DecodingOptions(**options).max_draft(model)
+    for rule in ({"weights": "acceptance"}, {"mask": "entropy"}, {"confidence": True}):
+        objective = Objective(term=CrossEntropy(), **rule)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="has no draft: set mtp.draft_vocab=null|have no draft"):
+            objective.check(model.config.mtp)
+        objective.check(replace(model.config.mtp, draft_vocab=None))
+    with pytest.raises(UserError, match="which mtp=eagle never does"):
+        Objective(term=KL(), train_head=False).check(model.config.mtp)
+
+
+def test_a_new_layer_starts_with_the_trunks_norm_and_rows() -> None:
+    model = drafting(draft_vocab=11)
+    layer = model.mtp.layer
+    model.mtp.begin([0], model.trunk, model.head, None)
+    assert torch.equal(layer.norm.weight, model.trunk.norm.weight)
+    assert torch.equal(layer.head.weight, model.head.weight[layer.head.tokens])
