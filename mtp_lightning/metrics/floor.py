@@ -223,12 +223,15 @@ class Floors:
             assert batch.seq_len == n + width
             states = model(batch, [k] if k else [])
             main_MC = states[0][:, n - 1 :].flatten(0, 1)
-            parts.append(
-                (
-                    _probabilities(main_MC, weight_VC).unflatten(0, (rows, width + 1)),
-                    _probabilities(states[k][:, n - 1], weight_VC),
+            own_NC = states[k][:, n - 1]
+            with torch.autocast(weight_VC.device.type, enabled=False):
+                p_MV, q_NV = (
+                    log_probs(h.to(weight_VC.dtype), weight_VC) for h in (main_MC, own_NC)
                 )
-            )
+                if k:
+                    q_NV = model.mtp.rescore(k, own_NC, q_NV, batch.tokens[:, n - 1 + k])
+            p_NKV = _probabilities(p_MV).unflatten(0, (rows, width + 1))
+            parts.append((p_NKV, _probabilities(q_NV)))
         p_NKV, q_NV = map(torch.cat, zip(*parts, strict=True))
         return p_NKV, q_NV
 
@@ -260,10 +263,9 @@ def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:
     return values
 
 
-def _probabilities(h_MC: Tensor, weight_VC: Tensor) -> Tensor:
-    """Through the head, [M, V], in its precision whatever the autocast; fp64, on the CPU."""
-    with torch.autocast(weight_VC.device.type, enabled=False):
-        return log_probs(h_MC.to(weight_VC.dtype), weight_VC).double().softmax(-1).cpu()
+def _probabilities(logits_MV: Tensor) -> Tensor:
+    """Probabilities [M, V], fp64, on the CPU."""
+    return logits_MV.double().softmax(-1).cpu()
 
 
 def _all(size: int, n: int) -> Tensor:

@@ -34,6 +34,7 @@ VARIANTS = [
     {"stack": NextLatConfig},
     {"stack": ParallelConfig, "correction": "mlp"},
     {"stack": LinearConfig, "correction": "markov"},
+    {"stack": ParallelConfig, "correction": "selector"},
 ]
 
 
@@ -113,6 +114,7 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
         (3, 3, {"stack": ParallelConfig, "correction": "mlp"}),
         (2, 2, {"stack": LinearConfig, "correction": "mlp"}),
         (3, 3, {"stack": LinearConfig, "correction": "markov"}),
+        (3, 3, {"stack": LinearConfig, "correction": "selector"}),
     ],
 )
 @pytest.mark.parametrize("together", [False, True])

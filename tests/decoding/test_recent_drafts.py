@@ -22,6 +22,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "parallel markov": {"stack": ParallelConfig, "correction": "markov"},
     "linear mlp": {"stack": LinearConfig, "correction": "mlp"},
     "linear markov": {"stack": LinearConfig, "correction": "markov"},
+    "parallel selector": {"stack": ParallelConfig, "correction": "selector"},
+    "linear selector": {"stack": LinearConfig, "correction": "selector"},
     "linear, rank 3": {"stack": LinearConfig, "rank": 3},
 }
 

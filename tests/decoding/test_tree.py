@@ -37,6 +37,8 @@ VARIANTS = [
     {"stack": NextLatConfig},
     {"stack": ParallelConfig, "correction": "mlp"},
     {"stack": LinearConfig, "correction": "markov"},
+    {"stack": ParallelConfig, "correction": "selector"},
+    {"stack": LinearConfig, "correction": "selector"},
 ]
 
 
@@ -249,6 +251,7 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
         ({"temperature": 1.3, "top_k": 2}, {}),  # fewer tokens than candidates
         ({"temperature": 1.0}, {"stack": JointConfig}),
         ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "markov"}),
+        ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "selector"}),
     ],
     ids=str,
 )
