@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sequential, shared": ("sequential", ["mtp.share_layers=true"]),
     "parallel": ("parallel", []),
     "parallel, mlp": ("parallel", ["mtp.correction=mlp"]),
+    "parallel, selector": ("parallel", ["mtp.correction=selector"]),
     "linear": ("linear", []),
     "linear, mlp": ("linear", ["mtp.correction=mlp"]),
     "linear, markov": ("linear", ["mtp.correction=markov"]),

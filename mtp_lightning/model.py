@@ -215,6 +215,11 @@ class MTPModel(nn.Module):
         main = self.mtp.main_state(final_BTC)
         return {0: main, **dict(self.mtp.states(at, active, key))}
 
+    def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
+        """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
+        head [..., C] and the ids [...] of the tokens before the drafts."""
+        return self.mtp.rescore(k, hidden, self.head_of(k)(hidden), before)
+
     def depth_state(
         self,
         k: int,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.selector import CANDIDATES
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -59,7 +60,7 @@ def trunk_params(trunk: TrunkConfig) -> int:
 def correction(mtp: MTPConfig, trunk: TrunkConfig, k: int) -> tuple[int, int]:
     """Parameters, and those of its matrices."""
     c, kind = trunk.d_model, getattr(mtp, "correction", "none")
-    if kind == "none":
+    if kind in ("none", "selector"):
         return 0, 0
     if kind == "mlp":
         return (k + 2) * c * c, (k + 2) * c * c
@@ -74,6 +75,12 @@ def eagle(config: ModelConfig, seq_len: int) -> tuple[int, int, int]:
     matrices = 2 * c * (n + 2 * trunk.n_kv_heads) * h + n * h * c + 3 * c * trunk.d_ff
     rows = getattr(mtp, "draft_vocab", None) or trunk.vocab_size
     return 3 * c * c, 2 * matrices + 4 * seq_len * n * h, rows * c
+
+
+def selector_rank(mtp: MTPConfig) -> int:
+    """Of the candidate selector; 0 without one."""
+    selects = mtp.depth and getattr(mtp, "correction", "none") == "selector"
+    return mtp.columns if selects else 0  # type: ignore[attr-defined]
 
 
 def stack_params(config: ModelConfig) -> int:
@@ -106,7 +113,8 @@ def stack_params(config: ModelConfig) -> int:
             own = c
         case _:
             own = 0
-    return own + confidence
+    selector = selector_rank(mtp) * (2 * trunk.vocab_size + c)
+    return own + confidence + selector
 
 
 def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tuple[int, int]:
@@ -163,6 +171,9 @@ def training(config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
     elif mtp.rank > 1:
         passes = mtp.rank * (max(active, default=0) + 1) - 1
     forward, backward = stack_flops(config, seq_len, active)
+    # The candidates' scores, and the projection of the state.
+    forward += len(active) * selector_rank(mtp) * 2 * (trunk.d_model + CANDIDATES)
+    backward += 2 * len(active) * selector_rank(mtp) * 2 * (trunk.d_model + CANDIDATES)
     own = forward + backward + blocks + (2 if mtp.detach == "all" else 3) * passes * head
     if not mtp.trains_trunk:
         return forward + backward + blocks + 2 * passes * head

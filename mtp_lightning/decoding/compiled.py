@@ -96,7 +96,9 @@ class _DepthPass(_Pass):
         positions = self._positions(start_B, branch_BTC.shape[1], cos, sin, entries)
         hidden = model.depth_state(k, branch_BTC, previous_BTC, tokens_BS, positions)
         last_B1C = model.mtp.head_input(hidden.index_select(1, last_B))
-        said = model.head_of(k)(last_B1C)[:, 0], hidden
+        # The first of the tokens stands ``first_token(k)`` positions ahead.
+        before_B1 = tokens_BS.index_select(1, last_B + (k - model.mtp.first_token(k)))
+        said = model.draft_logits(k, last_B1C, before_B1)[:, 0], hidden
         if model.mtp.confidence is None:
             return said
         return *said, model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()

@@ -179,7 +179,8 @@ def teacher_forced_rates(
         hidden = model(batch)
         still = torch.ones(end - first, dtype=torch.bool)
         for k in range(1, depth + 1):
-            choice_P = model.head_of(k)(hidden[k][0, first:end]).argmax(-1).cpu()
+            before_P = batch.tokens[0, first + k : end + k]
+            choice_P = model.draft_logits(k, hidden[k][0, first:end], before_P).argmax(-1).cpu()
             reached[k - 1] += still.sum()
             still &= choice_P == text[first + k + 1 : end + k + 1]
             right[k - 1] += still.sum()

@@ -253,6 +253,10 @@ class Session:
         They predict the token ``k`` positions after the pending one. The shallower depths must be
         up to date, and their drafts in the token buffer.
         """
+        return self._draft(k)[:, 0]
+
+    def _draft(self, k: int) -> Tensor:
+        """:meth:`draft`, [B, P, V]; see :meth:`_said`."""
         self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid to its
         # pending token alone has no such position; its draft is arbitrary.)
@@ -311,7 +315,8 @@ class Session:
         return self.model.head_of(1) if self._short is None else self._short
 
     def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
-        """Store a draft's state and confidence, and return its logits [B, V].
+        """Store a draft's state and confidence, and return its logits [B, P, V]; P is 1, or with a
+        stack's rescorer the number of tokens that the draft may follow.
 
         ``logits_BV`` are the draft head's logits if a fused pass has computed them.
         """
@@ -320,8 +325,18 @@ class Session:
         if self.model.mtp.confidence is not None:
             self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
         if logits_BV is None:
-            return self._draft_head(last_B1C)[:, 0]
-        return logits_BV if self._short is None else self._short.over_all(logits_BV)
+            logits_B1V = self._draft_head(last_B1C)
+        else:
+            logits_B1V = logits_BV.unsqueeze(1)
+            if self._short is not None:
+                logits_B1V = self._short.over_all(logits_B1V)
+        if self.model.mtp.rescorer is None:
+            return logits_B1V
+        return self.model.mtp.rescore(k, last_B1C, logits_B1V, self._before(k))
+
+    def _before(self, k: int) -> Tensor:
+        """The tokens [B, P] that the drafts of depth ``k`` follow."""
+        return Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         positions, runs = Positions.of_cache(cache, starts, width), cache.runs

@@ -28,9 +28,9 @@ class SingleCacheSession(Session):
     def depths_kept(max_draft: int) -> int:
         return min(max_draft, 1)
 
-    def draft(self, k: int) -> Tensor:
+    def _draft(self, k: int) -> Tensor:
         if k == 1:
-            return super().draft(k)
+            return super()._draft(k)
         assert self.newest_B1C is not None
         starts = [max(n, 1) + k - 2 for n in self.n]
         cache = self.depth_caches[0]

@@ -81,8 +81,8 @@ class TreeSession(Session):
             The logits [B, P, V] of the candidates that follow each node.
         """
         nodes = self.tree.level(k - 1)
-        if not self.model.mtp.ahead([k]):  # reads no drafts, so all nodes have the same candidates
-            return self.draft(k).unsqueeze(1).expand(-1, len(nodes), -1)
+        if not self.model.mtp.ahead([k]):  # reads no drafts, so all nodes have the same state
+            return self._draft(k).expand(-1, len(nodes), -1)
         self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
         known = [n - k + 1 for n in self.n]
@@ -116,6 +116,10 @@ class TreeSession(Session):
         ``hidden``."""
         newest = hidden[:, -len(self.tree.level(k - 1)) :]
         return self._draft_head(self.model.mtp.head_input(newest))
+
+    def _before(self, k: int) -> Tensor:
+        nodes = self.tree.level(k - 1)
+        return Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
 
     def put_nodes(self, tokens_BP: Tensor, k: int) -> None:
         """Write the candidates [B, P] of depth ``k`` into the token buffer."""

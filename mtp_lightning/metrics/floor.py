@@ -26,7 +26,6 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.through_head import log_probs
 
 RECALL = 16
@@ -224,14 +223,17 @@ class Floors:
             assert batch.seq_len == n + width
             states = model(batch, [k] if k else [])
             main_MC = states[0][:, n - 1 :].flatten(0, 1)
-            parts.append(
-                (
-                    _probabilities(main_MC, weight_VC).unflatten(0, (rows, width + 1)),
-                    _probabilities(
-                        states[k][:, n - 1], weight_VC, model.mtp.own_head if k else None
-                    ),
+            own_NC, own_head = states[k][:, n - 1], model.mtp.own_head if k else None
+            with torch.autocast(weight_VC.device.type, enabled=False):
+                own_NC = own_NC.to(weight_VC.dtype)
+                p_MV = log_probs(main_MC.to(weight_VC.dtype), weight_VC)
+                q_NV = (
+                    log_probs(own_NC, weight_VC) if own_head is None else own_head.log_probs(own_NC)
                 )
-            )
+                if k:
+                    q_NV = model.mtp.rescore(k, own_NC, q_NV, batch.tokens[:, n - 1 + k])
+            p_NKV = _probabilities(p_MV).unflatten(0, (rows, width + 1))
+            parts.append((p_NKV, _probabilities(q_NV)))
         p_NKV, q_NV = map(torch.cat, zip(*parts, strict=True))
         return p_NKV, q_NV
 
@@ -263,12 +265,9 @@ def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:
     return values
 
 
-def _probabilities(h_MC: Tensor, weight_VC: Tensor, own: OwnHead | None = None) -> Tensor:
-    """Through the head, [M, V], in its precision whatever the autocast; fp64, on the CPU."""
-    with torch.autocast(weight_VC.device.type, enabled=False):
-        h_MC = h_MC.to(weight_VC.dtype)
-        log_p_MV = log_probs(h_MC, weight_VC) if own is None else own.log_probs(h_MC)
-        return log_p_MV.double().softmax(-1).cpu()
+def _probabilities(logits_MV: Tensor) -> Tensor:
+    """Probabilities [M, V], fp64, on the CPU."""
+    return logits_MV.double().softmax(-1).cpu()
 
 
 def _all(size: int, n: int) -> Tensor:

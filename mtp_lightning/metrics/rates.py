@@ -10,7 +10,7 @@ Shapes: B batch, T positions, K depths (0 .. D), V vocabulary, P positions of on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -50,6 +50,11 @@ class DepthRates(Metric):
     The last k positions of a window have no main prediction to agree with, so agreement and overlap
     leave them out; all four leave out masked positions.
 
+    With a stack that rescores, accuracy, agreement and overlap are those of the rescored q, given
+    the true token before the target, and there is
+
+    - ``candidate_recall`` (k >= 1): share of targets that can be drafted at all.
+
     With ``text_bytes``, for windows of that evaluation text, there is also depth 0's
     ``bits_per_byte`` and its standard error over the documents.
 
@@ -64,6 +69,7 @@ class DepthRates(Metric):
         depth: D.
         text_bytes: evaluated UTF-8 bytes of every document of the text.
         own_head: the depths' head; None for the shared one.
+        rescore: :meth:`MTPStack.rescore` of a stack that has a rescorer; None for others.
     """
 
     full_state_update = False
@@ -75,6 +81,7 @@ class DepthRates(Metric):
     pairs: Tensor
     agreement: Tensor
     overlap: Tensor
+    candidate_recall: Tensor
     text_loss: Tensor
 
     def __init__(
@@ -83,14 +90,17 @@ class DepthRates(Metric):
         text_bytes: Sequence[int] | None = None,
         *,
         own_head: OwnHead | None = None,
+        rescore: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.depth = depth
         self._own = (own_head,)  # in a tuple, since the head is not a part of the metric
         self.text_bytes = text_bytes
+        self._rescore = rescore
         zeros = torch.zeros(len(text_bytes or ()), dtype=torch.float64)
         self.add_state("text_loss", default=zeros, dist_reduce_fx="sum")
-        for name in ("count", "scored", "loss", "accuracy", "pairs", "agreement", "overlap"):
+        counted = ("count", "scored", "loss", "accuracy", "pairs", "agreement", "overlap")
+        for name in (*counted, *(["candidate_recall"] if rescore else [])):
             zeros = torch.zeros(depth + 1, dtype=torch.float64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
@@ -112,7 +122,7 @@ class DepthRates(Metric):
                     texts_T = batch.shifted(batch.texts, 0)[row]
                 for start in range(0, batch.seq_len, width):
                     chunk = slice(start, min(start + width, batch.seq_len))
-                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, chunk, batch.stride)
+                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, chunk, batch)
                     if texts_T is not None:
                         self.text_loss.index_add_(0, texts_T[chunk], nll_P)
 
@@ -123,10 +133,10 @@ class DepthRates(Metric):
         targets: list[Tensor],
         row: int,
         chunk: slice,
-        stride: int,
+        batch: WindowBatch,
     ) -> Tensor:
         """Returns depth 0's losses [P], 0 where a position does not count."""
-        start, end = chunk.start, chunk.stop
+        start, end, stride = chunk.start, chunk.stop, batch.stride
         # Depth k is compared with the main prediction k strides later.
         main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
         main_choice = main.argmax(-1)
@@ -139,11 +149,17 @@ class DepthRates(Metric):
             target_P = targets[k][row, start:end]
             valid_P = target_P >= 0
             scored_P = valid_P if not k or own is None else own.rows_of(target_P) >= 0
-            choice_P = log_q.argmax(-1)
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             # Masked by a product with zeros instead of an index, whose length the host would have
             # to wait for the device to know.
             nll_P = exact(-log_target_P).where(scored_P, 0)
+            if k and self._rescore is not None:
+                # Before a depth's target is the target of the depth before.
+                before_P = batch.shifted(batch.tokens, k - 1)[row, start:end]
+                log_q = self._rescore(k, hidden[k][row, start:end], log_q, before_P).log_softmax(-1)
+                drafted = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+                self.candidate_recall[k] += (drafted.isfinite() & valid_P).sum()
+            choice_P = log_q.argmax(-1)
             self.count[k] += valid_P.sum()
             self.scored[k] += scored_P.sum()
             self.loss[k] += nll_P.sum()
@@ -163,15 +179,19 @@ class DepthRates(Metric):
 
     def compute(self) -> dict[str, float]:
         """``loss_depth_k`` and ``accuracy_depth_k`` for k = 0 .. D, ``agreement_depth_k`` and
-        ``overlap_depth_k`` for k = 1 .. D; NaN without any count. With the bytes also
+        ``overlap_depth_k`` for k = 1 .. D, and of a stack that rescores
+        ``candidate_recall_depth_k``; NaN without any count. With the bytes also
         ``bits_per_byte`` and, for two documents or more, ``bits_per_byte_se``."""
         rates: dict[str, float] = {}
         for name, total in (("loss", self.scored), ("accuracy", self.count)):
             for k in range(self.depth + 1):
                 rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / total[k])
-        for name in ("agreement", "overlap"):
+        further = [("agreement", self.pairs), ("overlap", self.pairs)]
+        if self._rescore is not None:
+            further.append(("candidate_recall", self.count))
+        for name, total in further:
             for k in range(1, self.depth + 1):
-                rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / self.pairs[k])
+                rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / total[k])
         if self.text_bytes is not None:
             nats_N, bytes_N = self.text_loss.cpu().numpy(), np.asarray(self.text_bytes)
             rates["bits_per_byte"] = bits_per_byte(nats_N, bytes_N)
@@ -224,7 +244,9 @@ def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthR
     """
     if model.config.mtp.brings_loss:
         return OwnLossRates(model.mtp, text_bytes)
-    return DepthRates(model.token_depth, text_bytes, own_head=model.mtp.own_head)
+    rescore = None if model.mtp.rescorer is None else model.mtp.rescore
+    own_head = model.mtp.own_head
+    return DepthRates(model.token_depth, text_bytes, own_head=own_head, rescore=rescore)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -121,6 +122,8 @@ class MTPStack(nn.Module, ABC):
 
     Attributes:
         confidence: estimates the acceptance of drafts; None without ``config.confidence``.
+        rescorer: changes the drafts' logits by the token before; None where drafts are chosen by
+            the head's own.
     """
 
     # Whether a depth attends to earlier positions, so that decoding needs a cache for it.
@@ -131,11 +134,13 @@ class MTPStack(nn.Module, ABC):
     # Whether depths are trained one after another.
     in_turn: ClassVar[bool] = False
     confidence: Confidence | None
+    rescorer: Rescorer | None
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
         self.config = config
         self.confidence = None
+        self.rescorer = None
 
     @property
     def depth(self) -> int:
@@ -266,6 +271,11 @@ class MTPStack(nn.Module, ABC):
             previous_BTC: the hidden state of depth ``k - 1``; for depth 1, the branch.
         """
 
+    def rescore(self, k: int, hidden: Tensor, logits: Tensor, before: Tensor) -> Tensor:
+        """The logits [..., V] that drafts of depth ``k`` are chosen by, from the head's; arguments
+        as of :meth:`Rescorer.forward`."""
+        return logits if self.rescorer is None else self.rescorer(k, hidden, logits, before)
+
     def state_width(self, d_model: int) -> int:
         """Width of a depth's hidden state."""
         return d_model
@@ -286,7 +296,7 @@ class MTPStack(nn.Module, ABC):
     def reads_tokens(self) -> bool:
         """Whether depths read the true tokens ahead, as in teacher forcing. Depth k then predicts
         the token after the last one that it has read; else it predicts k tokens beyond the next."""
-        return self.ahead(range(1, self.depth + 1)) > 0
+        return self.rescorer is not None or self.ahead(range(1, self.depth + 1)) > 0
 
     @property
     def max_draft_depth(self) -> int | None:

@@ -1,7 +1,8 @@
-"""Corrections: an addition to the hidden state of heads side by side that reads the tokens between.
+"""Corrections: heads side by side are told of the tokens between, or of the last one of them.
 
-    mlp      h^k = f_k(z) + A_k SiLU(W_k [z ; Emb(x_{t+1}) ; .. ; Emb(x_{t+k})])
-    markov   h^k = f_k(z) + A_k T_k[x_{t+k}]
+    mlp        h^k = f_k(z) + A_k SiLU(W_k [z ; Emb(x_{t+1}) ; .. ; Emb(x_{t+k})])
+    markov     h^k = f_k(z) + A_k T_k[x_{t+k}]
+    selector   the logits of h^k = f_k(z) are rescored by x_{t+k} (``selector.py``)
 
 where ``f_k(z)`` is the head's output. ``mlp`` is Hydra's (Ankner et al. 2024, arXiv 2402.05109,
 section 3): the head reads all tokens since t. ``markov`` (arXiv 2607.05147) reads only the last
@@ -9,13 +10,17 @@ one, through a table ``T_k`` of r columns. The paper adds ``W2 T[x_{t+k}]`` to t
 separate matrix ``W2``; here ``W2 = U A_k`` with the shared head U. So the hidden state determines a
 depth's prediction, and logits of all positions never exist at once. ``A_k`` starts at zero: every
 head starts as if it had no correction.
+
+A correction changes either a depth's hidden state (:class:`Correction`) or its logits
+(:class:`~mtp_lightning.mtp.rescoring.Rescorer`). :data:`_KINDS` names their classes; the stack
+knows the two interfaces alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +29,21 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, embedding
+from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_choice, require_whole
 
-Kind = Literal["none", "markov", "mlp"]
+Kind = Literal["none", "markov", "mlp", "selector"]
 
-_RANK = 64
+# A word's class, imported on demand, and its rank by default; None for a correction without a rank.
+_KINDS: dict[str, tuple[str, int | None]] = {
+    "mlp": ("correction.TokensMLP", None),
+    "markov": ("correction.Bigrams", 64),
+    "selector": ("selector.Selector", 256),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +55,10 @@ class SideBySideConfig(MTPConfig):
             shared head and, for heads with a correction, at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
         correction: ``mlp`` adds an MLP of the branch and the tokens since (Hydra); ``markov`` adds
-            a table lookup of the last token, of rank ``correction_rank``.
-        correction_rank: r, columns of ``markov``'s table; None is 64.
+            a table lookup of the last token, of rank ``correction_rank``; ``selector`` chooses
+            drafts among a depth's 16 likeliest tokens by the last token (DFlash 2).
+        correction_rank: r, columns of the tables of ``markov`` and ``selector``; None is 64 and
+            256.
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,
             arXiv 2505.17505). Windows then reach s D tokens beyond the next one; the heads compute
             the same. Drafting needs a stride of 1.
@@ -64,10 +78,11 @@ class SideBySideConfig(MTPConfig):
         require_choice("mtp.correction", self.correction, get_args(Kind))
         if self.correction_rank is not None:
             require_whole("mtp.correction_rank", self.correction_rank, least=1)
-            if self.correction != "markov":
+            if self.columns is None:
+                ranked = " or ".join(word for word, (_, rank) in _KINDS.items() if rank)
                 raise UserError(
                     f"mtp.correction_rank={self.correction_rank} has no meaning with "
-                    f"mtp.correction={self.correction}: set mtp.correction=markov, or "
+                    f"mtp.correction={self.correction}: set mtp.correction to {ranked}, or "
                     "mtp.correction_rank=null."
                 )
         require_whole("mtp.stride", self.stride, least=1)
@@ -86,18 +101,29 @@ class SideBySideConfig(MTPConfig):
             )
 
     @property
-    def columns(self) -> int:
-        """r."""
-        return _RANK if self.correction_rank is None else self.correction_rank
+    def columns(self) -> int | None:
+        """r; None for a correction without a rank."""
+        _, usual = _KINDS.get(self.correction, ("", None))
+        return usual if usual is None or self.correction_rank is None else self.correction_rank
 
     def build_corrections(self, trunk: TrunkConfig) -> list[Correction]:
-        """One correction per depth; empty for ``correction=none``."""
-        depths = range(1, self.depth + 1)
-        if self.correction == "mlp":
-            return [TokensMLP(trunk, k) for k in depths]
-        if self.correction == "markov":
-            return [Bigrams(trunk, self.columns) for _ in depths]
-        return []
+        """The corrections of the depths' hidden states, one per depth; empty if there are none."""
+        kind = self._kind
+        if kind is None or issubclass(kind, Rescorer):
+            return []
+        return [kind(trunk, self.columns or k) for k in range(1, self.depth + 1)]
+
+    def build_rescorer(self, trunk: TrunkConfig) -> Rescorer | None:
+        """The correction of the depths' logits, which all depths share; None if there is none."""
+        kind = self._kind
+        return kind(trunk, self.columns) if kind and issubclass(kind, Rescorer) else None
+
+    @property
+    def _kind(self) -> Any:
+        """The correction's class; None without one."""
+        if self.correction == "none" or not self.depth:
+            return None
+        return imported(f"{__package__}.{_KINDS[self.correction][0]}")
 
 
 class Correction(nn.Module):

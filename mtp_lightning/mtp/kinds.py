@@ -6,7 +6,7 @@ kind                    depth k at position i reads                 variants
 :class:`Chain`          depth k - 1 and the true token i + k        sequential, nextlat,
                                                                     eagle
 :class:`SideBySide`     the branch point, and with a correction     parallel, linear
-                        the true tokens up to i + k
+                        true tokens up to i + k
 :class:`Targets`        nothing: it is the main prediction          parameter_free, none,
                                                                     teacherless
 ======================  ==========================================  =======================
@@ -32,6 +32,7 @@ from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.correction import Correction
 from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
@@ -100,6 +101,7 @@ class SideBySide(MTPStack):
         heads: one per depth.
         corrections: one per depth, added to the heads' hidden states; empty for heads that read no
             token.
+        rescorer: changes the logits of all depths by the token before; None for none.
     """
 
     in_turn: ClassVar[bool] = True
@@ -109,8 +111,10 @@ class SideBySide(MTPStack):
         config: MTPConfig,
         heads: Sequence[nn.Module],
         corrections: Sequence[Correction] = (),
+        rescorer: Rescorer | None = None,
     ) -> None:
         super().__init__(config)
+        self.rescorer = rescorer
         self.depths = nn.ModuleList(heads)
         self.corrections = nn.ModuleList(corrections)
 
@@ -128,6 +132,8 @@ class SideBySide(MTPStack):
         for module in self.corrections:
             assert isinstance(module, Correction)
             module.initialize_own()
+        if self.rescorer is not None:
+            self.rescorer.initialize_own()
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None

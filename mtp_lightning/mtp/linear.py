@@ -73,7 +73,8 @@ class LinearMTP(SideBySide):
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
-        super().__init__(config, heads, config.build_corrections(trunk))
+        corrections, rescorer = config.build_corrections(trunk), config.build_rescorer(trunk)
+        super().__init__(config, heads, corrections, rescorer)
 
     @torch.no_grad()
     def initialize_own(self) -> None:

@@ -86,7 +86,8 @@ class ParallelMTP(SideBySide):
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
         heads = [ParallelHead(trunk) for _ in range(config.depth)]
-        super().__init__(config, heads, config.build_corrections(trunk))
+        corrections, rescorer = config.build_corrections(trunk), config.build_rescorer(trunk)
+        super().__init__(config, heads, corrections, rescorer)
 
     @property
     def _built(self) -> list[ParallelHead]:

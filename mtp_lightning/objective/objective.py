@@ -27,9 +27,12 @@ from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts, taught_targets
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.registry import imported
 from mtp_lightning.settings import require
 
 _MAIN_TERM = CrossEntropy()
+# Imported on demand: the term that trains a stack's rescorer.
+_RESCORING = "mtp_lightning.objective.terms.rescoring.RescoringTerm"
 # The rules of a setting by its words: their class in rules/, and the settings that they read.
 _CONFIDENCE = {"learned": ("confidence.ConfidenceRule", ())}
 _MASKS = {"entropy": ("entropy_mask.EntropyMask", ("tau", "quantile"))}
@@ -102,6 +105,8 @@ class Objective:
         """The objective with the additional terms that train a part of ``model``."""
         bound = copy(self)
         own = [part for rule in self.rules for part in rule.parts(model.mtp)]
+        if model.mtp.rescorer is not None:
+            own.append((1.0, imported(_RESCORING)(model.mtp.rescorer)))
         bound.parts = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
         return bound
 
@@ -143,9 +148,13 @@ class Objective:
                     tokens_BT = taught_targets(stack, k, batch, key)
                 else:
                     tokens_BT = stack.targets(k, batch, key)
-                coefficient = factor * weight / count
+                # Before a depth's target is the target of the depth before.
+                before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
+                coefficient, stride = factor * weight / count, batch.stride
                 found.append(
-                    DepthTarget(k, tokens_BT, coefficient, term, part, stride=batch.stride)
+                    DepthTarget(
+                        k, tokens_BT, coefficient, term, part, stride=stride, before=before_BT
+                    )
                 )
         return found
 

@@ -35,6 +35,7 @@ class DepthTarget:
             ``weights`` then multiply only the gradient.
         stride: s; the main prediction of the same token is s k positions to the right.
         record: [...] a tensor that receives the loss of every position; None for none.
+        before: [...] ids of the tokens before the targets; None unless the term reads them.
     """
 
     depth: int
@@ -46,6 +47,7 @@ class DepthTarget:
     values: Tensor | None = None
     stride: int = 1
     record: Tensor | None = None
+    before: Tensor | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -77,6 +79,7 @@ class ChunkTarget:
             self.counts_R = target.weights.reshape(-1)[rows] * self.valid_R
         self.teacher: Teacher | None = None
         self._values_R = None if target.values is None else target.values.reshape(-1)[rows]
+        self._before_R = None if target.before is None else target.before.reshape(-1)[rows]
         self._record, self._rows, self._total = target.record, rows, total
 
     def scale_R1(self, dtype: torch.dtype) -> Tensor:
@@ -85,7 +88,7 @@ class ChunkTarget:
 
     def chunk(self, log_q_RV: Tensor, h_RC: Tensor | None = None) -> Chunk:
         """The argument of the term's methods."""
-        return Chunk(self.depth, log_q_RV, self.tokens_R, h_RC, self.teacher)
+        return Chunk(self.depth, log_q_RV, self.tokens_R, h_RC, self.teacher, self._before_R)
 
     def value(self, log_q_RV: Tensor, h_RC: Tensor | None = None) -> Tensor:
         """The term's loss at every position [R]."""

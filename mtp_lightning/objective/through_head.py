@@ -266,8 +266,8 @@ class _Way:
             for target in targets:
                 target.note(target.value(chunk_RV, h_RC))
             return
-        d_hidden_RC = self._of_state(targets, chunk_RV, h_RC)
-        if len(targets) == 1:
+        d_hidden_RC, d_some = self._of_state(targets, chunk_RV, h_RC)
+        if len(targets) == 1 and not targets[0].term.of_state:
             (single,) = targets
             value_R, d_logits_RV = single.term.gradient(single.chunk(chunk_RV, h_RC))
             single.note(value_R)
@@ -277,6 +277,8 @@ class _Way:
             d_logits_RV = self._of_several(targets, chunk_RV, h_RC)
             scale_R1, factor = None, 1.0
         del chunk_RV
+        for ids_RK, d_some_RK in d_some:
+            d_logits_RV.scatter_add_(1, ids_RK, d_some_RK)
         d_logits_RV = d_logits_RV.to(self.weight.dtype)
         self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
 
@@ -354,26 +356,27 @@ class _Way:
 
     def _of_state(
         self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor
-    ) -> Tensor | None:
-        """The gradient [R, C] of terms that read the hidden state, with mask and coefficients."""
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+        """The gradient of terms that read the hidden state, with mask and coefficients.
+
+        Returns:
+            The gradient [R, C] with respect to the hidden state, and those with respect to some
+            tokens' logits: ids [R, K] and gradient [R, K].
+        """
         total_RC: Tensor | None = None
+        of_logits: list[tuple[Tensor, Tensor]] = []
         for target in (target for target in targets if target.term.of_state):
             if not target.coefficient:  # only logged
                 target.note(target.value(chunk_RV, h_RC))
                 continue
-            parameters = [p for p in target.term.parameters if p.requires_grad]
-            with torch.enable_grad():
-                hidden_RC = h_RC.detach().requires_grad_()
-                value_R = target.value(chunk_RV, hidden_RC)
-                loss = (value_R * target.scale_R1(value_R.dtype).squeeze(-1)).sum()
-                d_hidden_RC, *own = torch.autograd.grad(loss, [hidden_RC, *parameters])
-            target.note(value_R.detach())
-            total_RC = d_hidden_RC if total_RC is None else total_RC + d_hidden_RC
-            for parameter, part in zip(parameters, own, strict=True):
-                if self.of_terms is not None:
-                    before = self.of_terms.get(parameter)
-                    self.of_terms[parameter] = part if before is None else before + part
-        return total_RC
+            factor_R = target.scale_R1(chunk_RV.dtype).squeeze(-1)
+            into = {} if self.of_terms is None else self.of_terms
+            found = target.term.state_gradient(target.chunk(chunk_RV, h_RC), factor_R, into)
+            target.note(found.value_R)
+            total_RC = found.hidden_RC if total_RC is None else total_RC + found.hidden_RC
+            if found.logits is not None:
+                of_logits.append(found.logits)
+        return total_RC, of_logits
 
     def _of_several(self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor) -> Tensor:
         """The total gradient of all targets with respect to their common logits, with mask and
@@ -396,8 +399,7 @@ class _Way:
                 del copy, d_logits_RV
             target.note(value_R)
         if not plain:
-            assert others_RV is not None
-            return others_RV
+            return torch.zeros_like(chunk_RV) if others_RV is None else others_RV
         minus_RK = torch.cat([minus_R1 for _, minus_R1 in plain], dim=1)
         d_logits_RV = exp_(chunk_RV).mul_(-minus_RK.sum(1, keepdim=True))
         # Scatter one target at a time: two depths may have the same target token.

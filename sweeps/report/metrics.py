@@ -19,7 +19,7 @@ CHANCE = "val/chance"  # the exact match of a random answer
 
 # Tags of shares in 0 .. 1, whose intervals over seeds stay within 0 .. 1.
 _SHARES = re.compile(
-    r"(val|decode)/([^/]+/)?(forced_)?"
+    r"(val|decode)/([^/]+/)?(forced_|candidate_)?"
     r"(accuracy|agreement|overlap|acceptance(?!_slope)|exact_match|creativity|rejection|recall|floor)(_.*)?"
 )
 # Tags in words, with the direction in which they improve.
@@ -33,6 +33,7 @@ _WORDS = (
     (r"decode/acceptance_position_(\d+)", "accepted drafts at position {}", HIGHER),
     (r"decode/acceptance_slope_entropy", "change of the acceptance rate per nat of entropy", ""),
     (r"val/overlap_depth_(\d+)", "overlap of depth {} with the main prediction", HIGHER),
+    (r"val/candidate_recall_depth_(\d+)", "targets among the candidates of depth {}", HIGHER),
     (r"val/agreement_depth_(\d+)", "agreement of depth {} with the main prediction", HIGHER),
     (r"val/accuracy_depth_(\d+)", "right tokens of depth {}", HIGHER),
     (r"val/accuracy_random_repeat_(\d+)", "right tokens on random text of period {}", HIGHER),

@@ -34,7 +34,7 @@ _NAMES: dict[str, tuple[str, str, dict[str, str]]] = {
     "mtp.correction": (
         "correction",
         "{} correction",
-        {"mlp": "MLP correction", "markov": "Markov correction"},
+        {"mlp": "MLP correction", "markov": "Markov correction", "selector": "candidate selector"},
     ),
     "mtp.token_dropout": (
         "token dropout",

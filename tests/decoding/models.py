@@ -53,7 +53,8 @@ def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> l
 
 @torch.no_grad()
 def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tensor]:
-    """Logits [T, V] of depths 0 .. ``depth`` over a window that reads all ``tokens``.
+    """Logits [T, V] of depths 0 .. ``depth`` over a window that reads all ``tokens``, as rescored
+    for drafts.
 
     Depth k's position i reads tokens up to i + k; positions that would read beyond the end are
     left out. Shared layers are applied as often as asked.
@@ -68,7 +69,10 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
     window = torch.tensor([[*tokens, *[0] * (model.depth + 1)]])[:, : seq_len + model.depth + 1]
     hidden = model(WindowBatch(window, model.depth))
     assert hidden[0].shape[1] == seq_len
-    return [model.head_of(k)(hidden[k])[0] for k in range(depth + 1)]
+    depths = [
+        model.draft_logits(k, hidden[k], window[:, k : seq_len + k]) for k in range(1, depth + 1)
+    ]
+    return [model.head(hidden[0])[0], *(logits[0] for logits in depths)]
 
 
 def steer_drafts(

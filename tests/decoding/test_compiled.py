@@ -32,6 +32,7 @@ VARIANTS = {
     "nextlat": {"depth": 2, "stack": NextLatConfig},
     "parallel, mlp": {"depth": 2, "stack": ParallelConfig, "correction": "mlp"},
     "linear, markov": {"depth": 3, "stack": LinearConfig, "correction": "markov"},
+    "parallel, selector": {"depth": 3, "stack": ParallelConfig, "correction": "selector"},
     "plain": {"depth": 0},
 }
 
@@ -189,6 +190,7 @@ def test_bad_settings_are_named(monkeypatch, tmp_path):
         {"stack": NextLatConfig},
         {"stack": LinearConfig, "correction": "mlp"},
         {"stack": LinearConfig, "correction": "markov"},
+        {"stack": ParallelConfig, "correction": "selector"},
         {"stack": LinearConfig, "rank": 2},
     ],
     ids=str,

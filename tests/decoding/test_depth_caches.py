@@ -27,6 +27,7 @@ ATTENDING: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "linear": {"stack": LinearConfig},
     "linear markov": {"stack": LinearConfig, "correction": "markov"},
+    "linear selector": {"stack": LinearConfig, "correction": "selector"},
     "linear, rank 2": {"stack": LinearConfig, "rank": 2},
     "joint": {"stack": JointConfig},
     "nextlat": {"stack": NextLatConfig},

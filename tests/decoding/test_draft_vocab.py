@@ -15,6 +15,7 @@ from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.selector import CANDIDATES
 from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import VOCAB, random_prompts, small_model
 
@@ -25,6 +26,7 @@ HEADS: list[dict[str, Any]] = [
     {"share_layers": True},
     {"stack": ParallelConfig},
     {"stack": LinearConfig, "correction": "markov"},
+    {"stack": ParallelConfig, "correction": "selector"},
     {"stack": JointConfig},
 ]
 WAYS: list[dict[str, Any]] = [{}, {"tree": [3, 2]}, {"temperature": 0.8}, {"draft_depth": "auto"}]
@@ -60,7 +62,9 @@ def test_drafts_are_of_the_first_tokens_and_change_no_text(
     found = generate(model, prompts, draft_vocab=ROWS, **options, **way)
     assert seen or way.get("draft_depth") == "auto"
     for logits in seen:
-        assert logits.shape[-1] == VOCAB and logits[..., :ROWS].isfinite().all()
+        candidates = CANDIDATES if mtp.get("correction") == "selector" else ROWS
+        assert logits.shape[-1] == VOCAB
+        assert (logits[..., :ROWS].isfinite().sum(-1) == candidates).all()
         assert (logits[..., ROWS:] == -torch.inf).all()
     if "temperature" not in way:
         plain = generate(model, prompts, speculative=False, **options)

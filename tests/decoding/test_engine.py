@@ -14,6 +14,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from tests.decoding.models import Letters, random_prompts, small_model, steer_drafts, teacher_forced
 from tests.models import build
@@ -57,6 +58,7 @@ def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
         ({"depth": 2}, {}),
         ({"depth": 2, "deepseek": True}, {}),
         ({"depth": 2, "stack": LinearConfig, "correction": "markov"}, {}),
+        ({"depth": 2, "stack": ParallelConfig, "correction": "selector"}, {}),
         ({"depth": 2}, {"speculative": False}),
         ({"depth": 1}, {"cache": "single", "draft_depth": 3}),
         ({"depth": 3, "confidence": True}, {"min_confidence": 0.4}),

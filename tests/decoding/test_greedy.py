@@ -37,6 +37,7 @@ VARIANTS = [
     {"stack": LinearConfig, "correction": "markov"},
     {"stack": EagleConfig},
     {"stack": EagleConfig, "draft_vocab": 21},
+    {"stack": ParallelConfig, "correction": "selector"},
 ]
 
 
@@ -120,6 +121,7 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
         (3, 3, {"stack": LinearConfig, "correction": "markov"}),
         (3, 3, {"stack": EagleConfig}),
         (2, 4, {"stack": EagleConfig, "draft_vocab": 21}),
+        (3, 3, {"stack": LinearConfig, "correction": "selector"}),
     ],
 )
 @pytest.mark.parametrize("together", [False, True])

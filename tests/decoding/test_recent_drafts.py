@@ -25,6 +25,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "linear markov": {"stack": LinearConfig, "correction": "markov"},
     "eagle": {"stack": EagleConfig},
     "eagle, some tokens": {"stack": EagleConfig, "draft_vocab": 3},
+    "parallel selector": {"stack": ParallelConfig, "correction": "selector"},
+    "linear selector": {"stack": LinearConfig, "correction": "selector"},
     "linear, rank 3": {"stack": LinearConfig, "rank": 3},
 }
 

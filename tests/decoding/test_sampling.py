@@ -143,6 +143,7 @@ def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
         {"stack": NextLatConfig},
         {"stack": ParallelConfig, "correction": "mlp"},
         {"stack": LinearConfig, "correction": "markov"},
+        {"stack": ParallelConfig, "correction": "selector"},
         {"stack": LinearConfig, "rank": 3},
         {"stack": EagleConfig, "draft_vocab": 4},
     ],

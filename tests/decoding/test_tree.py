@@ -40,6 +40,8 @@ VARIANTS = [
     {"stack": LinearConfig, "correction": "markov"},
     {"stack": EagleConfig},
     {"stack": EagleConfig, "draft_vocab": 4},
+    {"stack": ParallelConfig, "correction": "selector"},
+    {"stack": LinearConfig, "correction": "selector"},
 ]
 
 
@@ -253,6 +255,7 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
         ({"temperature": 1.3, "top_k": 2}, {}),  # fewer tokens than candidates
         ({"temperature": 1.0}, {"stack": JointConfig}),
         ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "markov"}),
+        ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "selector"}),
     ],
     ids=str,
 )

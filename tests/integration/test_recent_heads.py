@@ -19,6 +19,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "eagle": {"mtp": "eagle", "mtp.depth": 2, "mtp.draft_vocab": 60},
     "mlp": {"mtp": "parallel", "mtp.correction": "mlp"},
     "markov": {"mtp": "linear", "mtp.correction": "markov", "mtp.correction_rank": 8},
+    "selector": {"mtp": "parallel", "mtp.correction": "selector", "mtp.correction_rank": 8},
     "stride": {"mtp": "linear", "mtp.stride": 2},
     "rank": {"mtp": "linear", "mtp.rank": 3},
 }

@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"model.recompute": "true", "+model.attention.qk_norm": "true"},
     "parallel": {"mtp": "parallel"},
     "linear": {"mtp": "linear", "mtp.correction": "mlp"},
+    "selector": {"mtp": "parallel", "mtp.correction": "selector", "mtp.correction_rank": 8},
     "parameter_free": {"mtp": "parameter_free"},
     "shared_layers": {"mtp.share_layers": "true", "mtp.hidden_state_mixing": "true"},
     "curriculum": {"lambda_schedule": "forward_curriculum"},

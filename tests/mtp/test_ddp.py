@@ -25,6 +25,7 @@ HEADS: dict[str, dict[str, object]] = {
     "parallel": {"mtp": "parallel", "model.n_layers": 2},
     "linear_mlp": {"mtp": "linear", "mtp.correction": "mlp"},
     "linear_markov": {"mtp": "linear", "mtp.correction": "markov"},
+    "linear_selector": {"mtp": "linear", "mtp.correction": "selector", "mtp.correction_rank": 8},
     "joint": {"mtp": "joint"},
     "nextlat": {"mtp": "nextlat"},
     "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},

@@ -153,7 +153,7 @@ class Forward:
 
     def correction(self, k: int) -> Tensor:
         p, kind = f"mtp.corrections.{k - 1}", self.config.correction
-        if kind == "none":
+        if kind in ("none", "selector"):  # a selector changes what is drafted, and no state
             return torch.zeros(())
         if kind == "mlp":
             parts = [self.branch, *(self.read(j) for j in range(1, k + 1))]

@@ -25,6 +25,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.config import TrunkConfig
@@ -49,7 +50,7 @@ SEQ_LEN, STEPS = 6, 12
 
 # A switch of the heads -> its values. Those of SORTS stand in the product, the others are drawn.
 SWITCHES: dict[str, tuple[Any, ...]] = {
-    "correction": ("none", "mlp", "markov"),
+    "correction": ("none", "mlp", "markov", "selector"),
     "stride": (1, 2),
     "rank": (1, 3),
     "correction_rank": (None, 3),
@@ -346,6 +347,8 @@ def require_sentence(said: str | None, *named: str) -> None:
 def check_all(cases: Iterator[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     """Some are not refused; of heads that take everything, all."""
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: 7)  # chunks that straddle windows
+    monkeypatch.setattr(selector, "CANDIDATES", 4)
+    monkeypatch.setattr(selector, "_NUMEL", 40)
     trained = 0
     for case in cases:
         try:

@@ -133,6 +133,7 @@ CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_tr
         ("parallel", {"correction": "mlp"}),
         ("linear", {"correction": "mlp"}),
         ("linear", {"correction": "markov"}),
+        ("parallel", {"correction": "selector", "correction_rank": 5}),
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.inputs import RandomKey
 from tests.mtp.summaries import nearest
 from tests.objective.states import Forward, said
@@ -213,7 +214,10 @@ class Step:
     def _of_depths(self, lambdas: Collection[int]) -> dict[int, Tensor]:
         """The loss of every depth of ``lambdas`` that has a target; each of its terms is logged."""
         asked, names = self.asked, list(self.asked.mixture)
-        counted = {k: self.valid[k] if "ce" in names else self.taught[k] for k in lambdas}
+        selects = getattr(self.model.config.mtp, "correction", "none") == "selector"
+        counted = {
+            k: self.valid[k] if "ce" in names or selects else self.taught[k] for k in lambdas
+        }
         counted = {k: counts for k, counts in counted.items() if counts.any()}
         kept = {k: self._kept(k) for k in counted}
         at = {k: self._at(k) for k in counted}
@@ -239,8 +243,14 @@ class Step:
                 terms[name] = self._mean(value, counts, learns)
             loss = sum(share * terms[name] for name, share in asked.mixture.items())
             tags = {f"train/loss_depth_{k}/{LOGGED.get(n, n)}": terms[n] for n in names}
+            drafted = at[k]
+            if selects:
+                drafted, value = self._selected(k, at[k])
+                learned = self._mean(value, self.valid[k], learns)
+                loss = loss + learned
+                tags[f"train/loss_depth_{k}/selector"] = learned
             if asked.confidence:
-                sure, right = self._confidence(k, at[k]), alpha(at[k]).detach()
+                sure, right = self._confidence(k, at[k]), alpha(drafted).detach()
                 value = -right * F.logsigmoid(sure) - (1 - right) * F.logsigmoid(-sure)
                 learned = self._mean(value, self.taught[k], kept[k])
                 error = self._mean((sure.sigmoid() - right).abs(), self.taught[k])
@@ -278,6 +288,23 @@ class Step:
             product = product * torch.where(counts[k], s, 1)
             reached[k] = product * counts[k]
         return {k: sum(reached[i] for i in at if i >= k) for k in at}
+
+    def _selected(self, k: int, at: At) -> tuple[At, Tensor]:
+        """The positions with log q as drafted, and the candidate selector's loss [B, T]: scores of
+        all V tokens, of which those that are no candidate count as impossible."""
+        w, before = self.forward.w, self.batch.tokens[:, k : self.seq_len + k]
+        table_a, table_b = (w[f"mtp.rescorer.embedding.{n}.weight"] for n in ("before", "after"))
+        gated = table_a[before] * self.forward.linear(at.hidden, "mtp.rescorer.gate")
+        scores = at.log_q + torch.einsum("btr,vr->btv", gated, table_b)
+        chosen = at.log_q.argsort(dim=-1, descending=True)[..., : selector.CANDIDATES]
+        taken = torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, chosen, True)
+        drafted = scores.masked_fill(~taken, -math.inf).log_softmax(-1)
+        missing = (chosen != at.target.unsqueeze(-1)).all(-1)
+        for b, t in missing.nonzero().tolist():
+            taken[b, t, chosen[b, t, -1]] = False
+            taken[b, t, at.target[b, t]] = True
+        log_p = scores.masked_fill(~taken, -math.inf).log_softmax(-1)
+        return replace(at, log_q=drafted), -said(log_p, at.target)
 
     def _confidence(self, k: int, at: At) -> Tensor:
         w = self.forward.w

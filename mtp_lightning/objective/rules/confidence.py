@@ -21,15 +21,16 @@ class ConfidenceRule(Rule):
     asked = "objective.confidence=true"
 
     def parts(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
-        head = stack.confidence
-        return [] if head is None else [(1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head))]
+        if stack.confidence is None:
+            return []
+        return [(1.0, ConfidenceTerm(stack)), (0.0, ConfidenceError(stack))]
 
 
 class ConfidenceTerm(Term):
-    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``.
+    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``, q as drafted.
 
     Args:
-        head: the stack's confidence layer.
+        stack: the stack, with a confidence layer.
     """
 
     name = "confidence"
@@ -38,8 +39,10 @@ class ConfidenceTerm(Term):
     follows_weights = False
     is_word = False  # selected by a switch of the objective, as it needs a part of the model
 
-    def __init__(self, head: Confidence) -> None:
-        self.head = head
+    def __init__(self, stack: MTPStack) -> None:
+        assert stack.confidence is not None
+        self.head: Confidence = stack.confidence
+        self.stack, self.reads_before = stack, stack.rescorer is not None
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
@@ -53,7 +56,13 @@ class ConfidenceTerm(Term):
         """The logit of the confidence and the true acceptance, [R] each."""
         assert chunk.hidden_RC is not None
         with torch.no_grad():
-            alpha_R = acceptance(chunk.teacher.probs_RV, chunk.log_probs_RV.exp())
+            q_RV = chunk.log_probs_RV.exp()
+            if self.reads_before:
+                assert chunk.before_R is not None
+                q_RV = self.stack.rescore(
+                    chunk.depth, chunk.hidden_RC, chunk.log_probs_RV, chunk.before_R
+                ).softmax(-1)
+            alpha_R = acceptance(chunk.teacher.probs_RV, q_RV)
         return self.head(chunk.depth, chunk.hidden_RC.to(alpha_R.dtype)), alpha_R.clamp(max=1)
 
 

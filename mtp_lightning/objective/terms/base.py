@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.mtp.rescoring import StateGradient
+
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
     from mtp_lightning.objective.rules.base import Rule
@@ -53,6 +55,7 @@ class Chunk:
             and gradient are multiplied by 0.
         hidden_RC: the depth's state ``h^k``.
         main: see :attr:`teacher`; None unless a term needs it.
+        before_R: ids of the tokens before the targets, for a term that ``reads_before``; else None.
     """
 
     depth: int
@@ -60,6 +63,7 @@ class Chunk:
     targets_R: Tensor
     hidden_RC: Tensor | None = None
     main: Teacher | None = field(default=None, repr=False)
+    before_R: Tensor | None = None
 
     @property
     def teacher(self) -> Teacher:
@@ -81,6 +85,7 @@ class Term(ABC):
         of_state: whether it is a term of the depth's hidden state, in addition to terms of the
             log-probabilities: :meth:`value` is then differentiable with respect to
             ``chunk.hidden_RC`` and ``parameters``, and not to the log-probabilities.
+        reads_before: whether it reads the tokens before the targets.
         parameters: its own parameters, which belong to the model.
         follows_mask: whether ``objective.mask`` applies to its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
@@ -91,6 +96,7 @@ class Term(ABC):
     needs_teacher: ClassVar[bool] = False
     of_token: ClassVar[bool] = False
     of_state: ClassVar[bool] = False
+    reads_before: bool = False
     follows_mask: ClassVar[bool] = True
     follows_weights: ClassVar[bool] = True
     is_word: ClassVar[bool] = True
@@ -111,6 +117,28 @@ class Term(ABC):
         probs_RV = log_probs_RV.detach().exp()
         total_R1 = d_log_probs_RV.sum(-1, keepdim=True)
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
+
+    def state_gradient(
+        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
+    ) -> StateGradient:
+        """For a term ``of_state``: :meth:`value`, and the gradient of ``(value * factor).sum()``.
+
+        Args:
+            chunk: the chunk, with the depth's state.
+            factor_R: factors of the losses.
+            into: receives the gradients of ``parameters``, which are added.
+        """
+        assert chunk.hidden_RC is not None
+        parameters = [p for p in self.parameters if p.requires_grad]
+        with torch.enable_grad():
+            hidden_RC = chunk.hidden_RC.detach().requires_grad_()
+            value_R = self.value(replace(chunk, hidden_RC=hidden_RC))
+            loss = (value_R * factor_R).sum()
+            d_hidden_RC, *own = torch.autograd.grad(loss, [hidden_RC, *parameters])
+        for parameter, part in zip(parameters, own, strict=True):
+            before = into.get(parameter)
+            into[parameter] = part if before is None else before + part
+        return StateGradient(value_R.detach(), d_hidden_RC)
 
     def for_model(self, model: MTPModel) -> Term:
         """The term as it trains a model. A term that reads a part of the model other than a depth's

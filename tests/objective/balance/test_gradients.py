@@ -23,7 +23,7 @@ from mtp_lightning.objective.balance.gradients import (
     task_gradients,
 )
 from mtp_lightning.objective.cost import StepCost, counted_flops
-from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.targets import PositionCounts, count_taught
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.losses import mtp_loss, reported_loss, step_of
@@ -219,6 +219,7 @@ def test_refuses_where_no_depth_reaches_the_trunk(
         "joint",
         "linear mlp",
         "linear markov",
+        "parallel selector",
     ],
 )
 def test_flops_are_those_of_pytorchs_operators(
@@ -234,11 +235,11 @@ def test_flops_are_those_of_pytorchs_operators(
         batch = masked()
         batch = WindowBatch(batch.tokens, batch.depth)
         group = {"": shared_parameters(model, scope)}
+        counts = PositionCounts(batch.counts().tolist())
+        objective = CROSS_ENTROPY.for_model(model)
         for active in ([1, 2, 3], [2], []):
             with counted_flops() as counted:
-                task_gradients(
-                    model, [(batch, KEY)], active, PositionCounts(batch.counts().tolist()), group
-                )
+                task_gradients(model, [(batch, KEY)], active, counts, group, objective)
             cost = StepCost(model.config)
             expected = cost(batch.seq_len, active, scope=scope) - cost(batch.seq_len, active)
             assert counted.total == len(batch) * expected

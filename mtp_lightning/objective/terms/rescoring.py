@@ -1,0 +1,46 @@
+"""The loss of a stack's rescorer (``mtp/rescoring.py``), in addition to the objective's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.rescoring import Forced, Rescorer, StateGradient
+from mtp_lightning.objective.terms.base import Chunk, Term
+
+
+class RescoringTerm(Term):
+    """The loss that a rescorer brings.
+
+    Args:
+        rescorer: the stack's.
+    """
+
+    name = "rescoring"
+    of_state = True
+    reads_before = True
+    is_word = False  # selected by a switch of the stack
+
+    def __init__(self, rescorer: Rescorer) -> None:
+        self.rescorer = rescorer
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
+        return list(self.rescorer.parameters())
+
+    def tag(self, k: int) -> str:
+        return f"train/loss_depth_{k}/{self.rescorer.name}"
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return self.rescorer.value(_forced(chunk))
+
+    def state_gradient(
+        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
+    ) -> StateGradient:
+        return self.rescorer.learn(_forced(chunk), factor_R, into)
+
+
+def _forced(chunk: Chunk) -> Forced:
+    assert chunk.hidden_RC is not None and chunk.before_R is not None
+    return Forced(chunk.depth, chunk.log_probs_RV, chunk.hidden_RC, chunk.before_R, chunk.targets_R)

@@ -1,0 +1,358 @@
+"""DFlash 2's candidate selector against its definition: scores, loss, what it sees, its drafts.
+
+That an optimizer step's losses and gradients are those of the definition, with every objective, is
+tested in ``tests/objective/test_cross_product.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.fused import fused_passes
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.tree_session import TreeSession
+from mtp_lightning.errors import UserError
+from mtp_lightning.metrics.floor import Floors
+from mtp_lightning.metrics.rates import rates_of
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp import selector
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.rescoring import Forced
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests.decoding.distributions import require_the_models_distribution
+from tests.decoding.models import random_prompts, small_model
+from tests.losses import gradients, mtp_loss
+from tests.models import build, windows
+
+SELECTOR: dict[str, Any] = {"correction": "selector", "correction_rank": 5}
+HEADS: dict[str, type[MTPConfig]] = {"parallel": ParallelConfig, "linear": LinearConfig}
+VOCAB, DEPTH, SEQ_LEN = 37, 3, 7
+every_head = pytest.mark.parametrize("head", HEADS)
+
+
+@pytest.fixture
+def trunk() -> TrunkConfig:
+    return TrunkConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
+
+
+def model_of(trunk: TrunkConfig, head: str = "parallel", **switches: Any) -> MTPModel:
+    """In float64, with every weight drawn."""
+    config = HEADS[head](depth=DEPTH, **{**SELECTOR, **switches})
+    return build(trunk, config).double().eval()
+
+
+def scores_of(model: MTPModel, logits_V: Tensor, hidden_C: Tensor, a: int) -> dict[int, float]:
+    """``S_k(a, b)`` of the 16 candidates b, one number at a time."""
+    w = dict(model.named_parameters())
+    row_a = w["mtp.rescorer.embedding.before.weight"][a].tolist()
+    table_b = w["mtp.rescorer.embedding.after.weight"].tolist()
+    gate = [sum(x * h for x, h in zip(row, hidden_C.tolist(), strict=True))
+            for row in w["mtp.rescorer.gate.weight"].tolist()]  # fmt: skip
+    best = sorted(range(len(logits_V)), key=lambda v: -float(logits_V[v]))[:16]
+    return {
+        b: float(logits_V[b])
+        + sum(x * g * y for x, g, y in zip(row_a, gate, table_b[b], strict=True))
+        for b in best
+    }
+
+
+@every_head
+@torch.no_grad()
+def test_scores_and_loss_are_those_of_the_definition(trunk: TrunkConfig, head: str) -> None:
+    model, batch = model_of(trunk, head), windows(2, SEQ_LEN, DEPTH)
+    counts = [2 * SEQ_LEN] * (DEPTH + 1)
+    _, sums = mtp_loss(model, batch, [1.0] * DEPTH, counts)
+    missing = 0
+    for k, hidden_BTC in list(model(batch).items())[1:]:
+        logits_BTV = model.head(hidden_BTC)
+        drafted_BTV = model.draft_logits(k, hidden_BTC, batch.tokens[:, k : k + SEQ_LEN])
+        total = 0.0
+        for row in range(2):
+            for t in range(SEQ_LEN):
+                a, target = batch.tokens[row, t + k : t + k + 2].tolist()
+                scores = scores_of(model, logits_BTV[row, t], hidden_BTC[row, t], a)
+                found = {v: x for v, x in enumerate(drafted_BTV[row, t].tolist()) if x > -math.inf}
+                assert found == pytest.approx(scores, rel=1e-9)
+                if target not in scores:
+                    missing += 1
+                    scores.pop(min(scores, key=lambda b: float(logits_BTV[row, t, b])))  # noqa: B023
+                    wide = logits_BTV[row, t].clone()
+                    wide[target] += 1e3  # among the candidates, whatever its logit
+                    added = scores_of(model, wide, hidden_BTC[row, t], a)
+                    scores[target] = added[target] - 1e3
+                total += math.log(sum(map(math.exp, scores.values()))) - scores[target]
+        assert float(sums[k, 1]) == pytest.approx(total, rel=1e-9)
+    assert missing > 3
+
+
+@every_head
+@torch.no_grad()
+def test_a_draft_depends_on_the_token_before_it_and_on_none_that_follows(
+    trunk: TrunkConfig, head: str
+) -> None:
+    model, batch = model_of(trunk, head), windows(1, SEQ_LEN, DEPTH)
+
+    def drafted(tokens: Tensor) -> dict[int, Tensor]:
+        found = model(WindowBatch(tokens, DEPTH))
+        return {
+            k: model.draft_logits(k, found[k], tokens[:, k : k + SEQ_LEN])[0]
+            for k in range(1, DEPTH + 1)
+        }
+
+    before = drafted(batch.tokens)
+    for place in range(1, batch.tokens.shape[1]):
+        tokens = batch.tokens.clone()
+        tokens[0, place] = (tokens[0, place] + 1) % VOCAB
+        after = drafted(tokens)
+        for k, t in ((k, t) for k in after for t in range(SEQ_LEN)):
+            same = torch.equal(after[k][t], before[k][t])
+            if place > t:  # the state has not read it
+                assert same == (place != t + k), (k, t, place)
+
+
+@every_head
+@torch.no_grad()
+def test_it_starts_as_the_head_without_it(trunk: TrunkConfig, head: str) -> None:
+    switches = {"depth": DEPTH, **SELECTOR}
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=HEADS[head](**switches)))
+    plain = MTPModel(ModelConfig(trunk=trunk, mtp=HEADS[head](depth=DEPTH)))
+    for started in (model, plain):
+        started.initialise(2)
+    batch = windows(3, SEQ_LEN, DEPTH)
+    found, expected = model(batch), plain(batch)
+    for k in range(1, DEPTH + 1):
+        assert torch.equal(found[k], expected[k])
+        drafted = model.draft_logits(k, found[k], batch.tokens[:, k : k + SEQ_LEN])
+        logits = plain.head(expected[k])
+        kept = drafted.isfinite()
+        assert torch.equal(drafted[kept], logits[kept]) and (kept.sum(-1) == 16).all()
+        assert torch.equal(drafted.argmax(-1), logits.argmax(-1))
+    prompts = random_prompts(3, (4, 9))
+    texts = [generate(m.eval(), prompts, max_new_tokens=12) for m in (model, plain)]
+    assert [g.drafts_accepted for g in texts[0]] == [g.drafts_accepted for g in texts[1]]
+
+
+def test_every_part_learns_from_a_start_at_zero(trunk: TrunkConfig) -> None:
+    """B learns first; A and H, which it multiplies, learn once it is not zero."""
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=ParallelConfig(depth=2, **SELECTOR)))
+    model.initialise(0)
+    own = ("embedding.before", "embedding.after", "gate")
+    for moved, expected in ((0.0, (False, True, False)), (0.1, (True, True, True))):
+        with torch.no_grad():
+            model.mtp.rescorer.embedding["after"].weight.add_(moved)
+        mtp_loss(model, windows(2, 8, 2), [0.3, 0.3], [16] * 3)[0].backward()
+        found = gradients(model)
+        for part, learns in zip(own, expected, strict=True):
+            assert bool(found[f"mtp.rescorer.{part}.weight"].any()) == learns
+
+
+@every_head
+def test_what_is_cut_off_gets_no_gradient_from_it(trunk: TrunkConfig, head: str) -> None:
+    trunk = replace(trunk, tie_embeddings=False)
+    for detach, reaches in (
+        ("none", (True, True)),
+        ("trunk", (False, True)),
+        ("all", (False,) * 2),
+    ):
+        model = model_of(trunk, head, detach=detach)
+        of_parts = []
+        for weight in (1.0, 0.0):
+            mtp_loss(model, windows(2, 8, DEPTH), [weight] * DEPTH, [16] * 4)[0].backward()
+            found = gradients(model)
+            of_parts.append([found["trunk.blocks.0.attention.qkv.weight"], found["head.weight"]])
+            assert any("rescorer" in name for name in found) == bool(weight)
+        for a, b, reached in zip(*of_parts, reaches, strict=True):
+            assert bool((a - b).abs().max() > 1e-9) == reached, detach
+
+
+def test_without_a_weight_it_is_plain_training(trunk: TrunkConfig) -> None:
+    batch, found = windows(2, 9, 2), []
+    for mtp, rows in (
+        (ParallelConfig(depth=2, **SELECTOR), batch),
+        (NoMTPConfig(), WindowBatch(batch.tokens[:, :-2], 0)),
+    ):
+        model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
+        model.initialise(3)
+        mtp_loss(model, rows, [0.0] * mtp.depth, [18] * (mtp.depth + 1))[0].backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+def test_micro_batches_parts_and_document_masks_change_nothing(
+    trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = model_of(trunk), windows(4, 8, DEPTH)
+    documents = (torch.arange(12) >= torch.tensor([[3], [5], [8], [9]])).long()
+    batch = WindowBatch(plain.tokens, DEPTH, documents)
+    counts = batch.counts().tolist()
+    mtp_loss(model, batch, [0.3] * DEPTH, counts)[0].backward()
+    whole = gradients(model)
+    monkeypatch.setattr(selector, "_NUMEL", 300)  # three positions at a time
+    for part in batch.micro_batches(3):
+        mtp_loss(model, part, [0.3] * DEPTH, counts)[0].backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-9, msg=name)
+    # A token of the next document reaches no position that counts.
+    tokens = torch.where(documents == 1, (plain.tokens + 1) % VOCAB, plain.tokens)
+    scored = documents == 0
+    both = [WindowBatch(t, DEPTH, documents, scored) for t in (plain.tokens, tokens)]
+    counts = both[0].counts().tolist()
+    assert torch.equal(*(mtp_loss(model, b, [0.3] * DEPTH, counts)[1] for b in both))
+
+
+def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
+    """What the loss computes of the last position of a text whose target of depth k is not known:
+    the scores [V] of its candidates, up to a constant, -inf elsewhere."""
+    n = len(text) - k  # tokens that the trunk has read
+    window = torch.tensor([[*text, *[0] * (model.depth + 1)]])[:, : n + model.depth + 1]
+    hidden_C = model(WindowBatch(window, model.depth))[k][0, -1]
+    log_q_V = torch.log_softmax(model.head(hidden_C), -1)
+    ids = log_q_V.topk(selector.CANDIDATES).indices
+    said = (k, log_q_V[None], hidden_C[None], torch.tensor([text[-1]]))
+    found = torch.full_like(log_q_V, -math.inf)
+    for b in ids:  # the loss of each candidate as the target
+        found[b] = -model.mtp.rescorer.value(Forced(*said, b[None]))[0]
+    return found
+
+
+@every_head
+@pytest.mark.parametrize("tree", [None, Tree((2, 2, 1))], ids=["chain", "tree"])
+@torch.no_grad()
+def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None) -> None:
+    """Of rows of different lengths, drafting after tokens of any kind."""
+    model = small_model(3, DEPTH, stack=HEADS[head], **SELECTOR)
+    prompts = random_prompts(3, (9, 12))
+    size: dict[str, int] = {"slots": 2, "capacity": 24}
+    with torch.inference_mode(), fused_passes(model):
+        if tree is None:
+            session = Session(model, max_draft=DEPTH, **size)
+        else:
+            session = TreeSession(model, tree=tree, **size)
+        session.join(prompts)
+        pending = torch.tensor([4, 30])
+        session.put_pending(pending)
+        paths: list[list[list[int]]] = [[[p]] for p in pending.tolist()]
+        for k in range(1, DEPTH + 1):
+            if tree is None:
+                logits_BPV, width = session.draft(k).unsqueeze(1), 1
+            else:
+                assert isinstance(session, TreeSession)
+                logits_BPV, width = session.draft_tree(k), tree.widths[k - 1]
+            drafts = []
+            for row, prompt in enumerate(prompts):
+                following = []
+                for node, path in enumerate(paths[row]):
+                    wanted = trained_scores(model, prompt + path, k)
+                    found = torch.log_softmax(logits_BPV[row, node], -1)
+                    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+                    chosen = [(7 * row + 5 * node + 11 * k + j) % VOCAB for j in range(width)]
+                    following += [[*path, token] for token in chosen]
+                paths[row] = following
+                drafts.append([path[-1] for path in following])
+            if tree is None:
+                session.put(torch.tensor(drafts), k)
+            else:
+                session.put_nodes(torch.tensor(drafts), k)
+
+
+@pytest.mark.parametrize("way", [{}, {"tree": [3, 2]}], ids=str)
+def test_samples_have_the_models_distribution_where_few_tokens_are_candidates(
+    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selector, "CANDIDATES", 3)
+    model = small_model(11, 2, vocab=8, stack=ParallelConfig, **SELECTOR)
+    drafted = None if way else 2
+    options = {"temperature": 1.0, **way}
+    require_the_models_distribution(model, options, drafted, prompt_length=7)
+
+
+@pytest.mark.parametrize("way", [{}, {"tree": [3, 2]}, {"min_confidence": 0.3}], ids=str)
+def test_greedy_text_is_that_of_plain_decoding(way: dict[str, Any]) -> None:
+    model = small_model(4, 2, stack=ParallelConfig, confidence=True, **SELECTOR)
+    prompts = random_prompts(4, (9, 3, 14))
+    options: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 2}
+    drafted = generate(model, prompts, **options, **way)
+    plain = generate(model, prompts, speculative=False, **options)
+    assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
+
+
+@torch.no_grad()
+def test_rates_are_those_of_what_is_drafted(trunk: TrunkConfig) -> None:
+    model, batch = model_of(trunk), windows(2, 12, DEPTH)
+    rates = rates_of(model)
+    rates.update(model(batch), model.head.weight, batch)
+    found = rates.compute()
+    main = model.head(model(batch)[0])
+    for k, hidden_BTC in list(model(batch).items())[1:]:
+        logits = model.head(hidden_BTC)
+        drafted = model.draft_logits(k, hidden_BTC, batch.tokens[:, k : k + 12])
+        target = batch.targets(k)
+        taken = drafted.gather(-1, target.unsqueeze(-1)).isfinite()
+        shared = torch.minimum(drafted[:, :-k].softmax(-1), main[:, k:].softmax(-1)).sum(-1)
+        agreed = drafted[:, :-k].argmax(-1) == main[:, k:].argmax(-1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+        assert 0 < float(taken.double().mean()) < 1
+        for name, value in (
+            ("candidate_recall", taken),
+            ("accuracy", drafted.argmax(-1) == target),
+            ("agreement", agreed),
+            ("overlap", shared),
+            ("loss", loss),  # of the head alone, since a target may be no candidate
+        ):
+            expected = float(value.double().mean())
+            assert found[f"{name}_depth_{k}"] == pytest.approx(expected, rel=1e-6), name
+    assert "candidate_recall" not in rates_of(small_model(0, 1)).metric_state
+
+
+@torch.no_grad()
+def test_the_measured_rejection_is_that_of_what_is_drafted(trunk: TrunkConfig) -> None:
+    model = small_model(1, 2, vocab=20, stack=LinearConfig, **SELECTOR)
+    prompt, k = torch.tensor([3, 1, 2]), 1
+    found = Floors(model, rollouts=1, seen=1).of_prompt(prompt, torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[3, 1, 2, a, 0, 0] for a in range(20)])
+    hidden = model(WindowBatch(tokens, 2))
+    p = model.head(hidden[0]).double().softmax(-1)
+    q = model.draft_logits(k, hidden[k], tokens[:, 1:4]).double().softmax(-1)[:, 2]
+    p_after = torch.stack([
+        model.head(model(WindowBatch(torch.tensor([[3, 1, 2, a, 0, 0, 0]]), 2))[0])[0, 3]
+        for a in range(20)
+    ]).double().softmax(-1)  # fmt: skip
+    expected = (p[0, 2] * (1 - torch.minimum(p_after, q).sum(-1))).sum()
+    assert found[1, 0].rejection == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_parameters_do_not_grow_with_the_depth(trunk: TrunkConfig) -> None:
+    def own(depth: int) -> int:
+        return sum(
+            ModelConfig(trunk=trunk, mtp=LinearConfig(depth=depth, **switches)).num_params() * sign
+            for switches, sign in ((SELECTOR, 1), ({}, -1))
+        )
+
+    assert own(0) == 0 and own(1) == own(4) == 5 * (2 * VOCAB + 32)
+    assert LinearConfig(depth=1, correction="selector").columns == 256
+    assert LinearConfig(depth=1, correction="markov").columns == 64
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    with pytest.raises(UserError, match="mtp.stride=2 skips tokens.*mtp.correction=selector"):
+        LinearConfig(depth=2, stride=2, correction="selector")
+    with pytest.raises(UserError, match="mtp.correction=selector has no meaning with mtp.rank=3"):
+        LinearConfig(depth=2, rank=3, correction="selector")
+    with pytest.raises(UserError, match="set mtp.correction to markov or selector"):
+        LinearConfig(depth=2, correction="mlp", correction_rank=8)
+    with pytest.raises(TypeError, match="correction"):
+        SequentialConfig(depth=2, correction="selector")
