@@ -34,6 +34,7 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sequential": ("sequential", {"depth": 2}),
     "mixing": ("sequential", {"depth": 2, "hidden_state_mixing": True, "token_dropout": 0.5}),
     "parallel": ("parallel", {"depth": 2}),
+    "parallel, selector": ("parallel", {"depth": 2, "correction": "selector"}),
     "linear": ("linear", {"depth": 2}),
     "parameter_free": ("parameter_free", {"depth": 2}),
     "joint": ("joint", {"depth": 2}),
