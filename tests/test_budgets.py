@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/distributed": 1_420,
     "mtp_lightning/experiment": 2_530,
     "mtp_lightning/heads": 380,
-    "mtp_lightning/interop": 3_220,
+    "mtp_lightning/interop": 4_500,
     "mtp_lightning/loggers": 790,
     "mtp_lightning/metrics": 1_180,
     "mtp_lightning/mtp": 3_000,
