@@ -134,7 +134,7 @@ def _described(path: Path, reader: Any, tensors: dict[str, Any]) -> tuple[dict[s
     trunk = config_reading.from_json(fields, depth=0 if dense else depth, source=str(path))
     if isinstance(trunk.attention, LatentAttentionConfig):  # one epsilon for all norms
         plain = replace(trunk.attention, norm_eps=None)
-        trunk = replace(trunk, d_head=None, attention=plain)
+        trunk = replace(trunk, attention=plain)
     mtp = SequentialConfig(depth=depth) if depth else NoMTPConfig()
     config = ModelConfig(trunk=trunk, mtp=mtp)
     return fields, Layout(arch=get("general.architecture"), config=config)

@@ -140,10 +140,11 @@ def check(
     # llama.cpp is told not to end a text.
     ended = [[*text.token_ids, tokenizer.eot_id].index(tokenizer.eot_id) for text in plain]
     kept = [i for i, n in enumerate(ended) if n]
-    prompts, plain, lengths = ([x[i] for i in kept] for x in (prompts, plain, ended))
     if not kept:
         yield "llama.cpp was not asked: the model ends every text at once"
         return
+    prompts, plain = [prompts[i] for i in kept], [plain[i] for i in kept]
+    lengths = [ended[i] for i in kept]
     theirs = continued(file, prompts, lengths)
     apart, spread = zip(*map(lambda p, c: _compared(model, p, c), prompts, theirs), strict=True)
     share = float(torch.cat(apart).mean() / torch.cat(spread).mean())
