@@ -147,7 +147,10 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
     )
     held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     wanted = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
-    assert held["token_embd.weight"] == held["blk.0.attn_output.weight"] == wanted
+    assert held["token_embd.weight"] == wanted
+    # Its rows have 24 numbers in the small DeepSeek, which are no whole blocks.
+    halves = dtype == "q8_0" and name == "deepseek-shared"
+    assert held["blk.0.attn_output.weight"] == ("F16" if halves else wanted)
     assert held["output_norm.weight"] == "F32"
     assert held[f"blk.{model.config.trunk.n_layers}.nextn.eh_proj.weight"] == wanted
     weights = read_folder(file).build().trunk.embedding.weight
@@ -173,6 +176,8 @@ def test_transformers_reads_trunks(name: str, tmp_path: Path) -> None:
     model = models.build(TRUNKS[name], SequentialConfig(depth=0))
     write(tmp_path / "m.gguf", model)
     config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    if name == "qwen3":  # it takes 128 from no key of the file
+        config.head_dim = model.config.trunk.d_head
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     found = load_gguf_checkpoint(
         str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=theirs
