@@ -16,7 +16,11 @@ from mtp_lightning.nn.moe import ExpertsConfig
 
 # The layout of the trunk, where the architecture alone does not tell it.
 TRUNK = "mtp_lightning.trunk"
+# The spread of new modules' matrices, which llama.cpp has no key for.
+SPREAD = "mtp_lightning.initializer_range"
 _SOFTMAX, _SIGMOID = 1, 2
+# Keys whose values may be no whole numbers.
+_DECIMAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "expert_weights_scale")
 Value = int | float | bool
 
 
@@ -87,9 +91,11 @@ def _experts(layout: Layout) -> dict[str, Value]:
     return found
 
 
-def kind_of(layout: Layout) -> str:
-    """The value of :data:`TRUNK`."""
-    return trunk_type(layout.config.trunk) + (" dense" if layout.dense else "")
+def own_fields(layout: Layout) -> dict[str, str | float]:
+    """The values of this project's own keys."""
+    trunk = layout.config.trunk
+    kind = trunk_type(trunk) + (" dense" if layout.dense else "")
+    return {TRUNK: kind, SPREAD: float(trunk.init_std)}
 
 
 def to_json(
@@ -117,8 +123,11 @@ def to_json(
         if found is None and default is None:
             raise UserError(f"{source} has no {arch}.{key}: the trunk's shape is unknown.")
         found = default if found is None else found
-        # Decimal numbers are stored in 4 bytes: the shortest that gives these bytes was meant.
-        return float(str(np.float32(found))) if isinstance(found, float) else found
+        if isinstance(found, float) and key in _DECIMAL:
+            return _decimal(found)
+        if not isinstance(found, int) or found < 0:
+            raise UserError(f"{source} has {arch}.{key}={str(found)[:40]}, which is not a count.")
+        return found
 
     own = {theirs: ours for ours, theirs in PLAIN.items() if ours != "mistral"}
     kind, _, dense = str(get(TRUNK) or own[arch]).partition(" ")
@@ -128,9 +137,6 @@ def to_json(
     layers = need("block_count") - depth
     width, heads = need("embedding_length"), need("attention.head_count")
     kv_heads = need("attention.head_count_kv", heads)
-    for key, found in (("head_count", heads), ("head_count_kv", kv_heads)):
-        if not isinstance(found, int):
-            raise UserError(f"{source} has another {arch}.attention.{key} in each layer.")
     size = need("attention.key_length", width // max(heads, 1))
     fields: dict[str, Any] = {
         "model_type": kind,
@@ -146,6 +152,8 @@ def to_json(
         "tie_word_embeddings": "output.weight" not in tensors,
         "num_nextn_predict_layers": depth,
     }
+    if isinstance(spread := get(SPREAD), float):
+        fields["initializer_range"] = _decimal(spread)
     if kind == "deepseek_v3":
         turned = need("rope.dimension_count")
         fields |= {
@@ -159,11 +167,16 @@ def to_json(
         fields |= {
             "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,
-            "partial_rotary_factor": need("rope.dimension_count", size) / size,
+            "partial_rotary_factor": need("rope.dimension_count", size) / max(size, 1),
         }
     if kind in ("glm4_moe", "deepseek_v3", "qwen3_moe"):
         fields |= _experts_json(need, kind)
     return fields, bool(dense)
+
+
+def _decimal(found: float) -> float:
+    """A number stored in 4 bytes: the shortest decimal that gives these bytes was meant."""
+    return float(str(np.float32(found)))
 
 
 def _experts_json(need: Callable[..., Any], kind: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def write_file(
     writer.add_name(name)
     fields = gguf_fields.to_fields(layout, max_positions=max_positions)
     _add(writer, {f"{layout.arch}.{key}": value for key, value in fields.items()})
-    _add(writer, {gguf_fields.TRUNK: gguf_fields.kind_of(layout), **words})
+    _add(writer, {**gguf_fields.own_fields(layout), **words})
     count = 0
     for entry in entries(layout):
         if entry.copy:

@@ -76,6 +76,11 @@ def test_a_file_read_back_is_the_model(name: str, depth: int, tmp_path: Path) ->
     assert written.layout.arch == ARCHS[name][min(depth, 1)]
     assert ("modules 2 to 3 are left out" in " ".join(written.said)) == (depth > 1)
     back = read_folder(tmp_path / "m.gguf").build()
+    if name != "deepseek-no-mixture-in-trunk" or depth:  # alone it is a dense trunk
+        spread = float(np.float32(model.config.trunk.init_std))
+        found_trunk = {**back.config.trunk.to_dict(), "init_std": 0}
+        assert found_trunk == {**model.config.trunk.to_dict(), "init_std": 0}
+        assert back.config.trunk.init_std == pytest.approx(spread, rel=1e-6)
     own = {
         n: t
         for n, t in model.state_dict().items()
@@ -148,7 +153,7 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
     held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     wanted = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
     assert held["token_embd.weight"] == wanted
-    # Its rows have 24 numbers in the small DeepSeek, which are no whole blocks.
+    # Its rows have 24 numbers in the small DeepSeek, so they do not fill blocks.
     halves = dtype == "q8_0" and name == "deepseek-shared"
     assert held["blk.0.attn_output.weight"] == ("F16" if halves else wanted)
     assert held["output_norm.weight"] == "F32"
@@ -295,6 +300,34 @@ def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> 
         content.write(np.float32(1.0).tobytes())
     with pytest.raises(UserError, match="blk.2.ffn_up_exps.weight is not zero"):
         read_folder(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("glm4moe.block_count", "three", "glm4moe.block_count=three, which is not a count"),
+        ("glm4moe.attention.head_count", [4, 4, 4], "head_count=.4, 4, 4., which is not a count"),
+        ("glm4moe.attention.key_length", 0, "d_head"),
+        ("glm4moe.nextn_predict_layers", 1 << 30, "n_layers|num_nextn_predict_layers"),
+        ("mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
+        ("general.architecture", "bert", "bert, which cannot be imported"),
+    ],
+)
+def test_descriptions_that_lie(
+    key: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_lightning.interop import gguf_file
+
+    write(tmp_path / "m.gguf", models.build(TRUNKS["glm4_moe"], SequentialConfig(depth=1)))
+    contents = gguf_file._contents
+
+    def lying(reader: Any) -> Any:
+        get = contents(reader)
+        return lambda name: value if name == key else get(name)
+
+    monkeypatch.setattr(gguf_file, "_contents", lying)
+    with pytest.raises(UserError, match=said):
+        read_folder(tmp_path / "m.gguf")
 
 
 def test_tokenizers(tmp_path: Path) -> None:
