@@ -94,6 +94,7 @@ def _experts(layout: Layout) -> dict[str, Value]:
 def own_fields(layout: Layout) -> dict[str, str | float]:
     """The values of this project's own keys."""
     trunk = layout.config.trunk
+    assert trunk.init_std is not None
     kind = trunk_type(trunk) + (" dense" if layout.dense else "")
     return {TRUNK: kind, SPREAD: float(trunk.init_std)}
 
