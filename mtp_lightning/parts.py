@@ -76,7 +76,7 @@ PARTS = {
             "mtp_lightning.heads.__main__",
             "train, measure, certify and export heads for a finished model",
         ),
-        uses=("certify",),
+        uses=("certify", "interop"),
     ),
     "notebook": Part(
         module="mtp_lightning.notebook",

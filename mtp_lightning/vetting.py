@@ -197,7 +197,8 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
     elif app == "evaluate" and output is not None and Path(output).is_dir():
         raise UserError(f"output={output} is a folder: give a file for the metrics.")
     elif app == "export" and output not in (None, "???"):
-        _require_folder("output", Path(output))
+        folder_of = Path(output).parent if output.endswith(".gguf") else Path(output)
+        _require_folder("output", folder_of)
         if Path(output).is_dir() and any(Path(output).iterdir()):
             raise UserError(f"output={output} is not empty: choose another folder or clear it.")
 

@@ -1,10 +1,13 @@
 """Examines the MTP layers of a checkpoint: ``mtp-lightning doctor``; ``--help`` explains it.
 
 The exit code is 0 for a sound folder, 2 for one that is not, 1 for one that cannot be examined.
+``doctor graft BASE TUNED`` puts the layers of one model on the trunk of another
+(``mtp_lightning/heads/graft.py``).
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,16 +19,24 @@ from mtp_lightning.errors import UserError
 
 def main(argv: list[str] | None = None, *, program: str = "python doctor.py") -> None:
     """The command line."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["graft"]:
+        with readable_errors():
+            parts.need("heads", f"{program} graft")
+        graft = importlib.import_module("mtp_lightning.heads.graft")
+        graft.main(words[1:], program=f"{program} graft")
+        return
     parser = Parser(
         prog=program,
         description="Are a checkpoint's MTP layers whole, trained, and read as they were meant?",
-        epilog="exit code: 0 sound, 2 not sound, 1 cannot be examined",
+        epilog="exit code: 0 sound, 2 not sound, 1 cannot be examined; the layers of one model are "
+        f"put on a tuned trunk by: {program} graft BASE TUNED",
     )
     parser.add_argument("folder", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument(
         "--new-tokens", type=int, default=64, help="tokens of each of four test texts (64)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     with readable_errors():
         if args.new_tokens < 8:
             raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")

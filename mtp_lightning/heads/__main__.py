@@ -41,34 +41,27 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
     with readable_errors():
         if not args.hours > 0:
             raise UserError(f"--hours={args.hours:g} must be above 0.")
-        for word in args.overrides:
-            if "=" not in word:
-                raise UserError(f"{word} is not a setting: give KEY=VALUE, as train.py takes it.")
-        for file in (args.model, *map(Path, args.text)):
-            if not file.exists():
-                raise UserError(
-                    f"{file} does not exist (looked from {Path.cwd()}): check the path."
-                )
+        require_inputs(args, args.model)
         name = args.model.resolve().name.removesuffix(".gguf")
         folder = (args.output or Path(f"{name}_heads")).resolve()
         texts = [str(Path(file).resolve()) for file in args.text]
         asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
-        found = _plan(args.model, folder, asked, keep=not args.dry_run)
+        found = make_plan(args.model, folder, asked, keep=not args.dry_run)
         print("\n".join(found.lines()), flush=True)
         if args.dry_run:
             return
         run = folder / RUN
-        _phase(
+        run_phase(
             "training",
             run / "summary.json",
             ["mtp_lightning.apps.train", *found.train(), f"run_dir={run}"],
         )
-        _phase(
+        run_phase(
             "certificate",
             folder / CERTIFICATE / "certificate.json",
             ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
         )
-        _phase(
+        run_phase(
             "export",
             folder / EXPORT / "config.json",
             ["mtp_lightning.apps.export", f"checkpoint={run}", f"output={folder / EXPORT}"],
@@ -76,8 +69,24 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
         print("\n".join(_result(folder)))
 
 
-def _plan(model: Path, folder: Path, asked: dict[str, Any], *, keep: bool) -> Any:
-    """The folder's plan, or a new one.
+def require_inputs(args: Any, *models: Path) -> None:
+    """Refuse what cannot be settings of training, and paths that are not there.
+
+    Raises:
+        UserError: naming the word or the path.
+    """
+    for word in args.overrides:
+        if "=" not in word:
+            raise UserError(f"{word} is not a setting: give KEY=VALUE, as train.py takes it.")
+    for file in (*models, *map(Path, args.text)):
+        if not file.exists():
+            raise UserError(f"{file} does not exist (looked from {Path.cwd()}): check the path.")
+
+
+def make_plan(
+    model: Path, folder: Path, asked: dict[str, Any], *, keep: bool, further: bool = False
+) -> Any:
+    """The folder's plan, or a new one, whose arguments are ``model``, ``asked`` and ``further``.
 
     Raises:
         UserError: the folder was begun with another question.
@@ -99,14 +108,14 @@ def _plan(model: Path, folder: Path, asked: dict[str, Any], *, keep: bool) -> An
                     "that command, or give another --output."
                 )
         return found
-    found = plan(model, **asked)
+    found = plan(model, further=further, **asked)
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(asdict(found), file)
     return found
 
 
-def _phase(name: str, result: Path, command: Sequence[str]) -> None:
+def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     """Run a module unless it has left its result.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.objective.cost import StepCost, forward_flops
 from mtp_lightning.opening import OpenedModel, open_model, read_model
@@ -41,6 +42,8 @@ class Plan:
         weights: of the model.
         head_weights: of the module.
         overrides: further settings of training, as typed.
+        depth: modules that are trained.
+        switches: of the modules, which say how to read them.
     """
 
     model: str
@@ -54,11 +57,14 @@ class Plan:
     weights: int
     head_weights: int
     overrides: list[str]
+    depth: int = 1
+    switches: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """What a person is told before it starts."""
         yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
-        yield f"head       one sequential module of {self.head_weights / 1e6:,.1f} M weights"
+        many = "one sequential module" if self.depth == 1 else f"{self.depth} sequential modules"
+        yield f"head       {many} of {self.head_weights / 1e6:,.1f} M weights"
         if self.files:
             yield f"text       {', '.join(self.files)}"
         else:
@@ -95,7 +101,8 @@ class Plan:
         return [
             "experiment=posthoc_heads",
             f"init_from={self.model}",
-            "mtp.depth=1",
+            f"mtp.depth={self.depth}",
+            *self.switches,
             "objective=kl",
             *data,
             f"data.seq_len={self.window}",
@@ -112,7 +119,9 @@ def _new(window: int) -> int:
     return window * _NEW // (_PROMPT + _NEW)
 
 
-def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) -> Plan:
+def plan(
+    path: Path, *, hours: float, files: list[str], overrides: list[str], further: bool = False
+) -> Plan:
     """Look at the model and the machine for some seconds, and divide the hours.
 
     Args:
@@ -120,9 +129,11 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
         hours: of this machine, for everything.
         files: text to train on instead of the model's own.
         overrides: further settings of training.
+        further: train the sequential modules on that the model has.
 
     Raises:
-        UserError: a model that cannot be opened or has heads already, or too few hours.
+        UserError: a model that cannot be opened, has heads already or none to train on, or too few
+            hours.
     """
     if not read_model(path).brings_trunk:
         raise UserError(
@@ -130,14 +141,18 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
             f"checkpoint={path} output=FOLDER depth=0, and give that folder."
         )
     run = open_model(path)
-    if run.model.depth:
+    mtp = run.model.config.mtp
+    if further and not isinstance(mtp, SequentialConfig):
+        raise UserError(f"{path} has heads of mtp={mtp.variant}, which are not trained on here.")
+    if run.model.depth and not further:
         raise UserError(
             f"{path} has MTP heads already: examine them with mtp-lightning doctor, or train them "
             f"further with mtp-lightning train init_from={path}."
         )
     window = min(_WINDOW, run.seq_len)
     trunk = run.model.config.trunk
-    config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
+    depth = max(mtp.depth, 1)
+    config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
     speed = _reads(run, window)
     per_step = StepCost(config).per_token(window) * _BATCH * window
     steps = int(3600 * hours * _TRAINING * speed / per_step)
@@ -148,7 +163,7 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
             f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
             "machine: give more."
         )
-    weights = run.model.config.num_params()
+    weights = run.model.config.num_trunk_params()
     return Plan(
         model=str(path.resolve()),
         hours=hours,
@@ -161,12 +176,21 @@ def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) ->
         weights=weights,
         head_weights=config.num_params() - weights,
         overrides=overrides,
+        depth=depth,
+        switches=_switches(mtp) if further else [],
     )
+
+
+def _switches(mtp: MTPConfig) -> list[str]:
+    """Settings of a training that continues with modules that are there."""
+    return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
 
 
 def _reads(run: OpenedModel, window: int) -> float:
     """FLOP/s of reading windows."""
-    windows = WindowBatch(torch.zeros(_BATCH, window + 1, dtype=torch.long), 0)
+    depth = run.model.depth
+    tokens = torch.zeros(_BATCH, window + depth + 1, dtype=torch.long)
+    windows = WindowBatch(tokens, depth)
     flops = forward_flops(run.model.config, window) * _BATCH
 
     @torch.no_grad()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mtp_lightning.interop import heads
+from mtp_lightning.interop import engines, heads
 from mtp_lightning.interop.config_json import STANDS_FOR
+from mtp_lightning.interop.gguf_writing import Written
 from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.writing import Contents
@@ -15,8 +16,6 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.settings import is_number
 
 FILE = "README.md"
-# Model types whose MTP layers servers use for drafting.
-_SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
 
 _SUMMARY = (
     ("tokens trained on", "tokens", "{:,}"),
@@ -54,8 +53,6 @@ def render(
         run_config: the config that the run was started with.
         summary: the run's summary.json; None if there is none.
     """
-    # Only numbers of a stored file are used.
-    numbers = {k: v for k, v in (summary or {}).items() if isinstance(v, int | float)}
     parts = [
         "---",
         "library_name: transformers",
@@ -72,9 +69,50 @@ def render(
         "",
         "## Training",
         "",
-        *_training(config, step, run_config, None if summary is None else numbers),
+        *_training(config, step, run_config, _numbers(summary)),
     ]
     return "\n".join(parts) + "\n"
+
+
+def render_file(
+    name: str,
+    config: ModelConfig,
+    written: Written,
+    *,
+    dtype: str,
+    step: int,
+    run_config: dict[str, Any],
+    summary: dict[str, Any] | None,
+) -> str:
+    """The card of a GGUF file; arguments as of :func:`render`."""
+    modules = written.layout.config.mtp.depth
+    held = f", and {modules} MTP module of DeepSeek-V3's form" if modules else ""
+    parts = [
+        "---",
+        "tags: [multi-token-prediction, mtp-lightning]",
+        "---",
+        f"# {plain(name)}",
+        "",
+        f"A GGUF file for llama.cpp, architecture `{written.layout.arch}`, {written.parameters:,} "
+        f"values in {dtype}: a decoder of {config.trunk.n_layers} layers (d_model "
+        f"{config.trunk.d_model}){held}.",
+        "",
+        "## Use",
+        "",
+        *written.said,
+        "",
+        "## Training",
+        "",
+        *_training(config, step, run_config, _numbers(summary)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _numbers(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The numbers of a stored file, which alone are used."""
+    if summary is None:
+        return None
+    return {k: v for k, v in summary.items() if isinstance(v, int | float)}
 
 
 def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
@@ -138,11 +176,11 @@ def _count(config: ModelConfig, contents: Contents) -> str:
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
     depth, layers = contents.layer_depths, config.trunk.n_layers
+    others = list(engines.of_folder(model_type, depth, extra=contents.heads))
     if depth and model_type in STANDS_FOR:
         yield (
-            "The MTP layers are read by mtp-lightning. vLLM and SGLang have loaders for MiMo's, "
-            "which is this layout; neither was tried with this folder. transformers has no class "
-            "for this model type: its `Qwen2ForCausalLM.from_pretrained(FOLDER)` is the trunk."
+            "The MTP layers are read by mtp-lightning. transformers has no class for this model "
+            "type: its `Qwen2ForCausalLM.from_pretrained(FOLDER)` is the trunk. " + " ".join(others)
         )
         return
     yield "```python"
@@ -166,26 +204,14 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
             "checks all of this."
         )
         yield ""
-    yield from _readers(depth, model_type)
-
-
-def _readers(depth: int, model_type: str) -> Iterator[str]:
-    if not depth:
-        yield f"The trunk is in {model_type}'s plain layout, which all servers of it read."
-    elif model_type in _SERVED:
+    if depth:
         yield (
-            "The MTP layers are read by transformers 5 (checked when this was written, unless "
-            "the check was switched off) and mtp-lightning. vLLM and SGLang have loaders for "
-            f"{_SERVED[model_type]}'s MTP layers, which is this layout; neither was tried with "
-            "this folder."
+            "The MTP layers are read by transformers 5 (checked when this was written, unless the "
+            "check was switched off) and mtp-lightning. " + " ".join(others)
         )
     else:
-        yield (
-            "The MTP layers are read by transformers 5 and mtp-lightning. vLLM and SGLang draft "
-            f"with the MTP layers of some architectures, but not of {model_type}: their loaders "
-            "may stop at the unknown layers. For them, export again with `depth=0`, which leaves "
-            "the MTP layers out."
-        )
+        yield f"The trunk is in {model_type}'s plain layout, which all servers of it read."
+        yield from others
 
 
 def _training(

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -190,8 +190,8 @@ def _measured(
     held = {name: Held(tensor) for name, tensor in own.items()}
     load_weights(model, from_folder(one, held, source=str(found.folder)), source=str(found.folder))
     model.eval()
-    prompts = _prompts(found.folder, model)
-    texts = _texts(model, prompts, new_tokens)
+    prompts = prompts_of(model, _tokenizer(found.folder, model))
+    texts = own_texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)
     meant = (one.mtp.input_norm, one.mtp.concat)
     agreement, rights, constant = agreements(model, texts)
@@ -209,20 +209,27 @@ def _of_mtp(name: str, config: ModelConfig) -> bool:
     return any(name.startswith(mtp_prefix(config, k)) for k in range(config.mtp.depth))
 
 
-def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
-    """Beginnings of texts, or random ids without a tokenizer."""
+def _tokenizer(folder: Path, model: MTPModel) -> Any:
+    """The folder's tokenizer; None where there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    state = pretrained_state(folder)
+    opened = OpenedModel(model=model, tokenizer_state=state, config={}, step=0, path=folder)
+    return opened.tokenizer
+
+
+def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
+    """Beginnings of texts, or random ids where there is no tokenizer that reads them."""
     vocab_size = model.config.trunk.vocab_size
-    if (folder / "tokenizer.json").is_file():
-        state = pretrained_state(folder)
-        opened = OpenedModel(model=model, tokenizer_state=state, config={}, step=0, path=folder)
-        found = [[int(i) for i in opened.tokenizer.encode(text)] for text in _BEGINNINGS]
+    if tokenizer is not None and tokenizer.reads_text:
+        found = [[int(i) for i in tokenizer.encode(text)] for text in _BEGINNINGS]
         if max(map(max, found)) < vocab_size:
             return found
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (len(_BEGINNINGS), _PROMPT), generator=generator).tolist()
 
 
-def _texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
+def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
     """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
     said = generate(
         model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
@@ -342,12 +349,12 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
     folder = read_folder(path)
     model = folder.build()
-    prompts = _prompts(path, model)
+    prompts = prompts_of(model, _tokenizer(path, model))
     acceptance = _accepted(model, prompts, new_tokens)
     place = heads.where(model.config)
     layout = f"mtp-lightning's {place} (mtp={model.config.mtp.variant})"
     found = Diagnosis(folder=path, layout=layout, verdict="", sound=False, acceptance=acceptance)
-    texts = _texts(model, prompts, new_tokens)
+    texts = own_texts(model, prompts, new_tokens)
     choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))
     constant = max(choices.values()) / sum(choices.values())
     sound = acceptance is not None and acceptance > constant

@@ -1,4 +1,5 @@
-"""From a run to a folder that transformers and servers read, checked before it is called done."""
+"""From a run to a folder that transformers and servers read, or to a GGUF file for llama.cpp,
+checked before it is called done."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning import vetting
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import card, config_json, heads
+from mtp_lightning.interop import card, config_json, engines, gguf_verify, gguf_writing, heads
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
@@ -28,7 +29,7 @@ from mtp_lightning.opening import OpenedModel, open_model
 
 
 def export(cfg: Any) -> Path:
-    """Write the folder that ``conf/export.yaml`` asks for, and verify it.
+    """Write the folder or the GGUF file that ``conf/export.yaml`` asks for, and verify it.
 
     It gets its name when it is whole and verified; until then it is ``.NAME.partial`` next to it.
 
@@ -41,10 +42,15 @@ def export(cfg: Any) -> Path:
     vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
     if cfg.depth not in (None, 0):
         raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
-    folder = Path(cfg.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output={folder} is not empty: choose another folder or clear it.")
-    if cfg.verify:
+    target = Path(cfg.output)
+    as_file = target.suffix == ".gguf"
+    if as_file and target.exists():
+        raise FileExistsError(f"output={target} exists: choose another name or remove it.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"output={target} is not empty: choose another folder or clear it.")
+    if cfg.dtype == "q8_0" and not as_file:
+        raise UserError("dtype=q8_0 is for a GGUF file: give output=NAME.gguf, or another dtype.")
+    if cfg.verify and not as_file:
         import_transformers()  # before anything is written
     run = open_model(cfg.checkpoint, allow=cfg.allow)
     if run.model.config.mtp.answers_at_once:
@@ -61,18 +67,24 @@ def export(cfg: Any) -> Path:
             f"mtp={run.model.config.mtp.variant} shaped the trunk in training and is of no use "
             "without it: the trunk is exported alone."
         )
-    whole = folder.resolve()
-    partial = whole.with_name(f".{whole.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    whole = target.resolve()
+    partial = whole.with_name(f".{whole.name}.partial{whole.suffix if as_file else ''}")
+    _remove(partial)
     try:
-        _fill(partial, folder, run, model, cfg)
+        (_fill_file if as_file else _fill)(partial, target, run, model, cfg)
         partial.replace(whole)
     except CheckFailed:
         raise
     except BaseException:  # a full disk, Ctrl-C: nobody wants a part of it
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
-    return folder
+    return target
+
+
+def _remove(path: Path) -> None:
+    if path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
@@ -107,17 +119,52 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             f"knows: the trunk is exported plainly, the heads in {heads.where(model.config)} next "
             "to it."
         )
+    for sentence in engines.of_folder(
+        config_json.model_type(model.config), contents.layer_depths, extra=contents.heads
+    ):
+        print(sentence)
     if cfg.verify:
         _verify(partial, run, model, dtype=cfg.dtype)
     else:
         print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
 
 
-def _verify(folder: Path, run: OpenedModel, model: MTPModel, *, dtype: str) -> None:
+def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
+    """Write and verify what is to be ``file``, and write the card next to it."""
+    options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    written = gguf_writing.write_file(partial, model, run.tokenizer, name=file.stem, **options)
+    print(f"{file}: {written.parameters:,} numbers, architecture {written.layout.arch}")
+    for sentence in written.said:
+        print(sentence)
+    if cfg.verify:
+        _say_trained(run, model)
+        for line in gguf_verify.check_file(partial, model, run.tokenizer, written, cfg.dtype):
+            print(f"  {line}")
+        print("verified")
+    else:
+        print(f"NOT VERIFIED: verify=false left out the check that {file} is the model.")
+    text = card.render_file(
+        file.stem,
+        model.config,
+        written,
+        dtype=cfg.dtype,
+        step=run.step,
+        run_config=run.config,
+        summary=_summary(run),
+    )
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def _say_trained(run: OpenedModel, model: MTPModel) -> None:
     if run.step and "seed" in run.config:
         lambdas = run.config.get("mtp_lambda", 0)
         listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
         print(f"  {check_trained(model, run.config['seed'], listed)}")
+
+
+def _verify(folder: Path, run: OpenedModel, model: MTPModel, *, dtype: str) -> None:
+    _say_trained(run, model)
     print(f"  {check_bytes(folder, model, dtype=dtype)}")
     print(f"  {check_tokenizer(folder, run.tokenizer)}")
     for line in check_with_transformers(folder, rounded(model, dtype)):

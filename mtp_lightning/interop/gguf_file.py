@@ -1,18 +1,17 @@
-"""Reads a GGUF file as a model in Hugging Face's layout, with transformers' own reader.
+"""Reads a GGUF file as a model in Hugging Face's layout.
 
-GGUF holds weights in blocks of few bits, which are dequantized to float32: training and decoding
-here use these rounded values, without the kernels that compute on blocks.
+Weights in blocks of few bits are dequantized to float32: training and decoding here use these
+rounded values, without the kernels that compute on blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,24 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_counts import require_counts
+from mtp_lightning.interop.gguf_layout import Entry, Layout, entries
 from mtp_lightning.interop.gguf_reader import one_reader
-from mtp_lightning.interop.parts import Held, Part
+from mtp_lightning.interop.parts import Part
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.stored import brief
 
 log = logging.getLogger(__name__)
 
-# A tensor of GGUF that holds no weight and follows from the config, or replaces those values.
+# A tensor of GGUF that holds no weight and replaces what follows from the config.
 _FREQUENCIES = "rope_freqs.weight"
+# Types of tensors whose numbers float32 holds exactly.
+_EXACT = ("F32", "F16", "BF16")
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -41,144 +48,198 @@ def is_gguf(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Blocks(Part):
-    """A tensor of a GGUF file, dequantized when it is read.
+    """A tensor in Hugging Face's layout, dequantized when it is read.
 
     Attributes:
         file: the file.
-        blocks: gguf's tensor, with its shape reversed.
-        process: transformers' function that undoes the row permutation of llama.cpp's converter.
+        held: where it is: gguf's tensor, its entry in the layout, and the tensor's place in the
+            entry. Two of them hold its two halves.
+        size: its shape.
     """
 
     file: Path
-    blocks: Any
-    process: Callable[..., Any]
+    held: tuple[tuple[Any, Entry, int], ...]
+    size: tuple[int, ...]
     dtype = torch.float32
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size(int(size) for size in reversed(self.blocks.shape))
+        return torch.Size(self.size)
 
     def read(self) -> Tensor:
-        from gguf.quants import dequantize
-
-        # Not through the reader's memory map, whose pages stay in memory.
-        held = self.blocks.data
-        stored = np.fromfile(self.file, held.dtype, held.size, offset=self.blocks.data_offset)
-        numbers = dequantize(stored.reshape(held.shape), self.blocks.tensor_type)
-        found = self.process(weights=numbers, name=self.blocks.name)
-        return torch.from_numpy(np.ascontiguousarray(found.weights))
+        portions = []
+        for tensor, entry, i in self.held:
+            found = numbers(self.file, tensor, i if len(entry.parts) > 1 else None)
+            portions.append(entry.unpack(found))
+        found = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
+        return found.reshape(self.size).contiguous()
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
-    """The fields of a config.json, and the tensors by Hugging Face's names, unread.
+def numbers(file: Path, tensor: Any, i: int | None = None) -> Tensor:
+    """The values of a tensor of a file, or of one of the matrices that it stacks.
+
+    Args:
+        file: the file.
+        tensor: gguf's.
+        i: which matrix; None for all.
+    """
+    from gguf.quants import dequantize
+
+    held = tensor.data if i is None else tensor.data[i]
+    begin = tensor.data_offset + (0 if i is None else i * held.nbytes)
+    # Not through the reader's memory map, whose pages stay in memory.
+    stored = np.fromfile(file, held.dtype, held.size, offset=begin).reshape(held.shape)
+    return torch.from_numpy(np.ascontiguousarray(dequantize(stored, tensor.tensor_type)))
+
+
+def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
+    """The fields of a config.json, the model, and its tensors by Hugging Face's names, unread.
 
     Raises:
-        UserError: for a damaged file, an architecture that transformers does not read from GGUF,
-            tensors that it skips, or missing packages.
+        UserError: for a damaged file, an architecture that is not read, or tensors that do not
+            belong to it.
     """
-    with _opened(path) as (transformers, reader):
-        return _read(path, transformers, reader)
+    with opened(path) as reader:
+        _refuse_stretched(path, reader)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        fields, layout = _described(path, reader, tensors)
+        held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+        if held.keys() - _EXACT:
+            kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
+            log.warning(
+                "%s is dequantized to float32 (tensors: %s): from here on the model has these "
+                "rounded values.",
+                path,
+                kinds,
+            )
+        return fields, layout.config, _parts(path, layout, tensors)
 
 
-def _read(path: Path, transformers: Any, reader: Any) -> tuple[dict[str, Any], dict[str, Part]]:
-    _refuse_what_is_passed_over(path, reader)
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    fields = _parsed(path, load_gguf_checkpoint)["config"]
-    for key, value in fields.items():  # layers and experts become objects even on the meta device
-        if isinstance(value, int) and key.startswith("num_") and value > len(reader.tensors) * 64:
+def _described(path: Path, reader: Any, tensors: dict[str, Any]) -> tuple[dict[str, Any], Layout]:
+    """The fields of a config.json, and the layout of the file."""
+    get = _contents(reader)
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path} is damaged or no language model: it has no token_embd.weight.")
+    fields, dense = gguf_fields.to_json(get, tensors, source=str(path))
+    fields["vocab_size"] = int(tensors["token_embd.weight"].shape[-1])
+    for key, value in fields.items():  # layers and experts become objects
+        counts = key.startswith(("num_", "n_"))
+        if counts and isinstance(value, int) and value > len(tensors) * 64:
             raise UserError(f"{path} is damaged or forged: it says {key}={brief(value)}.")
-    with torch.device("meta"):
-        config = transformers.AutoConfig.for_model(**fields)
-        shape = transformers.AutoModelForCausalLM.from_config(config)
-    held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
-    log.warning(
-        "%s is dequantized to float32 (tensors: %s): from here on the model has these rounded "
-        "values.",
-        path,
-        kinds,
-    )
-    parts = _parts(path, fields, reader, shape)
-    if parts is None:
-        options = {"return_tensors": True, "model_to_load": shape}
-        found = _parsed(path, load_gguf_checkpoint, **options)["tensors"]
-        parts = {name: Held(tensor) for name, tensor in found.items()}
-    return fields, parts
+    config_reading.require_known(fields, source=str(path))
+    depth = fields["num_nextn_predict_layers"]
+    layers = fields["num_hidden_layers"]
+    if not any(name.startswith(f"blk.{layers}.") for name in tensors):
+        depth = 0  # converters leave the modules out and the number in
+    trunk = config_reading.from_json(fields, depth=0 if dense else depth, source=str(path))
+    if isinstance(trunk.attention, LatentAttentionConfig):  # one epsilon for all norms
+        plain = replace(trunk.attention, norm_eps=None)
+        trunk = replace(trunk, attention=plain)
+    mtp = SequentialConfig(depth=depth) if depth else NoMTPConfig()
+    config = ModelConfig(trunk=trunk, mtp=mtp)
+    return fields, Layout(arch=get("general.architecture"), config=config)
 
 
-def _parts(path: Path, fields: dict[str, Any], reader: Any, shape: Any) -> dict[str, Part] | None:
-    """The tensors one by one; None for an architecture whose tensors transformers merges."""
-    from transformers import modeling_gguf_pytorch_utils as theirs
+def _contents(reader: Any) -> Callable[[str], Any]:
+    """From a key of the file to its content; None if it is not there."""
 
-    kind = theirs.TENSOR_PROCESSORS.get(
-        reader.fields["general.architecture"].contents(), theirs.TensorProcessor
-    )
-    if kind not in (theirs.TensorProcessor, theirs.LlamaTensorProcessor):
-        return None
-    processor = kind(config=fields)
-    names = _parsed(path, lambda _: theirs.get_gguf_hf_weights_map(shape, processor))
-    return {
-        names[tensor.name]: Blocks(path, tensor, processor.process)
-        for tensor in reader.tensors
-        if tensor.name in names
-    }
+    def get(key: str) -> Any:
+        field = reader.fields.get(key)
+        return None if field is None else field.contents()
+
+    return get
+
+
+def _parts(path: Path, layout: Layout, tensors: dict[str, Any]) -> dict[str, Part]:
+    """The tensors in Hugging Face's layout.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or of another shape.
+    """
+    problems, known = [], set()
+    held: dict[str, list[tuple[Any, Entry, int]]] = {}
+    for entry in entries(layout):
+        known.add(entry.name)
+        tensor = tensors.get(entry.name)
+        shape = None if tensor is None else tuple(int(n) for n in reversed(tensor.shape))
+        if tensor is None:
+            if not entry.copy:
+                problems.append(f"{entry.name} is missing")
+        elif shape != entry.shape:
+            problems.append(
+                f"{entry.name} has the shape {list(shape or ())} where {list(entry.shape)} is "
+                "needed"
+            )
+        elif not entry.parts and numbers(path, tensor).any():
+            problems.append(f"{entry.name} is not zero")
+        for i, name in enumerate(entry.parts if tensor is not None else ()):
+            held.setdefault(name, []).append((tensor, entry, i))
+    problems += [f"{name} is unknown" for name in tensors if name not in known]
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise UserError(f"The tensors in {path} do not match its description: {shown}.")
+    shapes = layout.shapes()
+    return {name: Blocks(path, tuple(found), shapes[name]) for name, found in held.items()}
 
 
 def tokenizer_state(path: Path) -> dict[str, Any]:
     """The tokenizer in a GGUF file, with its special tokens and chat template.
 
     Raises:
-        UserError: if it holds no tokenizer that transformers reads.
+        UserError: if it holds no tokenizer that can be read.
     """
-    with _opened(path) as (transformers, _), tempfile.TemporaryDirectory() as folder:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(path.parent), gguf_file=path.name, local_files_only=True
-            )
-            tokenizer.save_pretrained(folder)
-        except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise UserError(f"transformers reads no tokenizer from {path}: {error}") from error
+    with opened(path) as reader, tempfile.TemporaryDirectory() as folder:
+        if not gguf_tokenizer.unpack(_contents(reader), Path(folder)):
+            _tokenizer_of_transformers(path, folder)
         return pretrained_state(folder) | {"path": str(path)}
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """transformers, and gguf's reader of a file."""
+def _tokenizer_of_transformers(path: Path, folder: str) -> None:
     try:
-        import gguf  # noqa: F401
         import transformers
     except ImportError as error:
         raise UserError(
             f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
         ) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True
+        )
+        tokenizer.save_pretrained(folder)
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise UserError(f"transformers reads no tokenizer from {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """gguf's reader of a file.
+
+    Raises:
+        UserError: the file is damaged, or the package is missing.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf: pip install -e '.[hf]'") from error
     require_counts(path)
     with contextlib.ExitStack() as stack:
         try:
             reader = stack.enter_context(one_reader(path))
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
-        yield transformers, reader
+        yield reader
 
 
-def _parsed(path: Path, load: Any, **options: Any) -> dict[str, Any]:
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-            return dict(load(str(path), **options))
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise UserError(f"transformers cannot read {path}: {error}") from error
-
-
-def _refuse_what_is_passed_over(path: Path, reader: Any) -> None:
-    """Refuses what changes the arithmetic but is dropped by transformers."""
+def _refuse_stretched(path: Path, reader: Any) -> None:
+    """Refuse stretched rotary positions, which are not read from GGUF."""
     if any(tensor.name == _FREQUENCIES for tensor in reader.tensors):
         raise UserError(
-            f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which transformers does "
+            f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which this project does "
             "not read from GGUF: import the model's own folder of safetensors."
         )
     for name, field in reader.fields.items():
         if name.endswith(".rope.scaling.type") and field.contents() != "none":
             raise UserError(
-                f"{path} has {name}={field.contents()}, which transformers does not read from "
+                f"{path} has {name}={field.contents()}, which this project does not read from "
                 "GGUF: import the model's own folder of safetensors."
             )

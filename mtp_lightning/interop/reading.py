@@ -87,23 +87,21 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     """
     path = Path(path)
     if gguf_file.is_gguf(path):
-        described = str(path)
-        fields, tensors = gguf_file.read(path)
-        config_reading.require_known(fields, source=described)
+        fields, config, tensors = gguf_file.read(path)
     else:
         described = str(path / CONFIG)
         fields = read_json(path / CONFIG)
         config_reading.require_known(fields, source=described)
         tensors = parts_of(path, block=fp8.block_size(fields, source=described))
-    depth = _mtp_layers(fields, tensors, source=str(path))
-    trunk = config_reading.from_json(fields, depth=depth, source=described)
-    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
+        depth = _mtp_layers(fields, tensors, source=str(path))
+        trunk = config_reading.from_json(fields, depth=depth, source=described)
+        config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
-        mtp, extra = heads.read(path, trunk, embedding, allow=allow)
-        config = ModelConfig(trunk=trunk, mtp=mtp)
+        mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)
+        config = ModelConfig(trunk=config.trunk, mtp=mtp)
         weights |= extra
         require_held(config, weights, source=str(path))
     return Folder(path=path, fields=fields, config=config, stored=weights)

@@ -28,7 +28,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 
 # Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5
-_TEXT = "def main():\n\treturn 'caf\u00e9 \u2013 \u65e5\u672c'  # 1, 2, 345\n"
+TEXT = "def main():\n\treturn 'caf\u00e9 \u2013 \u65e5\u672c'  # 1, 2, 345\n"
 _BATCH, _LENGTH, _PROMPT, _NEW = 2, 32, 8, 24
 
 
@@ -109,7 +109,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
         UserError: if transformers is missing.
     """
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    text = _TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
+    text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
     found = theirs(text, add_special_tokens=False)["input_ids"]
     wanted = [int(token) for token in tokenizer.encode(text)]
     if found != wanted or theirs.eos_token_id != tokenizer.eot_id:

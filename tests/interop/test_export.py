@@ -74,11 +74,18 @@ def test_a_run_is_exported_and_verified(
     assert folders.files(tmp_path / "out") == folders.files(tmp_path / "again")
 
 
-def test_the_card(base: Path, tmp_path: Path) -> None:
+def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file
 
     run_export(base / "deepseek", tmp_path / "out", verify=False)
     text = (tmp_path / "out" / card.FILE).read_text()
+    said = capsys.readouterr().out
+    for part in ("llama.cpp's converter drops DeepSeek-V3's MTP layers without a word",
+                 "SGLang reads one MTP layer and refuses a folder of 2"):  # fmt: skip
+        assert part in text and part in said
+    run_export(base / "dense", tmp_path / "llama", verify=False)
+    assert "but not of llama" in capsys.readouterr().out
+    assert "but not of llama" in (tmp_path / "llama" / card.FILE).read_text()
     for part in ("`model.layers.2` to `model.layers.3`", "after 6 optimizer steps", "depth 2",
                  "| depth | loss", "| 2 |", "vLLM",
                  r'_keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\.", '):  # fmt: skip

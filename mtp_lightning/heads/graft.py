@@ -1,0 +1,236 @@
+"""``mtp-lightning doctor graft BASE TUNED``: a base's MTP layers on a tuned copy of its trunk.
+
+Fine-tuning usually loses the MTP layers, or leaves them as they were. Put on the tuned trunk they
+still draft, the worse the further it has moved. So their agreement with the trunk is measured on
+the tuned model's own text, with the base's trunk and with the tuned one. If it fell, the layers are
+trained on by the phases of ``mtp-lightning heads``. The exporter writes the result and checks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.errors import UserError
+from mtp_lightning.heads.__main__ import EXPORT, RUN, make_plan, require_inputs, run_phase
+from mtp_lightning.interop.doctor import own_texts, prompts_of
+from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.opening import OpenedModel, StoredModel, build_model, open_model, read_model
+
+GRAFTED = "grafted"
+# Standard errors by which agreement must have fallen, on the positions where the two differ.
+_ERRORS = 3.0
+# Settings of the trunk that decide how a module's weights are read, whatever their shapes.
+_FIXED = ("n_heads ", "n_kv_heads ", "d_head ", "attention.", "feed_forward.")
+# How far above the share of a single token agreement must be for layers of any use.
+_ABOVE = 0.02
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often each depth's choice is the trunk's.
+
+    Attributes:
+        rights: for each depth, which positions, bool [N].
+        constant: the share that the trunk's most common choice would get everywhere.
+    """
+
+    rights: list[Tensor]
+    constant: float
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of positions, by depth."""
+        return [float(right.float().mean()) for right in self.rights]
+
+    def fell_from(self, before: Agreement) -> bool:
+        """Whether a depth is clearly worse than before (McNemar's test)."""
+        for old, new in zip(before.rights, self.rights, strict=True):
+            lost, won = int((old & ~new).sum()), int((new & ~old).sum())
+            if lost - won > _ERRORS * (won + lost) ** 0.5:
+                return True
+        return False
+
+    def __str__(self) -> str:
+        told = [f"{share:.1%} at depth {k}" for k, share in enumerate(self.shares, start=1)]
+        return ", ".join(told)
+
+
+def main(argv: list[str], *, program: str) -> None:
+    """The command."""
+    parser = Parser(
+        prog=program,
+        description="Put the MTP layers of a base model on a tuned copy of its trunk.",
+        epilog="exit code: 0 written, 1 not",
+    )
+    parser.add_argument("base", type=Path, help="the model that has MTP layers")
+    parser.add_argument("tuned", type=Path, help="the model that gets them, with its own trunk")
+    parser.add_argument("overrides", nargs="*", help="settings of training, as train.py takes them")
+    parser.add_argument("--output", type=Path, help="folder for all of it (TUNED_graft)")
+    parser.add_argument("--hours", type=float, default=1.0, help="of training on, if needed (1)")
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="train on these files, not on the model's own texts"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=256, help="tokens of each of four test texts (256)"
+    )
+    args = parser.parse_intermixed_args(argv)
+    with readable_errors():
+        require_inputs(args, args.base, args.tuned)
+        if args.new_tokens < 8:
+            raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
+        name = args.tuned.resolve().name.removesuffix(".gguf")
+        output = (args.output or Path(f"{name}_graft")).resolve()
+        if (output / EXPORT).exists():
+            raise UserError(f"{output / EXPORT} exists: choose another --output or remove it.")
+        _run(args, output)
+
+
+def _run(args: Any, output: Path) -> None:
+    base, tuned = read_model(args.base), open_model(args.tuned)
+    model = grafted(base, tuned)
+    _say("layers", f"{len(_modules(base))} tensors of {args.base}, of the names and shapes needed")
+    for line in differences(base.config, model.config):
+        _say("differs", line)
+    prompts = prompts_of(model, tuned.tokenizer)
+    room = max(8, tuned.seq_len - max(map(len, prompts)))
+    texts = own_texts(model, prompts, min(args.new_tokens, room))
+    found = agreement(model, texts)
+    _say("agreement", f"{found} with the tuned trunk, on its own texts")
+    fell = True
+    if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
+        before = agreement(build_model(base.config, base.weights, source=str(args.base)), texts)
+        _say("", f"{before} with the base's trunk, on the same texts")
+        fell = found.fell_from(before)
+    _say("", f"{found.constant:.1%} the same token everywhere")
+    folder = output / GRAFTED
+    write_folder(
+        folder,
+        model,
+        tuned.tokenizer,
+        dtype="float32",
+        max_positions=tuned.seq_len,
+        shard_bytes=5 * 10**9,
+    )
+    chosen = folder
+    if fell and args.hours:
+        chosen, found = _trained_on(folder, output, args, texts, found)
+    elif fell:
+        _say("", "it fell, and --hours=0 leaves the layers as they are")
+    if found.shares[0] <= found.constant + _ABOVE:
+        raise UserError(
+            f"the layers of {args.base} do not agree with the trunk of {args.tuned} "
+            f"({found.shares[0]:.1%}; {found.constant:.1%} with one token everywhere), so nothing "
+            "is written: give more --hours, or train new ones with mtp-lightning heads."
+        )
+    run_phase(
+        "export",
+        output / EXPORT / "config.json",
+        ["mtp_lightning.apps.export", f"checkpoint={chosen}", f"output={output / EXPORT}"],
+    )
+    _say("written to", str(output / EXPORT))
+
+
+def _trained_on(
+    folder: Path, output: Path, args: Any, texts: list[Tensor], found: Agreement
+) -> tuple[Path, Agreement]:
+    """Train the layers on, and choose the better of before and after."""
+    asked = {"hours": args.hours, "files": _paths(args.text), "overrides": args.overrides}
+    plan = make_plan(folder, output, asked, keep=True, further=True)
+    print("\n".join(plan.lines()), flush=True)
+    run = output / RUN
+    run_phase(
+        "training",
+        run / "summary.json",
+        ["mtp_lightning.apps.train", *plan.train(), f"run_dir={run}"],
+    )
+    after = agreement(open_model(run).model, texts)
+    _say("agreement", f"{after} after training on")
+    if after.shares[0] <= found.shares[0]:
+        _say("", "training on did not help: the layers stay as they were")
+        return folder, found
+    return run, after
+
+
+def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
+    """The tuned trunk with the base's MTP layers.
+
+    Raises:
+        UserError: the base has none, or theirs do not have the names and shapes that they need.
+    """
+    if not base.config.mtp.depth or not base.config.mtp.predicts_tokens:
+        raise UserError(f"{base.path} has no MTP layers to graft: give the model that has them.")
+    config = ModelConfig(trunk=tuned.model.config.trunk, mtp=base.config.mtp)
+    with torch.device("meta"):
+        wanted = {n: t.shape for n, t in MTPModel(config).state_dict().items() if _is_module(n)}
+    held = _modules(base)
+    problems = [f"{name} is missing" for name in wanted.keys() - held.keys()]
+    problems += [line for line in differences(base.config, config) if line.startswith(_FIXED)]
+    problems += [f"{name} has no place" for name in held.keys() - wanted.keys()]
+    problems += [
+        f"{name} has the shape {list(held[name].shape)} where {list(shape)} is needed"
+        for name, shape in wanted.items()
+        if name in held and held[name].shape != shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:4]) + ("; ..." if len(problems) > 4 else "")
+        raise UserError(f"The layers of {base.path} do not fit the trunk of {tuned.path}: {shown}.")
+    trunk = {n: t for n, t in tuned.model.state_dict().items() if not _is_module(n)}
+    return build_model(config, {**trunk, **held}, source=str(base.path))
+
+
+def _is_module(name: str) -> bool:
+    return name.startswith("mtp.")
+
+
+def _modules(base: StoredModel) -> dict[str, Any]:
+    return {name: weight for name, weight in base.weights.items() if _is_module(name)}
+
+
+def differences(base: ModelConfig, tuned: ModelConfig) -> list[str]:
+    """Settings in which the two trunks differ, besides those of their training."""
+    ours, theirs = _settings(base), _settings(tuned)
+    training = {*base.trunk.training_keys, *tuned.trunk.training_keys, "init_std"}
+    return [
+        f"{name} is {ours.get(name)} in the base and {theirs.get(name)} in the tuned model"
+        for name in {**ours, **theirs}
+        if name not in training and ours.get(name) != theirs.get(name)
+    ]
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in config.trunk.to_dict().items():
+        inner = value if isinstance(value, dict) and name != "rope_scaling" else None
+        found |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
+    return found
+
+
+@torch.inference_mode()
+def agreement(model: MTPModel, texts: list[Tensor]) -> Agreement:
+    """Compare each depth's choice with the trunk's choice at the token that it predicts."""
+    rights: list[list[Tensor]] = [[] for _ in range(model.depth)]
+    counts = torch.zeros(model.config.trunk.vocab_size, dtype=torch.long)
+    for text in texts:
+        batch = WindowBatch(text.unsqueeze(0), model.depth)
+        choices = [model.head(hidden)[0].argmax(-1) for hidden in model(batch).values()]
+        counts += torch.bincount(choices[0], minlength=len(counts))
+        for k, drafted in enumerate(choices[1:], start=1):
+            rights[k - 1].append(drafted[:-k] == choices[0][k:])
+    constant = float(counts.max() / counts.sum())
+    return Agreement([torch.cat(found) for found in rights], constant)
+
+
+def _say(name: str, text: str) -> None:
+    print(f"{name:<12}{text}", flush=True)
+
+
+def _paths(files: list[str]) -> list[str]:
+    return [str(Path(file).resolve()) for file in files]

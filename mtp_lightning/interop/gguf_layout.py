@@ -1,0 +1,307 @@
+"""The layouts of GGUF files: which of llama.cpp's architectures a model gets, and its tensors.
+
+The architectures that llama.cpp drafts with (``draft-mtp``) and that compute what a model of this
+project computes are ``glm4moe``, for grouped-query attention, and ``deepseek2``, for latent
+attention. Both read one module of DeepSeek-V3's form after the trunk's layers, and both need a
+mixture of experts in it. A dense module is therefore written as the mixture's shared expert, next
+to one routed expert of zeros, which adds exactly 0.
+
+A layout is a list of :class:`Entry`. Each names the tensors in Hugging Face's layout that a tensor
+of the file is made of, so that one list serves the writer and the reader.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop.config_json import trunk_type
+from mtp_lightning.interop.names import weight_map
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.nn.weight_map import MappedWeight, Shape
+
+# llama.cpp's architecture of a trunk by the type of its layout, and the one that has modules.
+PLAIN = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "glm4_moe": "glm4moe",
+    "deepseek_v3": "deepseek2",
+}
+DRAFTING = {**dict.fromkeys(PLAIN, "glm4moe"), "deepseek_v3": "deepseek2"}
+
+_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{f"self_attn.{x}_proj": f"attn_{x}" for x in ("q", "k", "v", "q_a", "q_b")},
+    **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in ("q", "k")},
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.o_proj": "attn_output",
+    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+    **{f"mlp.shared_experts.{x}_proj": f"ffn_{x}_shexp" for x in ("gate", "up", "down")},
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate.e_score_correction": "exp_probs_b",
+    **{x: f"nextn.{x}" for x in ("enorm", "hnorm", "eh_proj", "embed_tokens")},
+    "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
+}
+_DENSE = re.compile(r"mlp\.(gate|up|down)_proj$")
+# Width of the routed expert of zeros: one block of Q8_0, where it divides the dense layer's width.
+_NARROW = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A tensor of a GGUF file.
+
+    Attributes:
+        name: its name in the file.
+        shape: its shape, outermost axis first.
+        parts: the tensors in Hugging Face's layout that it holds: one, or several of one shape,
+            which are stacked, or none, for zeros. What several entries hold of one tensor is
+            concatenated along the second axis.
+        pack: from one part to what is stored of it.
+        unpack: the other way.
+        copy: whether it is a copy of the trunk's, which a file may leave out.
+    """
+
+    name: str
+    shape: Shape
+    parts: tuple[str, ...] = ()
+    pack: Callable[[Tensor], Tensor] = lambda part: part
+    unpack: Callable[[Tensor], Tensor] = lambda stored: stored
+    copy: bool = False
+
+    def made_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, from those in Hugging Face's layout."""
+        if not self.parts:
+            return torch.zeros(self.shape)
+        packed = [self.pack(tensors[name]) for name in self.parts]
+        return packed[0] if len(packed) == 1 else torch.stack(packed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model is written.
+
+    Attributes:
+        arch: llama.cpp's architecture.
+        config: the written part of the model, its modules in the layout's form.
+        dropped: what is left out, and why, in a sentence; empty if nothing is.
+    """
+
+    arch: str
+    config: ModelConfig
+    dropped: str = ""
+
+    @property
+    def dense(self) -> bool:
+        """Whether its feed-forward layers are dense, its module's as well."""
+        return not isinstance(self.config.trunk.feed_forward, ExpertsConfig)
+
+    @property
+    def narrow(self) -> int:
+        """Width of the experts of a mixture that stands for a dense layer."""
+        return math.gcd(self.config.trunk.d_ff, _NARROW)
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the tensors in Hugging Face's layout."""
+        return {name: shape for place in weight_map(self.config) for name, shape in place.parts}
+
+    @property
+    def lacks_shared(self) -> bool:
+        """Whether the architecture has a shared expert and the model does not."""
+        feed_forward = self.config.trunk.feed_forward
+        mixed = isinstance(feed_forward, ExpertsConfig) and feed_forward.n_shared == 0
+        return mixed and self.arch == "glm4moe"
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """The layout of a model.
+
+    Raises:
+        UserError: no architecture of llama.cpp computes the same as its trunk.
+    """
+    trunk, mtp = config.trunk, config.mtp
+    kind = trunk_type(trunk)
+    _require_plain(trunk)
+    why = _unread(config)
+    if mtp.depth and not why:
+        assert isinstance(mtp, SequentialConfig)
+        written = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1))
+        dropped = "" if mtp.n_modules == 1 else (
+            f"MTP modules 2 to {mtp.depth} are left out: llama.cpp reads one module of an "
+            f"architecture such as {DRAFTING[kind]}, and drafts every token with it."
+        )  # fmt: skip
+        return Layout(arch=DRAFTING[kind], config=written, dropped=dropped)
+    alone = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
+    layers = trunk.feed_forward
+    uneven = kind == "qwen3_moe" and isinstance(layers, ExpertsConfig) and layers.first_k_dense
+    return Layout(arch=(DRAFTING if uneven else PLAIN)[kind], config=alone, dropped=why)
+
+
+def _unread(config: ModelConfig) -> str:
+    """Why llama.cpp reads none of a model's MTP modules; empty if it does, or if there are none."""
+    mtp = config.mtp
+    if not mtp.depth:
+        return ""
+    if not isinstance(mtp, SequentialConfig):
+        what = f"mtp={mtp.variant}"
+    elif not mtp.reads_tokens:
+        what = f"mtp.token_dropout={mtp.token_dropout:g}"
+    elif mtp.branch != "final":
+        what = f"mtp.branch={mtp.branch}"
+    elif mtp.input_norm != "post":
+        what = f"mtp.input_norm={mtp.input_norm}"
+    elif getattr(config.trunk.attention, "q_rank", 1) is None:
+        what = "model.attention.q_rank=null"
+    else:
+        return ""
+    return (
+        f"The MTP heads are left out: llama.cpp has no architecture that drafts with {what} on "
+        "such a trunk."
+    )
+
+
+def _require_plain(trunk: TrunkConfig) -> None:
+    """Refuse what the architectures do not compute."""
+    if trunk.rope_scaling is not None:
+        raise UserError(
+            "a trunk with model.rope_scaling cannot be written as GGUF here: export it as a folder."
+        )
+    latent = trunk.attention
+    if isinstance(latent, LatentAttentionConfig) and latent.norm_eps not in (None, trunk.norm_eps):
+        raise UserError(
+            f"model.attention.norm_eps={latent.norm_eps:g} with model.norm_eps="
+            f"{trunk.norm_eps:g} cannot be written as GGUF: deepseek2 has one epsilon for all."
+        )
+
+
+def entries(layout: Layout) -> Iterator[Entry]:
+    """All tensors of a file."""
+    for place in weight_map(layout.config):
+        if place.stacked is not None:
+            yield from _experts(layout, place)
+            continue
+        for name, shape in place.parts:
+            for entry in _entry(layout, name, shape):
+                yield replace(entry, copy=place.copy)
+    yield from _zeros(layout)
+
+
+def _entry(layout: Layout, name: str, shape: Shape) -> Iterator[Entry]:
+    if name in _TOP:
+        yield Entry(name=_TOP[name], shape=shape, parts=(name,))
+        return
+    trunk = layout.config.trunk
+    layer, rest, kind = _parsed(name)
+    if layer >= trunk.n_layers and _DENSE.match(rest):
+        rest = rest.replace("mlp.", "mlp.shared_experts.")
+    if rest == "self_attn.kv_b_proj":
+        yield from _up(trunk, f"blk.{layer}.", name)
+        return
+    theirs = f"blk.{layer}.{_own_name(layout, rest)}.{kind}"
+    turned = {"self_attn.q_proj": trunk.n_heads, "self_attn.k_proj": trunk.n_kv_heads}
+    if layout.arch == "llama" and rest in turned:
+        heads = turned[rest]
+        yield Entry(
+            name=theirs,
+            shape=shape,
+            parts=(name,),
+            # llama.cpp pairs neighbors of a head where the layout pairs its halves.
+            pack=lambda x: x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2),
+            unpack=lambda x: x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
+        )
+        return
+    yield Entry(name=theirs, shape=shape, parts=(name,))
+
+
+def _own_name(layout: Layout, rest: str) -> str:
+    if layout.arch == "glm4moe" and rest == "post_attention_layernorm":
+        return "post_attention_norm"
+    return _LAYER[rest]
+
+
+def _parsed(name: str) -> tuple[int, str, str]:
+    """Layer, name within the layer, and ``weight`` or ``bias``."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)[._](weight|bias)", name)
+    assert found is not None, name
+    return int(found[1]), found[2], found[3]
+
+
+def _up(trunk: TrunkConfig, block: str, name: str) -> Iterator[Entry]:
+    """The matrix from the latent to keys and values, which llama.cpp holds apart, by heads."""
+    a = trunk.attention
+    assert isinstance(a, LatentAttentionConfig)
+    heads, keys, both = trunk.n_heads, a.d_nope, a.d_nope + a.d_value
+    yield Entry(
+        name=f"{block}attn_k_b.weight",
+        shape=(heads, a.kv_rank, keys),
+        parts=(name,),
+        pack=lambda x: x.unflatten(0, (heads, both))[:, :keys].transpose(1, 2),
+        unpack=lambda x: x.transpose(1, 2),
+    )
+    yield Entry(
+        name=f"{block}attn_v_b.weight",
+        shape=(heads, a.d_value, a.kv_rank),
+        parts=(name,),
+        pack=lambda x: x.unflatten(0, (heads, both))[:, keys:],
+    )
+
+
+def _experts(layout: Layout, place: MappedWeight) -> Iterator[Entry]:
+    """A mixture's matrices of one kind, stacked."""
+    kinds: dict[str, list[str]] = {}
+    shapes = dict(place.parts)
+    for name in shapes:
+        kinds.setdefault(name.rsplit(".", 2)[1].removesuffix("_proj"), []).append(name)
+    for kind, names in kinds.items():
+        layer, _, _ = _parsed(names[0])
+        yield Entry(
+            name=f"blk.{layer}.ffn_{kind}_exps.weight",
+            shape=(len(names), *shapes[names[0]]),
+            parts=tuple(names),
+        )
+
+
+def _zeros(layout: Layout) -> Iterator[Entry]:
+    """What an architecture needs beyond the model: experts that add 0, biases of 0."""
+    trunk, depth = layout.config.trunk, layout.config.mtp.depth
+    width = trunk.d_model
+    if layout.dense:
+        for layer in range(trunk.n_layers, trunk.n_layers + depth):
+            block, n = f"blk.{layer}.", layout.narrow
+            yield Entry(name=f"{block}ffn_gate_inp.weight", shape=(1, width))
+            yield Entry(name=f"{block}exp_probs_b.bias", shape=(1,))
+            for kind, shape in (("gate", (n, width)), ("up", (n, width)), ("down", (width, n))):
+                yield Entry(name=f"{block}ffn_{kind}_exps.weight", shape=(1, *shape))
+        return
+    experts = trunk.feed_forward
+    assert isinstance(experts, ExpertsConfig)
+    if not layout.lacks_shared:
+        return
+    for layer in range(experts.first_k_dense, trunk.n_layers + depth):
+        block, n = f"blk.{layer}.", experts.d_expert
+        yield Entry(name=f"{block}exp_probs_b.bias", shape=(experts.n_routed,))
+        for kind, shape in (("gate", (n, width)), ("up", (n, width)), ("down", (width, n))):
+            yield Entry(name=f"{block}ffn_{kind}_shexp.weight", shape=shape)

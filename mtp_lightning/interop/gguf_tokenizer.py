@@ -1,0 +1,186 @@
+"""A tokenizer in a GGUF file: byte-level BPE, as llama.cpp knows it, and the whole tokenizer.json.
+
+llama.cpp splits a text into words by rules of its own, which a file can only name. The rule that
+gives this tokenizer's ids for the most sample texts is named, and the difference is told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.errors import UserError
+
+# The key of GGUF's specification for the whole tokenizer.json.
+WHOLE = "tokenizer.huggingface.json"
+_ROLES = ("bos", "eos", "padding")
+_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_GPT2 = {**_BYTES, "use_regex": True}
+_CASES = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SIGNS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+# llama.cpp's rules by their names, as the tokenizers library writes them.
+_RULES = {
+    "gpt-2": _GPT2,
+    "smollm": _sequence({"type": "Digits", "individual_digits": True}, _GPT2),
+    "llama-bpe": _sequence(_split(rf"{_CASES}\p{{N}}{{1,3}}{_REST}"), _BYTES),
+    "qwen2": _sequence(_split(rf"{_CASES}\p{{N}}{_REST}"), _BYTES),
+    "deepseek-v3": _sequence(
+        _split(r"\p{N}{1,3}"), _split("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
+        _split(_SIGNS), _BYTES,
+    ),
+}  # fmt: skip
+_SAMPLE = """def read_lines(path, max_size=1024):
+    with open(path) as file:
+        return [line.rstrip("\\n") for line in file][:max_size]
+\tif (x_1 >= 20 && !done) { total += 3.14159; }
+for i in range(100, 2000):  # don't stop
+
+The history of the city begins with the river, which isn't long (about 12345 m).
+"Well," she said, "we're late; I'd say it's 7:45."
+HTML <a href="https://example.com/a_b?c=1&d=%20">it's</a>
+Caf\u00e9 cr\u00e8me, na\u00efve r\u00e9sum\u00e9 \u2013 \u201cquoted\u201d \u2026 1\u00bd
+\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!
+\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3002 \u4f60\u597d 123
+snake_case_name CamelCaseName SCREAMING_CASE __init__ a1b2c3 2^10 x**2
+  two   spaces    and\ttabs\t\tbetween  words  """
+
+
+def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
+    """The values of the tokenizer's keys, and what differs in llama.cpp, in a sentence or empty.
+
+    Args:
+        tokenizer: with ``library_json()``, ``eot_id``, ``special_ids()`` and maybe ``beside``.
+        vocab_size: rows of the embedding; ids beyond the tokenizer's are unused.
+
+    Raises:
+        UserError: it is not a byte-level BPE.
+    """
+    text = tokenizer.library_json()
+    content = json.loads(text)
+    model = content["model"]
+    steps = json.dumps(content.get("decoder"))
+    if model.get("type") != "BPE" or "ByteLevel" not in steps:
+        raise UserError(
+            f"a {tokenizer.kind} tokenizer of the type {model.get('type')} cannot be written as "
+            "GGUF here, only byte-level BPE: export the model as a folder."
+        )
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [_UNUSED] * vocab_size
+    for piece, i in model["vocab"].items():
+        tokens[i], types[i] = piece, _NORMAL
+    for token in content.get("added_tokens") or ():
+        i = token["id"]
+        tokens[i], types[i] = token["content"], _CONTROL if token["special"] else _USER
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    rule, said = _nearest(text, content)
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        # llama.cpp wants at least one: a merge to no token of the vocabulary changes nothing.
+        "tokenizer.ggml.merges": merges or ["~ ~"],
+        "tokenizer.ggml.eos_token_id": tokenizer.eot_id,
+        WHOLE: text,
+    }
+    specials = tokenizer.special_ids()
+    begin = specials.get("bos_token_id")
+    if begin is not None:
+        fields["tokenizer.ggml.bos_token_id"] = begin
+    if "pad_token_id" in specials:
+        fields["tokenizer.ggml.padding_token_id"] = specials["pad_token_id"]
+    first = _library(text).encode("a").ids[:1]
+    fields["tokenizer.ggml.add_bos_token"] = begin is not None and first == [begin]
+    if template := _template(getattr(tokenizer, "beside", {})):
+        fields["tokenizer.chat_template"] = template
+    return fields, said
+
+
+def _nearest(text: str, content: dict[str, Any]) -> tuple[str, str]:
+    """The rule that splits most like a tokenizer, and a sentence about the difference."""
+    lines = [*_SAMPLE.split("\n"), _SAMPLE]
+    wanted = _ids(text, lines)
+    equal = {}
+    for name, rule in _RULES.items():
+        other = json.dumps({**content, "pre_tokenizer": rule, "normalizer": None})
+        found = _ids(other, lines)
+        equal[name] = sum(a == b for a, b in zip(wanted, found, strict=True))
+    best = max(equal, key=lambda name: equal[name])
+    if equal[best] == len(lines):
+        return best, ""
+    return best, (
+        f"llama.cpp has no rule that splits text as this tokenizer does: with its rule {best}, "
+        f"{equal[best]} of {len(lines)} sample texts get the same token ids. The model's tokens "
+        "are the same; a client that needs the model's own ids sends ids instead of text."
+    )
+
+
+def _ids(text: str, lines: list[str]) -> list[list[int]]:
+    library = _library(text)
+    library.encode_special_tokens = True
+    return [library.encode(line, add_special_tokens=False).ids for line in lines]
+
+
+def _library(text: str) -> Any:
+    """The library's tokenizer; ``text`` was checked when the tokenizer was read."""
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_str(text)
+    library.no_padding()
+    library.no_truncation()
+    return library
+
+
+def _template(beside: dict[str, str]) -> str | None:
+    if "chat_template.jinja" in beside:
+        return beside["chat_template.jinja"]
+    found = json.loads(beside.get("tokenizer_config.json", "{}")).get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def unpack(get: Callable[[str], Any], folder: Path) -> bool:
+    """Write the tokenizer.json that a file holds into a folder, with the files next to it.
+
+    Args:
+        get: the content of a key of the file; None if it is not there.
+        folder: where to.
+
+    Returns:
+        Whether there is one.
+    """
+    whole, tokens = get(WHOLE), get("tokenizer.ggml.tokens")
+    if not isinstance(whole, str) or not isinstance(tokens, list):
+        return False
+    (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
+    config = {}
+    for role in _ROLES:
+        i = get(f"tokenizer.ggml.{role}_token_id")
+        if isinstance(i, int) and 0 <= i < len(tokens):
+            config[f"{'pad' if role == 'padding' else role}_token"] = tokens[i]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    template = get("tokenizer.chat_template")
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return True

@@ -1,0 +1,396 @@
+"""GGUF files that this project writes: read back, by transformers, and drafting in llama.cpp."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop import gguf_tokenizer, gguf_verify, llama_cpp
+from mtp_lightning.interop.exporting import export
+from mtp_lightning.interop.gguf_layout import layout_of
+from mtp_lightning.interop.gguf_writing import Written, write_file
+from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.interop.verify import CheckFailed
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import open_model
+from tests import deepseek, models
+from tests.integration import helpers
+from tests.interop import folders
+
+THERE = importlib.util.find_spec("gguf") is not None
+gguf: Any = importlib.import_module("gguf") if THERE else None
+
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
+    pytest.mark.filterwarnings("ignore"),
+]
+engine = pytest.mark.skipif(
+    not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
+)
+# Trunks by the names in folders.TRUNKS, their plain architecture, and the one with a module.
+ARCHS = {
+    "llama": ("llama", "glm4moe"),
+    "llama-tied": ("llama", "glm4moe"),
+    "llama-wide-heads": ("llama", "glm4moe"),
+    "qwen2": ("qwen2", "glm4moe"),
+    "qwen3": ("qwen3", "glm4moe"),
+    "qwen3_moe": ("qwen3moe", "glm4moe"),
+    "glm4_moe": ("glm4moe", "glm4moe"),
+    "glm4_moe-whole-heads": ("glm4moe", "glm4moe"),
+    "deepseek-shared": ("deepseek2", "deepseek2"),
+    "deepseek-no-mixture-in-trunk": ("deepseek2", "deepseek2"),
+    "deepseek-dense": ("deepseek2", "deepseek2"),
+}
+TRUNKS = {**folders.TRUNKS, "deepseek-dense": folders.dense(
+    attention=deepseek.LATENT, n_kv_heads=4, tie_embeddings=False, norm_eps=1e-6,
+)}  # fmt: skip
+
+
+def write(file: Path, model: MTPModel, dtype: str = "float32", **changes: Any) -> Written:
+    options = {"max_positions": 64, **changes}
+    return write_file(file, model, ByteTokenizer(), dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("name", ARCHS)
+def test_a_file_read_back_is_the_model(name: str, depth: int, tmp_path: Path) -> None:
+    model = models.build(TRUNKS[name], SequentialConfig(depth=depth))
+    written = write(tmp_path / "m.gguf", model)
+    assert written.layout.arch == ARCHS[name][min(depth, 1)]
+    assert ("modules 2 to 3 are left out" in " ".join(written.said)) == (depth > 1)
+    back = read_folder(tmp_path / "m.gguf").build()
+    if name != "deepseek-no-mixture-in-trunk" or depth:  # alone it is a dense trunk
+        spread = float(np.float32(model.config.trunk.init_std))
+        found_trunk = {**back.config.trunk.to_dict(), "init_std": 0}
+        assert found_trunk == {**model.config.trunk.to_dict(), "init_std": 0}
+        assert back.config.trunk.init_std == pytest.approx(spread, rel=1e-6)
+    own = {
+        n: t
+        for n, t in model.state_dict().items()
+        if not n.startswith(("mtp.depths.1", "mtp.depths.2"))
+    }
+    found = back.state_dict()
+    assert found.keys() == own.keys()
+    for key, tensor in own.items():
+        assert torch.equal(found[key], tensor), key
+    tokens = torch.randint(folders.ROWS, (2, 24))
+    one = WindowBatch(tokens, back.depth)
+    wanted = WindowBatch(torch.cat((tokens, tokens[:, : model.depth - back.depth]), 1), model.depth)
+    with torch.no_grad():
+        for k, hidden in back(one).items():
+            torch.testing.assert_close(hidden, model(wanted)[k][:, : hidden.shape[1]])
+
+
+def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
+    """One shared module is written once, and the state's half of its projection second."""
+    mtp = SequentialConfig(depth=2, share_layers=True, concat="hidden_first")
+    model = models.build(TRUNKS["llama"], mtp)
+    assert "left out" not in " ".join(write(tmp_path / "m.gguf", model).said)
+    found = read_folder(tmp_path / "m.gguf").build().mtp.state_dict()["depths.0.eh_proj.weight"]
+    first, second = model.mtp.state_dict()["depths.0.eh_proj.weight"].chunk(2, dim=1)
+    assert torch.equal(found, torch.cat((second, first), dim=1))
+
+
+@pytest.mark.parametrize(
+    ("mtp", "said"),
+    [
+        (ParallelConfig(depth=2), "mtp=parallel"),
+        (SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
+        (SequentialConfig(depth=1, branch="before_last"), "mtp.branch=before_last"),
+    ],
+)
+def test_heads_that_llama_cpp_does_not_read_are_named(mtp: Any, said: str, tmp_path: Path) -> None:
+    model = models.build(TRUNKS["llama"], mtp)
+    written = write(tmp_path / "m.gguf", model)
+    assert written.layout.arch == "llama" and "heads are left out" in written.said[0]
+    assert said in written.said[0]
+    assert read_folder(tmp_path / "m.gguf").config.mtp.depth == 0
+
+
+@pytest.mark.parametrize(
+    ("trunk", "said"),
+    [
+        ("llama3", "model.rope_scaling cannot be written as GGUF"),
+        ("deepseek", "one epsilon for all"),
+    ],
+)
+def test_trunks_that_llama_cpp_does_not_compute(trunk: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        layout_of(models.build(TRUNKS[trunk], SequentialConfig(depth=0)).config)
+
+
+def test_without_a_query_latent_llama_cpp_has_no_module() -> None:
+    model = models.build(TRUNKS["deepseek-tied"], SequentialConfig(depth=1))
+    assert "q_rank=null" in layout_of(model.config).dropped
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("name", ["llama", "glm4_moe", "deepseek-shared"])
+def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    model = models.build(TRUNKS[name], SequentialConfig(depth=1))
+    written = write(file, model, dtype)
+    assert "tensors, read back, are the model's" in gguf_verify.check_tensors(
+        file, model, written, dtype
+    )
+    held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    wanted = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+    assert held["token_embd.weight"] == wanted
+    # Its rows have 24 numbers in the small DeepSeek, so they do not fill blocks.
+    halves = dtype == "q8_0" and name == "deepseek-shared"
+    assert held["blk.0.attn_output.weight"] == ("F16" if halves else wanted)
+    assert held["output_norm.weight"] == "F32"
+    assert held[f"blk.{model.config.trunk.n_layers}.nextn.eh_proj.weight"] == wanted
+    weights = read_folder(file).build().trunk.embedding.weight
+    own = model.trunk.embedding.weight.detach()
+    if dtype == "q8_0":
+        blocks = own.unflatten(1, (-1, 32))
+        assert 0 < float(((weights - own).abs().unflatten(1, (-1, 32)) * 127
+                          / blocks.abs().amax(-1, keepdim=True)).max()) < 0.6  # fmt: skip
+    else:
+        assert torch.equal(weights, own.to(getattr(torch, dtype)).float())
+    with torch.no_grad():  # another model, by about a step of 8 bits
+        model.mtp.state_dict()["depths.0.eh_proj.weight"][3, 5] += 0.05
+    with pytest.raises(CheckFailed, match="nextn.eh_proj.weight in .* is not the model's"):
+        gguf_verify.check_tensors(file, model, written, dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
+def test_transformers_reads_trunks(name: str, tmp_path: Path) -> None:
+    """An independent reader of the plain architectures."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    model = models.build(TRUNKS[name], SequentialConfig(depth=0))
+    write(tmp_path / "m.gguf", model)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    if name == "qwen3":  # it takes 128 from no key of the file
+        config.head_dim = model.config.trunk.d_head
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = load_gguf_checkpoint(
+        str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=theirs
+    )
+    missing, unexpected = theirs.load_state_dict(found["tensors"], strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    folders.assert_equal_logits(model.eval(), theirs, rows=folders.ROWS)
+
+
+def learn(trunk: TrunkConfig, *, depth: int = 1, steps: int = 90, **mtp: Any) -> MTPModel:
+    """A model that has learned a language in which two letters decide the next, and a module that
+    knows it badly."""
+    torch.manual_seed(0)
+    model = MTPModel(models.build(trunk, SequentialConfig(depth=depth, **mtp)).config)
+    model.initialise(0)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(0, 64, (64, 4), generator=generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        text = [torch.randint(0, 64, (16,), generator=generator) for _ in range(2)]
+        while len(text) < 32:
+            text.append(table[text[-1], text[-2] % 4])
+        tokens = torch.stack(text, dim=1)
+        losses = [
+            F.cross_entropy(
+                model.head(hidden).flatten(0, 1),
+                tokens[:, k + 1 : k + 1 + hidden.shape[1]].flatten(),
+            )
+            for k, hidden in model(WindowBatch(tokens, depth)).items()
+        ]
+        optimizer.zero_grad()
+        (losses[0] + 0.3 * sum(losses[1:])).backward()
+        optimizer.step()
+    with torch.no_grad():  # so that a good part of the drafts is wrong
+        projection = model.mtp.state_dict()["depths.0.eh_proj.weight"]
+        noise = torch.randn(projection.shape, generator=generator)
+        projection += 2.0 * projection.std() * noise
+    return model.eval()
+
+
+@engine
+@pytest.mark.parametrize(
+    ("name", "drafts", "mtp"),
+    [
+        ("llama", 1, {}),
+        ("qwen3", 3, {"depth": 2, "share_layers": True}),
+        ("glm4_moe-whole-heads", 1, {}),
+        ("deepseek-shared", 1, {}),
+        ("deepseek-dense", 1, {}),
+    ],
+)
+def test_llama_cpp_accepts_as_many_drafts(
+    name: str, drafts: int, mtp: dict[str, Any], tmp_path: Path
+) -> None:
+    """On 16 prompts, within one draft in a hundred; texts and log-probabilities are the same."""
+    file = tmp_path / "m.gguf"
+    model = learn(TRUNKS[name], **mtp)
+    write(file, model)
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(64, (16, 6), generator=generator).tolist()
+    options: dict[str, Any] = {"max_new_tokens": 40, "eot_id": None}
+    # llama.cpp's module has one cache for all drafts of a round.
+    own = generate(model, prompts, draft_depth=drafts, cache="single", **options)
+    plain = generate(model, prompts, speculative=False, **options)
+    found = llama_cpp.continued(file, prompts, [40] * 16, drafts=drafts)
+    assert [text.ids for text in found] == [text.token_ids for text in plain]
+    ours = sum(sum(text.drafts_accepted) for text in own) / sum(text.drafts for text in own)
+    theirs = sum(text.accepted for text in found) / sum(text.drafted for text in found)
+    print(name, ours, theirs)
+    assert 0.15 < ours < 0.95, "a share that could differ"
+    assert abs(ours - theirs) <= 0.01
+    lines = list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
+    assert "16 of 16 greedy texts the same" in lines[0] and "accepts" in lines[1]
+
+
+@engine
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_llama_cpp_on_rounded_weights(dtype: str, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    model = learn(TRUNKS["llama"])
+    write(file, model, dtype)
+    back = read_folder(file).build()
+    lines = list(llama_cpp.check(file, back, ByteTokenizer(), dtype=dtype, context=64))
+    assert len(lines) == 2
+
+
+@engine
+@pytest.mark.parametrize("what", ["trunk", "module"])
+def test_a_file_that_computes_something_else_fails(what: str, tmp_path: Path) -> None:
+    """The wrong rotary base, or the halves of the projection in the wrong order."""
+    file = tmp_path / "m.gguf"
+    model = learn(TRUNKS["llama"])
+    other = models.build(folders.dense(tie_embeddings=False, rope_theta=3.0), model.config.mtp)
+    other.load_state_dict(model.state_dict())
+    if what == "module":
+        other = model
+        twin = models.build(TRUNKS["llama"], SequentialConfig(depth=1))
+        twin.load_state_dict(model.state_dict())
+        projection = twin.mtp.state_dict()["depths.0.eh_proj.weight"]
+        projection.copy_(torch.cat(projection.chunk(2, dim=1)[::-1], dim=1))
+        other = twin
+    write(file, other)
+    said = "computes something else"
+    with pytest.raises(CheckFailed, match=said):
+        list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
+
+
+def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> None:
+    """The file says that its routed expert is zeros."""
+    file = tmp_path / "m.gguf"
+    write(file, models.build(TRUNKS["llama"], SequentialConfig(depth=1)))
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.2.ffn_up_exps.weight")
+    with file.open("r+b") as content:
+        content.seek(tensor.data_offset)
+        content.write(np.float32(1.0).tobytes())
+    with pytest.raises(UserError, match="blk.2.ffn_up_exps.weight is not zero"):
+        read_folder(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("glm4moe.block_count", "three", "glm4moe.block_count=three, which is not a count"),
+        ("glm4moe.attention.head_count", [4, 4, 4], "head_count=.4, 4, 4., which is not a count"),
+        ("glm4moe.attention.key_length", 0, "d_head"),
+        ("glm4moe.nextn_predict_layers", 1 << 30, "n_layers|num_nextn_predict_layers"),
+        ("mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
+        ("general.architecture", "bert", "bert, which cannot be imported"),
+    ],
+)
+def test_descriptions_that_lie(
+    key: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_lightning.interop import gguf_file
+
+    write(tmp_path / "m.gguf", models.build(TRUNKS["glm4_moe"], SequentialConfig(depth=1)))
+    contents = gguf_file._contents
+
+    def lying(reader: Any) -> Any:
+        get = contents(reader)
+        return lambda name: value if name == key else get(name)
+
+    monkeypatch.setattr(gguf_file, "_contents", lying)
+    with pytest.raises(UserError, match=said):
+        read_folder(tmp_path / "m.gguf")
+
+
+def test_tokenizers(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    def library(rule: dict[str, Any]) -> Any:
+        class Own(ByteTokenizer):
+            def library_json(self) -> str:
+                return json.dumps({**json.loads(trained.library_json()), "pre_tokenizer": rule})
+
+        Tokenizer.from_str(Own().library_json())
+        return Own()
+
+    texts = [
+        "def read_lines(path, 1234): it's a_b  don't\n" * 3,
+        "Numbers 12 345, caf\u00e9 isn't\n" * 9,
+    ]
+    trained: Any = BPETokenizer(400).train(texts)
+    for name, rule in gguf_tokenizer._RULES.items():
+        fields, said = gguf_tokenizer.to_fields(library(rule), 400)
+        assert not said
+        # The vocabulary is too small to tell DeepSeek-V3's rule from Llama 3's.
+        assert fields["tokenizer.ggml.pre"] == name or name == "deepseek-v3"
+    fields, said = gguf_tokenizer.to_fields(trained, 410)
+    assert "sample texts get the same token ids" in said
+    assert fields["tokenizer.ggml.tokens"][0] == "<|endoftext|>"
+    assert fields["tokenizer.ggml.token_type"][0] == 3
+    assert fields["tokenizer.ggml.token_type"][409] == 5
+    model = models.build(folders.dense(vocab_size=410), SequentialConfig(depth=0))
+    write_file(tmp_path / "m.gguf", model, trained, dtype="float32", max_positions=64)
+    back = open_model(tmp_path / "m.gguf")
+    assert back.tokenizer.encode(texts[0]).tolist() == trained.encode(texts[0]).tolist()
+    assert back.tokenizer.eot_id == 0 and back.seq_len == 64
+    with pytest.raises(UserError, match="only byte-level BPE"):
+        gguf_tokenizer.to_fields(SymbolTokenizer(["end", "a"]), 8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf")
+    settings = {"trainer.max_steps": 6, "trainer.val_check_interval": 3}
+    helpers.train_here(path / "run", path / "cache", settings)
+    return path / "run"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+def test_the_command(
+    run: Path, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defaults = OmegaConf.load(helpers.CONF / "export.yaml")
+    asked = {"checkpoint": str(run), "output": str(tmp_path / "mine.gguf"), "dtype": dtype}
+    export(OmegaConf.merge(defaults, asked))
+    shown = capsys.readouterr().out
+    for line in ("architecture glm4moe", "modules 2 to 2 are left out", "--spec-type draft-mtp",
+                 "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
+        assert line in shown
+    assert shown.endswith("verified\n") and "llama.cpp" in shown
+    assert {file.name for file in tmp_path.iterdir()} == {"mine.gguf", "mine.md"}
+    text = (tmp_path / "mine.md").read_text()
+    assert "modules 2 to 2 are left out" in text and "after 6 optimizer steps" in text
+    with pytest.raises(FileExistsError, match="exists: choose another name"):
+        export(OmegaConf.merge(defaults, asked))
+    asked["output"] = str(tmp_path / "folder")
+    if dtype == "q8_0":
+        with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):
+            export(OmegaConf.merge(defaults, asked))
