@@ -19,7 +19,7 @@ LINES = {
     "data_modules": 9_500,
     "hydra_plugins": 160,
     "mtp_lightning": 4_250,
-    "mtp_lightning/apps": 370,
+    "mtp_lightning/apps": 380,
     "mtp_lightning/callbacks": 1_830,
     "mtp_lightning/certify": 1_050,
     "mtp_lightning/cpu": 1_450,
