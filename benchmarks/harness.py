@@ -53,10 +53,9 @@ def clock() -> float:
 
 
 def synchronize() -> None:
-    """Wait for a GPU, if there is one."""
-    import torch
-
-    if torch.cuda.is_available():
+    """Wait for a GPU, if there is one and this process has imported torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

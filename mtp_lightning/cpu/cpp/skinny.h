@@ -23,6 +23,12 @@ static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff00
 
 typedef int32_t LooseWhole __attribute__((vector_size(64), aligned(4), may_alias));
 
+// Reading a panel is a stream. Intel's prefetcher stops at the end of every page of 4 KB, so memory is
+// asked for so many bytes ahead; on AMD that lost a tenth.
+static const int64_t AHEAD = __builtin_cpu_is("intel") ? 8192 : 0;
+
+static inline void ask_ahead(const char* from) { __builtin_prefetch(from + AHEAD); }
+
 static inline Whole load_whole(const char* from) { return *(const LooseWhole*)from; }
 
 // Sixteen fp16 numbers as fp32.
@@ -53,7 +59,10 @@ struct Full {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
             Vector weight[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) weight[v] = (Vector)load_whole(panel + v * sizeof(Vector));
+            for (int v = 0; v < V; v++) {
+                if (R > 1) ask_ahead(panel + v * sizeof(Vector));  // one row is faster without
+                weight[v] = (Vector)load_whole(panel + v * sizeof(Vector));
+            }
             add_products<R, V>(x + k, inputs, weight, sum);
         }
     }
@@ -70,6 +79,7 @@ struct Half16 {
             Vector weight[V];
 #pragma GCC unroll 2
             for (int v = 0; v < V; v += 2) {
+                ask_ahead(panel + v * sizeof(Vector) / 2);
                 Whole pair = load_whole(panel + v * sizeof(Vector) / 2);
                 weight[v] = lower_half(pair), weight[v + 1] = upper_half(pair);
             }
@@ -88,6 +98,7 @@ struct Byte {
         panel += V * sizeof(Vector);
         for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
             Vector weight[V];
+            ask_ahead(panel);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) weight[v] = load_bytes((const int8_t*)panel + v * LANES);
             add_products<R, V>(x + k, inputs, weight, sum);
@@ -127,11 +138,14 @@ struct Blocks {
             Vector step[V], offset[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++, panel += sizeof(Vector)) {
+                ask_ahead(panel);
                 step[v] = load_fp16(panel) * all(LEVELS);
                 offset[v] = load_fp16(panel + sizeof(Vector) / 2) - step[v];
             }
             for (int i = 0; i < BITS; i++, panel += V * sizeof(Vector)) {
                 const float* from = x + k + i * IN_LANE;
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) ask_ahead(panel + v * sizeof(Vector));
 #pragma GCC unroll 8
                 for (int j = 0; j < IN_LANE; j++) {
                     Vector weight[V];
