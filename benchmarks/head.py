@@ -23,6 +23,8 @@ from benchmarks import cli, harness
 from benchmarks.harness import Row
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.feed import Prediction, Together
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head as loss_module
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.stream import prepass, stream_loss
@@ -224,10 +226,15 @@ def head_pass(
 ) -> float:
     """The head's part of a step: as a chain's depths go through it, or one depth after another."""
     weight_VC.grad = None
-    counts = PositionCounts(batch.counts().tolist(), count_taught(batch).tolist())
-    targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
-    for k in range(1, batch.depth + 1):
-        targets += objective.targets(k, batch, 0.1, counts, place=k)
+    # Any stack with the shared head: it says which tokens a depth is asked for.
+    vocab_size, d_model = weight_VC.shape
+    trunk = TrunkConfig(
+        vocab_size=vocab_size, d_model=d_model, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=d_model
+    )
+    stack = LinearConfig(depth=batch.depth).build(trunk)
+    counts = PositionCounts(batch.counts().tolist(), count_taught(batch, stack).tolist())
+    factors = [1.0, *[0.1] * batch.depth]
+    targets = objective.all_targets(stack, batch, factors, counts, None)
     feed = Together(states[0], list(enumerate(states))[1:], {})
     seen = prepass(weight_VC, feed, targets, objective.measures)
     targets = objective.settle(targets, seen)

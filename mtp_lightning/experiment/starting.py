@@ -270,6 +270,7 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
+        differences.sort(key=lambda told: ".variant:" not in told)  # says most
         more = [f"and {n} more"] if (n := len(differences) - _SHOWN) > 0 else []
         told = "; ".join([*differences[:_SHOWN], *more])
         raise UserError(
