@@ -25,7 +25,7 @@ PAIRS = [(preset, word) for preset in PRESETS if preset not in TASKS[2:] for wor
 FAST = {(preset, "none") for preset in PRESETS} | {
     (preset, WORDS[i % len(WORDS)]) for i, preset in enumerate(PRESETS)
 }
-# What is refused, and the remedy: no text can ask a question, the depths of three heads have a loss of
+# What is refused, and the remedy: no text can ask a question, the depths of three have a loss of
 # their own, and one keeps whole heads in its cache.
 IMPOSSIBLE = {
     "eagle": "use model.attention=grouped_query",
