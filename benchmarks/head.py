@@ -226,7 +226,7 @@ def head_pass(
 ) -> float:
     """The head's part of a step: as a chain's depths go through it, or one depth after another."""
     weight_VC.grad = None
-    # Any stack with the shared head: it says which tokens a depth is asked for.
+    # Any stack with the shared head: it says what every depth is asked for.
     vocab_size, d_model = weight_VC.shape
     trunk = TrunkConfig(
         vocab_size=vocab_size, d_model=d_model, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=d_model
