@@ -78,8 +78,8 @@ def test_no_room_is_larger_than_its_budget() -> None:
 
 
 @pytest.mark.slow
-def test_no_command_imports_more_than_its_budget(tmp_path: Path, cache: Path) -> None:
-    run = tmp_path / "run"
+def test_no_command_imports_more_than_its_budget(tmp_path: Path) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
     fast = ["debug=fast", "trainer.max_steps=2", f"run_dir={run}", f"paths.cache_dir={cache}"]
     commands = {"train": fast, "generate": [f"checkpoint={run}", "prompt=def", "max_new_tokens=4"]}
     for name, arguments in commands.items():
