@@ -81,8 +81,8 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     """
     parent, _, key = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
-    if options := _options_with(name):
-        group, first = _group_of(name), options[0]
+    if (group := _group_of(name)) and (options := _options_with(name)):
+        first = options[0]
         if len(options) == 1:
             return f"{name} is a key of {group}={first}: add that. (--help {group}={first})"
         return (

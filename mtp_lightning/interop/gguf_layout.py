@@ -149,8 +149,9 @@ def layout_of(config: ModelConfig) -> Layout:
     if mtp.depth and not why:
         assert isinstance(mtp, SequentialConfig)
         written = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1))
+        further = " 2 is" if mtp.depth == 2 else f"s 2 to {mtp.depth} are"
         dropped = "" if mtp.n_modules == 1 else (
-            f"MTP modules 2 to {mtp.depth} are left out: llama.cpp reads one module of an "
+            f"MTP module{further} left out: llama.cpp reads one module of an "
             f"architecture such as {DRAFTING[kind]}, and drafts every token with it."
         )  # fmt: skip
         return Layout(arch=DRAFTING[kind], config=written, dropped=dropped)

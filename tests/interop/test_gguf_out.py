@@ -381,13 +381,13 @@ def test_the_command(
     asked = {"checkpoint": str(run), "output": str(tmp_path / "mine.gguf"), "dtype": dtype}
     export(OmegaConf.merge(defaults, asked))
     shown = capsys.readouterr().out
-    for line in ("architecture glm4moe", "modules 2 to 2 are left out", "--spec-type draft-mtp",
+    for line in ("architecture glm4moe", "module 2 is left out", "--spec-type draft-mtp",
                  "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
         assert line in shown
     assert shown.endswith("verified\n") and "llama.cpp" in shown
     assert {file.name for file in tmp_path.iterdir()} == {"mine.gguf", "mine.md"}
     text = (tmp_path / "mine.md").read_text()
-    assert "modules 2 to 2 are left out" in text and "after 6 optimizer steps" in text
+    assert "module 2 is left out" in text and "after 6 optimizer steps" in text
     with pytest.raises(FileExistsError, match="exists: choose another name"):
         export(OmegaConf.merge(defaults, asked))
     asked["output"] = str(tmp_path / "folder")
