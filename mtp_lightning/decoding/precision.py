@@ -61,8 +61,7 @@ def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> 
             matrices to round.
     """
     check_precision(precision, heads)
-    own = [p for p in model.mtp.parameters() if p.dim() > 1]
-    if heads is not None and not own:
+    if heads is not None and not any(p.dim() > 1 for p in model.mtp.parameters()):
         raise UserError(
             f"head_precision={heads} is of the MTP modules' matrices, and this model has none: "
             "leave it out."
@@ -71,13 +70,12 @@ def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> 
         return
     weight = model.head.weight
     if not weight.is_cpu or weight.dtype != torch.float32:
-        raise _nothing_faster(f"precision={precision}", "an fp32 model on a CPU")
-    stored = [p.detach().clone() for p in own] if heads is not None else []
-    round_weights(model, precision)
-    if heads is not None:
-        with torch.no_grad():
-            for parameter, before in zip(own, stored, strict=True):
-                parameter.copy_(before)
+        setting = f"head_precision={heads}" if precision == "fp32" else f"precision={precision}"
+        raise _nothing_faster(setting, "an fp32 model on a CPU")
+    if heads is None:
+        round_weights(model, precision)
+    else:
+        round_weights(model, precision, but=model.mtp)
         round_weights(model.mtp, heads)
 
 
@@ -89,9 +87,9 @@ def _nothing_faster(setting: str, missing: str) -> UserError:
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, precision: str) -> None:
-    """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged.
-    In fp32 nothing changes.
+def round_weights(model: nn.Module, precision: str, *, but: nn.Module | None = None) -> None:
+    """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged,
+    and so do the parameters of ``but``. In fp32 nothing changes.
 
     In int8, the numbers of a row become integer multiples, -127 to 127, of a step: its largest
     absolute value / 127. The step is rounded up to 16 significant bits, so that fp32 represents the
@@ -105,8 +103,9 @@ def round_weights(model: nn.Module, precision: str) -> None:
     if precision == "fp32":
         return
     eight = {id(m.weight) for m in model.modules() if isinstance(m, Head | nn.Embedding)}
+    left = {id(parameter) for parameter in but.parameters()} if but is not None else set()
     for parameter in model.parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and id(parameter) not in left:
             kept = precision == "int4" and id(parameter) in eight
             parameter.copy_(_ROUNDED["int8" if kept else precision](parameter))
 

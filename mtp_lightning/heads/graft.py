@@ -220,7 +220,7 @@ def agreement(model: MTPModel, texts: list[Tensor]) -> Agreement:
     counts = torch.zeros(model.config.trunk.vocab_size, dtype=torch.long)
     for text in texts:
         batch = WindowBatch(text.unsqueeze(0), model.depth)
-        choices = [model.head(hidden)[0].argmax(-1) for hidden in model(batch).values()]
+        choices = [model.head_of(k)(h_BTC)[0].argmax(-1) for k, h_BTC in model(batch).items()]
         counts += torch.bincount(choices[0], minlength=len(counts))
         for k, drafted in enumerate(choices[1:], start=1):
             rights[k - 1].append(drafted[:-k] == choices[0][k:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mtp_lightning.interop import engines, heads
@@ -53,25 +53,13 @@ def render(
         run_config: the config that the run was started with.
         summary: the run's summary.json; None if there is none.
     """
-    parts = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [multi-token-prediction, mtp-lightning]",
-        "---",
-        f"# {plain(name)}",
-        "",
-        *_what(config, contents, dtype),
-        "",
-        "## Use",
-        "",
-        *_use(config, contents, model_type),
-        "",
-        "## Training",
-        "",
-        *_training(config, step, run_config, _numbers(summary)),
-    ]
-    return "\n".join(parts) + "\n"
+    return _page(
+        name,
+        ["library_name: transformers", "pipeline_tag: text-generation"],
+        what=_what(config, contents, dtype),
+        use=_use(config, contents, model_type),
+        training=_training(config, step, run_config, _numbers(summary)),
+    )
 
 
 def render_file(
@@ -87,23 +75,40 @@ def render_file(
     """The card of a GGUF file; arguments as of :func:`render`."""
     modules = written.layout.config.mtp.depth
     held = f", and {modules} MTP module of DeepSeek-V3's form" if modules else ""
+    what = (
+        f"A GGUF file for llama.cpp, architecture `{written.layout.arch}`, {written.parameters:,} "
+        f"values in {dtype}: a decoder of {config.trunk.n_layers} layers (d_model "
+        f"{config.trunk.d_model}){held}."
+    )
+    training = _training(config, step, run_config, _numbers(summary))
+    return _page(name, [], what=[what], use=written.said, training=training)
+
+
+def _page(
+    name: str,
+    tags: Iterable[str],
+    *,
+    what: Iterable[str],
+    use: Iterable[str],
+    training: Iterable[str],
+) -> str:
+    """The frame of a card: its tags and its three parts, by line."""
     parts = [
         "---",
+        *tags,
         "tags: [multi-token-prediction, mtp-lightning]",
         "---",
         f"# {plain(name)}",
         "",
-        f"A GGUF file for llama.cpp, architecture `{written.layout.arch}`, {written.parameters:,} "
-        f"values in {dtype}: a decoder of {config.trunk.n_layers} layers (d_model "
-        f"{config.trunk.d_model}){held}.",
+        *what,
         "",
         "## Use",
         "",
-        *written.said,
+        *use,
         "",
         "## Training",
         "",
-        *_training(config, step, run_config, _numbers(summary)),
+        *training,
     ]
     return "\n".join(parts) + "\n"
 
