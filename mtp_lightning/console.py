@@ -9,6 +9,7 @@ import sys
 
 from mtp_lightning import parts
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import suggestion
 
 _NAME = "mtp-lightning"
 # Hydra apps, which are modules of mtp_lightning.apps.
@@ -47,12 +48,8 @@ def main() -> None:
         with readable_errors(ends_with_reader=True):
             print(_help())
     else:
-        from difflib import get_close_matches
-
-        known = [*APPS, *TOOLS]
-        near = get_close_matches(command, known, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
-        sys.exit(f"error: {command} is not a command: {meant} ({_NAME} --help)")
+        remedy = suggestion(command, [*APPS, *TOOLS])
+        sys.exit(f"error: {command} is not a command: {remedy} ({_NAME} --help)")
 
 
 def _help() -> str:

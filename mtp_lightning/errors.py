@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """A wrong setting, file or folder. The message is one sentence with the value and the remedy.
 
     The apps print the sentence and exit with code 1. Other errors keep their traceback.
     """
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one is most like; None if it is like none."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word.lower(), list(known), n=1, cutoff=0.65)
+    return found[0] if found else None
+
+
+def suggestion(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The remedy for an unknown word, with a period: ``did you mean sequential?``
+
+    Args:
+        word: as it was typed.
+        known: the words that there are.
+        otherwise: the remedy if none is like it; without one, all are listed.
+    """
+    known = list(known)
+    if near := nearest(word, known):
+        return f"did you mean {near}?"
+    return otherwise or f"choose one of {', '.join(known) or 'none'}."

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import nearest, suggestion
 from mtp_lightning.explained import groups, included
 
 # Files that options include, and that are not options themselves.
@@ -90,7 +90,7 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
             f"(--help {group})"
         )
     told = [f"{prefix}{sibling}" for sibling in siblings]
-    near = _near(key, siblings)
+    near = nearest(key, siblings)
     meant = f"{prefix}{near}" if near else _elsewhere(key)
     group = _group_of(name)
     hint = f"--help {group}" if group else "--help"
@@ -103,16 +103,10 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
 
 def unknown_option(group: str, name: str, options: Collection[str]) -> str:
     """The sentence that refuses an option of a group."""
-    near = _near(name, [option for option in options if option != name])
-    names = [option for option in options if option not in _PARTS]
-    own = "; one of your own needs --config-dir"
-    meant = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}{own}."
-    return f"{group} has no option {name!r}: {meant} (--help {group})"
-
-
-def _near(word: str, words: Collection[str]) -> str | None:
-    found = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.65)
-    return found[0] if found else None
+    names = ", ".join(option for option in options if option not in _PARTS)
+    listed = f"choose one of {names}; one of your own needs --config-dir."
+    remedy = suggestion(name, [option for option in options if option != name], listed)
+    return f"{group} has no option {name!r}: {remedy} (--help {group})"
 
 
 def _options_with(name: str) -> list[str]:

@@ -59,9 +59,11 @@ class Sampling:
         if self.greedy:
             best = logits.argmax(dim=-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-        # Subtract the maximum before dividing: a tiny temperature would overflow large logits.
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, _LEAST)
-        probs = torch.softmax(scaled, dim=-1)
+        if self.temperature != 1:
+            # Subtract the maximum before dividing: a tiny temperature would overflow large logits.
+            logits = logits - logits.amax(dim=-1, keepdim=True)
+            logits = logits / max(self.temperature, _LEAST)
+        probs = torch.softmax(logits, dim=-1)
         narrow_k = self.top_k is not None and self.top_k < logits.shape[-1]
         top_p = 1.0 if self.top_p is None else max(self.top_p, _LEAST)
         if not narrow_k and top_p == 1:
@@ -87,7 +89,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probs.double().cumsum(dim=-1)
     # The last entry is exactly the total, so no draw can lie beyond it.
     aim = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
-    return (cumulative <= aim).sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
+    found = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
+    return found.clamp_(max=probs.shape[-1] - 1)
 
 
 class RowSampling:

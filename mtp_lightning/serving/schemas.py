@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -22,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.settings import is_whole
 
@@ -159,8 +158,7 @@ class Body(_Strict):
                     told = f"{name}={shown(value)} is not supported, only {only}."
                     raise Refusal(told, param=name)
             elif name not in cls.model_fields:
-                near = get_close_matches(name, cls.model_fields, n=1)
-                remedy = f"did you mean {near[0]}?" if near else "leave it out."
+                remedy = suggestion(name, cls.model_fields, "leave it out.")
                 raise Refusal(f"The field {shown(name)} is not known here: {remedy}")
             else:
                 known[name] = value

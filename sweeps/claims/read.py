@@ -11,11 +11,10 @@ import json
 import re
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.run.config import read_yaml
 from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, Measure, Prediction, Scale
 
@@ -47,12 +46,8 @@ def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ())
     file = folder / f"{name}.yaml"
     own = folder.resolve() == FOLDER.resolve()
     if not file.is_file():
-        known = names(folder)
-        near = get_close_matches(name, known, n=1)
-        meant = (
-            f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known) or 'none'}."
-        )
-        raise UserError(f"There is no claim {name} in {folder}: {meant}")
+        remedy = suggestion(name, names(folder))
+        raise UserError(f"There is no claim {name} in {folder}: {remedy}")
     found = _Reader(file, allow).claim(name, read_yaml(file))
     return replace(found, folder="" if own else str(folder))
 
