@@ -179,7 +179,7 @@ def data(repeats: int = 5, megabytes: int | None = None, workers: int = 2) -> Ro
     return {"seq_len": SEQ_LEN, "depth": DEPTH, "rows": rows}
 
 
-main = cli.program("data", __doc__, data)
+main = cli.program(data)
 
 
 if __name__ == "__main__":

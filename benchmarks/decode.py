@@ -324,7 +324,7 @@ def cases(
     return found
 
 
-main = cli.program("decode", __doc__, decode)
+main = cli.program(decode)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def print_tables(rows: list[Row], how: str) -> None:
     )
 
 
-main = cli.program("gpu", __doc__, gpu)
+main = cli.program(gpu)
 
 
 if __name__ == "__main__":

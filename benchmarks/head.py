@@ -370,7 +370,7 @@ def objectives(
     return {"d_model": d_model, "repeats": repeats, "rows": rows}
 
 
-main = cli.program("head", __doc__, head, objectives)
+main = cli.program(head, objectives)
 
 
 if __name__ == "__main__":

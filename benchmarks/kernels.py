@@ -319,7 +319,7 @@ def moe(
     return {"limit": LIMIT, "rows": rows}
 
 
-main = cli.program("kernels", __doc__, kernels, moe)
+main = cli.program(kernels, moe)
 
 if __name__ == "__main__":
     keep_freed_memory()  # as the apps do

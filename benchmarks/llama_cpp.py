@@ -222,7 +222,7 @@ def llama_cpp(
     return {"rows": rows, "processor": processor()}
 
 
-main = cli.program("llama_cpp", __doc__, llama_cpp)
+main = cli.program(llama_cpp)
 
 if __name__ == "__main__":
     main()

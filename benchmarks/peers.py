@@ -266,7 +266,7 @@ def peers(
     return {"aim": AIM, "left_out": lacks, "rows": rows}
 
 
-main = cli.program("peers", __doc__, peers)
+main = cli.program(peers)
 
 
 if __name__ == "__main__":

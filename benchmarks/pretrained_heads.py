@@ -238,7 +238,7 @@ def pretrained_heads(
     }
 
 
-main = cli.program("pretrained_heads", __doc__, pretrained_heads)
+main = cli.program(pretrained_heads)
 
 if __name__ == "__main__":
     main()

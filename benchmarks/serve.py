@@ -156,7 +156,7 @@ def serve(
     return result
 
 
-main = cli.program("serve", __doc__, serve)
+main = cli.program(serve)
 
 
 if __name__ == "__main__":

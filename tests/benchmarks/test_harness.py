@@ -88,7 +88,7 @@ def other() -> dict[str, Any]:
 
 
 def test_parameters_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = cli.program("example", "About.", example, other)
+    main = cli.program(example, other)
     output = ["--output", str(tmp_path / "new" / "x.json")]
     plain = main(["there", "--base", "c0ffee", *output])
     assert (plain["sizes"], plain["steps"], plain["flags"]) == ([1, 2], 9, [True, False])

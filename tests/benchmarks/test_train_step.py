@@ -88,7 +88,7 @@ def test_profile_of_a_step_adds_up(library: Any, monkeypatch: pytest.MonkeyPatch
     tiny = {"vocab_size": 300, "depth": 2, "batch_size": 2, "seq_len": 32, "steps": 2}
     built = workloads.build_step({"model": "nano", **tiny})
     built.step()
-    rows = profiles.of_step(built, n_steps=2, seconds_per_step=0.5)
+    rows = profiles.profile_step(built, n_steps=2, seconds_per_step=0.5)
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert sum(row["ms"] for row in rows) == pytest.approx(500)
     parts = {row["part"]: row for row in rows}
