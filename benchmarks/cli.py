@@ -32,8 +32,14 @@ _HELPS = {
     **dict.fromkeys(("depth", "depths"), "D"),
     "batch_size": "windows",
     "seq_len": "tokens of a window",
+    "d_model": "width",
+    "steps": "steps of a process",
+    **dict.fromkeys(("turns", "rounds"), "turns of every side"),
     "repeats": "figures are medians over them",
-    "turns": "turns of every side",
+    "threads": "threads of every process",
+    "prompt_tokens": "tokens of a prompt",
+    **dict.fromkeys(("new_tokens", "tokens"), "tokens of a text"),
+    "overrides": "overrides of the config",
 }
 
 

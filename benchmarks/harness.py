@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -225,7 +226,7 @@ def race(
         return {name: [workers[name].first | one for one in own] for name, own in found.items()}
 
 
-def measure_once(measurement: Measurement, task: Row, **options: Any) -> Row:
+def measure_once(measurement: Measurement | str, task: Row, **options: Any) -> Row:
     """The facts and the first answer of a measurement in a process of its own.
 
     Args:
@@ -314,60 +315,45 @@ def _proc_status(key: str) -> int | None:
     return int(found[0].split()[1]) * 1024 if found else None
 
 
-class SavedTensors:
-    """Counts the bytes that autograd holds for backward passes, every storage once.
+@contextlib.contextmanager
+def saved_tensors(excluded: Iterable[Any] = ()) -> Iterator[Row]:
+    """Count the bytes that autograd holds for backward, every storage once.
+
+    Counted is what forward passes in the block save, until their backward passes free it.
 
     Args:
         excluded: tensors that are not counted, such as parameters.
 
-    Attributes:
-        peak: the largest number of bytes held at once.
+    Yields:
+        ``now``: the bytes held; ``peak``: the most that was held at once.
     """
+    import torch
 
-    def __init__(self, excluded: Iterable[Any] = ()) -> None:
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-        self._held: dict[int, tuple[int, int]] = {}  # address -> (holders, bytes)
-        self._now = self.peak = 0
+    apart = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    holders: Counter[int] = Counter()
+    count = {"now": 0, "peak": 0}
 
-    def hold(self, address: int, n_bytes: int) -> None:
-        holders, _ = self._held.get(address, (0, 0))
-        self._held[address] = (holders + 1, n_bytes)
-        if not holders:
-            self._now += n_bytes
-            self.peak = max(self.peak, self._now)
+    class Saved:
+        def __init__(self, tensor: Any) -> None:
+            # No other storage can have this address while the tensor is held.
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.address, self.n_bytes = storage.data_ptr(), storage.nbytes()
+            count["now"] += 0 if holders[self.address] else self.n_bytes
+            count["peak"] = max(count["peak"], count["now"])
+            holders[self.address] += 1
 
-    def drop(self, address: int) -> None:
-        holders, n_bytes = self._held.pop(address)
-        if holders > 1:
-            self._held[address] = (holders - 1, n_bytes)
-        else:
-            self._now -= n_bytes
+        def __del__(self) -> None:
+            holders[self.address] -= 1
+            count["now"] -= 0 if holders[self.address] else self.n_bytes
 
-    def _pack(self, tensor: Any) -> Any:
-        excluded = tensor.untyped_storage().data_ptr() in self._excluded
-        return tensor if excluded else _Saved(tensor, self)
+    def pack(tensor: Any) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in apart else Saved(tensor)
 
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[SavedTensors]:
-        """Count the tensors that forward passes in this block save for backward."""
-        import torch
+    def unpack(saved: Any) -> Any:
+        return saved.tensor if isinstance(saved, Saved) else saved
 
-        def unpack(saved: Any) -> Any:
-            return saved.tensor if isinstance(saved, _Saved) else saved
-
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, unpack):
-            yield self
-
-
-class _Saved:
-    def __init__(self, tensor: Any, counter: SavedTensors) -> None:
-        # No other storage can have this address while the tensor is held.
-        self.tensor, self.counter = tensor, counter
-        self.address = tensor.untyped_storage().data_ptr()
-        counter.hold(self.address, tensor.untyped_storage().nbytes())
-
-    def __del__(self) -> None:
-        self.counter.drop(self.address)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield count
 
 
 def progress(text: str) -> None:

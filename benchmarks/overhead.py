@@ -189,7 +189,6 @@ def validation(
     shares of the whole run follow from the seconds of a step and of a validation.
 
     Args:
-        overrides: overrides of the config.
         experiment: the preset.
         steps: steps between two validations.
     """

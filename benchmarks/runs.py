@@ -128,7 +128,6 @@ def threads(neighbors: Sequence[int] = (0, 1, 2), rounds: int = 5, seconds: floa
 
     Args:
         neighbors: numbers of busy processes next to it.
-        rounds: turns of every way.
         seconds: seconds of steps a turn.
     """
     rows = [row for n in neighbors for row in next_to(n, rounds=rounds, seconds=seconds)]

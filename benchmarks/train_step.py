@@ -96,16 +96,15 @@ def measure(task: Row) -> Iterator[Row]:
             times = harness.median_times(products, repeats=3)
             rates.append({f"{name}_gflops": 2 * SIZE**3 / s / 1e9 for name, s in times.items()})
     peak = harness.peak_rss()  # before the count below, which a run does not have
-    saved = harness.SavedTensors(model.parameters())
-    with saved.counting():
+    with harness.saved_tensors(model.parameters()) as saved:
         hidden_bytes, loss = built.forward()
         loss.backward()
     yield {
         "ms_per_step": statistics.median(seconds) * 1e3,
         "rss_peak": peak,
         # The tensors that autograd keeps for backward, and the gradients of hidden states.
-        "saved_peak": saved.peak,
-        "saved_bytes": saved.peak + hidden_bytes,
+        "saved_peak": saved["peak"],
+        "saved_bytes": saved["peak"] + hidden_bytes,
         **(harness.medians(rates) if rates else {}),
     }
 
@@ -170,11 +169,7 @@ def train_step(
     steps: int = 12,
     repeats: int = 3,
 ) -> Row:
-    """By number of depths D and vocabulary V.
-
-    Args:
-        steps: steps of a process.
-    """
+    """By number of depths D and vocabulary V."""
     task = {"model": model, "batch_size": batch_size, "seq_len": seq_len, "steps": steps}
     tasks = [
         {**task, "name": f"V={size} D={depth}", "vocab_size": size, "depth": depth, "rates": True}
@@ -220,7 +215,6 @@ def variants(
 
     Args:
         variants: the rows.
-        steps: steps of a process.
     """
     task = {"model": model, "batch_size": batch_size, "seq_len": seq_len, "steps": steps}
     task["vocab_size"] = vocab_size
@@ -282,7 +276,6 @@ def memory(model: str = "micro", depth: int = 2, steps: int = 12, repeats: int =
 
     Args:
         model: a model with its batch and vocabulary.
-        steps: steps of a process.
     """
     task = {"model": model, **MODELS[model], "depth": depth, "steps": steps}
     tasks = [{**task, "name": "kept"}, {**task, "name": "given back", "give_back": True}]
