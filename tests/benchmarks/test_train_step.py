@@ -11,12 +11,14 @@ import pytest
 from benchmarks import profiles, train_step, workloads
 from mtp_lightning.cpu import library as native
 
+SHALLOW = ["model.n_layers=2"]
+
 
 def row(name: str, depth: int) -> dict[str, Any]:
     mtp, overrides = train_step.VARIANTS.get(name, (name, []))
     task = {
-        "name": name, "mtp": mtp, "overrides": overrides, "depth": depth, "model": "nano",
-        "vocab_size": 40, "batch_size": 2, "seq_len": 16, "steps": 1,
+        "name": name, "mtp": mtp, "overrides": [*SHALLOW, *overrides], "depth": depth,
+        "model": "nano", "vocab_size": 40, "batch_size": 2, "seq_len": 16, "steps": 1,
     }  # fmt: skip
     answers = train_step.measure(task)
     return train_step.combine(task, [next(answers) | next(answers)])
@@ -87,7 +89,7 @@ def test_train_step(tmp_path: Path) -> None:
 
 def test_profile_of_a_step_adds_up() -> None:
     tiny = {"vocab_size": 300, "depth": 2, "batch_size": 2, "seq_len": 32, "steps": 2}
-    built = workloads.build_step({"model": "nano", **tiny})
+    built = workloads.build_step({"model": "nano", "overrides": SHALLOW, **tiny})
     built.step()
     rows = profiles.profile_step(built, n_steps=2, seconds_per_step=0.5)
     assert sum(row["share"] for row in rows) == pytest.approx(1)
