@@ -76,6 +76,7 @@ def test_sides_that_differ_are_refused() -> None:
         kernels.time_layer("x", sides, torch.randn(3, requires_grad=True), repeats=1)
 
 
+@pytest.mark.long
 def test_moe(tmp_path: Path) -> None:
     output = tmp_path / "moe.json"
     result = kernels.main(["moe", "--quick", "--sizes", "nano", "--output", str(output)])

@@ -24,6 +24,7 @@ def row(name: str, depth: int) -> dict[str, Any]:
     return train_step.combine(task, [next(answers) | next(answers)])
 
 
+@pytest.mark.long
 def test_numbers_are_those_of_the_variants() -> None:
     plain, single = row("none", 0), row("sequential", 1)
     for shallow, name, grows in (
