@@ -139,7 +139,7 @@ def measure(folder: Path, repeats: int) -> list[Row]:
             *((size, mask, 0) for mask in (False, True) for size in (8, 64)),
             (64, False, 2),
         ):
-            how = {"batch_size": size, "document_mask": mask, "workers": workers}
+            how: Row = {"batch_size": size, "document_mask": mask, "workers": workers}
             rows.append(time_loader(store, **how, repeats=repeats))
     return rows
 

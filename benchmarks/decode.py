@@ -328,7 +328,7 @@ def decode(
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
         for path in checkpoint or train_models(train_steps, Path(folder)):
             run, name = open_model(path), str(path) if checkpoint else path.name
-            sizes = {"n": _PER_SLOT * max(batches), "length": prompt_tokens}
+            sizes: Row = {"n": _PER_SLOT * max(batches), "length": prompt_tokens}
             held_out = validation_data(run).held_out_prompts(**sizes)
             model, prompts = run.model, [prompt.tolist() for prompt in held_out]
             for batch in batches:
@@ -337,7 +337,7 @@ def decode(
                     found = measure_trees(model, prompts, widths, batch=batch, **own)
                     note(f"{name}, trees, batch {batch}", found)
                 else:
-                    how = {"batch": batch, "compile": compile, "even": even}
+                    how: Row = {"batch": batch, "compile": compile, "even": even}
                     note(f"{name}, batch {batch}", measure(model, prompts, **how, **own))
             if not trees:
                 note(f"{name}, memory", memory_rate(model, prompts[0], repeats=4 * repeats))

@@ -102,7 +102,7 @@ def _passes(model: Any, task: Row, *, compile: bool) -> dict[str, list[float]]:
 def run_gpu_tests(seconds: float) -> Row:
     """Run the tests with the marker ``gpu``; returns their end and pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests"]
-    options = {"cwd": harness.ROOT, "capture_output": True, "text": True, "timeout": seconds}
+    options: Row = {"cwd": harness.ROOT, "capture_output": True, "text": True, "timeout": seconds}
     try:
         done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:

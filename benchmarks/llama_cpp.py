@@ -195,7 +195,7 @@ def llama_cpp(
         prompts = [ids[i * 997 :][:prompt_tokens] for i in range(batch)]
         task = {"model": model, "threads": n, "batch": batch}
         task |= {"prompts": prompts, "new_tokens": new_tokens}
-        options = {"heads": heads, "precisions": precisions, "turns": turns, "python": python}
+        options: Row = {"heads": heads, "precisions": precisions, "turns": turns, "python": python}
         rows += measure(task, **options)
     clock = "CPU" if harness.counts_cpu_time() else "wall"
     cli.print_table(

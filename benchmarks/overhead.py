@@ -42,8 +42,9 @@ def run_beside_loop(task: Row) -> Iterator[Row]:
     from mtp_lightning.experiment.training import prepare
     from mtp_lightning.runtime import quiet_lightning
 
-    warmup, run_ms, bare_ms = 5 * WARMUP_STEPS, [], []
-    began = 0.0
+    warmup, began = 5 * WARMUP_STEPS, 0.0
+    run_ms: list[float] = []
+    bare_ms: list[float] = []
 
     class Turns(pl.Callback):
         """Runs a turn of the bare loop after every ``steps`` steps of the run."""
@@ -140,7 +141,7 @@ def overhead(
     """
     sides = {}
     for case in cases:
-        task = {"name": case, "overrides": [*CASES[case], *overrides]}
+        task: Row = {"name": case, "overrides": [*CASES[case], *overrides]}
         task |= {"turns": turns, "steps": steps}
         sides[case] = partial(harness.measure_once, run_beside_loop, task)
     runs = harness.take_turns(sides, repeats)
