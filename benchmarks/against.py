@@ -2,12 +2,12 @@
 
     python -m benchmarks.against --base COMMIT
 
-Optimizer steps, decoding and start-up by the commit's code and by the working tree's. Each side has
-one process of one thread, and the two take turns. The table has CPU seconds, peak memory, and the
-ratio of the working tree to the base: its median over the turns, the lowest and the highest.
-``same`` says whether both sides computed the same, losses to the last bit or decoded ids. Weights
-and prompts are random. A commit from before ``benchmarks/workloads.py`` is measured by the oldest
-version of that file. The built base is kept in the cache folder (``trees/``).
+Optimizer steps, decoding and start-up run by the commit's code and by the working tree's. Each side
+has one process of one thread, and the two take turns. The table has CPU seconds, peak memory, and
+the ratio of the working tree to the base: the median over turns, the lowest and the highest.
+``same`` says whether both sides computed the same losses, to the last bit, or decoded the same ids.
+Weights and prompts are random. A commit older than ``benchmarks/workloads.py`` is measured by the
+oldest version of that file. The built base is kept in the cache folder (``trees/``).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,14 +41,12 @@ COMMANDS = {
     "train.py --help": ["train.py", "--help"],
     "train.py debug=fast": ["train.py", "debug=fast", "trainer.accelerator=cpu"],
 }
-# What a worker in the base's tree needs of this folder.
-_WORKER_FILES = ("cli.py", "harness.py", "overhead.py", "workloads.py")
-
-Turn = Callable[[], Row]
+# The files of this folder that a worker in the base's tree needs.
+_WORKER_FILES = ("harness.py", "workloads.py")
 
 
 def workloads() -> dict[str, tuple[str, Row]]:
-    """Name of a row -> the measurement, by name, and its task."""
+    """Name of a row -> the name of the measurement, and its task."""
     found: dict[str, tuple[str, Row]] = {}
     for model, shape in STEPS.items():
         for size in VOCAB_SIZES:
@@ -67,9 +64,8 @@ def workloads() -> dict[str, tuple[str, Row]]:
     return found
 
 
-def compare(sides: Mapping[str, Turn], turns: int, *, name: str) -> Row:
-    """One row: the medians of both sides, and the ratios of their turns."""
-    answers = harness.take_turns(sides, turns, say=name)
+def compare(name: str, answers: Mapping[str, Sequence[Row]]) -> Row:
+    """A row: the medians of ``base`` and ``tree``, and the ratios of their turns."""
     row: Row = {"name": name}
     for side, own in answers.items():
         row[f"{side}_ms"] = 1e3 * statistics.median(answer["seconds"] for answer in own)
@@ -77,37 +73,25 @@ def compare(sides: Mapping[str, Turn], turns: int, *, name: str) -> Row:
     pairs = list(zip(answers["base"], answers["tree"], strict=True))
     ratios = [tree["seconds"] / base["seconds"] for base, tree in pairs]
     row |= {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-    row["memory"] = row["tree_mb"] / row["base_mb"]
-    row["ratios"] = ratios
+    row |= {"memory": row["tree_mb"] / row["base_mb"], "ratios": ratios}
     if "result" in pairs[0][0]:
         same = all(base["result"] == tree["result"] for base, tree in pairs)
         row["same"] = "yes" if same else "NO"
     return row
 
 
-@contextmanager
-def workers(trees: Mapping[str, Path], measurement: str, task: Row) -> Iterator[dict[str, Turn]]:
-    """A process in each tree."""
-    with ExitStack() as stack:
-        sides = {
-            side: stack.enter_context(harness.Worker(measurement, task, tree=tree))
-            for side, tree in trees.items()
-        }
-        yield {side: worker.turn for side, worker in sides.items()}
-
-
 def program(tree: Path, words: list[str]) -> Row:
-    """CPU seconds and peak memory of a Python program of ``tree``, from its start to its end."""
+    """CPU seconds and peak memory of a Python program of a tree, from its start to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        place = [f"run_dir={folder}/run"] if "debug=fast" in words else []
-        return harness.usage_of([sys.executable, *words, *place], tree=tree)
+        own = [f"run_dir={folder}/run"] if "debug=fast" in words else []
+        return harness.usage_of([sys.executable, *words, *own], tree=tree)
 
 
 def commit_of(base: str) -> str:
     """The full name of a commit.
 
     Raises:
-        RuntimeError: there is none of this name.
+        RuntimeError: no commit has this name.
     """
     done = _git("rev-parse", "--verify", f"{base}^{{commit}}")
     if done.returncode:
@@ -116,7 +100,7 @@ def commit_of(base: str) -> str:
 
 
 def built_tree(commit: str) -> Path:
-    """The files of a commit with their C++ built, kept in the cache folder."""
+    """The folder with a commit's files, their C++ built, in the cache folder."""
     versions = (
         f"py{sys.version_info[0]}.{sys.version_info[1]}-torch{importlib.metadata.version('torch')}"
     )
@@ -136,7 +120,7 @@ def built_tree(commit: str) -> Path:
 
 
 def give_worker_files(commit: str, tree: Path) -> None:
-    """Add the oldest version of ``benchmarks/workloads.py`` to the tree of a commit before it."""
+    """Add the oldest ``benchmarks/workloads.py`` to the tree of a commit that has none."""
     if _git("cat-file", "-e", f"{commit}:benchmarks/workloads.py").returncode == 0:
         return
     log = _git("log", "--diff-filter=A", "--format=%H", "--", "benchmarks/workloads.py")
@@ -158,7 +142,7 @@ def against(base: str, turns: int = 9, only: Sequence[str] = ("",)) -> Row:
 
     Args:
         base: a commit.
-        only: rows whose names contain one of these; default all.
+        only: rows whose names contain one of these words; default all.
     """
     harness.use_cpu_time()
     commit = commit_of(base)
@@ -169,15 +153,20 @@ def against(base: str, turns: int = 9, only: Sequence[str] = ("",)) -> Row:
         return any(part in name for part in only)
 
     for name, (measurement, task) in workloads().items():
-        if wanted(name):
-            with workers(trees, measurement, task) as sides:
-                rows.append(compare(sides, turns, name=name))
+        if not wanted(name):
+            continue
+        starts = {
+            side: partial(harness.Worker, measurement, task, tree=tree)
+            for side, tree in trees.items()
+        }
+        rows.append(compare(name, harness.race(starts, turns, say=name)))
     for name, words in COMMANDS.items():
-        if wanted(name):
-            sides = {side: partial(program, tree, words) for side, tree in trees.items()}
-            for first in sides.values():
-                first()  # compiles Python's files, and fills the cache folder
-            rows.append(compare(sides, turns, name=name))
+        if not wanted(name):
+            continue
+        programs = {side: partial(program, tree, words) for side, tree in trees.items()}
+        for first in programs.values():
+            first()  # compiles Python's files, and fills the cache folder
+        rows.append(compare(name, harness.take_turns(programs, turns, say=name)))
     cli.print_table(
         f"CPU time of one thread: {commit[:12]} and the working tree, in turns",
         "what: name; base, ms: base_ms ,.2f; tree, ms: tree_ms ,.2f; tree/base: ratio .3f; "
@@ -188,7 +177,7 @@ def against(base: str, turns: int = 9, only: Sequence[str] = ("",)) -> Row:
     return {"commit": commit, "rows": rows}
 
 
-main = cli.program("against", __doc__, against)
+main = cli.program(against)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The command line of a benchmark, its tables, and its JSON file.
 
-A command is a function that prints its tables and returns what goes into the file; its parameters
-are its options.
+A command is a function that prints tables and returns what its JSON file holds. The function's
+parameters are the command's options.
 """
 
 from __future__ import annotations
@@ -24,17 +24,22 @@ from benchmarks.harness import Row
 
 Function = Callable[..., Row]
 
-# Help of parameters that mean the same everywhere.
+# Help of parameters that mean the same in all benchmarks.
 _HELPS = {
     "model": "a size of conf/model",
-    "models": "each with its batch, depths and vocabulary",
+    "models": "sizes, each with a batch, depths and a vocabulary of its own",
     **dict.fromkeys(("vocab_size", "vocab_sizes"), "V, token ids"),
     **dict.fromkeys(("depth", "depths"), "D"),
     "batch_size": "windows",
     "seq_len": "tokens of a window",
+    "d_model": "width",
+    "steps": "steps of a process",
+    **dict.fromkeys(("turns", "rounds"), "turns of every side"),
     "repeats": "figures are medians over them",
-    "turns": "of every side",
-    "rounds": "of all ways",
+    "threads": "threads of every process",
+    "prompt_tokens": "tokens of a prompt",
+    **dict.fromkeys(("new_tokens", "tokens"), "tokens of a text"),
+    "overrides": "overrides of the config",
 }
 
 
@@ -46,14 +51,14 @@ def command(
 ) -> Callable[[Function], Function]:
     """Make a function a command: ``name: type = default`` becomes ``--name``.
 
-    A parameter without a default is required; a positional-only one is a word without ``--``; a
-    list takes several words, numbers also with commas; a flag that defaults to True is ``--no-x``.
-    What the docstring says under ``Args`` is the help.
+    A parameter without a default is required, and a positional-only one is typed without ``--``. A
+    sequence takes several words, whole numbers also with commas. A flag that defaults to True is
+    ``--no-name``. The ``Args`` of the docstring are the help.
 
     Args:
-        quick: defaults with ``--quick``, which the command has only if it has some.
-        choices: the words that a parameter takes.
-        cpu_time: whether it has ``--cpu-time``, since it reads ``harness.clock``.
+        quick: the defaults under ``--quick``; without any, the command has no such option.
+        choices: parameter -> the words that it takes.
+        cpu_time: whether the command has ``--cpu-time``: it does if it reads ``harness.clock``.
     """
 
     def mark(function: Function) -> Function:
@@ -63,17 +68,15 @@ def command(
     return mark
 
 
-def program(module: str, about: str | None, *functions: Function) -> Callable[..., Row]:
-    """The ``main`` of a benchmark: ``python -m benchmarks.MODULE [COMMAND] ...``.
+def program(*functions: Function) -> Callable[..., Row]:
+    """The ``main`` of a benchmark, ``python -m benchmarks.MODULE [COMMAND] ...``.
 
     Args:
-        module: its name.
-        about: its docstring.
-        functions: its commands, called as they are named; the first one needs no word.
+        functions: the commands of a module; the first one also runs where no command is typed.
 
     Returns:
-        A function of the words typed, which returns what was written as JSON: the command's
-        result, its options, and the machine.
+        A function of the words typed (default ``sys.argv``). It returns what it wrote as JSON: the
+        command's result, its options, and the machine.
     """
     commands = {function.__name__: function for function in functions}
     default = functions[0].__name__
@@ -81,8 +84,8 @@ def program(module: str, about: str | None, *functions: Function) -> Callable[..
     def main(arguments: Sequence[str] | None = None) -> Row:
         given = list(sys.argv[1:] if arguments is None else arguments)
         parser = argparse.ArgumentParser(
-            prog=f"python -m benchmarks.{module}",
-            description=about,
+            prog=f"python -m {harness.module_of(functions[0])}",
+            description=sys.modules[functions[0].__module__].__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if len(commands) == 1:
@@ -107,16 +110,18 @@ def _run(function: Function, options: Row) -> Row:
     if options.pop("cpu_time", False):
         harness.use_cpu_time()
     quick = vars(function)["quick"] if options.pop("quick", False) else {}
-    settled, words = {}, []
+    settled: Row = {}
+    words, named = [], {}
     for name, parameter in inspect.signature(function).parameters.items():
         value = options[name]
         if isinstance(value, list) and value and isinstance(value[0], list):
-            value = [one for part in value for one in part]
+            value = [one for part in value for one in part]  # "1,2 3"
         settled[name] = quick.get(name, parameter.default) if value is None else value
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            words.append(name)
-    named = {name: value for name, value in settled.items() if name not in words}
-    found = function(*(settled[name] for name in words), **named)
+            words.append(settled[name])
+        else:
+            named[name] = settled[name]
+    found = function(*words, **named)
     found = {"benchmark": function.__name__, "options": settled, **found, "machine": machine()}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
@@ -125,44 +130,41 @@ def _run(function: Function, options: Row) -> Row:
 
 
 def _add_options(parser: argparse.ArgumentParser, function: Function) -> None:
-    file = Path(f"benchmarks/results/{function.__name__}.json")
-    parser.add_argument("--output", type=Path, default=file, help=f"JSON; default {file}")
     marks = vars(function)
+    file = Path(f"benchmarks/results/{function.__name__}.json")
+    parser.add_argument("--output", type=Path, default=file, help=f"JSON file; default {file}")
     if marks["quick"]:
-        parser.add_argument("--quick", action="store_true", help="a look, not a result")
+        parser.add_argument("--quick", action="store_true", help="a first look, not a result")
     if marks["cpu_time"]:
-        text = "CPU seconds of one thread: for a machine that does something else, too"
+        text = "count CPU seconds of one thread: for a machine that does other work, too"
         parser.add_argument("--cpu-time", action="store_true", help=text)
     _, _, args = (inspect.getdoc(function) or "").partition("\nArgs:\n")
-    helps = _HELPS | {
-        name: " ".join(text.split())
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", args, re.MULTILINE)
-    }
+    described = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", args, re.MULTILINE)
+    helps = _HELPS | {name: " ".join(text.split()) for name, text in described}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         kind, default = _without_none(parameter.annotation), parameter.default
-        positional = parameter.kind is parameter.POSITIONAL_ONLY
-        missing = default is parameter.empty
-        dashed = name.replace("_", "-")
-        flag = name if positional else f"--{dashed}"
-        words = marks["choices"].get(name)
-        text = _help(helps.get(name, ""), default, quick=marks["quick"].get(name), words=words)
-        options: Row = {"help": text}
+        typed_alone = parameter.kind is parameter.POSITIONAL_ONLY
+        flag = name if typed_alone else f"--{name.replace('_', '-')}"
+        words, quick = marks["choices"].get(name), marks["quick"].get(name)
+        options: Row = {"help": _help(helps.get(name, ""), default, quick, words)}
         if kind is bool:
-            options |= {"action": "store_false" if default else "store_true", "default": None}
-            flag, options["dest"] = (f"--no-{dashed}" if default else flag), name
+            if default:
+                flag = f"--no-{name.replace('_', '-')}"
+            options |= {"action": f"store_{str(not default).lower()}", "default": None}
+            parser.add_argument(flag, dest=name, **options)
+            continue
+        (item,) = typing.get_args(kind) or (kind,)
+        options["type"] = whole_numbers if item is int and item is not kind else item
+        if words:
+            options |= {"choices": list(words), "metavar": name.upper()}
+        if item is not kind:
+            options["nargs"] = "*"
+        elif typed_alone and default is not parameter.empty:
+            options["nargs"] = "?"
+        if typed_alone:
+            options["default"] = None
         else:
-            (item,) = typing.get_args(kind) or (kind,)
-            options["type"] = whole_numbers if item is int and item is not kind else item
-            if item is not kind:
-                options["nargs"] = "*"
-            elif positional and not missing:
-                options["nargs"] = "?"
-            if words:
-                options |= {"choices": list(words), "metavar": name.upper()}
-            if positional:
-                options["default"] = None
-            else:
-                options["required"] = missing
+            options["required"] = default is parameter.empty
         parser.add_argument(flag, **options)
 
 
@@ -172,15 +174,14 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def _help(text: str, default: Any, *, quick: Any, words: Sequence[str] | None) -> str:
+def _help(text: str, default: Any, quick: Any, words: Sequence[str] | None) -> str:
     parts = [text.rstrip(".")] if text else []
     if words:
         parts.append(f"of {', '.join(map(repr, words))}")
+    shown = str(default)
     if isinstance(default, tuple):
         shown = "all" if default == tuple(words or ()) else " ".join(map(str, default))
-    else:
-        shown = str(default)
-    if default not in (inspect.Parameter.empty, None, True, False, ()):
+    if default not in (inspect.Parameter.empty, None, True, False, (), ""):
         parts.append(f"default {shown}" + ("" if quick is None else f", with --quick {quick}"))
     return "; ".join(parts).replace("%", "%%")
 
@@ -191,11 +192,11 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def machine() -> Row:
-    """What belongs next to a number: the machine, its load, and the versions."""
+    """The machine, its load and the versions, which belong next to a number."""
     import numpy
     import torch
 
-    from benchmarks.same_bits import processor
+    from mtp_lightning.system import processor
 
     return {
         "processor": processor(),
@@ -213,12 +214,12 @@ def machine() -> Row:
 
 
 def print_table(title: str, columns: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of ``rows``.
+    """Print a table.
 
     Args:
-        title: above it.
-        columns: ``"heading: key format; heading: key"``; a row without the key has an empty cell.
-        rows: the numbers; a column is aligned to the left if it holds text.
+        title: the line above it.
+        columns: ``"heading: key format; heading: key"``; text is aligned to the left.
+        rows: the numbers by key; a row without a key has an empty cell.
     """
     from rich.console import Console
     from rich.table import Table
@@ -234,6 +235,6 @@ def print_table(title: str, columns: str, rows: Sequence[Mapping[str, Any]]) -> 
     for row in rows:
         values = [(row.get(key), form) for key, form in cells]
         table.add_row(*("" if value is None else format(value, form) for value, form in values))
-    # In a file or a pipe a table is as wide as its content needs.
+    # A file or a pipe has no width of its own.
     console = Console()
     Console(width=console.width if console.is_terminal else 160).print(table)

@@ -3,11 +3,11 @@
     python -m benchmarks.data                    # loader, store, encoder
     python -m benchmarks.data --megabytes 100    # stores by one process and by several
 
-Loader: whole epochs in one process on the standard-library corpus, T = 256, D = 2. Store: the whole
-build with byte and with bpe, files written and synced; tokenizer training is timed apart. Page
-caches are warm. ``encode`` is the CPU time of one thread that encodes the standard library, words
-known. With ``--megabytes`` the stores are built from so much generated text instead, by this
-process alone and by ``--workers`` processes, in turns; the table says how many cores they had.
+``loader`` iterates whole epochs in one process on the standard library, T = 256, D = 2. ``store``
+builds the whole token store with byte and with bpe, files written and synced; the training of the
+tokenizer is timed apart. Page caches are warm. ``encode`` is the CPU time of one thread on the
+standard library, its words known. With ``--megabytes`` stores are built from generated text, by one
+process and by ``--workers`` processes in turns; ``cores`` are those that they used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEQ_LEN, DEPTH = 256, 2
 
 
 def time_store(tokenizer: Tokenizer, folder: Path, repeats: int) -> tuple[Row, TokenStore]:
-    """Builds the store ``repeats`` times from nothing, each in a cache folder of its own."""
+    """Build the store ``repeats`` times, each in an empty cache folder."""
     split = DocumentSplit(StdlibSource())
     training, building, used = [], [], []
     for i in range(repeats):
@@ -64,7 +64,7 @@ def time_store(tokenizer: Tokenizer, folder: Path, repeats: int) -> tuple[Row, T
 def time_loader(
     store: TokenStore, *, batch_size: int, document_mask: bool, workers: int, repeats: int
 ) -> Row:
-    """Median rate of whole epochs; the first, which maps the file, is not counted."""
+    """The median rate of whole epochs, without the first, which maps the file."""
     dataset = WindowDataset(
         store["train"], seq_len=SEQ_LEN, depth=DEPTH, document_mask=document_mask
     )
@@ -88,7 +88,7 @@ def time_loader(
 
 
 def time_workers(folder: Path, megabytes: int, workers: int, repeats: int) -> list[Row]:
-    """Builds by one process and by several, in turns, in cache folders of their own."""
+    """Build stores by one process and by several, in turns, each in an empty cache folder."""
     text = folder / "text"
     text.mkdir()
     source = SyntheticSource(size=megabytes * 1_000_000, documents=megabytes * 50, words=20_000)
@@ -111,12 +111,12 @@ def time_workers(folder: Path, megabytes: int, workers: int, repeats: int) -> li
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of the children that it waited for."""
     return sum(os.times()[:4])
 
 
 def time_encode(repeats: int) -> Row:
-    """CPU time of one thread for text whose words are all known: the rate of a long corpus."""
+    """The rate of one thread's CPU time on text whose words are all known, as in a long corpus."""
     documents = list(StdlibSource().documents())
     tokenizer = BPETokenizer().train(documents)
     rates = []
@@ -129,21 +129,18 @@ def time_encode(repeats: int) -> Row:
 
 
 def measure(folder: Path, repeats: int) -> list[Row]:
+    """The encoder, and store and loader of both tokenizers."""
     rows: list[Row] = [time_encode(repeats)]
     for tokenizer in (ByteTokenizer(), BPETokenizer()):
         row, store = time_store(tokenizer, folder, repeats)
         rows.append(row)
-        for mask in (False, True):
-            for size in (8, 64):
-                rows.append(
-                    time_loader(
-                        store, batch_size=size, document_mask=mask, workers=0, repeats=repeats
-                    )
-                )
-        # Workers have to be started in every epoch and send their batches: they only cost here.
-        rows.append(
-            time_loader(store, batch_size=64, document_mask=False, workers=2, repeats=repeats)
-        )
+        # Batch, document mask, workers, which start again in every epoch and send their batches.
+        for size, mask, workers in (
+            *((size, mask, 0) for mask in (False, True) for size in (8, 64)),
+            (64, False, 2),
+        ):
+            how: Row = {"batch_size": size, "document_mask": mask, "workers": workers}
+            rows.append(time_loader(store, **how, repeats=repeats))
     return rows
 
 
@@ -165,7 +162,7 @@ def data(repeats: int = 5, megabytes: int | None = None, workers: int = 2) -> Ro
     """The loader and the token store.
 
     Args:
-        megabytes: build stores of so much generated text instead.
+        megabytes: build only stores of so much generated text.
         workers: processes that build such a store.
     """
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as name:
@@ -179,7 +176,7 @@ def data(repeats: int = 5, megabytes: int | None = None, workers: int = 2) -> Ro
     return {"seq_len": SEQ_LEN, "depth": DEPTH, "rows": rows}
 
 
-main = cli.program("data", __doc__, data)
+main = cli.program(data)
 
 
 if __name__ == "__main__":

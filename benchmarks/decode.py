@@ -1,134 +1,117 @@
-"""How fast decoding is: plain against speculative, and both against what is possible.
+"""How fast decoding is: plain and speculative, and both next to what is possible.
 
-    python -m benchmarks.decode                          # trains two small models on bytes first
-    python -m benchmarks.decode --checkpoint FILE        # a checkpoint of train.py, or a run folder
-    python -m benchmarks.decode --checkpoint FILE --trees 2,1 3,2    # trees of drafts
+    python -m benchmarks.decode                        # trains small models on bytes first
+    python -m benchmarks.decode --checkpoint RUN       # a checkpoint of train.py, or a run's folder
+    python -m benchmarks.decode --checkpoint RUN --trees 2,1 3,2    # trees of drafts
 
-Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
-tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
-is reached. A batch decodes several prompts for each of its slots, as a file of prompts is decoded:
-the slot of a finished one goes to the next. Its prompts have uneven lengths, as a file's have,
-unless ``--even`` is given: sequences that begin and end together share more passes.
-``against_single`` is the batch's tokens/s over those of as many prompts as it has slots, one by
-one. ``memory`` is the rate at which passes read weights, next to a plain read's. Times are medians,
-ratios medians of pairs. transformers (extra ``hf``) decodes one prompt at a time, as its
-``use_mtp=True`` does; a model of SmolLM2-135M's shape ends the run.
+All ways decode the same greedy tokens, which is checked, and take turns; times are medians, ratios
+medians of pairs. ``possible`` is the speed-up that tokens_per_step and the measured cost of verify
+and draft passes allow; ``share`` is the reached part of it. A batch has several prompts for each
+slot, as a file of prompts has: the slot of a finished sequence goes to the next prompt.
+``against_single`` is the batch's tokens/s over those of prompts decoded one by one. ``memory`` is
+the rate at which passes read weights, next to a plain read's. transformers (extra ``hf``) decodes
+one prompt at a time, as its ``use_mtp=True`` does. A model of SmolLM2-135M's shape comes last.
 """
 
 from __future__ import annotations
 
-import sysconfig
+import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import cli, harness
-from benchmarks.decode_limits import against_transformers, memory_rate, of_wide_model
 from benchmarks.harness import Row
-from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.measure import PassCosts, pass_costs, race
+from data_modules.tokenizers.byte import ByteTokenizer
+from mtp_lightning.cpu.packed import PackedWeight, packed_copy
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.measure import PassCosts, Race, pass_costs, race
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.experiment.evaluating import validation_data
+from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.mla import LatentAttentionConfig
-from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.objective.balance.base import NoBalance
-from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.opening import open_model
 
-WAYS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, Row] = {
     "plain": {"speculative": False},
     "speculative": {},
     "auto": {"draft_depth": "auto"},
 }
 # Of one prompt at a time.
-COMPILED: dict[str, dict[str, Any]] = {
-    f"compiled_{name}": {**way, "compile": True} for name, way in WAYS.items()
+COMPILED: dict[str, Row] = {f"compiled_{n}": {**way, "compile": True} for n, way in WAYS.items()}
+# Prompts of a batch for each of its slots.
+_PER_SLOT = 8
+
+_BYTES = ["tokenizer=byte", "mtp.depth=2", "data.seq_len=128", "data.batch_size=16"]
+_BYTES += ["data.eval_bytes=30000", "~callbacks.speculative_eval", "trainer.accelerator=cpu"]
+# Name -> overrides: models of 6 blocks that are trained where no checkpoint is given.
+TRAINED: dict[str, list[str]] = {
+    "dense": ["model=nano", "model.d_model=256", "model.n_layers=6", "model.n_heads=4"]
+    + ["model.n_kv_heads=4", "model.d_ff=704"],
+    "deepseek": ["model=deepseek_nano", "model.d_model=128", "model.n_layers=6"]
+    + ["model.n_heads=4", "model.d_ff=384", "model.attention.kv_rank=32"]
+    + ["model.feed_forward.d_expert=96"],
 }
 
 
-def train(model: MTPModel, tokens: torch.Tensor, *, seconds: float, seq_len: int = 128) -> float:
-    """Train for some seconds with lambda 0.3. Returns the last step's loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(0)
-    width, batch_size, loss = seq_len + model.depth + 1, 16, torch.tensor(0.0)
-    step = OptimizerStep(
-        model,
-        schedule=Piecewise(model.depth, 0.3),
-        balance=NoBalance(model.depth),
-        clip_norm=1.0,
-    )
-    began = time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, elapsed / seconds * 20) * (1 - 0.9 * elapsed / seconds)
-        starts = torch.randint(0, len(tokens) - width, (batch_size, 1), generator=generator)
-        batch = WindowBatch(tokens[starts + torch.arange(width)], model.depth)
-        loss = step(batch, Progress(step=0, max_steps=1), optimizer).loss
-    return float(loss)
+def train_models(steps: int, folder: Path) -> list[Path]:
+    """Train small models on the standard library's bytes; returns the runs' folders.
+
+    The last one is a DeepSeek model of a single step, whose drafts are hardly ever right.
+    """
+    runs = []
+    for name, n in (("dense", steps), ("deepseek", steps), ("deepseek", 1)):
+        runs.append(folder / (name if n > 1 else f"{name}, untrained"))
+        harness.progress(f"training {runs[-1].name}")
+        length = [f"trainer.max_steps={n}", f"trainer.val_check_interval={n}"]
+        words = ["train.py", *_BYTES, *TRAINED[name], *length, f"run_dir={runs[-1]}"]
+        harness.usage_of([sys.executable, *words])
+    return runs
 
 
-def byte_model(*, deepseek: bool) -> MTPModel:
-    """A trunk of 6 blocks with D = 2: dense, 256 wide, or DeepSeek-V3's, 128 wide."""
-    if deepseek:
-        trunk = TrunkConfig(
-            vocab_size=257, d_model=128, n_layers=6, n_heads=4, n_kv_heads=4, d_ff=384,
-            attention=LatentAttentionConfig(
-                q_rank=None, kv_rank=32, d_nope=32, d_rope=16, d_value=32
-            ),
-            feed_forward=ExpertsConfig(
-                n_routed=16, n_shared=1, top_k=2, d_expert=96, first_k_dense=1, n_groups=1,
-                top_groups=1, scaling=1.0,
-            ),
-        )  # fmt: skip
-    else:
-        trunk = TrunkConfig(
-            vocab_size=257, d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, d_ff=704
-        )
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=2)))
-    model.initialise(0)
-    return model.eval()
-
-
-# Prompts of a batch for each of its slots.
-_PER_SLOT = 8
+def compared(run: Race, texts: int, new_tokens: int) -> Row:
+    """The rates of all ways, and whether their greedy texts are the same."""
+    ids = [[one.token_ids for one in outputs] for outputs in run.outputs.values()]
+    speeds = {name: texts * new_tokens / median(s) for name, s in run.seconds.items()}
+    return {"tokens_per_second": speeds, "greedy_equal": all(own == ids[0] for own in ids)}
 
 
 def measure_trees(
     model: MTPModel,
     prompts: list[list[int]],
-    trees: list[list[int]],
+    trees: Sequence[list[int]],
     *,
     batch: int,
     new_tokens: int,
     repeats: int,
 ) -> Row:
-    """Trees of drafts against the chain, several prompts a slot."""
+    """Trees of drafts next to the chain, several prompts a slot."""
     chain = DecodingOptions(max_new_tokens=new_tokens, batch_size=batch)
     ways = {"plain": chain.plain(), "chain": chain}
     ways |= {str(tree): replace(chain, tree=tree) for tree in trees}
     prompts = prompts[: batch * _PER_SLOT]
     run = race(model, prompts, ways, repeats=repeats, clock=harness.clock)
-    texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
+    steps = {name: rates(outputs)["tokens_per_step"] for name, outputs in run.outputs.items()}
     return {
         "batch": batch,
-        "tokens_per_second": {
-            name: len(prompts) * new_tokens / median(s) for name, s in run.seconds.items()
-        },
-        "tokens_per_step": {
-            name: rates(outputs)["tokens_per_step"] for name, outputs in run.outputs.items()
-        },
+        **compared(run, len(prompts), new_tokens),
+        "tokens_per_step": steps,
         "over_chain": {name: run.speedup(name, "chain") for name in ways},
-        "greedy_equal": all(found == texts["plain"] for found in texts.values()),
     }
 
 
@@ -140,52 +123,46 @@ def measure(
     new_tokens: int,
     repeats: int,
     compile: bool,
-    even: bool = False,
+    even: bool,
 ) -> Row:
     """Plain, speculative and adaptive decoding of a batch, and of single prompts one by one."""
     prompts = prompts[: batch * _PER_SLOT] if batch > 1 else prompts[:1]
-    if batch > 1 and not even:
-        prompts = [prompt[: _uneven(len(prompt), i)] for i, prompt in enumerate(prompts)]
+    if batch > 1 and not even:  # from more than half of the length to all of it, scattered
+        prompts = [p[: len(p) - 7 * i % max(len(p) // 2, 1)] for i, p in enumerate(prompts)]
+    compile = compile and batch == 1
     options = DecodingOptions(max_new_tokens=new_tokens, batch_size=batch)
-    named = WAYS | (COMPILED if batch == 1 and compile else {})
-    ways = {name: replace(options, **way) for name, way in named.items()}
+    ways = {n: replace(options, **way) for n, way in (WAYS | (COMPILED if compile else {})).items()}
     began = time.perf_counter()
     short = {name: replace(way, max_new_tokens=min(new_tokens, 16)) for name, way in ways.items()}
-    race(model, prompts, short)  # builds what is compiled
+    race(model, prompts, short)  # builds what is built once
     built = time.perf_counter() - began
     run = race(model, prompts, ways, repeats=repeats, clock=harness.clock)
-    texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
-    half = prompts[0] + texts["plain"][0][: new_tokens // 2]
+    half = prompts[0] + run.outputs["plain"][0].token_ids[: new_tokens // 2]
 
-    def compared(speculative: str, auto: str, plain: str, costs: PassCosts) -> Row:
-        speedup, possible = run.speedup(speculative, plain), costs.speedup(tokens_per_step)
+    def speedups(costs: PassCosts, prefix: str = "") -> Row:
+        plain, possible = f"{prefix}plain", costs.speedup(tokens_per_step)
+        speedup = run.speedup(f"{prefix}speculative", plain)
         return {
             "speedup": speedup,
-            "auto_speedup": run.speedup(auto, plain),
+            "auto_speedup": run.speedup(f"{prefix}auto", plain),
             "possible": possible,
             "share": speedup / possible,
             "verify_us": [1e6 * s for s in costs.verify],
             "draft_us": [1e6 * s for s in costs.draft],
         }
 
-    costs = pass_costs(model, half, batch=batch, clock=harness.clock)
     result = {
         "batch": batch,
-        "tokens_per_second": {
-            name: len(prompts) * new_tokens / median(s) for name, s in run.seconds.items()
-        },
+        **compared(run, len(prompts), new_tokens),
         "tokens_per_step": tokens_per_step,
         "acceptance": list(loop.values()),
-        **compared("speculative", "auto", "plain", costs),
-        "greedy_equal": all(found == texts["plain"] for found in texts.values()),
+        **speedups(pass_costs(model, half, batch=batch, clock=harness.clock)),
     }
-    if batch == 1 and compile:
+    if compile:
         costs = pass_costs(model, half, compile=True, clock=harness.clock)
-        result["compiled"] = compared(
-            "compiled_speculative", "compiled_auto", "compiled_plain", costs
-        )
+        result["compiled"] = speedups(costs, "compiled_")
         result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
         result["seconds_to_compile"] = built
     if batch > 1:
@@ -197,62 +174,127 @@ def measure(
     return result
 
 
-def _uneven(length: int, i: int) -> int:
-    """From more than half of a length to all of it, scattered."""
-    return length - 7 * i % max(length // 2, 1)
+def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> Row:
+    """How fast passes of the trunk at batch 1 read its weights.
+
+    A plain read of the same memory, its sum, takes turns with them. Empty without the C++.
+    """
+    with decoding_passes(model):
+        parameters = nn.ModuleList([model.trunk, model.head]).parameters()  # shared ones once
+        copies = [packed_copy(weight) for weight in parameters]
+        weights = [_as_fp32(copy.numbers) for copy in copies if isinstance(copy, PackedWeight)]
+        if not weights:
+            return {}
+        session = Session(model, slots=1, capacity=len(prompt) + 8, max_draft=0)
+        session.join([prompt])
+
+        def read() -> None:
+            for weight in weights:
+                weight.sum()
+
+        widths = {f"pass_of_{width}": width - 1 for width in (1, 3)}
+        passes = {name: partial(session.verify, n_drafts) for name, n_drafts in widths.items()}
+        seconds = harness.median_times({"read": read, **passes}, repeats=repeats)
+    n_bytes = sum(weight.nbytes for weight in weights)
+    speeds = {f"{name}_gb_per_s": n_bytes / s / 1e9 for name, s in seconds.items()}
+    share = {f"share_of_{name}": seconds["read"] / seconds[name] for name in widths}
+    return {"megabytes": n_bytes / 1e6, **speeds, **share}
 
 
-def show(name: str, result: Row) -> None:
-    """A few lines a result."""
-    print(name)
-    for key, value in result.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())
-        else:
-            value = _short(value)
-        print(f"  {key:<32} {value}")
+def _as_fp32(numbers: Tensor) -> Tensor:
+    """The same bytes, without up to three at the end."""
+    whole = numbers.view(torch.uint8)
+    return whole[: whole.numel() // 4 * 4].view(torch.float32)
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_short(v) for v in value) + "]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+@contextmanager
+def in_transformers(
+    model: MTPModel, tokenizer: Any, *, positions: int, depth: int = 0
+) -> Iterator[Any]:
+    """transformers' model with the same weights in fp32, whose folder exists in the block."""
+    from mtp_lightning.interop.transformers_model import Loaded
+    from mtp_lightning.interop.writing import write_folder
+
+    with tempfile.TemporaryDirectory() as name:
+        sizes = {"max_positions": positions, "shard_bytes": 2**30}
+        write_folder(Path(name), model, tokenizer, dtype="float32", **sizes)
+        kind, n_layers = model_type(model.config), model.config.trunk.n_layers
+        yield Loaded(Path(name), model_type=kind, n_layers=n_layers, depth=depth)
 
 
-def built_in(seconds: float) -> tuple[dict[str, MTPModel], torch.Tensor]:
-    """Models of bytes, trained and not, and text that they have not seen."""
-    text = library_bytes()
-    models = {}
-    for name in ("dense", "deepseek"):
-        models[name] = byte_model(deepseek=name == "deepseek").train()
-        loss = train(models[name], text[:-100_000], seconds=seconds)
-        models[name].eval()
-        print(f"trained {name} for {seconds:.0f} s on bytes, loss with depths {loss:.2f}")
-    # An untrained model's drafts are hardly ever right.
-    models["deepseek, untrained"] = byte_model(deepseek=True)
-    return models, text[-100_000:]
+def against_transformers(
+    model: MTPModel,
+    prompt: list[int],
+    ways: Mapping[str, Row],
+    *,
+    new_tokens: int,
+    repeats: int,
+) -> Row:
+    """Greedy decoding next to transformers' of the exported model in fp32, in turns.
+
+    Where transformers can (DeepSeek-V3 trunks with sequential modules), its ``use_mtp=True`` too.
+
+    Args:
+        model: a model that can be exported.
+        prompt: token ids.
+        ways: name -> options of ``generate``; those with drafts are compared with its drafts.
+        repeats: figures are medians over them.
+    """
+    drafts = model_type(model.config) == "deepseek_v3" and model.config.mtp.variant == "sequential"
+    ids, passes = torch.tensor(prompt), 0
+    texts: dict[str, list[int]] = {}
+    positions, depth = len(prompt) + new_tokens + model.depth, model.depth if drafts else 0
+    with in_transformers(model, ByteTokenizer(), positions=positions, depth=depth) as theirs:
+
+        def decode_theirs(name: str) -> None:
+            nonlocal passes
+            use_mtp = name.endswith("use_mtp")
+            # With use_mtp, generate() reads the modules from the folder in every call.
+            texts[name], n_passes = theirs.greedy(ids, new_tokens, use_mtp=use_mtp)
+            passes = n_passes if use_mtp else passes
+
+        def decode_ours(name: str) -> None:
+            (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **ways[name])
+            texts[name] = own.token_ids
+
+        kinds = ("plain", "use_mtp") if drafts else ("plain",)
+        sides = {f"transformers_{kind}": decode_theirs for kind in kinds}
+        sides |= dict.fromkeys(ways, decode_ours)
+        turns = {n: partial(harness.seconds_of, partial(way, n)) for n, way in sides.items()}
+        # The first turn warms up.
+        seconds = {n: own[1:] for n, own in harness.take_turns(turns, repeats + 1).items()}
+
+    def over(slow: str, names: Iterable[str]) -> dict[str, float]:
+        return {name: harness.ratio(seconds[slow], seconds[name]) for name in names}
+
+    result: Row = {
+        "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
+        "over_transformers_plain": over("transformers_plain", ways),
+    }
+    if drafts:
+        drafting = [name for name in ways if not name.endswith("plain")]
+        use_mtp = "transformers_use_mtp"
+        result["over_transformers_use_mtp"] = over(use_mtp, drafting)
+        result["transformers_use_mtp_over_plain"] = over("transformers_plain", [use_mtp])[use_mtp]
+        result["transformers_tokens_per_step"] = new_tokens / passes
+    # Two implementations may round a near-tie differently.
+    return result | {"greedy_equal": all(text == texts["plain"] for text in texts.values())}
 
 
-def library_bytes(limit: int = 2_000_000) -> torch.Tensor:
-    """The standard library's sources as byte ids."""
-    text = b""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes() + b"\n"
-        if len(text) > limit:
-            break
-    return torch.tensor(list(text[:limit]))
-
-
-def prompts_of(text: torch.Tensor, n: int, length: int) -> list[list[int]]:
-    """``n`` pieces of a text."""
-    gap = (len(text) - length) // n
-    return [text[start : start + length].tolist() for start in range(0, n * gap, gap)]
+def smollm2_shape() -> MTPModel:
+    """Random weights in SmolLM2-135M's shape: half a gigabyte, more than caches hold."""
+    trunk = TrunkConfig(
+        vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536
+    )
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=NoMTPConfig()))
+    model.initialise(0)
+    return model.eval()
 
 
 @cli.command(quick={"repeats": 1}, cpu_time=True)
 def decode(
     checkpoint: Sequence[Path] = (),
-    train_seconds: float = 60.0,
+    train_steps: int = 300,
     new_tokens: int = 256,
     prompt_tokens: int = 32,
     batches: Sequence[int] = (1, 8),
@@ -266,12 +308,10 @@ def decode(
 
     Args:
         checkpoint: run folders or checkpoint files; without any, small models are trained.
-        train_seconds: of each of these.
-        new_tokens: of a prompt.
-        prompt_tokens: of a prompt.
+        train_steps: steps of each of these.
         batches: sequences at once.
-        even: prompts of a batch have one length.
-        trees: such as 3,2,1: trees of drafts against the chain, alone.
+        even: give the prompts of a batch one length; sequences then begin and end together.
+        trees: such as 3,2,1: measure only trees of drafts next to the chain.
         compile: leave out compiled passes.
         wide: leave out SmolLM2's shape.
     """
@@ -279,53 +319,51 @@ def decode(
 
     def note(name: str, result: Row) -> None:
         results[name] = result
-        show(name, result)
+        print(name)
+        for key, value in result.items():
+            print(f"  {key:<32} {_short(value)}")
 
     own: Row = {"new_tokens": new_tokens, "repeats": repeats}
-    sizes: Row = {"n": _PER_SLOT * max(batches), "length": prompt_tokens}
-    for name, (model, prompts) in cases(checkpoint, train_seconds, **sizes).items():
-        for batch in batches:
-            if trees:
-                widths = [cli.whole_numbers(tree) for tree in trees]
-                found = measure_trees(model, prompts, widths, batch=batch, **own)
-                note(f"{name}, trees, batch {batch}", found)
-                continue
-            found = measure(model, prompts, batch=batch, compile=compile, even=even, **own)
-            note(f"{name}, batch {batch}", found)
-        if not trees:
-            note(f"{name}, memory", memory_rate(model, prompts[0], repeats=4 * repeats))
-        if not trees and find_spec("transformers"):
-            ways = {**WAYS, **(COMPILED if compile else {})}
-            found = against_transformers(model, prompts[0], ways, **own)
-            note(f"{name}, transformers", found)
+    ways = {**WAYS, **(COMPILED if compile else {})}
+    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
+        for path in checkpoint or train_models(train_steps, Path(folder)):
+            run, name = open_model(path), str(path) if checkpoint else path.name
+            sizes: Row = {"n": _PER_SLOT * max(batches), "length": prompt_tokens}
+            held_out = validation_data(run).held_out_prompts(**sizes)
+            model, prompts = run.model, [prompt.tolist() for prompt in held_out]
+            for batch in batches:
+                if trees:
+                    widths = [cli.whole_numbers(tree) for tree in trees]
+                    found = measure_trees(model, prompts, widths, batch=batch, **own)
+                    note(f"{name}, trees, batch {batch}", found)
+                else:
+                    how: Row = {"batch": batch, "compile": compile, "even": even}
+                    note(f"{name}, batch {batch}", measure(model, prompts, **how, **own))
+            if not trees:
+                note(f"{name}, memory", memory_rate(model, prompts[0], repeats=4 * repeats))
+                if find_spec("transformers"):
+                    found = against_transformers(model, prompts[0], ways, **own)
+                    note(f"{name}, transformers", found)
     if wide and find_spec("transformers"):
-        prompt = list(range(1, prompt_tokens + 1))
-        shaped = of_wide_model(prompt, new_tokens=min(new_tokens, 48), repeats=repeats)
-        for precision, found in shaped.items():
-            note(f"SmolLM2's shape, {precision}", found)
+        model, prompt = smollm2_shape(), list(range(1, prompt_tokens + 1))
+        own["new_tokens"] = min(new_tokens, 48)
+        for precision in ("fp32", "bf16", "int8"):
+            use_precision(model, precision)
+            found = against_transformers(model, prompt, {"plain": {}}, **own)
+            rate = memory_rate(model, prompt, repeats=4 * repeats)
+            note(f"SmolLM2's shape, {precision}", rate | found)
     return {"results": results}
 
 
-def cases(
-    checkpoints: Sequence[Path], train_seconds: float, *, n: int, length: int
-) -> dict[str, tuple[MTPModel, list[list[int]]]]:
-    """Models with ``n`` held-out prompts of ``length`` tokens."""
-    if not checkpoints:
-        models, text = built_in(train_seconds)
-        return {name: (model, prompts_of(text, n, length)) for name, model in models.items()}
-    from mtp_lightning.experiment.evaluating import validation_data
-    from mtp_lightning.opening import open_model
-
-    found = {}
-    for path in checkpoints:
-        run = open_model(path)
-        held_out = validation_data(run).held_out_prompts(n=n, length=length)
-        found[str(path)] = run.model, [prompt.tolist() for prompt in held_out]
-    return found
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-main = cli.program("decode", __doc__, decode)
-
+main = cli.program(decode)
 
 if __name__ == "__main__":
     main()

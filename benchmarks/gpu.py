@@ -2,13 +2,12 @@
 
     python -m benchmarks.gpu
 
-Under nine minutes on one GPU of 80 GB. First come the tests with the marker ``gpu``; then optimizer
-steps of three sizes at D = 0, 1, 2 and of a mixture of experts, as a run takes them by default
-there (bf16-mixed, compiled blocks), without Lightning, callbacks and logging; then the passes that
-decoding consists of, with weights in bf16, and those of one model compiled and recorded. ``mfu`` is
-over the maker's number for dense products, and counts attention in full, without a causal discount.
-Rows for which no time is left are named in the table and in the JSON. Not run on a GPU by this
-project yet.
+It is meant to take nine minutes on one GPU of 80 GB; no GPU has run it yet. First come the tests
+with the marker ``gpu``, then optimizer steps of three sizes at D = 0, 1, 2 and of a mixture of
+experts, with the defaults of a run on a GPU (bf16-mixed, compiled blocks) and without Lightning,
+callbacks and logging; then the passes of decoding, with weights in bf16; last those of one model
+compiled and recorded. ``mfu`` is relative to the maker's number for dense products, and counts
+attention in full, without a causal discount. Rows for which no time is left are named.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 from benchmarks import cli, harness
 from benchmarks.harness import Row
 
-# Model, D, windows of SEQ_LEN tokens in a step; the rows that say most come first.
+# MODEL:D:WINDOWS of a step, the most informative ones first.
 ROWS = (
     *("medium:2:8", "medium:0:8", "small:0:16", "small:2:16", "large:0:4", "large:1:4"),
     *("deepseek_small:1:8", "medium:1:8", "small:1:16", "large:2:4"),
@@ -32,12 +31,12 @@ _WARMUP_STEPS = 3
 
 
 def measure(task: Row) -> Iterator[Row]:
-    """One configuration: milliseconds of a step and of decoding passes, rates, bytes of memory.
+    """A configuration: milliseconds of a step and of decoding passes, rates, memory in bytes.
 
     Args:
-        task: ``model``, ``depth``, ``batch_size``, ``seq_len``, ``vocab_size``, ``steps``,
-            ``device``, ``compile``, ``repeats``: timed calls of each decoding pass, and
-            ``passes_alone``: whether to measure these alone, compiled.
+        task: that of ``build_step``; ``steps`` a turn; ``compile``: whether blocks are compiled;
+            ``repeats``: timed calls of each decoding pass; ``passes_alone``: whether only these are
+            measured, compiled.
     """
     import torch
 
@@ -62,7 +61,7 @@ def measure(task: Row) -> Iterator[Row]:
         return time.perf_counter() - began
 
     first = timed(_WARMUP_STEPS)
-    # The steps of a turn run ahead of the device, as those between two logged rows do.
+    # The host runs ahead of the device within a turn, as it does between two logged rows.
     turns = [timed(task["steps"]) / task["steps"] for _ in range(3)]
     loss, seconds = float(step()), statistics.median(turns)
     tokens = task["batch_size"] * task["seq_len"]
@@ -87,7 +86,7 @@ def measure(task: Row) -> Iterator[Row]:
 
 
 def _passes(model: Any, task: Row, *, compile: bool) -> dict[str, list[float]]:
-    """Milliseconds of every pass of decoding; on a GPU with weights in bf16."""
+    """Milliseconds of every pass of decoding, on a GPU with weights in bf16."""
     from mtp_lightning.decoding.measure import pass_costs
 
     model.eval().requires_grad_(False)
@@ -101,21 +100,16 @@ def _passes(model: Any, task: Row, *, compile: bool) -> dict[str, list[float]]:
 
 
 def run_gpu_tests(seconds: float) -> Row:
-    """The tests with the marker ``gpu``: how they ended, and pytest's last line."""
+    """Run the tests with the marker ``gpu``; returns their end and pytest's last line."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "tests"]
+    options: Row = {"cwd": harness.ROOT, "capture_output": True, "text": True, "timeout": seconds}
     try:
-        done = subprocess.run(
-            command, cwd=harness.ROOT, capture_output=True, text=True, timeout=seconds
-        )
+        done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
         return {"returncode": None, "last_line": f"not done after {seconds:.0f} s"}
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    lines = (done.stdout + done.stderr).strip().splitlines() or [""]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {
-        "returncode": done.returncode,
-        "last_line": lines[-1] if lines else "",
-        "failed": failed,
-    }
+    return {"returncode": done.returncode, "last_line": lines[-1], "failed": failed}
 
 
 @cli.command(quick={"repeats": 5})
@@ -134,14 +128,14 @@ def gpu(
     """Tests, steps and passes, while there is time.
 
     Args:
-        rows: MODEL:DEPTH:BATCH, a batch in windows; those that say most come first.
-        compiled: the row whose passes are compiled, after all others: five programs.
-        steps: in each of three turns.
+        rows: MODEL:DEPTH:WINDOWS, the most informative ones first.
+        compiled: the row whose decoding passes are compiled, after all others.
+        steps: steps in each of three turns.
         repeats: timed calls of each decoding pass.
-        minutes: no row starts later.
-        device: where; ``cpu`` tries the program at small sizes.
-        compile: blocks as they are.
-        tests: measure only.
+        minutes: no row starts later than this.
+        device: ``cpu`` tries the program without a GPU, at small sizes.
+        compile: leave blocks and passes as they are.
+        tests: leave out the tests.
     """
     import torch
 
@@ -165,7 +159,7 @@ def gpu(
         started = time.monotonic()
         try:
             found.append(row | harness.measure_once(measure, task))
-        except RuntimeError as error:  # out of memory, say: the other rows are worth having
+        except RuntimeError as error:  # such as out of memory, which does not stop the others
             found.append({**row, "error": str(error).strip().splitlines()[-1][:200]})
         longest = max(longest, time.monotonic() - started)
     print_tables(found, f"windows of {seq_len:,}, bf16-mixed, {'compiled' if compile else 'eager'}")
@@ -203,7 +197,7 @@ def print_tables(rows: list[Row], how: str) -> None:
     )
 
 
-main = cli.program("gpu", __doc__, gpu)
+main = cli.program(gpu)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What benchmarks share; each of them says only what is compared and what is measured.
+"""What all benchmarks share: clocks, turns, processes and memory.
 
-A measurement is a generator: it sets up, yields facts about itself, and then yields one answer for
-each turn. It runs in this process or, as a :class:`Worker`, in a process of its own, which may use
-another Python or the code of another commit. Sides of a comparison take turns, so that a busy spell
-of the machine falls on all of them: ratios of one run are worth more than its seconds.
+A measurement is a generator. It sets up, yields facts about itself, and then yields one answer a
+turn. It runs in a :class:`Worker`, a process of its own, which may use another Python or the code
+of another commit. The sides of a comparison take turns, so that other work on the machine slows all
+of them down alike: compare the ratios of one run rather than its seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 Side = TypeVar("Side")
 
-# Set, also for workers, where CPU seconds are counted.
+# This variable tells workers, too, that CPU seconds are counted.
 _CPU_TIME = "MTP_LIGHTNING_BENCHMARK_CPU_TIME"
 # A worker's answers are the lines of stdout that begin with this.
 _ANSWER = "benchmark-result: "
@@ -35,7 +36,7 @@ _ANSWER = "benchmark-result: "
 def use_cpu_time() -> None:
     """Count CPU seconds of one thread, in this process and its workers, instead of wall time.
 
-    Waiting for a core then costs nothing; shared caches and memory bandwidth still do.
+    Waiting for a core then costs nothing. Other work still slows down caches and memory.
     """
     os.environ[_CPU_TIME] = os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
@@ -62,12 +63,15 @@ def synchronize() -> None:
 def take_turns(
     sides: Mapping[Side, Callable[[], Any]], turns: int, *, say: str = ""
 ) -> dict[Side, list[Any]]:
-    """Every side's answers, one a turn; every second turn runs the sides in reverse order.
+    """Run every side once a turn, in reverse order every second turn.
 
     Args:
         sides: name -> one turn.
-        turns: of every side.
-        say: what is measured, for a line of progress each turn; empty for none.
+        turns: turns of every side.
+        say: what is measured, printed as progress before each turn; empty for no progress.
+
+    Returns:
+        Name -> the answers of all turns.
     """
     answers: dict[Side, list[Any]] = {name: [] for name in sides}
     order = list(sides)
@@ -81,7 +85,7 @@ def take_turns(
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """What one call takes."""
+    """Seconds of one call, by :func:`clock`."""
     began = clock()
     function()
     synchronize()
@@ -91,19 +95,19 @@ def seconds_of(function: Callable[[], Any]) -> float:
 def median_times(
     functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of every function; they take turns, the first ``warmup`` uncounted."""
+    """Median seconds of functions that take turns, without the first ``warmup`` turns."""
     timed = {name: partial(seconds_of, function) for name, function in functions.items()}
     times = take_turns(timed, warmup + repeats)
     return {name: statistics.median(values[warmup:]) for name, values in times.items()}
 
 
 def medians(answers: Sequence[Row]) -> Row:
-    """The median of every number of several answers with the same keys."""
+    """The median of each number over answers that have the same keys."""
     return {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Median over turns of one side's number over another's."""
+    """The median over turns of ``slow / fast``."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
@@ -115,16 +119,16 @@ class Worker:
 
     Args:
         measurement: a function of a module that can be imported, or ``MODULE:FUNCTION``.
-        task: what it is called with.
+        task: the function's argument.
         tree: the checkout whose code runs.
         python: the interpreter.
-        environment: variables besides this process's.
+        environment: variables added to this process's.
 
     Attributes:
-        first: what the measurement yielded before its first turn.
+        first: the facts that the measurement yielded before its first turn.
 
     Raises:
-        RuntimeError: the process failed; the message ends with what it wrote to stderr.
+        RuntimeError: the process failed; the message ends with its stderr.
     """
 
     def __init__(
@@ -136,7 +140,11 @@ class Worker:
         python: str = sys.executable,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        name = measurement if isinstance(measurement, str) else _name_of(measurement)
+        name = (
+            measurement
+            if isinstance(measurement, str)
+            else f"{module_of(measurement)}:{measurement.__name__}"
+        )
         self._command = [python, "-m", "benchmarks.harness", name, json.dumps(task)]
         # The file is read after the process has failed.
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
@@ -158,7 +166,7 @@ class Worker:
     def turn(self) -> Row:
         """The measurement's next answer."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is reported by what follows
+        with contextlib.suppress(BrokenPipeError):  # _answer reports that the process ended
             print(file=self._process.stdin, flush=True)
         return self._answer()
 
@@ -189,59 +197,61 @@ class Worker:
         self.end()
 
 
-def _name_of(measurement: Measurement) -> str:
-    module = measurement.__module__
-    if module == "__main__":
-        spec = sys.modules["__main__"].__spec__
-        assert spec is not None, "benchmarks are started with python -m"
-        module = spec.name
-    return f"{module}:{measurement.__name__}"
+def module_of(function: Callable[..., Any]) -> str:
+    """The name of a function's module; that of the file in a program started by ``python -m``."""
+    if function.__module__ != "__main__":
+        return function.__module__
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "benchmarks are started with python -m"
+    return spec.name
 
 
-def measure_once(measurement: Measurement, task: Row, **options: Any) -> Row:
-    """The facts and the first answer of a measurement in a process of its own."""
-    with Worker(measurement, task, **options) as worker:
-        return worker.first | worker.turn()
-
-
-def measure_here(measurement: Measurement, task: Row) -> Row:
-    """The same in this process, whose memory is then not the measurement's own."""
-    answers = measurement(task)
-    return next(answers) | next(answers)
-
-
-def measure_rows(
-    measurement: Measurement, tasks: Sequence[Row], *, repeats: int, together: bool = False
-) -> list[list[Row]]:
-    """What every task's processes measured: ``repeats`` of them, the tasks taking turns.
+def race(
+    sides: Mapping[Side, Callable[[], Worker]], turns: int, *, say: str = ""
+) -> dict[Side, list[Row]]:
+    """Measurements that take turns, all their processes open at once.
 
     Args:
-        measurement: of every task.
-        tasks: each with a ``name``.
-        repeats: processes a task.
-        together: measure in this process instead, where starting one takes long.
+        sides: name -> starts the process.
+        turns: turns of every side.
+        say: as in :func:`take_turns`.
+
+    Returns:
+        Name -> the answers of all turns, each with the facts of its process.
     """
-    measure = measure_here if together else measure_once
-    runs: list[list[Row]] = [[] for _ in tasks]
-    for repeat in range(repeats):
-        for task, done in zip(tasks, runs, strict=True):
-            progress(f"{repeat + 1} of {repeats}: {task['name']}")
-            done.append(measure(measurement, task))
-    return runs
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(start()) for name, start in sides.items()}
+        turn = {name: worker.turn for name, worker in workers.items()}
+        found = take_turns(turn, turns, say=say)
+        return {name: [workers[name].first | one for one in own] for name, own in found.items()}
+
+
+def measure_once(measurement: Measurement | str, task: Row, **options: Any) -> Row:
+    """The facts and the first answer of a measurement in a process of its own.
+
+    Args:
+        measurement: as in :class:`Worker`.
+        task: as in :class:`Worker`; its ``name``, if it has one, is printed as progress.
+        options: of the :class:`Worker`.
+    """
+    if "name" in task:
+        progress(task["name"])
+    with Worker(measurement, task, **options) as worker:
+        return worker.first | worker.turn()
 
 
 def usage_of(
     command: Sequence[str], *, tree: Path = ROOT, environment: Mapping[str, str] | None = None
 ) -> Row:
-    """CPU ``seconds`` and peak memory (``rss``) of a program, from its start to its end.
+    """CPU ``seconds`` and peak memory (``rss``, bytes) of a program, from its start to its end.
 
     Raises:
-        RuntimeError: it failed; the message ends with what it wrote.
+        RuntimeError: the program failed; the message ends with its output.
     """
     own = {**os.environ, "PYTHONPATH": str(tree), **(environment or {})}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(command, cwd=tree, env=own, stdout=said, stderr=said)
-        # Of this process alone, with all that it waited for.
+        # wait4 counts this process and the children that it waited for.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if status:
@@ -252,7 +262,7 @@ def usage_of(
 
 
 def _serve(name: str, task: str) -> None:
-    """A worker's side: one answer for every line of stdin, after a first one."""
+    """Run in a worker: answer once, then once for each line of stdin."""
     module, _, function = name.partition(":")
     answers = getattr(importlib.import_module(module), function)(json.loads(task))
     while True:
@@ -269,10 +279,9 @@ def compose_config(overrides: Sequence[str]) -> Any:
 
 
 def peak_rss() -> int:
-    """The largest resident memory that this process has had, in bytes.
+    """The largest resident memory of this process so far, in bytes.
 
-    Linux gives ``ru_maxrss`` of a parent to its children, even across exec; ``VmHWM`` belongs to
-    the process alone.
+    On Linux a child inherits its parent's ``ru_maxrss``, even across exec, so ``VmHWM`` is read.
     """
     value = _proc_status("VmHWM")
     if value is not None:
@@ -284,13 +293,13 @@ def peak_rss() -> int:
 
 
 def current_rss() -> int:
-    """The resident memory of this process now, in bytes; where unknown, the peak."""
+    """The resident memory of this process, in bytes; its peak where the system lacks the figure."""
     value = _proc_status("VmRSS")
     return peak_rss() if value is None else value
 
 
 def private_rss() -> int:
-    """The resident memory that belongs to no file, in bytes (Linux)."""
+    """The resident memory that no file backs, in bytes (Linux)."""
     value = _proc_status("RssAnon")
     if value is None:
         raise OSError("/proc/self/status does not give RssAnon here")
@@ -306,64 +315,49 @@ def _proc_status(key: str) -> int | None:
     return int(found[0].split()[1]) * 1024 if found else None
 
 
-class SavedTensors:
-    """Counts the bytes that autograd holds for backward passes, every storage once.
+@contextlib.contextmanager
+def saved_tensors(excluded: Iterable[Any] = ()) -> Iterator[Row]:
+    """Count the bytes that autograd holds for backward, every storage once.
+
+    Counted is what forward passes in the block save, until their backward passes free it.
 
     Args:
-        excluded: tensors that exist anyway, such as parameters.
+        excluded: tensors that are not counted, such as parameters.
 
-    Attributes:
-        peak: the most that was held at once, in bytes.
+    Yields:
+        ``now``: the bytes held; ``peak``: the most that was held at once.
     """
+    import torch
 
-    def __init__(self, excluded: Iterable[Any] = ()) -> None:
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-        self._held: dict[int, tuple[int, int]] = {}  # address -> (holders, bytes)
-        self._now = self.peak = 0
+    apart = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    holders: Counter[int] = Counter()
+    count = {"now": 0, "peak": 0}
 
-    def hold(self, address: int, n_bytes: int) -> None:
-        holders, _ = self._held.get(address, (0, 0))
-        self._held[address] = (holders + 1, n_bytes)
-        if not holders:
-            self._now += n_bytes
-            self.peak = max(self.peak, self._now)
+    class Saved:
+        def __init__(self, tensor: Any) -> None:
+            # No other storage can have this address while the tensor is held.
+            self.tensor, storage = tensor, tensor.untyped_storage()
+            self.address, self.n_bytes = storage.data_ptr(), storage.nbytes()
+            count["now"] += 0 if holders[self.address] else self.n_bytes
+            count["peak"] = max(count["peak"], count["now"])
+            holders[self.address] += 1
 
-    def drop(self, address: int) -> None:
-        holders, n_bytes = self._held.pop(address)
-        if holders > 1:
-            self._held[address] = (holders - 1, n_bytes)
-        else:
-            self._now -= n_bytes
+        def __del__(self) -> None:
+            holders[self.address] -= 1
+            count["now"] -= 0 if holders[self.address] else self.n_bytes
 
-    def _pack(self, tensor: Any) -> Any:
-        excluded = tensor.untyped_storage().data_ptr() in self._excluded
-        return tensor if excluded else _Saved(tensor, self)
+    def pack(tensor: Any) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in apart else Saved(tensor)
 
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[SavedTensors]:
-        """Count what forward passes inside the block save, until their backward passes free it."""
-        import torch
+    def unpack(saved: Any) -> Any:
+        return saved.tensor if isinstance(saved, Saved) else saved
 
-        def unpack(saved: Any) -> Any:
-            return saved.tensor if isinstance(saved, _Saved) else saved
-
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, unpack):
-            yield self
-
-
-class _Saved:
-    def __init__(self, tensor: Any, counter: SavedTensors) -> None:
-        # While the tensor is held, no other storage can have its address.
-        self.tensor, self.counter = tensor, counter
-        self.address = tensor.untyped_storage().data_ptr()
-        counter.hold(self.address, tensor.untyped_storage().nbytes())
-
-    def __del__(self) -> None:
-        self.counter.drop(self.address)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield count
 
 
 def progress(text: str) -> None:
-    """Say on stderr what is being measured: a benchmark can take minutes."""
+    """Print a line to stderr: a benchmark can take minutes."""
     print(text, file=sys.stderr, flush=True)
 
 

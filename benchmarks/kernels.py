@@ -1,11 +1,11 @@
-"""Why the CPU code is written as it is: every kernel against what it replaces.
+"""Every kernel for CPUs next to the code that it replaces.
 
     python -m benchmarks.kernels         matrix products, and the layers between them
     python -m benchmarks.kernels moe     a mixture of experts against a dense layer
 
-Matrix products have the shapes of a model's linear layers (the product, and the two of its backward
-pass) and run by oneDNN and by MKL. The layers run forward and backward by the code in C++, by what
-replaces it where it is not built, and by PyTorch's own functions. All sides take turns.
+Matrix products have the shapes of a model's linear layers, forward and backward, and run by oneDNN
+and by MKL. The layers run forward and backward by the code in C++, by the code that runs where the
+C++ is not built, and by PyTorch's own functions. All sides take turns.
 """
 
 from __future__ import annotations
@@ -47,50 +47,55 @@ MOE_BATCHES = {"nano": (16, 256), "micro": (16, 256), "tiny": (8, 256)}
 LIMIT = 1.5
 
 
-def time_linear(name: str, *, rows: int, d_in: int, d_out: int, repeats: int) -> list[Row]:
-    """Forward, gradient of the input, gradient of the weight: ours and MKL's."""
+def time_linear(name: str, rows: int, d_in: int, d_out: int, repeats: int) -> list[Row]:
+    """The forward product and the gradients of input and weight, by our choice and by MKL."""
     x, grad, weight = torch.randn(rows, d_in), torch.randn(rows, d_out), torch.randn(d_out, d_in)
-    pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "forward": (lambda: matmul_transposed(x, weight), lambda: x @ weight.t()),
-        "d_input": (lambda: matmul_transposed(grad, weight.t()), lambda: grad @ weight),
-        "d_weight": (lambda: weight_gradient(grad, x), lambda: grad.t() @ x),
+    sides: dict[str, dict[str, Callable[[], Tensor]]] = {
+        "forward": {
+            "ours": lambda: matmul_transposed(x, weight),
+            "pytorch": lambda: x @ weight.t(),
+        },
+        "d_input": {
+            "ours": lambda: matmul_transposed(grad, weight.t()),
+            "pytorch": lambda: grad @ weight,
+        },
+        "d_weight": {"ours": lambda: weight_gradient(grad, x), "pytorch": lambda: grad.t() @ x},
     }
-    flops = 2 * rows * d_in * d_out
-    result = []
-    for product, (ours, theirs) in pairs.items():
-        seconds = harness.median_times({"ours": ours, "theirs": theirs}, repeats=repeats, warmup=3)
-        result.append(
+    rows_of_table = []
+    for product, both in sides.items():
+        seconds = harness.median_times(both, repeats=repeats, warmup=3)
+        gflop = 2 * rows * d_in * d_out / 1e9
+        rows_of_table.append(
             {
                 "kernel": f"{name} {product}",
                 "shape": f"{rows} x {d_in} -> {d_out}",
                 "ms": seconds["ours"] * 1e3,
-                "ms_pytorch": seconds["theirs"] * 1e3,
-                "gflops": flops / seconds["ours"] / 1e9,
-                "gflops_pytorch": flops / seconds["theirs"] / 1e9,
-                "speedup": seconds["theirs"] / seconds["ours"],
+                "ms_pytorch": seconds["pytorch"] * 1e3,
+                "gflops": gflop / seconds["ours"],
+                "gflops_pytorch": gflop / seconds["pytorch"],
+                "speedup": seconds["pytorch"] / seconds["ours"],
             }
         )
-    return result
+    return rows_of_table
 
 
 def time_layer(
     name: str, sides: Mapping[str, Callable[..., Tensor]], *leaves: Tensor, repeats: int
 ) -> Row:
-    """Forward and backward of functions of the same tensors, and what each keeps between.
+    """Forward and backward of functions of the same tensors, and the bytes that each keeps for it.
 
     Args:
-        name: of the layer.
-        sides: ``ours``, as it is computed here; others are compared with it.
+        name: name of the layer.
+        sides: ``ours``, which comes first, and functions that must agree with it.
         leaves: the tensors.
-        repeats: medians over them.
+        repeats: figures are medians over them.
     """
     row: Row = {"kernel": name, "shape": " x ".join(str(size) for size in leaves[0].shape)}
     functions = {}
     for side, function in sides.items():
-        counter = harness.SavedTensors()
-        with counter.counting():
+        with harness.saved_tensors() as saved:
             output = function(*leaves)
-        row[f"{side}_saved_mb"] = counter.peak / 1e6
+        row[f"{side}_saved_mb"] = saved["peak"] / 1e6
         if side == "ours":
             expected, grad = output.detach(), torch.randn_like(output)
         torch.testing.assert_close(output.detach(), expected, rtol=1e-3, atol=1e-4)
@@ -106,7 +111,7 @@ def _both_ways(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad
 
 
 def without_library(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``function`` without the C++ library; its backward pass is that of its forward pass."""
+    """``function`` without the C++ library, whose backward pass then does not use it either."""
 
     def without(*tensors: Tensor) -> Tensor:
         with mock.patch.object(native, "library", None):
@@ -128,7 +133,7 @@ def composed_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[Row]:
-    """Every matrix of a block, of an MTP module, and the head by its chunk of rows."""
+    """Every matrix of a block and of an MTP module, and the head on a chunk of rows."""
     d_model, vocab_size = trunk.d_model, trunk.vocab_size
     heads = trunk.n_heads * trunk.d_head
     head_rows = min(rows, chunk_rows(vocab_size, torch.device("cpu")))
@@ -140,11 +145,7 @@ def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[Row]:
         "eh_proj": (rows, 2 * d_model, d_model),
         f"head V={vocab_size}": (head_rows, d_model, vocab_size),
     }
-    return [
-        row
-        for name, (m, d_in, d_out) in shapes.items()
-        for row in time_linear(name, rows=m, d_in=d_in, d_out=d_out, repeats=repeats)
-    ]
+    return [row for name, shape in shapes.items() for row in time_linear(name, *shape, repeats)]
 
 
 def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[Row]:
@@ -201,7 +202,7 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
         "copy": logits.clone,
     }
     seconds = harness.median_times(sides, repeats=repeats, warmup=3)
-    for side in ("ours", "without"):  # which overwrite their input
+    for side in ("ours", "without"):  # these overwrite their input, a copy
         seconds[side] -= seconds["copy"]
     row: Row = {"kernel": "log-softmax and exp", "shape": f"{len(logits)} x {trunk.vocab_size}"}
     for side in ("ours", "without", "pytorch"):
@@ -212,8 +213,8 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
 def mixture(size: str, *, repeats: int) -> Row:
     """A mixture of experts, with and without its C++, and a dense layer of its active size.
 
-    Inputs are new every time, so that experts get other numbers of tokens, as in training. The
-    dense layer is as wide as the shared and the chosen experts together.
+    Inputs change from step to step, so that experts get varying numbers of tokens, as in training.
+    The dense layer is as wide as the shared and the chosen experts together.
     """
     config = instantiate(harness.compose_config([f"model=deepseek_{size}"]).model, vocab_size=256)
     experts = config.feed_forward
@@ -269,7 +270,7 @@ def kernels(
     harness.progress("linear layers")
     products = linears(trunks[0], batch_size * seq_len, repeats)
     for trunk in trunks[1:]:
-        # Another vocabulary changes the shape of the head only.
+        # The vocabulary changes only the head, which comes last.
         products += linears(trunk, batch_size * seq_len, repeats)[-3:]
     harness.progress("layers between them")
     between = layers(trunks[0], batch_size, seq_len, repeats)
@@ -300,8 +301,8 @@ def moe(
     """A mixture of experts against a dense layer of the same active size, and without its C++.
 
     Args:
-        sizes: of ``deepseek_SIZE``.
-        threads: default all cores.
+        sizes: sizes of ``deepseek_SIZE``.
+        threads: threads of the process; default all cores.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -319,7 +320,7 @@ def moe(
     return {"limit": LIMIT, "rows": rows}
 
 
-main = cli.program("kernels", __doc__, kernels, moe)
+main = cli.program(kernels, moe)
 
 if __name__ == "__main__":
     keep_freed_memory()  # as the apps do

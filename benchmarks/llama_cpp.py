@@ -6,31 +6,31 @@ llama.cpp is llama-cpp-python, compiled for this CPU into an environment of its 
 
     python -m venv native && CMAKE_ARGS=-DGGML_NATIVE=ON native/bin/pip install llama-cpp-python
 
-and --python native/bin/python; or, where several texts are decoded at once, the wheel xllamacpp
-(pip install -e '.[engines]'), whose code is for AVX2.
-
-Each side is a process of its own and keeps its model open. A turn reads the prompts and writes one
-token, then the same with all tokens; the difference is the time of the new tokens. Ratios of one
-run count.
+and ``--python native/bin/python``. To decode several texts at once it is the wheel xllamacpp
+(``pip install -e '.[engines]'``), whose code is for AVX2. Each side is a process of its own, which
+keeps its model open.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import cli, harness
 from benchmarks.harness import Row
 
-# Reads prompts and writes n tokens for each; returns the texts.
+# Reads the prompts and writes n tokens for each; returns the texts.
 Decode = Callable[[int], Sequence[Any]]
 
 
@@ -48,9 +48,9 @@ def ours(task: Row) -> Iterator[Row]:
     torch.set_num_threads(task["threads"])
     model = open_model(task["model"]).model
     use_precision(model, task["precision"])
+    way = {"draft_depth": "auto"} if task["drafts"] else {"speculative": False}
 
     def decode(n: int) -> list[list[int]]:
-        way = {"draft_depth": "auto"} if task["drafts"] else {"speculative": False}
         found = generate(model, task["prompts"], max_new_tokens=n, batch_size=task["batch"], **way)
         return [generation.token_ids for generation in found]
 
@@ -59,10 +59,10 @@ def ours(task: Row) -> Iterator[Row]:
 
 
 def theirs(task: Row) -> Iterator[Row]:
-    """llama.cpp inside the process, see :func:`_turns`."""
+    """llama.cpp's decoding inside the process, see :func:`_turns`."""
     native = find_spec("llama_cpp") is not None
-    decode, about = _native(task) if native else _wheel(task)
-    yield from _turns(decode, task, {"program": about})
+    decode, program = _native(task) if native else _wheel(task)
+    yield from _turns(decode, task, {"program": program})
 
 
 def _native(task: Row) -> tuple[Decode, str]:
@@ -79,7 +79,7 @@ def _native(task: Row) -> tuple[Decode, str]:
     )
 
     def decode(n: int) -> list[list[int]]:
-        model.reset()  # or it would keep the prompt that it has read
+        model.reset()  # forgets the prompt, which it would not read again
         return [list(islice(model.generate(prompt, temp=0.0, top_k=1), n))]
 
     return decode, f"llama-cpp-python {llama_cpp.__version__}"
@@ -98,20 +98,24 @@ def _wheel(task: Row) -> tuple[Decode, str]:
     params.verbosity = 0
     server = xllamacpp.Server(params)
 
-    def decode(n: int) -> list[str]:
-        def ask(ids: Sequence[int]) -> str:
-            asked = {"prompt": list(ids), "n_predict": n, "temperature": 0.0, "top_k": 1}
-            asked |= {"ignore_eos": True, "cache_prompt": False}
-            return str(server.handle_completions(asked)["choices"][0]["text"])
+    def ask(ids: Sequence[int], n: int) -> str:
+        asked = {"prompt": list(ids), "n_predict": n, "temperature": 0.0, "top_k": 1}
+        asked |= {"ignore_eos": True, "cache_prompt": False}
+        return str(server.handle_completions(asked)["choices"][0]["text"])
 
+    def decode(n: int) -> list[str]:
         with ThreadPoolExecutor(task["batch"]) as pool:
-            return list(pool.map(ask, task["prompts"]))
+            return list(pool.map(partial(ask, n=n), task["prompts"]))
 
     return decode, f"xllamacpp {version('xllamacpp')}"
 
 
 def _turns(decode: Decode, task: Row, about: Row) -> Iterator[Row]:
-    """Seconds of the prompts and of the new tokens; ``rss`` is the peak memory in bytes."""
+    """Seconds of the prompts and of the new tokens, and peak memory (``rss``) in bytes.
+
+    A turn reads the prompts and writes one token, then the same with all tokens; the difference is
+    the time of the new tokens.
+    """
     decode(2)
     yield about
     while True:
@@ -121,51 +125,36 @@ def _turns(decode: Decode, task: Row, about: Row) -> Iterator[Row]:
 
 
 def measure(
-    model: str,
-    *,
-    heads: str | None,
-    threads: int,
-    batch: int,
-    precisions: Sequence[str],
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    turns: int,
-    python: str,
+    task: Row, *, heads: str, precisions: Sequence[str], turns: int, python: str
 ) -> list[Row]:
-    """A row for every side, with its rates over llama.cpp's."""
-    base = {
-        "model": model,
-        "threads": threads,
-        "batch": batch,
-        "drafts": False,
-        "precision": "fp32",
-    }
-    base |= {"prompts": prompts, "new_tokens": new_tokens}
-    sides: dict[str, tuple[harness.Measurement, Row]] = {"llama.cpp": (theirs, base)}
+    """A row for every side, with its rates over llama.cpp's.
+
+    Args:
+        task: ``model``, ``threads``, ``batch``, ``prompts`` and ``new_tokens``.
+        heads: a run of heads for the model, which drafts; empty for none.
+        precisions: precisions of this project's weights.
+        turns: turns of every side.
+        python: llama.cpp's interpreter.
+    """
+    sides = {"llama.cpp": partial(harness.Worker, theirs, task, python=python)}
     for precision in precisions:
-        sides[f"plain, {precision}"] = ours, base | {"precision": precision}
-        if heads is not None:
-            own = base | {"model": heads, "precision": precision, "drafts": True}
-            sides[f"drafts, {precision}"] = ours, own
-    workers = {
-        name: harness.Worker(side, task, python=python if side is theirs else sys.executable)
-        for name, (side, task) in sides.items()
-    }
-    try:
-        turn = {name: worker.turn for name, worker in workers.items()}
-        found = harness.take_turns(turn, turns, say=f"{threads} threads, batch {batch}")
-    finally:
-        for worker in workers.values():
-            worker.end()
-    read, written = sum(map(len, prompts)), (new_tokens - 1) * len(prompts)
+        own = {**task, "precision": precision, "drafts": False}
+        sides[f"plain, {precision}"] = partial(harness.Worker, ours, own)
+        if heads:
+            own = {**own, "model": heads, "drafts": True}
+            sides[f"drafts, {precision}"] = partial(harness.Worker, ours, own)
+    say = f"{task['threads']} threads, batch {task['batch']}"
+    found = harness.race(sides, turns, say=say)
+    prompts = task["prompts"]
+    read, written = sum(map(len, prompts)), (task["new_tokens"] - 1) * len(prompts)
     times = {n: {k: [a[k] for a in own] for k in ("prompt", "new")} for n, own in found.items()}
     return [
         {
-            "side": workers[name].first.get("program", name),
-            "threads": threads,
-            "batch": batch,
-            "prompt_tokens_per_second": read / sorted(own["prompt"])[len(own["prompt"]) // 2],
-            "tokens_per_second": written / sorted(own["new"])[len(own["new"]) // 2],
+            "side": found[name][0].get("program", name),
+            "threads": task["threads"],
+            "batch": task["batch"],
+            "prompt_tokens_per_second": read / median(own["prompt"]),
+            "tokens_per_second": written / median(own["new"]),
             "prompt_over": harness.ratio(times["llama.cpp"]["prompt"], own["prompt"]),
             "over": harness.ratio(times["llama.cpp"]["new"], own["new"]),
             "megabytes": max(answer["rss"] for answer in found[name]) / 1e6,
@@ -187,16 +176,14 @@ def llama_cpp(
     turns: int = 5,
     python: str = sys.executable,
 ) -> Row:
-    """Tokens per second of every side, with llama.cpp's as the unit.
+    """Tokens per second of a GGUF file, with llama.cpp's as the unit.
 
     Args:
         model: a GGUF file.
         heads: a run of heads for this model, which drafts.
-        threads: of every side.
         batches: texts at once.
         precisions: of this project's weights; fp32 leaves the file's numbers as they are.
-        prompt_tokens: of a prompt, from the source of Python's argparse.
-        new_tokens: of a text.
+        prompt_tokens: tokens of a prompt, from the source of Python's argparse.
         python: the interpreter of the environment that has llama.cpp.
     """
     from mtp_lightning.opening import open_model
@@ -204,13 +191,12 @@ def llama_cpp(
 
     ids = open_model(model).tokenizer.encode(inspect.getsource(argparse)).tolist()
     rows: list[Row] = []
-    for batch in batches:
+    for batch, n in itertools.product(batches, threads):
         prompts = [ids[i * 997 :][:prompt_tokens] for i in range(batch)]
-        for n in threads:
-            rows += measure(
-                model, heads=heads or None, threads=n, batch=batch, precisions=precisions,
-                prompts=prompts, new_tokens=new_tokens, turns=turns, python=python,
-            )  # fmt: skip
+        task = {"model": model, "threads": n, "batch": batch}
+        task |= {"prompts": prompts, "new_tokens": new_tokens}
+        options: Row = {"heads": heads, "precisions": precisions, "turns": turns, "python": python}
+        rows += measure(task, **options)
     clock = "CPU" if harness.counts_cpu_time() else "wall"
     cli.print_table(
         f"{Path(model).name}, {clock} seconds",
@@ -222,7 +208,7 @@ def llama_cpp(
     return {"rows": rows, "processor": processor()}
 
 
-main = cli.program("llama_cpp", __doc__, llama_cpp)
+main = cli.program(llama_cpp)
 
 if __name__ == "__main__":
     main()

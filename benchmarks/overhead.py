@@ -1,83 +1,62 @@
-"""What a run of many small steps costs over a bare PyTorch loop with the same model and batches.
+"""What a run costs besides its optimizer steps.
 
-    python -m benchmarks.overhead [--base COMMIT] [--profile]
-
-The run is that of ``train.py``: Lightning's Trainer with the default callbacks and loggers
-(``experiment=star_graph``: 4 layers x 64, batch 64, one thread). The bare loop has forward passes,
-cross-entropies, the backward pass, clipping and AdamW, on batches made beforehand. Both train in
-one process and take turns; CPU time is counted. With ``--base`` the code of a commit is measured,
-too, its processes in turn with the working tree's. ``--profile`` says where a step's time goes.
+python -m benchmarks.overhead                small steps next to a bare PyTorch loop
+python -m benchmarks.overhead validation     the share of validations, by part
+python -m benchmarks.overhead checkpoints    the wait for a sharded model's checkpoint
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import tempfile
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks import cli, harness
 from benchmarks.harness import Row
 
-_WARMUP_STEPS = 10
-_PROFILED_STEPS = 20
-
-# Name of a row -> overrides.
-CASES: dict[str, list[str]] = {
-    "none": ["mtp=none", "mtp.depth=0"],
-    "parallel, D=3": [],
-}
+# Name of a row -> overrides of experiment=star_graph.
+CASES: dict[str, list[str]] = {"none": ["mtp=none", "mtp.depth=0"], "parallel, D=3": []}
 
 
-def measure(task: Row) -> Iterator[Row]:
-    """CPU milliseconds of a step in every turn, of the run and of the bare loop.
+def run_beside_loop(task: Row) -> Iterator[Row]:
+    """A run and a bare loop that take turns in this process.
+
+    The answer lists the CPU milliseconds of a step in each turn: ``run_ms`` and ``bare_ms``.
 
     Args:
-        task: ``overrides``, ``turns``, ``steps`` a turn, and ``profile``.
+        task: ``overrides``, ``turns``, and ``steps`` a turn.
     """
     import lightning.pytorch as pl
 
-    from benchmarks.workloads import prepare_process
+    from benchmarks.workloads import WARMUP_STEPS, prepare_process
     from mtp_lightning.experiment.build import build_trainer
     from mtp_lightning.experiment.training import prepare
     from mtp_lightning.runtime import quiet_lightning
 
-    measured = _WARMUP_STEPS + task["turns"] * task["steps"]
+    warmup, began = 5 * WARMUP_STEPS, 0.0
+    run_ms: list[float] = []
+    bare_ms: list[float] = []
 
     class Turns(pl.Callback):
-        """``steps`` whole steps of the run lie between two turns of the bare loop."""
+        """Runs a turn of the bare loop after every ``steps`` steps of the run."""
 
-        def __init__(self, other: Callable[[int], float]) -> None:
-            self.other = other
-            self.began = 0.0
-            self.run_ms: list[float] = []
-            self.bare_ms: list[float] = []
-            self.watch: Any = None
-            self.spans: Any = None
-
-        def on_train_batch_start(self, trainer: Any, module: Any, *rest: Any) -> None:
-            done = trainer.global_step - _WARMUP_STEPS
-            if done >= 0 and not done % task["steps"] and len(self.run_ms) < task["turns"]:
+        def on_train_batch_start(self, trainer: Any, *rest: Any) -> None:
+            nonlocal began
+            done = trainer.global_step - warmup
+            if done >= 0 and not done % task["steps"] and len(run_ms) < task["turns"]:
                 if done:
-                    self.run_ms.append((harness.clock() - self.began) / task["steps"] * 1e3)
-                    self.bare_ms.append(self.other(task["steps"]) * 1e3)
-                self.began = harness.clock()
-            if task["profile"]:
-                self.profile(trainer, module)
-
-        def profile(self, trainer: Any, module: Any) -> None:
-            from benchmarks import profiles
-
-            if trainer.global_step == measured + 1:
-                self.watch = profiles.Watch(profiles.LIGHTNING)
-                self.spans = profiles.run_spans(trainer, module)
-                self.spans.__enter__()
-                self.watch.start()
-            elif trainer.global_step == measured + 1 + _PROFILED_STEPS:
-                self.watch.stop()
-                self.spans.__exit__(None, None, None)
+                    run_ms.append((harness.clock() - began) / task["steps"] * 1e3)
+                    bare_ms.append(bare(task["steps"]) * 1e3)
+                began = harness.clock()
 
     harness.use_cpu_time()
     quiet_lightning()
@@ -87,25 +66,27 @@ def measure(task: Row) -> Iterator[Row]:
         cfg = harness.compose_config(
             [
                 "experiment=star_graph",
-                f"trainer.max_steps={measured + _PROFILED_STEPS + 2}",
-                # No validation: the bare loop has none.
-                "trainer.val_check_interval=16384",
+                f"trainer.max_steps={warmup + task['turns'] * task['steps'] + 1}",
+                "trainer.val_check_interval=16384",  # none: the bare loop has no validation
                 f"paths.output_dir={folder}",
                 *task["overrides"],
             ]
         )
         run = prepare(cfg, Path(folder))
         bare = bare_loop(cfg, run)
-        bare(_WARMUP_STEPS)
+        bare(warmup)
         trainer: Any = build_trainer(run.config, resume_step=None, may_skip=False)
-        trainer.callbacks.append(turns := Turns(bare))
+        trainer.callbacks.append(Turns())
         trainer.fit(run.module, datamodule=run.data)
-    found: Row = {"run_ms": turns.run_ms, "bare_ms": turns.bare_ms}
-    yield found | ({"profile": turns.watch.rows(_PROFILED_STEPS)} if task["profile"] else {})
+    yield {"run_ms": run_ms, "bare_ms": bare_ms}
 
 
 def bare_loop(cfg: Any, run: Any) -> Callable[[int], float]:
-    """A second model on the run's batches: a number of steps -> seconds of one of them."""
+    """A second model trained on the run's batches: number of steps -> seconds of one of them.
+
+    A step is forward passes, cross-entropies, the backward pass, clipping and AdamW, on batches
+    that are made before it.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -139,84 +120,238 @@ def bare_loop(cfg: Any, run: Any) -> Callable[[int], float]:
     return steps
 
 
-def combine(case: str, code: str, runs: Sequence[Row]) -> Row:
-    """One row: medians over all turns of all processes, and of the turns' ratios."""
-    run_ms = [ms for run in runs for ms in run["run_ms"]]
-    bare_ms = [ms for run in runs for ms in run["bare_ms"]]
-    run, bare = statistics.median(run_ms), statistics.median(bare_ms)
-    return {
-        "case": case,
-        "code": code,
-        "ms": run,
-        "bare_ms": bare,
-        "steps_per_second": 1e3 / run,
-        "bare_steps_per_second": 1e3 / bare,
-        "ratio": harness.ratio(run_ms, bare_ms),
-    }
-
-
-def compare(rows: Sequence[Row]) -> None:
-    """Add how many times as fast each row is as the first of its case."""
-    first: dict[str, float] = {}
-    for row in rows:
-        row["speedup"] = first.setdefault(row["case"], row["ms"]) / row["ms"]
-
-
 @cli.command(quick={"turns": 2, "repeats": 1}, choices={"cases": list(CASES)})
 def overhead(
     cases: Sequence[str] = tuple(CASES),
-    base: str | None = None,
-    profile: bool = False,
     steps: int = 20,
     turns: int = 8,
     repeats: int = 3,
     overrides: Sequence[str] = (),
 ) -> Row:
-    """A run next to a bare loop.
+    """Small steps of a run next to a bare PyTorch loop with the same model and batches.
+
+    The run is that of ``train.py experiment=star_graph``: Lightning's Trainer with the default
+    callbacks and loggers. CPU time of one thread is counted.
 
     Args:
-        cases: rows.
-        base: a commit whose code is measured next to the working tree's.
-        profile: say where the time of a step goes.
-        steps: a turn.
-        turns: a process.
-        overrides: of the config, for all cases.
+        cases: the rows.
+        steps: steps a turn.
+        turns: turns of a process.
+        overrides: overrides of the config, for all rows.
     """
-    trees = {"working tree": harness.ROOT}
-    if base:
-        from benchmarks.against import built_tree, commit_of
-
-        trees = {base: built_tree(commit_of(base)), **trees}
-    runs: dict[tuple[str, str], list[Row]] = {}
-    for repeat in range(repeats):
-        for case, (code, tree) in itertools.product(cases, trees.items()):
-            harness.progress(f"{repeat + 1} of {repeats}: {case}, {code}")
-            watched = profile and tree == harness.ROOT and repeat == 0
-            task = {"overrides": [*CASES[case], *overrides], "turns": turns, "steps": steps}
-            done = harness.measure_once(measure, {**task, "profile": watched}, tree=tree)
-            runs.setdefault((case, code), []).append(done)
-    rows = [combine(case, code, done) for (case, code), done in runs.items()]
-    compare(rows)
+    sides = {}
+    for case in cases:
+        task: Row = {"name": case, "overrides": [*CASES[case], *overrides]}
+        task |= {"turns": turns, "steps": steps}
+        sides[case] = partial(harness.measure_once, run_beside_loop, task)
+    runs = harness.take_turns(sides, repeats)
+    rows = [beside_loop(case, done) for case, done in runs.items()]
     cli.print_table(
         "Steps of experiment=star_graph, 4 layers x 64, batch 64, one thread, CPU time",
-        "mtp: case; code: code; ms: ms .1f; steps/s: steps_per_second .1f; "
-        "bare ms: bare_ms .1f; bare steps/s: bare_steps_per_second .1f; run/bare: ratio .3f; "
-        "times as fast: speedup .2f",
+        "mtp: case; ms: ms .1f; steps/s: steps_per_second .1f; bare ms: bare_ms .1f; "
+        "bare steps/s: bare_steps_per_second .1f; run/bare: ratio .3f",
         rows,
     )
-    profiled = {
-        case: done[0]["profile"] for (case, _), done in runs.items() if "profile" in done[0]
+    return {"rows": rows, "runs": runs}
+
+
+def beside_loop(case: str, runs: Sequence[Row]) -> Row:
+    """A row of ``overhead``: medians over all turns of all processes, and of the turns' ratios."""
+    run_ms = [ms for run in runs for ms in run["run_ms"]]
+    bare_ms = [ms for run in runs for ms in run["bare_ms"]]
+    run, bare = statistics.median(run_ms), statistics.median(bare_ms)
+    row = {"case": case, "ms": run, "bare_ms": bare, "ratio": harness.ratio(run_ms, bare_ms)}
+    return row | {"steps_per_second": 1e3 / run, "bare_steps_per_second": 1e3 / bare}
+
+
+@contextmanager
+def timed(owner: type, name: str, seconds: list[float]) -> Iterator[None]:
+    """Add the seconds of every call of a method to a list."""
+    method: Callable[..., Any] = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        began = harness.clock()
+        result = method(*args, **kwargs)
+        harness.synchronize()
+        seconds.append(harness.clock() - began)
+        return result
+
+    with patch.object(owner, name, wrapped):
+        yield
+
+
+@cli.command(quick={"steps": 2}, cpu_time=True)
+def validation(
+    overrides: Sequence[str] = (), /, experiment: str = "star_graph", steps: int = 20
+) -> Row:
+    """The share of validations in a preset's whole run, by part.
+
+    The run is shortened to three validations; the first, which makes the examples, is left out. The
+    shares of the whole run follow from the seconds of a step and of a validation.
+
+    Args:
+        experiment: the preset.
+        steps: steps between two validations.
+    """
+    from mtp_lightning.callbacks.exact_match import ExactMatch
+    from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
+    from mtp_lightning.experiment.training import train
+    from mtp_lightning.module import MTPModule
+
+    chosen = [f"experiment={experiment}", *overrides]
+    whole = harness.compose_config(chosen).trainer
+    parts = {
+        "a training step": (MTPModule, "training_step"),
+        "a validation's losses": (MTPModule, "validation_step"),
+        "its answers (exact_match)": (ExactMatch, "on_validation_epoch_end"),
+        "its drafts (speculative_eval)": (SpeculativeEval, "on_validation_epoch_end"),
     }
-    for case, parts in profiled.items():
-        from benchmarks import profiles
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder, ExitStack() as stack:
+        for what, (owner, name) in parts.items():
+            stack.enter_context(timed(owner, name, seconds[what]))
+        short = [f"trainer.max_steps={3 * steps}", f"trainer.val_check_interval={steps}"]
+        train(harness.compose_config([*chosen, *short, "logger=csv", f"paths.output_dir={folder}"]))
+    rows: list[Row] = []
+    for what, took in seconds.items():
+        if what == "a training step":
+            once, times = statistics.mean(took[steps:]), whole.max_steps
+        else:
+            once = sum(took[len(took) // 3 :]) / 2  # the second and third validation
+            times = whole.max_steps // whole.val_check_interval
+        rows.append({"what": what, "seconds": once, "total": once * times})
+    total = sum(row["total"] for row in rows)
+    rows = [{**row, "share": row["total"] / total} for row in rows]
+    columns = "what: what; seconds each: seconds .3f; of the whole run: share .1%"
+    cli.print_table(f"experiment={experiment}", columns, rows)
+    return {"rows": rows}
 
-        profiles.show(f"Where the time of a step goes, {case}", parts)
-    processes = [{"case": case, "code": code, "runs": done} for (case, code), done in runs.items()]
-    return {"rows": rows, "profiles": profiled, "runs": processes}
+
+_PROCESSES = 2
 
 
-main = cli.program("overhead", __doc__, overhead)
+def save_sharded(task: Row) -> Iterator[Row]:
+    """One save, in one of two processes (gloo) with half a model and half of AdamW's state each.
 
+    The answer has the seconds that the training waits (``waits_s``) and after which the checkpoint
+    has its name (``named_s``), the memory beyond the process's half (``beside_bytes``) and, for
+    parts, the rate of matrix products meanwhile over that without (``steps_meanwhile``).
+
+    Args:
+        task: ``rank``; ``way``: ``file``, which the first process gathers, or ``parts``;
+            ``megabytes`` of the checkpoint; ``folder`` for it.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from mtp_lightning.distributed.shard_writing import ShardWriting
+    from mtp_lightning.distributed.sharding import build_mesh, gathered
+    from mtp_lightning.run import checkpoints as files
+
+    yield {}  # before the processes wait for each other
+    torch.set_num_threads(1)
+    folder, width = Path(task["folder"]), 1024
+    meeting = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", meeting, rank=task["rank"], world_size=_PROCESSES)
+    mesh = build_mesh("cpu", _PROCESSES, None)
+    rows = task["megabytes"] * 1_000_000 // (4 * width * 3 * 8)
+
+    def sharded() -> torch.Tensor:
+        return distribute_tensor(torch.randn(rows, width), mesh, [Shard(0)])
+
+    moments = {i: {"exp_avg": sharded(), "exp_avg_sq": sharded()} for i in range(8)}
+    state: Row = {
+        "global_step": 1,
+        "state_dict": {f"w{i}": sharded() for i in range(8)},
+        "optimizer_states": [{"state": moments, "param_groups": []}],
+    }
+    left, right = torch.randn(512, 512), torch.randn(512, 512)
+
+    def products(over: Callable[[], bool]) -> float:
+        """Matrix products a second, until ``over`` returns True."""
+        done, began = 0, time.perf_counter()
+        while not over():
+            for _ in range(10):
+                left @ right
+            done += 10
+        return done / (time.perf_counter() - began)
+
+    end = time.perf_counter() + 2.0
+    alone = products(lambda: time.perf_counter() > end)
+    dist.barrier()
+    path, result = folder / "last.ckpt", {}
+    with peak_beside() as peak:
+        began = time.perf_counter()
+        if task["way"] == "file":
+            whole = {**state, **{k: gathered(state[k]) for k in ("state_dict", "optimizer_states")}}
+            if task["rank"] == 0:
+                files.save(whole, path)
+            dist.barrier()
+            result["waits_s"] = result["named_s"] = time.perf_counter() - began
+        else:
+            writing = ShardWriting(state, path, mesh, dist.group.WORLD)
+            result["waits_s"] = time.perf_counter() - began
+            meanwhile = products(lambda: writing.ended(wait=False))
+            result["named_s"] = time.perf_counter() - began
+            result["steps_meanwhile"] = meanwhile / alone
+    assert files.intact(path)
+    dist.destroy_process_group()
+    yield {**result, "beside_bytes": peak[0]}
+
+
+@contextmanager
+def peak_beside() -> Iterator[list[int]]:
+    """The peak of this process's own memory in the block, beyond what it had before, in bytes."""
+    before, over = harness.private_rss(), threading.Event()
+    most = [0]
+
+    def look() -> None:
+        while not over.wait(0.01):
+            most[0] = max(most[0], harness.private_rss() - before)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
+
+
+def save_once(way: str, megabytes: int) -> Row:
+    """The first process's answer to :func:`save_sharded`, in a folder of temporary files."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        task = {"way": way, "megabytes": megabytes, "folder": folder}
+        workers = [
+            stack.enter_context(harness.Worker(save_sharded, {**task, "rank": rank}))
+            for rank in range(_PROCESSES)
+        ]
+        with ThreadPoolExecutor(_PROCESSES) as pool:
+            return next(pool.map(harness.Worker.turn, workers))
+
+
+@cli.command(quick={"rounds": 1})
+def checkpoints(megabytes: int = 600, rounds: int = 5) -> Row:
+    """The wait for a checkpoint of a sharded model, as one file and in parts.
+
+    Args:
+        megabytes: size of the checkpoint.
+        rounds: saves of each kind, in turns; figures are medians over them.
+    """
+    ways = {way: partial(save_once, way, megabytes) for way in ("file", "parts")}
+    found = harness.take_turns(ways, rounds, say=f"{megabytes} MB")
+    result = {way: harness.medians(own) for way, own in found.items()}
+    cli.print_table(
+        f"Saving {megabytes} MB from {_PROCESSES} processes",
+        "as: way; training waits, s: waits_s .2f; named after, s: named_s .2f; "
+        "rate meanwhile: steps_meanwhile .2f; besides its half, bytes: beside_bytes ,.0f",
+        [{"way": way, **own} for way, own in result.items()],
+    )
+    return result
+
+
+main = cli.program(overhead, validation, checkpoints)
 
 if __name__ == "__main__":
     main()

@@ -2,25 +2,24 @@
 
     python -m benchmarks.peers --cpu-time
 
-The others are installed into environments of their own (``--environment``), with this one's
-PyTorch; what cannot be installed is left out, and reported. All have 4 Llama blocks (256 wide, 8
-heads, SwiGLU of 704), a head tied to the embedding, fp32, AdamW, clipping, and random tokens of
-8 x 256. Two prediction modules (D = 2) are put together of transformers' own layers there; litgpt
-has none. Each model has a process of its own; they take turns, some steps each, and the ratio is
-that of the medians.
+All have 4 Llama blocks (256 wide, 8 heads, SwiGLU of 704), a head tied to the embedding, fp32,
+AdamW, clipping, and random tokens of 8 x 256. transformers' two prediction modules (D = 2) are made
+of its own layers; litgpt has none. Each side has a process of its own; they take turns, and the
+ratio is that of the medians. The others are installed into environments of their own
+(``--environment``), with this one's PyTorch; what cannot be installed is left out and named.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import cli, harness
@@ -44,7 +43,7 @@ def our_step(task: Row) -> tuple[Callable[[], Any], Any]:
 
 
 def transformers_step(task: Row) -> tuple[Callable[[], Any], Any]:
-    """The same of ``LlamaForCausalLM``; its prediction modules are put together here."""
+    """The same of ``LlamaForCausalLM``, with prediction modules made of its layers."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -79,17 +78,15 @@ def transformers_step(task: Row) -> tuple[Callable[[], Any], Any]:
     tokens = random_tokens(task, depth)
 
     def loss() -> Any:
-        inputs = tokens[:, :LENGTH]
-        hidden = model.model(inputs).last_hidden_state
+        hidden = model.model(tokens[:, :LENGTH]).last_hidden_state
         angles = model.model.rotary_emb(hidden, torch.arange(LENGTH).unsqueeze(0))
-        total = F.cross_entropy(
-            model.lm_head(hidden).flatten(0, 1), tokens[:, 1 : LENGTH + 1].flatten()
-        )
-        for k, module in enumerate(model.modules_ahead, start=1):
-            embedded = model.model.embed_tokens(tokens[:, k : LENGTH + k])
-            hidden = module(embedded, hidden, angles)
+        total = 0.0
+        for k, weight in enumerate([1.0, *[0.15] * depth]):
+            if k:
+                embedded = model.model.embed_tokens(tokens[:, k : LENGTH + k])
+                hidden = model.modules_ahead[k - 1](embedded, hidden, angles)
             targets = tokens[:, k + 1 : LENGTH + k + 1].flatten()
-            total = total + 0.15 * F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets)
+            total += weight * F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets)
         return total
 
     return bare_step(model, loss), model
@@ -130,7 +127,7 @@ def litgpt_step(task: Row) -> tuple[Callable[[], Any], Any]:
 
 
 def random_tokens(task: Row, depth: int) -> Any:
-    """[B, T + D + 1]."""
+    """Token ids [B, T + D + 1]."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +135,7 @@ def random_tokens(task: Row, depth: int) -> Any:
 
 
 def bare_step(model: Any, loss: Callable[[], Any]) -> Callable[[], Any]:
-    """An optimizer step as PyTorch has it."""
+    """An optimizer step with AdamW and clipping."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -154,33 +151,33 @@ def bare_step(model: Any, loss: Callable[[], Any]) -> Callable[[], Any]:
     return step
 
 
-SIDES = {"ours": our_step, "transformers": transformers_step, "litgpt": litgpt_step}
+STEPS = {"ours": our_step, "transformers": transformers_step, "litgpt": litgpt_step}
 
 
-def work(task: Row) -> Iterator[Row]:
-    """Some steps a turn of ``side``: seconds of one, and peak memory."""
+def training(task: Row) -> Iterator[Row]:
+    """Some steps a turn of ``side``: seconds of one step, and peak memory in bytes."""
     import torch
 
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    step, model = SIDES[task["side"]](task)
+    step, model = STEPS[task["side"]](task)
     losses = [float(step()) for _ in range(_WARMUP_STEPS)]
     yield {"loss": losses[0], "parameters": sum(p.numel() for p in model.parameters())}
     while True:
         began = harness.clock()
         for _ in range(task["steps"]):
             step()
-        yield {
-            "seconds": (harness.clock() - began) / task["steps"],
-            "rss_peak": harness.peak_rss(),
-        }
+        seconds = (harness.clock() - began) / task["steps"]
+        yield {"seconds": seconds, "rss_peak": harness.peak_rss()}
 
 
-def prepare(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The Python of every other side, and what is left out and why.
+def install(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Install the other libraries, each into an environment below ``folder``.
 
-    Each has an environment of its own below ``folder``: they need different versions of the same
-    packages.
+    Their requirements contradict each other, so they cannot share one.
+
+    Returns:
+        Name -> Python; and what could not be installed, with the reason.
     """
     import torch
 
@@ -191,8 +188,8 @@ def prepare(folder: Path) -> tuple[dict[str, str], list[str]]:
         if not any((folder / name).glob(f"lib/*/site-packages/{name}/__init__.py")):
             harness.progress(f"installing {name} into {folder / name}")
             venv.create(folder / name, with_pip=True)
-            install = [str(python), "-m", "pip", "install", "-q", pinned, name]
-            done = subprocess.run(install, capture_output=True, text=True)
+            command = [str(python), "-m", "pip", "install", "-q", pinned, name]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 lacks.append(f"{name}: {done.stderr.strip().splitlines()[-1]}")
                 continue
@@ -200,15 +197,15 @@ def prepare(folder: Path) -> tuple[dict[str, str], list[str]]:
     return pythons, lacks
 
 
-def combine(firsts: Mapping[str, Row], answers: Mapping[str, list[Row]]) -> Row:
-    """One row: medians of every side's turns, and the ratio of the best other side to ours."""
+def compare_steps(answers: Mapping[str, list[Row]]) -> Row:
+    """A row: the medians of every side, and the ratio of the best other side to ours."""
     row: Row = {}
     for name, own in answers.items():
-        seconds = statistics.median(answer["seconds"] for answer in own)
+        seconds = median(answer["seconds"] for answer in own)
         row[f"{name}_ms"] = seconds * 1e3
         row[f"{name}_tokens_per_second"] = BATCH * LENGTH / seconds
         row[f"{name}_peak_mb"] = own[-1]["rss_peak"] / 1e6
-        row |= {f"{name}_{key}": value for key, value in firsts[name].items()}
+        row |= {f"{name}_{key}": own[-1][key] for key in ("loss", "parameters")}
     others = [row[f"{name}_ms"] for name in answers if name != "ours"]
     row["times_the_best"] = min(others) / row["ours_ms"] if others else None
     return row
@@ -226,39 +223,28 @@ def peers(
     """An optimizer step next to transformers' and litgpt's.
 
     Args:
-        steps: a turn.
-        threads: of every process.
+        steps: steps a turn.
         environment: folder of the others' environments.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    others, lacks = prepare(environment.resolve())
+    others, lacks = install(environment.resolve())
     pythons = {"ours": sys.executable, **others}
     rows = []
     for vocab_size, depth in itertools.product(vocab_sizes, depths):
-        task = {"vocab_size": vocab_size, "depth": depth}
-        with ExitStack() as stack:
-            workers = {
-                name: stack.enter_context(
-                    harness.Worker(
-                        work,
-                        {**task, "side": name, "threads": threads, "steps": steps},
-                        python=python,
-                    )
-                )
-                for name, python in pythons.items()
-                if depth == 0 or name != "litgpt"
-            }
-            sides = {name: worker.turn for name, worker in workers.items()}
-            answers = harness.take_turns(sides, turns, say=f"V={vocab_size} D={depth}")
-        firsts = {name: worker.first for name, worker in workers.items()}
-        rows.append({**task, **combine(firsts, answers)})
+        shape = {"vocab_size": vocab_size, "depth": depth}
+        task = {**shape, "threads": threads, "steps": steps}
+        sides = {
+            name: partial(harness.Worker, training, {**task, "side": name}, python=python)
+            for name, python in pythons.items()
+            if depth == 0 or name != "litgpt"
+        }
+        found = harness.race(sides, turns, say=f"V={vocab_size} D={depth}")
+        rows.append({**shape, **compare_steps(found)})
+    each = (f"{name}, ms: {name}_ms .0f; {name}, MB: {name}_peak_mb .0f; " for name in pythons)
     cli.print_table(
         f"A step of {LAYERS} x {WIDTH}, batch {BATCH} x {LENGTH}",
-        "V: vocab_size ,; D: depth; "
-        + "".join(
-            f"{name}, ms: {name}_ms .0f; {name}, MB: {name}_peak_mb .0f; " for name in pythons
-        )
-        + f"tokens/s, times the best (aim {AIM}): times_the_best .2f",
+        f"V: vocab_size ,; D: depth; {''.join(each)}"
+        f"tokens/s, times the best (aim {AIM}): times_the_best .2f",
         rows,
     )
     for line in lacks:
@@ -266,8 +252,7 @@ def peers(
     return {"aim": AIM, "left_out": lacks, "rows": rows}
 
 
-main = cli.program("peers", __doc__, peers)
-
+main = cli.program(peers)
 
 if __name__ == "__main__":
     main()

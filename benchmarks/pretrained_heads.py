@@ -1,15 +1,16 @@
-"""What heads on a pretrained trunk bring: drafted decoding, plain decoding, and transformers.
+"""Heads on a pretrained trunk: drafted decoding next to plain decoding and transformers.
 
     python -m benchmarks.pretrained_heads runs/smollm2 [--output FILE.json] [--figure FILE.svg]
 
-Held-out prompts of three kinds, greedily and at temperature 1, one at a time. All ways take turns
-at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts must be
-the same, token for token; transformers' too, except where two tokens tie. Acceptance and the cost
-of single passes say what bounds the rest.
+Prompts of three kinds are decoded one at a time, greedily and at temperature 1. All ways take turns
+at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts with and
+without drafts must be the same, token for token; how many of them are transformers', too, is
+counted. Acceptance and the cost of single passes tell what bounds the speed-up.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks import cli
-from benchmarks.decode_limits import in_transformers
-from benchmarks.harness import Row
+from benchmarks.decode import in_transformers
+from benchmarks.harness import Row, progress
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
 from mtp_lightning.decoding.sequence import rates
@@ -61,17 +62,15 @@ def prompt_ids(tokenizer: Any, kind: str, text: str) -> list[int]:
 
 
 class Transformers:
-    """transformers' model with the weights of a trunk, by way of a folder."""
+    """transformers' model with the weights of a trunk."""
 
     def __init__(self, model: MTPModel, tokenizer: Any) -> None:
-        config = ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig())
-        trunk = MTPModel(config)
+        trunk = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig()))
         state = model.state_dict()
         trunk.load_state_dict({n: t for n, t in state.items() if not n.startswith("mtp.")})
-        with in_transformers(trunk, tokenizer, positions=8192, depth=0) as theirs:
-            missing, unexpected = theirs.missing, theirs.unexpected
+        with in_transformers(trunk, tokenizer, positions=8192) as theirs:
+            assert not theirs.missing and not theirs.unexpected, (theirs.missing, theirs.unexpected)
             self.model = theirs.model
-        assert not missing and not unexpected, (missing, unexpected)
 
     @torch.inference_mode()
     def __call__(self, prompt: list[int], n_new: int, temperature: float) -> list[int]:
@@ -87,23 +86,19 @@ class Transformers:
 
 
 def measure(
-    model: MTPModel,
-    tokenizer: Any,
-    *,
-    new_tokens: int,
-    n_prompts: int,
-    depths: Sequence[int],
-    vocabularies: Sequence[int],
+    model: MTPModel, tokenizer: Any, ways: dict[str, Row], *, new_tokens: int, n_prompts: int
 ) -> list[Row]:
-    """A row for every kind of prompt and temperature."""
-    ways: dict[str, Row] = {"plain": {"speculative": False}}
-    ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in depths}
-    ways |= {
-        f"drafts_{depth}_of_{size}": {"draft_depth": depth, "draft_vocab": size}
-        for size in vocabularies
-        for depth in depths
-    }
+    """A row for every kind of prompt and temperature.
+
+    Args:
+        model: a trunk with heads.
+        tokenizer: its tokenizer.
+        ways: name -> options of ``generate``; ``plain`` comes first.
+        new_tokens: tokens of a text.
+        n_prompts: prompts of each kind.
+    """
     theirs = Transformers(model, tokenizer)
+    names = [*ways, "transformers"]
 
     def decode(name: str, prompt: list[int], n_new: int, seed: int, temperature: float) -> Row:
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -113,63 +108,43 @@ def measure(
             options = {"temperature": temperature, "batch_size": 1, "seed": seed, **ways[name]}
             (own,) = generate(model, [prompt], max_new_tokens=n_new, **options)
             ids = own.token_ids
-        seconds = {
-            "wall": time.perf_counter() - began,
-            "cpu": time.process_time() - cpu_began,
-        }
-        return {"ids": ids, "generation": own, **seconds}
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+        return {"ids": ids, "generation": own, "wall": wall, "cpu": cpu}
 
-    names, rows = [*ways, "transformers"], []
-    for temperature in (0.0, 1.0):
-        for kind, texts in PROMPTS.items():
-            prompts = [prompt_ids(tokenizer, kind, text) for text in texts[:n_prompts]]
-            found: dict[str, list[Row]] = {name: [] for name in names}
-            for name in names:  # builds what is built once
-                decode(name, prompts[0], 4, 0, temperature)
-            for number, prompt in enumerate(prompts):
-                for name in names if number % 2 == 0 else reversed(names):
-                    found[name].append(decode(name, prompt, new_tokens, number, temperature))
-            said = {name: [one["generation"] for one in found[name]] for name in ways}
-            if not temperature:
-                for name in list(ways)[1:]:
-                    require_same_greedy(model, prompts, said["plain"], said[name])
-            tokens = new_tokens * len(prompts)
-            row: Row = {"kind": kind, "temperature": temperature, "tokens": tokens}
-            if not temperature:
-                pairs = zip(found["transformers"], found["plain"], strict=True)
-                same = sum(a["ids"] == b["ids"] for a, b in pairs)
-                row["equal_to_transformers"] = f"{same} of {len(prompts)}"
-            sums = {
-                clock: {name: sum(one[clock] for one in own) for name, own in found.items()}
-                for clock in ("wall", "cpu")
-            }
-            for name in names:
-                row[name] = {
-                    "tokens_per_cpu_second": tokens / sums["cpu"][name],
-                    "tokens_per_second": tokens / sums["wall"][name],
-                    "over_plain_cpu": sums["cpu"]["plain"] / sums["cpu"][name],
-                    "over_plain": sums["wall"]["plain"] / sums["wall"][name],
-                    "over_transformers_cpu": sums["cpu"]["transformers"] / sums["cpu"][name],
-                    **(rates(said[name]) if name.startswith("drafts") else {}),
-                }
-            rows.append(row)
-            print(_line(row), flush=True)
-    return rows
-
-
-def _line(row: Row) -> str:
-    drafts = [name for name in row if name.startswith("drafts")]
-    parts = []
-    for name in drafts:
-        asked, way = name.removeprefix("drafts_").replace("_", " "), row[name]
-        parts.append(
-            f"drafts {asked}: {way['tokens_per_step']:.2f} tokens per pass, "
-            f"{way['over_plain_cpu']:.2f} x plain (cpu), {way['over_plain']:.2f} (wall), "
-            f"{way['over_transformers_cpu']:.2f} x transformers"
+    rows = []
+    for temperature, (kind, texts) in itertools.product((0.0, 1.0), PROMPTS.items()):
+        progress(f"{kind}, temperature {temperature:g}")
+        prompts = [prompt_ids(tokenizer, kind, text) for text in texts[:n_prompts]]
+        for name in names:
+            decode(name, prompts[0], 4, 0, temperature)  # warms up
+        found: dict[str, list[Row]] = {name: [] for name in names}
+        for number, prompt in enumerate(prompts):
+            for name in names if number % 2 == 0 else reversed(names):
+                found[name].append(decode(name, prompt, new_tokens, number, temperature))
+        said = {name: [one["generation"] for one in found[name]] for name in ways}
+        tokens = new_tokens * len(prompts)
+        row: Row = {"kind": kind, "temperature": temperature, "tokens": tokens}
+        if not temperature:
+            for name in list(ways)[1:]:
+                require_same_greedy(model, prompts, said["plain"], said[name])
+            pairs = zip(found["transformers"], found["plain"], strict=True)
+            same = sum(a["ids"] == b["ids"] for a, b in pairs)
+            row["equal_to_transformers"] = f"{same} of {len(prompts)}"
+        wall, cpu = (
+            {name: sum(one[clock] for one in own) for name, own in found.items()}
+            for clock in ("wall", "cpu")
         )
-    kind = f"{row['kind']}, temperature {row['temperature']:g}"
-    plain = row["plain"]["tokens_per_cpu_second"]
-    return f"{kind}: plain {plain:.1f} tokens a CPU second; " + "; ".join(parts)
+        for name in names:
+            row[name] = {
+                "tokens_per_cpu_second": tokens / cpu[name],
+                "tokens_per_second": tokens / wall[name],
+                "over_plain_cpu": cpu["plain"] / cpu[name],
+                "over_plain": wall["plain"] / wall[name],
+                "over_transformers_cpu": cpu["transformers"] / cpu[name],
+                **(rates(said[name]) if name.startswith("drafts") else {}),
+            }
+        rows.append(row)
+    return rows
 
 
 def draw(rows: list[Row], file: Path) -> None:
@@ -204,25 +179,32 @@ def pretrained_heads(
     draft_vocab: Sequence[int] = (8192,),
     figure: Path | None = None,
 ) -> Row:
-    """All prompts, and the passes that a round of decoding consists of.
+    """All prompts, and the passes of a round of decoding.
 
     Args:
         run: a run folder, a checkpoint or a Hugging Face folder.
-        new_tokens: of a prompt.
-        prompts: of each kind, up to 4.
-        drafts: a round.
-        draft_vocab: drafts of so many tokens, too.
-        figure: an SVG file of speed over plain decoding.
+        prompts: prompts of each kind, up to 4.
+        drafts: drafts a round.
+        draft_vocab: sizes of the vocabulary that drafts are also chosen from.
+        figure: an SVG file for a figure of speed over plain decoding.
     """
     torch.set_num_threads(1)
     opened = open_model(run)
-    rows = measure(
-        opened.model,
-        opened.tokenizer,
-        new_tokens=new_tokens,
-        n_prompts=prompts,
-        depths=drafts,
-        vocabularies=draft_vocab,
+    ways: dict[str, Row] = {"plain": {"speculative": False}}
+    ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}
+    ways |= {
+        f"drafts_{depth}_of_{size}": {"draft_depth": depth, "draft_vocab": size}
+        for size in draft_vocab
+        for depth in drafts
+    }
+    sizes = {"new_tokens": new_tokens, "n_prompts": prompts}
+    rows = measure(opened.model, opened.tokenizer, ways, **sizes)
+    cli.print_table(
+        f"{run}: CPU seconds of one thread; x plain also in wall-clock",
+        "prompts: kind; temperature: temperature; way: way; tokens per pass: tokens_per_step .2f; "
+        "tokens/s: tokens_per_cpu_second .1f; x plain: over_plain_cpu .2f; "
+        "wall: over_plain .2f; x transformers: over_transformers_cpu .2f",
+        [{**row, "way": way, **row[way]} for row in rows for way in (*ways, "transformers")],
     )
     prompt = prompt_ids(opened.tokenizer, "prose", PROMPTS["prose"][0])
     costs = pass_costs(opened.model, prompt, repeats=20)
@@ -238,7 +220,7 @@ def pretrained_heads(
     }
 
 
-main = cli.program("pretrained_heads", __doc__, pretrained_heads)
+main = cli.program(pretrained_heads)
 
 if __name__ == "__main__":
     main()

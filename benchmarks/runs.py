@@ -1,13 +1,13 @@
-"""What a run costs besides its optimizer steps, and how it should be set up.
+"""How a run starts, and how it should be set up.
 
-python -m benchmarks.runs startup        until --help, and until the first optimizer step
-python -m benchmarks.runs validation     the share of validations, by part
-python -m benchmarks.runs threads        steps per second by threads, next to busy processes
-python -m benchmarks.runs main_job       tokenizers, shapes and depths at equal time
+python -m benchmarks.runs startup     until --help, and until the first optimizer step
+python -m benchmarks.runs threads     steps per second by threads, next to busy processes
+python -m benchmarks.runs main_job    tokenizers, shapes and depths at equal time
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -15,27 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 from benchmarks import cli, harness
 from benchmarks.harness import Row
 
 TRAIN = str(harness.ROOT / "train.py")
-
-# Name -> runs at once, threads of each, and what tells OpenMP how they wait.
-THREADS: dict[str, tuple[int, int, dict[str, str]]] = {
-    "1 thread": (1, 1, {}),
-    "2 threads": (1, 2, {}),
-    "2 threads, short spin": (1, 2, {"GOMP_SPINCOUNT": "10000"}),
-    "2 threads, passive": (1, 2, {"OMP_WAIT_POLICY": "passive"}),
-    "2 runs of 1 thread": (2, 1, {}),
-}
 
 
 def seconds_of_help() -> float:
@@ -48,16 +37,16 @@ def seconds_of_help() -> float:
     return seconds
 
 
-def seconds_to_first_step(folder: Path, name: str, overrides: list[str]) -> dict[str, float]:
-    """Wall time from the start of a training process to its first optimizer step, and to its end.
+def seconds_to_first_step(folder: Path, name: str, overrides: Sequence[str]) -> Row:
+    """Wall time from the start of a training process to its first step, and to its end.
 
     Args:
-        folder: of the run and the cache.
-        name: of the run, new in ``folder``.
-        overrides: of the config.
+        folder: folder of the run and of its cache.
+        name: name of the run, new in ``folder``.
+        overrides: overrides of the config.
 
     Raises:
-        RuntimeError: the run failed, or never announced a step.
+        RuntimeError: the run failed, or printed no step.
     """
     command = [
         sys.executable,
@@ -91,20 +80,19 @@ def seconds_to_first_step(folder: Path, name: str, overrides: list[str]) -> dict
 def startup(overrides: Sequence[str] = (), /, repeats: int = 5) -> Row:
     """Until ``train.py --help`` and the first optimizer step.
 
-    The step is that of ``model=nano`` and its default data, in a cache folder of its own: once
-    empty, when tokenizer and token store are built, then with everything there.
+    The step is that of ``model=nano`` and its default data, in a cache folder of its own: first
+    empty, so that tokenizer and token store are built, then filled.
 
     Args:
-        overrides: of the config, for the first step.
+        overrides: overrides of the config, for the first step.
     """
     harness.progress("train.py --help")
     helps = [seconds_of_help() for _ in range(repeats)]
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as name:
-        folder = Path(name)
         harness.progress("first step, empty cache")
-        cold = seconds_to_first_step(folder, "cold", list(overrides))
+        cold = seconds_to_first_step(Path(name), "cold", overrides)
         harness.progress("first step, full cache")
-        warm = [seconds_to_first_step(folder, f"warm-{i}", list(overrides)) for i in range(repeats)]
+        warm = [seconds_to_first_step(Path(name), f"warm-{i}", overrides) for i in range(repeats)]
     times = {
         "train.py --help": (helps, 1.5),
         "first step, full cache": ([run["first_step"] for run in warm], 20.0),
@@ -124,92 +112,27 @@ def startup(overrides: Sequence[str] = (), /, repeats: int = 5) -> Row:
     return {"rows": rows}
 
 
-@contextmanager
-def timed(owner: type, name: str, seconds: list[float]) -> Iterator[None]:
-    """Note what every call of a method takes."""
-    method: Callable[..., Any] = getattr(owner, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        began = harness.clock()
-        result = method(*args, **kwargs)
-        harness.synchronize()
-        seconds.append(harness.clock() - began)
-        return result
-
-    with patch.object(owner, name, wrapped):
-        yield
-
-
-def validation_parts(overrides: Sequence[str], *, steps: int) -> list[Row]:
-    """Seconds of a step and of every part of a validation, and their shares of the whole run.
-
-    Args:
-        overrides: of the config.
-        steps: between two validations.
-    """
-    from mtp_lightning.callbacks.exact_match import ExactMatch
-    from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
-    from mtp_lightning.experiment.training import train
-    from mtp_lightning.module import MTPModule
-
-    whole = harness.compose_config(overrides).trainer
-    parts = {
-        "a training step": (MTPModule, "training_step"),
-        "a validation's losses": (MTPModule, "validation_step"),
-        "its answers (exact_match)": (ExactMatch, "on_validation_epoch_end"),
-        "its drafts (speculative_eval)": (SpeculativeEval, "on_validation_epoch_end"),
-    }
-    seconds: dict[str, list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder, ExitStack() as stack:
-        for what, (owner, name) in parts.items():
-            stack.enter_context(timed(owner, name, seconds[what]))
-        short = [f"trainer.max_steps={3 * steps}", f"trainer.val_check_interval={steps}"]
-        train(
-            harness.compose_config([*overrides, *short, "logger=csv", f"paths.output_dir={folder}"])
-        )
-    validations = whole.max_steps // whole.val_check_interval
-    rows: list[Row] = []
-    for what, took in seconds.items():
-        is_step = what == "a training step"
-        # The first steps, and the first of three validations with all its batches, are left out.
-        once = statistics.mean(took[steps:]) if is_step else sum(took[len(took) // 3 :]) / 2
-        total = once * (whole.max_steps if is_step else validations)
-        rows.append({"what": what, "seconds": once, "total": total})
-    total = sum(row["total"] for row in rows)
-    return [{**row, "share": row["total"] / total} for row in rows]
-
-
-@cli.command(quick={"steps": 2}, cpu_time=True)
-def validation(
-    overrides: Sequence[str] = (), /, experiment: str = "star_graph", steps: int = 20
-) -> Row:
-    """The share of validations in a preset's whole run, by part.
-
-    The run is shortened to three validations; the first, which makes the examples, is left out.
-    From the seconds of a step and of a validation follow the shares of the whole run.
-
-    Args:
-        overrides: of the config.
-        experiment: the preset.
-        steps: between two validations.
-    """
-    rows = validation_parts([f"experiment={experiment}", *overrides], steps=steps)
-    columns = "what: what; seconds each: seconds .3f; of the whole run: share .1%"
-    cli.print_table(f"experiment={experiment}", columns, rows)
-    return {"rows": rows}
+# Name of a row of ``threads`` -> runs at once, threads of each, and how OpenMP's threads wait.
+THREADS: dict[str, tuple[int, int, dict[str, str]]] = {
+    "1 thread": (1, 1, {}),
+    "2 threads": (1, 2, {}),
+    "2 threads, short spin": (1, 2, {"GOMP_SPINCOUNT": "10000"}),
+    "2 threads, passive": (1, 2, {"OMP_WAIT_POLICY": "passive"}),
+    "2 runs of 1 thread": (2, 1, {}),
+}
 
 
 @cli.command(quick={"rounds": 1})
 def threads(neighbors: Sequence[int] = (0, 1, 2), rounds: int = 5, seconds: float = 5.0) -> Row:
-    """Steps a second of ``model=nano`` by threads, and by how OpenMP's threads wait.
+    """Steps per second of ``model=nano`` by threads, and by how OpenMP's threads wait.
 
     Args:
-        neighbors: busy processes next to it.
-        seconds: of steps in a round.
+        neighbors: numbers of busy processes next to it.
+        seconds: seconds of steps a turn.
     """
-    rows = [row for n in neighbors for row in beside(n, rounds=rounds, seconds=seconds)]
+    rows = [row for n in neighbors for row in next_to(n, rounds=rounds, seconds=seconds)]
     cli.print_table(
-        "Training steps a second of model=nano",
+        "Training steps per second of model=nano",
         "neighbors: neighbors d; threads: name; steps/s: steps_per_second .2f; "
         "over one thread: over_one_thread .2f",
         rows,
@@ -217,40 +140,36 @@ def threads(neighbors: Sequence[int] = (0, 1, 2), rounds: int = 5, seconds: floa
     return {"rows": rows}
 
 
-def beside(neighbors: int, *, rounds: int, seconds: float) -> list[Row]:
-    """All rows next to ``neighbors`` processes that never wait."""
+def next_to(neighbors: int, *, rounds: int, seconds: float) -> list[Row]:
+    """The rows of ``threads`` next to so many processes that never wait."""
     from benchmarks.workloads import MODELS, training
 
     task = {"model": "nano", **MODELS["nano"], "batch_size": 16, "seconds": seconds}
+
+    def steps_per_second(workers: list[harness.Worker], pool: ThreadPoolExecutor) -> float:
+        return sum(1 / answer["seconds"] for answer in pool.map(harness.Worker.turn, workers))
+
     with ExitStack() as stack:
         for _ in range(neighbors):
             busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
             stack.callback(busy.wait)
             stack.callback(busy.kill)
         turns = {}
-        for name, (runs, threads, waiting) in THREADS.items():
-            own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **waiting}
+        for name, (runs, n, waiting) in THREADS.items():
+            own = {"OMP_NUM_THREADS": str(n), "MKL_NUM_THREADS": str(n), **waiting}
             workers = [
                 stack.enter_context(harness.Worker(training, task, environment=own))
                 for _ in range(runs)
             ]
-            turns[name] = _all_at_once(workers, stack.enter_context(ThreadPoolExecutor(runs)))
+            pool = stack.enter_context(ThreadPoolExecutor(runs))
+            turns[name] = partial(steps_per_second, workers, pool)
         rates = harness.take_turns(turns, rounds, say=f"next to {neighbors} busy processes")
     return [
-        {
-            "neighbors": neighbors,
-            "name": name,
-            "steps_per_second": statistics.median(own),
-            "over_one_thread": harness.ratio(own, rates["1 thread"]),
-            "rounds": own,
-        }
+        {"neighbors": neighbors, "name": name, "rounds": own}
+        | {"steps_per_second": statistics.median(own)}
+        | {"over_one_thread": harness.ratio(own, rates["1 thread"])}
         for name, own in rates.items()
     ]
-
-
-def _all_at_once(workers: list[harness.Worker], pool: ThreadPoolExecutor) -> Any:
-    """One turn of all workers at once: their steps a second, added."""
-    return lambda: sum(1 / a["seconds"] for a in pool.map(harness.Worker.turn, workers))
 
 
 def _wide(width: int, blocks: int, heads: int, d_ff: int) -> list[str]:
@@ -264,7 +183,7 @@ def _wide(width: int, blocks: int, heads: int, d_ff: int) -> list[str]:
 
 
 _USUAL = _wide(128, 4, 4, 384)
-# Name of a row -> overrides of the main job.
+# Name of a row of ``main_job`` -> overrides.
 MAIN_JOBS: dict[str, list[str]] = {
     "byte, 128 x 4": ["tokenizer=byte", *_USUAL],
     "4,096 ids, 128 x 4": ["tokenizer.vocab_size=4096", *_USUAL],
@@ -276,17 +195,13 @@ MAIN_JOBS: dict[str, list[str]] = {
     "the same, D = 1": ["mtp.depth=1"],
     "the same, D = 3": ["mtp.depth=3"],
 }
-_MAIN_JOB_COLUMNS = (
-    "row: row; steps: step ,; bits per byte: val/bits_per_byte .3f; "
-    "agreement, depth 1: val/agreement_depth_1 .1%; depth 2: val/agreement_depth_2 .1%; "
-    "tokens a verify pass: decode/tokens_per_step .2f; speed-up by drafts: decode/speedup .2f"
-)
+# Beginnings of the metrics that a row has.
 _KEPT = ("step", "val/bits_per_byte", "val/agreement_depth", "decode/tokens_per_step")
 _KEPT += ("decode/speedup", "evaluation", "seconds", "tokens", "parameters")
 
 
 def train_for(folder: Path, overrides: list[str], steps: int, *more: str) -> float:
-    """A run in a process of its own; its CPU seconds."""
+    """CPU seconds of a run in a process of its own."""
     given = [
         *overrides,
         f"trainer.max_steps={steps}",
@@ -300,15 +215,13 @@ def train_for(folder: Path, overrides: list[str], steps: int, *more: str) -> flo
 
 
 def train_row(name: str, seconds: float, folder: Path) -> Row:
-    """Final metrics of a row that trained for so many CPU seconds of steps."""
+    """Final metrics of a row after so many CPU seconds of training steps."""
     overrides = MAIN_JOBS[name]
     short = ["data.eval_bytes=1", "~callbacks.speculative_eval"]
     # The first run also builds the token store, which the others find.
     train_for(folder / "store", overrides, 1, *short)
-    few, many = 20, 80
-    taken = [train_for(folder / str(steps), overrides, steps, *short) for steps in (few, many)]
-    steps = round(seconds * (many - few) / (taken[1] - taken[0]))
-    train_for(folder / "run", overrides, steps)
+    few, many = (train_for(folder / str(n), overrides, n, *short) for n in (20, 80))
+    train_for(folder / "run", overrides, round(seconds * 60 / (many - few)))
     summary = json.loads((folder / "run" / "summary.json").read_text())
     found = {key: value for key, value in summary.items() if key.startswith(_KEPT)}
     harness.progress(f"{name}: {found['val/bits_per_byte']:.3f} bits per byte")
@@ -319,24 +232,30 @@ def train_row(name: str, seconds: float, folder: Path) -> Row:
 def main_job(seconds: float = 240.0, only: str = "") -> Row:
     """Tokenizers, shapes and depths at equal time: what should ``python train.py`` train?
 
-    Each row is trained for as many steps as so many CPU seconds of one thread hold, by what two
-    short runs differ in; as many rows at once as there are cores. All are evaluated on one text,
-    whatever their tokenizer. One seed: differences of a few hundredths mean nothing.
+    Each row trains for as many steps as so many CPU seconds of one thread hold, estimated from the
+    difference of two short runs; as many rows run at once as there are cores. All are evaluated on
+    one text, for any tokenizer. One seed: differences of a few hundredths mean nothing.
 
     Args:
-        seconds: of training steps, each.
-        only: rows whose names contain this.
+        seconds: CPU seconds of training steps of each row.
+        only: rows whose names contain this text.
     """
     names = [name for name in MAIN_JOBS if only in name]
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
         folders = [Path(folder) / str(i) for i in range(len(names))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(train_row, names, [seconds] * len(names), folders))
-    cli.print_table(f"{seconds:.0f} CPU seconds each", _MAIN_JOB_COLUMNS, rows)
+            rows = list(pool.map(train_row, names, itertools.repeat(seconds), folders))
+    cli.print_table(
+        f"{seconds:.0f} CPU seconds each",
+        "row: row; steps: step ,; bits per byte: val/bits_per_byte .3f; "
+        "agreement, depth 1: val/agreement_depth_1 .1%; depth 2: val/agreement_depth_2 .1%; "
+        "tokens a verify pass: decode/tokens_per_step .2f; speed-up by drafts: decode/speedup .2f",
+        rows,
+    )
     return {"rows": rows}
 
 
-main = cli.program("runs", __doc__, startup, validation, threads, main_job)
+main = cli.program(startup, threads, main_job)
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,12 @@
-"""Does a change of the code leave every number as it was? Trains two trees, compares the bits.
+"""Does a change of the code leave every number as it was?
 
-Run ``python -m benchmarks.same_bits --base COMMIT``. Every configuration of :data:`CASES` is
-trained for 60 steps on a generated text by one thread of this machine's CPU: once by the code of
-the commit, unpacked into a temporary folder, and once by the working tree. Losses, their weights,
-gradient norms and validation results in ``metrics.csv`` must agree to the last bit; exit code 1
-says that something differs. It takes four minutes, half of them for the base, whose results are
-kept by commit and configuration in the cache folder (``--again`` trains it again). This file
-imports no other benchmark, so that it also runs from a copy.
+Run ``python -m benchmarks.same_bits --base COMMIT``. Each configuration of :data:`CASES` trains for
+60 steps on a generated text, by one thread of this machine: once by the code of the commit,
+unpacked into a temporary folder, and once by the working tree. Losses, their weights, gradient
+norms and validation results in ``metrics.csv`` must agree to the last bit; if not, the exit code is
+1. It takes four minutes, half of them for the base, whose results are kept by commit and
+configuration in the cache folder (``--again`` trains it again). The base runs this file from the
+working tree, so it imports no other benchmark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = "b4f10fd"
 STEPS = 60
 
-# Columns that are compared; times, speeds and what follows from them differ from run to run.
+# Columns that are compared. Times and speeds differ from run to run.
 COMPARED = ("train/", "val/", "grad/", "balance/", "moe/")
 
 COMMON = [
@@ -122,7 +121,7 @@ CASES: dict[str, list[str]] = {
 
 
 def made_text() -> str:
-    """600 documents as .jsonl, from 2 to 60 words of a small vocabulary with some order in it."""
+    """600 documents as .jsonl: 2 to 60 words of a small vocabulary, in some order."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 7))) for _ in range(60)]
     lines = []
@@ -136,13 +135,13 @@ def made_text() -> str:
 
 
 def overrides(case: str, folder: Path, data: Path) -> list[str]:
-    """All of Hydra's overrides of a case."""
+    """All overrides of a case."""
     places = [f"data.paths={data / 'text.jsonl'}", f"paths.cache_dir={data / 'cache'}"]
     return [*COMMON, *CASES[case], *places, f"paths.output_dir={folder}"]
 
 
 def train_all(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
-    """The child's work: train every case with the code of ``tree``, into ``output/CASE``."""
+    """Run in the child: train every case with the code of ``tree``, into ``output/CASE``."""
     import mtp_lightning
 
     if not Path(mtp_lightning.__file__).is_relative_to(tree):
@@ -155,7 +154,7 @@ def train_all(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
         with (partial / "log").open("w", encoding="utf-8") as log:
             try:
                 (by_command_line if "ddp" in case else in_process)(tree, case, partial, data, log)
-            except Exception:  # of whatever kind: the other cases are run, the table shows this one
+            except Exception:  # the other cases run, and the table shows this one as failed
                 traceback.print_exc(file=log)
                 continue
         partial.rename(output / case)
@@ -225,7 +224,7 @@ def compare(base: Path, tree: Path) -> dict[str, Any]:
 
 
 def run_child(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
-    """Train the cases by the code of ``tree``, whatever this process has imported."""
+    """Train the cases in a child that imports the code of ``tree``."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HYDRA_")}
     environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     task = json.dumps([str(tree), str(output), str(data), cases])
@@ -238,7 +237,7 @@ def run_child(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
 
 
 def unpack(commit: str, folder: Path) -> Path:
-    """The files of a commit, with their C++ built: it has other roundings than PyTorch's layers."""
+    """The files of a commit, with their C++ built, which rounds differently from PyTorch."""
     archive = subprocess.run(
         ["git", "archive", "--format=tar", commit], cwd=ROOT, capture_output=True, check=True
     )
@@ -251,22 +250,12 @@ def unpack(commit: str, folder: Path) -> Path:
 
 
 def kept(commit: str, case: str, versions: str) -> Path:
-    """Where the base's run of a case is kept: other settings or versions have another place."""
+    """The cache folder of the base's run of a case, which depends on settings and versions."""
     native = os.environ.get("MTP_LIGHTNING_NATIVE", "built")
     said = json.dumps([made_text(), COMMON, CASES[case], versions, native])
     key = hashlib.sha256(said.encode()).hexdigest()[:12]
     cache = os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning"
     return Path(cache).expanduser() / "same_bits" / commit / key / case
-
-
-def processor() -> str:
-    """The name of the processor, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -295,7 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--base {options.base} is not a commit of this repository")
     commit = named.stdout.strip()
 
-    import torch  # for its version alone: both trees are trained in children
+    import torch  # only for its version: both trees train in children
+
+    from mtp_lightning.system import processor
 
     versions = f"{torch.__version__} {processor()}"
     with tempfile.TemporaryDirectory() as scratch:

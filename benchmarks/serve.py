@@ -2,11 +2,10 @@
 
     python -m benchmarks.serve --checkpoint runs/mine
 
-Two servers (extra ``serve``) of one thread each, one drafting and one plain, take turns; each
-client asks again as soon as it has its answer. Texts are greedy. With ``--cpu-time`` the seconds
-are those that the server's process has had of the CPU, HTTP included. Ratios are medians over
-turns: ``against_one`` of a server's tokens/s over those of one client in the same turn, ``speedup``
-of drafting over plain.
+Two servers (extra ``serve``) of one thread each, one drafting and one plain, take turns. A client
+asks for a greedy text again as soon as it has its answer. With ``--cpu-time`` the seconds are CPU
+seconds of the server's process, HTTP included. Ratios are medians over turns: ``against_one`` of a
+server's tokens/s over those of one client in the same turn, ``speedup`` of drafting over plain.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Served:
-    """A server that runs: its address, and how its seconds are counted."""
+    """A running server: its address, and the clock for its seconds."""
 
     url: str
     clock: Callable[[], float]
@@ -51,7 +50,7 @@ class Served:
 
 @contextmanager
 def server(checkpoint: str, speculative: str, *, cpu_time: bool) -> Iterator[Served]:
-    """A server for as long as it is needed."""
+    """A server that runs in the block."""
     app = [sys.executable, str(harness.ROOT / "serve.py"), f"checkpoint={checkpoint}", "port=0"]
     options = [f"speculative={speculative}", "num_threads=1", "batch_size=8"]
     with subprocess.Popen([*app, *options], stdout=subprocess.PIPE, text=True) as process:
@@ -65,7 +64,7 @@ def server(checkpoint: str, speculative: str, *, cpu_time: bool) -> Iterator[Ser
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process has had of the CPU so far (Linux)."""
+    """CPU seconds of a process so far (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -81,7 +80,7 @@ def ask(url: str, prompt: str, tokens: int) -> tuple[str, int]:
 
 
 def load(served: Served, clients: int, *, requests: int, tokens: int) -> Row:
-    """What so many clients get that ask ``requests`` times each."""
+    """The rates of so many clients, each of which asks ``requests`` times."""
     asked = [PROMPTS[i % len(PROMPTS)] for i in range(clients * requests)]
     began = served.clock()
     with ThreadPoolExecutor(clients) as pool:
@@ -98,7 +97,7 @@ def load(served: Served, clients: int, *, requests: int, tokens: int) -> Row:
 def measure(
     checkpoint: str, *, clients: Sequence[int], turns: int, tokens: int, cpu_time: bool
 ) -> Row:
-    """Rows of the table, and whether the texts of both servers are the same."""
+    """The rows of the table, and whether both servers' texts are the same."""
     with ExitStack() as stack:
         servers = {
             way: stack.enter_context(server(checkpoint, speculative, cpu_time=cpu_time))
@@ -140,8 +139,7 @@ def serve(
 
     Args:
         checkpoint: as serve.py takes it.
-        clients: that ask at once.
-        tokens: of every text.
+        clients: numbers of clients at once.
     """
     cpu = harness.counts_cpu_time()
     result = measure(checkpoint, clients=clients, turns=turns, tokens=tokens, cpu_time=cpu)
@@ -156,7 +154,7 @@ def serve(
     return result
 
 
-main = cli.program("serve", __doc__, serve)
+main = cli.program(serve)
 
 
 if __name__ == "__main__":

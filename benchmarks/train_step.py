@@ -6,9 +6,9 @@
     python -m benchmarks.train_step memory        with freed memory kept and given back
     python -m benchmarks.train_step profile       by kind of layer, forward and backward
 
-A step is what a run takes, without Lightning, callbacks and logging around it. Each configuration
-has processes of its own, so that its peak memory is its own; configurations take turns. FLOPs count
-attention in full, without a causal discount, as other libraries' figures do.
+A step is that of a run, without Lightning, callbacks and logging. Each configuration has processes
+of its own, so that its peak memory is its own; configurations take turns. FLOPs count attention in
+full, without a causal discount, as other libraries' figures do.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -58,15 +59,15 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         for word in ("e2e_tv", "wtv", "eal")
     },
 }
-# These have depth 1 only.
+# These variants have depth 1 only.
 ONE_DEPTH = ("top", "bag", "registers")
 
 
 def measure(task: Row) -> Iterator[Row]:
-    """A configuration: its costs, then the time and memory of ``steps`` steps.
+    """The costs of a configuration, then the time and memory of ``steps`` steps.
 
-    With ``rates`` the process measures its rate of matrix products between the steps:
-    ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU, and the fastest kernel it has.
+    With ``rates`` the process also measures two rates of matrix products of 1024^3 between the
+    steps: of ``torch.matmul``, which is MKL's on an x86 CPU, and of the fastest kernel.
     """
     if not task.get("give_back"):
         workloads.prepare_process()
@@ -80,7 +81,7 @@ def measure(task: Row) -> Iterator[Row]:
         "gflop_per_step": built.flops_per_token * task["batch_size"] * task["seq_len"] / 1e9,
         "rss_imported": built.rss_imported,
         "rss_built": rss_built,
-        # Parameters, gradients, and AdamW's two moments.
+        # Parameters, gradients and AdamW's two moments.
         "state_bytes": 4 * sum(p.numel() * p.element_size() for p in model.parameters()),
     }
     a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
@@ -94,24 +95,24 @@ def measure(task: Row) -> Iterator[Row]:
         if task.get("rates"):
             times = harness.median_times(products, repeats=3)
             rates.append({f"{name}_gflops": 2 * SIZE**3 / s / 1e9 for name, s in times.items()})
-    peak = harness.peak_rss()  # before the count below, which is not part of a run
-    saved = harness.SavedTensors(model.parameters())
-    with saved.counting():
+    peak = harness.peak_rss()  # before the count below, which a run does not have
+    with harness.saved_tensors(model.parameters()) as saved:
         hidden_bytes, loss = built.forward()
         loss.backward()
     yield {
         "ms_per_step": statistics.median(seconds) * 1e3,
         "rss_peak": peak,
-        # What autograd keeps for backward passes, and the gradients of hidden states.
-        "saved_peak": saved.peak,
-        "saved_bytes": saved.peak + hidden_bytes,
+        # The tensors that autograd keeps for backward, and the gradients of hidden states.
+        "saved_peak": saved["peak"],
+        "saved_bytes": saved["peak"] + hidden_bytes,
         **(harness.medians(rates) if rates else {}),
     }
 
 
 def measure_rows(tasks: list[Row], repeats: int) -> Row:
-    """The rows of a table, and the runs they are medians of. Rows with D = 0 are compared with."""
-    runs = harness.measure_rows(measure, tasks, repeats=repeats)
+    """The rows: medians over runs, compared with the row of D = 0; and the runs themselves."""
+    sides = {task["name"]: partial(harness.measure_once, measure, task) for task in tasks}
+    runs = list(harness.take_turns(sides, repeats).values())
     rows = [combine(task, done) for task, done in zip(tasks, runs, strict=True)]
     plain = {row["vocab_size"]: row for row in rows if row["depth"] == 0}
     for row in rows:
@@ -121,7 +122,7 @@ def measure_rows(tasks: list[Row], repeats: int) -> Row:
 
 
 def combine(task: Row, runs: list[Row]) -> Row:
-    """The medians of one configuration's processes, and what follows from them."""
+    """The medians over a configuration's processes, and figures derived from them."""
     row = task | harness.medians(runs)
     tokens = task["batch_size"] * task["seq_len"]
     row["ms_slowest"] = max(run["ms_per_step"] for run in runs)
@@ -129,7 +130,7 @@ def combine(task: Row, runs: list[Row]) -> Row:
     row["tokens_per_second"] = tokens / row["ms_per_step"] * 1e3
     row["gflops"] = row["gflop_per_step"] / row["ms_per_step"] * 1e3
     for name in ("matmul", "fastest") if "matmul_gflops" in row else ():
-        # A ratio belongs to one process; then their median.
+        # The median of the processes' ratios.
         row[f"ratio_to_{name}"] = statistics.median(
             run["gflop_per_step"] / run["ms_per_step"] * 1e3 / run[f"{name}_gflops"] for run in runs
         )
@@ -143,13 +144,13 @@ def combine(task: Row, runs: list[Row]) -> Row:
 
 
 def compare(row: Row, plain: Row) -> None:
-    """Add what a row costs over the plain trunk, by time, FLOPs, parameters and memory."""
+    """Add a row's time, FLOPs, parameters and memory relative to the plain trunk's."""
     share = row["gflop_per_step"] / plain["gflop_per_step"]
     row["flops_over_plain"], row["stack_share"] = share, 1 - 1 / share
     row["time_over_plain"] = row["ms_per_step"] / plain["ms_per_step"]
     row["cost_over_share"] = row["time_over_plain"] / share
     if "ratio_to_fastest" in row:
-        # By the rate of products that each process saw: for a busy machine.
+        # Corrected by the rate of products that each process saw: for a busy machine.
         row["cost_over_share_by_rate"] = plain["ratio_to_fastest"] / row["ratio_to_fastest"]
     row["parameters_added"] = row["parameters"] - plain["parameters"]
     row["saved_over_plain"] = row["saved_peak"] / plain["saved_peak"]
@@ -168,11 +169,7 @@ def train_step(
     steps: int = 12,
     repeats: int = 3,
 ) -> Row:
-    """By number of depths D and vocabulary V.
-
-    Args:
-        steps: of a process.
-    """
+    """By number of depths D and vocabulary V."""
     task = {"model": model, "batch_size": batch_size, "seq_len": seq_len, "steps": steps}
     tasks = [
         {**task, "name": f"V={size} D={depth}", "vocab_size": size, "depth": depth, "rates": True}
@@ -213,12 +210,11 @@ def variants(
 ) -> Row:
     """By way of predicting several tokens, each next to the plain trunk.
 
-    ``activations`` is the most that autograd holds at once for backward passes: independent heads
-    (parallel, linear) are trained one after another, so theirs does not grow with D.
+    ``activations`` is the most that autograd holds at once for backward. Independent heads
+    (parallel, linear) are trained one after another, so theirs do not grow with D.
 
     Args:
-        variants: rows.
-        steps: of a process.
+        variants: the rows.
     """
     task = {"model": model, "batch_size": batch_size, "seq_len": seq_len, "steps": steps}
     task["vocab_size"] = vocab_size
@@ -243,21 +239,20 @@ def variants(
 
 @cli.command(quick={"steps": 2}, choices={"models": list(MODELS)}, cpu_time=True)
 def precision(models: Sequence[str] = tuple(MODELS), steps: int = 15) -> Row:
-    """In fp32 and in bf16-mixed: it takes AVX512-BF16 or AMX (``lscpu``) to gain by bf16.
+    """In fp32 and in bf16-mixed, which is faster on CPUs with AVX512-BF16 or AMX (``lscpu``).
 
     Args:
-        steps: of each.
+        steps: turns, each a step in both precisions.
     """
     rows = []
     for name in models:
         task = {"model": name, **MODELS[name]}
-        with (
-            harness.Worker(workloads.training, task) as fp32,
-            harness.Worker(workloads.training, {**task, "autocast": True}) as bf16,
-        ):
-            sides = {"fp32": fp32.turn, "bf16": bf16.turn}
-            answers = harness.take_turns(sides, steps, say=name)
-        seconds = {side: [a["seconds"] for a in own] for side, own in answers.items()}
+        sides = {
+            "fp32": partial(harness.Worker, workloads.training, task),
+            "bf16": partial(harness.Worker, workloads.training, {**task, "autocast": True}),
+        }
+        found = harness.race(sides, steps, say=name)
+        seconds = {side: [answer["seconds"] for answer in own] for side, own in found.items()}
         ms = {f"ms_{side}": 1e3 * statistics.median(own) for side, own in seconds.items()}
         tokens = task["batch_size"] * task["seq_len"]
         rows.append(
@@ -277,11 +272,10 @@ def precision(models: Sequence[str] = tuple(MODELS), steps: int = 15) -> Row:
 
 @cli.command(quick={"steps": 4, "repeats": 1}, cpu_time=True)
 def memory(model: str = "micro", depth: int = 2, steps: int = 12, repeats: int = 3) -> Row:
-    """With freed memory kept, as the apps have it (``keep_freed_memory``), and given back.
+    """With freed memory kept, as the apps do (``keep_freed_memory``), and given back.
 
     Args:
-        model: with its batch and vocabulary.
-        steps: of a process.
+        model: a model with its batch and vocabulary.
     """
     task = {"model": model, **MODELS[model], "depth": depth, "steps": steps}
     tasks = [{**task, "name": "kept"}, {**task, "name": "given back", "give_back": True}]
@@ -298,7 +292,7 @@ def memory(model: str = "micro", depth: int = 2, steps: int = 12, repeats: int =
 
 
 def measure_profile(task: Row) -> Iterator[Row]:
-    """Where the steps of one model go."""
+    """Where the time of a model's steps goes."""
     workloads.prepare_process()
     built = workloads.build_step(task)
     for _ in range(workloads.WARMUP_STEPS):
@@ -306,7 +300,7 @@ def measure_profile(task: Row) -> Iterator[Row]:
     yield {"gflop_per_step": built.flops_per_token * task["batch_size"] * task["seq_len"] / 1e9}
     times = [harness.seconds_of(built.step) for _ in range(2 * task["steps"])]
     seconds = statistics.median(times)
-    rows = profiles.of_step(built, n_steps=task["steps"], seconds_per_step=seconds)
+    rows = profiles.profile_step(built, n_steps=task["steps"], seconds_per_step=seconds)
     yield {"ms_per_step": seconds * 1e3, "rows": rows}
 
 
@@ -316,21 +310,25 @@ def profile(
     steps: int = 10,
     threads: Sequence[int] = (1, 2),
 ) -> Row:
-    """By kind of layer, forward and backward, with what bounds each.
+    """By kind of layer, forward and backward.
 
     Args:
-        steps: that are watched.
-        threads: of the process; one with --cpu-time.
+        steps: profiled steps.
+        threads: threads of a process; 1 under --cpu-time.
     """
     found = []
     for n, name in itertools.product([1] if harness.counts_cpu_time() else threads, models):
-        harness.progress(f"{name}, threads: {n}")
-        task = {"model": name, **MODELS[name], "steps": steps}
+        task = {"name": f"{name}, threads: {n}", "model": name, **MODELS[name], "steps": steps}
         environment = {"OMP_NUM_THREADS": str(n)}
         measured = harness.measure_once(measure_profile, task, environment=environment)
         found.append({"model": name, "threads": n, **measured})
-        title = f"A step of model={name}, threads: {n}: {measured['ms_per_step']:.1f} ms"
-        profiles.show(title, measured["rows"])
+        cli.print_table(
+            f"A step of model={name}, threads: {n}: {measured['ms_per_step']:.1f} ms"
+            " (the profiler slows operators down: read shares)",
+            "part: part; ms: ms .2f; share: share .1%; GFLOP: gflop .2f; "
+            "products alone, ms: products_ms .2f; operators: operators .0f",
+            measured["rows"],
+        )
     return {"profiles": found}
 
 
@@ -338,7 +336,7 @@ def _title(task: Row) -> str:
     return f"model={task['model']}, batch {task['batch_size']} x {task['seq_len']}, fp32"
 
 
-main = cli.program("train_step", __doc__, train_step, variants, precision, memory, profile)
+main = cli.program(train_step, variants, precision, memory, profile)
 
 if __name__ == "__main__":
     main()

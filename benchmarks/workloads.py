@@ -1,8 +1,7 @@
-"""The work that is timed, built from the checkout that this file is in.
+"""What is timed: an optimizer step, and a decoding, built by the code of this file's checkout.
 
-``benchmarks.against`` runs :func:`training` and :func:`decoding` by the code of two commits, each
-by this file as that commit has it, so their tasks and answers keep their meaning from one commit to
-the next. Imports of the product belong here rather than there.
+``benchmarks.against`` runs :func:`training` and :func:`decoding` of two commits, each by its own
+version of this file. So the tasks and answers keep their meaning from one commit to the next.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from benchmarks.harness import Row
 
 WARMUP_STEPS = 2
 
-# The main job's model, the tables' models, and a task's (star_graph).
+# Model -> the shape of its steps: the main job's model, the tables' models, a task's (star_graph).
 MODELS: dict[str, Row] = {
     "nano": {"vocab_size": 1024, "depth": 2, "batch_size": 4, "seq_len": 256},
     "micro": {"vocab_size": 4096, "depth": 2, "batch_size": 8, "seq_len": 256},
@@ -37,13 +36,13 @@ class Training:
     """An optimizer step as a run takes it, without Lightning, callbacks and logging.
 
     Attributes:
-        step: takes one; the loss.
-        forward: the step's forward pass alone: bytes of the gradients of hidden states, which the
-            loss makes in its forward pass, and the loss.
-        model: that is trained.
-        optimizer: that the step calls.
-        flops_per_token: attention in full, without a causal discount.
-        rss_imported: memory of the process after all imports, before the model.
+        step: takes a step and returns the loss.
+        forward: runs the forward pass of a step; returns the bytes of the gradients of hidden
+            states, which the loss makes in its forward pass, and the loss.
+        model: the model in training.
+        optimizer: the optimizer of the step.
+        flops_per_token: FLOPs; attention counts in full, without a causal discount.
+        rss_imported: memory of the process after all imports and before the model, in bytes.
     """
 
     step: Callable[[], torch.Tensor]
@@ -55,9 +54,11 @@ class Training:
 
 
 def build_step(task: Row) -> Training:
-    """The step of ``model``, ``depth``, ``vocab_size``, ``batch_size`` and ``seq_len``.
+    """Build an optimizer step on random tokens.
 
-    Optional keys: ``mtp`` (default ``sequential``), ``overrides`` of the config, ``device``.
+    Args:
+        task: ``model``, ``depth``, ``vocab_size``, ``batch_size`` and ``seq_len``; and, if wanted,
+            ``mtp`` (default ``sequential``), ``overrides`` of the config, ``device``.
     """
     from data_modules.windows import WindowBatch
     from mtp_lightning.experiment.build import build_model_config, build_objective
@@ -117,13 +118,13 @@ def training(task: Row) -> Iterator[Row]:
     """Some optimizer steps a turn: seconds of one, peak memory in bytes, the last loss.
 
     Args:
-        task: :func:`build_step`'s; a turn takes ``steps`` (default 1), and lasts at least
-            ``seconds`` (default 0); ``autocast`` computes products in bf16.
+        task: that of :func:`build_step`. A turn takes ``steps`` (default 1) and lasts at least
+            ``seconds`` (default 0); with ``autocast``, products are computed in bf16.
     """
     prepare_process()
     built = build_step(task)
     step = built.step
-    if task.get("autocast"):  # as Lightning's plugin has it, around forward and backward
+    if task.get("autocast"):  # around forward and backward, as Lightning's plugin does it
         step = torch.autocast(task.get("device", "cpu"), torch.bfloat16)(step)
     losses = [float(step()) for _ in range(WARMUP_STEPS)]
     yield {"result": losses, "parameters": built.model.config.num_params()}
@@ -138,11 +139,11 @@ def training(task: Row) -> Iterator[Row]:
 
 
 def decoding(task: Row) -> Iterator[Row]:
-    """A greedy decoding of all prompts a turn: seconds of a token, memory, a hash of the ids.
+    """A greedy decoding of all prompts a turn: seconds per token, memory, a hash of the ids.
 
     Args:
         task: ``overrides`` of the model's config, ``vocab_size``, ``depth``, ``precision``,
-            ``batch``, ``prompt_tokens``, ``new_tokens`` and ``drafts``: whether it drafts.
+            ``batch``, ``prompt_tokens``, ``new_tokens``, and ``drafts``: whether it drafts.
     """
     from mtp_lightning.decoding import generate
     from mtp_lightning.decoding.precision import use_precision
@@ -178,14 +179,14 @@ def decoding(task: Row) -> Iterator[Row]:
 
 
 def fastest_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` by the fastest kernel of this machine: oneDNN's where that beats MKL's."""
+    """``a @ b.T`` by this machine's fastest kernel: oneDNN's where that is faster than MKL's."""
     from mtp_lightning.nn.ops import matmul_transposed
 
     return matmul_transposed(a, b)
 
 
 def prepare_process() -> None:
-    """Keep freed memory, as the apps do, and see to it that this checkout's code is measured."""
+    """Keep freed memory, as the apps do, and require that this checkout's code is measured."""
     import mtp_lightning
     from mtp_lightning.runtime import keep_freed_memory
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,19 @@ import pytest
 from benchmarks import against, harness
 
 
-def side(seconds: list[float], rss: float, result: str) -> Callable[[], dict[str, Any]]:
-    answers = iter([{"seconds": s, "rss": rss, "result": result} for s in seconds])
-    return lambda: next(answers)
+def answers(seconds: list[float], rss: float, result: str) -> list[dict[str, Any]]:
+    return [{"seconds": s, "rss": rss, "result": result} for s in seconds]
 
 
 def test_ratios_are_those_of_turns() -> None:
-    base = side([1.0, 2.0, 4.0], 50e6, "a")
-    row = against.compare({"base": base, "tree": side([1.1, 1.0, 5.0], 100e6, "a")}, 3, name="x")
+    base = answers([1.0, 2.0, 4.0], 50e6, "a")
+    row = against.compare("x", {"base": base, "tree": answers([1.1, 1.0, 5.0], 100e6, "a")})
     assert (row["base_ms"], row["tree_ms"]) == (2000, 1100)
     assert (row["ratio"], row["low"], row["high"]) == (1.1, 0.5, 1.25)
     assert (row["base_mb"], row["tree_mb"], row["memory"]) == (50, 100, 2)
     assert row["same"] == "yes"
-    other = {"base": side([1.0], 1e6, "a"), "tree": side([1.0], 1e6, "b")}
-    assert against.compare(other, 1, name="x")["same"] == "NO"
+    other = {"base": answers([1.0], 1e6, "a"), "tree": answers([1.0], 1e6, "b")}
+    assert against.compare("x", other)["same"] == "NO"
 
 
 def test_rows_have_names_of_their_own() -> None:

@@ -7,7 +7,8 @@ import mmap
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,32 @@ import torch
 
 from benchmarks import cli, harness
 
-
-def count(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A measurement: counts its turns, and fails at one."""
+COUNTING = """
+def count(task):
     yield {"began": task["first"]}
     for turn in range(task["first"], task["last"]):
         yield {"turn": turn}
     raise ValueError("no more turns")
+"""
 
 
-def test_a_worker_answers_every_turn() -> None:
-    counting = "tests.benchmarks.test_harness:count"
-    with harness.Worker(counting, {"first": 3, "last": 5}) as worker:
+def test_a_worker_answers_every_turn(tmp_path: Path) -> None:
+    (tmp_path / "counting.py").write_text(COUNTING)
+    there = {"environment": {"PYTHONPATH": str(tmp_path)}}
+    with harness.Worker("counting:count", {"first": 3, "last": 5}, **there) as worker:
         assert worker.first == {"began": 3}
         assert [worker.turn() for _ in range(2)] == [{"turn": 3}, {"turn": 4}]
         with pytest.raises(RuntimeError, match="ValueError: no more turns"):
             worker.turn()
-    assert harness.measure_once(counting, {"first": 7, "last": 9}) == {"began": 7, "turn": 7}
+    once = harness.measure_once("counting:count", {"first": 7, "last": 9}, **there)
+    assert once == {"began": 7, "turn": 7}
+    sides = {
+        n: partial(harness.Worker, "counting:count", {"first": n, "last": 9}, **there)
+        for n in (5, 7)
+    }
+    assert harness.race(sides, 2) == {
+        n: [{"began": n, "turn": n}, {"began": n, "turn": n + 1}] for n in (5, 7)
+    }
 
 
 def test_a_worker_that_cannot_start_is_reported() -> None:
@@ -88,7 +98,7 @@ def other() -> dict[str, Any]:
 
 
 def test_parameters_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = cli.program("example", "About.", example, other)
+    main = cli.program(example, other)
     output = ["--output", str(tmp_path / "new" / "x.json")]
     plain = main(["there", "--base", "c0ffee", *output])
     assert (plain["sizes"], plain["steps"], plain["flags"]) == ([1, 2], 9, [True, False])
@@ -123,12 +133,12 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_saved_tensors_counts_every_storage_once() -> None:
     weight = torch.randn(4, 4, requires_grad=True)
     x = torch.randn(8, 4, requires_grad=True)
-    counter = harness.SavedTensors([weight])
-    with counter.counting():
+    with harness.saved_tensors([weight]) as count:
         # x is saved twice and counts once; the weight is excluded; exp keeps its output.
         y = (x @ weight + x.view(4, 8).square().view(8, 4)).exp()
-    assert counter.peak == 4 * 32 + 4 * 32
+    assert count["peak"] == count["now"] == 4 * 32 + 4 * 32
     y.sum().backward()
+    assert count["now"] == 0
 
 
 def test_peak_memory_outlives_its_cause() -> None:

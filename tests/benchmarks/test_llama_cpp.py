@@ -18,17 +18,10 @@ def test_rows(tmp_path: Path) -> None:
     from tests.interop.gguf_files import write_gguf
 
     file = write_gguf(tmp_path / "small.gguf")
-    rows = llama_cpp.measure(
-        str(file),
-        heads=None,
-        threads=1,
-        batch=2,
-        precisions=("fp32", "int8"),
-        prompts=[[5, 6, 7, 8], [9, 10, 11, 12]],
-        new_tokens=8,
-        turns=1,
-        python=sys.executable,
-    )
+    task = {"model": str(file), "threads": 1, "batch": 2, "new_tokens": 8}
+    task["prompts"] = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    options = {"precisions": ("fp32", "int8"), "turns": 1, "python": sys.executable}
+    rows = llama_cpp.measure(task, heads="", **options)
     assert [row["side"].split()[0] for row in rows] == ["xllamacpp", "plain,", "plain,"]
     for row in rows:
         assert row["megabytes"] > 10 and row["prompt_tokens_per_second"] > 0
