@@ -24,7 +24,7 @@ size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -119,20 +119,23 @@ class Sampler(nn.Module):
 
 
 class Blocks:
-    """Keys and values of a pass over whole windows, as a cache for the masks after every token.
-
-    The masks of a pass are ordered [T, D]: all those after the first token come first.
+    """Keys and values of a pass over whole windows, and then the cache of a pass over the masks
+    after every token, which are ordered [T, D]: all those after the first token come first.
 
     Args:
-        entries: layer -> the tokens' keys and values [B, T, 2 M, H].
         masks: D.
         sees: bool [B, 1, T, T], True where a token attends to another; None is causal.
     """
 
-    def __init__(self, entries: Mapping[int, Tensor], masks: int, sees: Tensor | None) -> None:
-        self.entries, self.masks = entries, masks
+    def __init__(self, masks: int, sees: Tensor | None) -> None:
+        self.masks = masks
         self.sees = None if sees is None else sees[:, :, None, None]
+        self._tokens: dict[int, Tensor] = {}
         self._own: Tensor | None = None
+
+    def keep(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Take one layer's keys and values of the tokens."""
+        self._tokens[layer] = entry_BTMH
 
     def append(self, layer: int, entry_BPMH: Tensor) -> None:
         """Take one layer's keys and values of the masks, P = T D, for the next :meth:`attend`."""
@@ -142,7 +145,7 @@ class Blocks:
         """Attention of the masks' queries, [B, P, N, H]: of all masks after a token to what the
         token itself attends to, and of each to its own block up to itself."""
         assert self._own is not None
-        key, value = self.entries[layer].chunk(2, dim=2)
+        key, value = self._tokens[layer].chunk(2, dim=2)
         own_key, own_value = self._own.chunk(2, dim=3)
         query = query_BPNH.unflatten(1, (-1, self.masks)).unflatten(3, (key.shape[2], -1))
         query = query / math.sqrt(query.shape[-1])
@@ -197,10 +200,10 @@ class MaskedMTP(MTPStack):
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
     ) -> tuple[TrunkOutput, Tensor]:
-        entries: dict[int, Tensor] = {}
-        output = trunk(embedded_BTC, replace(positions, entries=entries))
         batch, seq_len, width = embedded_BTC.shape
         sees = positions.dense_mask()
+        blocks = Blocks(self.depth, sees)
+        output = trunk(embedded_BTC, replace(positions, keeper=blocks))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
         places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
         places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)
@@ -210,7 +213,7 @@ class MaskedMTP(MTPStack):
         after = Positions(
             cos.unsqueeze(-2),
             sin.unsqueeze(-2),
-            cache=Blocks(entries, self.depth, sees),  # type: ignore[arg-type]
+            cache=blocks,  # type: ignore[arg-type]
             updates=self._updates(trunk),
         )
         z_BTDC = trunk(masks_BPC, after).final.view(batch, seq_len, self.depth, width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
+class Keeper(Protocol):
+    """Takes the cache entries of a pass over whole windows. It is no container or dataclass, which
+    sharding would copy for every layer."""
+
+    def keep(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Take one layer's rotated keys and values, as part of the autograd graph."""
+
+
 @dataclass(frozen=True)
 class Positions:
     """Positions and mask of the tokens of one pass, shared by all layers.
@@ -43,8 +51,7 @@ class Positions:
             None is causal. With a cache, the mask that its ``attend`` expects.
         cache: keys and values to append to; None for a pass over whole windows.
         auxiliary: collects the layers' auxiliary outputs in training; None for none.
-        entries: a pass over whole windows stores here what the cache would hold, by layer:
-            differentiable, [B, T, M, H]. None for nothing.
+        keeper: is given what a cache would hold of a pass over whole windows; None for none.
         updates: linear layer -> what is added to its output in this pass; None for none.
     """
 
@@ -53,7 +60,7 @@ class Positions:
     mask: Tensor | BlockMask | None = None
     cache: KVCache | StaticCache | None = None
     auxiliary: AuxiliaryOutputs | None = None
-    entries: dict[int, Tensor] | None = None
+    keeper: Keeper | None = None
     updates: Mapping[nn.Module, nn.Module] | None = None
 
     @staticmethod
@@ -108,10 +115,10 @@ class Positions:
     def repeated(self) -> Positions:
         """The positions for repeating this pass under activation recomputation: layers compute the
         same (autograd compares), but do not report a second time."""
-        if self.auxiliary is None and self.entries is None:
+        if self.auxiliary is None and self.keeper is None:
             return self
         auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
-        return replace(self, auxiliary=auxiliary, entries=None)
+        return replace(self, auxiliary=auxiliary, keeper=None)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
@@ -258,10 +265,10 @@ class Attention(nn.Module):
         batch, seq_len, _ = x_BTC.shape
         qkv = self.heads(x_BTC, positions)
         if positions.cache is None:
-            if positions.entries is not None:
+            if positions.keeper is not None:
                 key, value = qkv[:, :, self.n_heads :].split(self.n_kv_heads, dim=2)
                 key = rotary(key, positions.cos, positions.sin)
-                positions.entries[layer] = torch.cat((key, value), dim=2)
+                positions.keeper.keep(layer, torch.cat((key, value), dim=2))
             mixed = rotary_attention(
                 qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
             )
