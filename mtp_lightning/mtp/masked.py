@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import Keeper, Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -118,7 +118,7 @@ class Sampler(nn.Module):
         return self.down(F.silu(self.up(both)))
 
 
-class Blocks:
+class Blocks(Keeper):
     """Keys and values of a pass over whole windows, and then the cache of a pass over the masks
     after every token, which are ordered [T, D]: all those after the first token come first.
 
@@ -134,7 +134,6 @@ class Blocks:
         self._own: Tensor | None = None
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
-        """Take one layer's keys and values of the tokens."""
         self._tokens[layer] = entry_BTMH
 
     def append(self, layer: int, entry_BPMH: Tensor) -> None:

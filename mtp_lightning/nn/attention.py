@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
-class Keeper(Protocol):
-    """Takes the cache entries of a pass over whole windows. It is no container or dataclass, which
-    sharding would copy for every layer."""
+class Keeper:
+    """Is given the cache entries of a pass over whole windows, and drops them; a subclass keeps
+    them. It is neither a container nor a dataclass: sharding would copy those for every layer."""
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
         """Take one layer's rotated keys and values, as part of the autograd graph."""
@@ -118,7 +118,7 @@ class Positions:
         if self.auxiliary is None and self.keeper is None:
             return self
         auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
-        return replace(self, auxiliary=auxiliary, keeper=None)
+        return replace(self, auxiliary=auxiliary, keeper=self.keeper and Keeper())
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
