@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.nn.attention import Keeper, Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import over_whole_heads, rope_table
@@ -202,6 +204,9 @@ class MaskedMTP(MTPStack):
         batch, seq_len, width = embedded_BTC.shape
         sees = positions.dense_mask()
         blocks = Blocks(self.depth, sees)
+        compiled = trunk.blocks[0]._compiled_call_impl is not None
+        if compiled:  # entries and updates, looked up by layer, would compile every block anew
+            blocks.keep = torch.compiler.disable(blocks.keep)  # type: ignore[method-assign]
         output = trunk(embedded_BTC, replace(positions, keeper=blocks))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
         places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
@@ -215,7 +220,9 @@ class MaskedMTP(MTPStack):
             cache=blocks,  # type: ignore[arg-type]
             updates=self._updates(trunk),
         )
-        z_BTDC = trunk(masks_BPC, after).final.view(batch, seq_len, self.depth, width)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            z_BPC = trunk(masks_BPC, after).final
+        z_BTDC = z_BPC.view(batch, seq_len, self.depth, width)
         if positions.auxiliary is not None and self.config.consistency and seq_len > 1:
             loss = self.config.consistency * consistency(z_BTDC, output.final.detach(), sees)
             positions.auxiliary.add_loss(loss, "train/consistency_loss")
@@ -226,9 +233,10 @@ class MaskedMTP(MTPStack):
         return self.depth
 
     def append(self, trunk: Trunk, positions: Positions) -> Tensor:
-        assert positions.cache is not None
-        n_masks = positions.cos.shape[1]
-        masks_BDC = self.masks[:n_masks].expand(positions.cache.batch_size, -1, -1)
+        cache = positions.cache
+        assert isinstance(cache, KVCache)
+        n_masks = cache.runs.width
+        masks_BDC = self.masks[:n_masks].expand(cache.batch_size, -1, -1)
         z_BDC = trunk(masks_BDC, replace(positions, updates=self._updates(trunk))).final
         return F.pad(z_BDC, (0, 0, 0, self.depth - n_masks)).flatten(1).unsqueeze(1)
 

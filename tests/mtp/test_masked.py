@@ -147,6 +147,25 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         torch.testing.assert_close(gradient, found[1][name], msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    """Within rounding; and the blocks share one program, whose passes differ by layer."""
+    found = []
+    for compiled in (False, True):
+        model = masked().train()
+        if compiled:
+            model.compile_blocks()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3):
+            for _ in range(2):
+                model.zero_grad()
+                batch = in_documents(windows(2, T, DEPTH))
+                mtp_loss(model, batch, [0.3] * DEPTH, [14] * 4)[0].backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_half_precision_trains() -> None:
     model = masked().train()
     with torch.autocast("cpu", torch.bfloat16):
