@@ -30,7 +30,7 @@ LINES = {
     "mtp_lightning/interop": 4_870,
     "mtp_lightning/loggers": 790,
     "mtp_lightning/metrics": 1_230,
-    "mtp_lightning/mtp": 4_140,
+    "mtp_lightning/mtp": 4_150,
     "mtp_lightning/nn": 2_945,
     "mtp_lightning/notebook": 560,
     "mtp_lightning/objective": 4_450,

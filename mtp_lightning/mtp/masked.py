@@ -205,7 +205,7 @@ class MaskedMTP(MTPStack):
         sees = positions.dense_mask()
         blocks = Blocks(self.depth, sees)
         compiled = trunk.blocks[0]._compiled_call_impl is not None
-        if compiled:  # entries and updates, looked up by layer, would compile every block anew
+        if compiled:  # entries and updates, looked up by layer, would compile every block again
             blocks.keep = torch.compiler.disable(blocks.keep)  # type: ignore[method-assign]
         output = trunk(embedded_BTC, replace(positions, keeper=blocks))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
