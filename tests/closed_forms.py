@@ -83,6 +83,17 @@ def selector_rank(mtp: MTPConfig) -> int:
     return mtp.columns if selects else 0  # type: ignore[attr-defined]
 
 
+def updates(config: ModelConfig) -> int:
+    """Parameters of the low-rank updates of ``masked``."""
+    trunk, total = config.trunk, 0
+    c, n, h, f = trunk.d_model, trunk.n_heads, trunk.d_head, trunk.feed_forward
+    for layer in range(trunk.n_layers):
+        total += c + (n + 2 * trunk.n_kv_heads) * h + n * h + c
+        if not isinstance(f, ExpertsConfig) or layer < f.first_k_dense:
+            total += c + 2 * trunk.d_ff + trunk.d_ff + c
+    return total * config.mtp.lora_rank  # type: ignore[attr-defined]
+
+
 def stack_params(config: ModelConfig) -> int:
     mtp, trunk = config.mtp, config.trunk
     c, depth = trunk.d_model, mtp.depth
@@ -107,6 +118,8 @@ def stack_params(config: ModelConfig) -> int:
         case "eagle":
             fused, layer, head = eagle(config, 0)
             own = (fused + layer // 2 + head + 4 * c) * bool(depth)
+        case "masked":
+            own = (updates(config) + 3 * c * c + c + depth * c) * bool(depth)
         case "top" | "bag":
             own = trunk.vocab_size * c
         case "registers":
@@ -147,6 +160,17 @@ def stack_flops(config: ModelConfig, seq_len: int, active: Sequence[int]) -> tup
             fused *= 2 * bool(active)
             own = deepest * layer + n * 2 * head
             return fused + own, (1 + reaches) * fused + 2 * own
+        case "masked":
+            # D masks a token, whichever depths are active; they attend to T tokens and D masks.
+            masks = mtp.depth * bool(active)
+            blocks = [block(trunk, seq_len + mtp.depth, i)[1] for i in range(trunk.n_layers)]
+            trunks, low = masks * sum(blocks), masks * 2 * updates(config)
+            sampled = n * 6 * c * c
+            if not mtp.freeze_trunk:
+                return trunks + low + sampled, 2 * (trunks + low + sampled)
+            # Matrices and the tokens' keys and values need no gradient; the masks' do.
+            own_keys = masks * trunk.n_layers * 4 * mtp.depth * trunk.n_heads * trunk.d_head
+            return trunks + low + sampled, trunks + own_keys + 2 * (low + sampled)
         case "top" | "bag":
             own = n * 2 * trunk.vocab_size * c
             return own, (1 + reaches) * own

@@ -111,12 +111,13 @@ class FusedBlocks:
         return FusedBlocks(known, last)
 
     def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
-        """Whether a pass has few tokens and writes to a cache."""
+        """Whether a pass has few tokens, writes to a cache, and uses the layers' own weights."""
         cache = positions.cache
         batch, n_new, _ = x_BTC.shape
         return (
             (n_new <= FEW or batch * n_new <= _MOST_TOKENS)
             and isinstance(cache, KVCache)
+            and positions.updates is None
             and native.fits(x_BTC, cache.tables.cos_S1H)
         )
 

@@ -182,7 +182,7 @@ class CompiledSession(Session):
         if key not in self._passes:
             function: _Pass
             if kind == "trunk":
-                function = _TrunkPass(self.model, drafts=self.max_draft > 0)
+                function = _TrunkPass(self.model, drafts=self._keeps_branch)
             else:
                 function = _DepthPass(self.model, number)
             staying = (*self._angles, *cache.entries_L_BSMH)
@@ -209,6 +209,7 @@ class CompiledSession(Session):
         return logits
 
     def draft(self, k: int) -> Tensor:
+        self._append(k)
         end = max(self.n[0], 1)
         held = min(self.filled[k][0], end - 1)
         if end - held > self._width:

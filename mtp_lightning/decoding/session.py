@@ -117,6 +117,8 @@ class Session:
             for width in widths[:kept]
         ]
         self._branch = partial(model.mtp.branch, model.trunk)
+        # Whether passes of the trunk give the branch states, or a pass of the stack's own does.
+        self._keeps_branch = max_draft > 0 and not model.mtp.appended
         self._short = None if draft_vocab is None else ShortHead(model.head, draft_vocab)
         self._fused_trunk: TrunkPass | None = None
         self._fused_drafts: list[DraftPass | None] = [None] * max_draft
@@ -228,7 +230,7 @@ class Session:
         cache, width = self.trunk_cache, n_drafts + 1
         if self._fused_trunk is not None and width <= FEW:
             cache.begin(self.n, width)
-            kept = self.states[0] if self.max_draft else None
+            kept = self.states[0] if self._keeps_branch else None
             return self._fused_trunk(cache, self.tokens_BS, kept)
         hidden, branch = self._trunk(width, cache, slice(None), self.n)
         if branch is not None:
@@ -245,7 +247,7 @@ class Session:
             tokens = cache.runs.read(self.tokens_BS[rows])
             output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
             main = self.model.mtp.main_state(output.final)
-        return main, self._branch(output) if self.max_draft else None
+        return main, self._branch(output) if self._keeps_branch else None
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date and return its logits [B, V].
@@ -257,6 +259,7 @@ class Session:
 
     def _draft(self, k: int) -> Tensor:
         """:meth:`draft`, [B, P, V]; see :meth:`_said`."""
+        self._append(k)
         self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid to its
         # pending token alone has no such position; its draft is arbitrary.)
@@ -282,6 +285,19 @@ class Session:
             at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
             newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
         return self._said(k, newest)
+
+    def _append(self, k: int) -> None:
+        """Before the first draft of a round, read the branch state of a stack that appends
+        positions to the text. The next verify pass overwrites their entries."""
+        if self._keeps_branch or k > 1:
+            return
+        positions = Positions.of_cache(self.trunk_cache, self.n, self.max_draft)
+        branch = self.model.mtp.append(self.model.trunk, positions)
+        newest = [max(n - 1, 0) for n in self.n]
+        Runs(self._tables, newest, 1).write(self.states[0], branch)
+        # Drafts are made at the newest position alone.
+        for filled, cache in zip(self.filled[1:], self.depth_caches, strict=True):
+            filled[:], cache.lengths = newest, list(newest)
 
     def catch_up(self, k: int) -> None:
         """Let depth ``k`` read the known tokens of rows that are new or have not drafted recently.

@@ -83,6 +83,7 @@ class TreeSession(Session):
         nodes = self.tree.level(k - 1)
         if not self.model.mtp.ahead([k]):  # reads no drafts, so all nodes have the same state
             return self._draft(k).expand(-1, len(nodes), -1)
+        self._append(k)
         self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
         known = [n - k + 1 for n in self.n]
@@ -135,7 +136,8 @@ class TreeSession(Session):
             tokens = cache.runs.read(self.tokens_BS)
             output = model.trunk(model.trunk.embedding(tokens), positions)
             main = model.mtp.main_state(output.final)
-        self._branch_BTC = model.mtp.branch(model.trunk, output)
+        if self._keeps_branch:
+            self._branch_BTC = model.mtp.branch(model.trunk, output)
         return model.head(main)
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
@@ -148,7 +150,8 @@ class TreeSession(Session):
         assert isinstance(self.trunk_cache, TreeCache)
         self.trunk_cache.settle(path_BE)
         runs = Runs(self._tables, self.n, path_BE.shape[1])
-        runs.write(self.states[0], along(self._branch_BTC, path_BE))
+        if self._keeps_branch:
+            runs.write(self.states[0], along(self._branch_BTC, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self.model.mtp.ahead([k])
             # Entries of accepted nodes are not stored at their own positions: recompute them.

@@ -238,6 +238,22 @@ class MTPStack(nn.Module, ABC):
         so many states side by side."""
         return branch_state(trunk, output, self.config)
 
+    @property
+    def appended(self) -> int:
+        """How many positions the stack appends to a text to get its branch state in decoding, at
+        most; 0 for stacks that start from the trunk's own states."""
+        return 0
+
+    def append(self, trunk: Trunk, positions: Positions) -> Tensor:
+        """The branch state [B, 1, ..] of the newest token read, from a pass of the trunk over the
+        positions after it. The trunk's cache keeps nothing of that pass.
+
+        Args:
+            trunk: the trunk.
+            positions: :attr:`appended` positions or fewer, open in the trunk's cache.
+        """
+        raise NotImplementedError
+
     def main_state(self, final_BTC: Tensor) -> Tensor:
         """The head's input for the main prediction, from the trunk's output [..., C]."""
         return final_BTC

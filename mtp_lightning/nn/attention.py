@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from mtp_lightning.nn.document_attention import MIN_WIDTH, block_mask, dense_mas
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.ops import rotary_attention
+from mtp_lightning.nn.ops import rotary, rotary_attention
 from mtp_lightning.nn.rope import rope_table, turn_in_place
 from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
@@ -31,6 +31,14 @@ from mtp_lightning.settings import require_bool
 if TYPE_CHECKING:
     from mtp_lightning.nn.static_cache import StaticCache
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
+
+
+class Keeper:
+    """Is given the cache entries of a pass over whole windows, and drops them; a subclass keeps
+    them. It is neither a container nor a dataclass: sharding would copy those for every layer."""
+
+    def keep(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Take one layer's rotated keys and values, as part of the autograd graph."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Positions:
             None is causal. With a cache, the mask that its ``attend`` expects.
         cache: keys and values to append to; None for a pass over whole windows.
         auxiliary: collects the layers' auxiliary outputs in training; None for none.
+        keeper: is given what a cache would hold of a pass over whole windows; None for none.
+        updates: linear layer -> what is added to its output in this pass; None for none.
     """
 
     cos: Tensor
@@ -50,6 +60,8 @@ class Positions:
     mask: Tensor | BlockMask | None = None
     cache: KVCache | StaticCache | None = None
     auxiliary: AuxiliaryOutputs | None = None
+    keeper: Keeper | None = None
+    updates: Mapping[nn.Module, nn.Module] | None = None
 
     @staticmethod
     def of_window(
@@ -103,11 +115,14 @@ class Positions:
     def repeated(self) -> Positions:
         """The positions for repeating this pass under activation recomputation: layers compute the
         same (autograd compares), but do not report a second time."""
-        return (
-            self
-            if self.auxiliary is None
-            else replace(self, auxiliary=AuxiliaryOutputs(keep=False))
-        )
+        if self.auxiliary is None and self.keeper is None:
+            return self
+        auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
+        return replace(self, auxiliary=auxiliary, keeper=self.keeper and Keeper())
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """``layer`` of ``x``, with its update."""
+        return layer(x) if self.updates is None else layer(x) + self.updates[layer](x)
 
 
 class _OpenPass(Positions):
@@ -248,8 +263,12 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
         batch, seq_len, _ = x_BTC.shape
-        qkv = self.heads(x_BTC)
+        qkv = self.heads(x_BTC, positions)
         if positions.cache is None:
+            if positions.keeper is not None:
+                key, value = qkv[:, :, self.n_heads :].split(self.n_kv_heads, dim=2)
+                key = rotary(key, positions.cos, positions.sin)
+                positions.keeper.keep(layer, torch.cat((key, value), dim=2))
             mixed = rotary_attention(
                 qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
             )
@@ -259,11 +278,11 @@ class Attention(nn.Module):
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
             positions.cache.append(layer, entry)
             mixed = positions.cache.attend(layer, query, positions.dense_mask())
-        return self.out(mixed.reshape(batch, seq_len, -1))
+        return positions.linear(self.out, mixed.reshape(batch, seq_len, -1))
 
-    def heads(self, x_BTC: Tensor) -> Tensor:
+    def heads(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
         """The heads of queries, keys and values before RoPE, [B, T, N + 2 M, H] for M key heads."""
-        qkv = self.qkv(x_BTC)
+        qkv = self.qkv(x_BTC) if positions is None else positions.linear(self.qkv, x_BTC)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
         qkv = qkv.view(*x_BTC.shape[:2], -1, self.d_head)

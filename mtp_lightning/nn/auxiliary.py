@@ -24,18 +24,21 @@ class AuxiliaryOutputs:
     Attributes:
         losses: differentiable scalars, each summed over the pass's sequences, in the order of the
             layers.
+        by_tag: the same, by their names in the log.
         loads: router -> int64 [E], the tokens sent to each of its experts.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
         self.keep = keep
         self.losses: list[Tensor] = []
+        self.by_tag: dict[str, list[Tensor]] = {}
         self.loads: dict[nn.Module, Tensor] = {}
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add an auxiliary loss."""
+    def add_loss(self, loss: Tensor, tag: str = "moe/sequence_loss") -> None:
+        """Add an auxiliary loss, which is logged as ``tag``."""
         if self.keep:
             self.losses.append(loss)
+            self.by_tag.setdefault(tag, []).append(loss)
 
     @torch.no_grad()
     def count(self, router: nn.Module, chosen_MK: Tensor, n_experts: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.ops import swiglu
+from mtp_lightning.nn.ops import gated, swiglu
 from mtp_lightning.nn.shape import TrunkShape
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 
@@ -42,5 +42,7 @@ class FeedForward(nn.Module):
         self.down = Linear(d_ff, d_model)
 
     def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``positions`` are not read."""
+        """[B, T, C] -> [B, T, C]; ``positions`` are read for the layers' updates alone."""
+        if positions is not None and positions.updates is not None:
+            return positions.linear(self.down, gated(positions.linear(self.gate_up, x_BTC)))
         return swiglu(x_BTC, self.gate_up.weight, self.down.weight)

@@ -142,7 +142,8 @@ class OptimizerStep:
                     backward(loss * world_size())
             sums += micro_sums
             auxiliary.add_loads(reported)
-            auxiliary.losses += [loss.detach() for loss in reported.losses]
+            for tag, of_tag in reported.by_tag.items():
+                auxiliary.by_tag.setdefault(tag, []).extend(loss.detach() for loss in of_tag)
         losses_KP = self.objective.losses(sum_over_ranks(sums), plan.counts)
         losses = self.objective.mixed(losses_KP)
 
@@ -176,9 +177,8 @@ class OptimizerStep:
         optimizer.zero_grad(set_to_none=True)
         done = progress.step / max(progress.max_steps, 1)
         values |= balance_experts(self.model, auxiliary, done=done)
-        if auxiliary.losses:
-            sequence_loss = torch.stack(auxiliary.losses) * (1 / plan.windows)
-            values["moe/sequence_loss"] = sum_over_ranks(sequence_loss.sum())
+        for tag, of_tag in auxiliary.by_tag.items():
+            values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         if len(self.objective.parts) > 1:
             values |= {

@@ -26,6 +26,7 @@ _NAMES: dict[str, tuple[str, str, dict[str, str]]] = {
             "teacherless": "teacherless training",
             "nextlat": "NextLat head",
             "eagle": "EAGLE-3 layer",
+            "masked": "masks with LoRA",
         },
     ),
     "mtp.depth": ("D", "D = {}", {}),

@@ -52,6 +52,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bag": {"mtp": "bag", "mtp.depth": 1},
     "nextlat": {"mtp": "nextlat"},
     "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
+    "masked": {"mtp": "masked", "mtp.lora_rank": 4},
     "registers": {"mtp": "registers", "mtp.depth": 1},
     "kl": {"objective": "kl"},
     "experts": {"model": "deepseek_nano", "model.n_layers": 2, **_MODEL},

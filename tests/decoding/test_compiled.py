@@ -14,6 +14,7 @@ from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.experts import Experts, gathered
@@ -33,6 +34,7 @@ VARIANTS = {
     "parallel, mlp": {"depth": 2, "stack": ParallelConfig, "correction": "mlp"},
     "linear, markov": {"depth": 3, "stack": LinearConfig, "correction": "markov"},
     "parallel, selector": {"depth": 3, "stack": ParallelConfig, "correction": "selector"},
+    "masked": {"depth": 3, "stack": MaskedConfig},
     "plain": {"depth": 0},
 }
 

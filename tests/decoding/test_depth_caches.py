@@ -12,6 +12,7 @@ from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
@@ -31,6 +32,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "linear, rank 2": {"stack": LinearConfig, "rank": 2},
     "joint": {"stack": JointConfig},
     "nextlat": {"stack": NextLatConfig},
+    "masked": {"stack": MaskedConfig},
 }
 
 

@@ -11,6 +11,7 @@ from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
@@ -38,7 +39,9 @@ VARIANTS = [
     {"stack": EagleConfig},
     {"stack": EagleConfig, "draft_vocab": 21},
     {"stack": ParallelConfig, "correction": "selector"},
+    {"stack": MaskedConfig},
 ]
+WHOLE_HEADS = (EagleConfig, MaskedConfig)
 
 
 def plain(model, prompts, **options):
@@ -68,7 +71,7 @@ def test_plain_equals_decoding_without_a_cache():
 @pytest.mark.parametrize("seed", range(2 * len(VARIANTS)))
 def test_speculative_equals_plain(seed, deepseek, monkeypatch):
     number, second = divmod(seed, 2)
-    if deepseek and VARIANTS[number].get("stack") is EagleConfig:
+    if deepseek and VARIANTS[number].get("stack") in WHOLE_HEADS:
         pytest.skip("its cache holds keys and values of whole heads")
     depth = 1 + (number + 2 * second + deepseek) % 4
     trunk = {"deepseek": True} if deepseek else {"kv": (1, 2, 4)[seed % 3]}
@@ -122,6 +125,8 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
         (3, 3, {"stack": EagleConfig}),
         (2, 4, {"stack": EagleConfig, "draft_vocab": 21}),
         (3, 3, {"stack": LinearConfig, "correction": "selector"}),
+        (3, 3, {"stack": MaskedConfig}),
+        (3, 2, {"stack": MaskedConfig, "lora_rank": 3}),
     ],
 )
 @pytest.mark.parametrize("together", [False, True])
@@ -146,6 +151,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
         {"share_layers": True, "deepseek": True},
         {"stack": LinearConfig},
         {"stack": EagleConfig, "draft_vocab": 21},
+        {"stack": MaskedConfig},
     ],
 )
 def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
@@ -237,8 +243,9 @@ def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
     assert all(g.tokens_per_step == 1.0 and not any(g.accepted_mask) for g in generations)
 
 
-def test_sliding_is_the_same_with_and_without_drafts(monkeypatch):
-    model = small_model(4, 2)
+@pytest.mark.parametrize("mtp", [{}, {"stack": MaskedConfig}], ids=str)
+def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
+    model = small_model(4, 2, **mtp)
     prompts = random_prompts(4, (5, 1, 30))
     options = {"max_new_tokens": 40, "max_context": 16, "long": "slide"}
     expected = [generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts]

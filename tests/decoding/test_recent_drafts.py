@@ -11,6 +11,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.models import random_prompts, small_model, teacher_forced
@@ -28,6 +29,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "parallel selector": {"stack": ParallelConfig, "correction": "selector"},
     "linear selector": {"stack": LinearConfig, "correction": "selector"},
     "linear, rank 3": {"stack": LinearConfig, "rank": 3},
+    "masked": {"stack": MaskedConfig},
 }
 
 

@@ -13,6 +13,7 @@ from mtp_lightning.decoding.speculative import accept_or_resample
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
@@ -146,6 +147,7 @@ def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
         {"stack": ParallelConfig, "correction": "selector"},
         {"stack": LinearConfig, "rank": 3},
         {"stack": EagleConfig, "draft_vocab": 4},
+        {"stack": MaskedConfig},
     ],
 )
 def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):

@@ -18,6 +18,7 @@ from mtp_lightning.decoding.tree_speculative import (
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
@@ -42,6 +43,7 @@ VARIANTS = [
     {"stack": EagleConfig, "draft_vocab": 4},
     {"stack": ParallelConfig, "correction": "selector"},
     {"stack": LinearConfig, "correction": "selector"},
+    {"stack": MaskedConfig},
 ]
 
 

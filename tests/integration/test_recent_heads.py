@@ -22,6 +22,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "selector": {"mtp": "parallel", "mtp.correction": "selector", "mtp.correction_rank": 8},
     "stride": {"mtp": "linear", "mtp.stride": 2},
     "rank": {"mtp": "linear", "mtp.rank": 3},
+    "masked": {"mtp": "masked", "mtp.depth": 2, "mtp.lora_rank": 4},
 }
 SETTINGS = {
     "data.document_mask": "true",

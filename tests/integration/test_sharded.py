@@ -69,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "curriculum": {"lambda_schedule": "forward_curriculum"},
     "nextlat": {"mtp": "nextlat"},
     "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
+    "masked": {"mtp": "masked"},
     "bag": {"mtp": "bag", "mtp.depth": None},
     "teacher": {"objective": "kl"},
     "teacher_parallel": {"mtp": "parallel", "objective": "js"},

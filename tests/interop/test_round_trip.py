@@ -105,6 +105,7 @@ def model_of(variant: str, **mtp: Any) -> MTPModel:
         ("linear", {"correction": "mlp"}),
         ("parallel", {"correction": "markov", "correction_rank": 5}),
         ("linear", {"correction": "selector", "correction_rank": 5}),
+        ("masked", {"lora_rank": 3}),
     ],
 )
 def test_heads_without_a_layout_have_a_file_of_their_own(

@@ -29,6 +29,7 @@ HEADS: dict[str, dict[str, object]] = {
     "joint": {"mtp": "joint"},
     "nextlat": {"mtp": "nextlat"},
     "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
+    "masked": {"mtp": "masked"},
 }
 
 

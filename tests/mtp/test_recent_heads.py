@@ -20,6 +20,7 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
@@ -40,6 +41,7 @@ HEADS: dict[str, Callable[..., MTPConfig]] = {
     "linear markov": partial(LinearConfig, **MARKOV),
     "parallel mlp": partial(ParallelConfig, **MLP),
     "parallel markov": partial(ParallelConfig, **MARKOV),
+    "masked": partial(MaskedConfig, lora_rank=4),
 }
 every_head = pytest.mark.parametrize("head", HEADS)
 
@@ -67,7 +69,8 @@ def test_a_depth_sees_the_true_tokens_up_to_its_own_and_no_further(
     whole = model(batch)
     for k in wanted:
         torch.testing.assert_close(before[k], whole[k])  # whatever else is wanted
-        unseen = ahead > k or ("markov" in head and ahead < k)
+        of_one_token = "markov" in head or head == "masked"
+        unseen = ahead > k or (of_one_token and ahead < k)
         assert torch.equal(before[k][row, at], after[k][row, at]) == unseen
         assert torch.equal(before[k][1 - row], after[k][1 - row])
     assert torch.equal(before[0][row, at], after[0][row, at])
@@ -84,6 +87,9 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     found = model(windows(1, 8, 2))
     if head == "nextlat":
         expected = {k: found[0] for k in range(3)}
+    elif head == "masked":  # as the trunk's own states at the masks
+        _, at = model.run_trunk(windows(1, 8, 2), [1, 2])
+        expected = dict(enumerate([found[0], *at.hidden.chunk(2, -1)]))
     else:
         bare = replace(model.config.mtp, correction="none", correction_rank=None)
         plain = MTPModel(replace(model.config, mtp=bare))
@@ -94,6 +100,9 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
     if head == "nextlat":
         zero = [model.mtp.depths[0].last.weight]
+    elif head == "masked":
+        up = [update.up for of in model.mtp.updates for update in of.values()]
+        zero = [layer.weight for layer in (model.mtp.sampler.down, *up)]
     else:
         zero = [correction.down.weight for correction in model.mtp.corrections]
     for parameter in zero:
@@ -129,6 +138,8 @@ def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, head
 @every_head
 def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
     """The first block's, the head's and the embedding's part of the depths' gradient."""
+    if head == "masked":
+        return  # the trunk itself makes its states
     trunk = replace(tiny_trunk, tie_embeddings=False)
     for detach, cuts in (
         ("none", (False, False, False)),
@@ -166,7 +177,7 @@ def test_document_masks_and_micro_batches(tiny_trunk: TrunkConfig, head: str) ->
     def gradients(batches: list[WindowBatch]) -> dict[str, Tensor]:
         model.zero_grad()
         for part in batches:
-            mtp_loss(model, part, [0.2, 0.3], counts)[0].backward()
+            mtp_loss(model, part, [0.2, 0.3], counts, windows=4)[0].backward()
         return {n: p.grad.clone() for n, p in model.named_parameters()}
 
     whole = gradients([batch])

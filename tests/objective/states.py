@@ -41,6 +41,7 @@ class Forward:
     Attributes:
         final: h [B, T, C].
         states: depth -> [B, T, C], of those that predict a token through the shared head.
+        consistency: the loss of ``masked`` on its masks' states; None of other heads.
         embedding, head: [V, C].
     """
 
@@ -48,6 +49,9 @@ class Forward:
         self.w, self.c, self.mtp = dict(model.named_parameters()), model.config.trunk, model.mtp
         self.config: Any = model.config.mtp
         self.batch, self.key, self.seq_len = batch, key, batch.seq_len
+        self.consistency: Tensor | None = None
+        # Which positions of a pass have updates of their linear layers, [T, 1].
+        self.gate: Tensor | None = None
         self.embedding = self.w["trunk.embedding.weight"]
         self.head = self.w.get("head.weight", self.embedding)
         tokens = batch.tokens[:, : self.seq_len]
@@ -72,7 +76,12 @@ class Forward:
         return rms_norm(x, self.w[f"{name}.weight"], self.c.norm_eps)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        return x @ self.w[f"{name}.weight"].T
+        y = x @ self.w[f"{name}.weight"].T
+        if self.gate is None:
+            return y
+        *_, layer, _, last = name.split(".")
+        down, up = (self.w[f"mtp.updates.{layer}.{last}.{part}.weight"] for part in ("down", "up"))
+        return torch.where(self.gate, y + x @ down.T @ up.T, y)
 
     def read(self, k: int) -> Tensor:
         """The embeddings of the tokens k places on."""
@@ -220,6 +229,40 @@ class Forward:
         _, last = self.trunk(both, places, sees)
         return {1: self.norm(last[:, self.seq_len :], "trunk.norm")}
 
+    def masked(self) -> dict[int, Tensor]:
+        """One token at a time: the trunk reads the text up to it once more, and the masks."""
+        depth, size = self.config.depth, len(self.batch)
+        tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
+        states, apart = [], [[] for _ in range(size)]
+        for t in range(self.seq_len):
+            n = t + 1
+            masks = self.w["mtp.masks"].expand(size, -1, -1)
+            sees = torch.zeros(size, n + depth, n + depth, dtype=torch.bool)
+            sees[:, :n, :n] = self.sees[:, :n, :n]
+            sees[:, n:, :n] = self.sees[:, t : t + 1, :n]
+            sees[:, n:, n:] = torch.ones(depth, depth).tril()
+            places = torch.arange(n + depth)
+            self.gate = (places > t).unsqueeze(-1)
+            _, last = self.trunk(torch.cat((tokens[:, :n], masks), 1), places, sees)
+            self.gate = None
+            states.append(self.norm(last, "trunk.norm")[:, n:])
+            for b, k in itertools.product(range(size), range(1, depth + 1)):
+                if t + k < self.seq_len and self.sees[b, t + k, t]:
+                    gap = states[-1][b, k - 1] - self.final[b, t + k].detach()
+                    apart[b].append((k, (gap * gap).mean()))
+        total = torch.zeros((), dtype=torch.float64)
+        for of_window in apart:
+            for k in {k for k, _ in of_window}:
+                total = total + torch.stack([gap for own, gap in of_window if own == k]).mean()
+        self.consistency = self.config.consistency * total / (depth * size)
+        found = {}
+        for k in range(1, depth + 1):
+            z = torch.stack([state[:, k - 1] for state in states], 1)
+            both = torch.cat((z, self.norm(self.read(k), "mtp.sampler.norm")), -1)
+            inner = F.silu(self.linear(both, "mtp.sampler.up"))
+            found[k] = z + self.linear(inner, "mtp.sampler.down")
+        return found
+
     def log_probs(self, *, train_head: bool) -> dict[int, Tensor]:
         """Depth -> log q [B, T, V], the main prediction's at 0."""
         if self.config.rank > 1:
@@ -273,6 +316,7 @@ HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
     "nextlat": Forward.nextlat,
     "eagle": Forward.eagle,
     "registers": Forward.registers,
+    "masked": Forward.masked,
     "top": lambda forward: {},  # what they say goes through a head of their own
     "bag": lambda forward: {},
 }

@@ -68,6 +68,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "layers": (None, (0, 2, 2), (1, 1, 2)),
     "draft_vocab": (None, 7),
     "init": ("random", "last_block"),
+    "lora_rank": (16, 2),
+    "consistency": (1.0, 0.0),
 }
 SORTS = ("correction", "stride", "rank", "draft_vocab")
 # An objective -> settings of its own, and the formulas that they stand for, with their weights.

@@ -171,6 +171,10 @@ class Step:
         self.total = sum((weights[k] * loss for k, loss in losses.items()), zero)
         self.logged |= {f"train/loss_depth_{k}": loss for k, loss in losses.items()}
         self.logged["train/loss"] = self.total
+        if (consistency := self.forward.consistency) is not None and weights.keys() - {0}:
+            if config.consistency:
+                self.logged["train/consistency_loss"] = consistency
+            self.total = self.total + consistency  # logged apart
         for tag, value in self.logged.items():
             self.logged[tag] = value.item() if isinstance(value, Tensor) else value
 

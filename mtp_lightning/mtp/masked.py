@@ -1,0 +1,289 @@
+"""Mask tokens with gated LoRA (Samragh et al. 2025, arXiv 2507.11851).
+
+    z^1_t .. z^D_t = Trunk'(x_1 .. x_t, m_1 .. m_D), the states of the D masks after x_t
+    W'  = W + B A        for the linear layers of the blocks, at masks alone
+    h^k = z^k_t + W_2 SiLU(W_1 [z^k_t ; norm E(x_{t+k})])
+
+and the shared head predicts ``x_{t+k+1}`` from ``h^k``. The *sampler* W_1, W_2 tells a mask the
+token that comes at its own place. The mask ``m_k`` after ``x_t`` has the rotary position of
+``x_{t+k}``; it attends to the tokens up to ``x_t`` and to the masks ``m_1 .. m_k`` of its block.
+B and W_2 start at zero.
+
+The masks are a second pass of the trunk, which reads the keys and values of the first and leaves
+it as it is: the main prediction is that of a model without masks, to the last bit. In training,
+D masks follow every token, so a step costs about D + 1 passes of the trunk. In decoding, a round
+has one pass over D masks, through the trunk's cache, whose entries the next verify pass overwrites.
+
+The *consistency loss* is the mean square of ``z^k_t - h_{t+k}``, where ``h_{t+k}`` is the main
+prediction's state for the same token, without a gradient.
+
+Shapes: B batch, T positions, D masks of a block, C d_model, N heads, M key heads, G = N / M, H head
+size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.nn.attention import Keeper, Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.rope import over_whole_heads, rope_table
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.settings import require_number, require_whole
+
+# The layers of a block that have updates; routers and experts have none.
+_UPDATED = ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedConfig(MTPConfig, variant="masked"):
+    """``mtp=masked``: the trunk itself predicts D tokens at once, at mask tokens.
+
+    Attributes:
+        lora_rank: r, columns of B.
+        consistency: weight of the consistency loss; 0 for none.
+        freeze_trunk: embedding, trunk and head keep their weights, as in the paper.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("lora_rank",)
+
+    lora_rank: int = 16
+    consistency: float = 1.0
+    freeze_trunk: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("mtp.lora_rank", self.lora_rank, least=1)
+        require_number("mtp.consistency", self.consistency, least=0)
+
+    @property
+    def n_states(self) -> int:  # type: ignore[override]
+        """The states of a block of masks, side by side."""
+        return self.depth
+
+    def check_trunk(self, trunk: TrunkConfig) -> None:
+        """Refuse a trunk whose attention has no updates.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        if trunk.attention.variant != "grouped_query":
+            raise UserError(
+                "mtp=masked reads the keys and values of whole heads, which model.attention="
+                f"{trunk.attention.variant} does not give: use model.attention=grouped_query."
+            )
+
+    def build(self, trunk: TrunkConfig) -> MaskedMTP:
+        return MaskedMTP(self, trunk)
+
+
+class Update(nn.Module):
+    """``B A x``, the low-rank update of one linear layer (LoRA, Hu et al. 2021)."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int) -> None:
+        super().__init__()
+        self.down, self.up = Linear(n_in, rank), Linear(rank, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+class Sampler(nn.Module):
+    """The change of a mask's state by the token that comes at its place."""
+
+    def __init__(self, trunk: TrunkConfig) -> None:
+        super().__init__()
+        width = trunk.d_model
+        self.norm = RMSNorm(width, trunk.norm_eps)
+        self.up, self.down = Linear(2 * width, width), Linear(width, width)
+
+    def forward(self, z_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
+        both = torch.cat((z_BTC, self.norm(embedded_BTC)), dim=-1)
+        return self.down(F.silu(self.up(both)))
+
+
+class Blocks(Keeper):
+    """Keys and values of a pass over whole windows, and then the cache of a pass over the masks
+    after every token, which are ordered [T, D]: all those after the first token come first.
+
+    Args:
+        masks: D.
+        sees: bool [B, 1, T, T], True where a token attends to another; None is causal.
+    """
+
+    def __init__(self, masks: int, sees: Tensor | None) -> None:
+        self.masks = masks
+        self.sees = None if sees is None else sees[:, :, None, None]
+        self._tokens: dict[int, Tensor] = {}
+        self._own: Tensor | None = None
+
+    def keep(self, layer: int, entry_BTMH: Tensor) -> None:
+        self._tokens[layer] = entry_BTMH
+
+    def append(self, layer: int, entry_BPMH: Tensor) -> None:
+        """Take one layer's keys and values of the masks, P = T D, for the next :meth:`attend`."""
+        self._own = entry_BPMH.unflatten(1, (-1, self.masks))
+
+    def attend(self, layer: int, query_BPNH: Tensor, mask: None) -> Tensor:
+        """Attention of the masks' queries, [B, P, N, H]: of all masks after a token to what the
+        token itself attends to, and of each to its own block up to itself."""
+        assert self._own is not None
+        key, value = self._tokens[layer].chunk(2, dim=2)
+        own_key, own_value = self._own.chunk(2, dim=3)
+        query = query_BPNH.unflatten(1, (-1, self.masks)).unflatten(3, (key.shape[2], -1))
+        query = query / math.sqrt(query.shape[-1])
+        seq_len, device = key.shape[1], key.device
+        sees = self.sees
+        if sees is None:
+            sees = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
+        sees_own = torch.ones(self.masks, self.masks, dtype=torch.bool, device=device).tril()
+        scores = torch.einsum("btdmgh,bsmh->bmgdts", query, key).masked_fill(~sees, -math.inf)
+        own = torch.einsum("btdmgh,btemh->bmgdte", query, own_key)
+        own = own.masked_fill(~sees_own.unsqueeze(1), -math.inf)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.cat((scores, own), dim=-1).softmax(-1, dtype=dtype).to(value.dtype)
+        scores, own = weights.split([seq_len, self.masks], dim=-1)
+        mixed = torch.einsum("bmgdts,bsmh->btdmgh", scores, value)
+        mixed = mixed + torch.einsum("bmgdte,btemh->btdmgh", own, own_value)
+        return mixed.flatten(3, 4).flatten(1, 2)
+
+
+class MaskedMTP(MTPStack):
+    """The mask tokens, the updates of the trunk's layers, and the sampler."""
+
+    config: MaskedConfig
+    attends_back: ClassVar[bool] = False  # the masks read the trunk's own cache
+
+    def __init__(self, config: MaskedConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config)
+        self.trunk_config = trunk
+        config.check_trunk(trunk)
+        if not config.depth:
+            return
+        # A matrix, so that it is initialized like an embedding.
+        self.masks = nn.Parameter(torch.empty(config.depth, trunk.d_model))
+        self.updates = nn.ModuleList()
+        with torch.device("meta"):
+            blocks = [Block(trunk, layer) for layer in range(trunk.n_layers)]
+        for block in blocks:
+            shapes = {n: layer.weight.shape for n, layer in _updated(block)}
+            self.updates.append(
+                nn.ModuleDict({n: Update(k, m, config.lora_rank) for n, (m, k) in shapes.items()})
+            )
+        self.sampler = Sampler(trunk)
+
+    @torch.no_grad()
+    def initialize_own(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Update):
+                module.up.weight.zero_()
+        if self.depth:
+            self.sampler.down.weight.zero_()
+
+    def through_trunk(
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+    ) -> tuple[TrunkOutput, Tensor]:
+        batch, seq_len, width = embedded_BTC.shape
+        sees = positions.dense_mask()
+        blocks = Blocks(self.depth, sees)
+        compiled = trunk.blocks[0]._compiled_call_impl is not None
+        if compiled:  # entries and updates, looked up by layer, would compile every block again
+            blocks.keep = torch.compiler.disable(blocks.keep)  # type: ignore[method-assign]
+        output = trunk(embedded_BTC, replace(positions, keeper=blocks))
+        masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
+        places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
+        places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)
+        cos, sin = over_whole_heads(
+            *rope_table(places.flatten(), **self.trunk_config.rotary, dtype=positions.cos.dtype)
+        )
+        after = Positions(
+            cos.unsqueeze(-2),
+            sin.unsqueeze(-2),
+            cache=blocks,  # type: ignore[arg-type]
+            updates=self._updates(trunk),
+        )
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            z_BPC = trunk(masks_BPC, after).final
+        z_BTDC = z_BPC.view(batch, seq_len, self.depth, width)
+        if positions.auxiliary is not None and self.config.consistency and seq_len > 1:
+            loss = self.config.consistency * consistency(z_BTDC, output.final.detach(), sees)
+            positions.auxiliary.add_loss(loss, "train/consistency_loss")
+        return output, z_BTDC.flatten(2)
+
+    @property
+    def appended(self) -> int:
+        return self.depth
+
+    def append(self, trunk: Trunk, positions: Positions) -> Tensor:
+        cache = positions.cache
+        assert isinstance(cache, KVCache)
+        n_masks = cache.runs.width
+        masks_BDC = self.masks[:n_masks].expand(cache.batch_size, -1, -1)
+        z_BDC = trunk(masks_BDC, replace(positions, updates=self._updates(trunk))).final
+        return F.pad(z_BDC, (0, 0, 0, self.depth - n_masks)).flatten(1).unsqueeze(1)
+
+    def _updates(self, trunk: Trunk) -> dict[nn.Module, nn.Module]:
+        """The updates by the layers that they belong to."""
+        found: dict[nn.Module, nn.Module] = {}
+        for block, updates in zip(trunk.blocks, self.updates, strict=True):
+            found |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
+        return found
+
+    def states(
+        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        for k in self.computed(active):
+            yield k, self.depth_state(k, at, at.hidden)
+
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+        z_BTC = at.hidden.chunk(self.depth, dim=-1)[k - 1]
+        return z_BTC + self.sampler(z_BTC, at.embedded_at(k))
+
+    def ahead(self, active: Sequence[int]) -> int:
+        return max(active, default=0)
+
+
+def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers of a block that have updates, by the last part of their names."""
+    layers = dict(block.named_modules())
+    for name in _UPDATED:
+        if name in layers:
+            yield name.rpartition(".")[2], layers[name]
+
+
+def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tensor:
+    """The consistency loss, summed over the windows; of each the mean over its masks whose token
+    has a state in the window, in the same document.
+
+    Args:
+        z_BTDC: the masks' states.
+        target_BTC: the tokens' states.
+        sees: bool [B, 1, T, T], True where a token attends to another; None is causal.
+    """
+    seq_len, depth = z_BTDC.shape[1:3]
+    total = z_BTDC.new_zeros((), dtype=torch.promote_types(z_BTDC.dtype, torch.float32))
+    for k in range(1, min(depth, seq_len - 1) + 1):
+        apart_BT = (z_BTDC[:, :-k, k - 1] - target_BTC[:, k:]).to(total.dtype).square().mean(-1)
+        counts_BT = torch.ones_like(apart_BT)
+        if sees is not None:  # by the token k places on, of the one before the masks
+            counts_BT = sees[:, 0].diagonal(-k, 1, 2).to(total.dtype)
+        total = total + ((apart_BT * counts_BT).sum(1) / counts_BT.sum(1).clamp(min=1)).sum()
+    return total / depth

@@ -1,0 +1,265 @@
+"""``mtp=masked`` beyond what the tests of all heads say: the trunk is left as it is, what a mask
+attends to, training and drafting compute the same, a finished trunk.
+
+Its equations are in ``tests/objective/states.py``, one token at a time in float64; losses and
+gradients are compared with them by ``tests/objective/test_cross_product.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.session import decoding_passes, session_kind
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.trunk_states import check_cached
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.masked import MaskedConfig, MaskedMTP, Update
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.objective.schedule.base import Progress
+from tests.deepseek import trunk as deepseek_trunk
+from tests.kernels import LIBRARY, use_library
+from tests.losses import mtp_loss, reported_loss, step_of
+from tests.models import build, windows
+
+TRUNK = TrunkConfig(
+    vocab_size=37, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.2
+)
+EXPERTS = ExpertsConfig(n_routed=6, n_shared=1, top_k=2, d_expert=16, first_k_dense=1)
+TRUNKS = {
+    "plain": TRUNK,
+    "norms, bias": replace(TRUNK, attention=GroupedQueryConfig(qk_norm=True, qkv_bias=True)),
+    "experts": replace(TRUNK, feed_forward=EXPERTS),
+    "partly rotated": replace(TRUNK, attention=GroupedQueryConfig(d_rope=4)),
+}
+DEPTH, T = 3, 7
+
+
+def masked(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
+    return build(trunk, MaskedConfig(**{"depth": DEPTH, **switches}))
+
+
+def in_documents(batch: WindowBatch) -> WindowBatch:
+    starts = torch.zeros(batch.tokens.shape, dtype=torch.int64)
+    starts[0, 4] = starts[1, 2] = starts[1, 6] = 1
+    return WindowBatch(batch.tokens, batch.depth, starts.cumsum(1))
+
+
+@pytest.mark.parametrize("library", [None, LIBRARY], ids=["plain", "native"])
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
+    trunk: str, low: bool, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every weight of the head drawn, in training and in evaluation, with documents too."""
+    use_library(monkeypatch, library)
+    model = masked(TRUNKS[trunk])
+    plain = MTPModel(ModelConfig(trunk=TRUNKS[trunk], mtp=NoMTPConfig()))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    batch = windows(2, T, DEPTH)
+    for training, asked in ((True, batch), (False, batch), (True, in_documents(batch))):
+        bare = None if asked.documents is None else asked.documents[:, : T + 1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            with_masks = model.train(training)(asked)
+            without = plain.train(training)(WindowBatch(batch.tokens[:, : T + 1], 0, bare))
+            logits = [m.head(found[0]) for m, found in ((model, with_masks), (plain, without))]
+        assert with_masks.keys() == set(range(DEPTH + 1))
+        assert torch.equal(*logits)
+
+
+def of_masks(model: MTPModel, batch: WindowBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes into the trunk, tokens [B, T, C] and masks [B, T, D, C], and the masks' states."""
+    read: list[Tensor] = []
+
+    def reads(_: nn.Module, arguments: Any) -> Any:
+        read.append(arguments[0].detach().requires_grad_())
+        return (read[-1], *arguments[1:])
+
+    with model.trunk.register_forward_pre_hook(reads):
+        _, at = model.run_trunk(batch, range(1, DEPTH + 1))
+    tokens, masks = read
+    return tokens, masks, at.hidden.unflatten(-1, (DEPTH, -1))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_mask_sees_its_prefix_and_the_masks_before_it_in_its_block(documents: bool) -> None:
+    """By gradients with respect to every token and every single mask."""
+    model, batch = masked().double(), windows(2, T, DEPTH)
+    batch = in_documents(batch) if documents else batch
+    same = torch.ones(2, T, T, dtype=torch.bool)
+    if batch.documents is not None:
+        own = batch.documents[:, :T]
+        same = own.unsqueeze(1) == own.unsqueeze(2)
+    tokens, masks, z_BTDC = of_masks(model, batch)
+    for b, t, k in ((0, 0, 0), (0, 3, 2), (0, 5, 1), (1, 3, 0), (1, 6, 2)):
+        of_tokens, of_all_masks = torch.autograd.grad(
+            z_BTDC[b, t, k].square().sum(), (tokens, masks), retain_graph=True
+        )
+        wanted = torch.zeros(2, T, dtype=torch.bool)
+        wanted[b, : t + 1] = same[b, t, : t + 1]
+        assert torch.equal(of_tokens.ne(0).any(-1), wanted)
+        wanted = torch.zeros(2, T, DEPTH, dtype=torch.bool)
+        wanted[b, t, : k + 1] = True
+        assert torch.equal(of_all_masks.ne(0).any(-1).unflatten(1, (T, DEPTH)), wanted)
+
+
+@pytest.mark.parametrize("drafts", [1, 2, DEPTH])
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int) -> None:
+    """After the prompt, and after a verify pass over the places where the masks stood."""
+    model, n = masked(TRUNKS[trunk]).double().eval(), 9
+    tokens = windows(1, 3 * n, DEPTH).tokens
+    expected = model(WindowBatch(tokens, DEPTH))
+    with decoding_passes(model):
+        session = session_kind(model)(model, slots=1, capacity=40, max_draft=drafts)
+        session.join([tokens[0, :n].tolist()])
+        for accepted in (1, 0):
+            n = session.n[0]
+            session.put(tokens[:, n : n + 1], 0)
+            for k in range(1, drafts + 1):
+                logits = session.draft(k)[0]
+                session.put(tokens[:, n + k : n + k + 1], k)
+                wanted = model.head(expected[k][0, n - 1])
+                torch.testing.assert_close(logits, wanted, rtol=1e-12, atol=1e-12)
+            main = session.verify(drafts)[0]
+            wanted = model.head(expected[0][0, n : n + drafts + 1])
+            torch.testing.assert_close(main, wanted, rtol=1e-12, atol=1e-12)
+            session.accept([accepted], drafts)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    found = []
+    for recompute in (False, True):
+        model = masked(replace(TRUNKS["experts"], recompute=recompute)).double().train()
+        loss, _, auxiliary = reported_loss(model, windows(2, T, DEPTH), [0.3, 0.2, 0.1], [14] * 4)
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        found[-1] |= {f"load {i}": n for i, n in enumerate(auxiliary.loads.values())}
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    """Within rounding; and the blocks share one program, whose passes differ by layer."""
+    found = []
+    for compiled in (False, True):
+        model = masked().train()
+        if compiled:
+            model.compile_blocks()
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3):
+            for _ in range(2):
+                model.zero_grad()
+                batch = in_documents(windows(2, T, DEPTH))
+                mtp_loss(model, batch, [0.3] * DEPTH, [14] * 4)[0].backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_half_precision_trains() -> None:
+    model = masked().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mtp_loss(model, windows(2, T, DEPTH), [0.3] * DEPTH, [14] * 4)[0]
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_masks_do_not_count_for_the_balance_of_experts() -> None:
+    model = masked(TRUNKS["experts"])
+    found = []
+    for weights in ([0.3] * DEPTH, [0.0] * DEPTH):
+        _, _, auxiliary = reported_loss(model, windows(2, T, DEPTH), weights, [14] * 4)
+        found.append(list(auxiliary.loads.values()))
+    assert len(found[0]) == 2
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert [sorted(of) for of in model.mtp.updates] == [  # experts have no updates
+        ["down", "gate_up", "out", "qkv"], ["out", "qkv"], ["out", "qkv"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("consistency", [0.0, 1.0])
+def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
+    """The masks learn a text that repeats: the loss falls, and no bit of the trunk changes."""
+    config = MaskedConfig(depth=2, lora_rank=4, freeze_trunk=True, consistency=consistency)
+    model = MTPModel(ModelConfig(trunk=TRUNK, mtp=config))
+    model.initialise(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = WindowBatch(torch.arange(15).repeat(4, 1) % 5, 2)
+    main = model.head(model(batch)[0])
+    step, losses = step_of(model), []
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for number in range(30):
+        result = step(batch, Progress(number, 30), optimizer)
+        losses.append(float(result.losses[1:].sum()))
+        logged = result.log_values().get("train/consistency_loss")
+        assert (logged is None) == (consistency == 0.0) and (logged is None or logged > 0)
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {name for name in before if name.startswith("mtp.")}
+    assert torch.equal(model.head(model(batch)[0]), main)
+
+
+def test_updates_and_sampler_start_at_zero() -> None:
+    model = MTPModel(ModelConfig(trunk=TRUNK, mtp=MaskedConfig(depth=2)))
+    model.initialise(0)
+    assert isinstance(model.mtp, MaskedMTP)
+    updates = [module for module in model.mtp.modules() if isinstance(module, Update)]
+    assert len(updates) == 4 * TRUNK.n_layers
+    assert not any(update.up.weight.any() for update in updates)
+    assert all(update.down.weight.all() and update.down.weight.shape[0] == 16 for update in updates)
+    assert not model.mtp.sampler.down.weight.any() and model.mtp.masks.all()
+    assert not list(MaskedConfig(depth=0).build(TRUNK).parameters())
+
+
+def test_no_gradient_reaches_the_states_that_masks_are_pulled_to() -> None:
+    """With the masks' own states fixed, by a frozen trunk without updates, masks alone learn."""
+    model = masked(freeze_trunk=True).double()
+    loss, _, reported = reported_loss(model, windows(2, T, DEPTH), [0.1] * DEPTH, [14] * 4)
+    (consistency,) = reported.by_tag["train/consistency_loss"]
+    with_gradient = masked().double()
+    _, _, other = reported_loss(with_gradient, windows(2, T, DEPTH), [0.1] * DEPTH, [14] * 4)
+    (same,) = other.by_tag["train/consistency_loss"]
+    assert torch.equal(consistency, same) and loss.isfinite()
+    # The last tokens of a window precede no mask that is compared with them.
+    final: list[Tensor] = []
+
+    def reads(_: nn.Module, arguments: Any, output: Tensor) -> None:
+        final.append(output)
+
+    with with_gradient.trunk.norm.register_forward_hook(reads):
+        _, _, again = reported_loss(with_gradient, windows(2, T, DEPTH), [0.1] * 3, [14] * 4)
+    (loss,) = again.by_tag["train/consistency_loss"]
+    of_tokens, of_masks = torch.autograd.grad(loss, final[:2], allow_unused=True)
+    assert of_tokens is None and of_masks.any()
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"lora_rank": 0}, "mtp.lora_rank must be a whole number of at least 1"),
+        ({"consistency": -1.0}, "mtp.consistency must be"),
+        ({"depth": 0, "freeze_trunk": True}, "leaves nothing to train"),
+    ],
+)
+def test_bad_switches_are_named(switches: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MaskedConfig(**{"depth": 2, **switches})
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(UserError, match="use model.attention=grouped_query"):
+        build(deepseek_trunk(vocab_size=37), MaskedConfig(depth=2))
+    with pytest.raises(UserError, match="data.cache_states=true has no meaning for mtp=masked"):
+        check_cached(masked(freeze_trunk=True))
