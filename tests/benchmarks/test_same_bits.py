@@ -49,7 +49,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert arguments[1] in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_change_of_one_setting_is_found(tmp_path: Path) -> None:
     """Both trees train; the second's optimizer has another epsilon."""
     changed = tmp_path / "changed"

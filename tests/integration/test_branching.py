@@ -133,7 +133,7 @@ def test_what_is_no_branch_is_refused_with_its_reason(long, cache, tmp_path, set
     "settings",
     [
         {"trainer.strategy": "ddp"},
-        {"trainer.strategy": "fsdp"},
+        pytest.param({"trainer.strategy": "fsdp"}, marks=pytest.mark.long),
         {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0},
     ],
     ids=["ddp", "fsdp", "fsdp-in-parts"],

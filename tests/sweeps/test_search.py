@@ -95,7 +95,7 @@ def test_finds_the_better_half(
 def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
     folder = tmp_path / "search"
     # Slow enough to be seen, and too short for the default's warm-up of a quarter of 3500 steps.
-    fixed = ["data.val_fraction=0.3", "trainer.max_steps=5"]
+    fixed = ["data.val_fraction=0.5", "trainer.max_steps=5"]
     assert run(folder, *fixed, "--trials", "9", "--n-jobs", "4") == 0
     pruned = [t for t in study(folder).trials if t.state.name == "PRUNED"]
     assert pruned
