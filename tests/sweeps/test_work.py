@@ -195,6 +195,7 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     assert [task.folder.name for task in worker] == ["a-1", "a-3"] == leases.held
 
 
+@pytest.mark.slow
 def test_a_program_may_lie_at_a_path_with_spaces(tmp_path: Path) -> None:
     (there := tmp_path / "my programs").mkdir()
     folder = planned(there, "0")
