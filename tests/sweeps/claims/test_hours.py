@@ -31,9 +31,15 @@ from sweeps.claims.hours import (
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
 from sweeps.claims.result import Result, make_result, write_result
-from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed
-from tests.sweeps.claims.test_decide import rights
-from tests.sweeps.claims.test_result import BEGAN, root, run
+from tests.sweeps.claims.fixture_claims import (
+    BEGAN,
+    SOLVED,
+    claim_of,
+    observed,
+    rights,
+    root,
+    run,
+)
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
 SMALL = ["experiment=small_text"]
