@@ -147,7 +147,7 @@ print(time.process_time() - began, *found.token_ids, "torch._dynamo" in sys.modu
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.long  # the test above plays it
 def test_a_second_process_compiles_nothing(cache):
     def decode() -> list[str]:
         run = subprocess.run(

@@ -327,8 +327,6 @@ def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     for one, other in zip(rows(run), rows(tmp_path / "one"), strict=True):
         assert one == pytest.approx(other, rel=2e-6)
-    logs = _machines(cache, both | {"trainer.max_steps": 12}, [tmp_path] * 2, run_dir=str(run))
-    assert len(rows(run)) == 12
 
 
 @pytest.mark.slow

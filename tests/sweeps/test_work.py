@@ -273,7 +273,7 @@ def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: P
     settings = {
         "seed": "0,1",
         "trainer.max_steps": 150,
-        "trainer.val_check_interval": 50,
+        "trainer.val_check_interval": 150,
         "callbacks.checkpoints.every_n_steps": 10,
     }
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]
