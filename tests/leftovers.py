@@ -10,7 +10,7 @@ import gc
 import os
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ _KEPT = (".git", "__pycache__", ".pytest_cache", ".hypothesis", ".mypy_cache", "
 # These end with the process that they serve; the second is tests/warm.py.
 _HELPERS = ("multiprocessing.resource_tracker", "-m tests.warm")
 _MARK = "MTP_TESTS_PROCESS"
-# A killed sweep's watchdog (sweeps/process.py) lives for the grace that it gives the runs.
-_WATCHDOG, _GRACE = 'trap "" TERM; read -r _', 75.0
+# A killed sweep's watchdog (sweeps/process.py) lives for the grace that it gives the runs: where
+# nothing but watchdogs is left, they have nothing to watch.
+_WATCHDOG = 'trap "" TERM; read -r _'
 _KERNEL = 2  # the parent of the system's own threads
 
 
@@ -94,15 +95,14 @@ class Leftovers:
             commands = list(left.values())
             watchdogs = [command for command in commands if _WATCHDOG in command]
             sleeps = [command for command in commands if command.startswith("sleep ")]
-            known = bool(watchdogs) and len(watchdogs) + len(sleeps) == len(commands)
-            if time.monotonic() - began > (_GRACE if known else self._seconds):
+            if watchdogs and len(watchdogs) + len(sleeps) == len(commands):
+                _kill(left)
+            if time.monotonic() - began > self._seconds:
                 break
             gc.collect()  # the owner may wait for it
             time.sleep(0.02)
         told = [f"left a process: {pid} {command}" for pid, command in left.items()]
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(left)
         listed = self._listing()
         for name in sorted(listed - self._listed):
             told.append(f"left in the checkout (or another test did at the same time): {name}")
@@ -170,6 +170,12 @@ def _is_worker(session: pytest.Session) -> bool:
 
 def _is_kept(name: str) -> bool:
     return name in _KEPT or name.startswith(".coverage")
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _numbers() -> set[int]:

@@ -93,7 +93,7 @@ def test_children_hear_ctrl_c():
     with subprocess.Popen(SLEEP, stderr=subprocess.DEVNULL) as process:
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) in (-signal.SIGINT, 1)
+        assert process.wait(60) in (-signal.SIGINT, 1)
 """
 
 
@@ -102,9 +102,7 @@ def deaf() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize(
-    ("processes", "way"), [(0, "foreground"), (0, "background"), (2, "background"), (2, "setsid")]
-)
+@pytest.mark.parametrize(("processes", "way"), [(0, "background"), (2, "setsid")])
 def test_what_is_left_fails_the_test_that_left_it(tmp_path: Path, processes: int, way: str) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "conftest.py").write_text(CONFTEST)
@@ -141,7 +139,7 @@ def test_what_is_left_fails_the_test_that_left_it(tmp_path: Path, processes: int
     assert len(set(pids)) == 3
     for pid in pids:
         assert f"left a process: {pid} " in told
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while os.path.exists(f"/proc/{pid}"):
             assert time.monotonic() < until
             time.sleep(0.01)

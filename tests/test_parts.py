@@ -92,8 +92,12 @@ def modules(*taken: str) -> list[str]:
     return found
 
 
-def test_every_module_imports_without_each_part_and_without_all(tmp_path: Path) -> None:
-    taken = {**{part: (part,) for part in HERE}, "all": tuple(HERE)}
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_every_module_imports_without_all_parts_and_without_each(
+    tmp_path: Path, each: bool
+) -> None:
+    """That nothing but a part's users imports it, the next test reads in the sources."""
+    taken = {part: (part,) for part in HERE} if each else {"all": tuple(HERE)}
     todo = {str(without(tmp_path / name, *gone)): modules(*gone) for name, gone in taken.items()}
     files = [(module(file), str(ROOT / file)) for file in sources(*PACKAGES)]
     program = [sys.executable, "-c", IMPORT, json.dumps(todo), json.dumps(files)]
@@ -117,9 +121,7 @@ def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
     for words, module in (
         (("train.py", "trainer.strategy=fsdp", other), "mtp_lightning/distributed"),
         (("train.py", "data=packages", other), "data_modules/corpora"),
-        (("train.py", "data=tokens", other), "data_modules/token_files"),
         (("generate.py", f"checkpoint={hub}", "prompt=a"), "mtp_lightning/interop"),
-        (("doctor.py", str(hub)), "mtp_lightning/interop"),
         (("export.py", f"checkpoint={folder}", f"output={hub}/x"), "mtp_lightning/interop"),
         (("serve.py", f"checkpoint={folder}"), "mtp_lightning/serving"),
     ):

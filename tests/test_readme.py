@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from mtp_lightning.literal import literal
-from tests.integration.helpers import execute, train_here
+from tests.integration.helpers import composed, execute, train_here
 from tests.warm import Done
 
 ROOT = Path(__file__).parent.parent
@@ -100,8 +99,7 @@ def test_every_other_command_composes(app: str, overrides: Sequence[str]) -> Non
         overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", o) for o in overrides if o != "-m"]
         overrides = [re.sub(r"=range\(.*\)$", "=0", o) for o in overrides]
     overrides = literal([o for o in overrides if not o.startswith("-")])
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose(name, overrides)
+    composed(name, overrides)
 
 
 def test_it_is_short() -> None:

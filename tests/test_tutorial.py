@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from mtp_lightning.literal import literal
 from tests.integration.helpers import ROOT, execute, overrides
 
 FOLDER = ROOT / "docs" / "tutorial"
@@ -36,19 +34,6 @@ def test_the_chapters_are_in_order() -> None:
     assert all(COMMANDS.values())
     for name, page in PAGES.items():
         assert page.startswith(f"# {CHAPTERS.index(name) + 1}. ")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [words for commands in COMMANDS.values() for words in commands if words[1:2] == ["train.py"]],
-    ids=" ".join,
-)
-def test_every_training_composes(words: list[str]) -> None:
-    if "--config-dir" in words:
-        return  # of a head that is not there yet; it is run below
-    first = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words[2:] if word != "-m"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        compose("config", literal(first))
 
 
 def short(words: list[str], cache: Path) -> list[str]:

@@ -52,7 +52,7 @@ class Warm:
         )
         self._imports: float = self._answer(120)
 
-    def run(self, args: list[str], *, cwd: Path, env: dict[str, str], seconds: float = 240) -> Done:
+    def run(self, args: list[str], *, cwd: Path, env: dict[str, str], seconds: float = 480) -> Done:
         """``python FILE ..``, ``python -m MODULE ..`` or ``python -c CODE ..``, to its end."""
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")

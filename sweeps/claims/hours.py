@@ -118,6 +118,7 @@ def left_of(
         composed = {(job.arm, job.seed): job for job in jobs(claim, wanted, runs)} if wanted else {}
         expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
         costs = []
+        counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
         for arm, number in pending:
             job = composed.get((arm, number))
             if job is not None:
@@ -126,7 +127,10 @@ def left_of(
                 taken.add(job.folder)
             if known[arm]:
                 costs.append(Cost(arm, number, median(known[arm]) / 60, MEASURED))
-            elif job is not None and rate is not None and (flops := flops_of(job)) is not None:
+                continue
+            if job is not None and rate is not None and arm not in counted:
+                counted[arm] = flops_of(job)
+            if rate is not None and (flops := counted.get(arm)) is not None:
                 costs.append(Cost(arm, number, flops / rate / 3600, BY_FLOPS))
             else:
                 costs.append(Cost(arm, number, expected / 60, EXPECTED))

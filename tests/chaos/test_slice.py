@@ -11,7 +11,7 @@ import pytest
 from tests.integration.helpers import ROOT, environment
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_promised_holds(tmp_path: Path) -> None:
     done = subprocess.run(
         [

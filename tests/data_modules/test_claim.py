@@ -23,7 +23,7 @@ from data_modules.cache import build_once
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "BEAT", 0.1)
-    monkeypatch.setattr(claim, "SILENCE", 1.0)
+    monkeypatch.setattr(claim, "SILENCE", 2.0)
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_one_of_many_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loc
 
     def build(folder: Path) -> None:
         built.append(folder)
-        time.sleep(2.0)
+        time.sleep(3.0)
         (folder / "whole").write_text("x")
 
     with ThreadPoolExecutor(6) as pool:
@@ -59,12 +59,12 @@ def test_the_next_one_builds_where_one_has_failed(tmp_path: Path) -> None:
 
     def failing(folder: Path) -> None:
         started.set()
-        assert fail.wait(20)
+        assert fail.wait(120)
         raise ValueError("no text")
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(build_once, tmp_path / "target", failing)
-        assert started.wait(20)
+        assert started.wait(120)
         second = pool.submit(build_once, tmp_path / "target", lambda f: (f / "a").touch())
         time.sleep(0.2)
         assert not second.done()
@@ -128,7 +128,7 @@ def test_another_builder_is_given_up_when_it_is_silent(
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
         build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
-    assert 1.0 < time.monotonic() - began < 20
+    assert 1.0 < time.monotonic() - began < 120
     assert caplog.text.count("another process builds") == 1
     # It may sleep: its folder is left to it, until that is silent for much longer.
     assert {path.name for path in tmp_path.iterdir()} == {"target", killed.name}

@@ -202,12 +202,12 @@ def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
 
 def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
     """Another host, container or process that looks on leaves it alone."""
-    monkeypatch.setattr(cache, "LEASE", 0.5)
+    monkeypatch.setattr(cache, "LEASE", 2.0)
     monkeypatch.setattr(claim, "BEAT", 0.05)
 
     def build(folder: Path) -> None:
         for i in range(8):
-            time.sleep(0.2)
+            time.sleep(0.4)
             build_once(folder.with_name(f"{folder.name[1:5]}{i}"), lambda folder: None)
         (folder / "whole").write_text("")
 

@@ -37,7 +37,7 @@ def require_the_models_distribution(model, options, drafted, prompt_length=4):
         (logits,) = teacher_forced(model, [*prompt, a, b], 0)
         p = sampling.probabilities(logits[-3:])
         probs[a, b] = p[0, a] * p[1, b] * p[2]
-    n = 3000
+    n = 2000
     # Places are taken by the next row as soon as they are free, as a server's are.
     generations = generate(
         model,

@@ -44,10 +44,10 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
 
 
-@pytest.fixture(params=["called", "recorded"])
-def passes(request, monkeypatch, uncompiled):
-    """As a CPU calls them, and as a GPU plays them."""
-    if request.param == "recorded":
+@pytest.fixture
+def passes(how, monkeypatch, uncompiled):
+    """``called`` as by a CPU, or ``recorded`` and played as by a GPU."""
+    if how == "recorded":
         play_recordings(monkeypatch)
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
@@ -89,13 +89,15 @@ def recorded(monkeypatch, session):
 
 
 @pytest.mark.parametrize(
-    ("name", "chance"),
+    ("name", "chance", "how"),
     [
-        *((name, 0.6) for name in VARIANTS),
-        *itertools.product(("dense", "deepseek", "linear, markov", "plain"), (0.0, 1.0)),
+        *((name, 0.6, "called") for name in VARIANTS),
+        *((name, 0.6, "recorded") for name in ("dense", "deepseek", "linear, markov", "plain")),
+        *itertools.product(("dense", "linear, markov"), (0.0, 1.0), ("called",)),
+        ("dense", 1.0, "recorded"),
     ],
 )
-def test_passes_are_those_of_eager_decoding(name, chance, passes, monkeypatch):
+def test_passes_are_those_of_eager_decoding(name, chance, how, passes, monkeypatch):
     settings = dict(VARIANTS[name])
     model = small_model(5, settings.pop("depth"), **settings)
     # The modules' first pass is wider than a program where the prompt is long.
@@ -118,7 +120,8 @@ def test_passes_are_those_of_eager_decoding(name, chance, passes, monkeypatch):
         assert min(g.tokens_per_step for g in texts[1]) > 1.5
 
 
-def test_sliding_and_sampling_are_as_without(passes):
+@pytest.mark.parametrize("how", ["called", "recorded"])
+def test_sliding_and_sampling_are_as_without(how, passes):
     model = small_model(4, 2)
     prompts = random_prompts(4, (5, 30))
     for options in (

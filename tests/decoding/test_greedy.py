@@ -67,13 +67,16 @@ def test_plain_equals_decoding_without_a_cache():
         assert plain(model, [prompt]) == [uncached(model, prompt, NEW)]
 
 
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-@pytest.mark.parametrize("seed", range(2 * len(VARIANTS)))
-def test_speculative_equals_plain(seed, deepseek, monkeypatch):
-    number, second = divmod(seed, 2)
-    if deepseek and VARIANTS[number].get("stack") in WHOLE_HEADS:
-        pytest.skip("its cache holds keys and values of whole heads")
-    depth = 1 + (number + 2 * second + deepseek) % 4
+@pytest.mark.parametrize(
+    ("number", "deepseek"),
+    [
+        *((number, False) for number in range(len(VARIANTS))),
+        # The caches of WHOLE_HEADS hold keys and values of whole heads.
+        *((n, True) for n in range(len(VARIANTS)) if VARIANTS[n].get("stack") not in WHOLE_HEADS),
+    ],
+)
+def test_speculative_equals_plain(number, deepseek, monkeypatch):
+    seed, depth = 2 * number + deepseek, 1 + (number + 2 * deepseek) % 4
     trunk = {"deepseek": True} if deepseek else {"kv": (1, 2, 4)[seed % 3]}
     model = small_model(seed, depth, **trunk, **VARIANTS[number])
     prompts = random_prompts(seed, LENGTHS)
@@ -278,9 +281,17 @@ def test_auto_falls_back_to_plain_and_equals_it():
     assert [g.token_ids for g in generations] == expected
 
 
-@pytest.mark.parametrize("library", [None, LIBRARY], ids=["plain", "native"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+@pytest.mark.parametrize(
+    ("dtype", "deepseek", "library"),
+    [
+        *((dtype, False, LIBRARY) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+        (torch.bfloat16, False, None),
+        (torch.bfloat16, True, LIBRARY),
+        (torch.float16, True, LIBRARY),
+        (torch.float64, True, None),
+    ],
+    ids=str,
+)
 def test_models_of_another_precision(dtype, deepseek, library, monkeypatch):
     """Packed weights and kernels are made for fp32: whatever else comes is not taken for it."""
     use_library(monkeypatch, library)

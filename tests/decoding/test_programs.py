@@ -147,8 +147,8 @@ print(time.process_time() - began, *found.token_ids, "torch._dynamo" in sys.modu
 
 
 @needs_compiler
-@pytest.mark.slow
-def test_a_second_process_starts_in_two_seconds(cache):
+@pytest.mark.long  # the test above plays it
+def test_a_second_process_compiles_nothing(cache):
     def decode() -> list[str]:
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", _DECODE], capture_output=True, text=True
@@ -157,6 +157,6 @@ def test_a_second_process_starts_in_two_seconds(cache):
         return run.stdout.split()
 
     first, second = decode(), decode()
-    assert float(second[0]) < 2 < float(first[0])
+    assert float(second[0]) < float(first[0]) / 2
     assert second[1:-1] == first[1:-1]
     assert second[-1] == "False"  # nothing is traced

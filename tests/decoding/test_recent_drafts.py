@@ -61,7 +61,7 @@ def naive(model: MTPModel, prompt: list[int], n_new: int, depth: int) -> tuple[l
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loop_drafts_what_naive_recomputation_drafts(head: str) -> None:
     right = 0
-    for seed, depth in ((0, 2), (1, 3), (2, 2)):
+    for seed, depth in ((1, 3), (2, 2)):
         model = small_model(seed, depth, vocab=VOCAB, **HEADS[head])
         for prompt in random_prompts(seed, (1, 6), VOCAB):
             (found,) = generate(model, [prompt], max_new_tokens=16)

@@ -11,7 +11,6 @@ from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
 from mtp_lightning.decoding.speculative import accept_or_resample
 from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
@@ -128,7 +127,6 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
     ("options", "drafted"),
     [
         ({"temperature": 1.0}, 1),
-        ({"temperature": 1.0}, 2),
         ({"temperature": 0.7, "top_p": 0.8}, 2),
         ({"temperature": 1.3, "top_k": 5}, 2),
     ],
@@ -140,9 +138,7 @@ def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
 @pytest.mark.parametrize(
     "mtp",
     [
-        {"stack": JointConfig},
         {"stack": NextLatConfig},
-        {"stack": ParallelConfig, "correction": "mlp"},
         {"stack": LinearConfig, "correction": "markov"},
         {"stack": ParallelConfig, "correction": "selector"},
         {"stack": LinearConfig, "rank": 3},

@@ -65,7 +65,7 @@ def test_nodes_are_numbered_by_depth():
 
 @pytest.mark.parametrize(
     ("mtp", "lengths"),
-    [*((mtp, (8, 12, 21)) for mtp in VARIANTS), ({}, (9,)), ({"stack": JointConfig}, (9,))],
+    [*((mtp, (8, 12)) for mtp in VARIANTS), ({}, (9,)), ({"stack": JointConfig}, (9,))],
     ids=str,
 )
 def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch):
@@ -110,20 +110,26 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
 
 @pytest.mark.parametrize("mtp", VARIANTS, ids=str)
 def test_greedy_text_is_that_of_plain_decoding(mtp):
-    """Rows join, are short at first, accept unequally; and more is accepted than of a chain."""
+    """Rows join, are short at first, accept unequally."""
+    model = small_model(0, 3, vocab=VOCAB, **mtp)
+    prompts = random_prompts(0, (5, 1, 13, 2, 30, 8), VOCAB)
+    options = {"max_new_tokens": 24, "batch_size": 4}
+    plain = generate(model, prompts, speculative=False, **options)
+    found = generate(model, prompts, tree=[3, 2, 1], **options)
+    assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+    for g in found:
+        assert sum(g.drafts_accepted) == sum(g.accepted_mask)
+        assert g.drafts_reached[1] <= g.drafts_accepted[0] <= g.drafts_reached[0]
+
+
+def test_more_is_accepted_than_of_a_chain():
     wide = chain = 0.0
     for seed in range(2):
-        model = small_model(seed, 3, vocab=VOCAB, **mtp)
+        model = small_model(seed, 3, vocab=VOCAB)
         prompts = random_prompts(seed, (5, 1, 13, 2, 30, 8), VOCAB)
         options = {"max_new_tokens": 24, "batch_size": 4}
-        plain = generate(model, prompts, speculative=False, **options)
-        found = generate(model, prompts, tree=[3, 2, 1], **options)
-        assert [g.token_ids for g in found] == [g.token_ids for g in plain]
-        wide += sum(g.tokens_per_step for g in found)
+        wide += sum(g.tokens_per_step for g in generate(model, prompts, tree=[3, 2, 1], **options))
         chain += sum(g.tokens_per_step for g in generate(model, prompts, **options))
-        for g in found:
-            assert sum(g.drafts_accepted) == sum(g.accepted_mask)
-            assert g.drafts_reached[1] <= g.drafts_accepted[0] <= g.drafts_reached[0]
     assert wide > chain > 0
 
 
@@ -256,8 +262,6 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
         ({"temperature": 1.0}, {}),
         ({"temperature": 1.3, "top_k": 2}, {}),  # fewer tokens than candidates
         ({"temperature": 1.0}, {"stack": JointConfig}),
-        ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "markov"}),
-        ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "selector"}),
     ],
     ids=str,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from mtp_lightning.cli import readable_errors
@@ -82,9 +87,30 @@ def overrides(cache: Path, settings: dict[str, Any]) -> list[str]:
 
 def config(run_dir: Path, cache: Path, settings: dict[str, Any] | None = None) -> DictConfig:
     """The composed config of a quick run, for ``train(cfg)`` in this process."""
-    given = overrides(cache, settings or {})
+    given = [*overrides(cache, settings or {}), f"paths.output_dir={run_dir}"]
+    return composed("config", given)
+
+
+def composed(name: str, given: list[str]) -> DictConfig:
+    """What Hydra composes. Options are most of its time: the same ones are composed once, and
+    values set as Hydra sets them."""
+    keys = {override: override.split("=")[0].lstrip("+~") for override in given}
+    groups = [o for o, k in keys.items() if (CONF / k).is_dir() or k == "sweeps"]
+    cfg = copy.deepcopy(_chosen(name, tuple(groups)))
+    values = [_parsed(override) for override in given if override not in groups]
+    ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+    return cfg
+
+
+@functools.cache
+def _chosen(name: str, groups: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose("config", overrides=[*given, f"paths.output_dir={run_dir}"])
+        return compose(name, overrides=list(groups))
+
+
+@functools.cache
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 def train_here(
@@ -116,7 +142,7 @@ def execute(
     cwd: Path | None = None,
     *,
     imported: tuple[str, ...] = HEAVY,
-    seconds: float = 240,
+    seconds: float = 480,
     **more: str,
 ) -> Done:
     """Run a command of Python to its end.
@@ -142,7 +168,7 @@ def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_step(
-    process: subprocess.Popen[bytes], run_dir: Path, step: int, *, seconds: float = 120
+    process: subprocess.Popen[bytes], run_dir: Path, step: int, *, seconds: float = 480
 ) -> None:
     """Return as soon as ``metrics.csv`` holds ``step``, read without touching the file.
 

@@ -85,6 +85,7 @@ def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_
     assert train_here(tmp_path / "branch", cache, more)["step"] == LENGTH + 5
 
 
+@pytest.mark.slow
 def test_a_branch_with_nothing_changed_equals_its_run(long, cache, tmp_path):
     # As one types it: what looks at paths before torch is there knows RUN@STEP.
     done = execute(command(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@12"}))
@@ -133,7 +134,7 @@ def test_what_is_no_branch_is_refused_with_its_reason(long, cache, tmp_path, set
     "settings",
     [
         {"trainer.strategy": "ddp"},
-        {"trainer.strategy": "fsdp"},
+        pytest.param({"trainer.strategy": "fsdp"}, marks=pytest.mark.long),
         {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0},
     ],
     ids=["ddp", "fsdp", "fsdp-in-parts"],

@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bf16")
-    for name in ("llama", "deepseek", "glm4_moe"):
+    for name in ("llama", "deepseek"):
         model = deepseek.build(folders.TRUNKS[name])
         if name != "llama":
             # Experts are computed in fp32 on a CPU: there the same numbers come of bf16's alone.
@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek", "glm4_moe"])
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
 def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog: Any) -> None:
     """To the last bit: autocast would round the same weights to the same numbers."""
     rows, states = {}, {}

@@ -272,12 +272,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path) -> None:
     before = written(folder)
     typed = [part.replace("FOLDER", str(folder)) for part in shlex.split(row.typed)]
-    seconds: list[float] = []
     reads = row.seconds > 2  # with torch
-    while len(seconds) < 3 and not (seconds and seconds[-1] < row.seconds):
-        hidden, imported = (row.hidden, HEAVY) if reads else (f"{row.hidden} torch", LIGHT)
-        done = execute([sys.executable, "-c", PROGRAM, hidden, *typed], tmp_path, imported=imported)
-        seconds.append(done.seconds)
+    hidden, imported = (row.hidden, HEAVY) if reads else (f"{row.hidden} torch", LIGHT)
+    done = execute([sys.executable, "-c", PROGRAM, hidden, *typed], tmp_path, imported=imported)
     assert done.returncode == row.code, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -288,5 +285,5 @@ def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path)
         assert words.replace("FOLDER", str(folder)) in lines[0]
     for noise in ("Traceback", "HYDRA_FULL_ERROR", "append", " +", "Errno"):
         assert noise not in done.stderr
-    assert min(seconds) < row.seconds * slowness(), seconds
+    assert done.seconds < 5 * row.seconds * slowness()  # of the processor
     assert written(folder) == before and written(tmp_path) == set()

@@ -72,7 +72,7 @@ def test_a_run_that_goes_on_begins_nothing(cache: Path, tmp_path: Path) -> None:
         helpers.train_here(tmp_path / "drawn", cache, {**plain, "mtp.init": "last_block"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> None:
     settings = {**HEADS, "init_from": trunk, "trainer.max_steps": 2}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 4}

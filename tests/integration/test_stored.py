@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import resource
+import shutil
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -232,9 +233,7 @@ def of_layer(key: str) -> Callable[[Path, Any, Path], object]:
     """The config.json of an EAGLE-3 layer in a trunk's folder: the model is opened."""
 
     def read(finished: Path, value: Any, folder: Path) -> object:
-        pytest.importorskip("safetensors")
-        model = build(folders.dense(n_layers=4), EagleConfig(depth=2, draft_vocab=9))
-        folders.write(folder / "model", model)
+        shutil.copytree(_written(folder.parent.parent), folder / "model")
         file = folder / "model" / "draft" / "config.json"
         fields = json.loads(file.read_text())
         if not key.startswith("mtp_lightning"):
@@ -245,6 +244,15 @@ def of_layer(key: str) -> Callable[[Path, Any, Path], object]:
         return open_model(folder / "model").model.config
 
     return read
+
+
+@functools.cache
+def _written(base: Path) -> Path:
+    """A trunk's folder with an EAGLE-3 layer."""
+    pytest.importorskip("safetensors")
+    model = build(folders.dense(n_layers=4), EagleConfig(depth=2, draft_vocab=9))
+    folders.write(base / "with-a-layer", model)
+    return base / "with-a-layer"
 
 
 def of_reference(finished: Path, value: Any, folder: Path) -> object:

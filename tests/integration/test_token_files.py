@@ -53,7 +53,11 @@ def evaluated(*overrides: str) -> dict[str, Any]:
 def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
     cache = tmp_path / "cache"
     # Epochs end in between: the files hold about 110 steps.
-    settings = files | {"trainer.max_steps": 150, "callbacks.checkpoints.every_n_steps": 20}
+    settings = files | {
+        "trainer.max_steps": 150,
+        "trainer.val_check_interval": 75,
+        "callbacks.checkpoints.every_n_steps": 20,
+    }
     whole = train_here(tmp_path / "whole", cache, settings)
     process = start(command(tmp_path / "parts", cache, settings), tmp_path / "log")
     wait_for_step(process, tmp_path / "parts", 60)

@@ -131,7 +131,7 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match="x.gguf is damaged"):
         read_folder(file)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 120
 
 
 @pytest.mark.slow

@@ -86,12 +86,11 @@ def proxy():
 @pytest.mark.parametrize(
     "logger",
     [
-        "csv:MetricsCSV",
+        pytest.param("csv:MetricsCSV", marks=pytest.mark.long),
         pytest.param("tensorboard:RunTensorBoard", marks=pytest.mark.slow),
-        *(
-            pytest.param(name, marks=[pytest.mark.slow, pytest.mark.extras])
-            for name in ("mlflow:RunMLflow", "wandb:RunWandb", "trackio:RunTrackio")
-        ),
+        pytest.param("wandb:RunWandb", marks=[pytest.mark.slow, pytest.mark.extras]),
+        pytest.param("mlflow:RunMLflow", marks=[pytest.mark.long, pytest.mark.extras]),
+        pytest.param("trackio:RunTrackio", marks=[pytest.mark.long, pytest.mark.extras]),
     ],
 )
 def test_no_logger_reaches_anybody(logger: str, proxy: str, tmp_path: Path) -> None:

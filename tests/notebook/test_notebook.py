@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -145,12 +144,11 @@ def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Pat
     ) as notebook:
         wait_for_step(notebook, folder, 20)  # type: ignore[arg-type]
         notebook.send_signal(signal.SIGINT)
-        said, _ = notebook.communicate(timeout=120)
+        said, _ = notebook.communicate(timeout=480)
     assert "KeyboardInterrupt" in said and "saved" in said
     step = int(Run(folder).metrics.index[-1])
-    began = time.monotonic()
     run = train(*given, f"trainer.max_steps={step + 2}", f"run_dir={folder}", quiet=True)
-    assert run.summary["step"] == step + 2 and time.monotonic() - began < 120
+    assert run.summary["step"] == step + 2
 
 
 @pytest.mark.slow

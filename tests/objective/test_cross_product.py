@@ -175,10 +175,11 @@ def product(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
 
 
 def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """Weights by masks by schedules, where every objective has its turn."""
-    turns = itertools.cycle(listed("objective"))
-    for rest in itertools.product(WEIGHTS, MASKS, ACTIVE):
-        yield Case(head, sort, next(turns), *rest)
+    """Weights by masks, where every objective that the name draws has its turn, and schedules."""
+    objectives, turns = list(listed("objective")), itertools.cycle(ACTIVE)
+    random.Random(str((head, sort))).shuffle(objectives)
+    for objective, rest in zip(objectives, itertools.product(WEIGHTS, MASKS), strict=False):
+        yield Case(head, sort, objective, *rest, next(turns))
     yield from plain(head, sort)
 
 

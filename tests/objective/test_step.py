@@ -69,8 +69,13 @@ def documents_of(length: int, *, windows: int = 2, seq_len: int = 12) -> WindowB
     return WindowBatch(tokens, DEPTH, (torch.arange(shape[1]) // length).expand(shape))
 
 
-@pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("variant", "rule"),
+    [
+        *(("sequential", rule) for rule in RULES),
+        *((v, r) for v in ("parallel", "parameter_free") for r in ("none", "gradnorm")),
+    ],
+)
 def test_a_depth_without_a_target_is_not_computed(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
@@ -119,37 +124,28 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
 CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_trunk": True}]
 
 
-@pytest.mark.parametrize("branch", ["final", "before_last"])
-@pytest.mark.parametrize("switches", [{}, *CUT], ids=str)
-@pytest.mark.parametrize(
-    ("variant", "correction"),
-    [
-        ("sequential", {}),
-        ("parallel", {}),
-        ("linear", {}),
-        ("joint", {}),
-        ("nextlat", {}),
-        ("eagle", {"draft_vocab": 11}),
-        ("masked", {}),
-        ("parallel", {"correction": "mlp"}),
-        ("linear", {"correction": "mlp"}),
-        ("linear", {"correction": "markov"}),
-        ("parallel", {"correction": "selector", "correction_rank": 5}),
-    ],
-    ids=str,
-)
+BRANCHES = ({"branch": "final"}, {"branch": "before_last"})
+COUNTED: list[tuple[str, dict[str, Any]]] = [
+    *((variant, {}) for variant in ("sequential", "parallel", "linear", "joint", "nextlat")),
+    *(
+        (variant, cut | branch)
+        for variant in ("sequential", "linear")
+        for cut in CUT
+        for branch in BRANCHES
+    ),
+    ("eagle", {"draft_vocab": 11}),
+    *(("masked", own) for own in ({}, {"freeze_trunk": True})),
+    ("parallel", {"correction": "mlp"}),
+    ("linear", {"correction": "mlp"}),
+    ("linear", {"correction": "markov"}),
+    ("parallel", {"correction": "selector", "correction_rank": 5}),
+]
+
+
+@pytest.mark.parametrize(("variant", "own"), COUNTED, ids=str)
 def test_flops_are_those_of_pytorchs_operators(
-    tiny_trunk: TrunkConfig,
-    variant: str,
-    correction: dict[str, Any],
-    switches: dict[str, Any],
-    branch: str,
+    tiny_trunk: TrunkConfig, variant: str, own: dict[str, Any]
 ) -> None:
-    own = {"branch": branch, **correction, **switches}
-    if variant in ("eagle", "masked"):
-        own.pop("branch")
-    if variant == "masked" and own.pop("detach", None):
-        pytest.skip("the trunk itself makes its states")
     trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), **own)
     trained.model.double()
     for length, active in ((5, [1, 2]), (3, [1]), (2, [])):

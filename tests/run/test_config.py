@@ -38,7 +38,7 @@ def test_what_no_run_writes_is_refused(tmp_path: Path, content: str, told: str) 
     began = time.monotonic()
     with pytest.raises(UserError, match=told):
         read_yaml(file)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

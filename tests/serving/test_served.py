@@ -188,8 +188,9 @@ def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: OpenedModel) -> 
 def _ask_and_drop(found: Serving, fields: dict[str, Any]) -> None:
     import httpx2
 
+    patience = httpx2.Timeout(60, read=0.3)
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{found.base_url}/completions", json=fields, timeout=0.5)
+        httpx2.post(f"{found.base_url}/completions", json=fields, timeout=patience)
 
 
 def test_a_full_queue_says_when_to_come_again(run: OpenedModel, gate: threading.Event) -> None:

@@ -109,6 +109,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     assert len(list((tmp_path / "figures").glob("events*"))) == 1
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_same_runs_give_the_same_figures(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 1.8)})
     files = []
@@ -227,6 +228,7 @@ def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
     assert report([tmp_path])[1][0].startswith("2 settings, 3 seeds, 5 runs: 3 done")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_text_from_files_is_only_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     status = {"state": "failed", "reason": evil, "overrides": [f"x={evil}"]}

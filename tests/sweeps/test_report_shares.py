@@ -46,7 +46,7 @@ def fisher(a: int, n_a: int, b: int, n_b: int) -> float:
 
 
 def test_fisher_is_the_sum_over_tables() -> None:
-    for n_a, n_b in ((2, 2), (5, 5), (3, 7), (20, 20)):
+    for n_a, n_b in ((2, 2), (5, 5), (3, 7), (9, 9)):
         for a in range(n_a + 1):
             for b in range(n_b + 1):
                 found = unpaired(share(a, n_a), share(b, n_b))

@@ -337,6 +337,7 @@ def test_a_run_that_stopped_when_solved_counts_what_it_used(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_is_whole(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (NEVER, LATE), 1: (EARLY, LATE)}, summary=TAGS)
     html = report([tmp_path])[0].read_text()

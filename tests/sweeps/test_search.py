@@ -95,7 +95,7 @@ def test_finds_the_better_half(
 def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
     folder = tmp_path / "search"
     # Slow enough to be seen, and too short for the default's warm-up of a quarter of 3500 steps.
-    fixed = ["data.val_fraction=0.3", "trainer.max_steps=5"]
+    fixed = ["data.val_fraction=0.5", "trainer.max_steps=5"]
     assert run(folder, *fixed, "--trials", "9", "--n-jobs", "4") == 0
     pruned = [t for t in study(folder).trials if t.state.name == "PRUNED"]
     assert pruned
@@ -229,10 +229,10 @@ def test_parse() -> None:
 def test_real_runs(tmp_path: Path, cache: Path) -> None:
     settings = {"optimizer.lr": "interval(1e-4,3e-2,log)", "mtp.depth": "0,1"}
     command = [sys.executable, "-m", "sweeps.search", str(tmp_path / "search")]
-    command += ["--trials", "3", "--n-jobs", "2", *overrides(cache, settings)]
+    command += ["--trials", "2", "--n-jobs", "2", *overrides(cache, settings)]
     done = execute(command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 trials: 3 complete" in done.stdout
+    assert "2 trials: 2 complete" in done.stdout
     for trial in study(tmp_path / "search").trials:
         job = tmp_path / "search" / trial.user_attrs["folder"]
         assert json.loads((job / "summary.json").read_text())[METRIC] == trial.value

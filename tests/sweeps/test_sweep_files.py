@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
-from tests.integration.helpers import execute
+from tests.integration.helpers import composed, execute
 from tests.warm import LIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -46,13 +45,12 @@ def test_header(file: Path) -> None:
 def test_every_value_composes(file: Path) -> None:
     varied = params(file)
     assert len(varied["seed"]) >= 2, "without seeds there is no noise to compare with"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for i in range(max(map(len, varied.values()))):  # all values, several in one config
-            chosen = [f"{key}={values[i % len(values)]}" for key, values in varied.items()]
-            cfg = compose("config", overrides=[f"+sweeps={file.stem}", *chosen])
-            assert cfg.trainer.max_steps == 1000
-        if file.stem == "lambda":
-            assert cfg.lambda_schedule._target_.endswith(".constant")
+    for i in range(max(map(len, varied.values()))):  # all values, several in one config
+        chosen = [f"{key}={values[i % len(values)]}" for key, values in varied.items()]
+        cfg = composed("config", [f"+sweeps={file.stem}", *chosen])
+        assert cfg.trainer.max_steps == 1000
+    if file.stem == "lambda":
+        assert cfg.lambda_schedule._target_.endswith(".constant")
 
 
 def test_help_lists_them_from_anywhere(tmp_path: Path) -> None:

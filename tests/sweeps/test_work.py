@@ -97,7 +97,7 @@ def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
     assert "10 jobs: 10 pending" in status_of(folder).stdout
     workers = [start(folder, "--n-jobs=2", "--stale=4", FAIL="1") for _ in range(2)]
     for worker in workers:
-        assert worker.wait(120) == 0, log_of(folder)
+        assert worker.wait(240) == 0, log_of(folder)
     begun = {job.parent.name: job.read_text() for job in folder.glob("*/begun")}
     assert begun == {f"seed-{i}_trainer.accelerator-cpu": "x" for i in range(10, 20)}
     assert sorted(states(folder).values()) == ["done"] * 9 + ["failed"]
@@ -106,13 +106,13 @@ def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
     assert "error: unlucky" in told.stdout and "9 of 10 jobs done" in log_of(folder)
     assert set(log_of(folder).split()) & {"started", "done", "failed"}
     # A failed job stays failed until its sweep is planned again so.
-    assert start(folder, FAIL="1").wait(60) == 0
+    assert start(folder, FAIL="1").wait(240) == 0
     assert {job.read_text() for job in folder.glob("*/begun")} == {"x"}
     again = [sys.executable, str(tmp_path / "stub.py"), "-m", "seed=range(10,20)"]
     more = ["trainer.accelerator=cpu", "hydra/launcher=plan", f"sweep_dir={folder}"]
     done = execute([*again, *more, "sweep.retry_failed=true"], tmp_path)
     assert done.returncode == 0 and "9 done before" in done.stdout, done.stdout + done.stderr
-    assert start(folder).wait(60) == 0
+    assert start(folder).wait(240) == 0
     assert set(states(folder).values()) == {"done"} and status_of(folder).returncode == 0
 
 
@@ -129,10 +129,10 @@ def test_a_worker_that_is_asked_to_end_leaves_its_jobs_to_others(tmp_path: Path)
     other = execute([*args, "trainer.accelerator=cpu", f"sweep_dir={folder}"], tmp_path)
     assert other.returncode == 1 and "Workers are at work" in other.stderr
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 143, log_of(folder)
+    assert first.wait(240) == 143, log_of(folder)
     assert sorted(states(folder).values()) == ["interrupted", "pending", "pending"]
     # At once, though the time after which one takes over has not passed.
-    assert start(folder, "--n-jobs=2").wait(60) == 0
+    assert start(folder, "--n-jobs=2").wait(240) == 0
     assert set(states(folder).values()) == {"done"}
     assert sorted(job.read_text() for job in folder.glob("*/begun")) == ["x", "x", "xx"]
 
@@ -148,7 +148,7 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
     leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
     queue = DeviceQueue(n_jobs=2)
     worker = Worker(laid, leases=leases, queue=queue, look_seconds=0, program=["x"])
-    sleeps = "trap '' TERM; echo > begun; sleep 60"
+    sleeps = "trap '' TERM; echo > begun; sleep 600"
     programs = {"seed-0": sleeps, "seed-1": "echo {} > summary.json"}
     for name, task in worker.tasks.items():
         task.folder.mkdir()
@@ -165,7 +165,7 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
         return worker.watch(task)
 
     Pool(queue=queue, display=Lines(2)).run(worker, watch=watch, ended=worker.ended)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300
     status = read_status(tmp_path / "seed-0")
     assert status is not None and (status["state"], status["device"]) == ("running", "other")
     assert state_of(tmp_path / "seed-1") == "done" and leases.held == []
@@ -195,6 +195,7 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     assert [task.folder.name for task in worker] == ["a-1", "a-3"] == leases.held
 
 
+@pytest.mark.slow
 def test_a_program_may_lie_at_a_path_with_spaces(tmp_path: Path) -> None:
     (there := tmp_path / "my programs").mkdir()
     folder = planned(there, "0")
@@ -272,7 +273,7 @@ def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: P
     settings = {
         "seed": "0,1",
         "trainer.max_steps": 150,
-        "trainer.val_check_interval": 50,
+        "trainer.val_check_interval": 150,
         "callbacks.checkpoints.every_n_steps": 10,
     }
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]

@@ -42,7 +42,7 @@ def states(folder: Path) -> dict[str, str]:
     return found
 
 
-def wait_until(what: Any, seconds: float = 120.0) -> None:
+def wait_until(what: Any, seconds: float = 480.0) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "did not happen"

@@ -102,10 +102,10 @@ def test_validation_asks_nothing_that_training_has_answered(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or its share is logged, with the best of the strategies that know no task."""
-    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 2000)
+    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 800)
     task = configured(name)
-    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 2000)}
-    asked = {tuple(task.example(i).prompt) for i in range(512)}
+    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 800)}
+    asked = {tuple(task.example(i).prompt) for i in range(256)}
     share = len(asked & training) / len(asked)
     found = TaskDataModule(task).answer_sets()[""].baselines
     assert found.keys() == {"chance", "seen", "trivial"}
@@ -114,7 +114,7 @@ def test_validation_asks_nothing_that_training_has_answered(
     elif name in ("hmm", "induction"):  # all have the one prompt, and what is said tells them apart
         assert share == 1 and found["seen"] < 0.01
     elif name == "sibling":
-        assert found["seen"] > 0.05 and found["trivial"] == 1
+        assert found["seen"] > 0.02 and found["trivial"] == 1
     else:
         assert share == 0 == found["seen"] and found["trivial"] < 0.05
 
@@ -142,7 +142,7 @@ def test_no_word_of_training_goes_on_from_one_of_validation(generators: str, dec
     """Its running products would be the answer."""
     task = Group(generators=generators, held_out=16)
     begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 5000) for i in range(1, len(e.prompt))}
-    for i in range(512):
+    for i in range(256):
         prompt = task.example(i).prompt
         assert len(prompt) > deciding and tuple(prompt[:deciding]) not in begun
     lengths = {len(e.prompt) - 1 for e in of_seed(task, 0, 1000)}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from sweeps.claims.claim import Claim
 from sweeps.claims.observe import Arms, Seed, key
+from sweeps.claims.pages import BEGIN, END
 from sweeps.claims.read import read_claim
 
 CONTENT: dict[str, Any] = {
@@ -24,6 +27,9 @@ CONTENT: dict[str, Any] = {
     "measure": {"tag": "val/bits_per_byte"},
     "predictions": [{"arm": "mtp", "against": "plain", "side": "below"}],
 }
+PLAIN = (2.00, 2.10, 1.95, 2.05, 2.02)
+NOISE = (0.000, 0.004, -0.003, 0.002, -0.001)
+BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)
 SOLVED = {"tag": "val/exact_match", "solved": 0.95}
 
 
@@ -84,3 +90,38 @@ def observed(
                 ended="2026-11-25T10:00:00+00:00",
             )
     return arms
+
+
+def moved(by: float, scale: float = 1.0) -> tuple[float, ...]:
+    """PLAIN, seed by seed moved by ``by`` and a little noise."""
+    return tuple(p + by + scale * e for p, e in zip(PLAIN, NOISE, strict=True))
+
+
+def rights(solved: int, n: int = 8) -> list[float]:
+    return [0.96] * solved + [0.5] * (n - solved)
+
+
+def run(*arguments: object) -> int:
+    """The command's exit code."""
+    from sweeps.claims.__main__ import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def root(folder: Path) -> Path:
+    """With pages that have their markers."""
+    (folder / "docs").mkdir()
+    for page in (folder / "docs" / "results.md", folder / "README.md"):
+        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    return folder
+
+
+def commit(folder: Path) -> str:
+    """A repository in a folder, with all that it holds."""
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "predict"]):
+        subprocess.run([*git, *arguments], check=True)
+    said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return said.stdout.strip()

@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from sweeps.claims.__main__ import main
 from sweeps.claims.pages import BEGIN, END
-from tests.integration import helpers
 from tests.integration.helpers import ROOT, environment, overrides
-from tests.sweeps.claims.fixture_claims import write_claim
-from tests.sweeps.claims.test_own_claims import commit
-from tests.warm import LIGHT
+from tests.sweeps.claims.fixture_claims import commit, write_claim
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -26,8 +25,15 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "sweeps.claims", *map(str, arguments)]
 
 
-def execute(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return helpers.execute(command(*arguments), imported=LIGHT)
+def here(
+    capsys: pytest.CaptureFixture[str], *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """The command in this process; the runs are processes of their own."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), said.out, said.err)
 
 
 def states(runs: Path) -> dict[str, dict[str, str]]:
@@ -36,7 +42,10 @@ def states(runs: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: Path) -> None:
+def test_a_claim_is_run_interrupted_continued_and_judged(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute = partial(here, capsys)
     claims, runs = tmp_path / "claims", tmp_path / "runs"
     quick = {
         "mtp": None,
@@ -72,10 +81,10 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
             "pending",
             "pending",
         ]:
-            assert time.monotonic() - began < 200 and started.poll() is None, started.communicate()
+            assert time.monotonic() - began < 480 and started.poll() is None, started.communicate()
             time.sleep(0.1)
         started.send_signal(signal.SIGINT)
-        said, _ = started.communicate(timeout=120)
+        said, _ = started.communicate(timeout=480)
     finally:
         started.kill()
     assert started.returncode == 130, said

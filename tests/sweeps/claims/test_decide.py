@@ -24,15 +24,7 @@ from sweeps.claims.decide import (
     decide,
     overall,
 )
-from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed
-
-PLAIN = (2.00, 2.10, 1.95, 2.05, 2.02)
-NOISE = (0.000, 0.004, -0.003, 0.002, -0.001)
-
-
-def moved(by: float, scale: float = 1.0) -> tuple[float, ...]:
-    """PLAIN, seed by seed moved by ``by`` and a little noise."""
-    return tuple(p + by + scale * e for p, e in zip(PLAIN, NOISE, strict=True))
+from tests.sweeps.claims.fixture_claims import PLAIN, SOLVED, claim_of, moved, observed, rights
 
 
 def one(claim: Claim, values: dict[str, Any], **options: Any) -> Finding:
@@ -112,10 +104,6 @@ def solving(folder: Path, n: int = 8, **prediction: Any) -> Claim:
     given = {"arm": "mtp", "against": "plain", "side": "above", **prediction}
     kept = {k: v for k, v in given.items() if v is not None}
     return claim_of(folder, measure=SOLVED, seeds=list(range(n)), predictions=[kept])
-
-
-def rights(solved: int, n: int = 8) -> list[float]:
-    return [0.96] * solved + [0.5] * (n - solved)
 
 
 @pytest.mark.parametrize(

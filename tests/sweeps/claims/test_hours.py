@@ -31,9 +31,15 @@ from sweeps.claims.hours import (
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
 from sweeps.claims.result import Result, make_result, write_result
-from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed
-from tests.sweeps.claims.test_decide import rights
-from tests.sweeps.claims.test_result import BEGAN, root, run
+from tests.sweeps.claims.fixture_claims import (
+    BEGAN,
+    SOLVED,
+    claim_of,
+    observed,
+    rights,
+    root,
+    run,
+)
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
 SMALL = ["experiment=small_text"]
@@ -69,8 +75,8 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
 
 
 def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path, shared=SMALL, minutes=600)
-    results = {"mine": finished(claim, {"plain": {0: (100.0, HERE), 1: (100.0, HERE)}})}
+    claim = claim_of(tmp_path, shared=SMALL, minutes=600, seeds=[0, 4], minimum=2)
+    results = {"mine": finished(claim, {"plain": {0: (100.0, HERE)}})}
     (left,) = left_of([claim], tmp_path / "runs", results)
     of = {cost.arm: cost for cost in left.costs if cost.seed == 4}
     assert of["plain"].source == MEASURED and of["mtp"].source == BY_FLOPS
@@ -81,7 +87,7 @@ def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path: Path) -> None:
     assert of["mtp"].hours == pytest.approx(flops / 1e12 * 100 / 60)
     # Without composing, and without any finished run, it is what the claim expects.
     (quick,) = left_of([claim], tmp_path / "runs", results, count_flops=False)
-    assert {c.hours for c in quick.costs if c.arm == "mtp"} == {1.0}
+    assert {c.hours for c in quick.costs if c.arm == "mtp"} == {2.5}
     assert {c.source for c in quick.costs if c.arm == "mtp"} == {EXPECTED}
     (left,) = left_of([claim], tmp_path / "runs", {})
     assert {c.source for c in left.costs} == {EXPECTED} and left.hours == pytest.approx(10)

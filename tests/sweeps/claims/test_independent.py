@@ -33,6 +33,7 @@ def test_it_is_short_and_imports_no_code_of_this_project() -> None:
     assert imported - set(sys.stdlib_module_names) == {"torch"}
 
 
+@pytest.mark.slow
 def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
     """A text of a periodic source with noise, which every step learns better."""
     generator = np.random.default_rng(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,21 +26,18 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.result import make_result
 from sweeps.process import Task
-from tests.sweeps.claims.fixture_claims import claim_of, observed, write_claim
-from tests.sweeps.claims.test_decide import PLAIN, moved
-from tests.sweeps.claims.test_result import run
+from tests.sweeps.claims.fixture_claims import (
+    PLAIN,
+    claim_of,
+    commit,
+    moved,
+    observed,
+    run,
+    write_claim,
+)
 from tests.sweeps.fixture_runs import write_run
 
 TRIAL = "predicted: in no commit"
-
-
-def commit(folder: Path) -> str:
-    """A repository in a folder, with all that it holds."""
-    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "predict"]):
-        subprocess.run([*git, *arguments], check=True)
-    said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    return said.stdout.strip()
 
 
 class Finished:

@@ -18,11 +18,16 @@ from sweeps.claims.read import read_claim
 from sweeps.claims.recall import beginning, left_to_run, shared_seeds, with_stored
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
 from sweeps.claims.run import run
-from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write_claim
-from tests.sweeps.claims.test_decide import PLAIN, moved
+from tests.sweeps.claims.fixture_claims import (
+    BEGAN,
+    PLAIN,
+    SOLVED,
+    claim_of,
+    moved,
+    observed,
+    write_claim,
+)
 from tests.sweeps.fixture_runs import evaluated, write_run
-
-BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)
 
 
 def elsewhere(claim: Claim, runs: Path) -> Result:

@@ -15,12 +15,9 @@ pytest.importorskip("matplotlib")
 
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
-from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import (
-    BEGIN,
-    END,
     MORE_PLANNING,
     PLANNING,
     QUESTION,
@@ -40,30 +37,25 @@ from sweeps.claims.result import (
     write_result,
 )
 from sweeps.claims.words import beside
-from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write_claim
-from tests.sweeps.claims.test_decide import PLAIN, moved, rights
+from tests.sweeps.claims.fixture_claims import (
+    BEGAN,
+    PLAIN,
+    SOLVED,
+    claim_of,
+    moved,
+    observed,
+    rights,
+    root,
+    run,
+    write_claim,
+)
 from tests.sweeps.fixture_runs import evaluated, task_run, write_run
 
 ENGLISH, CHINESE = READMES
-BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)
 
 
 def result_of(claim: Claim, values: dict[str, Any]) -> Result:
     return make_result(claim, observed(claim, values), BEGAN)
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    return int(ended.value.code or 0)
-
-
-def root(folder: Path) -> Path:
-    """With pages that have their markers."""
-    (folder / "docs").mkdir()
-    for page in (folder / "docs" / "results.md", folder / "README.md"):
-        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    return folder
 
 
 def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
