@@ -18,7 +18,7 @@ PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 LINES = {
     "data_modules": 9_500,
     "hydra_plugins": 160,
-    "mtp_lightning": 4_250,
+    "mtp_lightning": 4_260,
     "mtp_lightning/apps": 380,
     "mtp_lightning/callbacks": 1_830,
     "mtp_lightning/certify": 1_050,
@@ -41,7 +41,7 @@ LINES = {
 }
 # Files of this project that a command imports, and their lines; without the package of fast code
 # for CPUs (cpu/), which comes off.
-IMPORTS = {"train": (174, 22_400), "generate": (94, 11_800)}
+IMPORTS = {"train": (174, 22_450), "generate": (94, 11_850)}
 COUNT = """
 import atexit, json, runpy, sys
 
