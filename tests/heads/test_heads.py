@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -77,29 +76,3 @@ def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "begun with hours=9.0, not 1.0" in said
     (out / PLAN).write_text("{")
     assert "is damaged" in refused(folder, "--output", str(out), capsys=capsys)
-
-
-@pytest.mark.slow
-@pytest.mark.extras
-def test_from_a_model_to_an_export_and_once_more(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    for name, value in helpers.environment().items():
-        monkeypatch.setenv(name, value)
-    small = {
-        "data.n_prompts": 64,
-        "trainer.max_steps": 10,
-        "trainer.val_check_interval": 5,
-        "trainer.num_threads": 1,
-        "paths.cache_dir": tmp_path / "cache",
-        "logger": "csv",
-    }
-    words = [str(model), "--hours", "0.02", "--output", str(tmp_path / "out")]
-    words += [f"{key}={value}" for key, value in small.items()]
-    main(words)
-    said = capfd.readouterr().out
-    assert "verified" in said and "lossless: " in said and "agreement" in said
-    assert (tmp_path / "out" / "model" / "config.json").is_file()
-    assert (tmp_path / "out" / "certificate" / "badge.svg").is_file()
-    main(words)
-    assert capfd.readouterr().out.count("done before: ") == 3

@@ -31,8 +31,13 @@ COMMANDS = [
 # What is not of the model: an installation, and a download.
 ELSEWHERE = (["pip"], ["python", "tests/fetch_smollm2.py"])
 # The user's own model and texts, and less of everything.
+HEADS = "mtp_lightning.heads"
 SHORT = {
     "generate.py": ["max_new_tokens=6", "num_threads=1"],
+    HEADS: [
+        "--hours", "0.02", "data.n_prompts=64", "trainer.max_steps=10",
+        "trainer.val_check_interval=5", "trainer.num_threads=1", "logger=csv",
+    ],
     "train.py": [
         "init_from=theirs", "data.prompts.paths=prompts.jsonl", "data.chat_share=0",
         "data.n_prompts=40", "data.prompt_tokens=8", "data.new_tokens=24", "data.seq_len=16",
@@ -46,8 +51,10 @@ SHORT = {
 
 def typed(words: list[str]) -> list[str]:
     """The command's words with a small model in the place of the page's."""
-    words = [re.sub(r"^checkpoint=checkpoints/.*", "checkpoint=theirs", word) for word in words]
+    words = [re.sub(r"^(checkpoint=)?checkpoints/.*", r"\1theirs", word) for word in words]
     words = ["theirs" if word == "FOLDER" else word for word in words]
+    if words[:2] == ["mtp-lightning", "heads"]:
+        words = ["python", "-m", HEADS, *words[2:]]
     program, rest = words[1], words[2:]
     if program == "-m":
         return ["-m", *rest, *SHORT[rest[0]]]
@@ -73,20 +80,25 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
     cache = {"PYTHONPATH": str(ROOT), "MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
     said: list[str] = []
     for words in COMMANDS:
-        if words[: len(words[:2])] in ELSEWHERE or words[:1] in ELSEWHERE:
+        if words[:2] in ELSEWHERE or words[:1] in ELSEWHERE:
             continue
         done = execute([sys.executable, *typed(words)], tmp_path, **cache)
         # Nothing to be sound before there are heads, nor after four steps.
         allowed = (0, 2) if words[1] == "doctor.py" else (0,)
-        if name == "deepseek" and "output=smollm2_mtp.gguf" in words:
+        if name == "deepseek" and "output=smollm2_heads.gguf" in words:
             allowed = (1,)  # its norms have two epsilons
             assert "one epsilon for all" in done.stderr
         assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         said.append(done.stdout)
-    assert len(said) == 7
-    assert "no MTP" in said[1] and "x transformers" in said[3]
-    assert "agreement" in said[5]
-    card = tmp_path / "smollm2_mtp.md"
+        if words[1] == "heads":
+            again = execute([sys.executable, *typed(words)], tmp_path, **cache)
+            assert again.stdout.count("done before: ") == 3, again.stdout
+    assert len(said) == 9
+    assert all(word in said[1] for word in ("verified", "lossless", "agreement"))
+    assert (tmp_path / "smollm2_heads" / "certificate" / "badge.svg").is_file()
+    assert "no MTP" in said[4] and "x transformers" in said[6]
+    assert "agreement" in said[8]
+    card = tmp_path / "smollm2_heads.md"
     assert name == "deepseek" or "1 MTP module" in card.read_text()
     before, after = read_folder(tmp_path / "theirs"), read_folder(tmp_path / "smollm2_mtp")
     assert after.config.trunk == before.config.trunk and after.config.mtp.depth == 1
