@@ -35,11 +35,12 @@ from benchmarks.harness import Row
 from data_modules.tokenizers.byte import ByteTokenizer
 from mtp_lightning.cpu.packed import PackedWeight, packed_copy
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.measure import PassCosts, Race, pass_costs, race
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.model import ModelConfig, MTPModel

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.sampling import Sampling, draw
-from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 
 

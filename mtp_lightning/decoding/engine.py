@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
-from mtp_lightning.decoding.session import Session, decoding_passes, session_kind
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
@@ -292,6 +293,29 @@ class Engine:
         self._sequences[i] = self._sequences[-1]
         self._sequences.pop()
         self._decoder.drop_row(i)
+
+
+def session_kind(
+    model: MTPModel, *, single: bool = False, compile: bool = False, tree: bool = False
+) -> type[Any]:
+    """The kind of :class:`Session` that a model decodes with.
+
+    Args:
+        model: the model.
+        single: one cache for all drafts, also where the model does not need it.
+        compile: compiled passes, for a model that drafts with a cache per depth or not at all.
+        tree: trees of drafts instead of chains.
+    """
+    one = single or model.mtp.one_cache
+    if tree:
+        name = "tree_session.SingleCacheTreeSession" if one else "tree_session.TreeSession"
+    elif compile:
+        name = "compiled.CompiledSession"
+    elif one:
+        name = "single_cache.SingleCacheSession"
+    else:
+        return Session
+    return imported(f"mtp_lightning.decoding.{name}")
 
 
 def _kept(limit: int) -> int:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from mtp_lightning import parts
@@ -128,6 +129,19 @@ def fused_passes(model: MTPModel) -> Iterator[None]:
                 _OPEN[model] = holders - 1, passes
             else:
                 passes.close()
+
+
+@contextmanager
+def decoding_passes(model: MTPModel) -> Iterator[None]:
+    """Prepare a model for the passes of a session: no autograd, fused decode steps where available.
+
+    Blocks compiled for training run eagerly here: the varying sizes of passes would compile them
+    again and again.
+    """
+    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.inference_mode(), fused_passes(model), stance:
+        yield
 
 
 def fused(model: MTPModel) -> FusedPasses | None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.engine import session_kind
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
-from mtp_lightning.decoding.session import decoding_passes, session_kind
 from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.

@@ -13,17 +13,15 @@ Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused, fused_passes
+from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
@@ -31,43 +29,6 @@ from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass
 from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
-from mtp_lightning.registry import imported
-
-
-@contextmanager
-def decoding_passes(model: MTPModel) -> Iterator[None]:
-    """Prepare a model for the passes of a session: no autograd, fused decode steps where available.
-
-    Blocks compiled for training run eagerly here: the varying sizes of passes would compile them
-    again and again.
-    """
-    compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.inference_mode(), fused_passes(model), stance:
-        yield
-
-
-def session_kind(
-    model: MTPModel, *, single: bool = False, compile: bool = False, tree: bool = False
-) -> type[Any]:
-    """The kind of :class:`Session` that a model decodes with.
-
-    Args:
-        model: the model.
-        single: one cache for all drafts, also where the model does not need it.
-        compile: compiled passes, for a model that drafts with a cache per depth or not at all.
-        tree: trees of drafts instead of chains.
-    """
-    one = single or model.mtp.one_cache
-    if tree:
-        name = "tree_session.SingleCacheTreeSession" if one else "tree_session.TreeSession"
-    elif compile:
-        name = "compiled.CompiledSession"
-    elif one:
-        name = "single_cache.SingleCacheSession"
-    else:
-        return Session
-    return imported(f"{__package__}.{name}")
 
 
 class Session:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mtp_lightning.cpu import library as native
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.precision import round_weights
-from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.decoding.fused import decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.mtp.joint import JointConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.session import session_kind
+from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.decoding.tree_speculative import (
     accept_path_or_resample,

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.session import decoding_passes, session_kind
+from mtp_lightning.decoding.engine import session_kind
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, heads
 from mtp_lightning.interop.reading import read_folder

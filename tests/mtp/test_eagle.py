@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
+from mtp_lightning.decoding.engine import session_kind
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.session import decoding_passes, session_kind
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.long_range.reading import read

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.session import decoding_passes, session_kind
+from mtp_lightning.decoding.engine import session_kind
+from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.trunk_states import check_cached
 from mtp_lightning.model import ModelConfig, MTPModel
