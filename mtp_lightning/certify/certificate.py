@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtp_lightning.certify.cells import Cell
+from mtp_lightning.certify.cells import WHOLE, Cell
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.others import Count
 from mtp_lightning.certify.sampled import Sampled
@@ -49,6 +49,8 @@ class Certificate:
         model: its path.
         facts: machine, versions and settings.
         same_bits: whether this machine promises equal logits to the last bit.
+        prompts_alike: whether the model reads a prompt to the same bits beside others and in parts.
+            Latent attention and experts do not; drafts have no part in that.
         rows: the cells with their results.
         others: the same count for other programs, if they were asked; they promise nothing here.
     """
@@ -56,6 +58,7 @@ class Certificate:
     model: str
     facts: dict[str, Any]
     same_bits: bool
+    prompts_alike: bool = True
     rows: list[Row] = field(default_factory=list)
     others: list[Count] = field(default_factory=list)
 
@@ -63,6 +66,11 @@ class Certificate:
     def least_p(self) -> float:
         """The smallest p-value that a cell's samples may have (Bonferroni)."""
         return _FALSE_ALARM / max(sum(row.sampled is not None for row in self.rows), 1)
+
+    def promises_bits(self, cell: Cell) -> bool:
+        """Whether equal logits are promised in a cell, and not only equal texts."""
+        as_plain = cell.batch == 1 and cell.reads == WHOLE
+        return self.same_bits and (self.prompts_alike or as_plain)
 
     def broken(self) -> list[str]:
         """The broken promises, one sentence each."""
@@ -75,7 +83,7 @@ class Certificate:
                     f"{where}: {greedy.texts - greedy.equal:,} of {greedy.texts:,} greedy texts "
                     f"differ, text {text} first, from its token {token} on"
                 )
-            elif self.same_bits and greedy.same_bits < greedy.tokens:
+            elif self.promises_bits(row.cell) and greedy.same_bits < greedy.tokens:
                 found.append(
                     f"{where}: the logits of {greedy.tokens - greedy.same_bits:,} of "
                     f"{greedy.tokens:,} tokens differ, by up to {greedy.largest:.1e}"
@@ -95,6 +103,8 @@ class Certificate:
         told = f"{equal:,} of {texts:,} greedy texts in {len(self.rows)} cells are plain decoding's"
         if all(row.greedy.same_bits == row.greedy.tokens for row in self.rows):
             told += ", all logits to the last bit"
+        elif any(self.promises_bits(row.cell) for row in self.rows) and not self.broken():
+            told += ", all logits to the last bit where prompts are read alone and whole"
         if ps:
             told += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
         if all(row.cell.drafts == "none" for row in self.rows):
@@ -136,6 +146,7 @@ class Certificate:
             "broken": self.broken(),
             **self.facts,
             "logits_promised_to_the_last_bit": self.same_bits,
+            "prompts_read_alike": self.prompts_alike,
             "cells": [_plain(row) for row in self.rows],
             "others": [
                 {

@@ -18,6 +18,7 @@ from mtp_lightning.certify.texts import prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
 from mtp_lightning.decoding.precision import PRECISIONS, check_precision, use_precision
 from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
 from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
 from mtp_lightning.system import processor
@@ -90,6 +91,7 @@ def certify(
                 "seed": seed,
             },
             same_bits=ops.code()[0] == "native",
+            prompts_alike=_reads_alike(model),
         )
         # The same for every precision.
         longest = run.seq_len - length
@@ -119,6 +121,14 @@ def certify(
         read = asked[: max(row.greedy.texts for row in result.rows)]
         result.others = compare_others(against, path, read, length, say)
     return result
+
+
+def _reads_alike(model: MTPModel) -> bool:
+    """Whether a token's part of a wide pass, such as a prompt's, has the same bits in every pass:
+    PyTorch's products of latent attention and of an expert's tokens depend on how many they are."""
+    trunk = model.config.trunk
+    kinds = trunk.attention.variant, trunk.feed_forward.variant
+    return kinds == ("grouped_query", "dense")
 
 
 def _is_sampled(cell: Cell, threads: Sequence[int]) -> bool:

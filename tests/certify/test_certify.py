@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -229,7 +230,9 @@ def test_table_json_and_badge(broken: bool) -> None:
     cell = Cell(drafts="<b>depth 1</b>", options=DecodingOptions(), batch=8, threads=2)
     greedy = Greedy(texts=1000, equal=1000 - broken, tokens=5000, same_bits=5000)
     greedy.first = (7, 3) if broken else None
-    found = Certificate("m", {"seed": 0}, True, [Row("fp32", cell, greedy, Sampled(32, [2] * 16))])
+    found = Certificate(
+        "m", {"seed": 0}, True, rows=[Row("fp32", cell, greedy, Sampled(32, [2] * 16))]
+    )
     lines = list(found.lines())
     assert f"{1000 - broken:,}/1,000" in lines[1] and "5,000/5,000" in lines[1]
     plain = json.loads(json.dumps(found.plain()))
@@ -245,8 +248,13 @@ def test_table_json_and_badge(broken: bool) -> None:
 
 def test_logits_are_judged_only_where_they_are_promised() -> None:
     row = Row("fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, 9, 8, 1e-6))
-    assert Certificate("m", {}, False, [row]).broken() == []
-    assert len(Certificate("m", {}, True, [row]).broken()) == 1
+    assert Certificate("m", {}, False, rows=[row]).broken() == []
+    assert len(Certificate("m", {}, True, rows=[row]).broken()) == 1
+    # A model that reads prompts otherwise beside others and in parts promises less.
+    for cell, promised in (({}, 1), ({"batch": 8}, 0), ({"reads": "resumed"}, 0)):
+        other = replace(row, cell=replace(row.cell, **cell))
+        found = Certificate("m", {}, True, prompts_alike=False, rows=[other])
+        assert len(found.broken()) == promised
 
 
 # ---------------------------------------------------------------------------------- the command
