@@ -24,7 +24,7 @@ from tests.interop import folders
 pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 SETTINGS = {
-    "mtp.depth": 2, "trainer.max_steps": 120, "trainer.val_check_interval": 120,
+    "mtp.depth": 2, "trainer.max_steps": 300, "trainer.val_check_interval": 300,
     "optimizer.lr": 0.01, "data.batch_size": 8, "data.seq_len": 64,
 }  # fmt: skip
 

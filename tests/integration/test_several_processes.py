@@ -177,7 +177,7 @@ def test_sigterm_ten_times_to_any_process_at_any_moment(
         assert torch.equal(tensor, ends[1]["state_dict"][name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> None:
     settings = (
         LONG | DDP | {"callbacks": "[nan_guard]", "callbacks.throughput.measure_matmul": None}
@@ -329,7 +329,7 @@ def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
         assert one == pytest.approx(other, rel=2e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_machines_whose_folders_are_their_own_are_refused(tmp_path: Path, cache: Path) -> None:
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:

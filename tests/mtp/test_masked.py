@@ -148,7 +148,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         torch.testing.assert_close(gradient, found[1][name], msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
 def test_compiled_blocks_give_the_same_gradients() -> None:
     """Within rounding; and the blocks share one program, whose passes differ by layer."""

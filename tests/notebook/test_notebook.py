@@ -127,7 +127,7 @@ def test_progress_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == f"begun\n\r{'step 1/2':<100}\r{'step 2/2':<100}\ndone\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Path) -> None:
     """As a notebook's stop button does; the same line goes on."""
     folder = tmp_path / "run"

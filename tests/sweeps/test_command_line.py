@@ -181,7 +181,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path, cache: Path, strategy: str) -> No
     assert str(folder) not in left
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_prepared_sweep_narrowed(tmp_path: Path, cache: Path) -> None:
     settings = {"mtp.depth": "0,2", "seed": 0, "trainer.max_steps": 6, "mtp": None}
     done = execute(command(tmp_path / "sweep", cache, settings, "+sweeps=depth"), tmp_path)

@@ -138,7 +138,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path, rule: str, 
         torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     common = {
         "data.document_mask": "true",
