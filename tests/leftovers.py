@@ -66,7 +66,7 @@ class Leftovers:
         """What a fixture of several tests has started may live until the last test is over."""
         made = yield
         if fixturedef.scope != "function":
-            self._held |= set(self._processes())
+            self._held |= self._started()
         return made
 
     @pytest.hookimpl(wrapper=True)
@@ -111,9 +111,19 @@ class Leftovers:
             pytest.fail("\n".join(told), pytrace=False)
 
     def _processes(self) -> dict[int, str]:
-        """What this process has started that lives, and no fixture holds: numbers and commands.
+        """What a test must not leave: numbers and commands."""
+        found = {pid: _command(pid) for pid in self._started()}
+        return {
+            pid: command
+            for pid, command in found.items()
+            if command and not any(helper in command for helper in _HELPERS)
+        }
+
+    def _started(self) -> set[int]:
+        """What this process has started that lives, and no fixture holds.
 
         A process that was forked and forgotten by a fork is not found; one that began a program is.
+        One that begins its program right now has no command yet.
         """
         parents, marked = dict[int, int](), f"{_MARK}={self._mark}".encode()
         ours, unknown = set[int](), set[int]()
@@ -134,12 +144,7 @@ class Leftovers:
                 continue
         ours = _with_children({os.getpid(), *ours}, parents) - {os.getpid()}
         self._foreign = numbers - ours - unknown
-        found = {pid: _command(pid) for pid in ours - _with_children(self._held, parents)}
-        return {
-            pid: command
-            for pid, command in found.items()
-            if command and not any(helper in command for helper in _HELPERS)
-        }
+        return ours - _with_children(self._held, parents)
 
     def _listing(self) -> set[str]:
         """Names in the checkout, and in the folders of runs."""

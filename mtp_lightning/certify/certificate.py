@@ -49,18 +49,18 @@ class Certificate:
         model: its path.
         facts: machine, versions and settings.
         same_bits: whether this machine promises equal logits to the last bit.
-        prompts_alike: whether the model reads a prompt to the same bits beside others and in parts.
-            Latent attention and experts do not; drafts have no part in that.
         rows: the cells with their results.
         others: the same count for other programs, if they were asked; they promise nothing here.
+        prompts_alike: whether the model reads a prompt to the same bits in a batch and in parts.
+            Latent attention and experts do not; drafts have no part in that.
     """
 
     model: str
     facts: dict[str, Any]
     same_bits: bool
-    prompts_alike: bool = True
     rows: list[Row] = field(default_factory=list)
     others: list[Count] = field(default_factory=list)
+    prompts_alike: bool = True
 
     @property
     def least_p(self) -> float:

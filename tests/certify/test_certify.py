@@ -250,7 +250,7 @@ def test_logits_are_judged_only_where_they_are_promised() -> None:
     row = Row("fp32", Cell(drafts="none", options=DecodingOptions()), Greedy(1, 1, 9, 8, 1e-6))
     assert Certificate("m", {}, False, rows=[row]).broken() == []
     assert len(Certificate("m", {}, True, rows=[row]).broken()) == 1
-    # A model that reads prompts otherwise beside others and in parts promises less.
+    # A model that reads prompts otherwise in a batch and in parts promises less.
     for cell, promised in (({}, 1), ({"batch": 8}, 0), ({"reads": "resumed"}, 0)):
         other = replace(row, cell=replace(row.cell, **cell))
         found = Certificate("m", {}, True, prompts_alike=False, rows=[other])
