@@ -217,8 +217,8 @@ def _app_names() -> list[str]:
 
 
 @pytest.mark.parametrize("app", APPS)
-def test_help_loads_nothing_large(app: str) -> None:
-    """Help tells of the groups without torch, Lightning or NumPy."""
+def test_help_is_quick(app: str) -> None:
+    """Help tells of the groups without loading torch or Lightning, within 8 imports of Hydra."""
     watched = ["torch", "lightning", "tokenizers", "numpy", "tensorboard", "rich"]
     program = (
         "import atexit, runpy, sys;"
@@ -226,7 +226,13 @@ def test_help_loads_nothing_large(app: str) -> None:
         f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = [{app!r}, '--help'];"
         f"runpy.run_path({str(ROOT / app)!r}, run_name='__main__')"
     )
-    done = execute([sys.executable, "-c", program], Path("/"), imported=())
+    hydra = [sys.executable, "-c", "import hydra"]
+    # Processor time as a ratio within one try: the machine's speed varies from try to try.
+    ratios: list[float] = []
+    while len(ratios) < 3 and not (ratios and ratios[-1] < 8):
+        done = execute([sys.executable, "-c", program], Path("/"), imported=())
+        ratios.append(done.seconds / execute(hydra, imported=()).seconds)
+    assert min(ratios) < 8, ratios
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
     assert f"python {app}" in done.stdout

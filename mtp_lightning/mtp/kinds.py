@@ -254,9 +254,7 @@ class HeadByHead(Feed):
         auxiliary: list[Tensor] = []
         if outer is not None and reported is not None:
             auxiliary = reported.losses
-            outer.add_loads(reported)
-            for loss in auxiliary:  # detached: their backward pass is the one below
-                outer.add_loss(loss.detach())
+            outer.add(reported)  # detached: their backward pass is the one below
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(own)
         asked = [leaf for leaf in leaves if leaf.requires_grad]

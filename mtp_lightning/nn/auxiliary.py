@@ -22,22 +22,24 @@ class AuxiliaryOutputs:
         keep: whether reports are kept; False for the repetition of a pass that has reported.
 
     Attributes:
-        losses: differentiable scalars, each summed over the pass's sequences, in the order of the
-            layers.
-        by_tag: the same, by their names in the log.
+        by_tag: name in the log -> differentiable scalars, each summed over the pass's sequences, in
+            the order of the layers.
         loads: router -> int64 [E], the tokens sent to each of its experts.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
         self.keep = keep
-        self.losses: list[Tensor] = []
         self.by_tag: dict[str, list[Tensor]] = {}
         self.loads: dict[nn.Module, Tensor] = {}
+
+    @property
+    def losses(self) -> list[Tensor]:
+        """The losses of all names."""
+        return [loss for of_tag in self.by_tag.values() for loss in of_tag]
 
     def add_loss(self, loss: Tensor, tag: str = "moe/sequence_loss") -> None:
         """Add an auxiliary loss, which is logged as ``tag``."""
         if self.keep:
-            self.losses.append(loss)
             self.by_tag.setdefault(tag, []).append(loss)
 
     @torch.no_grad()
@@ -46,8 +48,11 @@ class AuxiliaryOutputs:
         if self.keep:
             self._add(router, loads(chosen_MK, n_experts))
 
-    def add_loads(self, other: AuxiliaryOutputs) -> None:
-        """Add the loads of another pass of the same step."""
+    def add(self, other: AuxiliaryOutputs) -> None:
+        """Add the loads and the losses, detached, of another pass of the same step."""
+        for tag, of_tag in other.by_tag.items():
+            for loss in of_tag:
+                self.add_loss(loss.detach(), tag)
         for router, load_E in other.loads.items():
             self._add(router, load_E)
 

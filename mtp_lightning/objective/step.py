@@ -141,9 +141,7 @@ class OptimizerStep:
                     # Data-parallel ranks average their gradients; here they must add up.
                     backward(loss * world_size())
             sums += micro_sums
-            auxiliary.add_loads(reported)
-            for tag, of_tag in reported.by_tag.items():
-                auxiliary.by_tag.setdefault(tag, []).extend(loss.detach() for loss in of_tag)
+            auxiliary.add(reported)
         losses_KP = self.objective.losses(sum_over_ranks(sums), plan.counts)
         losses = self.objective.mixed(losses_KP)
 

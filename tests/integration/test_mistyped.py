@@ -274,7 +274,10 @@ def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path)
     typed = [part.replace("FOLDER", str(folder)) for part in shlex.split(row.typed)]
     reads = row.seconds > 2  # with torch
     hidden, imported = (row.hidden, HEAVY) if reads else (f"{row.hidden} torch", LIGHT)
-    done = execute([sys.executable, "-c", PROGRAM, hidden, *typed], tmp_path, imported=imported)
+    seconds: list[float] = []
+    while len(seconds) < 3 and not (seconds and seconds[-1] < row.seconds):
+        done = execute([sys.executable, "-c", PROGRAM, hidden, *typed], tmp_path, imported=imported)
+        seconds.append(done.seconds)
     assert done.returncode == row.code, done.stderr
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -285,5 +288,5 @@ def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path)
         assert words.replace("FOLDER", str(folder)) in lines[0]
     for noise in ("Traceback", "HYDRA_FULL_ERROR", "append", " +", "Errno"):
         assert noise not in done.stderr
-    assert done.seconds < 5 * row.seconds * slowness()  # of the processor
+    assert min(seconds) < row.seconds * slowness(), seconds
     assert written(folder) == before and written(tmp_path) == set()

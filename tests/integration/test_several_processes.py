@@ -240,7 +240,7 @@ def test_one_that_dies_before_they_have_met_is_told_of(
     settings = LONG | DDP | {"trainer.strategy": strategy}
     process = start(lightning(cache, settings, run), tmp_path / "log")
     os.kill(_wait_for_child(process), signal.SIGKILL)
-    assert process.wait(240) == 1
+    assert process.wait(30) == 1
     log = (tmp_path / "log").read_text()
     assert log.count("error: another process of this run has gone") == 1 and "Traceback" not in log
     assert "process 1 was ended by signal 9" in log and f"run_dir={run}" in log
@@ -252,8 +252,8 @@ def test_a_child_ends_with_its_parent_before_they_have_met(tmp_path: Path, cache
     process = start(lightning(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
     child = _wait_for_child(process)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL
-    assert ended([child], seconds=120)
+    assert process.wait(10) == -signal.SIGKILL
+    assert ended([child], seconds=25)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -283,7 +283,7 @@ def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(
     if until == "the group is made":
         name = json.loads(store.get("witness 1").decode())
         store.set(f"{name} by 1", " ")
-    assert process.wait(240) == 1
+    assert process.wait(60) == 1
     text = (tmp_path / "log").read_text()
     assert text.count("error: another process of this run has gone") == 1, text
     assert "process 1 has shown no sign of life for 20 s" in text and "Traceback" not in text
