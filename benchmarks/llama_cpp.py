@@ -40,22 +40,18 @@ def ours(task: Row) -> Iterator[Row]:
 
     from benchmarks.workloads import prepare_process
     from mtp_lightning.decoding import generate
-    from mtp_lightning.decoding.fused import fused_passes
-    from mtp_lightning.decoding.precision import use_precision
-    from mtp_lightning.opening import open_model
+    from mtp_lightning.experiment.generating import open_to_decode
 
     prepare_process()
     torch.set_num_threads(task["threads"])
-    model = open_model(task["model"]).model
-    use_precision(model, task["precision"])
+    model = open_to_decode(task["model"], precision=task["precision"]).model
     way = {"draft_depth": "auto"} if task["drafts"] else {"speculative": False}
 
     def decode(n: int) -> list[list[int]]:
         found = generate(model, task["prompts"], max_new_tokens=n, batch_size=task["batch"], **way)
         return [generation.token_ids for generation in found]
 
-    with fused_passes(model):
-        yield from _turns(decode, task, {})
+    yield from _turns(decode, task, {})
 
 
 def theirs(task: Row) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -129,8 +129,16 @@ class OpenedModel:
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
+# From a model to what each of its weights goes through once it is loaded, if there is anything.
+Keeper = Callable[[MTPModel], Callable[[torch.Tensor], None] | None]
+
+
 def open_model(
-    path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    allow: Collection[str] = (),
+    keeper: Keeper | None = None,
 ) -> OpenedModel:
     """Build a trained model.
 
@@ -139,6 +147,7 @@ def open_model(
             or a GGUF file.
         device: where the model goes.
         allow: packages whose variants the path may ask for.
+        keeper: for a model that only decodes, ``decoding/fused.py``'s.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -148,7 +157,7 @@ def open_model(
     found = read_model(path, allow=allow)
     if found.tokenizer_state is None:
         raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
-    model = build_model(found.config, found.weights, source=str(found.path))
+    model = build_model(found.config, found.weights, source=str(found.path), keeper=keeper)
     return OpenedModel(
         model=model.to(device),
         tokenizer_state=found.tokenizer_state,
@@ -207,7 +216,11 @@ def require_held(
 
 
 def build_model(
-    config: ModelConfig, weights: Mapping[str, torch.Tensor | Stored], *, source: str
+    config: ModelConfig,
+    weights: Mapping[str, torch.Tensor | Stored],
+    *,
+    source: str,
+    keeper: Keeper | None = None,
 ) -> MTPModel:
     """The model in evaluation mode, on the CPU, filled one tensor at a time.
 
@@ -215,6 +228,7 @@ def build_model(
         config: of the model.
         weights: by the model's names. Tensors in float64 make it a model in float64.
         source: for messages.
+        keeper: see :func:`open_model`.
 
     Raises:
         UserError: as :func:`load_weights`.
@@ -232,13 +246,21 @@ def build_model(
     tensors = (x for x in weights.values() if isinstance(x, torch.Tensor))
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         model.double()
-    load_weights(model, weights, source=source)
+    keep = None if keeper is None else keeper(model)
+    if keep is not None:  # memory is taken for one weight at a time
+        for parameter in model.parameters():
+            parameter.data.untyped_storage().resize_(0)
+    load_weights(model, weights, source=source, keep=keep)
     return model.eval()
 
 
 @torch.no_grad()
 def load_weights(
-    model: MTPModel, weights: Mapping[str, torch.Tensor | Stored], *, source: str
+    model: MTPModel,
+    weights: Mapping[str, torch.Tensor | Stored],
+    *,
+    source: str,
+    keep: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """Load all weights or none, one at a time.
 
@@ -246,11 +268,12 @@ def load_weights(
         model: of the same names and shapes.
         weights: by the model's names; where the model holds bf16, they are rounded, which is said.
         source: for messages.
+        keep: called with every parameter that is loaded.
 
     Raises:
         UserError: names or shapes differ, or numbers are not finite; the message names them.
     """
-    own = model.state_dict()
+    own, parameters = model.state_dict(), dict(model.named_parameters())
     problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
     problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
     problems += [
@@ -265,6 +288,8 @@ def load_weights(
     rounded, broken = 0, []
     for name in [name for name in own if name not in tied]:
         found, target = weights[name], own[name]
+        if target.numel() and not (storage := target.untyped_storage()).nbytes():
+            storage.resize_(target.nbytes)
         if isinstance(found, Stored) and target.dtype != torch.bfloat16:
             found.copy_to(target)
         else:
@@ -273,6 +298,8 @@ def load_weights(
             rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
         if not _is_finite(target):
             broken.append(name)
+        if keep is not None and name in parameters:
+            keep(parameters[name])
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(

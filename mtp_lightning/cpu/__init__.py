@@ -5,11 +5,18 @@ fused passes (``decoding/fused.py``); no file of the core except ``parts.py`` na
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear
-from mtp_lightning.cpu.fused import CPUPasses
+from mtp_lightning.cpu.fused import CPUPasses, keeper
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
 
 ops.register_code("cpu", library.code)
-fused.register("cpu", CPUPasses, lambda: library.NEEDED if library.library is None else None)
+fused.register(
+    "cpu",
+    fused.DecodingCode(
+        passes=CPUPasses,
+        rounded_weights_need=lambda: library.NEEDED if library.library is None else None,
+        keeper=keeper,
+    ),
+)
 
 __all__ = ["attention", "experts", "layers", "linear"]

@@ -159,16 +159,25 @@ def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
     return type(norm) is RMSNorm and native.fits(norm.weight) and norm.weight.is_contiguous()
 
 
-def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
-    """A block's struct and the tensors that it points to; None if it is not supported."""
+def dense_matrices(block: nn.Module) -> list[Tensor]:
+    """The four matrices of a block with plain attention and a dense layer; none of another block's.
+    Such a block only multiplies tokens by them."""
     assert isinstance(block, Block)
     attention, feed_forward = block.attention, block.feed_forward
     if type(attention) is not Attention or type(feed_forward) is not FeedForward:
+        return []
+    layers = (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
+    return [layer.weight for layer in layers]
+
+
+def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
+    """A block's struct and the tensors that it points to; None if it is not supported."""
+    packed = [packed_of(matrix) for matrix in dense_matrices(block)]
+    known = [weight for weight in packed if weight is not None]
+    if not known or len(known) < len(packed):
         return None
-    matrices = (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
-    packed = [p for m in matrices if (p := packed_of(m.weight)) is not None]
-    if len(packed) < len(matrices):
-        return None
+    assert isinstance(block, Block) and isinstance(block.attention, Attention)
+    attention = block.attention
     norms = (
         block.attention_norm,
         block.feed_forward_norm,
@@ -180,15 +189,15 @@ def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
     gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
     bias = attention.qkv_bias
     struct = BlockStruct(
-        packed[0].inputs,
+        known[0].inputs,
         attention.n_heads,
         attention.n_kv_heads,
         attention.d_head,
-        packed[3].inputs,
+        known[3].inputs,
         block.attention_norm.eps,
         block.attention_norm.eps if attention.query_norm is None else attention.query_norm.eps,
         *gains,
         None if bias is None else bias.data_ptr(),
-        *(weight.struct for weight in packed),
+        *(weight.struct for weight in known),
     )
-    return struct, [*packed, *norms, bias]
+    return struct, [*known, *norms, bias]

@@ -52,6 +52,8 @@ _FUNCTIONS = {
     "decode_trunk": (c_void_p,) * 5,
     "decode_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
     "decode_linear": (*[c_void_p] * 3, *[c_int64] * 4),
+    "unpack_weight": (*[c_void_p] * 2, *[c_int64] * 3),
+    "unpack_rows": (*[c_void_p] * 3, *[c_int64] * 4),
 }
 # The same for functions that return an int64.
 _NUMBERS = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.cpu.library import ONEDNN
-from mtp_lightning.cpu.packed import packed_copy
+from mtp_lightning.cpu.packed import numbers_of, packed_copy
 from mtp_lightning.nn import ops
 from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
 
@@ -105,6 +105,7 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         if is_batch_invariant() or x.dim() < 2 or x.shape[-2] <= FEW:
             return packed.linear(x)
+        weight_NK = numbers_of(weight_NK)
     x_MK = x.reshape(-1, x.shape[-1])
     if _in_half(x):
         return _HalfLinear.apply(x_MK, weight_NK).view(*x.shape[:-1], -1)

@@ -10,7 +10,8 @@ them, are packed in blocks of 4 or 8 bits, and their products have the bits of f
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
-A weight holds its packed copy as an attribute from :func:`pack` to :func:`unpack`.
+A weight holds its packed copy as an attribute from :func:`pack` to :func:`unpack`. After
+:func:`keep_packed` it has nothing else: :func:`numbers_of` gives its numbers, to the last bit.
 
 Shapes: K inputs, N outputs.
 """
@@ -69,6 +70,23 @@ class PackedWeight:
         """``Packed``; it points to the numbers and does not keep them alive."""
         return PackedStruct(self.numbers.data_ptr(), self.kind)
 
+    def unpacked(self) -> Tensor:
+        """The weight, [N, K]."""
+        weight = torch.empty(self.outputs, self.inputs)
+        pointers = self.numbers.data_ptr(), weight.data_ptr()
+        native.lib().unpack_weight(*pointers, self.outputs, self.inputs, self.kind)
+        return weight
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows [..., K] of int64 indices [...]."""
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.outputs:
+            raise IndexError(f"an index is outside of 0 .. {self.outputs - 1}")
+        ids = ids.contiguous()
+        found = torch.empty(*ids.shape, self.inputs)
+        pointers = self.numbers.data_ptr(), ids.data_ptr(), found.data_ptr()
+        native.lib().unpack_rows(*pointers, ids.numel(), self.outputs, self.inputs, self.kind)
+        return found
+
     def linear(self, x: Tensor) -> Tensor:
         """``x @ weight.T`` [..., N] of ``x`` [..., K]; a row's bits depend on no other row."""
         assert x.shape[-1] == self.inputs
@@ -92,6 +110,8 @@ def pack(weight_NK: Tensor) -> None:
     """Give an fp32 or bf16 weight a packed copy, if there is a kernel that reads one."""
     if not weight_NK.is_cpu or weight_NK.dtype not in (torch.float32, torch.bfloat16):
         return
+    if is_kept(weight_NK):
+        return
     weight = weight_NK.detach().float()
     found: Packed | None = packed_weight(weight)
     if found is None and native.ONEDNN:
@@ -102,8 +122,31 @@ def pack(weight_NK: Tensor) -> None:
 
 
 def unpack(weight: Tensor) -> None:
-    """Drop a weight's packed copy."""
-    vars(weight).pop("packed", None)
+    """Drop a weight's packed copy, unless the weight has nothing else."""
+    if not is_kept(weight):
+        vars(weight).pop("packed", None)
+
+
+def keep_packed(weight_NK: Tensor) -> None:
+    """Replace an fp32 weight's own numbers by its packed copy, if it can have one."""
+    if is_kept(weight_NK) or (found := packed_weight(weight_NK)) is None:
+        return
+    vars(weight_NK)["packed"] = found
+    weight_NK.data.untyped_storage().resize_(0)
+
+
+def is_kept(weight: Tensor) -> bool:
+    """Whether a weight has no numbers of its own any more."""
+    return weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
+
+
+def numbers_of(weight: Tensor) -> Tensor:
+    """A weight with its numbers: itself, or an unpacked copy of one that is kept packed."""
+    if not is_kept(weight):
+        return weight
+    packed = packed_copy(weight)
+    assert isinstance(packed, PackedWeight)
+    return packed.unpacked()
 
 
 def packed_weight(weight_NK: Tensor) -> PackedWeight | None:

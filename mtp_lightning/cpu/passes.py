@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, OpenPass, is_plain, packed_of
-from mtp_lightning.cpu.packed import PackedStruct, PackedWeight
+from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
@@ -35,13 +35,28 @@ class _JoinStruct(ctypes.Structure):
     )
 
 
+class _EmbeddingStruct(ctypes.Structure):
+    """``Embedding`` of decode.cpp."""
+
+    _fields_ = (("rows", c_void_p), ("packed", PackedStruct), ("size", c_int64))
+
+
+def _embedding(weight_VC: Tensor) -> _EmbeddingStruct:
+    """It points to the weight, or to its packed copy, and does not keep them alive."""
+    packed = packed_of(weight_VC)
+    if packed is None or not is_kept(weight_VC):
+        return _EmbeddingStruct(weight_VC.data_ptr())
+    return _EmbeddingStruct(None, packed.struct, packed.outputs)
+
+
 class _DraftStruct(ctypes.Structure):
     """``Draft`` of decode.cpp."""
 
     _fields_ = (
         *((name, c_int64) for name in ("ahead", "outputs")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("join", "block", "gain", "embedding")),
+        *((name, c_void_p) for name in ("join", "block", "gain")),
+        ("embedding", _EmbeddingStruct),
         ("head", PackedStruct),
     )
 
@@ -52,7 +67,8 @@ class _TrunkStruct(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("blocks", "outputs", "kept")),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("block", "gain", "embedding")),
+        *((name, c_void_p) for name in ("block", "gain")),
+        ("embedding", _EmbeddingStruct),
         ("head", PackedStruct),
     )
 
@@ -109,7 +125,7 @@ class FusedTrunk:
         before: all blocks except the last.
         last: the last block, with the final norm.
         head: the head's packed weight.
-        embedding: [V, C].
+        embedding: [V, C], with numbers of its own or kept packed.
         kept: the trunk's state that the stack branches from.
     """
 
@@ -128,7 +144,7 @@ class FusedTrunk:
         self._outputs = head.outputs
         self._trunk = _TrunkStruct(
             self._n, head.outputs, _KEPT.index(kept), last.eps, ctypes.addressof(self._blocks),
-            last.gain, embedding.data_ptr(), head.struct,
+            last.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)
 
@@ -163,7 +179,7 @@ class FusedDraft:
         blocks = module.blocks
         self._draft = _DraftStruct(
             ahead, head.outputs, blocks.eps, ctypes.addressof(module.join),
-            ctypes.addressof(blocks.array), blocks.gain, embedding.data_ptr(), head.struct,
+            ctypes.addressof(blocks.array), blocks.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._draft)
 

@@ -1,6 +1,6 @@
 """Fused decode steps: one call for a whole pass over a few tokens, where a part has code for it.
 
-A part registers a maker for a device type. Code that decodes enters :func:`fused_passes`, which
+A part registers its code for a device type. Code that decodes enters :func:`fused_passes`, which
 prepares the model; a session then gets the passes from :func:`fused`. A pass that the part does not
 provide runs through the model's modules.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -71,41 +72,54 @@ class FusedPasses(Protocol):
         """The pass of depth ``k``, drafting with the head's weight ``weight_VC``; None if the part
         has no code for that stack."""
 
-    def pack(self, weight_NK: Tensor) -> None:
-        """Store a packed copy of one more weight for skinny GEMMs."""
+    def first_rows(self, weight_NK: Tensor, rows: int) -> Tensor:
+        """The first rows of a weight, as a weight that is prepared for skinny GEMMs."""
 
     def close(self) -> None:
         """Restore the model's own weights and layouts."""
 
 
-_MAKERS: dict[str, Callable[[MTPModel], FusedPasses]] = {}
-_NEEDS: dict[str, Callable[[], str | None]] = {}
+@dataclass(frozen=True)
+class DecodingCode:
+    """What a part has for models that decode on one type of device.
+
+    Attributes:
+        passes: prepares a model, until :meth:`FusedPasses.close`.
+        rounded_weights_need: see the function of that name.
+        keeper: see the function of that name.
+    """
+
+    passes: Callable[[MTPModel], FusedPasses]
+    rounded_weights_need: Callable[[], str | None]
+    keeper: Callable[[MTPModel], Callable[[Tensor], None] | None]
+
+
+_CODE: dict[str, DecodingCode] = {}
 _LOCK = threading.Lock()
 # For every model that decodes: how many callers are inside `fused_passes`, and its passes.
 _OPEN: WeakKeyDictionary[nn.Module, tuple[int, FusedPasses]] = WeakKeyDictionary()
 
 
-def register(
-    device: str,
-    make: Callable[[MTPModel], FusedPasses],
-    rounded_weights_need: Callable[[], str | None],
-) -> None:
-    """Let ``make`` prepare the models that decode on devices of the type ``device``.
-
-    Args:
-        device: a device type, such as ``cpu``.
-        make: returns a model's fused passes.
-        rounded_weights_need: see the function of that name.
-    """
-    _MAKERS[device], _NEEDS[device] = make, rounded_weights_need
+def register(device: str, code: DecodingCode) -> None:
+    """Use ``code`` for the models that decode on devices of the type ``device``."""
+    _CODE[device] = code
 
 
 def rounded_weights_need(device: str) -> str | None:
     """What a device type lacks to read rounded weights (``precision.py``) faster than fp32; None if
     it lacks nothing."""
     parts.load()
-    need = _NEEDS.get(device)
-    return "the part mtp_lightning.cpu" if need is None else need()
+    code = _CODE.get(device)
+    return "the part mtp_lightning.cpu" if code is None else code.rounded_weights_need()
+
+
+def keeper(model: MTPModel) -> Callable[[Tensor], None] | None:
+    """For a model that only decodes from now on: a function to call with each of its weights once
+    it has its numbers. A weight that every pass can read packed is kept in packed form alone, which
+    takes at most half of the memory, and packs it once. None where no part has code for that."""
+    parts.load()
+    code = _CODE.get(model.head.weight.device.type)
+    return None if code is None else code.keeper(model)
 
 
 @contextmanager
@@ -113,12 +127,12 @@ def fused_passes(model: MTPModel) -> Iterator[None]:
     """Prepare a model for decoding. Concurrent callers share the preparation; the last one to leave
     drops it, so that it never outlives a change of the weights."""
     parts.load()
-    make = _MAKERS.get(model.head.weight.device.type)
-    if make is None:
+    code = _CODE.get(model.head.weight.device.type)
+    if code is None:
         yield
         return
     with _LOCK:
-        holders, passes = _OPEN.get(model) or (0, make(model))
+        holders, passes = _OPEN.get(model) or (0, code.passes(model))
         _OPEN[model] = holders + 1, passes
     try:
         yield

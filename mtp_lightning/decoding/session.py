@@ -80,18 +80,21 @@ class Session:
         self._branch = partial(model.mtp.branch, model.trunk)
         # Whether passes of the trunk give the branch states, or a pass of the stack's own does.
         self._keeps_branch = max_draft > 0 and not model.mtp.appended
-        self._short = None if draft_vocab is None else ShortHead(model.head, draft_vocab)
+        self._short = None if draft_vocab is None else self._short_head(draft_vocab)
         self._fused_trunk: TrunkPass | None = None
         self._fused_drafts: list[DraftPass | None] = [None] * max_draft
         if (passes := fused(model)) is not None:
             weight = self._draft_head.weight
-            if self._short is not None:
-                passes.pack(weight)
             self._fused_trunk = passes.trunk
             self._fused_drafts = [passes.draft(k, weight) for k in range(1, max_draft + 1)]
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
         self._resize()
+
+    def _short_head(self, rows: int) -> ShortHead:
+        weight, passes = self.model.head.weight, fused(self.model)
+        first = weight.detach()[:rows] if passes is None else passes.first_rows(weight, rows)
+        return ShortHead(first, len(weight))
 
     def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
         return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
 from mtp_lightning import literal
 from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding.fused import keeper
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_precision
@@ -125,9 +126,46 @@ def open_for(cfg: Any) -> OpenedModel:
     """
     check_precision(cfg.precision, cfg.head_precision, compile=cfg.compile)
     set_threads(cfg.num_threads)
-    device = pick_accelerator(cfg.accelerator)
-    run = open_model(cfg.checkpoint, device=device, allow=cfg.allow)
-    use_precision(run.model, cfg.precision, cfg.head_precision)
+    return open_to_decode(
+        cfg.checkpoint,
+        device=pick_accelerator(cfg.accelerator),
+        allow=cfg.allow,
+        precision=cfg.precision,
+        head_precision=cfg.head_precision,
+        compiled=cfg.compile,
+    )
+
+
+def open_to_decode(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    allow: Collection[str] = (),
+    precision: str = "fp32",
+    head_precision: str | None = None,
+    compiled: bool = False,
+) -> OpenedModel:
+    """Open a model that only decodes: on a CPU, it keeps its weights packed alone.
+
+    Args:
+        path: see :func:`~mtp_lightning.opening.open_model`, as ``device`` and ``allow``.
+        precision: see :func:`~mtp_lightning.decoding.precision.use_precision`, as
+            ``head_precision``.
+        compiled: whether compiled programs decode, which read a weight's own numbers.
+
+    Raises:
+        UserError: as those two.
+        OSError: a file is missing.
+    """
+    rounds = precision != "fp32" or head_precision not in ("fp32", None)
+    packs = device == "cpu" and not compiled
+    # A weight is rounded before it is packed, and so after the whole model is read.
+    keep = keeper if packs and not rounds else None
+    run = open_model(path, device=device, allow=allow, keeper=keep)
+    use_precision(run.model, precision, head_precision)
+    if packs and rounds and (keep_one := keeper(run.model)) is not None:
+        for weight in run.model.parameters():
+            keep_one(weight)
     return run
 
 

@@ -161,17 +161,20 @@ def _template(beside: dict[str, str]) -> str | None:
 
 
 def unpack(get: Callable[[str], Any], folder: Path) -> bool:
-    """Write the tokenizer.json that a file holds into a folder, with the files next to it.
+    """Write the tokenizer.json that a file holds or describes into a folder, with the files next to
+    it.
 
     Args:
         get: the content of a key of the file; None if it is not there.
         folder: where to.
 
     Returns:
-        Whether there is one.
+        Whether there is one that can be read without transformers.
     """
     whole, tokens = get(WHOLE), get("tokenizer.ggml.tokens")
-    if not isinstance(whole, str) or not isinstance(tokens, list):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return False
+    if not isinstance(whole, str) and (whole := _described(get, tokens)) is None:
         return False
     (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
     config = {}
@@ -184,3 +187,53 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return True
+
+
+def _described(get: Callable[[str], Any], tokens: list[str]) -> str | None:
+    """The tokenizer.json of a byte-level BPE, with the rule that the file names: it gives the ids
+    that llama.cpp gives. None for a tokenizer of another kind, or a rule that is not known here.
+
+    transformers would split every file's text by GPT-2's rule.
+    """
+    merges, types = get("tokenizer.ggml.merges"), get("tokenizer.ggml.token_type")
+    name = get("tokenizer.ggml.pre")
+    rule = _RULES.get(name) if isinstance(name, str) else None
+    if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
+        return None
+    kinds = (
+        types if isinstance(types, list) and len(types) == len(tokens) else [_NORMAL] * len(tokens)
+    )
+    known = list(zip(tokens, kinds, strict=True))
+    begin = get("tokenizer.ggml.bos_token_id")
+    begins = get("tokenizer.ggml.add_bos_token") is True and begin in range(len(tokens))
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": token, "special": kind == _CONTROL, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for i, (token, kind) in enumerate(known)
+            if kind in (_CONTROL, _USER)
+        ],
+        "pre_tokenizer": rule,
+        "post_processor": _starting_with(tokens[begin], begin) if begins else None,
+        "decoder": _BYTES,
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, (token, kind) in enumerate(known) if kind != _UNUSED},
+            "merges": merges,
+            "ignore_merges": name == "llama-bpe",
+        },
+    }
+    return json.dumps(content)
+
+
+def _starting_with(token: str, i: int) -> dict[str, Any]:
+    """A post-processor that puts a token before every text."""
+    first = {"SpecialToken": {"id": token, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB")]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, *texts],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
+    }

@@ -41,16 +41,14 @@ class ShortHead:
     beyond ``rows`` get the logit -inf: they are never drafted, but the trunk can still choose them.
 
     Args:
-        head: the whole head.
-        rows: number of tokens that can be drafted, from token 0 on.
-
-    Attributes:
-        weight: the first rows of the head's weight, [rows, C].
+        weight: the first rows of the head's weight, [rows, C]: those of the tokens that can be
+            drafted.
+        vocab_size: V.
     """
 
-    def __init__(self, head: Head, rows: int) -> None:
-        self.weight = head.weight.detach()[:rows]
-        self._others = head.weight.shape[0] - rows
+    def __init__(self, weight: Tensor, vocab_size: int) -> None:
+        self.weight = weight
+        self._others = vocab_size - len(weight)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C]."""

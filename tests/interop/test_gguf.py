@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from data_modules.tokenizers import PretrainedTokenizer, tokenizer_from_state
+from data_modules.tokenizers import BPETokenizer, PretrainedTokenizer, tokenizer_from_state
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_file
+from mtp_lightning.interop import gguf_file, gguf_reader, gguf_tokenizer
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.opening import open_model
@@ -66,6 +68,46 @@ def test_a_file_is_parsed_once_for_the_model_and_once_for_its_tokenizer(
     monkeypatch.setattr(reader, "_build_fields", lambda *args: made.append(1) or fields(*args))
     open_model(file)
     assert len(made) == 2 and gguf.GGUFReader is reader and issubclass(np.memmap, np.ndarray)
+
+
+def test_strings_are_read_as_ggufs_reader_reads_them(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    theirs = gguf.GGUFReader(file)
+    with gguf_reader.one_reader(file) as ours:
+        for name, field in theirs.fields.items():
+            found = ours.fields[name]
+            assert (found.contents(), found.types) == (field.contents(), field.types), name
+        offsets = [(tensor.name, tensor.data_offset) for tensor in theirs.tensors]
+        assert [(tensor.name, tensor.data_offset) for tensor in ours.tensors] == offsets
+
+
+@pytest.mark.parametrize("rule", gguf_tokenizer._RULES)
+def test_a_tokenizer_of_a_file_splits_by_the_rule_that_the_file_names(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of others name the rule; those of this project also hold the whole tokenizer.json."""
+    texts = [*gguf_tokenizer._SAMPLE.split("\n"), "<|im_start|> 1234 words"]
+    trained: Any = BPETokenizer(500).train([gguf_tokenizer._SAMPLE * 4])
+    content = json.loads(trained.library_json()) | {
+        "pre_tokenizer": gguf_tokenizer._RULES[rule],
+        "normalizer": None,
+    }
+    monkeypatch.setattr(trained, "library_json", lambda: json.dumps(content))
+    fields, _ = gguf_tokenizer.to_fields(trained, 500)
+    fields |= {gguf_tokenizer.WHOLE: None, "tokenizer.ggml.pre": rule}
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert gguf_tokenizer.unpack(fields.get, tmp_path)
+    found = PretrainedTokenizer(str(tmp_path))
+    expected = gguf_tokenizer._ids(json.dumps(content), texts)
+    assert [found.encode(text).tolist() for text in texts] == expected
+    assert [found.decode(ids) for ids in expected] == texts
+    assert found.eot_id == trained.eot_id
+    starts = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True}
+    assert gguf_tokenizer.unpack((fields | starts).get, tmp_path)
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("a").ids == [0, *library.encode("a", add_special_tokens=False).ids]
+    for other in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
+        assert not gguf_tokenizer.unpack((fields | other).get, tmp_path)
 
 
 def test_template_and_special_tokens_survive(tmp_path: Path) -> None:

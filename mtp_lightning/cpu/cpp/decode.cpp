@@ -7,7 +7,7 @@
 // capacity of the cache, whose entry of a token is [2 P, H], keys first.
 #include <vector>
 
-#include "skinny.h"
+#include "unpack.h"
 
 struct Block {
     int64_t width, heads, kv_heads, head, inner;
@@ -269,13 +269,28 @@ extern "C" void decode_join(const Join* join, const float* embedded, const float
     skinny(both.data(), join->projection, out, tokens, c, 2 * c, false);
 }
 
+// An embedding [V, C]: its rows, or NULL and the packed weight that has them.
+struct Embedding {
+    const float* rows;
+    Packed packed;
+    int64_t size;
+};
+
+static inline void look_up(const Embedding& from, int64_t id, float* out, int64_t width) {
+    if (from.rows)
+        memcpy(out, from.rows + id * width, width * sizeof(float));
+    else
+        unpack_row(from.packed, id, out, from.size, width);
+}
+
 // A module that drafts: its weights, the embedding and the head.
 struct Draft {
     int64_t ahead, outputs;
     double eps;
     const Join* join;
     const Block* block;
-    const float *gain, *embedding;  // [C], [V, C]
+    const float* gain;  // [C]
+    Embedding embedding;
     Packed head;
 };
 
@@ -284,15 +299,16 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
                              const float* before, float* after,  // [B, S, C]; NULL for the deepest
                              const int64_t* newest,              // [B], index among the pass's tokens
                              float* last, float* logits) {       // [B, C], [B, V]
-    static thread_local std::vector<float> both, x, normed;
+    static thread_local std::vector<float> both, x, normed, embedded;
     const Join& join = *draft->join;
     int64_t c = join.width, t = pass->length, tokens = pass->rows * t;
+    embedded.resize(c);
     if ((int64_t)x.size() < tokens * c) both.resize(tokens * 2 * c), x.resize(tokens * c),
         normed.resize(tokens * c);
     for (int64_t i = 0; i < tokens; i++) {
         int64_t at = place_of(*pass, i);
-        side_by_side(join, draft->embedding + ids[at + draft->ahead] * c, before + at * c,
-                     both.data() + i * 2 * c);
+        look_up(draft->embedding, ids[at + draft->ahead], embedded.data(), c);
+        side_by_side(join, embedded.data(), before + at * c, both.data() + i * 2 * c);
     }
     skinny(both.data(), join.projection, x.data(), tokens, c, 2 * c, false);
     decode_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
@@ -307,7 +323,8 @@ struct Trunk {
     int64_t blocks, outputs, kept;
     double eps;
     const Block* block;
-    const float *gain, *embedding;  // [C], [V, C]
+    const float* gain;  // [C]
+    Embedding embedding;
     Packed head;
 };
 
@@ -325,7 +342,7 @@ extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t
         if (states && trunk->kept == kept) keep(*pass, from.data(), states, c);
     };
     for (int64_t i = 0; i < tokens; i++)
-        memcpy(x.data() + i * c, trunk->embedding + ids[place_of(*pass, i)] * c, c * sizeof(float));
+        look_up(trunk->embedding, ids[place_of(*pass, i)], x.data() + i * c, c);
     int64_t last = trunk->blocks - 1;
     decode_blocks(trunk->block, last, pass, x.data(), NULL, NULL, 0);
     keep_if(BEFORE_LAST, x);

@@ -1,11 +1,11 @@
-// Packs weights into panels, in the formats of skinny.h. Packing reads and writes the weights once:
+// Packs weights into panels, in the formats of skinny.h, and unpacks them. Packing reads and writes the weights once:
 // tiles of 16 x 16 are transposed in registers.
 #include <sys/mman.h>
 
 #include <atomic>
 #include <vector>
 
-#include "skinny.h"
+#include "unpack.h"
 
 // The digest of the sources, set by setup.py.
 extern "C" const char* built_from() { return BUILT_FROM; }
@@ -228,4 +228,26 @@ extern "C" int64_t pack_weight(const float* weight, char* packed, int64_t output
                                int64_t kind) {
     return as_format(kind,
                      [&](auto format) { return pack(format, weight, packed, outputs, inputs); });
+}
+
+// out[N, K], the numbers of a packed weight.
+extern "C" void unpack_weight(const char* packed, float* out, int64_t outputs, int64_t inputs,
+                              int64_t kind) {
+    as_format(kind, [&](auto format) {
+        using Format = decltype(format);
+        int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
+#pragma omp parallel for schedule(static)
+        for (int64_t p = 0; p < panels; p++)
+            unpack_panel<Format>(packed + p * size, outputs - p * PANEL, inputs,
+                                 [&](int64_t o, int64_t k, Vector numbers, int64_t n) {
+                                     put(out + (p * PANEL + o) * inputs + k, numbers, n);
+                                 });
+    });
+}
+
+// out[n, K], the numbers of n outputs.
+extern "C" void unpack_rows(const void* packed, const int64_t* ids, float* out, int64_t n,
+                            int64_t outputs, int64_t inputs, int64_t kind) {
+    for (int64_t i = 0; i < n; i++)
+        unpack_row(Packed{packed, kind}, ids[i], out + i * inputs, outputs, inputs);
 }

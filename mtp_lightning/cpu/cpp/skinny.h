@@ -17,6 +17,8 @@ constexpr int64_t GROUP = 32;  // inputs of an output that share a step and an o
 enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8 };
 
 #define INLINE static inline __attribute__((always_inline))
+// A lambda that is always inlined.
+#define BODY(...) [&](__VA_ARGS__) __attribute__((always_inline))
 
 static inline Vector lower_half(Whole x) { return (Vector)(x << 16); }
 static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff0000); }
@@ -48,22 +50,25 @@ INLINE void add_products(const float* x, int64_t stride, const Vector (&weight)[
     }
 }
 
-// A format has UNIT, the vectors of outputs that are stored together, the bytes of a panel, and
-// sums<R, V>(x, inputs, panel, sum): sum[R, 16 V] += x[R, K] panel[K, 16 V].
+// A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
+// each<V>(panel, inputs, ahead, body), which calls body(k, weight[V]) for every input k, and asks for
+// memory ahead where `ahead` or where it always pays. Where it is SCALED, weight is to be multiplied by
+// scale<V>(panel, v).
 
 struct Full {
     static constexpr int UNIT = 1;
+    static constexpr bool SCALED = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
-    template <int R, int V>
-    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, bool ahead, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
             Vector weight[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                if (R > 1) ask_ahead(panel + v * sizeof(Vector));  // one row is faster without
+                if (ahead) ask_ahead(panel + v * sizeof(Vector));
                 weight[v] = (Vector)load_whole(panel + v * sizeof(Vector));
             }
-            add_products<R, V>(x + k, inputs, weight, sum);
+            body(k, weight);
         }
     }
 };
@@ -72,9 +77,10 @@ struct Full {
 // lane.
 struct Half16 {
     static constexpr int UNIT = 2;
+    static constexpr bool SCALED = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
-    template <int R, int V>
-    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector) / 2) {
             Vector weight[V];
 #pragma GCC unroll 2
@@ -83,7 +89,7 @@ struct Half16 {
                 Whole pair = load_whole(panel + v * sizeof(Vector) / 2);
                 weight[v] = lower_half(pair), weight[v + 1] = upper_half(pair);
             }
-            add_products<R, V>(x + k, inputs, weight, sum);
+            body(k, weight);
         }
     }
 };
@@ -91,22 +97,19 @@ struct Half16 {
 // int8: weight = number x scale of its output. The scales are the first vectors of a panel.
 struct Byte {
     static constexpr int UNIT = 1;
+    static constexpr bool SCALED = true;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * (inputs + sizeof(float)); }
-    template <int R, int V>
-    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
-        const float* scales = (const float*)panel;
+    INLINE Vector scale(const char* panel, int v) { return load((const float*)panel + v * LANES); }
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
         panel += V * sizeof(Vector);
         for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
             Vector weight[V];
             ask_ahead(panel);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) weight[v] = load_bytes((const int8_t*)panel + v * LANES);
-            add_products<R, V>(x + k, inputs, weight, sum);
+            body(k, weight);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] *= load(scales + v * LANES);
     }
 };
 
@@ -119,6 +122,7 @@ struct Byte {
 template <int BITS>
 struct Blocks {
     static constexpr int UNIT = 1;
+    static constexpr bool SCALED = false;
     static constexpr int IN_LANE = 32 / BITS;
     static constexpr float LEVELS = 1 << BITS;
     static int64_t bytes(int64_t width, int64_t inputs) {
@@ -132,8 +136,8 @@ struct Blocks {
         const __m512i one = _mm512_set1_epi32(0x3f800000);
         return (Vector)_mm512_ternarylogic_epi32((__m512i)moved, mask, one, 0xea);  // (a & b) | c
     }
-    template <int R, int V>
-    INLINE void sums(const float* x, int64_t inputs, const char* panel, Vector (&sum)[R][V]) {
+    template <int V, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
         for (int64_t k = 0; k < inputs; k += GROUP) {
             Vector step[V], offset[V];
 #pragma GCC unroll 4
@@ -143,7 +147,6 @@ struct Blocks {
                 offset[v] = load_fp16(panel + sizeof(Vector) / 2) - step[v];
             }
             for (int i = 0; i < BITS; i++, panel += V * sizeof(Vector)) {
-                const float* from = x + k + i * IN_LANE;
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) ask_ahead(panel + v * sizeof(Vector));
 #pragma GCC unroll 8
@@ -153,7 +156,7 @@ struct Blocks {
                     for (int v = 0; v < V; v++)
                         weight[v] = multiply_add(
                             step[v], fraction(load_whole(panel + v * sizeof(Vector)), j), offset[v]);
-                    add_products<R, V>(from + j, inputs, weight, sum);
+                    body(k + i * IN_LANE + j, weight);
                 }
             }
         }
@@ -199,7 +202,17 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
                     for (int j = 0; j < R; j++)
 #pragma GCC unroll 4
                         for (int u = 0; u < V; u++) sum[j][u] = all(0.0f);
-                    Format::template sums<R, V>(x + i * inputs, inputs, weight + p * size, sum);
+                    const char* panel = weight + p * size;
+                    const float* from = x + i * inputs;
+                    // One row of fp32 is faster without asking ahead.
+                    Format::template each<V>(panel, inputs, R > 1, BODY(int64_t k, auto& numbers) {
+                        add_products<R, V>(from + k, inputs, numbers, sum);
+                    });
+                    if constexpr (Format::SCALED)
+#pragma GCC unroll 8
+                        for (int j = 0; j < R; j++)
+#pragma GCC unroll 4
+                            for (int u = 0; u < V; u++) sum[j][u] *= Format::scale(panel, u);
 #pragma GCC unroll 8
                     for (int j = 0; j < R; j++)
 #pragma GCC unroll 4

@@ -1,0 +1,128 @@
+"""A model that only decodes and keeps its packed weights alone: the same numbers in less memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mtp_lightning.cpu.packed import Kind, is_kept, keep_packed, packed_weight
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.fused import keeper
+from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.masked import MaskedConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.opening import build_model
+from tests.decoding.models import random_prompts, small_model
+from tests.kernels import use_library
+
+PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.HALF, "int8": Kind.BYTE, "int4": Kind.BLOCKS4}
+
+
+@pytest.fixture(autouse=True)
+def own(library, monkeypatch):
+    use_library(monkeypatch, library)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(1, 64), (33, 32), (70, 96), (200, 64), (130, 17)])
+def test_a_packed_weight_has_every_bit(shape, precision):
+    from mtp_lightning.decoding.precision import round_weights
+
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+    round_weights(layer, precision)
+    weight, packed = layer.weight.data, packed_weight(layer.weight)
+    if shape[1] % 32 == 0:
+        assert packed.kind == PRECISIONS[precision]
+    assert torch.equal(packed.unpacked(), weight)
+    ids = torch.randint(0, shape[0], (3, 5))
+    assert torch.equal(packed.rows(ids), weight[ids])
+    with pytest.raises(IndexError, match="outside of 0"):
+        packed.rows(torch.tensor([shape[0]]))
+    keep_packed(layer.weight)
+    assert is_kept(layer.weight)
+    assert layer.weight.untyped_storage().nbytes() == 0
+
+
+def kept(model: MTPModel) -> MTPModel:
+    """The model as generate.py opens it, and at least half of its numbers in packed form alone."""
+    found = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
+    sizes = [(weight.numel(), is_kept(weight)) for weight in found.parameters()]
+    assert sum(n for n, without in sizes if without) > sum(n for n, _ in sizes) / 2
+    return found
+
+
+STACKS = {
+    "sequential": {},
+    "recursive": {"share_layers": True},
+    "parallel": {"stack": ParallelConfig},
+    "masked": {"stack": MaskedConfig},
+    "eagle": {"stack": EagleConfig},
+}
+
+
+@pytest.mark.parametrize(
+    ("stack", "tied"), [("sequential", True), *((stack, False) for stack in STACKS)]
+)
+def test_it_decodes_to_the_same_bits(stack, tied):
+    model = small_model(3, 2, vocab=300, **STACKS[stack])
+    if tied:
+        trunk = replace(model.config.trunk, tie_embeddings=True)
+        model = MTPModel(ModelConfig(trunk=trunk, mtp=model.config.mtp)).eval()
+        model.initialise(3)
+    light = kept(model)
+    prompts = random_prompts(4, (5, 1, 30), 300)
+    ways = [{}, {"speculative": False}, {"temperature": 1.0, "seed": 1}]
+    if stack == "sequential":
+        ways += [{"draft_vocab": 70}, {"tree": [2, 2]}, {"draft_depth": "auto"}]
+    for way in ways:
+        expected, found = (generate(m, prompts, max_new_tokens=12, **way) for m in (model, light))
+        assert [g.token_ids for g in found] == [g.token_ids for g in expected], way
+        assert [g.accepted_mask for g in found] == [g.accepted_mask for g in expected], way
+
+
+def test_a_long_prompt_is_read_by_the_same_products():
+    model = small_model(5, 1, vocab=300)
+    light = kept(model)
+    (prompt,) = random_prompts(1, (700,), 300)
+    expected, found = (generate(m, [prompt], max_new_tokens=6)[0] for m in (model, light))
+    assert found.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_rounded_weights_are_kept_as_well(precision):
+    model = small_model(2, 2, vocab=300)
+    use_precision(model, precision)
+    light = copy.deepcopy(model)
+    keep = keeper(light)
+    for weight in light.parameters():
+        keep(weight)
+    prompts = random_prompts(4, (5, 20), 300)
+    expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+
+
+def test_weights_that_are_read_otherwise_stay():
+    model = small_model(1, 1, deepseek=True)
+    light = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
+    for block in light.trunk.blocks:
+        assert not any(is_kept(weight) for weight in block.parameters())
+    prompts = random_prompts(4, (5, 20))
+    expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+
+
+def test_without_the_library_nothing_is_kept(monkeypatch):
+    use_library(monkeypatch, None)
+    assert keeper(small_model(1, 1)) is None
+
+
+def test_a_model_of_float64_stays():
+    model = small_model(1, 1).double()
+    light = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
+    assert not any(is_kept(weight) for weight in light.parameters())
+    assert torch.equal(light.head.weight, model.head.weight)
