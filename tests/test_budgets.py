@@ -31,7 +31,7 @@ LINES = {
     "mtp_lightning/loggers": 790,
     "mtp_lightning/metrics": 1_230,
     "mtp_lightning/mtp": 4_150,
-    "mtp_lightning/nn": 2_945,
+    "mtp_lightning/nn": 2_970,
     "mtp_lightning/notebook": 560,
     "mtp_lightning/objective": 4_450,
     "mtp_lightning/optim": 390,

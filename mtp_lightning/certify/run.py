@@ -127,8 +127,8 @@ def _reads_alike(model: MTPModel) -> bool:
     """Whether a token's part of a wide pass, such as a prompt's, has the same bits in every pass:
     PyTorch's products of latent attention and of an expert's tokens depend on how many they are."""
     trunk = model.config.trunk
-    kinds = trunk.attention.variant, trunk.feed_forward.variant
-    return kinds == ("grouped_query", "dense")
+    layers = trunk.attention, trunk.feed_forward
+    return all(layer.same_bits_in_wide_passes for layer in layers)
 
 
 def _is_sampled(cell: Cell, threads: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mtp_lightning import parts
 from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.block import eager_blocks
 from mtp_lightning.nn.kv_cache import KVCache
 
 
@@ -147,14 +148,9 @@ def fused_passes(model: MTPModel) -> Iterator[None]:
 
 @contextmanager
 def decoding_passes(model: MTPModel) -> Iterator[None]:
-    """Prepare a model for the passes of a session: no autograd, fused decode steps where available.
-
-    Blocks compiled for training run eagerly here: the varying sizes of passes would compile them
-    again and again.
-    """
-    compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.inference_mode(), fused_passes(model), stance:
+    """Prepare a model for the passes of a session: no autograd, fused decode steps where available,
+    blocks that run eagerly."""
+    with torch.inference_mode(), fused_passes(model), eager_blocks(model):
         yield
 
 

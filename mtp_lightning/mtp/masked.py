@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -37,7 +36,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.nn.attention import Keeper, Positions
-from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
@@ -204,8 +203,9 @@ class MaskedMTP(MTPStack):
         batch, seq_len, width = embedded_BTC.shape
         sees = positions.dense_mask()
         blocks = Blocks(self.depth, sees)
-        compiled = trunk.blocks[0]._compiled_call_impl is not None
-        if compiled:  # entries and updates, looked up by layer, would compile every block again
+        if is_compiled(
+            trunk
+        ):  # entries and updates, looked up by layer, would compile every block again
             blocks.keep = torch.compiler.disable(blocks.keep)  # type: ignore[method-assign]
         output = trunk(embedded_BTC, replace(positions, keeper=blocks))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
@@ -220,7 +220,7 @@ class MaskedMTP(MTPStack):
             cache=blocks,  # type: ignore[arg-type]
             updates=self._updates(trunk),
         )
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with eager_blocks(trunk):
             z_BPC = trunk(masks_BPC, after).final
         z_BTDC = z_BPC.view(batch, seq_len, self.depth, width)
         if positions.auxiliary is not None and self.config.consistency and seq_len > 1:

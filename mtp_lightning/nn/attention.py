@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +167,8 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
     Raises:
         UserError: ``d_rope`` is not an even number of at least 2.
     """
+
+    same_bits_in_wide_passes: ClassVar[bool] = True
 
     qk_norm: bool = False
     qkv_bias: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,18 @@ from torch.utils.checkpoint import checkpoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model's blocks are compiled."""
+    blocks = (layer for layer in model.modules() if isinstance(layer, Block))
+    return any(block._compiled_call_impl is not None for block in blocks)
+
+
+def eager_blocks(model: nn.Module) -> AbstractContextManager[None]:
+    """Runs a model's blocks eagerly, compiled ones as well: passes of many sizes would compile them
+    again and again."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 class Block(nn.Module):

@@ -74,6 +74,9 @@ class LayerConfig(Registered, ABC):
     # Fields that change how the layer is trained, not what its weights compute: a run that
     # continues another one may change them.
     training_keys: ClassVar[tuple[str, ...]] = ()
+    # Whether a token's results have the same bits in every wide pass, such as a prompt's, on a CPU
+    # with the C++ (``cpu/``). Where they do not, equal logits are promised for less (``certify/``).
+    same_bits_in_wide_passes: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:

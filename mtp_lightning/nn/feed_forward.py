@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from mtp_lightning.nn.weight_map import MappedWeight, renamed
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(FeedForwardConfig, variant="dense"):
     """One SwiGLU layer for all tokens, of inner width ``model.d_ff``."""
+
+    same_bits_in_wide_passes: ClassVar[bool] = True
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return FeedForward(trunk.d_model, trunk.d_ff)
