@@ -27,10 +27,17 @@ from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.compose import Composer, count_processes, settle
 from sweeps.lease import live
-from sweeps.plan import Job, Plan, must_run, varied_labels, without_housekeeping
+from sweeps.plan import (
+    Job,
+    Plan,
+    Recipe,
+    must_run,
+    name_of_program,
+    varied_labels,
+    without_housekeeping,
+)
 from sweeps.pool import Interrupted
 from sweeps.process import Task
-from sweeps.recipe import Recipe, name_of_program
 
 Run = Callable[[list[Task]], None]
 
@@ -95,7 +102,7 @@ def _launch(
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     labels = varied_labels(jobs)
     options, program = _options(config), name_of_program()
-    composer = Composer(config, hydra_context)
+    composer = Composer(config, hydra_context.config_loader)
     settled: dict[str, dict[str, Any]] = {}  # by job folder, like the others below
     tasks: dict[str, Task] = {}
     for job in jobs:

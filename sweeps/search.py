@@ -29,9 +29,8 @@ from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.metrics import read_column
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, count_processes, settle
-from sweeps.local_pool import make_pool
 from sweeps.plan import Plan
-from sweeps.pool import Interrupted
+from sweeps.pool import Interrupted, make_pool
 from sweeps.process import Task, python_command
 from sweeps.search_space import Space, parse
 

@@ -26,8 +26,7 @@ from mtp_lightning.stored import (
     targets_of,
     values,
 )
-from sweeps.plan import Job, Plan
-from sweeps.recipe import Recipe
+from sweeps.plan import Job, Plan, Recipe
 
 _KEY = re.compile(r"\w+([./]\w+)*")
 _CHOICE = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)*")

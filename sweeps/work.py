@@ -26,11 +26,10 @@ from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import Lines
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
-from sweeps.memory import MemoryUse
-from sweeps.plan import Job, Plan, must_run, varied_labels
+from sweeps.machine import MemoryUse
+from sweeps.plan import TRAIN, Job, Plan, must_run, varied_labels
 from sweeps.pool import LOST, Interrupted, Pool, interrupts
 from sweeps.process import Task
-from sweeps.recipe import TRAIN
 from sweeps.trust import require_harmless
 
 _BEATS = 8  # per time after which a lease is stale

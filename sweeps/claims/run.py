@@ -9,6 +9,7 @@ from pathlib import Path
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
+from sweeps import pool
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed
@@ -19,7 +20,6 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
-from sweeps.local_pool import make_pool
 from sweeps.plan import Job, Plan, must_run
 
 
@@ -85,9 +85,7 @@ def run(
             if read_status(runs / job.folder) is None:
                 write_status(runs / job.folder, job.overrides, "pending")
         for batch in _batches(waiting):
-            tasks = [job.task(runs) for job in batch]
-            devices = "cpu" if all(task.on_cpu for task in tasks) else "auto"
-            make_pool(len(tasks), devices=devices, n_jobs=n_jobs).run(tasks)
+            pool.run([job.task(runs) for job in batch], n_jobs=n_jobs)
     finally:
         lock.release()
     bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]

@@ -57,7 +57,7 @@ def by_hydra(config: DictConfig, context: HydraContext, job: list[str]) -> DictC
 
 def test_random_jobs_are_what_hydra_composes(sweep: tuple[DictConfig, HydraContext]) -> None:
     chance = random.Random(0)
-    composer = Composer(*sweep)
+    composer = Composer(sweep[0], sweep[1].config_loader)
     for _ in range(6):
         keys = chance.sample(list(CHOICES), chance.randint(1, 7))
         job = [chance.choice(CHOICES[key]) for key in keys]
@@ -83,12 +83,12 @@ def test_what_hydra_refuses_is_refused_in_its_words(
     with pytest.raises(HydraException) as refused:
         by_hydra(*sweep, job)
     with pytest.raises(UserError) as ours:
-        Composer(*sweep).compose(job)
+        Composer(sweep[0], sweep[1].config_loader).compose(job)
     assert str(ours.value) == sentence(refused.value)
 
 
 def test_a_value_that_is_missing_is_named(sweep: tuple[DictConfig, HydraContext]) -> None:
-    composer = Composer(*sweep)
+    composer = Composer(sweep[0], sweep[1].config_loader)
     for overrides in (["data=text"], ["data=text", "seed='${data.paths}'"]):
         with pytest.raises(ValueError, match=r"data\.paths has no value"):
             settle(composer.compose(overrides), Path("/x"))
@@ -106,7 +106,7 @@ def test_a_thousand_jobs_read_the_files_once(
         return load(self, config, overrides)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(context.config_loader), "load_sweep_config", counted)
-    composer = Composer(config, context)
+    composer = Composer(config, context.config_loader)
     for seed in range(20):
         for mtp in ("parallel", "linear"):
             composed = composer.compose([f"mtp={mtp}", f"seed={seed}", "mtp.depth=1"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sweeps import devices
-from sweeps.cores import cores, cpu_quota
 from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
+from sweeps.machine import cores, cpu_quota
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def test_gpus_are_handed_out_once() -> None:
     assert (one.gpus, two.gpus) == (("0",), ("1", "2"))
     assert one.environment()["CUDA_VISIBLE_DEVICES"] == "0"
     assert two.environment()["CUDA_VISIBLE_DEVICES"] == "1,2"
-    assert str(two) == "cuda:1,2"
+    assert two.name == "cuda:1,2"
     assert queue.take(1) is None and not queue.has_room
     queue.give_back(one)
     assert queue.take(2) is None
@@ -68,7 +68,7 @@ def test_cores_are_divided(
     assert queue.take(processes) is None
     first = taken[0]
     assert first is not None
-    assert sorted(str(d) for d in taken) == sorted(f"cpu:{i}" for i in range(at_once))
+    assert sorted(d.name for d in taken if d) == sorted(f"cpu:{i}" for i in range(at_once))
     environment = first.environment()
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == str(threads)
     for job in taken:
@@ -85,7 +85,7 @@ def test_with_gpus_a_process_has_its_gpus_share_of_the_cores() -> None:
     one, two = queue.take(1), queue.take(2)
     assert one is not None and two is not None
     assert one.threads == two.threads == 2
-    assert (str(one), str(two)) == ("node1:cuda:0", "node1:cuda:1,2")
+    assert (one.name, two.name) == ("node1:cuda:0", "node1:cuda:1,2")
     given = DeviceQueue(gpus=["0", "1"], threads=3).take(1)
     assert given is not None and given.threads == 3
 
@@ -130,7 +130,7 @@ def test_the_quota_of_control_groups(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cpu_quota(tmp_path) == quota
-    monkeypatch.setattr("sweeps.cores.cpu_quota", lambda: quota)
+    monkeypatch.setattr("sweeps.machine.cpu_quota", lambda: quota)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     assert cores() == (16 if quota is None else max(1, int(quota)))
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeps import memory
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
-from sweeps.memory import MemoryUse, available, of_groups
+from sweeps.machine import UNKNOWN_BYTES, MemoryUse, available, taken_by_groups
 from sweeps.pool import Pool
 from sweeps.process import Task
 
@@ -96,7 +95,7 @@ def test_what_a_process_takes_is_seen() -> None:
         process_group=0,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"1\n"
-        assert 200_000_000 < of_groups()[process.pid] < 260_000_000
+        assert 200_000_000 < taken_by_groups()[process.pid] < 260_000_000
         process.communicate(b"\n")
     free = available()
     assert free is not None
@@ -124,4 +123,4 @@ def test_a_pool_starts_no_more_than_memory_holds(
 
 
 def test_what_has_not_been_measured_takes_a_gigabyte(machine: Machine) -> None:
-    assert MemoryUse(machine.root).of_one == memory.UNKNOWN_BYTES
+    assert MemoryUse(machine.root).of_one == UNKNOWN_BYTES

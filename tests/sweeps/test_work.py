@@ -18,10 +18,9 @@ from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.lease import Leases
-from sweeps.plan import Plan
+from sweeps.plan import Plan, Recipe
 from sweeps.pool import Pool
 from sweeps.process import Task
-from sweeps.recipe import Recipe
 from sweeps.work import Worker
 from tests.integration import helpers
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
