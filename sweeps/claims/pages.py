@@ -48,14 +48,8 @@ Pair = tuple[Claim, Result | None]
 
 
 def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
-    """Replace the text between the markers of the pages.
-
-    Args:
-        root: has ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
-        claims: the folder of the claims' files.
-
-    Returns:
-        The changed pages.
+    """Replace the text between the markers of the pages, and return the changed pages. ``root`` has
+    ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
 
     Raises:
         OSError: a page is missing.

@@ -49,7 +49,7 @@ def _text(setting: Setting) -> Any:
     """A key that is equal for settings of one text. Settings that do not mention their text share a
     key; a text without a digest has a key of its own."""
     text = setting.text
-    return "" if text is None else text.fingerprint or id(setting)
+    return "" if text is None else text.fingerprint or setting
 
 
 def refusal(settings: Sequence[Setting]) -> str:

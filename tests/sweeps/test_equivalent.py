@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.report.__main__ import report
@@ -33,6 +33,7 @@ def plain_runs(loss: object, budgets: tuple[float, ...] = BUDGETS) -> list[Spent
     ]
 
 
+@settings(max_examples=30)
 @given(
     floor=st.floats(0.0, 2.0),
     scale=st.floats(0.5, 5.0),

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.run.status import read_status, write_status
@@ -24,7 +24,8 @@ def test_short_names_show_everything_and_long_ones_what_varies() -> None:
     assert folder_name([], []) == "default"
 
 
-@given(st.lists(st.text(min_size=1, max_size=60), max_size=12), st.text(max_size=200))
+@settings(max_examples=30)
+@given(st.lists(st.text(min_size=1, max_size=40), max_size=4), st.text(max_size=120))
 def test_names_are_safe(values: list[str], last: str) -> None:
     overrides = [f"key_{i}={value}" for i, value in enumerate([*values, last])]
     name = folder_name(overrides, ["key_0"])

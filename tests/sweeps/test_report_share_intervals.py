@@ -38,8 +38,6 @@ def solved(values: list[float]) -> tuple[float, float]:
     "values",
     [
         [0.97, 0.99, 1.0],
-        [0.0, 0.0, 0.03],
-        [0.2, 0.9],
         [0.0, 1.0],
         [0.5, 0.52, 0.47, 0.51],
         [1e-6, 0.0, 2e-6],
@@ -58,7 +56,7 @@ def test_it_stays_within_0_and_1() -> None:
     """Where the t interval does not; error bars have no negative length."""
     draw = random.Random(0)
     outside = 0
-    for _ in range(5000):
+    for _ in range(1000):
         n, power = draw.randint(2, 6), draw.choice([1, 8, 60, 400])
         values = [draw.random() ** power for _ in range(n)]
         if draw.random() < 0.5:
@@ -70,7 +68,7 @@ def test_it_stays_within_0_and_1() -> None:
             assert 0 <= found.ends[0] <= found.mean <= found.ends[1] <= 1, values
         assert plain.half is not None
         outside += not (plain.half <= plain.mean <= 1 - plain.half)
-    assert outside > 1000
+    assert outside > 200
 
 
 def test_near_one_half_it_is_the_t_interval_to_second_order() -> None:
