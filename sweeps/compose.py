@@ -49,11 +49,8 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """A job's config, without Hydra's own settings.
 
-        Args:
-            overrides: overrides of the job.
-
         Raises:
-            UserError: if they do not match the config.
+            UserError: if the overrides do not match the config.
         """
         from hydra.errors import HydraException
 
@@ -108,14 +105,7 @@ def _composer() -> Composer:
 
 
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Gives a job's config its folder, and checks that every value is there.
-
-    Args:
-        composed: a config without Hydra's own settings.
-        folder: folder of the run.
-
-    Returns:
-        The config, resolved.
+    """Gives a job's config its folder, checks that every value is there, and resolves it.
 
     Raises:
         UserError: if it is another program's config, or a value is missing.
@@ -136,9 +126,6 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
 
 def count_processes(settled: dict[str, Any]) -> int:
     """Number of processes of a job that train together on each of its machines.
-
-    Args:
-        settled: its config.
 
     Raises:
         UserError: if they cannot be counted, or would not train together.

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import state_of, write_status
 from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display, make_display
@@ -35,6 +37,40 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
         self.signum = signum
+
+
+@contextmanager
+def alone(folder: Path, busy: str, remedy: str) -> Iterator[None]:
+    """Work in a sweep's folder that no other process may do at the same time.
+
+    Args:
+        folder: the folder; it need not exist.
+        busy: the sentence that refuses, if another process is at work.
+        remedy: what to do after an interruption.
+
+    Raises:
+        BlockingIOError: another process is at work.
+        SystemExit: the work was interrupted; 128 + the signal's number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder / ".lock")
+    if not lock.acquire():
+        raise BlockingIOError(busy)
+    try:
+        with exit_if_interrupted(remedy):
+            yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def exit_if_interrupted(remedy: str) -> Iterator[None]:
+    """Print what to do after an interruption, and exit with 128 + the signal's number."""
+    try:
+        yield
+    except Interrupted as interrupt:
+        print(f"interrupted. {remedy}", flush=True)
+        raise SystemExit(128 + interrupt.signum) from interrupt
 
 
 class Pool:

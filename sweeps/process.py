@@ -64,12 +64,7 @@ class JobProcess:
     """
 
     def __init__(
-        self,
-        task: Task,
-        devices: Devices,
-        *,
-        deaf: bool = False,
-        grace_seconds: float = 60.0,
+        self, task: Task, devices: Devices, *, deaf: bool = False, grace_seconds: float = 60.0
     ) -> None:
         self.task = task
         self.devices = devices

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 import threading
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from sweeps.display import Lines
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
 from sweeps.machine import MemoryUse
 from sweeps.plan import TRAIN, Job, Plan, must_run, varied_labels
-from sweeps.pool import LOST, Interrupted, Pool, interrupts
+from sweeps.pool import LOST, Pool, exit_if_interrupted, interrupts
 from sweeps.process import Task
 from sweeps.trust import require_harmless
 
@@ -215,10 +214,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:
-            work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
-        except Interrupted as interrupt:
-            print("interrupted. Unfinished jobs are free for other workers.", flush=True)
-            sys.exit(128 + interrupt.signum)
+            with exit_if_interrupted("Unfinished jobs are free for other workers."):
+                work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
         finally:
             leases.release_all()
         _say_end(worker)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps import pool
 from sweeps.claims.claim import Claim
@@ -55,7 +54,7 @@ def run(
         UserError: a prediction was changed after its runs began, an arm does not compose, its
             config differs from that of its earlier runs, or a result is damaged.
         BlockingIOError: another process runs claims in this folder.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
+        SystemExit: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
     stored = {} if results is None else read_results(results)
     asked = {
@@ -67,11 +66,8 @@ def run(
         for claim in claims
     }
     shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims}
-    runs.mkdir(parents=True, exist_ok=True)
-    lock = Lock(runs / ".lock")
-    if not lock.acquire():
-        raise BlockingIOError(f"Claims are being run in {runs}: wait for that, or stop it.")
-    try:
+    busy = f"Claims are being run in {runs}: wait for that, or stop it."
+    with pool.alone(runs, busy, "The same command continues."):
         for claim in claims:
             _register(claim, asked[claim.label], runs, commits[claim.label])
         todo = _in_turn(
@@ -86,8 +82,6 @@ def run(
                 write_status(runs / job.folder, job.overrides, "pending")
         for batch in _batches(waiting):
             pool.run([job.task(runs) for job in batch], n_jobs=n_jobs)
-    finally:
-        lock.release()
     bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]
     for folder in bad:
         print(describe_failure(folder), flush=True)

@@ -23,13 +23,7 @@ from sweeps.report.chart import (
 from sweeps.report.comparable import by_text, text_errors
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.lines import (
-    BY_POSITION,
-    by_group,
-    long_range,
-    of_depths,
-    over_places,
-)
+from sweeps.report.lines import BY_POSITION, by_group, long_range, of_depths, over_places
 from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of

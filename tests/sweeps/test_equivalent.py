@@ -18,8 +18,6 @@ from sweeps.report.figures import gains
 from sweeps.report.read import read_sweep
 from tests.sweeps.fixture_runs import evaluated, write_run
 
-pytest.importorskip("scipy", reason="extra 'report' is not installed")
-
 BUDGETS = (0.3, 0.5, 0.75, 1.0, 1.35)
 FULL = 5e12
 STEP = 2.5e9

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.findings import answer, caveats

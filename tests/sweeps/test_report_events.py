@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TensorBoard's imports
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider

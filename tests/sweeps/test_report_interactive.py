@@ -12,10 +12,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 from sweeps.report import watch as watching
 from sweeps.report.__main__ import main, report
 from sweeps.report.watch import watch

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-
 from sweeps.report.collect import collect
 from sweeps.report.compare import FACT, compare, pareto, references
 from sweeps.report.findings import answer
@@ -17,55 +15,11 @@ from sweeps.report.metrics import LOSS, number, p_value
 from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
-from sweeps.report.statistics import Interval, holm, interval, paired
 from tests.sweeps.fixture_runs import depth_sweep, write_run
-
-# Student's t for 95 %, from a printed table: 1 and 2 degrees of freedom.
-T1, T2 = 12.7062, 4.30265
 
 
 def of(folder: Path) -> Settings:
     return collect([read_sweep(folder)])
-
-
-def test_interval_by_hand() -> None:
-    found = interval([2.0, 2.1, 2.3])
-    assert found.mean == pytest.approx(6.4 / 3)
-    # squared deviations: (0.4/3)^2 + (0.1/3)^2 + (0.5/3)^2 = 0.42 / 9; over n - 1 = 2, over n = 3
-    assert found.half == pytest.approx(T2 * math.sqrt(0.42 / 9 / 2 / 3), rel=1e-5)
-    assert interval([2.0]) == Interval(2.0, None, 1)
-
-
-def test_paired_by_hand() -> None:
-    """Differences 0.1 and 0.3: mean 0.2, standard error 0.1, t = 2 with one degree of freedom,
-    where Student's t is Cauchy's distribution: p = 1 - 2 atan(2) / pi."""
-    found = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
-    assert found is not None and found.p is not None
-    assert found.difference.mean == pytest.approx(0.2)
-    assert found.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
-    assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
-
-
-def test_paired_at_its_limits() -> None:
-    assert paired({0: 1.0}, {1: 1.0}) is None
-    alone = paired({0: 1.0}, {0: 3.0})
-    assert alone is not None and alone.p is None and alone.difference == Interval(-2.0, None, 1)
-    same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
-    assert same is not None and same.p is None and same.constant
-    shifted = paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0})
-    assert shifted is not None and shifted.p is None and shifted.constant
-    # 2.1 - 2.0 and 1.1 - 1.0 differ in the last bits, by what a subtraction rounds away.
-    rounded = paired({0: 2.1, 1: 1.1}, {0: 2.0, 1: 1.0})
-    assert rounded is not None and rounded.p is None and rounded.constant
-    near = paired({0: 2.1, 1: 1.1 + 1e-9}, {0: 2.0, 1: 1.0})
-    assert near is not None and near.p is not None and not near.constant
-
-
-def test_holm_by_hand() -> None:
-    """Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, and 0.04 raised to 0.06."""
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_settings_of_a_sweep(tmp_path: Path) -> None:
@@ -110,11 +64,7 @@ def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
     depth_sweep(tmp_path, losses)
     settings = of(tmp_path)
     found = compare(settings, LOSS)
-    assert [c.verdict for c in found] == [
-        FACT,
-        "identical",
-        "within noise",
-    ]
+    assert [c.verdict for c in found] == [FACT, "identical", "within noise"]
     assert not any(c.differs for c in found) and [c.adjusted is None for c in found] == [1, 1, 0]
     text = " ".join(answer(settings, found, settings.done))
     assert "mtp.depth=1 differs from mtp.depth=0 by −0.1000 nats per token at all 3 seeds" in text

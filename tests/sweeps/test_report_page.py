@@ -10,10 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 from sweeps.report import figures
 from sweeps.report.__main__ import main, report
 from sweeps.report.chart import Drawing, key_to, looks, styled

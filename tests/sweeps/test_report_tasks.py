@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 from sweeps.report import figures
 from sweeps.report.__main__ import main, report
 from sweeps.report.chart import Drawing, styled

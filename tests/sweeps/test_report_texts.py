@@ -1,25 +1,23 @@
-"""Numbers of different evaluation texts are never averaged, tested or ranked together."""
+"""Numbers of different evaluation texts are never averaged, tested or ranked together; next to a
+comparison stand the bytes of context of each model, and the text's own error."""
 
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 from sweeps.report import figures
 from sweeps.report.__main__ import report
 from sweeps.report.chart import Drawing, styled
 from sweeps.report.collect import TEXT, collect
-from sweeps.report.comparable import REMEDY, by_text, refusal
+from sweeps.report.comparable import REMEDY, by_text, contexts, error_of_text, refusal, text_errors
 from sweeps.report.compare import FACT, OTHER_TEXT, Comparison, compare
 from sweeps.report.findings import answer, caveats
-from sweeps.report.metrics import FLOPS, LOSS, SPEEDUP
+from sweeps.report.metrics import BITS_ERROR, FLOPS, LOSS, SPEEDUP
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
 from tests.sweeps.fixture_runs import evaluated, write_run
@@ -207,3 +205,123 @@ def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> Non
     settings = sweep(tmp_path, {0: A, 1: A, 2: B})
     found = compare(settings, LOSS, reference="mtp.depth=2")
     assert [c.verdict for c in found] == [OTHER_TEXT] * 2
+
+
+# How many bytes of context each model had.
+
+
+def tokenized(name: str, rate: float | None = None) -> dict[str, Any]:
+    """The data of a run: its tokenizer, and bytes per token of the validation split."""
+    split = {} if rate is None else {"val": {"bytes_per_token": rate}}
+    return {"data": {"fingerprint": name * 32, "tokenizer": {"fingerprint": name * 32}, **split}}
+
+
+def contexts_of(folder: Path, *runs: tuple[str, int | None, dict[str, Any]]) -> list[str]:
+    """What is said of runs with these tokenizers, windows and summaries."""
+    for kind, seq_len, summary in runs:
+        config = {"tokenizer.kind": kind, "data.seq_len": seq_len}
+        write_run(folder / f"{kind}_{seq_len}", config, summary=summary)
+    return contexts(collect([read_sweep(folder)]).all)
+
+
+def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
+    """256 x 1 byte against 256 x 3.9 bytes; the evaluated text's rate goes before the split's."""
+    text = evaluated("a" * 32, bytes=3_900, tokens=1_000)
+    said = contexts_of(
+        tmp_path,
+        ("byte", 256, {**tokenized("t", 9.0), **evaluated("a" * 32, bytes=3_900, tokens=3_900)}),
+        ("bpe", 256, {**tokenized("u", 9.0), **text}),
+    )
+    assert len(said) == 1 and said[0].startswith("The context is not equal")
+    assert "256 tokens x 1.00 bytes = 256 bytes with tokenizer.kind=byte" in said[0]
+    assert "256 tokens x 3.90 bytes = 998 bytes with tokenizer.kind=bpe" in said[0]
+    html = report([tmp_path])[0].read_text()
+    assert html.count("The context is not equal") == 3  # notes and both tables
+
+
+def test_windows_of_equal_bytes_are_called_so(tmp_path: Path) -> None:
+    byte, bpe = tokenized("t", 1.0), tokenized("u", 4.0)
+    said = contexts_of(tmp_path / "a", ("byte", 1000, byte), ("bpe", 256, bpe))
+    assert len(said) == 1 and "equal in bytes, within 5 %" in said[0]
+    assert "= 1,000 bytes" in said[0] and "= 1,024 bytes" in said[0]
+    said = contexts_of(tmp_path / "b", ("byte", 970, byte), ("bpe", 256, bpe))  # 5.6 % less
+    assert said[0].startswith("The context is not equal")
+
+
+def test_windows_of_one_tokenizer(tmp_path: Path) -> None:
+    rate = tokenized("t", 2.0)
+    assert contexts_of(tmp_path / "same", ("byte", 128, rate)) == []
+    (said,) = contexts_of(tmp_path / "two", ("byte", 128, rate), ("byte", 256, rate))
+    assert "not equal" in said and "128 tokens x 2.00 bytes = 256 bytes" in said
+
+
+def test_a_context_that_nobody_knows(tmp_path: Path) -> None:
+    (said,) = contexts_of(
+        tmp_path, ("byte", 128, tokenized("t", 1.0)), ("bpe", 128, tokenized("u"))
+    )
+    assert said.startswith("Whether the context is equal in bytes is unknown")
+    assert "128 tokens x unknown bytes" in said
+
+
+def test_only_what_is_compared_has_a_context_to_equalise(tmp_path: Path) -> None:
+    runs = [
+        ("byte", 128, {**tokenized("t", 1.0), **evaluated("a" * 32)}),
+        ("bpe", 128, {**tokenized("u", 4.0), **evaluated("b" * 32)}),
+    ]
+    assert contexts_of(tmp_path, *runs) == []
+
+
+# The text's own error, which is not the interval over seeds.
+
+
+NOT = "it is not the error of a difference between runs on the same text"
+
+
+def with_errors(folder: Path, errors: dict[int, tuple[float | None, ...]], **more: Any) -> Path:
+    """Depths with the text's errors of their seeds."""
+    for depth, values in errors.items():
+        for seed, error in enumerate(values):
+            write_run(
+                folder / f"d{depth}_s{seed}",
+                {"mtp.depth": depth, "seed": seed},
+                loss=2.0 - 0.1 * depth + 0.02 * seed,
+                summary={BITS_ERROR: error, **evaluated("a" * 32), **more},
+            )
+    return folder
+
+
+def test_it_is_the_mean_over_seeds(tmp_path: Path) -> None:
+    folder = with_errors(tmp_path, {0: (0.010, 0.012), 1: (0.02, 0.02), 2: (0.5, None)})
+    settings = collect([read_sweep(folder)])
+    assert [error_of_text(s) for s in settings.all] == [pytest.approx(0.011), 0.02, None]
+    text = text_errors(settings.all)
+    assert "The text's own error in bits per byte is 0.0110 to 0.0200" in text and NOT in text
+
+
+def test_the_table_has_both_errors_apart(tmp_path: Path) -> None:
+    html = report([with_errors(tmp_path, {0: (0.0101, 0.0121), 1: (0.02, 0.02)})])[0].read_text()
+    cells = re.findall(
+        r"<td[^>]*>([\d.]+) <span class=\"half\">± ([\d.]+)</span><br>"
+        r'<span class="half">text: s.e. ([\d.]+)</span>',
+        html,
+    )
+    # 1.0 and 1.01 bits: the interval over seeds is t(1) x 0.005.
+    assert cells == [("1.0050", "0.0635", "0.0111"), ("0.9550", "0.0635", "0.0200")]
+    where = html.index('<h2 id="settings">')
+    assert NOT in html[where : html.index("</caption>", where)]
+    where = html.index('<h2 id="differences">')
+    assert "text: s.e." not in html[where:].split("</table>")[0]
+
+
+def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
+    with_errors(tmp_path, {0: (0.01, 0.01)})
+    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
+    with_errors(tmp_path, {3: (0.02, 0.02)}, data=data)
+    _, sentences = report([tmp_path])
+    (best,) = [text for text in sentences if text.startswith("The lowest")]
+    assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
+
+
+def test_runs_without_it_have_a_table_as_ever(tmp_path: Path) -> None:
+    html = report([with_errors(tmp_path, {0: (None, None)})])[0].read_text()
+    assert "text: s.e." not in html and "bits per byte</small>" not in html

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 from sweeps.claims.figure import files_of, panels, write_figures
 from sweeps.claims.observe import PARTS, TAG, curve_of
 from sweeps.claims.preregistration import Preregistration, write_preregistration
@@ -70,10 +67,7 @@ def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
     if equal == "steps":
         assert panels(result) == {}
         return
-    assert panels(result) == {
-        "bytes": ["plain", "mtp"],
-        "BPE": ["bpe"],
-    }
+    assert panels(result) == {"bytes": ["plain", "mtp"], "BPE": ["bpe"]}
     files = write_figures(result, "mine", tmp_path)
     assert files == files_of(result, "mine", tmp_path) and files[-1].name == "mine_curve.svg"
     text = files[-1].read_text()

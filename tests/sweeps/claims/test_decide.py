@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("scipy")
-
 from scipy import stats
 
 from sweeps.claims.claim import Claim
@@ -38,8 +35,7 @@ def predicting(folder: Path, **prediction: Any) -> Claim:
 
 
 @pytest.mark.parametrize(
-    ("by", "scale", "verdict"),
-    [(-0.05, 1.0, HOLDS), (0.05, 1.0, FAILS), (-0.002, 3.0, UNDECIDED)],
+    ("by", "scale", "verdict"), [(-0.05, 1.0, HOLDS), (0.05, 1.0, FAILS), (-0.002, 3.0, UNDECIDED)]
 )
 def test_a_paired_difference(tmp_path: Path, by: float, scale: float, verdict: str) -> None:
     found = one(predicting(tmp_path), {"plain": PLAIN, "mtp": moved(by, scale)})

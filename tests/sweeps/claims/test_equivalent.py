@@ -106,10 +106,7 @@ def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
     arms: dict[str, Any] = {"heads": ["mtp=sequential"], "large": ["mtp=sequential"]}
     arms |= {name: ["mtp=none", f"trainer.max_steps={i}"] for i, name in enumerate([*PLAIN, *wide])}
     claim = gain_claim(
-        tmp_path,
-        grows,
-        arms=arms,
-        measure={**GAIN, "own_curves": {"large": list(wide)}},
+        tmp_path, grows, arms=arms, measure={**GAIN, "own_curves": {"large": list(wide)}}
     )
     found = dict(arms_of({"heads": list(NOISE)}))
     del found["trunk"]

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy")
-
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import decide
 from sweeps.claims.enough import said, seeds_enough
@@ -31,15 +29,7 @@ from sweeps.claims.hours import (
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
 from sweeps.claims.result import Result, make_result, write_result
-from tests.sweeps.claims.fixture_claims import (
-    BEGAN,
-    SOLVED,
-    claim_of,
-    observed,
-    rights,
-    root,
-    run,
-)
+from tests.sweeps.claims.fixture_claims import BEGAN, SOLVED, claim_of, observed, rights, root, run
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
 SMALL = ["experiment=small_text"]

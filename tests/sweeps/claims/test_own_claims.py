@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("scipy")
-
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
 from sweeps.claims.preregistration import Preregistration, write_preregistration

@@ -10,32 +10,14 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
-from sweeps.claims.pages import (
-    MORE_PLANNING,
-    PLANNING,
-    QUESTION,
-    READMES,
-    pages,
-    part,
-    write_pages,
-)
+from sweeps.claims.pages import MORE_PLANNING, PLANNING, QUESTION, READMES, pages, part, write_pages
 from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.result import (
-    Result,
-    is_stale,
-    judge,
-    make_result,
-    read_result,
-    write_result,
-)
+from sweeps.claims.result import Result, is_stale, judge, make_result, read_result, write_result
 from sweeps.claims.words import beside
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
