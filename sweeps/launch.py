@@ -170,11 +170,8 @@ def _options(config: DictConfig) -> list[str]:
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             options += ["--config-dir", str(source.path)]
-    return [*options, *(o for o in hydra.overrides.hydra if not _is_of_the_sweep(o))]
-
-
-def _is_of_the_sweep(override: str) -> bool:
-    return key_of(override).startswith(_SWEEP_SETTINGS)
+    own = (o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS))
+    return [*options, *own]
 
 
 def _say_plan(

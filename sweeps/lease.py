@@ -58,9 +58,10 @@ class Leases:
     def look(self) -> dict[str, Lease]:
         """The newest lease of every job that ever had one."""
         newest: dict[str, int] = {}
-        for name in _names(self._folder):
-            job, _, digits = name.rpartition(".")
-            newest[job] = max(newest.get(job, 0), int(digits))
+        for name in os.listdir(self._folder) if self._folder.is_dir() else ():
+            job, dot, digits = name.rpartition(".")
+            if dot and digits.isdecimal():
+                newest[job] = max(newest.get(job, 0), int(digits))
         found = {}
         now = self._now() if newest else 0.0
         for job, number in newest.items():
@@ -153,11 +154,3 @@ def live(folder: Path) -> list[Lease]:
 def this_process() -> str:
     """A name that no other process has, on any machine."""
     return f"{os.uname().nodename}-{os.getpid()}"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return [name for name in names if name.rpartition(".")[2].isdecimal() and "." in name]

@@ -242,16 +242,15 @@ class Plan:
             "name": self.folder.name,
             "command": list(command),
             "varied": varied_keys([job.overrides for job in self.jobs]),
-            "jobs": [self._entry(job) for job in self.jobs],
+            "jobs": [
+                {"folder": job.folder, "overrides": list(job.overrides)}
+                | ({"run": asdict(self.recipes[job.folder])} if job.folder in self.recipes else {})
+                for job in self.jobs
+            ],
             "created": self._stored.get("created", now()),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)
-
-    def _entry(self, job: Job) -> dict[str, Any]:
-        entry: dict[str, Any] = {"folder": job.folder, "overrides": list(job.overrides)}
-        recipe = self.recipes.get(job.folder)
-        return entry if recipe is None else {**entry, "run": asdict(recipe)}
 
     def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str], taken: set[str]) -> str:
         name = folder_name(overrides, varied)

@@ -18,8 +18,8 @@ from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
-from sweeps.report.metrics import in_words, number
-from sweeps.report.names import name_of
+from sweeps.report.metrics import number
+from sweeps.report.names import in_words, name_of
 from sweeps.report.statistics import interval, share
 
 # The suffix of the file with the curves.

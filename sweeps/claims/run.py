@@ -34,7 +34,7 @@ def run(
     retry_failed: bool = False,
     command: Sequence[str] = (),
 ) -> int:
-    """Run all unfinished arms of claims at all seeds, seed by seed.
+    """Run all unfinished arms of claims, seed by seed, and return how many runs are not done.
 
     Args:
         claims: the claims to run.
@@ -46,9 +46,6 @@ def run(
         n_jobs: jobs at once.
         retry_failed: start failed runs again.
         command: the command line, for ``sweep.json``.
-
-    Returns:
-        The number of asked-for runs that are not done.
 
     Raises:
         UserError: a prediction was changed after its runs began, an arm does not compose, its

@@ -10,8 +10,8 @@ from typing import Any
 
 from mtp_lightning.markdown import plain
 from sweeps.claims.claim import Claim
-from sweeps.report.metrics import equals, form_of, in_words, number, p_value
-from sweeps.report.names import arm_names
+from sweeps.report.metrics import equals, form_of, number, p_value
+from sweeps.report.names import arm_names, in_words
 
 Entry = Mapping[str, Any]  # one of a result's predictions
 

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 
 from sweeps.report.__main__ import report
 from sweeps.report.chart import styled
-from sweeps.report.collect import collect
 from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
 from sweeps.report.figures import gains
-from sweeps.report.read import read_sweep
-from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.fixture_runs import collected, evaluated, write_run
 
 BUDGETS = (0.3, 0.5, 0.75, 1.0, 1.35)
 FULL = 5e12
@@ -115,7 +113,7 @@ def priced_sweep(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = B
 
 def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
     priced_sweep(tmp_path)
-    settings = collect([read_sweep(tmp_path)])
+    settings = collected(tmp_path)
     (family,) = families(settings)
     assert len(family.plain) == 5 and len(family.curves) == 3
     arms = {arm.setting.config["mtp._target_"].split(".")[2]: arm for arm in family.arms}
@@ -166,7 +164,7 @@ def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Pa
 
 def test_a_report_without_a_plain_curve_says_what_is_missing(tmp_path: Path) -> None:
     priced_sweep(tmp_path, budgets=(1.0,))
-    assert families(collect([read_sweep(tmp_path)])) == []
+    assert families(collected(tmp_path)) == []
     html = report([tmp_path])[0].read_text(encoding="utf-8")
     assert "no plain runs (mtp=none) of two lengths and an arm to compare" in html
     assert '<h2 id="gains">' not in html
@@ -176,7 +174,7 @@ def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Pat
     priced_sweep(tmp_path / "a")
     for run in (tmp_path / "a").glob("none_*-2"):
         (run / "summary.json").unlink()
-    (family,) = families(collect([read_sweep(tmp_path / "a")]))
+    (family,) = families(collected(tmp_path / "a"))
     assert {arm.why for arm in family.arms if "out of range" not in arm.why} == {
         "seed 2: a plain curve needs runs of at least two lengths"
     }
@@ -186,5 +184,5 @@ def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Pat
     constant = {**other, "model.d_model": 128, "optimizer.schedule.kind": "constant"}
     for name, config in (("small", other), ("constant", constant)):
         write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
-    (family,) = families(collect([read_sweep(tmp_path / "b")]))
+    (family,) = families(collected(tmp_path / "b"))
     assert len(family.plain) == 2

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from sweeps.report.collect import collect
 from sweeps.report.lines import long_range
 from sweeps.report.metrics import is_share
-from sweeps.report.read import read_sweep
-from sweeps.report.statistics import interval
+from sweeps.report.read import Run
+from sweeps.report.settings import Setting, Settings
 from sweeps.report.tables import of_floors, of_settings
-from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.fixture_runs import collected, evaluated, write_run
 
 VALUES = {
     "val/rejection_depth_1": 0.5,
@@ -38,7 +35,7 @@ def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
             summary = {**evaluated("f" * 32), **own}
             folder = tmp_path / f"{depth}_{seed}"
             write_run(folder, {"mtp.depth": depth, "seed": seed}, summary=summary)
-    settings = collect([read_sweep(tmp_path)])
+    settings = collected(tmp_path)
     table = of_floors(settings)
     assert table is not None
     rows = [[cell.text for cell in row] for row in table.rows]
@@ -60,7 +57,7 @@ def test_shares_are_known_and_differences_are_none() -> None:
 
 def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
     write_run(tmp_path / "a", summary=evaluated("f" * 32))
-    settings = collect([read_sweep(tmp_path)])
+    settings = collected(tmp_path)
     assert of_floors(settings) is None
     assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]
 
@@ -68,16 +65,14 @@ def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
 # Curves of how far back models look.
 
 
-def settings(*summaries: dict[str, float]) -> Any:
-    """Two runs of one setting."""
-    runs = [SimpleNamespace(summary=s) for s in summaries]
-
-    def estimate(tag: str) -> Any:
-        values = [s[tag] for s in summaries if tag in s]
-        return SimpleNamespace(interval=interval(values) if values else None)
-
-    one = SimpleNamespace(done=runs, estimate=estimate, name="D = 2", values={"mtp.depth": 2})
-    return SimpleNamespace(all=[one], names=[one.name])
+def settings(*summaries: dict[str, float]) -> Settings:
+    """The runs of one setting."""
+    runs = [
+        Run(folder=Path(str(i)), state="done", summary=summary, config={"seed": i})
+        for i, summary in enumerate(summaries)
+    ]
+    one = Setting(values={"mtp.depth": 2}, config={}, runs=runs)
+    return Settings(all=[one], varied=["mtp.depth"], left_out=[])
 
 
 def test_a_curve_of_every_measure_with_its_interval() -> None:
@@ -103,7 +98,7 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
         assert list(line.get_xdata()) == list(tags[drawing.name].values())
         assert set(line.get_ydata()) == {0.5}
         (segments,) = container[2]
-        assert all(s[1, 1] - s[0, 1] > 1 for s in segments.get_segments())
+        assert all(s[1, 1] - s[0, 1] > 0.9 for s in segments.get_segments())
 
 
 def test_places_that_double_are_equally_far_apart_and_written_plainly() -> None:

@@ -10,21 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.report import figures
 from sweeps.report.__main__ import main, report
-from sweeps.report.chart import Drawing, key_to, looks, styled
-from sweeps.report.collect import collect
+from sweeps.report.chart import key_to, looks, styled
+from sweeps.report.comparable import meaning
 from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Setting
-from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
+from sweeps.report.tables import of_jobs
+from tests.sweeps.fixture_runs import BASE, collected, depth_sweep, drawings, write_plan, write_run
 
 ROOT = Path(__file__).parents[2]
-
-
-def drawings(folder: Path) -> dict[str, Drawing]:
-    with styled():
-        return {d.name: d for d in figures.draw(collect([read_sweep(folder)]), [])}
 
 
 def grid(folder: Path, *, without: tuple[int, float] | None = None) -> None:
@@ -238,7 +233,8 @@ def test_text_from_files_is_only_text(tmp_path: Path) -> None:
 def test_logs_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "s" / "a", status={"state": "failed"}, done=False)
     (folder / "job.log").write_text("Traceback")
-    assert 'href="a/job.log"' in report([tmp_path / "s"])[0].read_text()
+    runs = read_sweep(tmp_path / "s").runs
+    assert [row[3].link for row in of_jobs(runs, tmp_path / "s").rows] == ["a/job.log"]
     elsewhere = report([tmp_path / "s"], output=tmp_path / "out")[0]
     assert 'href="../s/a/job.log"' in elsewhere.read_text()
 
@@ -267,9 +263,9 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
     assert table and "two different tasks" in table[0]
     assert "two different tasks" not in drawn["loss_tokens"].caption
     variants(tmp_path / "given", {"sequential": True, "none": None})
-    assert "reads the true tokens before its" in drawings(tmp_path / "given")["loss_depth"].caption
+    assert "reads the true tokens before its" in meaning(collected(tmp_path / "given"))
     variants(tmp_path / "blind", {"parallel": False})
-    assert "reads no token beyond" in drawings(tmp_path / "blind")["agreement_depth"].caption
+    assert "reads no token beyond" in meaning(collected(tmp_path / "blind"))
 
 
 def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
@@ -277,11 +273,10 @@ def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
     config = {"mtp._target_": "mtp_lightning.mtp.bag", "mtp.depth": 1}
     said = {"mtp_reads_tokens": False, "mtp_predicts_tokens": False}
     write_run(tmp_path / "bag", config, summary={"val/loss_depth_1": 912.5, **said})
-    caption = drawings(tmp_path)["loss_depth"].caption
+    caption = drawings(tmp_path)["loss_depth"].caption  # drawn with its main depth alone
     assert "two different tasks" not in caption and "reads the true tokens before its" in caption
     where = caption.index("predicts no token of its own")
     assert "bag" in caption[where - 60 : where]
-    report([tmp_path])
 
 
 def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Path) -> None:

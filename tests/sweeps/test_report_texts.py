@@ -4,23 +4,22 @@ comparison stand the bytes of context of each model, and the text's own error.""
 from __future__ import annotations
 
 import csv
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sweeps.report import figures
 from sweeps.report.__main__ import report
-from sweeps.report.chart import Drawing, styled
-from sweeps.report.collect import TEXT, collect
+from sweeps.report.collect import TEXT
 from sweeps.report.comparable import REMEDY, by_text, contexts, error_of_text, refusal, text_errors
 from sweeps.report.compare import FACT, OTHER_TEXT, Comparison, compare
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS_ERROR, FLOPS, LOSS, SPEEDUP
+from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
-from tests.sweeps.fixture_runs import evaluated, write_run
+from sweeps.report.tables import of_settings
+from tests.sweeps.fixture_runs import cells, collected, drawings, evaluated, write_run
 
 A, B = "a1" * 16, "b2" * 16
 OLD: dict[str, Any] = {}  # a summary without the entry
@@ -42,7 +41,7 @@ def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
                     **(text if text is OLD else evaluated(text, bytes=1_000_000 + depth)),
                 },
             )
-    return collect([read_sweep(folder)])
+    return collected(folder)
 
 
 def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
@@ -50,11 +49,6 @@ def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
     found = compare(settings, LOSS)
     notes = caveats(settings, [read_sweep(folder)])
     return found, " ".join(answer(settings, found, settings.done)), "\n".join(notes)
-
-
-def drawn(settings: Settings) -> dict[str, Drawing]:
-    with styled():
-        return {d.name: d for d in figures.draw(settings, compare(settings, LOSS))}
 
 
 def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
@@ -92,15 +86,15 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
     for word in ("lowest", "fastest", "better", "No difference can be tested", "noise"):
         assert word not in text
     assert "is averaged, tested or ranked across them" in text
-    drawings = drawn(settings)
+    figures = drawings(settings, compare(settings, LOSS))
     for name in ("pareto_flops", "speedup"):
-        assert drawings[name].figure is None and "different texts" in drawings[name].why
-    assert drawings["differences"].why == (
+        assert figures[name].figure is None and "different texts" in figures[name].why
+    assert figures["differences"].why == (
         "no setting was evaluated on the same text as its reference"
     )
     for name in ("loss_tokens", "loss_flops", "loss_depth"):
-        assert drawings[name].figure is not None
-        assert drawings[name].caption.endswith("different texts: compare none across these.")
+        assert figures[name].figure is not None
+        assert figures[name].caption.endswith("different texts: compare none across these.")
 
 
 def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
@@ -143,7 +137,7 @@ def test_a_run_that_has_not_ended_goes_with_the_only_text(tmp_path: Path) -> Non
     write_run(tmp_path / "two" / "late", {"mtp.depth": 1, "seed": 7}, done=False)
     write_run(tmp_path / "two" / "other", {"mtp.depth": 2}, summary=evaluated(A))
     write_run(tmp_path / "two" / "later", {"mtp.depth": 2, "seed": 7}, done=False)
-    three = collect([read_sweep(tmp_path / "two")])
+    three = collected(tmp_path / "two")
     assert [(s.label, len(s.runs), len(s.done)) for s in three.all] == [
         (f"mtp.depth=1, {TEXT}=a1a1a1a1", 1, 1),
         (f"mtp.depth=1, {TEXT}=b2b2b2b2", 1, 1),
@@ -163,7 +157,7 @@ def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
     # Other counts within one setting are another part.
     more = {"seed": 3, "mtp.depth": 1}
     write_run(tmp_path / "more", more, summary=evaluated(None, bytes=5))
-    parts = collect([read_sweep(tmp_path)]).all
+    parts = collected(tmp_path).all
     assert [len(s.done) for s in parts if s.depth == 1] == [3, 1]
 
 
@@ -190,14 +184,13 @@ def test_older_runs_are_compared_with_one_note(tmp_path: Path) -> None:
 def test_an_entry_that_makes_no_sense_is_an_unknown_text(tmp_path: Path, entry: Any) -> None:
     write_run(tmp_path / "a", {"mtp.depth": 0}, summary={"evaluation": entry})
     write_run(tmp_path / "b", {"mtp.depth": 1}, summary=evaluated(A))
-    settings = collect([read_sweep(tmp_path)])
+    settings = collected(tmp_path)
     assert [c.verdict for c in compare(settings, LOSS)] == [OTHER_TEXT]
 
 
 def test_the_csv_names_the_text(tmp_path: Path) -> None:
-    sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1)
-    path, _ = report([tmp_path])
-    rows = list(csv.DictReader(path.with_name("runs.csv").read_text().splitlines()))
+    written = runs_csv(sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1), [read_sweep(tmp_path)])
+    rows = list(csv.DictReader(written.splitlines()))
     assert [row["evaluated_text"] for row in rows] == [A, B, ""]
 
 
@@ -221,7 +214,7 @@ def contexts_of(folder: Path, *runs: tuple[str, int | None, dict[str, Any]]) -> 
     for kind, seq_len, summary in runs:
         config = {"tokenizer.kind": kind, "data.seq_len": seq_len}
         write_run(folder / f"{kind}_{seq_len}", config, summary=summary)
-    return contexts(collect([read_sweep(folder)]).all)
+    return contexts(collected(folder).all)
 
 
 def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
@@ -292,7 +285,7 @@ def with_errors(folder: Path, errors: dict[int, tuple[float | None, ...]], **mor
 
 def test_it_is_the_mean_over_seeds(tmp_path: Path) -> None:
     folder = with_errors(tmp_path, {0: (0.010, 0.012), 1: (0.02, 0.02), 2: (0.5, None)})
-    settings = collect([read_sweep(folder)])
+    settings = collected(folder)
     assert [error_of_text(s) for s in settings.all] == [pytest.approx(0.011), 0.02, None]
     text = text_errors(settings.all)
     assert "The text's own error in bits per byte is 0.0110 to 0.0200" in text and NOT in text
@@ -300,13 +293,13 @@ def test_it_is_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_the_table_has_both_errors_apart(tmp_path: Path) -> None:
     html = report([with_errors(tmp_path, {0: (0.0101, 0.0121), 1: (0.02, 0.02)})])[0].read_text()
-    cells = re.findall(
-        r"<td[^>]*>([\d.]+) <span class=\"half\">± ([\d.]+)</span><br>"
-        r'<span class="half">text: s.e. ([\d.]+)</span>',
-        html,
-    )
+    found = [(c.text, c.half, c.beside) for c in cells(tmp_path) if c.beside]
     # 1.0 and 1.01 bits: the interval over seeds is t(1) x 0.005.
-    assert cells == [("1.0050", "0.0635", "0.0111"), ("0.9550", "0.0635", "0.0200")]
+    assert found == [
+        ("1.0050", "± 0.0635", "text: s.e. 0.0111"),
+        ("0.9550", "± 0.0635", "text: s.e. 0.0200"),
+    ]
+    assert html.count("text: s.e.") == 2
     where = html.index('<h2 id="settings">')
     assert NOT in html[where : html.index("</caption>", where)]
     where = html.index('<h2 id="differences">')
@@ -317,11 +310,13 @@ def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
     with_errors(tmp_path, {0: (0.01, 0.01)})
     data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
     with_errors(tmp_path, {3: (0.02, 0.02)}, data=data)
-    _, sentences = report([tmp_path])
-    (best,) = [text for text in sentences if text.startswith("The lowest")]
+    settings = collected(tmp_path)
+    told = answer(settings, compare(settings), settings.done)
+    (best,) = [text for text in told if text.startswith("The lowest")]
     assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
 
 
 def test_runs_without_it_have_a_table_as_ever(tmp_path: Path) -> None:
-    html = report([with_errors(tmp_path, {0: (None, None)})])[0].read_text()
-    assert "text: s.e." not in html and "bits per byte</small>" not in html
+    table = of_settings(collected(with_errors(tmp_path, {0: (None, None)})), [])
+    assert "bits per byte" not in [unit for _, unit in table.head]
+    assert not any(cell.beside for row in table.rows for cell in row)

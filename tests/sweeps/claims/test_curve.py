@@ -9,10 +9,9 @@ import pytest
 
 from sweeps.claims.figure import files_of, panels, write_figures
 from sweeps.claims.observe import PARTS, TAG, curve_of
-from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.result import judge
 from sweeps.report.read import read_run
-from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.claims.fixture_claims import claim_of, register
 from tests.sweeps.fixture_runs import write_run
 
 
@@ -59,9 +58,7 @@ def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
         folders[arm] = {seed: f"{arm}{seed}" for seed in (0, 1)}
         for seed, name in folders[arm].items():
             logged(runs / name, {step: 5 - step / 50 + seed for step in range(1, 101)}, seed=seed)
-    write_preregistration(
-        Preregistration(digest=claim.digest, commit=None, runs=folders), claim, runs
-    )
+    register(claim, runs, folders)
     result = judge(claim, runs)
     assert result is not None
     if equal == "steps":

@@ -13,7 +13,7 @@ import pytest
 
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import decide
-from sweeps.claims.enough import said, seeds_enough
+from sweeps.claims.enough import seeds_enough
 from sweeps.claims.hours import (
     BY_FLOPS,
     EXPECTED,
@@ -29,7 +29,16 @@ from sweeps.claims.hours import (
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
 from sweeps.claims.result import Result, make_result, write_result
-from tests.sweeps.claims.fixture_claims import BEGAN, SOLVED, claim_of, observed, rights, root, run
+from tests.sweeps.claims.fixture_claims import (
+    BEGAN,
+    SOLVED,
+    claim_of,
+    observed,
+    result_of,
+    rights,
+    root,
+    run,
+)
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
 SMALL = ["experiment=small_text"]
@@ -145,7 +154,7 @@ def test_the_command_prints_costs_a_plan_and_what_to_type(
 
 def entries_of(folder: Path, values: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
     claim = claim_of(folder, seeds=list(range(20)), **changes)
-    return make_result(claim, observed(claim, values), BEGAN)["predictions"]
+    return result_of(claim, values)["predictions"]
 
 
 @pytest.mark.parametrize("by", [0.0, -0.01])
@@ -184,7 +193,6 @@ def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
         ({"plain": plain, "mtp": [1.9, 2.0, 2.1]}, {}),  # a fact
     ):
         assert seeds_enough(entries_of(tmp_path, values, **changes), 3) == [None]
-    assert said(None) == ""
     # Too few seeds: at least the claim's own minimum.
     few = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
     assert few[0]["why"].startswith("n = 2") and seeds_enough(few, 5) == [5]
@@ -206,7 +214,7 @@ def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     ]
     claim = claim_of(claims, measure=SOLVED, minimum=3, predictions=more, seeds=list(range(10)))
     values = {"plain": rights(3), "mtp": rights(5)}
-    result = make_result(claim, observed(claim, values), BEGAN)
+    result = result_of(claim, values)
     n = len(rights(3))
     p, q = 6 / (n + 2), 4 / (n + 2)
     z = [1.959964 + 0.841621, 2.241403 + 0.841621]

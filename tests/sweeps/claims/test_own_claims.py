@@ -14,13 +14,7 @@ from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import BEGIN, END, QUESTION, part
-from sweeps.claims.preregistration import (
-    Preregistration,
-    commit_of,
-    predicted_in,
-    read_preregistration,
-    write_preregistration,
-)
+from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
 from sweeps.claims.result import make_result
 from sweeps.process import Task
 from tests.sweeps.claims.fixture_claims import (
@@ -29,6 +23,7 @@ from tests.sweeps.claims.fixture_claims import (
     commit,
     moved,
     observed,
+    register,
     run,
     write_claim,
 )
@@ -157,6 +152,6 @@ def test_a_trial_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert known(claim, predicted_in="d" * 40) == "d" * 40
     assert known(claim, predicted_in=None) is None
     assert known(claim, predicted_in="d" * 40, digest="of another prediction") is None
-    write_preregistration(Preregistration(digest=claim.digest, commit=None), claim, tmp_path)
+    register(claim, tmp_path)
     again = read_preregistration(claim, tmp_path)
     assert again is not None and again.commit is None
