@@ -26,7 +26,6 @@ def eight_cores_and_four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gpus_are_handed_out_once() -> None:
     queue = DeviceQueue(gpus=["0", "1", "2"])
     one, two = queue.take(1), queue.take(2)
-    assert one is not None and two is not None
     assert (one.gpus, two.gpus) == (("0",), ("1", "2"))
     assert one.environment()["CUDA_VISIBLE_DEVICES"] == "0"
     assert two.environment()["CUDA_VISIBLE_DEVICES"] == "1,2"
@@ -73,12 +72,10 @@ def test_cores_are_divided(
     taken = [queue.take(processes) for _ in range(at_once)]
     assert queue.take(processes) is None
     first = taken[0]
-    assert first is not None
     assert sorted(d.name for d in taken if d) == sorted(f"cpu:{i}" for i in range(at_once))
     environment = first.environment()
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == str(threads)
     for job in taken:
-        assert job is not None
         queue.give_back(job)
     again = [queue.take(processes) for _ in range(at_once)]
     assert None not in again and queue.take(processes) is None
@@ -89,7 +86,6 @@ def test_cores_are_divided(
 def test_with_gpus_a_process_has_its_gpus_share_of_the_cores() -> None:
     queue = DeviceQueue(gpus=["0", "1", "2", "3"], host="node1")
     one, two = queue.take(1), queue.take(2)
-    assert one is not None and two is not None
     assert one.threads == two.threads == 2
     assert (one.name, two.name) == ("node1:cuda:0", "node1:cuda:1,2")
     given = DeviceQueue(gpus=["0", "1"], threads=3).take(1)

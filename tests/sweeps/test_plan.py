@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ def test_short_names_show_everything_and_long_ones_what_varies() -> None:
     assert folder_name([], []) == "default"
 
 
-@settings(max_examples=30)
-@given(st.lists(st.text(min_size=1, max_size=40), max_size=4), st.text(max_size=120))
+TEXT = st.text(string.printable + "é文🙂\u200b", min_size=1, max_size=40)
+
+
+@settings(max_examples=40)
+@given(st.lists(TEXT, max_size=6), TEXT)
 def test_names_are_safe(values: list[str], last: str) -> None:
     overrides = [f"key_{i}={value}" for i, value in enumerate([*values, last])]
     name = folder_name(overrides, ["key_0"])

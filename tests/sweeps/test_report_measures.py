@@ -9,7 +9,8 @@ from sweeps.report.metrics import is_share
 from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.tables import of_floors, of_settings
-from tests.sweeps.fixture_runs import collected, evaluated, write_run
+from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.reported import collected
 
 VALUES = {
     "val/rejection_depth_1": 0.5,
@@ -37,7 +38,6 @@ def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
             write_run(folder, {"mtp.depth": depth, "seed": seed}, summary=summary)
     settings = collected(tmp_path)
     table = of_floors(settings)
-    assert table is not None
     rows = [[cell.text for cell in row] for row in table.rows]
     assert rows == [
         ["mtp.depth=1", "1", "0", "51.0 %", "31.0 %", "21.0 %", "76.0 %"],
@@ -92,7 +92,6 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
     drawings = long_range(settings(dict.fromkeys(every, 0.25), dict.fromkeys(every, 0.75)))
     assert [drawing.name for drawing in drawings] == list(tags)
     for drawing in drawings:
-        assert drawing.figure is not None
         (container,) = drawing.figure.axes[0].containers
         line = container[0]
         assert list(line.get_xdata()) == list(tags[drawing.name].values())
@@ -104,7 +103,6 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
 def test_places_that_double_are_equally_far_apart_and_written_plainly() -> None:
     tags = ["val/loss_position_1", "val/loss_position_2-3", "val/loss_position_512-1023"]
     (drawing,) = long_range(settings(dict.fromkeys(tags, 0.25)))
-    assert drawing.figure is not None
     (axes,) = drawing.figure.axes
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "512"]

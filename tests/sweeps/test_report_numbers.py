@@ -13,7 +13,8 @@ from sweeps.report.findings import answer
 from sweeps.report.metrics import LOSS, number, p_value
 from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
-from tests.sweeps.fixture_runs import collected, depth_sweep, write_run
+from tests.sweeps.fixture_runs import depth_sweep, write_run
+from tests.sweeps.reported import collected
 
 
 def test_settings_of_a_sweep(tmp_path: Path) -> None:
@@ -32,7 +33,6 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     settings = collected(tmp_path)
     one, two = compare(settings, LOSS)
     assert one.reference.label == two.reference.label == "mtp.depth=0"
-    assert one.result is not None and one.result.p is not None and two.result is not None
     assert one.result.difference.mean == pytest.approx(-0.301 / 3)
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"

@@ -17,7 +17,8 @@ from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Setting
 from sweeps.report.tables import of_jobs
-from tests.sweeps.fixture_runs import BASE, collected, depth_sweep, drawings, write_plan, write_run
+from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
+from tests.sweeps.reported import collected, drawings
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +106,6 @@ def test_the_same_runs_give_the_same_figures(made: Path) -> None:
     with styled():
         for name in ("loss_tokens", "heat_map", "lambda_loss_depth_0"):
             chart = drawings(made)[name].chart
-            assert chart is not None
             assert chart.svg() == (made / "figures" / f"{name}.svg").read_bytes()
 
 
@@ -114,7 +114,6 @@ def test_curves_are_means_at_common_steps(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"seed": 0}, loss=2.0, curve=(3.0, 2.5))
     write_run(tmp_path / "b", {"seed": 1}, done=False, curve=(3.2, 2.9))
     drawing = drawings(tmp_path)["loss_flops"]
-    assert drawing.figure is not None
     (axes,) = drawing.figure.axes
     (bold,) = [line for line in axes.lines if line.get_label() == "all runs"]
     assert list(bold.get_xdata()) == [1e9, 2e9]
@@ -126,7 +125,6 @@ def test_curves_are_means_at_common_steps(tmp_path: Path) -> None:
 def test_a_nan_breaks_the_curve(tmp_path: Path) -> None:
     write_run(tmp_path / "a", done=False, curve=(3.0, float("nan"), 2.0))
     figure = drawings(tmp_path)["loss_tokens"].figure
-    assert figure is not None
     (line,) = figure.axes[0].lines
     assert [str(y) for y in line.get_ydata()] == ["3.0", "nan", "2.0"]
 
@@ -134,7 +132,6 @@ def test_a_nan_breaks_the_curve(tmp_path: Path) -> None:
 def test_a_heat_map_has_gaps(tmp_path: Path) -> None:
     grid(tmp_path, without=(2, 0.3))
     drawing = drawings(tmp_path)["heat_map"]
-    assert drawing.figure is not None
     texts = [text.get_text() for text in drawing.figure.axes[0].texts]
     assert texts[:2] == ["2.0150\n± 0.0635", "2.0350\n± 0.0635"]  # t(1) = 12.706, s = 0.01 / sqrt 2
     assert texts[-1] == "–" and len(texts) == 6
@@ -160,7 +157,6 @@ def test_the_front_is_filled(tmp_path: Path) -> None:
     ):
         write_run(tmp_path / name, {"model.d_model": d_model}, loss=loss, summary={"flops": flops})
     figure = drawings(tmp_path)["pareto_flops"].figure
-    assert figure is not None
     line = figure.axes[0].lines[0]
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(1e9, 3.0), (2e9, 2.0)]
     filled = {c.get_label(): c.lines[0].get_markerfacecolor() for c in figure.axes[0].containers}

@@ -25,7 +25,8 @@ from sweeps.report.statistics import (
     survival,
     unpaired,
 )
-from tests.sweeps.fixture_runs import cells, write_run
+from tests.sweeps.fixture_runs import write_run
+from tests.sweeps.reported import cells
 
 # Student's t for 95 %, from a printed table: 1 and 2 degrees of freedom.
 T1, T2 = 12.7062, 4.30265
@@ -43,7 +44,6 @@ def test_paired_by_hand() -> None:
     """Differences 0.1 and 0.3: mean 0.2, standard error 0.1, t = 2 with one degree of freedom,
     where Student's t is Cauchy's distribution: p = 1 - 2 atan(2) / pi."""
     found = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
-    assert found is not None and found.p is not None
     assert found.difference.mean == pytest.approx(0.2)
     assert found.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
     assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
@@ -156,7 +156,6 @@ def test_survival_by_hand() -> None:
     (4/5 x 2/4)."""
     waits = [Wait(10, True), Wait(20, True), Wait(20, True), Wait(20, False), Wait(30, False)]
     found = survival(waits)
-    assert found is not None
     assert (found.times, found.censored, found.median) == ((10, 20, 30), (20, 30), 20)
     assert found.shares == pytest.approx((0.8, 0.4, 0.4))
     assert (found.after(9), found.after(20)) == (1.0, pytest.approx(0.4))
@@ -215,7 +214,6 @@ def test_it_stays_within_0_and_1() -> None:
         assert below >= 0 and above >= 0
         if found.ends is not None:
             assert 0 <= found.ends[0] <= found.mean <= found.ends[1] <= 1, values
-        assert plain.half is not None
         outside += not (plain.half <= plain.mean <= 1 - plain.half)
     assert outside > 200
 
@@ -226,7 +224,6 @@ def test_near_one_half_it_is_the_t_interval_to_second_order() -> None:
         for size in (1e-2, 1e-3, 1e-4):
             values = [middle - size, middle, middle + 1.5 * size]
             half = interval(values).half
-            assert half is not None
             reach = share_interval(values).reach
             differences.append(max(abs(side - half) for side in reach))
             assert differences[-1] < half**2

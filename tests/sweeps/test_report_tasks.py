@@ -26,15 +26,8 @@ from sweeps.report.metrics import EXACT
 from sweeps.report.page import runs_csv
 from sweeps.report.read import Run, read_sweep
 from sweeps.report.statistics import Wait, holm, share_interval
-from tests.sweeps.fixture_runs import (
-    asked,
-    cells,
-    collected,
-    depth_sweep,
-    drawings,
-    task_run,
-    write_run,
-)
+from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
+from tests.sweeps.reported import cells, collected, drawings
 
 EARLY, LATE, NEVER = (0.97, 0.99, 1.0), (0.4, 0.5, 0.96), (0.3, 0.5, 0.5)
 FELL = (0.2, 0.98, 0.6)
@@ -199,7 +192,6 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
 def test_curves_have_means_seeds_and_chance(tmp_path: Path) -> None:
     settings = collected(sweep(tmp_path, {0: (LATE, NEVER)}))
     figure = drawings(settings)["exact_match"].figure
-    assert figure is not None
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert lines["all runs"] == pytest.approx([0.35, 0.5, 0.73])
     assert set(lines["chance"]) == {0.5} and set(lines["solved"]) == {0.95}
@@ -213,7 +205,6 @@ def test_figures_of_shares_and_times(tmp_path: Path) -> None:
     sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, EARLY, LATE, NEVER, FELL)})
     drawn = drawings(tmp_path)
     figure = drawn["solved"].figure
-    assert figure is not None
     bars = {}
     for container in figure.axes[0].containers:
         (point, _, (reach,)) = container.lines
@@ -224,7 +215,6 @@ def test_figures_of_shares_and_times(tmp_path: Path) -> None:
     ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert ticks == ["D = 1", "D = 0"]
     figure = drawn["time_to_solve"].figure
-    assert figure is not None
     curve = {line.get_label(): line for line in figure.axes[0].lines}["D = 1"]
     assert list(curve.get_xdata()) == [0, 10, 20, 30]
     assert list(curve.get_ydata()) == pytest.approx([1, 0.6, 0.4, 0.2])
@@ -263,7 +253,6 @@ def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
     }
     for name, (xs, ys) in wanted.items():
         figure = drawn[name].figure
-        assert figure is not None
         (container,) = figure.axes[0].containers
         assert list(container.lines[0].get_xdata()) == xs
         assert list(container.lines[0].get_ydata()) == pytest.approx(ys)

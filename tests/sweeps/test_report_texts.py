@@ -19,7 +19,8 @@ from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
 from sweeps.report.tables import of_settings
-from tests.sweeps.fixture_runs import cells, collected, drawings, evaluated, write_run
+from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.reported import cells, collected, drawings
 
 A, B = "a1" * 16, "b2" * 16
 OLD: dict[str, Any] = {}  # a summary without the entry

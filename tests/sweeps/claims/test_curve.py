@@ -60,7 +60,6 @@ def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
             logged(runs / name, {step: 5 - step / 50 + seed for step in range(1, 101)}, seed=seed)
     register(claim, runs, folders)
     result = judge(claim, runs)
-    assert result is not None
     if equal == "steps":
         assert panels(result) == {}
         return

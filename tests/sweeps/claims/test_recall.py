@@ -76,7 +76,6 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
     results = tmp_path / "results"
     write_result(stored, claim.label, results)
     alone, both = judge(claim, runs), judge(claim, runs, results)
-    assert alone is not None and both is not None
     assert alone["verdict"] == "undecided" and both["verdict"] == "holds"
     assert both["unfinished"] == [] and both["predictions"][0]["n"] == 5
     assert (both["began"], both["predicted_in"]) == BEGAN
@@ -153,7 +152,6 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
         )
     register(claim, runs, here, commit="a" * 40)
     alone, both = judge(claim, runs), judge(claim, runs, results)
-    assert alone is not None and both is not None
     assert (alone["predictions"][0]["n"], both["predictions"][0]["n"]) == (0, 3)
     values = both["arms"]["plain"]["seeds"]["1"]["values"]
     assert values == {"val/bits_per_byte": PLAIN[1]}

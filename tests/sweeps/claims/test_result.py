@@ -89,7 +89,6 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
     folders = {a: {s: f"{a[0]}{s}" for s in range(5)} for a in ("plain", "mtp")}
     preregistration = register(claim, runs, folders)
     result = judge(claim, runs)
-    assert result is not None
     values = result["arms"]["mtp"]["seeds"]["3"]["values"]
     assert values["val/bits_per_byte"] == pytest.approx(PLAIN[3] - 0.0515)
     assert values["moe/max_violation, last 0.5"] == 1.5, "of steps 11 to 20"
@@ -101,7 +100,6 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
     del preregistration.runs["plain"][0]
     write_preregistration(preregistration, claim, runs)
     again = judge(claim, runs)
-    assert again is not None
     assert again["unfinished"] == ["plain: 4 of 6 seeds done, 1 missing, 1 unfinished"]
 
 
@@ -114,7 +112,6 @@ def test_solving_is_read_of_runs(tmp_path: Path) -> None:
     folders = {a: {s: f"{a[0]}{s}" for s in range(2)} for a in ("plain", "mtp")}
     register(claim, runs, folders)
     result = judge(claim, runs)
-    assert result is not None
     assert result["arms"]["mtp"]["seeds"]["1"]["waits"] == {"val/exact_match": (20, True)}
     (entry,) = result["predictions"]
     assert (entry["own"]["count"], entry["other"]["count"]) == (2, 0)
