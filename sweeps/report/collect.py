@@ -162,8 +162,8 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
             chosen.append(key)
     shown = [key.removesuffix("._target_") for key in chosen]
     for setting in settings:
-        values = (_value(setting, key) for key in chosen)
-        setting.values = dict(zip(shown, values, strict=True))
+        own = [_value(setting, key) for key in chosen]
+        setting.values = dict(zip(shown, own, strict=True))
     return shown
 
 
