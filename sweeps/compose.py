@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +17,8 @@ from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
 
 if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
     from hydra.core.override_parser.types import Override
-    from hydra.types import HydraContext
-
-
-def compose_run(overrides: Sequence[str]) -> DictConfig:
-    """The config that train.py composes from overrides, without its folder.
-
-    Raises:
-        UserError: if they do not match the config.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("config", overrides=list(overrides))
-    except HydraException as error:
-        raise UserError(sentence(error)) from error
 
 
 class Composer:
@@ -44,14 +29,13 @@ class Composer:
 
     Args:
         config: the sweep's own config.
-        hydra_context: context of the sweep.
+        loader: Hydra's, which composed it.
     """
 
-    def __init__(self, config: DictConfig, hydra_context: HydraContext) -> None:
+    def __init__(self, config: DictConfig, loader: ConfigLoader) -> None:
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        loader = hydra_context.config_loader
         assert isinstance(loader, ConfigLoaderImpl)
         self._config, self._loader = config, loader
         self._parser = OverridesParser.create(config_loader=loader)
@@ -65,11 +49,8 @@ class Composer:
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """A job's config, without Hydra's own settings.
 
-        Args:
-            overrides: overrides of the job.
-
         Raises:
-            UserError: if they do not match the config.
+            UserError: if the overrides do not match the config.
         """
         from hydra.errors import HydraException
 
@@ -102,15 +83,29 @@ class Composer:
         return self._parsed[text]
 
 
+def compose_run(overrides: Sequence[str]) -> DictConfig:
+    """The config that train.py composes from overrides, without Hydra's own settings.
+
+    Raises:
+        UserError: if they do not match the config.
+    """
+    return _composer().compose(overrides)
+
+
+@cache
+def _composer() -> Composer:
+    """A composer of this project's configs."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        return Composer(loader.load_configuration("config", [], run_mode=RunMode.RUN), loader)
+
+
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Gives a job's config its folder, and checks that every value is there.
-
-    Args:
-        composed: a config without Hydra's own settings.
-        folder: folder of the run.
-
-    Returns:
-        The config, resolved.
+    """Gives a job's config its folder, checks that every value is there, and resolves it.
 
     Raises:
         UserError: if it is another program's config, or a value is missing.
@@ -131,9 +126,6 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
 
 def count_processes(settled: dict[str, Any]) -> int:
     """Number of processes of a job that train together on each of its machines.
-
-    Args:
-        settled: its config.
 
     Raises:
         UserError: if they cannot be counted, or would not train together.

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from sweeps.cores import cores
+from sweeps.machine import cores
 
 # Variables that a launcher, another job or a cluster's step may leave; with them a run takes
 # itself for a part of another one (Lightning issue 11300).
-_LEAKS = (
-    "LOCAL_RANK",
-    "GLOBAL_RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "PL_GLOBAL_SEED",
-    "PL_SEED_WORKERS",
-    "TORCHELASTIC_",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-    "SLURM_NODEID",
+_LEAKS = re.compile(
+    r"((LOCAL|GLOBAL|NODE|GROUP)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+    r"|PL_(GLOBAL_SEED|SEED_WORKERS)|SLURM_(NTASKS|PROCID|LOCALID|NODEID)"
 )
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of one job."""
+
+    name: str
+    slot: int = 0  # the number of the job among the jobs at once
+    gpus: tuple[str, ...] | None = ()  # empty for the CPU; None for all that the job finds
+    threads: int = 1  # of each of its processes
+    cores: int = 0  # taken from a queue that counts them
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the job's process."""
+        clean = clean_environment()
+        # Matrix products follow OMP_NUM_THREADS; trainer.num_threads takes precedence.
+        clean |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        if self.gpus is not None:
+            clean["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        return clean
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without the variables that would mislead a run."""
+    kept = {name: value for name, value in os.environ.items() if not _LEAKS.fullmatch(name)}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
 
 
 def find_gpus() -> list[str]:
@@ -109,13 +123,10 @@ class DeviceQueue:
         # Number of jobs that the cores are divided among; None with a fixed number of threads.
         self._shares = (len(self.gpus) or n_jobs or 1) if threads == "auto" else None
         self._threads = threads if isinstance(threads, int) else 1
-        if self._shares is not None:
-            at_once = n_jobs or len(self.gpus) or 1
-        else:
-            at_once = n_jobs or len(self.gpus) or max(1, cores() // self._threads)
-        self.n_jobs = at_once
+        one_a_core = 1 if self._shares else max(1, cores() // self._threads)
+        self.n_jobs = n_jobs or len(self.gpus) or one_a_core
         # Cores are only counted if each thread has one.
-        self._all_cores = max(cores(), at_once * self._threads)
+        self._all_cores = max(cores(), self.n_jobs * self._threads)
         self._free_cores = self._all_cores
         self._free_gpus = list(self.gpus)
         self._free_slots = list(range(self.n_jobs))
@@ -169,53 +180,3 @@ class DeviceQueue:
         self._free_cores += devices.cores
         free = {*self._free_gpus, *(devices.gpus or ())}
         self._free_gpus = [name for name in self.gpus if name in free]
-
-
-class Devices:
-    """The devices of one job.
-
-    Args:
-        name: their name.
-        slot: number of this job among the jobs at once.
-        gpus: names of its GPUs; empty for the CPU; None for all that it finds.
-        threads: threads of each of its processes.
-        cores: cores that it has taken from a queue that counts them.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        slot: int = 0,
-        gpus: tuple[str, ...] | None = (),
-        threads: int = 1,
-        cores: int = 0,
-    ) -> None:
-        self.name = name
-        self.slot = slot
-        self.gpus = gpus
-        self.threads = threads
-        self.cores = cores
-
-    def __str__(self) -> str:
-        return self.name
-
-    def environment(self) -> dict[str, str]:
-        """The environment of its process."""
-        clean = clean_environment()
-        # Matrix products follow OMP_NUM_THREADS; trainer.num_threads takes precedence.
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            clean[name] = str(self.threads)
-        if self.gpus is not None:
-            clean["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-        return clean
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without the variables that would mislead a run."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not any(name == leak or leak[-1] == "_" and name.startswith(leak) for leak in _LEAKS)
-    }
-    return {**kept, "PYTHONUNBUFFERED": "1"}

@@ -6,12 +6,12 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import read_status
-from sweeps.pool import Display
 from sweeps.process import Task
 
 if TYPE_CHECKING:
@@ -21,25 +21,19 @@ if TYPE_CHECKING:
 _MOST_ENDED = 6  # most rows of ended jobs in the live table
 
 
-def make_display(n_tasks: int) -> Display:
-    """The table if stdout is a terminal, else lines."""
-    return LiveTable(n_tasks) if sys.stdout.isatty() else Lines(n_tasks)
-
-
 @dataclass
 class Watched:
     """A running job, and what its speed is measured from."""
 
     task: Task
     device: str
-    began: float = field(default_factory=time.monotonic)
     step: int = 0  # optimizer steps done
     loss: str = ""  # at that step
     first: tuple[float, int] | None = None  # time of the first look with steps, and their number
 
     def look(self) -> None:
         """Reads its newest step."""
-        self.step, self.loss = _newest(self.task)
+        self.step, self.loss = newest(self.task.folder)
         if self.first is None and self.step:
             self.first = (time.monotonic(), self.step)
 
@@ -51,31 +45,56 @@ class Watched:
     @property
     def eta(self) -> str:
         """Time that the remaining steps take at the speed seen so far."""
-        if self.first is None or not self.task.max_steps:
-            return ""
-        since, step = self.first
-        if self.step <= step:
+        since, step = self.first or (0.0, self.step)
+        if not self.task.max_steps or self.step <= step:
             return ""
         rate = (self.step - step) / (time.monotonic() - since)
         return duration(max(0, self.task.max_steps - self.step) / rate)
 
 
-class _Base:
-    """The state that both displays keep."""
+@dataclass
+class Display:
+    """The state that both displays keep, and what a pool tells them."""
 
-    def __init__(self, n_tasks: int) -> None:
-        self.n_tasks = n_tasks
-        self.running: dict[Task, Watched] = {}
-        self.counts: dict[str, int] = {}
-        self.began = time.monotonic()
+    n_tasks: int
+    seconds: float  # between two looks at the running jobs
+    running: dict[Task, Watched] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # of ended jobs, by state
+    began: float = field(default_factory=lambda: time.monotonic())
+    shown: float = field(
+        default_factory=lambda: time.monotonic()
+    )  # when the running jobs were looked at
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
 
     def started(self, task: Task, device: str) -> None:
+        """Takes note that a job has started."""
         self.running[task] = Watched(task, device)
 
     def ended(self, task: Task) -> None:
+        """Takes note that a job has ended; its status file says how."""
         self.running.pop(task, None)
         state = (read_status(task.folder) or {}).get("state", "pending")
         self.counts[state] = self.counts.get(state, 0) + 1
+
+    def refresh(self) -> None:
+        """Shows how far the running jobs are, if the last time was long enough ago."""
+        if time.monotonic() - self.shown >= self.seconds:
+            self.shown = time.monotonic()
+            for job in self.running.values():
+                job.look()
+            self.show()
+
+    def show(self) -> None:
+        """Shows the running jobs."""
+        raise NotImplementedError
+
+    def say(self, text: str) -> None:
+        """Prints a line for the user."""
+        raise NotImplementedError
 
     @property
     def n_ended(self) -> int:
@@ -87,23 +106,11 @@ class _Base:
         return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
 
 
-class Lines(_Base):
-    """One line for every start and end, and now and then one for each running job.
-
-    Args:
-        n_tasks: number of tasks.
-        seconds: seconds between two looks at the running jobs.
-    """
+class Lines(Display):
+    """One line for every start and end, and now and then one for each running job."""
 
     def __init__(self, n_tasks: int, *, seconds: float = 30.0) -> None:
-        super().__init__(n_tasks)
-        self._seconds = seconds
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *args: object) -> None: ...
+        super().__init__(n_tasks, seconds)
 
     def started(self, task: Task, device: str) -> None:
         super().started(task, device)
@@ -115,12 +122,8 @@ class Lines(_Base):
         why = f": {status['reason']} (log: {task.folder / LOG_FILE})" if status["reason"] else ""
         self.say(f"{status['state']} {task.label} ({self.n_ended} of {self.n_tasks}){why}")
 
-    def refresh(self) -> None:
-        if time.monotonic() - self._shown < self._seconds:
-            return
-        self._shown = time.monotonic()
+    def show(self) -> None:
         for job in self.running.values():
-            job.look()
             eta = f", {job.eta} left" if job.eta else ""
             self.say(f"  {job.task.label}: step {job.steps}, loss {job.loss or '-'}{eta}")
         self.say(f"  {self.summary()}")
@@ -129,25 +132,18 @@ class Lines(_Base):
         print(text, flush=True)
 
 
-class LiveTable(_Base):
-    """The running jobs in a table that is redrawn every second.
-
-    Args:
-        n_tasks: number of tasks.
-        console: where to draw; by default the terminal.
-        seconds: seconds between two drawings.
-    """
+class LiveTable(Display):
+    """The running jobs in a table that is redrawn every second, on the terminal unless a console is
+    given."""
 
     def __init__(
         self, n_tasks: int, *, console: Console | None = None, seconds: float = 1.0
     ) -> None:
-        super().__init__(n_tasks)
+        super().__init__(n_tasks, seconds, shown=-math.inf)
         from rich.live import Live
 
         # Without a thread of its own, since processes are started from this one.
         self._live = Live(console=console, auto_refresh=False)
-        self._seconds = seconds
-        self._shown = -math.inf
         self._ended: list[tuple[Task, dict[str, Any]]] = []
 
     def __enter__(self) -> LiveTable:
@@ -155,20 +151,16 @@ class LiveTable(_Base):
         return self
 
     def __exit__(self, *args: Any) -> None:
-        self._live.update(self.table(), refresh=True)
+        self.show()
         self._live.__exit__(*args)
 
     def ended(self, task: Task) -> None:
         super().ended(task)
         self._ended.append((task, read_status(task.folder) or {}))
-        self._shown = -math.inf
+        self.shown = -math.inf
 
-    def refresh(self) -> None:
-        if time.monotonic() - self._shown >= self._seconds:
-            self._shown = time.monotonic()
-            for job in self.running.values():
-                job.look()
-            self._live.update(self.table(), refresh=True)
+    def show(self) -> None:
+        self._live.update(self.table(), refresh=True)
 
     def say(self, text: str) -> None:
         self._live.console.print(text, highlight=False, markup=False)
@@ -188,7 +180,7 @@ class LiveTable(_Base):
         for task, status in [*bad[-_MOST_ENDED:], *good[-_MOST_ENDED:]]:
             state = status.get("state", "")
             style = "green" if state == "done" else "red"
-            step, loss = _newest(task)
+            step, loss = newest(task.folder)
             cells = (status.get("device") or "", str(step), loss, "")
             table.add_row(Text(task.label), Text(state, style=style), *cells)
         for job in self.running.values():
@@ -196,9 +188,14 @@ class LiveTable(_Base):
         return table
 
 
-def _newest(task: Task) -> tuple[int, str]:
-    """The newest step with a training loss, and that loss as text."""
-    step, loss = read_newest(task.folder / METRICS_FILE, "train/loss") or (0, math.nan)
+def make_display(n_tasks: int) -> Display:
+    """The table if stdout is a terminal, else lines."""
+    return LiveTable(n_tasks) if sys.stdout.isatty() else Lines(n_tasks)
+
+
+def newest(folder: Path) -> tuple[int, str]:
+    """A run's newest step with a training loss, and that loss as text; 0 and no text before."""
+    step, loss = read_newest(folder / METRICS_FILE, "train/loss") or (0, math.nan)
     return step, "" if math.isnan(loss) else f"{loss:.3f}"
 
 

@@ -23,14 +23,20 @@ from mtp_lightning.cli import readable_errors, this_program
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
-from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.compose import Composer, count_processes, settle
 from sweeps.lease import live
-from sweeps.plan import Job, Plan, must_run, varied_labels, without_housekeeping
-from sweeps.pool import Interrupted
+from sweeps.plan import (
+    Job,
+    Plan,
+    Recipe,
+    must_run,
+    name_of_program,
+    varied_labels,
+    without_housekeeping,
+)
+from sweeps.pool import alone
 from sweeps.process import Task
-from sweeps.recipe import Recipe, name_of_program
 
 Run = Callable[[list[Task]], None]
 
@@ -95,7 +101,7 @@ def _launch(
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     labels = varied_labels(jobs)
     options, program = _options(config), name_of_program()
-    composer = Composer(config, hydra_context)
+    composer = Composer(config, hydra_context.config_loader)
     settled: dict[str, dict[str, Any]] = {}  # by job folder, like the others below
     tasks: dict[str, Task] = {}
     for job in jobs:
@@ -115,11 +121,9 @@ def _launch(
         tasks[job.folder] = recipe.task(
             run_folder, job.overrides, labels=labels[job.folder], program=this_program()
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".lock")
-    if not lock.acquire():
-        raise BlockingIOError(f"Another sweep is at work in {folder}: wait for it, or stop it.")
-    try:
+    again = _shown(folder)
+    busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
+    with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
         if run is not None and live(folder):
             raise BlockingIOError(
                 f"Workers are at work in {folder}: wait for them, or plan with hydra/launcher=plan."
@@ -130,7 +134,6 @@ def _launch(
             for job in jobs
             if must_run(folder / job.folder, retry_failed=config.sweep.retry_failed)
         ]
-        again = _shown(folder)
         _say_plan(folder, jobs, todo, settled)
         for task in todo:
             failed = run is None and state_of(task.folder) == "failed"
@@ -139,14 +142,8 @@ def _launch(
         if run is None:
             print(f"planned; python -m sweeps.work {again} runs them, as often as it is started")
             return []
-        try:
-            if todo:
-                run(todo)
-        except Interrupted as interrupt:
-            print(f"interrupted. The same command with sweep_dir={again} continues.", flush=True)
-            raise SystemExit(128 + interrupt.signum) from interrupt
-    finally:
-        lock.release()
+        if todo:
+            run(todo)
     _say_end(folder, list(tasks.values()))
     return [_job_return(job, folder / job.folder) for job in jobs]
 
@@ -173,11 +170,8 @@ def _options(config: DictConfig) -> list[str]:
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             options += ["--config-dir", str(source.path)]
-    return [*options, *(o for o in hydra.overrides.hydra if not _is_of_the_sweep(o))]
-
-
-def _is_of_the_sweep(override: str) -> bool:
-    return key_of(override).startswith(_SWEEP_SETTINGS)
+    own = (o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS))
+    return [*options, *own]
 
 
 def _say_plan(
@@ -242,9 +236,7 @@ def _shown(folder: Path) -> str:
 def _job_return(job: Job, folder: Path) -> JobReturn:
     summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
-        overrides=list(job.overrides),
-        working_dir=str(Path.cwd()),
-        status=JobStatus.COMPLETED,
+        overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
     )
     result.return_value = summary.get("val/loss_depth_0")
     return result

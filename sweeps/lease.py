@@ -1,13 +1,13 @@
 """Which worker has which job, settled by files in the sweep's folder alone.
 
-``.leases/JOB.N`` is created exclusively (O_EXCL), so that of all workers on all machines one gets
-it. Its owner touches it every few seconds; a lease that nobody has touched for some minutes is
-stale, and is taken over by creating ``JOB.N+1``, which again one can. Nothing is ever removed, so
-that nobody can remove what another has just made. An owner that was only asleep finds the next
-number, and lets go.
+``.leases/JOB.N`` is created exclusively (O_EXCL), so only one of all workers on all machines gets
+it. Its owner touches it every few seconds. A lease that nobody has touched for some minutes is
+stale; a worker takes the job over by creating ``JOB.N+1``, which only one worker can do. No file is
+ever removed, so no worker can remove one that another has just made. An owner that was only asleep
+finds the next number, and gives the job up.
 
-All times are the file server's, which sets them and is asked for its present one in the same way:
-clocks of machines need not agree.
+All times are the file server's, which sets them and says its present one in the same way: clocks of
+machines need not agree.
 """
 
 from __future__ import annotations
@@ -26,17 +26,11 @@ STALE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Lease:
-    """The newest lease of a job.
+    """The newest lease of a job."""
 
-    Attributes:
-        job: the name of its folder.
-        number: how many workers have had it, this one included.
-        age: seconds since it was touched; infinite when its owner has let go.
-    """
-
-    job: str
-    number: int
-    age: float
+    job: str  # the name of its folder
+    number: int  # how many workers have had it, this one included
+    age: float  # seconds since it was touched; infinite when its owner has let go
 
 
 class Leases:
@@ -64,9 +58,10 @@ class Leases:
     def look(self) -> dict[str, Lease]:
         """The newest lease of every job that ever had one."""
         newest: dict[str, int] = {}
-        for name in _names(self._folder):
-            job, _, digits = name.rpartition(".")
-            newest[job] = max(newest.get(job, 0), int(digits))
+        for name in os.listdir(self._folder) if self._folder.is_dir() else ():
+            job, dot, digits = name.rpartition(".")
+            if dot and digits.isdecimal():
+                newest[job] = max(newest.get(job, 0), int(digits))
         found = {}
         now = self._now() if newest else 0.0
         for job, number in newest.items():
@@ -90,15 +85,8 @@ class Leases:
         return lease is None or lease.age > self._stale
 
     def take(self, job: str, lease: Lease | None) -> bool:
-        """Try to have a job.
-
-        Args:
-            job: the name of its folder.
-            lease: its newest one as it was just looked at, which is free; None if it has none.
-
-        Returns:
-            Whether this worker has it now; else another was faster.
-        """
+        """Try to take a job whose newest lease is free, or that has none; returns whether this
+        worker has the job now, and no other was faster."""
         number = 1 if lease is None else lease.number + 1
         self._folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -113,11 +101,8 @@ class Leases:
         return True
 
     def beat(self) -> list[str]:
-        """Touch all that this worker has.
-
-        Returns:
-            The jobs that it has no more: another took them over when this one did not beat.
-        """
+        """Touch all leases of this worker; returns the jobs that it has no more, because another
+        worker took them over while this one did not beat."""
         with self._lock:
             lost = []
             for job, number in list(self._held.items()):
@@ -169,11 +154,3 @@ def live(folder: Path) -> list[Lease]:
 def this_process() -> str:
     """A name that no other process has, on any machine."""
     return f"{os.uname().nodename}-{os.getpid()}"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return [name for name in names if name.rpartition(".")[2].isdecimal() and "." in name]

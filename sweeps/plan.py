@@ -1,4 +1,4 @@
-"""The jobs of a sweep, their folders, and ``sweep.json``, which stores both.
+"""The jobs of a sweep, their folders, how to run them, and ``sweep.json``, which stores all that.
 
 A job is identified by its overrides. It keeps its folder when the sweep is started again with more
 values, so folders carry no job numbers.
@@ -8,35 +8,103 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.cli import this_program
 from mtp_lightning.errors import UserError
+from mtp_lightning.paths import app
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import now, read_status, state_of
 from mtp_lightning.stored import component, read_json
-from sweeps.recipe import Recipe
+from sweeps.process import Task, python_command
 
 VERSION = 1
+TRAIN = "train"
 
 _LONGEST = 80  # characters of a folder's name; TensorBoard shows it at every curve
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        folder: name of its folder in the sweep's folder.
-        overrides: Hydra overrides that determine its results, without housekeeping.
-    """
+    folder: str  # the name of its folder in the sweep's folder
+    overrides: tuple[str, ...]  # those that determine its results, without housekeeping
 
-    folder: str
-    overrides: tuple[str, ...]
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to run a job: everything about it except its folder and its overrides."""
+
+    program: str  # ``train`` for this project's own, else the user's, as it was started
+    # Options of its command line before the job's overrides: config and Hydra settings.
+    options: tuple[str, ...]
+    cwd: str  # where relative paths of its overrides start
+    processes: int  # that train together on each machine
+    nodes: int  # machines that train together
+    max_steps: int  # optimizer steps
+    on_cpu: bool  # whether it asks for the CPU even if there are GPUs
+
+    def task(
+        self,
+        folder: Path,
+        overrides: Sequence[str],
+        *,
+        labels: Sequence[str] = (),
+        program: Sequence[str] | None = None,
+    ) -> Task:
+        """The job as a task.
+
+        Args:
+            folder: folder of the run, absolute.
+            overrides: overrides of the job.
+            labels: the overrides that distinguish it from the others.
+            program: Python's arguments that start it; by default this project's train app.
+        """
+        own = app(TRAIN)
+        # ``cwd`` is where relative paths start, but Python must not look for modules there.
+        own = ["-P", *own] if own[0] == "-m" else own
+        return Task(
+            folder=folder,
+            overrides=tuple(overrides),
+            command=python_command(program or own, [*self.options, *overrides], folder),
+            processes=self.processes,
+            nodes=self.nodes,
+            max_steps=self.max_steps,
+            on_cpu=self.on_cpu,
+            labels=tuple(labels),
+            cwd=Path(self.cwd),
+        )
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Recipe:
+        """A recipe from ``sweep.json``.
+
+        Raises:
+            KeyError: if a value is missing.
+            ValueError: if a value has another type.
+        """
+        values = {field.name: stored[field.name] for field in fields(cls)}
+        kinds = {"program": str, "options": list, "cwd": str, "on_cpu": bool}
+        for key, value in values.items():
+            if type(value) is not kinds.get(key, int):
+                raise ValueError(f"{key}: {value!r}")
+        if not all(isinstance(option, str) for option in values["options"]):
+            raise ValueError(f"options: {values['options']!r}")
+        return cls(**{**values, "options": tuple(values["options"])})
+
+
+def name_of_program() -> str:
+    """This process's program, as a recipe names it."""
+    program = this_program()
+    own = program in (app(TRAIN), ["-m", "mtp_lightning.apps.train"])
+    return TRAIN if own else shlex.join(program)
 
 
 def _job(stored: dict[str, Any]) -> Job:
@@ -54,12 +122,8 @@ def _job(stored: dict[str, Any]) -> Job:
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
-    """Whether a job is still to be run to its end.
-
-    Args:
-        folder: folder of the run.
-        retry_failed: whether a failed job is run again.
-    """
+    """Whether the job of a run's folder is still to be run to its end; a failed one only if
+    ``retry_failed``."""
     state = state_of(folder)
     if state == "done":
         return not (folder / SUMMARY_FILE).is_file()
@@ -172,26 +236,21 @@ class Plan:
         return list(asked)
 
     def write(self, command: Sequence[str]) -> None:
-        """Stores all jobs, including those of earlier calls.
-
-        Args:
-            command: command line of this call.
-        """
+        """Stores all jobs, including those of earlier calls, and this call's command line."""
         content = {
             "version": VERSION,
             "name": self.folder.name,
             "command": list(command),
             "varied": varied_keys([job.overrides for job in self.jobs]),
-            "jobs": [self._entry(job) for job in self.jobs],
+            "jobs": [
+                {"folder": job.folder, "overrides": list(job.overrides)}
+                | ({"run": asdict(self.recipes[job.folder])} if job.folder in self.recipes else {})
+                for job in self.jobs
+            ],
             "created": self._stored.get("created", now()),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)
-
-    def _entry(self, job: Job) -> dict[str, Any]:
-        entry: dict[str, Any] = {"folder": job.folder, "overrides": list(job.overrides)}
-        recipe = self.recipes.get(job.folder)
-        return entry if recipe is None else {**entry, "run": recipe.to_dict()}
 
     def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str], taken: set[str]) -> str:
         name = folder_name(overrides, varied)

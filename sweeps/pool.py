@@ -1,18 +1,23 @@
-"""Runs jobs on one machine, as many at once as there are devices."""
+"""``hydra/launcher=local_pool``: jobs on this machine, as many at once as there are devices."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from mtp_lightning.errors import UserError
+from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import state_of, write_status
-from sweeps.devices import DeviceQueue, Devices
-from sweeps.memory import MemoryUse
-from sweeps.process import JobProcess, Task
+from sweeps.devices import DeviceQueue, Devices, choose_gpus
+from sweeps.display import Display, make_display
+from sweeps.machine import MemoryUse
+from sweeps.process import JobProcess, Task, refuse_several_machines
 
 _LOOK_SECONDS = 0.1
 _MEASURE_SECONDS = 2.0
@@ -20,26 +25,6 @@ _MEASURE_SECONDS = 2.0
 Ended = Callable[[Task], None] | None
 
 LOST = "another worker has it"  # a watcher's reason: the job is no longer this pool's
-
-
-class Display(Protocol):
-    """Shows a sweep while it runs."""
-
-    def __enter__(self) -> Display: ...
-
-    def __exit__(self, *args: object) -> None: ...
-
-    def started(self, task: Task, device: str) -> None:
-        """A job has started."""
-
-    def ended(self, task: Task) -> None:
-        """A job has ended; its status file says how."""
-
-    def refresh(self) -> None:
-        """Updates what is shown."""
-
-    def say(self, text: str) -> None:
-        """Prints a line for the user."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,6 +37,40 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int) -> None:
         super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
         self.signum = signum
+
+
+@contextmanager
+def alone(folder: Path, busy: str, remedy: str) -> Iterator[None]:
+    """Work in a sweep's folder that no other process may do at the same time.
+
+    Args:
+        folder: the folder; it need not exist.
+        busy: the sentence that refuses, if another process is at work.
+        remedy: what to do after an interruption.
+
+    Raises:
+        BlockingIOError: another process is at work.
+        SystemExit: the work was interrupted; 128 + the signal's number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder / ".lock")
+    if not lock.acquire():
+        raise BlockingIOError(busy)
+    try:
+        with exit_if_interrupted(remedy):
+            yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def exit_if_interrupted(remedy: str) -> Iterator[None]:
+    """Print what to do after an interruption, and exit with 128 + the signal's number."""
+    try:
+        yield
+    except Interrupted as interrupt:
+        print(f"interrupted. {remedy}", flush=True)
+        raise SystemExit(128 + interrupt.signum) from interrupt
 
 
 class Pool:
@@ -136,7 +155,7 @@ class Pool:
             waiting = None
 
     def _start(self, task: Task, devices: Devices, ended: Ended) -> None:
-        self._display.started(task, str(devices))
+        self._display.started(task, devices.name)
         try:
             process = JobProcess(task, devices, grace_seconds=self._grace)
             self._running.append(process)
@@ -219,3 +238,54 @@ def interrupts() -> Iterator[Callable[[], None]]:
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
+
+
+def make_pool(
+    n_tasks: int,
+    *,
+    devices: str | Sequence[int | str] = "auto",
+    n_jobs: int | None = None,
+    threads_per_process: int | str | None = None,
+    grace_seconds: float = 60.0,
+) -> Pool:
+    """A pool over this machine's devices, shown on the terminal.
+
+    Args:
+        n_tasks: number of jobs.
+        devices: auto, cpu, or the GPUs.
+        n_jobs: most jobs at once, whatever memory they take; None lets memory limit them too.
+        threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
+        grace_seconds: seconds for jobs to save after Ctrl-C.
+    """
+    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, threads=threads_per_process)
+    memory = MemoryUse() if n_jobs is None else None
+    display = make_display(n_tasks)
+    return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
+
+
+def run(tasks: list[Task], *, devices_per_job: int | None = None, **settings: Any) -> None:
+    """Runs tasks in a pool with the settings of :func:`make_pool`.
+
+    Args:
+        tasks: the tasks; if all of them ask for the CPU, GPUs are left alone.
+        devices_per_job: devices of each job; by default its ``trainer.devices``.
+
+    Raises:
+        UserError: for a job that can never get its devices.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
+    """
+    if all(task.on_cpu for task in tasks):
+        settings["devices"] = "cpu"
+    pool = make_pool(len(tasks), **settings)
+    ready = []
+    for task in tasks:
+        refuse_several_machines(task)
+        wanted = task.processes if devices_per_job is None else devices_per_job
+        if wanted < task.processes:
+            raise UserError(
+                f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} asks "
+                f"for with trainer.devices={task.processes}."
+            )
+        pool.queue.check(wanted)
+        ready.append(replace(task, devices=wanted))
+    pool.run(ready)

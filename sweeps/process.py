@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,31 +24,18 @@ _LOCK_FILE = ".lock"
 
 @dataclass(frozen=True)
 class Task:
-    """A run to be done.
+    """A run to be done."""
 
-    Attributes:
-        folder: folder of the run, absolute.
-        overrides: overrides that determine its results, for its status file.
-        command: the whole command line, including the folder.
-        processes: processes that train together on each machine.
-        nodes: machines that train together.
-        devices: number of devices; 0 for one per process.
-        max_steps: optimizer steps, to estimate its time; None if unknown.
-        on_cpu: whether it asks for the CPU even if there are GPUs.
-        labels: the overrides that distinguish it from the others of its sweep.
-        cwd: where relative paths of its overrides start.
-    """
-
-    folder: Path
-    overrides: tuple[str, ...]
-    command: tuple[str, ...]
-    processes: int = 1
-    nodes: int = 1
-    devices: int = 0
-    max_steps: int | None = None
-    on_cpu: bool = False
-    labels: tuple[str, ...] = ()
-    cwd: Path = field(default_factory=Path.cwd)
+    folder: Path  # the run's, absolute
+    overrides: tuple[str, ...]  # those that determine its results, for its status file
+    command: tuple[str, ...]  # the whole command line, including the folder
+    processes: int = 1  # that train together on each machine
+    nodes: int = 1  # machines that train together
+    devices: int = 0  # number of devices; 0 for one per process
+    max_steps: int | None = None  # optimizer steps, to estimate its time; None if unknown
+    on_cpu: bool = False  # whether it asks for the CPU even if there are GPUs
+    labels: tuple[str, ...] = ()  # overrides that distinguish it from the others of its sweep
+    cwd: Path = field(default_factory=Path.cwd)  # where relative paths of its overrides start
 
     @property
     def label(self) -> str:
@@ -57,11 +44,8 @@ class Task:
 
 
 def refuse_several_machines(task: Task) -> None:
-    """Refuses a task for several machines, for launchers that give each job one machine.
-
-    Raises:
-        UserError: if the task needs several machines.
-    """
+    """Raises a UserError for a task that needs several machines, for launchers that give each job
+    one machine."""
     if task.nodes != 1:
         raise UserError(
             f"trainer.num_nodes={task.nodes} in a sweep takes hydra/launcher=slurm: elsewhere a "
@@ -75,17 +59,12 @@ class JobProcess:
     Args:
         task: the task.
         devices: devices that it may use.
-        deaf_to: signals that are meant for this process, but that its children receive too.
+        deaf: whether its processes ignore SIGUSR2, which Slurm sends to them too.
         grace_seconds: seconds to save and end when asked to, before it is killed.
     """
 
     def __init__(
-        self,
-        task: Task,
-        devices: Devices,
-        *,
-        deaf_to: Sequence[signal.Signals] = (),
-        grace_seconds: float = 60.0,
+        self, task: Task, devices: Devices, *, deaf: bool = False, grace_seconds: float = 60.0
     ) -> None:
         self.task = task
         self.devices = devices
@@ -106,14 +85,14 @@ class JobProcess:
         self._started = now()
         self._watchdog = _Watchdog(grace_seconds)
         try:
-            self._popen = self._start(deaf_to)
+            self._popen = self._start(deaf)
         except OSError:
             self._watchdog.dismiss()
             self._lock.release()
             raise
         self._write("running")
 
-    def _start(self, deaf_to: Sequence[signal.Signals]) -> subprocess.Popen[bytes]:
+    def _start(self, deaf: bool) -> subprocess.Popen[bytes]:
         with (self.task.folder / LOG_FILE).open("ab") as log:
             if log.tell():
                 log.write(f"\n--- started again {self._started}\n".encode())
@@ -126,7 +105,7 @@ class JobProcess:
                 env=self.devices.environment(),
                 pass_fds=(self._lock.file,),
                 process_group=self._watchdog.group,
-                preexec_fn=ignoring(deaf_to) if deaf_to else None,
+                preexec_fn=ignore_usr2 if deaf else None,
                 cwd=self.task.cwd,
             )
 
@@ -156,11 +135,8 @@ class JobProcess:
         return True
 
     def stop(self, reason: str) -> None:
-        """Asks all of its processes to save and end; :meth:`ended` kills those that are too slow.
-
-        Args:
-            reason: for its status.
-        """
+        """Asks all of its processes to save and end, with a reason for its status; :meth:`ended`
+        kills those that are too slow."""
         self._stopping = reason
         self._kill_at = time.monotonic() + self._grace
         os.killpg(self._watchdog.group, signal.SIGTERM)
@@ -196,7 +172,7 @@ class JobProcess:
             self.task.folder,
             self.task.overrides,
             state,
-            device=str(self.devices),
+            device=self.devices.name,
             pid=self._popen.pid,
             started=self._started,
             **values,
@@ -214,14 +190,10 @@ def _ended_unseen(folder: Path) -> bool:
         return False
 
 
-def ignoring(signals: Sequence[signal.Signals]) -> Callable[[], None]:
-    """A function that a child calls before its program starts, to ignore signals."""
-
-    def setup() -> None:
-        for signum in signals:
-            signal.signal(signum, signal.SIG_IGN)
-
-    return setup
+def ignore_usr2() -> None:
+    """Ignores the signal that Slurm sends to all processes of a job; called by a child before its
+    program starts."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 class _Watchdog:

@@ -25,13 +25,11 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
-from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.metrics import read_column
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, count_processes, settle
-from sweeps.local_pool import make_pool
 from sweeps.plan import Plan
-from sweeps.pool import Interrupted
+from sweeps.pool import alone, make_pool
 from sweeps.process import Task, python_command
 from sweeps.search_space import Space, parse
 
@@ -101,7 +99,7 @@ class Search:
     def watch(self, task: Task) -> str | None:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
         trial = self._trials[task.folder][0]
-        reported = self._frozen(trial).intermediate_values
+        reported = self.study.trials[trial.number].intermediate_values
         for step, value in read_column(task.folder / METRICS_FILE, self.metric).items():
             if step in reported or not math.isfinite(value):
                 continue
@@ -158,9 +156,6 @@ class Search:
             if same and other.state.is_finished():
                 return other
         return None
-
-    def _frozen(self, trial: Trial) -> FrozenTrial:
-        return self.study.trials[trial.number]
 
     def _check_composes(self) -> int:
         """Composes with every choice and every lower bound; returns the steps of a trial."""
@@ -256,11 +251,8 @@ def main(
             raise UserError(f"--trials must be at least 1, not {args.trials}.")
         space, fixed = parse(literal(["-m", *args.overrides])[1:])
         folder = Path(args.folder).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder / ".lock")
-        if not lock.acquire():
-            raise BlockingIOError(f"Another search is at work in {folder}: wait, or stop it.")
-        try:
+        busy = f"Another search is at work in {folder}: wait, or stop it."
+        with alone(folder, busy, "The same command continues."):
             search = Search(
                 folder,
                 space=space,
@@ -278,11 +270,6 @@ def main(
                 n_jobs=args.n_jobs,
             )
             pool.run(search.tasks(), watch=search.watch, ended=search.ended)
-        except Interrupted as interrupt:
-            print("interrupted. The same command continues.", flush=True)
-            sys.exit(128 + interrupt.signum)
-        finally:
-            lock.release()
         code = report(search)
     sys.exit(code)
 

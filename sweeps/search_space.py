@@ -66,15 +66,10 @@ Space = dict[str, Interval | Choice]
 
 
 def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
-    """Splits overrides into ranges to search and values that are the same in every trial.
+    """Splits overrides into the range of each key that is searched, and the fixed overrides.
 
-    Args:
-        arguments: overrides. ``interval(a,b)`` and ``int(a,b)`` are ranges, including their bounds,
-            with ``,log`` on a log scale; ``choice(a,b)`` and ``a,b`` are choices; all others are
-            fixed.
-
-    Returns:
-        The range of each key that is searched, and the fixed overrides.
+    ``interval(a,b)`` and ``int(a,b)`` are ranges, including their bounds, with ``,log`` on a log
+    scale; ``choice(a,b)`` and ``a,b`` are choices; all others are fixed.
 
     Raises:
         UserError: for an argument that is none of these, or nothing to search.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task, ignoring
+from sweeps.process import JobProcess, Task, ignore_usr2
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -34,17 +33,11 @@ _ASK_SECONDS = 15.0  # the queue is shared
 
 
 class SlurmRun:
-    """A Slurm job's work on each of its machines; submitit stores it in a file, and again when the
-    job is requeued.
-
-    Args:
-        task: the run.
-        threads: threads of each of its processes.
-    """
+    """A Slurm job's work on each of its machines: a run, with some threads for each of its
+    processes. submitit stores it in a file, and again when the job is requeued."""
 
     def __init__(self, task: Task, threads: int) -> None:
-        self.task = task
-        self.threads = threads
+        self.task, self.threads = task, threads
 
     def __call__(self) -> None:
         number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID", "?"))
@@ -54,20 +47,18 @@ class SlurmRun:
         task, node = self.task, int(os.environ.get("SLURM_NODEID", 0))
         if task.nodes > 1:
             task = replace(task, command=torchrun(task, node=node))
-        # Slurm sends its signals to all processes of a job.
-        deaf_to = (signal.SIGUSR2,)
         if node > 0:  # the first machine's process has the run's lock, log and status
             subprocess.run(
                 task.command,
                 stdin=subprocess.DEVNULL,
                 env=devices.environment(),
                 cwd=task.cwd,
-                preexec_fn=ignoring(deaf_to),
+                preexec_fn=ignore_usr2,
                 check=True,
             )
             return
         # Slurm ends jobs that exceed their time.
-        self._process = JobProcess(task, devices, deaf_to=deaf_to, grace_seconds=3600)
+        self._process = JobProcess(task, devices, deaf=True, grace_seconds=3600)
         while not self._process.ended():
             time.sleep(0.2)
 
@@ -82,12 +73,8 @@ class SlurmRun:
 
 
 def torchrun(task: Task, *, node: int) -> tuple[str, ...]:
-    """The command line of a run's processes on one of its machines.
-
-    Args:
-        task: the run.
-        node: number of the machine, from 0; the first machine is the rendezvous.
-    """
+    """The command line of a run's processes on one of its machines, which have numbers from 0; the
+    first machine is the rendezvous."""
     listed = os.environ["SLURM_JOB_NODELIST"]
     command = ["scontrol", "show", "hostnames", listed]
     hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -16,70 +16,55 @@ from typing import Any
 
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.layout import METRICS_FILE
-from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import STATES, describe_failure, read_status
-from sweeps.display import duration
+from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, this_process
-from sweeps.plan import Job, Plan, varied_labels
+from sweeps.plan import Plan, varied_labels
 
 _FREE = "lost"  # a job whose status is running, but whose worker is gone
 
 
-def describe(folder: Path) -> Iterator[str]:
-    """The lines that describe a sweep.
-
-    Args:
-        folder: folder of the sweep, absolute.
-    """
-    plan = Plan(folder)
-    leases = Leases(folder, owner=this_process())
+def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The lines that describe a sweep; ``statuses`` has those of its jobs, by folder."""
+    leases = Leases(plan.folder, owner=this_process())
     try:
-        newest = leases.look()
+        newest_leases = leases.look()
     finally:
         leases.release_all()
-    statuses = {job.folder: read_status(folder / job.folder) for job in plan.jobs}
     labels = varied_labels(plan.jobs)
     running: list[str] = []
     counts = dict.fromkeys((*STATES, _FREE), 0)
     for job in plan.jobs:
-        status = statuses[job.folder] or {"state": "pending"}
-        lease = newest.get(job.folder)
+        status, lease = statuses[job.folder], newest_leases.get(job.folder)
         state = str(status["state"])
         if state == "running" and lease is not None and leases.free(lease):
             state = _FREE
         counts[state] += 1
         if state in ("running", _FREE):
-            owner = "" if lease is None else leases.owner(lease)
-            running.append(_running(plan, job, labels[job.folder], status, lease, owner))
+            step, loss = newest(plan.folder / job.folder)
+            recipe = plan.recipes.get(job.folder)
+            of = f" of {recipe.max_steps}" if recipe is not None else ""
+            name = " ".join(labels[job.folder]) or job.folder
+            shown = f", loss {loss}" if loss else ""
+            line = f"  {name} on {status['device']}: step {step}{of}{shown}"
+            running.append(line + _worker(leases, lease))
     told = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
     yield f"{len(plan.jobs)} jobs: {told or 'none'}"
     yield from running
     for job in plan.jobs:
-        if (statuses[job.folder] or {}).get("state") == "failed":
-            yield describe_failure(folder / job.folder)
+        if statuses[job.folder]["state"] == "failed":
+            yield describe_failure(plan.folder / job.folder)
 
 
-def _running(
-    plan: Plan,
-    job: Job,
-    labels: Sequence[str],
-    status: dict[str, Any],
-    lease: Lease | None,
-    owner: str,
-) -> str:
-    newest = read_newest(plan.folder / job.folder / METRICS_FILE, "train/loss")
-    step, loss = newest or (0, math.nan)
-    recipe = plan.recipes.get(job.folder)
-    of = f" of {recipe.max_steps}" if recipe is not None else ""
-    shown = "" if math.isnan(loss) else f", loss {loss:.3f}"
-    line = f"  {' '.join(labels) or job.folder} on {status['device']}: step {step}{of}{shown}"
+def _worker(leases: Leases, lease: Lease | None) -> str:
+    """Which worker has a job, and when it was last heard of; empty for a job of no worker."""
     if lease is None:
-        return line
+        return ""
     if math.isinf(lease.age):
-        return f"{line}; free"
+        return "; free"
     times = f", take {lease.number}" if lease.number > 1 else ""
-    return f"{line}; worker {owner}, heard of {duration(max(0.0, lease.age))} ago{times}"
+    ago = duration(max(0.0, lease.age))
+    return f"; worker {leases.owner(lease)}, heard of {ago} ago{times}"
 
 
 def main(
@@ -92,12 +77,13 @@ def main(
     parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)
     with readable_errors():
-        folder = Path(args.folder).absolute()
-        plan = Plan(folder)
+        plan = Plan(Path(args.folder).absolute())
         if not plan.jobs:
-            raise UserError(f"{folder} holds no sweep (no sweep.json).")
-        print("\n".join(describe(folder)))
-        states = {(read_status(folder / job.folder) or {}).get("state") for job in plan.jobs}
+            raise UserError(f"{plan.folder} holds no sweep (no sweep.json).")
+        folders = {job.folder: plan.folder / job.folder for job in plan.jobs}
+        statuses = {name: read_status(at) or {"state": "pending"} for name, at in folders.items()}
+        print("\n".join(describe(plan, statuses)))
+    states = {status["state"] for status in statuses.values()}
     sys.exit(0 if states == {"done"} else 1 if states <= {"done", "failed"} else 2)
 
 

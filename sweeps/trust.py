@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from mtp_lightning.errors import UserError
@@ -26,8 +28,7 @@ from mtp_lightning.stored import (
     targets_of,
     values,
 )
-from sweeps.plan import Job, Plan
-from sweeps.recipe import Recipe
+from sweeps.plan import Job, Plan, Recipe
 
 _KEY = re.compile(r"\w+([./]\w+)*")
 _CHOICE = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)*")
@@ -94,7 +95,7 @@ def _require_plain(text: str, allow: Collection[str], housekeeping: Sequence[str
     try:
         if text.startswith("-"):
             raise UserError(f"{text} is refused: a job's settings are overrides, not options.")
-        parsed = OverridesParser.create().parse_override(text)
+        parsed = _parsed(text)
     except HydraException as error:
         raise UserError(f"{text} is not an override: {str(error).splitlines()[0]}.") from error
     key, value = parsed.key_or_group, parsed.value()
@@ -107,6 +108,12 @@ def _require_plain(text: str, allow: Collection[str], housekeeping: Sequence[str
         _choices(text, key, value, allow)
     for name, leaf in values(value, dotted):
         _leaf(text, name, leaf, allow)
+
+
+@cache
+def _parsed(text: str) -> Override:
+    """An override; parsing is slow, and the arms of claims share many of theirs."""
+    return OverridesParser.create().parse_override(text)
 
 
 def _choices(text: str, group: str, value: Any, allow: Collection[str]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 import threading
 import time
 from collections import deque
@@ -26,11 +25,10 @@ from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import Lines
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
-from sweeps.memory import MemoryUse
-from sweeps.plan import Job, Plan, must_run, varied_labels
-from sweeps.pool import LOST, Interrupted, Pool, interrupts
+from sweeps.machine import MemoryUse
+from sweeps.plan import TRAIN, Job, Plan, must_run, varied_labels
+from sweeps.pool import LOST, Pool, exit_if_interrupted, interrupts
 from sweeps.process import Task
-from sweeps.recipe import TRAIN
 from sweeps.trust import require_harmless
 
 _BEATS = 8  # per time after which a lease is stale
@@ -216,10 +214,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:
-            work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
-        except Interrupted as interrupt:
-            print("interrupted. Unfinished jobs are free for other workers.", flush=True)
-            sys.exit(128 + interrupt.signum)
+            with exit_if_interrupted("Unfinished jobs are free for other workers."):
+                work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
         finally:
             leases.release_all()
         _say_end(worker)

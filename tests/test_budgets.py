@@ -37,7 +37,7 @@ LINES = {
     "mtp_lightning/optim": 390,
     "mtp_lightning/run": 1_350,
     "mtp_lightning/serving": 1_760,
-    "sweeps": 10_360,
+    "sweeps": 9_830,
 }
 # Files of this project that a command imports, and their lines; without the package of fast code
 # for CPUs (cpu/), which comes off.

@@ -55,7 +55,7 @@ class _SweepLauncher(Launcher):
 class LocalPoolLauncher(_SweepLauncher):
     """``hydra/launcher=local_pool``"""
 
-    module = "sweeps.local_pool"
+    module = "sweeps.pool"
 
 
 class PlanLauncher(_SweepLauncher):

@@ -44,7 +44,6 @@ from sweeps.claims.result import (
     write_result,
 )
 from sweeps.claims.run import run, write_weights
-from sweeps.pool import Interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,11 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds = getattr(args, "seeds", None) or [0]
         if min(seeds) < 0:
             raise UserError(f"--seeds {min(seeds)}: give whole numbers >= 0.")
-        try:
-            sys.exit(_ACTIONS[args.action][0](args))
-        except Interrupted as interrupt:
-            print("interrupted. The same command continues.", flush=True)
-            sys.exit(128 + interrupt.signum)
+        sys.exit(_ACTIONS[args.action][0](args))
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -208,10 +203,7 @@ _ACTIONS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "hours": (_hours, "what missing runs cost on this machine, and what fits"),
     "run": (_run, "start missing runs, seed by seed"),
     "verdict": (_verdict, "decide from finished runs"),
-    "questions": (
-        _questions,
-        "the README's three questions, answered from results, as Markdown",
-    ),
+    "questions": (_questions, "the README's three questions, answered from results, as Markdown"),
     "replicate": (_replicate, "run a claim again, and compare with its stored result"),
     "weights": (_weights, "train runs again, and write their weights as safetensors"),
 }

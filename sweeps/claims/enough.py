@@ -68,8 +68,3 @@ def _distance_and_variance(entry: Entry) -> tuple[float, float] | None:
         effect, low, high, at = (math.log(value) for value in (effect, low, high, entry["by"]))
     deviation = (high - low) / 2 / t_quantile(n) * math.sqrt(n)
     return effect - at, deviation**2
-
-
-def said(number: int | None) -> str:
-    """``about 23 seeds an arm would decide it``; empty for None."""
-    return "" if number is None else f"about {number} seeds an arm would decide it"

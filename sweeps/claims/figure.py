@@ -9,7 +9,6 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
-from sweeps.report.metrics import in_words, number
-from sweeps.report.names import name_of
+from sweeps.report.metrics import number
+from sweeps.report.names import in_words, name_of
 from sweeps.report.statistics import interval, share
 
 # The suffix of the file with the curves.
@@ -33,23 +32,16 @@ _LOOK = Look(COLORS[0], "-", "o")
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """Write ``LABEL.svg``, ``LABEL_2.svg`` .. for further measures with numbers, and
-    ``LABEL_curve.svg`` where arms have the same FLOPs.
-
-    Args:
-        result: a claim's result.
-        label: the claim's label.
-        folder: an existing folder.
+    ``LABEL_curve.svg`` where arms have the same FLOPs, into an existing folder.
 
     Raises:
         UserError: matplotlib is missing.
     """
     files = files_of(result, label, folder)
-    drawn = [partial(_draw, result, entries) for entries in _drawn(result)]
-    if panels(result):
-        drawn.append(partial(draw_curves, result))
+    groups = [*_drawn(result), *([None] if panels(result) else [])]
     with styled():
-        for file, draw in zip(files, drawn, strict=True):
-            chart = draw()
+        for file, entries in zip(files, groups, strict=True):
+            chart = draw_curves(result) if entries is None else _draw(result, entries)
             said = textwrap.fill(caption(result, curves=file.stem.endswith(CURVE)), 76)
             chart.figure.suptitle(said, fontsize=8.5, color=SOFT)
             write_bytes(chart.svg(of=digest(result)), file)
@@ -152,8 +144,7 @@ def _shares(result: Result, measure: dict[str, Any]) -> Chart:
     shown = [(name, share(*count)) for name, count in reversed(counts.items()) if count[1]]
     chart = by_row([name for name, _ in shown])
     for y, (_, found) in enumerate(shown):
-        reach = [[found.rate - found.low], [found.high - found.rate]]
-        chart.draw("", _LOOK, [found.rate], [y], x_reach=reach)
+        chart.draw("", _LOOK, [found.rate], [y], x_reach=found.reach)
     chart.percent("x")
     _title(chart, words.quantity(measure), "(more is better)")
     return chart

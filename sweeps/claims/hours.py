@@ -211,13 +211,6 @@ def makespan(hours: Sequence[float], cores: int) -> float:
     return max(free)
 
 
-def _command(left: Left, seeds: Sequence[int], cores: int) -> str:
-    """The command that runs some seeds."""
-    numbers = " ".join(map(str, seeds))
-    jobs_ = f" --jobs {cores}" if cores > 1 else ""
-    return f"{left.claim.command} --seeds {numbers}{jobs_}"
-
-
 def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) -> list[str]:
     """One line per claim, decided claims first."""
     rows = []
@@ -270,4 +263,6 @@ def planned(left: Sequence[Left], *, hours: float, cores: int) -> list[str]:
     if not rows:
         return [f"{title} not one seed fits."]
     table = aligned(["claim", "seeds", "of those left", "core-hours"], rows, right=(2, 3))
-    return [title, "", *table, "", *(_command(e, seeds, cores) for e, seeds in chosen)]
+    jobs_ = f" --jobs {cores}" if cores > 1 else ""
+    typed = zip((each.claim.command for each, _ in chosen), (row[1] for row in rows), strict=True)
+    return [title, "", *table, "", *(f"{run} --seeds {seeds}{jobs_}" for run, seeds in typed)]

@@ -18,7 +18,7 @@ from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
-from sweeps.claims.enough import said, seeds_enough
+from sweeps.claims.enough import seeds_enough
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, is_stale, read_result, state
@@ -48,14 +48,8 @@ Pair = tuple[Claim, Result | None]
 
 
 def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
-    """Replace the text between the markers of the pages.
-
-    Args:
-        root: has ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
-        claims: the folder of the claims' files.
-
-    Returns:
-        The changed pages.
+    """Replace the text between the markers of the pages, and return the changed pages. ``root`` has
+    ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
 
     Raises:
         OSError: a page is missing.
@@ -146,7 +140,8 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
     if result is None:
         return facts | {"predictions": words.entries(None, claim)}
-    more = map(said, seeds_enough(result["predictions"], claim.scale.minimum))
+    enough = seeds_enough(result["predictions"], claim.scale.minimum)
+    more = ["" if n is None else f"about {n} seeds an arm would decide it" for n in enough]
     arms = {words.names_in(result)[arm]: of for arm, of in result["arms"].items()}
     done = [sum(run["state"] == "done" for run in of["seeds"].values()) for of in arms.values()]
     files = files_of(result, claim.label, Path())

@@ -31,12 +31,8 @@ def names(folder: Path = FOLDER) -> list[str]:
 
 
 def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ()) -> Claim:
-    """Read a claim from its file.
-
-    Args:
-        name: the claim's.
-        folder: the folder of its file.
-        allow: packages whose classes its arms may name, besides this project's own.
+    """Read a claim from its file in a folder. Its arms may name classes of this project and of the
+    packages in ``allow``.
 
     Raises:
         UserError: there is no such claim, or its file is invalid.

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
+from sweeps import pool
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed
@@ -19,7 +19,6 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
-from sweeps.local_pool import make_pool
 from sweeps.plan import Job, Plan, must_run
 
 
@@ -35,7 +34,7 @@ def run(
     retry_failed: bool = False,
     command: Sequence[str] = (),
 ) -> int:
-    """Run all unfinished arms of claims at all seeds, seed by seed.
+    """Run all unfinished arms of claims, seed by seed, and return how many runs are not done.
 
     Args:
         claims: the claims to run.
@@ -48,14 +47,11 @@ def run(
         retry_failed: start failed runs again.
         command: the command line, for ``sweep.json``.
 
-    Returns:
-        The number of asked-for runs that are not done.
-
     Raises:
         UserError: a prediction was changed after its runs began, an arm does not compose, its
             config differs from that of its earlier runs, or a result is damaged.
         BlockingIOError: another process runs claims in this folder.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
+        SystemExit: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
     stored = {} if results is None else read_results(results)
     asked = {
@@ -67,11 +63,8 @@ def run(
         for claim in claims
     }
     shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims}
-    runs.mkdir(parents=True, exist_ok=True)
-    lock = Lock(runs / ".lock")
-    if not lock.acquire():
-        raise BlockingIOError(f"Claims are being run in {runs}: wait for that, or stop it.")
-    try:
+    busy = f"Claims are being run in {runs}: wait for that, or stop it."
+    with pool.alone(runs, busy, "The same command continues."):
         for claim in claims:
             _register(claim, asked[claim.label], runs, commits[claim.label])
         todo = _in_turn(
@@ -85,11 +78,7 @@ def run(
             if read_status(runs / job.folder) is None:
                 write_status(runs / job.folder, job.overrides, "pending")
         for batch in _batches(waiting):
-            tasks = [job.task(runs) for job in batch]
-            devices = "cpu" if all(task.on_cpu for task in tasks) else "auto"
-            make_pool(len(tasks), devices=devices, n_jobs=n_jobs).run(tasks)
-    finally:
-        lock.release()
+            pool.run([job.task(runs) for job in batch], n_jobs=n_jobs)
     bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]
     for folder in bad:
         print(describe_failure(folder), flush=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from mtp_lightning.markdown import plain
 from sweeps.claims.claim import Claim
-from sweeps.report.metrics import equals, form_of, in_words, number, p_value
-from sweeps.report.names import arm_names
+from sweeps.report.metrics import equals, form_of, number, p_value
+from sweeps.report.names import arm_names, in_words
 
 Entry = Mapping[str, Any]  # one of a result's predictions
 
@@ -23,17 +23,12 @@ def names_in(result: Entry) -> dict[str, str]:
 
 def entries(result: Entry | None, claim: Claim | None = None) -> list[dict[str, Any]]:
     """The predictions of a result, or of a claim without one, with readable names of arms."""
-    if claim is not None:
-        names = arm_names({arm: claim.overrides(arm) for arm in claim.arms})
-    found: Sequence[Any] = [] if result is None else result["predictions"]
-    if claim is None:
-        assert result is not None
-        names = names_in(result)
-    elif result is None:
-        found = [asdict(prediction) for prediction in claim.predictions]
+    given = result or {"predictions": [asdict(p) for p in claim.predictions] if claim else []}
+    arms = {arm: claim.overrides(arm) for arm in claim.arms} if claim else {}
+    names = arm_names(arms) if claim else names_in(given)
     return [
         {**entry, **{key: names.get(entry[key], entry[key]) for key in ("arm", "against")}}
-        for entry in found
+        for entry in given["predictions"]
     ]
 
 

@@ -95,9 +95,9 @@ class Look:
 QUIETLY = Look(QUIET, "-", "o")
 
 
-def looks(settings: Sequence[Setting]) -> list[Look]:
+def looks(settings: Sequence[Setting]) -> dict[Setting, Look]:
     """Colors follow the first varied key, lines and markers the combination of the others."""
-    return looks_of([_halves(setting) for setting in settings])
+    return dict(zip(settings, looks_of(map(_halves, settings)), strict=True))
 
 
 def looks_of(halves: Iterable[tuple[str, str]]) -> list[Look]:
@@ -117,15 +117,11 @@ def looks_of(halves: Iterable[tuple[str, str]]) -> list[Look]:
 def key_to(settings: Sequence[Setting], shown: Sequence[Setting]) -> list[tuple[str, Look]]:
     """The legend of ``shown``: one entry per setting. If there are many, one per value of the first
     key (its color) and one per combination of the other keys (dash and marker)."""
-    pairs = [
-        (setting, look)
-        for setting, look in zip(settings, looks(settings), strict=True)
-        if any(setting is one for one in shown)
-    ]
-    if len(pairs) <= MANY or len(shown[0].values) < 2:
-        return [(setting.name, look) for setting, look in pairs]
-    colors = {_halves(s)[0]: Look(look.color, "-", "") for s, look in pairs}
-    lines = {_halves(s)[1]: Look(QUIET, look.dash, look.marker) for s, look in pairs}
+    look_of = {setting: look for setting, look in looks(settings).items() if setting in shown}
+    if len(look_of) <= MANY or len(shown[0].values) < 2:
+        return [(setting.name, look) for setting, look in look_of.items()]
+    colors = {_halves(s)[0]: Look(look.color, "-", "") for s, look in look_of.items()}
+    lines = {_halves(s)[1]: Look(QUIET, look.dash, look.marker) for s, look in look_of.items()}
     return [*colors.items(), *lines.items()]
 
 
@@ -203,14 +199,14 @@ class Chart:
         filled: bool = True,
         **style: Any,
     ) -> None:
-        """Draw a setting's points, joined by a line if ``style`` has a linestyle.
+        """Draw points of the setting of that name, joined by a line if ``style`` has a linestyle.
 
         Args:
             name: the setting's.
             look: its color and marker.
             xs: the points' x coordinates.
-            ys: their y coordinates.
-            says: whether they show their values under the pointer.
+            ys: the points' y coordinates.
+            says: whether the points show their values under the pointer.
             x_reach: intervals as matplotlib's ``xerr``: half widths, or distances down and up.
             y_reach: the same of y.
             filled: False for hollow markers.
@@ -327,7 +323,7 @@ class Drawing:
         return replace(self, chart=chart)
 
     def lacking(self, why: str) -> Drawing:
-        return replace(self, why=why)
+        return replace(self, chart=None, why=why)
 
 
 def as_inline(svg: bytes, drawing: Drawing) -> str:

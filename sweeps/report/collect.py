@@ -42,7 +42,8 @@ def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
     follows = _seed_keys(configured)
     groups: dict[str, Setting] = {}
     for run in configured:
-        config = _comparable(run, follows)
+        config = {k: v for k, v in run.config.items() if not ignored(k) and k not in follows}
+        config |= {FOLDER: run.sweep} if run.sweep else {}
         key = json.dumps(_computed(config), sort_keys=True, default=str)
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
     settings = list(groups.values())
@@ -71,13 +72,6 @@ def _seed_keys(runs: Iterable[Run]) -> set[str]:
     """Keys such as data.seed whose value is the run's seed in every run."""
     keys = {key for run in runs for key in run.config if "seed" in key.rpartition(".")[2]}
     return {k for k in keys if all(r.config.get(k, r.seed) == r.seed for r in runs)}
-
-
-def _comparable(run: Run, follows: set[str]) -> dict[str, Any]:
-    config = {k: v for k, v in run.config.items() if not ignored(k) and k not in follows}
-    if run.sweep:
-        config[FOLDER] = run.sweep
-    return config
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
@@ -166,9 +160,11 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
             break
         if len(_parts(settings, [*chosen, key])) > len(parts):
             chosen.append(key)
+    shown = [key.removesuffix("._target_") for key in chosen]
     for setting in settings:
-        setting.values = {_shown_key(key): _value(setting, key) for key in chosen}
-    return [_shown_key(key) for key in chosen]
+        own = [_value(setting, key) for key in chosen]
+        setting.values = dict(zip(shown, own, strict=True))
+    return shown
 
 
 def _parts(settings: list[Setting], keys: list[str]) -> Counter[tuple[str, ...]]:
@@ -196,10 +192,6 @@ def _class_name(target: Any) -> Any:
     if len(parts) < 2:
         return target
     return parts[-2] if parts[-1][:1].isupper() else parts[-1]
-
-
-def _shown_key(key: str) -> str:
-    return key.removesuffix("._target_")
 
 
 def _count_planned(settings: list[Setting], unconfigured: list[Run]) -> None:

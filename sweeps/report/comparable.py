@@ -49,7 +49,7 @@ def _text(setting: Setting) -> Any:
     """A key that is equal for settings of one text. Settings that do not mention their text share a
     key; a text without a digest has a key of its own."""
     text = setting.text
-    return "" if text is None else text.fingerprint or id(setting)
+    return "" if text is None else text.fingerprint or setting
 
 
 def refusal(settings: Sequence[Setting]) -> str:
@@ -100,7 +100,9 @@ def contexts(settings: Sequence[Setting]) -> list[str]:
 
 
 def _context(group: Sequence[Setting]) -> str:
-    windows = [(_whole(s.config.get("data.seq_len")), _bytes_per_token(s)) for s in group]
+    lengths = (s.config.get("data.seq_len") for s in group)
+    whole = [length if isinstance(length, int) else None for length in lengths]
+    windows = list(zip(whole, map(_bytes_per_token, group), strict=True))
     tokenizers = [json.dumps(s.done[0].fact("data", "tokenizer", "fingerprint")) for s in group]
     if len({(tokens, name) for (tokens, _), name in zip(windows, tokenizers, strict=True)}) < 2:
         return ""
@@ -132,10 +134,6 @@ def _bytes_per_token(setting: Setting) -> float | None:
         return text.bytes / text.tokens
     rate: Any = setting.done[0].fact("data", "val", "bytes_per_token")
     return float(rate) if isinstance(rate, int | float) else None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
 
 
 def error_of_text(setting: Setting) -> float | None:

@@ -150,7 +150,7 @@ def families(settings: Settings) -> list[Family]:
     found = []
     for group in groups.values():
         plain = [s for s in group if is_plain(s.depth, s.config.get("mtp._target_"))]
-        arms = [s for s in group if not any(s is other for other in plain)]
+        arms = [s for s in group if s not in plain]
         plain = [s for s in plain if may_compare(s, plain[0], tag)]
         flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
         plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])

@@ -18,12 +18,8 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
     """Replace the report's own event file.
 
     Without it, TensorBoard lists all keys of all command lines and all metrics. With it, the
-    HPARAMS tab has the varied keys, the seed and the metrics of the report's table.
-
-    Args:
-        folder: the folder of the event file and of the drawings' PNGs; TensorBoard shows its name.
-        settings: the settings of the report.
-        drawings: the drawings.
+    HPARAMS tab has the varied keys, the seed and the metrics of the report's table. The folder has
+    the drawings' PNGs; TensorBoard shows its name.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -34,42 +30,30 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
         old.unlink()
     numbers = {key: _all_numbers(settings, key) for key in settings.varied if key != FOLDER}
     keys = [*numbers, *(["seed"] if "seed" not in numbers else [])]
-    columns = api_pb2.Experiment(
-        hparam_infos=[
-            api_pb2.HParamInfo(
-                name=key,
-                type=api_pb2.DATA_TYPE_FLOAT64
-                if numbers.get(key, True)
-                else api_pb2.DATA_TYPE_STRING,
-            )
-            for key in keys
-        ],
-        metric_infos=[
-            api_pb2.MetricInfo(
-                name=api_pb2.MetricName(tag=_TAGS.get(metric.tag, metric.tag)),
-                display_name=f"{metric.name} ({metric.unit})",
-            )
-            for metric in settings.columns
-        ],
+    kinds = {True: api_pb2.DATA_TYPE_FLOAT64, False: api_pb2.DATA_TYPE_STRING}
+    columns = [api_pb2.HParamInfo(name=key, type=kinds[numbers.get(key, True)]) for key in keys]
+    metrics = []
+    for metric in settings.columns:
+        tag = api_pb2.MetricName(tag=_TAGS.get(metric.tag, metric.tag))
+        said = f"{metric.name} ({metric.unit})"
+        metrics.append(api_pb2.MetricInfo(name=tag, display_name=said))
+    content = plugin_data_pb2.HParamsPluginData(
+        version=metadata.PLUGIN_DATA_VERSION,
+        experiment=api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics),
     )
-    writer = EventFileWriter(str(folder), filename_suffix=_SUFFIX)
-    try:
-        content = plugin_data_pb2.HParamsPluginData(
-            version=metadata.PLUGIN_DATA_VERSION, experiment=columns
-        )
-        value = Summary.Value(
-            tag=metadata.EXPERIMENT_TAG, metadata=metadata.create_summary_metadata(content)
-        )
-        writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
-        for drawing in (drawing for drawing in drawings if drawing.figure is not None):
+    about = metadata.create_summary_metadata(content)
+    values = [Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=about)]
+    for drawing in drawings:
+        if drawing.chart is not None:
             data = (folder / f"{drawing.name}.png").read_bytes()
             # A PNG's header names its size at bytes 16 to 23.
             width, height = struct.unpack(">II", data[16:24])
             image = Summary.Image(width=width, height=height, encoded_image_string=data)
-            value = Summary.Value(tag=f"report/{drawing.title}", image=image)
-            writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
-    finally:
-        writer.close()
+            values.append(Summary.Value(tag=f"report/{drawing.title}", image=image))
+    writer = EventFileWriter(str(folder), filename_suffix=_SUFFIX)
+    for value in values:
+        writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
+    writer.close()
 
 
 # Short names of a summary, and the tags under which these values are logged.

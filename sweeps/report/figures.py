@@ -23,13 +23,7 @@ from sweeps.report.chart import (
 from sweeps.report.comparable import by_text, text_errors
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.lines import (
-    BY_POSITION,
-    by_group,
-    long_range,
-    of_depths,
-    over_places,
-)
+from sweeps.report.lines import BY_POSITION, by_group, long_range, of_depths, over_places
 from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
@@ -77,8 +71,7 @@ def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
     if drawing.figure is None:
         return drawing
     if drawing.name.startswith(_COMPARING):
-        why = f"it would compare settings that were {which}"
-        return replace(drawing, chart=None, why=why)
+        return drawing.lacking(f"it would compare settings that were {which}")
     warning = f" The settings were {which}: compare none across these."
     return replace(drawing, caption=drawing.caption + warning)
 
@@ -111,9 +104,9 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         losses = [first + (last - first) * i / 100 for i in range(101)]
         flops = [plain.flops_at(loss) or math.nan for loss in losses]
         axes.plot(flops, losses, color=QUIETLY.color, linewidth=1.4)
-    look_of = _looks(settings)
+    look_of = looks(settings.all)
     for arm in shown:
-        look, place = look_of[id(arm.setting)], _ends(arm.setting, metric)
+        look, place = look_of[arm.setting], _ends(arm.setting, metric)
         if place is None:
             continue
         cost, loss = place
@@ -140,11 +133,6 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     axes.minorticks_off()
     axes.set(xlabel="training FLOPs", ylabel=f"{metric.unit} (lower is better)")
     return drawing.drawn(chart)
-
-
-def _looks(settings: Settings) -> dict[int, Look]:
-    """Looks by the settings' ``id``."""
-    return {id(s): look for s, look in zip(settings.all, looks(settings.all), strict=True)}
 
 
 def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval, Interval] | None:
@@ -180,10 +168,9 @@ def solved(settings: Settings) -> Drawing:
     if not shown:
         return drawing.lacking(f"no finished run has {EXACT}")
     chart = by_row([setting.name for setting, _ in shown], names=settings.names)
-    look_of = _looks(settings)
+    look_of = looks(settings.all)
     for y, (setting, share) in enumerate(shown):
-        reach = [[share.rate - share.low], [share.high - share.rate]]
-        chart.draw(setting.name, look_of[id(setting)], [share.rate], [y], x_reach=reach)
+        chart.draw(setting.name, look_of[setting], [share.rate], [y], x_reach=share.reach)
     chart.percent("x")
     chart.axes.set_xlabel("seeds that solve (more is better)")
     return drawing.drawn(chart)
@@ -233,9 +220,9 @@ def front(settings: Settings, tag: str) -> Drawing:
     chart = Chart(key_to(settings.all, [s for s, _ in points]), names=settings.names)
     line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
     chart.axes.plot(*zip(*line, strict=True), color=QUIETLY.color, linewidth=1.2)
-    look_of = _looks(settings)
+    look_of = looks(settings.all)
     for (setting, at), on in zip(points, best, strict=True):
-        _point(chart, setting, at, look_of[id(setting)], filled=on)
+        _point(chart, setting, at, look_of[setting], filled=on)
     x_label = "training FLOPs" if cheap else "tokens per second, greedy with drafts"
     chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     chart.si_axis()

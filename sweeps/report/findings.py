@@ -8,45 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sweeps.report import metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
-from sweeps.report.compare import (
-    Comparison,
-    smallest_p,
-    solved_share,
-    time_to_solve,
-    wait_of,
-)
+from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import (
-    BITS,
-    BY_TAG,
-    EXACT,
-    PER_STEP,
-    SPEEDUP,
-    ends,
-    equals,
-    number,
-    p_value,
-    plural,
-    some,
-    with_interval,
-)
+from sweeps.report.metrics import BITS, EXACT, SPEEDUP, ends, plural
 from sweeps.report.read import STATES, Run, Sweep
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
 from sweeps.report.templates import sentences
 
 _WORDS = {
-    "EXACT": EXACT,
-    "LEVEL": LEVEL,
-    "SPEEDUP": BY_TAG[SPEEDUP],
-    "PER_STEP": BY_TAG[PER_STEP],
-    "plural": plural,
-    "some": some,
-    "number": number,
-    "shown": with_interval,
-    "equals": equals,
-    "p_value": p_value,
+    **{name: getattr(metrics, name) for name in ("equals", "number", "p_value", "plural", "some")},
+    **{"EXACT": EXACT, "LEVEL": LEVEL, "shown": metrics.with_interval},
+    **{"SPEEDUP": metrics.BY_TAG[SPEEDUP], "PER_STEP": metrics.BY_TAG[metrics.PER_STEP]},
 }
 
 
@@ -145,8 +120,9 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
             ("world size", "Seconds do not compare."),
         )
     ]
-    names = sorted({name for run in done for name in _versions(run)})
-    packages = [(n, _kinds((_versions(run).get(n) for run in done), between=", ")) for n in names]
+    versions = [told for run in done if isinstance(told := run.fact("versions"), dict)]
+    names = sorted({name for told in versions for name in told})
+    packages = [(n, _kinds((run.fact("versions", n) for run in done), between=", ")) for n in names]
     gaps: list[tuple[Setting, dict[str, list[str]]]] = []
     for setting in settings.all:
         gaps.append((setting, {}))
@@ -184,8 +160,3 @@ def _kinds(values: Iterable[Any], *, between: str = "; ", cut: int | None = None
     kinds = Counter("unknown" if v is None else json.dumps(v).strip('"') for v in values)
     counted = between.join(f"{kind[:cut]} ({n})" for kind, n in kinds.most_common(4))
     return counted if len(kinds) > 1 else ""
-
-
-def _versions(run: Run) -> dict[str, Any]:
-    versions = run.summary.get("versions")
-    return versions if isinstance(versions, dict) else {}

@@ -119,7 +119,7 @@ _GROUPS = r"val/accuracy_(?!(?:depth|position|repeat|random_repeat)_\d)(\w+?)_(\
 
 def over_places(settings: Settings, name: str, spec: Places) -> Drawing:
     """Draw the lines of a specification."""
-    tags, crosses = (_places(settings, one) if one else [] for one in (spec.pattern, spec.crosses))
+    tags, crosses = (_places(settings, one) for one in (spec.pattern, spec.crosses))
     caption = spec.caption + (_teacher_forced(settings) if spec.of_depths else SEEDS)
     drawing = Drawing(name, spec.title, caption)
     # The depths of a head that predicts no token have losses of another kind.
@@ -171,8 +171,9 @@ def _draw_lines(
     if not shown:
         return drawing.lacking(lacking)
     chart = Chart(key_to(every, shown), names=settings.names)
-    for at, ((setting, line), look) in enumerate(zip(lines, looks(every), strict=True)):
-        aside = apart * ((at + 0.5) / len(lines) - 0.5)
+    look_of = looks(every)
+    for at, (setting, line) in enumerate(lines):
+        aside, look = apart * ((at + 0.5) / len(lines) - 0.5), look_of[setting]
         if line:
             xs, ys = [x + aside for x in line], [found.mean for found in line.values()]
             style = {"linestyle": look.dash, "elinewidth": 1}
@@ -272,16 +273,8 @@ def _against(
     places: Mapping[str, Any],
     names: tuple[str, str],
 ) -> Drawing:
-    """One line per family of settings that differ in nothing but one key.
-
-    Args:
-        drawing: the drawing that gets the chart.
-        settings: all settings.
-        key: the key along the x axis.
-        tag: the metric.
-        places: x coordinates by the key's values; settings of other values are left out.
-        names: names of the x and y axes.
-    """
+    """A metric over one key, one line per family of settings that differ in nothing else.
+    ``places`` has x coordinates by the key's values; settings of other values are left out."""
     families: dict[str, tuple[Setting, dict[Any, Interval]]] = {}
     for setting in settings.all:
         shared = {k: value for k, value in setting.values.items() if k != key}

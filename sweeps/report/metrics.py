@@ -22,44 +22,6 @@ _SHARES = re.compile(
     r"(val|decode)/([^/]+/)?(forced_|candidate_)?"
     r"(accuracy|agreement|overlap|acceptance(?!_slope)|exact_match|creativity|rejection|recall|floor)(_.*)?"
 )
-# Tags in words, with the direction in which they improve.
-LOWER, HIGHER = "lower is better", "more is better"
-_WORDS = (
-    (r"val/bits_per_byte", "loss in bits per byte", LOWER),
-    (r"val/loss_depth_0", "loss in nats per token", LOWER),
-    (r"val/loss_depth_(\d+)", "loss of depth {} in nats per token", LOWER),
-    (r"decode/tokens_per_step", "tokens per verify pass", HIGHER),
-    (r"decode/(\w+)/tokens_per_step", "tokens per verify pass, {}", HIGHER),
-    (r"decode/acceptance_position_(\d+)", "accepted drafts at position {}", HIGHER),
-    (r"decode/acceptance_slope_entropy", "change of the acceptance rate per nat of entropy", ""),
-    (r"val/overlap_depth_(\d+)", "overlap of depth {} with the main prediction", HIGHER),
-    (r"val/candidate_recall_depth_(\d+)", "targets among the candidates of depth {}", HIGHER),
-    (r"val/agreement_depth_(\d+)", "agreement of depth {} with the main prediction", HIGHER),
-    (r"val/accuracy_depth_(\d+)", "right tokens of depth {}", HIGHER),
-    (r"val/accuracy_random_repeat_(\d+)", "right tokens on random text of period {}", HIGHER),
-    (r"val/accuracy_repeat_(\S+)", "right tokens on repeats from {} tokens back", HIGHER),
-    (r"val/accuracy_(period|distance)_(\S+)", "right tokens at a {} of {}", HIGHER),
-    (r"val/exact_match", "right answers", HIGHER),
-    (r"val/context_score", "late minus early loss in nats per token", LOWER),
-    (r"val/creativity", "coherent, distinct and new samples", HIGHER),
-    (r"val/belief_r2", "R² of an affine probe of the beliefs", HIGHER),
-    (
-        r"val/floor_depth_(\d+)_order_(\d+)",
-        "least rejection at depth {} by a head of order {}",
-        LOWER,
-    ),
-    (
-        r"val/floor_share_depth_(\d+)_order_(\d+)",
-        "part of the rejection at depth {} that no head of order {} avoids",
-        "",
-    ),
-    (
-        r"val/floor_kept_depth_(\d+)_order_(\d+)",
-        "least rejection at depth {} by a head of order {}, over that of order 0",
-        "",
-    ),
-    (r"moe/max_violation", "excess load of the busiest expert", LOWER),
-)
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
@@ -121,15 +83,6 @@ def number(value: float, form: str | int) -> str:
 def is_share(tag: str) -> bool:
     """Whether a tag's values are shares, 0 .. 1."""
     return _SHARES.fullmatch(tag) is not None
-
-
-def in_words(tag: str) -> tuple[str, str]:
-    """A tag in words with its unit, and the direction in which it improves; a tag that has no words
-    stays as it is."""
-    for pattern, words, better in _WORDS:
-        if match := re.fullmatch(pattern, tag):
-            return words.format(*match.groups()), better
-    return tag, ""
 
 
 def form_of(tag: str) -> str | int:

@@ -45,16 +45,9 @@ def render(
 ) -> str:
     """The page as HTML that loads nothing else.
 
-    Args:
-        settings: the settings of all sweeps.
-        comparisons: comparisons by the main loss, or by the share of seeds that solve a task.
-        families: plain curves with their arms.
-        sweeps: the sweeps with their runs.
-        drawings: all drawings; those without a figure are listed with the reason.
-        svgs: the SVG of each drawn figure, by name.
-        folder: the page's folder; links to logs are relative to it.
-        now: the time that the page shows.
-        every: the page reloads itself after as many seconds; None for a static page.
+    Drawings without a figure are listed with the reason; ``svgs`` has those of the others, by name.
+    Links to logs are relative to the page's ``folder``. The page shows the time ``now``. It reloads
+    itself after ``every`` seconds; None for a static page.
     """
     from markupsafe import Markup
 

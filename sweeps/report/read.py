@@ -142,7 +142,12 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     sweep.varied = [str(key) for key in varied] if isinstance(varied, list) else []
     planned = plan.get("jobs")
     planned = planned if isinstance(planned, list) else []
-    jobs = {job["folder"]: job for job in planned if _is_job(job)}
+    jobs = {
+        job["folder"]: job
+        for job in planned
+        # Names a folder directly in the sweep's.
+        if isinstance(job, dict) and component(job.get("folder"))
+    }
     # Names that begin with a dot are folders of a run, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
     found = [path.name for path in inside if _is_run(path)]
@@ -173,7 +178,11 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
     if not folder.is_dir():
         run.state, run.reason = "missing", "its folder does not exist: it has not begun"
         return run
-    run.config = _read_config(folder / CONFIG_FILE, run.notes)
+    config = _read_yaml(folder / CONFIG_FILE)
+    if isinstance(config, dict):
+        run.config = flatten(config)
+    elif (folder / CONFIG_FILE).exists():
+        run.notes.append(f"{CONFIG_FILE} is damaged")
     run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
     with suppress(OSError):  # nothing logged yet
         run.rows = read_metrics(folder / METRICS_FILE)
@@ -207,11 +216,6 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
     return run
 
 
-def _is_job(stored: Any) -> bool:
-    """Whether an entry of the plan names a folder directly in the sweep's."""
-    return isinstance(stored, dict) and component(stored.get("folder"))
-
-
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in _RUN_FILES)
 
@@ -238,15 +242,6 @@ def _read_yaml(path: Path) -> Any:
         return read_yaml(path)
     except (OSError, UserError):
         return None
-
-
-def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
-    content = _read_yaml(path)
-    if isinstance(content, dict):
-        return flatten(content)
-    if path.exists():
-        notes.append(f"{path.name} is damaged")
-    return {}
 
 
 def _read_choices(path: Path) -> dict[str, Any]:

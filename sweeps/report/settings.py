@@ -35,7 +35,7 @@ class Estimate:
     values: dict[Any, float]  # finite values by seed
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Setting:
     """Runs whose configs differ only in the seed, trained on the same data and evaluated on the
     same text."""

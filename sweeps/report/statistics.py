@@ -144,6 +144,11 @@ class Share:
         """``count / n``."""
         return self.count / self.n
 
+    @property
+    def reach(self) -> list[list[float]]:
+        """Distances of the rate to the lower and the upper end, as matplotlib takes them."""
+        return [[self.rate - self.low], [self.high - self.rate]]
+
 
 def share(count: int, n: int) -> Share:
     """``count`` of ``n`` seeds with their interval."""

@@ -111,7 +111,7 @@ def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
             "worth in plain steps. Geometric means over seeds with 95 % intervals (t, of "
             "logarithms), each seed against its own plain runs: "
             f"{', '.join(setting.label for setting in family.plain)}. Between these log FLOPs are "
-            "interpolated over the loss by a monotone cubic; a loss beyond them is out of range.",
+            "interpolated over the loss by a monotone cubic; a loss beyond them is out of range."
         ],
         [("Arm", None), ("Seeds", ""), ("Gain", "×"), ("Price", "×"), ("Effect", "×")],
     )
@@ -133,7 +133,7 @@ def of_floors(settings: Settings) -> Table | None:
             "prompts. A head of order m sees the trunk's state and the m tokens before "
             "its target: the floor is the least rejection of any such head, the gap what the "
             "trained head is above it. A head that reads more tokens may be below the floor of a "
-            "small order. Recall: the target is among the head's first 16 choices.",
+            "small order. Recall: the target is among the head's first 16 choices."
         ],
         [
             ("Setting", None),

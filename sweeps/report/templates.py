@@ -9,22 +9,13 @@ if TYPE_CHECKING:
 
 
 def environment(package: str, *, html: bool = False) -> Environment:
-    """The templates of a package.
-
-    Args:
-        package: the package with the ``*.jinja`` files.
-        html: whether inserted values are escaped for HTML.
-    """
+    """The ``*.jinja`` files of a package; with ``html``, inserted values are escaped for HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
-        loader=PackageLoader(package, "."),
-        autoescape=html,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=False,
-    )
+    loader = PackageLoader(package, ".")
+    made = Environment(loader=loader, autoescape=html, undefined=StrictUndefined)
+    made.trim_blocks = made.lstrip_blocks = True
+    return made
 
 
 def sentences(package: str, name: str, **facts: Any) -> list[str]:

@@ -75,7 +75,7 @@ def _over_training(
         return drawing, []
     many = len(settings.all) > MANY
     chart = Chart(key_to(settings.all, settings.all), names=settings.names)
-    for setting, look, every in zip(settings.all, looks(settings.all), lines, strict=True):
+    for (setting, look), every in zip(looks(settings.all).items(), lines, strict=True):
         runs = [points for points in every if points]
         for points in runs if len(runs) > 1 and not many else ():
             thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
@@ -107,18 +107,19 @@ def times(settings: Settings) -> Drawing:
         "failed ones too. A seed that falls back later has solved here, and not in the share of "
         "seeds that solve. Times are known to the interval between validations.",
     )
-    curves = [time_to_solve(setting, settings.level) for setting in settings.all]
-    shown = [s for s, found in zip(settings.all, curves, strict=True) if found]
-    if not shown:
+    curves = {s: found for s in settings.all if (found := time_to_solve(s, settings.level))}
+    if not curves:
         return drawing.lacking(f"no run has logged {EXACT}")
-    chart = Chart(key_to(settings.all, shown), names=settings.names)
-    for setting, look, found in zip(settings.all, looks(settings.all), curves, strict=True):
-        if found is not None:
-            style = {"drawstyle": "steps-post", "linestyle": look.dash, "marker": ""}
-            xs, ys = [0, *found.times], [1, *found.shares]
-            chart.draw(setting.name, look, xs, ys, **style)
-            ticks = [found.after(time) for time in found.censored]
-            chart.axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
+    chart, look_of = (
+        Chart(key_to(settings.all, [*curves]), names=settings.names),
+        looks(settings.all),
+    )
+    for setting, found in curves.items():
+        look = look_of[setting]
+        style = {"drawstyle": "steps-post", "linestyle": look.dash, "marker": ""}
+        chart.draw(setting.name, look, [0, *found.times], [1, *found.shares], **style)
+        ticks = [found.after(time) for time in found.censored]
+        chart.axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
     chart.percent("y")
     chart.axes.set(xlabel="optimizer steps", ylabel="seeds not solved yet (fewer is better)")
     chart.si_axis()

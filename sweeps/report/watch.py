@@ -56,16 +56,13 @@ def watch(
     seconds: float = SECONDS,
     tell: Callable[[str], None] = print,
 ) -> None:
-    """Update and serve a report until its jobs have ended or Ctrl-C.
+    """Update and serve a report every few seconds until its jobs have ended or Ctrl-C.
 
     Args:
         make: makes the report; returns the page and whether jobs are running or pending.
-        port: port of 127.0.0.1; 0 takes a free one.
+        port: port of 127.0.0.1; 0 takes a free one, and a taken one is an OSError.
         seconds: time between two updates.
         tell: prints a line for the user.
-
-    Raises:
-        OSError: the port is taken.
     """
     page, running = make()
     handler = partial(Pages, directory=str(page.parent))

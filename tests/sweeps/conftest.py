@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,7 +13,33 @@ from tests.integration.conftest import cache, once
 
 __all__ = ["cache", "once"]
 
-_FIGURES: dict[str, bytes] = {}
+if not all(map(find_spec, ("jinja2", "matplotlib", "scipy"))):  # the extra report
+    collect_ignore_glob = ["claims/*", "test_report*", "test_equivalent.py"]
+
+# Drawing is most of a report's time: every figure in a format of _ONCE is the first one.
+_SAVED: dict[str, bytes] = {}
+_ONCE = {"png"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def saved_once() -> Iterator[None]:
+    if find_spec("sweeps.report") is None:
+        yield
+        return
+    from sweeps.report.chart import Chart
+
+    save = Chart._save
+
+    def save_once(self: Any, *, format: str, **options: Any) -> bytes:
+        if format not in _ONCE:
+            return save(self, format=format, **options)
+        if format not in _SAVED:
+            _SAVED[format] = save(self, format=format, **options)
+        return _SAVED[format]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chart, "_save", save_once)
+        yield
 
 
 @pytest.fixture
@@ -19,18 +48,17 @@ def drawn() -> None:
 
 
 @pytest.fixture(autouse=True)
-def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every figure of a report is the same one: to draw them is most of a report's time."""
+def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports that a test makes have one SVG in place of all; those of a module have their own."""
     name = request.module.__name__.split(".")[-1]
     looks = "drawn" in request.fixturenames or name == "test_report_browser"
-    if looks or not name.startswith(("test_report", "test_equivalent")):
-        return
-    chart = pytest.importorskip("sweeps.report.chart")
-    save = chart.Chart._save
+    of_report = name.startswith(("test_report", "test_equivalent"))
+    with svg_once() if of_report and not looks else nullcontext():
+        yield
 
-    def save_once(self: Any, *, format: str, **options: Any) -> bytes:
-        if format not in _FIGURES:
-            _FIGURES[format] = save(self, format=format, **options)
-        return _FIGURES[format]
 
-    monkeypatch.setattr(chart.Chart, "_save", save_once)
+@contextmanager
+def svg_once() -> Iterator[None]:
+    _ONCE.add("svg")
+    yield
+    _ONCE.discard("svg")

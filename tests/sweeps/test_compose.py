@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.misspelt import sentence
 from mtp_lightning.paths import CONF
-from sweeps.compose import Composer, settle
+from sweeps.compose import Composer, count_processes, settle
 
 # What a job may be given: overrides that choose files, set values, add, remove or interpolate.
 CHOICES = {
@@ -36,34 +36,34 @@ CHOICES = {
 }
 
 
-@pytest.fixture
-def sweep() -> Iterator[tuple[DictConfig, HydraContext]]:
-    from hydra._internal.callbacks import Callbacks
+Sweep = tuple[DictConfig, ConfigLoader, Composer]
 
+
+@pytest.fixture(scope="module")
+def sweep() -> Sweep:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         typed = ["seed=0,1", "hydra.job.chdir=false", "hydra.mode=MULTIRUN"]
         config = loader.load_configuration("config", typed, run_mode=RunMode.MULTIRUN)
-        assert config.sweep_dir  # the time in it, once for all jobs
-        yield config, HydraContext(config_loader=loader, callbacks=Callbacks())
+    assert config.sweep_dir  # the time in it, once for all jobs
+    return config, loader, Composer(config, loader)
 
 
-def by_hydra(config: DictConfig, context: HydraContext, job: list[str]) -> DictConfig:
-    composed = context.config_loader.load_sweep_config(config, job)
+def by_hydra(sweep: Sweep, job: list[str]) -> DictConfig:
+    composed = sweep[1].load_sweep_config(sweep[0], job)
     with open_dict(composed):
         del composed["hydra"]
     return composed
 
 
-def test_random_jobs_are_what_hydra_composes(sweep: tuple[DictConfig, HydraContext]) -> None:
+def test_random_jobs_are_what_hydra_composes(sweep: Sweep) -> None:
     chance = random.Random(0)
-    composer = Composer(*sweep)
-    for _ in range(6):
+    for _ in range(4):
         keys = chance.sample(list(CHOICES), chance.randint(1, 7))
         job = [chance.choice(CHOICES[key]) for key in keys]
         # Other values for the same groups, before and after: no job may leave a trace in another.
-        composer.compose([*job, "seed=99", "optimizer.lr=99"])
-        ours, theirs = composer.compose(job), by_hydra(*sweep, job)
+        sweep[2].compose([*job, "seed=99", "optimizer.lr=99"])
+        ours, theirs = sweep[2].compose(job), by_hydra(sweep, job)
         assert OmegaConf.to_container(ours) == OmegaConf.to_container(theirs), job
         assert list(ours) == list(theirs)
         assert settle(ours, Path("/x")) == settle(theirs, Path("/x")), job
@@ -73,41 +73,48 @@ def test_random_jobs_are_what_hydra_composes(sweep: tuple[DictConfig, HydraConte
     "wrong",
     [
         "mtp.depht=1", "mtp=sequentail", "+seed=1", "~mtp.nothing", "seed@here=1",
-        "++mtp=none", "optimiser=adamw", "seed.inner=1",
+        "optimiser=adamw",
     ],
 )  # fmt: skip
-def test_what_hydra_refuses_is_refused_in_its_words(
-    sweep: tuple[DictConfig, HydraContext], wrong: str
-) -> None:
+def test_what_hydra_refuses_is_refused_in_its_words(sweep: Sweep, wrong: str) -> None:
     job = ["trainer.max_steps=3", wrong]
     with pytest.raises(HydraException) as refused:
-        by_hydra(*sweep, job)
+        by_hydra(sweep, job)
     with pytest.raises(UserError) as ours:
-        Composer(*sweep).compose(job)
+        sweep[2].compose(job)
     assert str(ours.value) == sentence(refused.value)
 
 
-def test_a_value_that_is_missing_is_named(sweep: tuple[DictConfig, HydraContext]) -> None:
-    composer = Composer(*sweep)
+def test_a_value_that_is_missing_is_named(sweep: Sweep) -> None:
     for overrides in (["data=text"], ["data=text", "seed='${data.paths}'"]):
         with pytest.raises(ValueError, match=r"data\.paths has no value"):
-            settle(composer.compose(overrides), Path("/x"))
+            settle(sweep[2].compose(overrides), Path("/x"))
 
 
-def test_a_thousand_jobs_read_the_files_once(
-    sweep: tuple[DictConfig, HydraContext], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, context = sweep
+def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
+    def of(*overrides: str) -> int:
+        return count_processes(settle(sweep[2].compose(overrides), Path("/x")))
+
+    assert of("trainer.devices=2", "trainer.strategy=ddp") == 2
+    for key in ("devices", "num_nodes"):
+        with pytest.raises(UserError, match=rf"trainer.{key}=2 needs trainer.strategy=ddp"):
+            of(f"trainer.{key}=2")
+    with pytest.raises(UserError, match=r"trainer.devices=-1 in a sweep: give a number"):
+        of("trainer.devices=-1")
+
+
+def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, loader, _ = sweep
     calls = []
-    load = type(context.config_loader).load_sweep_config
+    load = type(loader).load_sweep_config
 
     def counted(self: object, config: DictConfig, overrides: list[str]) -> DictConfig:
         calls.append(overrides)
         return load(self, config, overrides)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(context.config_loader), "load_sweep_config", counted)
-    composer = Composer(config, context)
-    for seed in range(20):
+    monkeypatch.setattr(type(loader), "load_sweep_config", counted)
+    composer = Composer(config, loader)
+    for seed in range(5):
         for mtp in ("parallel", "linear"):
             composed = composer.compose([f"mtp={mtp}", f"seed={seed}", "mtp.depth=1"])
             assert composed.seed == seed and mtp in composed.mtp._target_

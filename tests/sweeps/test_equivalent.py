@@ -7,18 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.report.__main__ import report
 from sweeps.report.chart import styled
-from sweeps.report.collect import collect
 from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
 from sweeps.report.figures import gains
-from sweeps.report.read import read_sweep
 from tests.sweeps.fixture_runs import evaluated, write_run
-
-pytest.importorskip("scipy", reason="extra 'report' is not installed")
+from tests.sweeps.reported import collected, drawings
 
 BUDGETS = (0.3, 0.5, 0.75, 1.0, 1.35)
 FULL = 5e12
@@ -33,6 +30,7 @@ def plain_runs(loss: object, budgets: tuple[float, ...] = BUDGETS) -> list[Spent
     ]
 
 
+@settings(max_examples=30)
 @given(
     floor=st.floats(0.0, 2.0),
     scale=st.floats(0.5, 5.0),
@@ -116,7 +114,7 @@ def priced_sweep(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = B
 
 def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
     priced_sweep(tmp_path)
-    settings = collect([read_sweep(tmp_path)])
+    settings = collected(tmp_path)
     (family,) = families(settings)
     assert len(family.plain) == 5 and len(family.curves) == 3
     arms = {arm.setting.config["mtp._target_"].split(".")[2]: arm for arm in family.arms}
@@ -130,14 +128,12 @@ def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
         # By hand: t of two degrees of freedom on the logarithms of the noise.
         logs = [math.log(n) for n in NOISE]
         spread = math.sqrt(math.fsum((x - sum(logs) / 3) ** 2 for x in logs) / 2 / 3)
-        assert arm.total.ends is not None
         low, high = arm.total.ends
         assert math.log(high / low) == pytest.approx(2 * 4.30265 * spread, rel=0.05)
     beyond = arms["beyond"]
     assert beyond.total is None and "seed 0: out of range: its loss of" in beyond.why
     with styled():
         drawing = gains(settings, family)
-    assert drawing.figure is not None
     (axes,) = drawing.figure.axes
     assert axes.get_xscale() == "log" and "lower is better" in axes.get_ylabel()
     assert axes.get_xlabel() == "training FLOPs"
@@ -167,17 +163,16 @@ def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Pa
 
 def test_a_report_without_a_plain_curve_says_what_is_missing(tmp_path: Path) -> None:
     priced_sweep(tmp_path, budgets=(1.0,))
-    assert families(collect([read_sweep(tmp_path)])) == []
-    html = report([tmp_path])[0].read_text(encoding="utf-8")
-    assert "no plain runs (mtp=none) of two lengths and an arm to compare" in html
-    assert '<h2 id="gains">' not in html
+    assert families(collected(tmp_path)) == []
+    why = drawings(tmp_path)["gains"].why
+    assert why == "no plain runs (mtp=none) of two lengths and an arm to compare"
 
 
 def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Path) -> None:
     priced_sweep(tmp_path / "a")
     for run in (tmp_path / "a").glob("none_*-2"):
         (run / "summary.json").unlink()
-    (family,) = families(collect([read_sweep(tmp_path / "a")]))
+    (family,) = families(collected(tmp_path / "a"))
     assert {arm.why for arm in family.arms if "out of range" not in arm.why} == {
         "seed 2: a plain curve needs runs of at least two lengths"
     }
@@ -187,5 +182,5 @@ def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Pat
     constant = {**other, "model.d_model": 128, "optimizer.schedule.kind": "constant"}
     for name, config in (("small", other), ("constant", constant)):
         write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
-    (family,) = families(collect([read_sweep(tmp_path / "b")]))
+    (family,) = families(collected(tmp_path / "b"))
     assert len(family.plain) == 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.run.status import read_status, write_status
@@ -24,7 +25,11 @@ def test_short_names_show_everything_and_long_ones_what_varies() -> None:
     assert folder_name([], []) == "default"
 
 
-@given(st.lists(st.text(min_size=1, max_size=60), max_size=12), st.text(max_size=200))
+TEXT = st.text(string.printable + "é文🙂\u200b", min_size=1, max_size=40)
+
+
+@settings(max_examples=40)
+@given(st.lists(TEXT, max_size=6), TEXT)
 def test_names_are_safe(values: list[str], last: str) -> None:
     overrides = [f"key_{i}={value}" for i, value in enumerate([*values, last])]
     name = folder_name(overrides, ["key_0"])

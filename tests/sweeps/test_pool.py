@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.layout import LOG_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
-from sweeps.pool import Pool
+from sweeps.pool import Pool, run
 from sweeps.process import Task
 
 DONE = "echo '{}' > summary.json"
@@ -41,7 +42,6 @@ def pool(n_tasks: int, *, n_jobs: int = 2, grace_seconds: float = 120.0, **queue
 
 def status(task: Task) -> dict[str, Any]:
     found = read_status(task.folder)
-    assert found is not None
     return found
 
 
@@ -188,8 +188,10 @@ def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], lis
     return process, [int(wait_for(tmp_path / name / "pid")) for name in ("one", "two")]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kind", ["saving", "deaf", "two"])
+@pytest.mark.parametrize(
+    ("kind", "signum"),
+    [("saving", signal.SIGINT), ("deaf", signal.SIGTERM), ("two", signal.SIGINT)],
+)
 def test_interrupt_ends_the_jobs_and_says_so(
     tmp_path: Path, kind: str, signum: signal.Signals
 ) -> None:
@@ -202,12 +204,11 @@ def test_interrupt_ends_the_jobs_and_says_so(
     assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
     for name in ("one", "two"):
         found = read_status(tmp_path / name)
-        assert found is not None
         said = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
         assert (found["state"], found["reason"]) == ("interrupted", said)
 
 
-@pytest.mark.parametrize("kind", ["saving", "deaf", "two"])
+@pytest.mark.parametrize("kind", ["deaf", "two"])
 def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path, kind: str) -> None:
     process, pids = start_sweep(tmp_path, kind)
     process.kill()
@@ -244,6 +245,15 @@ def test_what_ended_while_its_sweep_was_dead_is_not_run_again(
     pool(1).run([one])
     assert (status(one)["state"], status(one)["exit_code"]) == ("done", 0)
     assert (one.folder / "begun").exists() == (finished != "since")
+
+
+def test_what_no_device_can_run_is_refused_before_a_job_starts(tmp_path: Path) -> None:
+    far, wide = (task(tmp_path / name, DONE, **{name: 2}) for name in ("nodes", "processes"))
+    with pytest.raises(UserError, match="num_nodes=2 in a sweep takes hydra/launcher=slurm"):
+        run([wide, far])
+    with pytest.raises(UserError, match="devices_per_job=1 is less than processes asks for"):
+        run([wide], devices_per_job=1)
+    assert read_status(wide.folder) is read_status(far.folder) is None
 
 
 def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-pytest.importorskip("scipy")
 
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
@@ -34,12 +33,9 @@ def states(folder: Path) -> dict[str, tuple[str, str]]:
     return {run.folder.name: (run.state, run.reason) for run in read_sweep(folder).runs}
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_no_folder_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no folder .*/nowhere"):
         read_sweep(tmp_path / "nowhere")
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("nothing")
     with pytest.raises(FileNotFoundError, match="holds no runs: give the folder of a sweep"):
@@ -176,17 +172,12 @@ def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
     assert states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
 
 
-def test_a_damaged_plan(tmp_path: Path) -> None:
-    write_run(tmp_path / "a")
+def test_a_damaged_plan_and_a_damaged_status_are_noted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", status={"state": "done"})
     (tmp_path / "sweep.json").write_text("{")
+    (folder / "status.json").write_text("")
     settings, notes = of(tmp_path)
     assert len(settings.all) == 1 and "sweep.json is damaged" in notes
-
-
-def test_a_damaged_status(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", status={"state": "done"})
-    (folder / "status.json").write_text("")
-    _, notes = of(tmp_path)
     assert "a: status.json is damaged." in notes
 
 
@@ -211,27 +202,26 @@ def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
     assert [s.label for s in settings.all] == ["data.seed=0", "data.seed=1"]
 
 
-def test_where_a_run_lives_is_no_setting(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", {"logger.csv.folder": "/a", "run_dir": "/a"})
-    write_run(tmp_path / "b", {"seed": 1, "logger.csv.folder": "/b", "run_dir": "/b"})
-    settings, _ = of(tmp_path)
-    assert len(settings.all) == 1 and len(settings.all[0].done) == 2
+NONE = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
 
 
-def test_a_variant_is_named_after_its_class(tmp_path: Path) -> None:
-    write_run(tmp_path / "a")
-    target = "mtp_lightning.mtp.none.NoMTPConfig"
-    write_run(tmp_path / "b", {"mtp._target_": target, "mtp.depth": 0})
-    settings, _ = of(tmp_path)
-    assert [s.label for s in settings.all] == ["mtp=none", "mtp=sequential"]
-
-
-def test_no_depth_is_one_setting_however_it_was_asked_for(tmp_path: Path) -> None:
-    target = "mtp_lightning.mtp.none.NoMTPConfig"
-    write_run(tmp_path / "a", {"mtp._target_": target, "mtp.depth": 0})
-    write_run(tmp_path / "b", {"mtp.depth": 0, "mtp.concat": "hidden_first", "seed": 1})
-    settings, _ = of(tmp_path)
-    assert len(settings.all) == 1 and len(settings.all[0].done) == 2
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            {"logger.csv.folder": "/a", "run_dir": "/a"},
+            {"logger.csv.folder": "/b", "run_dir": "/b"},
+        ),
+        (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, however it is typed
+    ],
+)
+def test_what_changes_nothing_is_no_setting(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    write_run(tmp_path / "a", one)
+    write_run(tmp_path / "b", {**other, "seed": 1})
+    (setting,) = of(tmp_path)[0].all
+    assert len(setting.done) == 2
 
 
 def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
@@ -355,7 +345,10 @@ def test_a_run_knows_its_seed(tmp_path: Path) -> None:
 
 
 def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
-    """Neither has a depth. Sweeps name the group, whose choice is shown."""
+    """Neither has a depth. A sweep names the group, whose choice is shown, or else the class."""
+    write_run(tmp_path / "own" / "a")
+    write_run(tmp_path / "own" / "b", NONE)
+    assert [s.label for s in of(tmp_path / "own")[0].all] == ["mtp=none", "mtp=sequential"]
     for name in ("none", "teacherless"):
         target = f"mtp_lightning.mtp.{name}.{'NoMTP' if name == 'none' else 'Teacherless'}Config"
         for seed in (0, 1):

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 from sweeps.report.__main__ import report
 from tests.sweeps.browser import CHROMIUM, Browser
 from tests.sweeps.fixture_runs import depth_sweep, write_run

@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TensorBoard's imports
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -30,6 +26,7 @@ with warnings.catch_warnings():
     from mtp_lightning.loggers.tensorboard import RunTensorBoard
 
 from sweeps.report.__main__ import report
+from tests.sweeps.conftest import svg_once
 from tests.sweeps.fixture_runs import task_run, write_run
 
 
@@ -136,8 +133,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 loss=2.0 - depth + 0.1 * seed,
             )
             log_run(run, depth, seed=seed)
-    report([folder])
-    report([folder])  # which must not double anything
+    with svg_once():
+        report([folder])
+        report([folder])  # which must not double anything
     return folder
 
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
 from sweeps.report.__main__ import report
-from sweeps.report.metrics import BY_TAG, LOSS, form_of, in_words
-from sweeps.report.names import arm_names, axis_of, joined, name_of, question
+from sweeps.report.metrics import BY_TAG, LOSS, form_of
+from sweeps.report.names import arm_names, axis_of, in_words, joined, name_of, question
 from tests.sweeps.fixture_runs import depth_sweep
 
 

@@ -8,69 +8,18 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-
-from sweeps.report.collect import collect
 from sweeps.report.compare import FACT, compare, pareto, references
 from sweeps.report.findings import answer
 from sweeps.report.metrics import LOSS, number, p_value
 from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
-from sweeps.report.settings import Settings
-from sweeps.report.statistics import Interval, holm, interval, paired
 from tests.sweeps.fixture_runs import depth_sweep, write_run
-
-# Student's t for 95 %, from a printed table: 1 and 2 degrees of freedom.
-T1, T2 = 12.7062, 4.30265
-
-
-def of(folder: Path) -> Settings:
-    return collect([read_sweep(folder)])
-
-
-def test_interval_by_hand() -> None:
-    found = interval([2.0, 2.1, 2.3])
-    assert found.mean == pytest.approx(6.4 / 3)
-    # squared deviations: (0.4/3)^2 + (0.1/3)^2 + (0.5/3)^2 = 0.42 / 9; over n - 1 = 2, over n = 3
-    assert found.half == pytest.approx(T2 * math.sqrt(0.42 / 9 / 2 / 3), rel=1e-5)
-    assert interval([2.0]) == Interval(2.0, None, 1)
-
-
-def test_paired_by_hand() -> None:
-    """Differences 0.1 and 0.3: mean 0.2, standard error 0.1, t = 2 with one degree of freedom,
-    where Student's t is Cauchy's distribution: p = 1 - 2 atan(2) / pi."""
-    found = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
-    assert found is not None and found.p is not None
-    assert found.difference.mean == pytest.approx(0.2)
-    assert found.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
-    assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
-
-
-def test_paired_at_its_limits() -> None:
-    assert paired({0: 1.0}, {1: 1.0}) is None
-    alone = paired({0: 1.0}, {0: 3.0})
-    assert alone is not None and alone.p is None and alone.difference == Interval(-2.0, None, 1)
-    same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
-    assert same is not None and same.p is None and same.constant
-    shifted = paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0})
-    assert shifted is not None and shifted.p is None and shifted.constant
-    # 2.1 - 2.0 and 1.1 - 1.0 differ in the last bits, by what a subtraction rounds away.
-    rounded = paired({0: 2.1, 1: 1.1}, {0: 2.0, 1: 1.0})
-    assert rounded is not None and rounded.p is None and rounded.constant
-    near = paired({0: 2.1, 1: 1.1 + 1e-9}, {0: 2.0, 1: 1.0})
-    assert near is not None and near.p is not None and not near.constant
-
-
-def test_holm_by_hand() -> None:
-    """Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, and 0.04 raised to 0.06."""
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
+from tests.sweeps.reported import collected
 
 
 def test_settings_of_a_sweep(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 2: (1.9, 2.0, 2.1), 10: (1.5, 1.6, 1.7)})
-    settings = of(tmp_path)
+    settings = collected(tmp_path)
     assert settings.varied == ["mtp.depth"]
     assert [s.label for s in settings.all] == ["mtp.depth=0", "mtp.depth=2", "mtp.depth=10"]
     means = [s.estimate(LOSS).interval for s in settings.all]
@@ -81,10 +30,9 @@ def test_settings_of_a_sweep(tmp_path: Path) -> None:
 def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     # Depth 1 differs by -0.1, -0.1, -0.101: clear. Depth 2 by 0.1, -0.1, 0.05: noise.
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199), 2: (2.1, 2.0, 2.35)})
-    settings = of(tmp_path)
+    settings = collected(tmp_path)
     one, two = compare(settings, LOSS)
     assert one.reference.label == two.reference.label == "mtp.depth=0"
-    assert one.result is not None and one.result.p is not None and two.result is not None
     assert one.result.difference.mean == pytest.approx(-0.301 / 3)
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"
@@ -99,7 +47,7 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
 
 def test_no_gain_is_called_none(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (2.05, 2.0)})
-    settings = of(tmp_path)
+    settings = collected(tmp_path)
     text = " ".join(answer(settings, compare(settings, LOSS), settings.done))
     assert "No setting's loss differs from its reference's by more than the seeds' noise" in text
     assert "fewer than five seeds" in text and "better than" not in text
@@ -108,27 +56,23 @@ def test_no_gain_is_called_none(tmp_path: Path) -> None:
 def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
     losses = {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.2), 2: (2.0, 2.1, 2.3), 3: (2.1, 2.1, 2.2)}
     depth_sweep(tmp_path, losses)
-    settings = of(tmp_path)
+    settings = collected(tmp_path)
     found = compare(settings, LOSS)
-    assert [c.verdict for c in found] == [
-        FACT,
-        "identical",
-        "within noise",
-    ]
+    assert [c.verdict for c in found] == [FACT, "identical", "within noise"]
     assert not any(c.differs for c in found) and [c.adjusted is None for c in found] == [1, 1, 0]
     text = " ".join(answer(settings, found, settings.done))
     assert "mtp.depth=1 differs from mtp.depth=0 by −0.1000 nats per token at all 3 seeds" in text
     assert "mtp.depth=2 equals mtp.depth=0 at all 3 seeds" in text and "(1 paired t-test" in text
     del losses[3]
     depth_sweep(tmp_path / "two", losses)
-    settings = of(tmp_path / "two")
+    settings = collected(tmp_path / "two")
     text = " ".join(answer(settings, compare(settings, LOSS), settings.done))
     assert "a fact about this data" in text and "No difference can be tested" not in text
 
 
 def test_one_seed_is_not_tested(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0,), 1: (1.0,)})
-    settings = of(tmp_path)
+    settings = collected(tmp_path)
     (found,) = compare(settings, LOSS)
     assert found.adjusted is None and found.verdict == "one seed: no test" and not found.differs
     text = " ".join(answer(settings, [found], settings.done))
@@ -139,7 +83,7 @@ def test_a_grid_is_compared_at_equal_lambda(tmp_path: Path) -> None:
     for depth in (0, 1):
         for weight in (0.1, 0.3):
             write_run(tmp_path / f"{depth}{weight}", {"mtp.depth": depth, "mtp_lambda": weight})
-    settings = of(tmp_path)
+    settings = collected(tmp_path)
     labels = [r.label for r in references(settings)]
     assert labels == ["mtp.depth=0, mtp_lambda=0.1", "mtp.depth=0, mtp_lambda=0.3"] * 2
     assert [c.against for c in compare(settings, LOSS)] == ["mtp.depth=0"] * 2
@@ -155,7 +99,7 @@ def test_a_grid_with_one_plain_run_is_compared_with_it(tmp_path: Path) -> None:
     write_run(tmp_path / "plain", {"mtp.depth": 0, "mtp_lambda": 0.3})
     for weight in (0.1, 0.3):
         write_run(tmp_path / f"{weight}", {"mtp_lambda": weight})
-    assert {r.label for r in references(of(tmp_path))} == {"mtp.depth=0, mtp_lambda=0.3"}
+    assert {r.label for r in references(collected(tmp_path))} == {"mtp.depth=0, mtp_lambda=0.3"}
 
 
 def test_pareto_by_hand() -> None:
@@ -167,7 +111,7 @@ def test_runs_csv_has_every_number_to_the_last_bit(tmp_path: Path) -> None:
     losses = {0: (2.0 + 1e-15, 2.1), 1: (1 / 3, math.nan)}
     depth_sweep(tmp_path, losses)
     write_run(tmp_path / "late", {"seed": 5}, done=False)
-    rows = list(csv.DictReader(runs_csv(of(tmp_path), [read_sweep(tmp_path)]).splitlines()))
+    rows = list(csv.DictReader(runs_csv(collected(tmp_path), [read_sweep(tmp_path)]).splitlines()))
     by_name = {row["run"]: row for row in rows}
     assert float(by_name["depth-0_seed-0"][LOSS]) == 2.0 + 1e-15
     assert float(by_name["depth-1_seed-0"][LOSS]) == 1 / 3

@@ -1,4 +1,5 @@
-"""Numbers of different evaluation texts are never averaged, tested or ranked together."""
+"""Numbers of different evaluation texts are never averaged, tested or ranked together; next to a
+comparison stand the bytes of context of each model, and the text's own error."""
 
 from __future__ import annotations
 
@@ -8,21 +9,18 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
-pytest.importorskip("scipy")
-
-from sweeps.report import figures
 from sweeps.report.__main__ import report
-from sweeps.report.chart import Drawing, styled
-from sweeps.report.collect import TEXT, collect
-from sweeps.report.comparable import REMEDY, by_text, refusal
+from sweeps.report.collect import TEXT
+from sweeps.report.comparable import REMEDY, by_text, contexts, error_of_text, refusal, text_errors
 from sweeps.report.compare import FACT, OTHER_TEXT, Comparison, compare
 from sweeps.report.findings import answer, caveats
-from sweeps.report.metrics import FLOPS, LOSS, SPEEDUP
+from sweeps.report.metrics import BITS_ERROR, FLOPS, LOSS, SPEEDUP
+from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
+from sweeps.report.tables import of_settings
 from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.reported import cells, collected, drawings
 
 A, B = "a1" * 16, "b2" * 16
 OLD: dict[str, Any] = {}  # a summary without the entry
@@ -44,7 +42,7 @@ def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
                     **(text if text is OLD else evaluated(text, bytes=1_000_000 + depth)),
                 },
             )
-    return collect([read_sweep(folder)])
+    return collected(folder)
 
 
 def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
@@ -52,11 +50,6 @@ def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
     found = compare(settings, LOSS)
     notes = caveats(settings, [read_sweep(folder)])
     return found, " ".join(answer(settings, found, settings.done)), "\n".join(notes)
-
-
-def drawn(settings: Settings) -> dict[str, Drawing]:
-    with styled():
-        return {d.name: d for d in figures.draw(settings, compare(settings, LOSS))}
 
 
 def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
@@ -94,15 +87,15 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
     for word in ("lowest", "fastest", "better", "No difference can be tested", "noise"):
         assert word not in text
     assert "is averaged, tested or ranked across them" in text
-    drawings = drawn(settings)
+    figures = drawings(settings, compare(settings, LOSS))
     for name in ("pareto_flops", "speedup"):
-        assert drawings[name].figure is None and "different texts" in drawings[name].why
-    assert drawings["differences"].why == (
+        assert figures[name].figure is None and "different texts" in figures[name].why
+    assert figures["differences"].why == (
         "no setting was evaluated on the same text as its reference"
     )
     for name in ("loss_tokens", "loss_flops", "loss_depth"):
-        assert drawings[name].figure is not None
-        assert drawings[name].caption.endswith("different texts: compare none across these.")
+        assert figures[name].figure is not None
+        assert figures[name].caption.endswith("different texts: compare none across these.")
 
 
 def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
@@ -145,7 +138,7 @@ def test_a_run_that_has_not_ended_goes_with_the_only_text(tmp_path: Path) -> Non
     write_run(tmp_path / "two" / "late", {"mtp.depth": 1, "seed": 7}, done=False)
     write_run(tmp_path / "two" / "other", {"mtp.depth": 2}, summary=evaluated(A))
     write_run(tmp_path / "two" / "later", {"mtp.depth": 2, "seed": 7}, done=False)
-    three = collect([read_sweep(tmp_path / "two")])
+    three = collected(tmp_path / "two")
     assert [(s.label, len(s.runs), len(s.done)) for s in three.all] == [
         (f"mtp.depth=1, {TEXT}=a1a1a1a1", 1, 1),
         (f"mtp.depth=1, {TEXT}=b2b2b2b2", 1, 1),
@@ -165,7 +158,7 @@ def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
     # Other counts within one setting are another part.
     more = {"seed": 3, "mtp.depth": 1}
     write_run(tmp_path / "more", more, summary=evaluated(None, bytes=5))
-    parts = collect([read_sweep(tmp_path)]).all
+    parts = collected(tmp_path).all
     assert [len(s.done) for s in parts if s.depth == 1] == [3, 1]
 
 
@@ -192,14 +185,13 @@ def test_older_runs_are_compared_with_one_note(tmp_path: Path) -> None:
 def test_an_entry_that_makes_no_sense_is_an_unknown_text(tmp_path: Path, entry: Any) -> None:
     write_run(tmp_path / "a", {"mtp.depth": 0}, summary={"evaluation": entry})
     write_run(tmp_path / "b", {"mtp.depth": 1}, summary=evaluated(A))
-    settings = collect([read_sweep(tmp_path)])
+    settings = collected(tmp_path)
     assert [c.verdict for c in compare(settings, LOSS)] == [OTHER_TEXT]
 
 
 def test_the_csv_names_the_text(tmp_path: Path) -> None:
-    sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1)
-    path, _ = report([tmp_path])
-    rows = list(csv.DictReader(path.with_name("runs.csv").read_text().splitlines()))
+    written = runs_csv(sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1), [read_sweep(tmp_path)])
+    rows = list(csv.DictReader(written.splitlines()))
     assert [row["evaluated_text"] for row in rows] == [A, B, ""]
 
 
@@ -207,3 +199,125 @@ def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> Non
     settings = sweep(tmp_path, {0: A, 1: A, 2: B})
     found = compare(settings, LOSS, reference="mtp.depth=2")
     assert [c.verdict for c in found] == [OTHER_TEXT] * 2
+
+
+# How many bytes of context each model had.
+
+
+def tokenized(name: str, rate: float | None = None) -> dict[str, Any]:
+    """The data of a run: its tokenizer, and bytes per token of the validation split."""
+    split = {} if rate is None else {"val": {"bytes_per_token": rate}}
+    return {"data": {"fingerprint": name * 32, "tokenizer": {"fingerprint": name * 32}, **split}}
+
+
+def contexts_of(folder: Path, *runs: tuple[str, int | None, dict[str, Any]]) -> list[str]:
+    """What is said of runs with these tokenizers, windows and summaries."""
+    for kind, seq_len, summary in runs:
+        config = {"tokenizer.kind": kind, "data.seq_len": seq_len}
+        write_run(folder / f"{kind}_{seq_len}", config, summary=summary)
+    return contexts(collected(folder).all)
+
+
+def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
+    """256 x 1 byte against 256 x 3.9 bytes; the evaluated text's rate goes before the split's."""
+    text = evaluated("a" * 32, bytes=3_900, tokens=1_000)
+    said = contexts_of(
+        tmp_path,
+        ("byte", 256, {**tokenized("t", 9.0), **evaluated("a" * 32, bytes=3_900, tokens=3_900)}),
+        ("bpe", 256, {**tokenized("u", 9.0), **text}),
+    )
+    assert len(said) == 1 and said[0].startswith("The context is not equal")
+    assert "256 tokens x 1.00 bytes = 256 bytes with tokenizer.kind=byte" in said[0]
+    assert "256 tokens x 3.90 bytes = 998 bytes with tokenizer.kind=bpe" in said[0]
+    html = report([tmp_path])[0].read_text()
+    assert html.count("The context is not equal") == 3  # notes and both tables
+
+
+def test_windows_of_equal_bytes_are_called_so(tmp_path: Path) -> None:
+    byte, bpe = tokenized("t", 1.0), tokenized("u", 4.0)
+    said = contexts_of(tmp_path / "a", ("byte", 1000, byte), ("bpe", 256, bpe))
+    assert len(said) == 1 and "equal in bytes, within 5 %" in said[0]
+    assert "= 1,000 bytes" in said[0] and "= 1,024 bytes" in said[0]
+    said = contexts_of(tmp_path / "b", ("byte", 970, byte), ("bpe", 256, bpe))  # 5.6 % less
+    assert said[0].startswith("The context is not equal")
+
+
+def test_windows_of_one_tokenizer(tmp_path: Path) -> None:
+    rate = tokenized("t", 2.0)
+    assert contexts_of(tmp_path / "same", ("byte", 128, rate)) == []
+    (said,) = contexts_of(tmp_path / "two", ("byte", 128, rate), ("byte", 256, rate))
+    assert "not equal" in said and "128 tokens x 2.00 bytes = 256 bytes" in said
+
+
+def test_a_context_that_nobody_knows(tmp_path: Path) -> None:
+    (said,) = contexts_of(
+        tmp_path, ("byte", 128, tokenized("t", 1.0)), ("bpe", 128, tokenized("u"))
+    )
+    assert said.startswith("Whether the context is equal in bytes is unknown")
+    assert "128 tokens x unknown bytes" in said
+
+
+def test_only_what_is_compared_has_a_context_to_equalise(tmp_path: Path) -> None:
+    runs = [
+        ("byte", 128, {**tokenized("t", 1.0), **evaluated("a" * 32)}),
+        ("bpe", 128, {**tokenized("u", 4.0), **evaluated("b" * 32)}),
+    ]
+    assert contexts_of(tmp_path, *runs) == []
+
+
+# The text's own error, which is not the interval over seeds.
+
+
+NOT = "it is not the error of a difference between runs on the same text"
+
+
+def with_errors(folder: Path, errors: dict[int, tuple[float | None, ...]], **more: Any) -> Path:
+    """Depths with the text's errors of their seeds."""
+    for depth, values in errors.items():
+        for seed, error in enumerate(values):
+            write_run(
+                folder / f"d{depth}_s{seed}",
+                {"mtp.depth": depth, "seed": seed},
+                loss=2.0 - 0.1 * depth + 0.02 * seed,
+                summary={BITS_ERROR: error, **evaluated("a" * 32), **more},
+            )
+    return folder
+
+
+def test_it_is_the_mean_over_seeds(tmp_path: Path) -> None:
+    folder = with_errors(tmp_path, {0: (0.010, 0.012), 1: (0.02, 0.02), 2: (0.5, None)})
+    settings = collected(folder)
+    assert [error_of_text(s) for s in settings.all] == [pytest.approx(0.011), 0.02, None]
+    text = text_errors(settings.all)
+    assert "The text's own error in bits per byte is 0.0110 to 0.0200" in text and NOT in text
+
+
+def test_the_table_has_both_errors_apart(tmp_path: Path) -> None:
+    html = report([with_errors(tmp_path, {0: (0.0101, 0.0121), 1: (0.02, 0.02)})])[0].read_text()
+    found = [(c.text, c.half, c.beside) for c in cells(tmp_path) if c.beside]
+    # 1.0 and 1.01 bits: the interval over seeds is t(1) x 0.005.
+    assert found == [
+        ("1.0050", "± 0.0635", "text: s.e. 0.0111"),
+        ("0.9550", "± 0.0635", "text: s.e. 0.0200"),
+    ]
+    assert html.count("text: s.e.") == 2
+    where = html.index('<h2 id="settings">')
+    assert NOT in html[where : html.index("</caption>", where)]
+    where = html.index('<h2 id="differences">')
+    assert "text: s.e." not in html[where:].split("</table>")[0]
+
+
+def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
+    with_errors(tmp_path, {0: (0.01, 0.01)})
+    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
+    with_errors(tmp_path, {3: (0.02, 0.02)}, data=data)
+    settings = collected(tmp_path)
+    told = answer(settings, compare(settings), settings.done)
+    (best,) = [text for text in told if text.startswith("The lowest")]
+    assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
+
+
+def test_runs_without_it_have_a_table_as_ever(tmp_path: Path) -> None:
+    table = of_settings(collected(with_errors(tmp_path, {0: (None, None)})), [])
+    assert "bits per byte" not in [unit for _, unit in table.head]
+    assert not any(cell.beside for row in table.rows for cell in row)

@@ -192,11 +192,7 @@ def test_another_search_in_the_folder_is_refused(
     ],
 )
 def test_bad_ranges_are_told_before_any_trial(
-    tmp_path: Path,
-    fake_runs: None,
-    capsys: pytest.CaptureFixture[str],
-    argument: str,
-    told: str,
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], argument: str, told: str
 ) -> None:
     error = fails(capsys, lambda: run(tmp_path / "search", argument, "--trials", "2"))
     assert error.startswith("error: ") and told in error

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.helpers import composed, execute
+from mtp_lightning.errors import UserError
+from sweeps.compose import compose_run
+from tests.integration.helpers import execute
 from tests.warm import LIGHT
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ def test_every_value_composes(file: Path) -> None:
     assert len(varied["seed"]) >= 2, "without seeds there is no noise to compare with"
     for i in range(max(map(len, varied.values()))):  # all values, several in one config
         chosen = [f"{key}={values[i % len(values)]}" for key, values in varied.items()]
-        cfg = composed("config", [f"+sweeps={file.stem}", *chosen])
+        cfg = compose_run([f"+sweeps={file.stem}", *chosen])
         assert cfg.trainer.max_steps == 1000
     if file.stem == "lambda":
         assert cfg.lambda_schedule._target_.endswith(".constant")
@@ -61,16 +63,9 @@ def test_help_lists_them_from_anywhere(tmp_path: Path) -> None:
     assert "tests" not in done.stdout.split("Overrides used most")[0]
 
 
-def test_an_unknown_sweep_is_named_with_those_that_are_there(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "+sweeps=dept"]
-    done = execute(command, tmp_path, imported=LIGHT)
-    assert done.returncode == 1
-    assert "sweeps has no option 'dept': did you mean depth?" in done.stderr
-
-
-def test_a_claim_is_no_sweep(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), "+sweeps=claims/lambda", "--cfg", "job"]
-    done = execute(command, tmp_path, imported=LIGHT)
-    assert done.returncode == 1
-    assert "sweeps/claims has no option 'lambda'" in done.stderr
-    assert "did you mean lambda" not in done.stderr
+def test_an_unknown_sweep_and_a_claim_are_no_sweeps() -> None:
+    with pytest.raises(UserError, match="sweeps has no option 'dept': did you mean depth?"):
+        compose_run(["+sweeps=dept"])
+    with pytest.raises(UserError, match="sweeps/claims has no option 'lambda'") as refused:
+        compose_run(["+sweeps=claims/lambda"])
+    assert "did you mean lambda" not in str(refused.value)

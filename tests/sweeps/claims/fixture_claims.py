@@ -13,7 +13,9 @@ import yaml
 from sweeps.claims.claim import Claim
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.claims.pages import BEGIN, END
+from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import read_claim
+from sweeps.claims.result import Result, make_result
 
 CONTENT: dict[str, Any] = {
     "sentence": "MTP helps.",
@@ -90,6 +92,20 @@ def observed(
                 ended="2026-11-25T10:00:00+00:00",
             )
     return arms
+
+
+def result_of(claim: Claim, values: Mapping[str, Sequence[float | None | str]]) -> Result:
+    """The result of runs with these values, predicted in a commit."""
+    return make_result(claim, observed(claim, values), BEGAN)
+
+
+def register(
+    claim: Claim, runs: Path, folders: Any = None, *, commit: str | None = None
+) -> Preregistration:
+    """Store that a claim's runs were begun, in these folders by arm and seed."""
+    stored = Preregistration(digest=claim.digest, commit=commit, runs=folders or {})
+    write_preregistration(stored, claim, runs)
+    return stored
 
 
 def moved(by: float, scale: float = 1.0) -> tuple[float, ...]:

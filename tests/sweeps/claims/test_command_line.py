@@ -17,9 +17,6 @@ from sweeps.claims.pages import BEGIN, END
 from tests.integration.helpers import ROOT, environment, overrides
 from tests.sweeps.claims.fixture_claims import commit, write_claim
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "sweeps.claims", *map(str, arguments)]

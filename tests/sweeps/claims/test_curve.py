@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 from sweeps.claims.figure import files_of, panels, write_figures
 from sweeps.claims.observe import PARTS, TAG, curve_of
-from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.result import judge
 from sweeps.report.read import read_run
-from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.claims.fixture_claims import claim_of, register
 from tests.sweeps.fixture_runs import write_run
 
 
@@ -62,18 +58,12 @@ def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
         folders[arm] = {seed: f"{arm}{seed}" for seed in (0, 1)}
         for seed, name in folders[arm].items():
             logged(runs / name, {step: 5 - step / 50 + seed for step in range(1, 101)}, seed=seed)
-    write_preregistration(
-        Preregistration(digest=claim.digest, commit=None, runs=folders), claim, runs
-    )
+    register(claim, runs, folders)
     result = judge(claim, runs)
-    assert result is not None
     if equal == "steps":
         assert panels(result) == {}
         return
-    assert panels(result) == {
-        "bytes": ["plain", "mtp"],
-        "BPE": ["bpe"],
-    }
+    assert panels(result) == {"bytes": ["plain", "mtp"], "BPE": ["bpe"]}
     files = write_figures(result, "mine", tmp_path)
     assert files == files_of(result, "mine", tmp_path) and files[-1].name == "mine_curve.svg"
     text = files[-1].read_text()

@@ -90,7 +90,6 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     assert gain.effect == pytest.approx(0.8 * mean, rel=0.01)
     assert effect.effect == pytest.approx(mean, rel=0.01)
     assert ratio.effect == pytest.approx(1.3 * mean, rel=0.01)
-    assert gain.low is not None and gain.high is not None
     assert gain.low < 0.8 < gain.high < 0.83
     # By hand: t of four degrees of freedom on the logarithms.
     logs = [math.log(n) for n in NOISE]
@@ -106,10 +105,7 @@ def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
     arms: dict[str, Any] = {"heads": ["mtp=sequential"], "large": ["mtp=sequential"]}
     arms |= {name: ["mtp=none", f"trainer.max_steps={i}"] for i, name in enumerate([*PLAIN, *wide])}
     claim = gain_claim(
-        tmp_path,
-        grows,
-        arms=arms,
-        measure={**GAIN, "own_curves": {"large": list(wide)}},
+        tmp_path, grows, arms=arms, measure={**GAIN, "own_curves": {"large": list(wide)}}
     )
     found = dict(arms_of({"heads": list(NOISE)}))
     del found["trunk"]

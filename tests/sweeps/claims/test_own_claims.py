@@ -10,20 +10,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import BEGIN, END, QUESTION, part
-from sweeps.claims.preregistration import (
-    Preregistration,
-    commit_of,
-    predicted_in,
-    read_preregistration,
-    write_preregistration,
-)
+from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
 from sweeps.claims.result import make_result
 from sweeps.process import Task
 from tests.sweeps.claims.fixture_claims import (
@@ -32,6 +23,7 @@ from tests.sweeps.claims.fixture_claims import (
     commit,
     moved,
     observed,
+    register,
     run,
     write_claim,
 )
@@ -40,21 +32,19 @@ from tests.sweeps.fixture_runs import write_run
 TRIAL = "predicted: in no commit"
 
 
-class Finished:
+def finish(tasks: Sequence[Task], **_: object) -> None:
     """Stands for a pool: every run is done at once, with MTP a little better."""
-
-    def run(self, tasks: Sequence[Task]) -> None:
-        for task in tasks:
-            shutil.rmtree(task.folder)
-            arm, seed = task.labels[0], int(task.labels[1].removeprefix("seed="))
-            loss = 2 * PLAIN[seed] - (0.1 + seed / 1000 if arm == "mtp" else 0)
-            write_run(task.folder, {"seed": seed}, loss=loss)
-            write_status(task.folder, task.overrides, "done")
+    for task in tasks:
+        shutil.rmtree(task.folder)
+        arm, seed = task.labels[0], int(task.labels[1].removeprefix("seed="))
+        loss = 2 * PLAIN[seed] - (0.1 + seed / 1000 if arm == "mtp" else 0)
+        write_run(task.folder, {"seed": seed}, loss=loss)
+        write_status(task.folder, task.overrides, "done")
 
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sweeps.claims.run.make_pool", lambda *_, **__: Finished())
+    monkeypatch.setattr("sweeps.pool.run", finish)
 
 
 @pytest.mark.parametrize("action", ["run", "replicate", "weights"])
@@ -162,6 +152,6 @@ def test_a_trial_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert known(claim, predicted_in="d" * 40) == "d" * 40
     assert known(claim, predicted_in=None) is None
     assert known(claim, predicted_in="d" * 40, digest="of another prediction") is None
-    write_preregistration(Preregistration(digest=claim.digest, commit=None), claim, tmp_path)
+    register(claim, tmp_path)
     again = read_preregistration(claim, tmp_path)
     assert again is not None and again.commit is None

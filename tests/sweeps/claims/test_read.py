@@ -28,12 +28,7 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         tmp_path,
         predictions=[
             {**PREDICTION, "by": -0.1, "expected": -0.2, "published": "2.1"},
-            {
-                "arm": "mtp",
-                "side": "above",
-                "by": 1,
-                "measure": own,
-            },
+            {"arm": "mtp", "side": "above", "by": 1, "measure": own},
         ],
     )
     assert claim.name == claim.label == "mine" and claim.scale.seeds == (0, 1, 2, 3, 4)

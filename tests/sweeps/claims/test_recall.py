@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("scipy")
-
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
-from sweeps.claims.preregistration import Preregistration, write_preregistration
+from sweeps.claims.preregistration import Preregistration
 from sweeps.claims.read import read_claim
 from sweeps.claims.recall import beginning, left_to_run, shared_seeds, with_stored
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
@@ -25,6 +23,7 @@ from tests.sweeps.claims.fixture_claims import (
     claim_of,
     moved,
     observed,
+    register,
     write_claim,
 )
 from tests.sweeps.fixture_runs import evaluated, write_run
@@ -73,13 +72,10 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
             write_run(
                 runs / f"{arm}{seed}", {"seed": seed}, loss=2 * PLAIN[seed] - less, summary=summary
             )
-    write_preregistration(
-        Preregistration(digest=claim.digest, commit="a" * 40, runs=here), claim, runs
-    )
+    register(claim, runs, here, commit="a" * 40)
     results = tmp_path / "results"
     write_result(stored, claim.label, results)
     alone, both = judge(claim, runs), judge(claim, runs, results)
-    assert alone is not None and both is not None
     assert alone["verdict"] == "undecided" and both["verdict"] == "holds"
     assert both["unfinished"] == [] and both["predictions"][0]["n"] == 5
     assert (both["began"], both["predicted_in"]) == BEGAN
@@ -154,11 +150,8 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
         write_run(
             runs / named["mtp", seed], {"seed": seed}, loss=2 * PLAIN[seed] - 0.1, summary=summary
         )
-    write_preregistration(
-        Preregistration(digest=claim.digest, commit="a" * 40, runs=here), claim, runs
-    )
+    register(claim, runs, here, commit="a" * 40)
     alone, both = judge(claim, runs), judge(claim, runs, results)
-    assert alone is not None and both is not None
     assert (alone["predictions"][0]["n"], both["predictions"][0]["n"]) == (0, 3)
     values = both["arms"]["plain"]["seeds"]["1"]["values"]
     assert values == {"val/bits_per_byte": PLAIN[1]}

@@ -6,36 +6,16 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
-
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
-from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
-from sweeps.claims.pages import (
-    MORE_PLANNING,
-    PLANNING,
-    QUESTION,
-    READMES,
-    pages,
-    part,
-    write_pages,
-)
-from sweeps.claims.preregistration import Preregistration, write_preregistration
+from sweeps.claims.pages import MORE_PLANNING, PLANNING, QUESTION, READMES, pages, part, write_pages
+from sweeps.claims.preregistration import write_preregistration
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.result import (
-    Result,
-    is_stale,
-    judge,
-    make_result,
-    read_result,
-    write_result,
-)
+from sweeps.claims.result import is_stale, judge, make_result, read_result, write_result
 from sweeps.claims.words import beside
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
@@ -44,6 +24,8 @@ from tests.sweeps.claims.fixture_claims import (
     claim_of,
     moved,
     observed,
+    register,
+    result_of,
     rights,
     root,
     run,
@@ -52,10 +34,6 @@ from tests.sweeps.claims.fixture_claims import (
 from tests.sweeps.fixture_runs import evaluated, task_run, write_run
 
 ENGLISH, CHINESE = READMES
-
-
-def result_of(claim: Claim, values: dict[str, Any]) -> Result:
-    return make_result(claim, observed(claim, values), BEGAN)
 
 
 def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
@@ -109,10 +87,8 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
         lines = ["step,moe/max_violation", "5,9.0", "11,1.0", "20,2.0", "21,"]
         (runs / f"m{seed}" / "metrics.csv").write_text("\n".join(lines) + "\n")
     folders = {a: {s: f"{a[0]}{s}" for s in range(5)} for a in ("plain", "mtp")}
-    preregistration = Preregistration(digest=claim.digest, commit=None, runs=folders)
-    write_preregistration(preregistration, claim, runs)
+    preregistration = register(claim, runs, folders)
     result = judge(claim, runs)
-    assert result is not None
     values = result["arms"]["mtp"]["seeds"]["3"]["values"]
     assert values["val/bits_per_byte"] == pytest.approx(PLAIN[3] - 0.0515)
     assert values["moe/max_violation, last 0.5"] == 1.5, "of steps 11 to 20"
@@ -124,7 +100,6 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
     del preregistration.runs["plain"][0]
     write_preregistration(preregistration, claim, runs)
     again = judge(claim, runs)
-    assert again is not None
     assert again["unfinished"] == ["plain: 4 of 6 seeds done, 1 missing, 1 unfinished"]
 
 
@@ -135,11 +110,8 @@ def test_solving_is_read_of_runs(tmp_path: Path) -> None:
         task_run(runs / f"p{seed}", {"seed": seed}, rights=(0.4, 0.5))
         task_run(runs / f"m{seed}", {"seed": seed}, rights=(0.4, 0.97))
     folders = {a: {s: f"{a[0]}{s}" for s in range(2)} for a in ("plain", "mtp")}
-    write_preregistration(
-        Preregistration(digest=claim.digest, commit=None, runs=folders), claim, runs
-    )
+    register(claim, runs, folders)
     result = judge(claim, runs)
-    assert result is not None
     assert result["arms"]["mtp"]["seeds"]["1"]["waits"] == {"val/exact_match": (20, True)}
     (entry,) = result["predictions"]
     assert (entry["own"]["count"], entry["other"]["count"]) == (2, 0)
@@ -153,7 +125,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
     runs.mkdir()
     claim = claim_of(claims)
     where = ["--claims", claims, "--root", root(tmp_path)]
-    write_preregistration(Preregistration(digest=claim.digest, commit=None), claim, runs)
+    register(claim, runs)
     write_result(
         result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)}), "mine", tmp_path / "results"
     )
@@ -392,10 +364,12 @@ def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
     assert "在 P 上，代码 1.36 倍；在 P_other 上，代码 0.90 倍。" in chinese
 
 
-@pytest.mark.parametrize("page", ["docs/results.md", *READMES])
-def test_the_projects_pages_are_those_of_its_results(page: str) -> None:
+def test_the_projects_pages_are_those_of_its_results() -> None:
     """``python -m sweeps.claims verdict --all`` makes them."""
-    assert pages(ROOT)[ROOT / page] == (ROOT / page).read_text(encoding="utf-8")
+    made = pages(ROOT)
+    assert set(made) == {ROOT / page for page in ("docs/results.md", *READMES)}
+    for page, text in made.items():
+        assert text == page.read_text(encoding="utf-8"), page
 
 
 def test_every_result_is_of_a_claim_and_has_its_figures() -> None:

@@ -1,7 +1,7 @@
-"""Memory of a sweep's jobs, and whether the machine has room for one more.
+"""The cores and the memory that jobs may use on this machine, by the system and its control groups.
 
-A job is expected to take the most that finished jobs took. Until one has finished, it is expected
-to take a gigabyte per process, or what a running one takes, if that is more.
+A job is expected to take the most memory that finished jobs took. Until one has finished, it is
+expected to take a gigabyte per process, or what a running one takes, if that is more.
 """
 
 from __future__ import annotations
@@ -12,18 +12,63 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from sweeps.cores import groups_around
-
 # More than a process of a small model takes.
 UNKNOWN_BYTES = 1_000_000_000
 
 
-class MemoryUse:
-    """Measured and expected memory of jobs.
+def cores() -> int:
+    """Cores that this process may use, at least 1.
 
-    Args:
-        root: root of the file system, for tests.
+    Affinity alone is not enough: a container with a quota of two cores sees all cores of its
+    machine.
     """
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return seen if quota is None else max(1, min(seen, int(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Processor seconds per second that this process's control groups allow; None for no limit.
+    ``root`` is the root of the file system, for tests."""
+    quotas = [*_quotas_of_version_2(root), *_quotas_of_version_1(root)]
+    return min(quotas) if quotas else None
+
+
+def groups_around(root: Path) -> Iterator[Path]:
+    """The folder of this process's control group (version 2), and those of all its parents."""
+    mounted = root / "sys/fs/cgroup"
+    group = ""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                group = line[3:].strip("/")
+    # A container names the group as its machine sees it, but its own top is the container's.
+    parts = [part for part in group.split("/") if part not in ("", "..")]
+    for n in range(len(parts), -1, -1):
+        yield mounted.joinpath(*parts[:n])
+
+
+def _quotas_of_version_2(root: Path) -> Iterator[float]:
+    """Quotas in ``cpu.max`` ("200000 100000", or "max 100000") of the group and its parents."""
+    for folder in groups_around(root):
+        with suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                yield int(quota) / int(period)
+
+
+def _quotas_of_version_1(root: Path) -> Iterator[float]:
+    """Quotas in ``cpu.cfs_quota_us``, which is -1 for none."""
+    for name in ("cpu", "cpu,cpuacct"):
+        folder = root / "sys/fs/cgroup" / name
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota = int((folder / "cpu.cfs_quota_us").read_text())
+            if quota > 0:
+                yield quota / int((folder / "cpu.cfs_period_us").read_text())
+
+
+class MemoryUse:
+    """Measured and expected memory of jobs; ``root`` is the root of the file system, for tests."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
@@ -40,18 +85,13 @@ class MemoryUse:
 
     def look(self) -> None:
         """Measures the running jobs."""
-        taken = of_groups(self._root)
+        taken = taken_by_groups(self._root)
         for group in self._processes:
             self._now[group] = taken.get(group, 0)
             self._most[group] = max(self._most[group], self._now[group])
 
     def end(self, group: int, *, well: bool) -> None:
-        """Removes a job.
-
-        Args:
-            group: its process group.
-            well: whether it finished, so that its memory is representative.
-        """
+        """Removes a job; ``well`` says that it finished, so that its memory is representative."""
         of_one = self._most.pop(group) // self._processes.pop(group)
         del self._now[group]
         if well and of_one:  # 0 if it ended before the first look
@@ -82,38 +122,28 @@ class MemoryUse:
 
 
 def available(root: Path = Path("/")) -> int | None:
-    """Bytes available without swapping, by the system and by the control groups of this process;
-    None if unknown.
-
-    Args:
-        root: root of the file system, for tests.
-    """
-    found = [*_of_system(root), *_of_groups(root)]
+    """Bytes available without swapping, by the system and by this process's control groups; None if
+    unknown. ``root`` is the root of the file system, for tests."""
+    found = [*_fields(root / "proc/meminfo", ("MemAvailable",)), *_room_in_groups(root)]
     return min(found) if found else None
 
 
-def of_groups(root: Path = Path("/")) -> dict[int, int]:
-    """Bytes of private memory of each process group; pages of files, such as libraries, are
-    shared."""
+def taken_by_groups(root: Path = Path("/")) -> dict[int, int]:
+    """Bytes of private memory by process group; pages of files, such as libraries, are shared."""
     taken: defaultdict[int, int] = defaultdict(int)
     if not (root / "proc").is_dir():  # macOS, which does not report available memory either
         return {}
     for name in os.listdir(root / "proc"):
         if name.isdecimal():
+            folder = root / "proc" / name
             with suppress(OSError, ValueError, IndexError):  # the process has just ended
-                folder = root / "proc" / name
                 # The fields come after the program's name, which may hold any characters.
                 group = int((folder / "stat").read_text().rpartition(")")[2].split()[2])
                 taken[group] += sum(_fields(folder / "status", ("RssAnon", "RssShmem")))
     return dict(taken)
 
 
-def _of_system(root: Path) -> Iterator[int]:
-    with suppress(OSError):
-        yield from _fields(root / "proc/meminfo", ("MemAvailable",))
-
-
-def _of_groups(root: Path) -> Iterator[int]:
+def _room_in_groups(root: Path) -> Iterator[int]:
     """Room below ``memory.max`` ("max" for no limit) of this process's group and its parents."""
     for folder in groups_around(root):
         with suppress(OSError, ValueError):
@@ -124,8 +154,9 @@ def _of_groups(root: Path) -> Iterator[int]:
 
 
 def _fields(file: Path, names: tuple[str, ...]) -> Iterator[int]:
-    """Values of lines such as ``MemAvailable:   123 kB``, in bytes."""
-    for line in file.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in names:
-            yield int(value.split()[0]) * 1024
+    """Values of lines such as ``MemAvailable:   123 kB``, in bytes; none of an unreadable file."""
+    with suppress(OSError):
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in names:
+                yield int(value.split()[0]) * 1024

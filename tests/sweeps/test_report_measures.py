@@ -1,0 +1,112 @@
+"""What a report says of floors, gaps and contexts, and its curves of how far back models look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sweeps.report.lines import long_range
+from sweeps.report.metrics import is_share
+from sweeps.report.read import Run
+from sweeps.report.settings import Setting, Settings
+from sweeps.report.tables import of_floors, of_settings
+from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.reported import collected
+
+VALUES = {
+    "val/rejection_depth_1": 0.5,
+    "val/recall_16_depth_1": 0.75,
+    "val/floor_depth_1_order_0": 0.3,
+    "val/gap_depth_1_order_0": 0.2,
+    "val/rejection_depth_2": 0.6,
+    "val/recall_16_depth_2": 0.625,
+    "val/floor_depth_2_order_0": 0.4,
+    "val/gap_depth_2_order_0": 0.2,
+    "val/floor_depth_2_order_1": 0.1,
+    "val/gap_depth_2_order_1": 0.5,
+    "val/floor_share_depth_2_order_1": 1 / 6,
+}
+
+
+def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
+    for depth in (1, 2):
+        for seed in (0, 1):
+            shift = 0.02 * seed
+            own = {tag: value + shift for tag, value in VALUES.items() if f"depth_{depth}" in tag}
+            own |= {"val/context_score": -0.5 - shift, "val/effective_context": 64.0}
+            summary = {**evaluated("f" * 32), **own}
+            folder = tmp_path / f"{depth}_{seed}"
+            write_run(folder, {"mtp.depth": depth, "seed": seed}, summary=summary)
+    settings = collected(tmp_path)
+    table = of_floors(settings)
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert rows == [
+        ["mtp.depth=1", "1", "0", "51.0 %", "31.0 %", "21.0 %", "76.0 %"],
+        ["mtp.depth=2", "2", "0", "61.0 %", "41.0 %", "21.0 %", "63.5 %"],
+        ["mtp.depth=2", "2", "1", "61.0 %", "11.0 %", "51.0 %", "63.5 %"],
+    ]
+    assert all(cell.half for row in table.rows for cell in row[3:])
+    head = [name for name, _ in of_settings(settings, []).head]
+    assert {"Loss, late − early", "Effective context"} <= set(head)
+
+
+def test_shares_are_known_and_differences_are_none() -> None:
+    for tag in VALUES:
+        assert is_share(tag) == ("gap" not in tag)
+    assert not is_share("val/context_score")
+
+
+def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", summary=evaluated("f" * 32))
+    settings = collected(tmp_path)
+    assert of_floors(settings) is None
+    assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]
+
+
+# Curves of how far back models look.
+
+
+def settings(*summaries: dict[str, float]) -> Settings:
+    """The runs of one setting."""
+    runs = [
+        Run(folder=Path(str(i)), state="done", summary=summary, config={"seed": i})
+        for i, summary in enumerate(summaries)
+    ]
+    one = Setting(values={"mtp.depth": 2}, config={}, runs=runs)
+    return Settings(all=[one], varied=["mtp.depth"], left_out=[])
+
+
+def test_a_curve_of_every_measure_with_its_interval() -> None:
+    tags = {
+        "loss_position": {"val/loss_position_1": 1, "val/loss_position_2-3": 2},
+        "context_gain": {"val/context_gain_8": 8},
+        "natural_repeats": {"val/accuracy_no_repeat": 1, "val/accuracy_repeat_1-64": 64},
+        "random_repeats": {"val/accuracy_random_repeat_8": 8},
+        "acceptance_position": {"decode/acceptance_at_8-15": 8},
+        "acceptance_entropy": {
+            "decode/acceptance_entropy_0.5-1": 0.5,
+            "decode/acceptance_entropy_4-up": 4,
+        },
+    }
+    others = ["val/loss_position_1_depth_1", "val/context_gain_8_se", "val/share_no_repeat"]
+    every = [*(tag for curve in tags.values() for tag in curve), *others]
+    drawings = long_range(settings(dict.fromkeys(every, 0.25), dict.fromkeys(every, 0.75)))
+    assert [drawing.name for drawing in drawings] == list(tags)
+    for drawing in drawings:
+        (container,) = drawing.figure.axes[0].containers
+        line = container[0]
+        assert list(line.get_xdata()) == list(tags[drawing.name].values())
+        assert set(line.get_ydata()) == {0.5}
+        (segments,) = container[2]
+        assert all(s[1, 1] - s[0, 1] > 0.9 for s in segments.get_segments())
+
+
+def test_places_that_double_are_equally_far_apart_and_written_plainly() -> None:
+    tags = ["val/loss_position_1", "val/loss_position_2-3", "val/loss_position_512-1023"]
+    (drawing,) = long_range(settings(dict.fromkeys(tags, 0.25)))
+    (axes,) = drawing.figure.axes
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "512"]
+
+
+def test_without_the_callback_there_is_no_figure() -> None:
+    assert long_range(settings({"val/loss_depth_0": 1.0})) == []

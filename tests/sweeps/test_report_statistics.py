@@ -1,0 +1,268 @@
+"""Statistics of small samples against numbers by hand, closed forms and brute force."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from fractions import Fraction
+from math import comb
+from pathlib import Path
+
+import pytest
+from scipy import optimize, stats
+
+from sweeps.report.__main__ import report
+from sweeps.report.metrics import ANSWERS, OF_TASKS, TABLE, is_share
+from sweeps.report.statistics import (
+    Interval,
+    Wait,
+    holm,
+    interval,
+    paired,
+    share,
+    share_interval,
+    survival,
+    unpaired,
+)
+from tests.sweeps.fixture_runs import write_run
+from tests.sweeps.reported import cells
+
+# Student's t for 95 %, from a printed table: 1 and 2 degrees of freedom.
+T1, T2 = 12.7062, 4.30265
+
+
+def test_interval_by_hand() -> None:
+    found = interval([2.0, 2.1, 2.3])
+    assert found.mean == pytest.approx(6.4 / 3)
+    # squared deviations: (0.4/3)^2 + (0.1/3)^2 + (0.5/3)^2 = 0.42 / 9; over n - 1 = 2, over n = 3
+    assert found.half == pytest.approx(T2 * math.sqrt(0.42 / 9 / 2 / 3), rel=1e-5)
+    assert interval([2.0]) == Interval(2.0, None, 1)
+
+
+def test_paired_by_hand() -> None:
+    """Differences 0.1 and 0.3: mean 0.2, standard error 0.1, t = 2 with one degree of freedom,
+    where Student's t is Cauchy's distribution: p = 1 - 2 atan(2) / pi."""
+    found = paired({0: 2.1, 1: 2.5, 7: 9.0}, {0: 2.0, 1: 2.2, 8: 0.0})
+    assert found.difference.mean == pytest.approx(0.2)
+    assert found.difference.half == pytest.approx(T1 * 0.1, rel=1e-4)
+    assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
+
+
+def test_paired_at_its_limits() -> None:
+    assert paired({0: 1.0}, {1: 1.0}) is None
+    alone = paired({0: 1.0}, {0: 3.0})
+    assert alone is not None and alone.p is None and alone.difference == Interval(-2.0, None, 1)
+    same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert same is not None and same.p is None and same.constant
+    shifted = paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0})
+    assert shifted is not None and shifted.p is None and shifted.constant
+    # 2.1 - 2.0 and 1.1 - 1.0 differ in the last bits, by what a subtraction rounds away.
+    rounded = paired({0: 2.1, 1: 1.1}, {0: 2.0, 1: 1.0})
+    assert rounded is not None and rounded.p is None and rounded.constant
+    near = paired({0: 2.1, 1: 1.1 + 1e-9}, {0: 2.0, 1: 1.0})
+    assert near is not None and near.p is not None and not near.constant
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, and 0.04 raised to 0.06."""
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+# Shares of seeds, Fisher's test and survival curves.
+
+
+def at_least(count: int, n: int, p: float) -> float:
+    """Chance of ``count`` or more of n."""
+    return sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(count, n + 1))
+
+
+@pytest.mark.parametrize("n", [1, 5, 20])
+def test_clopper_pearson_ends_where_the_tails_are_two_and_a_half_percent(n: int) -> None:
+    for count in range(n + 1):
+        found = share(count, n)
+        assert found.rate == count / n and 0 <= found.low <= found.rate <= found.high <= 1
+        if count > 0:
+            assert at_least(count, n, found.low) == pytest.approx(0.025, rel=1e-6)
+        if count < n:
+            assert 1 - at_least(count + 1, n, found.high) == pytest.approx(0.025, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_none_and_all_have_closed_forms(n: int) -> None:
+    none, every = share(0, n), share(n, n)
+    assert (none.low, every.high) == (0.0, 1.0)
+    assert none.high == pytest.approx(1 - 0.025 ** (1 / n))
+    assert every.low == pytest.approx(0.025 ** (1 / n))
+
+
+def fisher(a: int, n_a: int, b: int, n_b: int) -> float:
+    """Sum over all tables of these margins that are at most as likely as the one seen."""
+    total = a + b
+    ways = {k: comb(n_a, k) * comb(n_b, total - k) for k in range(total + 1)}
+    seen = ways[a]
+    return float(Fraction(sum(w for w in ways.values() if w <= seen), comb(n_a + n_b, total)))
+
+
+def test_fisher_is_the_sum_over_tables() -> None:
+    for n_a, n_b in ((2, 2), (5, 5), (3, 7)):
+        for a in range(n_a + 1):
+            for b in range(n_b + 1):
+                found = unpaired(share(a, n_a), share(b, n_b))
+                assert found.p == pytest.approx(fisher(a, n_a, b, n_b), rel=1e-6)
+                assert found.least is not None and found.p is not None
+                assert found.p >= found.least * (1 - 1e-9)
+
+
+def test_fisher_by_hand() -> None:
+    """Five of five against none of five: two of the 252 tables are so extreme."""
+    found = unpaired(share(5, 5), share(0, 5))
+    assert found.p == found.least == pytest.approx(2 / 252)
+    assert unpaired(share(3, 3), share(0, 3)).least == pytest.approx(2 / 20)  # never below 0.05
+
+
+def test_one_seed_has_no_test() -> None:
+    found = unpaired(share(1, 1), share(0, 20))
+    assert (found.p, found.least) == (None, None)
+
+
+def still_waiting(waits: list[Wait], time: float) -> float:
+    """Kaplan-Meier's product, as it is written."""
+    left = 1.0
+    for t in sorted({w.time for w in waits if w.ended and w.time <= time}):
+        watched = sum(w.time >= t for w in waits)
+        left *= 1 - sum(w.ended and w.time == t for w in waits) / watched
+    return left
+
+
+def test_survival_is_the_product() -> None:
+    draw = random.Random(0)
+    for n in (1, 2, 5, 20):
+        for _ in range(20):
+            waits = [Wait(10.0 * draw.randint(1, 6), draw.random() < 0.6) for _ in range(n)]
+            found = survival(waits)
+            assert found is not None and found.n == n
+            assert found.ended == sum(w.ended for w in waits)
+            for time in range(0, 80, 5):
+                assert found.after(time) == pytest.approx(still_waiting(waits, time))
+            medians = [t for t in range(0, 80, 5) if still_waiting(waits, t) <= 0.5 + 1e-9]
+            assert found.median == (medians[0] if medians else None)
+
+
+def test_survival_by_hand() -> None:
+    """Of five, one ends at 10 (4/5 wait); at 20 two of four do, one of them last looked at there
+    (4/5 x 2/4)."""
+    waits = [Wait(10, True), Wait(20, True), Wait(20, True), Wait(20, False), Wait(30, False)]
+    found = survival(waits)
+    assert (found.times, found.censored, found.median) == ((10, 20, 30), (20, 30), 20)
+    assert found.shares == pytest.approx((0.8, 0.4, 0.4))
+    assert (found.after(9), found.after(20)) == (1.0, pytest.approx(0.4))
+
+
+def test_survival_of_none_and_of_all() -> None:
+    assert survival([]) is None
+    none = survival([Wait(10, False), Wait(20, False)])
+    assert none is not None and set(none.shares) == {1.0} and none.median is None
+    every = survival([Wait(10, True), Wait(20, True)])
+    assert every is not None and every.shares == (0.5, 0.0) and every.median == 10
+    # 9/10 x 7/9 x 5/7 is half, and one bit more than it in floating point.
+    half = survival([Wait(t, True) for t in (3, 4, 4, 5, 5)] + 5 * [Wait(6, False)])
+    assert half is not None and half.shares[2] > 0.5 and half.median == 5
+
+
+# Intervals of shares over seeds: Wilson's equation solved numerically, and what is shown.
+
+
+def wilson(values: list[float]) -> tuple[float, float]:
+    """The two roots of ``(m - mu)^2 = t^2 phi mu (1 - mu) / n``, one on each side of m."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    phi = variance / (mean * (1 - mean))
+    t = stats.t.ppf(0.975, n - 1)
+
+    def beyond(mu: float) -> float:
+        return float((mean - mu) ** 2 - t**2 * phi * mu * (1 - mu) / n)
+
+    return tuple(optimize.brentq(beyond, mean, end, xtol=1e-14) for end in (0.0, 1.0))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.97, 0.99, 1.0], [0.0, 1.0], [0.5, 0.52, 0.47, 0.51], [1e-6, 0.0, 2e-6]]
+)
+def test_the_ends_solve_the_equation(values: list[float]) -> None:
+    found = share_interval(values)
+    assert found.ends == pytest.approx(wilson(values), abs=1e-11, rel=1e-7)
+    assert found.mean == interval(values).mean and found.n == len(values)
+    assert found.half is not None and 2 * found.half == pytest.approx(
+        found.ends[1] - found.ends[0]  # type: ignore[index]
+    )
+
+
+def test_it_stays_within_0_and_1() -> None:
+    """Where the t interval does not; error bars have no negative length."""
+    draw = random.Random(0)
+    outside = 0
+    for _ in range(1000):
+        n, power = draw.randint(2, 6), draw.choice([1, 8, 60, 400])
+        values = [draw.random() ** power for _ in range(n)]
+        if draw.random() < 0.5:
+            values = [1 - value for value in values]
+        found, plain = share_interval(values), interval(values)
+        below, above = found.reach
+        assert below >= 0 and above >= 0
+        if found.ends is not None:
+            assert 0 <= found.ends[0] <= found.mean <= found.ends[1] <= 1, values
+        outside += not (plain.half <= plain.mean <= 1 - plain.half)
+    assert outside > 200
+
+
+def test_near_one_half_it_is_the_t_interval_to_second_order() -> None:
+    for middle in (0.5, 0.48):
+        differences = []
+        for size in (1e-2, 1e-3, 1e-4):
+            values = [middle - size, middle, middle + 1.5 * size]
+            half = interval(values).half
+            reach = share_interval(values).reach
+            differences.append(max(abs(side - half) for side in reach))
+            assert differences[-1] < half**2
+        assert differences[1] < differences[0] / 90 and differences[2] < differences[1] / 90
+
+
+def test_without_noise_it_is_a_point() -> None:
+    for value in (0.0, 0.25, 1.0):
+        assert share_interval([value] * 3) == Interval(value, 0.0, 3)
+    assert share_interval([0.9]) == Interval(0.9, None, 1)
+    assert share_interval([1.0, math.nextafter(1.0, 0.0)]).mean == 1.0
+
+
+def test_what_is_shown_in_percent_is_a_share() -> None:
+    for metric in (*TABLE, ANSWERS, *OF_TASKS):
+        assert is_share(metric.tag) == (metric.form == "%"), metric.tag
+    shares = ["val/longer/exact_match", "val/forced_accuracy_position_17-32", "val/overlap_depth_2"]
+    shares += ["decode/acceptance_entropy_4-up", "decode/acceptance_at_8-15"]
+    assert all(map(is_share, shares))
+    assert not any(map(is_share, ["val/context_gain_8", "decode/tokens_per_step", "accuracy"]))
+
+
+def test_the_report_shows_its_ends(tmp_path: Path) -> None:
+    """In the table, as bars of the figures, and under the pointer."""
+    values = [0.97, 0.99, 1.0]
+    for seed, value in enumerate(values):
+        summary = {"val/agreement_depth_1": value, "val/loss_depth_1": 2.5}
+        write_run(tmp_path / f"s{seed}", {"seed": seed}, loss=2.0 + seed / 10, summary=summary)
+    page = report([tmp_path])[0].read_text(encoding="utf-8")
+    low, high = wilson(values)
+    assert f'98.7 % <span class="half">{100 * low:.1f} % to {100 * high:.1f} %</span>' in page
+    assert re.search(r'2\.1000 <span class="half">± 0\.\d+</span>', page)  # the loss keeps its own
+    assert f"tokens: 0.98667 ({low:.5g} to {high:.5g})</title>" in page
+    assert re.search(r"nats per token: 2\.1 ± 0\.\d+</title>", page)
+
+
+def test_a_share_by_name_alone_keeps_its_t_interval(tmp_path: Path) -> None:
+    """A user's own metric, of 0 .. 100."""
+    for seed, value in enumerate((97.0, 99.0)):
+        write_run(tmp_path / f"s{seed}", {"seed": seed}, summary={"val/agreement_depth_1": value})
+    (found,) = [cell for cell in cells(tmp_path) if cell.text == "9800.0 %"]
+    assert found.half.startswith("±")
