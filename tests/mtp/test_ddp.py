@@ -54,14 +54,3 @@ def test_two_processes_train_heads_as_one_does(tmp_path: Path) -> None:
         expected = weights(tmp_path / name)
         for key, tensor in weights(runs / name).items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=key)
-
-
-def test_accumulation_does_not_change_what_is_mixed(tmp_path: Path) -> None:
-    common = {**COMMON, "mtp.hidden_state_mixing": "true"}
-    cache = tmp_path / "cache"
-    train_here(tmp_path / "whole", cache, common | {"data.batch_size": 4})
-    split = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 4}
-    train_here(tmp_path / "split", cache, common | split)
-    expected = weights(tmp_path / "whole")
-    for name, tensor in weights(tmp_path / "split").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -54,9 +54,11 @@ def in_documents(batch: WindowBatch) -> WindowBatch:
     return WindowBatch(batch.tokens, batch.depth, starts.cumsum(1))
 
 
-@pytest.mark.parametrize("library", [None, LIBRARY], ids=["plain", "native"])
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize(
+    ("trunk", "library"),
+    [*((trunk, LIBRARY) for trunk in TRUNKS), ("plain", None), ("experts", None)],
+)
 def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
     trunk: str, low: bool, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +114,9 @@ def test_a_mask_sees_its_prefix_and_the_masks_before_it_in_its_block(documents: 
         assert torch.equal(of_all_masks.ne(0).any(-1).unflatten(1, (T, DEPTH)), wanted)
 
 
-@pytest.mark.parametrize("drafts", [1, 2, DEPTH])
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize(
+    ("trunk", "drafts"), [*((trunk, DEPTH) for trunk in TRUNKS), ("plain", 1), ("experts", 2)]
+)
 def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int) -> None:
     """After the prompt, and after a verify pass over the places where the masks stood."""
     model, n = masked(TRUNKS[trunk]).double().eval(), 9
