@@ -1,4 +1,4 @@
-"""What is asked of every head: which tokens a depth reads, where its gradient ends, how it starts.
+"""What is asked of every head: the tokens that a depth reads, where gradients end, how it starts.
 
 That states, losses and gradients are those of the definitions is tested in
 ``tests/objective/test_cross_product.py``.
@@ -177,6 +177,14 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
             model.zero_grad()
         for cut, a, b in zip(cuts, *found, strict=True):
             assert bool((a - b).abs().max() < 1e-7) == cut, detach
+
+
+def test_detach_is_once_before_the_loop(tiny_trunk: TrunkConfig) -> None:
+    """Depth 2's loss must reach depth 1's module even where the trunk is cut off."""
+    model = build(tiny_trunk, SequentialConfig(depth=2, detach="trunk"))
+    mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3)[0].backward()
+    for parameter in model.mtp.depths[0].parameters():
+        assert parameter.dim() == 1 or parameter.grad.abs().max() > 1e-7
 
 
 @every_head

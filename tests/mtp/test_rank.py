@@ -106,28 +106,6 @@ def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkC
             torch.testing.assert_close(found[k][t], exact[k], rtol=1e-6, atol=1e-9)
 
 
-def test_equal_components_are_linear_heads(tiny_trunk: TrunkConfig) -> None:
-    """Whatever their weights are."""
-    plain = build(tiny_trunk, LinearConfig(depth=2)).double()
-    joint = of_rank(tiny_trunk, 3, 2)
-    with torch.no_grad():
-        joint.trunk.load_state_dict(plain.trunk.state_dict())
-        joint.head.load_state_dict(plain.head.state_dict())
-        for matrix in joint.mtp.next:
-            matrix.weight.zero_()
-        for k, matrices in enumerate(joint.mtp.depths):
-            for matrix in matrices:
-                matrix.weight.copy_(plain.mtp.depths[k].weight)
-    batch = windows(2, 7, 2)
-    found, exact = joint(batch), plain(batch)
-    for k in range(3):
-        torch.testing.assert_close(
-            joint.head(found[k]), plain.head.log_probs(exact[k]), rtol=1e-6, atol=1e-9
-        )
-    losses = [mtp_loss(m, batch, [0.3, 0.2], [14] * 3)[1] for m in (joint, plain)]
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-8)
-
-
 def test_components_start_apart_and_the_first_as_the_main_prediction(
     tiny_trunk: TrunkConfig,
 ) -> None:

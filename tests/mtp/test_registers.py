@@ -45,9 +45,7 @@ TRUNKS = {
         "attention": LatentAttentionConfig(q_rank=None, kv_rank=16, d_nope=8, d_rope=4, d_value=8),
         "d_head": None,
     },
-    "experts": {
-        "feed_forward": ExpertsConfig(n_routed=6, n_shared=1, top_k=2, d_expert=16),
-    },
+    "experts": {"feed_forward": ExpertsConfig(n_routed=6, n_shared=1, top_k=2, d_expert=16)},
 }
 
 
@@ -77,7 +75,7 @@ def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: t
 
 
 def test_gradients_of_registers_alone_move_no_token_of_the_window(tiny_trunk: TrunkConfig) -> None:
-    """No register sees a token behind its own, and no other register."""
+    """No register sees a token after its own, and no other register."""
     model = build(tiny_trunk, RegistersConfig(lookahead=4)).double()
     batch = ahead_windows(1, 8, 4)
     key = KEYS[0]

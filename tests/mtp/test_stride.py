@@ -17,7 +17,6 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests.losses import mtp_loss
 from tests.models import build
 
 every_head = pytest.mark.parametrize("variant", ["parallel", "linear"])
@@ -62,25 +61,6 @@ def test_targets_are_those_of_deeper_windows(stride: int, depth: int, seq_len: i
     assert batch.counts().tolist() == deep.counts().tolist()[::stride]
     for part in batch.micro_batches(2):
         assert part.stride == stride and part.seq_len == seq_len
-
-
-@every_head
-def test_loss_and_gradients_are_those_of_the_same_heads_among_more(
-    tiny_trunk: TrunkConfig, variant: str
-) -> None:
-    leaps, walks = pair(tiny_trunk, variant)
-    batch = leaping(3, 10, 2, 3)
-    deep = WindowBatch(batch.tokens, 6, batch.documents, batch.scored)
-    total, sums = mtp_loss(leaps, batch, [0.3, 0.2], batch.counts().tolist())
-    total.backward()
-    others = [0.0, 0.0, 0.3, 0.0, 0.0, 0.2]
-    expected, all_sums = mtp_loss(walks, deep, others, deep.counts().tolist())
-    expected.backward()
-    assert torch.equal(total, expected) and torch.equal(sums, all_sums[::3])
-    gradients = dict(walks.named_parameters())
-    for name, parameter in leaps.named_parameters():
-        wide = name.replace("depths.1.", "depths.5.").replace("depths.0.", "depths.2.")
-        assert torch.equal(parameter.grad, gradients[wide].grad), name
 
 
 @every_head

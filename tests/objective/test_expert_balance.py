@@ -17,14 +17,7 @@ from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.moe import MoE, Router, routers_of
 from mtp_lightning.objective.expert_balance import balance_experts, label
 from tests import deepseek
-from tests.integration.helpers import (
-    checkpoint,
-    command,
-    execute,
-    rows,
-    train_here,
-    weights,
-)
+from tests.integration.helpers import checkpoint, command, execute, rows, train_here, weights
 from tests.losses import mtp_loss, reported_loss
 
 GAMMA = 0.001
@@ -62,11 +55,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     train_here(folder, cache, RUN | {"data.batch_size": 8})
     return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 def test_a_run_moves_trunk_and_modules_and_logs(plain: Path) -> None:
@@ -220,10 +208,9 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mtp", ["sequential", "parallel"])
-def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path, mtp: str) -> None:
+def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path) -> None:
     """One layer of the trunk and one head have experts; 1e-4 is its value at perfect balance."""
-    on = RUN | {"mtp": mtp, "model.feed_forward.sequence_loss": 1e-4}
+    on = RUN | {"mtp": "parallel", "model.feed_forward.sequence_loss": 1e-4}
     train_here(tmp_path / "whole", cache, on | {"data.batch_size": 8})
     found = [row["moe/sequence_loss"] for row in rows(tmp_path / "whole")]
     assert len(found) == 3 and found == pytest.approx([2e-4] * 3, rel=0.1)

@@ -73,11 +73,7 @@ class Trained:
         self.gradients: dict[str, Tensor] = {}
         schedule = Piecewise(rule.depth, weight)
         self.step = OptimizerStep(
-            self.model,
-            schedule=schedule,
-            balance=rule,
-            clip_norm=clip_norm,
-            accumulate=accumulate,
+            self.model, schedule=schedule, balance=rule, clip_norm=clip_norm, accumulate=accumulate
         )
         if not counts:  # FLOPs, which takes longer than the step
             self.step.cost = lambda *_, **__: 0  # type: ignore[assignment]
@@ -243,7 +239,7 @@ def test_a_rule_that_never_measures_is_training_with_fixed_weights(tiny_trunk: T
 def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gate that is always shut, the trunk trains as though detached; modules go on."""
+    """With a gate that is always shut, the trunk trains as though detached; modules still learn."""
     monkeypatch.setattr(CosineGate, "is_open", lambda self, k: False)
     # The gradients are not clipped: their norm would join what the gate separates.
     shut, plain, fixed = (
@@ -258,3 +254,10 @@ def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
         expected = (plain if name in trunk else fixed).gradients[name]
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9, msg=name)
     assert any(not torch.allclose(plain.gradients[n], fixed.gradients[n], rtol=1e-3) for n in trunk)
+
+
+def test_a_batch_without_any_target_is_refused(tiny_trunk: TrunkConfig) -> None:
+    trained = Trained(tiny_trunk, "sequential", NoBalance(0))
+    alone = WindowBatch(torch.zeros(1, 4).long(), 0, torch.arange(4).unsqueeze(0))
+    with pytest.raises(ValueError, match="no valid target"):
+        trained(alone)

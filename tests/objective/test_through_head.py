@@ -215,7 +215,7 @@ def test_terms_with_a_teacher_hold_a_few_chunks_of_logits(
         with LiveMemory(least=rows * vocab // 2) as memory:
             total, _ = mtp_loss(model, batch, [0.1] * depth, [512] * (depth + 1), term=term)
             total.backward()
-        head = vocab * trunk.d_model  # a gradient of the weight is no chunk
+        head = vocab * trunk.d_model  # a gradient of the weight may be larger than a chunk
         assert memory.largest <= max(rows * vocab, head) < 512 * vocab
         peaks.append(memory.peak)
     assert peaks[1] <= peaks[0] + 4 * rows * vocab
