@@ -10,12 +10,7 @@ from mtp_lightning.nn import experts as plain
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.experts import Experts, routed_experts
-from mtp_lightning.nn.moe import (
-    ExpertsConfig,
-    MoE,
-    Router,
-    sequence_balance_loss,
-)
+from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router, sequence_balance_loss
 from tests import deepseek, deepseek_reference
 
 
@@ -37,9 +32,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tokens", [3, 70])
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("case", "tokens", "grad"),
+    list(zip(CASES, (3, 70, 70, 3), (False, True, False, True), strict=True)),
+)
 def test_equals_the_equations(kernels: str, case: dict, tokens: int, grad: bool) -> None:
     """Few tokens without a gradient go one by one, others sorted."""
     layer = layer_of(**case)
