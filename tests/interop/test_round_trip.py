@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from data_modules.tokenizers import PretrainedTokenizer
+from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
 from mtp_lightning.interop.reading import Folder, read_folder
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from tests import deepseek
 from tests.interop import folders
@@ -208,3 +210,12 @@ def test_what_no_layout_computes(trunk: Any, message: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=message):
         folders.write(tmp_path / "one", deepseek.build(trunk))
     assert not (tmp_path / "one").exists()
+
+
+def test_layouts_hold_modules_that_read_tokens() -> None:
+    for p, fits in ((0.0, True), (0.5, True), (1.0, False)):
+        model = deepseek.build(folders.DENSE, depth=1, token_dropout=p)
+        assert names.has_layout(model.config) == fits
+        config, weights = names.plain(model.config, model.state_dict())
+        if fits:  # there nobody knows of the vector, and nobody needs it
+            assert config.mtp == SequentialConfig(depth=1) and "mtp.blank" not in weights

@@ -273,28 +273,6 @@ def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
         assert not make(depth=0).build(tiny_trunk).reads_tokens, name
 
 
-@pytest.mark.parametrize(
-    ("build_bad", "message"),
-    [
-        (lambda: ParallelConfig(depth=1, branch="top"), "mtp.branch=top is unknown"),
-        (lambda: LinearConfig(depth=1, detach="head"), "mtp.detach=head is unknown"),
-        (lambda: LinearConfig(depth=-1), "at least 0, not -1"),
-        (lambda: ParallelConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
-        (lambda: SequentialConfig(depth=1, hidden_state_mixing=True), "nothing to mix"),
-        (lambda: NextLatConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
-        (lambda: LinearConfig(depth=1, correction="rnn"), "correction=rnn is unknown: choose one"),
-        (lambda: ParallelConfig(depth=1, correction_rank=0), "correction_rank must be a whole"),
-        (
-            lambda: LinearConfig(depth=1, correction_rank=8),
-            "has no meaning with mtp.correction=none",
-        ),
-    ],
-)
-def test_bad_switches_are_named(build_bad: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_bad()
-
-
 @pytest.mark.parametrize("variant", sorted(MTPConfig.variants()))
 def test_configs_compose_to_the_variants_defaults_and_round_trip(
     tiny_trunk: TrunkConfig, variant: str

@@ -26,7 +26,6 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.schedule.base import Progress
-from tests.deepseek import trunk as deepseek_trunk
 from tests.kernels import LIBRARY, use_library
 from tests.losses import mtp_loss, reported_loss, step_of
 from tests.models import build, windows
@@ -249,21 +248,6 @@ def test_no_gradient_reaches_the_states_that_masks_are_pulled_to() -> None:
     assert of_tokens is None and of_masks.any()
 
 
-@pytest.mark.parametrize(
-    ("switches", "message"),
-    [
-        ({"lora_rank": 0}, "mtp.lora_rank must be a whole number of at least 1"),
-        ({"consistency": -1.0}, "mtp.consistency must be"),
-        ({"depth": 0, "freeze_trunk": True}, "leaves nothing to train"),
-    ],
-)
-def test_bad_switches_are_named(switches: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        MaskedConfig(**{"depth": 2, **switches})
-
-
-def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(UserError, match="use model.attention=grouped_query"):
-        build(deepseek_trunk(vocab_size=37), MaskedConfig(depth=2))
+def test_stored_states_are_refused() -> None:
     with pytest.raises(UserError, match="data.cache_states=true has no meaning for mtp=masked"):
         check_cached(masked(freeze_trunk=True))

@@ -159,23 +159,6 @@ def test_one_chunk_is_all_that_there_is_of_size_v(
 
 
 @pytest.mark.parametrize(
-    ("switches", "message"),
-    [
-        ({"rank": 0}, "mtp.rank must be"),
-        ({"branch": "before_last"}, "mtp.branch=before_last has no meaning with mtp.rank=2"),
-        ({"detach": "trunk"}, "mtp.detach=trunk has no meaning with mtp.rank=2"),
-        ({"freeze_trunk": True}, "mtp.freeze_trunk=true has no meaning with mtp.rank=2"),
-        ({"stride": 2}, "mtp.stride=2 has no meaning with mtp.rank=2"),
-        ({"correction": "mlp"}, "mtp.correction=mlp has no meaning with mtp.rank=2"),
-        ({"depth": 0}, "mtp.rank=2 has no tokens to join at mtp.depth=0"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(switches: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LinearConfig(**({"depth": 2, "rank": 2} | switches))
-
-
-@pytest.mark.parametrize(
     "options",
     [
         {"term": Mixture({"kl": 1, "feature": 1})},

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.attention import Positions
@@ -97,16 +96,3 @@ def test_the_offset_is_the_steps_alone(tiny_trunk: TrunkConfig) -> None:
     later = [model.mtp.offset(RandomKey(3, step, first_row=9)) for step in range(400)]
     assert drawn == later
     assert drawn != [model.mtp.offset(RandomKey(4, step)) for step in range(400)]
-
-
-def test_bad_settings_are_named(tiny_trunk: TrunkConfig) -> None:
-    for settings, message in (
-        ({"depth": 2}, "mtp=registers has one loss .* mtp.depth=2: set it 1"),
-        ({"lookahead": 0}, "mtp.lookahead must be a whole number of at least 1, not 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            RegistersConfig(**settings)
-    RegistersConfig(lookahead=9).check_window(8)
-    with pytest.raises(ValueError, match=r"mtp.lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok"):
-        RegistersConfig(lookahead=9).check_window(7)
-    assert MTPConfig.from_dict(RegistersConfig().to_dict()) == RegistersConfig()

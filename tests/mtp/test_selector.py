@@ -19,7 +19,6 @@ from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
-from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -28,7 +27,6 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.rescoring import Forced
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
@@ -264,14 +262,3 @@ def test_parameters_do_not_grow_with_the_depth(trunk: TrunkConfig) -> None:
     assert own(0) == 0 and own(1) == own(4) == 5 * (2 * VOCAB + 32)
     assert LinearConfig(depth=1, correction="selector").columns == 256
     assert LinearConfig(depth=1, correction="markov").columns == 64
-
-
-def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(UserError, match="mtp.stride=2 skips tokens.*mtp.correction=selector"):
-        LinearConfig(depth=2, stride=2, correction="selector")
-    with pytest.raises(UserError, match="mtp.correction=selector has no meaning with mtp.rank=3"):
-        LinearConfig(depth=2, rank=3, correction="selector")
-    with pytest.raises(UserError, match="set mtp.correction to markov or selector"):
-        LinearConfig(depth=2, correction="mlp", correction_rank=8)
-    with pytest.raises(TypeError, match="correction"):
-        SequentialConfig(depth=2, correction="selector")

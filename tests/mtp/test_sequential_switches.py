@@ -13,7 +13,6 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.generate import generate
-from mtp_lightning.interop import names
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed
 from mtp_lightning.mtp.inputs import RandomKey
@@ -180,18 +179,3 @@ def test_drafts_are_lossless(tiny_trunk: TrunkConfig, p: float) -> None:
     plain = generate(model, prompts, max_new_tokens=20, speculative=False)
     assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
     assert sum(g.drafts_reached[0] for g in drafted) > 0
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.5, True, "half"])
-def test_no_probability_is_refused(p: object) -> None:
-    with pytest.raises(ValueError, match="mtp.token_dropout must be"):
-        SequentialConfig(depth=1, token_dropout=p)  # type: ignore[arg-type]
-
-
-def test_other_projects_layouts_hold_modules_that_read_tokens(tiny_trunk: TrunkConfig) -> None:
-    for p, fits in ((0.0, True), (0.5, True), (1.0, False)):
-        model = build(tiny_trunk, SequentialConfig(depth=1, token_dropout=p))
-        assert names.has_layout(model.config) == fits
-        config, weights = names.plain(model.config, model.state_dict())
-        if fits:  # there nobody knows of the vector, and nobody needs it
-            assert config.mtp == SequentialConfig(depth=1) and "mtp.blank" not in weights

@@ -18,7 +18,6 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.rates import own_values
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.bag import BagConfig
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.look_ahead import LookAhead
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -200,20 +199,6 @@ def test_distances_beyond_float16_are_told_apart() -> None:
     torch.testing.assert_close(value, torch.tensor([12.0]).log())
 
 
-def test_bad_given_of_top_are_named() -> None:
-    for given_, message in (
-        ({"depth": 2}, "mtp=top has one loss .* mtp.depth=2: set it 1"),
-        ({"depth": 0}, "mtp.depth=0: set it 1"),
-        ({"lookahead": 0}, "mtp.lookahead must be a whole number of at least 1, not 0"),
-        ({"tau": 0.0}, "mtp.tau must be a number above 0, not 0.0"),
-        ({"detach": "all"}, "mtp.detach=all has no meaning for mtp=top"),
-        ({"detach": "head"}, "mtp.detach=head is unknown"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TopConfig(**given_)
-    assert MTPConfig.from_dict(TopConfig(tau=2.0).to_dict()) == TopConfig(tau=2.0)
-
-
 def test_it_needs_no_token_of_the_answer_at_decoding(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, TopConfig())
     assert isinstance(model, MTPModel)
@@ -304,14 +289,3 @@ def test_documents_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert file.document_frequency(8).tolist() == expected
     tokens = np.concatenate(documents).tolist()
     assert file.token_frequency(8).tolist() == [tokens.count(v) for v in range(8)]
-
-
-def test_bad_settings_of_bag_are_named() -> None:
-    for given_, message in (
-        ({"depth": 3}, "mtp=bag has one loss .* mtp.depth=3: set it 1"),
-        ({"lookahead": 1}, "mtp.lookahead must be a whole number of at least 2, not 1"),
-        ({"weights": "tfidf"}, "mtp.weights=tfidf is unknown: choose one of idf, none"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            BagConfig(**given_)
-    assert MTPConfig.from_dict(BagConfig(weights="none").to_dict()) == BagConfig(weights="none")

@@ -217,22 +217,6 @@ def test_biases_stay_in_fp32() -> None:
         assert precise.router.expert_bias.dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", ["autocast", "double"])
-def test_other_precisions(precision: str) -> None:
-    layer, x = layer_of(), torch.randn(1, 70, 32)
-    expected = layer(x)
-    if precision == "double":
-        found = layer.double()(x.double())
-        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
-        return
-    with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x)
-        found.float().sum().backward()
-    assert layer.experts.down.grad.dtype == torch.float32
-    # bf16 inputs send a few tokens elsewhere: the mean is compared.
-    assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

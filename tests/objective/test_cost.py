@@ -121,11 +121,12 @@ def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
     for number, mtp in enumerate(configs(head, all_switches=False)):
         config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
         cost, depths = StepCost(config), list(range(1, mtp.depth + 1))
-        for active in (depths, depths[1:2], []) if number == 0 else (depths,):
+        for active in (depths, depths[1:2]) if number == 0 else (depths,):
             expected = closed_forms.training(config, T, active)
             assert cost.per_token(T, active) == expected, (mtp, active)
             assert cost(T, active, main=mtp.trains_trunk) == T * expected
-        if number == 0:  # with another length of the window, attention has another share
+        if number == 0 and head in ("sequential", "joint", "registers", "masked"):
+            # With another length of the window, attention has another share.
             assert cost.per_token(2 * T) == closed_forms.training(config, 2 * T, depths)
 
 
