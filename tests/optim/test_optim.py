@@ -183,39 +183,27 @@ def test_state_survives_saving(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
         ).load_state_dict(state)
 
 
+def group(**changes: Any) -> dict[str, Any]:
+    return {"parameters": "rest", "lr": 1, "algorithm": SGD, **changes}
+
+
+TOO_FAST = partial(torch.optim.Muon, momentum=2)
+
+
 @pytest.mark.parametrize(
     ("groups", "told"),
     [
+        ({"a": group(parameters="matrices")}, "No group of optimizer.groups takes trunk"),
+        ({"a": group(lr=0)}, "optimizer.groups.a.lr .* 0"),
+        ({"a": group(parameters="(")}, r"groups.a.parameters=\( is neither"),
+        ({"a": group(algorithm=torch.optim.Muon)}, "groups.a.*2D"),
+        ({"a": group(algorithm=partial(SGD, speed=1))}, "groups.a is refused: .*speed"),
         (
-            {"a": {"parameters": "matrices", "lr": 0.1, "algorithm": SGD}},
-            "No group of optimizer.groups takes trunk",
-        ),
-        ({"a": {"parameters": "rest", "lr": 0, "algorithm": SGD}}, "optimizer.groups.a.lr .* 0"),
-        (
-            {"a": {"parameters": "(", "lr": 1, "algorithm": SGD}},
-            r"groups.a.parameters=\( is neither",
-        ),
-        ({"a": {"parameters": "rest", "lr": 1, "algorithm": torch.optim.Muon}}, "groups.a.*2D"),
-        (
-            {"a": {"parameters": "rest", "lr": 1, "algorithm": partial(SGD, speed=1)}},
-            "groups.a is refused: .*speed",
-        ),
-        (
-            {
-                "a": {"parameters": "no_such_layer", "lr": 1, "algorithm": SGD},
-                "b": {"parameters": "rest", "lr": 1, "algorithm": SGD},
-            },
+            {"a": group(parameters="no_such_layer"), "b": group()},
             "groups.a.parameters=no_such_layer takes no parameter",
         ),
         (
-            {
-                "a": {
-                    "parameters": "matrices",
-                    "lr": 1,
-                    "algorithm": partial(torch.optim.Muon, momentum=2),
-                },
-                "b": {"parameters": "rest", "lr": 1, "algorithm": SGD},
-            },
+            {"a": group(parameters="matrices", algorithm=TOO_FAST), "b": group()},
             r"groups.a.algorithm.momentum must be a number in \[0, 1\), not 2",
         ),
     ],
