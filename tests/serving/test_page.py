@@ -30,12 +30,9 @@ def streamed(served: Serving, **fields: Any) -> list[dict[str, Any]]:
     import httpx2
 
     body = {"prompt": "import os", "max_tokens": 40, "seed": 5, "stream": True, **fields}
-    found = []
     with httpx2.stream("POST", f"{served.base_url}/completions", json=body, timeout=60) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                found.append(json.loads(line.removeprefix("data: ")))
-    return found
+        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 @pytest.fixture(scope="module")
