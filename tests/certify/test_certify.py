@@ -56,11 +56,16 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def certify(put: Any) -> Any:
-    """Certify a model of this test's own."""
+def certify(put: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Certify a model of this test's own, in all cells or those of some drafts."""
 
-    def of(model: MTPModel, **options: Any) -> Certificate:
+    def of(model: MTPModel, *drafts: str, **options: Any) -> Certificate:
         put(model)
+        if drafts:
+            batches = options.pop("batches", (1, 8))
+            kept = [c for c in cells(model, (1,)) if c.drafts in drafts and c.batch in batches]
+            kept = [c for c in kept if c.reads == "whole"]
+            monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
         options = {"count": 8, "length": 12, "precisions": ["fp32"], "few": True} | options
         return run.certify(Path("mine"), **options)
 
@@ -68,13 +73,13 @@ def certify(put: Any) -> Any:
 
 
 def test_sound_decoding(certify: Any) -> None:
-    found = certify(small_model(0, 2), few=False, count=20, length=8)
+    found = certify(small_model(0, 2), few=False, count=12, length=6)
     assert found.broken() == [] and found.verdict().startswith("lossless: ")
     assert {row.cell.batch for row in found.rows} == {1, 8}
     assert {row.cell.reads for row in found.rows} == {"whole", "resumed"}
-    assert all(row.greedy.texts == 20 for row in found.rows)
+    assert all(row.greedy.texts == 12 for row in found.rows)
     drawn = [row.sampled for row in found.rows if row.sampled is not None]
-    assert len(drawn) == len(ways(small_model(0, 2))) and all(s.tokens == 160 for s in drawn)
+    assert len(drawn) == len(ways(small_model(0, 2))) and all(s.tokens == 72 for s in drawn)
 
 
 def test_cells_are_those_that_a_model_is_capable_of() -> None:
@@ -90,7 +95,7 @@ def test_cells_are_those_that_a_model_is_capable_of() -> None:
 
 def test_two_threads_write_the_same(certify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found = certify(small_model(1, 1), count=6, length=6)
+    found = certify(small_model(1, 1), count=4, length=5)
     assert {row.cell.threads for row in found.rows} == {1, 2} and not found.broken()
 
 
@@ -116,7 +121,7 @@ def test_sums_that_depend_on_the_number_of_rows_are_found(
         return products.cumsum(-1)[..., -1]
 
     monkeypatch.setattr(Session, "verify", other_order)
-    found = certify(small_model(0, 2))
+    found = certify(small_model(0, 2), "none", "depth 2")
     assert any("logits of" in line and "differ, by up to" in line for line in found.broken())
     assert found.verdict().startswith("BROKEN: ")
 
@@ -142,7 +147,7 @@ def test_a_rejected_drafts_cache_entry_that_stays_is_found(
 
     monkeypatch.setattr(Session, "accept", noticing)
     monkeypatch.setattr(Session, "verify", keeping)
-    found = certify(small_model(0, 2))
+    found = certify(small_model(0, 2), "none", "depth 2")
     assert any("greedy texts differ" in line for line in found.broken())
 
 
@@ -156,11 +161,7 @@ def test_a_residual_that_is_not_renormalised_is_found(
         return behind.sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
 
     monkeypatch.setattr(speculative, "draw", unnormalised)
-    drawn = ("none", "depth 1", "depth 2", "tree")
-    kept = [cell for cell in cells(small_model(0, 2), (1,)) if cell.drafts in drawn]
-    kept = [cell for cell in kept if (cell.batch, cell.reads) == (8, "whole")]
-    monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
-    found = certify(small_model(0, 2), count=200)
+    found = certify(small_model(0, 2), "none", "depth 2", batches=(8,), count=120)
     broken = found.broken()
     assert broken and all("sampled tokens do not follow" in line for line in broken)
     assert not any("drafts: none" in line for line in broken)
@@ -172,7 +173,7 @@ def test_ties_that_are_broken_by_another_rule_are_found(
     model = small_model(0, 2)
     with torch.no_grad():
         model.head.weight[18:36] = model.head.weight[:18]  # every token has a twin
-    assert certify(model).broken() == []
+    assert certify(model, "none", "depth 2").broken() == []
     first = Tensor.argmax
 
     def last(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
@@ -181,7 +182,7 @@ def test_ties_that_are_broken_by_another_rule_are_found(
         return x.shape[-1] - 1 - first(x.flip(-1), dim=-1)
 
     monkeypatch.setattr(Tensor, "argmax", last)
-    assert any("greedy texts differ" in line for line in certify(model).broken())
+    assert any("greedy texts differ" in line for line in certify(model, "depth 2").broken())
 
 
 # ------------------------------------------------------------------------------------- its parts
@@ -261,12 +262,11 @@ def test_logits_are_judged_only_where_they_are_promised() -> None:
 
 
 def test_the_command(
-    put: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    put: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(small_model(0, 2))
+    put(model := small_model(0, 2))
+    kept = list(cells(model, (1,), few=True))[:3]
+    monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
     (tmp_path / "text").write_text("a text of one's own, which is long enough. " * 30)
     few = ["mine", "--prompts", "4", "--new-tokens", "4", "--weights", "fp32", "--quick"]
     asked = [*few, "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
@@ -301,11 +301,7 @@ def test_the_command(
     ],
 )
 def test_mistakes(
-    words: list[str],
-    told: str,
-    put: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], told: str, put: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put(small_model(0, 2))
     (tmp_path / "TINY").write_text("a")

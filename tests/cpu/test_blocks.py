@@ -48,8 +48,9 @@ def blocks_of(shape: tuple[int, int], levels: int, seed: int, *, symmetric: bool
     return (step.double() * q.double() + offset.double()).float().view(shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "symmetric"), [(shape, number % 2 == 0) for number, shape in enumerate(SHAPES)]
+)
 def test_four_bits_have_the_bits_of_fp32(shape, symmetric, monkeypatch):
     weight = blocks_of(shape, 16, sum(shape), symmetric=symmetric)
     found, full = packed(weight), in_fp32(weight, monkeypatch)

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from mtp_lightning.cpu.attention import _BLOCK, _MAX_SEQ_LEN, causal_attention, fits
 
 
-@pytest.mark.parametrize("seq_len", [1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 5])
-@pytest.mark.parametrize(("n_heads", "n_kv"), [(1, 1), (4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(
+    ("seq_len", "n_heads", "n_kv"),
+    [(1, 4, 2), (_BLOCK - 1, 1, 1), (_BLOCK, 4, 4), (_BLOCK + 1, 6, 1), (3 * _BLOCK + 5, 4, 2)],
+)
 def test_values_and_gradients(seq_len: int, n_heads: int, n_kv: int) -> None:
     batch, d_head = 2, 8
     fused = torch.randn(batch, seq_len, n_heads + n_kv, d_head)  # as RoPE hands them on: strided

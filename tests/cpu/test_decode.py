@@ -1,4 +1,5 @@
-"""Few rows at a time: packed products, and whole blocks in one call, against float64 and layers."""
+"""Few rows at a time: packed products, and whole blocks in one call, against float64, layers and
+paths of a tree."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
+from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from mtp_lightning.nn.trunk import Trunk
 from tests.kernels import prepared
+from tests.models import PARENTS, PATHS
 
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
 
@@ -38,8 +41,13 @@ def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
     return layer.weight.data
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", [Kind.FULL, Kind.HALF, Kind.BYTE])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        *((shape, Kind.FULL) for shape in SHAPES),
+        *((shape, kind) for shape in SHAPES[1::3] for kind in (Kind.HALF, Kind.BYTE)),
+    ],
+)
 def test_products_are_right_and_a_row_is_alone(shape, kind):
     weight = rounded(torch.randn(shape), kind)
     product = packed(weight)
@@ -179,9 +187,13 @@ CASES = {
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("starts", [(0,), (9,), (31,), (5, 5), (17, 3, 30)])
-@pytest.mark.parametrize("width", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("name", "starts", "width"),
+    [
+        *((name, (17, 3, 30), 3) for name in CASES),
+        *(("grouped", *at) for at in (((0,), 16), ((9,), 1), ((31,), 3), ((5, 5), 16))),
+    ],
+)
 def test_blocks_are_the_layers_in_double_precision(name, starts, width):
     trunk = build(**CASES[name])
     x = torch.randn(len(starts), width, 32)
@@ -225,3 +237,35 @@ def test_other_layers_keep_their_own_passes(monkeypatch):
     monkeypatch.setattr(native, "library", None)
     with prepared(trunk):
         assert not fused(trunk) and not fused(trunk.blocks[0])
+
+
+@pytest.mark.parametrize("starts", [[7], [20, 20], [3, 18, 11]])
+def test_every_path_has_its_bits(tiny_trunk, starts):
+    if native.library is None:
+        pytest.skip("needs the layers in C++")
+    trunk, rows = Trunk(tiny_trunk), len(starts)
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 20, tiny_trunk.d_model, generator=generator)
+    new = torch.randn(rows, len(PARENTS), tiny_trunk.d_model, generator=generator)
+    after = torch.randn(rows, 2, tiny_trunk.d_model, generator=generator)
+
+    def filled():
+        tables = PositionTables(tiny_trunk, 48)
+        cache = TreeCache(tiny_trunk, tables, n_layers=tiny_trunk.n_layers, batch_size=rows)
+        trunk(x[:, : max(starts)], Positions.of_cache(cache, [0] * rows, max(starts)))
+        return cache
+
+    branches = Branches(PARENTS, torch.device("cpu"))
+    with torch.no_grad(), prepared(trunk):
+        assert "forward" in vars(trunk)
+        for path in PATHS:
+            cache, chain = filled(), filled()
+            found = trunk(new, Positions.of_tree(cache, starts, branches)).final
+            expected = trunk(new[:, path], Positions.of_cache(chain, starts, len(path))).final
+            assert torch.equal(found[:, path], expected)
+            cache.settle(torch.tensor([path] * rows))
+            cache.lengths = ends = [start + len(path) for start in starts]
+            kept, alone = (trunk(after, Positions.of_cache(c, ends, 2)) for c in (cache, chain))
+            assert torch.equal(kept.final, alone.final)

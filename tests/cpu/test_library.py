@@ -215,18 +215,6 @@ def test_experts(sizes: tuple[int, ...]) -> None:
         assert (d_down[-1] == 0).all()
 
 
-def test_experts_equal_the_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = mixture(300, 2, 6, 48, 32)
-    leaves, grad, results = [x for x in given if x.requires_grad], torch.randn(300, 48), []
-    for kind in ("NativeExperts", None):
-        out = routed_experts(*given)
-        assert out.grad_fn is not None and (kind is None or kind in out.grad_fn.name())
-        results.append((out, *torch.autograd.grad(out, leaves, grad)))
-        monkeypatch.setattr(native, "library", None)
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_frozen_experts_pass_the_gradient_on() -> None:
     x, chosen, gates, gate_up, down = mixture(64, 2, 4, 32, 16)
     weights = gate_up.detach(), down.detach()

@@ -65,8 +65,10 @@ def drafts_and_verifies(whole: Session, layers: Session, drafts: int, seed: int)
             assert all(map(torch.equal, a.entries_L_BSMH, b.entries_L_BSMH))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("lengths", [(9,), (5, 5), (17, 3, 30)])
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [*((name, (17, 3, 30)) for name in MODELS), ("plain", (9,)), ("one module", (5, 5))],
+)
 def test_numbers_are_those_of_the_layers(name: str, lengths: tuple[int, ...]) -> None:
     model = small_model(3, 2, **MODELS[name])
     drafts = 4 if name == "one module" else 2

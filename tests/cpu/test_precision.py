@@ -44,8 +44,9 @@ def rounded(precision: str, seed: int, depth: int, **mtp):
     return model
 
 
-@ROUNDED
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+@pytest.mark.parametrize(
+    ("precision", "deepseek"), [("bf16", False), ("int8", True), ("int4", False)]
+)
 def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypatch):
     model = rounded(precision, 4, 2, deepseek=deepseek)
     prompts = random_prompts(4, (5, 1, 13))
@@ -64,8 +65,7 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
 
 
 @ROUNDED
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-@pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 7)])
+@pytest.mark.parametrize(("deepseek", "threads", "rows"), [(False, 1, 7), (True, 2, 1)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows, precision):
     model = rounded(precision, 3, 2, deepseek=deepseek)
     with fused_passes(model):

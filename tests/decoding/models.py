@@ -33,7 +33,7 @@ def small_model(
 ) -> MTPModel:
     """A random model of two layers; its norm gains are random too, so that none can be skipped.
 
-    The weights are large and the head is not tied, or greedy text would be one token for ever.
+    The weights are large and the head is not tied, or greedy text would be one token forever.
     With ``deepseek``, latent attention and experts, in the modules' blocks too.
     """
     shape = {"vocab_size": vocab, "d_model": 32, "d_ff": 48, "tie_embeddings": False}
@@ -115,7 +115,7 @@ def steer_drafts(
 
 
 def verify_passes_give_the_bits_of_single_ones(model, *, threads, rows):
-    """Of a text that is read three tokens a pass, and again one by one."""
+    """Of a text that is read in passes of three tokens, and again one by one."""
     (tokens,) = random_prompts(3, (40,))
     torch.set_num_threads(threads)
     try:

@@ -13,7 +13,6 @@ import torch
 from data_modules.tasks import MQAR, Copy, StarGraph
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, Example, Task
-from data_modules.tasks.data_module import TaskDataModule
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.decoding.answers import Outputs, choose, say
@@ -70,17 +69,13 @@ def logits_after(model: MTPModel, tokens: list[int]) -> torch.Tensor:
     return model.head(model(batch, ())[0][0, len(tokens) - 1])
 
 
-def next_token(model: MTPModel, tokens: list[int]) -> int:
-    return int(logits_after(model, tokens).argmax())
-
-
 def by_hand(model: MTPModel, task: Task, example: Example) -> list[int]:
     """One token after the other, each from a pass over the whole text."""
     text, asked = list(example.prompt), example.asked
     limit = task.longest_answer if task.ends else len(example.answer)
     for i in range(limit):
         given = not task.ends and not asked[i]
-        text.append(example.answer[i] if given else next_token(model, text))
+        text.append(example.answer[i] if given else int(logits_after(model, text).argmax()))
         if task.ends and text[-1] == END:
             break
     return text[len(example.prompt) :]
@@ -103,8 +98,11 @@ def test_answers_are_those_of_a_naive_decode(task: Task) -> None:
     assert torch.equal(say(model, batch), said_BW[few][:, : batch.tokens.shape[1]])
 
 
-@pytest.mark.parametrize("stack", [SequentialConfig, ParallelConfig, LinearConfig])
-@pytest.mark.parametrize("task", [Copy(periods=6), StarGraph(), Count()], ids=repr)
+@pytest.mark.parametrize(
+    ("task", "stack"),
+    [(Copy(periods=6), SequentialConfig), (StarGraph(), ParallelConfig), (Count(), LinearConfig)],
+    ids=str,
+)
 def test_drafts_give_the_same_answers(task: Task, stack: type) -> None:
     model = model_for(task, stack=stack)
     questions = AnswerSet(task, 20, depth=D)
@@ -115,11 +113,7 @@ def test_drafts_give_the_same_answers(task: Task, stack: type) -> None:
         end = END if task.ends else len(task.symbols)  # which no text has
         for speculative in (False, True):
             (found,) = generate(
-                model,
-                [example.prompt],
-                max_new_tokens=limit,
-                speculative=speculative,
-                eot_id=end,
+                model, [example.prompt], max_new_tokens=limit, speculative=speculative, eot_id=end
             )
             assert found.token_ids == questions.answer(i, said_BW[i].tolist())
         drafted += sum(found.drafts_reached)
@@ -142,8 +136,9 @@ def test_what_is_scored_is_not_read(task: Task) -> None:
     assert torch.equal(say(model, batch, uniforms), say(model, other, uniforms))
 
 
-@pytest.mark.parametrize("blind", [False, True])
-@pytest.mark.parametrize("task", TASKS, ids=repr)
+@pytest.mark.parametrize(
+    ("task", "blind"), [*((task, False) for task in TASKS), (StarGraph(), True), (MQAR(), True)]
+)
 def test_sampled_answers_against_a_loop(task: Task, blind: bool) -> None:
     """Each token by its own number, from the cumulated softmax of a pass over the whole text."""
     model = model_for(task)
@@ -205,16 +200,6 @@ def test_nats_and_states_against_a_loop(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_teacher_forced_choices_against_a_loop(task: Task) -> None:
-    model, questions = model_for(task), AnswerSet(task, 6, depth=D)
-    chosen = choose(model, questions.batch(np.arange(6)))
-    for row, example in zip(chosen.tolist(), questions.examples, strict=True):
-        text = example.prompt + example.answer
-        for i, asked in enumerate(example.asked, start=len(example.prompt)):
-            assert row[i] == (next_token(model, text[:i]) if asked else text[i])
-
-
-@pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_rates_against_a_loop(task: Task) -> None:
     """Of a model that is right two times in three."""
     questions, random = AnswerSet(task, 40, depth=D), np.random.default_rng(0)
@@ -273,38 +258,6 @@ def test_ranks_together_count_what_one_counts() -> None:
     parts = [answer_all(model, sets, rank=rank, world=2, batch_size=4) for rank in range(2)]
     for tag, value in whole.items():
         assert value == pytest.approx((11 * parts[0][tag] + 10 * parts[1][tag]) / 21), tag
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dealt", [False, True])
-def test_training_on_answers_dealt_among_prompts_stays_at_chance(dealt: bool) -> None:
-    """Whatever told a model the answer, in training or in decoding, would show here."""
-
-    class Dealt(Copy):
-        def example(self, index: int) -> Example:
-            own, other = super().example(index), super().example(index + (1 << 90))
-            return Example(own.prompt, other.answer) if dealt else own
-
-    task = Dealt(letters=4, shortest=2, periods=2)
-    model = small_model(0, D, vocab=len(task.symbols)).train()
-    data = iter(TaskDataModule(task, batch_size=32, depth=D).train_dataloader())
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        batch = next(data)
-        states = model(batch)
-        losses = [
-            torch.nn.functional.cross_entropy(
-                model.head(states[k]).flatten(0, 1), batch.targets(k).flatten()
-            )
-            for k in range(D + 1)
-        ]
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-    found = answer_all(model.eval(), {"": AnswerSet(task, 1000, depth=D)})
-    tags = ("val/accuracy_position_1", "val/accuracy_position_2")
-    for tag in (*tags, *(tag.replace("val/", "val/forced_") for tag in tags)):
-        assert abs(found[tag] - 0.25) < 0.07 if dealt else found[tag] > 0.95, tag
 
 
 @pytest.mark.parametrize("task", [StarGraph(), Copy(shortest=3, periods=3, letters=3)], ids=repr)

@@ -22,8 +22,6 @@ ROWS = 20
 HEADS: list[dict[str, Any]] = [
     {},
     {"deepseek": True},
-    {"share_layers": True},
-    {"stack": ParallelConfig},
     {"stack": LinearConfig, "correction": "markov"},
     {"stack": ParallelConfig, "correction": "selector"},
     {"stack": JointConfig},
@@ -101,9 +99,6 @@ def test_samples_have_the_models_distribution() -> None:
     [
         ({"draft_vocab": 0}, "draft_vocab must be a whole number of at least 1, not 0"),
         ({"draft_vocab": VOCAB + 1}, f"draft_vocab={VOCAB + 1}, but the model has {VOCAB} tokens"),
-        ({"draft_vocab": 2, "tree": [3, 2]}, "draft_vocab must be a whole number of at least 3"),
-        ({"draft_vocab": 9, "speculative": False}, "does not go together with speculative=false"),
-        ({"draft_vocab": 9, "compile": True}, "does not go together with compile=true"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

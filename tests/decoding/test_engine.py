@@ -13,11 +13,8 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
-from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
-from tests.decoding.models import Letters, random_prompts, small_model, steer_drafts, teacher_forced
-from tests.models import build
+from tests.decoding.models import Letters, random_prompts, small_model, teacher_forced
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -55,9 +52,6 @@ def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("mtp", "options"),
     [
-        ({"depth": 2}, {}),
-        ({"depth": 2, "deepseek": True}, {}),
-        ({"depth": 2, "stack": LinearConfig, "correction": "markov"}, {}),
         ({"depth": 2, "stack": ParallelConfig, "correction": "selector"}, {}),
         ({"depth": 2}, {"speculative": False}),
         ({"depth": 1}, {"cache": "single", "draft_depth": 3}),
@@ -90,19 +84,6 @@ def test_rows_that_come_and_go_are_those_by_themselves(mtp, options):
         assert token_ids == expected[index], index
 
 
-def test_unequal_acceptance(monkeypatch):
-    """Drafts that are right for some rows and wrong for others."""
-    model = small_model(6, 3)
-    prompts = random_prompts(6, tuple(range(1, 13)))
-    plain = generate(model, prompts, max_new_tokens=25, speculative=False, batch_size=1)
-    right = [p + g.token_ids for p, g in zip(prompts, plain, strict=True)]
-    steer_drafts(monkeypatch, right[::2], chance=0.8)
-    found = generate(model, prompts, max_new_tokens=25, batch_size=5)
-    assert [g.token_ids for g in found] == [g.token_ids for g in plain]
-    steps = [g.tokens_per_step for g in found]
-    assert min(steps[::2]) > 1.5 > max(steps[1::2])
-
-
 def test_a_place_is_taken_by_the_next_prompt():
     """Nobody waits for the longest text of his batch: 4 places are full until none waits."""
     model = small_model(2, 1)
@@ -116,7 +97,7 @@ def test_a_place_is_taken_by_the_next_prompt():
         storage = engine._decoder.session.trunk_cache._stored[0]
         assert storage.shape[0] == 4
     assert all(alive == 4 for alive, left in rounds if left)
-    assert len(rounds) == 29  # the longest text's alone: all others went on beside it
+    assert len(rounds) == 29  # the longest text's alone: all others were decoded in the same rounds
 
 
 def test_log_probabilities_are_the_trunks():
@@ -178,7 +159,7 @@ def test_room_is_made_for_longer_requests():
     expected = [by_itself(model, request) for request in requests]
     rows = []
     with Engine(model, DecodingOptions(batch_size=3)) as engine:
-        for request in requests:  # each joins while the shorter ones go on
+        for request in requests:  # each joins while the shorter ones are decoded
             rows += engine.add([request])
             engine.step()
         while engine.sequences:
@@ -186,24 +167,8 @@ def test_room_is_made_for_longer_requests():
     assert [row.token_ids for row in rows] == expected
 
 
-def test_beliefs_of_neighbours_do_not_matter_to_samples():
-    """One row's drafts are believed in, the other's are not: each is judged as by itself."""
-    trunk = small_model(0, 1).config.trunk
-    model = build(trunk, SequentialConfig(depth=3, confidence=True), 5).eval()
-    requests = [
-        Request(prompt=[i + 1], max_new_tokens=30, **SAMPLINGS[1], index=i) for i in range(8)
-    ]
-    options = {"min_confidence": 0.3}
-    expected = [by_itself(model, request, **options) for request in requests]
-    with Engine(model, DecodingOptions(batch_size=8, **options)) as engine:
-        rows = engine.add(requests)
-        while engine.sequences:
-            engine.step()
-    assert [row.token_ids for row in rows] == expected
-
-
 def test_rows_may_ask_for_fewer_drafts():
-    """Beside rows that draft more, a row's text is its own, and no more drafts are accepted."""
+    """Among rows that draft more, a row's text is its own, and no more drafts are accepted."""
     model = small_model(21, 3)
     prompts = random_prompts(21, (5, 5, 5, 5))
     options = {"temperature": 1.0, "max_new_tokens": 30, "eot_id": -1}

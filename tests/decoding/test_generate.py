@@ -277,7 +277,7 @@ def test_auto_depth_of_a_batch_that_becomes_small():
     auto = AutoDepth(2)
     many, one = [420.0, 1050.0, 1640.0], [200.0, 250.0, 290.0]
     simulate(auto, many, [0.9, 0.9], 100, rows=8)
-    # It is soon over: what was right for many is not tried anew.
+    # It is soon over: what was right for many is not tried again.
     for rows in (7, 6, 4, 2):
         assert simulate(auto, many, [0.9, 0.9], 8, rows=rows).count(0) >= 6
     chosen = simulate(auto, one, [0.9, 0.9], 400)

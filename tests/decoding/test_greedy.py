@@ -42,7 +42,6 @@ VARIANTS = [
     {"stack": ParallelConfig, "correction": "selector"},
     {"stack": MaskedConfig},
 ]
-WHOLE_HEADS = (EagleConfig, MaskedConfig)
 
 
 def plain(model, prompts, **options):
@@ -72,8 +71,7 @@ def test_plain_equals_decoding_without_a_cache():
     ("number", "deepseek"),
     [
         *((number, False) for number in range(len(VARIANTS))),
-        # The caches of WHOLE_HEADS hold keys and values of whole heads.
-        *((n, True) for n in range(len(VARIANTS)) if VARIANTS[n].get("stack") not in WHOLE_HEADS),
+        *((number, True) for number in (0, 2, 5, 7)),
     ],
 )
 def test_speculative_equals_plain(number, deepseek, monkeypatch):
@@ -95,9 +93,6 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
             together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
             assert [g.token_ids for g in together] == expected
             assert any(any(g.accepted_mask) for g in together)
-            for prompt, tokens in zip(prompts, expected, strict=True):
-                (alone,) = generate(model, [prompt], max_new_tokens=NEW, draft_depth=drafted)
-                assert alone.token_ids == tokens
 
 
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
@@ -114,32 +109,22 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
     ("depth", "drafted", "mtp"),
     [
         (3, 3, {}),
-        (3, 3, {"deepseek": True}),
-        (2, 4, {"share_layers": True}),
         (2, 3, {"share_layers": True, "deepseek": True}),
         (2, 2, {"branch": "before_last"}),
         (3, 3, {"stack": ParallelConfig}),
-        (2, 2, {"stack": LinearConfig}),
-        (3, 3, {"stack": JointConfig}),
         (2, 2, {"stack": JointConfig, "deepseek": True}),
         (2, 4, {"stack": NextLatConfig}),
         (3, 3, {"stack": ParallelConfig, "correction": "mlp"}),
-        (2, 2, {"stack": LinearConfig, "correction": "mlp"}),
         (3, 3, {"stack": LinearConfig, "correction": "markov"}),
-        (3, 3, {"stack": EagleConfig}),
         (2, 4, {"stack": EagleConfig, "draft_vocab": 21}),
         (3, 3, {"stack": LinearConfig, "correction": "selector"}),
-        (3, 3, {"stack": MaskedConfig}),
         (3, 2, {"stack": MaskedConfig, "lora_rank": 3}),
     ],
 )
-@pytest.mark.parametrize("together", [False, True])
-def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, monkeypatch):
+def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatch):
     """Of the trunk and of every module, at every position whose tokens were accepted."""
     model = small_model(1, depth, **mtp)
     prompts = random_prompts(1, LENGTHS)
-    if not together:
-        prompts = prompts[:1]
     texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
     seen = passes_checked(model, texts, drafted, monkeypatch)
     steer_drafts(monkeypatch, texts, chance=0.7, session=session_kind(model))
@@ -147,15 +132,14 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
     assert all(seen.values()), seen
 
 
-@pytest.mark.parametrize("places", [1, 2, 3])
 @pytest.mark.parametrize(
-    "mtp",
+    ("mtp", "places"),
     [
-        {},
-        {"share_layers": True, "deepseek": True},
-        {"stack": LinearConfig},
-        {"stack": EagleConfig, "draft_vocab": 21},
-        {"stack": MaskedConfig},
+        ({}, 1),
+        ({"share_layers": True, "deepseek": True}, 2),
+        ({"stack": LinearConfig}, 3),
+        ({"stack": EagleConfig, "draft_vocab": 21}, 2),
+        ({"stack": MaskedConfig}, 3),
     ],
 )
 def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
@@ -261,7 +245,7 @@ def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
         slid = generate(model, prompts, **options)
         assert [g.token_ids for g in slid] == expected
         assert min(g.tokens_per_step for g in slid) > 1.5
-    # What the slid context holds is read anew: the tokens until the next slide follow from it.
+    # What the slid context holds is read again: the tokens until the next slide follow from it.
     for prompt, tokens in zip(prompts[:2], expected, strict=False):
         text = prompt + tokens
         assert text[17:26] == uncached(model, text[9:17], 9)
@@ -287,9 +271,7 @@ def test_auto_falls_back_to_plain_and_equals_it():
     [
         *((dtype, False, True) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
         (torch.bfloat16, False, False),
-        (torch.bfloat16, True, True),
         (torch.float16, True, True),
-        (torch.float64, True, False),
     ],
     ids=str,
 )
@@ -300,8 +282,6 @@ def test_models_of_another_precision(dtype, deepseek, fast, monkeypatch):
     texts = plain(model, prompts)
     drafted = generate(model, prompts, max_new_tokens=NEW)
     assert [g.token_ids for g in drafted] == texts
-    if deepseek and dtype == torch.bfloat16:
-        return  # which rounds some tokens into other experts
     exact = model.double()  # of the same numbers
     for prompt, text in zip(prompts, texts, strict=True):
         (logits,) = teacher_forced(exact, prompt + text, 0)[:1]
@@ -344,3 +324,50 @@ def test_a_stack_that_cannot_draft_decodes_plainly():
     assert g.token_ids == uncached(model, prompt, 6) and g.verify_passes == 5
     with pytest.raises(ValueError, match="no module to draft with"):
         generate(model, [prompt], max_new_tokens=6, draft_depth=1)
+
+
+def naive(model, prompt, n_new, depth):
+    """Greedy drafting without a cache: tokens, and the drafts accepted and judged by position."""
+
+    def choice(tokens, k):
+        """Depth k at the last position whose ``k`` tokens further on are given."""
+        return int(teacher_forced(model, tokens + [0] * (depth - k), depth)[k][-1].argmax())
+
+    text = [*prompt, choice(prompt, 0)]
+    accepted, judged = [0] * depth, [0] * depth
+    while len(text) < len(prompt) + n_new:
+        drafts = []
+        for k in range(1, depth + 1):
+            drafts.append(choice(text + drafts, k))
+        room = min(depth, len(prompt) + n_new - len(text) - 1)
+        for j, draft in enumerate(drafts[:room]):
+            judged[j] += 1
+            if draft != choice(text, 0):
+                break
+            accepted[j] += 1
+            text.append(draft)
+        text.append(choice(text, 0))
+    return text[len(prompt) :], accepted, judged
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        {"stack": ParallelConfig, "correction": "markov"},
+        {"stack": LinearConfig, "rank": 3},
+        {"stack": EagleConfig, "draft_vocab": 3},
+        {"stack": MaskedConfig},
+    ],
+    ids=str,
+)
+def test_heads_that_read_drafts_draft_what_naive_recomputation_drafts(mtp):
+    right, vocab = 0, 4  # random heads are right now and then
+    for seed, depth in ((1, 3), (2, 2)):
+        model = small_model(seed, depth, vocab=vocab, **mtp)
+        prompt = random_prompts(seed, (1, 6), vocab)[1]
+        (found,) = generate(model, [prompt], max_new_tokens=14)
+        tokens, accepted, judged = naive(model, prompt, 14, depth)
+        assert found.token_ids == tokens
+        assert (found.drafts_accepted, found.drafts_reached) == (accepted, judged)
+        right += sum(accepted)
+    assert right > 0

@@ -1,4 +1,5 @@
-"""Distributions: the processors by hand, the rejection rule and the whole loop by counting."""
+"""Distributions: the processors by hand, the rejection rule and the whole loop by counting; and
+random numbers that belong to their row."""
 
 from __future__ import annotations
 
@@ -8,13 +9,12 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate, speculative
+from mtp_lightning.decoding.noise import Noise
 from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
 from mtp_lightning.decoding.speculative import accept_or_resample
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
 
@@ -60,7 +60,7 @@ def test_draw_inverts_the_distribution():
 
 
 def test_every_row_is_sampled_by_its_own_settings():
-    """To the last bit, whoever stands beside it."""
+    """To the last bit, whichever rows are in the batch."""
     settings = [
         Sampling(temperature=1.0),
         Sampling(),
@@ -125,11 +125,7 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
 
 @pytest.mark.parametrize(
     ("options", "drafted"),
-    [
-        ({"temperature": 1.0}, 1),
-        ({"temperature": 0.7, "top_p": 0.8}, 2),
-        ({"temperature": 1.3, "top_k": 5}, 2),
-    ],
+    [({"temperature": 0.7, "top_p": 0.8}, 2), ({"temperature": 1.3, "top_k": 5}, 2)],
 )
 def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
     require_the_models_distribution(small_model(11, 2, vocab=VOCAB), options, drafted)
@@ -138,9 +134,7 @@ def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
 @pytest.mark.parametrize(
     "mtp",
     [
-        {"stack": NextLatConfig},
         {"stack": LinearConfig, "correction": "markov"},
-        {"stack": ParallelConfig, "correction": "selector"},
         {"stack": LinearConfig, "rank": 3},
         {"stack": EagleConfig, "draft_vocab": 4},
         {"stack": MaskedConfig},
@@ -176,3 +170,40 @@ def test_samples_do_not_depend_on_neighbours():
     changed = generate(model, [[1], prompts[1], [2, 2]], **options)
     assert changed[1].token_ids == together[1].token_ids
     assert generate(model, prompts, **{**options, "seed": 4})[0].token_ids != together[0].token_ids
+
+
+def rows_of(streams, rounds, *, seed=5, per_round=7):
+    noise = Noise(len(streams), per_round, "cpu")
+    first = noise.join([(seed, index) for index in streams])
+    return torch.stack([first, *(noise.next().clone() for _ in range(rounds))], dim=1)
+
+
+def test_noise_belongs_to_the_prompt():
+    together, apart = rows_of([0, 1, 2], 300), rows_of([2, 1], 300)  # beyond several blocks
+    assert torch.equal(together[1:], apart.flip(0))
+    assert len(together.unique()) == together.numel()
+    assert not torch.equal(rows_of([0], 3, seed=6), rows_of([0], 3))
+
+
+def test_rows_come_and_go_without_a_trace():
+    expected = rows_of(range(40), 200)
+    noise, alive, rounds = Noise(4, 7, "cpu"), [], {}
+    generator = torch.Generator().manual_seed(1)
+    waiting = list(range(40))
+    while waiting or alive:
+        while waiting and len(alive) < 4 and torch.rand((), generator=generator) < 0.5:
+            index = waiting.pop(0)
+            assert torch.equal(noise.join([(5, index)])[0], expected[index, 0])
+            alive.append(index)
+            rounds[index] = 0
+        if not alive:
+            continue
+        for row, numbers in enumerate(noise.next()):
+            rounds[alive[row]] += 1
+            assert torch.equal(numbers, expected[alive[row], rounds[alive[row]]])
+        for row in range(len(alive) - 1, -1, -1):
+            if rounds[alive[row]] == 200 or torch.rand((), generator=generator) < 0.02:
+                noise.drop_row(row)
+                alive[row] = alive[-1]
+                alive.pop()
+    assert max(rounds.values()) > 64

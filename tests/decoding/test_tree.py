@@ -31,18 +31,13 @@ VARIANTS = [
     {"deepseek": True},
     {"share_layers": True},
     {"branch": "before_last", "input_norm": "pre"},
-    {"stack": ParallelConfig},
-    {"stack": LinearConfig},
     {"stack": LinearConfig, "rank": 2},
-    {"stack": JointConfig},
     {"stack": JointConfig, "deepseek": True},
     {"stack": NextLatConfig},
     {"stack": ParallelConfig, "correction": "mlp"},
     {"stack": LinearConfig, "correction": "markov"},
-    {"stack": EagleConfig},
     {"stack": EagleConfig, "draft_vocab": 4},
     {"stack": ParallelConfig, "correction": "selector"},
-    {"stack": LinearConfig, "correction": "selector"},
     {"stack": MaskedConfig},
 ]
 
@@ -65,7 +60,7 @@ def test_nodes_are_numbered_by_depth():
 
 @pytest.mark.parametrize(
     ("mtp", "lengths"),
-    [*((mtp, (8, 12)) for mtp in VARIANTS), ({}, (9,)), ({"stack": JointConfig}, (9,))],
+    [*((mtp, (8, 12)) for mtp in VARIANTS[:4]), *((mtp, (9,)) for mtp in VARIANTS[4:])],
     ids=str,
 )
 def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch):
@@ -77,7 +72,7 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
     draft, verify = kind.draft_tree, kind.verify_tree
 
     def check(session, row, node, k, logits_V):
-        """Depth k's logits behind a node, which stands at depth k - 1, or the trunk's, k = 0."""
+        """Depth k's logits after a node, which stands at depth k - 1, or the trunk's, k = 0."""
         held = session.tokens_BS[row].tolist()
         n, parents = session.n[row], session.tree.parents
         path = [node]
@@ -103,17 +98,16 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
 
     monkeypatch.setattr(kind, "draft_tree", checked_draft)
     monkeypatch.setattr(kind, "verify_tree", checked_verify)
-    done = generate(model, prompts, max_new_tokens=7, tree=[2, 2, 1])
+    generate(model, prompts, max_new_tokens=5, tree=[2, 2, 1])
     assert all(seen.values()), seen
-    assert len(lengths) == 1 or any(any(g.accepted_mask) for g in done)
 
 
 @pytest.mark.parametrize("mtp", VARIANTS, ids=str)
 def test_greedy_text_is_that_of_plain_decoding(mtp):
     """Rows join, are short at first, accept unequally."""
     model = small_model(0, 3, vocab=VOCAB, **mtp)
-    prompts = random_prompts(0, (5, 1, 13, 2, 30, 8), VOCAB)
-    options = {"max_new_tokens": 24, "batch_size": 4}
+    prompts = random_prompts(0, (5, 1, 13, 30), VOCAB)
+    options = {"max_new_tokens": 20, "batch_size": 3}
     plain = generate(model, prompts, speculative=False, **options)
     found = generate(model, prompts, tree=[3, 2, 1], **options)
     assert [g.token_ids for g in found] == [g.token_ids for g in plain]
@@ -259,7 +253,6 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
 @pytest.mark.parametrize(
     ("options", "mtp"),
     [
-        ({"temperature": 1.0}, {}),
         ({"temperature": 1.3, "top_k": 2}, {}),  # fewer tokens than candidates
         ({"temperature": 1.0}, {"stack": JointConfig}),
     ],
@@ -278,10 +271,6 @@ def test_what_makes_no_sense_is_refused():
         ({"tree": [2, 0]}, "must be a list of whole numbers"),
         ({"tree": [4, 3]}, "drafts 16 tokens a round: use one of at most 15"),
         ({"tree": [2], "draft_depth": "auto"}, "does not go together with draft_depth=auto"),
-        ({"tree": [2], "compile": True}, "does not go together with compile=true"),
-        ({"tree": [2], "cache": "single"}, "does not go together with cache=single"),
-        ({"tree": [2], "min_confidence": 0.5}, "does not go together with min_confidence=0.5"),
-        ({"tree": [2], "speculative": False}, "does not go together with speculative=false"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(model, [[1]], max_new_tokens=2, **options)

@@ -130,16 +130,10 @@ def test_processes_that_lightning_starts_are_told(
         ({"WORLD_SIZE": "2", "RANK": "1"}, {"devices": "2"}, None),
         ({"WORLD_SIZE": "2", "RANK": "1"}, {"num_nodes": 2}, None),
         ({"WORLD_SIZE": "4", "RANK": "1"}, {"devices": 2, "num_nodes": 2}, None),
-        (
-            {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            {"devices": 2, "num_nodes": 2},
-            "4 of them on this machine",
-        ),
-        (
-            {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
-            {},
-            "4 processes",
-        ),
+        ({"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "4"}, {"devices": 2, "num_nodes": 2},
+         "4 of them on this machine"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, {},
+         "4 processes"),
         ({}, {"num_nodes": 2}, "nothing says where the other machines are"),
         ({}, {"num_nodes": "many"}, "trainer.num_nodes must be a whole number"),
         ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"}, {"num_nodes": 2}, None),
@@ -169,6 +163,8 @@ def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
     second = Rendezvous(1, 2, local_rank=1, store=store)
     del first
+    with pytest.raises(UserError, match="another process of this run has gone"):
+        second.told("run_dir", lambda: None)  # before there is a folder
     gone = pytest.raises(UserError, match="another process of this run has gone")
     with gone, telling_of_lost_peers(tmp_path):
         second.told("resume", lambda: None)
@@ -252,12 +248,3 @@ def test_a_first_process_that_does_not_come_is_named(
             assert caplog.text.count("waiting for process 0 at 127.0.0.1") == 1
             threading.Timer(0.5, taken.listen).start()
             module._reach("127.0.0.1", port)
-
-
-def test_one_whose_store_goes_says_so_before_there_is_a_folder() -> None:
-    first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
-    second = Rendezvous(1, 2, local_rank=1, store=store)
-    del first
-    with pytest.raises(UserError, match="another process of this run has gone"):
-        second.told("run_dir", lambda: None)

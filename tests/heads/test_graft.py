@@ -30,9 +30,9 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     path = tmp_path_factory.mktemp("graft")
-    helpers.train_here(path / "base", path / "cache", SETTINGS)
+    helpers.train_here(path / "base", cache, SETTINGS)
     return path / "base"
 
 

@@ -41,9 +41,10 @@ def run_export(checkpoint: Path, output: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense run and a DeepSeek one, and the cache beside them."""
+def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A dense run and a DeepSeek one, and their cache."""
     path = tmp_path_factory.mktemp("export")
+    (path / "cache").symlink_to(cache)
     settings = {"trainer.max_steps": 6, "trainer.val_check_interval": 3}
     helpers.train_here(path / "dense", path / "cache", {**settings, "mtp.depth": 1})
     helpers.train_here(path / "deepseek", path / "cache", {**settings, **DEEPSEEK})
@@ -117,7 +118,7 @@ def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_lost_module_is_named_and_no_folder_has_the_name(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The defect of others: MTP weights as they were initialised, exit code 0."""
+    """The defect of others: MTP weights as they were initialized, exit code 0."""
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     checkpoint = helpers.checkpoint(base / "dense", "best.ckpt")
     fresh = open_model(base / "dense").model
@@ -175,8 +176,15 @@ def test_writing_the_wrong_tensor_is_found(
     assert (tmp_path / ".out.partial" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("what", ["write_folder", "card.render", "check_bytes", "Path.replace"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("write_folder", OSError(errno.ENOSPC, "No space left")),
+        ("card.render", KeyboardInterrupt()),
+        ("check_bytes", KeyboardInterrupt()),
+        ("Path.replace", OSError(errno.ENOSPC, "No space left")),
+    ],
+)
 def test_what_was_not_written_to_its_end_is_not_left(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: BaseException
 ) -> None:
@@ -188,7 +196,7 @@ def test_what_was_not_written_to_its_end_is_not_left(
         assert what == "write_folder" or (tmp_path / ".out.partial" / "config.json").is_file()
         raise error
 
-    if what == "write_folder":  # behind its first file
+    if what == "write_folder":  # after its first file
         monkeypatch.setattr(writing, "_write_shards", fail)
     else:
         monkeypatch.setattr(f"mtp_lightning.interop.exporting.{what}", fail)

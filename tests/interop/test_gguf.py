@@ -164,7 +164,7 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
         "tensors": 8,
         "fields": 16,
         "key": content.index(key) - 8,
-        "array": content.index(key) + len(key) + 8,  # behind the kinds of the field and its items
+        "array": content.index(key) + len(key) + 8,  # after the kinds of the field and its items
         "name": content.index(name) - 8,
         "dimension": content.index(name) + len(name) + 4,
     }[what]

@@ -85,7 +85,7 @@ def test_the_peak_is_little_more_than_the_model(case: str, tmp_path: Path) -> No
     done = helpers.execute([sys.executable, "-c", PROGRAM, *arguments])
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout.splitlines()[-1])
-    # A module is a block and its projection; beside it lie its gradients and two moments.
+    # A module is a block and its projection; its gradients and two moments come on top.
     module = closed_forms.block(large, 0)[0] + 2 * large.d_model**2
     heads = module * 4 / MEGABYTE if what == "train" else 0
     assert weights / 2 < peak < share * weights + 4 * heads, (peak, weights, heads)

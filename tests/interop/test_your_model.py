@@ -16,10 +16,7 @@ from mtp_lightning.interop.writing import write_tokenizer
 from tests.integration.helpers import ROOT, execute
 from tests.interop.theirs import THERE, make
 
-pytestmark = [
-    pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="pip install -e '.[hf]'"),
-]
+pytestmark = [pytest.mark.extras, pytest.mark.skipif(not THERE, reason="pip install -e '.[hf]'")]
 
 PAGE = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)

@@ -35,65 +35,43 @@ GLM = {
     "use_qk_norm": True, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+QWEN3_MOE = {
+    "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16,
+    "norm_topk_prob": True, "mlp_only_layers": [0],
+}  # fmt: skip
+
+
+def rope(**changes: Any) -> dict[str, Any]:
+    """YaRN's stretched positions, with changes."""
+    return {"rope_parameters": {**YARN, **changes}}
+
+
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SIZES, **ROPE}),
     "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
     "llama-wide-heads": ("Llama", {**SIZES, "head_dim": 16}),
-    "llama3": (
-        "Llama",
-        {
-            **SIZES,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            },
-        },
-    ),
-    "yarn": ("Llama", {**SIZES, "max_position_embeddings": 64, "rope_parameters": YARN}),
+    "llama3": ("Llama", {**SIZES, "rope_parameters": LLAMA3}),
+    "yarn": ("Llama", {**SIZES, "max_position_embeddings": 64, **rope()}),
     "qwen3-yarn": (
         "Qwen3",
-        {
-            **SIZES,
-            "head_dim": 16,
-            "rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 4, "truncate": False},
-        },
+        {**SIZES, "head_dim": 16, **rope(attention_factor=1.3, beta_fast=4, truncate=False)},
     ),
     "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2", {**SIZES, **ROPE}),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {
-            **SIZES,
-            "head_dim": 16,
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 16,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [0],
-        },
-    ),
+    "qwen3_moe": ("Qwen3Moe", {**SIZES, **QWEN3_MOE}),
     "deepseek": ("DeepseekV3", DEEPSEEK),
     "deepseek-v2-queries": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, **ROPE}),
-    "deepseek-yarn": (
-        "DeepseekV3",
-        {**DEEPSEEK, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}},
-    ),
+    "deepseek-yarn": ("DeepseekV3", {**DEEPSEEK, **rope(mscale=1.0, mscale_all_dim=0.7)}),
     "glm4_moe": ("Glm4Moe", GLM),
     "glm4_moe-air": ("Glm4Moe", {**GLM, "use_qk_norm": False, "n_group": 4, "topk_group": 2}),
-    "glm4_moe-plain": (
-        "Glm4Moe",
-        {**GLM, "attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 16},
-    ),
+    "glm4_moe-plain": ("Glm4Moe", {**GLM, "attention_bias": False, "partial_rotary_factor": 1.0}),
     "glm4_moe-narrow": ("Glm4Moe", {**GLM, "head_dim": 20, "partial_rotary_factor": 0.4}),
-    "glm4_moe-yarn": (
-        "Glm4Moe",
-        {**GLM, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "head_dim": 16},
-    ),
+    "glm4_moe-yarn": ("Glm4Moe", {**GLM, **rope(partial_rotary_factor=0.5)}),
     "deepseek-dense": ("DeepseekV3", {**DEEPSEEK, "first_k_dense_replace": 3}),
 }
 

@@ -70,9 +70,7 @@ def own_loss(
 
 
 def assert_loss_is(
-    model: MTPModel,
-    batch: WindowBatch,
-    reference: Callable[[Tensor, Tensor], tuple[Tensor, int]],
+    model: MTPModel, batch: WindowBatch, reference: Callable[[Tensor, Tensor], tuple[Tensor, int]]
 ) -> None:
     """The loss of a head in double precision, its gradients, its count and its values are those of
     a reference.

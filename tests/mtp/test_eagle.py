@@ -29,7 +29,6 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.kl import KL
-from tests.deepseek import trunk as deepseek_trunk
 from tests.losses import mtp_loss
 from tests.models import build, windows
 
@@ -154,21 +153,6 @@ def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> Non
     assert not build(tiny_trunk, JointConfig(depth=2)).trunk.kept
 
 
-@pytest.mark.parametrize(
-    ("switches", "message"),
-    [
-        ({"layers": (1, 2)}, "mtp.layers=.1, 2. must be three whole numbers"),
-        ({"layers": 3}, "mtp.layers=3 must be three whole numbers"),
-        ({"layers": "abc"}, "mtp.layers=abc must be three whole numbers"),
-        ({"layers": (1, 2, 9)}, "reads states after 9 blocks, and the trunk has model.n_layers=8"),
-        ({"draft_vocab": 0}, "mtp.draft_vocab must be a whole number of at least 1"),
-    ],
-)
-def test_bad_switches_are_named(switches: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        drafting(**switches)
-
-
 def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
     class Text:
         def document_frequency(self) -> tuple[Tensor, int]:
@@ -186,8 +170,6 @@ def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(UserError, match="use model.attention=grouped_query"):
-        build(deepseek_trunk(vocab_size=37), EagleConfig(depth=2))
     model = drafting(draft_vocab=11)
     for options, message in (
         ({"compile": True}, "compile=true has passes for a cache per draft"),

@@ -1,35 +1,141 @@
-"""Parallel, linear and parameter-free heads against references written from the papers."""
+"""What is asked of every head: the tokens that a depth reads, where gradients end, how it starts.
+
+That states, losses and gradients are those of the definitions is tested in
+``tests/objective/test_cross_product.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning import matching
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.cost import StepCost
+from mtp_lightning.objective.schedule.published import constant
+from tests.deepseek import trunk as deepseek_trunk
 from tests.losses import mtp_loss
 from tests.models import build, windows
 
 CONF = Path(__file__).parents[2] / "conf"
+MLP: dict[str, Any] = {"correction": "mlp"}
+MARKOV: dict[str, Any] = {"correction": "markov", "correction_rank": 5}
+SELECTOR: dict[str, Any] = {"correction": "selector", "correction_rank": 5}
+HEADS: dict[str, Callable[..., MTPConfig]] = {
+    "sequential": SequentialConfig,
+    "parallel": ParallelConfig,
+    "linear": LinearConfig,
+    "parameter_free": ParameterFreeConfig,
+    "joint": JointConfig,
+    "nextlat": NextLatConfig,
+    "eagle": EagleConfig,
+    "linear mlp": partial(LinearConfig, **MLP),
+    "parallel markov": partial(ParallelConfig, **MARKOV),
+    "linear selector": partial(LinearConfig, **SELECTOR),
+    "masked": partial(MaskedConfig, lora_rank=4),
+}
+# Heads whose states depend on none of the tokens ahead, or on the last one alone.
+READS_NONE = ("parallel", "linear", "parameter_free", "linear selector")
+READS_LAST = ("parallel markov", "masked")
+# Variants of one depth, or of none.
+FIXED_DEPTH = ("none", "teacherless", "top", "bag", "registers")
+every_head = pytest.mark.parametrize("head", HEADS)
 
 
-@pytest.mark.parametrize("variant", ["parallel", "linear", "parameter_free"])
-def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, variant: str) -> None:
-    mtp = MTPConfig.find(variant)(depth=2)
+@every_head
+@given(
+    row=st.integers(0, 1),
+    at=st.integers(0, 5),
+    ahead=st.integers(1, 4),
+    active=st.sets(st.integers(1, 3), min_size=1),
+)
+@settings(max_examples=8, deadline=None)
+def test_a_depth_sees_the_true_tokens_up_to_its_own_and_no_further(
+    head: str, row: int, at: int, ahead: int, active: set[int]
+) -> None:
+    """Another token ``ahead`` places on changes depth k at ``at`` just if k reads that far."""
+    trunk = TrunkConfig(vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
+    model = build(trunk, HEADS[head](depth=3)).double()
+    batch = windows(2, 6, 3)
+    tokens = batch.tokens.clone()
+    tokens[row, at + ahead] = (tokens[row, at + ahead] + 1) % 37
+    wanted = sorted(active)
+    before, after = model(batch, wanted), model(WindowBatch(tokens, 3), wanted)
+    assert list(before) == [0, *wanted]
+    whole = model(batch)
+    for k in wanted:
+        torch.testing.assert_close(before[k], whole[k])  # whatever else is wanted
+        unseen = head in READS_NONE or ahead > k or (head in READS_LAST and ahead < k)
+        assert torch.equal(before[k][row, at], after[k][row, at]) == unseen
+        assert torch.equal(before[k][1 - row], after[k][1 - row])
+    assert torch.equal(before[0][row, at], after[0][row, at])
+
+
+@every_head
+def test_a_head_starts_as_it_is_without_what_starts_at_zero(
+    tiny_trunk: TrunkConfig, head: str
+) -> None:
+    if head in ("sequential", "parallel", "joint", "eagle", "parameter_free"):
+        return  # their layers start at random, as blocks do, or there is none
+    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=2)))
+    model.initialise(0)
+    found = model(windows(1, 8, 2))
+    if head in ("nextlat", "linear"):
+        expected = {k: found[0] for k in range(3)}
+    elif head == "masked":  # as the trunk's own states at the masks
+        _, at = model.run_trunk(windows(1, 8, 2), [1, 2])
+        expected = dict(enumerate([found[0], *at.hidden.chunk(2, -1)]))
+    else:
+        bare = replace(model.config.mtp, correction="none", correction_rank=None)
+        plain = MTPModel(replace(model.config, mtp=bare))
+        plain.initialise(0)
+        expected = plain(windows(1, 8, 2))
+    for k in range(3):
+        assert torch.equal(found[k], expected[k])
+    mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
+    if head == "nextlat":
+        zero = [model.mtp.depths[0].last.weight]
+    elif head == "masked":
+        up = [update.up for of in model.mtp.updates for update in of.values()]
+        zero = [layer.weight for layer in (model.mtp.sampler.down, *up)]
+    elif head == "linear":  # SiLU's slope at zero is a half
+        zero = list(model.mtp.parameters())
+    elif head == "linear selector":  # what multiplies it learns once it is not zero
+        zero = [model.mtp.rescorer.embedding["after"].weight]
+        assert not model.mtp.rescorer.gate.weight.grad.any()
+    else:
+        zero = [correction.down.weight for correction in model.mtp.corrections]
+    for parameter in zero:
+        assert not parameter.any() and parameter.grad is not None and parameter.grad.any()
+
+
+@every_head
+def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, head: str) -> None:
     batch = windows(2, 9, 2)
     totals, grads = [], []
+    mtp = HEADS[head](depth=2)
     for config, rows in ((mtp, batch), (NoMTPConfig(), WindowBatch(batch.tokens[:, :-2], 0))):
         model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=config))
         model.initialise(3)
@@ -37,19 +143,60 @@ def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, vari
         total.backward()
         totals.append(total)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert torch.equal(*totals)
-    assert grads[0].keys() == grads[1].keys()
+    assert torch.equal(*totals) and grads[0].keys() == grads[1].keys()
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[1])
 
 
-def test_medusas_heads_start_as_the_main_prediction(tiny_trunk: TrunkConfig) -> None:
-    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=LinearConfig(depth=2)))
-    model.initialise(0)
-    hidden = model(windows(1, 8, 2))
-    assert torch.equal(hidden[1], hidden[0]) and torch.equal(hidden[2], hidden[0])
-    mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
-    # At zero a head still learns: SiLU's slope there is a half.
-    assert all(p.grad.abs().max() > 1e-4 for p in model.mtp.parameters())
+@every_head
+def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
+    """The first block's, the head's and the embedding's part of the depths' gradient."""
+    if head in ("masked", "parameter_free"):
+        return  # the trunk itself makes their states
+    trunk = replace(tiny_trunk, tie_embeddings=False)
+    # Tokens are read by another table, or not at all.
+    no_token = head in READS_NONE or "markov" in head
+    for detach, cuts in (
+        ("none", (False, False, False)),
+        ("trunk", (True, False, no_token)),
+        ("all", (True, True, True)),
+    ):
+        if head == "eagle":  # whose head is its own
+            cuts = (cuts[0], True, cuts[2])
+        model = build(trunk, HEADS[head](depth=2, detach=detach))
+        found = []
+        for weight in (1.0, 0.0):
+            mtp_loss(model, windows(2, 8, 2), [weight] * 2, [16] * 3)[0].backward()
+            watched = (
+                model.trunk.blocks[0].attention.qkv.weight,
+                model.head.weight,
+                model.trunk.embedding.weight,
+            )
+            found.append([parameter.grad.clone() for parameter in watched])
+            if weight:
+                assert all(p.grad.abs().max() > 1e-7 for p in model.mtp.parameters())
+            model.zero_grad()
+        for cut, a, b in zip(cuts, *found, strict=True):
+            assert bool((a - b).abs().max() < 1e-7) == cut, detach
+
+
+def test_detach_is_once_before_the_loop(tiny_trunk: TrunkConfig) -> None:
+    """Depth 2's loss must reach depth 1's module even where the trunk is cut off."""
+    model = build(tiny_trunk, SequentialConfig(depth=2, detach="trunk"))
+    mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3)[0].backward()
+    for parameter in model.mtp.depths[0].parameters():
+        assert parameter.dim() == 1 or parameter.grad.abs().max() > 1e-7
+
+
+@every_head
+def test_a_token_of_the_next_document_reaches_no_position_that_counts(
+    tiny_trunk: TrunkConfig, head: str
+) -> None:
+    model, plain = build(tiny_trunk, HEADS[head](depth=2)).double(), windows(4, 8, 2)
+    documents = (torch.arange(11) >= torch.tensor([[3], [5], [8], [9]])).long()
+    tokens = torch.where(documents == 1, (plain.tokens + 1) % 37, plain.tokens)
+    both = [WindowBatch(t, 2, documents, documents == 0) for t in (plain.tokens, tokens)]
+    counts = both[0].counts().tolist()
+    assert torch.equal(*(mtp_loss(model, batch, [0.2, 0.3], counts)[1] for batch in both))
 
 
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
@@ -85,56 +232,45 @@ def test_before_last_leaves_the_last_block_to_the_main_prediction(
     assert last_block_gradient("final").abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("variant", ["parallel", "linear"])
-def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, variant: str) -> None:
-    trunk = replace(tiny_trunk, tie_embeddings=False)
-    for detach, trunk_cut, head_cut in (
-        ("none", False, False),
-        ("trunk", True, False),
-        ("all", True, True),
-    ):
-        model = build(trunk, MTPConfig.find(variant)(depth=2, detach=detach))
-        grads = []
-        for weight in (1.0, 0.0):
-            mtp_loss(model, windows(2, 8, 2), [weight] * 2, [16] * 3)[0].backward()
-            first, head = model.trunk.blocks[0].attention.qkv.weight.grad, model.head.weight.grad
-            grads.append((first.clone(), head.clone()))
-            if weight:
-                assert all(p.grad.abs().max() > 1e-6 for p in model.mtp.parameters())
-            model.zero_grad()
-        for cut, a, b in zip((trunk_cut, head_cut), *grads, strict=True):
-            assert bool((a - b).abs().max() < 1e-7) == cut, detach
+def test_joint_is_of_the_trunks_own_attention() -> None:
+    trunk = deepseek_trunk(vocab_size=37)
+    config = ModelConfig(trunk=trunk, mtp=JointConfig(depth=2))
+    model = MTPModel(config).double()
+    assert type(model.mtp.attention).__name__ == "LatentAttention"
+    assert config.num_params() == sum(p.numel() for p in model.parameters())
+    model.initialise(0)
+    assert model(windows(1, 6, 2))[2].shape == (1, 6, trunk.d_model)
 
 
-# Variants of one depth, or of none.
-FIXED_DEPTH = ("none", "teacherless", "top", "bag", "registers")
+@pytest.mark.parametrize("head", ["linear mlp", "masked"])
+def test_runs_are_matched_to_plain_ones(head: str) -> None:
+    trunk = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96)
+    config = ModelConfig(trunk=trunk, mtp=HEADS[head](depth=2))
+    length: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
+    reference = matching.plain_reference(config, **length)
+    for what in ("parameters", "flops"):
+        schedule = constant(depth=2, mtp_lambda=0.3)
+        found = matching.match(config, schedule, match=what, reference=reference, **length)
+        assert abs(found.remaining) < 0.05
+        if what == "flops":
+            plain = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
+            steps = 300 * StepCost(plain).per_token(64) / StepCost(config).per_token(64)
+            assert found.max_steps == round(steps)
 
 
-def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
+def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
     for name, kind in MTPConfig.variants().items():
-        mtp = kind() if name in FIXED_DEPTH else kind(depth=2)
-        stack = mtp.build(tiny_trunk)
+        stack = (kind() if name in FIXED_DEPTH else kind(depth=2)).build(tiny_trunk)
         assert (stack.max_draft_depth != 0) == (name not in (*FIXED_DEPTH, "parameter_free"))
         if stack.max_draft_depth != 0:
             stack.require_drafts()
         else:
             with pytest.raises(ValueError, match=f"parameter_free|no MTP depth|mtp={name} shapes"):
                 stack.require_drafts()
-
-
-@pytest.mark.parametrize(
-    ("build_bad", "message"),
-    [
-        (lambda: ParallelConfig(depth=1, branch="top"), "mtp.branch=top is unknown"),
-        (lambda: LinearConfig(depth=1, detach="head"), "mtp.detach=head is unknown"),
-        (lambda: LinearConfig(depth=-1), "at least 0, not -1"),
-        (lambda: ParallelConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
-        (lambda: SequentialConfig(depth=1, hidden_state_mixing=True), "nothing to mix"),
-    ],
-)
-def test_bad_switches_are_named(build_bad: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_bad()
+    for name, make in HEADS.items():
+        reads = name == "linear selector" or name not in READS_NONE
+        assert make(depth=2).build(tiny_trunk).reads_tokens is reads, name
+        assert not make(depth=0).build(tiny_trunk).reads_tokens, name
 
 
 @pytest.mark.parametrize("variant", sorted(MTPConfig.variants()))
@@ -144,7 +280,7 @@ def test_configs_compose_to_the_variants_defaults_and_round_trip(
     from mtp_lightning.experiment.instantiate import instantiate
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", overrides=[f"mtp={variant}"])
+        cfg = compose(overrides=[f"+mtp={variant}"])
     counted = {"weights": "idf"} if variant == "bag" else {}  # null: by the data
     mtp = instantiate(cfg.mtp, **counted)
     kind = MTPConfig.find(variant)
@@ -152,10 +288,3 @@ def test_configs_compose_to_the_variants_defaults_and_round_trip(
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
     assert config.mtp.variant == variant
     assert ModelConfig.from_dict(config.to_dict()) == config
-
-
-def test_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
-    kinds = {"sequential": True, "parallel": False, "linear": False, "parameter_free": False}
-    for variant, reads in kinds.items():
-        assert build(tiny_trunk, MTPConfig.find(variant)(depth=2)).mtp.reads_tokens is reads
-    assert not build(tiny_trunk, SequentialConfig(depth=0)).mtp.reads_tokens

@@ -63,19 +63,19 @@ def reference(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
     return np.linalg.lstsq(rows, np.concatenate([y, ridge * prior]), rcond=None)[0].T
 
 
-SWITCHES: list[dict[str, Any]] = [
-    {"depth": 3},
-    {"depth": 1, "concat": "hidden_first", "input_norm": "pre"},
-    {"depth": 2, "branch": "before_last", "input_norm": "pre"},
-    {"depth": 2, "branch": "before_last", "concat": "hidden_first", "freeze_trunk": True},
-    {"depth": 3, "share_layers": True},
-    {"depth": 2, "token_dropout": 1.0},
-]
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("switches", SWITCHES, ids=str)
-@pytest.mark.parametrize("kind", ["dense", "deepseek"])
+@pytest.mark.parametrize(
+    ("kind", "documents", "switches"),
+    [
+        ("dense", False, {"depth": 3}),
+        ("dense", True, {"depth": 1, "concat": "hidden_first", "input_norm": "pre"}),
+        ("deepseek", True, {"depth": 2, "branch": "before_last", "input_norm": "pre"}),
+        ("dense", False, {"depth": 2, "branch": "before_last", "concat": "hidden_first",
+                          "freeze_trunk": True}),
+        ("deepseek", False, {"depth": 3, "share_layers": True}),
+        ("dense", True, {"depth": 2, "token_dropout": 1.0}),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_every_weight_of_a_module(
     tiny_trunk: TrunkConfig, kind: str, switches: dict[str, Any], documents: bool
 ) -> None:
@@ -183,8 +183,7 @@ def test_parallel_heads_are_the_main_prediction_at_first(
     assert not torch.equal(drawn(batch)[1], states[1])
 
 
-@pytest.mark.parametrize("config", [SequentialConfig, ParallelConfig])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("config", "tied"), [(SequentialConfig, True), (ParallelConfig, False)])
 def test_random_modules_have_the_trunks_norm(
     tiny_trunk: TrunkConfig, config: type[MTPConfig], tied: bool
 ) -> None:

@@ -26,7 +26,6 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.schedule.base import Progress
-from tests.deepseek import trunk as deepseek_trunk
 from tests.kernels import LIBRARY, use_library
 from tests.losses import mtp_loss, reported_loss, step_of
 from tests.models import build, windows
@@ -54,9 +53,11 @@ def in_documents(batch: WindowBatch) -> WindowBatch:
     return WindowBatch(batch.tokens, batch.depth, starts.cumsum(1))
 
 
-@pytest.mark.parametrize("library", [None, LIBRARY], ids=["plain", "native"])
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize(
+    ("trunk", "library"),
+    [*((trunk, LIBRARY) for trunk in TRUNKS), ("plain", None), ("experts", None)],
+)
 def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
     trunk: str, low: bool, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,8 +113,9 @@ def test_a_mask_sees_its_prefix_and_the_masks_before_it_in_its_block(documents: 
         assert torch.equal(of_all_masks.ne(0).any(-1).unflatten(1, (T, DEPTH)), wanted)
 
 
-@pytest.mark.parametrize("drafts", [1, 2, DEPTH])
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize(
+    ("trunk", "drafts"), [*((trunk, DEPTH) for trunk in TRUNKS), ("plain", 1), ("experts", 2)]
+)
 def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int) -> None:
     """After the prompt, and after a verify pass over the places where the masks stood."""
     model, n = masked(TRUNKS[trunk]).double().eval(), 9
@@ -246,21 +248,6 @@ def test_no_gradient_reaches_the_states_that_masks_are_pulled_to() -> None:
     assert of_tokens is None and of_masks.any()
 
 
-@pytest.mark.parametrize(
-    ("switches", "message"),
-    [
-        ({"lora_rank": 0}, "mtp.lora_rank must be a whole number of at least 1"),
-        ({"consistency": -1.0}, "mtp.consistency must be"),
-        ({"depth": 0, "freeze_trunk": True}, "leaves nothing to train"),
-    ],
-)
-def test_bad_switches_are_named(switches: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        MaskedConfig(**{"depth": 2, **switches})
-
-
-def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(UserError, match="use model.attention=grouped_query"):
-        build(deepseek_trunk(vocab_size=37), MaskedConfig(depth=2))
+def test_stored_states_are_refused() -> None:
     with pytest.raises(UserError, match="data.cache_states=true has no meaning for mtp=masked"):
         check_cached(masked(freeze_trunk=True))

@@ -7,7 +7,6 @@ tested in ``tests/objective/test_cross_product.py``.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,21 +19,18 @@ from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
-from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.rescoring import Forced
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
-from tests.losses import gradients, mtp_loss
+from tests.losses import mtp_loss
 from tests.models import build, windows
 
 SELECTOR: dict[str, Any] = {"correction": "selector", "correction_rank": 5}
@@ -145,75 +141,6 @@ def test_it_starts_as_the_head_without_it(trunk: TrunkConfig, head: str) -> None
     assert [g.drafts_accepted for g in texts[0]] == [g.drafts_accepted for g in texts[1]]
 
 
-def test_every_part_learns_from_a_start_at_zero(trunk: TrunkConfig) -> None:
-    """B learns first; A and H, which it multiplies, learn once it is not zero."""
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=ParallelConfig(depth=2, **SELECTOR)))
-    model.initialise(0)
-    own = ("embedding.before", "embedding.after", "gate")
-    for moved, expected in ((0.0, (False, True, False)), (0.1, (True, True, True))):
-        with torch.no_grad():
-            model.mtp.rescorer.embedding["after"].weight.add_(moved)
-        mtp_loss(model, windows(2, 8, 2), [0.3, 0.3], [16] * 3)[0].backward()
-        found = gradients(model)
-        for part, learns in zip(own, expected, strict=True):
-            assert bool(found[f"mtp.rescorer.{part}.weight"].any()) == learns
-
-
-@every_head
-def test_what_is_cut_off_gets_no_gradient_from_it(trunk: TrunkConfig, head: str) -> None:
-    trunk = replace(trunk, tie_embeddings=False)
-    for detach, reaches in (
-        ("none", (True, True)),
-        ("trunk", (False, True)),
-        ("all", (False,) * 2),
-    ):
-        model = model_of(trunk, head, detach=detach)
-        of_parts = []
-        for weight in (1.0, 0.0):
-            mtp_loss(model, windows(2, 8, DEPTH), [weight] * DEPTH, [16] * 4)[0].backward()
-            found = gradients(model)
-            of_parts.append([found["trunk.blocks.0.attention.qkv.weight"], found["head.weight"]])
-            assert any("rescorer" in name for name in found) == bool(weight)
-        for a, b, reached in zip(*of_parts, reaches, strict=True):
-            assert bool((a - b).abs().max() > 1e-9) == reached, detach
-
-
-def test_without_a_weight_it_is_plain_training(trunk: TrunkConfig) -> None:
-    batch, found = windows(2, 9, 2), []
-    for mtp, rows in (
-        (ParallelConfig(depth=2, **SELECTOR), batch),
-        (NoMTPConfig(), WindowBatch(batch.tokens[:, :-2], 0)),
-    ):
-        model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
-        model.initialise(3)
-        mtp_loss(model, rows, [0.0] * mtp.depth, [18] * (mtp.depth + 1))[0].backward()
-        found.append(gradients(model))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
-
-
-def test_micro_batches_parts_and_document_masks_change_nothing(
-    trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, plain = model_of(trunk), windows(4, 8, DEPTH)
-    documents = (torch.arange(12) >= torch.tensor([[3], [5], [8], [9]])).long()
-    batch = WindowBatch(plain.tokens, DEPTH, documents)
-    counts = batch.counts().tolist()
-    mtp_loss(model, batch, [0.3] * DEPTH, counts)[0].backward()
-    whole = gradients(model)
-    monkeypatch.setattr(selector, "_NUMEL", 300)  # three positions at a time
-    for part in batch.micro_batches(3):
-        mtp_loss(model, part, [0.3] * DEPTH, counts)[0].backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, whole[name], rtol=1e-6, atol=1e-9, msg=name)
-    # A token of the next document reaches no position that counts.
-    tokens = torch.where(documents == 1, (plain.tokens + 1) % VOCAB, plain.tokens)
-    scored = documents == 0
-    both = [WindowBatch(t, DEPTH, documents, scored) for t in (plain.tokens, tokens)]
-    counts = both[0].counts().tolist()
-    assert torch.equal(*(mtp_loss(model, b, [0.3] * DEPTH, counts)[1] for b in both))
-
-
 def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
     """What the loss computes of the last position of a text whose target of depth k is not known:
     the scores [V] of its candidates, up to a constant, -inf elsewhere."""
@@ -280,16 +207,6 @@ def test_samples_have_the_models_distribution_where_few_tokens_are_candidates(
     require_the_models_distribution(model, options, drafted, prompt_length=7)
 
 
-@pytest.mark.parametrize("way", [{}, {"tree": [3, 2]}, {"min_confidence": 0.3}], ids=str)
-def test_greedy_text_is_that_of_plain_decoding(way: dict[str, Any]) -> None:
-    model = small_model(4, 2, stack=ParallelConfig, confidence=True, **SELECTOR)
-    prompts = random_prompts(4, (9, 3, 14))
-    options: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 2}
-    drafted = generate(model, prompts, **options, **way)
-    plain = generate(model, prompts, speculative=False, **options)
-    assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
-
-
 @torch.no_grad()
 def test_rates_are_those_of_what_is_drafted(trunk: TrunkConfig) -> None:
     model, batch = model_of(trunk), windows(2, 12, DEPTH)
@@ -345,14 +262,3 @@ def test_parameters_do_not_grow_with_the_depth(trunk: TrunkConfig) -> None:
     assert own(0) == 0 and own(1) == own(4) == 5 * (2 * VOCAB + 32)
     assert LinearConfig(depth=1, correction="selector").columns == 256
     assert LinearConfig(depth=1, correction="markov").columns == 64
-
-
-def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(UserError, match="mtp.stride=2 skips tokens.*mtp.correction=selector"):
-        LinearConfig(depth=2, stride=2, correction="selector")
-    with pytest.raises(UserError, match="mtp.correction=selector has no meaning with mtp.rank=3"):
-        LinearConfig(depth=2, rank=3, correction="selector")
-    with pytest.raises(UserError, match="set mtp.correction to markov or selector"):
-        LinearConfig(depth=2, correction="mlp", correction_rank=8)
-    with pytest.raises(TypeError, match="correction"):
-        SequentialConfig(depth=2, correction="selector")

@@ -12,7 +12,6 @@ from data_modules.tasks.answers import AnswerSet
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.answers import choose, say
 from mtp_lightning.decoding.generate import generate
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.teacherless import DUMMY, TeacherlessConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -57,10 +56,3 @@ def test_it_says_all_at_once_and_nothing_one_by_one(tiny_trunk: TrunkConfig) -> 
         generate(model, [[1, 2, 3]], max_new_tokens=2)
     with pytest.raises(ValueError, match="mtp=teacherless needs a task"):
         model(WindowBatch(torch.ones(1, 5, dtype=torch.int64), 0))
-
-
-def test_it_is_a_variant_of_its_own() -> None:
-    config = TeacherlessConfig()
-    assert MTPConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="mtp.depth=2: set it 0"):
-        TeacherlessConfig(depth=2)

@@ -26,7 +26,9 @@ def gradients(model: MTPModel, batch: WindowBatch, *, autocast: bool) -> torch.T
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("name", folders.TRUNKS)
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "qwen2", "qwen3_moe", "glm4_moe", "deepseek", "deepseek-yarn"]
+)
 def test_a_step_is_that_of_fp32_but_for_roundings(name: str) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=1).train()
     if name.startswith("qwen2"):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
@@ -122,9 +121,9 @@ def test_a_layers_places_are_its_weights(name: str) -> None:
             assert all(shape[1:] == rows.shape[1:] for _, shape in place.parts)
 
 
-def trained(mtp=SequentialConfig) -> MTPModel:
+def trained() -> MTPModel:
     """A model of the user's layers after a few steps on one repeated text."""
-    model = MTPModel(ModelConfig(trunk=own_trunk(init_std=0.3), mtp=mtp(depth=2)))
+    model = MTPModel(ModelConfig(trunk=own_trunk(init_std=0.3), mtp=SequentialConfig(depth=2)))
     model.initialise(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.randint(0, 37, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -139,10 +138,9 @@ def trained(mtp=SequentialConfig) -> MTPModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("mtp", [SequentialConfig, ParallelConfig])
-def test_a_users_layers_train_and_decode(mtp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the cache, drafts, rows together, a prompt wider than the window; all teacher-forced."""
-    model = trained(mtp)
+    model = trained()
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())
     prompts = random_prompts(0, (2, 9, 21))
     options = {"max_new_tokens": 14}

@@ -58,7 +58,7 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
     "change", [{"attention": BIASED}, {"rope_scaling": SCALING}, {"attention": HALF_TURNED}]
 )
 def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
-    """Token by token, against whole windows read anew for every token."""
+    """Token by token, against whole windows that are read again for every token."""
     model: MTPModel = deepseek.build(replace(tiny_trunk, **change), depth=2).eval()
     plain, drafted = (
         generate(model, [[1, 2, 3]], max_new_tokens=12, speculative=speculative)[0].token_ids
@@ -137,8 +137,3 @@ def test_latent_norms_can_have_an_epsilon_of_their_own() -> None:
     )
     assert (own.query_norm.eps, own.kv_norm.eps) == (1e-3, 1e-3)
     assert (trunks.query_norm.eps, trunks.kv_norm.eps) == (1e-5, 1e-5)
-
-
-def test_biases_are_counted(tiny_trunk: TrunkConfig) -> None:
-    model = deepseek.build(replace(tiny_trunk, attention=BIASED), depth=1)
-    assert model.config.num_params() == sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The cache alone: places, masks, trimming, rows."""
+"""The caches alone: places, masks, trimming, rows, and trees of tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.rope import over_whole_heads, rope_table, turn_in_place
+from mtp_lightning.nn.tree_cache import Branches, TreeCache
+from tests.deepseek import trunk as deepseek_trunk
+from tests.kernels import BATCH_INVARIANT, prepared
+from tests.models import PARENTS, PATHS
 
 
 def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40) -> KVCache:
@@ -26,9 +31,18 @@ def passes(width: int, exact: bool) -> AbstractContextManager[None]:
     return batch_invariant_pass(width, torch.device("cpu")) if exact else nullcontext()
 
 
-def attention(config: TrunkConfig) -> Attention:
+@pytest.fixture(params=["grouped", "latent"])
+def trunk(request, tiny_trunk):
+    return tiny_trunk if request.param == "grouped" else deepseek_trunk(d_model=32)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def attention(config: TrunkConfig) -> nn.Module:
     torch.manual_seed(0)
-    layer = Attention(config, config.attention)
+    layer = config.attention.build(config, 0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return layer
@@ -43,10 +57,13 @@ def test_turning_in_place_is_rotary():
     torch.testing.assert_close(x, expected)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("kv", "exact"), [(1, True), (2, False), (4, True), ("latent", True), ("latent", False)]
+)
 def test_passes_of_any_width_equal_one_window(kv, exact):
-    config = TrunkConfig(vocab_size=9, d_model=32, n_layers=1, n_heads=4, n_kv_heads=kv, d_ff=8)
+    sizes = {"vocab_size": 9, "d_model": 32, "n_layers": 1, "n_heads": 4, "d_ff": 8}
+    latent = kv == "latent"
+    config = deepseek_trunk(d_model=32) if latent else TrunkConfig(n_kv_heads=kv, **sizes)
     layer, x = attention(config), torch.randn(3, 30, 32)
     with torch.no_grad():
         expected = layer(x, Positions.of_window(config, 30, device=torch.device("cpu")))
@@ -55,16 +72,16 @@ def test_passes_of_any_width_equal_one_window(kv, exact):
             positions = Positions.of_cache(cache, [start] * 3, width)
             with passes(width, exact):
                 got = layer(x[:, start : start + width], positions)
-            torch.testing.assert_close(got, expected[:, start : start + width])
+            close(got, expected[:, start : start + width])
             start += width
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_rows_of_unequal_lengths_and_rejected_tokens(tiny_trunk, exact):
-    layer, x = attention(tiny_trunk), torch.randn(2, 24, 32)
+def test_rows_of_unequal_lengths_and_rejected_tokens(trunk, exact):
+    layer, x = attention(trunk), torch.randn(2, 24, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(tiny_trunk, 24, device=torch.device("cpu")))
-        cache = cache_of(tiny_trunk, 2)
+        expected = layer(x, Positions.of_window(trunk, 24, device=torch.device("cpu")))
+        cache = cache_of(trunk, 2)
         layer(x[:, :18], Positions.of_cache(cache, [0, 0], 18))
         for starts in ([4, 11], [6, 12], [3, 20], [7, 7]):  # back and forth, over stale entries
             if max(s - held for s, held in zip(starts, cache.lengths, strict=True)) > 0:
@@ -73,43 +90,43 @@ def test_rows_of_unequal_lengths_and_rejected_tokens(tiny_trunk, exact):
             with passes(3, exact):
                 got = layer(new, Positions.of_cache(cache, starts, 3))
             for row, s in enumerate(starts):
-                torch.testing.assert_close(got[row], expected[row, s : s + 3])
+                close(got[row], expected[row, s : s + 3])
 
 
-def test_dropping_a_row_moves_the_last_one_in(tiny_trunk):
-    layer, x = attention(tiny_trunk), torch.randn(3, 12, 32)
+def test_dropping_a_row_moves_the_last_one_in(trunk):
+    layer, x = attention(trunk), torch.randn(3, 12, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(tiny_trunk, 12, device=torch.device("cpu")))
-        cache = cache_of(tiny_trunk, 3)
+        expected = layer(x, Positions.of_window(trunk, 12, device=torch.device("cpu")))
+        cache = cache_of(trunk, 3)
         layer(x[:, :10], Positions.of_cache(cache, [0, 0, 0], 10))
         storage = cache.entries_L_BSMH[0].data_ptr()
         cache.drop_row(0)
         assert cache.batch_size == 2 and cache.entries_L_BSMH[0].data_ptr() == storage
         got = layer(x[[2, 1], 10:], Positions.of_cache(cache, [10, 10], 2))
-        torch.testing.assert_close(got, expected[[2, 1], 10:])
+        close(got, expected[[2, 1], 10:])
         # A row's own view writes into the same storage.
         layer(x[:1, :4], Positions.of_cache(cache.rows(slice(1, 2)), [0], 4))
         cache.lengths[1] = 4
         got = layer(x[:1, 4:6].expand(2, -1, -1), Positions.of_cache(cache, [4, 4], 2))
-        torch.testing.assert_close(got[1], expected[0, 4:6])
+        close(got[1], expected[0, 4:6])
 
 
-def test_rows_come_back_and_storage_grows(tiny_trunk):
-    layer, x = attention(tiny_trunk), torch.randn(3, 40, 32)
+def test_rows_come_back_and_storage_grows(trunk):
+    layer, x = attention(trunk), torch.randn(3, 40, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(tiny_trunk, 40, device=torch.device("cpu")))
-        cache = cache_of(tiny_trunk, 3, capacity=16)
+        expected = layer(x, Positions.of_window(trunk, 40, device=torch.device("cpu")))
+        cache = cache_of(trunk, 3, capacity=16)
         layer(x[:, :10], Positions.of_cache(cache, [0, 0, 0], 10))
         cache.drop_row(0)
         cache.resize(3)  # x[2], x[1], and a new row
         assert cache.lengths == [10, 10, 0]
         layer(x[:1, :10], Positions.of_cache(cache.rows(slice(2, 3)), [0], 10))
         cache.lengths[2] = 10
-        cache.grow(PositionTables(tiny_trunk, 48))
+        cache.grow(PositionTables(trunk, 48))
         order = [2, 1, 0]
         for start in range(10, 40, 5):
             got = layer(x[order, start : start + 5], Positions.of_cache(cache, [start] * 3, 5))
-            torch.testing.assert_close(got, expected[order, start : start + 5])
+            close(got, expected[order, start : start + 5])
 
 
 def test_a_full_cache_names_the_numbers(tiny_trunk):
@@ -126,3 +143,52 @@ def test_masks_are_causal(tiny_trunk):
     assert torch.equal(mask, tables.mask_of(torch.tensor([5, 6, 7]), 16))
     scores = F.softmax(mask, dim=-1)
     assert torch.equal(scores[0, 6:], torch.zeros(10))
+
+
+@pytest.mark.parametrize(
+    ("starts", "exact", "latent"),
+    [([7], True, True), ([20, 20], False, False), ([3, 18, 11], True, False),
+     ([3, 18, 11], False, True)],
+)  # fmt: skip
+def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
+    config = deepseek_trunk(d_model=32) if latent else tiny_trunk
+    layer, rows = config.attention.build(config, 0), len(starts)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 40, config.d_model, generator=generator)
+    new = torch.randn(rows, len(PARENTS), config.d_model, generator=generator)
+    after = torch.randn(rows, 2, config.d_model, generator=generator)
+
+    def filled():
+        tables = PositionTables(config, 48)
+        cache = TreeCache(config, tables, n_layers=1, batch_size=rows)
+        layer(x[:, : max(starts)], Positions.of_cache(cache, [0] * rows, max(starts)))
+        return cache
+
+    with torch.no_grad(), prepared(layer):
+        cache, branches = filled(), Branches(PARENTS, torch.device("cpu"))
+        with batch_invariant_pass(len(PARENTS) if exact else 99, torch.device("cpu")):
+            found = layer(new, Positions.of_tree(cache, starts, branches))
+        for path in PATHS:
+            chain = filled()
+            with batch_invariant_pass(len(path) if exact else 99, torch.device("cpu")):
+                expected = layer(new[:, path], Positions.of_cache(chain, starts, len(path)))
+            torch.testing.assert_close(found[:, path], expected, rtol=1e-4, atol=1e-5)
+            if exact:
+                assert torch.equal(cache.distances()[:, path], chain.distances())
+                same = torch.stack([a == b for a, b in zip(found[:, path], expected, strict=True)])
+                assert same.all() or not BATCH_INVARIANT
+            # What is kept of a path is what a chain would have stored.
+            kept = object.__new__(TreeCache)
+            kept.__dict__.update(cache.__dict__)
+            kept._stored = [s.clone() for s in cache._stored]
+            kept._kept = dict(cache._kept)
+            kept.resize(rows)
+            kept.settle(torch.tensor([path] * rows))
+            ends = [start + len(path) for start in starts]
+            kept.lengths = ends
+            expected = layer(after, Positions.of_cache(chain, ends, 2))
+            torch.testing.assert_close(
+                layer(after, Positions.of_cache(kept, ends, 2)), expected, rtol=1e-4, atol=1e-5
+            )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
@@ -36,9 +33,10 @@ def expected(x_BTC: torch.Tensor, layer: LatentAttention, config: TrunkConfig, d
     )
 
 
-@pytest.mark.parametrize("q_rank", [12, None])
-@pytest.mark.parametrize("d_value", [6, 12, 14])  # narrower than, as wide as, wider than a key
-@pytest.mark.parametrize("masked", [False, True])
+# Values are narrower than a key, as wide, wider.
+@pytest.mark.parametrize(
+    ("q_rank", "d_value", "masked"), [(12, 6, True), (None, 12, False), (12, 14, True)]
+)
 def test_windows_equal_the_equations(q_rank: int | None, d_value: int, masked: bool) -> None:
     config = deepseek.trunk(latent={"q_rank": q_rank, "d_value": d_value})
     layer = layer_of(config)
@@ -67,40 +65,6 @@ def test_gradients_equal_those_in_double_precision() -> None:
             a.grad.double() / b.grad.abs().max(), b.grad / b.grad.abs().max(),
             rtol=0, atol=1e-5, msg=name,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize("widths", [[37], [20, 17], [5, 1, 3, 1, 20, 7], [1] * 8])
-@pytest.mark.parametrize("exact", [False, True])
-def test_cached_passes_equal_a_whole_window(widths: list[int], exact: bool) -> None:
-    layer, n = layer_of(deepseek.TRUNK), sum(widths)
-    x = torch.randn(2, n, 32)
-    tables = PositionTables(deepseek.TRUNK, 40)
-    cache = KVCache(deepseek.TRUNK, tables, n_layers=1, batch_size=2)
-    found, start = [], 0
-    with torch.no_grad():
-        whole = layer(x, Positions.of_window(deepseek.TRUNK, n, device=x.device))
-        for width in widths:
-            positions = Positions.of_cache(cache, [start, start], width)
-            with batch_invariant_pass(width, x.device) if exact else nullcontext():
-                found.append(layer(x[:, start : start + width], positions))
-            start += width
-    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
-
-
-def test_rows_of_different_lengths_share_a_cache() -> None:
-    layer = layer_of(deepseek.TRUNK)
-    x = torch.randn(2, 12, 32)
-    tables = PositionTables(deepseek.TRUNK, 16)
-    cache = KVCache(deepseek.TRUNK, tables, n_layers=1, batch_size=2)
-    with torch.no_grad():
-        whole = layer(x, Positions.of_window(deepseek.TRUNK, 12, device=x.device))
-        layer(x[:, :8], Positions.of_cache(cache, [0, 0], 8))
-        # The second row goes back to position 5: a rejected draft.
-        new = torch.stack((x[0, 8:11], x[1, 5:8]))
-        with batch_invariant_pass(3, x.device):
-            found = layer(new, Positions.of_cache(cache, [8, 5], 3))
-    torch.testing.assert_close(found[0], whole[0, 8:11], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1], whole[1, 5:8], rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_costs_its_latent_and_one_rotary_key() -> None:

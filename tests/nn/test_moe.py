@@ -10,12 +10,7 @@ from mtp_lightning.nn import experts as plain
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.experts import Experts, routed_experts
-from mtp_lightning.nn.moe import (
-    ExpertsConfig,
-    MoE,
-    Router,
-    sequence_balance_loss,
-)
+from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router, sequence_balance_loss
 from tests import deepseek, deepseek_reference
 
 
@@ -37,9 +32,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tokens", [3, 70])
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("case", "tokens", "grad"),
+    list(zip(CASES, (3, 70, 70, 3), (False, True, False, True), strict=True)),
+)
 def test_equals_the_equations(kernels: str, case: dict, tokens: int, grad: bool) -> None:
     """Few tokens without a gradient go one by one, others sorted."""
     layer = layer_of(**case)
@@ -219,22 +215,6 @@ def test_biases_stay_in_fp32() -> None:
     layer = layer_of()
     for precise in (layer.double(), layer.bfloat16()):
         assert precise.router.expert_bias.dtype == torch.float32
-
-
-@pytest.mark.parametrize("precision", ["autocast", "double"])
-def test_other_precisions(precision: str) -> None:
-    layer, x = layer_of(), torch.randn(1, 70, 32)
-    expected = layer(x)
-    if precision == "double":
-        found = layer.double()(x.double())
-        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
-        return
-    with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x)
-        found.float().sum().backward()
-    assert layer.experts.down.grad.dtype == torch.float32
-    # bf16 inputs send a few tokens elsewhere: the mean is compared.
-    assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Letters:
 
 
 def test_drafts_are_coloured_and_text_is_text() -> None:
-    """Markup in a text stays text; a stop string is no part of it."""
+    """Markup in a text stays text, which ends before a stop string."""
     ids = [ord(letter) for letter in "x<b>;;"]
     mask = [False, True, True, False, True, True]
     generation = Generation(ids, "x<b>", "stop", 6, 1.0, 6.0, 3, 2.0, [0.5], [3], [6], mask)
@@ -129,7 +129,7 @@ def test_progress_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.long
 def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Path) -> None:
-    """As a notebook's stop button does; the same line goes on."""
+    """As a notebook's stop button does; the same line continues the run."""
     folder = tmp_path / "run"
     program = f"""
         from mtp_lightning import train

@@ -1,4 +1,4 @@
-"""Every head's hidden states and predictions once more, from the definitions, in float64.
+"""Every head's hidden states and predictions from the definitions, in float64.
 
 Shapes: B windows, T positions, C d_model, V vocabulary.
 """
@@ -219,7 +219,7 @@ class Forward:
         return found
 
     def registers(self) -> dict[int, Tensor]:
-        """Behind the tokens; a register sees the tokens up to its own, and itself."""
+        """After the tokens; a register sees the tokens up to its own, and itself."""
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
         both = torch.cat((tokens, self.w["mtp.register"].expand_as(tokens)), 1)
         places = torch.cat((self.places, self.places + self.mtp.offset(self.key) - 1))
@@ -230,7 +230,7 @@ class Forward:
         return {1: self.norm(last[:, self.seq_len :], "trunk.norm")}
 
     def masked(self) -> dict[int, Tensor]:
-        """One token at a time: the trunk reads the text up to it once more, and the masks."""
+        """One token at a time: the trunk reads the text up to it again, and the masks."""
         depth, size = self.config.depth, len(self.batch)
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
         states, apart = [], [[] for _ in range(size)]

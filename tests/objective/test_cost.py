@@ -64,7 +64,6 @@ SWITCHES: list[dict[str, Any]] = [
     {},
     {"detach": "trunk"},
     {"detach": "all", "branch": "before_last"},
-    {"freeze_trunk": True},
     {"freeze_trunk": True, "branch": "final"},
 ]
 T = 12
@@ -97,13 +96,11 @@ def test_every_head_is_among_them() -> None:
     assert own == HEADS.keys()
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("head", HEADS)
-def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str, trunk: str) -> None:
-    if head in WHOLE_HEADS and trunk not in PLAIN:
-        pytest.skip("its cache holds keys and values of whole heads")
-    for mtp in configs(head):
-        config = ModelConfig(trunk=trunk_of(trunk), mtp=mtp)
+def test_parameters_are_those_of_the_closed_form_and_of_the_model(head: str) -> None:
+    trunks = PLAIN if head in WHOLE_HEADS else list(TRUNKS)
+    for number, mtp in enumerate(configs(head)):
+        config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
         model = MTPModel(config)
         assert config.num_params() == sum(p.numel() for p in model.parameters())
         of_trunk = closed_forms.trunk_params(config.trunk)
@@ -124,12 +121,12 @@ def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
     for number, mtp in enumerate(configs(head, all_switches=False)):
         config = ModelConfig(trunk=trunk_of(trunks[number % len(trunks)]), mtp=mtp)
         cost, depths = StepCost(config), list(range(1, mtp.depth + 1))
-        cut = getattr(mtp, "detach", "none") != "none" or not mtp.trains_trunk
-        for active in (depths,) if cut else (depths, depths[1:2], []):
+        for active in (depths, depths[1:2]) if number == 0 else (depths,):
             expected = closed_forms.training(config, T, active)
             assert cost.per_token(T, active) == expected, (mtp, active)
             assert cost(T, active, main=mtp.trains_trunk) == T * expected
-        if number == 0:  # with another length of the window, attention has another share
+        if number == 0 and head in ("sequential", "joint", "registers", "masked"):
+            # With another length of the window, attention has another share.
             assert cost.per_token(2 * T) == closed_forms.training(config, 2 * T, depths)
 
 

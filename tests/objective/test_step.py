@@ -1,11 +1,13 @@
-"""One optimizer step: what it computes, and what it counts."""
+"""One optimizer step: what it computes and counts, and what the balance rules change of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -27,36 +29,61 @@ from mtp_lightning.objective.step_plan import StepResult
 from tests import closed_forms
 
 DEPTH = 2
-RULES = {
-    "none": lambda: NoBalance(DEPTH),
-    "dwa": lambda: DWA(DEPTH, window_steps=1),
-    "uncertainty": lambda: Uncertainty(DEPTH),
-    "gradnorm": lambda: GradNorm(DEPTH),
-    "cosine_gate": lambda: CosineGate(DEPTH),
-    "trunk_ratio": lambda: TrunkRatio(DEPTH, every_n_steps=1),
-    "random": lambda: RandomWeights(DEPTH, seed=0),
-    "sampled_depths": lambda: SampledDepths(DEPTH, seed=0, probabilities="loss_ratio"),
+RULES: dict[str, Callable[[int], Balance]] = {
+    "none": NoBalance,
+    "dwa": lambda depth: DWA(depth, window_steps=1),
+    "uncertainty": Uncertainty,
+    "gradnorm": GradNorm,
+    "cosine_gate": CosineGate,
+    "trunk_ratio": lambda depth: TrunkRatio(depth, every_n_steps=1),
+    "random": lambda depth: RandomWeights(depth, seed=0),
+    "sampled_depths": lambda depth: SampledDepths(depth, seed=0, probabilities="loss_ratio"),
 }
 
 
 class Trained:
-    """A small model and what trains it."""
+    """A small model in float64, and what trains it.
 
-    def __init__(self, trunk: TrunkConfig, variant: str, rule: Balance, **switches: Any) -> None:
-        mtp = MTPConfig.find(variant)(depth=DEPTH, **switches)
-        model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
-        model.initialise(0)
-        self.model, self.rule = model, rule
-        rule.check(model.config)
-        parameters = [*model.parameters(), *rule.parameters()]
-        parameters = [p for p in parameters if p.requires_grad]
-        self.optimizer = torch.optim.SGD(parameters, lr=0.01)
-        schedule = Piecewise(DEPTH, 0.3)
-        self.step = OptimizerStep(model, schedule=schedule, balance=rule, clip_norm=1.0)
-        self.steps = 0
+    Attributes:
+        gradients: those of the model's parameters in the last step, by name.
+    """
+
+    def __init__(
+        self,
+        trunk: TrunkConfig,
+        variant: str,
+        rule: Balance,
+        *,
+        weight: float = 0.3,
+        max_steps: int = 100,
+        clip_norm: float | None = 1.0,
+        accumulate: int = 1,
+        counts: bool = False,
+        **switches: Any,
+    ) -> None:
+        mtp = MTPConfig.find(variant)(depth=rule.depth, **switches)
+        self.model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
+        self.model.initialise(0)
+        self.model.double()
+        self.rule, self.max_steps, self.steps = rule, max_steps, 0
+        rule.check(self.model.config)
+        parameters = [*self.model.parameters(), *rule.parameters()]
+        self.optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.01)
+        self.optimizer.register_step_pre_hook(lambda *_: self._look())
+        self.gradients: dict[str, Tensor] = {}
+        schedule = Piecewise(rule.depth, weight)
+        self.step = OptimizerStep(
+            self.model, schedule=schedule, balance=rule, clip_norm=clip_norm, accumulate=accumulate
+        )
+        if not counts:  # FLOPs, which takes longer than the step
+            self.step.cost = lambda *_, **__: 0  # type: ignore[assignment]
+
+    def _look(self) -> None:
+        parameters = self.model.named_parameters()
+        self.gradients = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
     def __call__(self, batch: WindowBatch) -> StepResult:
-        progress = Progress(step=self.steps, max_steps=100)
+        progress = Progress(step=self.steps, max_steps=self.max_steps)
         self.steps += 1
         return self.step(batch, progress, self.optimizer)
 
@@ -70,17 +97,13 @@ def documents_of(length: int, *, windows: int = 2, seq_len: int = 12) -> WindowB
 
 
 @pytest.mark.parametrize(
-    ("variant", "rule"),
-    [
-        *(("sequential", rule) for rule in RULES),
-        *((v, r) for v in ("parallel", "parameter_free") for r in ("none", "gradnorm")),
-    ],
+    ("variant", "rule"), [*(("sequential", rule) for rule in RULES), ("parallel", "gradnorm")]
 )
 def test_a_depth_without_a_target_is_not_computed(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
     """In documents of three tokens depth 2 has no target, in those of two depth 1 has none."""
-    trained = Trained(tiny_trunk, variant, RULES[rule]())
+    trained = Trained(tiny_trunk, variant, RULES[rule](DEPTH))
     for length, with_targets in ((5, {1, 2}), (3, {1}), (2, set()), (3, {1}), (5, {1, 2})):
         batch = documents_of(length)
         assert {k for k in (1, 2) if batch.counts()[k]} == with_targets
@@ -97,22 +120,18 @@ def test_a_depth_without_a_target_is_not_computed(
             assert values[f"train/lambda_depth_{k}"] == 0.0
             assert f"train/loss_depth_{k}" not in values
         assert all(torch.isfinite(p).all() for p in trained.model.parameters())
+        assert any(name.startswith("mtp.depths.1") for name in trained.gradients) == (
+            2 in result.plan.active
+        )
         if isinstance(trained.rule, DWA | GradNorm):
             factors = trained.rule.factors([1.0, 0.5, 0.5], result.plan.progress)
             assert all(factor == factor for factor in factors)
 
 
-def test_the_depth_without_a_target_is_taught_nothing(tiny_trunk: TrunkConfig) -> None:
-    trained = Trained(tiny_trunk, "sequential", NoBalance(DEPTH))
-    before = {n: p.detach().clone() for n, p in trained.model.named_parameters()}
-    trained(documents_of(3))
-    changed = {n for n, p in trained.model.named_parameters() if not torch.equal(p, before[n])}
-    assert any(name.startswith("mtp.depths.0") for name in changed)
-    assert not any(name.startswith("mtp.depths.1") for name in changed)
-
-
 def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None:
-    plain, masked = (Trained(tiny_trunk, "sequential", NoBalance(DEPTH)) for _ in range(2))
+    plain, masked = (
+        Trained(tiny_trunk, "sequential", NoBalance(DEPTH), counts=True) for _ in range(2)
+    )
     batch = documents_of(5)
     whole = plain(WindowBatch(batch.tokens, DEPTH))
     result = masked(batch)
@@ -121,52 +140,31 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
     assert result.tokens < whole.tokens == 2 * 12
 
 
-CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_trunk": True}]
-
-
-BRANCHES = ({"branch": "final"}, {"branch": "before_last"})
-COUNTED: list[tuple[str, dict[str, Any]]] = [
-    *((variant, {}) for variant in ("sequential", "parallel", "linear", "joint", "nextlat")),
-    *(
-        (variant, cut | branch)
-        for variant in ("sequential", "linear")
-        for cut in CUT
-        for branch in BRANCHES
-    ),
-    ("eagle", {"draft_vocab": 11}),
-    *(("masked", own) for own in ({}, {"freeze_trunk": True})),
-    ("parallel", {"correction": "mlp"}),
-    ("linear", {"correction": "mlp"}),
-    ("linear", {"correction": "markov"}),
-    ("parallel", {"correction": "selector", "correction_rank": 5}),
-]
-
-
-@pytest.mark.parametrize(("variant", "own"), COUNTED, ids=str)
-def test_flops_are_those_of_pytorchs_operators(
+@pytest.mark.parametrize(
+    ("variant", "own"),
+    [("sequential", {}), ("parallel", {"correction": "mlp"}), ("masked", {"freeze_trunk": True})],
+)
+def test_flops_of_the_depths_that_have_a_target_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, own: dict[str, Any]
 ) -> None:
-    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), **own)
-    trained.model.double()
-    for length, active in ((5, [1, 2]), (3, [1]), (2, [])):
+    """With targets for all depths, ``test_cross_product.py`` compares every head."""
+    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), counts=True, **own)
+    for length, active in ((3, [1]), (2, [])):
         with counted_flops() as counted:
             result = trained(documents_of(length))
         assert result.plan.active == active
         assert result.flops == counted.total > 0
 
 
-@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
-@pytest.mark.parametrize("rule", ["none", "dwa"])
+@pytest.mark.parametrize(("variant", "rule"), [("sequential", "none"), ("parallel", "dwa")])
 def test_nothing_is_computed_for_a_frozen_trunk(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
     """Its main prediction, but where a rule looks at it; the modules learn the same."""
     found = {}
     for frozen in (True, False):
-        balance = RULES[rule]() if rule != "none" else NoBalance(DEPTH)
         switches = {"freeze_trunk": True} if frozen else {"detach": "all"}
-        trained = Trained(tiny_trunk, variant, balance, **switches)
-        result = trained(documents_of(5))
+        result = Trained(tiny_trunk, variant, RULES[rule](DEPTH), **switches)(documents_of(5))
         found[frozen] = result
         assert ("train/loss_depth_0" in result.log_values()) == (not frozen or rule == "dwa")
     assert torch.equal(found[True].losses[1:], found[False].losses[1:])
@@ -176,8 +174,90 @@ def test_nothing_is_computed_for_a_frozen_trunk(
         assert float(found[True].loss) == pytest.approx(float(total))
 
 
-def test_flops_of_targets_alone(tiny_trunk: TrunkConfig) -> None:
-    trained = Trained(tiny_trunk, "parameter_free", NoBalance(DEPTH))
-    trained.model.double()
-    with counted_flops() as counted:
-        assert trained(documents_of(5)).flops == counted.total
+def uneven() -> WindowBatch:
+    """Documents of uneven lengths: every micro-batch has counts of its own."""
+    batch = documents_of(99, windows=4)
+    borders = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.15
+    return WindowBatch(batch.tokens, DEPTH, borders.long().cumsum(1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "variant"),
+    [
+        *((rule, "sequential") for rule in ("none", "dwa", "uncertainty", "gradnorm")),
+        *((rule, "parallel") for rule in ("cosine_gate", "trunk_ratio", "sampled_depths")),
+    ],
+)
+def test_accumulation_is_a_larger_batch(tiny_trunk: TrunkConfig, rule: str, variant: str) -> None:
+    whole, parts = (Trained(tiny_trunk, variant, RULES[rule](DEPTH), accumulate=n) for n in (1, 4))
+    batch = uneven()
+    assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(4)}) > 1
+    for _ in range(3):
+        expected, found = (
+            {tag: float(value) for tag, value in trained(batch).log_values().items()}
+            for trained in (whole, parts)
+        )
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+    assert str(whole.rule.state_dict().keys()) == str(parts.rule.state_dict().keys())
+
+
+@pytest.mark.parametrize(
+    ("rule", "where", "every"),
+    [
+        (GradNorm(DEPTH, every_n_steps=2), "", 2),
+        (CosineGate(DEPTH), "trunk_", 1),
+        (TrunkRatio(DEPTH, every_n_steps=2, frozen=0.1), "trunk_", 2),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_measuring_rules_log_norms_and_count_their_cost(
+    tiny_trunk: TrunkConfig, rule: Balance, where: str, every: int
+) -> None:
+    trained = Trained(tiny_trunk, "sequential", rule, max_steps=10, counts=True)
+    batch = WindowBatch(documents_of(5).tokens, DEPTH)
+    results = [trained(batch) for _ in range(10)]
+    tags = [f"grad/{where}norm_depth_{k}" for k in range(3)]
+    last = 9 if rule.name == "trunk_ratio" else 10  # at rest in the last tenth
+    assert [[tag in result.log_values() for tag in tags] for result in results] == [
+        [step % every == 0 and step <= last] * 3 for step in range(1, 11)
+    ]
+    plain = 10 * 2 * trained.step.cost(12, [1, 2])
+    assert 1.2 * plain < sum(result.flops for result in results) < 3.5 * plain
+
+
+def test_a_rule_that_never_measures_is_training_with_fixed_weights(tiny_trunk: TrunkConfig) -> None:
+    rules = (TrunkRatio(DEPTH, every_n_steps=1000), NoBalance(DEPTH))
+    idle, fixed = (Trained(tiny_trunk, "sequential", rule) for rule in rules)
+    for _ in range(3):
+        assert torch.equal(idle(documents_of(5)).losses, fixed(documents_of(5)).losses)
+    for one, other in zip(idle.model.parameters(), fixed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a gate that is always shut, the trunk trains as though detached; modules still learn."""
+    monkeypatch.setattr(CosineGate, "is_open", lambda self, k: False)
+    # The gradients are not clipped: their norm would join what the gate separates.
+    shut, plain, fixed = (
+        Trained(tiny_trunk, "sequential", rule(DEPTH), weight=weight, clip_norm=None)
+        for rule, weight in ((CosineGate, 0.3), (NoBalance, 0.0), (NoBalance, 0.3))
+    )
+    for trained in (shut, plain, fixed):
+        trained(documents_of(5))
+    trunk = [n for n in shut.gradients if n.startswith(("trunk.blocks.", "trunk.norm."))]
+    assert len(trunk) > 5
+    for name, gradient in shut.gradients.items():
+        expected = (plain if name in trunk else fixed).gradients[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9, msg=name)
+    assert any(not torch.allclose(plain.gradients[n], fixed.gradients[n], rtol=1e-3) for n in trunk)
+
+
+def test_a_batch_without_any_target_is_refused(tiny_trunk: TrunkConfig) -> None:
+    trained = Trained(tiny_trunk, "sequential", NoBalance(0))
+    alone = WindowBatch(torch.zeros(1, 4).long(), 0, torch.arange(4).unsqueeze(0))
+    with pytest.raises(ValueError, match="no valid target"):
+        trained(alone)

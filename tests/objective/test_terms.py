@@ -72,18 +72,12 @@ def test_the_traced_gradient_is_the_closed_one(seed: int, rows: int, vocab: int)
         torch.testing.assert_close(gradient, leaf.grad)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear", "parameter_free"])
-def test_a_term_trains_the_depths_of_every_stack(
-    tiny_trunk: TrunkConfig, variant: str, masked: bool
-) -> None:
+@pytest.mark.parametrize("variant", ["sequential", "linear", "parameter_free"])
+def test_a_term_trains_the_depths_of_every_stack(tiny_trunk: TrunkConfig, variant: str) -> None:
     """Against autograd on whole fp64 logits (a chunk's log-probabilities are fp32); the main
     prediction keeps cross-entropy."""
     model = build(tiny_trunk, MTPConfig.find(variant)(depth=2)).double()
-    batch = windows(2, 9, 2)
-    if masked:
-        documents = (torch.arange(12) // 5).expand(2, -1)
-        batch = WindowBatch(batch.tokens, 2, documents)
+    batch = WindowBatch(windows(2, 9, 2).tokens, 2, (torch.arange(12) // 5).expand(2, -1))
     counts, weights = batch.counts().tolist(), [0.5, 0.25]
     total, sums = mtp_loss(model, batch, weights, counts, term=Focal(1.5))
     total.backward()
@@ -106,16 +100,6 @@ def test_a_term_trains_the_depths_of_every_stack(
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_cross_entropy_by_autograd_is_cross_entropy(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, MTPConfig.find("parameter_free")(depth=2)).double()
-    batch = windows(2, 9, 2)
-    losses = []
-    for term in (None, Traced(), CrossEntropy()):
-        total, _ = mtp_loss(model, batch, [0.5, 0.25], [18] * 3, term=term)
-        losses.append(total.item())
-    assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-12)
-
-
 TAUGHT: dict[str, Term] = {
     "kl": KL(),
     "kl at temperature 2": KL(temperature=2),
@@ -136,7 +120,7 @@ def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
     return Chunk(1, torch.log_softmax(logits_q, -1), tokens, None, main)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     rows=st.integers(1, 5),
@@ -172,19 +156,6 @@ def test_a_distance_is_its_formula(
     assert value.min() > -1e-12
 
 
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**20), vocab=st.integers(2, 30))
-def test_total_variations_gradient_is_the_papers(seed: int, vocab: int) -> None:
-    """arXiv 2606.12370, eq. 11: ``-q_j ([q_j <= p_j] - S)``."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_q, logits_p = torch.randn(2, 1, vocab, generator=generator, dtype=torch.float64)
-    _, found = TV().gradient(chunk_of(logits_q, logits_p, torch.zeros(1).long()))
-    q, p = torch.softmax(logits_q[0], 0).tolist(), torch.softmax(logits_p[0], 0).tolist()
-    s = sum(q[v] for v in range(vocab) if q[v] <= p[v])
-    want = [-q[j] * ((q[j] <= p[j]) - s) for j in range(vocab)]
-    assert found[0].tolist() == pytest.approx(want, abs=1e-14)
-
-
 def test_expected_accepted_length_is_the_chance_of_greedy_tokens() -> None:
     """arXiv 2609.24150, by hand: V = 3, D = 2. Among equals, the lowest id is the greedy token."""
     p = torch.tensor([[0.2, 0.4, 0.4], [0.6, 0.3, 0.1]], dtype=torch.float64)
@@ -206,12 +177,11 @@ def test_expected_accepted_length_is_the_chance_of_greedy_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", TAUGHT)
-def test_a_distance_is_nothing_between_equals(name: str, dtype: torch.dtype) -> None:
+def test_a_distance_is_nothing_between_equals(dtype: torch.dtype) -> None:
     logits = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    value, gradient = TAUGHT[name].gradient(chunk_of(logits, logits, torch.zeros(6).long()))
-    assert value.abs().max() < 10 * torch.finfo(dtype).eps
-    assert gradient.abs().max() < 10 * torch.finfo(dtype).eps
+    for term in TAUGHT.values():
+        for found in term.gradient(chunk_of(logits, logits, torch.zeros(6).long())):
+            assert found.abs().max() < 10 * torch.finfo(dtype).eps, term.name
 
 
 def test_where_the_teacher_is_sure_of_the_target_it_is_cross_entropy() -> None:

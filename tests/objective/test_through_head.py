@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,12 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.feed import Together
 from mtp_lightning.nn import ops as kernel
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.stream import stream_loss
 from mtp_lightning.objective.targets import DepthTarget
+from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.js import JS
+from mtp_lightning.objective.terms.kl import KL
+from mtp_lightning.objective.terms.lk import LK
+from mtp_lightning.objective.terms.mixture import Mixture
+from tests.losses import mtp_loss
+from tests.models import build, windows
+from tests.objective.memory import LiveMemory
 
 Depths = list[tuple[Tensor, DepthTarget]]
 
@@ -177,3 +188,36 @@ def test_the_compiled_kernel(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums, torch.stack(want_sums).detach(), rtol=bound, atol=bound)
     for found, want in ((weight.grad, want_weight), (hidden.grad, want_hidden)):
         assert float((found.double() - want).abs().max() / want.abs().max()) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "term"),
+    [
+        ("sequential", JS()),
+        ("parallel", KL(temperature=2)),
+        ("parameter_free", LK()),
+        ("parallel", Mixture({"ce": 1, "kl": 1, "tv": 1, "feature": 1})),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_terms_with_a_teacher_hold_a_few_chunks_of_logits(
+    tiny_trunk: TrunkConfig, variant: str, term: Term, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the forward and in the backward pass, whatever the number of depths and positions."""
+    rows, vocab = 16, 20_000
+    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
+    trunk = replace(tiny_trunk, vocab_size=vocab)
+    peaks = []
+    for depth in (1, 4):
+        model = build(trunk, MTPConfig.find(variant)(depth=depth))
+        batch = windows(8, 64, depth)
+        with LiveMemory(least=rows * vocab // 2) as memory:
+            total, _ = mtp_loss(model, batch, [0.1] * depth, [512] * (depth + 1), term=term)
+            total.backward()
+        head = vocab * trunk.d_model  # a gradient of the weight may be larger than a chunk
+        assert memory.largest <= max(rows * vocab, head) < 512 * vocab
+        peaks.append(memory.peak)
+    assert peaks[1] <= peaks[0] + 4 * rows * vocab
+    # Two of the head's: its gradient, and a chunk's part of it.
+    assert peaks[1] <= 4 * (7 * rows * vocab + 2 * head) < 4 * 512 * vocab

@@ -41,12 +41,18 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "registers": ("registers", {"depth": 1, "lookahead": 3}),
 }
 OBJECTIVES = {"ce": Objective(term=CrossEntropy()), "kl": Objective(term=KL())}
+# With documents or without.
 CASES = [
-    *((stack, "ce", False) for stack in STACKS),
-    # Without a depth that predicts a token there is none to teach.
-    *((stack, "kl", False) for stack in STACKS if stack not in ("none", "registers")),
-    *((stack, "ce", True) for stack in ("none", "mixing", "parallel, selector", "registers")),
+    ("none", "ce", True),
+    ("sequential", "ce", False),
     ("sequential", "kl", True),
+    ("mixing", "ce", True),
+    ("parallel", "kl", False),
+    ("parallel, selector", "ce", True),
+    ("linear", "ce", False),
+    ("parameter_free", "kl", False),
+    ("joint", "kl", False),
+    ("registers", "ce", True),
 ]
 
 

@@ -1,4 +1,4 @@
-"""An optimizer step once more in float64, from the definitions: whole logits [B, T, V], autograd.
+"""An optimizer step in float64, from the definitions: whole logits [B, T, V], autograd.
 
 Shapes: B windows, T positions, D depths, C d_model, V vocabulary.
 """
@@ -295,7 +295,7 @@ class Step:
 
     def _selected(self, k: int, at: At) -> tuple[At, Tensor]:
         """The positions with log q as drafted, and the candidate selector's loss [B, T]: scores of
-        all V tokens, of which those that are no candidate count as impossible."""
+        all V tokens, of which those that are not candidates count as impossible."""
         w, before = self.forward.w, self.batch.tokens[:, k : self.seq_len + k]
         table_a, table_b = (w[f"mtp.rescorer.embedding.{n}.weight"] for n in ("before", "after"))
         gated = table_a[before] * self.forward.linear(at.hidden, "mtp.rescorer.gate")

@@ -18,6 +18,7 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
 from tests.decoding.models import small_model
+from tests.integration.conftest import cache, finished, once  # noqa: F401
 
 SEQ_LEN = 2048
 NAME = "tiny"

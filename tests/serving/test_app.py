@@ -19,18 +19,11 @@ import pytest
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.serving import start
-from tests.integration.helpers import ROOT, environment, execute, train_here
+from tests.integration.helpers import ROOT, environment, execute
 from tests.serving.conftest import config
 
 APP = [sys.executable, str(ROOT / "serve.py")]
 FIELDS = {"prompt": "def ", "temperature": 0, "stream": True}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve")
-    train_here(folder / "mine", folder / "cache")
-    return folder / "mine"
 
 
 @contextmanager
@@ -68,15 +61,15 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("grace", "number", "code"), [(60, signal.SIGTERM, 143), (0, signal.SIGINT, 130)]
 )
-def test_a_signal_in_the_midst(trained: Path, grace: int, number: int, code: int) -> None:
+def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: int) -> None:
     """Who waits is told at once; running texts end, or are cut when their time is up."""
     import httpx2
 
-    settings = [f"checkpoint={trained}", f"grace={grace}", "batch_size=1", "long=slide"]
+    settings = [f"checkpoint={finished}", f"grace={grace}", "batch_size=1", "long=slide"]
     body = {**FIELDS, "max_tokens": 4000}
     waited: list[int] = []
     with app(*settings, "max_new_tokens=4000") as (process, name, url):
-        assert name == "mine"
+        assert name == finished.name
         with httpx2.stream("POST", f"{url}/completions", json=body, timeout=120) as response:
             found = events(response.iter_lines())
             told = [next(found)]
@@ -123,8 +116,8 @@ def test_settings_are_refused(settings: dict[str, Any], told: str) -> None:
 
 
 @pytest.mark.extras
-def test_a_refusal_is_one_sentence_and_a_code(trained: Path) -> None:
-    done = execute([*APP, f"checkpoint={trained}", "port=0", "draft_depth=7"])
+def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
+    done = execute([*APP, f"checkpoint={finished}", "port=0", "draft_depth=7"])
     assert done.returncode == 1 and done.stdout == "", done
     assert done.stderr.startswith("error: draft_depth=7, but the model drafts 2 tokens")
     assert "Traceback" not in done.stderr

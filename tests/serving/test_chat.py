@@ -1,4 +1,4 @@
-"""Chat: the template beside a tokenizer, messages, and their answers by OpenAI's own client."""
+"""Chat: the template of a tokenizer, messages, and their answers by OpenAI's own client."""
 
 from __future__ import annotations
 

@@ -30,12 +30,9 @@ def streamed(served: Serving, **fields: Any) -> list[dict[str, Any]]:
     import httpx2
 
     body = {"prompt": "import os", "max_tokens": 40, "seed": 5, "stream": True, **fields}
-    found = []
     with httpx2.stream("POST", f"{served.base_url}/completions", json=body, timeout=60) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                found.append(json.loads(line.removeprefix("data: ")))
-    return found
+        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -145,22 +142,13 @@ def test_the_policy_allows_its_own_code_by_hash_alone(served: Serving) -> None:
     assert wrong.status_code == 421
 
 
-# In a browser.
-
-in_browser = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
-]
-
-
-def marked(test: Any) -> Any:
-    for mark in in_browser:
-        test = mark(test)
-    return test
+in_a_browser = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: apt-get install chromium")
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
@@ -209,7 +197,7 @@ def complained(browser: Browser) -> list[str]:
     return [told for told in browser.complaints() if not told.startswith("request to http://127.")]
 
 
-@marked
+@in_a_browser
 def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Browser) -> None:
     browser.events.clear()
     opened(browser, served)
@@ -252,7 +240,7 @@ def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Bro
     assert asked - {"favicon.ico"} == {"", "v1/models", "v1/completions"}
 
 
-@marked
+@in_a_browser
 def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
     opened(browser, served)
     browser.run("""(() => {
@@ -288,7 +276,7 @@ def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
     assert "no text" in browser.run("document.getElementById('status').textContent")
 
 
-@marked
+@in_a_browser
 def test_a_tree_is_drawn(drawing_trees: Serving, browser: Browser) -> None:
     opened(browser, drawing_trees)
     press(browser, "write")
@@ -299,7 +287,7 @@ def test_a_tree_is_drawn(drawing_trees: Serving, browser: Browser) -> None:
     assert [11, 10] in drawn
 
 
-@marked
+@in_a_browser
 def test_a_chat_keeps_its_messages(
     run: OpenedModel, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +334,7 @@ class ForeignModel(OpenedModel):
         return Foreign(super().tokenizer)
 
 
-@marked
+@in_a_browser
 def test_what_a_model_writes_is_text(run: OpenedModel, browser: Browser) -> None:
     foreign = ForeignModel(**{name: getattr(run, name) for name in run.__dataclass_fields__})
     with serving(foreign, batch_size=1) as found:
@@ -365,7 +353,7 @@ def test_what_a_model_writes_is_text(run: OpenedModel, browser: Browser) -> None
         assert browser.run("typeof __hit") == "undefined"
 
 
-@marked
+@in_a_browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 380])
 def test_it_reads(

@@ -68,5 +68,5 @@ def test_nobody_is_forgotten_at_the_end(run: OpenedModel) -> None:
         return told
 
     drawn = random.Random(0)
-    told = [reason for _ in range(60) for reason in asyncio.run(one(drawn.random() * 0.04))]
+    told = [reason for _ in range(30) for reason in asyncio.run(one(drawn.random() * 0.04))]
     assert set(told) == {"length", "ending"}, told

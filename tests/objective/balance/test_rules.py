@@ -186,7 +186,7 @@ def test_cosine_gate_takes_an_opposing_depth_out_of_the_trunk() -> None:
     torch.testing.assert_close(parameter.grad, g[0] + 0.1 * g[2])
     assert values["balance/gate_depth_1"] == 0 and values["balance/gate_depth_2"] == 1
     assert values["balance/cosine_depth_1"] == pytest.approx(-0.5 / math.hypot(0.5, 2.0))
-    # The losses' factors stay: the modules go on learning.
+    # The losses' factors stay: the modules keep learning.
     assert rule.factors(BASE, at(1)) == BASE
 
 

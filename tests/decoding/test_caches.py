@@ -1,21 +1,112 @@
-"""One module and one cache: what it drafts past its trained depth; the text is the same."""
+"""Which keys and values a session stores, and one cache for all drafts (``cache=single``)."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.fused import decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.single_cache import SingleCacheSession
+from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.joint import JointConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.distributions import VOCAB as SAMPLED
 from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model, steer_drafts
+
+DEPTH, CAPACITY, NEW = 3, 40, 14
+ATTENDING: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "parallel": {"stack": ParallelConfig},
+    "parallel mlp": {"stack": ParallelConfig, "correction": "mlp"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "linear": {"stack": LinearConfig},
+    "linear markov": {"stack": LinearConfig, "correction": "markov"},
+    "linear selector": {"stack": LinearConfig, "correction": "selector"},
+    "linear, rank 2": {"stack": LinearConfig, "rank": 2},
+    "joint": {"stack": JointConfig},
+    "nextlat": {"stack": NextLatConfig},
+    "masked": {"stack": MaskedConfig},
+}
+
+
+def stored(cache: KVCache) -> int:
+    """Bytes of keys and values."""
+    return sum(x.untyped_storage().nbytes() for x in cache.entries_L_BSMH)
+
+
+def sessions(model: Any) -> list[Session]:
+    chain = Session(model, slots=2, capacity=CAPACITY, max_draft=DEPTH)
+    tree = TreeSession(model, slots=2, capacity=CAPACITY, tree=Tree((2,) * DEPTH))
+    return [chain, tree]
+
+
+@pytest.mark.parametrize("head", OTHERS)
+def test_heads_without_attention_store_no_more_than_the_trunk(head: str) -> None:
+    model = small_model(0, DEPTH, **OTHERS[head])
+    for session in sessions(model):
+        session.reserve(2 * CAPACITY)  # which grows what there is
+        caches = [session.trunk_cache, *session.depth_caches]
+        assert len(caches) == 1 + DEPTH
+        assert sum(map(stored, caches)) == stored(session.trunk_cache) > 0
+
+
+def test_targets_draft_nothing_and_store_nothing() -> None:
+    model = small_model(0, DEPTH, stack=ParameterFreeConfig)
+    assert model.mtp.max_draft_depth == 0
+    assert Session(model, slots=2, capacity=CAPACITY, max_draft=0).depth_caches == []
+
+
+@pytest.mark.parametrize("head", ATTENDING)
+def test_depths_that_attend_back_write_what_they_have(head: str) -> None:
+    """So that none is given a cache, or denied one, for nothing."""
+    model = small_model(0, DEPTH, **ATTENDING[head])
+    with decoding_passes(model):
+        session = Session(model, slots=2, capacity=CAPACITY, max_draft=DEPTH)
+        logits = session.join(random_prompts(0, (6, 9)))
+        session.put_pending(logits.argmax(-1))
+        for k in range(1, DEPTH + 1):
+            session.put(session.draft(k).argmax(-1, keepdim=True), k)
+    for cache in session.depth_caches:
+        (entries,) = cache.entries_L_BSMH
+        assert bool(entries.any())
+
+
+@pytest.mark.parametrize(
+    ("head", "tree"),
+    [*((head, None) for head in OTHERS), ("linear markov", [2, 2, 1]), ("masked", [2, 2, 1])],
+)
+def test_texts_and_drafts_are_those_with_caches(
+    head: str, tree: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = OTHERS[head]
+    model = small_model(1, DEPTH, vocab=4, **options)
+    prompts = random_prompts(1, (5, 1, 13), 4)
+    # Rows come, grow, are dropped and slide.
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "batch_size": 2, "tree": tree}
+    asked |= {"max_context": 16, "long": "slide"}
+    bare = generate(model, prompts, **asked)
+    monkeypatch.setattr(type(model.mtp), "attends_back", True)
+    assert stored(Session(model, slots=1, capacity=8, max_draft=1).depth_caches[0]) > 0
+    held = generate(model, prompts, **asked)
+    assert [x.token_ids for x in bare] == [x.token_ids for x in held]
+    assert [x.verify_passes for x in bare] == [x.verify_passes for x in held]
+    plain = generate(model, prompts, **{**asked, "tree": None, "speculative": False})
+    assert [x.token_ids for x in bare] == [x.token_ids for x in plain]
+
 
 VOCAB = 4  # random heads are right now and then
 SINGLE: dict[str, Any] = {"cache": "single"}
@@ -30,7 +121,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 @torch.no_grad()
 def drafts_of(model: MTPModel, text: list[int], n_drafts: int) -> list[int]:
-    """Without a cache: the module over all true states, and behind them over its own."""
+    """Without a cache: the module over all true states, and after them over its own."""
     positions = Positions.of_window(
         model.config.trunk, len(text) - 1, device="cpu", dtype=torch.float32
     )
@@ -73,8 +164,7 @@ def test_the_loop_drafts_what_naive_recomputation_drafts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "chance"),
-    [*itertools.product(["one module", "shared"], [0.0, 0.6, 1.0]), ("deepseek", 0.6)],
+    ("name", "chance"), [("one module", 0.6), ("shared", 0.0), ("shared", 1.0), ("deepseek", 0.6)]
 )
 def test_greedy_text_is_that_of_plain_decoding(
     name: str, chance: float, monkeypatch: pytest.MonkeyPatch
@@ -99,7 +189,7 @@ def test_samples_have_the_models_distribution() -> None:
     require_the_models_distribution(model, {"temperature": 1.0, **SINGLE}, 2)
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_where_one_cache_makes_no_sense() -> None:
     options: dict[str, Any] = {"max_new_tokens": 2, **SINGLE}
     for model in (small_model(0, 2), small_model(0, 2, stack=NextLatConfig), small_model(0, 0)):
         with pytest.raises(ValueError, match="cache=single is for a single module"):
@@ -107,7 +197,5 @@ def test_what_makes_no_sense_is_refused() -> None:
     model = small_model(0, 1)
     with pytest.raises(ValueError, match="does not go together with speculative=false"):
         generate(model, [[1]], speculative=False, **options)
-    with pytest.raises(ValueError, match="does not go together with compile=true"):
-        generate(model, [[1]], compile=True, **options)
     with pytest.raises(ValueError, match="cache=both is unknown: choose one of per_depth, single"):
         generate(model, [[1]], max_new_tokens=2, cache="both")  # type: ignore[arg-type]

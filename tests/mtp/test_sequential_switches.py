@@ -1,7 +1,9 @@
-"""Hidden-state mixing: what is mixed, how it is drawn, and that resuming needs nothing stored."""
+"""Switches of the sequential stack that draw: hidden states of other depths, and modules that are
+given no token."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_lightning.model import ModelConfig, MTPModel
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
-from tests.losses import mtp_loss
 from tests.models import build, windows
 
 
@@ -25,9 +28,7 @@ def labelled(depth: int, seq_len: int, batch: int = 2) -> Tensor:
     return torch.stack([torch.full_like(position, depth), position], dim=-1)
 
 
-def test_every_position_gets_a_state_that_has_read_the_same_tokens(
-    tiny_trunk: TrunkConfig,
-) -> None:
+def test_every_position_gets_a_state_that_has_read_the_same_tokens(tiny_trunk: TrunkConfig) -> None:
     seq_len, depth = 50, 4
     stack = SequentialMTP(SequentialConfig(depth=depth, hidden_state_mixing=True), tiny_trunk)
     key = RandomKey(seed=0, step=3)
@@ -93,21 +94,8 @@ def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) 
                 assert torch.equal(before[k][0, :unseen], after[k][0, :unseen]), (changed, k)
 
 
-def test_gradients_reach_all_mixed_depths(tiny_trunk: TrunkConfig) -> None:
-    model = MTPModel(
-        ModelConfig(
-            trunk=tiny_trunk,
-            mtp=SequentialConfig(depth=2, hidden_state_mixing=True, detach="trunk"),
-        )
-    )
-    model.initialise(0)
-    loss, _ = mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3, key=RandomKey(0, 0))
-    loss.backward()
-    assert all(p.grad is not None for p in model.mtp.parameters())
-
-
 def test_every_step_and_micro_batch_draws_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: list[RandomKey] = []
 
@@ -121,20 +109,17 @@ def test_every_step_and_micro_batch_draws_anew(
     monkeypatch.setattr(SequentialMTP, "feed", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}
     for steps in (2, 3):  # begun, and resumed
-        helpers.train_here(
-            tmp_path / "run", tmp_path / "cache", {**settings, "trainer.max_steps": steps}
-        )
+        helpers.train_here(tmp_path / "run", cache, {**settings, "trainer.max_steps": steps})
     assert keys == [RandomKey(7, step, row) for step in range(3) for row in (0, 3)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, accumulate: int) -> None:
+def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, cache: Path) -> None:
     settings = {
         "mtp.depth": 3,
         "mtp.hidden_state_mixing": "true",
-        "trainer.accumulate_grad_batches": accumulate,
-        "data.batch_size": 4 // accumulate,
+        "trainer.accumulate_grad_batches": 2,
+        "data.batch_size": 2,
         "callbacks.checkpoints.every_n_steps": 3,
         # A constant rate and weight: so a run of 3 steps is the first half of one of 6.
         "lambda_schedule": "constant",
@@ -142,7 +127,6 @@ def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, accumulate
         "optimizer.schedule.warmup_steps": 0,
         "optimizer.schedule.warmup_fraction": "null",
     }
-    cache = tmp_path / "cache"
     for folder, steps in (("a", 6), ("b", 3), ("b", 6)):
         helpers.train_here(tmp_path / folder, cache, {**settings, "trainer.max_steps": steps})
     helpers.assert_same_weights(tmp_path / "a", tmp_path / "b")
@@ -150,3 +134,48 @@ def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, accumulate
     helpers.train_here(tmp_path / "off", cache, off)
     with pytest.raises(AssertionError):
         helpers.assert_same_weights(tmp_path / "a", tmp_path / "off")
+
+
+KEY = RandomKey(seed=3, step=5)
+
+
+def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, SequentialConfig(depth=2, token_dropout=0.5))
+    batch = windows(4, 12, 2)
+    as_used = model(batch)
+    state = {n: t for n, t in model.state_dict().items() if n != "mtp.blank"}
+    plain = MTPModel(replace(model.config, mtp=SequentialConfig(depth=2)))
+    plain.load_state_dict(state)
+    for k, hidden in plain(batch).items():
+        assert torch.equal(hidden, as_used[k])
+    in_training = model(batch, key=KEY)
+    assert torch.equal(in_training[0], as_used[0])
+    assert not torch.equal(in_training[1], as_used[1])
+    # Whatever micro-batch or rank a row is in.
+    half = model(WindowBatch(batch.tokens[2:], 2), key=replace(KEY, first_row=2))
+    for k in (1, 2):
+        torch.testing.assert_close(half[k], in_training[k][2:])
+
+
+def test_at_one_modules_are_blind_to_tokens(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, SequentialConfig(depth=3, token_dropout=1.0)).eval()
+    assert not model.mtp.reads_tokens
+    batch = windows(2, 9, 3)
+    before = model(batch)
+    tokens = batch.tokens.clone()
+    tokens[:, 9:] = (tokens[:, 9:] + 1) % 37  # what only depths would have read
+    after = model(WindowBatch(tokens, 3))
+    for k in range(4):
+        assert torch.equal(before[k], after[k])
+    blank = model(batch, key=KEY)
+    assert all(torch.equal(before[k], blank[k]) for k in range(4))
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_drafts_are_lossless(tiny_trunk: TrunkConfig, p: float) -> None:
+    model = build(tiny_trunk, SequentialConfig(depth=2, token_dropout=p)).eval()
+    prompts = list(windows(3, 6, 0).tokens)
+    drafted = generate(model, prompts, max_new_tokens=20)
+    plain = generate(model, prompts, max_new_tokens=20, speculative=False)
+    assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
+    assert sum(g.drafts_reached[0] for g in drafted) > 0

@@ -1,0 +1,130 @@
+"""The commands of benchmarks/ at tiny sizes, and what they make of their numbers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, llama_cpp, overhead, peers, runs, serve
+from tests.integration.helpers import train_here
+
+TINY = ["model.d_model=8", "model.d_ff=8", "model.n_layers=1", "model.n_heads=1"]
+TINY += ["model.n_kv_heads=1", "data.batch_size=2", "data.eval_examples=2"]
+
+
+def test_overhead_is_a_median_of_ratios() -> None:
+    runs = [{"run_ms": [4.0, 6.0], "bare_ms": [2.0, 4.0]}, {"run_ms": [100.0], "bare_ms": [50.0]}]
+    row = overhead.beside_loop("none", runs)
+    assert (row["ms"], row["bare_ms"], row["ratio"]) == (6, 4, 2)
+
+
+@pytest.mark.long
+def test_overhead(tmp_path: Path) -> None:
+    arguments = ["--quick", "--steps", "3", "--cases", "parallel, D=3"]
+    output = ["--output", str(tmp_path / "overhead.json")]
+    found = overhead.main([*arguments, *output, "--overrides", *TINY])
+    (row,) = found["rows"]
+    assert row["ms"] * row["steps_per_second"] == pytest.approx(1e3)
+    # The run's own work is most of a step of so small a model.
+    assert 0.5 < row["ratio"] < 20
+    (process,) = found["runs"]["parallel, D=3"]
+    assert len(process["run_ms"]) == len(process["bare_ms"]) == 2
+
+
+@pytest.mark.long
+def test_startup(tmp_path: Path) -> None:
+    synthetic = ["data=synthetic", "data.source.size=20000", "data.seq_len=32", "data.batch_size=2"]
+    output = ["--output", str(tmp_path / "startup.json")]
+    result = runs.main(["startup", *synthetic, "--quick", *output])
+    seconds = {row["what"]: row["seconds"] for row in result["rows"]}
+    # --help does not wait for torch.
+    assert 0.02 < seconds["train.py --help"] < seconds["first step, full cache"]
+    assert seconds["first step, full cache"] < seconds["run of one step, full cache"]
+
+
+@pytest.mark.long
+def test_validation(tmp_path: Path) -> None:
+    small = ["data.eval_examples=8", "data.batch_size=4", "trainer.accelerator=cpu"]
+    output = ["--output", str(tmp_path / "validation.json")]
+    result = overhead.main(["validation", *small, "--quick", *output])
+    assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
+    assert len(result["rows"]) == 4 and all(row["seconds"] > 0 for row in result["rows"])
+    step, *parts = result["rows"]
+    assert step["total"] == pytest.approx(5000 * step["seconds"])
+    assert [row["total"] / row["seconds"] for row in parts] == pytest.approx([10] * 3)
+
+
+@pytest.mark.long
+def test_both_kinds_of_checkpoints(tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "result.json")]
+    result = overhead.main(["checkpoints", "--megabytes", "48", "--rounds", "1", *output])
+    one, other = result["file"], result["parts"]
+    assert 0 < one["waits_s"] == one["named_s"]
+    assert 0 < other["waits_s"] < other["named_s"]
+    # The first process gathers 48 MB, and copies 24.
+    assert one["beside_bytes"] > 40e6 and other["beside_bytes"] > 20e6
+    assert other["steps_meanwhile"] > 0
+
+
+@pytest.mark.long
+def test_gpu_on_a_cpu(tmp_path: Path) -> None:
+    """A row that fails does not stop the others."""
+    arguments = ["--device", "cpu", "--rows", "pico:1:2", "nope:0:1", "--vocab-size", "300"]
+    small = ["--seq-len", "32", "--steps", "1", "--no-compile", "--no-tests", "--quick"]
+    result = gpu.main([*arguments, *small, "--output", str(tmp_path / "gpu.json")])
+    row, failed = result["rows"]
+    assert "error" not in row and failed["error"]
+    assert row["tokens_per_second"] == pytest.approx(2 * 32 / row["ms"] * 1e3)
+    assert row["mfu"] is None and 0 < row["of_matmul"] < 10 and 1 < row["loss"] < 10
+    assert len(row["eager"]["verify_ms"]) == 2 and len(row["eager"]["draft_ms"]) == 1
+    assert "compiled" not in row
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            gpu.main([])
+
+
+def test_ratio_to_the_best_of_the_others() -> None:
+    times = {"ours": [9.0, 1.0, 2.0], "transformers": [4.0, 5.0, 9.0], "litgpt": [3.0, 3.0, 0.1]}
+    facts = {"rss_peak": 3e6, "loss": 1.0, "parameters": 2}
+    row = peers.compare_steps(
+        {n: [{"seconds": x, **facts} for x in own] for n, own in times.items()}
+    )
+    assert (row["ours_ms"], row["transformers_ms"], row["litgpt_ms"]) == (2000, 5000, 3000)
+    assert row["times_the_best"] == 1.5
+    assert row["ours_tokens_per_second"] == pytest.approx(8 * 256 / 2)
+    assert (row["litgpt_peak_mb"], row["litgpt_parameters"]) == (3, 2)
+
+
+@pytest.mark.extras
+def test_serve(tmp_path: Path) -> None:
+    train_here(tmp_path / "mine", tmp_path / "cache", {"data.seq_len": 64})
+    run = str(tmp_path / "mine")
+    found = serve.measure(run, clients=[1, 2], turns=1, tokens=3, cpu_time=False)
+    assert found["same_texts"] is True
+    assert [(row["way"], row["clients"]) for row in found["rows"]] == [
+        *(("speculative", 1), ("plain", 1), ("speculative", 2), ("plain", 2))
+    ]
+    for row in found["rows"]:
+        assert 0 < row["requests_per_second"] <= row["tokens_per_second"]
+        assert row["way"] != "plain" or row["speedup"] == 1
+        assert row["clients"] != 1 or row["against_one"] == 1
+
+
+@pytest.mark.extras
+def test_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs pip install -e '.[engines]'")
+    pytest.importorskip("gguf")
+    from tests.interop.gguf_files import write_gguf
+
+    file = write_gguf(tmp_path / "small.gguf")
+    task = {"model": str(file), "threads": 1, "batch": 2, "new_tokens": 8}
+    task["prompts"] = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    options = {"precisions": ("fp32", "int8"), "turns": 1, "python": sys.executable}
+    rows = llama_cpp.measure(task, heads="", **options)
+    assert [row["side"].split()[0] for row in rows] == ["xllamacpp", "plain,", "plain,"]
+    for row in rows:
+        assert row["megabytes"] > 10 and row["prompt_tokens_per_second"] > 0
+    assert rows[0]["over"] == rows[0]["prompt_over"] == 1

@@ -1,0 +1,291 @@
+"""What lies ahead of a position, in order or as a bag, against loops in float64: the search
+for it, and the losses of ``mtp=top`` and ``mtp=bag``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from data_modules.token_store import TokenFile
+from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.rates import own_values
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.bag import BagConfig
+from mtp_lightning.mtp.look_ahead import LookAhead
+from mtp_lightning.mtp.top import TopConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests.models import build
+from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest, own_loss
+
+
+def look_ahead(batch: WindowBatch, first: int, last: int) -> LookAhead:
+    return LookAhead(
+        batch.tokens,
+        batch.seq_len,
+        documents_BW=batch.documents,
+        scored_BW=batch.scored,
+        first=first,
+        last=last,
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 3),
+    seq_len=st.integers(1, 9),
+    first=st.integers(1, 2),
+    more=st.integers(0, 15),
+    ids=st.sampled_from([2, 5, 30]),
+    documents=st.booleans(),
+    scored=st.booleans(),
+)
+def test_it_finds_what_a_search_finds(
+    seed: int,
+    rows: int,
+    seq_len: int,
+    first: int,
+    more: int,
+    ids: int,
+    documents: bool,
+    scored: bool,
+) -> None:
+    last = first + more
+    batch = ahead_windows(
+        rows, seq_len, last, ids=ids, documents=documents, scored=scored, seed=seed
+    )
+    ahead_of = look_ahead(batch, first, last)
+    valid = ahead_of.valid()
+    assert valid.shape == (rows, seq_len)
+    total = rows * seq_len
+    for start in range(0, total, 4):  # chunks that cross rows
+        place = slice(start, min(start + 4, total))
+        tokens_RS, counts_RS = ahead_of.rows(place)
+        for m, tokens, counts in zip(range(start, total), tokens_RS, counts_RS, strict=False):
+            row, i = divmod(m, seq_len)
+            expected = nearest(batch, row, i, first, last)
+            found = {int(tokens[s]): first + s for s in counts.nonzero().flatten().tolist()}
+            assert found == expected
+            assert int(counts.sum()) == len(expected)  # no id twice
+            assert bool(valid[row, i]) == bool(expected)
+
+
+def test_documents_are_told_apart_by_their_own_ids() -> None:
+    """The same token stands in three documents, and is near in one alone."""
+    tokens = torch.tensor([[7, 1, 7, 2, 7, 3, 7]])
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
+    batch = WindowBatch(tokens, 1, documents, extra=2)
+    assert batch.seq_len == 3
+    tokens_RS, counts_RS = look_ahead(batch, 1, 4).rows(slice(0, 3))
+    seen = [t[c].tolist() for t, c in zip(tokens_RS, counts_RS, strict=True)]
+    assert seen == [[1], [], [2, 7]]
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 5, 6, 7, 100])
+def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
+    """T = 5: from W = 7 on the far end is cut for the last positions, by 2 places of 7 .. ."""
+    batch = ahead_windows(1, 5, lookahead)
+    found = look_ahead(batch, 1, lookahead)
+    reach = (found.stop_BT - torch.arange(5)).flatten().tolist()
+    held = batch.tokens.shape[1] - 5
+    assert held == max(2, min(lookahead, 6))
+    assert reach == [min(lookahead, held + 4 - i) for i in range(5)]
+
+
+def order_loss(logits_V: Tensor, near: dict[int, int], tau: float) -> Tensor:
+    """Of one position: ``-sum_v softmax(y)_v log softmax(logits)_v``, y the order's scores, which
+    are -inf for an id that does not come (2508.19228, section 3)."""
+    scores = torch.full_like(logits_V, -torch.inf)
+    for token, ahead in near.items():
+        scores[token] = -(ahead - 1) / tau
+    target = [float(s.exp() / scores.exp().sum()) for s in scores]
+    log_norm = torch.logsumexp(logits_V, 0)
+    loss = torch.zeros((), dtype=logits_V.dtype)
+    for token, mass in enumerate(target):
+        loss = loss - mass * (logits_V[token] - log_norm)
+    return loss
+
+
+def top_reference(
+    hidden_BTC: Tensor, weight_VC: Tensor, batch: WindowBatch, config: TopConfig
+) -> tuple[Tensor, int]:
+    """Summed loss, and positions that count."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in range(len(batch)):
+        for i in range(batch.seq_len):
+            near = nearest(batch, row, i, 1, config.lookahead)
+            if near:
+                total = total + order_loss(weight_VC @ hidden_BTC[row, i], near, config.tau)
+                count += 1
+    return total, count
+
+
+# Both ends: the next token alone, all that a window holds, and more than that.
+@pytest.mark.parametrize(
+    ("lookahead", "documents", "scored", "tau"),
+    [
+        (1, False, False, 1.0),
+        (3, True, False, 0.3),
+        (7, False, True, 1.0),
+        (8, True, True, 20.0),
+        (50, True, True, 0.3),
+    ],
+)
+def test_loss_and_gradients_of_top(
+    tiny_trunk: TrunkConfig, lookahead: int, documents: bool, scored: bool, tau: float
+) -> None:
+    config = TopConfig(lookahead=lookahead, tau=tau)
+    model = build(tiny_trunk, config).double()
+    batch = ahead_windows(2, 7, lookahead, ids=9, documents=documents, scored=scored)
+    assert_loss_is(model, batch, lambda h, weight: top_reference(h, weight, batch, config))
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 10_000), tau=st.floats(0.1, 30), rows=st.integers(1, 6))
+def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, rows: int) -> None:
+    """At logits that are the target's own logarithm, the loss is its entropy, the least there is,
+    and nothing is left to learn."""
+    batch = ahead_windows(rows, 5, 8, ids=12, seed=seed)
+    model = stack_of(TopConfig(lookahead=8, tau=tau))
+    loss, every = model.own_loss(1, batch), slice(0, rows * 5)
+    scores = torch.full((rows * 5, 12), -torch.inf, dtype=torch.float64)
+    for m in range(rows * 5):
+        for token, ahead in nearest(batch, m // 5, m % 5, 1, 8).items():
+            scores[m, token] = -(ahead - 1) / tau
+    target = torch.softmax(scores, -1)
+    best, d_best = loss.gradient(every, scores.clamp(min=-1e4))
+    entropy = -torch.special.xlogy(target, target).sum(-1)
+    torch.testing.assert_close(best, entropy)
+    assert d_best.abs().max() < 1e-9
+    other, d_other = loss.gradient(every, torch.randn_like(scores))
+    assert bool((other >= best - 1e-9).all())
+    # Softmax minus a distribution.
+    assert d_other.sum(-1).abs().max() < 1e-9
+
+
+def stack_of(config: TopConfig) -> torch.nn.Module:
+    trunk = TrunkConfig(vocab_size=12, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=8)
+    return config.build(trunk)
+
+
+def test_a_reach_of_one_is_cross_entropy(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, TopConfig(lookahead=1))
+    batch = ahead_windows(2, 8, 1)
+    hidden = torch.randn(2, 8, 32)
+    _, found = own_loss(model.mtp, hidden, batch, 1.0)
+    logits = model.mtp.head(hidden).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets(0).flatten())
+    torch.testing.assert_close(found.item() / 16, expected.item(), rtol=1e-5, atol=1e-6)
+
+
+def test_distances_beyond_float16_are_told_apart() -> None:
+    """Two ids 3,000 and 3,001 places ahead, and nothing else that counts."""
+    tokens = torch.zeros(1, 3004, dtype=torch.int64)
+    tokens[0, 3001], tokens[0, 3002] = 1, 2
+    scored = tokens > 0
+    batch = WindowBatch(tokens, 1, None, scored, extra=3001)
+    stack = stack_of(TopConfig(lookahead=3002))
+    value, d_logits = stack.own_loss(1, batch).gradient(slice(0, 1), torch.zeros(1, 12))
+    # softmax(0, -1): the nearer one has e / (1 + e).
+    expected = torch.tensor([1.0, torch.e]) / (1 + torch.e)
+    torch.testing.assert_close(1 / 12 - d_logits[0, [2, 1]], expected)
+    torch.testing.assert_close(value, torch.tensor([12.0]).log())
+
+
+def test_it_needs_no_token_of_the_answer_at_decoding(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, TopConfig())
+    assert isinstance(model, MTPModel)
+    assert model.mtp.max_draft_depth == 0 and not model.mtp.reads_tokens
+    with pytest.raises(ValueError, match="mtp=top shapes the trunk in training and has nothing"):
+        model.mtp.require_drafts()
+
+
+def bag_loss(logits_V: Tensor, bag: set[int], weights_V: Tensor) -> Tensor:
+    """Of one position: every id's binary cross-entropy (2510.14751, section 3)."""
+    loss = torch.zeros((), dtype=logits_V.dtype)
+    for token in range(len(logits_V)):
+        says = 1 / (1 + torch.exp(-logits_V[token]))
+        loss = loss - weights_V[token] * torch.log(says if token in bag else 1 - says)
+    return loss
+
+
+def bag_reference(
+    hidden_BTC: Tensor, weight_VC: Tensor, batch: WindowBatch, tau: int, weights_V: Tensor
+) -> tuple[Tensor, int]:
+    """Summed loss, and positions that count."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in range(len(batch)):
+        for i in range(batch.seq_len):
+            bag = set(nearest(batch, row, i, 2, tau))
+            if bag:
+                total = total + bag_loss(weight_VC @ hidden_BTC[row, i], bag, weights_V)
+                count += 1
+    return total, count
+
+
+# Both ends: one token, all that a window holds, and more than that.
+@pytest.mark.parametrize(
+    ("tau", "documents", "scored", "weights"),
+    [
+        (2, False, False, "idf"),
+        (3, True, False, "none"),
+        (8, False, True, "idf"),
+        (9, True, True, "none"),
+        (50, True, True, "idf"),
+    ],
+)
+def test_loss_and_gradients_of_bag(
+    tiny_trunk: TrunkConfig, tau: int, documents: bool, scored: bool, weights: str
+) -> None:
+    model = build(tiny_trunk, BagConfig(lookahead=tau, weights=weights)).double()
+    if weights == "idf":
+        model.mtp.weigh(torch.arange(37) % 9, 8)
+        assert len(set(model.mtp.weights_V.tolist())) == 9
+    weights_V = model.mtp.weights_V
+    assert bool((weights_V == 1).all()) == (weights == "none")
+    batch = ahead_windows(2, 7, tau, ids=9, documents=documents, scored=scored)
+    assert_loss_is(model, batch, lambda h, weight: bag_reference(h, weight, batch, tau, weights_V))
+
+
+def test_the_next_token_is_not_in_the_bag(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, BagConfig(lookahead=3, weights="none"))
+    batch = ahead_windows(1, 6, 3)
+    other = batch.tokens.clone()
+    other[0, 1] = (other[0, 1] + 1) % 37
+    hidden = torch.randn(1, 6, 32)
+    one, _ = own_values(model.mtp, 1, hidden, batch)
+    two, _ = own_values(model.mtp, 1, hidden, WindowBatch(other, 1, extra=batch.extra))
+    # Token 1 is the next one of position 0, and lies outside position 1's own reach.
+    assert torch.equal(one, two)
+
+
+def test_weights_are_smoothed_inverse_frequencies(tiny_trunk: TrunkConfig) -> None:
+    stack = BagConfig().build(tiny_trunk)
+    stack.weigh(torch.tensor([0, 1, 10]), 10)  # the model has more rows than the tokenizer
+    found = stack.weights_V.tolist()
+    assert found[:3] == pytest.approx([math.log(11) + 1, math.log(11 / 2) + 1, 1.0])
+    assert found[3:] == pytest.approx([math.log(11) + 1] * 34)
+    assert "weights_V" in stack.state_dict()
+
+
+@pytest.mark.parametrize("block", [1, 5, 1000])
+def test_documents_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("data_modules.token_store._BLOCK", block)
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 6, n).astype(np.uint16) for n in (3, 1, 9, 4, 0, 2)]
+    path = tmp_path / "train.bin"
+    np.concatenate(documents).tofile(path)
+    starts = np.cumsum([0, *(len(d) for d in documents[:-1])])
+    np.save(tmp_path / "train.starts.npy", starts)
+    file = TokenFile(path, "uint16", 19, 0, len(documents))
+    expected = [sum(v in d for d in documents) for v in range(8)]
+    assert file.document_frequency(8).tolist() == expected
+    tokens = np.concatenate(documents).tolist()
+    assert file.token_frequency(8).tolist() == [tokens.count(v) for v in range(8)]
