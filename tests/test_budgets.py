@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/distributed": 1_420,
     "mtp_lightning/experiment": 2_530,
     "mtp_lightning/heads": 640,
-    "mtp_lightning/interop": 4_890,
+    "mtp_lightning/interop": 5_120,
     "mtp_lightning/loggers": 790,
     "mtp_lightning/metrics": 1_230,
     "mtp_lightning/mtp": 4_150,
