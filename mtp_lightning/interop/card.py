@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtp_lightning.interop import engines, heads
+from mtp_lightning.interop import engines, heads, speculators
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.gguf_writing import Written
 from mtp_lightning.interop.names import is_mimo
@@ -161,6 +161,13 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
             f"are in `{heads.FILE}`, next to the plain trunk: tensors by mtp-lightning's names, "
             "and in the file's metadata under `mtp_lightning` the JSON of their switches. "
             "mtp-lightning reads them; other programs only see the trunk."
+        )
+    elif contents.beside:
+        yield (
+            f"It was trained with `mtp={config.mtp.variant}`, whose heads are in the folder "
+            f"`{speculators.FOLDER}` in the layout of vLLM's library speculators "
+            f"{speculators.VERSION}, as its model `{speculators.kind(config)}`. Its `config.json` "
+            "names this folder as the verifier, by the path that it was written to."
         )
     else:
         yield "It has no MTP modules to draft with."

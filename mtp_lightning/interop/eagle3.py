@@ -57,13 +57,25 @@ _NEEDED: dict[str, Any] = {
 
 
 def fits(config: ModelConfig) -> bool:
-    """Whether servers can compute a model's stack from such a folder: they read no state after the
-    trunk's last block, and rotate whole heads."""
+    """Whether servers can compute a model's stack from such a folder."""
+    return isinstance(config.mtp, EagleConfig) and config.mtp.depth > 0 and not obstacle(config)
+
+
+def obstacle(config: ModelConfig) -> str:
+    """The setting of an EAGLE-3 layer that such a folder has no place for; empty without one.
+
+    Servers rotate whole heads. They collect the states in the order of the blocks, each once, and
+    none after the last block.
+    """
     mtp, trunk = config.mtp, config.trunk
-    if not isinstance(mtp, EagleConfig) or mtp.depth == 0 or mtp.confidence:
-        return False
-    whole = trunk.attention.turned_size(trunk) == trunk.d_head
-    return whole and max(mtp.layers_of(trunk.n_layers)) < trunk.n_layers
+    assert isinstance(mtp, EagleConfig)
+    if mtp.confidence:
+        return "objective.confidence=true"
+    if (turned := trunk.attention.turned_size(trunk)) != trunk.d_head:
+        return f"model.attention.d_rope={turned}"
+    layers = list(mtp.layers_of(trunk.n_layers))
+    ascending = layers == sorted(set(layers)) and layers[-1] < trunk.n_layers
+    return "" if ascending else f"mtp.layers={layers}"
 
 
 def is_there(folder: Path) -> bool:
@@ -88,15 +100,24 @@ def write(
         dtype: dtype of the weights.
         max_positions: the context length that the folder states.
     """
-    tokens = weights[_TOKENS]
-    tensors = pieces(_weight_map(config), weights, dtype)
-    tensors["d2t"] = tokens - torch.arange(len(tokens))
-    tensors["t2d"] = torch.zeros(config.trunk.vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
     (folder / FOLDER).mkdir()
     fields = _fields(config, dtype, max_positions=max_positions)
     text = json.dumps(fields, indent=2) + "\n"
     (folder / FOLDER / _CONFIG).write_text(text, encoding="utf-8")
-    tensor_files.write(folder / FOLDER / _WEIGHTS, tensors, {"format": "pt"})
+    content = layer_tensors(config, weights, dtype)
+    tensor_files.write(folder / FOLDER / _WEIGHTS, content, {"format": "pt"})
+
+
+def layer_tensors(
+    config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of the layer and its two tables, by the names of its release; arguments as of
+    :func:`write`."""
+    tokens = weights[_TOKENS]
+    found = pieces(_weight_map(config), weights, dtype)
+    found["d2t"] = tokens - torch.arange(len(tokens))
+    found["t2d"] = torch.zeros(config.trunk.vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
+    return found
 
 
 def read(

@@ -4,6 +4,7 @@ checked before it is called done."""
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from omegaconf import OmegaConf
 
 from mtp_lightning import vetting
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import card, config_json, engines, gguf_verify, gguf_writing, heads
+from mtp_lightning.interop import (
+    card,
+    config_json,
+    engines,
+    gguf_verify,
+    gguf_writing,
+    heads,
+    speculators,
+)
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
@@ -22,7 +31,7 @@ from mtp_lightning.interop.verify import (
     check_with_transformers,
     rounded,
 )
-from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.interop.writing import DTYPES, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import OpenedModel, open_model
@@ -50,6 +59,13 @@ def export(cfg: Any) -> Path:
         raise FileExistsError(f"output={target} is not empty: choose another folder or clear it.")
     if cfg.dtype == "q8_0" and not as_file:
         raise UserError("dtype=q8_0 is for a GGUF file: give output=NAME.gguf, or another dtype.")
+    apart = cfg.layout == speculators.LAYOUT
+    if apart and (as_file or cfg.depth == 0):
+        other = f"output={target} is a single file" if as_file else "depth=0 leaves the heads out"
+        raise UserError(
+            f"layout={cfg.layout} writes the heads into a folder inside the trunk's, and {other}: "
+            "leave out one of the two."
+        )
     if cfg.verify and not as_file:
         import_transformers()  # before anything is written
     run = open_model(cfg.checkpoint, allow=cfg.allow)
@@ -59,7 +75,9 @@ def export(cfg: Any) -> Path:
             "token by token, as no other program would ask it: it cannot be exported."
         )
     model = run.model
-    if cfg.depth == 0:
+    if apart:
+        speculators.kind(model.config)  # refuses before anything is written
+    if apart or cfg.depth == 0:
         model = _trunk_alone(model)
     elif not model.config.mtp.predicts_tokens:
         model = _trunk_alone(model)
@@ -88,22 +106,37 @@ def _remove(path: Path) -> None:
 
 
 def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
-    """Write and verify what is to be ``folder``."""
+    """Write and verify what is to be ``folder``: ``model``, and with ``layout=speculators``, where
+    that is the trunk alone, the heads of ``run``."""
+    max_positions = cfg.max_positions or run.seq_len
     contents = write_folder(
         partial,
         model,
         run.tokenizer,
         dtype=cfg.dtype,
-        max_positions=cfg.max_positions or run.seq_len,
+        max_positions=max_positions,
         shard_bytes=int(cfg.shard_gb * 1e9),
     )
+    whole = model
+    if cfg.layout == speculators.LAYOUT:
+        whole = run.model
+        beside = speculators.write(
+            partial,
+            whole,
+            verifier=folder.resolve(),
+            dtype=DTYPES[cfg.dtype],
+            max_positions=max_positions,
+            eot_id=run.tokenizer.eot_id,
+        )
+        contents = replace(contents, beside=True, parameters=contents.parameters + beside)
     old_card = Path(cfg.checkpoint) / card.FILE
-    if cfg.depth is None and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
+    kept = cfg.depth is None and not contents.beside
+    if kept and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
         shutil.copyfile(old_card, partial / card.FILE)
     else:
         text = card.render(
             folder.name,
-            model.config,
+            whole.config,
             contents,
             model_type=config_json.model_type(model.config),
             dtype=cfg.dtype,
@@ -119,11 +152,17 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             f"knows: the trunk is exported plainly, the heads in {heads.where(model.config)} next "
             "to it."
         )
+    if contents.beside:
+        print(
+            f"the heads are in {speculators.FOLDER} inside it, which names {folder.resolve()} as "
+            "its verifier: change that in its config.json when the folder moves."
+        )
     for sentence in engines.of_folder(
         config_json.model_type(model.config), contents.layer_depths, extra=contents.heads
     ):
         print(sentence)
     if cfg.verify:
+        _say_trained(run, whole)
         _verify(partial, run, model, dtype=cfg.dtype)
     else:
         print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
@@ -164,11 +203,14 @@ def _say_trained(run: OpenedModel, model: MTPModel) -> None:
 
 
 def _verify(folder: Path, run: OpenedModel, model: MTPModel, *, dtype: str) -> None:
-    _say_trained(run, model)
     print(f"  {check_bytes(folder, model, dtype=dtype)}")
     print(f"  {check_tokenizer(folder, run.tokenizer)}")
     for line in check_with_transformers(folder, rounded(model, dtype)):
         print(f"  {line}")
+    if (folder / speculators.FOLDER).is_dir():
+        if not speculators.is_models(folder, run.model, DTYPES[dtype]):
+            raise CheckFailed(f"{folder / speculators.FOLDER} does not hold the run's heads.")
+        print(f"  {speculators.FOLDER}, read back, holds the heads; speculators was not started")
     print("verified")
 
 

@@ -34,7 +34,7 @@ from mtp_lightning.opening import Stored
 
 # This project's names of a module's parts, and the layouts' names.
 _DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
-_MIMO = {
+MIMO = {
     "enorm": "token_layernorm",
     "hnorm": "hidden_layernorm",
     "eh_proj": "input_proj",
@@ -125,19 +125,33 @@ def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     if not isinstance(mtp, SequentialConfig):
         return
     mimo = is_mimo(config)
-    names = _MIMO if mimo else _DEEPSEEK
-    square = (trunk.d_model, 2 * trunk.d_model)
+    names = MIMO if mimo else _DEEPSEEK
     for k in range(mtp.depth):
         own, theirs = f"mtp.depths.{k}.", mtp_prefix(config, k)
         if not mimo:
             yield renamed(_EMBEDDING, f"{theirs}embed_tokens.weight", wide, copy=True)
-        for norm in ("enorm", "hnorm"):
-            yield renamed(f"{own}{norm}.weight", f"{theirs}{names[norm]}.weight", vector)
-        yield renamed(f"{own}eh_proj.weight", f"{theirs}{names['eh_proj']}.weight", square)
-        yield from _block(trunk, None, f"{own}block.", theirs)
-        yield renamed(f"{own}norm.weight", f"{theirs}{names['norm']}.weight", vector)
+        yield from module_weights(trunk, own, theirs, names)
         if not mimo:
             yield renamed(_HEAD, f"{theirs}shared_head.head.weight", wide, copy=True)
+
+
+def module_weights(
+    trunk: TrunkConfig, own: str, theirs: str, names: Mapping[str, str]
+) -> Iterator[MappedWeight]:
+    """The tensors of one sequential module.
+
+    Args:
+        trunk: config of the trunk.
+        own: prefix of the names here.
+        theirs: prefix of the names in the layout.
+        names: the layout's names for the two input norms, the projection and the output norm.
+    """
+    vector, square = (trunk.d_model,), (trunk.d_model, 2 * trunk.d_model)
+    for norm in ("enorm", "hnorm"):
+        yield renamed(f"{own}{norm}.weight", f"{theirs}{names[norm]}.weight", vector)
+    yield renamed(f"{own}eh_proj.weight", f"{theirs}{names['eh_proj']}.weight", square)
+    yield from _block(trunk, None, f"{own}block.", theirs)
+    yield renamed(f"{own}norm.weight", f"{theirs}{names['norm']}.weight", vector)
 
 
 def mtp_prefix(config: ModelConfig, index: int) -> str:

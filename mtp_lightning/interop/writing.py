@@ -31,6 +31,7 @@ class Contents:
     Attributes:
         layer_depths: MTP depths among the layers, which transformers and servers read.
         heads: whether the stack is next to them instead (``heads.py``).
+        beside: whether it is in a folder for another program (``speculators.py``).
         parameters: number of values in the folder's tensors, including copies.
         shards: number of weight files.
     """
@@ -39,6 +40,7 @@ class Contents:
     heads: bool
     parameters: int
     shards: int
+    beside: bool = False
 
 
 def write_folder(

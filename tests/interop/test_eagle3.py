@@ -238,9 +238,12 @@ def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
         open_model(tmp_path / "out")
 
 
-def test_what_servers_cannot_compute_has_a_file_instead(tmp_path: Path) -> None:
-    """They read no state after the last block."""
-    model = trained(layers=(1, 2, 4))
+@pytest.mark.parametrize("layers", [(1, 2, 4), (2, 1, 3), (1, 1, 3)])
+def test_what_servers_cannot_compute_has_a_file_instead(
+    layers: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """They read states in ascending order, each once, and none after the last block."""
+    model = trained(layers=layers)
     folders.write(tmp_path / "out", model)
     assert (tmp_path / "out" / heads.FILE).is_file() and not (tmp_path / "out" / "draft").exists()
     back = open_model(tmp_path / "out").model

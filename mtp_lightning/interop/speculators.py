@@ -1,0 +1,175 @@
+"""The folder ``speculator``: trained heads in the layout of vLLM's library speculators (0.9).
+
+Its model ``mtp`` applies one sequential module at every depth, on the layers of Qwen3, as
+``mtp/sequential.py`` does: the embedding's half of the projection first, un-shifted positions, and
+the normed output for the head and for the next depth. Depth 1 reads the state that a program gives
+it, and vLLM gives the one after the trunk's final norm. Embedding and head are read from the
+trunk's folder, which ``config.json`` names as the verifier. Its model ``eagle3`` is EAGLE-3's
+layer, on the layers of Llama, with a head of its own and a copy of the trunk's embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop import config_json, eagle3, tensor_files
+from mtp_lightning.interop.names import MIMO, module_weights, pieces, plain
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.feed_forward import DenseConfig
+
+FOLDER, LAYOUT, VERSION = "speculator", "speculators", "0.9.0"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_CLASSES = {"mtp": "MTPDraftModel", "eagle3": "Eagle3DraftModel"}
+# Fields of a trunk's config.json about MTP layers next to it.
+_OF_MODULES = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types")
+
+
+def kind(config: ModelConfig) -> str:
+    """The library's name for the model that computes what the heads compute.
+
+    Raises:
+        UserError: it has none; the message names the setting and the reason.
+    """
+    if reason := _obstacle(config):
+        raise UserError(f"layout={LAYOUT} cannot hold this model, and layout=own can: {reason}.")
+    return "eagle3" if isinstance(config.mtp, EagleConfig) else "mtp"
+
+
+def _obstacle(config: ModelConfig) -> str:
+    """Why the library computes something else, beginning with the setting; empty if it does not."""
+    mtp, trunk = config.mtp, config.trunk
+    if mtp.depth == 0 or not isinstance(mtp, EagleConfig | SequentialConfig):
+        return (
+            f"mtp={mtp.variant} of depth {mtp.depth} has no heads of the library's kinds, "
+            "which are those of mtp=sequential and mtp=eagle"
+        )
+    if isinstance(mtp, EagleConfig):
+        found = eagle3.obstacle(config)
+        return found and (
+            f"{found} has no place in it, since it has no estimates of acceptance, rotates whole "
+            "heads, and reads three states in ascending order, none after the last block"
+        )
+    if mtp.n_modules > 1:
+        return (
+            f"mtp.depth={mtp.depth} has a module for every depth, and the library applies one at "
+            "all depths, as mtp.depth=1 or mtp.share_layers=true trains it"
+        )
+    if (mtp.branch, mtp.input_norm) != ("final", "post"):
+        return (
+            f"mtp.branch={mtp.branch} with mtp.input_norm={mtp.input_norm} reads another state "
+            "than the one after the trunk's final norm, which vLLM gives the module"
+        )
+    if not mtp.reads_tokens:
+        return (
+            f"mtp.token_dropout={mtp.token_dropout:g} never reads a token, and the library's "
+            "module reads one at every position"
+        )
+    layers = config_json.trunk_type(trunk)
+    if layers != "qwen3":
+        return (
+            f"the trunk has the layers of {layers}, and the library has modules for those of qwen3 "
+            "alone (model.attention.qk_norm=true, dense)"
+        )
+    return ""
+
+
+def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The folder's tensors, by the library's names.
+
+    Args:
+        model: a model that has a :func:`kind`.
+        dtype: dtype of the floating-point ones.
+    """
+    config = model.config
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if not isinstance(config.mtp, EagleConfig):
+        _, laid_out = plain(config, weights)
+        places = module_weights(config.trunk, "mtp.depths.0.", "mtp_layers.0.", MIMO)
+        return pieces(places, laid_out, dtype)
+    found = eagle3.layer_tensors(config, weights, dtype)
+    if config.mtp.draft_vocab in (None, config.trunk.vocab_size):  # then it has no such tables
+        found = {name: tensor for name, tensor in found.items() if name not in ("d2t", "t2d")}
+    layer = {name.replace("midlayer.", "layers.0.", 1): t for name, t in found.items()}
+    # Without the copy, version 0.9.0 may leave its own embedding as it was allocated.
+    return {"embed_tokens.weight": weights["trunk.embedding.weight"].to(dtype), **layer}
+
+
+def write(
+    folder: Path, model: MTPModel, *, verifier: Path, dtype: torch.dtype, **stated: Any
+) -> int:
+    """Write the folder inside ``folder``; returns the number of values in its tensors.
+
+    Args:
+        folder: the trunk's.
+        model: a model that has a :func:`kind`.
+        verifier: the path by which the trunk's folder will be found.
+        dtype: dtype of the weights.
+        stated: ``max_positions`` and ``eot_id`` of :func:`config_json.to_json`.
+    """
+    (folder / FOLDER).mkdir()
+    fields = _fields(model.config, str(verifier), dtype, **stated)
+    (folder / FOLDER / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    content = tensors(model, dtype)
+    tensor_files.write(folder / FOLDER / WEIGHTS, content, {"format": "pt"})
+    return sum(tensor.numel() for tensor in content.values() if tensor.is_floating_point())
+
+
+def is_models(folder: Path, model: MTPModel, dtype: torch.dtype) -> bool:
+    """Whether the tensors of the folder inside ``folder`` are a model's, each rounded once."""
+    found, wanted = tensor_files.read(folder / FOLDER / WEIGHTS)[0], tensors(model, dtype)
+    return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+def _fields(
+    config: ModelConfig, verifier: str, dtype: torch.dtype, **stated: Any
+) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    name, trunk, mtp = kind(config), config.trunk, config.mtp
+    layer = trunk
+    if isinstance(mtp, EagleConfig):
+        layer = replace(
+            trunk,
+            n_layers=1,
+            tie_embeddings=False,
+            attention=GroupedQueryConfig(),
+            feed_forward=DenseConfig(),
+        )
+    alone = ModelConfig(trunk=layer, mtp=NoMTPConfig())
+    stored = str(dtype).removeprefix("torch.")
+    of_layer = config_json.to_json(alone, depth=0, dtype=stored, **stated)
+    fields: dict[str, Any] = {
+        "architectures": [_CLASSES[name]],
+        "speculators_model_type": name,
+        "speculators_version": VERSION,
+        "speculators_config": {
+            "algorithm": name,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": mtp.depth}],
+            "verifier": {
+                "name_or_path": verifier,
+                "architectures": [config_json.ARCHITECTURES[config_json.trunk_type(trunk)]],
+            },
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": stored,
+        "transformer_layer_config": {n: v for n, v in of_layer.items() if n not in _OF_MODULES},
+    }
+    if not isinstance(mtp, EagleConfig):
+        return fields | {"num_nextn_predict_layers": 1}
+    switches = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    return fields | {
+        "draft_vocab_size": mtp.draft_vocab or trunk.vocab_size,
+        "eagle_aux_hidden_state_layer_ids": list(mtp.layers_of(trunk.n_layers)),
+        **dict.fromkeys(switches, False),
+    }
