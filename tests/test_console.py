@@ -30,7 +30,7 @@ def console(*arguments: str, imported: tuple[str, ...] = LIGHT) -> Done:
     return helpers.execute([sys.executable, "-c", program, *arguments], imported=imported)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+@pytest.mark.parametrize("arguments", [(), ("help",)])
 def test_help_lists_the_commands_at_once(arguments: tuple[str, ...]) -> None:
     done = console(*arguments, imported=())
     assert done.returncode == 0 and done.stdout.endswith("LOADED []\n"), done.stderr
@@ -38,7 +38,7 @@ def test_help_lists_the_commands_at_once(arguments: tuple[str, ...]) -> None:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", APPS)
+@pytest.mark.parametrize("command", ["train", "serve"])
 def test_an_apps_help_names_the_console_command(command: str) -> None:
     done = console(command, "--help")
     assert done.returncode == 0, done.stderr

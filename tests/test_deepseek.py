@@ -94,18 +94,6 @@ def test_hidden_states_equal_the_equations(masked: bool) -> None:
     torch.testing.assert_close(hidden[1][0].double(), h, rtol=1e-4, atol=1e-4)
 
 
-def test_a_document_does_not_see_another() -> None:
-    model = deepseek.build(deepseek.TRUNK, depth=1).eval()
-    documents = torch.tensor([[0] * 8 + [1] * 10])
-    tokens = torch.randint(0, 37, (1, 18))
-    other = tokens.clone()
-    other[0, :8] = (other[0, :8] + 1) % 37
-    a, b = (model(WindowBatch(t, 1, documents)) for t in (tokens, other))
-    for k in (0, 1):
-        torch.testing.assert_close(a[k][:, 8:], b[k][:, 8:], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(a[k][:, :8], b[k][:, :8])
-
-
 def dense(**changes: object) -> TrunkConfig:
     sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
     return TrunkConfig(**{**sizes, "d_ff": 48, **changes})

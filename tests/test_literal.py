@@ -49,14 +49,14 @@ def in_quotes(text: str) -> bool:
         return False
 
 
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(deadline=None, max_examples=100)
 @given(ANY)
 def test_a_prompt_is_the_text(text: str) -> None:
     if not in_quotes(text):
         assert read("prompt", text) == text
 
 
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(deadline=None, max_examples=100)
 @given(ANY)
 def test_a_path_is_the_text(text: str) -> None:
     if not (in_quotes(text) or "${" in text or text.lower() == "null"):
@@ -64,7 +64,7 @@ def test_a_path_is_the_text(text: str) -> None:
             assert read(key, text) == text
 
 
-@settings(derandomize=True, max_examples=400, deadline=None)
+@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(KEYS)), ANY, st.sampled_from([(), ("-m",)]))
 @example("prompt", "\\'", ())
 @example("data.paths", "a,文,'x'", ("-m",))
@@ -75,7 +75,7 @@ def test_given_back_in_nothing_changes(key: str, text: str, flags: tuple[str, ..
     assert literal(once) == once
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(deadline=None, max_examples=100)
 @given(ANY)
 def test_hydra_hands_a_quoted_text_on_as_it_is(text: str) -> None:
     argument = f"prompt={quoted(text)}"

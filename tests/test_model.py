@@ -92,23 +92,6 @@ def test_switches_change_the_result(tiny_trunk: TrunkConfig) -> None:
         assert not torch.allclose(plain, other), switch
 
 
-def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) -> None:
-    depth, seq_len = 2, 8
-    model = build(tiny_trunk, depth=depth)
-    tokens = torch.randint(0, 37, (1, seq_len + depth + 1))
-    before = model(WindowBatch(tokens, depth))
-    for changed in range(1, seq_len + depth + 1):
-        other = tokens.clone()
-        other[0, changed] = (other[0, changed] + 1) % 37
-        after = model(WindowBatch(other, depth))
-        for k in range(depth + 1):
-            # Position i of depth k reads tokens up to i + k.
-            unseen = max(min(changed - k, seq_len), 0)
-            assert torch.equal(before[k][0, :unseen], after[k][0, :unseen]), (changed, k)
-            if unseen < seq_len:
-                assert not torch.equal(before[k][0, unseen], after[k][0, unseen])
-
-
 def test_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, depth=3)
     calls: list[int] = []

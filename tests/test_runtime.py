@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 
 import pytest
+import torch
 
+from mtp_lightning import runtime
 from mtp_lightning.errors import UserError
 from mtp_lightning.runtime import set_threads
-from tests.integration.helpers import ROOT
-
-SHOW = """
-import sys, torch
-from mtp_lightning import runtime
-for case in sys.argv[1:]:
-    runtime._CORES, asked, processes = map(int, case.split(","))
-    runtime.set_threads(asked or None, processes=processes)
-    print(torch.get_num_threads())
-"""
 
 
-def threads(*cases: tuple[int, int, int], **environment: str) -> list[str]:
-    """What each case of cores, threads that are asked for, and processes comes to, in turn."""
-    given = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | environment
-    command = [sys.executable, "-c", SHOW, *(",".join(map(str, case)) for case in cases)]
-    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
-    return done.stdout.splitlines() or [done.stderr]
+@pytest.fixture(autouse=True)
+def one_thread_afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    yield
+    torch.set_num_threads(1)
 
 
-def test_a_core_is_left_free_and_what_is_asked_for_counts() -> None:
-    cases = {(8, 0, 1): 7, (1, 0, 1): 1, (8, 0, 2): 3, (2, 0, 1): 1, (8, 2, 1): 2, (2, 0, 2): 1}
-    assert threads(*cases) == [str(expected) for expected in cases.values()]
-    assert threads((8, 0, 1), (8, 5, 1), OMP_NUM_THREADS="1") == ["1", "5"]
+@pytest.mark.parametrize(
+    ("cores", "asked", "processes", "expected"),
+    [(8, None, 1, 7), (1, None, 1, 1), (8, None, 2, 3), (2, None, 1, 1), (8, 2, 1, 2),
+     (2, None, 2, 1)],
+)  # fmt: skip
+def test_a_core_is_left_free_and_what_is_asked_for_counts(
+    monkeypatch: pytest.MonkeyPatch, cores: int, asked: int | None, processes: int, expected: int
+) -> None:
+    monkeypatch.setattr(runtime, "_CORES", cores)
+    set_threads(asked, processes=processes)
+    assert torch.get_num_threads() == expected
+
+
+def test_a_limit_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_CORES", 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(3)
+    set_threads(None)
+    assert torch.get_num_threads() == 3
+    set_threads(5)
+    assert torch.get_num_threads() == 5
 
 
 def test_no_thread_is_refused() -> None:

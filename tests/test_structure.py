@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,21 @@ def test_who_may_import_what() -> None:
         assert late == [], f"{file}: {LATE}"
 
 
+def test_the_batch_brings_neither_lightning_nor_tokenizers() -> None:
+    """What is imported with windows, sources and tokenizers, followed through this project."""
+    todo = ["data_modules.windows", "data_modules.sources", "data_modules.tokenizers"]
+    seen: set[str] = set()
+    while todo:
+        name = todo.pop()
+        assert not takes(name, "lightning", "tokenizers", "datasets", "hydra"), name
+        for path in accumulate(name.split("."), "{}/{}".format):
+            for file in {f"{path}.py", f"{path}/__init__.py"} - seen:
+                if (ROOT / file).is_file():
+                    seen.add(file)
+                    todo += imports(file, top_only=True)
+    assert len(seen) > 5
+
+
 def test_the_report_reads_files_alone() -> None:
     for file in sources("sweeps/report"):
         for name in imports(file):
@@ -216,7 +232,7 @@ def _app_names() -> list[str]:
     return [app.removesuffix(".py") for app in APPS]
 
 
-@pytest.mark.parametrize("app", APPS)
+@pytest.mark.parametrize("app", ["train.py", "generate.py"])
 def test_help_is_quick(app: str) -> None:
     """Help tells of the groups without loading torch or Lightning, within 8 imports of Hydra."""
     watched = ["torch", "lightning", "tokenizers", "numpy", "tensorboard", "rich"]
@@ -313,12 +329,16 @@ EXTRAS = {
 # Composed and built with every preset (test_presets.py), and by themselves (test_heads.py).
 ELSEWHERE = ("mtp", "experiment")
 # Groups that have nothing to do with each other: one option of each in one config.
-APART = ("model", "objective", "callbacks", "lambda_schedule", "balance")
+APART = (
+    *("model", "objective", "callbacks", "lambda_schedule", "balance", "optimizer"),
+    *("optimizer/schedule", "trainer", "compare"),
+)
 
 
 def chosen_together() -> list[tuple[str, ...]]:
-    """Every option, alone or with others."""
-    left = [option for option in OPTIONS if option not in SHARED]
+    """Every option, alone or with others; tasks are built by their presets (test_presets.py)."""
+    tasks = {f"data/{file.stem}" for file in (CONF / "experiment").glob("*.yaml")}
+    left = [option for option in OPTIONS if option not in SHARED | tasks]
     groups = [[o for o in left if o.rsplit("/", 1)[0] == group] for group in APART]
     several = [
         tuple(group[i % len(group)] for group in groups) for i in range(max(map(len, groups)))

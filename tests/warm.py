@@ -50,7 +50,7 @@ class Warm:
             text=True,
             cwd=Path(__file__).parents[1],
         )
-        self._imports: float = self._answer(120)
+        self._imports: float = self._answer(480)
 
     def run(self, args: list[str], *, cwd: Path, env: dict[str, str], seconds: float = 480) -> Done:
         """``python FILE ..``, ``python -m MODULE ..`` or ``python -c CODE ..``, to its end."""

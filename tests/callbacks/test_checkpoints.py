@@ -45,7 +45,7 @@ def test_the_files_and_their_steps(tmp_path: Path) -> None:
     assert module.val_steps == [4, 8, 12]
 
 
-@pytest.mark.parametrize("epoch_steps", [1000, 6, 8])
+@pytest.mark.parametrize("epoch_steps", [6, 8])
 def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
     tmp_path: Path, epoch_steps: int
 ) -> None:
@@ -141,8 +141,7 @@ def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path
     assert step_of(tmp_path / "last.ckpt") == 16
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", [4, 6])
+@pytest.mark.parametrize(("signum", "when"), [(signal.SIGINT, 6), (signal.SIGTERM, 4)])
 def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -> None:
     whole = TinyModule()
     fit(whole, [Checkpoints(tmp_path / "whole", every_n_steps=100)])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from hydra import compose, initialize_config_dir
 
-CONF = Path(__file__).parents[2] / "conf"
+from tests.integration.helpers import composed
+
 DEFAULT = {
     "NanGuard",
     "Throughput",
@@ -23,41 +21,25 @@ LOGGERS = {"MetricsCSV", "RunTensorBoard"}
     ("overrides", "callbacks", "loggers"),
     [
         ([], DEFAULT, LOGGERS),
-        (["callbacks=gradient_conflict"], DEFAULT | {"GradientConflict"}, LOGGERS),
         (["callbacks=early_stopping"], DEFAULT | {"EarlyStopping"}, LOGGERS),
-        (
-            ["callbacks=[learning_rate,early_stopping]"],
-            DEFAULT | {"EarlyStopping", "LearningRateMonitor"},
-            LOGGERS,
-        ),
         (["callbacks=[default,learning_rate]"], DEFAULT | {"LearningRateMonitor"}, LOGGERS),
+        (["callbacks=[long_range,floor_and_gap]"], DEFAULT | {"LongRange", "FloorAndGap"}, LOGGERS),
         (["callbacks=[nan_guard,progress]"], {"NanGuard", "StepProgressBar"}, LOGGERS),
         (["~callbacks.progress"], DEFAULT - {"StepProgressBar"}, LOGGERS),
         (["callbacks=[]", "logger=[]"], set(), set()),
-        (["callbacks=long_range"], DEFAULT | {"LongRange"}, LOGGERS),
-        (["callbacks=sampled_acceptance"], DEFAULT | {"SampledAcceptance"}, LOGGERS),
-        (["callbacks=floor_and_gap"], DEFAULT | {"FloorAndGap"}, LOGGERS),
-        (["callbacks=[long_range,floor_and_gap]"], DEFAULT | {"LongRange", "FloorAndGap"}, LOGGERS),
-        (["callbacks=[stop_when_solved]"], DEFAULT | {"StopWhenSolved"}, LOGGERS),
-        (["logger=csv"], DEFAULT, {"MetricsCSV"}),
         (["logger=[csv,default]"], DEFAULT, LOGGERS),
         (["~logger.tensorboard"], DEFAULT, {"MetricsCSV"}),
     ],
 )
 def test_composes(overrides: list[str], callbacks: set[str], loggers: set[str]) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", overrides=overrides)
+    cfg = composed("config", overrides)
     for group, classes in (("callbacks", callbacks), ("logger", loggers)):
         nodes = (cfg.get(group) or {}).values()
         assert {node._target_.split(".")[-1] for node in nodes} == classes
 
 
 def test_loggers_beside_the_default_ones() -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose(
-            "config", overrides=["logger=[default,wandb,mlflow,trackio]", "paths.output_dir=r"]
-        )
-        alone = compose("config", overrides=["logger=wandb"])
+    cfg = composed("config", ["logger=[default,wandb,mlflow,trackio]", "paths.output_dir=r"])
     assert list(cfg.logger) == ["csv", "tensorboard", "wandb", "mlflow", "trackio"]
     assert {node.folder for node in cfg.logger.values()} == {"r"}
-    assert list(alone.logger) == ["wandb"]
+    assert list(composed("config", ["logger=wandb"]).logger) == ["wandb"]

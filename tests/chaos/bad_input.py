@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 
+from mtp_lightning.explained import read_option
 from tests.chaos.cases import Case, hold
 from tests.chaos.jobs import SMALL, TASK
-from tests.chaos.keys import keys, wrong_values
 from tests.chaos.processes import Ended, run
 from tests.integration.helpers import CONF, overrides
 
@@ -72,17 +73,18 @@ def cases(folder: Path) -> list[Case]:
             ):  # fmt: skip
                 continue
             settings = _settings(group, file.stem, needs)
-            for key in keys(file, group.replace("/", ".")):
-                if key.path.rpartition(".")[2] in _FREE:
+            for key in read_option(file, group).keys:
+                path = f"{group.replace('/', '.')}.{key.name}"
+                if path.rpartition(".")[2] in _FREE:
                     continue
-                for value in wrong_values(key.takes):
-                    attempt = _train_with(key.path, value, settings, cache, option, sound)
-                    made.append(Case("bad input", f"{option} {key.path}={value}", attempt))
+                for value in wrong_values(key.says):
+                    attempt = _train_with(path, value, settings, cache, option, sound)
+                    made.append(Case("bad input", f"{option} {path}={value}", attempt))
     for app in ("generate", "evaluate", "export"):
-        for key in keys(CONF / f"{app}.yaml", ""):
-            for value in wrong_values(key.takes):
-                attempt = _app_with(app, [f"{key.path}={value}"], finished)
-                made.append(Case("bad input", f"{app} {key.path}={value}", attempt))
+        for key in read_option(CONF / f"{app}.yaml", "").keys:
+            for value in wrong_values(key.says):
+                attempt = _app_with(app, [f"{key.name}={value}"], finished)
+                made.append(Case("bad input", f"{app} {key.name}={value}", attempt))
         for what, make in FILES.items():
             made.append(Case("bad input", f"{app} of {what}", _app_of(app, make, finished)))
     for what, make in FILES.items():
@@ -91,6 +93,31 @@ def cases(folder: Path) -> list[Case]:
     for what, content in TEXTS.items():
         made.append(Case("bad input", f"a text that is {what}", _text(content, cache)))
     return made
+
+
+def wrong_values(takes: str) -> list[str]:
+    """Values that a key whose comment ends so does not take, as they are typed."""
+    kind = re.search(r"\b(int|float|bool|number)\b", takes)
+    options = re.findall(r"[\w.-]+(?: \([^)]*\))? \| ", takes)
+    if kind is None:
+        return ["no_such_choice"] if options else []
+    rest = takes[kind.start() :]
+    if kind[0] == "bool":
+        return [] if "auto" in takes else ["perhaps", "[1,2]"]
+    values = ["many"] if not options else ["no_such_choice"]
+    if kind[0] == "int":
+        values.append("1.5")
+    if kind[0] == "float" and "list" not in rest:
+        values.append("nan")
+    if bound := re.match(r"\w+ (>=|>) (-?[\d.]+)", rest):
+        least = float(bound[2])
+        below = least - 1 if bound[1] == ">=" else least
+        values.append(f"{below:g}")
+    if span := re.search(
+        r"\b(?:in ([\[(])|between |from )?([\d.]+)(?:, | and | to )([\d.]+)([\])])?", rest
+    ):
+        values += [f"{float(span[2]) - 1:g}", f"{float(span[3]) + 1:g}"]
+    return values
 
 
 def _settings(group: str, option: str, needs: dict[str, Any]) -> dict[str, Any]:

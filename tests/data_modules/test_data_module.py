@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -211,19 +208,3 @@ def test_text_from_the_config_to_a_batch(tmp_path):
     assert next(iter(data.train_dataloader())).tokens.shape == (4, 19)
     assert data.tokenizer.vocab_size == 270 and data.summary()["source"]["files"] == 1
     assert data.tokenizer.decode(data.held_out_prompts(1, 5)[0]).startswith("row ")
-
-
-def test_importing_the_batch_imports_neither_lightning_nor_tokenizers():
-    code = (
-        "import sys, data_modules.windows, data_modules.sources, data_modules.tokenizers; "
-        "print([m for m in ('lightning', 'tokenizers', 'datasets', 'hydra') if m in sys.modules])"
-    )
-    root = str(Path(data_modules.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": root},
-    )
-    assert done.stdout.strip() == "[]"

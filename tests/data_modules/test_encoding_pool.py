@@ -42,7 +42,7 @@ def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, token
         "data_modules.encoding_pool.EncodingPool",
         lambda *args: pools.append(EncodingPool(*args)) or pools[-1],
     )
-    several, _ = prepare_store(tokenizer, split, tmp_path / "several", workers=3)
+    several, _ = prepare_store(tokenizer, split, tmp_path / "several", workers=2)
     assert len(pools) == 1 and several.folder.name == one.folder.name
     assert contents(several.folder) == contents(one.folder)
     assert 0 < one.meta["lines_in_training"] < 1
@@ -52,8 +52,8 @@ def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, token
 def test_results_come_in_order_whoever_is_first(split):
     """Batches of very different sizes, three times as many as may wait."""
     tokenizer, dtype = ByteTokenizer(), np.dtype(np.uint16)
-    todo = [[Piece("val", chr(97 + i) * (1 + 200_000 * (i % 2)), True, True)] for i in range(26)]
-    pool = EncodingPool(tokenizer, dtype, 3)
+    todo = [[Piece("val", chr(97 + i) * (1 + 200_000 * (i % 2)), True, True)] for i in range(18)]
+    pool = EncodingPool(tokenizer, dtype, 2)
     try:
         found = [batch for batch in pool.map(iter(todo))]
     finally:

@@ -76,12 +76,15 @@ def test_a_text_is_compressed_once_and_a_damaged_record_is_replaced(tmp_path, mo
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_the_same_whatever_reads_it(tmp_path, document_mask):
-    """Three tokenizers, windows, batches and depths: the same bytes of the same documents."""
+    """Tokenizers, windows, batches and depths: the same bytes of the same documents."""
+    byte, bpe = ByteTokenizer(), BPETokenizer(300)
     readers = [
         {"tokenizer": tokenizer, "seq_len": seq_len, "eval_batch_size": batch, "depth": depth}
-        for tokenizer in (ByteTokenizer(), BPETokenizer(300), BPETokenizer(400))
-        for seq_len, batch, depth in ((64, 1, 0), (64, 8, 3), (256, 1, 1), (256, 8, 0))
-    ]
+        for tokenizer, seq_len, batch, depth in (
+            (byte, 64, 1, 0), (byte, 256, 8, 3), (bpe, 64, 8, 3), (bpe, 256, 1, 1),
+            (BPETokenizer(400), 256, 8, 0),
+        )
+    ]  # fmt: skip
     found = []
     for reader in readers:
         data = module(tmp_path, eval_bytes=5000, document_mask=document_mask, **reader)
@@ -125,13 +128,13 @@ def test_of_a_long_document_only_the_pieces_up_to_the_number(tmp_path):
         (len(whole), len(cuts)),
         ("all", len(cuts)),
     ):
-        for tokenizer in (ByteTokenizer(), BPETokenizer(300)):
+        for tokenizer in (ByteTokenizer(), *([BPETokenizer(300)] if taken == 2 else [])):
             data = module(tmp_path, source, tokenizer, eval_bytes=n_bytes)
             assert documents_of(data) == ["".join(cuts[:taken])]
             assert data.evaluated_bytes == [sum(map(len, cuts[:taken]))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data):
     depth = data.draw(st.integers(0, 4))
@@ -162,7 +165,7 @@ def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data
     assert sum(inputs, [])[: len(stream) - 1] == stream[:-1]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_choose_against_brute_force(tmp_path_factory, data):
     """Documents of one to three pieces with made-up digests."""

@@ -49,7 +49,7 @@ def test_window_count_fits_and_does_not_depend_on_depth(n_tokens, seq_len, depth
         assert n == window_count(n_tokens, seq_len, 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_batches_against_brute_force(tmp_path_factory, data):
     depth = data.draw(st.integers(0, 4))
@@ -99,7 +99,7 @@ def test_workers_change_nothing_and_the_global_generator_does_not_move(tmp_path)
 
 @pytest.mark.parametrize(
     ("consumed", "workers"),
-    [*((consumed, 0) for consumed in (1, 5, 6, 7, 12, 15)), (5, 2), (6, 2)],
+    [(1, 0), (5, 0), (6, 0), (7, 0), (15, 0), (5, 2), (6, 2)],
 )
 def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
     def stream(loader, n):
@@ -147,7 +147,7 @@ def test_ranks_together_see_what_one_rank_of_a_larger_batch_sees(tmp_path, monke
     assert [sum(parts, []) for parts in zip(*shards, strict=True)] == expected
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(n=st.integers(1, 300), batch_size=st.integers(1, 6), world=st.integers(1, 5))
 def test_ranks_share_the_batches_that_one_would_evaluate(tmp_path_factory, n, batch_size, world):
     dataset = evaluation_of(tmp_path_factory.mktemp("file"), n)
@@ -285,21 +285,19 @@ for batch in WindowLoader(Windows(), batch_size=4, num_workers=2):
     if fetched == 50:
         print("ready", flush=True)
         until = time.monotonic() + 60
-        while not heard and sys.argv[1] == "all" and time.monotonic() < until:
+        while not heard and time.monotonic() < until:
             time.sleep(0.01)
-    if sys.argv[1] == "killed":
-        time.sleep(0.001)
-    if fetched == 1000:
-        break
-print("fetched", fetched, len(heard), flush=True)
+    if fetched == 500:
+        print("fetched", fetched, len(heard), flush=True)
+    if fetched > 500:
+        time.sleep(0.1)
 """
 
 
-@pytest.mark.parametrize("signalled", ["killed", "all"])
-def test_processes_that_fetch_end_with_the_run_and_not_before(signalled: str) -> None:
-    """A killed run leaves no traceback; a signal to all of it is the run's to act on."""
+def test_processes_that_fetch_end_with_the_run_and_not_before() -> None:
+    """A signal to all of it is the run's to act on; a killed run leaves no traceback."""
     process = subprocess.Popen(
-        [sys.executable, "-c", FETCHING, signalled],
+        [sys.executable, "-c", FETCHING],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -307,11 +305,9 @@ def test_processes_that_fetch_end_with_the_run_and_not_before(signalled: str) ->
         env=os.environ | {"PYTHONPATH": str(Path(loader_module.__file__).parents[1])},
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    if signalled == "killed":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.stdout.readline() == "fetched 500 1\n"
+    process.kill()
     out, err = process.communicate(timeout=240)  # when all of them have closed it
+    assert (out, process.returncode) == ("", -signal.SIGKILL)
     assert "Traceback" not in err, err
-    assert out == ("" if signalled == "killed" else "fetched 1000 1\n")
-    assert process.returncode == (-signal.SIGKILL if signalled == "killed" else 0)

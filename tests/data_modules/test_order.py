@@ -16,7 +16,7 @@ from tests.data_modules.loaders import loader_of, numbers
 seeds = st.integers(0, 2**31)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.integers(0, 3000), seeds, st.integers(0, 99))
 def test_a_permutation(n, seed, epoch):
     order = FeistelOrder(n, seed=seed, epoch=epoch)
@@ -25,7 +25,7 @@ def test_a_permutation(n, seed, epoch):
     assert np.array_equal(np.sort(found), np.arange(n))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(st.integers(1, 2**62), seeds, st.data())
 def test_of_any_size_a_slice_is_its_places(n, seed, data):
     order = FeistelOrder(n, seed=seed, epoch=1)

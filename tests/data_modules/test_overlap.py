@@ -62,7 +62,7 @@ def test_a_line_counts_from_32_characters_on_and_as_often_as_it_stands():
 def test_a_sample_keeps_within_its_limit_and_is_unbiased():
     order = random.Random(0)
     errors = []
-    for corpus in range(20):
+    for corpus in range(8):
         at = 10_000 * corpus
         # 3 of 10 validation lines, some of them repeated, among 9000 training lines.
         train = [line(at + i) for i in range(9000)]

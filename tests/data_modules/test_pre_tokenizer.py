@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules.tokenizers import pre_tokenizer
@@ -35,6 +35,7 @@ BOTH = [
 
 
 @pytest.mark.parametrize("make", BOTH)
+@settings(deadline=None, max_examples=40)
 @given(texts=st.lists(TEXTS, max_size=3))
 def test_words_are_the_patterns_and_numbered_by_first_use(make, texts: list[str]) -> None:
     table: PreTokenizer = make()

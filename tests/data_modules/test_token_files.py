@@ -165,7 +165,7 @@ def test_shards_are_one_text(tmp_path, kind):
     assert (holding == many.document_frequency()[0]).all() and n == one.store["train"].n_documents
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_sharded_tokens_against_one_array(tmp_path_factory, data):
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
@@ -194,7 +194,7 @@ def test_sharded_tokens_against_one_array(tmp_path_factory, data):
         assert sum(found, []) == expected.tolist() and all(found)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory, data):
     """A document starts at every token that stands behind an end-of-text token, and at the first;
@@ -438,7 +438,7 @@ def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
             read_header(path)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
     """Bytes changed, cut off or added: a sentence about the file, or numbers that hold for it."""

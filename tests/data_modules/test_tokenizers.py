@@ -42,7 +42,7 @@ any_text = st.text(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(text=any_text)
 @example(text=TEXTS[2])
 @example(text=TEXTS[4])
@@ -60,6 +60,15 @@ def test_bytes_lose_nothing(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(text).tolist() == list(text.encode())
     assert tokenizer.encode_batch([text, "a"])[0].tolist() == list(text.encode())
+
+
+def test_bytes_of_tokens_make_the_text(trained):
+    text = "naïve  text, \tsome of it – 漢字 🙂 – again and again and again.\n"
+    for tokenizer in (ByteTokenizer(), trained):
+        table = tokenizer.token_bytes()
+        assert len(table) == tokenizer.vocab_size
+        assert b"".join(table[i] for i in tokenizer.encode(text)) == text.encode()
+        assert table[tokenizer.eot_id] == b"<|endoftext|>"
 
 
 def test_byte_decoding_shows_end_of_text_and_broken_bytes():

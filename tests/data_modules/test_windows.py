@@ -39,7 +39,7 @@ def test_without_a_mask_all_are_full_width_views_of_one_tensor():
     assert batch.counts().tolist() == [8, 8, 8, 8]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_mask_against_brute_force_over_random_packings(data):
     depth = data.draw(st.integers(0, 4))
@@ -82,13 +82,6 @@ def test_what_is_not_scored_is_no_target_of_any_depth():
     assert batch.targets(0).tolist() == [[-100, 12, 13]]
     assert batch.targets(1).tolist() == [[12, 13, -100]]
     assert batch.counts().tolist() == [2, 2]
-
-
-def test_chained_one_step_masks_would_leak():
-    # What the rule guards against: shifting an already shifted mask compares neighbours only.
-    batch = batch_of([[1, 2, 3, 4, 5]], 2, [[0, 1, 1, 1, 1]])
-    one_step = batch.documents[:, :-1] == batch.documents[:, 1:]
-    assert bool(one_step[0, 2]) and not bool(batch.valid(2)[0, 0])
 
 
 def test_micro_batches_are_views_that_cover_the_batch():

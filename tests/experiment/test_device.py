@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.experiment import device
-from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
-from tests.integration.helpers import CONF, train_here
+from tests.integration.helpers import evaluated, train_here
 
 
 def config(**trainer: object) -> DictConfig:
@@ -82,11 +80,9 @@ def test_the_start_says_what_computes_the_layers(
     with caplog.at_level("INFO", logger="mtp_lightning.experiment"):
         train_here(tmp_path / "run", tmp_path / "cache", {"trainer.max_steps": 1})
     assert caplog.messages.count(line) == 1
-    given = [f"checkpoint={tmp_path / 'run'}", "paths.output_dir=.", "decode.n_prompts=0"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("evaluate", [*given, f"paths.cache_dir={tmp_path}", "long_range=false"])
     capsys.readouterr()
-    evaluate(cfg)
+    few = ("decode.n_prompts=0", "long_range=false")
+    evaluated(tmp_path / "run", f"paths.cache_dir={tmp_path}", *few)
     assert capsys.readouterr().out.startswith(f"{line}\n")
     assert device.kernels_told("cuda") is None
     monkeypatch.setenv("MTP_LIGHTNING_QUIET", "1")

@@ -19,10 +19,12 @@ from mtp_lightning.paths import CONF
 WORDS = sorted(file.stem for file in (CONF / "mtp").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 TASKS = [preset for preset in PRESETS if (CONF / "data" / f"{preset}.yaml").exists()]
-# The presets of tasks differ in their task and their sizes.
-PAIRS = [(preset, word) for preset in PRESETS if preset not in TASKS[2:] for word in WORDS]
-# The control beside every preset, and every word and preset together at least once.
-FAST = {(preset, "none") for preset in PRESETS} | {
+# Presets of every kind: those of tasks differ in their task and their sizes, and others in what has
+# nothing to do with the stack.
+KINDS = ("main_job", "deepseek", "smollm2_heads", TASKS[0])
+PAIRS = [(preset, word) for preset in KINDS for word in WORDS]
+# The control beside presets of every kind, and every word and preset together at least once.
+FAST = {(preset, "none") for preset in PRESETS if preset not in TASKS[2:]} | {
     (preset, WORDS[i % len(WORDS)]) for i, preset in enumerate(PRESETS)
 }
 # What is refused, and the remedy: no text can ask a question, the depths of three have a loss of

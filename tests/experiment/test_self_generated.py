@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from data_modules.sources import SyntheticSource
 from data_modules.splitting import DocumentSplit
@@ -19,7 +18,6 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.sequence import Fresh
 from mtp_lightning.experiment import self_generated
-from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -173,11 +171,9 @@ def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> No
     assert summary["val/bits_per_byte"] > 0 and summary["evaluation"]["bytes"] > 0
 
     def evaluated() -> dict[str, Any]:
-        given = [f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}", "accelerator=cpu",
-                 f"paths.cache_dir={cache}", "decode.n_prompts=2", "decode.prompt_tokens=4",
-                 "decode.new_tokens=4"]  # fmt: skip
-        with initialize_config_dir(version_base="1.3", config_dir=str(helpers.CONF)):
-            return evaluate(compose("evaluate", given))
+        few = ("decode.n_prompts=2", "decode.prompt_tokens=4", "decode.new_tokens=4")
+        last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+        return helpers.evaluated(last, f"paths.cache_dir={cache}", *few)
 
     for name, value in evaluated().items():
         if name in summary and name.startswith(("val/", "evaluation")):
@@ -273,10 +269,8 @@ def test_any_model_is_evaluated_on_its_own_texts(base: Path, tmp_path: Path, kin
         pytest.importorskip("safetensors", reason="Hugging Face folders need it")
         model = tmp_path / "llama"
         folders.write(model, deepseek.build(folders.dense()))
-    given = [f"checkpoint={model}", "data=self_generated", f"data.model={model}", "accelerator=cpu",
-             "data.n_prompts=20", "data.new_tokens=12", f"paths.cache_dir={tmp_path / 'cache'}",
-             "decode.n_prompts=0"]  # fmt: skip
-    with initialize_config_dir(version_base="1.3", config_dir=str(helpers.CONF)):
-        metrics = evaluate(compose("evaluate", given))
+    few = ("data.n_prompts=20", "data.new_tokens=12", "decode.n_prompts=0")
+    own = ("data=self_generated", f"data.model={model}", f"paths.cache_dir={tmp_path / 'cache'}")
+    metrics = helpers.evaluated(model, *own, *few)
     assert metrics["data"]["source"]["name"] == "self_generated"
     assert metrics["evaluation"]["documents"] >= 1 and metrics["val/loss_depth_0"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
+from data_modules.tasks import data_module as tasks
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from tests.warm import HEAVY, Done, warm
@@ -26,14 +28,18 @@ from tests.warm import HEAVY, Done, warm
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 
+# The share of a task's questions that training has answered is counted on so many examples:
+# 16,384, as in a user's run, take longer than a quick run.
+tasks.TRIED = 256
+
 # A run of a fraction of a second: small enough to repeat, real in every part. It names all that
 # the tests count on, so that the main job's defaults may change.
 QUICK = {
     "data": "synthetic",
     "data.source.size": 60_000,
-    "data.source.documents": 30,
+    "data.source.documents": 120,
     "data.val_fraction": 0.05,
-    "data.eval_bytes": 1000,
+    "data.eval_bytes": 400,
     "data.eval_batch_size": 16,
     "tokenizer": "byte",
     "mtp": "sequential",
@@ -120,6 +126,14 @@ def train_here(
     from mtp_lightning.experiment.training import train
 
     return train(config(run_dir, cache, settings))
+
+
+def evaluated(checkpoint: Path, *more: str) -> dict[str, Any]:
+    """What evaluate.py gives of a checkpoint, in this process."""
+    from mtp_lightning.experiment.evaluating import evaluate
+
+    given = [f"checkpoint={checkpoint}", "num_threads=1", "accelerator=cpu", *more]
+    return evaluate(composed("evaluate", given))
 
 
 def command(
@@ -249,6 +263,13 @@ def the_error(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert stderr.endswith(f"{lines[0]}\n"), "nothing stands below it"
     return lines[0]
+
+
+def as_it_was_before(run: Path, copy: Path) -> None:
+    """Copy a finished run as it was at the checkpoint before its last one."""
+    shutil.copytree(run, copy)
+    shutil.move(copy / "checkpoints" / "previous.ckpt", copy / "checkpoints" / "last.ckpt")
+    (copy / "summary.json").unlink()
 
 
 def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.run.metrics import read_column
 from sweeps.report.read import read_run
+from tests.integration.conftest import Once
 from tests.integration.helpers import config, rows, train_here, weights
 
 
@@ -21,6 +22,7 @@ from tests.integration.helpers import config, rows, train_here, weights
 def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
     # Nothing gets better by that much, so that it stops at the third validation.
     settings = {
+        "trainer.val_check_interval": 2,
         "callbacks": "early_stopping",
         "callbacks.early_stopping.monitor": monitor,
         "callbacks.early_stopping.min_delta": 1000,
@@ -28,28 +30,36 @@ def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
         "trainer.max_steps": 30,
     }
     summary = train_here(tmp_path, cache, settings)
-    assert summary["step"] == 15 and summary["stopped_early"]
+    assert summary["step"] == 6 and summary["stopped_early"]
     run = read_run(tmp_path)
     assert (run.state, run.reason) == ("done", "")
 
 
 def test_a_value_that_is_monitored_is_that_of_the_newest_step(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two logged steps, too."""
+    """Between two logged steps, too. A callback adds to the summary."""
     seen: dict[int, float] = {}
 
     class Looks(EarlyStopping):
         def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             seen[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
 
-    train_with(tmp_path, cache, monkeypatch, Looks("train/loss"), {"trainer.log_every_n_steps": 1})
-    losses = read_column(tmp_path / "metrics.csv", "train/loss")
-    assert seen == {step: losses[step] for step in (5, 10)}
-    before, _ = dict(seen), seen.clear()
+    class Counts(RunCallback):
+        pauses = 0
+
+        def paused(self) -> Any:
+            self.pauses += 1
+            return super().paused()
+
+        def summary(self) -> dict[str, float]:
+            return {"mine/pauses": float(self.pauses)}
+
     settings = {"trainer.log_every_n_steps": 7}
-    train_with(tmp_path / "rare", cache, monkeypatch, Looks("train/loss"), settings)
-    assert seen == before
+    train_with(tmp_path, cache, monkeypatch, [Looks("train/loss"), Counts()], settings)
+    losses = read_column(finished / "metrics.csv", "train/loss")
+    assert seen == {step: losses[step] for step in (5, 10)}
+    assert json.loads((tmp_path / "summary.json").read_text())["mine/pauses"] >= 1
 
 
 def test_learning_rates(tmp_path: Path, cache: Path, finished: Path) -> None:
@@ -67,10 +77,10 @@ def train_with(
     folder: Path,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
-    callback: pl.Callback,
+    callbacks: list[pl.Callback],
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A quick run with one callback more."""
+    """A quick run with some callbacks more."""
     from mtp_lightning.experiment import training
     from mtp_lightning.experiment.training import train
 
@@ -78,7 +88,7 @@ def train_with(
 
     def with_callback(*args: Any, **kwargs: Any) -> pl.Trainer:
         trainer = build(*args, **kwargs)
-        trainer.callbacks.append(callback)  # type: ignore[attr-defined]
+        trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         return trainer
 
     with monkeypatch.context() as patch:
@@ -95,38 +105,22 @@ def test_model_checkpoint_beside_ours(
         tmp_path / "theirs", "{step}", monitor="val/loss_depth_0", save_top_k=2,
         every_n_train_steps=None, auto_insert_metric_name=False,
     )  # fmt: skip
-    train_with(tmp_path / "run", cache, monkeypatch, saves)
+    train_with(tmp_path / "run", cache, monkeypatch, [saves])
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {"5.ckpt", "10.ckpt"}
     assert open_model(saves.best_model_path).step in (5, 10)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     with pytest.warns(UserWarning, match="theirs exists and is not empty"):  # Lightning's word
-        train_with(tmp_path / "run", cache, monkeypatch, saves, {"trainer.max_steps": 15})
+        train_with(tmp_path / "run", cache, monkeypatch, [saves], {"trainer.max_steps": 15})
     assert open_model(saves.last_model_path or saves.best_model_path).step > 0
-
-
-def test_a_callback_adds_to_the_summary(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Counts(RunCallback):
-        pauses = 0
-
-        def paused(self) -> Any:
-            self.pauses += 1
-            return super().paused()
-
-        def summary(self) -> dict[str, float]:
-            return {"mine/pauses": float(self.pauses)}
-
-    train_with(tmp_path, cache, monkeypatch, Counts())
-    assert json.loads((tmp_path / "summary.json").read_text())["mine/pauses"] >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["weights", "none"])
-def test_what_is_kept_of_a_run_that_has_ended_well(tmp_path: Path, cache: Path, kept: str) -> None:
+def test_what_is_kept_of_a_run_that_has_ended_well(
+    tmp_path: Path, cache: Path, once: Once, kept: str
+) -> None:
     settings = {"callbacks.checkpoints.every_n_steps": 4, "mtp.depth": 1}
-    whole, small = tmp_path / "whole", tmp_path / "small"
-    train_here(whole, cache, settings)
+    whole, small = once("kept", lambda f: train_here(f, cache, settings)), tmp_path / "small"
     train_here(small, cache, {**settings, "callbacks.checkpoints.keep": kept})
     assert rows(whole) == rows(small)
     files = {path.name: path.stat().st_size for path in (small / "checkpoints").iterdir()}

@@ -56,9 +56,14 @@ print("behind it")
 
 
 @pytest.mark.parametrize(
-    "how, code, whole", [("works", 0, True), ("fails", 1, True), ("ends", 141, False)]
+    "how, code, whole, both",
+    [
+        ("works", 0, True, False),
+        ("works", 0, True, True),
+        ("fails", 1, True, False),
+        ("ends", 141, False, False),
+    ],
 )
-@pytest.mark.parametrize("both", [False, True])
 def test_a_reader_that_goes_ends_no_work(
     tmp_path: Path, how: str, code: int, whole: bool, both: bool
 ) -> None:
@@ -70,12 +75,8 @@ def test_a_reader_that_goes_ends_no_work(
         assert said == "told\n" * told + "error: a sentence\n" * (how == "fails")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["-c", "from mtp_lightning.console import main; main()"], ["-m", "mtp_lightning.plan"]],
-    ids=["mtp-lightning", "plan"],
-)
-def test_help_that_nobody_reads_ends_quietly(words: list[str]) -> None:
+def test_help_that_nobody_reads_ends_quietly() -> None:
+    words = ["-c", "from mtp_lightning.console import main; main()"]
     assert unread([sys.executable, *words, "--help"]) == (141, "")
 
 

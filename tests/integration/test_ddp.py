@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from mtp_lightning.experiment.evaluating import evaluate
 from tests.integration.helpers import (
-    CONF,
     checkpoint,
     column,
     command,
+    evaluated,
     execute,
     rows,
     start,
@@ -91,10 +89,9 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     for key in (k for k in right_summary if k.startswith("val/")):
         assert left_summary[key] == pytest.approx(right_summary[key], rel=1e-6), key
     # One process evaluates what two did, to the last bit.
-    last = f"checkpoint={tmp_path / 'two' / 'checkpoints' / 'last.ckpt'}"
-    given = [last, f"paths.cache_dir={cache}", "paths.output_dir=.", "long_range=false"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        again = evaluate(compose("evaluate", overrides=[*given, "decode.n_prompts=0"]))
+    last = tmp_path / "two" / "checkpoints" / "last.ckpt"
+    given = [f"paths.cache_dir={cache}", "long_range=false", "decode.n_prompts=0"]
+    again = evaluated(last, *given)
     for key in (k for k in right_summary if k.startswith("val/") or k == "evaluation"):
         assert again[key] == left_summary[key], key
     # One process writes: one table, and no files of a second run.
@@ -111,9 +108,9 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     common = {
-        "trainer.max_steps": 200,
-        "trainer.val_check_interval": 200,
-        "callbacks.checkpoints.every_n_steps": 20,
+        "trainer.max_steps": 100,
+        "trainer.val_check_interval": 100,
+        "callbacks.checkpoints.every_n_steps": 10,
         "lambda_schedule": "linear_decay",
     } | TWO
     whole = execute(command(tmp_path / "whole", cache, common))
@@ -121,10 +118,10 @@ def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     args = command(tmp_path / "killed", cache, common)
     (tmp_path / "killed").mkdir()
     process = start(args, tmp_path / "killed" / "first.log")
-    wait_for_step(process, tmp_path / "killed", 45)
+    wait_for_step(process, tmp_path / "killed", 25)
     process.kill()
     process.wait()
-    assert checkpoint(tmp_path / "killed")["global_step"] < 200
+    assert checkpoint(tmp_path / "killed")["global_step"] < 100
     again = execute(args)
     assert again.returncode == 0, again.stderr
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from mtp_lightning.experiment.command_line import hyperparameters
-from tests.integration.helpers import CONF
+from tests.integration.helpers import CONF, composed
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,11 @@ def no_hydra_config() -> Iterator[None]:
 def started_with(*overrides: str) -> DictConfig:
     """The config of a command line, as Hydra leaves it for the app."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        HydraConfig.instance().set_config(
-            compose("config", overrides=list(overrides), return_hydra_config=True)
-        )
-        return compose("config", overrides=list(overrides))
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg.hydra
+    return cfg
 
 
 def test_a_command_line_names_its_keys() -> None:
@@ -64,6 +65,5 @@ def test_no_depth_is_one_row_however_it_was_asked_for() -> None:
 
 
 def test_without_a_command_line_a_few_keys_are_left() -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", overrides=["optimizer.lr=0.01"])
+    cfg = composed("config", ["optimizer.lr=0.01"])
     assert hyperparameters(cfg) == {"mtp.depth": 2, "mtp_lambda": 0.3, "seed": 0}

@@ -95,9 +95,7 @@ def test_the_end_is_told_after_the_summary(
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 7
 
 
-@pytest.mark.parametrize(
-    "fails", ["log_hyperparams", "log_metrics", "log_final", "finalize success"]
-)
+@pytest.mark.parametrize("fails", ["log_metrics", "finalize success"])
 def test_a_broken_logger_is_a_warning(
     tmp_path: Path,
     cache: Path,

@@ -6,19 +6,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.metrics.long_range.curves import curves
-from tests.integration.helpers import CONF, assert_same_weights, column, rows, train_here
+from tests.integration.helpers import assert_same_weights, column, evaluated, rows, train_here
 
 SETTINGS = {"callbacks": "long_range", "data.seq_len": 32}
-
-
-def evaluated(run: Path, *more: str) -> dict:
-    given = [f"checkpoint={run}/checkpoints/last.ckpt", "num_threads=1", *more]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
 
 
 @pytest.mark.slow
@@ -45,11 +37,12 @@ def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -
         f"long_range/{name}": [5, 10]
         for name in ("loss_position", "context_gain", "random_repeat", "acceptance")
     }
-    found = evaluated(tmp_path / "with")
+    last = tmp_path / "with" / "checkpoints" / "last.ckpt"
+    found = evaluated(last)
     for tag in tags:
         if tag.startswith(("val/loss_position", "val/context", "val/accuracy", "val/effective")):
             assert found[tag] == pytest.approx(summary[tag], abs=1e-5), tag
-    without = evaluated(tmp_path / "with", "long_range=false", "decode.n_prompts=0")
+    without = evaluated(last, "long_range=false", "decode.n_prompts=0")
     assert not [tag for tag in without if "position" in tag or "context" in tag]
 
 

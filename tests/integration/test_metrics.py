@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
-    CONF,
     ROOT,
     checkpoint,
     column,
+    evaluated,
     execute,
     rows,
     train_here,
@@ -28,6 +27,7 @@ from tests.integration.helpers import (
 from tests.reference import sequential
 
 DEPTH, SEQ_LEN = 2, 16
+LAST = "checkpoints/last.ckpt"
 
 # One document, of characters that are one, two and three bytes long.
 POEM = "".join(
@@ -177,19 +177,15 @@ def test_summary_and_csv_agree(run: Run) -> None:
         assert stored["versions"][key]
 
 
-def evaluate_here(run: Run, *overrides: str) -> dict[str, Any]:
-    from mtp_lightning.experiment.evaluating import evaluate
-
-    given = [f"paths.cache_dir={run.cache}", "paths.output_dir=.", *overrides]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return evaluate(compose("evaluate", overrides=given))
+def evaluate_here(run: Run, checkpoint: str, *more: str) -> dict[str, Any]:
+    """``checkpoint`` is a path in the run's folder."""
+    return evaluated(run.folder / checkpoint, f"paths.cache_dir={run.cache}", *more)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, kind: str) -> None:
     run: Run = request.getfixturevalue("run" if kind == "bytes" else "bpe")
-    last = run.folder / "checkpoints" / "last.ckpt"
-    metrics = evaluate_here(run, f"checkpoint={last}")
+    metrics = evaluate_here(run, LAST)
     tags = [tag for tag in run.summary if tag.startswith("val/")]
     assert len(tags) == 11
     for key in (*tags, "evaluation", "parameters", "flops_per_token", "step"):
@@ -197,9 +193,7 @@ def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, ki
 
 
 def test_evaluate_accepts_what_the_run_accepted(run: Run) -> None:
-    last = run.folder / "checkpoints" / "last.ckpt"
-    given = [f"checkpoint={last}", "decode.new_tokens=8", "long_range=false"]
-    metrics = evaluate_here(run, *given)
+    metrics = evaluate_here(run, LAST, "decode.new_tokens=8", "long_range=false")
     rates = [f"decode/acceptance_position_{j}" for j in (1, 2)] + ["decode/tokens_per_step"]
     bounds = [f"{tag}_{end}" for tag in rates for end in ("low", "high")]
     for tag in (*rates, *bounds, "decode/n_prompts", "decode/new_tokens"):
@@ -212,7 +206,7 @@ def test_a_window_without_room_is_told(bpe: Run, capsys: pytest.CaptureFixture[s
     """64 new tokens do not fit into 16: for the run and for evaluate.py."""
     told = bpe.summary["not_decoded"]
     assert "data.seq_len=16 leaves no room" in told
-    metrics = evaluate_here(bpe, f"checkpoint={bpe.folder}", "long_range=false")
+    metrics = evaluate_here(bpe, ".", "long_range=false")
     assert metrics["not_decoded"] == told
     assert "nothing was decoded" in capsys.readouterr().out
     assert not [tag for tag in (*metrics, *bpe.summary) if tag.startswith("decode/")]
@@ -227,11 +221,10 @@ def test_evaluate_repeats_it_in_the_runs_precision(
     more["data.val_fraction"] = 0.3
     summary = train_here(tmp_path / "run", cache, more)
     run = Run(tmp_path / "run", cache, summary)
-    last = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
-    metrics = evaluate_here(run, last, "long_range=false", "decode.n_prompts=0")
+    metrics = evaluate_here(run, LAST, "long_range=false", "decode.n_prompts=0")
     for tag in (tag for tag in summary if tag.startswith("val/")):
         assert metrics[tag] == summary[tag], tag
-    everything = evaluate_here(run, last, "long_range=false", "eval_bytes=all")["evaluation"]
+    everything = evaluate_here(run, LAST, "long_range=false", "eval_bytes=all")["evaluation"]
     assert everything["bytes"] > summary["evaluation"]["bytes"]
     assert everything["fingerprint"] != summary["evaluation"]["fingerprint"]
 
@@ -241,7 +234,7 @@ def test_evaluate_a_folder_reads_its_best(run: Run) -> None:
     best = checkpoint(run.folder, "best.ckpt")["global_step"]
     by_step = column(run.folder, "val/loss_depth_0")
     assert best == min(by_step, key=by_step.__getitem__)
-    metrics = evaluate_here(run, f"checkpoint={run.folder}")
+    metrics = evaluate_here(run, ".")
     assert metrics["val/loss_depth_0"] == pytest.approx(by_step[best], rel=1e-6)
 
 

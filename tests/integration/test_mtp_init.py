@@ -85,12 +85,6 @@ def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> 
         torch.testing.assert_close(left[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_there_must_be_a_trunk(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no trunk to begin from: set init_from, or leave"):
-        helpers.train_here(tmp_path / "run", cache, {"mtp.init": "last_block"})
-    assert not (tmp_path / "run").exists()
-
-
 def test_of_a_task_the_examples_are_looked_at(cache: Path, tmp_path: Path) -> None:
     task = {
         "data": "star_graph", "data.eval_examples": 16, "tokenizer": None, "data.eval_bytes": None,

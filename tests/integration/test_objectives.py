@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.opening import open_model
 from tests.integration.helpers import (
     CONF,
     assert_same_weights,
     checkpoint,
     column,
+    evaluated,
     rows,
     train_here,
     weights,
@@ -50,8 +50,9 @@ def test_every_word_trains(tmp_path: Path, cache: Path, word: str) -> None:
     assert logged == mixtures.get(word, set())
 
 
-@pytest.mark.parametrize("variant", ["sequential", "parallel"])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+@pytest.mark.parametrize(
+    ("precision", "variant"), [("bf16-mixed", "sequential"), ("64-true", "parallel")]
+)
 def test_in_every_precision(tmp_path: Path, cache: Path, precision: str, variant: str) -> None:
     settings = {**ALL, "mtp": variant, "trainer.precision": precision, "trainer.max_steps": 6}
     train_here(tmp_path / "run", cache, settings)
@@ -110,13 +111,14 @@ def test_a_model_that_says_how_sure_it_is(tmp_path: Path, cache: Path) -> None:
     assert plain[0].token_ids == sure[0].token_ids
 
 
-@pytest.mark.parametrize("objective", ["kl", "e2e_tv"])
-@pytest.mark.parametrize("variant", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    ("variant", "objective"), [("sequential", "kl"), ("parallel", "kl"), ("sequential", "e2e_tv")]
+)
 def test_a_match_of_compute_counts_the_teacher(
     tmp_path: Path, cache: Path, variant: str, objective: str
 ) -> None:
-    common = {"mtp": variant, "compare.match": "flops", "trainer.max_steps": 60}
-    common |= {"trainer.val_check_interval": 60}
+    common = {"mtp": variant, "compare.match": "flops", "trainer.max_steps": 30}
+    common |= {"trainer.val_check_interval": 30}
     found = {}
     for word in ("ce", objective):
         found[word] = train_here(tmp_path / word, cache, {**common, "objective": word})
@@ -130,41 +132,13 @@ def test_a_match_of_compute_counts_the_teacher(
 def test_a_frozen_trunk_is_distilled(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "trunk", cache, {"mtp": "none", "mtp.depth": None})
     frozen = {"mtp.freeze_trunk": "true", "init_from": tmp_path / "trunk", "objective": "kl"}
-    train_here(tmp_path / "head", cache, {**frozen, "trainer.max_steps": 30})
+    train_here(tmp_path / "head", cache, {**frozen, "trainer.max_steps": 20})
     losses = list(column(tmp_path / "head", "train/loss_depth_1").values())
     assert losses[-1] < losses[0]
     before, after = weights(tmp_path / "trunk"), weights(tmp_path / "head")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"objective": "kl", "objective.temperature": 0}, "objective.temperature must be a number"),
-        ({"objective": "mix"}, "objective.terms names no term"),
-        ({"objective": "mix", "objective.terms": "{cee: 1}"}, "has cee, which is unknown"),
-        ({"objective": "mix", "objective.terms": "{feature: 1}"}, "does not train what"),
-        ({"objective": "e2e_tv", "mtp.depth": 0}, "objective=e2e_tv has nothing to act on"),
-        ({"objective.weights": "exp_decay", "mtp.depth": 0}, "has nothing to act on at mtp.depth"),
-        ({"objective.confidence": "true", "mtp.depth": 0}, "confidence=true has nothing to act on"),
-        ({"objective.tau": 1}, "read by objective.mask=entropy alone"),
-        (
-            {"objective": "e2e_tv", "balance": "gradnorm"},
-            "balance=gradnorm measures one depth after another, but objective=e2e_tv",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_one_sentence(
-    tmp_path: Path, cache: Path, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        train_here(tmp_path / "run", cache, settings)
-
-
 def test_evaluate_takes_a_run_of_any_objective(tmp_path: Path, cache: Path) -> None:
-    from hydra import compose, initialize_config_dir
-
     summary = train_here(tmp_path / "run", cache, ALL)
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("evaluate", overrides=[f"checkpoint={tmp_path / 'run'}"])
-    assert evaluate(cfg)["val/loss_depth_1"] == summary["val/loss_depth_1"]
+    assert evaluated(tmp_path / "run")["val/loss_depth_1"] == summary["val/loss_depth_1"]

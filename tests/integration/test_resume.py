@@ -46,8 +46,15 @@ LONG = {
 }
 
 
-# The same in a third of the steps; an epoch is about 44 batches.
-SHORT = {**LONG, "data.source.size": 3_000, "data.source.documents": 10, "trainer.max_steps": 50}
+# The same in a sixth of the steps; an epoch is 21 batches.
+SHORT = {
+    **LONG,
+    "data.source.size": 1_500,
+    "data.source.documents": 10,
+    "trainer.max_steps": 26,
+    "trainer.val_check_interval": 17,
+    "callbacks.checkpoints.every_n_steps": 7,
+}
 
 
 @pytest.fixture(scope="module")
@@ -148,14 +155,14 @@ def test_events_have_no_double_steps(killed: Killed) -> None:
 
 
 @pytest.mark.slow
-def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, whole: Path) -> None:
+def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, short: Path) -> None:
     """Two worker processes fetch ahead; a batch that was fetched is not yet consumed."""
     workers = {"data.num_workers": 2}
-    stop_after(tmp_path, cache, LONG | workers, 70)
-    assert checkpoint(tmp_path)["global_step"] == 70
-    train_here(tmp_path, cache, LONG | workers)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    stop_after(tmp_path, cache, SHORT | workers, 17)
+    assert checkpoint(tmp_path)["global_step"] == 17
+    train_here(tmp_path, cache, SHORT | workers)
+    assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 def test_a_finished_run_started_again_trains_no_more(
@@ -173,11 +180,11 @@ def test_a_finished_run_started_again_trains_no_more(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
-def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, whole: Path, harm: str) -> None:
-    stop_after(tmp_path, cache, LONG, 70)
+def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, short: Path, harm: str) -> None:
+    stop_after(tmp_path, cache, SHORT, 17)
     last = tmp_path / "checkpoints" / "last.ckpt"
     previous = checkpoint(tmp_path, "previous.ckpt")["global_step"]
-    assert 0 < previous < checkpoint(tmp_path)["global_step"] == 70
+    assert 0 < previous < checkpoint(tmp_path)["global_step"] == 17
     content = bytearray(last.read_bytes())
     if harm == "truncated":
         del content[len(content) // 2 :]
@@ -187,11 +194,11 @@ def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, whole: Path, harm:
     last.write_bytes(content)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train_here(tmp_path, cache, LONG)
+        train_here(tmp_path, cache, SHORT)
     told = [str(w.message) for w in caught if "damaged" in str(w.message)]
     assert len(told) == 1 and str(last) in told[0]
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 @pytest.mark.slow
@@ -224,7 +231,7 @@ def test_a_signal_after_the_step_was_logged(
 
     def log_and_kill(self: MetricsCSV, metrics: Any, step: int | None = None) -> None:
         log_metrics(self, metrics, step)
-        if step == 30 and "train/loss" in metrics:
+        if step == 12 and "train/loss" in metrics:
             os.kill(os.getpid(), signal.SIGINT)
 
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -239,7 +246,7 @@ def test_a_signal_after_the_step_was_logged(
             signal.signal(n, handler)
     step = checkpoint(tmp_path)["global_step"]
     assert stopped.value.signum == signal.SIGINT and f"step {step}:" in str(stopped.value)
-    assert step == 31
+    assert step == 13
     train_here(tmp_path, cache, SHORT)
     assert rows(tmp_path) == rows(short)
     assert_same_weights(tmp_path, short)
@@ -252,13 +259,13 @@ def test_sigterm_in_a_step_that_is_validated(
     step_of = MTPModule.training_step
 
     def step_and_kill(self: MTPModule, batch: Any, batch_idx: int) -> Any:
-        if self.trainer.global_step == 34:
+        if self.trainer.global_step == 16:
             os.kill(os.getpid(), signal.SIGTERM)
         return step_of(self, batch, batch_idx)
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 35:"):
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 17:"):
             patch.setattr(MTPModule, "training_step", step_and_kill)
             train_here(tmp_path, cache, SHORT)
     finally:
@@ -274,32 +281,35 @@ def test_interrupt_in_the_validation_behind_the_last_step(
     def interrupted(self: MTPModule, *_: Any) -> None:
         raise KeyboardInterrupt
 
-    short = {**LONG, "trainer.max_steps": 12}
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 12:"):
+    short = {**SHORT, "trainer.max_steps": 4}
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 4:"):
         patch.setattr(MTPModule, "validation_step", interrupted)
         train_here(tmp_path, cache, short)
-    assert train_here(tmp_path, cache, short)["step"] == 12
+    assert train_here(tmp_path, cache, short)["step"] == 4
 
 
 def test_killed_right_behind_a_save(
     tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes on behind the saved step, so that its row must be there."""
+    """At the end of an epoch. The run continues after the saved step, so its row must be there."""
     from mtp_lightning.callbacks.checkpoints import Checkpoints
 
     save = Checkpoints._save
 
     def save_and_die(self: Checkpoints, trainer: Any) -> None:
         save(self, trainer)
-        if trainer.global_step == 2 * EVERY:
+        if trainer.global_step == 21:
             raise KeyError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
         patch.setattr(Checkpoints, "_save", save_and_die)
         train_here(tmp_path, cache, SHORT)
-    assert checkpoint(tmp_path)["global_step"] == 2 * EVERY
+    stored = checkpoint(tmp_path)
+    assert stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    assert stored["global_step"] == 21
     train_here(tmp_path, cache, SHORT)
     assert rows(tmp_path) == rows(short)
+    assert_same_weights(tmp_path, short)
 
 
 @pytest.mark.long
@@ -326,12 +336,12 @@ def test_no_torn_rows(killed: Killed) -> None:
 def test_another_number_of_threads_is_said(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train_here(tmp_path, cache, {"trainer.max_steps": 4})
+    train_here(tmp_path, cache, {"trainer.max_steps": 1})
     assert checkpoint(tmp_path)["threads"] == 1
-    train_here(tmp_path, cache, {"trainer.max_steps": 6})
+    train_here(tmp_path, cache, {"trainer.max_steps": 2})
     assert "CPU threads" not in caplog.text
     try:
-        train_here(tmp_path, cache, {"trainer.max_steps": 8, "trainer.num_threads": 2})
+        train_here(tmp_path, cache, {"trainer.max_steps": 3, "trainer.num_threads": 2})
     finally:
         torch.set_num_threads(1)
     assert "trained with 1 CPU threads and continues with 2" in caplog.text
@@ -344,12 +354,12 @@ def test_other_kernels_are_said(
 ) -> None:
     """A run that began with the layers' C++ code, and one that began without."""
     monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 4})
+    train_here(tmp_path, cache, {"trainer.max_steps": 1})
     assert checkpoint(tmp_path)["cpu_kernels"] == "native"
     monkeypatch.setattr(ops, "code", lambda: ("pytorch", "PyTorch"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 6})
+    train_here(tmp_path, cache, {"trainer.max_steps": 2})
     assert "trained with the native layers and continues with the pytorch ones" in caplog.text
     assert "with a C++ compiler would give the same bits" in caplog.text
     monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 8})
+    train_here(tmp_path, cache, {"trainer.max_steps": 3})
     assert "MTP_LIGHTNING_NATIVE=0 would give the same bits" in caplog.text

@@ -17,7 +17,6 @@ from tests.integration.helpers import (
     ROOT,
     checkpoint,
     command,
-    config,
     execute,
     rows,
     train_here,
@@ -59,26 +58,30 @@ TASK = {
     "data.eval_examples": 24,
 }
 CASES: dict[str, dict[str, Any]] = {
-    "untied": {"model.tie_embeddings": "false"},
-    "recomputed": {"model.recompute": "true", "+model.attention.qk_norm": "true"},
+    # Several things in one run, where they have nothing to do with each other.
+    "untied": {
+        "model.tie_embeddings": "false",
+        "model.recompute": "true",
+        "+model.attention.qk_norm": "true",
+    },
     "parallel": {"mtp": "parallel"},
-    "linear": {"mtp": "linear", "mtp.correction": "mlp"},
+    "long_range": {"callbacks": "[default,long_range]"},
+    "linear": {"mtp": "linear", "mtp.correction": "mlp", "balance": "uncertainty"},
     "selector": {"mtp": "parallel", "mtp.correction": "selector", "mtp.correction_rank": 8},
-    "parameter_free": {"mtp": "parameter_free"},
-    "shared_layers": {"mtp.share_layers": "true", "mtp.hidden_state_mixing": "true"},
-    "curriculum": {"lambda_schedule": "forward_curriculum"},
+    "parameter_free": {"mtp": "parameter_free", **TASK},
+    "shared_layers": {
+        "mtp.share_layers": "true",
+        "mtp.hidden_state_mixing": "true",
+        "lambda_schedule": "forward_curriculum",
+    },
     "nextlat": {"mtp": "nextlat"},
     "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
     "masked": {"mtp": "masked"},
     "bag": {"mtp": "bag", "mtp.depth": None},
-    "teacher": {"objective": "kl"},
+    "teacher": {"objective": "kl", "objective.confidence": "true"},
     "teacher_parallel": {"mtp": "parallel", "objective": "js"},
-    "confidence": {"objective.confidence": "true"},
     "experts": MOE | {"data.document_mask": "true", "data.source.documents": 1200},
-    "uncertainty": {"balance": "uncertainty"},
     "double": {"trainer.precision": "64-true", "mtp.detach": "all"},
-    "task": TASK,
-    "long_range": {"callbacks": "[default,long_range]"},
 }
 ACCUMULATED = {"untied", "experts"}
 SPLIT = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
@@ -336,29 +339,6 @@ def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str)
     if before == after:  # exactly
         assert rows(run) == rows(resumed / after)
         assert_equal(stored(run), stored(resumed / after), ("state_dict", "optimizer_states"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "refusal"),
-    [
-        ({"balance": "gradnorm"}, "balance=gradnorm takes every task's gradient by itself"),
-        ({"callbacks": "[default,gradient_conflict]"}, "callbacks=gradient_conflict takes"),
-        ({"trainer.shard_size": 1}, "trainer.shard_size"),
-        ({"trainer.shard_size": 2, "trainer.strategy": "ddp"}, "has no meaning for"),
-        ({"trainer.split_checkpoint_gb": -1}, "trainer.split_checkpoint_gb must be a number of at"),
-        ({"trainer.split_checkpoint_gb": 1, "trainer.strategy": "ddp"}, "has no meaning for"),
-        ({"trainer.strategy": "auto"}, "ddp .each has the whole model. or fsdp"),
-        ({"trainer.strategy": "deepspeed"}, "choose one of auto, ddp, fsdp"),
-        ({"trainer.num_nodes": 2}, "nothing says where the other machines are"),
-    ],
-)
-def test_what_a_sharded_run_cannot_do_is_refused(
-    tmp_path: Path, cache: Path, settings: dict[str, Any], refusal: str
-) -> None:
-    from mtp_lightning.experiment.training import train
-
-    with pytest.raises(ValueError, match=refusal):
-        train(config(tmp_path / "run", cache, COMMON | TWO | settings))
 
 
 @pytest.mark.slow

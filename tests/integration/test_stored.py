@@ -26,7 +26,7 @@ from mtp_lightning.interop.gguf_counts import require_counts
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.opening import open_model, require_held
 from mtp_lightning.run.loading import model_config
-from tests.integration.helpers import checkpoint, config
+from tests.integration.helpers import checkpoint
 from tests.interop import folders
 from tests.models import build
 
@@ -355,24 +355,6 @@ def of_plan(override: str, folder: Path) -> Any:
 
     require_plain(override, source="sweep.json")
     return [override]
-
-
-TYPED = {
-    "model.n_layers": 10**9, "model.d_model": 2 * 10**9, "model.d_ff": 10**12,
-    "model.vocab_size": 10**12, "model.rope_theta": "nan", "model.norm_eps": -1,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("key", TYPED)
-def test_what_is_typed_is_refused_by_the_same_arithmetic(
-    key: str, cache: Path, tmp_path: Path
-) -> None:
-    from mtp_lightning.experiment.training import train
-
-    new = "+" if key in ("model.vocab_size",) else ""
-    with pytest.raises(ValueError, match=key) as error:
-        train(config(tmp_path / "run", cache, {f"{new}{key}": TYPED[key]}))
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def gguf(*fields: bytes, tensors: int = 0, infos: bytes = b"") -> bytes:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
-from mtp_lightning.experiment.evaluating import evaluate, validation_data
+from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.opening import open_model
 from tests.integration.helpers import (
-    CONF,
+    as_it_was_before,
     assert_same_weights,
     command,
+    composed,
+    evaluated,
     execute,
-    fails,
     rows,
     train_here,
 )
@@ -76,12 +75,6 @@ BESIDE = {
 }
 
 
-def evaluated(run: Path, *more: str) -> dict[str, Any]:
-    given = [f"checkpoint={run}/checkpoints/last.ckpt", "num_threads=1", *more]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TASKS)
 def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path, case: str) -> None:
@@ -121,7 +114,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
     if case == "hmm":  # the floor stands beside the loss, and is of the same tokens
         above = measured["val/loss_depth_0"] - measured["val/surprisal"]
         assert measured["val/excess_loss"] == pytest.approx(above, abs=1e-5) and above > 0
-    again = evaluated(tmp_path)
+    again = evaluated(tmp_path / "checkpoints" / "last.ckpt")
     assert {tag: again[tag] for tag in measured} == measured
     assert again["evaluation"] == summary["evaluation"]
 
@@ -141,10 +134,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
 def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
     train_here(whole, cache, TASK | settings)
-    shutil.copytree(whole, again)
-    # As it was after step 5.
-    shutil.move(again / "checkpoints" / "previous.ckpt", again / "checkpoints" / "last.ckpt")
-    (again / "summary.json").unlink()
+    as_it_was_before(whole, again)
     train_here(again, cache, TASK | settings)
     assert_same_weights(whole, again)
     assert rows(whole) == rows(again)
@@ -221,53 +211,19 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     assert "error: 'hello' is not a symbol" in done.stderr
 
 
-STAR = TASK | TASKS["star_graph"]
-REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "graph and names": (STAR | {"data.task.nodes": 6}, ["data.task.nodes=6", "7 nodes"]),
-    "answer and window": (STAR | {"data.seq_len": 3}, ["data.seq_len=3", "25 tokens", "24"]),
-    "keys and symbols": (
-        TASK | TASKS["mqar"] | {"data.task.keys": 7},
-        ["data.task.keys=7", "data.task.pairs=8", "raise data.task.keys"],
-    ),
-    "document mask": (
-        STAR | {"data.document_mask": "true"},
-        ["data.document_mask", "leave it out"],
-    ),
-    "what is text's": (
-        STAR | {"+data.eval_bytes": 9},
-        ["data.eval_bytes is a key of data=", "leave it out"],
-    ),
-    "depth and window": (STAR | {"mtp.depth": 25}, ["mtp.depth", "24"]),
-    "a head and its answers": (
-        STAR | {"mtp": "teacherless", "mtp.depth": None, "data.train_prompt": "true"},
-        ["mtp=teacherless", "data.train_prompt"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_one_sentence(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], case: str
-) -> None:
-    settings, told = REFUSED[case]
-    error = fails(capfd, tmp_path / "run", cache, settings)
-    assert all(words in error for words in told), error
-
-
 @pytest.mark.parametrize("debug", ["fast", "profile"])
 def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
     """Without a key that one of them would ignore."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        task, text, typed, plain_task, plain_text = (
-            compose("config", overrides=given).data
-            for given in (
-                ["data=star_graph", f"debug={debug}"],
-                [f"debug={debug}"],
-                ["data=star_graph", f"debug={debug}", "data.eval_examples=7"],
-                ["data=star_graph"],
-                [],
-            )
+    task, text, typed, plain_task, plain_text = (
+        composed("config", given).data
+        for given in (
+            ["data=star_graph", f"debug={debug}"],
+            [f"debug={debug}"],
+            ["data=star_graph", f"debug={debug}", "data.eval_examples=7"],
+            ["data=star_graph"],
+            [],
         )
+    )
     assert task.eval_examples == 64 and "eval_bytes" not in task
     assert text.eval_bytes == 10_000 and "eval_examples" not in text
     assert typed.eval_examples == 7
@@ -281,11 +237,9 @@ def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "folder"
     done = execute([*program, f"checkpoint={tmp_path / 'run'}", f"output={folder}"])
     assert done.returncode == 0 and "verified" in done.stdout, done.stderr
-    given = [f"checkpoint={folder}", "num_threads=1", "accelerator=cpu", "data=copy"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
-        found = evaluate(compose("evaluate", overrides=[*given, *options]))
-    own = evaluated(tmp_path / "run")
+    options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
+    found = evaluated(folder, "data=copy", *options)
+    own = evaluated(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert found["val/exact_match"] == own["val/exact_match"]
 
 
@@ -298,9 +252,7 @@ def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
     given = ["experiment=copy", "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv"]
     given += ["callbacks=[default,stop_when_solved]", "callbacks.stop_when_solved.level=0.955"]
     given += ["callbacks.stop_when_solved.validations=1"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", overrides=[*given, f"paths.output_dir={tmp_path}"])
-    summary = train(cfg)
+    summary = train(composed("config", [*given, f"paths.output_dir={tmp_path}"]))
     assert summary["val/exact_match"] > 0.95 > 0.1 > summary["val/chance"]
     run = open_model(tmp_path)
     questions = validation_data(run).answer_sets()[""]

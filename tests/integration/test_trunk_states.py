@@ -14,15 +14,15 @@ from tests.integration.conftest import Once
 
 HEADS = {
     "mtp.freeze_trunk": "true",
-    "data.source.size": 3_000,  # several epochs
+    "data.source.size": 1_200,  # several epochs
     "data.source.documents": 12,
     "lambda_schedule": "constant",
     "optimizer.schedule.kind": "constant",
     "optimizer.schedule.warmup_steps": 0,
     "optimizer.schedule.warmup_fraction": "null",
-    "trainer.max_steps": 100,
-    "trainer.val_check_interval": 50,
-    "callbacks.checkpoints.every_n_steps": 50,
+    "trainer.max_steps": 40,
+    "trainer.val_check_interval": 20,
+    "callbacks.checkpoints.every_n_steps": 20,
 }
 CACHED = {"data.cache_states": "true"}
 
@@ -64,7 +64,7 @@ def test_read_states_train_as_computed_ones(
     columns = [
         helpers.column(tmp_path / name, "train/loss_depth_2") for name in ("computed", "read")
     ]
-    assert columns[0] == columns[1] and len(columns[0]) == 100
+    assert columns[0] == columns[1] and len(columns[0]) == 40
     assert plain["val/loss_depth_1"] == kept["val/loss_depth_1"]
     assert kept["flops"] < 0.9 * plain["flops"], "what is read is not computed"
 
@@ -76,7 +76,7 @@ def test_they_are_made_once_and_a_run_goes_on_with_them(trunk: Path, tmp_path: P
     helpers.train_here(tmp_path / "whole", cache, settings)
     (file,) = cache.glob(f"trunk_states/*/{STATES}")
     before = file.stat().st_mtime_ns
-    helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 50})
+    helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 20})
     helpers.train_here(tmp_path / "halves", cache, settings)
     helpers.assert_same_weights(tmp_path / "whole", tmp_path / "halves")
     helpers.train_here(tmp_path / "other", cache, {**settings, "mtp": "linear", "seed": 3})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from fractions import Fraction
 from itertools import permutations, product
-from typing import Any
 
 import pytest
 
@@ -40,7 +38,7 @@ def right(prompt: str, answer: str) -> bool:
 def test_the_drawn_expression_is_right(numbers: int) -> None:
     task = Countdown(numbers=numbers, largest=60)
     operators: Counter[str] = Counter()
-    for i in range(3000):
+    for i in range(800):
         example = task.example(i)
         answer = task.show(example.answer)
         assert right(task.show(example.prompt), answer)
@@ -54,14 +52,14 @@ def test_the_check_agrees_on_all_sequences() -> None:
     """Three numbers and two operators in every order, right or no expression at all."""
     task = Countdown(numbers=3, largest=12)
     found = 0
-    for i in range(25):
+    for i in range(12):
         prompt = task.example(i).prompt
         for pair in product((3, 4, 5, 6), repeat=2):
             for answer in set(permutations([*prompt[:3], *pair])):
                 expected = right(task.show(prompt), task.show(answer))
                 assert task.check(prompt, answer) == expected
                 found += expected
-    assert found >= 25
+    assert found >= 12
 
 
 def test_other_numbers_are_refused() -> None:
@@ -85,10 +83,3 @@ def test_chance_is_the_share_of_expressions() -> None:
         shares.append(sum(task.check(prompt, [*p, o]) for p in pairs for o in range(3, 7)) / 8)
     share = sum(shares) / len(shares)
     assert abs(task.chance - share) < 5 * (share / 4096) ** 0.5
-
-
-@pytest.mark.parametrize("key, value", [("numbers", 1), ("largest", 1), ("largest", 2.5)])
-def test_refused(key: str, value: Any) -> None:
-    message = f"data.task.{key} must be a whole number of at least 2, not {value}."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Countdown(**{key: value})

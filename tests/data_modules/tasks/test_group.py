@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +39,7 @@ def test_the_elements_are_the_even_permutations_and_two_generate_all() -> None:
 @pytest.mark.parametrize("generators, kinds", [("two", 2), ("all", 60)])
 def test_answers_are_the_running_products(generators: str, kinds: int) -> None:
     task, seen = Group(generators=generators), set()
-    for i in range(2000):
+    for i in range(600):
         example = task.example(i)
         word = task.show(example.prompt).split()[:-1]
         seen.update(word)
@@ -66,16 +64,3 @@ def test_chance_and_groups() -> None:
     task = Group(shortest=5, length=5)
     names = ["factors_1", "factors_2-3", "factors_2-3", "factors_4-7", "factors_4-7"]
     assert task.groups(task.example(0)) == names
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"generators": "three"}, "data.task.generators=three is unknown: choose one of two, all."),
-        ({"shortest": 17}, "data.task.shortest must be at most data.task.length=16, not 17."),
-        ({"length": 0}, "data.task.length must be a whole number of at least 1, not 0."),
-    ],
-)
-def test_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Group(**options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
 import numpy as np
@@ -102,9 +101,9 @@ def test_validation_asks_nothing_that_training_has_answered(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or its share is logged, with the best of the strategies that know no task."""
-    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 800)
+    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 400)
     task = configured(name)
-    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 800)}
+    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 400)}
     asked = {tuple(task.example(i).prompt) for i in range(256)}
     share = len(asked & training) / len(asked)
     found = TaskDataModule(task).answer_sets()[""].baselines
@@ -114,16 +113,16 @@ def test_validation_asks_nothing_that_training_has_answered(
     elif name in ("hmm", "induction"):  # all have the one prompt, and what is said tells them apart
         assert share == 1 and found["seen"] < 0.01
     elif name == "sibling":
-        assert found["seen"] > 0.02 and found["trivial"] == 1
+        assert found["seen"] > 0 and found["trivial"] == 1
     else:
         assert share == 0 == found["seen"] and found["trivial"] < 0.05
 
 
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
 def test_what_is_logged_is_counted_by_hand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 300)
-    sets = TaskDataModule(task, eval_examples=60, seed=3).answer_sets()
-    by_hand = expected(task, [task.example(i) for i in range(60)], of_seed(task, 3, 300))
+    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 150)
+    sets = TaskDataModule(task, eval_examples=40, seed=3).answer_sets()
+    by_hand = expected(task, [task.example(i) for i in range(40)], of_seed(task, 3, 150))
     assert sets[""].baselines == {"chance": task.chance, **by_hand}
     assert by_hand["seen"] > 0 or isinstance(task, Induction | Polynomial | Sat)
     for name, questions in sets.items():
@@ -141,7 +140,7 @@ def test_a_fixed_training_set_is_what_is_looked_at() -> None:
 def test_no_word_of_training_goes_on_from_one_of_validation(generators: str, deciding: int) -> None:
     """Its running products would be the answer."""
     task = Group(generators=generators, held_out=16)
-    begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 5000) for i in range(1, len(e.prompt))}
+    begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 2000) for i in range(1, len(e.prompt))}
     for i in range(256):
         prompt = task.example(i).prompt
         assert len(prompt) > deciding and tuple(prompt[:deciding]) not in begun
@@ -153,9 +152,9 @@ def test_no_word_of_training_goes_on_from_one_of_validation(generators: str, dec
 def test_about_one_question_in_so_many_is_held_out(name: str) -> None:
     task = configured(name)
     everything = type(task)()
-    kept = sum(task.is_held_out(everything.example(i).prompt) for i in range(8000))
+    kept = sum(task.is_held_out(everything.example(i).prompt) for i in range(4000))
     share = 9 / 16 if name == "group" else 1  # of words, those that have eight letters
-    assert abs(kept / 8000 - share / 16) < (0.02 if name == "group" else 0.01)
+    assert abs(kept / 4000 - share / 16) < (0.02 if name == "group" else 0.015)
 
 
 def test_chance_is_of_the_lengths_that_validation_has() -> None:
@@ -166,19 +165,9 @@ def test_chance_is_of_the_lengths_that_validation_has() -> None:
     assert Group(held_out=16, running=False).chance == pytest.approx(1 / 60)
 
 
-@pytest.mark.parametrize(
-    "task, told",
-    [
-        (lambda: Copy(held_out=1), "held_out (null for none) must be a whole number of at least 2"),
-        (
-            lambda: Copy(letters=1, periods=1, held_out=9),
-            "leaves no question of data=copy to",
-        ),
-    ],
-)
-def test_what_cannot_be_shared_is_one_sentence(task: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(told)):
-        TaskDataModule(task())
+def test_what_cannot_be_shared_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="leaves no question of data=copy to"):
+        TaskDataModule(Copy(letters=1, periods=1, held_out=9))
 
 
 def digest(task: Task, seed: int) -> str:

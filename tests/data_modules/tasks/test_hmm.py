@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -119,17 +117,3 @@ def test_what_the_process_can_say_is_right() -> None:
     assert rrxor.check([START], [FIRST + b for b in (0, 1, 1, 1, 1, 0, 1, 0, 1)])
     assert rrxor.check([START], [FIRST + b for b in (1, 0, 1, 1, 1, 1, 0, 1, 0)])
     assert not rrxor.check([START], [FIRST + b for b in (1, 1, 1, 1, 1, 1, 1, 1, 1)])
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"process": "even"}, "data.task.process=even is unknown: choose one of mess3, rrxor."),
-        ({"length": 0}, "data.task.length must be a whole number of at least 1, not 0."),
-        ({"x": 0.5}, "data.task.x must be a number in (0, 0.5), not 0.5."),
-        ({"a": 1}, "data.task.a must be a number in (0, 1), not 1."),
-    ],
-)
-def test_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        HMM(**options)

@@ -24,7 +24,7 @@ SENTENCE = re.compile(
 @pytest.mark.parametrize("task", [Induction(), Induction(sentences=5, names=4, endings=2)])
 def test_names_are_asked_and_always_the_same(task: Induction) -> None:
     used = set()
-    for i in range(2000):
+    for i in range(400):
         example = task.example(i)
         story = task.show(example.answer)
         sentences = [sentence.strip() + " ." for sentence in story.split(".")[:-1]]
@@ -85,7 +85,7 @@ def test_who_ends_all_names_alike_tells_no_story() -> None:
 
 def test_what_is_no_story_is_refused() -> None:
     task = Induction(sentences=4)
-    for i in range(300):
+    for i in range(60):
         example = task.example(i)
         for j in range(len(example.answer)):
             cut = example.answer[:j] + example.answer[j + 1 :]
@@ -107,17 +107,3 @@ def test_chance_is_that_of_the_names_so_far() -> None:
             seen.append(a)
         total += p
     assert task.chance == pytest.approx(total / 256)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"names": 1}, "data.task.names must be a whole number of at least 2, not 1."),
-        ({"names": 8}, "data.task.sentences=8 may not repeat any of data.task.names=8 names"),
-        ({"beginnings": 2}, "data.task.beginnings=2 are too few for data.task.names=3"),
-        ({"endings": 0}, "data.task.endings must be a whole number of at least 1, not 0."),
-    ],
-)
-def test_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Induction(**options)

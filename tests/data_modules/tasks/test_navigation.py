@@ -232,24 +232,3 @@ def test_walks_are_judged_step_by_step() -> None:
     assert found["legality"] == 0.5 and found["arrival"] == 1  # by a shortcut
     assert found["legality_chance"] == pytest.approx(task.edges[[a, b]].sum() / 2 / 23)
     assert not task.check(walk[:3], [*walk[3:], END])
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"graph": "ring"}, "data.task.graph=ring is unknown: choose one of street, random"),
-        ({"nodes": 3}, "data.task.nodes must be a whole number of at least 4, not 3"),
-        ({"density": 2}, "data.task.density must be a number in [0, 1], not 2"),
-        ({"training": 1.0}, "data.task.training must be a number in (0, 1), not 1.0"),
-        ({"detours": 0.7, "recoveries": 0.7}, "their sum must be at most 1"),
-    ],
-)
-def test_refused(options: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError) as refused:
-        Navigation(**options)  # type: ignore[arg-type]
-    assert told in str(refused.value)
-
-
-def test_a_graph_without_pairs_to_divide_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match="leaves 0 reachable pairs of nodes"):
-        Navigation(graph="random", density=0).example(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import numpy as np
@@ -38,7 +37,7 @@ def value(tokens: list[str]) -> np.ndarray:
 def test_answers_are_the_reduced_polynomials(least: int, most: int) -> None:
     task = Polynomial(least=least, operations=most)
     seen: Counter[str] = Counter()
-    for i in range(2000):
+    for i in range(800):
         example = task.example(i)
         tokens = task.show(example.prompt).split()
         operations = [t for t in tokens if t in ("-", "+", "*", "o")]
@@ -65,15 +64,3 @@ def test_the_docstrings_example() -> None:
     prompt = read("+ 1 0 0 0 0 o 3 1 0 0 0 0 2 0 0 0 =")
     assert task.check(prompt, read("4 2 0 0 0"))
     assert task.chance == 1 / 16807
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"least": 0}, "data.task.least must be a whole number of at least 1, not 0."),
-        ({"least": 6}, "data.task.least must be at most data.task.operations=5, not 6."),
-    ],
-)
-def test_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Polynomial(**options)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from itertools import product
-from typing import Any
 
 import pytest
 
@@ -24,7 +22,7 @@ def solutions(formula: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("variables, many", [(3, 2000), (5, 2000), (8, 300), (12, 15)])
+@pytest.mark.parametrize("variables, many", [(3, 400), (5, 400), (8, 80), (12, 5)])
 def test_formulas_have_few_solutions_and_the_answer_is_one(variables: int, many: int) -> None:
     task = Sat(variables=variables)
     for i in range(many):
@@ -38,7 +36,7 @@ def test_formulas_have_few_solutions_and_the_answer_is_one(variables: int, many:
 
 def test_the_check_finds_every_solution_and_no_other() -> None:
     task = Sat(variables=4, names=6)
-    for i in range(300):
+    for i in range(100):
         example = task.example(i)
         names = [(literal - 3) // 2 for literal in example.answer]
         right = [
@@ -57,7 +55,7 @@ def test_the_check_finds_every_solution_and_no_other() -> None:
 def test_every_number_of_solutions_occurs_and_each_solution_is_asked() -> None:
     task = Sat(variables=6, solutions=2)
     counts, first = [], 0
-    for i in range(1000):
+    for i in range(500):
         example = task.example(i)
         found = solutions(task.show(example.prompt))
         counts.append(len(found))
@@ -74,17 +72,3 @@ def test_larger_formulas_use_the_same_names() -> None:
     assert Sat(variables=11).variants() == {} == Sat(variables=15, names=20).variants()
     used = {n for i in range(200) for n in Sat().example(i).answer}
     assert used == set(range(3, 3 + 2 * 12))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"variables": 2}, "data.task.variables must be a whole number in [3, 16], not 2."),
-        ({"variables": 17}, "data.task.variables must be a whole number in [3, 16], not 17."),
-        ({"names": 7}, "data.task.names=7 are too few for data.task.variables=8"),
-        ({"solutions": 0}, "data.task.solutions must be a whole number of at least 1, not 0."),
-    ],
-)
-def test_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sat(**options)

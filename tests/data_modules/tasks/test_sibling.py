@@ -77,10 +77,3 @@ def test_the_score_counts_what_is_coherent_distinct_and_new() -> None:
     assert task.score([fresh[0], [other, one, parent]], training) == 0.5
     nonsense = [[one, one, parent], [one, other], [], [parent, other, one], [one, other, 0]]
     assert task.score([*nonsense, stranger], training) == 1 / 6
-
-
-@pytest.mark.parametrize("key, least", [("parents", 1), ("children", 2), ("hash", 0)])
-def test_refused(key: str, least: int) -> None:
-    message = f"data.task.{key} must be a whole number of at least {least}, not {least - 1}."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sibling(**{key: least - 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ TASKS: list[Task] = [
     Sibling(),
     Sibling(parents=1, children=2, hash=0),
 ]
-MANY = 2000
+MANY = 500
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
@@ -91,7 +92,7 @@ def test_wrong_answers_are_refused(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_variants_share_symbols_and_are_other_examples(task: Task) -> None:
+def test_variants_share_symbols_and_are_larger(task: Task) -> None:
     for variant in task.variants().values():
         assert variant.symbols == task.symbols and variant.name == task.name
         assert variant.longest > task.longest or task.spec()["fixed"]
@@ -103,9 +104,32 @@ def test_the_numbers_of_two_examples_do_not_overlap() -> None:
     assert len(set(seen)) == len(seen)
 
 
+def test_draws_are_the_stream_of_numpys_generator() -> None:
+    """However they are asked for, and whatever another example draws in between."""
+    sizes = np.random.default_rng(0)
+    key = np.random.SeedSequence(3).generate_state(2, np.uint64)
+    indices = [0, 1, (1 << 48) + 5, (1 << 64) - 1, 1 << 64, (1 << 127) + 9]
+    draws = [Draws(key, index) for index in indices]
+    found: list[list[int]] = [[] for _ in indices]
+    for _ in range(40):
+        for one, numbers in zip(draws, found, strict=True):
+            numbers += one.raw(int(sizes.integers(0, 50))).tolist()
+    for index, numbers in zip(indices, found, strict=True):
+        plain = np.random.Philox(key=key, counter=index << 128)
+        assert numbers == plain.random_raw(len(numbers)).tolist()
+
+
 def test_the_stream_never_changes() -> None:
+    """The validation sets of earlier runs are made of them."""
     shown = [task.show([*task.example(0).prompt, *task.example(0).answer]) for task in STREAMS]
     assert shown == list(STREAMS.values())
+    assert {task: checksum(task) for task in CHECKSUMS} == CHECKSUMS
+
+
+def checksum(task: Task) -> int:
+    """Of the first 200 examples, as people read them."""
+    examples = (task.example(i) for i in range(200))
+    return crc32("\n".join(task.show([*e.prompt, *e.answer]) for e in examples).encode())
 
 
 STREAMS: dict[Task, str] = {
@@ -113,6 +137,16 @@ STREAMS: dict[Task, str] = {
     StarGraph(): "9 3 | 0 7 | 5 1 | 7 5 | 8 9 | 0 8 / 0 3 = 0 8 9 3",
     StarGraph(fixed=3): "8 3 | 9 2 | 11 6 | 11 8 | 6 9 | 3 0 / 11 2 = 11 6 9 2",
     MQAR(pairs=3, slots=5): "k0 v5 k31 v23 k8 v0 = k31 v23 _ _ k0 v5 k31 v23",
+}
+CHECKSUMS: dict[Task, int] = {
+    Countdown(): 1365335878,
+    Group(): 3319698788,
+    HMM(): 2588983923,
+    HMM(process="rrxor"): 312876728,
+    Induction(): 1411609835,
+    Polynomial(): 3283937684,
+    Sat(): 771070767,
+    Sibling(): 2533413575,
 }
 
 
@@ -142,8 +176,8 @@ def test_star_graphs_against_brute_force() -> None:
                 ids = [task.symbols.index(name) for name in other]
                 assert task.check(example.prompt, ids) == (other == way)
             first[[b for a, b in edges if a == start].index(way[1])] += 1
-    # Where the right arm's edge stands says nothing: 4,000 draws of one in three.
-    assert all(abs(n / 4000 - 1 / 3) < 0.04 for n in first)
+    # Where the right arm's edge stands says nothing: 1,000 draws of one in three.
+    assert all(abs(n / 1000 - 1 / 3) < 0.06 for n in first)
 
 
 def test_fixed_graphs_are_few_and_new_ones_many() -> None:
@@ -186,7 +220,7 @@ def test_recall_against_brute_force() -> None:
     random, weights = np.random.default_rng(0), np.arange(1, 13) ** (0.01 - 1)
     drawn = [random.choice(12, 4, replace=False, p=weights / weights.sum()) for _ in range(MANY)]
     expected = np.bincount(np.concatenate(drawn), minlength=12)
-    assert np.abs(slots - expected).max() < 0.05 * MANY
+    assert np.abs(slots - expected).max() < 0.08 * MANY
 
 
 def test_copies_against_brute_force() -> None:
@@ -196,7 +230,7 @@ def test_copies_against_brute_force() -> None:
         string, equals = Copy().show(example.prompt).rsplit(" ", 1)
         assert equals == "=" and Copy().show(example.answer) == string
         lengths[len(example.answer)] += 1
-    assert lengths[0] == 0 and lengths[1:].min() > 0.7 * MANY / 16
+    assert lengths[0] == 0 and lengths[1:].min() > 0.4 * MANY / 16
 
 
 def test_chance_is_what_guessing_reaches() -> None:
@@ -206,8 +240,8 @@ def test_chance_is_what_guessing_reaches() -> None:
         Copy(letters=3, shortest=1, periods=3),
         MQAR(pairs=2),
     ):
-        right = 0
-        for i in range(4000):
+        right, n = 0, 2000
+        for i in range(n):
             example = task.example(i)
             guess = list(example.answer)
             if isinstance(task, StarGraph):
@@ -221,7 +255,7 @@ def test_chance_is_what_guessing_reaches() -> None:
                 for j, asked in enumerate(example.asked):
                     guess[j] = int(random.choice(example.prompt[1:-1:2])) if asked else guess[j]
             right += task.check(example.prompt, guess)
-        assert abs(right / 4000 - task.chance) < 0.03, task
+        assert abs(right / n - task.chance) < 0.03, task
 
 
 @pytest.mark.parametrize(
@@ -237,6 +271,34 @@ def test_chance_is_what_guessing_reaches() -> None:
         (lambda: Copy(shortest=3, periods=2), ["data.task.shortest", "data.task.periods=2"]),
         (lambda: Copy(letters=0), ["data.task.letters"]),
         (lambda: Copy(seed=-1), ["data.task.seed"]),
+        (lambda: Copy(held_out=1), ["held_out (null for none) must be", "at least 2"]),
+        (lambda: Countdown(numbers=1), ["data.task.numbers must be", "at least 2, not 1."]),
+        (lambda: Countdown(largest=2.5), ["data.task.largest must be", "at least 2, not 2.5."]),
+        (lambda: Group(generators="three"), ["data.task.generators=three is", "of two, all."]),
+        (lambda: Group(shortest=17), ["at most data.task.length=16, not 17."]),
+        (lambda: Group(length=0), ["data.task.length must be", "at least 1, not 0."]),
+        (lambda: HMM(process="even"), ["data.task.process=even is", "one of mess3, rrxor."]),
+        (lambda: HMM(length=0), ["data.task.length must be", "at least 1, not 0."]),
+        (lambda: HMM(x=0.5), ["data.task.x must be a number in (0, 0.5), not 0.5."]),
+        (lambda: HMM(a=1), ["data.task.a must be a number in (0, 1), not 1."]),
+        (lambda: Induction(names=1), ["data.task.names must be", "at least 2, not 1."]),
+        (lambda: Induction(names=8), ["data.task.sentences=8 may not repeat", "=8 names"]),
+        (lambda: Induction(beginnings=2), ["data.task.beginnings=2 are too few for"]),
+        (lambda: Induction(endings=0), ["data.task.endings must be", "at least 1, not 0."]),
+        (lambda: Navigation(graph="ring"), ["data.task.graph=ring is", "of street, random"]),
+        (lambda: Navigation(nodes=3), ["data.task.nodes must be", "at least 4, not 3"]),
+        (lambda: Navigation(density=2), ["data.task.density must be a number in [0, 1], not 2"]),
+        (lambda: Navigation(training=1.0), ["must be a number in (0, 1), not 1.0"]),
+        (lambda: Navigation(detours=0.7, recoveries=0.7), ["their sum must be at most 1"]),
+        (lambda: Navigation(graph="random", density=0).example(0), ["0 reachable pairs of nodes"]),
+        (lambda: Polynomial(least=0), ["data.task.least must be", "at least 1, not 0."]),
+        (lambda: Polynomial(least=6), ["at most data.task.operations=5, not 6."]),
+        (lambda: Sat(variables=17), ["data.task.variables must be", "in [3, 16], not 17."]),
+        (lambda: Sat(names=7), ["data.task.names=7 are too few for data.task.variables=8"]),
+        (lambda: Sat(solutions=0), ["data.task.solutions must be", "at least 1, not 0."]),
+        (lambda: Sibling(parents=0), ["data.task.parents must be", "at least 1, not 0."]),
+        (lambda: Sibling(children=1), ["data.task.children must be", "at least 2, not 1."]),
+        (lambda: Sibling(hash=-1), ["data.task.hash must be", "at least 0, not -1."]),
     ],
 )
 def test_options_that_do_not_fit_are_one_sentence(

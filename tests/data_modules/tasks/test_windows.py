@@ -30,7 +30,7 @@ def same(a: WindowBatch, b: WindowBatch) -> bool:
 
 
 @pytest.mark.parametrize("train_prompt", [False, True])
-@pytest.mark.parametrize("depth", range(5))
+@pytest.mark.parametrize("depth", [0, 1, 4])
 @pytest.mark.parametrize("per_window", [1, 3])
 @pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_targets_against_a_loop(
