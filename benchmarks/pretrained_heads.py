@@ -24,6 +24,7 @@ from benchmarks.harness import Row, progress
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
 from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
@@ -86,18 +87,24 @@ class Transformers:
 
 
 def measure(
-    model: MTPModel, tokenizer: Any, ways: dict[str, Row], *, new_tokens: int, n_prompts: int
+    model: MTPModel,
+    theirs: Transformers,
+    tokenizer: Any,
+    ways: dict[str, Row],
+    *,
+    new_tokens: int,
+    n_prompts: int,
 ) -> list[Row]:
     """A row for every kind of prompt and temperature.
 
     Args:
         model: a trunk with heads.
+        theirs: its trunk.
         tokenizer: its tokenizer.
         ways: name -> options of ``generate``; ``plain`` comes first.
         new_tokens: tokens of a text.
         n_prompts: prompts of each kind.
     """
-    theirs = Transformers(model, tokenizer)
     names = [*ways, "transformers"]
 
     def decode(name: str, prompt: list[int], n_new: int, seed: int, temperature: float) -> Row:
@@ -189,7 +196,8 @@ def pretrained_heads(
         figure: an SVG file for a figure of speed over plain decoding.
     """
     torch.set_num_threads(1)
-    opened = open_model(run)
+    opened = open_to_decode(run)
+    theirs = Transformers(open_model(run).model, opened.tokenizer)
     ways: dict[str, Row] = {"plain": {"speculative": False}}
     ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}
     ways |= {
@@ -198,7 +206,7 @@ def pretrained_heads(
         for depth in drafts
     }
     sizes = {"new_tokens": new_tokens, "n_prompts": prompts}
-    rows = measure(opened.model, opened.tokenizer, ways, **sizes)
+    rows = measure(opened.model, theirs, opened.tokenizer, ways, **sizes)
     cli.print_table(
         f"{run}: CPU seconds of one thread; x plain also in wall-clock",
         "prompts: kind; temperature: temperature; way: way; tokens per pass: tokens_per_step .2f; "

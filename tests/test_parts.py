@@ -92,6 +92,7 @@ def modules(*taken: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_every_module_imports_without_all_parts_and_without_each(
     tmp_path: Path, each: bool
@@ -105,6 +106,7 @@ def test_every_module_imports_without_all_parts_and_without_each(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
     root, folder = without(tmp_path / "tree", *HERE), tmp_path / "run"
     (tmp_path / "text").write_text("a line of text, and another one\n" * 3000)
