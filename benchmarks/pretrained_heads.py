@@ -184,6 +184,7 @@ def pretrained_heads(
     prompts: int = 4,
     drafts: Sequence[int] = (1, 2),
     draft_vocab: Sequence[int] = (8192,),
+    head_precision: str = "fp32",
     figure: Path | None = None,
 ) -> Row:
     """All prompts, and the passes of a round of decoding.
@@ -193,10 +194,11 @@ def pretrained_heads(
         prompts: prompts of each kind, up to 4.
         drafts: drafts a round.
         draft_vocab: sizes of the vocabulary that drafts are also chosen from.
+        head_precision: of the modules' own matrices.
         figure: an SVG file for a figure of speed over plain decoding.
     """
     torch.set_num_threads(1)
-    opened = open_to_decode(run)
+    opened = open_to_decode(run, head_precision=head_precision)
     theirs = Transformers(open_model(run).model, opened.tokenizer)
     ways: dict[str, Row] = {"plain": {"speculative": False}}
     ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}

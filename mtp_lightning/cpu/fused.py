@@ -18,9 +18,9 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, dense_matrices, packed_of
 from mtp_lightning.cpu.packed import (
     PackedWeight,
+    first_rows,
     is_kept,
     keep_packed,
-    numbers_of,
     pack,
     unpack,
 )
@@ -91,9 +91,7 @@ class CPUPasses(Prepared):
         self.trunk: TrunkPass | None = self._trunk()
 
     def first_rows(self, weight_NK: Tensor, rows: int) -> Tensor:
-        first = numbers_of(weight_NK).detach()[:rows]
-        pack(first)
-        return first
+        return first_rows(weight_NK, rows)
 
     def draft(self, k: int, weight_VC: Tensor) -> FusedDraft | None:
         stack = self._model.mtp

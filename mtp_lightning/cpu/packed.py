@@ -39,6 +39,8 @@ class Kind(IntEnum):
     BLOCKS8 = 4
 
 
+# Outputs of a panel.
+PANEL = 64
 # Those with the fewest bytes first.
 _BY_SIZE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8, Kind.HALF, Kind.FULL)
 
@@ -69,6 +71,12 @@ class PackedWeight:
     def struct(self) -> PackedStruct:
         """``Packed``; it points to the numbers and does not keep them alive."""
         return PackedStruct(self.numbers.data_ptr(), self.kind)
+
+    def first(self, outputs: int) -> PackedWeight:
+        """The weight of the first outputs, whole panels of them, in the same memory."""
+        assert outputs % PANEL == 0 and outputs <= self.outputs
+        size = native.lib().packed_size(outputs, self.inputs, self.kind)
+        return PackedWeight(self.numbers[:size], outputs, self.inputs, self.kind)
 
     def unpacked(self) -> Tensor:
         """The weight, [N, K]."""
@@ -147,6 +155,19 @@ def numbers_of(weight: Tensor) -> Tensor:
     packed = packed_copy(weight)
     assert isinstance(packed, PackedWeight)
     return packed.unpacked()
+
+
+def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
+    """The first rows of a packed weight, as a weight with a packed copy."""
+    packed = packed_copy(weight_NK)
+    if not isinstance(packed, PackedWeight) or rows % PANEL:
+        first = numbers_of(weight_NK).detach()[:rows]
+        pack(first)
+        return first
+    first = weight_NK.new_empty(rows, packed.inputs)
+    first.untyped_storage().resize_(0)
+    vars(first)["packed"] = packed.first(rows)
+    return first
 
 
 def packed_weight(weight_NK: Tensor) -> PackedWeight | None:

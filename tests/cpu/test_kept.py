@@ -78,7 +78,12 @@ def test_it_decodes_to_the_same_bits(stack, tied):
     prompts = random_prompts(4, (5, 1, 30), 300)
     ways = [{}, {"speculative": False}, {"temperature": 1.0, "seed": 1}]
     if stack == "sequential":
-        ways += [{"draft_vocab": 70}, {"tree": [2, 2]}, {"draft_depth": "auto"}]
+        ways += [
+            {"draft_vocab": 70},
+            {"draft_vocab": 128},
+            {"tree": [2, 2]},
+            {"draft_depth": "auto"},
+        ]
     for way in ways:
         expected, found = (generate(m, prompts, max_new_tokens=12, **way) for m in (model, light))
         assert [g.token_ids for g in found] == [g.token_ids for g in expected], way
