@@ -22,7 +22,7 @@ LINES = {
     "mtp_lightning/apps": 380,
     "mtp_lightning/callbacks": 1_790,
     "mtp_lightning/certify": 1_060,
-    "mtp_lightning/cpu": 1_560,
+    "mtp_lightning/cpu": 1_580,
     "mtp_lightning/decoding": 4_210,
     "mtp_lightning/distributed": 1_420,
     "mtp_lightning/experiment": 2_560,
