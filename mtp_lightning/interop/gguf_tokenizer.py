@@ -200,10 +200,9 @@ def _described(get: Callable[[str], Any], tokens: list[str]) -> str | None:
     rule = _RULES.get(name) if isinstance(name, str) else None
     if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
         return None
-    kinds = (
-        types if isinstance(types, list) and len(types) == len(tokens) else [_NORMAL] * len(tokens)
-    )
-    known = list(zip(tokens, kinds, strict=True))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        types = [_NORMAL] * len(tokens)
+    known = list(zip(tokens, types, strict=True))
     begin = get("tokenizer.ggml.bos_token_id")
     begins = get("tokenizer.ggml.add_bos_token") is True and begin in range(len(tokens))
     content = {

@@ -203,9 +203,8 @@ class MaskedMTP(MTPStack):
         batch, seq_len, width = embedded_BTC.shape
         sees = positions.dense_mask()
         blocks = Blocks(self.depth, sees)
-        if is_compiled(
-            trunk
-        ):  # entries and updates, looked up by layer, would compile every block again
+        # Entries and updates, looked up by layer, would compile every block again.
+        if is_compiled(trunk):
             blocks.keep = torch.compiler.disable(blocks.keep)  # type: ignore[method-assign]
         output = trunk(embedded_BTC, replace(positions, keeper=blocks))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)

@@ -1,5 +1,5 @@
-// Packs weights into panels, in the formats of skinny.h, and unpacks them. Packing reads and writes the weights once:
-// tiles of 16 x 16 are transposed in registers.
+// Packs weights into panels, in the formats of skinny.h, and unpacks them. Packing reads and writes
+// the weights once: tiles of 16 x 16 are transposed in registers.
 #include <sys/mman.h>
 
 #include <atomic>
