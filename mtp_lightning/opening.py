@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -129,8 +129,18 @@ class OpenedModel:
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
-# From a model to what each of its weights goes through once it is loaded, if there is anything.
-Keeper = Callable[[MTPModel], Callable[[torch.Tensor], None] | None]
+class Keeper(Protocol):
+    """Keeps the weights of a model that only decodes packed alone, where every pass can read
+    them so; that takes at most half of the memory."""
+
+    def keep(self, weight: torch.Tensor) -> None:
+        """Pack a weight of the model, which has its numbers, if it can be packed."""
+
+    def restore(self) -> frozenset[str]:
+        """Take what an earlier process packed of the same files; returns the parameters' names."""
+
+    def remember(self) -> None:
+        """Store what is packed for later processes, where that pays."""
 
 
 def open_model(
@@ -138,7 +148,7 @@ def open_model(
     *,
     device: torch.device | str = "cpu",
     allow: Collection[str] = (),
-    keeper: Keeper | None = None,
+    keeper: Callable[[MTPModel, Path], Keeper | None] | None = None,
 ) -> OpenedModel:
     """Build a trained model.
 
@@ -157,7 +167,8 @@ def open_model(
     found = read_model(path, allow=allow)
     if found.tokenizer_state is None:
         raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
-    model = build_model(found.config, found.weights, source=str(found.path), keeper=keeper)
+    keep = None if keeper is None else lambda model: keeper(model, found.path)
+    model = build_model(found.config, found.weights, source=str(found.path), keeper=keep)
     return OpenedModel(
         model=model.to(device),
         tokenizer_state=found.tokenizer_state,
@@ -220,7 +231,7 @@ def build_model(
     weights: Mapping[str, torch.Tensor | Stored],
     *,
     source: str,
-    keeper: Keeper | None = None,
+    keeper: Callable[[MTPModel], Keeper | None] | None = None,
 ) -> MTPModel:
     """The model in evaluation mode, on the CPU, filled one tensor at a time.
 
@@ -228,7 +239,7 @@ def build_model(
         config: of the model.
         weights: by the model's names. Tensors in float64 make it a model in float64.
         source: for messages.
-        keeper: see :func:`open_model`.
+        keeper: see :func:`open_model`, of the same path.
 
     Raises:
         UserError: as :func:`load_weights`.
@@ -236,7 +247,8 @@ def build_model(
     with torch.device("meta"):
         model = MTPModel(config)
     parameters = len(list(model.parameters()))
-    model.to_empty(device="cpu")
+    # As to_empty, whose empty_like imports sympy for tensors without memory: half a second.
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     if config.trunk.tie_embeddings:
         model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
     # Buffers that are not stored must be computed, and other tied parameters tied again.
@@ -251,6 +263,8 @@ def build_model(
         for parameter in model.parameters():
             parameter.data.untyped_storage().resize_(0)
     load_weights(model, weights, source=source, keep=keep)
+    if keep is not None:
+        keep.remember()
     return model.eval()
 
 
@@ -260,7 +274,7 @@ def load_weights(
     weights: Mapping[str, torch.Tensor | Stored],
     *,
     source: str,
-    keep: Callable[[torch.Tensor], None] | None = None,
+    keep: Keeper | None = None,
 ) -> None:
     """Load all weights or none, one at a time.
 
@@ -268,7 +282,7 @@ def load_weights(
         model: of the same names and shapes.
         weights: by the model's names; where the model holds bf16, they are rounded, which is said.
         source: for messages.
-        keep: called with every parameter that is loaded.
+        keep: keeps the parameters, those that it restores and those that are loaded.
 
     Raises:
         UserError: names or shapes differ, or numbers are not finite; the message names them.
@@ -284,9 +298,10 @@ def load_weights(
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"The weights in {source} do not fit the model: {shown}.")
-    tied = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    there = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    there |= frozenset() if keep is None else keep.restore()
     rounded, broken = 0, []
-    for name in [name for name in own if name not in tied]:
+    for name in [name for name in own if name not in there]:
         found, target = weights[name], own[name]
         if target.numel() and not (storage := target.untyped_storage()).nbytes():
             storage.resize_(target.nbytes)
@@ -299,7 +314,7 @@ def load_weights(
         if not _is_finite(target):
             broken.append(name)
         if keep is not None and name in parameters:
-            keep(parameters[name])
+            keep.keep(parameters[name])
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(

@@ -49,6 +49,9 @@ RANK = {
     **dict.fromkeys(["console", "notebook"], 10),
 }
 
+# What keeps files in the cache folder.
+CACHED = ("mtp_lightning/decoding/programs.py", "mtp_lightning/cpu/kept.py")
+
 # What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
 # that imports torch.
 SHARED_WITH_SWEEPS = (
@@ -134,13 +137,11 @@ def test_who_may_import_what() -> None:
             if takes(name, "data_modules") and not file.startswith("data_modules/"):
                 # The batch is all that models and data share. experiment/ and certify/ bring the
                 # two together, opening.py hands out the tokenizer stored beside a model's weights,
-                # and programs lie in the same cache folder as tokens.
+                # and programs and packed weights lie in the same cache folder as tokens.
                 stored = file == "mtp_lightning/opening.py" and takes(
                     name, "data_modules.tokenizers"
                 )
-                kept = file == "mtp_lightning/decoding/programs.py" and takes(
-                    name, "data_modules.cache"
-                )
+                kept = file in CACHED and takes(name, "data_modules.cache")
                 together = stored or kept or file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
                 assert takes(name, "data_modules.windows") or together, where
             assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), (

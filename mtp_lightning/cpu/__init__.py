@@ -5,7 +5,8 @@ fused passes (``decoding/fused.py``); no file of the core except ``parts.py`` na
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear
-from mtp_lightning.cpu.fused import CPUPasses, keeper
+from mtp_lightning.cpu.fused import CPUPasses
+from mtp_lightning.cpu.kept import Keeper
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
 
@@ -15,7 +16,7 @@ fused.register(
     fused.DecodingCode(
         passes=CPUPasses,
         rounded_weights_need=lambda: library.NEEDED if library.library is None else None,
-        keeper=keeper,
+        keeper=Keeper.of,
     ),
 )
 

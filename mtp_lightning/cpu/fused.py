@@ -15,15 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.blocks import FusedBlocks, dense_matrices, packed_of
-from mtp_lightning.cpu.packed import (
-    PackedWeight,
-    first_rows,
-    is_kept,
-    keep_packed,
-    pack,
-    unpack,
-)
+from mtp_lightning.cpu.blocks import FusedBlocks, packed_of
+from mtp_lightning.cpu.packed import PackedWeight, first_rows, pack, unpack
 from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
 from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
@@ -52,34 +45,6 @@ class Prepared:
             del vars(layer)["forward"]
         for weight in self._weights:
             unpack(weight)
-
-
-def keeper(model: MTPModel) -> Callable[[Tensor], None] | None:
-    """``keeper`` of ``decoding/fused.py``: of the matrices that are only multiplied by rows, and of
-    the embedding."""
-    if native.library is None:
-        return None
-    layers = list(model.modules())
-    matrices = [m for x in layers if type(x) is Block for m in dense_matrices(x)]
-    matrices += [x.eh_proj.weight for x in layers if type(x) is SequentialModule]
-    matrices += [model.head.weight] if type(model.head) is Head else []
-    embedding = model.trunk.embedding
-    known = {id(weight) for weight in matrices}
-
-    def look_up(ids: Tensor) -> Tensor:
-        packed = packed_of(embedding.weight)
-        assert packed is not None
-        return packed.rows(ids)
-
-    def keep(weight: Tensor) -> None:
-        if weight is embedding.weight:
-            keep_packed(weight)
-            if is_kept(weight):
-                vars(embedding)["forward"] = look_up
-        elif id(weight) in known:
-            keep_packed(weight)
-
-    return keep
 
 
 class CPUPasses(Prepared):

@@ -139,7 +139,12 @@ def keep_packed(weight_NK: Tensor) -> None:
     """Replace an fp32 weight's own numbers by its packed copy, if it can have one."""
     if is_kept(weight_NK) or (found := packed_weight(weight_NK)) is None:
         return
-    vars(weight_NK)["packed"] = found
+    keep_as(weight_NK, found)
+
+
+def keep_as(weight_NK: Tensor, packed: PackedWeight) -> None:
+    """Replace a weight's own numbers by a packed copy of them."""
+    vars(weight_NK)["packed"] = packed
     weight_NK.data.untyped_storage().resize_(0)
 
 

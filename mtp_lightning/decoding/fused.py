@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -23,6 +24,7 @@ from mtp_lightning import parts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.block import eager_blocks
 from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.opening import Keeper
 
 
 class TrunkPass(Protocol):
@@ -92,7 +94,7 @@ class DecodingCode:
 
     passes: Callable[[MTPModel], FusedPasses]
     rounded_weights_need: Callable[[], str | None]
-    keeper: Callable[[MTPModel], Callable[[Tensor], None] | None]
+    keeper: Callable[[MTPModel, Path | None], Keeper | None]
 
 
 _CODE: dict[str, DecodingCode] = {}
@@ -114,13 +116,17 @@ def rounded_weights_need(device: str) -> str | None:
     return "the part mtp_lightning.cpu" if code is None else code.rounded_weights_need()
 
 
-def keeper(model: MTPModel) -> Callable[[Tensor], None] | None:
-    """For a model that only decodes from now on: a function to call with each of its weights once
-    it has its numbers. A weight that every pass can read packed is kept in packed form alone, which
-    takes at most half of the memory, and packs it once. None where no part has code for that."""
+def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:
+    """What keeps the weights of a model packed; None where no part has code for that.
+
+    Args:
+        model: without numbers yet, or with those that are to be kept.
+        path: the file or folder that its weights are read from, for
+            :meth:`Keeper.restore`; None for a model with other numbers.
+    """
     parts.load()
     code = _CODE.get(model.head.weight.device.type)
-    return None if code is None else code.keeper(model)
+    return None if code is None else code.keeper(model, path)
 
 
 @contextmanager

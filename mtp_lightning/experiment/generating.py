@@ -160,12 +160,12 @@ def open_to_decode(
     rounds = precision != "fp32" or head_precision not in ("fp32", None)
     packs = device == "cpu" and not compiled
     # A weight is rounded before it is packed, and so after the whole model is read.
-    keep = keeper if packs and not rounds else None
-    run = open_model(path, device=device, allow=allow, keeper=keep)
+    keeping = keeper if packs and not rounds else None
+    run = open_model(path, device=device, allow=allow, keeper=keeping)
     use_precision(run.model, precision, head_precision)
-    if packs and rounds and (keep_one := keeper(run.model)) is not None:
+    if packs and rounds and (keep := keeper(run.model)) is not None:
         for weight in run.model.parameters():
-            keep_one(weight)
+            keep.keep(weight)
     return run
 
 

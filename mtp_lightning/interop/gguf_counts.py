@@ -74,12 +74,21 @@ class _Counts:
             if of != _STRING:
                 self._skip(count, _SIZES[of])
             else:
-                for _ in range(count):
-                    self._skip(self._number("Q"), 1)
+                self._strings(count)
         elif kind in _SIZES:
             self._skip(1, _SIZES[kind])
         else:
             raise ValueError(f"it has a value of the kind {kind}")
+
+    def _strings(self, count: int) -> None:
+        """Skip strings, of which there may be millions."""
+        length, at, end = struct.Struct(f"{self._order}Q"), self._at, len(self._content)
+        for _ in range(count):
+            (size,) = length.unpack_from(self._content, at)
+            at += length.size + size
+            if at > end:
+                raise ValueError(f"it has a string of {size:,} bytes that ends after it")
+        self._at = at
 
     def _number(self, form: str) -> int:
         (found,) = struct.unpack_from(f"{self._order}{form}", self._content, self._at)

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _FREQUENCIES = "rope_freqs.weight"
 # Types of tensors whose numbers float32 holds exactly.
 _EXACT = ("F32", "F16", "BF16")
+# Bytes of a file that are dequantized at once.
+_SLAB = 1 << 20
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -66,6 +68,13 @@ class Blocks(Part):
     def shape(self) -> torch.Size:
         return torch.Size(self.size)
 
+    def copy_to(self, target: Tensor) -> None:
+        (tensor, entry, i), *others = self.held
+        if others or entry.unpack is not Entry.unpack or not target.is_contiguous():
+            super().copy_to(target)
+        else:  # without a second copy in memory
+            numbers(self.file, tensor, i if len(entry.parts) > 1 else None, out=target)
+
     def read(self) -> Tensor:
         portions = []
         for tensor, entry, i in self.held:
@@ -75,21 +84,30 @@ class Blocks(Part):
         return found.reshape(self.size).contiguous()
 
 
-def numbers(file: Path, tensor: Any, i: int | None = None) -> Tensor:
+def numbers(file: Path, tensor: Any, i: int | None = None, out: Tensor | None = None) -> Tensor:
     """The values of a tensor of a file, or of one of the matrices that it stacks.
 
     Args:
         file: the file.
         tensor: gguf's.
         i: which matrix; None for all.
+        out: contiguous, filled and returned; None for a new float32 tensor.
     """
     from gguf.quants import dequantize
 
     held = tensor.data if i is None else tensor.data[i]
     begin = tensor.data_offset + (0 if i is None else i * held.nbytes)
-    # Not through the reader's memory map, whose pages stay in memory.
-    stored = np.fromfile(file, held.dtype, held.size, offset=begin).reshape(held.shape)
-    return torch.from_numpy(np.ascontiguousarray(dequantize(stored, tensor.tensor_type)))
+    stored = held.reshape(-1, held.shape[-1])
+    width = int(tensor.shape[0])
+    out = torch.empty(*held.shape[:-1], width) if out is None else out
+    rows = out.view(-1, width)
+    for at in range(0, len(stored), step := max(1, _SLAB // stored.strides[0])):
+        part = stored[at : at + step]
+        # Not through the reader's memory map, whose pages stay in memory.
+        read = np.fromfile(file, part.dtype, part.size, offset=begin + at * stored.strides[0])
+        found = dequantize(read.reshape(part.shape), tensor.tensor_type)
+        rows[at : at + step] = torch.from_numpy(np.ascontiguousarray(found))
+    return out
 
 
 def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:

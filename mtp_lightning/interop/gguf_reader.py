@@ -6,7 +6,8 @@ memory map for each of the vocabulary's tokens. Of a vocabulary of 49 k tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def one_reader(path: Path) -> Iterator[Any]:
                 super().__init__(path)
 
         def _get_field_parts(self, at: int, kind: int) -> Any:
-            if (found := _strings(self.data, at, kind)) is not None:
+            if (found := _array(self.data, at, kind, self.gguf_scalar_to_np)) is not None:
                 return found
             return super()._get_field_parts(at, kind)
 
@@ -45,28 +46,47 @@ def one_reader(path: Path) -> Iterator[Any]:
         yield reader
 
 
-def _strings(data: Any, at: int, kind: int) -> tuple[int, list[Any], list[int], list[Any]] | None:
-    """What gguf's reader finds of an array of strings: its size, its parts, the indices of those
-    that are strings, its types. None for anything else, and in the other byte order.
+def _array(
+    data: Any, at: int, kind: int, scalars: Mapping[Any, Any]
+) -> tuple[int, list[Any], list[int], list[Any]] | None:
+    """What gguf's reader finds of an array of strings or numbers: its size, its parts, the indices
+    of those that are elements, its types. None for anything else, and in the other byte order.
+
+    Args:
+        data: the file's bytes.
+        at: where the array begins.
+        kind: the type of the field.
+        scalars: numpy's type of every GGUF type of numbers.
 
     Raises:
-        IndexError: a string ends after the file.
+        IndexError: an element ends after the file.
     """
     from gguf import GGUFValueType
 
     head = data[at : at + 12].tobytes()
-    of = GGUFValueType.STRING
-    if kind != GGUFValueType.ARRAY or len(head) < 12 or int.from_bytes(head[:4], "little") != of:
+    if kind != GGUFValueType.ARRAY or len(head) < 12:
         return None
-    count, end = int.from_bytes(head[4:], "little"), at + 12
+    of, count = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:], "little")
+    end = at + 12
     parts = [data[at : at + 4], data[at + 4 : end]]
-    for _ in range(count):
-        size = int.from_bytes(data[end : end + 8].tobytes(), "little")
-        begin, end = end + 8, end + 8 + size
+    if of == GGUFValueType.STRING:
+        length, last = struct.Struct("<Q"), len(data)
+        for _ in range(count):
+            begin = end + length.size
+            end = begin + length.unpack_from(data, end)[0] if begin <= last else begin
+            if end > last:
+                raise IndexError("a string ends after the file")
+            parts.append(data[begin:end])
+    elif of in scalars and count:
+        begin, end = end, end + count * np.dtype(scalars[of]).itemsize
         if end > len(data):
-            raise IndexError("a string ends after the file")
-        parts.append(data[begin:end])
-    return end - at, parts, list(range(2, 2 + count)), [GGUFValueType.ARRAY, of]
+            raise IndexError("a number ends after the file")
+        numbers = data[begin:end].view(scalars[of])
+        parts += [numbers[i : i + 1] for i in range(count)]
+    else:
+        return None
+    types = [GGUFValueType.ARRAY, GGUFValueType(of)]
+    return end - at, parts, list(range(2, 2 + count)), types
 
 
 _memmap = np.memmap

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
+from mtp_lightning.cpu import kept as kept_weights
+from mtp_lightning.cpu import packed
 from mtp_lightning.cpu.packed import Kind, is_kept, keep_packed, packed_weight
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import keeper
@@ -35,14 +40,14 @@ def test_a_packed_weight_has_every_bit(shape, precision):
 
     layer = torch.nn.Linear(shape[1], shape[0], bias=False)
     round_weights(layer, precision)
-    weight, packed = layer.weight.data, packed_weight(layer.weight)
+    weight, found = layer.weight.data, packed_weight(layer.weight)
     if shape[1] % 32 == 0:
-        assert packed.kind == PRECISIONS[precision]
-    assert torch.equal(packed.unpacked(), weight)
+        assert found.kind == PRECISIONS[precision]
+    assert torch.equal(found.unpacked(), weight)
     ids = torch.randint(0, shape[0], (3, 5))
-    assert torch.equal(packed.rows(ids), weight[ids])
+    assert torch.equal(found.rows(ids), weight[ids])
     with pytest.raises(IndexError, match="outside of 0"):
-        packed.rows(torch.tensor([shape[0]]))
+        found.rows(torch.tensor([shape[0]]))
     keep_packed(layer.weight)
     assert is_kept(layer.weight)
     assert layer.weight.untyped_storage().nbytes() == 0
@@ -105,7 +110,7 @@ def test_rounded_weights_are_kept_as_well(precision):
     light = copy.deepcopy(model)
     keep = keeper(light)
     for weight in light.parameters():
-        keep(weight)
+        keep.keep(weight)
     prompts = random_prompts(4, (5, 20), 300)
     expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
     assert [g.token_ids for g in found] == [g.token_ids for g in expected]
@@ -131,3 +136,74 @@ def test_a_model_of_float64_stays():
     light = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
     assert not any(is_kept(weight) for weight in light.parameters())
     assert torch.equal(light.head.weight, model.head.weight)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A model in a file, and what opens it: its weights are kept for other processes."""
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kept_weights, "LEAST", 0)
+    model, path = small_model(3, 1, vocab=300), tmp_path / "model.ckpt"
+    path.write_bytes(b"its numbers")
+
+    def opened() -> MTPModel:
+        keep = functools.partial(keeper, path=path)
+        return build_model(model.config, model.state_dict(), source="here", keeper=keep)
+
+    return model, path, opened
+
+
+def test_a_second_process_maps_what_the_first_one_packed(cached, monkeypatch, tmp_path):
+    model, path, opened = cached
+    first = opened()
+    (folder,) = (tmp_path / "cache" / "packed").iterdir()
+
+    def fails(*args):
+        raise AssertionError("packed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "packed_weight", fails)
+        second = opened()
+    prompts = random_prompts(4, (5, 20), 300)
+    texts = [generate(m, prompts, max_new_tokens=12) for m in (model, first, second)]
+    assert [[g.token_ids for g in text] for text in texts[1:]] == [
+        [g.token_ids for g in texts[0]]
+    ] * 2
+    for (name, weight), (_, other) in zip(
+        first.named_parameters(), second.named_parameters(), strict=True
+    ):
+        assert is_kept(weight) == is_kept(other), name
+    os.utime(path, ns=(1, 1))
+    opened()
+    (other,) = (tmp_path / "cache" / "packed").iterdir()
+    assert other != folder  # the file changed, and what was packed of its old state is gone
+
+
+@pytest.mark.parametrize("harm", ["bytes", "index", "shape", "shorter"])
+def test_damaged_packed_weights_are_made_again(harm, cached, tmp_path):
+    model, _, opened = cached
+    opened()
+    (folder,) = (tmp_path / "cache" / "packed").iterdir()
+    numbers, index = folder / "packed.bin", folder / "index.json"
+    if harm == "bytes":
+        numbers.write_bytes(bytes([numbers.read_bytes()[0] ^ 1]) + numbers.read_bytes()[1:])
+    elif harm == "index":
+        index.write_text("[")
+    else:  # as another program would seal it
+        found = json.loads(index.read_text())
+        name = "trunk.embedding.weight"
+        found[name][1 if harm == "shape" else 0] += 1 << 20
+        index.write_text(json.dumps(found))
+        (folder / "digests.json").unlink()
+    again = opened()
+    for name, weight in again.named_parameters():
+        assert torch.equal(packed.numbers_of(weight), model.get_parameter(name)), name
+    assert len(list((tmp_path / "cache" / "packed").iterdir())) == 1
+
+
+def test_a_small_model_leaves_the_cache_alone(cached, monkeypatch, tmp_path):
+    *_, opened = cached
+    monkeypatch.undo()
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    opened()
+    assert not (tmp_path / "cache").exists()

@@ -81,6 +81,20 @@ def test_strings_are_read_as_ggufs_reader_reads_them(tmp_path: Path) -> None:
         assert [(tensor.name, tensor.data_offset) for tensor in ours.tensors] == offsets
 
 
+def test_a_tensor_is_dequantized_in_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    whole = read_folder(file).build().state_dict()
+    monkeypatch.setattr(gguf_file, "_SLAB", 1)
+    for name, tensor in read_folder(file).build().state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+    with gguf_reader.one_reader(file) as reader:
+        for tensor in reader.tensors:
+            expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            assert torch.equal(gguf_file.numbers(file, tensor), expected), tensor.name
+
+
 @pytest.mark.parametrize("rule", gguf_tokenizer._RULES)
 def test_a_tokenizer_of_a_file_splits_by_the_rule_that_the_file_names(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

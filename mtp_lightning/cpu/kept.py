@@ -1,0 +1,153 @@
+"""A model that only decodes: its weights are kept packed alone, and packed once for all processes.
+
+The cache folder holds the packed weights of large models. A later process maps them into memory
+instead of reading and packing the model's own files, and processes share the memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_modules.cache import build_once, cache_folder
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.blocks import dense_matrices, packed_of
+from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed, packed_copy
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.sequential import SequentialModule
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.head import Head
+
+log = logging.getLogger(__name__)
+
+# A model with fewer bytes is packed faster than it is looked up.
+LEAST = 1 << 25
+# The alignment of a weight in the file, in bytes.
+_ALIGNED = 4096
+_INDEX, _NUMBERS = "index.json", "packed.bin"
+
+
+class Keeper:
+    """The :class:`~mtp_lightning.opening.Keeper` of a model on a CPU: of the matrices that
+    are only multiplied by rows, and of the embedding."""
+
+    def __init__(self, model: MTPModel, path: Path | None) -> None:
+        self._embedding = model.trunk.embedding
+        self._folder = None if path is None else _folder(path)
+        layers = list(model.modules())
+        matrices = [m for x in layers if type(x) is Block for m in dense_matrices(x)]
+        matrices += [x.eh_proj.weight for x in layers if type(x) is SequentialModule]
+        matrices += [model.head.weight] if type(model.head) is Head else []
+        known = {id(weight) for weight in [*matrices, self._embedding.weight]}
+        self._weights = {n: w for n, w in model.named_parameters() if id(w) in known}
+
+    @classmethod
+    def of(cls, model: MTPModel, path: Path | None = None) -> Keeper | None:
+        """``keeper`` of ``decoding/fused.py``."""
+        return None if native.library is None else cls(model, path)
+
+    def keep(self, weight: Tensor) -> None:
+        if any(weight is one for one in self._weights.values()):
+            keep_packed(weight)
+            self._look_up()
+
+    def restore(self) -> frozenset[str]:
+        if self._folder is None or not self._folder.is_dir():
+            return frozenset()
+        try:
+            found = _mapped(build_once(self._folder, _nothing), self._weights)
+        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            log.info("%s cannot be used and is built again: %s", self._folder, error)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return frozenset()
+        for name, packed in found.items():
+            keep_as(self._weights[name], packed)
+        self._look_up()
+        return frozenset(found)
+
+    def remember(self) -> None:
+        held = {name: packed_of(w) for name, w in self._weights.items() if is_kept(w)}
+        packed = {name: found for name, found in held.items() if found is not None}
+        if self._folder is None or sum(x.numbers.numel() for x in packed.values()) < LEAST:
+            return
+        try:
+            for old in self._folder.parent.glob(self._folder.name.partition("-")[0] + "-*"):
+                if old != self._folder:  # of an older state of the same files
+                    shutil.rmtree(old, ignore_errors=True)
+            build_once(self._folder, lambda folder: _write(folder, packed))
+        except OSError as error:
+            log.info("the packed weights are not kept for other processes: %s", error)
+
+    def _look_up(self) -> None:
+        """Let the embedding read its rows from the packed weight."""
+        weight = self._embedding.weight
+        if is_kept(weight):
+            packed = packed_copy(weight)
+            assert isinstance(packed, PackedWeight)
+            vars(self._embedding)["forward"] = packed.rows
+
+
+def _folder(path: Path) -> Path:
+    """Where the packed weights of a file, or of a folder's files, are kept in their present state.
+    A change of a file changes its time ctime, which no program can set."""
+    path = path.resolve()
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    states = [(file.name, *_state(file)) for file in files if file.is_file()]
+    state = json.dumps([states, native.lib().built_from().decode()])
+    return cache_folder() / "packed" / f"{_digest(str(path))}-{_digest(state)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _nothing(folder: Path) -> None:
+    raise FileNotFoundError(f"{folder} was deleted just now")
+
+
+def _write(folder: Path, packed: dict[str, PackedWeight]) -> None:
+    index, at = {}, 0
+    with (folder / _NUMBERS).open("wb") as file:
+        for name, weight in packed.items():
+            file.write(bytes(-at % _ALIGNED))
+            at += -at % _ALIGNED
+            index[name] = (at, weight.outputs, weight.inputs, int(weight.kind))
+            file.write(weight.numbers.numpy().data)
+            at += weight.numbers.numel()
+    (folder / _INDEX).write_text(json.dumps(index), "utf-8")
+
+
+def _mapped(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
+    """The packed weights of a folder, in memory that is shared with other processes.
+
+    Raises:
+        ValueError, KeyError, TypeError: the folder is not of this model.
+    """
+    index: dict[str, Any] = json.loads((folder / _INDEX).read_text("utf-8"))
+    # Private and writable, as PyTorch asks for: nobody writes, and all read the same pages.
+    held = torch.from_numpy(np.memmap(folder / _NUMBERS, np.uint8, "c"))
+    found = {}
+    for name, (at, outputs, inputs, kind) in index.items():
+        if list(weights[name].shape) != [outputs, inputs]:
+            raise ValueError(f"{name} has another shape")
+        size = native.lib().packed_size(outputs, inputs, Kind(kind))
+        numbers = held[at : at + size]
+        if at < 0 or numbers.numel() != size:
+            raise ValueError(f"{name} ends after the file")
+        found[name] = PackedWeight(numbers, outputs, inputs, Kind(kind))
+    return found
