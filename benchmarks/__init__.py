@@ -13,7 +13,8 @@ decode            plain and speculative decoding, trees, compiled passes
 serve             the HTTP server by the number of clients
 peers             a step next to transformers and litgpt
 llama_cpp         a GGUF file next to llama.cpp
-pretrained_heads  heads on a pretrained trunk next to transformers
+pretrained_heads  heads on a pretrained trunk next to transformers and llama.cpp
+decoding_figure   the figure of its results
 gpu               steps and decoding passes on a GPU
 ================  =================================================================
 

@@ -81,6 +81,26 @@ def _native(task: Row) -> tuple[Decode, str]:
     return decode, f"llama-cpp-python {llama_cpp.__version__}"
 
 
+def texts(task: Row) -> Iterator[Row]:
+    """One text a turn by llama-cpp-python, on one thread: CPU and wall seconds of its prompt and
+    its tokens. ``jobs`` are their prompts, numbers of tokens and temperatures, in this order."""
+    import time
+
+    import llama_cpp
+
+    length = max(len(prompt) + n for prompt, n, _ in task["jobs"])
+    path = task["model"]
+    model = llama_cpp.Llama(path, n_ctx=length + 8, n_threads=1, n_threads_batch=1, verbose=False)
+    yield {"program": f"llama-cpp-python {llama_cpp.__version__}"}
+    for prompt, n, temperature in task["jobs"]:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        model.reset()
+        chosen = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} if temperature else {"top_k": 1}
+        ids = list(islice(model.generate(prompt, temp=temperature, **chosen), n))
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+        yield {"ids": ids, "wall": wall, "cpu": cpu}
+
+
 def _wheel(task: Row) -> tuple[Decode, str]:
     """xllamacpp's server."""
     import xllamacpp

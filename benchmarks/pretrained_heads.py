@@ -1,26 +1,29 @@
 """Heads on a pretrained trunk: drafted decoding next to plain decoding and transformers.
 
-    python -m benchmarks.pretrained_heads runs/smollm2 [--output FILE.json] [--figure FILE.svg]
+    python -m benchmarks.pretrained_heads runs/smollm2 [--output FILE.json] [--llama-cpp FILE.gguf]
 
 Prompts of three kinds are decoded one at a time, greedily and at temperature 1. All ways take turns
 at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts with and
 without drafts must be the same, token for token; how many of them are transformers', too, is
 counted. Acceptance and the cost of single passes tell what bounds the speed-up.
+``python -m benchmarks.decoding_figure FILE.svg`` draws the stored results of all processors.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from benchmarks import cli
+from benchmarks import cli, harness
 from benchmarks.decode import in_transformers
-from benchmarks.harness import Row, progress
+from benchmarks.harness import Row
+from mtp_lightning.cpu.packed import PackedWeight, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
 from mtp_lightning.decoding.sequence import rates
@@ -74,7 +77,7 @@ class Transformers:
             self.model = theirs.model
 
     @torch.inference_mode()
-    def __call__(self, prompt: list[int], n_new: int, temperature: float) -> list[int]:
+    def __call__(self, prompt: list[int], n_new: int, seed: int, temperature: float) -> list[int]:
         out = self.model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -86,11 +89,60 @@ class Transformers:
         return out[0, len(prompt) :].tolist()
 
 
+Text = Callable[[list[int], int, int, float], Row]
+
+
+def timed(decode: Callable[..., Any]) -> Text:
+    """``decode(prompt, n_new, seed, temperature)`` -> ids, with the seconds that it takes."""
+
+    def text(prompt: list[int], n_new: int, seed: int, temperature: float) -> Row:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        found = decode(prompt, n_new, seed, temperature)
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
+        return {"ids": found, "wall": wall, "cpu": cpu}
+
+    return text
+
+
+def of_model(model: MTPModel, way: Row) -> Text:
+    """Decoding by this project with options of ``generate``; the ids come as a ``Generation``."""
+
+    def decode(prompt: list[int], n_new: int, seed: int, temperature: float) -> Any:
+        options = {"temperature": temperature, "batch_size": 1, "seed": seed, **way}
+        return generate(model, [prompt], max_new_tokens=n_new, **options)[0]
+
+    return timed(decode)
+
+
+WARM_UP = 4
+
+
+def asked(tokenizer: Any, n_prompts: int) -> Iterator[tuple[float, str, list[list[int]]]]:
+    """Temperature, kind and prompts, in the order in which they are decoded."""
+    for temperature, (kind, texts) in itertools.product((0.0, 1.0), PROMPTS.items()):
+        yield temperature, kind, [prompt_ids(tokenizer, kind, t) for t in texts[:n_prompts]]
+
+
+@contextmanager
+def by_llama_cpp(
+    file: str, python: str, tokenizer: Any, *, new_tokens: int, n_prompts: int
+) -> Iterator[Text]:
+    """llama.cpp's decoding of a GGUF file, in a process that knows the texts and their order."""
+    jobs = [
+        (prompt, n, temperature)
+        for temperature, _, prompts in asked(tokenizer, n_prompts)
+        for prompt, n in [(prompts[0], WARM_UP), *((prompt, new_tokens) for prompt in prompts)]
+    ]
+    with harness.Worker(
+        "benchmarks.llama_cpp:texts", {"model": file, "jobs": jobs}, python=python
+    ) as it:
+        yield lambda *_: it.turn()
+
+
 def measure(
     model: MTPModel,
-    theirs: Transformers,
+    ways: dict[str, Text],
     tokenizer: Any,
-    ways: dict[str, Row],
     *,
     new_tokens: int,
     n_prompts: int,
@@ -99,81 +151,54 @@ def measure(
 
     Args:
         model: a trunk with heads.
-        theirs: its trunk.
-        tokenizer: its tokenizer.
-        ways: name -> options of ``generate``; ``plain`` comes first.
+        ways: name -> decoding; ``plain`` comes first, and the names of drafts begin so.
+        tokenizer: the model's.
         new_tokens: tokens of a text.
         n_prompts: prompts of each kind.
     """
-    names = [*ways, "transformers"]
-
-    def decode(name: str, prompt: list[int], n_new: int, seed: int, temperature: float) -> Row:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        if name == "transformers":
-            ids, own = theirs(prompt, n_new, temperature), None
-        else:
-            options = {"temperature": temperature, "batch_size": 1, "seed": seed, **ways[name]}
-            (own,) = generate(model, [prompt], max_new_tokens=n_new, **options)
-            ids = own.token_ids
-        wall, cpu = time.perf_counter() - began, time.process_time() - cpu_began
-        return {"ids": ids, "generation": own, "wall": wall, "cpu": cpu}
-
     rows = []
-    for temperature, (kind, texts) in itertools.product((0.0, 1.0), PROMPTS.items()):
-        progress(f"{kind}, temperature {temperature:g}")
-        prompts = [prompt_ids(tokenizer, kind, text) for text in texts[:n_prompts]]
-        for name in names:
-            decode(name, prompts[0], 4, 0, temperature)  # warms up
-        found: dict[str, list[Row]] = {name: [] for name in names}
+    for temperature, kind, prompts in asked(tokenizer, n_prompts):
+        harness.progress(f"{kind}, temperature {temperature:g}")
+        for text in ways.values():
+            text(prompts[0], WARM_UP, 0, temperature)
+        found: dict[str, list[Row]] = {name: [] for name in ways}
         for number, prompt in enumerate(prompts):
-            for name in names if number % 2 == 0 else reversed(names):
-                found[name].append(decode(name, prompt, new_tokens, number, temperature))
-        said = {name: [one["generation"] for one in found[name]] for name in ways}
+            for name in ways if number % 2 == 0 else reversed(ways):
+                found[name].append(ways[name](prompt, new_tokens, number, temperature))
+        drafted = [name for name in ways if name.startswith("drafts")]
+        said = {name: [one["ids"] for one in found[name]] for name in ("plain", *drafted)}
         tokens = new_tokens * len(prompts)
         row: Row = {"kind": kind, "temperature": temperature, "tokens": tokens}
         if not temperature:
-            for name in list(ways)[1:]:
+            for name in drafted:
                 require_same_greedy(model, prompts, said["plain"], said[name])
-            pairs = zip(found["transformers"], found["plain"], strict=True)
-            same = sum(a["ids"] == b["ids"] for a, b in pairs)
+            pairs = zip(found["transformers"], said["plain"], strict=True)
+            same = sum(a["ids"] == b.token_ids for a, b in pairs)
             row["equal_to_transformers"] = f"{same} of {len(prompts)}"
         wall, cpu = (
             {name: sum(one[clock] for one in own) for name, own in found.items()}
             for clock in ("wall", "cpu")
         )
-        for name in names:
+        for name in ways:
             row[name] = {
                 "tokens_per_cpu_second": tokens / cpu[name],
                 "tokens_per_second": tokens / wall[name],
                 "over_plain_cpu": cpu["plain"] / cpu[name],
                 "over_plain": wall["plain"] / wall[name],
                 "over_transformers_cpu": cpu["transformers"] / cpu[name],
-                **(rates(said[name]) if name.startswith("drafts") else {}),
+                **(rates(said[name]) if name in drafted else {}),
             }
         rows.append(row)
     return rows
 
 
-def draw(rows: list[Row], file: Path) -> None:
-    """Speed over plain decoding by kind of prompt, a bar for each way."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    ways = [name for name in rows[0] if name.startswith("drafts") or name == "transformers"]
-    fig, axes = plt.subplots(figsize=(8, 3.2))
-    width = 0.8 / len(ways)
-    for index, name in enumerate(ways):
-        places = [i + (index - (len(ways) - 1) / 2) * width for i in range(len(rows))]
-        label = name.replace("drafts_", "drafts: ").replace("_", " ")
-        axes.bar(places, [row[name]["over_plain_cpu"] for row in rows], width, label=label)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), [f"{r['kind']}\nT = {r['temperature']:g}" for r in rows])
-    axes.set_ylabel("speed over plain decoding")
-    axes.legend(fontsize=8, ncols=len(ways))
-    fig.tight_layout()
-    fig.savefig(file, metadata={"Date": None})
+def memory_limit(model: MTPModel) -> float:
+    """Tokens per second of a processor that does nothing but read every weight once a token, as
+    fast as one thread here reads as many bytes."""
+    packed = (packed_copy(weight) for weight in model.parameters())
+    n_bytes = sum(x.numbers.numel() for x in packed if isinstance(x, PackedWeight))
+    numbers = torch.ones((n_bytes or sum(w.nbytes for w in model.parameters())) // 4)
+    return 1 / min(harness.seconds_of(lambda: torch.dot(numbers, numbers)) for _ in range(20))
 
 
 @cli.command()
@@ -185,7 +210,8 @@ def pretrained_heads(
     drafts: Sequence[int] = (1, 2),
     draft_vocab: Sequence[int] = (8192,),
     head_precision: str = "fp32",
-    figure: Path | None = None,
+    llama_cpp: str = "",
+    python: str = sys.executable,
 ) -> Row:
     """All prompts, and the passes of a round of decoding.
 
@@ -195,36 +221,44 @@ def pretrained_heads(
         drafts: drafts a round.
         draft_vocab: sizes of the vocabulary that drafts are also chosen from.
         head_precision: of the modules' own matrices.
-        figure: an SVG file for a figure of speed over plain decoding.
+        llama_cpp: the trunk as a GGUF file, which llama.cpp decodes as well.
+        python: the interpreter of the environment that has llama-cpp-python.
     """
     torch.set_num_threads(1)
     opened = open_to_decode(run, head_precision=head_precision)
-    theirs = Transformers(open_model(run).model, opened.tokenizer)
-    ways: dict[str, Row] = {"plain": {"speculative": False}}
-    ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}
-    ways |= {
+    theirs, tokenizer = Transformers(open_model(run).model, opened.tokenizer), opened.tokenizer
+    options: dict[str, Row] = {"plain": {"speculative": False}}
+    options |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}
+    options |= {
         f"drafts_{depth}_of_{size}": {"draft_depth": depth, "draft_vocab": size}
         for size in draft_vocab
         for depth in drafts
     }
+    ways = {name: of_model(opened.model, way) for name, way in options.items()}
+    ways["transformers"] = timed(theirs)
     sizes = {"new_tokens": new_tokens, "n_prompts": prompts}
-    rows = measure(opened.model, theirs, opened.tokenizer, ways, **sizes)
+    with ExitStack() as stack:
+        if llama_cpp:
+            own = by_llama_cpp(llama_cpp, python, tokenizer, **sizes)
+            ways["llama.cpp"] = stack.enter_context(own)
+        rows = measure(opened.model, ways, tokenizer, **sizes)
     cli.print_table(
         f"{run}: CPU seconds of one thread; x plain also in wall-clock",
         "prompts: kind; temperature: temperature; way: way; tokens per pass: tokens_per_step .2f; "
         "tokens/s: tokens_per_cpu_second .1f; x plain: over_plain_cpu .2f; "
         "wall: over_plain .2f; x transformers: over_transformers_cpu .2f",
-        [{**row, "way": way, **row[way]} for row in rows for way in (*ways, "transformers")],
+        [{**row, "way": way, **row[way]} for row in rows for way in ways],
     )
-    prompt = prompt_ids(opened.tokenizer, "prose", PROMPTS["prose"][0])
+    limit = memory_limit(opened.model)
+    print(f"reading the weights alone: {limit:.1f} tokens/s")
+    prompt = prompt_ids(tokenizer, "prose", PROMPTS["prose"][0])
     costs = pass_costs(opened.model, prompt, repeats=20)
     print("a verify pass over 1, 2, .. tokens:", [f"{1e3 * s:.1f} ms" for s in costs.verify])
     print("a draft of depth 1, 2, ..:", [f"{1e3 * s:.1f} ms" for s in costs.draft])
-    if figure is not None:
-        draw(rows, figure)
     return {
         "processor": processor(),
         "rows": rows,
+        "memory_limit": limit,
         "verify_seconds": costs.verify,
         "draft_seconds": costs.draft,
     }

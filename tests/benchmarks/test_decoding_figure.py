@@ -1,0 +1,41 @@
+"""The figure of decoding shows the stored results of every processor."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from benchmarks.decoding_figure import RESULTS, best_of, draw
+
+pytest.importorskip("matplotlib")
+
+
+def test_every_stored_result_is_drawn() -> None:
+    results = [json.loads(f.read_text("utf-8")) for f in RESULTS.glob("pretrained_heads*.json")]
+    said = " ".join(ElementTree.fromstring(draw(results)).itertext())
+    for result in results:
+        rows = [row for row in result["rows"] if row["temperature"] == 0]
+        gains = [row[best_of(rows)]["over_plain_cpu"] for row in rows]
+        assert f"{result['processor']}: drafts make {min(gains):.2f} to {max(gains):.2f}" in said
+        for row in rows:
+            assert f"{row['plain']['tokens_per_cpu_second']:.0f}" in said
+
+
+def test_a_side_that_was_not_measured_has_no_bar_and_no_name() -> None:
+    way = {"tokens_per_cpu_second": 10.0, "over_plain_cpu": 1.0}
+    row = {
+        "kind": "code",
+        "temperature": 0,
+        "plain": way,
+        "drafts_1": way | {"over_plain_cpu": 1.5},
+    }
+    result = {"processor": "One", "rows": [row | {"drafts_2": way}]}
+    said = " ".join(ElementTree.fromstring(draw([result])).itertext())
+    assert "1.50 to 1.50" in said and "llama.cpp" not in said and "reading" not in said
+    theirs = {"rows": [row | {"llama.cpp": way | {"tokens_per_cpu_second": 77.0}}]}
+    said = " ".join(
+        ElementTree.fromstring(draw([result | theirs | {"memory_limit": 90.0}])).itertext()
+    )
+    assert "llama.cpp" in said and "77" in said and "reading the weights" in said
