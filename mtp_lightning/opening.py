@@ -24,6 +24,7 @@ import torch
 from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Stored(ABC):
     @abstractmethod
     def copy_to(self, target: torch.Tensor) -> None:
         """Write it into memory of its shape and of any dtype."""
+
+    def scales(self) -> WeightScales | None:
+        """The scales of its blocks, where they cannot be found in its numbers."""
+        return None
 
     def numel(self) -> int:
         """How many numbers it has."""
@@ -133,7 +138,7 @@ class Keeper(Protocol):
     """Keeps the weights of a model that only decodes packed alone, where every pass can read
     them so; that takes at most half of the memory."""
 
-    def keep(self, weight: torch.Tensor) -> None:
+    def keep(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
         """Pack a weight of the model, which has its numbers, if it can be packed."""
 
     def restore(self) -> frozenset[str]:
@@ -314,7 +319,7 @@ def load_weights(
         if not _is_finite(target):
             broken.append(name)
         if keep is not None and name in parameters:
-            keep.keep(parameters[name])
+            keep.keep(parameters[name], found.scales() if isinstance(found, Stored) else None)
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(

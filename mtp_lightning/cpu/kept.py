@@ -27,6 +27,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.weight_scales import WeightScales
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ class Keeper:
         """``keeper`` of ``decoding/fused.py``."""
         return None if native.library is None else cls(model, path)
 
-    def keep(self, weight: Tensor) -> None:
+    def keep(self, weight: Tensor, scales: WeightScales | None = None) -> None:
         if any(weight is one for one in self._weights.values()):
-            keep_packed(weight)
+            keep_packed(weight, scales)
             self._look_up()
 
     def restore(self) -> frozenset[str]:

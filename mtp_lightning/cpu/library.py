@@ -60,6 +60,7 @@ _NUMBERS = {
     "attention_kept": (c_int64,),
     "packed_size": (c_int64,) * 3,
     "pack_weight": (*[c_void_p] * 2, *[c_int64] * 3),
+    "pack_scaled": (*[c_void_p] * 4, *[c_int64] * 3),
 }
 
 

@@ -6,7 +6,8 @@ speculative decoding requires. Weights whose numbers are all bf16 are packed in 
 bytes without loss, since the product is computed in fp32. Weights that are integers of int8 times
 one scale per output are packed in int8, a quarter of the bytes; the product is scaled at its end.
 Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
-them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32.
+them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so are those of
+Q4_K, Q5_K and Q6_K, whose file says their steps and offsets (``WeightScales``).
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
@@ -19,6 +20,7 @@ Shapes: K inputs, N outputs.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.cpu import library as native
+from mtp_lightning.nn.weight_scales import WeightScales
 
 
 class Kind(IntEnum):
@@ -37,12 +40,14 @@ class Kind(IntEnum):
     BYTE = 2
     BLOCKS4 = 3
     BLOCKS8 = 4
+    BLOCKS4_FULL = 5
+    BLOCKS8_FULL = 6
 
 
 # Outputs of a panel.
 PANEL = 64
-# Those with the fewest bytes first.
-_BY_SIZE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8, Kind.HALF, Kind.FULL)
+# Those that are found in the numbers alone; the fewest bytes first.
+_SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.HALF, Kind.FULL)
 
 
 class PackedStruct(ctypes.Structure):
@@ -135,9 +140,14 @@ def unpack(weight: Tensor) -> None:
         vars(weight).pop("packed", None)
 
 
-def keep_packed(weight_NK: Tensor) -> None:
-    """Replace an fp32 weight's own numbers by its packed copy, if it can have one."""
-    if is_kept(weight_NK) or (found := packed_weight(weight_NK)) is None:
+def keep_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
+    """Replace an fp32 weight's own numbers by its packed copy, if it can have one.
+
+    Args:
+        weight_NK: the weight.
+        scales: of its blocks, where its file says them.
+    """
+    if is_kept(weight_NK) or (found := packed_weight(weight_NK, scales)) is None:
         return
     keep_as(weight_NK, found)
 
@@ -175,14 +185,36 @@ def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
     return first
 
 
-def packed_weight(weight_NK: Tensor) -> PackedWeight | None:
-    """A copy in the layout of skinny.h, or None if the library does not support the weight."""
+def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> PackedWeight | None:
+    """A copy in the layout of skinny.h, or None if the library does not support the weight.
+
+    Args:
+        weight_NK: the weight.
+        scales: see :func:`keep_packed`.
+    """
     weight_NK = weight_NK.detach()
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
     library, (outputs, inputs) = native.lib(), weight_NK.shape
-    for kind in _BY_SIZE:  # an attempt ends at the first number that does not fit
+
+    def attempt(kind: Kind, pack: Callable[..., int], *given: Tensor) -> PackedWeight | None:
+        """The packed weight; the attempt ends at the first number that does not fit."""
         numbers = torch.empty(library.packed_size(outputs, inputs, kind), dtype=torch.uint8)
-        if library.pack_weight(weight_NK.data_ptr(), numbers.data_ptr(), outputs, inputs, kind):
-            return PackedWeight(numbers, outputs, inputs, kind)
+        pointers = [tensor.data_ptr() for tensor in (weight_NK, *given, numbers)]
+        fits = pack(*pointers, outputs, inputs, kind)
+        return PackedWeight(numbers, outputs, inputs, kind) if fits else None
+
+    for kind in _SMALL:
+        if found := attempt(kind, library.pack_weight):
+            return found
+    if scales is not None:
+        kind = Kind.BLOCKS4_FULL if (scales.bits, scales.group) == (4, 32) else Kind.BLOCKS8_FULL
+        scales = scales if kind == Kind.BLOCKS4_FULL else scales.of_groups(16)
+        steps, offsets = scales.steps.contiguous(), scales.offsets.contiguous()
+        assert steps.shape == offsets.shape == (outputs, inputs // scales.group)
+        if found := attempt(kind, library.pack_scaled, steps, offsets):
+            return found
+    for kind in _LARGE:
+        if found := attempt(kind, library.pack_weight):
+            return found
     raise AssertionError("fp32 represents all numbers")

@@ -24,11 +24,13 @@ from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_counts import require_counts
 from mtp_lightning.interop.gguf_layout import Entry, Layout, entries
 from mtp_lightning.interop.gguf_reader import one_reader
+from mtp_lightning.interop.gguf_scales import KQUANTS, steps_and_offsets
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import pretrained_state
 from mtp_lightning.stored import brief
 
@@ -75,6 +77,23 @@ class Blocks(Part):
         else:  # without a second copy in memory
             numbers(self.file, tensor, i if len(entry.parts) > 1 else None, out=target)
 
+    def scales(self) -> WeightScales | None:
+        (tensor, entry, i), *others = self.held
+        kind = tensor.tensor_type
+        if others or len(self.size) != 2 or kind.name not in KQUANTS:
+            return None
+        which = i if len(entry.parts) > 1 else None
+        portions = _portions(self.file, tensor, which)
+        found = [steps_and_offsets(stored, kind) for _, stored in portions]
+        steps, offsets = (np.concatenate(each) for each in zip(*found, strict=True))
+        quant = KQUANTS[kind.name]
+        return WeightScales(
+            steps=entry.unpack(torch.from_numpy(steps)),
+            offsets=entry.unpack(torch.from_numpy(offsets)),
+            group=quant.group,
+            bits=quant.bits,
+        )
+
     def read(self) -> Tensor:
         portions = []
         for tensor, entry, i in self.held:
@@ -95,19 +114,29 @@ def numbers(file: Path, tensor: Any, i: int | None = None, out: Tensor | None = 
     """
     from gguf.quants import dequantize
 
+    width = int(tensor.shape[0])
+    shape = [int(n) for n in reversed(tensor.shape)][0 if i is None else 1 :]
+    out = torch.empty(shape) if out is None else out
+    rows = out.view(-1, width)
+    for at, stored in _portions(file, tensor, i):
+        found = dequantize(stored, tensor.tensor_type)
+        rows[at : at + len(stored)] = torch.from_numpy(np.ascontiguousarray(found))
+    return out
+
+
+def _portions(file: Path, tensor: Any, i: int | None) -> Iterator[tuple[int, Any]]:
+    """The stored bytes of some rows at a time, with the number of the first row; arguments as
+    :func:`numbers`."""
     held = tensor.data if i is None else tensor.data[i]
     begin = tensor.data_offset + (0 if i is None else i * held.nbytes)
-    stored = held.reshape(-1, held.shape[-1])
-    width = int(tensor.shape[0])
-    out = torch.empty(*held.shape[:-1], width) if out is None else out
-    rows = out.view(-1, width)
-    for at in range(0, len(stored), step := max(1, _SLAB // stored.strides[0])):
-        part = stored[at : at + step]
+    rows = held.reshape(-1, held.shape[-1])
+    n_bytes = rows.strides[0]
+    step = max(1, _SLAB // n_bytes)
+    for at in range(0, len(rows), step):
+        part = rows[at : at + step]
         # Not through the reader's memory map, whose pages stay in memory.
-        read = np.fromfile(file, part.dtype, part.size, offset=begin + at * stored.strides[0])
-        found = dequantize(read.reshape(part.shape), tensor.tensor_type)
-        rows[at : at + step] = torch.from_numpy(np.ascontiguousarray(found))
-    return out
+        read = np.fromfile(file, part.dtype, part.size, offset=begin + at * n_bytes)
+        yield at, read.reshape(part.shape)
 
 
 def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:

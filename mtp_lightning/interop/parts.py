@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.nn.weight_map import MappedWeight
+from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import Stored
 
 
@@ -82,6 +83,12 @@ class Assembled(Stored):
             else:
                 rows[where[own]] = part.read().to(rows.dtype)
             at = own.stop
+
+    def scales(self) -> WeightScales | None:
+        found = [each for part in self.parts if (each := part.scales()) is not None]
+        if self.mapped.stacked is not None or len(found) < len(self.parts):
+            return None
+        return WeightScales.joined(found, self.mapped.order)
 
 
 def equal(one: Part, other: Part) -> bool:

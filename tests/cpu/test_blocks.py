@@ -27,7 +27,8 @@ def packed(weight: Tensor) -> PackedWeight:
 
 def in_fp32(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> PackedWeight:
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_BY_SIZE", (Kind.FULL,))
+        patch.setattr(packing, "_SMALL", ())
+        patch.setattr(packing, "_LARGE", (Kind.FULL,))
         return packed(weight)
 
 

@@ -19,22 +19,39 @@ WORDS = [*(chr(c) for c in range(33, 127)), "\u0120", "\u010a", "ab"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_gguf(path: Path, *, kind: str = "llama", extra: Any = None) -> Path:
-    """A random model of 4-bit blocks, as llama.cpp's converter lays it out."""
+def k_quant(generator: np.random.Generator, name: str, rows: int, columns: int) -> Any:
+    """Random blocks of Q4_K, Q5_K or Q6_K, [rows, bytes], of numbers of the size of 0.1."""
+    numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    blocks = generator.integers(0, 256, (rows * columns // numbers, size), dtype=np.uint8)
+    scales = generator.uniform(1, 2, (len(blocks), 2)) * [3e-4, 2e-3]
+    found = scales.astype(np.float16).view(np.uint8)
+    if name == "Q6_K":
+        blocks[:, -2:] = found[:, :2]
+    else:
+        blocks[:, :4] = found
+    return blocks.reshape(rows, -1)
+
+
+def write_gguf(
+    path: Path, *, kind: str = "llama", extra: Any = None, k_quants: bool = False
+) -> Path:
+    """A random model of 4-bit blocks, or one of K-quants as in a file Q4_K_M, as llama.cpp's
+    converter lays it out."""
     generator = np.random.default_rng(0)
+    width, wide = (256, 512) if k_quants else (WIDTH, 96)
     tokens = [*SPECIALS, *WORDS]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_name("tiny")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(96)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(wide)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(50_000.0)
     if kind == "llama":
-        writer.add_rope_dimension_count(WIDTH // HEADS)
+        writer.add_rope_dimension_count(width // HEADS)
         writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -47,6 +64,12 @@ def write_gguf(path: Path, *, kind: str = "llama", extra: Any = None) -> Path:
     writer.add_chat_template(TEMPLATE)
 
     def matrix(name: str, rows: int, columns: int) -> None:
+        if k_quants:
+            high = name.endswith(("_v.weight", "embd.weight"))
+            of = "Q6_K" if high else "Q5_K" if "down" in name else "Q4_K"
+            blocks = k_quant(generator, of, rows, columns)
+            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[of])
+            return
         numbers = generator.normal(0, 0.1, (rows, columns)).astype(np.float32)
         blocks = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q4_1)
         writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
@@ -54,21 +77,21 @@ def write_gguf(path: Path, *, kind: str = "llama", extra: Any = None) -> Path:
     def vector(name: str, size: int) -> None:
         writer.add_tensor(name, generator.uniform(0.5, 1.5, size).astype(np.float32))
 
-    matrix("token_embd.weight", len(tokens), WIDTH)
-    vector("output_norm.weight", WIDTH)
-    narrow = KV * WIDTH // HEADS
+    matrix("token_embd.weight", len(tokens), width)
+    vector("output_norm.weight", width)
+    narrow = KV * width // HEADS
     for layer in range(LAYERS):
         block = f"blk.{layer}."
-        vector(f"{block}attn_norm.weight", WIDTH)
-        vector(f"{block}ffn_norm.weight", WIDTH)
-        for name, rows in (("q", WIDTH), ("k", narrow), ("v", narrow), ("output", WIDTH)):
-            matrix(f"{block}attn_{name}.weight", rows, WIDTH)
+        vector(f"{block}attn_norm.weight", width)
+        vector(f"{block}ffn_norm.weight", width)
+        for name, rows in (("q", width), ("k", narrow), ("v", narrow), ("output", width)):
+            matrix(f"{block}attn_{name}.weight", rows, width)
         if kind == "qwen2":
-            for name, rows in (("q", WIDTH), ("k", narrow), ("v", narrow)):
+            for name, rows in (("q", width), ("k", narrow), ("v", narrow)):
                 vector(f"{block}attn_{name}.bias", rows)
-        matrix(f"{block}ffn_gate.weight", 96, WIDTH)
-        matrix(f"{block}ffn_up.weight", 96, WIDTH)
-        matrix(f"{block}ffn_down.weight", WIDTH, 96)
+        matrix(f"{block}ffn_gate.weight", wide, width)
+        matrix(f"{block}ffn_up.weight", wide, width)
+        matrix(f"{block}ffn_down.weight", width, wide)
     if extra is not None:
         extra(writer)
     writer.write_header_to_file()

@@ -17,7 +17,11 @@ from tokenizers import Tokenizer
 
 from data_modules.tokenizers import BPETokenizer, PretrainedTokenizer, tokenizer_from_state
 from data_modules.windows import WindowBatch
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.packed import Kind, packed_copy
+from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.interop import gguf_file, gguf_reader, gguf_tokenizer
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
@@ -93,6 +97,30 @@ def test_a_tensor_is_dequantized_in_portions(
         for tensor in reader.tensors:
             expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
             assert torch.equal(gguf_file.numbers(file, tensor), expected), tensor.name
+
+
+@pytest.mark.skipif(native.library is None, reason="no C++ for the layers on this machine")
+def test_k_quants_are_decoded_from_blocks_to_the_bits_of_the_dequantized_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "_SLAB", 1000)  # several portions a tensor
+    file = write_gguf(tmp_path / "tiny.gguf", k_quants=True)
+    dequantized, light = open_model(file).model, open_to_decode(file).model
+    kinds = {
+        "attention.qkv": Kind.BLOCKS8_FULL,  # of rows of Q4_K and Q6_K
+        "attention.out": Kind.BLOCKS4_FULL,
+        "feed_forward.gate_up": Kind.BLOCKS4_FULL,
+        "feed_forward.down": Kind.BLOCKS8_FULL,
+        "trunk.embedding": Kind.BLOCKS8_FULL,
+    }
+    for name, weight in light.named_parameters():
+        if weight.ndim == 2:
+            packed: Any = packed_copy(weight)
+            assert [packed.kind] == [kind for n, kind in kinds.items() if n in name], name
+            assert torch.equal(packed.unpacked(), dequantized.get_parameter(name)), name
+    prompts = [[5, 9, 20, 7], [3]]
+    expected, found = (generate(m, prompts, max_new_tokens=20) for m in (dequantized, light))
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
 
 
 @pytest.mark.parametrize("rule", gguf_tokenizer._RULES)

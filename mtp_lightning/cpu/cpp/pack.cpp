@@ -137,83 +137,96 @@ static bool pack(Byte, const float* weight, char* packed, int64_t outputs, int64
 
 static inline float as_fp16(float x) { return _cvtsh_ss(_cvtss_sh(x, 0)); }
 
-// A block of 32 numbers of one output as step x q + offset.
-template <int BITS>
+// A block of one output as step x q + offset.
+template <typename Format>
 struct Fitted {
+    static constexpr int BITS = Format::BITS;
     float step, offset;
-    int32_t q[GROUP];
+    int32_t q[Format::GROUP];
 
-    // Takes a step and an offset, rounded to fp16, if they give all numbers exactly.
+    // Takes a step and an offset, if they give all numbers exactly.
     bool fits(const float* numbers, float given_step, float given_offset) {
-        step = as_fp16(given_step), offset = as_fp16(given_offset);
-        Vector a = all(step) * all(Blocks<BITS>::LEVELS), b = all(offset) - a;
+        step = given_step, offset = given_offset;
+        Vector a = all(step) * all(Format::LEVELS), b = all(offset) - a;
         Whole lost = {};
-        for (int64_t i = 0; i < GROUP; i += LANES) {
+        for (int64_t i = 0; i < Format::GROUP; i += LANES) {
             Vector number = load(numbers + i);
             Vector level = step == 0.0f ? all(0.0f) : rounded((number - all(offset)) / all(step));
-            lost |= ~(level >= all(0.0f)) | (level >= all(Blocks<BITS>::LEVELS));
-            Vector fraction = multiply_add(level, all(1 / Blocks<BITS>::LEVELS), all(1.0f));
+            lost |= ~(level >= all(0.0f)) | (level >= all(Format::LEVELS));
+            Vector fraction = multiply_add(level, all(1 / Format::LEVELS), all(1.0f));
             lost |= multiply_add(a, fraction, b) != number;  // also true for NaN
             store((float*)q + i, (Vector)_mm512_cvtps_epi32((__m512)level));
         }
         return !_mm512_test_epi32_mask((__m512i)lost, (__m512i)lost);
     }
 
-    // Finds the step and the offset, if there are any.
+    // The same after rounding to fp16.
+    bool fits_rounded(const float* numbers, float given_step, float given_offset) {
+        return fits(numbers, as_fp16(given_step), as_fp16(given_offset));
+    }
+
+    // Finds a step and an offset in fp16, if there are any.
     bool find(const float* numbers) {
         constexpr int TOP = (1 << BITS) - 1, ZERO = 1 << (BITS - 1);
         Vector one = load(numbers), two = load(numbers + LANES);
         float high = largest_of(larger(one, two)), low = -largest_of(larger(-one, -two));
         float size = -low > high ? -low : high;
+        auto fits = [&](float step, float offset) { return fits_rounded(numbers, step, offset); };
         // As Q8_0: the largest number has the level 127, above or below an offset of 0.
-        if (BITS == 8 && fits(numbers, size / (ZERO - 1), -size / (ZERO - 1) * ZERO)) return true;
+        if (BITS == 8 && fits(size / (ZERO - 1), -size / (ZERO - 1) * ZERO)) return true;
         // As Q4_1: the smallest number is the offset, the largest has the last level.
-        if (fits(numbers, (high - low) / TOP, low)) return true;
+        if (fits((high - low) / TOP, low)) return true;
         // As Q4_0: the number of the largest size has the level 0, eight steps from 0.
-        if (fits(numbers, size / ZERO, -size) || fits(numbers, -size / ZERO, size)) return true;
+        if (fits(size / ZERO, -size) || fits(-size / ZERO, size)) return true;
         if (low == high) {
             for (int n = 1; n <= ZERO; n++)
-                if (fits(numbers, -low / n, low / n * ZERO) || fits(numbers, low / n, -low / n * ZERO))
-                    return true;
+                if (fits(-low / n, low / n * ZERO) || fits(low / n, -low / n * ZERO)) return true;
             return false;
         }
         // An extreme, or with 4 bits a level beyond it, is the offset; not all levels are used.
         for (int n = TOP; n > 0; n--) {
             float given = as_fp16((high - low) / n);
             for (int beyond = 0; beyond <= (BITS == 4 ? TOP - n : 0); beyond++) {
-                if (fits(numbers, given, low - beyond * given)) return true;
-                if (fits(numbers, -given, high + beyond * given)) return true;
+                if (fits(given, low - beyond * given)) return true;
+                if (fits(-given, high + beyond * given)) return true;
             }
         }
         return false;
     }
 };
 
-// Packs in blocks, if every 32 inputs of an output have a step and an offset that represent them
-// exactly.
-template <int BITS>
-static bool pack(Blocks<BITS>, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
-    Fitted<BITS> first;
-    if (inputs % GROUP || !first.find(weight)) return false;
+static inline void put_scales(char* to, int64_t lane, float step, float offset, HalfScales) {
+    ((uint16_t*)to)[lane] = _cvtss_sh(step, 0);
+    ((uint16_t*)to)[LANES + lane] = _cvtss_sh(offset, 0);
+}
+
+static inline void put_scales(char* to, int64_t lane, float step, float offset, FullScales) {
+    ((float*)to)[lane] = step;
+    ((float*)to)[LANES + lane] = offset;
+}
+
+// Packs in blocks: fit(block, output, input) finds the block from an output's input on, and returns
+// whether there is one.
+template <typename Format, typename Fit>
+static bool pack_blocks(char* packed, int64_t outputs, int64_t inputs, Fit fit) {
     std::atomic<bool> lost{false};
-    using Format = Blocks<BITS>;
     for_panels<Format>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
-        int64_t vectors = width / LANES;
-        for (int64_t k = 0; k < inputs && !lost; k += GROUP, panel += Format::bytes(width, GROUP)) {
-            memset(panel, 0, Format::bytes(width, GROUP));
+        int64_t vectors = width / LANES, size = Format::bytes(width, Format::GROUP);
+        int64_t scales = Format::SCALES::SIZE * sizeof(Vector);
+        for (int64_t k = 0; k < inputs && !lost; k += Format::GROUP, panel += size) {
+            memset(panel, 0, size);
             for (int64_t o = 0; o < width && at + o < outputs; o++) {
-                Fitted<BITS> block;
-                if (!block.find(weight + (at + o) * inputs + k)) {
+                Fitted<Format> block;
+                if (!fit(block, at + o, k)) {
                     lost = true;
                     return;
                 }
                 int64_t v = o / LANES, lane = o % LANES;
-                uint16_t* steps = (uint16_t*)(panel + v * sizeof(Vector));
-                steps[lane] = _cvtss_sh(block.step, 0);
-                steps[LANES + lane] = _cvtss_sh(block.offset, 0);
-                uint32_t* words = (uint32_t*)(panel + vectors * sizeof(Vector));
-                for (int64_t i = 0; i < GROUP; i++) {
-                    int64_t word = i / Format::IN_LANE, shift = i % Format::IN_LANE * BITS;
+                typename Format::SCALES kind;
+                put_scales(panel + v * scales, lane, block.step, block.offset, kind);
+                uint32_t* words = (uint32_t*)(panel + vectors * scales);
+                for (int64_t i = 0; i < Format::GROUP; i++) {
+                    int64_t word = i / Format::IN_LANE, shift = i % Format::IN_LANE * Format::BITS;
                     words[(word * vectors + v) * LANES + lane] |= (uint32_t)block.q[i] << shift;
                 }
             }
@@ -222,12 +235,45 @@ static bool pack(Blocks<BITS>, const float* weight, char* packed, int64_t output
     return !lost;
 }
 
+// Packs in blocks, if every 32 inputs of an output have a step and an offset in fp16 that represent
+// them exactly.
+template <int BITS>
+static bool pack(Blocks<BITS, 32, HalfScales>, const float* weight, char* packed, int64_t outputs,
+                 int64_t inputs) {
+    using Format = Blocks<BITS, 32, HalfScales>;
+    Fitted<Format> first;
+    if (inputs % Format::GROUP || !first.find(weight)) return false;
+    return pack_blocks<Format>(packed, outputs, inputs, [&](auto& block, int64_t o, int64_t k) {
+        return block.find(weight + o * inputs + k);
+    });
+}
+
+// Steps and offsets in fp32 are not found in the numbers: pack_scaled is given them.
+template <int BITS, int64_t GROUP>
+static bool pack(Blocks<BITS, GROUP, FullScales>, const float*, char*, int64_t, int64_t) {
+    return false;
+}
+
 // Packs weight[N, K] in a format. Returns 0, with unusable content in `packed`, if the format does not
 // represent all numbers exactly.
 extern "C" int64_t pack_weight(const float* weight, char* packed, int64_t outputs, int64_t inputs,
                                int64_t kind) {
     return as_format(kind,
                      [&](auto format) { return pack(format, weight, packed, outputs, inputs); });
+}
+
+// The same of BLOCKS4_FULL or BLOCKS8_FULL with steps and offsets [N, K / GROUP].
+extern "C" int64_t pack_scaled(const float* weight, const float* steps, const float* offsets,
+                               char* packed, int64_t outputs, int64_t inputs, int64_t kind) {
+    auto pack_as = [&](auto format) {
+        using Format = decltype(format);
+        int64_t groups = inputs / Format::GROUP;
+        return pack_blocks<Format>(packed, outputs, inputs, [&](auto& block, int64_t o, int64_t k) {
+            int64_t i = o * groups + k / Format::GROUP;
+            return block.fits(weight + o * inputs + k, steps[i], offsets[i]);
+        });
+    };
+    return kind == BLOCKS4_FULL ? pack_as(Blocks4Full{}) : pack_as(Blocks8Full{});
 }
 
 // out[N, K], the numbers of a packed weight.

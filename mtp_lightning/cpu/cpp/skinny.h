@@ -11,10 +11,9 @@
 #include "vector.h"
 
 constexpr int64_t PANEL = WIDE;
-constexpr int64_t GROUP = 32;  // inputs of an output that share a step and an offset
 
 // The formats of a packed weight.
-enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8 };
+enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8, BLOCKS4_FULL, BLOCKS8_FULL };
 
 #define INLINE static inline __attribute__((always_inline))
 // A lambda that is always inlined.
@@ -113,20 +112,39 @@ struct Byte {
     }
 };
 
-// Blocks of 32 inputs, as in GGUF's Q4_0, Q4_1 and Q8_0: weight = step x q + offset with q of BITS
-// bits; step and offset are fp16. A block is a vector of 16 steps and 16 offsets for every 16 outputs,
-// then BITS times V vectors, whose lanes hold 32 / BITS inputs of one output.
+// The steps and offsets of the blocks of 16 outputs in fp16: one vector.
+struct HalfScales {
+    static constexpr int SIZE = 1;
+    INLINE Vector step(const char* from) { return load_fp16(from); }
+    INLINE Vector offset(const char* from) { return load_fp16(from + sizeof(Vector) / 2); }
+};
+
+// The same in fp32: two vectors.
+struct FullScales {
+    static constexpr int SIZE = 2;
+    INLINE Vector step(const char* from) { return (Vector)load_whole(from); }
+    INLINE Vector offset(const char* from) { return (Vector)load_whole(from + sizeof(Vector)); }
+};
+
+// Blocks of GROUP inputs of an output: weight = step x q + offset with q of BITS bits. With fp16 scales
+// they are those of GGUF's Q4_0, Q4_1 and Q8_0; with fp32 scales those of Q4_K, Q5_K and Q6_K, whose
+// steps and offsets are products. A block is the scales for every 16 outputs, then GROUP BITS / 32
+// times V vectors, whose lanes hold 32 / BITS inputs of one output.
 //
 // q becomes the fraction of 1.q, so that no conversion is needed: with a = 2^BITS step, weight =
 // a x 1.q + (offset - a), rounded once. Packing refuses weights where that is not exact.
-template <int BITS>
+template <int BITS_, int64_t GROUP_, typename Scales>
 struct Blocks {
+    using SCALES = Scales;
+    static constexpr int BITS = BITS_;
+    static constexpr int64_t GROUP = GROUP_;
+    static constexpr int VECTORS = GROUP * BITS / 32;
     static constexpr int UNIT = 1;
     static constexpr bool SCALED = false;
     static constexpr int IN_LANE = 32 / BITS;
     static constexpr float LEVELS = 1 << BITS;
     static int64_t bytes(int64_t width, int64_t inputs) {
-        return inputs / GROUP * width * (1 + BITS) * 4;
+        return inputs / GROUP * width * (Scales::SIZE + VECTORS) * 4;
     }
     // 1.q of the lanes' number j.
     INLINE Vector fraction(Whole lanes, int j) {
@@ -141,12 +159,12 @@ struct Blocks {
         for (int64_t k = 0; k < inputs; k += GROUP) {
             Vector step[V], offset[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++, panel += sizeof(Vector)) {
-                ask_ahead(panel);
-                step[v] = load_fp16(panel) * all(LEVELS);
-                offset[v] = load_fp16(panel + sizeof(Vector) / 2) - step[v];
+            for (int v = 0; v < V; v++, panel += Scales::SIZE * sizeof(Vector)) {
+                for (int i = 0; i < Scales::SIZE; i++) ask_ahead(panel + i * sizeof(Vector));
+                step[v] = Scales::step(panel) * all(LEVELS);
+                offset[v] = Scales::offset(panel) - step[v];
             }
-            for (int i = 0; i < BITS; i++, panel += V * sizeof(Vector)) {
+            for (int i = 0; i < VECTORS; i++, panel += V * sizeof(Vector)) {
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) ask_ahead(panel + v * sizeof(Vector));
 #pragma GCC unroll 8
@@ -163,6 +181,11 @@ struct Blocks {
     }
 };
 
+using Blocks4 = Blocks<4, 32, HalfScales>;
+using Blocks8 = Blocks<8, 32, HalfScales>;
+using Blocks4Full = Blocks<4, 32, FullScales>;
+using Blocks8Full = Blocks<8, 16, FullScales>;
+
 // Calls body with the format of a kind.
 template <typename Body>
 static inline auto as_format(int64_t kind, Body body) {
@@ -170,8 +193,10 @@ static inline auto as_format(int64_t kind, Body body) {
         case FULL: return body(Full{});
         case HALF: return body(Half16{});
         case BYTE: return body(Byte{});
-        case BLOCKS4: return body(Blocks<4>{});
-        default: return body(Blocks<8>{});
+        case BLOCKS4: return body(Blocks4{});
+        case BLOCKS8: return body(Blocks8{});
+        case BLOCKS4_FULL: return body(Blocks4Full{});
+        default: return body(Blocks8Full{});
     }
 }
 

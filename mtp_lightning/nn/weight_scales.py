@@ -1,0 +1,45 @@
+"""The scales of a matrix whose numbers are stored in blocks of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScales:
+    """Of a matrix [N, K] whose numbers are ``step x q + offset`` with integers q >= 0.
+
+    Attributes:
+        steps: of the blocks, fp32 [N, K / group].
+        offsets: the same.
+        group: the inputs of a block.
+        bits: of q.
+    """
+
+    steps: Tensor
+    offsets: Tensor
+    group: int
+    bits: int
+
+    def of_groups(self, group: int) -> WeightScales:
+        """The same of smaller blocks."""
+        times = self.group // group
+        steps, offsets = (
+            each.repeat_interleave(times, dim=1) for each in (self.steps, self.offsets)
+        )
+        return replace(self, steps=steps, offsets=offsets, group=group)
+
+    @staticmethod
+    def joined(parts: Sequence[WeightScales], order: Sequence[int] | None) -> WeightScales:
+        """Those of a matrix that has the rows of several; row i is row ``order[i]`` of them."""
+        group = min(part.group for part in parts)
+        same = [part.of_groups(group) for part in parts]
+        steps, offsets = (torch.cat([getattr(p, n) for p in same]) for n in ("steps", "offsets"))
+        if order is not None:
+            steps, offsets = steps[list(order)], offsets[list(order)]
+        bits = max(part.bits for part in parts)
+        return WeightScales(steps=steps, offsets=offsets, group=group, bits=bits)
