@@ -166,6 +166,8 @@ def flops_of(job: ClaimJob) -> float | None:
 
     asked = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
     config = compose_run(asked)
+    if config.init_from is not None:  # a model from elsewhere, whose trunk has other sizes
+        return None
     if config.compare.match == "flops":
         asked = [*(o for o in asked if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
     vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None

@@ -107,6 +107,14 @@ def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
     assert found["deep"] == pytest.approx(2857500672000, rel=0.01)
 
 
+def test_flops_are_unknown_where_the_trunk_is_that_of_another_model(tmp_path: Path) -> None:
+    arms = {"base": ["objective=kl"], "next": ["objective=tv", "init_from=base"]}
+    predictions = [{"arm": "next", "against": "base", "side": "below", "by": 1}]
+    shared = ["experiment=smollm2_heads"]
+    claim = claim_of(tmp_path, arms=arms, shared=shared, predictions=predictions)
+    assert [flops_of(job) for job in jobs(claim, [0], tmp_path)] == [None, None]
+
+
 def left(name: str, seeds: int, hours: list[float], claim: Claim) -> Left:
     costs = [Cost(f"a{i}", s, h, MEASURED) for s in range(seeds) for i, h in enumerate(hours)]
     return Left(replace(claim, name=name), 0, tuple(costs))
