@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.decoding_figure import RESULTS, best_of, draw
+from benchmarks.decoding_figure import best_of, digest, draw, stored
+from mtp_lightning.paths import ROOT
 
 pytest.importorskip("matplotlib")
 
 
 def test_every_stored_result_is_drawn() -> None:
-    results = [json.loads(f.read_text("utf-8")) for f in RESULTS.glob("pretrained_heads*.json")]
+    results = stored()
     said = " ".join(ElementTree.fromstring(draw(results)).itertext())
     for result in results:
         rows = [row for row in result["rows"] if row["temperature"] == 0]
@@ -21,6 +21,10 @@ def test_every_stored_result_is_drawn() -> None:
         assert f"{result['processor']}: drafts make {min(gains):.2f} to {max(gains):.2f}" in said
         for row in rows:
             assert f"{row['plain']['tokens_per_cpu_second']:.0f}" in said
+
+
+def test_the_page_shows_the_stored_results() -> None:
+    assert digest(stored()) in (ROOT / "docs/images/smollm2_heads.svg").read_text("utf-8")
 
 
 def test_a_side_that_was_not_measured_has_no_bar_and_no_name() -> None:
