@@ -26,6 +26,8 @@ def generate(
     *,
     tokenizer: Any = None,
     on_tokens: OnTokens | None = None,
+    on_end: Callable[[int, Generation], None] | None = None,
+    indices: Sequence[int] | None = None,
     **changes: Any,
 ) -> list[Generation]:
     """Continue every prompt.
@@ -39,6 +41,8 @@ def generate(
         options: see :class:`~mtp_lightning.decoding.options.DecodingOptions`.
         tokenizer: with ``decode(ids)`` and ``eot_id``; gives texts, and the end of text.
         on_tokens: called as tokens are accepted, with the prompt's index and the new tokens.
+        on_end: called as a text ends, with the prompt's index and the text.
+        indices: of the prompts, which choose their random streams; 0, 1, .. by default.
         changes: options by name, which replace those of ``options``.
 
     Returns:
@@ -52,7 +56,8 @@ def generate(
     # Allocate storage for no more texts than there are.
     options = replace(options, batch_size=min(options.slots, max(len(prompts), 1)))
     engine = Engine(model, options, tokenizer=tokenizer)
-    requests = [options.request(prompt, index) for index, prompt in enumerate(prompts)]
+    indices = range(len(prompts)) if indices is None else indices
+    requests = [options.request(p, index) for index, p in zip(indices, prompts, strict=True)]
     for request in requests:
         engine.check(request)
     done: dict[int, Generation] = {}
@@ -62,5 +67,10 @@ def generate(
             if on_tokens is not None and fresh.token_ids:
                 on_tokens(sequence.request.index, fresh)
             if sequence.finish_reason is not None:
-                done[sequence.request.index] = sequence.generation()
-    return [done[index] for index in range(len(prompts))]
+                first = (
+                    sequence.request.index not in done
+                )  # a text that ends as it joins comes twice
+                found = done[sequence.request.index] = sequence.generation()
+                if on_end is not None and first:
+                    on_end(sequence.request.index, found)
+    return [done[index] for index in indices]

@@ -27,6 +27,7 @@ from data_modules.tokenizers import Tokenizer
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.kept_texts import KeptTexts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.opening import OpenedModel, open_model
@@ -125,9 +126,13 @@ class SelfGenerated(TokenDataModule):
                 speaker = self._read()
             spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
             key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
+            kept = KeptTexts(self.cache_dir / "texts" / f"{key}.jsonl")
             self._store = keep_store(
-                self.cache_dir, key, lambda folder: self._write(folder, speaker or self._read())
+                self.cache_dir,
+                key,
+                lambda folder: self._write(folder, speaker or self._read(), kept),
             )
+            kept.delete()
         return self._store, self._tokenizer
 
     def _settings(self) -> dict[str, Any]:
@@ -188,7 +193,7 @@ class SelfGenerated(TokenDataModule):
         self.weights = found
         return run
 
-    def _write(self, folder: Path, speaker: OpenedModel) -> dict[str, Any]:
+    def _write(self, folder: Path, speaker: OpenedModel, kept: KeptTexts) -> dict[str, Any]:
         n_val = min(max(1, round(self.n_prompts * self.split.val_fraction)), self.n_prompts - 1)
         counts = {"train": self.n_prompts - n_val, "val": n_val}
         chats = {name: round(n * self.chat_share) for name, n in counts.items()}
@@ -198,9 +203,9 @@ class SelfGenerated(TokenDataModule):
             counts={name: n - chats[name] for name, n in counts.items()},
             length=self.prompt_tokens,
         )
-        asked = self._questions(speaker, sum(chats.values()))
+        asked = self._questions(speaker, sum(chats.values()), kept)
         prompts += zip([name for name, n in chats.items() for _ in range(n)], asked, strict=True)
-        texts = self._continue(speaker, [prompt for _, prompt in prompts])
+        texts = self._continue(speaker, [prompt for _, prompt in prompts], kept)
         pieces = speaker.tokenizer.token_bytes()
         # A trunk may have more rows than its tokenizer has ids.
         pieces += [b""] * (speaker.model.config.trunk.vocab_size - len(pieces))
@@ -236,37 +241,50 @@ class SelfGenerated(TokenDataModule):
         before, after = (tokenizer.encode_specials(text).tolist() for text in self.chat)
         return before, after
 
-    def _questions(self, speaker: OpenedModel, n: int) -> list[np.ndarray]:
+    def _questions(self, speaker: OpenedModel, n: int, kept: KeptTexts) -> list[np.ndarray]:
         """Generate ``n`` chats up to the answer. The model makes up each question by continuing the
         chat format's text before a question (Magpie, Xu et al. 2024, arXiv 2406.08464)."""
         before, after = self._chat_ids(speaker.tokenizer)
         if not n:
             return []
-        said = self._say(
-            speaker, [before] * n, self.prompt_tokens, seed=parameter_seed(self.sample_seed, "chat")
-        )
+        seed = parameter_seed(self.sample_seed, "chat")
+        prompts = [before] * n
+        said = self._say(speaker, prompts, self.prompt_tokens, kept, part="questions", seed=seed)
         return [np.asarray([*before, *question, *after], np.int64) for question in said]
 
-    def _continue(self, speaker: OpenedModel, prompts: list[np.ndarray]) -> list[np.ndarray]:
+    def _continue(
+        self, speaker: OpenedModel, prompts: list[np.ndarray], kept: KeptTexts
+    ) -> list[np.ndarray]:
         """Return every prompt followed by its continuation, without end-of-text token."""
-        said = self._say(
-            speaker, [p.tolist() for p in prompts], self.new_tokens, seed=self.sample_seed
-        )
+        given = [p.tolist() for p in prompts]
+        seed = self.sample_seed
+        said = self._say(speaker, given, self.new_tokens, kept, part="texts", seed=seed)
         return [
             np.concatenate([prompt, ids]).astype(np.int64)
             for prompt, ids in zip(prompts, said, strict=True)
         ]
 
     def _say(
-        self, speaker: OpenedModel, prompts: list[list[int]], n: int, *, seed: int
+        self,
+        speaker: OpenedModel,
+        prompts: list[list[int]],
+        n: int,
+        kept: KeptTexts,
+        *,
+        part: str,
+        seed: int,
     ) -> list[list[int]]:
-        """Continue each prompt by up to ``n`` tokens; the end-of-text token is left out."""
-        progress = Progress(f"texts of {speaker.path}", len(prompts) * n, unit="tokens")
-        eot = speaker.tokenizer.eot_id
+        """Continue each prompt by up to ``n`` tokens; the end-of-text token is left out. Texts of
+        this part that a stopped process has finished are not generated again."""
+        eot, done = speaker.tokenizer.eot_id, kept.of(part)
+        left = [i for i in range(len(prompts)) if i not in done]
+        before = f" ({len(done):,} were there)" if done else ""
+        progress = Progress(f"{part} of {speaker.path}{before}", len(left) * n, unit="tokens")
         try:
-            said = generate(
+            generate(
                 speaker.model,
-                prompts,
+                [prompts[i] for i in left],
+                indices=left,
                 max_new_tokens=n,
                 speculative=False,
                 temperature=self.sampling.temperature,
@@ -275,10 +293,12 @@ class SelfGenerated(TokenDataModule):
                 eot_id=eot,
                 batch_size=self.decode_batch_size,
                 on_tokens=lambda _, fresh: progress.add(len(fresh.token_ids)),
+                on_end=lambda i, text: kept.add(part, i, text.token_ids),
             )
         finally:
             progress.close()
-        return [[i for i in g.token_ids if i != eot] for g in said]
+        found = kept.of(part)
+        return [[token for token in found[i] if token != eot] for i in range(len(prompts))]
 
 
 def trunk_digest(model: MTPModel) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -128,7 +129,16 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     began = time.monotonic()
     # Modules are found where this one was, not in the folder in which it was typed.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    code = subprocess.run([sys.executable, "-m", *command], env=environment, check=False).returncode
+    with subprocess.Popen([sys.executable, "-m", *command], env=environment) as phase:
+        # Whoever ends this process ends the phase, too; Ctrl-C reaches both by itself.
+        before = signal.signal(signal.SIGTERM, lambda number, _: phase.send_signal(number))
+        try:
+            code = phase.wait()
+        except KeyboardInterrupt:
+            phase.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if code:
         raise UserError(
             f"the {name} ended with code {code} after {time.monotonic() - began:.0f} s; once that "

@@ -188,7 +188,8 @@ def _count(config: ModelConfig, contents: Contents) -> str:
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
     depth, layers = contents.layer_depths, config.trunk.n_layers
-    others = list(engines.of_folder(model_type, depth, extra=contents.heads))
+    in_file = contents.heads and heads.where(config) == heads.FILE
+    others = list(engines.of_folder(model_type, depth, extra=heads.FILE if in_file else ""))
     if depth and model_type in STANDS_FOR:
         yield (
             "The MTP layers are read by mtp-lightning. transformers has no class for this model "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mtp_lightning.interop import heads
+from mtp_lightning.interop import eagle3
 from mtp_lightning.interop.gguf_layout import Layout
 from mtp_lightning.mtp.sequential import SequentialConfig
 
@@ -18,17 +18,23 @@ SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
 _INSTEAD = "`mtp-lightning export output=NAME.gguf` writes a file with which llama.cpp drafts"
 
 
-def of_folder(model_type: str, depth: int, *, extra: bool) -> Iterator[str]:
+def of_folder(model_type: str, depth: int, *, extra: str) -> Iterator[str]:
     """What other programs do with a folder, in sentences.
 
     Args:
         model_type: in its config.json.
         depth: MTP depths among its layers.
-        extra: whether heads are in the extra file instead.
+        extra: the file or folder that holds the heads instead; empty if there is none.
     """
-    if extra:
+    if extra == eagle3.FOLDER:
         yield (
-            f"No other program reads {heads.FILE}: transformers, vLLM, SGLang and llama.cpp load "
+            f"vLLM and SGLang have loaders for {extra}/, which is EAGLE-3's layout; neither was "
+            "tried. They draft with it only where a server is started with that folder as its "
+            "draft model."
+        )
+    elif extra:
+        yield (
+            f"No other program reads {extra}: transformers, vLLM, SGLang and llama.cpp load "
             "the trunk and do not mention the heads."
         )
     if not depth:

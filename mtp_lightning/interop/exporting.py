@@ -146,11 +146,11 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         )
         (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
-    if contents.heads:
+    where = heads.where(model.config) if contents.heads else ""
+    if where:
         print(
             f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
-            f"knows: the trunk is exported plainly, the heads in {heads.where(model.config)} next "
-            "to it."
+            f"knows: the trunk is exported plainly, the heads in {where} next to it."
         )
     if contents.beside:
         print(
@@ -158,7 +158,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             "its verifier: change that in its config.json when the folder moves."
         )
     for sentence in engines.of_folder(
-        config_json.model_type(model.config), contents.layer_depths, extra=contents.heads
+        config_json.model_type(model.config), contents.layer_depths, extra=where
     ):
         print(sentence)
     if cfg.verify:

@@ -18,6 +18,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.sequence import Fresh
 from mtp_lightning.experiment import self_generated
+from mtp_lightning.experiment.kept_texts import KeptTexts
 from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -118,6 +119,30 @@ def test_the_seed_decides_and_the_batch_does_not(base: Path, tmp_path: Path) -> 
     assert files("d", sample_seed=1) != first
     assert files("e", temperature=0.5) != first and files("f", top_p=0.5) != first
     assert files("g", top_p=1.0) == first
+
+
+def test_a_stopped_build_continues_after_its_last_text(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = documents(corpus(base, tmp_path / "whole").store)
+    add, stop_at, written = KeptTexts.add, [0], []
+
+    def stopping(self: KeptTexts, part: str, index: int, ids: list[int]) -> None:
+        add(self, part, index, ids)
+        written.append((part, index))
+        if len(written) == stop_at[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(KeptTexts, "add", stopping)
+    for stop_at[0] in (4, 9):
+        with pytest.raises(KeyboardInterrupt):
+            _ = corpus(base, tmp_path / "own", decode_batch_size=2).store
+        (file,) = (tmp_path / "own" / "texts").iterdir()
+        with file.open("a") as kept:
+            kept.write('["texts", 1')  # killed while it wrote
+    assert documents(corpus(base, tmp_path / "own", decode_batch_size=3).store) == whole
+    assert len(written) == len(set(written)) == 12
+    assert not list((tmp_path / "own" / "texts").iterdir())
 
 
 def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,26 @@ def test_the_hours_are_divided(
     said = capsys.readouterr().out
     assert "texts that the model writes itself, about 21 minutes at 1,000 tokens" in said
     assert not Path("hub_heads").exists()
+
+
+def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    code = (
+        "from pathlib import Path; from mtp_lightning.heads.__main__ import run_phase; "
+        "run_phase('training', Path('none'), ['sleeper'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{helpers.ROOT}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+    ) as command:
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        command.terminate()
+        _, said = command.communicate(timeout=30)
+    assert command.returncode == 1 and b"the training ended with code -15" in said
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
 def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
