@@ -234,8 +234,12 @@ def _encoded(
             pool.close()
 
 
+# Seconds between two lines where stderr is no terminal.
+_EVERY = 60.0
+
+
 class Progress:
-    """A progress bar if stderr is a terminal; else one line at the end.
+    """A progress bar if stderr is a terminal; else a line every minute, and one at the end.
 
     Args:
         what: name of the task.
@@ -249,6 +253,7 @@ class Progress:
         self.begun = time.perf_counter()
         self.done = 0
         self.bar: Any = None
+        self._total, self._told = total, self.begun
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -259,21 +264,22 @@ class Progress:
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
+        elif (now := time.perf_counter()) > self._told + _EVERY:
+            self._told = now
+            of = f"{self.done / self._total:.0%}" if self._total else self._amount()
+            _tell(f"{self.what}: {of} after {now - self.begun:.0f} s")
 
     def close(self) -> None:
         """Prints the total time and rate."""
         if self.bar is not None:
             self.bar.close()
         seconds = time.perf_counter() - self.begun
-        millions = self.done / 1e6
-        rate = millions / max(seconds, 1e-9)
-        if self.unit == "B":
-            _tell(f"{self.what}: {millions:.1f} MB in {seconds:.1f} s, {rate:.1f} MB/s")
-        else:
-            _tell(
-                f"{self.what}: {self.done:,} {self.unit} in {seconds:.1f} s, "
-                f"{1e6 * rate:,.0f} a second"
-            )
+        rate = self.done / max(seconds, 1e-9)
+        per_second = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.0f} a second"
+        _tell(f"{self.what}: {self._amount()} in {seconds:.1f} s, {per_second}")
+
+    def _amount(self) -> str:
+        return f"{self.done / 1e6:.1f} MB" if self.unit == "B" else f"{self.done:,} {self.unit}"
 
 
 def _tell(line: str) -> None:

@@ -76,7 +76,7 @@ class Plan:
         yield (
             f"training   {self.steps:,} steps of {_BATCH * self.window:,} tokens, about "
             f"{self.hours * _TRAINING * 60:,.0f} minutes at "
-            f"{self.flops_per_second / 1e9:,.0f} GFLOP/s"
+            f"{self.flops_per_second / 1e9:,.0f} GFLOP/s, with the trunk's states computed first"
         )
         # The model, its packed copy while it writes, and the module with gradients and two moments.
         memory = 4 * (1.5 * self.weights + 4 * self.head_weights)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import write_figures
-from sweeps.claims.hours import costs, left_of, listing, planned
+from sweeps.claims.hours import Left, costs, left_of, listing, planned
 from sweeps.claims.pages import block, write_pages
 from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.recall import stored_seeds
+from sweeps.claims.recall import left_to_run, stored_seeds
 from sweeps.claims.result import (
     NOT_RUN,
     Result,
@@ -77,11 +77,29 @@ def _hours(args: argparse.Namespace) -> int:
     claims, results = _claims(args, args.names or names(args.claims)), read_results(args.results)
     if not args.names:
         claims = [claim for claim in in_order(claims, results) if not claim.superseded_by]
-    left = left_of(claims, args.runs.absolute(), results)
+    print("Composing the runs that are left: about a minute.", file=sys.stderr, flush=True)
+    runs = args.runs.absolute()
+    left = left_of(claims, runs, results)
+    refused = {each.claim.label: why for each in left if (why := _refused(each, runs, results))}
     print("\n".join(costs([each for each in left if each.costs or args.names])))
+    if refused:
+        print("\n" + "\n".join(refused.values()))
     if args.hours is not None:
+        left = [each for each in left if each.claim.label not in refused]
         print("\n" + "\n".join(planned(left, hours=args.hours, cores=args.cores)))
     return 0
+
+
+def _refused(left: Left, runs: Path, results: Mapping[str, Result]) -> str:
+    """Why a claim's pending runs cannot be started from this checkout; empty if they can."""
+    stored = results.get(left.claim.label)
+    if not left.costs or stored is None:
+        return ""
+    try:
+        left_to_run(left.claim, left.claim.scale.seeds, runs, stored)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _run(args: argparse.Namespace) -> int:

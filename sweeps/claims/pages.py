@@ -272,8 +272,8 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
 
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
-    decoding, and tokens per second where they are stored. Each processor shows the way of drafting
-    with the best mean ratio."""
+    decoding, and tokens per CPU second where they are stored. Each processor shows the way of
+    drafting with the best mean ratio."""
     found = []
     for file in sorted(root.glob(_SPEED)):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -281,14 +281,14 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
         ways = [way for way in _WAYS if all(way in row for row in rows)]
         if not rows or not ways:
             continue
-        best = max(ways, key=lambda way: sum(row[way]["over_plain"] for row in rows))
+        best = max(ways, key=lambda way: sum(row[way]["over_plain_cpu"] for row in rows))
         texts = [
             {
                 "kind": row["kind"],
-                "ratio": row[best]["over_plain"],
-                "plain": row.get("plain", {}).get("tokens_per_second"),
-                "drafted": row[best].get("tokens_per_second"),
-                "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_second"),
+                "ratio": row[best]["over_plain_cpu"],
+                "plain": row.get("plain", {}).get("tokens_per_cpu_second"),
+                "drafted": row[best].get("tokens_per_cpu_second"),
+                "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_cpu_second"),
                 "tokens": row["tokens"],
             }
             for row in rows

@@ -57,14 +57,16 @@ def left_to_run(
         for number, seed in of.items()
         if seed.done
     }
+    if all((arm, number) in known for arm in claim.arms for number in seeds):
+        return []
     left = []
     for job in jobs(claim, list(dict.fromkeys([*seeds, *(n for _, n in known)])), runs):
         done = known.get((job.arm, job.seed))
         if done is not None and done.folder != job.folder:
             raise UserError(
-                f"{claim.label} has a result of {job.arm} at seed {job.seed}, {done.folder}, and "
-                f"its config is now that of {job.folder}: continue from the commit {done.commit} "
-                f"that made it, or run the claim again separately: {claim.typed('replicate')}."
+                f"{claim.label} was run with another config: the settings of {job.arm} have "
+                f"changed since commit {done.commit}. Check out that commit to continue, or run "
+                f"the claim again: {claim.typed('replicate')}."
             )
         if done is None and job.seed in seeds:
             left.append(job)

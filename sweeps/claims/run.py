@@ -70,6 +70,9 @@ def run(
         todo = _in_turn(
             [[job for job in of if job.folder not in shared[label]] for label, of in asked.items()]
         )
+        if not todo:
+            print("Nothing to run: every run is done.", flush=True)
+            return 0
         todo = _with_parents(todo, claims, runs)
         _plan(todo, runs, command)
         waiting = [job for job in todo if must_run(runs / job.folder, retry_failed=retry_failed)]

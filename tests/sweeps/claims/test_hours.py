@@ -136,13 +136,18 @@ def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_costs_a_plan_and_what_to_type(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = tmp_path / "claims"
     claim = claim_of(claims, shared=SMALL)
     took = {arm: {0: (60.0, HERE)} for arm in claim.arms}
     write_result(finished(claim, took), "mine", tmp_path / "results")
     where = ["--claims", claims, "--runs", tmp_path / "runs"]
+    # The stored runs have names of another config: this checkout cannot continue them.
+    assert run("hours", *where, "--hours", 3, "--cores", 2) == 0
+    out = capsys.readouterr().out
+    assert "mine was run with another config" in out and "not one seed fits" in out
+    monkeypatch.setattr("sweeps.claims.__main__.left_to_run", lambda *_: [])
     assert run("hours", *where, "--hours", 3, "--cores", 2) == 0
     out = capsys.readouterr().out
     assert re.search(r"^mine +8 +8\.00  8 measured$", out, re.MULTILINE)

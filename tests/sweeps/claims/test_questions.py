@@ -68,16 +68,16 @@ def test_whether_it_teaches_to_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("llama", [None, 60.5])
 def test_how_fast_a_real_model_writes(tmp_path: Path, llama: float | None) -> None:
     row: dict[str, Any] = {"kind": "code", "temperature": 0.0, "tokens": 256}
-    row |= {"plain": {"tokens_per_second": 34.51}}
-    row |= {"drafts_1_of_4096": {"tokens_per_second": 47.0, "over_plain": 1.362}}
+    row |= {"plain": {"tokens_per_cpu_second": 34.51}}
+    row |= {"drafts_1_of_4096": {"tokens_per_cpu_second": 47.0, "over_plain_cpu": 1.362}}
     if llama:
-        row["llama.cpp"] = {"tokens_per_second": llama}
+        row["llama.cpp"] = {"tokens_per_cpu_second": llama}
     file = tmp_path / "benchmarks" / "results" / "pretrained_heads.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"rows": [row, {**row, "temperature": 1.0}]}))
     text = answers([], tmp_path)
     said = ", llama.cpp 60.5" if llama else ""
-    assert f"code 1.36 × (47.0 tokens per second, plain 34.5{said})." in text
+    assert f"code 1.36 × (47.0 tokens per CPU second, plain 34.5{said})." in text
 
 
 def test_nothing_is_said_without_numbers(tmp_path: Path) -> None:
