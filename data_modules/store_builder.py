@@ -234,7 +234,7 @@ def _encoded(
             pool.close()
 
 
-# Seconds between two lines where stderr is no terminal.
+# Seconds between two lines where stderr is not a terminal.
 _EVERY = 60.0
 
 
