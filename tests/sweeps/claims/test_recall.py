@@ -57,7 +57,7 @@ def test_another_config_than_the_stored_one_is_refused(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     stored = elsewhere(claim, tmp_path)
     stored["arms"]["mtp"]["seeds"]["1"]["folder"] = "of_another_default"
-    with pytest.raises(ValueError, match="mtp at seed 1, of_another_default.*commit cccc"):
+    with pytest.raises(ValueError, match="settings of mtp have changed.*commit cccc"):
         left_to_run(claim, [4], tmp_path, stored)
 
 
