@@ -138,5 +138,7 @@ def count_processes(settled: dict[str, Any]) -> int:
         )
     for key in ("devices", "num_nodes"):
         if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
-            raise UserError(f"trainer.{key}={trainer[key]} needs trainer.strategy=ddp.")
+            raise UserError(
+                f"trainer.{key}={trainer[key]} in a sweep needs trainer.strategy=ddp or fsdp."
+            )
     return int(devices)

@@ -77,9 +77,10 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     wanted = [str(device) for device in devices]
     missing = [name for name in wanted if name not in there]
     if missing or len(set(wanted)) < len(wanted):
+        found = f"the GPUs {', '.join(there)}" if there else "no GPU"
         raise UserError(
-            f"hydra.launcher.devices={wanted}: this machine has the GPUs {there or 'none'}, "
-            "and each can be named once."
+            f"hydra.launcher.devices={wanted}: this machine has {found}, and each can be named "
+            "once."
         )
     return wanted
 

@@ -199,7 +199,9 @@ class Pool:
         """Lets every job save and end; kills them at a second Ctrl-C or when their time is up."""
         if not self._running:
             return
-        self._display.say(f"stopping {len(self._running)} jobs (Ctrl-C again: at once)")
+        count = len(self._running)
+        jobs = "1 job" if count == 1 else f"{count} jobs"
+        self._display.say(f"stopping {jobs} (Ctrl-C again: at once)")
         for process in self._running:
             process.stop(reason)
         while self._running:

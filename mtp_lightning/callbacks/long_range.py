@@ -112,7 +112,7 @@ def acceptance_on_long_texts(
     try:
         prompts = data.held_out_prompts(n_prompts, prompt_tokens)
     except ValueError as error:  # training works on a small corpus anyway
-        log.warning("No acceptance by position: %s.", error)
+        log.warning("No acceptance by the position in long texts: %s.", error)
         return {}
     texts = generate(model, prompts, max_new_tokens=room, tokenizer=data.tokenizer)
     return acceptance_by(model, prompts, texts, max_new_tokens=room)

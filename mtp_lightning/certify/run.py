@@ -113,8 +113,10 @@ def certify(
                 if row.sampled is not None:
                     draw_texts(model, row.cell, part, length, row.sampled, first=first, seed=seed)
             tried = first + len(part)
-            say(f"{precision}: {tried:,} of {count:,} prompts, {len(rows)} cells")
-            if time.monotonic() > end:
+            late = time.monotonic() > end
+            why = ", as many as the given time holds" if late and tried < count else ""
+            say(f"{precision}: {tried:,} of {count:,} prompts{why}, {len(rows)} cells")
+            if late:
                 break
     assert result is not None
     if against:

@@ -97,7 +97,8 @@ def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
 
     assert of("trainer.devices=2", "trainer.strategy=ddp") == 2
     for key in ("devices", "num_nodes"):
-        with pytest.raises(UserError, match=rf"trainer.{key}=2 needs trainer.strategy=ddp"):
+        said = rf"trainer.{key}=2 in a sweep needs trainer.strategy=ddp or fsdp"
+        with pytest.raises(UserError, match=said):
             of(f"trainer.{key}=2")
     with pytest.raises(UserError, match=r"trainer.devices=-1 in a sweep: give a number"):
         of("trainer.devices=-1")
