@@ -28,6 +28,7 @@ _MARK = "MTP_TESTS_PROCESS"
 # nothing but watchdogs is left, they have nothing to watch.
 _WATCHDOG = 'trap "" TERM; read -r _'
 _KERNEL = 2  # the parent of the system's own threads
+_BEGINNING = 0.2  # seconds in which a process begins its program
 
 
 class Leftovers:
@@ -48,6 +49,7 @@ class Leftovers:
         self._mark = f"{os.getpid()}.{time.time_ns()}"
         os.environ[_MARK] = self._mark
         self._foreign: set[int] = set()
+        self._unknown: set[int] = set()
         self._held: set[int] = set()
         self._listed: set[str] = set()
         self._files: set[str] = set()
@@ -91,7 +93,14 @@ class Leftovers:
 
     def _judge(self) -> None:
         began = time.monotonic()
-        while left := self._processes():
+        # A process whose program begins right now may be the test's.
+        while (left := self._processes()) or self._unknown:
+            if not left:
+                if time.monotonic() - began > _BEGINNING:  # its environment is empty
+                    self._foreign |= self._unknown
+                    self._unknown = set()
+                time.sleep(0.005)
+                continue
             commands = list(left.values())
             watchdogs = [command for command in commands if _WATCHDOG in command]
             sleeps = [command for command in commands if command.startswith("sleep ")]
@@ -144,6 +153,7 @@ class Leftovers:
                 continue
         ours = _with_children({os.getpid(), *ours}, parents) - {os.getpid()}
         self._foreign = numbers - ours - unknown
+        self._unknown = unknown
         return ours - _with_children(self._held, parents)
 
     def _listing(self) -> set[str]:
