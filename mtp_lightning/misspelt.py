@@ -81,6 +81,15 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     """
     parent, _, key = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
+    if name == "sweeps":
+        return (
+            "sweeps is not a key: a prepared sweep is added, as in +sweeps=depth. (--help sweeps)"
+        )
+    if name.startswith("hydra"):
+        return (
+            f"{name} is not a key of Hydra's or of the launcher: conf/hydra/launcher has the "
+            "launchers' keys."
+        )
     if (group := _group_of(name)) and (options := _options_with(name)):
         first = options[0]
         if len(options) == 1:

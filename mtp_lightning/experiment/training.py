@@ -267,7 +267,7 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
             print_samples(model, data, seed=config.seed)
         for callback in run_callbacks(trainer):
             callback.on_run_end()
-        print_paths(folder)
+        print_paths(folder, writes=data.tokenizer.kind != "symbols")
     return summary
 
 

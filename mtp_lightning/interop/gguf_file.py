@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 _FREQUENCIES = "rope_freqs.weight"
 # Types of tensors whose numbers float32 holds exactly.
 _EXACT = ("F32", "F16", "BF16")
+# The files, and when they were written, of which this process has said that they are dequantized.
+_SAID: set[tuple[Path, int]] = set()
 # Bytes of a file that are dequantized at once.
 _SLAB = 1 << 20
 
@@ -151,7 +153,8 @@ def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         fields, layout = _described(path, reader, tensors)
         held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-        if held.keys() - _EXACT:
+        if held.keys() - _EXACT and (path, path.stat().st_mtime_ns) not in _SAID:
+            _SAID.add((path, path.stat().st_mtime_ns))
             kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
             log.warning(
                 "%s is dequantized to float32 (tensors: %s): from here on the model has these "

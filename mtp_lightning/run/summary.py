@@ -52,12 +52,14 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
             f"{summary['decode/n_prompts']:.0f} prompts x {summary['decode/new_tokens']:.0f} tokens"
         )
         rates.caption = f"accepted: {decoded}, greedy; 95 % interval over the prompts"
+        if "decode/expected_tokens_per_step" in summary:
+            rates.caption += "\nown text: agreement in the texts that were decoded"
     elif "not_decoded" in summary:
         rates.caption = f"accepted: nothing was decoded, {summary['not_decoded']}"
     # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
     expected = "decode/expected_tokens_per_step" in summary
     if expected:
-        rates.add_column("agreement, own text", justify="right")
+        rates.add_column("own text", justify="right")
     for k in range(depth + 1):
         rates.add_row(
             "next token" if k == 0 else f"depth {k}",
@@ -86,9 +88,17 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
         ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),
         ("tokens per pass", "decode/tokens_per_step", "{:.2f}"),
-        ("  expected from that agreement", "decode/expected_tokens_per_step", "{:.2f}"),
+        (
+            "  expected from agreement in own text",
+            "decode/expected_tokens_per_step",
+            "{:.2f}",
+        ),
         ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
-        ("  expected from that and the passes' cost", "decode/expected_speedup", "{:.2f}"),
+        (
+            "  expected from that and the cost of passes",
+            "decode/expected_speedup",
+            "{:.2f}",
+        ),
         ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),
         ("training FLOP/s over the published peak", "perf/mfu", "{:.1%}"),
         ("  over this process's matrix products", "perf/of_matmul", "{:.2f}"),
@@ -142,8 +152,13 @@ def print_answer(summary: dict[str, Any]) -> None:
     print(f"all numbers   --verbose shows them, and {SUMMARY_FILE} has them")
 
 
-def print_paths(folder: Path) -> None:
-    """Print the paths of the files that the run wrote, and commands that use them."""
+def print_paths(folder: Path, *, writes: bool) -> None:
+    """Print the paths of the files that the run wrote, and commands that use them.
+
+    Args:
+        folder: of the run.
+        writes: whether the model writes text, rather than a task's symbols.
+    """
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     kept = (folder / CHECKPOINTS / LAST).is_file()
     if kept:
@@ -151,7 +166,7 @@ def print_paths(folder: Path) -> None:
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
     typed = shlex.quote(str(shown))
     print(f"charts        tensorboard --logdir {typed}")
-    if kept:
+    if kept and writes:
         print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
 
 

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _list(args: argparse.Namespace) -> int:
     claims = _claims(args, names(args.claims))
     print("\n".join(listing(claims, read_results(args.results), args.runs.absolute())))
+    told = "decided: of its predictions; hours left: of one core, as far as they are known"
+    print(f"{told} ({args.typed[0]} hours estimates them)", file=sys.stderr)
     return 0
 
 

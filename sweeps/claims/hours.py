@@ -220,7 +220,7 @@ def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) 
         claim, result = left.claim, results.get(left.claim.label)
         entries = [] if result is None or is_stale(result, claim) else result["predictions"]
         said = state(claim, result)
-        after = f", superseded by {claim.superseded_by}" if claim.superseded_by else ""
+        after = f" Superseded by {claim.superseded_by}." if claim.superseded_by else ""
         enough: list[int | None] = []
         if said.startswith(UNDECIDED) and importlib.util.find_spec("scipy") is not None:
             enough = seeds_enough(entries, claim.scale.minimum)
@@ -228,11 +228,11 @@ def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) 
             [
                 claim.label,
                 f"{sum(e['verdict'] != UNDECIDED for e in entries)}/{len(claim.predictions)}",
-                said + after,
+                said,
                 f"{left.done}/{len(claim.arms) * len(claim.scale.seeds)}",
                 str(max((n for n in enough if n is not None), default="")),
                 f"{left.hours:.1f}" if left.costs else "",
-                claim.sentence,
+                claim.sentence + after,
             ]
         )
     head = ["claim", "decided", "verdict", "runs", "seeds to decide", "hours left", "claimed"]

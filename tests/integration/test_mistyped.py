@@ -102,6 +102,8 @@ train.py tokenizer.vocab_size=1000000000000  [*] =>
 train.py data.seq_len=1000000000000  [*] =>
     data.seq_len=1,000,000,000,000 | GB of memory: make it smaller
 train.py trainer.devices=2 => trainer.devices=2 needs trainer.strategy=ddp
+train.py sweeps=depth => a prepared sweep is added, as in +sweeps=depth
+train.py hydra.launcher.n_job=2 => hydra.launcher.n_job is not a key of Hydra
 train.py trainer.shard_size=2 => trainer.shard_size=2 has no meaning | leave it null
 train.py compare.reference=FOLDER => is used by nothing: set compare.match
 train.py mtp.concat=both => mtp.concat=both | choose one of embedding_first
