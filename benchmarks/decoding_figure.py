@@ -7,13 +7,13 @@ It draws the results of ``benchmarks.pretrained_heads`` in ``benchmarks/results`
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Row
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.run.atomic import write_bytes
+from sweeps.claims.figure import digest
 from sweeps.report.chart import COLORS, INK, QUIET, Chart, Look, styled
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,11 +63,6 @@ def draw(results: list[Row]) -> bytes:
             )
         chart.axes.set_ylabel("tokens per CPU second (higher is better)")
         return chart.svg(of=digest(results))
-
-
-def digest(results: list[Row]) -> str:
-    """SHA-256 of the results, which the figure names as its source."""
-    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 def stored() -> list[Row]:

@@ -85,7 +85,7 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
         return (
             "sweeps is not a key: a prepared sweep is added, as in +sweeps=depth. (--help sweeps)"
         )
-    if name.startswith("hydra"):
+    if name.partition(".")[0] == "hydra":
         return (
             f"{name} is not a key of Hydra's or of the launcher: conf/hydra/launcher has the "
             "launchers' keys."

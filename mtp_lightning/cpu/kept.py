@@ -21,7 +21,7 @@ from torch import Tensor
 from data_modules.cache import build_once, cache_folder
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import dense_matrices, packed_of
-from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed, packed_copy
+from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialModule
@@ -60,7 +60,8 @@ class Keeper:
     def keep(self, weight: Tensor, scales: WeightScales | None = None) -> None:
         if any(weight is one for one in self._weights.values()):
             keep_packed(weight, scales)
-            self._look_up()
+            if weight is self._embedding.weight:
+                self._look_up()
 
     def restore(self) -> frozenset[str]:
         if self._folder is None or not self._folder.is_dir():
@@ -92,9 +93,8 @@ class Keeper:
     def _look_up(self) -> None:
         """Let the embedding read its rows from the packed weight."""
         weight = self._embedding.weight
-        if is_kept(weight):
-            packed = packed_copy(weight)
-            assert isinstance(packed, PackedWeight)
+        packed = packed_of(weight) if is_kept(weight) else None
+        if packed is not None:
             vars(self._embedding)["forward"] = packed.rows
 
 

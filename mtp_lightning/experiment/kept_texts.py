@@ -37,7 +37,3 @@ class KeptTexts:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("ab") as file:
             file.write(json.dumps([part, index, ids]).encode() + b"\n")
-
-    def delete(self) -> None:
-        """Delete the file, once the corpus is built."""
-        self._file.unlink(missing_ok=True)

@@ -126,13 +126,13 @@ class SelfGenerated(TokenDataModule):
                 speaker = self._read()
             spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
             key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
-            kept = KeptTexts(self.cache_dir / "texts" / f"{key}.jsonl")
+            texts = self.cache_dir / "texts" / f"{key}.jsonl"  # only who builds opens it
             self._store = keep_store(
                 self.cache_dir,
                 key,
-                lambda folder: self._write(folder, speaker or self._read(), kept),
+                lambda folder: self._write(folder, speaker or self._read(), KeptTexts(texts)),
             )
-            kept.delete()
+            texts.unlink(missing_ok=True)
         return self._store, self._tokenizer
 
     def _settings(self) -> dict[str, Any]:

@@ -59,12 +59,12 @@ class Blocks(Part):
     Attributes:
         file: the file.
         held: where it is: gguf's tensor, its entry in the layout, and the tensor's place in the
-            entry. Two of them hold its two halves.
+            entry, None where it is all of it. Two of them hold its two halves.
         size: its shape.
     """
 
     file: Path
-    held: tuple[tuple[Any, Entry, int], ...]
+    held: tuple[tuple[Any, Entry, int | None], ...]
     size: tuple[int, ...]
     dtype = torch.float32
 
@@ -77,15 +77,14 @@ class Blocks(Part):
         if others or entry.unpack is not Entry.unpack or not target.is_contiguous():
             super().copy_to(target)
         else:  # without a second copy in memory
-            numbers(self.file, tensor, i if len(entry.parts) > 1 else None, out=target)
+            numbers(self.file, tensor, i, out=target)
 
     def scales(self) -> WeightScales | None:
         (tensor, entry, i), *others = self.held
         kind = tensor.tensor_type
         if others or len(self.size) != 2 or kind.name not in KQUANTS:
             return None
-        which = i if len(entry.parts) > 1 else None
-        portions = _portions(self.file, tensor, which)
+        portions = _portions(self.file, tensor, i)
         found = [steps_and_offsets(stored, kind) for _, stored in portions]
         steps, offsets = (np.concatenate(each) for each in zip(*found, strict=True))
         quant = KQUANTS[kind.name]
@@ -99,8 +98,7 @@ class Blocks(Part):
     def read(self) -> Tensor:
         portions = []
         for tensor, entry, i in self.held:
-            found = numbers(self.file, tensor, i if len(entry.parts) > 1 else None)
-            portions.append(entry.unpack(found))
+            portions.append(entry.unpack(numbers(self.file, tensor, i)))
         found = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
         return found.reshape(self.size).contiguous()
 
@@ -153,8 +151,9 @@ def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         fields, layout = _described(path, reader, tensors)
         held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-        if held.keys() - _EXACT and (path, path.stat().st_mtime_ns) not in _SAID:
-            _SAID.add((path, path.stat().st_mtime_ns))
+        state = path, path.stat().st_mtime_ns
+        if held.keys() - _EXACT and state not in _SAID:
+            _SAID.add(state)
             kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
             log.warning(
                 "%s is dequantized to float32 (tensors: %s): from here on the model has these "
@@ -207,7 +206,7 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, Any]) -> dict[str, Par
         UserError: a tensor is missing, unknown, or of another shape.
     """
     problems, known = [], set()
-    held: dict[str, list[tuple[Any, Entry, int]]] = {}
+    held: dict[str, list[tuple[Any, Entry, int | None]]] = {}
     for entry in entries(layout):
         known.add(entry.name)
         tensor = tensors.get(entry.name)
@@ -223,7 +222,7 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, Any]) -> dict[str, Par
         elif not entry.parts and numbers(path, tensor).any():
             problems.append(f"{entry.name} is not zero")
         for i, name in enumerate(entry.parts if tensor is not None else ()):
-            held.setdefault(name, []).append((tensor, entry, i))
+            held.setdefault(name, []).append((tensor, entry, i if len(entry.parts) > 1 else None))
     problems += [f"{name} is unknown" for name in tensors if name not in known]
     if problems:
         shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
