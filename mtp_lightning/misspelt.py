@@ -57,9 +57,9 @@ def _last_known(name: str, node: Any) -> tuple[str, list[str]]:
     here: Any = node._get_root() if hasattr(node, "_get_root") else {}
     parts = name.split(".")
     for end, part in enumerate(parts):
-        keys = [str(key) for key in here if key != "hydra"] if hasattr(here, "keys") else []
+        keys = [str(key) for key in here] if hasattr(here, "keys") else []
         if part not in keys:
-            return ".".join(parts[: end + 1]), keys
+            return ".".join(parts[: end + 1]), [key for key in keys if key != "hydra"]
         here = here._get_node(part)
     return name, []
 
@@ -87,7 +87,7 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
         )
     if name.partition(".")[0] == "hydra":
         return (
-            f"{name} is not a key of Hydra's or of the launcher: conf/hydra/launcher has the "
+            f"{name} is not a key of Hydra or of the launcher: conf/hydra/launcher has the "
             "launchers' keys."
         )
     if (group := _group_of(name)) and (options := _options_with(name)):

@@ -229,7 +229,7 @@ def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path)
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for words in row.told:
         assert words.replace("FOLDER", str(folder)) in lines[0]
-    for noise in ("Traceback", "HYDRA_FULL_ERROR", "append", " +", "Errno"):
+    for noise in ("Traceback", "HYDRA_FULL_ERROR", "append", "use +", "Errno"):
         assert noise not in done.stderr
     assert min(seconds) < row.seconds * slowness(), seconds
     assert written(folder) == before and written(tmp_path) == set()
