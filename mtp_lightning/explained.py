@@ -62,7 +62,7 @@ class Option:
     def brief(self) -> str:
         """The first sentence of the comment."""
         text = " ".join(self.says.split())
-        found = re.match(r".*?[.:;](?= |$)", text)
+        found = re.match(r".*?(?<! al)[.:;](?= |$)", text)
         return (found.group()[:-1] if found else text).strip()
 
 
@@ -76,14 +76,22 @@ def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
 
 
 @cache
-def groups() -> dict[str, list[Option]]:
-    """All options by group, in alphabetical order. The root's options have the empty name."""
+def groups(added: Path | None = None) -> dict[str, list[Option]]:
+    """All options by group, in alphabetical order. The root's options have the empty name.
+
+    Args:
+        added: a folder of further options (``--config-dir``).
+    """
     files = [
         *((file.parent.relative_to(CONF).as_posix(), file) for file in CONF.rglob("*.yaml")),
         *((_SWEEPS, file) for file in SWEEPS.glob("*.yaml")),
     ]
+    if added is not None:
+        files += [
+            (file.parent.relative_to(added).as_posix(), file) for file in added.rglob("*.yaml")
+        ]
     found: dict[str, list[Option]] = {}
-    for group, file in sorted(files):
+    for group, file in sorted(files, key=lambda found: (found[0], found[1].name)):
         name = "" if group == "." else group
         found.setdefault(name, []).append(read_option(file, name))
     return found
@@ -103,17 +111,18 @@ def read_option(file: Path, group: str) -> Option:
     return Option(group, file.stem, says, keys, content)
 
 
-def help_for(word: str) -> str:
+def help_for(word: str, added: Path | None = None) -> str:
     """The text of ``--help WORD``.
 
     Args:
         word: a group (``mtp``), or an option of a group (``mtp=parallel``).
+        added: a folder of further options (``--config-dir``).
 
     Raises:
         UserError: there is no such group or option.
     """
     group, _, name = word.partition("=")
-    known = groups()
+    known = groups(added)
     if not group or group not in known:
         names = ", ".join(filter(None, known))
         raise UserError(f"--help {word}: there is no group {group!r}; choose one of {names}.")

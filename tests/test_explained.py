@@ -52,13 +52,20 @@ def test_help_for_groups_and_options() -> None:
     option = help_for("mtp=sequential")
     assert "  depth = 2\n      D, tokens predicted beyond the next one" in option
     assert max(map(len, option.splitlines())) <= 100
+    assert (
+        "  navigation      Find a shortest path on a graph that no prompt shows (Zhong et al. 2026)"
+        in help_for("data")
+    )
     with pytest.raises(ValueError, match="no group 'nope'; choose one of balance, callbacks"):
         help_for("nope")
     with pytest.raises(ValueError, match="mtp has no option 'nope'; choose one of .*sequential"):
         help_for("mtp=nope")
 
 
-def test_the_command_line_helps() -> None:
+def test_the_command_line_helps(tmp_path: Path) -> None:
+    (tmp_path / "mtp").mkdir()
+    (tmp_path / "mtp" / "mine.yaml").write_text("# Mine.\n# how far\nstretch: 2\n")
+
     def typed(*words: str) -> Done:
         return execute([sys.executable, str(ROOT / "train.py"), *words], imported=LIGHT)
 
@@ -66,6 +73,9 @@ def test_the_command_line_helps() -> None:
     assert whole.returncode == 0 and len(whole.stdout.splitlines()) <= 55, "one screen"
     assert "--help GROUP" in whole.stdout
     assert typed("--help", "mtp").stdout.strip() == help_for("mtp")
+    told = "mtp=mine\n\nMine.\n\n  stretch = 2\n      how far\n"
+    assert typed("--config-dir", str(tmp_path), "--help", "mtp=mine").stdout == told
+    assert typed("--help", "mtp=mine", "--config-dir", str(tmp_path)).stdout == told
 
 
 def test_quiet_is_inherited_by_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

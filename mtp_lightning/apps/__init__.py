@@ -7,11 +7,13 @@ sentence with this project's remedy (``misspelt.py``).
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -87,11 +89,15 @@ class Check(Callback):
 
 
 def _explain(arguments: list[str]) -> None:
-    """Answer ``--help WORD``, and exit."""
-    if len(arguments) == 2 and arguments[0] in ("--help", "-h", "help"):
+    """Answer ``--help WORD``, with or without ``--config-dir FOLDER``, and exit."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", dest="word", nargs="?")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    known, _ = parser.parse_known_args(["--help" if w == "help" else w for w in arguments])
+    if known.word:
         from mtp_lightning.explained import help_for
 
-        print(help_for(arguments[1]))
+        print(help_for(known.word, known.config_dir))
         sys.exit(0)
 
 
