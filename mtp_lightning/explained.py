@@ -82,14 +82,11 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
     Args:
         added: a folder of further options (``--config-dir``).
     """
+    roots = [CONF, *([added] if added else [])]
     files = [
-        *((file.parent.relative_to(CONF).as_posix(), file) for file in CONF.rglob("*.yaml")),
-        *((_SWEEPS, file) for file in SWEEPS.glob("*.yaml")),
+        (f.parent.relative_to(root).as_posix(), f) for root in roots for f in root.rglob("*.yaml")
     ]
-    if added is not None:
-        files += [
-            (file.parent.relative_to(added).as_posix(), file) for file in added.rglob("*.yaml")
-        ]
+    files += [(_SWEEPS, file) for file in SWEEPS.glob("*.yaml")]
     found: dict[str, list[Option]] = {}
     for group, file in sorted(files, key=lambda found: (found[0], found[1].name)):
         name = "" if group == "." else group

@@ -142,3 +142,8 @@ def count_processes(settled: dict[str, Any]) -> int:
                 f"trainer.{key}={trainer[key]} in a sweep needs trainer.strategy=ddp or fsdp."
             )
     return int(devices)
+
+
+def known_steps(settled: dict[str, Any]) -> int | None:
+    """Optimizer steps of a job; None where ``compare.match`` chooses them when the job starts."""
+    return None if settled["compare"]["match"] == "flops" else settled["trainer"]["max_steps"]

@@ -24,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
-from sweeps.compose import Composer, count_processes, settle
+from sweeps.compose import Composer, count_processes, known_steps, settle
 from sweeps.lease import live
 from sweeps.plan import (
     Job,
@@ -115,7 +115,7 @@ def _launch(
             cwd=str(Path.cwd()),
             processes=count_processes(config_of_job),
             nodes=config_of_job["trainer"]["num_nodes"],
-            max_steps=config_of_job["trainer"]["max_steps"],
+            max_steps=known_steps(config_of_job),
             on_cpu=config_of_job["trainer"]["accelerator"] == "cpu",
         )
         tasks[job.folder] = recipe.task(

@@ -48,7 +48,7 @@ class Recipe:
     cwd: str  # where relative paths of its overrides start
     processes: int  # that train together on each machine
     nodes: int  # machines that train together
-    max_steps: int  # optimizer steps
+    max_steps: int | None  # optimizer steps; None if the run chooses them (compare.match=flops)
     on_cpu: bool  # whether it asks for the CPU even if there are GPUs
 
     def task(
@@ -93,7 +93,8 @@ class Recipe:
         values = {field.name: stored[field.name] for field in fields(cls)}
         kinds = {"program": str, "options": list, "cwd": str, "on_cpu": bool}
         for key, value in values.items():
-            if type(value) is not kinds.get(key, int):
+            unknown = key == "max_steps" and value is None
+            if type(value) is not kinds.get(key, int) and not unknown:
                 raise ValueError(f"{key}: {value!r}")
         if not all(isinstance(option, str) for option in values["options"]):
             raise ValueError(f"options: {values['options']!r}")

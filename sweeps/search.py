@@ -27,7 +27,7 @@ from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_column
 from mtp_lightning.run.status import read_status, state_of
-from sweeps.compose import compose_run, count_processes, settle
+from sweeps.compose import compose_run, count_processes, known_steps, settle
 from sweeps.plan import Plan
 from sweeps.pool import alone, make_pool
 from sweeps.process import Task, python_command
@@ -145,7 +145,7 @@ class Search:
             overrides=job.overrides,
             command=python_command(app("train"), overrides, folder),
             processes=count_processes(settled),
-            max_steps=settled["trainer"]["max_steps"],
+            max_steps=known_steps(settled),
             on_cpu=settled["trainer"]["accelerator"] == "cpu",
             labels=tuple(f"{key}={_short(value)}" for key, value in values.items()),
         )

@@ -57,7 +57,7 @@ class ClaimJob:
             overrides=self.overrides,
             command=python_command(app("train"), self.overrides, folder),
             processes=self.processes,
-            max_steps=self.max_steps,
+            max_steps=None if "compare.match=flops" in self.overrides else self.max_steps,
             on_cpu="trainer.accelerator=cpu" in self.overrides,
             labels=(self.arm, f"seed={self.seed}"),
         )

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mtp_lightning.errors import UserError
 from mtp_lightning.misspelt import sentence
 from mtp_lightning.paths import CONF
-from sweeps.compose import Composer, count_processes, settle
+from sweeps.compose import Composer, count_processes, known_steps, settle
 
 # What a job may be given: overrides that choose files, set values, add, remove or interpolate.
 CHOICES = {
@@ -102,6 +102,15 @@ def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
             of(f"trainer.{key}=2")
     with pytest.raises(UserError, match=r"trainer.devices=-1 in a sweep: give a number"):
         of("trainer.devices=-1")
+
+
+def test_steps_that_the_run_chooses_are_unknown(sweep: Sweep) -> None:
+    def of(*overrides: str) -> int | None:
+        return known_steps(settle(sweep[2].compose(overrides), Path("/x")))
+
+    assert of("trainer.max_steps=7") == 7
+    assert of("trainer.max_steps=7", "compare.match=parameters") == 7
+    assert of("trainer.max_steps=7", "compare.match=flops") is None
 
 
 def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

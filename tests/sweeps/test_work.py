@@ -181,7 +181,8 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     facts = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
     laid.recipes = {
         job.folder: Recipe(
-            program="train", options=(), cwd="/", processes=n, nodes=m, max_steps=1, on_cpu=cpu
+            program="train", options=(), cwd="/", processes=n, nodes=m,
+            max_steps=n - 1 or None, on_cpu=cpu,
         )
         for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True)
     }  # fmt: skip
