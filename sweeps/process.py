@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import quoted
-from mtp_lightning.run.layout import LOG_FILE, STATUS_FILE, SUMMARY_FILE
+from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE, STATUS_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import last_words, now, state_of, write_status
 from sweeps.devices import Devices
@@ -188,6 +188,20 @@ def _ended_unseen(folder: Path) -> bool:
         )
     except FileNotFoundError:
         return False
+
+
+def silence(folder: Path) -> float:
+    """Seconds since a job wrote a number, a line or its status."""
+    files = (folder / name for name in (METRICS_FILE, LOG_FILE, STATUS_FILE))
+    return time.time() - max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+def is_gone(folder: Path) -> bool:
+    """Whether the processes of a job whose status is running are gone, as after a power failure.
+
+    Where locks do not reach other machines, a job there has a minute to show that it lives.
+    """
+    return Lock(folder / _LOCK_FILE).is_free() and silence(folder) > 60
 
 
 def ignore_usr2() -> None:

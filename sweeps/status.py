@@ -20,8 +20,9 @@ from mtp_lightning.run.status import STATES, describe_failure, read_status
 from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, this_process
 from sweeps.plan import Plan, varied_labels
+from sweeps.process import is_gone
 
-_FREE = "lost"  # a job whose status is running, but whose worker is gone
+_FREE = "lost"  # a job whose status is running, but whose process or worker is gone
 
 
 def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -37,7 +38,9 @@ def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
     for job in plan.jobs:
         status, lease = statuses[job.folder], newest_leases.get(job.folder)
         state = str(status["state"])
-        if state == "running" and lease is not None and leases.free(lease):
+        if state == "running" and (
+            is_gone(plan.folder / job.folder) if lease is None else leases.free(lease)
+        ):
             state = _FREE
         counts[state] += 1
         if state in ("running", _FREE):

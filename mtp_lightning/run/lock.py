@@ -44,6 +44,20 @@ class Lock:
             time.sleep(0.1)
         return True
 
+    def is_free(self) -> bool:
+        """Whether a process has held the lock and none does now; false where that is unknown."""
+        try:
+            file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            return False
+        finally:
+            os.close(file)
+        return True
+
     @property
     def file(self) -> int:
         """The file descriptor of the lock, which a child process can inherit (``pass_fds``)."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import flatten, key_of, read_yaml
 from mtp_lightning.run.layout import (
     CONFIG_FILE,
-    LOG_FILE,
     METRICS_FILE,
     STATUS_FILE,
     SUMMARY_FILE,
@@ -22,6 +19,7 @@ from mtp_lightning.run.layout import (
 )
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.stored import component, read_json
+from sweeps.process import is_gone, silence
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
@@ -197,8 +195,10 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
     run.reason = str(status.get("reason") or "")
     if state in STATES and state != "done":
         run.state = state
-        if state == "running" and not run.reason:
-            run.reason = _last_sign(folder)
+        if state == "running" and is_gone(folder):
+            run.state, run.reason = "interrupted", "its process is gone"
+        elif state == "running" and not run.reason and (seconds := silence(folder)) > 600:
+            run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
     if problem:
         run.state = "unfinished"
@@ -258,11 +258,3 @@ def _overrides(given: Any) -> dict[str, str]:
         return {}
     set_ones = [str(text) for text in given if "=" in str(text) and str(text)[:1] != "~"]
     return {key_of(text): text.partition("=")[2] for text in set_ones}
-
-
-def _last_sign(folder: Path) -> str:
-    """A warning if a running job has not written for more than ten minutes; else empty."""
-    files = [folder / METRICS_FILE, folder / LOG_FILE, folder / STATUS_FILE]
-    seen = [path.stat().st_mtime for path in files if path.exists()]
-    minutes = (time.time() - max(seen, default=math.inf)) / 60
-    return f"nothing written for {minutes:.0f} minutes: is it alive?" if minutes > 10 else ""

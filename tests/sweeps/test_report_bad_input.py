@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.run.lock import Lock
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import Run, read_run, read_sweep
 from sweeps.report.settings import Settings
+from sweeps.status import main as status_of
 from tests.sweeps.fixture_runs import VERSIONS, depth_sweep, write_plan, write_run
 
 
@@ -170,6 +172,26 @@ def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
     for file in folder.iterdir():
         os.utime(file, (time.time() - 3600,) * 2)
     assert states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
+
+
+def test_a_running_job_whose_process_is_gone_is_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]}, ["seed"])
+    for name in "ab":
+        folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
+        for file in folder.iterdir():
+            os.utime(file, (time.time() - 90,) * 2)
+    lives, killed = (Lock(tmp_path / name / ".lock") for name in "ab")
+    assert lives.acquire() and killed.acquire()
+    killed.release()  # as the system does for a process that it kills
+    assert states(tmp_path) == {"a": ("running", ""), "b": ("interrupted", "its process is gone")}
+    with pytest.raises(SystemExit):
+        status_of([str(tmp_path)])
+    assert "2 jobs: 1 running, 1 lost" in capsys.readouterr().out
+    (tmp_path / "b" / "job.log").write_text("where locks do not reach, it may be alive elsewhere")
+    assert states(tmp_path)["b"] == ("running", "")
+    lives.release()
 
 
 def test_a_damaged_plan_and_a_damaged_status_are_noted(tmp_path: Path) -> None:
