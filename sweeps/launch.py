@@ -58,6 +58,7 @@ def launch(
     config: DictConfig,
     hydra_context: HydraContext,
     batch: Sequence[Sequence[str]],
+    dry_run: bool = False,
 ) -> list[JobReturn]:
     """Runs the jobs of a sweep that are not done, and reports the results of all.
 
@@ -67,9 +68,10 @@ def launch(
         config: the sweep's own config.
         hydra_context: composes the jobs' configs.
         batch: every job's overrides.
+        dry_run: only check and list the jobs (``--dry-run``), which leaves no folder.
 
     Returns:
-        One entry per job, with its final validation loss; none for jobs that are left to workers.
+        One entry per job, with its final validation loss; none for jobs that are not run here.
 
     Raises:
         SystemExit: 1 if a job did not finish or something was wrong with the sweep; 128 + the
@@ -77,7 +79,9 @@ def launch(
     """
     with readable_errors():
         try:
-            return _launch(run, config=config, hydra_context=hydra_context, batch=batch)
+            return _launch(
+                run, config=config, hydra_context=hydra_context, batch=batch, dry_run=dry_run
+            )
         except UserError:
             _forget(Path(config.hydra.sweep.dir))
             raise
@@ -89,6 +93,7 @@ def _launch(
     config: DictConfig,
     hydra_context: HydraContext,
     batch: Sequence[Sequence[str]],
+    dry_run: bool,
 ) -> list[JobReturn]:
     if config.hydra.sweeper.get("max_batch_size") is not None:
         raise UserError(
@@ -121,6 +126,10 @@ def _launch(
         tasks[job.folder] = recipe.task(
             run_folder, job.overrides, labels=labels[job.folder], program=this_program()
         )
+    if dry_run:
+        _show(folder, list(tasks.values()))
+        _forget(folder)
+        return []
     again = _shown(folder)
     busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
     with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
@@ -148,8 +157,19 @@ def _launch(
     return [_job_return(job, folder / job.folder) for job in jobs]
 
 
+def _show(folder: Path, tasks: Sequence[Task]) -> None:
+    """Print every job of a sweep that is not started."""
+    print(f"{len(tasks)} jobs in {_shown(folder)} pass the checks; none is started (--dry-run):")
+    width = max(len(task.folder.name) for task in tasks)
+    for task in tasks:
+        told = [f"{task.max_steps} steps" if task.max_steps else "steps by compare.match"]
+        told += [f"{n} processes" for n in [task.processes * task.nodes] if n > 1]
+        told += [state for state in [state_of(task.folder)] if state != "pending"]
+        print(f"  {task.folder.name:{width}}  {', '.join(told)}")
+
+
 def _forget(folder: Path) -> None:
-    """Delete the folder of a sweep that was refused before it was planned: Hydra has made it, with
+    """Delete the folder of a sweep that was not planned: Hydra has made it, with
     the sweep's config alone in it."""
     if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
         (folder / "multirun.yaml").unlink()

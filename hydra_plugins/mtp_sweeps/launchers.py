@@ -25,8 +25,8 @@ class _SweepLauncher(Launcher):
     module: str | None
     composes = True
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+    def __init__(self, dry_run: bool = False, **settings: Any) -> None:
+        self.settings, self.dry_run = settings, dry_run
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -49,6 +49,7 @@ class _SweepLauncher(Launcher):
             config=self.config,
             hydra_context=self.hydra_context,
             batch=job_overrides,
+            dry_run=self.dry_run,
         )
 
 

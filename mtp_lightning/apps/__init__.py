@@ -29,7 +29,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal, require_utf8
 from mtp_lightning.paths import CONF
 
-_QUIET, _VERBOSE = "--quiet", "--verbose"
+_QUIET, _VERBOSE, _DRY_RUN = "--quiet", "--verbose", "--dry-run"
 
 # Help texts use ${program:train}, which becomes the command that starts the app.
 OmegaConf.register_new_resolver("program", program, replace=True)
@@ -40,7 +40,7 @@ def start(
     task: Callable[[DictConfig], Any],
     *,
     ends_with_reader: bool = False,
-    has_verbose: bool = False,
+    trains: bool = False,
 ) -> None:
     """Run an app on this process's command line.
 
@@ -51,7 +51,7 @@ def start(
         config_name: the app's config in conf/.
         task: the app's function. Hydra takes the app's name from the module that defines it.
         ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
-        has_verbose: whether the app has ``--verbose``.
+        trains: whether the app has ``--verbose``, and sweeps with ``--dry-run``, which lists jobs.
     """
     # A traceback of logging, for example on a full disk, would hide the message itself.
     logging.raiseExceptions = False
@@ -63,9 +63,13 @@ def start(
             # Inherited by all processes of a run, and by the jobs of a sweep.
             os.environ[QUIET] = "1"
             os.nice(19)
-        if has_verbose and _VERBOSE in sys.argv:
+        if trains and _VERBOSE in sys.argv:
             sys.argv.remove(_VERBOSE)
             os.environ[VERBOSE] = "1"
+        if trains and _DRY_RUN in sys.argv:
+            if not {"-m", "--multirun"} & set(sys.argv):
+                raise UserError("--dry-run lists the jobs of a sweep: add -m, or use --cfg job.")
+            sys.argv[sys.argv.index(_DRY_RUN)] = "++hydra.launcher.dry_run=true"
         require_utf8(sys.argv[1:])
         sys.argv[1:] = _options_first(literal(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()

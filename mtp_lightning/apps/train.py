@@ -33,7 +33,7 @@ def main() -> None:
         if not end_with_starter():  # before the imports, which take seconds
             raise UserError("The process that started this one has ended.")
         _take_run_dir()
-    start("config", task, has_verbose=True)
+    start("config", task, trains=True)
 
 
 def _take_run_dir() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import environment, rows, train_here
+from tests.integration.helpers import ROOT, environment, rows, train_here
 from tests.sweeps.typed import command, execute, plan, states, wait_until
 
 
@@ -169,6 +170,30 @@ def test_a_second_one_is_refused_and_ctrl_c_ends_the_first(
     assert sorted(states(folder).values()) == ["interrupted", "interrupted", "pending"]
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(folder) not in left
+
+
+def test_a_dry_run_checks_lists_and_leaves_nothing(tmp_path: Path) -> None:
+    def dry(*more: str) -> subprocess.CompletedProcess[str]:
+        return execute([sys.executable, str(ROOT / "train.py"), *more, "--dry-run"], tmp_path)
+
+    told = dry("-m", "mtp.depth=0,2", "compare.match=none,flops", "sweep_dir=sweep")
+    first, *jobs = told.stdout.splitlines()
+    assert first == "4 jobs in sweep pass the checks; none is started (--dry-run):"
+    assert [line.split(maxsplit=1) for line in jobs] == [
+        ["mtp.depth-0_compare.match-none", "3500 steps"],
+        ["mtp.depth-0_compare.match-flops", "steps by compare.match"],
+        ["mtp.depth-2_compare.match-none", "3500 steps"],
+        ["mtp.depth-2_compare.match-flops", "steps by compare.match"],
+    ]
+    assert told.returncode == 0 and not list(tmp_path.iterdir())
+    # Whatever launcher was chosen; a mistake in one job is found.
+    args = ("-m", "mtp.depth=0,2", "sweep_dir=sweep", "hydra/launcher=plan")
+    assert "none is started" in dry(*args).stdout and not list(tmp_path.iterdir())
+    wrong = dry("-m", "mtp.depth=0,300", "sweep_dir=sweep")
+    assert wrong.returncode == 1 and "mtp.depth=300 is larger than the window" in wrong.stderr
+    assert not list(tmp_path.iterdir())
+    alone = dry("mtp.depth=0")
+    assert alone.returncode == 1 and "--dry-run lists the jobs of a sweep: add -m" in alone.stderr
 
 
 @pytest.mark.long
