@@ -32,6 +32,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.system import processor
+from sweeps.report.statistics import ratio_interval
 
 PROMPTS = {
     "code": [
@@ -39,18 +40,42 @@ PROMPTS = {
         "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self",
         "import csv\n\nwith open('prices.csv') as file:\n    for row in",
         "SELECT name, age\nFROM people\nWHERE",
+        "def is_prime(n):\n    if n < 2:\n        return False\n    for",
+        "import os\nfrom pathlib import Path\n\n\ndef largest_files(folder",
+        "<html>\n  <head>\n    <title>Menu</title>\n  </head>\n  <body>",
+        "for i in range(1, 101):\n    if i % 15 == 0:\n        print(",
+        "class Point:\n    def __init__(self, x, y):",
+        "function add(a, b) {\n  return a + b;\n}\n\nfunction multiply(",
+        "def test_the_empty_list():\n    assert mean([]) is None\n\n\ndef test_",
+        "try:\n    value = int(input('How many? '))\nexcept ValueError:\n    ",
     ],
     "prose": [
         "The old lighthouse stood at the end of the pier, and every evening",
         "Bread is one of the oldest prepared foods. It is made from",
         "In the winter of that year the two sisters decided to",
         "The heart is a muscle that pumps blood through",
+        "Mountains are formed when two plates of the earth's crust",
+        "She opened the letter slowly. It was from her brother, who",
+        "The city has three markets, and the largest of them",
+        "Many birds fly south in autumn because",
+        "A good teacher does not only explain, but also",
+        "The first trains were slow, loud and dirty, yet people",
+        "When the rain stopped, the children ran out to",
+        "Iron is found in the ground as ore, which must be",
     ],
     "chat": [
         "What is the difference between a lake and a pond?",
         "Give me three tips for learning a new language.",
         "Write a short poem about rain.",
         "How do I boil an egg?",
+        "Why is the sky blue?",
+        "Explain what a computer program is to a child.",
+        "Name five animals that live in the desert.",
+        "What should I pack for a week in the mountains?",
+        "Write an email that asks a colleague for a meeting.",
+        "How does a bicycle stay upright?",
+        "Summarize the story of Cinderella in three sentences.",
+        "What are the pros and cons of working from home?",
     ],
 }
 CHAT = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
@@ -184,12 +209,19 @@ def measure(
                 "tokens_per_cpu_second": tokens / cpu[name],
                 "tokens_per_second": tokens / wall[name],
                 "over_plain_cpu": cpu["plain"] / cpu[name],
+                "over_plain_cpu_interval": _interval(found["plain"], found[name]),
                 "over_plain": wall["plain"] / wall[name],
                 "over_transformers_cpu": cpu["transformers"] / cpu[name],
                 **(rates(said[name]) if name in drafted else {}),
             }
         rows.append(row)
     return rows
+
+
+def _interval(plain: list[Row], other: list[Row]) -> tuple[float, float] | None:
+    """95 % interval of the ratio of CPU seconds over texts like these."""
+    pairs = zip(plain, other, strict=True)
+    return ratio_interval([ours["cpu"] / theirs["cpu"] for ours, theirs in pairs]).ends
 
 
 def memory_limit(model: MTPModel) -> float:
@@ -206,7 +238,7 @@ def pretrained_heads(
     run: str,
     /,
     new_tokens: int = 64,
-    prompts: int = 4,
+    prompts: int = 12,
     drafts: Sequence[int] = (1, 2),
     draft_vocab: Sequence[int] = (8192,),
     head_precision: str = "fp32",
@@ -217,7 +249,7 @@ def pretrained_heads(
 
     Args:
         run: a run folder, a checkpoint or a Hugging Face folder.
-        prompts: prompts of each kind, up to 4.
+        prompts: prompts of each kind, up to 12.
         drafts: drafts a round.
         draft_vocab: sizes of the vocabulary that drafts are also chosen from.
         head_precision: of the modules' own matrices.

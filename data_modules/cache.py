@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import re
@@ -28,6 +30,21 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
     """The given cache folder, else ``$MTP_LIGHTNING_CACHE``, else ``~/.cache/mtp-lightning``."""
     chosen = given or os.environ.get(ENVIRONMENT) or "~/.cache/mtp-lightning"
     return Path(chosen).expanduser()
+
+
+def state_of(path: Path) -> str:
+    """Hex digests of a path and of the present state of its file, or of a folder's files:
+    ``PATH-STATE``. A change of a file changes its time ctime, which no program can set."""
+    path = path.resolve()
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    states = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found]
+    return f"{short_digest(str(path))}-{short_digest(json.dumps(states))}"
+
+
+def short_digest(text: str) -> str:
+    """64 bits of a text's SHA-256, as hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

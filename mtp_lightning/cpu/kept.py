@@ -6,7 +6,6 @@ instead of reading and packing the model's own files, and processes share the me
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_modules.cache import build_once, cache_folder
+from data_modules.cache import build_once, cache_folder, short_digest, state_of
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import dense_matrices, packed_of
 from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed
@@ -99,22 +98,10 @@ class Keeper:
 
 
 def _folder(path: Path) -> Path:
-    """Where the packed weights of a file, or of a folder's files, are kept in their present state.
-    A change of a file changes its time ctime, which no program can set."""
-    path = path.resolve()
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    states = [(file.name, *_state(file)) for file in files if file.is_file()]
-    state = json.dumps([states, native.lib().built_from().decode()])
-    return cache_folder() / "packed" / f"{_digest(str(path))}-{_digest(state)}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _state(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    """Where the packed weights of a file or folder are kept, in the present state of its files."""
+    of, _, state = state_of(path).partition("-")
+    state = short_digest(state + native.lib().built_from().decode())
+    return cache_folder() / "packed" / f"{of}-{state}"
 
 
 def _nothing(folder: Path) -> None:

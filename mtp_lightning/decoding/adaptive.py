@@ -5,7 +5,66 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
+
+# Gain that drafting must exceed to be preferred, as timings scatter.
+MARGIN = 1.03
+
+
+@dataclass(frozen=True)
+class Payoff:
+    """What rounds cost and bring, by their number of drafts 0, 1, ..
+
+    Attributes:
+        costs: their times in plain rounds.
+        accepted: share of the drafts judged at position 1, 2, .. that is accepted.
+    """
+
+    costs: tuple[float, ...]
+    accepted: tuple[float, ...]
+
+    def gains(self) -> list[float]:
+        """Tokens per second with 0, 1, .. drafts, over plain decoding."""
+        tokens = expected_tokens(self.accepted)
+        return [n / cost for n, cost in zip(tokens, self.costs, strict=False)]
+
+    @property
+    def best(self) -> int:
+        """The number of drafts with the most tokens per second."""
+        return fastest(self.gains())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rounds of one model on one machine, with greedy and with sampled drafts."""
+
+    greedy: Payoff
+    sampled: Payoff
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafts pay in samples, or may pay in some greedy texts."""
+        return self.sampled.best > 0 or max(self.greedy.gains()[1:]) > 1
+
+
+def expected_tokens(accepted: Sequence[float]) -> list[float]:
+    """Expected tokens per row of a round with 0, 1, .. drafts, ``1 + sum_j prod_{i <= j} a_i``.
+
+    Args:
+        accepted: a_1, a_2, .., the share of drafts accepted among those judged at a position.
+    """
+    tokens, reach = [1.0], 1.0
+    for share in accepted:
+        reach *= share
+        tokens.append(tokens[-1] + reach)
+    return tokens
+
+
+def fastest(gains: Sequence[float]) -> int:
+    """The number of drafts with the largest gain; 0 if none exceeds the margin."""
+    best = max(range(len(gains)), key=gains.__getitem__)
+    return best if gains[best] >= MARGIN else 0
 
 
 class AutoDepth:
@@ -13,27 +72,37 @@ class AutoDepth:
 
         (1 + sum_j prod_{i <= j} acceptance_i) / seconds,    0 drafts being plain decoding.
 
-    It starts with 0. From time to time it *looks*: it times a few rounds with another number of
-    drafts. If the current number is 0, it looks at ``max_draft``, and the times of the numbers
-    between are interpolated; else it looks at one draft more or less, and at 0. Those rounds emit
-    tokens like any others. The time that they lose compared with the current number is counted,
-    and a look waits until it fits a budget, a small share of the time spent so far. Times are kept
-    by batch size, rounded to powers of two; a new size starts with the number last used.
+    It starts with the best number of a measurement, or with 0. From time to time it *looks*: it
+    times a few rounds with another number of drafts. If the current number is 0, it looks at
+    ``max_draft``, and the times of the numbers between are interpolated; else it looks at one draft
+    more or less, and at 0. Those rounds emit tokens like any others. The time that they lose
+    compared with the current number is counted, and a look waits until it fits a budget, a small
+    share of the time spent so far. Times are kept by batch size, rounded to powers of two; a new
+    size starts with the number last used.
 
     Args:
         max_draft: the most drafts to consider.
         module_share: time for the modules to catch up with a token, as a share of the trunk's time
             to read a token of a prompt.
+        measured: greedy rounds of this model on this machine; None if nothing is known.
     """
 
     _SHARE = 0.0075  # share of the time that looks may lose
     _MEMORY = 0.98  # decay per round of the acceptance's running mean
 
-    def __init__(self, max_draft: int, module_share: float = 0.0) -> None:
+    _KNOWN = 20.0  # rounds that the measured shares of acceptance count as
+
+    def __init__(
+        self, max_draft: int, module_share: float = 0.0, measured: Payoff | None = None
+    ) -> None:
         self.max_draft = max_draft
-        # A weak prior: one draft of two accepted.
+        # Without a measurement a weak prior: one draft of two accepted.
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
+        if measured is not None:
+            self._accepted = [self._KNOWN * share for share in measured.accepted]
+            self._reached = [self._KNOWN] * max_draft
+        self._measured = measured
         self._by_size: dict[int, _Rounds] = {}  # by log2 of the number of rows
         self._rounds: _Rounds | None = None
         self._n_rows = 0
@@ -57,7 +126,8 @@ class AutoDepth:
         if rows != self._n_rows:
             self._n_rows, size = rows, round(math.log2(rows))
             if size not in self._by_size:
-                self._by_size[size] = _Rounds(self.max_draft, self._rounds)
+                first = self._measured if self._rounds is None else None
+                self._by_size[size] = _Rounds(self.max_draft, self._rounds, first)
             self._rounds = self._by_size[size]
         rounds = self._rounds
         assert rounds is not None
@@ -68,6 +138,11 @@ class AutoDepth:
             if means > cost:
                 rounds.look()
         return rounds.plan[0] if rounds.plan else rounds.best
+
+    @property
+    def best(self) -> int:
+        """The number of drafts that was fastest so far, without a look at others."""
+        return 0 if self._rounds is None else self._rounds.best
 
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
@@ -90,7 +165,8 @@ class AutoDepth:
             lost = max(0.0, seconds - tokens * rounds.seconds_per_token)
             self._budget -= lost * rounds.price
         if rounds.is_review(m, seconds):
-            rounds.decide(self._expected_tokens())
+            pairs = zip(self._accepted, self._reached, strict=True)
+            rounds.decide(expected_tokens([a / n for a, n in pairs]))
 
     def _judge(self, m: int, accepted: Sequence[int], reached: Sequence[int]) -> None:
         for j in range(m):
@@ -98,14 +174,6 @@ class AutoDepth:
             if n_reached:
                 self._accepted[j] = self._accepted[j] * self._MEMORY + sum(a > j for a in accepted)
                 self._reached[j] = self._reached[j] * self._MEMORY + n_reached
-
-    def _expected_tokens(self) -> list[float]:
-        """Expected tokens per row of a round with 0, 1, .. drafts."""
-        tokens, reach = [1.0], 1.0
-        for accepted, reached in zip(self._accepted, self._reached, strict=True):
-            reach *= accepted / reached
-            tokens.append(tokens[-1] + reach)
-        return tokens
 
 
 class _Rounds:
@@ -126,14 +194,19 @@ class _Rounds:
     _EACH = 2  # rounds per number in a look; the first may have much to catch up with
     _REVIEW = 16  # rounds from one decision to the next
     _HOPELESS = 8  # price if drafts would not pay even if all were accepted: look rarely
-    _MARGIN = 1.03  # gain that drafting must exceed to be preferred, as timings scatter
 
-    def __init__(self, max_draft: int, last: _Rounds | None) -> None:
+    def __init__(
+        self, max_draft: int, last: _Rounds | None, measured: Payoff | None = None
+    ) -> None:
         # For every number of drafts: the last rounds' times, and their ratios to plain rounds.
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
         self._ratios: list[deque[float]] = [deque(maxlen=3) for _ in range(max_draft + 1)]
         self._ratios[0].append(1.0)
         self.best: int = 0 if last is None else last.best
+        if measured is not None:
+            self.best = measured.best
+            for ratios, cost in zip(self._ratios[1:], measured.costs[1:], strict=True):
+                ratios.append(cost)
         self.plan: list[int] = []
         self.may_look = False
         self.seconds_per_token = 0.0
@@ -176,26 +249,24 @@ class _Rounds:
                 # A round with drafts includes all the work of a plain one.
                 ratios.append(max(seconds / plain, 1.0))
 
-    def decide(self, expected_tokens: Sequence[float]) -> None:
+    def decide(self, expected: Sequence[float]) -> None:
         """Choose the number of drafts with the most tokens per second.
 
         Args:
-            expected_tokens: per row, of a round with 0, 1, .. drafts.
+            expected: tokens per row of a round with 0, 1, .. drafts.
         """
         self._until_review = self._REVIEW
         known = [m for m, ratios in enumerate(self._ratios) if ratios]
         costs = [self._cost(m, known) for m in range(known[-1] + 1)]
-        gains = [tokens / cost for tokens, cost in zip(expected_tokens, costs, strict=False)]
+        gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
         if len(costs) > 1:
-            self.best = max(range(len(gains)), key=gains.__getitem__)
-            if gains[self.best] < self._MARGIN:
-                self.best = 0
+            self.best = fastest(gains)
             most = max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1))
-            self.price = self._HOPELESS if most < self._MARGIN else 1
+            self.price = self._HOPELESS if most < MARGIN else 1
         if not self._seconds[self.best]:  # interpolated, never timed
             return
         now = min(self._seconds[self.best])
-        self.seconds_per_token = now / expected_tokens[self.best]
+        self.seconds_per_token = now / expected[self.best]
         # Rough estimate: a draft that fails costs half a round.
         drafts = 1 if self.best else len(self._seconds) - 1
         self.cost_of_a_look = self._EACH * now * drafts / 2

@@ -8,7 +8,8 @@
 
 A text depends on its own request alone, not on the other sequences of the batch. Greedy text equals
 that of plain decoding token for token; a sample is determined by ``seed`` and ``index``. With
-``draft_depth="auto"`` a sample also depends on timing, but its distribution remains the trunk's.
+``draft_depth="auto"`` and no measurement a sample also depends on timing, but its distribution
+remains the trunk's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
@@ -47,6 +49,7 @@ class Engine:
         tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
         on_logits: called with a request's index and the trunk's logits [T, V] that its new tokens
             were chosen by, round by round.
+        depths: chooses the number of drafts of every round, in the place of ``"auto"``.
 
     Raises:
         UserError: the model cannot decode as the options ask.
@@ -59,6 +62,7 @@ class Engine:
         *,
         tokenizer: Any = None,
         on_logits: Callable[[int, Tensor], None] | None = None,
+        depths: AutoDepth | None = None,
     ) -> None:
         if model.config.mtp.answers_at_once:
             raise UserError(
@@ -73,10 +77,10 @@ class Engine:
         self._model = model
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
-        self._auto = None
-        if options.auto and self.max_draft:
-            auto_depth = imported("mtp_lightning.decoding.adaptive.AutoDepth")
-            self._auto = auto_depth(self.max_draft, self.max_draft / model.config.trunk.n_layers)
+        self._auto, known = depths, options.measured
+        if depths is None and options.auto and self.max_draft:
+            share = self.max_draft / model.config.trunk.n_layers
+            self._auto = AutoDepth(self.max_draft, share, None if known is None else known.greedy)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -268,7 +272,12 @@ class Engine:
         auto = self._auto
         wanted = self.max_draft
         if auto is not None:
-            wanted = auto.depth(len(self._sequences), decoder.session.behind)
+            own = [self._own_depth(sequence.request) for sequence in self._sequences]
+            alike = all(depth is None for depth in own)
+            chosen = auto.depth(len(own), decoder.session.behind) if alike else auto.best
+            each = [chosen if depth is None else depth for depth in own]
+            caps, wanted = [min(cap, m) for cap, m in zip(caps, each, strict=True)], max(each)
+            auto = auto if alike else None  # a round of unlike texts tells nothing
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
         start = time.perf_counter()
@@ -281,6 +290,14 @@ class Engine:
                 ]
             auto.record(n_drafts, seconds, outcome.accepted, reached_by)
         return outcome
+
+    def _own_depth(self, request: Request) -> int | None:
+        """The number of drafts that a request asks for, or that samples keep; None if it is free
+        to change, as greedy text does not depend on it."""
+        known = self.options.measured
+        if request.draft_depth is not None:
+            return min(request.draft_depth, self.max_draft)
+        return known.sampled.best if known is not None and request.temperature else None
 
     def _let_go(self) -> None:
         """Free the slots of finished sequences."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from torch import Tensor
 
+from mtp_lightning.decoding.adaptive import Measured
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.errors import UserError
@@ -101,7 +102,7 @@ class Request(TextOptions):
         prompt: token ids, at least one; kept as a list.
         index: number of the prompt among those with the same seed; each has its own stream of
             random numbers.
-        draft_depth: the most drafts that it accepts in a round; 0 is plain decoding, None is as
+        draft_depth: drafts of its rounds, at most the engine's; 0 is plain decoding, None is as
             many as the engine drafts.
     """
 
@@ -129,8 +130,9 @@ class DecodingOptions(TextOptions):
             the context again and continues from there.
         speculative: draft with the MTP modules; False is plain decoding.
         draft_depth: tokens to draft per round; None is the model's depth. A model with a single
-            module can draft more. ``"auto"`` measures the number that pays, down to plain decoding;
-            with a temperature its samples then depend on timing, their distribution does not.
+            module can draft more. ``"auto"`` measures the number that pays, down to plain decoding.
+        measured: what ``"auto"`` knows of this machine. Samples then keep one number of drafts;
+            without it they depend on timing, though their distribution does not.
         draft_vocab: choose drafts among the first ``draft_vocab`` token ids, and read only their
             rows of the head (:class:`~mtp_lightning.nn.head.ShortHead`); None is all.
         min_confidence: stop drafting once the model's estimate of the probability that all drafts
@@ -157,6 +159,7 @@ class DecodingOptions(TextOptions):
     long: Literal["refuse", "slide"] = "refuse"
     speculative: bool = True
     draft_depth: int | Literal["auto"] | None = None
+    measured: Measured | None = None
     draft_vocab: int | None = None
     min_confidence: float = 0.0
     cache: Literal["per_depth", "single"] = "per_depth"

@@ -15,6 +15,7 @@ from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import keeper
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.paying import settle_drafts
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
@@ -183,9 +184,32 @@ def continue_prompts(
     Raises:
         UserError: an option is out of range.
     """
-    options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+    options = drafts_settled(cfg, run, rows=len(prompts))
     ids = [run.tokenizer.encode(prompt) for prompt in prompts]
     return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
+
+
+def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
+    """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay.
+
+    Args:
+        cfg: the config.
+        run: the model.
+        rows: texts that are mostly decoded together; None for one.
+
+    Raises:
+        UserError: an option is out of range.
+    """
+    options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+    if cfg.get("show_drafts"):
+        return options  # drafts that do not pay can be seen, too
+    precision = {"precision": cfg.precision, "head_precision": cfg.head_precision}
+    together = min(options.slots, rows or 1)
+    settled = settle_drafts(options, run, rows=together, **precision)
+    known = settled.measured
+    if rows is not None and known is not None and not known.pays:
+        return options.plain()  # which keeps no states for drafts; a server may be asked for them
+    return settled
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:

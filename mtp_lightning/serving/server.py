@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.experiment.generating import drafts_settled
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.guard import Connection
@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
         self._grace = float(cfg.grace)
         refuses = cfg.long == "refuse"
         prompt = run.seq_len if cfg.max_prompt is None else cfg.max_prompt
-        options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+        options = drafts_settled(cfg, run)
         engine = Engine(run.model, options, tokenizer=run.tokenizer)
         parser = Parser(
             run,

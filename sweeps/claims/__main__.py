@@ -198,7 +198,13 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
 
 
 def _questions(args: argparse.Namespace) -> int:
-    print(block(args.root, args.claims))
+    told = block(args.root, args.claims)
+    if not told.strip():
+        raise UserError(
+            f"No claim in {args.claims} that answers one of the three questions has a result in "
+            f"{args.root / 'results'}: run one, as in python -m sweeps.claims run NAME."
+        )
+    print(told)
     return 0
 
 

@@ -272,8 +272,8 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
 
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
-    decoding, and tokens per CPU second where they are stored. Each processor shows the way of
-    drafting with the best mean ratio."""
+    decoding with its interval over texts, and tokens per CPU second where they are stored. Each
+    processor shows the way of drafting with the best mean ratio."""
     found = []
     for file in sorted(root.glob(_SPEED)):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -286,6 +286,7 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
             {
                 "kind": row["kind"],
                 "ratio": row[best]["over_plain_cpu"],
+                "ends": row[best].get("over_plain_cpu_interval"),
                 "plain": row.get("plain", {}).get("tokens_per_cpu_second"),
                 "drafted": row[best].get("tokens_per_cpu_second"),
                 "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_cpu_second"),
@@ -293,5 +294,8 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
             }
             for row in rows
         ]
-        found.append({"processor": content.get("processor", "one processor"), "texts": texts})
+        # Texts of each kind, all of which have the same length.
+        n = rows[0]["tokens"] // content.get("options", {}).get("new_tokens", 64)
+        processor = content.get("processor", "one processor")
+        found.append({"processor": processor, "texts": texts, "n": n})
     return found or None

@@ -151,6 +151,7 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
         task_others=others,
         silent=[run.name for _, run in counted if wait_of(run, settings.level) is None],
         settings=gaps,
+        pairs=[setting.label for setting in settings.all if len(setting.done) == 2],
         absent=[run.name for run in done if not any("progress/tokens" in row for row in run.rows)],
     )
 

@@ -165,6 +165,7 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
         ("mtp.depth=2", 1, 2),
     ]
     assert "mtp.depth=2: means are of 1 of 2 runs." in notes
+    assert "mtp.depth=0: with two seeds an interval reaches 6 times the distance" in notes
 
 
 def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:

@@ -37,9 +37,7 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"
     text = " ".join(answer(settings, [one, two], settings.done))
-    assert (
-        "mtp.depth=1 is better than with mtp.depth=0 by 0.1003 nats per token, beyond noise" in text
-    )
+    assert "mtp.depth=1 is better than mtp.depth=0 by 0.1003 nats per token, beyond noise" in text
     assert "1 other difference is within noise" in text
     assert "mtp.depth=1 has the lowest validation loss of the main depth: 2.0330 ±" in text
     speed = "1.20 ± 0.00 times as fast as plain decoding with mtp.depth=2, the fastest setting"

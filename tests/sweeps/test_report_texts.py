@@ -72,7 +72,7 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
     assert "Of those on text a1a1a1a1: " in text
     assert (
         "mtp.depth=2 has the lowest validation loss of the main depth: 1.8" in text
-        and "is better than with mtp.depth=0" in text
+        and "is better than mtp.depth=0" in text
     )
     assert "as fast as plain decoding with mtp.depth=2" in text
     for where in (text, notes):

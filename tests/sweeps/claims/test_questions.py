@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import answers
 from sweeps.claims.read import read_claim
@@ -77,8 +78,15 @@ def test_how_fast_a_real_model_writes(tmp_path: Path, llama: float | None) -> No
     file.write_text(json.dumps({"rows": [row, {**row, "temperature": 1.0}]}))
     text = answers([], tmp_path)
     said = ", llama.cpp 60.5" if llama else ""
-    assert f"code 1.36 × (47.0 tokens per CPU second, plain 34.5{said})." in text
+    of = "(4 texts of a kind, no interval)"
+    assert f"code 1.36 × (47.0 tokens per CPU second, plain 34.5{said}) {of}." in text
 
 
-def test_nothing_is_said_without_numbers(tmp_path: Path) -> None:
+def test_nothing_is_said_without_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert answers([(claim_of(tmp_path), None)], tmp_path) == ""
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweeps.claims.__main__.block", lambda *_: "\n")
+        main(["questions", "--root", str(tmp_path)])
+    assert "answers one of the three questions has a result" in capsys.readouterr().err

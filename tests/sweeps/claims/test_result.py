@@ -354,17 +354,23 @@ def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
 def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
-    for name, ratio in (("", 1.36), ("_other", 0.9)):
-        row = {"kind": "code", "temperature": 0.0, "tokens": 9}
+    for name, ratio, ends in (("", 1.36, None), ("_other", 0.9, [0.8, 1.01])):
+        row = {"kind": "code", "temperature": 0.0, "tokens": 192}
         row |= {
-            "drafts_1": {"over_plain_cpu": ratio},
+            "drafts_1": {"over_plain_cpu": ratio, "over_plain_cpu_interval": ends},
             "drafts_1_of_4096": {"over_plain_cpu": ratio - 0.1},
         }
         text = json.dumps({"processor": f"P{name}", "rows": [row]})
         (folder / f"pretrained_heads{name}.json").write_text(text)
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
-    assert "on P 1.36 × on code; on P_other 0.90 × on code." in english
-    assert "在 P 上，代码 1.36 倍；在 P_other 上，代码 0.90 倍。" in chinese
+    assert (
+        "on P 1.36 × on code (3 texts of a kind, no interval); on P_other 0.90 × [0.80, 1.01] on "
+        "code (95 % intervals over 3 texts of a kind)." in english
+    )
+    assert (
+        "在 P 上，代码 1.36 倍（每类 3 段文本，无置信区间）；在 P_other 上，"
+        "代码 0.90 倍（0.80 至 1.01）（每类 3 段文本，括号内为 95 % 置信区间）。" in chinese
+    )
 
 
 def test_the_projects_pages_are_those_of_its_results() -> None:

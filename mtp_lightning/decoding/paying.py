@@ -1,0 +1,204 @@
+"""The number of drafts that pays on this machine: measured once per model, and kept.
+
+``generate.py`` and ``serve.py`` draft this many tokens a round unless they are told a number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from data_modules.cache import build_once, cache_folder, short_digest, state_of
+from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.options import DecodingOptions, Prompt
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
+from mtp_lightning.opening import OpenedModel
+from mtp_lightning.system import processor
+
+log = logging.getLogger(__name__)
+
+_FILE = "measured.json"
+# Beginnings of the texts, of which the model writes so many tokens.
+_BEGINNINGS = ("The old house at the end of", "def main(", "What is the difference between")
+_TOKENS = 48
+_ROUNDS = 48  # timed rounds with each number of drafts,
+_LEAST = 4  # or fewer, but at least so many,
+_SECONDS = 3.0  # when this time is over
+
+
+def settle_drafts(
+    options: DecodingOptions, opened: OpenedModel, *, rows: int, **setting: Any
+) -> DecodingOptions:
+    """Decide how many tokens to draft where the options leave it open (None or ``"auto"``).
+
+    The first call for a model measures, which takes seconds; later ones look it up in the cache
+    folder until a file of the model, the machine or a setting changes.
+
+    Args:
+        options: the options of decoding.
+        opened: the model.
+        rows: the number of texts that are decoded together.
+        setting: whatever else changes the speed, such as the precision.
+    """
+    model, drafts = opened.model, options.draft_depth in (None, "auto")
+    able = options.speculative and not options.compile and options.tree is None
+    if not (drafts and able) or model.mtp.max_draft_depth == 0:
+        return options
+    asked = replace(options, draft_depth="auto", measured=None, batch_size=rows)
+    known = {name: getattr(asked, name) for name in ("draft_vocab", "min_confidence", "cache")}
+    known |= {"verify": asked.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
+    known |= {"on": [str(model.head.weight.device), processor(), torch.__version__]}
+    n = asked.max_draft(model)
+    of, _, state = state_of(opened.path).partition("-")
+    folder = cache_folder() / "drafts" / f"{of}-{short_digest(state + json.dumps(known))}"
+    measured = _kept(folder, n, lambda: measure(model, asked, _prompts(opened)))
+    return replace(options, draft_depth="auto", measured=measured)
+
+
+def _prompts(opened: OpenedModel) -> list[Prompt]:
+    """Beginnings of texts; a token where the model reads no text."""
+    tokenizer, found = opened.tokenizer, []
+    with suppress(UserError):
+        found = [tokenizer.encode(text) for text in _BEGINNINGS]
+    return [ids[: max(1, opened.seq_len // 4)] for ids in found if len(ids)] or [[0]]
+
+
+def measure(model: MTPModel, options: DecodingOptions, prompts: Sequence[Prompt]) -> Measured:
+    """Time rounds with 0, 1, .. drafts in turn, while the model continues texts.
+
+    Args:
+        model: a model that drafts.
+        options: how to draft, with ``draft_depth="auto"``; ``batch_size`` texts are written
+            together.
+        prompts: the beginnings of the texts.
+    """
+    sampled, greedy = (_payoff(model, options, prompts, temperature=t) for t in (1.0, 0.0))
+    return Measured(greedy=greedy, sampled=sampled)
+
+
+def _payoff(
+    model: MTPModel, options: DecodingOptions, prompts: Sequence[Prompt], *, temperature: float
+) -> Payoff:
+    turns = _Turns(options.max_draft(model))
+    room = _TOKENS if options.max_context is None else options.max_context // 2
+    options = replace(
+        options,
+        max_new_tokens=max(2, min(_TOKENS, room)),
+        temperature=temperature,
+        top_k=None,
+        top_p=None,
+        stop=(),
+        eot_id=-1,
+        seed=0,
+    )
+    end, begun = time.perf_counter() + _SECONDS, 0
+    with Engine(model, options, depths=turns) as engine:
+        while not turns.enough(late=time.perf_counter() > end):
+            new = [(begun + i, prompts[(begun + i) % len(prompts)]) for i in range(engine.free)]
+            engine.add([options.request(prompt, index) for index, prompt in new])
+            begun += len(new)
+            engine.step()
+    return turns.payoff()
+
+
+class _Turns(AutoDepth):
+    """Every number of drafts for two rounds in turn. The second is timed: in the first the modules
+    catch up with the rounds before."""
+
+    _EACH = 2
+
+    def __init__(self, max_draft: int) -> None:
+        super().__init__(max_draft)
+        self._rounds_done = 0
+        self._times: list[list[float]] = [[] for _ in range(max_draft + 1)]
+        self._counts = [[0, 0] for _ in range(max_draft)]  # accepted, reached
+
+    def depth(self, rows: int, behind: Callable[[], int]) -> int:
+        return self._rounds_done // self._EACH % (self.max_draft + 1)
+
+    def record(
+        self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
+    ) -> None:
+        if self._rounds_done % self._EACH:
+            self._times[m].append(seconds)
+        for j, count in enumerate(self._counts[:m]):
+            count[0] += sum(a > j for a in accepted)
+            count[1] += sum(r > j for r in reached)
+        self._rounds_done += 1
+
+    def enough(self, *, late: bool) -> bool:
+        """Whether every number was timed often enough."""
+        return min(map(len, self._times)) >= (_LEAST if late else _ROUNDS)
+
+    def payoff(self) -> Payoff:
+        """The result. A round with drafts includes all the work of a plain one."""
+        plain, *others = map(median, self._times)
+        costs = (1.0, *(max(seconds / plain, 1.0) for seconds in others))
+        return Payoff(costs, tuple(a / r if r else 0.0 for a, r in self._counts))
+
+
+def _kept(folder: Path, n: int, found: Callable[[], Measured]) -> Measured:
+    """The measurement of a folder; made if there is none."""
+    fresh: list[Measured] = []
+
+    def build(target: Path) -> None:
+        fresh.append(found())
+        (target / _FILE).write_text(json.dumps(asdict(fresh[0])), "utf-8")
+
+    try:
+        build_once(folder, build)
+        measured = fresh[0] if fresh else _read(folder / _FILE, n)
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        measured = fresh[0] if fresh else found()
+        fresh = [measured]
+    if fresh and sys.stderr.isatty():
+        print(told(measured), file=sys.stderr)
+    return measured
+
+
+def _read(file: Path, n: int) -> Measured:
+    """A stored measurement of 0 to ``n`` drafts.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is none.
+    """
+    stored = json.loads(file.read_text("utf-8"))
+    return Measured(**{name: _checked(stored[name], n) for name in ("greedy", "sampled")})
+
+
+def _checked(stored: Any, n: int) -> Payoff:
+    costs, accepted = (tuple(map(float, stored[name])) for name in ("costs", "accepted"))
+    if (len(costs), len(accepted)) != (n + 1, n):
+        raise ValueError("it is of another number of drafts")
+    if not all(1 <= cost < 1e6 for cost in costs) or not all(0 <= a <= 1 for a in accepted):
+        raise ValueError("a number is out of range")
+    return Payoff(costs, accepted)
+
+
+def told(measured: Measured) -> str:
+    """A sentence about a measurement, for people."""
+    return (
+        f"Measured once, fastest on this machine: {_fastest(measured.greedy)} for greedy text, "
+        f"{_fastest(measured.sampled)} for samples. draft_depth=N sets another number."
+    )
+
+
+def _fastest(payoff: Payoff) -> str:
+    n, gains = payoff.best, payoff.gains()
+    drafts = {0: "no draft", 1: "1 draft a pass"}.get(n, f"{n} drafts a pass")
+    return f"{drafts} ({f'{gains[n]:.2f}' if n else f'one makes {gains[1]:.2f}'} x plain)"

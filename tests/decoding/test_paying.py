@@ -1,0 +1,227 @@
+"""As many drafts as pay: measured once, kept, and obeyed by samples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.decoding import generate, paying
+from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expected_tokens, fastest
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.options import DecodingOptions, Request
+from mtp_lightning.decoding.paying import measure, settle_drafts, told
+from mtp_lightning.opening import OpenedModel
+from tests.decoding.models import random_prompts, small_model
+from tests.models import checkpoint_of
+
+SHARE = st.floats(0, 1)
+
+
+@given(st.lists(SHARE, max_size=4), st.data())
+def test_the_payoff_is_that_of_all_outcomes(accepted: list[float], data: st.DataObject) -> None:
+    """Against the mean over every pattern of right and wrong drafts."""
+    costs = [1.0, *(data.draw(st.floats(1, 5)) for _ in accepted)]
+    payoff = Payoff(tuple(costs), tuple(accepted))
+    for m, cost in enumerate(costs):
+        mean = 0.0
+        for right in itertools.product((True, False), repeat=m):
+            chance = 1.0
+            for r, a in zip(right, accepted, strict=False):
+                chance *= a if r else 1 - a
+            mean += chance * (1 + next((i for i, r in enumerate(right) if not r), m))
+        assert payoff.gains()[m] == pytest.approx(mean / cost)
+    best = payoff.best
+    assert best == 0 or payoff.gains()[best] == max(payoff.gains()) >= 1.03
+    assert best > 0 or max(payoff.gains()) < 1.03
+
+
+def test_the_fastest_number_needs_a_margin() -> None:
+    assert expected_tokens([0.5, 0.5]) == [1, 1.5, 1.75]
+    assert fastest([1.0, 1.02]) == 0 and fastest([1.0, 1.04, 1.05]) == 2
+
+
+def test_auto_depth_begins_with_what_is_known() -> None:
+    auto = AutoDepth(2, measured=Payoff((1.0, 1.1, 1.5), (0.6, 0.2)))
+    assert auto.depth(1, lambda: 0) == 1
+    for _ in range(60):  # the drafts of this text are worse than those of the measurement
+        m = auto.depth(1, lambda: 0)
+        auto.record(m, (1.0, 1.1, 1.5)[m], [0], [min(m, 1)])
+    assert auto.best == 0
+
+
+def opened_at(folder: Path, seed: int = 1) -> OpenedModel:
+    model = small_model(seed, 2, vocab=257)
+    path = folder / f"{seed}.ckpt"
+    torch.save(checkpoint_of(model), path)
+    state, config = ByteTokenizer().state(), {"data": {"seq_len": 64}}
+    return OpenedModel(model=model, tokenizer_state=state, config=config, step=1, path=path)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The models that were measured, with the cache in a folder of its own."""
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(paying, "_SECONDS", 0.0)
+    found: list[Any] = []
+    real = paying.measure
+
+    def count(model: Any, *args: Any) -> Measured:
+        found.append(model)
+        return real(model, *args)
+
+    monkeypatch.setattr(paying, "measure", count)
+    return found
+
+
+def test_it_is_measured_once_for_a_model_and_a_setting(counted: list[Any], tmp_path: Path) -> None:
+    opened, options = opened_at(tmp_path), DecodingOptions(max_context=64)
+    settled = settle_drafts(options, opened, rows=1, precision="fp32")
+    known = settled.measured
+    assert settled == replace(options, draft_depth="auto", measured=known) and known is not None
+    for payoff in (known.greedy, known.sampled):
+        assert payoff.costs[0] == 1 and min(payoff.costs) >= 1 and len(payoff.accepted) == 2
+    again = settle_drafts(replace(options, draft_depth="auto"), opened, rows=1, precision="fp32")
+    assert again == settled and len(counted) == 1
+    # Whatever changes the speed is measured by itself.
+    for number, (changed, more) in enumerate(
+        [
+            (options, {"rows": 4, "precision": "fp32"}),
+            (options, {"rows": 1, "precision": "int8"}),
+            (replace(options, draft_vocab=9), {"rows": 1, "precision": "fp32"}),
+        ],
+        start=2,
+    ):
+        settle_drafts(changed, opened, **more)  # type: ignore[arg-type]
+        assert len(counted) == number
+    os.utime(opened.path, (1, 1))  # another file at the same path
+    settle_drafts(options, opened, rows=1, precision="fp32")
+    assert len(counted) == 5
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"greedy": 1}', "COSTS", "SHORT"])
+def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path) -> None:
+    opened, options = opened_at(tmp_path), DecodingOptions()
+    first = settle_drafts(options, opened, rows=1)
+    (file,) = (tmp_path / "cache").glob("drafts/*/measured.json")
+    stored = json.loads(file.read_text())
+    if damage == "COSTS":
+        stored["greedy"]["costs"][1] = 0.0
+        damage = json.dumps(stored)
+    elif damage == "SHORT":
+        stored["sampled"]["accepted"].pop()
+        damage = json.dumps(stored)
+    file.write_text(damage)
+    assert settle_drafts(options, opened, rows=1).measured is not None and len(counted) == 2
+    assert first.measured is not None
+    assert settle_drafts(options, opened, rows=1).measured is not None
+
+
+def test_a_number_of_ones_own_is_kept(counted: list[Any], tmp_path: Path) -> None:
+    opened = opened_at(tmp_path)
+    for options in (
+        DecodingOptions(draft_depth=2),
+        DecodingOptions(speculative=False),
+        DecodingOptions(tree=[2, 1]),  # type: ignore[arg-type]
+        DecodingOptions(compile=True),
+    ):
+        assert settle_drafts(options, opened, rows=1) is options
+    plain = replace(opened, model=small_model(1, 0, vocab=257))
+    assert settle_drafts(DecodingOptions(), plain, rows=1) == DecodingOptions()
+    assert not counted
+
+
+def test_where_nothing_can_be_kept_it_is_measured(
+    counted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "file" / "below"))
+    opened = opened_at(tmp_path)
+    for _ in range(2):
+        assert settle_drafts(DecodingOptions(), opened, rows=1).measured is not None
+    assert len(counted) == 2
+
+
+def test_every_number_is_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paying, "_SECONDS", 0.0)
+    made: list[paying._Turns] = []
+    real = paying._Turns.__init__
+
+    def init(self: paying._Turns, max_draft: int) -> None:
+        real(self, max_draft)
+        made.append(self)
+
+    monkeypatch.setattr(paying._Turns, "__init__", init)
+    options = DecodingOptions(draft_depth="auto", batch_size=3, max_context=20)
+    found = measure(small_model(2, 2), options, random_prompts(2, (3, 5)))
+    assert [turns.payoff() for turns in made] == [found.sampled, found.greedy]
+    for turns in made:
+        assert [len(times) for times in turns._times] == [paying._LEAST] * 3
+        (_, first), (_, second) = turns._counts
+        assert first > second >= 0  # a draft is judged only after a right one
+
+
+MEASURED = Measured(
+    greedy=Payoff((1.0, 1.0, 1.0), (0.9, 0.9)), sampled=Payoff((1.0, 1.0, 9.0), (0.9, 0.9))
+)
+
+
+def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
+    """So that they depend on their seed and the measurement, and not on the clock."""
+    model, prompts = small_model(3, 2), random_prompts(3, (4, 6, 3, 5))
+    assert (MEASURED.greedy.best, MEASURED.sampled.best) == (2, 1)
+    options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=4)
+
+    def text(with_others: bool) -> list[int]:
+        mine = Request(prompt=prompts[0], max_new_tokens=30, temperature=1.0, seed=5)
+        others = [
+            Request(prompt=prompts[1], max_new_tokens=20),
+            Request(prompt=prompts[2], max_new_tokens=9, draft_depth=0),
+            Request(prompt=prompts[3], max_new_tokens=40, temperature=0.7, draft_depth=2),
+        ]
+        with Engine(model, options) as engine:
+            (sequence, *_) = engine.add([mine, *(others if with_others else [])])
+            while sequence.finish_reason is None:
+                engine.step()
+        assert sequence.generation().drafts_reached[1:] in ([0], [])
+        return sequence.generation().token_ids
+
+    assert text(False) == text(True)
+
+
+def test_a_request_has_its_own_number_and_greedy_text_never_changes() -> None:
+    model, prompts = small_model(4, 2), random_prompts(4, (4, 6, 3))
+    options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=3)
+    plain = generate(model, prompts, max_new_tokens=40, speculative=False)
+    asked = [None, 0, 1]
+    with Engine(model, options) as engine:
+        requests = [
+            Request(prompt=p, index=i, max_new_tokens=40, draft_depth=asked[i])
+            for i, p in enumerate(prompts)
+        ]
+        found = engine.add(requests)
+        while engine.sequences:
+            engine.step()
+    for sequence, one in zip(found, plain, strict=True):
+        assert sequence.token_ids == one.token_ids
+    reached = [sequence.generation().drafts_reached for sequence in found]
+    assert sum(reached[1]) == 0 and sum(reached[2][1:]) == 0 and reached[2][0] > 0
+
+
+def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = Payoff((1.0, 2.0, 3.0), (0.5, 0.0))
+    assert told(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
+        "Measured once, fastest on this machine: 2 drafts a pass (2.71 x plain) for greedy text, "
+        "no draft (one makes 0.75 x plain) for samples. draft_depth=N sets another number."
+    )
+    assert not Measured(greedy=slow, sampled=slow).pays
+    assert Measured(greedy=Payoff((1.0, 1.4), (0.41,)), sampled=slow).pays
