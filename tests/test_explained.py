@@ -64,7 +64,7 @@ def test_help_for_groups_and_options() -> None:
 
 def test_the_command_line_helps(tmp_path: Path) -> None:
     (tmp_path / "mtp").mkdir()
-    (tmp_path / "mtp" / "mine.yaml").write_text("# Mine.\n# how far\nstretch: 2\n")
+    (tmp_path / "mtp" / "mine.yaml").write_text("# Mine.\n\n# how far\nstretch: 2\n")
 
     def typed(*words: str) -> Done:
         return execute([sys.executable, str(ROOT / "train.py"), *words], imported=LIGHT)

@@ -50,7 +50,9 @@ RANK = {
 }
 
 # What keeps files in the cache folder.
-CACHED = ("mtp_lightning/decoding/programs.py", "mtp_lightning/cpu/kept.py")
+CACHED = tuple(
+    f"mtp_lightning/{name}.py" for name in ("decoding/programs", "decoding/paying", "cpu/kept")
+)
 
 # What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
 # that imports torch.
@@ -137,7 +139,7 @@ def test_who_may_import_what() -> None:
             if takes(name, "data_modules") and not file.startswith("data_modules/"):
                 # The batch is all that models and data share. experiment/ and certify/ bring the
                 # two together, opening.py hands out the tokenizer stored beside a model's weights,
-                # and programs and packed weights lie in the same cache folder as tokens.
+                # and programs, packed weights and measurements lie in the cache folder, too.
                 stored = file == "mtp_lightning/opening.py" and takes(
                     name, "data_modules.tokenizers"
                 )

@@ -18,11 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
@@ -33,6 +32,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.registry import imported
 from mtp_lightning.settings import is_whole
+
+if TYPE_CHECKING:
+    from mtp_lightning.decoding.adaptive import AutoDepth
 
 
 class Engine:
@@ -79,8 +81,9 @@ class Engine:
         self._decoder: Decoder | None = None
         self._auto, known = depths, options.measured
         if depths is None and options.auto and self.max_draft:
+            kind = imported("mtp_lightning.decoding.adaptive.AutoDepth")
             share = self.max_draft / model.config.trunk.n_layers
-            self._auto = AutoDepth(self.max_draft, share, None if known is None else known.greedy)
+            self._auto = kind(self.max_draft, share, None if known is None else known.greedy)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:

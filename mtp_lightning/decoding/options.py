@@ -11,12 +11,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from torch import Tensor
 
-from mtp_lightning.decoding.adaptive import Measured
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.errors import UserError
@@ -28,6 +27,9 @@ from mtp_lightning.settings import (
     require_number,
     require_whole,
 )
+
+if TYPE_CHECKING:
+    from mtp_lightning.decoding.adaptive import Measured
 
 Prompt = Sequence[int] | np.ndarray | Tensor
 

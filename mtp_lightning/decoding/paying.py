@@ -1,6 +1,6 @@
 """The number of drafts that pays on this machine: measured once per model, and kept.
 
-``generate.py`` and ``serve.py`` draft this many tokens a round unless they are told a number.
+``generate.py`` and ``serve.py`` draft this many tokens per round unless they are told a number.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from mtp_lightning.paths import CONF
 from tests.decoding.models import random_prompts, small_model
 
 # What the model decides, or who calls: no key of a config.
-UNTOLD = {"max_context", "eot_id", "logprobs"}
+UNTOLD = {"max_context", "eot_id", "logprobs", "measured"}
 
 
 @pytest.mark.parametrize("app", ["generate", "serve", "evaluate"])
