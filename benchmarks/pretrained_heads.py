@@ -2,10 +2,11 @@
 
     python -m benchmarks.pretrained_heads runs/smollm2 [--output FILE.json] [--llama-cpp FILE.gguf]
 
-Prompts of three kinds are decoded one at a time, greedily and at temperature 1. All ways take turns
-at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts with and
-without drafts must be the same, token for token; how many of them are transformers', too, is
-counted. Acceptance and the cost of single passes tell what bounds the speed-up.
+Prompts of three kinds are decoded one at a time, greedily and at temperature 1, with fixed numbers
+of drafts and with the number that pays (``drafts_that_pay``, the default of generate.py). All ways
+take turns at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy
+texts with and without drafts must be the same, token for token; how many of them are transformers',
+too, is counted. Acceptance and the cost of single passes tell what bounds the speed-up.
 ``python -m benchmarks.decoding_figure FILE.svg`` draws the stored results of all processors.
 """
 
@@ -26,6 +27,8 @@ from benchmarks.harness import Row
 from mtp_lightning.cpu.packed import PackedWeight, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.paying import settle_drafts
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -266,6 +269,12 @@ def pretrained_heads(
         for size in draft_vocab
         for depth in drafts
     }
+    short = draft_vocab[0] if draft_vocab else None
+    asked = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
+    settled = settle_drafts(asked, opened, rows=1, head_precision=head_precision)
+    options["drafts_that_pay"] = {
+        "draft_depth": settled.draft_depth, "measured": settled.measured, "draft_vocab": short
+    }  # fmt: skip
     ways = {name: of_model(opened.model, way) for name, way in options.items()}
     ways["transformers"] = timed(theirs)
     sizes = {"new_tokens": new_tokens, "n_prompts": prompts}
