@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# Gain that drafting must exceed to be preferred, as timings scatter.
-MARGIN = 1.03
+# Gain that drafting must reach to be preferred, as timings scatter; a number that is never looked at
+# again must be surer.
+MARGIN, SURE = 1.03, 1.1
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,9 @@ class Payoff:
         tokens = expected_tokens(self.accepted)
         return [n / cost for n, cost in zip(tokens, self.costs, strict=False)]
 
-    @property
-    def best(self) -> int:
+    def best(self, margin: float = MARGIN) -> int:
         """The number of drafts with the most tokens per second."""
-        return fastest(self.gains())
+        return fastest(self.gains(), margin)
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class Measured:
     sampled: Payoff
 
     @property
+    def for_samples(self) -> int:
+        """The number of drafts that samples keep."""
+        return self.sampled.best(SURE)
+
+    @property
     def pays(self) -> bool:
         """Whether drafts pay in samples, or may pay in some greedy texts."""
-        return self.sampled.best > 0 or max(self.greedy.gains()[1:]) > 1
+        return self.for_samples > 0 or max(self.greedy.gains()[1:]) > 1
 
 
 def expected_tokens(accepted: Sequence[float]) -> list[float]:
@@ -61,10 +66,10 @@ def expected_tokens(accepted: Sequence[float]) -> list[float]:
     return tokens
 
 
-def fastest(gains: Sequence[float]) -> int:
-    """The number of drafts with the largest gain; 0 if none exceeds the margin."""
+def fastest(gains: Sequence[float], margin: float = MARGIN) -> int:
+    """The number of drafts with the largest gain; 0 if none reaches the margin."""
     best = max(range(len(gains)), key=gains.__getitem__)
-    return best if gains[best] >= MARGIN else 0
+    return best if gains[best] >= margin else 0
 
 
 class AutoDepth:
@@ -204,7 +209,7 @@ class _Rounds:
         self._ratios[0].append(1.0)
         self.best: int = 0 if last is None else last.best
         if measured is not None:
-            self.best = measured.best
+            self.best = measured.best()
             for ratios, cost in zip(self._ratios[1:], measured.costs[1:], strict=True):
                 ratios.append(cost)
         self.plan: list[int] = []

@@ -210,12 +210,14 @@ class Engine:
             requests: any number of them.
 
         Yields:
-            After every round the sequences that have new tokens, those that have just joined first.
+            The sequences that have just joined, and after every round those that took part; each
+            with a ``finish_reason`` once, at its end.
         """
         waiting = deque(requests)
         while waiting or self._sequences:
             joined = self.add([waiting.popleft() for _ in range(min(self.free, len(waiting)))])
-            yield from (*joined, *self.step())
+            yield from joined
+            yield from self.step()
 
     def remove(self, sequence: TextSequence) -> None:
         """Stop decoding a sequence before its end and free its slot.
@@ -300,7 +302,7 @@ class Engine:
         known = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)
-        return known.sampled.best if known is not None and request.temperature else None
+        return known.for_samples if known is not None and request.temperature else None
 
     def _let_go(self) -> None:
         """Free the slots of finished sequences."""

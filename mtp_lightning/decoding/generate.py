@@ -67,9 +67,7 @@ def generate(
             if on_tokens is not None and fresh.token_ids:
                 on_tokens(sequence.request.index, fresh)
             if sequence.finish_reason is not None:
-                # A text that ends as it joins comes twice.
-                first = sequence.request.index not in done
                 found = done[sequence.request.index] = sequence.generation()
-                if on_end is not None and first:
+                if on_end is not None:
                     on_end(sequence.request.index, found)
     return [done[index] for index in indices]

@@ -40,7 +40,7 @@ def test_the_payoff_is_that_of_all_outcomes(accepted: list[float], data: st.Data
                 chance *= a if r else 1 - a
             mean += chance * (1 + next((i for i, r in enumerate(right) if not r), m))
         assert payoff.gains()[m] == pytest.approx(mean / cost)
-    best = payoff.best
+    best = payoff.best()
     assert best == 0 or payoff.gains()[best] == max(payoff.gains()) >= 1.03
     assert best > 0 or max(payoff.gains()) < 1.03
 
@@ -48,6 +48,8 @@ def test_the_payoff_is_that_of_all_outcomes(accepted: list[float], data: st.Data
 def test_the_fastest_number_needs_a_margin() -> None:
     assert expected_tokens([0.5, 0.5]) == [1, 1.5, 1.75]
     assert fastest([1.0, 1.02]) == 0 and fastest([1.0, 1.04, 1.05]) == 2
+    close = Payoff((1.0, 1.0), (0.06,))  # samples keep their number, so it must be sure to pay
+    assert close.best() == 1 and Measured(greedy=close, sampled=close).for_samples == 0
 
 
 def test_auto_depth_begins_with_what_is_known() -> None:
@@ -178,7 +180,7 @@ MEASURED = Measured(
 def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
     """So that they depend on their seed and the measurement, and not on the clock."""
     model, prompts = small_model(3, 2), random_prompts(3, (4, 6, 3, 5))
-    assert (MEASURED.greedy.best, MEASURED.sampled.best) == (2, 1)
+    assert (MEASURED.greedy.best(), MEASURED.for_samples) == (2, 1)
     options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=4)
 
     def text(with_others: bool) -> list[int]:
@@ -220,7 +222,7 @@ def test_a_request_has_its_own_number_and_greedy_text_never_changes() -> None:
 def test_what_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     slow = Payoff((1.0, 2.0, 3.0), (0.5, 0.0))
     assert told(Measured(greedy=MEASURED.greedy, sampled=slow)) == (
-        "Measured once, fastest on this machine: 2 drafts a pass (2.71 x plain) for greedy text, "
+        "Measured once, for this machine: 2 drafts per pass (2.71 x plain) for greedy text, "
         "no draft (one makes 0.75 x plain) for samples. draft_depth=N sets another number."
     )
     assert not Measured(greedy=slow, sampled=slow).pays
