@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# Gain that drafting must reach to be preferred, as timings scatter; a number that is never looked at
-# again must be surer.
+# Gain that drafting must reach to be preferred, as timings scatter; and a surer one for a number
+# that is kept for good.
 MARGIN, SURE = 1.03, 1.1
 
 
