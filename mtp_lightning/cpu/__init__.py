@@ -5,7 +5,7 @@ fused passes (``decoding/fused.py``); no file of the core except ``parts.py`` na
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear
-from mtp_lightning.cpu.fused import CPUPasses
+from mtp_lightning.cpu.fused import CPUPasses, multiply_integers
 from mtp_lightning.cpu.kept import Keeper
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
@@ -17,6 +17,7 @@ fused.register(
         passes=CPUPasses,
         rounded_weights_need=lambda: library.NEEDED if library.library is None else None,
         keeper=Keeper.of,
+        multiply_integers=multiply_integers,
     ),
 )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, packed_of
 from mtp_lightning.cpu.packed import PackedWeight, first_rows, pack, unpack
+from mtp_lightning.cpu.packed import multiply_integers as multiplied_as_integers
 from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
 from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
@@ -45,6 +46,18 @@ class Prepared:
             del vars(layer)["forward"]
         for weight in self._weights:
             unpack(weight)
+
+
+def multiply_integers(model: MTPModel) -> str | None:
+    """``multiply_integers`` of ``decoding/fused.py``."""
+    if native.library is None:
+        return native.NEEDED
+    if not native.lib().multiplies_bytes():
+        return native.NEEDED_FOR_INTEGERS
+    matrices = (m.weight for m in model.modules() if isinstance(m, Linear | Head))
+    if not multiplied_as_integers(matrices):
+        return "weights in blocks of 4 or 8 bits: a quantized GGUF file, or precision=int4"
+    return None
 
 
 class CPUPasses(Prepared):

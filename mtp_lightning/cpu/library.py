@@ -24,6 +24,9 @@ NEEDED = (
     "there is g++, and no MTP_LIGHTNING_NATIVE=0"
 )
 
+# Requirements of integer products, for error messages.
+NEEDED_FOR_INTEGERS = "a CPU with AVX-512 VNNI (avx512_vnni in /proc/cpuinfo)"
+
 # Whether oneDNN's AVX-512 code is available inside PyTorch. Decided by the machine, too.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -58,6 +61,7 @@ _FUNCTIONS = {
 # The same for functions that return an int64.
 _NUMBERS = {
     "attention_kept": (c_int64,),
+    "multiplies_bytes": (),
     "packed_size": (c_int64,) * 3,
     "pack_weight": (*[c_void_p] * 2, *[c_int64] * 3),
     "pack_scaled": (*[c_void_p] * 4, *[c_int64] * 3),

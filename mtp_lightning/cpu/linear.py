@@ -103,7 +103,7 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
             return linear(x.float(), weight_NK).to(x.dtype)
         if isinstance(packed, Tensor):
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        if is_batch_invariant() or x.dim() < 2 or x.shape[-2] <= FEW:
+        if packed.integers or is_batch_invariant() or x.dim() < 2 or x.shape[-2] <= FEW:
             return packed.linear(x)
         weight_NK = numbers_of(weight_NK)
     x_MK = x.reshape(-1, x.shape[-1])

@@ -7,7 +7,8 @@ bytes without loss, since the product is computed in fp32. Weights that are inte
 one scale per output are packed in int8, a quarter of the bytes; the product is scaled at its end.
 Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
 them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so are those of
-Q4_K, Q5_K and Q6_K, whose file says their steps and offsets (``WeightScales``).
+Q4_K, Q5_K and Q6_K, whose file says their steps and offsets (``WeightScales``). After
+:func:`multiply_integers` products with blocks are sums of integers (``cpp/integer.cpp``).
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
@@ -20,9 +21,9 @@ Shapes: K inputs, N outputs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -43,7 +44,13 @@ class Kind(IntEnum):
     BLOCKS4_FULL = 5
     BLOCKS8_FULL = 6
 
+    @property
+    def in_blocks(self) -> bool:
+        return self >= Kind.BLOCKS4
 
+
+# Added to the kind where products are of integers.
+_INTEGER = 256
 # Outputs of a panel.
 PANEL = 64
 # Those that are found in the numbers alone; the fewest bytes first.
@@ -65,23 +72,29 @@ class PackedWeight:
         outputs: N.
         inputs: K.
         kind: the panels' format.
+        integers: whether products are sums of integers; only in blocks.
     """
 
     numbers: Tensor
     outputs: int
     inputs: int
     kind: Kind
+    integers: bool = False
 
     @property
     def struct(self) -> PackedStruct:
         """``Packed``; it points to the numbers and does not keep them alive."""
-        return PackedStruct(self.numbers.data_ptr(), self.kind)
+        return PackedStruct(self.numbers.data_ptr(), self._code)
+
+    @property
+    def _code(self) -> int:
+        return self.kind | (_INTEGER if self.integers else 0)
 
     def first(self, outputs: int) -> PackedWeight:
         """The weight of the first outputs, whole panels of them, in the same memory."""
         assert outputs % PANEL == 0 and outputs <= self.outputs
         size = native.lib().packed_size(outputs, self.inputs, self.kind)
-        return PackedWeight(self.numbers[:size], outputs, self.inputs, self.kind)
+        return replace(self, numbers=self.numbers[:size], outputs=outputs)
 
     def unpacked(self) -> Tensor:
         """The weight, [N, K]."""
@@ -107,7 +120,7 @@ class PackedWeight:
         out = x.new_empty(*x.shape[:-1], self.outputs)
         rows = x.numel() // self.inputs
         pointers = x.data_ptr(), self.numbers.data_ptr(), out.data_ptr()
-        native.lib().decode_linear(*pointers, rows, self.outputs, self.inputs, self.kind)
+        native.lib().decode_linear(*pointers, rows, self.outputs, self.inputs, self._code)
         return out
 
 
@@ -131,7 +144,29 @@ def pack(weight_NK: Tensor) -> None:
         # 4 is a hint of the number of rows; with 1, the layout would depend on their number.
         found = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
     if found is not None:
-        vars(weight_NK)["packed"] = found
+        _hold(weight_NK, found)
+
+
+def _hold(weight: Tensor, packed: Packed) -> None:
+    """Give a weight a packed copy, with the products that it was marked for."""
+    if isinstance(packed, PackedWeight) and packed.kind.in_blocks:
+        packed = replace(packed, integers=vars(weight).get("integers", False))
+    vars(weight)["packed"] = packed
+
+
+def multiply_integers(weights: Iterable[Tensor]) -> bool:
+    """Let the packed copies of weights, present and later ones, multiply integers where they are in
+    blocks; returns whether one is."""
+    in_blocks = False
+    for weight in weights:
+        vars(weight)["integers"] = True
+        packed = packed_copy(weight)
+        if packed is not None:
+            _hold(weight, packed)
+        elif not in_blocks:
+            packed = packed_weight(weight)
+        in_blocks = in_blocks or isinstance(packed, PackedWeight) and packed.kind.in_blocks
+    return in_blocks
 
 
 def unpack(weight: Tensor) -> None:
@@ -154,7 +189,7 @@ def keep_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
 
 def keep_as(weight_NK: Tensor, packed: PackedWeight) -> None:
     """Replace a weight's own numbers by a packed copy of them."""
-    vars(weight_NK)["packed"] = packed
+    _hold(weight_NK, packed)
     weight_NK.data.untyped_storage().resize_(0)
 
 

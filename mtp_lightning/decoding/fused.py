@@ -90,11 +90,13 @@ class DecodingCode:
         passes: prepares a model, until :meth:`FusedPasses.close`.
         rounded_weights_need: see the function of that name.
         keeper: see the function of that name.
+        multiply_integers: see the function of that name.
     """
 
     passes: Callable[[MTPModel], FusedPasses]
     rounded_weights_need: Callable[[], str | None]
     keeper: Callable[[MTPModel, Path | None], Keeper | None]
+    multiply_integers: Callable[[MTPModel], str | None]
 
 
 _CODE: dict[str, DecodingCode] = {}
@@ -114,6 +116,15 @@ def rounded_weights_need(device: str) -> str | None:
     parts.load()
     code = _CODE.get(device)
     return "the part mtp_lightning.cpu" if code is None else code.rounded_weights_need()
+
+
+def multiply_integers(model: MTPModel) -> str | None:
+    """Let products with weights in blocks of few bits be sums of integers while the model decodes:
+    the other factor is rounded to 8 bits for every block. Returns what is missing; None if nothing
+    is."""
+    parts.load()
+    code = _CODE.get(model.head.weight.device.type)
+    return "a model on a CPU" if code is None else code.multiply_integers(model)
 
 
 def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:

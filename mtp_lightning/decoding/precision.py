@@ -5,6 +5,10 @@ biases, hidden states, caches and sums stay fp32. The rounded model is then deco
 drafts, its greedy text is the same token for token. Weights stored in bf16, as most published ones
 are, lose nothing in bf16; the others can change a text. ``fp32`` leaves the numbers as they are:
 those of a quantized GGUF file are still read in the file's bits (``cpu/packed.py``).
+
+``activations=int8`` multiplies such blocks of 4 or 8 bits as integers, as llama.cpp does: the
+activations that meet a block are rounded to 8 bits and a scale. It is another arithmetic of the
+same weights, again the same for drafts and plain decoding.
 """
 
 from __future__ import annotations
@@ -14,25 +18,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.fused import rounded_weights_need
+from mtp_lightning.decoding.fused import multiply_integers, rounded_weights_need
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.head import Head
 from mtp_lightning.settings import require_choice
 
 
-def check_precision(precision: str, heads: str | None = None, *, compile: bool = False) -> None:
+def check_precision(
+    precision: str, heads: str | None = None, *, activations: str = "fp32", compile: bool = False
+) -> None:
     """Refuse a precision that this machine cannot decode in, before a model is read.
 
     Args:
         precision: as the user gave it.
         heads: ``head_precision``, as the user gave it.
+        activations: as the user gave it.
         compile: whether compiled passes are asked for.
 
     Raises:
         UserError: a precision is unknown, or rounded weights would not be faster here.
     """
-    given = {"precision": precision}
+    require_choice("activations", activations, ACTIVATIONS)
+    given = {"precision": precision, "activations": activations}
     if heads is not None:
         given["head_precision"] = heads
     for key, value in given.items():
@@ -45,6 +53,18 @@ def check_precision(precision: str, heads: str | None = None, *, compile: bool =
             )
         if missing := rounded_weights_need("cpu"):
             raise _nothing_faster(f"{key}={value}", missing)
+
+
+def use_activations(model: MTPModel, activations: str) -> None:
+    """Multiply weights in blocks as integers with ``int8``; ``fp32`` changes nothing.
+
+    Raises:
+        UserError: the value is unknown, or the model or the machine cannot.
+    """
+    if require_choice("activations", activations, ACTIVATIONS) == "fp32":
+        return
+    if missing := multiply_integers(model):
+        raise UserError(f"activations={activations} needs {missing}; leave it at fp32.")
 
 
 def use_precision(model: MTPModel, precision: str, heads: str | None = None) -> None:
@@ -137,3 +157,4 @@ _ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "int4": _rounded_to_blocks,
 }
 PRECISIONS = ("fp32", *_ROUNDED)
+ACTIVATIONS = ("fp32", "int8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from data_modules.windows import WindowBatch
 from mtp_lightning import vetting
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
+from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.held_out import prompts_that_fit
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.precision import check_precision, use_precision
+from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, kernels_told
@@ -71,10 +72,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     vetting.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
-    check_precision(cfg.precision, cfg.head_precision)
+    check_precision(cfg.precision, cfg.head_precision, activations=cfg.activations)
     allow = trusted_packages(cfg)
     run = open_model(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
     use_precision(run.model, cfg.precision, cfg.head_precision)
+    use_activations(run.model, cfg.activations)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
     if told := kernels_told(run.model.head.weight.device.type):
         print(told)
@@ -85,7 +87,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cache_dir=cfg.paths.cache_dir,
         allow=allow,
     )
-    with precision_of(run):
+    as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
+    with precision_of(run), as_decoded:
         rates = evaluate_model(run.model, data.val_dataloader(), text_bytes=data.evaluated_bytes)
     metrics = {
         **{f"val/{name}": value for name, value in rates.items()},

@@ -16,7 +16,7 @@ from mtp_lightning.decoding.fused import keeper
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import settle_drafts
-from mtp_lightning.decoding.precision import check_precision, use_precision
+from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.text_stream import (
@@ -125,7 +125,9 @@ def open_for(cfg: Any) -> OpenedModel:
         UserError: the checkpoint is damaged or foreign, or the precision is not available.
         OSError: a file is missing.
     """
-    check_precision(cfg.precision, cfg.head_precision, compile=cfg.compile)
+    check_precision(
+        cfg.precision, cfg.head_precision, activations=cfg.activations, compile=cfg.compile
+    )
     set_threads(cfg.num_threads)
     return open_to_decode(
         cfg.checkpoint,
@@ -133,6 +135,7 @@ def open_for(cfg: Any) -> OpenedModel:
         allow=cfg.allow,
         precision=cfg.precision,
         head_precision=cfg.head_precision,
+        activations=cfg.activations,
         compiled=cfg.compile,
     )
 
@@ -144,6 +147,7 @@ def open_to_decode(
     allow: Collection[str] = (),
     precision: str = "fp32",
     head_precision: str | None = None,
+    activations: str = "fp32",
     compiled: bool = False,
 ) -> OpenedModel:
     """Open a model that only decodes: on a CPU, it keeps its weights packed alone.
@@ -152,6 +156,7 @@ def open_to_decode(
         path: see :func:`~mtp_lightning.opening.open_model`, as ``device`` and ``allow``.
         precision: see :func:`~mtp_lightning.decoding.precision.use_precision`, as
             ``head_precision``.
+        activations: see :func:`~mtp_lightning.decoding.precision.use_activations`.
         compiled: whether compiled programs decode, which read a weight's own numbers.
 
     Raises:
@@ -167,6 +172,7 @@ def open_to_decode(
     if packs and rounds and (keep := keeper(run.model)) is not None:
         for weight in run.model.parameters():
             keep.keep(weight)
+    use_activations(run.model, activations)
     return run
 
 
@@ -203,7 +209,7 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
     if cfg.get("show_drafts"):
         return options  # drafts that do not pay can be seen, too
-    precision = {"precision": cfg.precision, "head_precision": cfg.head_precision}
+    precision = {name: cfg[name] for name in ("precision", "head_precision", "activations")}
     together = min(options.slots, rows or 1)
     settled = settle_drafts(options, run, rows=together, **precision)
     known = settled.measured

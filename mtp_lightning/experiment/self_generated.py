@@ -25,6 +25,7 @@ from data_modules.store_builder import Progress, keep_store, write_documents
 from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer
 from mtp_lightning.decoding.generate import generate
+from mtp_lightning.decoding.precision import ACTIVATIONS, use_activations
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.kept_texts import KeptTexts
@@ -32,7 +33,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator
-from mtp_lightning.settings import require_number, require_whole
+from mtp_lightning.settings import require_choice, require_number, require_whole
 
 
 class SelfGenerated(TokenDataModule):
@@ -57,6 +58,7 @@ class SelfGenerated(TokenDataModule):
             share the texts.
         decode_batch_size: prompts that are decoded together.
         accelerator: the device that decodes them.
+        activations: ``int8`` generates with integer products (``decoding/precision.py``).
         chat_share: share of texts, 0 to 1, that are chats: a question of up to ``prompt_tokens``
             that the model makes up, and its answer.
         chat_before: the chat format's text before a question, with special tokens by name.
@@ -84,6 +86,7 @@ class SelfGenerated(TokenDataModule):
         sample_seed: int = 0,
         decode_batch_size: int = 32,
         accelerator: str = "auto",
+        activations: str = "fp32",
         chat_share: float = 0.0,
         chat_before: str | None = None,
         chat_after: str | None = None,
@@ -111,6 +114,7 @@ class SelfGenerated(TokenDataModule):
         self.sample_seed = sample_seed
         self.decode_batch_size = decode_batch_size
         self.accelerator = accelerator
+        self.activations = require_choice("data.activations", activations, ACTIVATIONS)
         self.chat_share = chat_share
         self.chat = (chat_before or "", chat_after or "")
         self.weights = weights
@@ -149,6 +153,7 @@ class SelfGenerated(TokenDataModule):
             "top_p": None if self.sampling.top_p in (None, 1) else self.sampling.top_p,
             "sample_seed": self.sample_seed,
             **chat,
+            **({} if self.activations == "fp32" else {"activations": self.activations}),
         }
 
     def _read(self) -> OpenedModel:
@@ -191,6 +196,7 @@ class SelfGenerated(TokenDataModule):
                 "generated, and the cache does not have these texts: give the model as it was."
             )
         self.weights = found
+        use_activations(run.model, self.activations)
         return run
 
     def _write(self, folder: Path, speaker: OpenedModel, kept: KeptTexts) -> dict[str, Any]:

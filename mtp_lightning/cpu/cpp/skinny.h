@@ -14,6 +14,8 @@ constexpr int64_t PANEL = WIDE;
 
 // The formats of a packed weight.
 enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8, BLOCKS4_FULL, BLOCKS8_FULL };
+// Added to the kind of a weight in blocks whose products are of integers (integer.cpp).
+constexpr int64_t INTEGER = 256;
 
 #define INLINE static inline __attribute__((always_inline))
 // A lambda that is always inlined.
@@ -56,7 +58,7 @@ INLINE void add_products(const float* x, int64_t stride, const Vector (&weight)[
 
 struct Full {
     static constexpr int UNIT = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
     template <int V, typename Body>
     INLINE void each(const char* panel, int64_t inputs, bool ahead, Body body) {
@@ -76,7 +78,7 @@ struct Full {
 // lane.
 struct Half16 {
     static constexpr int UNIT = 2;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
     template <int V, typename Body>
     INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
@@ -96,7 +98,7 @@ struct Half16 {
 // int8: weight = number x scale of its output. The scales are the first vectors of a panel.
 struct Byte {
     static constexpr int UNIT = 1;
-    static constexpr bool SCALED = true;
+    static constexpr bool SCALED = true, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * (inputs + sizeof(float)); }
     INLINE Vector scale(const char* panel, int v) { return load((const float*)panel + v * LANES); }
     template <int V, typename Body>
@@ -140,7 +142,7 @@ struct Blocks {
     static constexpr int64_t GROUP = GROUP_;
     static constexpr int VECTORS = GROUP * BITS / 32;
     static constexpr int UNIT = 1;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, IN_BLOCKS = true;
     static constexpr int IN_LANE = 32 / BITS;
     static constexpr float LEVELS = 1 << BITS;
     static int64_t bytes(int64_t width, int64_t inputs) {
@@ -189,7 +191,7 @@ using Blocks8Full = Blocks<8, 16, FullScales>;
 // Calls body with the format of a kind.
 template <typename Body>
 static inline auto as_format(int64_t kind, Body body) {
-    switch (kind) {
+    switch (kind & ~INTEGER) {
         case FULL: return body(Full{});
         case HALF: return body(Half16{});
         case BYTE: return body(Byte{});
@@ -261,8 +263,13 @@ struct Packed {
     int64_t kind;
 };
 
+// The same by sums of integers, in integer.cpp.
+void integer_product(const float* x, const Packed& weight, float* out, int64_t rows,
+                     int64_t outputs, int64_t inputs, bool add);
+
 static inline void skinny(const float* x, const Packed& weight, float* out, int64_t rows,
                           int64_t outputs, int64_t inputs, bool add) {
+    if (weight.kind & INTEGER) return integer_product(x, weight, out, rows, outputs, inputs, add);
     as_format(weight.kind, [&](auto format) {
         skinny<decltype(format)>(x, (const char*)weight.numbers, out, rows, outputs, inputs, add);
     });

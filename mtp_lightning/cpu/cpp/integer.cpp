@@ -1,0 +1,176 @@
+// Integer products: x[M, K] weight.T of a weight in blocks, with the inputs of a block rounded to int8.
+//
+// A block's sum is one of integers, exact in any order: weight = step x q + offset and x ~ s x i with i
+// of 8 bits give s x step x sum(q i) + s x offset x sum(i). llama.cpp multiplies quantized weights so,
+// too. Blocks are added in the order of the inputs, so a row's bits depend on no other row.
+//
+// Shapes: as in skinny.h; G groups of inputs.
+#include <vector>
+
+#include "skinny.h"
+
+#define VNNI __attribute__((target("avx512vnni")))
+
+// Whether this CPU multiplies bytes.
+extern "C" int64_t multiplies_bytes() { return __builtin_cpu_supports("avx512vnni") != 0; }
+
+// Rows in int8: for every group of a row the scale s, s x sum(i), and the numbers i, four to a word in
+// the order in which a format's lanes are multiplied.
+struct Rounded {
+    std::vector<float> scale, total;  // [M, G]
+    std::vector<int32_t> words;       // [M, K / 4]
+};
+
+// The bytes of eight inputs in the order in which a format multiplies them: the lanes of 4 bits have
+// the even inputs of a word in their lower halves, and the odd ones in their upper halves.
+template <typename Format>
+static inline __m128i in_order(__m128i bytes) {
+    if constexpr (Format::BITS == 8) return bytes;
+    return _mm_shuffle_epi8(
+        bytes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+}
+
+template <typename Format>
+static void round_rows(const float* x, int64_t rows, int64_t inputs, Rounded& to) {
+    constexpr int64_t GROUP = Format::GROUP;
+    int64_t n = rows * inputs / GROUP;
+    to.scale.resize(n), to.total.resize(n), to.words.resize(n * GROUP / 4);
+    int8_t* bytes = (int8_t*)to.words.data();
+    for (int64_t g = 0; g < n; g++, x += GROUP) {
+        Vector top = all(0.0f), wrong = all(0.0f);
+        for (int64_t k = 0; k < GROUP; k += LANES) {
+            Vector v = load(x + k);
+            top = larger(top, larger(v, -v));
+            wrong += v * all(0.0f);  // NaN, if a number is none or infinite
+        }
+        float size = _mm512_reduce_max_ps((__m512)top), inverse = size > 0 ? 127.0f / size : 0.0f;
+        float scale = size / 127.0f + _mm512_reduce_add_ps((__m512)wrong);
+        __m512i total = _mm512_setzero_si512();
+        for (int64_t k = 0; k < GROUP; k += LANES, bytes += LANES) {
+            __m512i i = _mm512_cvtps_epi32((__m512)(load(x + k) * all(inverse)));
+            total = _mm512_add_epi32(total, i);
+            _mm_storeu_si128((__m128i*)bytes, in_order<Format>(_mm512_cvtsepi32_epi8(i)));
+        }
+        to.scale[g] = scale, to.total[g] = scale * (float)_mm512_reduce_add_epi32(total);
+    }
+}
+
+// sum[R][V] of R rows and of V vectors of outputs from vector `first` on, of a panel of `vectors`.
+template <typename Format, int R, int V>
+VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const Rounded& x,
+                      int64_t row, int64_t groups, float* out) {
+    constexpr int64_t WORDS = Format::GROUP / 4;
+    constexpr int SIZE = Format::SCALES::SIZE;
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512 sum[R][V];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
+    const int32_t* words = x.words.data() + row * groups * WORDS;
+    for (int64_t g = 0; g < groups; g++, words += WORDS) {
+        const char* scales = panel + first * SIZE * sizeof(Vector);
+        __m512 step[V], offset[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            for (int i = 0; i < SIZE; i++) ask_ahead(scales + (v * SIZE + i) * sizeof(Vector));
+            step[v] = (__m512)Format::SCALES::step(scales + v * SIZE * sizeof(Vector));
+            offset[v] = (__m512)Format::SCALES::offset(scales + v * SIZE * sizeof(Vector));
+        }
+        panel += vectors * SIZE * sizeof(Vector);
+        __m512i dot[R][V];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) dot[r][v] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int i = 0; i < Format::VECTORS; i++, panel += vectors * sizeof(Vector)) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                const char* from = panel + (first + v) * sizeof(Vector);
+                ask_ahead(from);
+                __m512i lanes = _mm512_loadu_si512(from);
+                if constexpr (Format::BITS == 8) {
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++)
+                        dot[r][v] = _mm512_dpbusd_epi32(
+                            dot[r][v], lanes, _mm512_set1_epi32(words[r * groups * WORDS + i]));
+                } else {
+                    __m512i even = _mm512_and_si512(lanes, low);
+                    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(lanes, 4), low);
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) {
+                        const int32_t* own = words + r * groups * WORDS + 2 * i;
+                        dot[r][v] = _mm512_dpbusd_epi32(dot[r][v], even, _mm512_set1_epi32(own[0]));
+                        dot[r][v] = _mm512_dpbusd_epi32(dot[r][v], odd, _mm512_set1_epi32(own[1]));
+                    }
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            __m512 scale = _mm512_set1_ps(x.scale[(row + r) * groups + g]);
+            __m512 total = _mm512_set1_ps(x.total[(row + r) * groups + g]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                __m512 scaled = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot[r][v]));
+                sum[r][v] = _mm512_fmadd_ps(step[v], scaled, sum[r][v]);
+                sum[r][v] = _mm512_fmadd_ps(offset[v], total, sum[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) _mm512_storeu_ps(out + (r * V + v) * LANES, sum[r][v]);
+}
+
+// Rows and vectors of a tile: with one or two rows whole panels, else what fits into the registers.
+constexpr int TALL = 4;
+
+template <typename Format>
+static void integer_product(const float* x, const char* weight, float* out, int64_t rows,
+                            int64_t outputs, int64_t inputs, bool add) {
+    static thread_local Rounded kept;
+    Rounded& rounded = kept;
+    round_rows<Format>(x, rows, inputs, rounded);
+    int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
+    int64_t groups = inputs / Format::GROUP;
+#pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
+    for (int64_t p = 0; p < panels; p++) {
+        int64_t at = p * PANEL, vectors = panel_width<Format>(outputs - at) / LANES;
+        int64_t most = rows > 2 ? 2 : 4;
+        for (int64_t i = 0; i < rows; i += TALL)
+            for (int64_t first = 0; first < vectors;) {
+                int64_t wide = vectors - first < most ? vectors - first : most;
+                sized<TALL, 4>(rows - i, wide * LANES, [&](auto r, auto v) {
+                    constexpr int R = r.value, V = v.value;
+                    if constexpr (R <= 2 || V <= 2) {
+                        float found[R * V * LANES];
+                        tile<Format, R, V>(weight + p * size, vectors, first, rounded, i, groups,
+                                           found);
+                        for (int j = 0; j < R; j++)
+                            for (int u = 0; u < V; u++) {
+                                int64_t o = at + (first + u) * LANES, left = outputs - o;
+                                float* to = out + (i + j) * outputs + o;
+                                Vector sum = load(found + (j * V + u) * LANES);
+                                if (left >= LANES)
+                                    store(to, add ? load(to) + sum : sum);
+                                else if (left > 0)
+                                    store_some(to, add ? load_some(to, left) + sum : sum, left);
+                            }
+                        first += V;
+                    }
+                });
+            }
+    }
+}
+
+void integer_product(const float* x, const Packed& weight, float* out, int64_t rows,
+                     int64_t outputs, int64_t inputs, bool add) {
+    as_format(weight.kind, [&](auto format) {
+        using Format = decltype(format);
+        if constexpr (Format::IN_BLOCKS)
+            integer_product<Format>(x, (const char*)weight.numbers, out, rows, outputs, inputs, add);
+    });
+}
