@@ -40,11 +40,13 @@ def ours(task: Row) -> Iterator[Row]:
 
     from benchmarks.workloads import prepare_process
     from mtp_lightning.decoding import generate
+    from mtp_lightning.decoding.precision import split
     from mtp_lightning.experiment.generating import open_to_decode
 
     prepare_process()
     torch.set_num_threads(task["threads"])
-    model = open_to_decode(task["model"], precision=task["precision"]).model
+    weights, activations = split(task["precision"])
+    model = open_to_decode(task["model"], precision=weights, activations=activations).model
     way = {"draft_depth": "auto"} if task["drafts"] else {"speculative": False}
 
     def decode(n: int) -> list[list[int]]:
@@ -198,7 +200,8 @@ def llama_cpp(
         model: a GGUF file.
         heads: a run of heads for this model, which drafts.
         batches: texts at once.
-        precisions: of this project's weights; fp32 leaves the file's numbers as they are.
+        precisions: of this project's weights; fp32 leaves the file's numbers as they are, and
+            fp32/int8 multiplies them as integers (``activations=int8``), as llama.cpp does.
         prompt_tokens: tokens of a prompt, from the source of Python's argparse.
         python: the interpreter of the environment that has llama.cpp.
     """

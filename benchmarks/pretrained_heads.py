@@ -245,6 +245,7 @@ def pretrained_heads(
     drafts: Sequence[int] = (1, 2),
     draft_vocab: Sequence[int] = (8192,),
     head_precision: str = "fp32",
+    activations: str = "fp32",
     llama_cpp: str = "",
     python: str = sys.executable,
 ) -> Row:
@@ -256,11 +257,12 @@ def pretrained_heads(
         drafts: drafts a round.
         draft_vocab: sizes of the vocabulary that drafts are also chosen from.
         head_precision: of the modules' own matrices.
+        activations: of products with weights in blocks; int8 makes them of integers.
         llama_cpp: the trunk as a GGUF file, which llama.cpp decodes as well.
         python: the interpreter of the environment that has llama-cpp-python.
     """
     torch.set_num_threads(1)
-    opened = open_to_decode(run, head_precision=head_precision)
+    opened = open_to_decode(run, head_precision=head_precision, activations=activations)
     theirs, tokenizer = Transformers(open_model(run).model, opened.tokenizer), opened.tokenizer
     options: dict[str, Row] = {"plain": {"speculative": False}}
     options |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}
@@ -271,7 +273,7 @@ def pretrained_heads(
     }
     short = draft_vocab[0] if draft_vocab else None
     asked = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
-    settled = settle_drafts(asked, opened, rows=1, head_precision=head_precision)
+    settled = settle_drafts(asked, opened, rows=1, on=[head_precision, activations])
     options["drafts_that_pay"] = {
         "draft_depth": settled.draft_depth, "measured": settled.measured, "draft_vocab": short
     }  # fmt: skip

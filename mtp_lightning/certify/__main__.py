@@ -26,7 +26,8 @@ def main(
     parser.add_argument("--new-tokens", type=int, default=16, help="new tokens per prompt (16)")
     parser.add_argument(
         "--weights",
-        help="fp32,bf16,int8,int4: precisions of the weights (those that this machine has)",
+        help="fp32,bf16,int8,int4: precisions of the weights (those that this machine has); "
+        "int4/int8 adds activations=int8",
     )
     parser.add_argument(
         "--quick",

@@ -16,7 +16,13 @@ from mtp_lightning.certify.others import compare_others, require_programs
 from mtp_lightning.certify.sampled import Sampled, draw_texts
 from mtp_lightning.certify.texts import prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
-from mtp_lightning.decoding.precision import PRECISIONS, check_precision, use_precision
+from mtp_lightning.decoding.precision import (
+    PRECISIONS,
+    check_precision,
+    split,
+    use_activations,
+    use_precision,
+)
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn import ops
@@ -49,6 +55,7 @@ def certify(
         count: number of prompts.
         length: new tokens per prompt.
         precisions: precisions of the weights; None for those that this machine decodes in.
+            ``int4/int8`` are weights in int4 with ``activations=int8``.
         few: run only few cells, see :func:`~mtp_lightning.certify.cells.cells`.
         minutes: no more prompts are taken after this time, divided equally among the precisions;
             each precision is tried on eight prompts at least.
@@ -65,7 +72,8 @@ def certify(
     if precisions is None:
         precisions = ("fp32",) if rounded_weights_need("cpu") else PRECISIONS
     for precision in precisions:
-        check_precision(precision)
+        weights, activations = split(precision)
+        check_precision(weights, activations=activations)
     require_programs(against, path)
     threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
     asked: list[list[int]] = []
@@ -78,7 +86,9 @@ def certify(
                 f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
                 "trained on: give fewer."
             )
-        use_precision(model, precision)
+        weights, activations = split(precision)
+        use_precision(model, weights)
+        use_activations(model, activations)
         result = result or Certificate(
             model=str(path),
             facts={

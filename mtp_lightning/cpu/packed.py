@@ -156,17 +156,16 @@ def _hold(weight: Tensor, packed: Packed) -> None:
 
 def multiply_integers(weights: Iterable[Tensor]) -> bool:
     """Let the packed copies of weights, present and later ones, multiply integers where they are in
-    blocks; returns whether one is."""
-    in_blocks = False
+    blocks; returns whether one is, and changes nothing if none is."""
+    weights = list(weights)
+    copies = (packed_copy(weight) or packed_weight(weight) for weight in weights)
+    if not any(isinstance(found, PackedWeight) and found.kind.in_blocks for found in copies):
+        return False
     for weight in weights:
         vars(weight)["integers"] = True
-        packed = packed_copy(weight)
-        if packed is not None:
+        if (packed := packed_copy(weight)) is not None:
             _hold(weight, packed)
-        elif not in_blocks:
-            packed = packed_weight(weight)
-        in_blocks = in_blocks or isinstance(packed, PackedWeight) and packed.kind.in_blocks
-    return in_blocks
+    return True
 
 
 def unpack(weight: Tensor) -> None:

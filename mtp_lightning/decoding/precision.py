@@ -25,6 +25,12 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.settings import require_choice
 
 
+def split(precision: str) -> tuple[str, str]:
+    """Precisions of weights and of activations: ``int4/int8``, or ``int4`` with fp32."""
+    weights, _, activations = precision.partition("/")
+    return weights, activations or "fp32"
+
+
 def check_precision(
     precision: str, heads: str | None = None, *, activations: str = "fp32", compile: bool = False
 ) -> None:
