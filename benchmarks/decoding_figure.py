@@ -58,10 +58,11 @@ def draw(results: list[Row]) -> bytes:
             axes.grid(visible=False, axis="x")
             gains = [row[own["drafts"]]["over_plain_cpu"] for row in rows]
             axes.set_title(
-                f"{result['processor']}: drafts make {min(gains):.2f} to {max(gains):.2f} x plain",
+                f"{result['processor']}\ndrafts make {min(gains):.2f} to {max(gains):.2f} x plain",
                 fontsize=10,
             )
-        chart.axes.set_ylabel("tokens per CPU second (higher is better)")
+            if axes.get_subplotspec().is_first_col():
+                axes.set_ylabel("tokens per CPU second (higher is better)")
         return chart.svg(of=digest(results))
 
 

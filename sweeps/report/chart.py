@@ -143,7 +143,8 @@ class Chart:
         key: the legend below the figure, in one or two columns; a single entry is not shown.
         names: names of all settings; the page hides their marks and shows their values.
         rows: lines of text that need extra height, besides those of the legend.
-        panels: pairs of axes side by side; the first is :attr:`axes`.
+        panels: pairs of axes, up to three side by side, more in two columns; the first is
+            :attr:`axes`.
     """
 
     def __init__(
@@ -163,11 +164,13 @@ class Chart:
         entries = list(key)
         entries = entries if len(entries) > 1 else []
         longest = max((len(brief(name)) for name, _ in entries), default=0)
-        columns = max(1, min(2 * panels, _LETTERS * panels // (longest + 1)))
+        wide = panels if panels <= 3 else 2
+        high = math.ceil(panels / wide)
+        columns = max(1, min(2 * wide, _LETTERS * wide // (longest + 1)))
         rows += math.ceil(len(entries) / columns)
-        size = (5.2, 3.3 + 0.2 * rows) if panels == 1 else (4.6 * panels, 3.9 + 0.2 * rows)
+        size = (5.2, 3.3 + 0.2 * rows) if panels == 1 else (4.6 * wide, 3.9 * high + 0.2 * rows)
         self.figure: Figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
-        self.panels = self.figure.subplots(1, panels, squeeze=False)[0]
+        self.panels = self.figure.subplots(high, wide, squeeze=False).ravel()[:panels]
         self.axes = self.panels[0]
         for axes in self.panels:
             axes.set_facecolor("none")

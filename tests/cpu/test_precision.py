@@ -160,7 +160,7 @@ def test_generate_takes_it(monkeypatch):
         "checkpoint": "x",
         "allow": [],
     }
-    cfg = SimpleNamespace(**settings, precision="bf16", compile=False)
+    cfg = SimpleNamespace(**settings, precision="bf16", activations="fp32", compile=False)
     assert generating.open_for(cfg) is run
     weight = numbers_of(model.head.weight)
     assert torch.equal(weight, weight.bfloat16().float())
