@@ -123,8 +123,10 @@ def multiply_integers(model: MTPModel) -> str | None:
     the other factor is rounded to 8 bits for every block. Returns what is missing; None if nothing
     is."""
     parts.load()
-    code = _CODE.get(model.head.weight.device.type)
-    return "a model on a CPU" if code is None else code.multiply_integers(model)
+    device = model.head.weight.device.type
+    if (code := _CODE.get(device)) is None:
+        return "the part mtp_lightning.cpu" if device == "cpu" else "a model on a CPU"
+    return code.multiply_integers(model)
 
 
 def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:

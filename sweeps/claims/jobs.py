@@ -31,7 +31,7 @@ _FIXED = {
 # Keys whose value may name another arm (ARM@STEP or ARM): its run of the same seed is used.
 _BRANCH, _START = "branch_from", "init_from"
 # Keys added after results were stored, with the value that changes nothing.
-_LATER = {"branch_from": None, "data.train_windows": "all"}
+_LATER = {"branch_from": None, "data.train_windows": "all", "data.activations": "fp32"}
 # Groups that change nothing in a run without MTP depths.
 OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
