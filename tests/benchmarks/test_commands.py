@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, llama_cpp, overhead, peers, runs, serve
+from benchmarks import gpu, llama_cpp, overhead, peers, rounds, runs, serve
+from data_modules.tokenizers import ByteTokenizer
+from tests.decoding.models import small_model
 from tests.integration.helpers import train_here
+from tests.models import checkpoint_of
 
 TINY = ["model.d_model=8", "model.d_ff=8", "model.n_layers=1", "model.n_heads=1"]
 TINY += ["model.n_kv_heads=1", "data.batch_size=2", "data.eval_examples=2"]
@@ -32,6 +35,27 @@ def test_overhead(tmp_path: Path) -> None:
     assert 0.5 < row["ratio"] < 20
     (process,) = found["runs"]["parallel, D=3"]
     assert len(process["run_ms"]) == len(process["bare_ms"]) == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_parts_of_a_round_sum_to_it(temperature: float, tmp_path: Path) -> None:
+    stored = checkpoint_of(small_model(0, 2, vocab=257))
+    stored |= {"tokenizer": ByteTokenizer().state(), "config": {"data": {"seq_len": 64}}}
+    torch.save(stored, tmp_path / "run.ckpt")
+    options = ["--quick", "--draft-vocab", "64", "--temperature", str(temperature)]
+    result = rounds.main(
+        [str(tmp_path / "run.ckpt"), *options, "--output", str(tmp_path / "rounds.json")]
+    )
+    for way in ("plain", "with drafts"):
+        *parts, whole = [row for row in result["rows"] if row["way"] == way]
+        assert whole["part"] == "the round" and whole["ms"] > 0
+        assert sum(row["ms"] for row in parts) == pytest.approx(whole["ms"])
+        assert sum(row["share"] for row in parts) == pytest.approx(1)
+        assert ("draft: the module and its head" in {row["part"] for row in parts}) == (
+            way != "plain"
+        )
+    names = [row["part"] for row in result["passes"]]
+    assert "trunk, 3 tokens" in names and "draft, head of 64 tokens, reads 2" in names
 
 
 @pytest.mark.long

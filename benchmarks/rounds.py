@@ -1,0 +1,207 @@
+"""Where the time of a decoding round goes: its passes, and what is around them.
+
+    python -m benchmarks.rounds runs/smollm2 [--drafts 1] [--draft-vocab 4096] [--temperature 1]
+
+One text at a time on one thread, in CPU seconds. Every part of a round is timed without the parts
+that it calls, so that the parts sum to the round. Then single passes are timed in turn: the trunk
+over 1 to 4 tokens, a draft with the whole head and with the short one, over 1 to 3 tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import cli
+from benchmarks.harness import Row
+from benchmarks.pretrained_heads import PROMPTS, prompt_ids
+from mtp_lightning.decoding.engine import Engine, session_kind
+from mtp_lightning.decoding.fused import decoding_passes
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.sequence import TextSequence
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.speculative import Decoder
+from mtp_lightning.experiment.generating import open_to_decode
+from mtp_lightning.model import MTPModel
+from mtp_lightning.system import processor
+
+# What people call the parts, and the methods that they are, in the order of the table.
+PARTS: dict[str, tuple[tuple[type, str], ...]] = {
+    "verify: the trunk and the head": ((Session, "verify"),),
+    "draft: the module and its head": ((Session, "draft"),),
+    "catching up with tokens not drafted at": ((Session, "catch_up"),),
+    "states and logits of a draft": ((Session, "_said"),),
+    "token buffer": ((Session, "put"), (Session, "accept")),
+    "choosing, comparing, copying": ((Decoder, "round"),),
+    "text, stop strings, counts": ((TextSequence, "take"), (Engine, "step")),
+}
+
+
+class Spans:
+    """CPU seconds of nested calls, each without those inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open: list[float] = []  # seconds inside each open call
+
+    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def timed(*args: Any, **options: Any) -> Any:
+            self._open.append(0.0)
+            began = time.process_time()
+            try:
+                return method(*args, **options)
+            finally:
+                took = time.process_time() - began
+                self.seconds[name] += took - self._open.pop()
+                if self._open:
+                    self._open[-1] += took
+
+        return timed
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Time all parts."""
+        with ExitStack() as stack:
+            for name, methods in PARTS.items():
+                for kind, method in methods:
+                    around = self.around(name, getattr(kind, method))
+                    stack.enter_context(patch.object(kind, method, around))
+            yield
+
+
+def parts_of_rounds(
+    model: MTPModel, prompts: list[list[int]], options: DecodingOptions
+) -> tuple[Row, float]:
+    """Milliseconds of every part of a round, and tokens per round."""
+    spans, rounds, tokens = Spans(), 0, 0
+    for number, prompt in enumerate(prompts):
+        with Engine(model, options) as engine:
+            (sequence,) = engine.add([options.request(prompt, number)])
+            engine.step()  # reads the prompt with the modules, too
+            before = len(sequence.token_ids)
+            with spans.timed():
+                while sequence.finish_reason is None:
+                    engine.step()
+                    rounds += 1
+            tokens += len(sequence.token_ids) - before
+    return {name: 1e3 * spans.seconds[name] / rounds for name in PARTS}, tokens / rounds
+
+
+def single_passes(
+    model: MTPModel, prompt: list[int], draft_vocab: int | None, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of single passes, which take turns."""
+    deepest = model.mtp.max_draft_depth or 3
+    with decoding_passes(model):
+        rooms: dict[str, int | None] = {"whole head": None}
+        if draft_vocab is not None:
+            rooms[f"head of {draft_vocab} tokens"] = draft_vocab
+        calls: dict[str, Callable[[], Any]] = {}
+        for head, vocab in rooms.items():
+            session = session_kind(model)(
+                model, slots=1, capacity=len(prompt) + 32, max_draft=deepest,
+                **({} if vocab is None else {"draft_vocab": vocab}),
+            )  # fmt: skip
+            session.join([prompt])
+            session.draft(1)
+            for n in range(1, min(4, deepest + 1) + 1) if vocab is None else ():
+                calls[f"trunk, {n} tokens" if n > 1 else "trunk, 1 token"] = _verify(session, n)
+            for n in (1, 2, 3):
+                calls[f"draft, {head}, reads {n}"] = _draft(session, n)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                began = time.process_time()
+                call()
+                seconds[name].append(time.process_time() - began)
+    return {name: 1e3 * median(found) for name, found in seconds.items()}
+
+
+def _verify(session: Any, tokens: int) -> Callable[[], Any]:
+    return lambda: session.verify(tokens - 1)
+
+
+def _draft(session: Any, tokens: int) -> Callable[[], Any]:
+    def call() -> None:
+        session.filled[1] = [n - tokens for n in session.n]
+        session.draft(1)
+
+    return call
+
+
+@cli.command(quick={"new_tokens": 8, "repeats": 2})
+def rounds(
+    run: str,
+    /,
+    drafts: int = 1,
+    draft_vocab: int = 0,
+    precision: str = "fp32",
+    head_precision: str = "",
+    activations: str = "fp32",
+    temperature: float = 0.0,
+    new_tokens: int = 64,
+    repeats: int = 40,
+) -> Row:
+    """The parts of a round, plain and with drafts, and single passes.
+
+    Args:
+        run: a run folder, a checkpoint, a Hugging Face folder or a GGUF file.
+        drafts: drafts a round.
+        draft_vocab: tokens that drafts are chosen from; 0 for all.
+        precision: of the weights.
+        head_precision: of the modules' own matrices; empty for that of the others.
+        activations: of products with weights in blocks.
+        temperature: 0 is greedy.
+    """
+    torch.set_num_threads(1)
+    opened = open_to_decode(
+        run,
+        precision=precision,
+        head_precision=head_precision or None,
+        activations=activations,
+    )
+    model, tokenizer = opened.model, opened.tokenizer
+    prompts = [prompt_ids(tokenizer, kind, PROMPTS[kind][0]) for kind in ("code", "prose")]
+    base = DecodingOptions(
+        batch_size=1, max_new_tokens=new_tokens, temperature=temperature, eot_id=-1
+    )
+    ways = {"plain": base.plain()}
+    if model.mtp.max_draft_depth != 0:
+        own: Row = {"draft_depth": drafts, "draft_vocab": draft_vocab or None}
+        ways["with drafts"] = DecodingOptions(**{**vars(base), **own})
+    rows: list[Row] = []
+    for way, options in ways.items():
+        parts, tokens = parts_of_rounds(model, prompts, options)
+        whole = sum(parts.values())
+        own = {"way": way, "tokens_per_round": tokens}
+        rows += [
+            {**own, "part": name, "ms": ms, "share": ms / whole} for name, ms in parts.items() if ms
+        ]
+        rows.append({**own, "part": "the round", "ms": whole, "share": 1.0})
+    cli.print_table(
+        f"{run}: a round on one thread, CPU time",
+        "way: way; tokens: tokens_per_round .2f; part: part; ms: ms .3f; share: share .1%",
+        rows,
+    )
+    passes = single_passes(model, prompts[1], draft_vocab or None, repeats)
+    first = passes["trunk, 1 token"]
+    singles = [{"part": name, "ms": ms, "over": ms / first} for name, ms in passes.items()]
+    cli.print_table(
+        "single passes", "pass: part; ms: ms .3f; over the trunk of 1 token: over .2f", singles
+    )
+    return {"processor": processor(), "rows": rows, "passes": singles}
+
+
+main = cli.program(rounds)
+
+if __name__ == "__main__":
+    main()
