@@ -136,7 +136,9 @@ def test_both_languages_say_the_same(page: str) -> None:
         r"^(#+) ",
         r"\d[\d.,]*\d|\d",
     ):
-        both = [re.findall(what, prose(page), re.MULTILINE) for page in (english, chinese)]
+        # The tutorial's first page is there in both.
+        pages = english, chinese.replace("](docs/zh/index.md)", "](docs/tutorial/index.md)")
+        both = [re.findall(what, prose(page), re.MULTILINE) for page in pages]
         if not (page.startswith("docs/") and "]" in what):  # a chapter may lead back to English
             assert sorted(both[0]) == sorted(both[1]), what
     assert set(re.findall(r"[\u4e00-\u9fff]", english)) <= {"中", "文"}
