@@ -38,11 +38,12 @@ def run() -> OpenedModel:
 
 
 def config(**settings: Any) -> Any:
-    """``conf/serve.yaml`` with settings."""
+    """``conf/serve.yaml`` with settings. The number of drafts is not measured, but the model's."""
     cfg = OmegaConf.load(CONF / "serve.yaml")
     for name in ("hydra", "defaults"):
         del cfg[name]
     cfg.checkpoint, cfg.grace = NAME, 5
+    cfg.draft_depth = None if "tree" in settings else 2
     return OmegaConf.merge(cfg, settings)
 
 

@@ -103,6 +103,27 @@ def test_sixteen_streams_are_each_their_own_text(run: OpenedModel) -> None:
     assert len({w.text for w in wanted}) == 16 and {"stop", "length"} <= set(reasons)
 
 
+def test_by_default_samples_are_the_same_under_any_load(run: OpenedModel) -> None:
+    """The number of drafts is measured at the start, and kept; greedy text does not depend on it."""
+    from openai import AsyncOpenAI
+
+    sampled = {"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0.9, "seed": 7}
+    greedy = {"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0.0}
+
+    async def texts(asked: list[dict[str, Any]]) -> list[str]:
+        async with AsyncOpenAI(base_url=served.base_url, api_key="none", max_retries=0) as api:
+            found = await asyncio.gather(
+                *(api.completions.create(model=NAME, **fields) for fields in asked)
+            )
+        return [answer.choices[0].text for answer in found]
+
+    with serving(run, draft_depth=None, batch_size=4) as served:
+        alone = asyncio.run(texts([sampled]))
+        loaded = asyncio.run(texts([sampled, *[greedy] * 3, {**sampled, "seed": 8}, sampled]))
+    assert loaded[0] == loaded[5] == alone[0] != loaded[4]
+    assert set(loaded[1:4]) == {expected(run, **greedy).text}
+
+
 def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "import os", "max_tokens": 30, "temperature": 0.9, "seed": 6}
     answer = client(served).completions.create(model=NAME, logprobs=3, **fields)
