@@ -104,7 +104,7 @@ def test_sixteen_streams_are_each_their_own_text(run: OpenedModel) -> None:
 
 
 def test_by_default_samples_are_the_same_under_any_load(run: OpenedModel) -> None:
-    """The number of drafts is measured at the start, and kept; greedy text does not depend on it."""
+    """The number of drafts is measured at the start and kept; greedy text does not depend on it."""
     from openai import AsyncOpenAI
 
     sampled = {"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0.9, "seed": 7}
