@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# Gain that drafting must reach to be preferred, as timings scatter; and a surer one for a number
-# that is kept for good.
+# Gain that drafting must reach to be preferred, as timings scatter; and the one that a short
+# measurement must find, since other texts scatter, too.
 MARGIN, SURE = 1.03, 1.1
 
 
@@ -30,9 +30,10 @@ class Payoff:
         tokens = expected_tokens(self.accepted)
         return [n / cost for n, cost in zip(tokens, self.costs, strict=False)]
 
-    def best(self, margin: float = MARGIN) -> int:
-        """The number of drafts with the most tokens per second."""
-        return fastest(self.gains(), margin)
+    @property
+    def best(self) -> int:
+        """The number of drafts with the most tokens per second; 0 if that gains little."""
+        return fastest(self.gains(), SURE)
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,9 @@ class Measured:
     sampled: Payoff
 
     @property
-    def for_samples(self) -> int:
-        """The number of drafts that samples keep."""
-        return self.sampled.best(SURE)
-
-    @property
     def pays(self) -> bool:
         """Whether drafts pay in samples, or may pay in some greedy texts."""
-        return self.for_samples > 0 or max(self.greedy.gains()[1:]) > 1
+        return self.sampled.best > 0 or max(self.greedy.gains()[1:]) > 1
 
 
 def expected_tokens(accepted: Sequence[float]) -> list[float]:
@@ -66,7 +62,7 @@ def expected_tokens(accepted: Sequence[float]) -> list[float]:
     return tokens
 
 
-def fastest(gains: Sequence[float], margin: float = MARGIN) -> int:
+def fastest(gains: Sequence[float], margin: float) -> int:
     """The number of drafts with the largest gain; 0 if none reaches the margin."""
     best = max(range(len(gains)), key=gains.__getitem__)
     return best if gains[best] >= margin else 0
@@ -104,6 +100,8 @@ class AutoDepth:
         # Without a measurement a weak prior: one draft of two accepted.
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
+        if measured is not None and not measured.best:
+            measured = None  # a small gain is left to looks
         if measured is not None:
             self._accepted = [self._KNOWN * share for share in measured.accepted]
             self._reached = [self._KNOWN] * max_draft
@@ -209,7 +207,7 @@ class _Rounds:
         self._ratios[0].append(1.0)
         self.best: int = 0 if last is None else last.best
         if measured is not None:
-            self.best = measured.best()
+            self.best = measured.best
             for ratios, cost in zip(self._ratios[1:], measured.costs[1:], strict=True):
                 ratios.append(cost)
         self.plan: list[int] = []
@@ -265,7 +263,7 @@ class _Rounds:
         costs = [self._cost(m, known) for m in range(known[-1] + 1)]
         gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
         if len(costs) > 1:
-            self.best = fastest(gains)
+            self.best = fastest(gains, MARGIN)
             most = max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1))
             self.price = self._HOPELESS if most < MARGIN else 1
         if not self._seconds[self.best]:  # interpolated, never timed

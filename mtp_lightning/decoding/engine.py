@@ -302,7 +302,7 @@ class Engine:
         known = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)
-        return known.for_samples if known is not None and request.temperature else None
+        return known.sampled.best if known is not None and request.temperature else None
 
     def _let_go(self) -> None:
         """Free the slots of finished sequences."""

@@ -192,15 +192,14 @@ def _checked(stored: Any, n: int) -> Payoff:
 
 def told(measured: Measured) -> str:
     """A sentence about a measurement, for people."""
-    greedy = _fastest(measured.greedy, measured.greedy.best())
-    samples = _fastest(measured.sampled, measured.for_samples)
+    greedy, samples = _fastest(measured.greedy), _fastest(measured.sampled)
     return (
         f"Measured once, for this machine: {greedy} for greedy text, {samples} for samples. "
         "draft_depth=N sets another number."
     )
 
 
-def _fastest(payoff: Payoff, n: int) -> str:
-    gains = payoff.gains()
+def _fastest(payoff: Payoff) -> str:
+    n, gains = payoff.best, payoff.gains()
     drafts = {0: "no draft", 1: "1 draft per pass"}.get(n, f"{n} drafts per pass")
     return f"{drafts} ({f'{gains[n]:.2f}' if n else f'one makes {gains[1]:.2f}'} x plain)"

@@ -40,16 +40,18 @@ def test_the_payoff_is_that_of_all_outcomes(accepted: list[float], data: st.Data
                 chance *= a if r else 1 - a
             mean += chance * (1 + next((i for i, r in enumerate(right) if not r), m))
         assert payoff.gains()[m] == pytest.approx(mean / cost)
-    best = payoff.best()
-    assert best == 0 or payoff.gains()[best] == max(payoff.gains()) >= 1.03
-    assert best > 0 or max(payoff.gains()) < 1.03
+    best = payoff.best
+    assert best == 0 or payoff.gains()[best] == max(payoff.gains()) >= 1.1
+    assert best > 0 or max(payoff.gains()) < 1.1
 
 
 def test_the_fastest_number_needs_a_margin() -> None:
     assert expected_tokens([0.5, 0.5]) == [1, 1.5, 1.75]
-    assert fastest([1.0, 1.02]) == 0 and fastest([1.0, 1.04, 1.05]) == 2
-    close = Payoff((1.0, 1.0), (0.06,))  # samples keep their number, so it must be sure to pay
-    assert close.best() == 1 and Measured(greedy=close, sampled=close).for_samples == 0
+    assert fastest([1.0, 1.02], 1.03) == 0 and fastest([1.0, 1.04, 1.05], 1.03) == 2
+    assert fastest([1.0, 1.04, 1.05], 1.1) == 0
+    # A small measured gain is left to looks, which come later and cost little.
+    auto = AutoDepth(1, measured=Payoff((1.0, 1.0), (0.06,)))
+    assert [auto.depth(1, lambda: 0) for _ in range(9)] == [0] * 9
 
 
 def test_auto_depth_begins_with_what_is_known() -> None:
@@ -180,7 +182,7 @@ MEASURED = Measured(
 def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
     """So that they depend on their seed and the measurement, and not on the clock."""
     model, prompts = small_model(3, 2), random_prompts(3, (4, 6, 3, 5))
-    assert (MEASURED.greedy.best(), MEASURED.for_samples) == (2, 1)
+    assert (MEASURED.greedy.best, MEASURED.sampled.best) == (2, 1)
     options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=4)
 
     def text(with_others: bool) -> list[int]:
