@@ -32,19 +32,21 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen).expanduser()
 
 
-def state_of(path: Path) -> str:
-    """Hex digests of a path and of the present state of its file, or of a folder's files:
-    ``PATH-STATE``. A change of a file changes its time ctime, which no program can set."""
+def state_of(path: Path, known: str) -> str:
+    """The name of what is kept about a file, or a folder's files, in their present state:
+    ``PATH-STATE``, two hex digests. A change of a file changes its time ctime, which no program can
+    set.
+
+    Args:
+        path: the file or folder.
+        known: whatever else it depends on.
+    """
     path = path.resolve()
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [(file.name, file.stat()) for file in files if file.is_file()]
     states = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found]
-    return f"{short_digest(str(path))}-{short_digest(json.dumps(states))}"
-
-
-def short_digest(text: str) -> str:
-    """64 bits of a text's SHA-256, as hex digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    texts = str(path), json.dumps([states, known])
+    return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_modules.cache import build_once, cache_folder, short_digest, state_of
+from data_modules.cache import build_once, cache_folder, state_of
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import dense_matrices, packed_of
 from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed
@@ -99,9 +99,7 @@ class Keeper:
 
 def _folder(path: Path) -> Path:
     """Where the packed weights of a file or folder are kept, in the present state of its files."""
-    of, _, state = state_of(path).partition("-")
-    state = short_digest(state + native.lib().built_from().decode())
-    return cache_folder() / "packed" / f"{of}-{state}"
+    return cache_folder() / "packed" / state_of(path, native.lib().built_from().decode())
 
 
 def _nothing(folder: Path) -> None:

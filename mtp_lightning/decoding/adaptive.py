@@ -90,7 +90,6 @@ class AutoDepth:
 
     _SHARE = 0.0075  # share of the time that looks may lose
     _MEMORY = 0.98  # decay per round of the acceptance's running mean
-
     _KNOWN = 20.0  # rounds that the measured shares of acceptance count as
 
     def __init__(
@@ -100,12 +99,11 @@ class AutoDepth:
         # Without a measurement a weak prior: one draft of two accepted.
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
-        if measured is not None and not measured.best:
-            measured = None  # a small gain is left to looks
-        if measured is not None:
+        self._measured: Payoff | None = None
+        if measured is not None and measured.best:  # a small gain is left to looks
+            self._measured = measured
             self._accepted = [self._KNOWN * share for share in measured.accepted]
             self._reached = [self._KNOWN] * max_draft
-        self._measured = measured
         self._by_size: dict[int, _Rounds] = {}  # by log2 of the number of rows
         self._rounds: _Rounds | None = None
         self._n_rows = 0

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data_modules.cache import build_once, cache_folder, short_digest, state_of
+from data_modules.cache import build_once, cache_folder, state_of
 from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
@@ -62,8 +62,7 @@ def settle_drafts(
     known |= {"verify": asked.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
     known |= {"on": [str(model.head.weight.device), processor(), torch.__version__]}
     n = asked.max_draft(model)
-    of, _, state = state_of(opened.path).partition("-")
-    folder = cache_folder() / "drafts" / f"{of}-{short_digest(state + json.dumps(known))}"
+    folder = cache_folder() / "drafts" / state_of(opened.path, json.dumps(known))
     measured = _kept(folder, n, lambda: measure(model, asked, _prompts(opened)))
     return replace(options, draft_depth="auto", measured=measured)
 

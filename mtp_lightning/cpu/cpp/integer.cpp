@@ -151,13 +151,9 @@ static void integer_product(const float* x, const char* weight, float* out, int6
                                            found);
                         for (int j = 0; j < R; j++)
                             for (int u = 0; u < V; u++) {
-                                int64_t o = at + (first + u) * LANES, left = outputs - o;
-                                float* to = out + (i + j) * outputs + o;
-                                Vector sum = load(found + (j * V + u) * LANES);
-                                if (left >= LANES)
-                                    store(to, add ? load(to) + sum : sum);
-                                else if (left > 0)
-                                    store_some(to, add ? load_some(to, left) + sum : sum, left);
+                                int64_t o = at + (first + u) * LANES;
+                                store_sum(out + (i + j) * outputs + o,
+                                          load(found + (j * V + u) * LANES), outputs - o, add);
                             }
                         first += V;
                     }

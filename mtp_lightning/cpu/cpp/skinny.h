@@ -212,6 +212,14 @@ static inline int64_t panel_width(int64_t outputs) {
 // With fewer multiply-adds, starting a thread costs more than it saves.
 constexpr int64_t WORTH_THREADS = 1 << 18;
 
+// Stores the sums of up to 16 outputs, of which `left` are there, or adds them.
+INLINE void store_sum(float* to, Vector sum, int64_t left, bool add) {
+    if (left >= LANES)
+        store(to, add ? load(to) + sum : sum);
+    else if (left > 0)
+        store_some(to, add ? load_some(to, left) + sum : sum, left);
+}
+
 // out[M, N] (+)= x[M, K] weight.T of a packed weight.
 template <typename Format>
 static void skinny(const float* x, const char* weight, float* out, int64_t rows, int64_t outputs,
@@ -244,13 +252,8 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
                     for (int j = 0; j < R; j++)
 #pragma GCC unroll 4
                         for (int u = 0; u < V; u++) {
-                            int64_t left = n - u * LANES;
                             float* to = out + (i + j) * outputs + at + u * LANES;
-                            if (left >= LANES)
-                                store(to, add ? load(to) + sum[j][u] : sum[j][u]);
-                            else if (left > 0)
-                                store_some(to, add ? load_some(to, left) + sum[j][u] : sum[j][u],
-                                           left);
+                            store_sum(to, sum[j][u], n - u * LANES, add);
                         }
                 }
             });
