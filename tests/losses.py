@@ -14,8 +14,7 @@ from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.objective.step_plan import StepPlan
+from mtp_lightning.objective.step import OptimizerStep, StepPlan
 from mtp_lightning.objective.targets import PositionCounts, count_taught
 from mtp_lightning.objective.terms.base import Term
 

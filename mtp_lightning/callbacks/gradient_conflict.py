@@ -68,6 +68,6 @@ class GradientConflict(RunCallback):
             "embedding": [model.trunk.embedding.weight],
         }
         with trainer.precision_plugin.train_step_context():
-            measured = plan.task_gradients(model, depths_of(plan.base), groups)
+            measured = module.step.task_gradients(plan, depths_of(plan.base), groups)
         for group, gradients in measured.items():
             module.log_here(gradients.log_values(group), step + 1, always=True)

@@ -10,9 +10,9 @@ forward and backward -> clipping -> balancing -> optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from operator import call
 
 import torch
@@ -24,19 +24,85 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
-from mtp_lightning.objective.balance.base import Balance, Observed
+from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
 from mtp_lightning.objective.balance.gradients import (
+    TaskGradients,
     require_separable,
     shared_parameters,
+    task_gradients,
 )
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.objective.step_plan import StepPlan, StepResult
 from mtp_lightning.objective.stream import prepass, stream_loss
-from mtp_lightning.objective.targets import by_depth, step_counts
+from mtp_lightning.objective.targets import PositionCounts, by_depth, step_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The plan of an optimizer step; the same on every rank, except for the micro-batches.
+
+    Attributes:
+        progress: progress before the step.
+        base: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
+        factors: [D + 1], the factors of the losses. A loss of factor 0 is not computed.
+        counts: positions that count in the whole step.
+        windows: number of windows in the whole step.
+        micro_batches: this rank's, each with the key of its random choices.
+    """
+
+    progress: Progress
+    base: Sequence[float]
+    factors: Sequence[float]
+    counts: PositionCounts
+    windows: int
+    micro_batches: Sequence[tuple[WindowBatch, RandomKey]]
+
+    @property
+    def active(self) -> list[int]:
+        """The MTP depths that are computed."""
+        return depths_of(self.factors)
+
+    @property
+    def computed(self) -> list[int]:
+        """The depths whose losses are computed, 0 included if the main prediction's is."""
+        return tasks_of(self.factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """The result of an optimizer step, over all ranks.
+
+    Attributes:
+        plan: the step's plan.
+        loss: L.
+        losses: [D + 1], L_k, fp64; 0 where not computed.
+        flops: FLOPs of the step, positions without a valid target included.
+        dtype: dtype in which losses are logged.
+        values: by log tag, the values of balancing and clipping.
+    """
+
+    plan: StepPlan
+    loss: Tensor
+    losses: Tensor
+    flops: int
+    dtype: torch.dtype
+    values: dict[str, Tensor | float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Valid targets of the main prediction."""
+        return self.plan.counts.valid[0]
+
+    def log_values(self) -> dict[str, Tensor | float]:
+        """All values to log, by tag; losses without their factors."""
+        plan = self.plan
+        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
+        values |= {f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in plan.computed}
+        lambdas = enumerate(plan.factors[1:], start=1)
+        return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
 
 
 class OptimizerStep:
@@ -101,7 +167,6 @@ class OptimizerStep:
             counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
-            objective=self.objective,
         )
 
     def __call__(
@@ -150,7 +215,7 @@ class OptimizerStep:
             group: dict[str, list[nn.Parameter]] = {
                 self.balance.scope: shared_parameters(self.model, self.balance.scope)
             }
-            (gradients,) = plan.task_gradients(self.model, plan.active, group).values()
+            (gradients,) = self.task_gradients(plan, plan.active, group).values()
             self.balance.gate(plan.base, gradients)
         values: dict[str, Tensor | float] = {}
         if self.clip_norm is not None:
@@ -238,12 +303,23 @@ class OptimizerStep:
             all_sums[target.depth, target.part] = own_sum
         return total, all_sums, auxiliary
 
+    def task_gradients(
+        self, plan: StepPlan, depths: Sequence[int], groups: Mapping[str, list[nn.Parameter]]
+    ) -> dict[str, TaskGradients]:
+        """The separate gradients of the main prediction and of ``depths`` in a planned step; see
+        :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
+        micro_batches = plan.micro_batches
+        return task_gradients(
+            self.model, micro_batches, depths, plan.counts, groups, self.objective
+        )
+
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
+        batch, _ = plan.micro_batches[0]
         per_window = self.cost(
-            plan.seq_len,
+            batch.seq_len,
             plan.active,
             main=plan.factors[0] != 0,
-            stored=plan.micro_batches[0][0].states is not None,
+            stored=batch.states is not None,
             scope=self.balance.scope if measured else None,
         )
         return plan.windows * per_window

@@ -24,8 +24,7 @@ from mtp_lightning.objective.balance.uncertainty import Uncertainty
 from mtp_lightning.objective.cost import counted_flops
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.objective.step_plan import StepResult
+from mtp_lightning.objective.step import OptimizerStep, StepResult
 from tests import closed_forms
 
 DEPTH = 2

@@ -250,7 +250,7 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
     begin = Progress(step=0, max_steps=10, tokens=0)
     plan = step.plan(batch, begin)
     parameters = list(model.trunk.blocks.parameters())
-    (measured,) = plan.task_gradients(model, [1], {"trunk": parameters}).values()
+    (measured,) = step.task_gradients(plan, [1], {"trunk": parameters}).values()
     for micro, key in plan.micro_batches:
         loss, _, _ = step.loss(plan, micro, key)
         loss.backward()
