@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
-from mtp_lightning.nn.components import AttentionConfig
+from mtp_lightning.nn.components import AttentionConfig, check_whole
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.document_attention import MIN_WIDTH, block_mask, dense_mask, of_blocks
 from mtp_lightning.nn.kv_cache import KVCache
@@ -24,7 +24,6 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import rotary, rotary_attention
 from mtp_lightning.nn.rope import rope_table, turn_in_place
-from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_bool
 
@@ -185,23 +184,23 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
                 f"model.attention.d_rope={self.d_rope} must be even: RoPE rotates pairs of it."
             )
 
-    def check(self, trunk: TrunkShape) -> None:
+    def check(self, trunk: TrunkConfig) -> None:
         if self.turned_size(trunk) > trunk.d_head:
             raise UserError(
                 f"model.attention.d_rope={self.d_rope} is more than a head has, model.d_head="
                 f"{trunk.d_head}: lower it, or leave it out to rotate all."
             )
 
-    def turned_size(self, trunk: TrunkShape) -> int:
+    def turned_size(self, trunk: TrunkConfig) -> int:
         return trunk.d_head if self.d_rope is None else self.d_rope
 
-    def reads_blocks(self, trunk: TrunkShape) -> bool:
+    def reads_blocks(self, trunk: TrunkConfig) -> bool:
         return type(self) is GroupedQueryConfig and trunk.d_head >= MIN_WIDTH
 
-    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+    def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return Attention(trunk, self)
 
-    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
+    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
         d_model, d_head = trunk.d_model, trunk.d_head
         heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
         rows = {f"{name}_proj": n * d_head for name, n in heads.items()}
@@ -217,7 +216,7 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
                 gains = ((f"{theirs}.weight", (d_head,)),)
                 yield MappedWeight(own=f"{own}.weight", parts=gains, order=order)
 
-    def _orders(self, trunk: TrunkShape) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    def _orders(self, trunk: TrunkConfig) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
         """The order of the dimensions in Hugging Face's layout: of one head, and of all heads of
         queries, keys and values; None if it is the same.
 
@@ -237,7 +236,7 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
         return order, (*heads, *range(n_turned * size, qkv_width(trunk)))
 
 
-def qkv_width(trunk: TrunkShape) -> int:
+def qkv_width(trunk: TrunkConfig) -> int:
     """Output width of the fused query, key and value projection."""
     return (trunk.n_heads + 2 * trunk.n_kv_heads) * trunk.d_head
 
@@ -248,7 +247,7 @@ class Attention(nn.Module):
 
     qkv_bias: nn.Parameter | None
 
-    def __init__(self, trunk: TrunkShape, config: GroupedQueryConfig) -> None:
+    def __init__(self, trunk: TrunkConfig, config: GroupedQueryConfig) -> None:
         super().__init__()
         self.n_heads = trunk.n_heads
         self.n_kv_heads = trunk.n_kv_heads

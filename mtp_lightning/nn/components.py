@@ -16,16 +16,29 @@ The YAML names it: ``attention: {_target_: my_ideas.window.WindowConfig, window:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.shape import TrunkShape
 from mtp_lightning.nn.weight_map import MappedWeight
 from mtp_lightning.registry import Registered
+from mtp_lightning.settings import require_whole
+
+if TYPE_CHECKING:
+    from mtp_lightning.nn.config import TrunkConfig
+
+
+def check_whole(group: str, owner: Any, names: Sequence[str], *, least: int = 1) -> None:
+    """Refuse fields that are not whole numbers of at least ``least``.
+
+    Raises:
+        UserError: naming the key and its value.
+    """
+    for name in names:
+        require_whole(f"{group}.{name}", getattr(owner, name), least=least)
 
 
 @dataclass(frozen=True)
@@ -79,17 +92,17 @@ class LayerConfig(Registered, ABC):
     same_bits_in_wide_passes: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+    def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         """The layer, with its weights not yet initialized."""
 
-    def check(self, trunk: TrunkShape) -> None:
+    def check(self, trunk: TrunkConfig) -> None:
         """Refuse a trunk that the layer does not fit into.
 
         Raises:
             UserError: naming the keys.
         """
 
-    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterable[MappedWeight]:
+    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterable[MappedWeight]:
         """The layer's weights in Hugging Face's layout, by names within the layer.
 
         Raises:
@@ -111,7 +124,7 @@ class AttentionConfig(LayerConfig, family="attention"):
 
     modules: ClassVar[dict[str, str]] = {"grouped_query": "attention", "latent": "mla"}
 
-    def head_size(self, trunk: TrunkShape) -> int:
+    def head_size(self, trunk: TrunkConfig) -> int:
         """H, width of a query or key head.
 
         Raises:
@@ -127,20 +140,20 @@ class AttentionConfig(LayerConfig, family="attention"):
             raise UserError(f"model.d_head={d_head} must be even: RoPE rotates pairs of it.")
         return d_head
 
-    def rotary_size(self, trunk: TrunkShape) -> int:
+    def rotary_size(self, trunk: TrunkConfig) -> int:
         """The number of dimensions of a head that the rotary table covers."""
         return trunk.d_head
 
-    def turned_size(self, trunk: TrunkShape) -> int:
+    def turned_size(self, trunk: TrunkConfig) -> int:
         """How many of them are rotated; the others have angles of 0."""
         return self.rotary_size(trunk)
 
-    def reads_blocks(self, trunk: TrunkShape) -> bool:
+    def reads_blocks(self, trunk: TrunkConfig) -> bool:
         """Whether the layer accepts a block mask of documents (``document_attention.py``) instead
         of a tensor; by default not."""
         return False
 
-    def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
+    def cache_entry(self, trunk: TrunkConfig) -> CacheEntry:
         """What the cache stores per token; by default keys and values of all key-value heads."""
         return CacheEntry(2 * trunk.n_kv_heads, trunk.d_head)
 

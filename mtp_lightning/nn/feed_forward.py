@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import FeedForwardConfig
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import gated, swiglu
-from mtp_lightning.nn.shape import TrunkShape
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 
 
@@ -22,10 +22,10 @@ class DenseConfig(FeedForwardConfig, variant="dense"):
 
     same_bits_in_wide_passes: ClassVar[bool] = True
 
-    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+    def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return FeedForward(trunk.d_model, trunk.d_ff)
 
-    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
+    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
         return swiglu_weights(trunk.d_model, trunk.d_ff)
 
 

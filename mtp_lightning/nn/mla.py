@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import by_token
-from mtp_lightning.nn.components import AttentionConfig, CacheEntry
+from mtp_lightning.nn.components import AttentionConfig, CacheEntry, check_whole
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.document_attention import MIN_WIDTH
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.rope import turn_in_place
 from mtp_lightning.nn.rope_scaling import YarnScaling
-from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_number
 
@@ -74,14 +74,14 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         """Numbers stored per token in decoding: its latent and its rotary key."""
         return self.kv_rank + self.d_rope
 
-    def reads_blocks(self, trunk: TrunkShape) -> bool:
+    def reads_blocks(self, trunk: TrunkConfig) -> bool:
         own = type(self) is LatentAttentionConfig
         return own and min(self.d_head, self.d_value) >= MIN_WIDTH
 
-    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+    def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         return LatentAttention(trunk, self)
 
-    def head_size(self, trunk: TrunkShape) -> int:
+    def head_size(self, trunk: TrunkConfig) -> int:
         if trunk.d_head not in (None, self.d_head):
             raise UserError(
                 f"model.d_head={trunk.d_head} must be null, or d_nope + d_rope = {self.d_head} of "
@@ -89,27 +89,27 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
             )
         return self.d_head
 
-    def rotary_size(self, trunk: TrunkShape) -> int:
+    def rotary_size(self, trunk: TrunkConfig) -> int:
         return self.d_rope
 
-    def check(self, trunk: TrunkShape) -> None:
+    def check(self, trunk: TrunkConfig) -> None:
         if trunk.n_kv_heads != trunk.n_heads:
             raise UserError(
                 f"model.n_kv_heads={trunk.n_kv_heads} must be model.n_heads={trunk.n_heads} with "
                 "latent attention: all heads read the same latent."
             )
 
-    def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
+    def cache_entry(self, trunk: TrunkConfig) -> CacheEntry:
         return CacheEntry(1, self.d_cached, shared=True)
 
-    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
+    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
         for own, theirs, shape in self._matrices(trunk):
             yield renamed(f"{own}.weight", f"{theirs}.weight", shape)
         if self.q_rank is not None:
             yield renamed("query_norm.weight", "q_a_layernorm.weight", (self.q_rank,))
         yield renamed("kv_norm.weight", "kv_a_layernorm.weight", (self.kv_rank,))
 
-    def _matrices(self, trunk: TrunkShape) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    def _matrices(self, trunk: TrunkConfig) -> Iterator[tuple[str, str, tuple[int, int]]]:
         """This project's name, transformers' name and shape [out, in] of every projection."""
         n_heads, d_model = trunk.n_heads, trunk.d_model
         if self.q_rank is None:
@@ -125,7 +125,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 class LatentAttention(nn.Module):
     """The attention layer. In every query and key head, the part without position comes first."""
 
-    def __init__(self, trunk: TrunkShape, config: LatentAttentionConfig) -> None:
+    def __init__(self, trunk: TrunkConfig, config: LatentAttentionConfig) -> None:
         super().__init__()
         self.n_heads, self.d_head = trunk.n_heads, config.d_head
         self.d_nope, self.d_rope, self.d_value = config.d_nope, config.d_rope, config.d_value

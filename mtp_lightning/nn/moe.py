@@ -22,12 +22,12 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.batch_invariant import by_token
-from mtp_lightning.nn.components import FeedForwardConfig
+from mtp_lightning.nn.components import FeedForwardConfig, check_whole
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.feed_forward import FeedForward, swiglu_weights
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.precision import no_autocast
-from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require, require_number
 
@@ -120,19 +120,19 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
         """Whether a layer is dense. The block of a prediction module (None) never is."""
         return layer is not None and layer < self.first_k_dense
 
-    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+    def build(self, trunk: TrunkConfig, layer: int | None) -> nn.Module:
         if self.is_dense(layer):
             return FeedForward(trunk.d_model, trunk.d_ff)
         return MoE(trunk.d_model, self)
 
-    def check(self, trunk: TrunkShape) -> None:
+    def check(self, trunk: TrunkConfig) -> None:
         if self.first_k_dense > trunk.n_layers:
             raise UserError(
                 f"model.feed_forward.first_k_dense={self.first_k_dense} is more than "
                 f"model.n_layers={trunk.n_layers}: lower it."
             )
 
-    def hf_weights(self, trunk: TrunkShape, layer: int | None) -> Iterator[MappedWeight]:
+    def hf_weights(self, trunk: TrunkConfig, layer: int | None) -> Iterator[MappedWeight]:
         d_model = trunk.d_model
         if self.is_dense(layer):
             yield from swiglu_weights(d_model, trunk.d_ff)
