@@ -22,7 +22,7 @@ from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
+from mtp_lightning.mtp.switches import Switches, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
@@ -236,7 +236,10 @@ class MTPStack(nn.Module, ABC):
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from; with ``config.n_states``,
         so many states side by side."""
-        return branch_state(trunk, output, self.config)
+        hidden = trunk.state(output, self.config.branch_from)
+        # Detach once, before the loop over depths: detached at every depth, the earlier modules
+        # would learn only from their own loss.
+        return hidden if self.config.detach == "none" else hidden.detach()
 
     @property
     def appended(self) -> int:

@@ -326,9 +326,6 @@ class EagleMTP(Chain):
         states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
         return states if self.config.detach == "none" else states.detach()
 
-    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
-        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
-
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:

@@ -69,7 +69,7 @@ class Chain(MTPStack):
             embedded_BTC: embeddings of the true tokens ``k`` positions ahead.
             key: key of the random choices in training; None for no random choices.
         """
-        return embedded_BTC
+        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
@@ -291,11 +291,6 @@ class OneModuleConfig(MTPConfig):
     branch: Branch = "final"
     detach: Detach = "none"
     freeze_trunk: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetsConfig(MTPConfig):
-    """The config of stacks without weights or matrix products of their own."""
 
 
 class Targets(MTPStack):

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.kinds import Chain, OneModuleConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -70,9 +69,6 @@ class NextLatMTP(Chain):
     @property
     def max_draft_depth(self) -> int | None:
         return None if self.depth else 0
-
-    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
-        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
 
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.kinds import Targets, TargetsConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoMTPConfig(TargetsConfig, variant="none"):
+class NoMTPConfig(MTPConfig, variant="none"):
     """``mtp=none``: depth 0, no parameters, no cost.
 
     Raises:

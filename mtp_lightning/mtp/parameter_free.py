@@ -14,12 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.kinds import Targets, TargetsConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterFreeConfig(TargetsConfig, variant="parameter_free"):
+class ParameterFreeConfig(MTPConfig, variant="parameter_free"):
     """``mtp=parameter_free``: no weights, and no matrix product beyond the trunk's own."""
 
     def build(self, trunk: TrunkConfig) -> ParameterFreeMTP:

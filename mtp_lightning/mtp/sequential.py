@@ -181,8 +181,7 @@ class SequentialMTP(Chain):
         return super().reads_tokens and self.config.reads_tokens
 
     def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
-        if self.config.detach == "all":
-            embedded_BTC = embedded_BTC.detach()
+        embedded_BTC = super().tokens_of(k, embedded_BTC, key)
         p = self.config.token_dropout
         if p == 0 or (p < 1 and key is None):
             return embedded_BTC

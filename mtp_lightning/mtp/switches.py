@@ -1,13 +1,11 @@
-"""Switches that several stacks share, and the trunk state that they select."""
+"""Switches that several stacks share."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, get_args
 
-from torch import Tensor
-
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput, TrunkState
+from mtp_lightning.nn.trunk import TrunkState
 from mtp_lightning.settings import require_choice
 
 Branch = Literal["final", "before_last"]
@@ -77,19 +75,3 @@ def check_switches(config: Switches) -> None:
             "mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train: "
             "set mtp.depth to 1 or more, or mtp.freeze_trunk=false."
         )
-
-
-def branch_state(trunk: Trunk, output: TrunkOutput, config: Switches) -> Tensor:
-    """The trunk's hidden state [B, T, C] that a stack starts from.
-
-    Args:
-        trunk: for its final norm.
-        output: its hidden states.
-        config: its ``branch`` selects the state after all blocks or after all but the last,
-            ``input_norm`` before or after the trunk's final norm, and ``detach`` whether gradients
-            of the depths stop here.
-    """
-    hidden = trunk.state(output, config.branch_from)
-    # Detach once, before the loop over depths: detached at every depth, the earlier modules would
-    # learn only from their own loss.
-    return hidden if config.detach == "none" else hidden.detach()

@@ -12,7 +12,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.kinds import Targets, TargetsConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
 
 DUMMY = 0
@@ -20,7 +21,7 @@ DUMMY = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherlessConfig(TargetsConfig, variant="teacherless"):
+class TeacherlessConfig(MTPConfig, variant="teacherless"):
     """``mtp=teacherless``: depth 0, no parameters, no cost; for tasks only.
 
     Raises:
