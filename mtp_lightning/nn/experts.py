@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.nn.auxiliary import loads
 from mtp_lightning.nn.batch_invariant import FEW
-from mtp_lightning.nn.ops import Op, gated
-from mtp_lightning.nn.precision import compute_dtype, no_autocast
+from mtp_lightning.nn.ops import Op, compute_dtype, gated, no_autocast
 
 
 @Op

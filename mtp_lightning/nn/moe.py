@@ -27,7 +27,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.feed_forward import FeedForward, swiglu_weights
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.precision import no_autocast
+from mtp_lightning.nn.ops import no_autocast
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require, require_number
 

@@ -18,6 +18,7 @@ width, R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, update_wrapper
 from typing import Generic, ParamSpec, TypeVar
 
@@ -209,6 +210,21 @@ def _cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor
     tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     d_logits_RV = log_probs_RV.exp() - (tokens_V == target_R1).to(dtype)
     return -log_probs_RV.gather(1, target_R1).squeeze(-1), d_logits_RV.to(logits_RV.dtype)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype for products with ``x``: autocast's if it is on, else its own."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Turn autocast off on the device of ``x``."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)  # type: ignore[return-value]
 
 
 _CODE: dict[str, Callable[[], tuple[str, str]]] = {}

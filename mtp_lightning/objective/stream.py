@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.feed import Feed, Lesson, Prediction
+from mtp_lightning.nn.ops import compute_dtype
 from mtp_lightning.objective.rules.base import Measure, Seen
 from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
-from mtp_lightning.objective.through_head import HeadWeight, compute_dtype, through_head
+from mtp_lightning.objective.through_head import HeadWeight, through_head
 
 
 @torch.no_grad()

@@ -26,13 +26,14 @@ from mtp_lightning.mtp.feed import Prediction
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.mixture import mixed_log_probs
 from mtp_lightning.nn.ops import (
+    compute_dtype,
     cross_entropy,
     exp_,
     log_softmax_,
     matmul_transposed,
+    no_autocast,
     weight_gradient,
 )
-from mtp_lightning.nn.precision import compute_dtype, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
 from mtp_lightning.objective.terms.base import Teacher
 
