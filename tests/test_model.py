@@ -80,31 +80,6 @@ def test_double_precision_is_double_throughout(tiny_trunk: TrunkConfig) -> None:
     assert sums[1] / counts[1] == pytest.approx(float(loss), rel=1e-13)
 
 
-def test_switches_change_the_result(tiny_trunk: TrunkConfig) -> None:
-    tokens = torch.randint(0, 37, (1, 10))
-    plain = build(tiny_trunk, depth=1)(WindowBatch(tokens, 1))[1]
-    for switch in (
-        {"input_norm": "pre"},
-        {"concat": "hidden_first"},
-        {"branch": "before_last"},
-    ):
-        other = build(tiny_trunk, depth=1, **switch)(WindowBatch(tokens, 1))[1]
-        assert not torch.allclose(plain, other), switch
-
-
-def test_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, depth=3)
-    calls: list[int] = []
-    for index, module in enumerate(model.mtp.depths):
-        module.register_forward_hook(lambda *_, index=index: calls.append(index + 1))
-    batch = WindowBatch(torch.randint(0, 37, (1, 12)), 3)
-    for active, expected in (((), []), ((1,), [1]), ((2,), [1, 2]), ((1, 3), [1, 2, 3])):
-        calls.clear()
-        hidden = model(batch, active)
-        assert calls == expected
-        assert list(hidden) == [0, *active]
-
-
 def test_trunk_starts_equal_under_every_depth(tiny_trunk: TrunkConfig) -> None:
     shallow, deep = (
         MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=d))) for d in (0, 3)
@@ -128,12 +103,6 @@ def test_initial_std_follows_the_width() -> None:
     assert torch.equal(model.trunk.norm.weight, torch.ones(112))
 
 
-def test_config_round_trip(tiny_trunk: TrunkConfig) -> None:
-    for mtp in (NoMTPConfig(), SequentialConfig(depth=2, concat="hidden_first")):
-        config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
-        assert ModelConfig.from_dict(config.to_dict()) == config
-
-
 def test_batch_of_another_depth_is_refused(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, depth=2)
     with pytest.raises(ValueError, match=r"D = 1.*D = 2"):
@@ -153,19 +122,6 @@ def test_bad_shapes_are_named(changes: dict, message: str) -> None:
     good = {"vocab_size": 9, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
     with pytest.raises(ValueError, match=message):
         TrunkConfig(**{**good, "d_ff": 8, **changes})
-
-
-@pytest.mark.parametrize(
-    ("switch", "message"),
-    [
-        ({"depth": -1}, "mtp.depth must be a whole number of at least 0, not -1"),
-        ({"depth": 1, "branch": "middle"}, "mtp.branch=middle is unknown: choose one of final"),
-        ({"depth": 1, "detach": "some"}, "mtp.detach=some"),
-    ],
-)
-def test_bad_switches_are_named(switch: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SequentialConfig(**switch)
 
 
 def test_unknown_variant_in_a_checkpoint(tiny_trunk: TrunkConfig) -> None:

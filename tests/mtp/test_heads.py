@@ -17,10 +17,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning import matching
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -33,8 +31,6 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.cost import StepCost
-from mtp_lightning.objective.schedule.published import constant
 from tests.deepseek import trunk as deepseek_trunk
 from tests.losses import mtp_loss
 from tests.models import build, windows
@@ -179,14 +175,6 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
             assert bool((a - b).abs().max() < 1e-7) == cut, detach
 
 
-def test_detach_is_once_before_the_loop(tiny_trunk: TrunkConfig) -> None:
-    """Depth 2's loss must reach depth 1's module even where the trunk is cut off."""
-    model = build(tiny_trunk, SequentialConfig(depth=2, detach="trunk"))
-    mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3)[0].backward()
-    for parameter in model.mtp.depths[0].parameters():
-        assert parameter.dim() == 1 or parameter.grad.abs().max() > 1e-7
-
-
 @every_head
 def test_a_token_of_the_next_document_reaches_no_position_that_counts(
     tiny_trunk: TrunkConfig, head: str
@@ -199,37 +187,24 @@ def test_a_token_of_the_next_document_reaches_no_position_that_counts(
     assert torch.equal(*(mtp_loss(model, batch, [0.2, 0.3], counts)[1] for batch in both))
 
 
-@pytest.mark.parametrize("variant", ["parallel", "linear"])
-def test_a_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
-    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3))
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
+def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
+    """Sequential modules need the shallower ones, and heads side by side no other."""
+    model, batch = build(tiny_trunk, MTPConfig.find(variant)(depth=3)), windows(1, 8, 3)
     calls: list[int] = []
-    for index, module in enumerate(model.mtp.depths):
-        module.register_forward_hook(lambda *_, index=index: calls.append(index + 1))
-    batch = windows(1, 8, 3)
+    for k, module in enumerate(model.mtp.depths, start=1):
+        module.register_forward_hook(lambda *_, k=k: calls.append(k))
     for active in ([], [2], [1, 3]):
+        needed = active if variant != "sequential" else list(range(1, max(active, default=0) + 1))
         calls.clear()
-        assert list(model(batch, active)) == [0, *active]
-        assert calls == active, "independent heads need no other"
-    mtp_loss(model, batch, [0.0, 0.1, 0.0], [8] * 4)[0].backward()
-    trained = {k for k in (1, 2, 3) if model.mtp.parameters_of(k)[0].grad is not None}
-    assert trained == {2}
-
-
-@pytest.mark.parametrize("variant", ["parallel", "linear", "sequential"])
-def test_before_last_leaves_the_last_block_to_the_main_prediction(
-    tiny_trunk: TrunkConfig, variant: str
-) -> None:
-    def last_block_gradient(branch: str) -> Tensor:
-        model = build(tiny_trunk, MTPConfig.find(variant)(depth=1, branch=branch))
-        grads = []
-        for weight in (1.0, 0.0):
-            mtp_loss(model, windows(2, 8, 1), [weight], [16, 16])[0].backward()
-            grads.append(model.trunk.blocks[-1].attention.qkv.weight.grad.clone())
-            model.zero_grad()
-        return grads[0] - grads[1]
-
-    assert last_block_gradient("before_last").abs().max() < 1e-7
-    assert last_block_gradient("final").abs().max() > 1e-5
+        assert list(model(batch, active)) == [0, *active] and calls == needed
+        calls.clear()
+        loss, sums = mtp_loss(model, batch, [0.1 * (k in active) for k in (1, 2, 3)], [8] * 4)
+        assert calls == needed and [k for k in range(4) if sums[k]] == [0, *active]
+        loss.backward()
+        modules = enumerate(model.mtp.depths, start=1)
+        assert [k for k, m in modules if next(m.parameters()).grad is not None] == needed
+        model.zero_grad(set_to_none=True)
 
 
 def test_joint_is_of_the_trunks_own_attention() -> None:
@@ -242,25 +217,10 @@ def test_joint_is_of_the_trunks_own_attention() -> None:
     assert model(windows(1, 6, 2))[2].shape == (1, 6, trunk.d_model)
 
 
-@pytest.mark.parametrize("head", ["linear mlp", "masked"])
-def test_runs_are_matched_to_plain_ones(head: str) -> None:
-    trunk = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96)
-    config = ModelConfig(trunk=trunk, mtp=HEADS[head](depth=2))
-    length: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
-    reference = matching.plain_reference(config, **length)
-    for what in ("parameters", "flops"):
-        schedule = constant(depth=2, mtp_lambda=0.3)
-        found = matching.match(config, schedule, match=what, reference=reference, **length)
-        assert abs(found.remaining) < 0.05
-        if what == "flops":
-            plain = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
-            steps = 300 * StepCost(plain).per_token(64) / StepCost(config).per_token(64)
-            assert found.max_steps == round(steps)
-
-
 def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
     for name, kind in MTPConfig.variants().items():
         stack = (kind() if name in FIXED_DEPTH else kind(depth=2)).build(tiny_trunk)
+        assert not (name in FIXED_DEPTH and stack.reads_tokens)
         assert (stack.max_draft_depth != 0) == (name not in (*FIXED_DEPTH, "parameter_free"))
         if stack.max_draft_depth != 0:
             stack.require_drafts()

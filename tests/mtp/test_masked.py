@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.engine import session_kind
@@ -20,7 +19,7 @@ from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.trunk_states import check_cached
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.masked import MaskedConfig, MaskedMTP, Update
+from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -75,42 +74,6 @@ def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
             logits = [m.head(found[0]) for m, found in ((model, with_masks), (plain, without))]
         assert with_masks.keys() == set(range(DEPTH + 1))
         assert torch.equal(*logits)
-
-
-def of_masks(model: MTPModel, batch: WindowBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes into the trunk, tokens [B, T, C] and masks [B, T, D, C], and the masks' states."""
-    read: list[Tensor] = []
-
-    def reads(_: nn.Module, arguments: Any) -> Any:
-        read.append(arguments[0].detach().requires_grad_())
-        return (read[-1], *arguments[1:])
-
-    with model.trunk.register_forward_pre_hook(reads):
-        _, at = model.run_trunk(batch, range(1, DEPTH + 1))
-    tokens, masks = read
-    return tokens, masks, at.hidden.unflatten(-1, (DEPTH, -1))
-
-
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_mask_sees_its_prefix_and_the_masks_before_it_in_its_block(documents: bool) -> None:
-    """By gradients with respect to every token and every single mask."""
-    model, batch = masked().double(), windows(2, T, DEPTH)
-    batch = in_documents(batch) if documents else batch
-    same = torch.ones(2, T, T, dtype=torch.bool)
-    if batch.documents is not None:
-        own = batch.documents[:, :T]
-        same = own.unsqueeze(1) == own.unsqueeze(2)
-    tokens, masks, z_BTDC = of_masks(model, batch)
-    for b, t, k in ((0, 0, 0), (0, 3, 2), (0, 5, 1), (1, 3, 0), (1, 6, 2)):
-        of_tokens, of_all_masks = torch.autograd.grad(
-            z_BTDC[b, t, k].square().sum(), (tokens, masks), retain_graph=True
-        )
-        wanted = torch.zeros(2, T, dtype=torch.bool)
-        wanted[b, : t + 1] = same[b, t, : t + 1]
-        assert torch.equal(of_tokens.ne(0).any(-1), wanted)
-        wanted = torch.zeros(2, T, DEPTH, dtype=torch.bool)
-        wanted[b, t, : k + 1] = True
-        assert torch.equal(of_all_masks.ne(0).any(-1).unflatten(1, (T, DEPTH)), wanted)
 
 
 @pytest.mark.parametrize(
@@ -212,40 +175,6 @@ def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     assert changed == {name for name in before if name.startswith("mtp.")}
     assert torch.equal(model.head(model(batch)[0]), main)
-
-
-def test_updates_and_sampler_start_at_zero() -> None:
-    model = MTPModel(ModelConfig(trunk=TRUNK, mtp=MaskedConfig(depth=2)))
-    model.initialise(0)
-    assert isinstance(model.mtp, MaskedMTP)
-    updates = [module for module in model.mtp.modules() if isinstance(module, Update)]
-    assert len(updates) == 4 * TRUNK.n_layers
-    assert not any(update.up.weight.any() for update in updates)
-    assert all(update.down.weight.all() and update.down.weight.shape[0] == 16 for update in updates)
-    assert not model.mtp.sampler.down.weight.any() and model.mtp.masks.all()
-    assert not list(MaskedConfig(depth=0).build(TRUNK).parameters())
-
-
-def test_no_gradient_reaches_the_states_that_masks_are_pulled_to() -> None:
-    """With the masks' own states fixed, by a frozen trunk without updates, masks alone learn."""
-    model = masked(freeze_trunk=True).double()
-    loss, _, reported = reported_loss(model, windows(2, T, DEPTH), [0.1] * DEPTH, [14] * 4)
-    (consistency,) = reported.by_tag["train/consistency_loss"]
-    with_gradient = masked().double()
-    _, _, other = reported_loss(with_gradient, windows(2, T, DEPTH), [0.1] * DEPTH, [14] * 4)
-    (same,) = other.by_tag["train/consistency_loss"]
-    assert torch.equal(consistency, same) and loss.isfinite()
-    # The last tokens of a window precede no mask that is compared with them.
-    final: list[Tensor] = []
-
-    def reads(_: nn.Module, arguments: Any, output: Tensor) -> None:
-        final.append(output)
-
-    with with_gradient.trunk.norm.register_forward_hook(reads):
-        _, _, again = reported_loss(with_gradient, windows(2, T, DEPTH), [0.1] * 3, [14] * 4)
-    (loss,) = again.by_tag["train/consistency_loss"]
-    of_tokens, of_masks = torch.autograd.grad(loss, final[:2], allow_unused=True)
-    assert of_tokens is None and of_masks.any()
 
 
 def test_stored_states_are_refused() -> None:

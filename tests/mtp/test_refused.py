@@ -40,6 +40,10 @@ def window(stride: int) -> WindowBatch:
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: ParallelConfig(depth=1, branch="top"), "mtp.branch=top is unknown"),
+    (
+        lambda: SequentialConfig(depth=1, branch="middle"),
+        "branch=middle is unknown: choose one of final",
+    ),
     (lambda: linear(detach="head"), "mtp.detach=head is unknown"),
     (lambda: linear(depth=-1), "at least 0, not -1"),
     (lambda: ParallelConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),

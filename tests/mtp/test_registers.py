@@ -13,28 +13,17 @@ import torch
 
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.registers import RegistersConfig
-from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from tests.models import build
 from tests.mtp.summaries import ahead_windows
 
-KEYS = [RandomKey(0, step) for step in range(8)]
-
 
 def keys_of_every_offset(model: torch.nn.Module, most: int) -> dict[int, RandomKey]:
     found = {model.mtp.offset(key): key for key in (RandomKey(0, s) for s in range(200))}
     assert sorted(found) == list(range(1, most + 1))
     return found
-
-
-def test_the_first_register_repeats_the_next_token_from_its_own_vector(
-    tiny_trunk: TrunkConfig,
-) -> None:
-    model = build(tiny_trunk, RegistersConfig(lookahead=1))
-    batch = ahead_windows(2, 6, 1)
-    assert torch.equal(batch.targets(model.mtp.target_depth(1, KEYS[0])), batch.targets(0))
 
 
 TRUNKS = {
@@ -71,22 +60,6 @@ def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: t
                 assert torch.equal(state[0], states[0][0])
             assert not torch.allclose(state[1], state[0], atol=1e-2)
         torch.testing.assert_close(states[0][0], plain[0], rtol=bound, atol=bound)
-
-
-def test_gradients_of_registers_alone_move_no_token_of_the_window(tiny_trunk: TrunkConfig) -> None:
-    """No register sees a token after its own, and no other register."""
-    model = build(tiny_trunk, RegistersConfig(lookahead=4)).double()
-    batch = ahead_windows(1, 8, 4)
-    key = KEYS[0]
-    embedded = model.trunk.embedding(batch.tokens[:, :8]).detach().requires_grad_()
-    positions = Positions.of_window(
-        model.config.trunk, 8, device=embedded.device, dtype=torch.float64
-    )
-    tokens, registers = model.mtp.through_trunk(model.trunk, embedded, positions, key)
-    (grad,) = torch.autograd.grad(registers[0, 3].sum(), embedded, retain_graph=True)
-    assert bool((grad[0, :4].abs().amax(-1) > 0).all()) and not grad[0, 4:].any()
-    (grad,) = torch.autograd.grad(tokens.final.sum(), model.mtp.register, retain_graph=True)
-    assert not grad.any()
 
 
 def test_the_offset_is_the_steps_alone(tiny_trunk: TrunkConfig) -> None:

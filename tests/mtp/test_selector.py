@@ -1,4 +1,4 @@
-"""DFlash 2's candidate selector against its definition: scores, loss, what it sees, its drafts.
+"""DFlash 2's candidate selector against its definition: scores, what it sees, its drafts.
 
 That an optimizer step's losses and gradients are those of the definition, with every objective, is
 tested in ``tests/objective/test_cross_product.py``.
@@ -30,7 +30,6 @@ from mtp_lightning.mtp.rescoring import Forced
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
-from tests.losses import mtp_loss
 from tests.models import build, windows
 
 SELECTOR: dict[str, Any] = {"correction": "selector", "correction_rank": 5}
@@ -67,31 +66,17 @@ def scores_of(model: MTPModel, logits_V: Tensor, hidden_C: Tensor, a: int) -> di
 
 @every_head
 @torch.no_grad()
-def test_scores_and_loss_are_those_of_the_definition(trunk: TrunkConfig, head: str) -> None:
+def test_scores_are_those_of_the_definition(trunk: TrunkConfig, head: str) -> None:
     model, batch = model_of(trunk, head), windows(2, SEQ_LEN, DEPTH)
-    counts = [2 * SEQ_LEN] * (DEPTH + 1)
-    _, sums = mtp_loss(model, batch, [1.0] * DEPTH, counts)
-    missing = 0
     for k, hidden_BTC in list(model(batch).items())[1:]:
         logits_BTV = model.head(hidden_BTC)
         drafted_BTV = model.draft_logits(k, hidden_BTC, batch.tokens[:, k : k + SEQ_LEN])
-        total = 0.0
         for row in range(2):
             for t in range(SEQ_LEN):
-                a, target = batch.tokens[row, t + k : t + k + 2].tolist()
+                a = int(batch.tokens[row, t + k])
                 scores = scores_of(model, logits_BTV[row, t], hidden_BTC[row, t], a)
                 found = {v: x for v, x in enumerate(drafted_BTV[row, t].tolist()) if x > -math.inf}
                 assert found == pytest.approx(scores, rel=1e-9)
-                if target not in scores:
-                    missing += 1
-                    scores.pop(min(scores, key=lambda b: float(logits_BTV[row, t, b])))  # noqa: B023
-                    wide = logits_BTV[row, t].clone()
-                    wide[target] += 1e3  # among the candidates, whatever its logit
-                    added = scores_of(model, wide, hidden_BTC[row, t], a)
-                    scores[target] = added[target] - 1e3
-                total += math.log(sum(map(math.exp, scores.values()))) - scores[target]
-        assert float(sums[k, 1]) == pytest.approx(total, rel=1e-9)
-    assert missing > 3
 
 
 @every_head

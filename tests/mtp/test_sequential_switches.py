@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.generate import generate
@@ -20,28 +19,6 @@ from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_s
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
 from tests.models import build, windows
-
-
-def labelled(depth: int, seq_len: int, batch: int = 2) -> Tensor:
-    """States that say where they are from: [B, T, 2] of (depth, position)."""
-    position = torch.arange(seq_len, dtype=torch.float32).expand(batch, seq_len)
-    return torch.stack([torch.full_like(position, depth), position], dim=-1)
-
-
-def test_every_position_gets_a_state_that_has_read_the_same_tokens(tiny_trunk: TrunkConfig) -> None:
-    seq_len, depth = 50, 4
-    stack = SequentialMTP(SequentialConfig(depth=depth, hidden_state_mixing=True), tiny_trunk)
-    key = RandomKey(seed=0, step=3)
-    for k in range(1, depth + 1):
-        history = [labelled(j, seq_len) for j in range(k)]
-        mixed = stack.input_of(k, history, key)
-        back = draw_states_back(k, 2, seq_len, key)
-        for row in range(2):
-            for i in range(seq_len):
-                source, position = mixed[row, i].long().tolist()
-                # Depth j at position p has read the tokens up to p + j.
-                assert source + position == k - 1 + i
-                assert source == k - 1 - back[row, i] and position < seq_len
 
 
 def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
@@ -76,22 +53,6 @@ def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None
     assert not torch.allclose(drawn[2], plain(batch)[2])
     # A plain stack has no use for a draw.
     assert torch.equal(plain(batch, key=RandomKey(seed=0, step=0))[3], plain(batch)[3])
-
-
-def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) -> None:
-    depth, seq_len = 3, 8
-    model = build(tiny_trunk, SequentialConfig(depth=depth, hidden_state_mixing=True))
-    batch = windows(1, seq_len, depth)
-    for step in range(3):
-        key = RandomKey(seed=0, step=step)
-        before = model(batch, key=key)
-        for changed in range(1, seq_len + depth + 1):
-            tokens = batch.tokens.clone()
-            tokens[0, changed] = (tokens[0, changed] + 1) % 37
-            after = model(type(batch)(tokens, depth), key=key)
-            for k in range(depth + 1):
-                unseen = max(min(changed - k, seq_len), 0)
-                assert torch.equal(before[k][0, :unseen], after[k][0, :unseen]), (changed, k)
 
 
 def test_every_step_and_micro_batch_draws_anew(

@@ -1,5 +1,9 @@
-"""What lies ahead of a position, in order or as a bag, against loops in float64: the search
-for it, and the losses of ``mtp=top`` and ``mtp=bag``."""
+"""What lies ahead of a position, in order or as a bag: the search for it, the ends of ``mtp=top``,
+and the weights of ``mtp=bag``.
+
+That their losses and gradients are those of the definitions is tested in
+``tests/objective/test_cross_product.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.rates import own_values
-from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.look_ahead import LookAhead
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests.models import build
-from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest, own_loss
+from tests.mtp.summaries import ahead_windows, nearest
 
 
 def look_ahead(batch: WindowBatch, first: int, last: int) -> LookAhead:
@@ -99,54 +99,6 @@ def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
     assert reach == [min(lookahead, held + 4 - i) for i in range(5)]
 
 
-def order_loss(logits_V: Tensor, near: dict[int, int], tau: float) -> Tensor:
-    """Of one position: ``-sum_v softmax(y)_v log softmax(logits)_v``, y the order's scores, which
-    are -inf for an id that does not come (2508.19228, section 3)."""
-    scores = torch.full_like(logits_V, -torch.inf)
-    for token, ahead in near.items():
-        scores[token] = -(ahead - 1) / tau
-    target = [float(s.exp() / scores.exp().sum()) for s in scores]
-    log_norm = torch.logsumexp(logits_V, 0)
-    loss = torch.zeros((), dtype=logits_V.dtype)
-    for token, mass in enumerate(target):
-        loss = loss - mass * (logits_V[token] - log_norm)
-    return loss
-
-
-def top_reference(
-    hidden_BTC: Tensor, weight_VC: Tensor, batch: WindowBatch, config: TopConfig
-) -> tuple[Tensor, int]:
-    """Summed loss, and positions that count."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in range(len(batch)):
-        for i in range(batch.seq_len):
-            near = nearest(batch, row, i, 1, config.lookahead)
-            if near:
-                total = total + order_loss(weight_VC @ hidden_BTC[row, i], near, config.tau)
-                count += 1
-    return total, count
-
-
-# Both ends: the next token alone, all that a window holds, and more than that.
-@pytest.mark.parametrize(
-    ("lookahead", "documents", "scored", "tau"),
-    [
-        (1, False, False, 1.0),
-        (3, True, False, 0.3),
-        (7, False, True, 1.0),
-        (8, True, True, 20.0),
-        (50, True, True, 0.3),
-    ],
-)
-def test_loss_and_gradients_of_top(
-    tiny_trunk: TrunkConfig, lookahead: int, documents: bool, scored: bool, tau: float
-) -> None:
-    config = TopConfig(lookahead=lookahead, tau=tau)
-    model = build(tiny_trunk, config).double()
-    batch = ahead_windows(2, 7, lookahead, ids=9, documents=documents, scored=scored)
-    assert_loss_is(model, batch, lambda h, weight: top_reference(h, weight, batch, config))
-
-
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10_000), tau=st.floats(0.1, 30), rows=st.integers(1, 6))
 def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, rows: int) -> None:
@@ -175,16 +127,6 @@ def stack_of(config: TopConfig) -> torch.nn.Module:
     return config.build(trunk)
 
 
-def test_a_reach_of_one_is_cross_entropy(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, TopConfig(lookahead=1))
-    batch = ahead_windows(2, 8, 1)
-    hidden = torch.randn(2, 8, 32)
-    _, found = own_loss(model.mtp, hidden, batch, 1.0)
-    logits = model.mtp.head(hidden).flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, batch.targets(0).flatten())
-    torch.testing.assert_close(found.item() / 16, expected.item(), rtol=1e-5, atol=1e-6)
-
-
 def test_distances_beyond_float16_are_told_apart() -> None:
     """Two ids 3,000 and 3,001 places ahead, and nothing else that counts."""
     tokens = torch.zeros(1, 3004, dtype=torch.int64)
@@ -197,73 +139,6 @@ def test_distances_beyond_float16_are_told_apart() -> None:
     expected = torch.tensor([1.0, torch.e]) / (1 + torch.e)
     torch.testing.assert_close(1 / 12 - d_logits[0, [2, 1]], expected)
     torch.testing.assert_close(value, torch.tensor([12.0]).log())
-
-
-def test_it_needs_no_token_of_the_answer_at_decoding(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, TopConfig())
-    assert isinstance(model, MTPModel)
-    assert model.mtp.max_draft_depth == 0 and not model.mtp.reads_tokens
-    with pytest.raises(ValueError, match="mtp=top shapes the trunk in training and has nothing"):
-        model.mtp.require_drafts()
-
-
-def bag_loss(logits_V: Tensor, bag: set[int], weights_V: Tensor) -> Tensor:
-    """Of one position: every id's binary cross-entropy (2510.14751, section 3)."""
-    loss = torch.zeros((), dtype=logits_V.dtype)
-    for token in range(len(logits_V)):
-        says = 1 / (1 + torch.exp(-logits_V[token]))
-        loss = loss - weights_V[token] * torch.log(says if token in bag else 1 - says)
-    return loss
-
-
-def bag_reference(
-    hidden_BTC: Tensor, weight_VC: Tensor, batch: WindowBatch, tau: int, weights_V: Tensor
-) -> tuple[Tensor, int]:
-    """Summed loss, and positions that count."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for row in range(len(batch)):
-        for i in range(batch.seq_len):
-            bag = set(nearest(batch, row, i, 2, tau))
-            if bag:
-                total = total + bag_loss(weight_VC @ hidden_BTC[row, i], bag, weights_V)
-                count += 1
-    return total, count
-
-
-# Both ends: one token, all that a window holds, and more than that.
-@pytest.mark.parametrize(
-    ("tau", "documents", "scored", "weights"),
-    [
-        (2, False, False, "idf"),
-        (3, True, False, "none"),
-        (8, False, True, "idf"),
-        (9, True, True, "none"),
-        (50, True, True, "idf"),
-    ],
-)
-def test_loss_and_gradients_of_bag(
-    tiny_trunk: TrunkConfig, tau: int, documents: bool, scored: bool, weights: str
-) -> None:
-    model = build(tiny_trunk, BagConfig(lookahead=tau, weights=weights)).double()
-    if weights == "idf":
-        model.mtp.weigh(torch.arange(37) % 9, 8)
-        assert len(set(model.mtp.weights_V.tolist())) == 9
-    weights_V = model.mtp.weights_V
-    assert bool((weights_V == 1).all()) == (weights == "none")
-    batch = ahead_windows(2, 7, tau, ids=9, documents=documents, scored=scored)
-    assert_loss_is(model, batch, lambda h, weight: bag_reference(h, weight, batch, tau, weights_V))
-
-
-def test_the_next_token_is_not_in_the_bag(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, BagConfig(lookahead=3, weights="none"))
-    batch = ahead_windows(1, 6, 3)
-    other = batch.tokens.clone()
-    other[0, 1] = (other[0, 1] + 1) % 37
-    hidden = torch.randn(1, 6, 32)
-    one, _ = own_values(model.mtp, 1, hidden, batch)
-    two, _ = own_values(model.mtp, 1, hidden, WindowBatch(other, 1, extra=batch.extra))
-    # Token 1 is the next one of position 0, and lies outside position 1's own reach.
-    assert torch.equal(one, two)
 
 
 def test_weights_are_smoothed_inverse_frequencies(tiny_trunk: TrunkConfig) -> None:

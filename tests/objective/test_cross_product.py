@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.metrics.rates import own_values
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective import through_head
@@ -128,9 +129,13 @@ def check(case: Case) -> str | None:
     if counted is not None and all(want.taught[k].any() for k in result.plan.active):
         assert result.flops == counted.total
     for k, hidden in model(batch, result.plan.active, key=RandomKey(step.seed, now)).items():
-        if k in want.log_q:  # a summary's is for a head of its own
+        if k in want.log_q:
             log_q = torch.log_softmax(model.head_of(k)(hidden), -1)
             torch.testing.assert_close(log_q, want.log_q[k], rtol=1e-9, atol=1e-9)
+        else:  # a summary's state is for a head of its own
+            values, valid = own_values(model.mtp, k, hidden, batch)
+            mean = float((values * valid).sum() / valid.sum())
+            assert mean == pytest.approx(want.logged[f"train/loss_depth_{k}"], rel=1e-9)
     wanted = gradients(want.total, list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
     for name, gradient, other in zip(names, optimizer.found, wanted, strict=True):

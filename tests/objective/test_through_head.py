@@ -123,28 +123,16 @@ def test_chunks_give_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_tensor_holds_more_than_one_chunk_of_logits() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     vocab, rows = 20_000, 700
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
     weight = torch.randn(vocab, 8, requires_grad=True)
     depths = [
         (torch.randn(rows, 8, requires_grad=True), target(k, torch.zeros(rows).long(), 1.0))
         for k in range(3)
     ]
-    with Watch():
+    with LiveMemory(least=vocab) as memory:
         weighted(weight, depths)[0].backward()
     chunk = through_head.chunk_rows(vocab, torch.device("cpu")) * vocab
-    assert vocab * 8 < largest <= chunk < rows * vocab
+    assert vocab * 8 < memory.largest <= chunk < rows * vocab
 
 
 def test_without_gradient_nothing_is_kept() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective import stream
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.schedule.base import Progress
 from tests.losses import mtp_loss
@@ -57,45 +55,3 @@ def test_the_mean_gradient_over_many_draws_is_the_full_gradient(
         effect = float((grad - plain[name]).norm())
         assert float((mean[name] - grad).norm()) < 0.1 * effect + 1e-9, name
     assert any(float((full[n] - plain[n]).norm()) > 1e-3 for n in full)
-
-
-@pytest.mark.parametrize(
-    ("variant", "computed", "projected"),
-    [
-        # Sequential modules need the shallower ones, but not their logits.
-        ("sequential", {1: [1], 2: [1, 2], 3: [1, 2, 3]}, 2),
-        ("parallel", {1: [1], 2: [2], 3: [3]}, 2),
-        ("linear", {1: [1], 2: [2], 3: [3]}, 2),
-    ],
-)
-def test_what_was_not_drawn_is_not_computed(
-    tiny_trunk: TrunkConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    variant: str,
-    computed: dict[int, list[int]],
-    projected: int,
-) -> None:
-    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3))
-    calls: list[int] = []
-    for k, module in enumerate(model.mtp.depths, start=1):  # type: ignore[arg-type]
-        module.register_forward_hook(lambda *_, k=k: calls.append(k))
-    heads: list[Any] = []
-    original = stream.through_head
-
-    def counted(head: Any, predictions: Any, *args: Any, **options: Any) -> None:
-        heads.extend(predictions)
-        original(head, predictions, *args, **options)
-
-    monkeypatch.setattr(stream, "through_head", counted)
-    rule = SampledDepths(3, seed=2)
-    seen = set()
-    for step in range(12):
-        factors = rule.factors(BASE, Progress(step=step, max_steps=12))
-        (drawn,) = (k for k in (1, 2, 3) if factors[k])
-        calls.clear()
-        heads.clear()
-        _, sums = mtp_loss(model, windows(3, 10, 3), factors[1:], [30] * 4)
-        assert calls == computed[drawn] and len(heads) == projected
-        assert [k for k in range(4) if sums[k]] == [0, drawn]
-        seen.add(drawn)
-    assert seen == {1, 2, 3}
