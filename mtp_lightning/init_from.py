@@ -17,6 +17,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.starting import read_text
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import Stored, StoredModel, load_weights
 from mtp_lightning.run.config import describe_differences
@@ -85,7 +86,7 @@ def start_from(
     text = None
     if wanted.mtp.init != "random":
         assert windows is not None
-        text = model.read_text(windows)
+        text = read_text(model.trunk, model.mtp, windows)
     fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
     model.mtp.begin(fresh, model.trunk, model.head, text)
     return Inherited(kept=kept, new=new, dropped=[m for m in old_modules if m not in kept])

@@ -18,7 +18,7 @@ from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
@@ -163,29 +163,6 @@ class MTPModel(nn.Module):
         for layer in self.modules():
             if isinstance(layer, Block):
                 layer.compile()
-
-    @torch.no_grad()
-    def read_text(self, batch: WindowBatch) -> TrunkText:
-        """The trunk's states over whole windows, for initializing modules from it."""
-        seq_len, device = batch.seq_len, self.head.weight.device
-        end = seq_len + self.depth
-        documents = None if batch.documents is None else batch.documents[:, :end].to(device)
-
-        def positions(n: int) -> Positions:
-            return Positions.of_window(
-                self.config.trunk,
-                n,
-                device=device,
-                dtype=self.head.weight.dtype,
-                documents=None if documents is None else documents[:, :n],
-            )
-
-        tokens = batch.tokens[:, :end].to(device)
-        embedded = self.trunk.embedding(tokens)
-        output = self.trunk(embedded, positions(end))
-        hidden = self.mtp.branch(self.trunk, output)[:, :seq_len]
-        at = BranchPoint(hidden, tokens, embedded, positions(seq_len))
-        return TrunkText(at, output.before_last, documents)
 
     def forward(
         self,

@@ -19,9 +19,10 @@ from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
+from mtp_lightning.mtp.starting import TrunkText
 from mtp_lightning.mtp.switches import Switches, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -326,7 +327,7 @@ class MTPStack(nn.Module, ABC):
     def is_recursive(self) -> bool:
         """Whether a single module with a cache reads its own output, so that all its drafts can use
         one cache."""
-        return False
+        return self.attends_back and self.max_draft_depth is None
 
     def require_drafts(self) -> None:
         """Refuse to draft with a stack that cannot.

@@ -31,9 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import CountedText, MTPConfig
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.mtp.starting import TrunkText
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -356,7 +357,3 @@ class EagleMTP(Chain):
     @property
     def max_draft_depth(self) -> int | None:
         return None
-
-    @property
-    def is_recursive(self) -> bool:
-        return True

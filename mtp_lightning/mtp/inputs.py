@@ -1,4 +1,4 @@
-"""The inputs of a stack: the branch point, a trained trunk's states, the key of random choices.
+"""The inputs of a stack: the branch point, and the key of random choices.
 
 Shapes: B batch, T positions, C d_model, D depths of the stack.
 """
@@ -70,36 +70,3 @@ class BranchPoint:
         """Their embeddings [B, T, C]."""
         start = (k - self.first) * self.stride
         return self.embedded[:, start : start + self.hidden.shape[1]]
-
-
-@dataclass(frozen=True)
-class TrunkText:
-    """The states of a trained trunk over some windows of text, which new modules are fitted to.
-
-    Attributes:
-        at: the branch point, over T positions.
-        before_last: the states before the last block [B, T + D, C].
-        documents: document ids [B, T + D], or None without a document mask. A module is not fitted
-            to states of another document.
-    """
-
-    at: BranchPoint
-    before_last: Tensor
-    documents: Tensor | None
-
-    def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs of what depth k reads and the state that its block should be given.
-
-        Args:
-            k: the depth.
-            x_BTX: the input of the depth's projection at every position.
-
-        Returns:
-            [N, X] and [N, C], the N positions whose target is in the same document.
-        """
-        seq_len = x_BTX.shape[1]
-        y_BTC = self.before_last[:, k : seq_len + k]
-        if self.documents is None:
-            return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
-        same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
-        return x_BTX[same_BT], y_BTC[same_BT]

@@ -185,13 +185,7 @@ class HeadByHead(Feed):
     Each head in turn runs forward, through the loss, and backward; its activations are freed before
     the next one starts. The gradients add up at the branch point, from where one backward pass goes
     through the trunk. Peak memory holds the activations of the trunk and of one head, for any D.
-
-    Args:
-        stack: the heads.
-        final: the main prediction's hidden state.
-        at: the branch point.
-        depths: the depths that are trained.
-        key: key of the random choices in training.
+    Arguments as of :meth:`MTPStack.feed`.
     """
 
     def __init__(

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.correction import SideBySideConfig
-from mtp_lightning.mtp.inputs import TrunkText
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.starting import check_last_block, copy_last_block
+from mtp_lightning.mtp.starting import TrunkText, check_last_block, copy_last_block
 from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block

@@ -180,14 +180,8 @@ def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
 
 
 class JointFeed(Feed):
-    """Trains all depths and components of a position as one prediction.
-
-    Args:
-        stack: the heads.
-        final_BTC: the trunk's output.
-        at: the branch point.
-        deepest: the deepest depth that is trained.
-    """
+    """Trains all depths and components of a position, up to the depth ``deepest``, as one
+    prediction; other arguments as of :meth:`MTPStack.feed`."""
 
     def __init__(
         self, stack: JointLinearMTP, final_BTC: Tensor, at: BranchPoint, deepest: int

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.inputs import RandomKey, TrunkText
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.starting import check_last_block, copy_last_block, fit_projection
+from mtp_lightning.mtp.starting import TrunkText, check_last_block, copy_last_block, fit_projection
 from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -171,10 +171,6 @@ class SequentialMTP(Chain):
     @property
     def max_draft_depth(self) -> int | None:
         return None if len(self.depths) == 1 else self.depth
-
-    @property
-    def is_recursive(self) -> bool:
-        return len(self.depths) == 1
 
     @property
     def reads_tokens(self) -> bool:

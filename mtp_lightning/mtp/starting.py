@@ -12,18 +12,85 @@ half and 0 on the embedding half, so that in directions absent from the text the
 trunk's own state. s is a thousandth of the mean of x^2 under the same weights. Each token is
 weighted by the inverse of its state's size, since first tokens can be a thousand times larger.
 
-Shapes: N tokens, C d_model, X width of what the projection reads.
+Shapes: B batch, T positions, D depths of the stack, N tokens, C d_model, X width of what the
+projection reads.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.trunk import Trunk
 
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.base import MTPStack
+
 RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class TrunkText:
+    """The states of a trained trunk over some windows of text, which new modules are fitted to.
+
+    Attributes:
+        at: the branch point, over T positions.
+        before_last: the states before the last block [B, T + D, C].
+        documents: document ids [B, T + D], or None without a document mask. A module is not fitted
+            to states of another document.
+    """
+
+    at: BranchPoint
+    before_last: Tensor
+    documents: Tensor | None
+
+    def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs of what depth k reads and the state that its block should be given.
+
+        Args:
+            k: the depth.
+            x_BTX: the input of the depth's projection at every position.
+
+        Returns:
+            [N, X] and [N, C], the N positions whose target is in the same document.
+        """
+        seq_len = x_BTX.shape[1]
+        y_BTC = self.before_last[:, k : seq_len + k]
+        if self.documents is None:
+            return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
+        same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
+        return x_BTX[same_BT], y_BTC[same_BT]
+
+
+@torch.no_grad()
+def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
+    """The states of ``trunk`` over whole windows, which modules of ``stack`` are fitted to."""
+    weight: Tensor = trunk.embedding.weight  # type: ignore[assignment]
+    seq_len, end = batch.seq_len, batch.seq_len + stack.depth
+    documents = None if batch.documents is None else batch.documents[:, :end].to(weight.device)
+
+    def positions(n: int) -> Positions:
+        return Positions.of_window(
+            trunk.config,
+            n,
+            device=weight.device,
+            dtype=weight.dtype,
+            documents=None if documents is None else documents[:, :n],
+        )
+
+    tokens = batch.tokens[:, :end].to(weight.device)
+    embedded = trunk.embedding(tokens)
+    output = trunk(embedded, positions(end))
+    hidden = stack.branch(trunk, output)[:, :seq_len]
+    at = BranchPoint(hidden, tokens, embedded, positions(seq_len))
+    return TrunkText(at, output.before_last, documents)
 
 
 def check_last_block(name: str, block: nn.Module, trunk: Trunk) -> None:

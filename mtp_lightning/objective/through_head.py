@@ -185,15 +185,9 @@ def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
 
 
 class _Way:
-    """Computes one prediction, chunk by chunk.
-
-    Args:
-        head: the shared head.
-        weight: its weight in the dtype of the products.
-        prediction: the prediction.
-        sums: summed losses of its targets.
-        of_terms: gradients of the terms' own parameters.
-    """
+    """Computes one prediction, chunk by chunk: adds the losses of its targets to ``sums``, and the
+    gradients to those of ``head`` and of the terms' own parameters. ``weight`` is the shared head's
+    in the dtype of the products."""
 
     def __init__(
         self,
