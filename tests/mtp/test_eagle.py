@@ -102,23 +102,14 @@ def test_the_vocabulary_is_of_the_most_frequent_tokens() -> None:
 
 
 def test_targets_without_a_row_are_left_out() -> None:
-    """A depth without any other target is not computed."""
-    model = drafting(draft_vocab=11)
+    model, batch = drafting(draft_vocab=11), windows(2, 7, 3)
     head = model.mtp.own_head
     assert head is not None
-    batch = windows(2, 7, 3)
-    loss_K = mtp_loss(model, batch, [1.0] * 3, [14] * 4)[1]
-    for k in (1, 2, 3):
-        target = batch.targets(k)
-        inside = torch.isin(target, head.tokens)
-        assert 0 < inside.sum() < 14
-        log_q = head.log_probs(model(batch)[k])
-        own = log_q.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        torch.testing.assert_close(loss_K[k], -own[inside].sum().double())
-        assert own[~inside].isneginf().all()
     found = read(model, batch)
     assert torch.isfinite(found.losses_KBT).all()
-    assert torch.equal(found.valid_KBT[1], torch.isin(batch.targets(1), head.tokens))
+    for k in (1, 2, 3):
+        inside = torch.isin(batch.targets(k), head.tokens)
+        assert 0 < inside.sum() < 14 and torch.equal(found.valid_KBT[k], inside)
 
 
 def test_floors_see_the_whole_distribution() -> None:

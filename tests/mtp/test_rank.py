@@ -23,7 +23,7 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.objective.terms.mixture import Mixture
-from tests.losses import gradients, mtp_loss, step_of
+from tests.losses import mtp_loss, step_of
 from tests.models import build, windows
 from tests.objective.memory import LiveMemory
 from tests.reference import branch_point
@@ -57,37 +57,6 @@ def components(
                 state = h[t] + x / (1 + torch.exp(-x))
             probs.append(torch.softmax(head @ state, 0))
     return torch.stack(shares), torch.stack(probs).view(len(shares), depth + 1, rank, -1)
-
-
-@pytest.mark.parametrize(("rank", "depth", "rows"), [(2, 1, 1000), (2, 3, 15), (4, 2, 15)])
-def test_the_loss_is_that_of_the_joint_distribution(
-    tiny_trunk: TrunkConfig, rank: int, depth: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With every lambda 1, ``-log sum_a w_a prod_k p_a^k(x_{t+1+k})``, value and gradients."""
-    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
-    model = of_rank(tiny_trunk, rank, depth)
-    batch = windows(2, 6, depth)
-    total, sums = mtp_loss(model, batch, [1.0] * depth, [12] * (depth + 1))
-    total.backward()
-    found = gradients(model)
-    weights = dict(model.named_parameters())
-    want, marginal = torch.zeros((), dtype=torch.float64), 0.0
-    for window in batch.tokens:
-        shares, probs = components(window, weights, tiny_trunk, rank, depth)
-        for t in range(6):
-            joint = torch.zeros((), dtype=torch.float64)
-            for a in range(rank):
-                product = shares[t, a]
-                for k in range(depth + 1):
-                    product = product * probs[t, k, a, window[t + 1 + k]]
-                joint = joint + product
-            want = want - torch.log(joint) / 12
-            marginal -= torch.log(shares[t] @ probs[t, 0, :, window[t + 1]]).item()
-    torch.testing.assert_close(total, want, rtol=1e-6, atol=1e-8)
-    assert float(sums[0]) == pytest.approx(marginal, rel=1e-6)
-    want.backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkConfig) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
@@ -153,15 +152,6 @@ def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
     one_by_one = generate(model, prompts, compile=True, batch_size=1, **options)
     assert [g.token_ids for g in one_by_one] == plain
-
-
-def test_a_window_is_a_window() -> None:
-    model = trained()
-    tokens = torch.randint(0, 37, (1, 30), generator=torch.Generator().manual_seed(1))
-    other = F.pad(tokens[:, 11:], (11, 0))  # two layers of windows of 6 reach 10 tokens back
-    a, b = (model(WindowBatch(t, 2), [])[0] for t in (tokens, other))
-    torch.testing.assert_close(a[:, 21:], b[:, 21:])
-    assert not torch.allclose(a[:, 11:13], b[:, 11:13])
 
 
 def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:

@@ -112,21 +112,6 @@ def test_grouped_equals_sorted_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found, experts(x, chosen, gates), rtol=0.05, atol=0.05)
 
 
-def test_bias_chooses_and_does_not_weigh() -> None:
-    router = Router(32, deepseek.trunk(experts={"n_groups": 1, "top_groups": 1}).feed_forward)
-    with torch.no_grad():
-        router.weight.normal_()
-        router.expert_bias.zero_()
-        x = torch.randn(40, 32)
-        scores, chosen, _ = router(x)
-        assert not (chosen == 5).any(1).all()
-        router.expert_bias[5] = 2.0
-        _, chosen, gates = router(x)
-    assert (chosen == 5).any(1).all()
-    picked = scores.gather(1, chosen)
-    torch.testing.assert_close(gates, 2.5 * picked / picked.sum(1, keepdim=True))
-
-
 def test_groups_limit_the_choice() -> None:
     """Hand-made: the best single expert lies in a group whose two best sum to less."""
     config = deepseek.trunk(experts={"n_groups": 4, "top_groups": 1, "top_k": 2})
@@ -198,17 +183,6 @@ def test_sequence_loss_of_perfect_balance_is_one() -> None:
     assert sequence_balance_loss(scores, 2).item() == pytest.approx(1.0)
     lopsided = torch.tensor([0.9, 0.9] + [0.1] * 6).expand(1, 4, 8)
     assert sequence_balance_loss(lopsided, 2).item() == pytest.approx(4 * 1.8 / 2.4)
-
-
-def test_sequence_loss_knows_no_bias() -> None:
-    losses = []
-    for bias in (0.0, 1.0):
-        layer = layer_of(sequence_loss=0.01)
-        layer.router.expert_bias.copy_(bias * torch.arange(8))
-        auxiliary = AuxiliaryOutputs()
-        layer(torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1)), at(auxiliary))
-        losses.append(float(auxiliary.losses[0].detach()))
-    assert losses[0] == losses[1]
 
 
 def test_biases_stay_in_fp32() -> None:
