@@ -21,7 +21,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,15 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.correction import Correction
 from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.correction import Correction
 
 
 class Chain(MTPStack):
@@ -129,9 +131,8 @@ class SideBySide(MTPStack):
         return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
 
     def initialize_own(self) -> None:
-        for module in self.corrections:
-            assert isinstance(module, Correction)
-            module.initialize_own()
+        for correction in cast("list[Correction]", list(self.corrections)):
+            correction.initialize_own()
         if self.rescorer is not None:
             self.rescorer.initialize_own()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -158,7 +159,11 @@ def test_experts_copy_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> 
     assert copies_of_a_step(model, windows(4, 12, 2), OBJECTIVES["ce"]) == []
 
 
-def test_a_validation_copies_nothing_from_the_host(tiny_trunk: TrunkConfig) -> None:
+def test_a_validation_copies_nothing_from_the_host(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch's autocast does not know the device "meta".
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: nullcontext())
     model = build(tiny_trunk, MTPConfig.find("sequential")(depth=2)).to("meta").eval()
     batch = masked(windows(4, 12, 2)).to("meta")
     rates = rates_of(model, [60]).to("meta")
