@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import call
 
 import torch
@@ -89,7 +89,7 @@ class StepResult:
     losses: Tensor
     flops: int
     dtype: torch.dtype
-    values: dict[str, Tensor | float] = field(default_factory=dict)
+    values: Mapping[str, Tensor | float]
 
     @property
     def tokens(self) -> int:
