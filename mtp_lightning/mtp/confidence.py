@@ -8,12 +8,7 @@ from torch import Tensor, nn
 
 
 class Confidence(nn.Module):
-    """One linear layer per depth, from its hidden state to the logit of acceptance.
-
-    Args:
-        depth: D.
-        d_model: C.
-    """
+    """One linear layer per depth, from its hidden state to the logit of acceptance."""
 
     def __init__(self, depth: int, d_model: int) -> None:
         super().__init__()

@@ -127,12 +127,8 @@ class SideBySideConfig(MTPConfig):
 
 
 class Correction(nn.Module):
-    """A module of the depth and the branch point whose output [B, T, C] is added to a head's state.
-
-    Args:
-        width: input width of its last matrix.
-        trunk: the trunk, for d_model.
-    """
+    """A module of the depth and the branch point whose output [B, T, C] is added to a head's state;
+    its last matrix reads ``width`` numbers."""
 
     def __init__(self, width: int, trunk: TrunkConfig) -> None:
         super().__init__()

@@ -25,9 +25,5 @@ class NoMTPConfig(MTPConfig, variant="none"):
         if self.depth:
             raise UserError(f"mtp=none predicts one token, but mtp.depth={self.depth}: set it 0.")
 
-    def build(self, trunk: TrunkConfig) -> NoMTP:
-        return NoMTP(self)
-
-
-class NoMTP(Targets):
-    """The empty stack."""
+    def build(self, trunk: TrunkConfig) -> Targets:
+        return Targets(self)

@@ -102,13 +102,7 @@ class Registers(TrainingOnly):
         return tokens, registers.final
 
     def positions(self, tokens: Positions, seq_len: int, d: int) -> Positions:
-        """The 2 T positions of [tokens ; registers].
-
-        Args:
-            tokens: the positions of the tokens alone.
-            seq_len: T.
-            d: the registers' offset.
-        """
+        """The 2 T positions of [tokens ; registers], from those of the T tokens alone."""
         config, device = self.trunk_config, tokens.cos.device
         places_T = torch.arange(seq_len, device=device)
         places = torch.cat((places_T, places_T + d - 1))

@@ -37,11 +37,7 @@ _NUMEL = 2**22
 
 
 class Selector(Rescorer):
-    """The tables A and B, and the projection H.
-
-    Args:
-        trunk: the trunk, for V and d_model.
-        rank: r.
+    """The tables A and B of r columns, and the projection H.
 
     Attributes:
         embedding: A is ``before`` and B is ``after``, by the word by which optimizers distinguish

@@ -85,12 +85,7 @@ class Summary(TrainingOnly):
 
 
 class SummaryLoss(OwnLoss):
-    """A loss over the tokens ahead, in closed form.
-
-    Args:
-        head: the stack whose matrix is trained.
-        batch: the windows.
-    """
+    """A loss over the tokens ahead, in closed form, which trains the matrix of ``head``."""
 
     def __init__(self, head: Summary, batch: WindowBatch) -> None:
         self.head, self.ahead = head, head.ahead_of(batch)

@@ -25,11 +25,8 @@ MIN_WIDTH = 16
 
 
 def dense_mask(documents_BT: Tensor) -> Tensor:
-    """bool [B, 1, T, T]: True where a query attends to a key: one of the same document, not later.
-
-    Args:
-        documents_BT: document ids.
-    """
+    """bool [B, 1, T, T]: True where a query attends to a key: one of the same document, not
+    later."""
     places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     causal = places_T.unsqueeze(0) <= places_T.unsqueeze(1)
     same = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
@@ -57,14 +54,8 @@ def of_blocks(mask: BlockMask) -> Tensor:
 def document_attention(
     query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor, mask: BlockMask
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads n // (N / M).
-
-    Args:
-        query_BTNH: queries.
-        key_BTMH: keys.
-        value_BTMH: values; the result has their width.
-        mask: a mask of :func:`block_mask`.
-    """
+    """``softmax(q k^T / sqrt(H) + mask) v`` with a mask of :func:`block_mask`: [B, T, N, H] of the
+    values' width; query head n reads key head n // (N / M)."""
     device = query_BTNH.device.type
     heads = [x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH)]
     if torch.is_autocast_enabled(device):  # not every version of PyTorch casts by itself here

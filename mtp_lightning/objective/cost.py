@@ -104,12 +104,7 @@ def counted_flops() -> Iterator[FlopCount]:
 
 
 class StepCost:
-    """FLOPs of training a model on one window; each kind of step is counted once.
-
-    Args:
-        config: the model's.
-        objective: the objective of the MTP depths.
-    """
+    """FLOPs of training a model on one window; each kind of step is counted once."""
 
     def __init__(self, config: ModelConfig, objective: Objective = CROSS_ENTROPY) -> None:
         # Recomputed activations do not count: they bring no progress.
@@ -204,13 +199,7 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
 
 
 def window_on_meta(config: ModelConfig, seq_len: int, *, stored: bool = False) -> WindowBatch:
-    """A batch of one window without values.
-
-    Args:
-        config: the model's.
-        seq_len: T.
-        stored: whether it holds the trunk's states.
-    """
+    """One window of T positions without values; with the trunk's states if ``stored``."""
     mtp, width = config.mtp, config.trunk.d_model
     extra = max(mtp.places_ahead - mtp.depth - 1, 0)
     tokens = torch.empty(

@@ -185,12 +185,7 @@ class Objective:
         return self.train_head and mtp.detach != "all"
 
     def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        """The targets after all rules have changed them.
-
-        Args:
-            targets: the main prediction's, then the depths'.
-            seen: values of :attr:`measures`.
-        """
+        """The targets after all rules have changed them; ``seen`` holds :attr:`measures`."""
         targets = list(targets)
         for rule in self.rules:
             targets = rule.apply(targets, seen)

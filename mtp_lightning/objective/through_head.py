@@ -46,10 +46,6 @@ _MIN_CHUNK_ROWS = 256
 class HeadWeight:
     """A head's weight and its accumulated gradient.
 
-    Args:
-        weight_VC: the weight.
-        needs_gradient: whether its gradient is needed.
-
     Attributes:
         gradient: the gradient so far; None before the first chunk.
     """

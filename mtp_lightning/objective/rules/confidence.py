@@ -27,11 +27,7 @@ class ConfidenceRule(Rule):
 
 
 class ConfidenceTerm(Term):
-    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``, q as drafted.
-
-    Args:
-        stack: the stack, with a confidence layer.
-    """
+    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``, q as drafted."""
 
     name = "confidence"
     needs_teacher = True

@@ -76,11 +76,7 @@ class Coupled(Term):
 
 
 class Accepted(Measure):
-    """How likely a depth's draft is accepted, as its term says.
-
-    Args:
-        term: the term whose ``accepted`` is measured.
-    """
+    """How likely a depth's draft is accepted, as its term says."""
 
     needs_teacher = True
 
@@ -92,12 +88,8 @@ class Accepted(Measure):
 
 
 class Coupling(Rule):
-    """Computes the losses and gradient scales of a coupled term from all depths together.
-
-    Args:
-        term: the term; only its targets are changed.
-        asked: the setting that selects it.
-    """
+    """Computes the losses and gradient scales of a coupled term from all depths together; targets
+    of other terms stay as they are."""
 
     def __init__(self, term: Coupled, asked: str) -> None:
         self.term, self.asked = term, asked

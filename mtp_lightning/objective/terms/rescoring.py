@@ -11,11 +11,7 @@ from mtp_lightning.objective.terms.base import Chunk, Term
 
 
 class RescoringTerm(Term):
-    """The loss that a rescorer brings.
-
-    Args:
-        rescorer: the stack's.
-    """
+    """The loss that a stack's rescorer brings."""
 
     name = "rescoring"
     of_state = True
