@@ -244,7 +244,7 @@ def objective_pass(
     stack = LinearConfig(depth=batch.depth).build(trunk)
     counts = PositionCounts(batch.counts().tolist(), count_taught(batch, stack).tolist())
     factors = [1.0, *[0.1] * batch.depth]
-    targets = objective.all_targets(stack, batch, factors, counts, None)
+    targets = objective.targets(stack, batch, factors, counts, None)
     feed = Together(states[0], list(enumerate(states))[1:], {})
     targets = objective.settle(targets, prepass(weight_VC, feed, targets, objective.measures))
     if not alone:

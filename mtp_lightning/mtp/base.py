@@ -266,11 +266,11 @@ class MTPStack(nn.Module, ABC):
         """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
         return hidden
 
-    @abstractmethod
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
+        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head; by
+        default each from the branch alone, as :meth:`depth_state` computes it.
 
         A generator: a depth that no other depth reads is released when the next one is asked for.
 
@@ -279,6 +279,8 @@ class MTPStack(nn.Module, ABC):
             active: depths in 1 .. D.
             key: key of the random choices in training; None for no random choices.
         """
+        for k in self.computed(active):
+            yield k, self.depth_state(k, at, at.hidden)
 
     @abstractmethod
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:

@@ -136,12 +136,6 @@ class SideBySide(MTPStack):
         if self.rescorer is not None:
             self.rescorer.initialize_own()
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        for k in self.computed(active):
-            yield k, self.depth_state(k, at, at.hidden)
-
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, at.hidden, at.positions)
         if not self.corrections:
@@ -300,12 +294,6 @@ class Targets(MTPStack):
         key: RandomKey | None = None,
     ) -> Feed:
         return OneState(final_BTC, depths)
-
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        for k in self.computed(active):
-            yield k, at.hidden
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         return at.hidden

@@ -246,12 +246,6 @@ class MaskedMTP(MTPStack):
             found |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
         return found
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        for k in self.computed(active):
-            yield k, self.depth_state(k, at, at.hidden)
-
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         z_BTC = at.hidden.chunk(self.depth, dim=-1)[k - 1]
         return z_BTC + self.sampler(z_BTC, at.embedded_at(k))

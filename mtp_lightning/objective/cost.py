@@ -170,7 +170,7 @@ class StepCost:
         batch = window_on_meta(self.config, seq_len, stored=stored)
         factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
         counts = PositionCounts([1] * len(factors), [1] * len(factors))
-        targets = objective.all_targets(model.mtp, batch, factors, counts, key)
+        targets = objective.targets(model.mtp, batch, factors, counts, key)
         final, at = model.run_trunk(batch, active, key=key)
         feed = model.mtp.feed(final, at, batch, [k for k in by_depth(targets) if k], key)
         prepass(model.head.weight, feed, targets, objective.measures)

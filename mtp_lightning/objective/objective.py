@@ -124,49 +124,13 @@ class Objective:
     def targets(
         self,
         stack: MTPStack,
-        k: int,
-        batch: WindowBatch,
-        factor: float,
-        counts: PositionCounts,
-        key: RandomKey | None,
-    ) -> list[DepthTarget]:
-        """The targets of depth ``k``: one for every term that has a position in the step.
-
-        Args:
-            stack: the stack that is trained.
-            k: the depth, 1 .. D.
-            batch: a micro-batch.
-            factor: factor of L_k.
-            counts: positions that count in the whole step.
-            key: key of the stack's random choices in training.
-        """
-        found = []
-        for part, (weight, term) in enumerate(self.parts):
-            if count := counts.of(k, term):
-                taught = term.needs_teacher
-                if taught:
-                    tokens_BT = taught_targets(stack, k, batch, key)
-                else:
-                    tokens_BT = stack.targets(k, batch, key)
-                # Before a depth's target is the target of the depth before.
-                before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
-                coefficient, stride = factor * weight / count, batch.stride
-                found.append(
-                    DepthTarget(
-                        k, tokens_BT, coefficient, term, part, stride=stride, before=before_BT
-                    )
-                )
-        return found
-
-    def all_targets(
-        self,
-        stack: MTPStack,
         batch: WindowBatch,
         factors: Sequence[float],
         counts: PositionCounts,
         key: RandomKey | None,
     ) -> list[DepthTarget]:
-        """The main prediction's target, then those of every depth with a factor.
+        """The main prediction's target, then those of every depth with a factor: one for each term
+        that has a position in the step.
 
         Args:
             stack: the stack that is trained.
@@ -177,7 +141,22 @@ class Objective:
         """
         found = [DepthTarget(0, batch.targets(0), factors[0] / counts.valid[0], _MAIN_TERM)]
         for k in (k for k, factor in enumerate(factors) if k and factor):
-            found += self.targets(stack, k, batch, factors[k], counts, key)
+            for part, (weight, term) in enumerate(self.parts):
+                count = counts.of(k, term)
+                if not count:
+                    continue
+                if term.needs_teacher:
+                    tokens_BT = taught_targets(stack, k, batch, key)
+                else:
+                    tokens_BT = stack.targets(k, batch, key)
+                # Before a depth's target is the target of the depth before.
+                before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
+                coefficient, stride = factors[k] * weight / count, batch.stride
+                found.append(
+                    DepthTarget(
+                        k, tokens_BT, coefficient, term, part, stride=stride, before=before_BT
+                    )
+                )
         return found
 
     def trains_head(self, mtp: MTPConfig) -> bool:

@@ -281,7 +281,7 @@ class OptimizerStep:
                 "Use longer documents, or data.document_mask=false."
             )
         model, objective = self.model, self.objective
-        targets = objective.all_targets(model.mtp, micro, plan.factors, plan.counts, key)
+        targets = objective.targets(model.mtp, micro, plan.factors, plan.counts, key)
         depths = [k for k in by_depth(targets) if k]
         auxiliary, factor = AuxiliaryOutputs(), 1 / plan.windows
         final, at = model.run_trunk(micro, plan.active, auxiliary=auxiliary, key=key)

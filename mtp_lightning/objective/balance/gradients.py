@@ -26,8 +26,7 @@ from mtp_lightning.mtp.feed import Prediction
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.targets import DepthTarget, PositionCounts
-from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.targets import PositionCounts, by_depth
 from mtp_lightning.objective.through_head import HeadWeight, through_head
 
 Scope = Literal["trunk", "last_block"]
@@ -216,15 +215,14 @@ def add_gradients(
     unused = total_KP.new_zeros(1 + len(objective.parts), dtype=torch.float64)
     with torch.enable_grad(), _only(model, parameters):
         stack = model.mtp
+        factors = [float(k in tasks) for k in range(model.depth + 1)]
+        targets = objective.targets(stack, batch, factors, counts, key)
+        of_task = by_depth(objective.settle(targets, {}))
         final, at = model.run_trunk(batch, tasks[1:], key=key)
         head = HeadWeight(model.head.weight)
         for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
-            targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
-            if k:
-                targets = objective.targets(stack, k, batch, 1.0, counts, key)
-                targets = objective.settle(targets, {})
             own_head = stack.own_head if k else None
-            prediction = Prediction(hidden, targets, train_head=False, head=own_head)
+            prediction = Prediction(hidden, of_task[k], train_head=False, head=own_head)
             if k and (own := stack.own_loss(k, batch)) is not None:
                 prediction.weight, prediction.loss, prediction.width = own.weight, own, own.width
             through_head(head, [prediction], unused, main_hidden=final)
