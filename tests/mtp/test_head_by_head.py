@@ -104,8 +104,9 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
     assert not torch.allclose(gradients(model)[name], found[name], rtol=1e-3)
 
 
-def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=2))
+@pytest.mark.parametrize("correction", ["none", "selector"])
+def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig, correction: str) -> None:
+    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=2, correction=correction))
     with torch.no_grad():
         quiet, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
     loud, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
