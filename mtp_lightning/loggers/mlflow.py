@@ -37,8 +37,8 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
         name: str | None = None,
         **options: Any,
     ) -> None:
-        memory = self._join(folder, "mlflow")
-        shared = memory.folder.parent
+        run = self._join(folder, "mlflow")
+        shared = self._run_folder.parent
         if tracking_uri is None:
             shared.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{shared / 'mlflow.db'}"
@@ -48,14 +48,14 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
             MLFlowLogger.__init__(
                 self,
                 experiment_name=experiment,
-                run_name=name or memory.folder.name,
+                run_name=name or self._run_folder.name,
                 tracking_uri=tracking_uri,
-                run_id=memory.recall(),
+                run_id=run,
                 **options,
             )
 
     def _begin(self, params: Mapping[str, Any]) -> str:
-        with Lock(self._memory.folder.parent / ".mlflow.lock").held(seconds=60):
+        with Lock(self._run_folder.parent / ".mlflow.lock").held(seconds=60):
             run = self.run_id  # creates the experiment
         self.experiment.update_run(run, status="RUNNING")  # an interrupted run is marked as failed
         return str(run)
