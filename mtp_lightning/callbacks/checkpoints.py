@@ -222,10 +222,6 @@ class Checkpoints(RunCallback, Checkpoint):
         """Restores the handler of Ctrl-C. Nothing is saved: see the class."""
         self._restore_handler()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restores the handler of Ctrl-C."""
-        self._restore_handler()
-
     def on_run_end(self) -> None:
         """Leave what ``keep`` says."""
         checkpoints.keep(self.folder, self.keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -153,8 +154,11 @@ class StepProgressBar(ProgressBar):
         """Prints the validation loss of every depth."""
         if not self._enabled or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        losses = _by_depth(trainer, "val/loss_depth_")
-        text = "  ".join(f"L{k} {value:.3f}" for k, value in losses.items())
+        losses = {}
+        for tag, value in trainer.callback_metrics.items():
+            if found := re.fullmatch(r"val/loss_depth_(\d+)", tag):
+                losses[int(found[1])] = float(value)
+        text = "  ".join(f"L{k} {losses[k]:.3f}" for k in sorted(losses))
         self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
         if self._bar is not None:
             self._bar.set_postfix_str(self._text, refresh=True)
@@ -206,13 +210,3 @@ class StepProgressBar(ProgressBar):
             parts.append(f"lambda {lambdas}{named}")
         parts += [callback.shown() for callback in run_callbacks(trainer)]
         return "  ".join(filter(None, parts))
-
-
-def _by_depth(trainer: pl.Trainer, prefix: str) -> dict[int, float]:
-    """The logged values whose tag has this prefix, by depth."""
-    found = {}
-    for name, value in trainer.callback_metrics.items():
-        depth = name.removeprefix(prefix)
-        if name.startswith(prefix) and depth.isdigit():
-            found[int(depth)] = float(value)
-    return dict(sorted(found.items()))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -187,14 +188,14 @@ class Throughput(RunCallback):
         return window
 
 
+@dataclass
 class _Sum:
     """Totals of a stretch of training."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.tokens = 0.0
-        self.flops = 0.0
-        self.seconds = 0.0
+    steps: int = 0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
 
     def add(self, tokens: float, flops: float | None) -> None:
         self.steps += 1
@@ -202,10 +203,12 @@ class _Sum:
         self.flops += float(flops or 0.0)
 
     def plus(self, other: _Sum) -> _Sum:
-        result = _Sum()
-        for name in vars(result):
-            setattr(result, name, getattr(self, name) + getattr(other, name))
-        return result
+        return _Sum(
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 def _short(rate: float) -> str:
