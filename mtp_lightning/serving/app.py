@@ -1,10 +1,14 @@
-"""The HTTP routes: reading bodies within limits, streaming, and disconnected clients."""
+"""The HTTP routes: the page, reading bodies within limits, streaming, and disconnected clients."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,7 +20,6 @@ from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.serving.guard import OwnNames
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
-from mtp_lightning.serving.page import page
 from mtp_lightning.serving.parsing import Parser
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.responses import Completion, TokenTexts
@@ -25,6 +28,8 @@ from mtp_lightning.serving.worker import Worker
 
 _BODY_SECONDS = 30  # the longest time for sending a body
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
+_UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_PAGE = Path(__file__).with_name("page.html")
 
 
 class Endpoint:
@@ -66,7 +71,7 @@ class Endpoint:
     def app(self) -> FastAPI:
         """The application, without FastAPI's own pages, which load files from the internet."""
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-        app.add_api_route("/", page)
+        app.add_api_route("/", _page)
         app.add_api_route("/health", self.health)
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/v1/models", self.models)
@@ -200,7 +205,31 @@ class Endpoint:
         return bytes(body)
 
 
-_UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+def _page() -> Response:
+    """The page, with a content security policy that allows only its own style and script, named by
+    their digests, and requests to this server; nothing else is executed or loaded."""
+    html = _PAGE.read_text(encoding="utf-8")
+    policy = {
+        "default-src": "'none'",
+        "style-src": _digest(html, "style"),
+        "script-src": _digest(html, "script"),
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    headers = {
+        "Content-Security-Policy": "; ".join(f"{name} {of}" for name, of in policy.items()),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(html, media_type="text/html", headers=headers)
+
+
+def _digest(html: str, element: str) -> str:
+    (text,) = re.findall(f"<{element}>(.*?)</{element}>", html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 async def _whole(news: AsyncIterator[News], completion: Completion) -> dict[str, Any]:
