@@ -142,7 +142,7 @@ class Body(_Strict):
     draft_depth: int | None = None
     stop: Annotated[list[Stop], Field(max_length=_MOST_STOPS), BeforeValidator(_listed)] = []
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
 
     @model_validator(mode="before")
     @classmethod
