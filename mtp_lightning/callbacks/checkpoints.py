@@ -168,7 +168,7 @@ class Checkpoints(RunCallback, Checkpoint):
             self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         """Stops here on Ctrl-C: the previous step is saved, validated and logged, and the next one
         has not begun.
@@ -180,12 +180,7 @@ class Checkpoints(RunCallback, Checkpoint):
             raise KeyboardInterrupt
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Saves, unless a validation follows: then `on_validation_end` saves."""
         self._settle(trainer, wait=False)

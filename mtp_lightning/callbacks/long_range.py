@@ -39,7 +39,6 @@ class LongRange(RunCallback):
         self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=0)
         self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
         self._measure: Measure | None = None
-        self._newest: dict[str, float] = {}
         self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,17 +83,13 @@ class LongRange(RunCallback):
                 prompt_tokens=self.prompt_tokens,
             )
             values |= {f"decode/{name}": value for name, value in found.items()}
-            self._newest = values
+            self.newest = values
             pl_module.log_dict(values, rank_zero_only=True)
             for chart in curves(values):
                 for logger in trainer.loggers:
                     if isinstance(logger, RunLogger):
                         tag = f"long_range/{chart.name}"
                         logger.write_curves(tag, chart, trainer.global_step)
-
-    def summary(self) -> dict[str, float]:
-        """The newest validation's values."""
-        return self._newest
 
 
 def acceptance_on_long_texts(

@@ -44,12 +44,7 @@ class NanGuard(Callback):
         self._pending, self._failure = [], None
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Keeps this step's losses, and checks the kept ones when due."""
         losses = torch.as_tensor(outputs["losses"]).detach()

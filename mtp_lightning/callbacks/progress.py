@@ -86,7 +86,8 @@ class StepProgressBar(ProgressBar):
         self._began = (trainer.global_step, time.monotonic())
         schedule = getattr(pl_module, "schedule", None)
         self._schedule = schedule.name if schedule is not None and schedule.moves else ""
-        if not self._enabled or not self._is_terminal():
+        terminal = sys.stderr.isatty() if self.interactive is None else self.interactive
+        if not self._enabled or not terminal:
             return
         self._bar = tqdm(
             total=trainer.max_steps if trainer.max_steps > 0 else None,
@@ -100,12 +101,7 @@ class StepProgressBar(ProgressBar):
         )
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Shows the step when due."""
         if not self._enabled:
@@ -178,9 +174,6 @@ class StepProgressBar(ProgressBar):
             self._bar.update(trainer.global_step - self._bar.n)
             self._bar.close()
             self._bar = None
-
-    def _is_terminal(self) -> bool:
-        return sys.stderr.isatty() if self.interactive is None else self.interactive
 
     def _line(self, text: str) -> None:
         if self._bar is not None:

@@ -106,5 +106,6 @@ class SpeculativeEval(RunCallback):
         return {f"decode/{name}": value for name, value in values.items()}
 
     def summary(self) -> dict[str, Any]:
-        """The reason why nothing was decoded, if there is one."""
-        return {"not_decoded": self._skipped} if self._skipped else {}
+        """The newest values, and the reason why nothing was decoded, if there is one."""
+        skipped = {"not_decoded": self._skipped} if self._skipped else {}
+        return {**skipped, **self.newest}

@@ -81,12 +81,7 @@ class Throughput(RunCallback):
             self.matmul_rate, self._typical = measured.fastest, [measured.typical]
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Counts this step; logs at the end of a window."""
         if self._mark is None:

@@ -60,7 +60,10 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
         self.experiment.update_run(run, status="RUNNING")  # an interrupted run is marked as failed
         return str(run)
 
-    def _send_settings(self, params: Mapping[str, Any]) -> None:
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+        """Begins the run, or finds it again, and sends its settings."""
+        super().log_hyperparams(params)
         known = self.experiment.get_run(self.run_id).data.params
         # MLflow cannot change a parameter of a run, so settings changed at a resume are not sent.
         MLFlowLogger.log_hyperparams(self, {k: v for k, v in params.items() if k not in known})

@@ -49,13 +49,12 @@ class ServiceLogger(RunLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begins the run, or finds it again, and sends its settings."""
+        """Begins the run with its settings, or finds it again."""
         self._run_folder.mkdir(parents=True, exist_ok=True)
         run = self._begin(params)
         if self._recall() != run:
             known = {**self._read_trackers(), self._service: run}
             write_json(known, self._run_folder / TRACKERS_FILE)
-        self._send_settings(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -68,9 +67,6 @@ class ServiceLogger(RunLogger):
     @abstractmethod
     def _begin(self, params: Mapping[str, Any]) -> str:
         """Begins or finds the run; returns the service's name of it."""
-
-    def _send_settings(self, params: Mapping[str, Any]) -> None:
-        """Sends the settings, if :meth:`_begin` has not."""
 
     @abstractmethod
     def _send(self, metrics: Mapping[str, float], step: int | None) -> None:

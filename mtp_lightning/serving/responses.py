@@ -142,14 +142,11 @@ class Completion:
         }
 
     def _chat_logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
-        content = [
-            {**self._token(own.token, own.logprob), "top_logprobs": [*self._tops(own)]}
-            for own in logprobs
-        ]
+        content = []
+        for own in logprobs:
+            top = [self._token(token, value) for token, value in own.top]
+            content.append({**self._token(own.token, own.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
-
-    def _tops(self, logprob: LogProb) -> list[dict[str, Any]]:
-        return [self._token(token, value) for token, value in logprob.top]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text, raw = self._token_texts.text(token), self._token_texts.raw(token)
