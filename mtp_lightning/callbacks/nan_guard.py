@@ -47,11 +47,9 @@ class NanGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Keeps this step's losses, and checks the kept ones when due."""
-        losses = torch.as_tensor(outputs["losses"]).detach()
-        active = [bool(flag) for flag in outputs["active"]]
-        total = torch.as_tensor(outputs["loss"]).detach()
-        row = torch.cat([losses.flatten(), total.reshape(1).to(losses)])
-        self._pending.append((trainer.global_step, row, active))
+        losses, total = outputs["losses"].detach(), outputs["loss"].detach()
+        row = torch.cat([losses, total.reshape(1).to(losses)])
+        self._pending.append((trainer.global_step, row, outputs["active"]))
         if row.device.type == "cpu" or len(self._pending) >= self.every_n_steps:
             self._look(trainer)
 

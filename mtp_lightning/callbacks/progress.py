@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
@@ -190,11 +189,8 @@ class StepProgressBar(ProgressBar):
         return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
     def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
-        losses = torch.as_tensor(outputs["losses"]).tolist()
-        parts = [
-            f"L{k} {loss:.2f}" if on else f"L{k} -"
-            for k, (loss, on) in enumerate(zip(losses, outputs["active"], strict=True))
-        ]
+        losses = zip(outputs["losses"].tolist(), outputs["active"], strict=True)
+        parts = [f"L{k} {loss:.2f}" if on else f"L{k} -" for k, (loss, on) in enumerate(losses)]
         lambdas = ",".join(f"{float(value):.3g}" for value in outputs["lambdas"])
         if lambdas:
             # A bar is cut off at the terminal's edge.

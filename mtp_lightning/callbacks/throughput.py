@@ -135,7 +135,7 @@ class Throughput(RunCallback):
         values = {"perf/tokens_per_second": done.tokens / done.seconds}
         per_process = done.flops / done.seconds / self._processes
         for tag, rate in (("perf/mfu", self.peak), ("perf/of_matmul", self.matmul_rate)):
-            if rate and done.flops:
+            if rate:
                 values[tag] = per_process / rate
         return values
 
@@ -192,10 +192,10 @@ class _Sum:
     flops: float = 0.0
     seconds: float = 0.0
 
-    def add(self, tokens: float, flops: float | None) -> None:
+    def add(self, tokens: float, flops: float) -> None:
         self.steps += 1
-        self.tokens += float(tokens)
-        self.flops += float(flops or 0.0)
+        self.tokens += tokens
+        self.flops += flops
 
     def plus(self, other: _Sum) -> _Sum:
         return _Sum(
