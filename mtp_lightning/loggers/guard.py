@@ -74,7 +74,7 @@ class GuardedLogger:
         """Tells the logger that the run has ended well."""
         self._try("finalize", self._logger.finalize, "success")
 
-    def _try(self, what: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _try(self, what: str, action: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if self._failed:
             return None
         try:

@@ -52,7 +52,7 @@ class Foreign(Logger):
     def save(self) -> None:
         self.note("save")
 
-    def watch(self, model: str) -> str:
+    def watch(self, model: str, what: str = "weights") -> str:
         self.note("watch", model)
         return "watched"
 
@@ -67,7 +67,7 @@ def use(logger: GuardedLogger) -> None:
     logger.write_text("text", "a", 3)
     _ = logger.name, logger.version, logger.save_dir, logger.log_dir
     assert logger.group_separator == "/"
-    logger.watch("model")
+    logger.watch("model", what="gradients")
     logger.save()
     logger.finalize("success")
     logger.log_final({"a": 1}, {"val/loss": 0.5}, 3)
