@@ -27,8 +27,8 @@ class Meters:
         self._requests = Counter(
             "mtp_requests", "Requests that ended, by status; 499 hung up.", ["status"], **every
         )
-        self.queue = Gauge("mtp_queue_length", "Requests that wait for a place.", **every)
-        self.rows = Gauge("mtp_rows", "Places in use.", **every)
+        self.queue = Gauge("mtp_queue_length", "Requests that wait for a slot.", **every)
+        self.rows = Gauge("mtp_rows", "Slots in use.", **every)
         self.prompt_tokens = Counter("mtp_prompt_tokens", "Tokens read.", **every)
         self.tokens = Counter("mtp_tokens", "Tokens emitted.", **every)
         self._accepted = Counter(

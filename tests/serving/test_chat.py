@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,6 @@ def test_refusals(served: Serving, fields: dict[str, Any], told: str) -> None:
 
 def test_prompts_are_encoded_while_texts_are_decoded(served: Serving) -> None:
     """A tokenizer of the library cannot change, as it does for special tokens, while it decodes."""
-    from concurrent.futures import ThreadPoolExecutor
-
     api = served.client()
 
     def ask(seed: int) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -200,22 +201,18 @@ def test_a_full_queue_says_when_to_come_again(run: OpenedModel, gate: threading.
     from openai import RateLimitError
 
     fields = {"model": NAME, "prompt": "a", "max_tokens": 10, "temperature": 0}
-    texts: list[str] = []
-    with serving(run, batch_size=1, queue=2) as found, found.client() as api:
-
-        def ask() -> None:
-            texts.append(api.completions.create(**fields).choices[0].text)
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
+    with (
+        serving(run, batch_size=1, queue=2) as found,
+        found.client() as api,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        asked = [pool.submit(api.completions.create, **fields) for _ in range(3)]
         found.wait_for("mtp_queue_length", 2)
         with pytest.raises(RateLimitError, match="2 requests are waiting already") as refused:
             api.completions.create(**fields)
         assert refused.value.response.headers["retry-after"] == "1"
         gate.set()
-        for thread in threads:
-            thread.join(30)
+        texts = [answer.result(30).choices[0].text for answer in asked]
         assert texts == [expected(run, "a", 10).text] * 3
         found.wait_for('mtp_requests_total{status="429"}', 1)
 
