@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -233,7 +234,10 @@ def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Bro
 
 
 @in_a_browser
-def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
+def test_switches_and_the_keyboard(
+    served: Serving, browser: Browser, gate: threading.Event
+) -> None:
+    gate.set()
     opened(browser, served)
     browser.run("""(() => {
         for (const [id, value] of [["depth", 1], ["temperature", 0.7]]) {
@@ -255,12 +259,13 @@ def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
         key(browser, "Tab")
         reached.append(browser.run("document.activeElement.id"))
     assert reached == ["temperature", "depth", "tokens", "seed", "write", "race"]
-    # Escape stops.
-    browser.run("document.getElementById('tokens').value = 1000")
+    # Escape stops a text that is being written, which the gate keeps from ending by itself.
+    gate.clear()
     browser.run("document.getElementById('write').click()")
-    waits(browser, "document.querySelectorAll('pre span').length > 3")
+    waits(browser, "document.querySelectorAll('pre span').length > 0")
     key(browser, "Escape")
     done(browser)
+    gate.set()
     assert browser.run("document.getElementById('status').textContent").startswith("Stopped: ")
     served.wait_for("mtp_rows", 0)
     browser.run("document.getElementById('prompt').value = ''")
