@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -16,9 +17,11 @@ class RunCallback(Callback):
     Attributes:
         takes_gradients: what a person types for it, if it takes the gradients of one task alone,
             which a sharded model has on no process; else empty.
+        newest: the values of the newest validation by log tag, of a callback that measures there.
     """
 
     takes_gradients: ClassVar[str] = ""
+    newest: Mapping[str, float] = MappingProxyType({})
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which the run does something other than training, such as writing a
@@ -32,7 +35,7 @@ class RunCallback(Callback):
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` gets from this callback, numbers by log tag; called once the run
         has ended."""
-        return {}
+        return dict(self.newest)
 
     def on_run_end(self) -> None:
         """Called in the first process when a run has ended well, after its summary is stored."""

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from mtp_lightning.callbacks.base import RunCallback, WritesBeside, run_callbacks
-from mtp_lightning.callbacks.termination import Termination
+from mtp_lightning.callbacks.termination import termination_of
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
@@ -156,8 +156,7 @@ class Checkpoints(RunCallback, Checkpoint):
             self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):
             trainer.strategy.writes_beside = True
-        if isinstance(trainer._signal_connector, Termination):
-            trainer._signal_connector.saves = True
+        termination_of(trainer).saves = True
         # Only if nobody else has a handler, and only in the main thread, where Python allows it.
         default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if (
@@ -168,7 +167,7 @@ class Checkpoints(RunCallback, Checkpoint):
             self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         """Stops here on Ctrl-C: the previous step is saved, validated and logged, and the next one
         has not begun.
@@ -180,12 +179,7 @@ class Checkpoints(RunCallback, Checkpoint):
             raise KeyboardInterrupt
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Saves, unless a validation follows: then `on_validation_end` saves."""
         self._settle(trainer, wait=False)
@@ -222,10 +216,6 @@ class Checkpoints(RunCallback, Checkpoint):
         """Restores the handler of Ctrl-C. Nothing is saved: see the class."""
         self._restore_handler()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restores the handler of Ctrl-C."""
-        self._restore_handler()
-
     def on_run_end(self) -> None:
         """Leave what ``keep`` says."""
         checkpoints.keep(self.folder, self.keep)
@@ -234,17 +224,13 @@ class Checkpoints(RunCallback, Checkpoint):
         """Notes whether this process, or any other, was asked to end. All processes ask each other
         at the same points, or they would stop at different steps. A validation is finished first:
         Lightning would skip it, and the resumed run would miss it."""
-        connector = trainer._signal_connector
-        told = (
-            connector.agreed() if isinstance(connector, Termination) else trainer.received_sigterm
-        )
+        told = termination_of(trainer).agreed()
         self._terminated = self._terminated or told
 
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:
-        connector = trainer._signal_connector
-        if self._terminated and isinstance(connector, Termination):
+        if self._terminated:
             self._settle(trainer, wait=True)
-            connector.end()
+            termination_of(trainer).end()
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step

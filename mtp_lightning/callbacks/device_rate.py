@@ -61,10 +61,12 @@ def published_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> floa
     rates = _PEAKS[max(fitting, key=lambda key: len(key.split()))]
     kind = _KINDS.get(dtype, "fp32")
     if kind == "fp16":
-        return _tera(rates.get("fp16", rates.get("bf16")))
-    if kind == "fp32" and tf32:
-        return _tera(rates.get("tf32", rates["fp32"]))
-    return _tera(rates.get(kind))
+        tera = rates.get("fp16", rates.get("bf16"))
+    elif kind == "fp32" and tf32:
+        tera = rates.get("tf32", rates["fp32"])
+    else:
+        tera = rates.get(kind)
+    return None if tera is None else tera * 1e12
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -77,14 +79,8 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def run_dtype(precision: str) -> torch.dtype:
     """The dtype of the products in a run with Lightning's `trainer.precision`."""
-    for start, dtype in (
-        ("bf16", torch.bfloat16),
-        ("16", torch.float16),
-        ("64", torch.float64),
-    ):
-        if precision.startswith(start):
-            return dtype
-    return torch.float32
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return kinds.get(precision.partition("-")[0], torch.float32)
 
 
 def measure_matmul_rate(
@@ -121,7 +117,3 @@ def measure_matmul_rate(
             times.append(once())
     flops = 2.0 * size**3
     return MatmulRate(fastest=flops / min(times), typical=flops / median(times))
-
-
-def _tera(rate: float | None) -> float | None:
-    return None if rate is None else rate * 1e12

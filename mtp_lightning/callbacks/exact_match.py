@@ -27,7 +27,6 @@ class ExactMatch(RunCallback):
     def __init__(self, batch_size: int = 256) -> None:
         group = "callbacks.exact_match"
         self.batch_size = require_whole(f"{group}.batch_size", batch_size, least=1)
-        self._newest: dict[str, float] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes, checks and logs; every process does its share."""
@@ -36,23 +35,19 @@ class ExactMatch(RunCallback):
             return
         model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
         assert isinstance(model, MTPModel)
-        self._newest = answer_all(
+        self.newest = answer_all(
             model,
             sets,
             batch_size=self.batch_size,
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
-        pl_module.log_dict(self._newest, rank_zero_only=True)
+        pl_module.log_dict(self.newest, rank_zero_only=True)
 
     def shown(self) -> str:
         """The newest validation's share of right answers."""
-        right = self._newest.get("val/exact_match")
+        right = self.newest.get("val/exact_match")
         return "" if right is None else f"right {right:.0%}"
-
-    def summary(self) -> dict[str, float]:
-        """The newest validation's values."""
-        return self._newest
 
 
 def answer_all(

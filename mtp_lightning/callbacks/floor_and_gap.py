@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -38,7 +36,6 @@ class FloorAndGap(SpeculativeEval):
         group = f"callbacks.{self.NAME}"
         self.rollouts = require_whole(f"{group}.rollouts", rollouts, least=1)
         self.seen = require_whole(f"{group}.seen", seen, least=1)
-        self._newest: dict[str, float] = {}
 
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
@@ -51,9 +48,6 @@ class FloorAndGap(SpeculativeEval):
             measure.of_prompt(prompt, torch.Generator().manual_seed(number))
             for number, prompt in enumerate(prompts)
         ]
-        self._newest = {f"val/{name}": value for name, value in floors(found).items()}
-        return self._newest
-
-    def summary(self) -> dict[str, Any]:
-        """The newest validation's values, or the reason why there are none."""
-        return {**super().summary(), **self._newest}
+        values = {f"val/{name}": value for name, value in floors(found).items()}
+        self.newest = values
+        return values

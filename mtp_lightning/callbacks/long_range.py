@@ -39,8 +39,6 @@ class LongRange(RunCallback):
         self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=0)
         self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
         self._measure: Measure | None = None
-        self._model: MTPModel | None = None
-        self._newest: dict[str, float] = {}
         self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,7 +52,6 @@ class LongRange(RunCallback):
         elif not trainer.sanity_checking:
             model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
             assert isinstance(model, MTPModel)
-            self._model = model
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())
 
     def on_validation_batch_end(
@@ -73,32 +70,26 @@ class LongRange(RunCallback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the values."""
-        if self._measure is None:
+        measure, self._measure = self._measure, None
+        if measure is None:
             return
         with trainer.precision_plugin.val_step_context():
-            values = {f"val/{name}": value for name, value in self._measure.compute().items()}
-        self._measure = None
+            values = {f"val/{name}": value for name, value in measure.compute().items()}
         if trainer.is_global_zero:
-            assert self._model is not None
             found = acceptance_on_long_texts(
-                self._model,
+                measure.model,
                 trainer.datamodule,  # type: ignore[attr-defined]
                 n_prompts=self.n_prompts,
                 prompt_tokens=self.prompt_tokens,
             )
             values |= {f"decode/{name}": value for name, value in found.items()}
-            self._newest = values
+            self.newest = values
             pl_module.log_dict(values, rank_zero_only=True)
             for chart in curves(values):
                 for logger in trainer.loggers:
                     if isinstance(logger, RunLogger):
                         tag = f"long_range/{chart.name}"
                         logger.write_curves(tag, chart, trainer.global_step)
-        self._model = None
-
-    def summary(self) -> dict[str, float]:
-        """The newest validation's values."""
-        return self._newest
 
 
 def acceptance_on_long_texts(

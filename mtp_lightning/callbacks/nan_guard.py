@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,20 +44,12 @@ class NanGuard(Callback):
         self._pending, self._failure = [], None
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Keeps this step's losses, and checks the kept ones when due."""
-        losses = torch.as_tensor(outputs["losses"]).detach()
-        active = [bool(flag) for flag in outputs["active"]]
-        row = torch.cat(
-            [losses.flatten(), torch.as_tensor(outputs["loss"]).detach().reshape(1).to(losses)]
-        )
-        self._pending.append((trainer.global_step, row, active))
+        losses, total = outputs["losses"].detach(), outputs["loss"].detach()
+        row = torch.cat([losses, total.reshape(1).to(losses)])
+        self._pending.append((trainer.global_step, row, outputs["active"]))
         if row.device.type == "cpu" or len(self._pending) >= self.every_n_steps:
             self._look(trainer)
 
@@ -73,14 +66,10 @@ class NanGuard(Callback):
         self._look(trainer)
         named = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
         local = processes.tensors().local
-        finite = (
-            torch.stack([torch.isfinite(local(p.detach())).all() for _, p in named])
-            if named
-            else None
-        )
-        if finite is not None and trainer.world_size > 1:  # no process may stop alone
+        finite = torch.stack([torch.isfinite(local(p.detach())).all() for _, p in named])
+        if trainer.world_size > 1:  # no process may stop alone
             finite = trainer.strategy.reduce(finite.float(), reduce_op="min").bool()
-        if finite is not None and not bool(finite.all()):
+        if not bool(finite.all()):
             bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             self._fail(
@@ -98,14 +87,10 @@ class NanGuard(Callback):
         if bool(torch.isfinite(values).all()):
             return
         for (step, _, active), row in zip(pending, values, strict=True):
-            finite = torch.isfinite(row).tolist()
-            losses, total_finite = row.tolist()[:-1], finite[-1]
-            bad = [k for k, ok in enumerate(finite[:-1]) if active[k] and not ok]
-            if bad or not total_finite:
-                where = (
-                    ", ".join(f"depth {k} ({losses[k]})" for k in bad)
-                    or f"the sum ({row[-1].item()})"
-                )
+            *losses, total = row.tolist()
+            bad = [k for k, loss in enumerate(losses) if active[k] and not math.isfinite(loss)]
+            if bad or not math.isfinite(total):
+                where = ", ".join(f"depth {k} ({losses[k]})" for k in bad) or f"the sum ({total})"
                 self._fail(
                     trainer, f"The training loss is not finite at optimizer step {step}: {where}"
                 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import sys
 import time
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
@@ -85,7 +85,8 @@ class StepProgressBar(ProgressBar):
         self._began = (trainer.global_step, time.monotonic())
         schedule = getattr(pl_module, "schedule", None)
         self._schedule = schedule.name if schedule is not None and schedule.moves else ""
-        if not self._enabled or not self._is_terminal():
+        terminal = sys.stderr.isatty() if self.interactive is None else self.interactive
+        if not self._enabled or not terminal:
             return
         self._bar = tqdm(
             total=trainer.max_steps if trainer.max_steps > 0 else None,
@@ -99,12 +100,7 @@ class StepProgressBar(ProgressBar):
         )
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Shows the step when due."""
         if not self._enabled:
@@ -153,8 +149,11 @@ class StepProgressBar(ProgressBar):
         """Prints the validation loss of every depth."""
         if not self._enabled or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        losses = _by_depth(trainer, "val/loss_depth_")
-        text = "  ".join(f"L{k} {value:.3f}" for k, value in losses.items())
+        losses = {}
+        for tag, value in trainer.callback_metrics.items():
+            if found := re.fullmatch(r"val/loss_depth_(\d+)", tag):
+                losses[int(found[1])] = float(value)
+        text = "  ".join(f"L{k} {losses[k]:.3f}" for k in sorted(losses))
         self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
         if self._bar is not None:
             self._bar.set_postfix_str(self._text, refresh=True)
@@ -175,9 +174,6 @@ class StepProgressBar(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def _is_terminal(self) -> bool:
-        return sys.stderr.isatty() if self.interactive is None else self.interactive
-
     def _line(self, text: str) -> None:
         if self._bar is not None:
             tqdm.write(text, file=sys.stderr)
@@ -193,11 +189,8 @@ class StepProgressBar(ProgressBar):
         return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
     def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
-        losses = torch.as_tensor(outputs["losses"]).tolist()
-        parts = [
-            f"L{k} {loss:.2f}" if on else f"L{k} -"
-            for k, (loss, on) in enumerate(zip(losses, outputs["active"], strict=True))
-        ]
+        losses = zip(outputs["losses"].tolist(), outputs["active"], strict=True)
+        parts = [f"L{k} {loss:.2f}" if on else f"L{k} -" for k, (loss, on) in enumerate(losses)]
         lambdas = ",".join(f"{float(value):.3g}" for value in outputs["lambdas"])
         if lambdas:
             # A bar is cut off at the terminal's edge.
@@ -206,13 +199,3 @@ class StepProgressBar(ProgressBar):
             parts.append(f"lambda {lambdas}{named}")
         parts += [callback.shown() for callback in run_callbacks(trainer)]
         return "  ".join(filter(None, parts))
-
-
-def _by_depth(trainer: pl.Trainer, prefix: str) -> dict[int, float]:
-    """The logged values whose tag has this prefix, by depth."""
-    found = {}
-    for name, value in trainer.callback_metrics.items():
-        depth = name.removeprefix(prefix)
-        if name.startswith(prefix) and depth.isdigit():
-            found[int(depth)] = float(value)
-    return dict(sorted(found.items()))

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.decoding.held_out import prompts_that_fit
-from mtp_lightning.decoding.measure import (
-    TIMED,
-    acceptance,
-    race,
-    require_same_greedy,
-)
+from mtp_lightning.decoding.measure import TIMED, acceptance, race, require_same_greedy
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.loggers.base import RunLogger
@@ -68,9 +63,13 @@ class SpeculativeEval(RunCallback):
         assert isinstance(model, MTPModel)
         if data.answer_length == 1 or model.config.mtp.answers_at_once:
             return  # a single token needs no draft
-        sizes = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         try:
-            prompts, new_tokens = prompts_that_fit(data, n_prompts=self.n_prompts, **sizes)
+            prompts, new_tokens = prompts_that_fit(
+                data,
+                n_prompts=self.n_prompts,
+                prompt_tokens=self.prompt_tokens,
+                new_tokens=self.new_tokens,
+            )
         except UserError as error:  # training works on such data anyway
             if not self._skipped:
                 log.warning("No decoding at validation: %s.", error)
@@ -107,5 +106,6 @@ class SpeculativeEval(RunCallback):
         return {f"decode/{name}": value for name, value in values.items()}
 
     def summary(self) -> dict[str, Any]:
-        """The reason why nothing was decoded, if there is one."""
-        return {"not_decoded": self._skipped} if self._skipped else {}
+        """The newest values, and the reason why nothing was decoded, if there is one."""
+        skipped = {"not_decoded": self._skipped} if self._skipped else {}
+        return {**skipped, **self.newest}

@@ -68,7 +68,7 @@ class StopWhenSolved(RunCallback):
             return
         # Rank 0 decides for all processes. The logged value is rounded to single precision, in
         # which 0.98 is above 0.98.
-        right = trainer.strategy.broadcast(self._judge.summary()[EXACT])
+        right = trainer.strategy.broadcast(self._judge.newest[EXACT])
         self._counted_step = step
         self._in_a_row = self._in_a_row + 1 if right > self.level else 0
         if self._in_a_row < self.validations:

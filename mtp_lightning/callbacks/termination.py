@@ -60,6 +60,13 @@ class Termination(_SignalConnector):
             raise SIGTERMException
 
 
+def termination_of(trainer: pl.Trainer) -> Termination:
+    """The handling that :func:`stop_together` gave a trainer."""
+    connector = trainer._signal_connector
+    assert isinstance(connector, Termination)
+    return connector
+
+
 def stop_together(trainer: pl.Trainer) -> None:
     """Replaces a trainer's handling of SIGTERM by :class:`Termination`."""
     connector = trainer._signal_connector = Termination(trainer)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -80,12 +81,7 @@ class Throughput(RunCallback):
             self.matmul_rate, self._typical = measured.fastest, [measured.typical]
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Counts this step; logs at the end of a window."""
         if self._mark is None:
@@ -139,7 +135,7 @@ class Throughput(RunCallback):
         values = {"perf/tokens_per_second": done.tokens / done.seconds}
         per_process = done.flops / done.seconds / self._processes
         for tag, rate in (("perf/mfu", self.peak), ("perf/of_matmul", self.matmul_rate)):
-            if rate and done.flops:
+            if rate:
                 values[tag] = per_process / rate
         return values
 
@@ -187,25 +183,27 @@ class Throughput(RunCallback):
         return window
 
 
+@dataclass
 class _Sum:
     """Totals of a stretch of training."""
 
-    def __init__(self) -> None:
-        self.steps = 0
-        self.tokens = 0.0
-        self.flops = 0.0
-        self.seconds = 0.0
+    steps: int = 0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
 
-    def add(self, tokens: float, flops: float | None) -> None:
+    def add(self, tokens: float, flops: float) -> None:
         self.steps += 1
-        self.tokens += float(tokens)
-        self.flops += float(flops or 0.0)
+        self.tokens += tokens
+        self.flops += flops
 
     def plus(self, other: _Sum) -> _Sum:
-        result = _Sum()
-        for name in vars(result):
-            setattr(result, name, getattr(self, name) + getattr(other, name))
-        return result
+        return _Sum(
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+        )
 
 
 def _short(rate: float) -> str:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
 
 Prompts = Sequence[Sequence[int]]
@@ -94,8 +94,7 @@ def require_programs(names: Sequence[str], path: Path) -> None:
         if name not in PROGRAMS:
             raise UserError(f"--against {name} is unknown: give {' or '.join(PROGRAMS)}.")
         program = PROGRAMS[name]
-        if find_spec(program.package) is None:
-            raise UserError(f"--against {name} needs pip install -e '.[{program.extra}]'.")
+        require_package(program.package, what=f"--against {name}", extra=program.extra)
         if not program.reads(path):
             raise UserError(f"{name} does not read {path}: give {program.wanted}.")
 

@@ -17,7 +17,7 @@ from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.run.layout import METRICS_FILE
 
 
-def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[GuardedLogger]:
+def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
     """Build the loggers of the group ``logger``. ``metrics.csv``, which sweeps, search and reports
     read, is always one of them.
 

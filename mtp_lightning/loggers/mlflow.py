@@ -37,8 +37,8 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
         name: str | None = None,
         **options: Any,
     ) -> None:
-        memory = self._join(folder, "mlflow")
-        shared = memory.folder.parent
+        run = self._join(folder, "mlflow")
+        shared = self._run_folder.parent
         if tracking_uri is None:
             shared.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{shared / 'mlflow.db'}"
@@ -48,19 +48,22 @@ class RunMLflow(ServiceLogger, MLFlowLogger):
             MLFlowLogger.__init__(
                 self,
                 experiment_name=experiment,
-                run_name=name or memory.folder.name,
+                run_name=name or self._run_folder.name,
                 tracking_uri=tracking_uri,
-                run_id=memory.recall(),
+                run_id=run,
                 **options,
             )
 
     def _begin(self, params: Mapping[str, Any]) -> str:
-        with Lock(self._memory.folder.parent / ".mlflow.lock").held(seconds=60):
+        with Lock(self._run_folder.parent / ".mlflow.lock").held(seconds=60):
             run = self.run_id  # creates the experiment
         self.experiment.update_run(run, status="RUNNING")  # an interrupted run is marked as failed
         return str(run)
 
-    def _send_settings(self, params: Mapping[str, Any]) -> None:
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+        """Begins the run, or finds it again, and sends its settings."""
+        super().log_hyperparams(params)
         known = self.experiment.get_run(self.run_id).data.params
         # MLflow cannot change a parameter of a run, so settings changed at a resume are not sent.
         MLFlowLogger.log_hyperparams(self, {k: v for k, v in params.items() if k not in known})

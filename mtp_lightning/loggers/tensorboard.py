@@ -53,7 +53,7 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Writes the charts' layout once, then the values."""
         if not self._layout_written:
-            add_depth_layout(self.experiment, self.depth)
+            self.experiment.add_custom_scalars(_depth_layout(self.depth))
             self._layout_written = True
         super().log_metrics(metrics, step)
         self._logged_at.update(dict.fromkeys(metrics, step))
@@ -123,7 +123,7 @@ def _hparams(params: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     return hparams(plain, {})
 
 
-def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
+def _depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's custom-scalars layout: one chart each for the losses, lambdas and rates of all
     depths.
 
@@ -142,8 +142,3 @@ def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
     return {
         "depths": {title: ["Multiline", [rf"{tag}_depth_\d+$"]] for title, tag in charts.items()}
     }
-
-
-def add_depth_layout(writer: Any, depth: int) -> None:
-    """Writes the layout for a run of D depths through a SummaryWriter."""
-    writer.add_custom_scalars(depth_layout(depth))

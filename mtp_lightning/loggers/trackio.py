@@ -30,10 +30,9 @@ class RunTrackio(ServiceLogger):
         self, folder: str | Path, project: str, name: str | None = None, **options: Any
     ) -> None:
         super().__init__()
-        memory = self._join(folder, "trackio")
+        run = self._join(folder, "trackio")
         self._project = project
-        made = f"{memory.folder.name}-{uuid.uuid4().hex[:4]}"
-        self._run_name = memory.recall() or name or made
+        self._run_name = run or name or f"{self._run_folder.name}-{uuid.uuid4().hex[:4]}"
         self._options = options
         self._params: dict[str, Any] = {}
         self._run: Any = None

@@ -41,17 +41,16 @@ class RunWandb(ServiceLogger, WandbLogger):
         offline: bool | None = None,
         **options: Any,
     ) -> None:
-        memory = self._join(folder, "wandb")
-        run = memory.recall() or uuid.uuid4().hex[:8]
+        run = self._join(folder, "wandb") or uuid.uuid4().hex[:8]
         if offline is None:
-            offline = _must_stay_offline(memory.folder, run)
+            offline = _must_stay_offline(self._run_folder, run)
         if offline:
             options["mode"] = "offline"
         WandbLogger.__init__(
             self,
-            name=name or memory.folder.name,
+            name=name or self._run_folder.name,
             project=project,
-            save_dir=memory.folder,
+            save_dir=self._run_folder,
             id=run,
             **options,
         )

@@ -1,4 +1,4 @@
-"""The four functions of a notebook."""
+"""Metrics and text of a trained model, and the folder of a call."""
 
 from __future__ import annotations
 
@@ -7,50 +7,12 @@ import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
 from mtp_lightning.paths import app
-
-if TYPE_CHECKING:
-    from mtp_lightning.notebook.jobs import Sweep
-    from mtp_lightning.notebook.run import Run
-
-
-def train(*overrides: str, quiet: bool = False) -> Run:
-    """``python train.py OVERRIDES``: a run, or the rest of one if its ``run_dir`` is given again.
-
-    Args:
-        overrides: as on the command line: ``"mtp.depth=2"``, ``"data=text"``.
-        quiet: show no output.
-
-    Raises:
-        RuntimeError: if it failed, with one sentence.
-    """
-    from mtp_lightning.notebook.run import Run
-
-    folder, given = _folder("run_dir", "runs/{}", overrides)
-    start([*app("train"), *given], quiet=quiet)
-    return Run(folder)
-
-
-def sweep(*overrides: str, quiet: bool = False) -> Sweep:
-    """``python train.py -m OVERRIDES``: a run for every combination of comma-separated values.
-
-    Args:
-        overrides: as on the command line: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
-        quiet: show no output.
-
-    Raises:
-        RuntimeError: if it, or one of its jobs, failed.
-    """
-    from mtp_lightning.notebook.jobs import Sweep
-
-    folder, given = _folder("sweep_dir", "runs/sweep_{}", overrides)
-    start([*app("train"), "-m", *given], quiet=quiet)
-    return Sweep(folder)
 
 
 def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
@@ -93,7 +55,7 @@ def generate(*overrides: str) -> Text:
     return Text(prompt, generation, run.tokenizer)
 
 
-def _folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+def output_folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     """The folder that a call writes to, and the overrides with that folder."""
     value = _value(key, overrides)
     if value is not None:

@@ -28,13 +28,12 @@ def draw(metrics: DataFrame, tags: Sequence[str]) -> Figure:
 def draw_overview(metrics: DataFrame) -> Figure:
     """The loss of every depth in training and validation; next to it the acceptance of drafts, or
     the share of right answers of a task, if either was logged."""
-    losses = [tag for tag in metrics if re.fullmatch(r"val/loss_depth_\d+", tag)]
-    second = [tag for tag in metrics if re.fullmatch(r"decode/acceptance_position_\d+", tag)]
-    if "val/exact_match" in metrics:
-        second = ["val/exact_match"]
-    figure, axes = _figure(2 if second else 1)
-    for tag in losses:
-        depth = int(tag.rpartition("_")[2])
+    right = "val/exact_match" in metrics
+    shares = _numbered(metrics, "decode/acceptance_position_")
+    if right:
+        shares = {0: "val/exact_match"}
+    figure, axes = _figure(2 if shares else 1)
+    for depth, tag in _numbered(metrics, "val/loss_depth_").items():
         color = _COLORS[depth % len(_COLORS)]
         trained = tag.replace("val/", "train/")
         if trained in metrics:
@@ -43,16 +42,21 @@ def draw_overview(metrics: DataFrame) -> Figure:
         _curve(axes[0], metrics, tag, label=name, color=color, marker="o")
     axes[0].set_ylabel("loss, nats a token (thin: in training)")
     _finish(axes[0])
-    for tag in second:
-        number = int(tag.rpartition("_")[2]) if tag != "val/exact_match" else 0
-        name = f"draft {number}" if number else "right answers"
-        color = _COLORS[number % len(_COLORS)]
-        _curve(axes[1], metrics, tag, label=name, color=color, marker="o")
-    if second:
+    if shares:
+        for number, tag in shares.items():
+            name = "right answers" if right else f"draft {number}"
+            color = _COLORS[number % len(_COLORS)]
+            _curve(axes[1], metrics, tag, label=name, color=color, marker="o")
         axes[1].set_ylim(0, 1)
-        axes[1].set_ylabel("share of drafts accepted" if number else "share")
+        axes[1].set_ylabel("share" if right else "share of drafts accepted")
         _finish(axes[1])
     return figure
+
+
+def _numbered(metrics: DataFrame, prefix: str) -> dict[int, str]:
+    """The tags that are a prefix and a number, by that number."""
+    tags = [tag for tag in metrics if re.fullmatch(rf"{prefix}\d+", tag)]
+    return {int(tag.removeprefix(prefix)): tag for tag in tags}
 
 
 def _figure(n: int) -> tuple[Figure, list[Axes]]:

@@ -1,4 +1,4 @@
-"""A sweep's folder as an object: its runs, side by side."""
+"""Starts a sweep, and shows its folder as an object: its runs, side by side."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.notebook.calls import output_folder
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.run import Run
+from mtp_lightning.paths import app
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import read_status
 from mtp_lightning.stored import read_json
@@ -77,3 +79,18 @@ class Sweep:
 
     def _repr_html_(self) -> str:
         return f"<b>{html.escape(str(self.folder))}</b>{self.table._repr_html_()}"
+
+
+def sweep(*overrides: str, quiet: bool = False) -> Sweep:
+    """``python train.py -m OVERRIDES``: a run for every combination of comma-separated values.
+
+    Args:
+        overrides: as on the command line: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
+        quiet: show no output.
+
+    Raises:
+        RuntimeError: if it, or one of its jobs, failed.
+    """
+    folder, given = output_folder("sweep_dir", "runs/sweep_{}", overrides)
+    start([*app("train"), "-m", *given], quiet=quiet)
+    return Sweep(folder)

@@ -1,4 +1,4 @@
-"""A run's folder as an object: its numbers, its curves, its text."""
+"""Starts a run, and shows its folder as an object: its numbers, its curves, its text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtp_lightning.notebook.calls import evaluate, generate
+from mtp_lightning.notebook.calls import evaluate, generate, output_folder
+from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
+from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics
 
@@ -101,7 +103,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         try:
-            cells = shown(self.summary)
+            cells = _shown(self.summary)
         except FileNotFoundError:
             cells = {"": "not ended yet"}
         row = "".join(
@@ -111,7 +113,22 @@ class Run:
         return f"<b>{html.escape(str(self.folder))}</b><table>{row}</table>"
 
 
-def shown(summary: Mapping[str, Any]) -> dict[str, str]:
+def train(*overrides: str, quiet: bool = False) -> Run:
+    """``python train.py OVERRIDES``: a run, or the rest of one if its ``run_dir`` is given again.
+
+    Args:
+        overrides: as on the command line: ``"mtp.depth=2"``, ``"data=text"``.
+        quiet: show no output.
+
+    Raises:
+        RuntimeError: if it failed, with one sentence.
+    """
+    folder, given = output_folder("run_dir", "runs/{}", overrides)
+    start([*app("train"), *given], quiet=quiet)
+    return Run(folder)
+
+
+def _shown(summary: Mapping[str, Any]) -> dict[str, str]:
     """The most important numbers of a summary."""
     found = {name: summary.get(tag) for tag, name in _SHOWN.items()}
     found = {name: value for name, value in found.items() if isinstance(value, int | float)}

@@ -114,17 +114,16 @@ def model_config(
     """
     try:
         return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
+    except NotAllowed as error:
+        raise UserError(f"{source} cannot be read: {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, NotAllowed):
-            raise UserError(f"{source} cannot be read: {error}") from error
         raise UserError(f"{source} describes no model: {error}") from error
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The model's tensors in a checkpoint, by their names in :class:`MTPModel`."""
-    prefix = "model."
-    state = checkpoint["state_dict"]
-    return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+    state = checkpoint["state_dict"].items()
+    return {name.removeprefix("model."): t for name, t in state if name.startswith("model.")}
 
 
 def describe_interrupt(folder: Path) -> str:

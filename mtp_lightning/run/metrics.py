@@ -6,6 +6,7 @@ A row that is incomplete, because it is being written or a kill interrupted it, 
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -175,6 +176,6 @@ def _text(value: Any) -> str:
 
 
 def _line(cells: Iterable[str]) -> bytes:
-    # Our own tags need no quotes, but a user's tag may contain a comma.
-    quoted = ['"' + c.replace('"', '""') + '"' if any(x in c for x in ',"') else c for c in cells]
-    return (",".join(quoted) + "\n").encode()
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()

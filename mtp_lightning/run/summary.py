@@ -23,6 +23,31 @@ _ANSWER = (
     ("tokens per second", "perf/tokens_per_second", "{:,.0f}", "read in training"),
     ("time", "minutes", "{:.1f} min", "of training, validation left out"),
 )
+# The rows of the long table: name, key and format.
+_NUMBERS = (
+    ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
+    ("  standard error over the text's documents", "val/bits_per_byte_se", "{:.4f}"),
+    ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
+    ("  by chance", "val/chance", "{:.2%}"),
+    ("  by the best of constant, majority and table", "val/trivial", "{:.2%}"),
+    ("questions of the validation seen in training", "val/seen", "{:.1%}"),
+    ("coherent and new of answers at temperature 1", "val/creativity", "{:.1%}"),
+    ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
+    ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),
+    ("tokens per pass", "decode/tokens_per_step", "{:.2f}"),
+    ("  expected from agreement in own text", "decode/expected_tokens_per_step", "{:.2f}"),
+    ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
+    ("  expected from that and the cost of passes", "decode/expected_speedup", "{:.2f}"),
+    ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),
+    ("training FLOP/s over the published peak", "perf/mfu", "{:.1%}"),
+    ("  over this process's matrix products", "perf/of_matmul", "{:.2f}"),
+    ("  whose speed varied by a factor of", "perf/matmul_drift", "{:.1f}"),
+    ("parameters", "parameters", "{:,}"),
+    ("of them in the trunk and head", "parameters_trunk", "{:,}"),
+    ("training FLOPs per token", "flops_per_token", "{:,}"),
+    ("tokens", "tokens", "{:,}"),
+    ("seconds of training", "seconds", "{:,.1f}"),
+)
 _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
 
 
@@ -43,68 +68,14 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rates = Table(title="Validation", title_justify="left", caption_justify="left")
-    for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
-        rates.add_column(column, justify="left" if column == "predicts" else "right")
-    rates.add_column("accepted", justify="right", no_wrap=True)
-    if "decode/n_prompts" in summary:
-        decoded = (
-            f"{summary['decode/n_prompts']:.0f} prompts x {summary['decode/new_tokens']:.0f} tokens"
-        )
-        rates.caption = f"accepted: {decoded}, greedy; 95 % interval over the prompts"
-        if "decode/expected_tokens_per_step" in summary:
-            rates.caption += "\nown text: agreement in the texts that were decoded"
-    elif "not_decoded" in summary:
-        rates.caption = f"accepted: nothing was decoded, {summary['not_decoded']}"
-    # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
-    expected = "decode/expected_tokens_per_step" in summary
-    if expected:
-        rates.add_column("own text", justify="right")
-    for k in range(depth + 1):
-        rates.add_row(
-            "next token" if k == 0 else f"depth {k}",
-            _number(summary.get(f"val/loss_depth_{k}"), "{:.4f}"),
-            *(
-                _number(summary.get(f"val/{name}_depth_{k}"), "{:.1%}")
-                for name in ("accuracy", "agreement", "overlap")
-            ),
-            # With the extra column, value and interval do not fit on a line of 80 characters.
-            _share(summary, f"decode/acceptance_position_{k}").replace(
-                " [", "\n[" if expected else " ["
-            ),
-            *([_number(summary.get(f"decode/agreement_position_{k}"), "{:.1%}")] * expected),
-        )
     cost = Table(title="Run", title_justify="left", show_header=False)
     cost.add_column("what")
     cost.add_column("value", justify="right")
-    for name, key, form in (
-        ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
-        ("  standard error over the text's documents", "val/bits_per_byte_se", "{:.4f}"),
-        ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
-        ("  by chance", "val/chance", "{:.2%}"),
-        ("  by the best of constant, majority and table", "val/trivial", "{:.2%}"),
-        ("questions of the validation seen in training", "val/seen", "{:.1%}"),
-        ("coherent and new of answers at temperature 1", "val/creativity", "{:.1%}"),
-        ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
-        ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),
-        ("tokens per pass", "decode/tokens_per_step", "{:.2f}"),
-        ("  expected from agreement in own text", "decode/expected_tokens_per_step", "{:.2f}"),
-        ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
-        ("  expected from that and the cost of passes", "decode/expected_speedup", "{:.2f}"),
-        ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),
-        ("training FLOP/s over the published peak", "perf/mfu", "{:.1%}"),
-        ("  over this process's matrix products", "perf/of_matmul", "{:.2f}"),
-        ("  whose speed varied by a factor of", "perf/matmul_drift", "{:.1f}"),
-        ("parameters", "parameters", "{:,}"),
-        ("of them in the trunk and head", "parameters_trunk", "{:,}"),
-        ("training FLOPs per token", "flops_per_token", "{:,}"),
-        ("tokens", "tokens", "{:,}"),
-        ("seconds of training", "seconds", "{:,.1f}"),
-    ):
+    for name, key, form in _NUMBERS:
         if key in summary:
             cost.add_row(name, form.format(summary[key]) + _interval(summary, key, form))
     console = Console()
-    console.print(rates)
+    console.print(_rates(summary, depth))
     console.print(cost)
     data = summary.get("data", {}).get("val", {})
     if "documents" in (text := summary.get("evaluation", {})):
@@ -120,6 +91,42 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         )
     if (share := data.get("lines_in_training")) is not None:
         print(f"              {share:.1%} of the split's long lines stand in training, too")
+
+
+def _rates(summary: dict[str, Any], depth: int) -> Any:
+    """The table of the final metrics by depth."""
+    from rich.table import Table
+
+    rates = Table(title="Validation", title_justify="left", caption_justify="left")
+    for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
+        rates.add_column(column, justify="left" if column == "predicts" else "right")
+    rates.add_column("accepted", justify="right", no_wrap=True)
+    # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
+    expected = "decode/expected_tokens_per_step" in summary
+    if expected:
+        rates.add_column("own text", justify="right")
+    if "decode/n_prompts" in summary:
+        prompts, tokens = summary["decode/n_prompts"], summary["decode/new_tokens"]
+        decoded = f"{prompts:.0f} prompts x {tokens:.0f} tokens, greedy"
+        rates.caption = f"accepted: {decoded}; 95 % interval over the prompts"
+        if expected:
+            rates.caption += "\nown text: agreement in the texts that were decoded"
+    elif "not_decoded" in summary:
+        rates.caption = f"accepted: nothing was decoded, {summary['not_decoded']}"
+    for k in range(depth + 1):
+        shares = [f"val/{name}_depth_{k}" for name in ("accuracy", "agreement", "overlap")]
+        accepted = _share(summary, f"decode/acceptance_position_{k}")
+        cells = [
+            "next token" if k == 0 else f"depth {k}",
+            _number(summary.get(f"val/loss_depth_{k}"), "{:.4f}"),
+            *(_number(summary.get(key), "{:.1%}") for key in shares),
+            # With the extra column, value and interval do not fit on a line of 80 characters.
+            accepted.replace(" [", "\n[") if expected else accepted,
+        ]
+        if expected:
+            cells.append(_number(summary.get(f"decode/agreement_position_{k}"), "{:.1%}"))
+        rates.add_row(*cells)
+    return rates
 
 
 def print_answer(summary: dict[str, Any]) -> None:

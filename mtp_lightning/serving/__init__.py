@@ -1,8 +1,8 @@
 """An HTTP server with OpenAI's API on top of the decoding engine.
 
-A request passes through ``app`` (HTTP), ``schemas`` (the fields of a body), ``asked`` (the request
-to the engine), ``worker`` (the thread that owns the engine) and ``replies`` (objects of OpenAI's
-shape), back to ``app``. ``start`` and ``server`` start and stop the server.
+A request passes through ``app`` (HTTP), ``schemas`` (the fields of a body), ``parsing`` (the
+request to the engine), ``worker`` (the thread that owns the engine) and ``responses`` (objects of
+OpenAI's shape), back to ``app``. ``start`` and ``server`` start and stop the server.
 
 This folder comes off: ``generate.py`` works without it.
 """

@@ -1,10 +1,15 @@
-"""The HTTP routes: reading bodies within limits, streaming, and disconnected clients."""
+"""The HTTP routes: the page, reading bodies within limits, streaming, and disconnected clients."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,7 +21,6 @@ from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.serving.guard import OwnNames
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
-from mtp_lightning.serving.page import page
 from mtp_lightning.serving.parsing import Parser
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.responses import Completion, TokenTexts
@@ -25,55 +29,47 @@ from mtp_lightning.serving.worker import Worker
 
 _BODY_SECONDS = 30  # the longest time for sending a body
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
+_UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_PAGE = Path(__file__).with_name("page.html")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """Answers requests with the texts of a worker.
 
-    Args:
+    Attributes:
         parser: parses bodies.
         worker: runs the model.
         meters: count requests.
         tokenizer: the model's.
+        token_texts: the texts of its tokens.
         max_body: largest body in bytes.
         hosts: host names of the server, besides localhost.
         created: start of the server, seconds since 1970.
         facts: further facts about the model, next to OpenAI's fields.
     """
 
-    def __init__(
-        self,
-        *,
-        parser: Parser,
-        worker: Worker,
-        meters: Meters,
-        tokenizer: Any,
-        max_body: int,
-        hosts: Collection[str],
-        created: int,
-        facts: Mapping[str, Any],
-    ) -> None:
-        self._parser = parser
-        self._worker = worker
-        self._meters = meters
-        self._tokenizer = tokenizer
-        self._token_texts = TokenTexts(tokenizer)
-        self._max_body = max_body
-        self._hosts = hosts
-        self._created = created
-        self._facts = facts
+    parser: Parser
+    worker: Worker
+    meters: Meters
+    tokenizer: Any
+    token_texts: TokenTexts
+    max_body: int
+    hosts: Collection[str]
+    created: int
+    facts: Mapping[str, Any]
 
     def app(self) -> FastAPI:
         """The application, without FastAPI's own pages, which load files from the internet."""
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-        app.add_api_route("/", page)
+        app.add_api_route("/", _page)
         app.add_api_route("/health", self.health)
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/completions", self.completions, methods=["POST"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        app.add_middleware(OwnNames, names=self._hosts)
+        app.add_middleware(OwnNames, names=self.hosts)
         app.add_exception_handler(Refusal, _refused)
         app.add_exception_handler(HTTPException, _no_route)
         app.add_exception_handler(Exception, _defect)
@@ -81,13 +77,13 @@ class Endpoint:
 
     async def health(self) -> JSONResponse:
         """Whether the server accepts requests."""
-        alive = self._worker.alive
+        alive = self.worker.alive
         told = {"status": "ok" if alive else "ending"}
         return JSONResponse(told, status_code=200 if alive else 503)
 
     async def metrics(self) -> Response:
         """The metrics for Prometheus."""
-        return Response(self._meters.text(), media_type=_METRICS)
+        return Response(self.meters.text(), media_type=_METRICS)
 
     async def models(self) -> dict[str, Any]:
         """The list of models, which has one entry."""
@@ -95,15 +91,15 @@ class Endpoint:
 
     async def model(self, name: str) -> dict[str, Any]:
         """The model with a given name."""
-        if name != self._parser.name:
-            told = f"There is no model of that name, only {self._parser.name}."
+        if name != self.parser.name:
+            told = f"There is no model of that name, only {self.parser.name}."
             raise Refusal(told, status=404, param="model", code="model_not_found")
         return self._model()
 
     def _model(self) -> dict[str, Any]:
-        name, owner = self._parser.name, "mtp-lightning"
-        told = {"id": name, "object": "model", "created": self._created, "owned_by": owner}
-        return {**told, "mtp": self._facts}
+        name, owner = self.parser.name, "mtp-lightning"
+        told = {"id": name, "object": "model", "created": self.created, "owned_by": owner}
+        return {**told, "mtp": self.facts}
 
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
@@ -117,21 +113,23 @@ class Endpoint:
         try:
             response = await self._answer(request, chat=chat)
         except Refusal as refusal:
-            self._meters.ended(refusal.status)
+            self.meters.ended(refusal.status)
             raise
         except Exception:
-            self._meters.ended(500)
+            self.meters.ended(500)
             raise
         if not isinstance(response, StreamingResponse):  # a stream counts itself when it ends
-            self._meters.ended(response.status_code)
+            self.meters.ended(response.status_code)
         return response
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         sent = await self._body(request)
-        body = await asyncio.to_thread(self._parser.parse, sent, chat=chat)
-        job = Job(body.request, Detokenizer(self._tokenizer))
-        completion = Completion(body, model=self._parser.name, token_texts=self._token_texts)
-        self._worker.submit(job)
+        body, asked = await asyncio.to_thread(self.parser.parse, sent, chat=chat)
+        job = Job(asked, Detokenizer(self.tokenizer))
+        completion = Completion(
+            body, asked, chat=chat, model=self.parser.name, token_texts=self.token_texts
+        )
+        self.worker.submit(job)
         watch = asyncio.create_task(self._watch(request, job))
         news = job.news()
         try:
@@ -139,7 +137,7 @@ class Endpoint:
                 return JSONResponse(await _whole(news, completion))
             first = await anext(news)  # an earlier refusal can still set the status
         except BaseException:
-            self._worker.cancel(job)
+            self.worker.cancel(job)
             raise
         finally:
             if not body.stream or job.over:
@@ -171,14 +169,14 @@ class Endpoint:
             yield _event(refusal.body)
         finally:
             watch.cancel()
-            self._worker.cancel(job)
-            self._meters.ended(status)
+            self.worker.cancel(job)
+            self.meters.ended(status)
 
     async def _watch(self, request: Request, job: Job) -> None:
         """Free a job's slot when its client disconnects."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._worker.cancel(job)
+        self.worker.cancel(job)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -189,8 +187,8 @@ class Endpoint:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > self._max_body:
-                        told = f"The body has more than {self._max_body} bytes: shorten it."
+                    if len(body) > self.max_body:
+                        told = f"The body has more than {self.max_body} bytes: shorten it."
                         raise Refusal(told, status=413)
         except TimeoutError:
             told = f"The body did not come within {_BODY_SECONDS} seconds."
@@ -200,7 +198,31 @@ class Endpoint:
         return bytes(body)
 
 
-_UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+def _page() -> Response:
+    """The page, with a content security policy that allows only its own style and script, named by
+    their digests, and requests to this server; nothing else is executed or loaded."""
+    html = _PAGE.read_text(encoding="utf-8")
+    policy = {
+        "default-src": "'none'",
+        "style-src": _digest(html, "style"),
+        "script-src": _digest(html, "script"),
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    headers = {
+        "Content-Security-Policy": "; ".join(f"{name} {of}" for name, of in policy.items()),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(html, media_type="text/html", headers=headers)
+
+
+def _digest(html: str, element: str) -> str:
+    (text,) = re.findall(f"<{element}>(.*?)</{element}>", html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 async def _whole(news: AsyncIterator[News], completion: Completion) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mtp_lightning.decoding.options import Request
@@ -16,7 +16,6 @@ from mtp_lightning.serving.schemas import (
     ChatBody,
     CompletionBody,
     Message,
-    StreamOptions,
     limited,
     parse,
     shown,
@@ -25,25 +24,6 @@ from mtp_lightning.settings import is_whole
 
 # OpenAI's default of max_tokens for completions.
 _SHORT = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParsedBody:
-    """A parsed body.
-
-    Attributes:
-        request: the request to the engine.
-        chat: whether the reply is a message.
-        stream: whether the reply is streamed.
-        usage: whether a stream ends with token counts.
-        drafts: whether a stream reports which tokens were drafted.
-    """
-
-    request: Request
-    chat: bool
-    stream: bool
-    usage: bool
-    drafts: bool
 
 
 class Parser:
@@ -84,12 +64,15 @@ class Parser:
         # For the same reason, one thread encodes at a time.
         self._encoding = threading.Lock()
 
-    def parse(self, sent: bytes, *, chat: bool) -> ParsedBody:
+    def parse(self, sent: bytes, *, chat: bool) -> tuple[Body, Request]:
         """Parse a body.
 
         Args:
             sent: the bytes of a body.
             chat: whether it was sent to the chat endpoint.
+
+        Returns:
+            The body's fields, and the request to the engine.
 
         Raises:
             Refusal: the body is invalid, or asks for something that this server cannot do.
@@ -121,18 +104,10 @@ class Parser:
             )
         except ValueError as error:
             raise Refusal(str(error)) from error
-        options = body.stream_options
-        if options and options.model_fields_set and not body.stream:
+        if body.stream_options.model_fields_set and not body.stream:
             told = "stream_options is for stream=true: leave it out."
             raise Refusal(told, param="stream_options")
-        extras = options or StreamOptions()
-        return ParsedBody(
-            request=request,
-            chat=chat,
-            stream=body.stream,
-            usage=extras.include_usage,
-            drafts=extras.include_drafts,
-        )
+        return body, request
 
     def _prompt(self, given: Any) -> list[int]:
         if isinstance(given, str):

@@ -8,9 +8,10 @@ from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
+from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import Generation, LogProb
 from mtp_lightning.serving.job import News
-from mtp_lightning.serving.parsing import ParsedBody
+from mtp_lightning.serving.schemas import Body
 
 _REASONS = {"eot": "stop", "stop": "stop", "length": "length"}
 # OpenAI's log-probability of impossible tokens: JSON has no infinity.
@@ -48,21 +49,28 @@ class Completion:
     """The answer to one request, whole or in chunks.
 
     Args:
-        body: the parsed body.
+        body: the fields of the request's body.
+        request: the request to the engine.
+        chat: whether the answer is a message.
         model: the model's name for clients.
         token_texts: texts of tokens.
     """
 
-    def __init__(self, body: ParsedBody, *, model: str, token_texts: TokenTexts) -> None:
-        self._body = body
+    def __init__(
+        self, body: Body, request: Request, *, chat: bool, model: str, token_texts: TokenTexts
+    ) -> None:
+        self._stream = body.stream
+        self._options = body.stream_options
+        self._request = request
+        self._chat = chat
         self._token_texts = token_texts
         # The offset of the next token in the text.
         self._offset = 0
         self._characters = getincrementaldecoder("utf-8")("replace")
-        kind = "chat.completion" if body.chat else "text_completion"
+        kind = "chat.completion" if chat else "text_completion"
         self._head = {
-            "id": f"{'chatcmpl' if body.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": f"{kind}.chunk" if body.chat and body.stream else kind,
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": f"{kind}.chunk" if chat and body.stream else kind,
             "created": int(time.time()),
             "model": model,
         }
@@ -70,7 +78,7 @@ class Completion:
     def whole(self, done: Generation, logprobs: Sequence[LogProb]) -> dict[str, Any]:
         """The object of a finished text."""
         content: dict[str, Any] = {"text": done.text}
-        if self._body.chat:
+        if self._chat:
             content = {"message": {"role": "assistant", "content": done.text, "refusal": None}}
         choice = self._choice(content, logprobs, done)
         return {**self._head, "choices": [choice], "usage": self._usage(done)}
@@ -79,20 +87,20 @@ class Completion:
         """The objects of a stream for some news; a chat's stream begins with the role."""
         done, choices = news.done, []
         logprobs = news.fresh.logprobs
-        told = bool(news.text or logprobs or (self._body.drafts and news.pieces))
-        if not self._body.chat and (told or done):
+        told = bool(news.text or logprobs or (self._options.include_drafts and news.pieces))
+        if not self._chat and (told or done):
             choices.append(self._choice({"text": news.text}, logprobs, done))
-        if self._body.chat and first:
+        if self._chat and first:
             choices.append(self._choice({"delta": {"role": "assistant", "content": ""}}))
-        if self._body.chat and told:
+        if self._chat and told:
             choices.append(self._choice({"delta": {"content": news.text}}, logprobs))
-        if self._body.chat and done:
+        if self._chat and done:
             choices.append(self._choice({"delta": {}}, done=done))
-        counted: dict[str, Any] = {"usage": None} if self._body.usage else {}
+        counted: dict[str, Any] = {"usage": None} if self._options.include_usage else {}
         found = [{**self._head, "choices": [choice], **counted} for choice in choices]
-        if told and self._body.drafts:
-            found[1 if self._body.chat and first else 0]["mtp"] = self._drafts(news)
-        if done and self._body.usage:
+        if told and self._options.include_drafts:
+            found[1 if self._chat and first else 0]["mtp"] = self._drafts(news)
+        if done and self._options.include_usage:
             found.append({**self._head, "choices": [], "usage": self._usage(done)})
         return found
 
@@ -116,8 +124,8 @@ class Completion:
         # The end-of-text token does not belong to the text.
         known = [logprob for logprob in logprobs if logprob.token != self._token_texts.eot_id]
         told = None
-        if self._body.request.logprobs is not None and (known or not self._body.stream):
-            told = self._chat_logprobs(known) if self._body.chat else self._logprobs(known)
+        if self._request.logprobs is not None and (known or not self._stream):
+            told = self._chat_logprobs(known) if self._chat else self._logprobs(known)
         reason = None if done is None else _REASONS[done.finish_reason]
         return {"index": 0, **content, "logprobs": told, "finish_reason": reason}
 
@@ -134,21 +142,18 @@ class Completion:
         }
 
     def _chat_logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
-        content = [
-            {**self._token(own.token, own.logprob), "top_logprobs": [*self._tops(own)]}
-            for own in logprobs
-        ]
+        content = []
+        for own in logprobs:
+            top = [self._token(token, value) for token, value in own.top]
+            content.append({**self._token(own.token, own.logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
-
-    def _tops(self, logprob: LogProb) -> list[dict[str, Any]]:
-        return [self._token(token, value) for token, value in logprob.top]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text, raw = self._token_texts.text(token), self._token_texts.raw(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
 
     def _usage(self, done: Generation) -> dict[str, Any]:
-        prompt, new = len(self._body.request.prompt), done.new_tokens
+        prompt, new = len(self._request.prompt), done.new_tokens
         # OpenAI's predicted tokens are our drafts: accepted ones are part of the text.
         accepted = sum(done.accepted_mask)
         drafts = {

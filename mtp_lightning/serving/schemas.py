@@ -142,7 +142,7 @@ class Body(_Strict):
     draft_depth: int | None = None
     stop: Annotated[list[Stop], Field(max_length=_MOST_STOPS), BeforeValidator(_listed)] = []
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
 
     @model_validator(mode="before")
     @classmethod
@@ -152,16 +152,14 @@ class Body(_Strict):
         for name, value in fields.items():
             if value is None or name in _IGNORED:
                 continue
-            if name not in cls.model_fields and name in _NEUTRAL:
-                if not _same(value, _NEUTRAL[name]):
-                    only = json.dumps(_NEUTRAL[name])
-                    told = f"{name}={shown(value)} is not supported, only {only}."
-                    raise Refusal(told, param=name)
-            elif name not in cls.model_fields:
+            if name in cls.model_fields:
+                known[name] = value
+            elif name not in _NEUTRAL:
                 remedy = suggestion(name, cls.model_fields, "leave it out.")
                 raise Refusal(f"The field {shown(name)} is not known here: {remedy}")
-            else:
-                known[name] = value
+            elif not _same(value, _NEUTRAL[name]):
+                told = f"{shown(value)} is not supported, only {json.dumps(_NEUTRAL[name])}"
+                raise Refusal(f"{name}={told}.", param=name)
         return known
 
 

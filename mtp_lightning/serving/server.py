@@ -20,6 +20,7 @@ from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.guard import Connection
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.parsing import Parser
+from mtp_lightning.serving.responses import TokenTexts
 from mtp_lightning.serving.worker import Worker
 
 # Seconds after the grace period, for the current round and for sending the rest.
@@ -69,6 +70,7 @@ class Server(uvicorn.Server):
             worker=self.worker,
             meters=meters,
             tokenizer=run.tokenizer,
+            token_texts=TokenTexts(run.tokenizer),
             max_body=cfg.max_body,
             hosts=[name.lower() for name in (cfg.host, *cfg.hosts)],
             created=int(time.time()),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.cli import Stopped
+from mtp_lightning.cli import Stopped, require_package
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import kernels_told
@@ -30,13 +29,14 @@ def serve(cfg: Any) -> None:
         Stopped: a signal stopped the server.
     """
     _check(cfg)
-    _require_packages()
+    for package in _PACKAGES:
+        require_package(package, what="serving", extra="serve")
     from mtp_lightning.serving.server import Server
 
     with listen(str(cfg.host), cfg.port) as listening:  # fails before a large model is read
         run = open_for(cfg)
-        server = Server(cfg, run, name=_name(cfg, run.path))
         name, address = _name(cfg, run.path), _address(listening)
+        server = Server(cfg, run, name=name)
         print(f"{name} (page: {address.removesuffix('v1')}) answers at {address}", flush=True)
         if told := kernels_told(run.model.head.weight.device.type):
             print(told, flush=True)
@@ -80,16 +80,6 @@ def _check(cfg: Any) -> None:
     named = listed and all(isinstance(name, str) for name in cfg.hosts)
     require(named, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
     DecodingOptions.from_config(cfg)
-
-
-def _require_packages() -> None:
-    for package in _PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"serving needs the package {package}: pip install -e '.[serve]'."
-            ) from error
 
 
 def _name(cfg: Any, file: Path) -> str:

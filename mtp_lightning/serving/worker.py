@@ -51,7 +51,8 @@ class Worker:
         self._ends_at: float | None = None  # by time.monotonic()
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
-        meters.watch(lambda: len(self._waiting), lambda: len(self._running))
+        meters.queue.set_function(lambda: len(self._waiting))
+        meters.rows.set_function(lambda: len(self._running))
 
     def start(self) -> None:
         """Start the thread."""
@@ -111,10 +112,9 @@ class Worker:
         """Cut running texts short. It takes no lock, because signal handlers call it."""
         self._ends_at = time.monotonic()
 
-    def join(self, seconds: float) -> bool:
-        """Wait for the end of the thread; returns whether it has ended."""
+    def join(self, seconds: float) -> None:
+        """Wait for the end of the thread, for some seconds."""
         self._thread.join(seconds)
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # PyTorch keeps this setting per thread
@@ -141,7 +141,8 @@ class Worker:
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._joining = len(joining)
         for sequence in gone:
-            self._forget(sequence)
+            self._engine.remove(sequence)
+            del self._running[sequence]
         if ends_at is not None and (not self._running or time.monotonic() >= ends_at):
             self._end_all()
             return False
@@ -149,7 +150,7 @@ class Worker:
         began = time.perf_counter()
         sequences = self._engine.step()
         if sequences:
-            self._meters.round(time.perf_counter() - began)
+            self._meters.round.observe(time.perf_counter() - began)
         for sequence in sequences:
             self._tell(sequence)
         return True
@@ -165,14 +166,14 @@ class Worker:
             self._running.update(zip(sequences, jobs, strict=True))
             self._joining = 0
         for sequence, job in zip(sequences, jobs, strict=True):
-            self._meters.read(len(job.request.prompt))
+            self._meters.prompt_tokens.inc(len(job.request.prompt))
             job.began_at = time.perf_counter()
-            self._meters.first_token(job.began_at - job.asked_at)
+            self._meters.first_token.observe(job.began_at - job.asked_at)
             self._tell(sequence)
 
     def _tell(self, sequence: TextSequence) -> None:
         job, fresh = self._running[sequence], sequence.fresh()
-        self._meters.emitted(len(sequence.token_ids) - job.tokens)
+        self._meters.tokens.inc(len(sequence.token_ids) - job.tokens)
         job.tokens = len(sequence.token_ids)
         pieces = [""] * len(fresh.token_ids)
         for piece, i in job.detokenizer.add(fresh.token_ids, range(len(pieces))):
@@ -182,16 +183,12 @@ class Worker:
             done = sequence.generation()
             # Adds incomplete characters, and characters before a stop string in the same token.
             text += (done.text or "")[job.length + len(text) :]
-            self._meters.drafts(done.drafts_accepted, done.drafts_reached)
+            self._meters.drafts(done)
             del self._running[sequence]
         job.length += len(text)
         if fresh.token_ids or done:
             seconds = time.perf_counter() - job.began_at
             job.tell(News(text=text, fresh=fresh, pieces=pieces, seconds=seconds, done=done))
-
-    def _forget(self, sequence: TextSequence) -> None:
-        self._engine.remove(sequence)
-        del self._running[sequence]
 
     def _end_all(self) -> None:
         """Refuse the rest of all running texts."""

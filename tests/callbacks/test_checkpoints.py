@@ -73,11 +73,8 @@ def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
         )  # fmt: skip
         assert module.losses == {s: v for s, v in whole.losses.items() if s > step}, step
         assert module.val_steps == [s for s in whole.val_steps if s > step], step
-        drop = ("epoch",)
         rows = read_metrics(run / "metrics.csv")
-        assert [{k: v for k, v in row.items() if k not in drop} for row in rows] == [
-            {k: v for k, v in row.items() if k not in drop} for row in reference
-        ], step
+        assert [row | {"epoch": 0} for row in rows] == [row | {"epoch": 0} for row in reference]
         for a, b in zip(module.parameters(), whole.parameters(), strict=True):
             assert torch.equal(a, b)
 
@@ -211,15 +208,6 @@ def test_a_damaged_last_does_not_push_out_the_intact_previous(tmp_path: Path) ->
     with pytest.raises(OSError):
         fit(TinyModule(), [DiesInTheFirstSave(tmp_path, every_n_steps=1)], ckpt_path=path)
     assert step_of(tmp_path / "previous.ckpt") == 4
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "words"),
-    [({"every_n_steps": 0}, "every_n_steps"), ({"mode": "low"}, "low")],
-)
-def test_wrong_settings(tmp_path: Path, kwargs: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Checkpoints(tmp_path, **kwargs)
 
 
 def test_a_monitor_that_nobody_logs(tmp_path: Path) -> None:

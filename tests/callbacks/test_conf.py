@@ -1,9 +1,19 @@
-"""conf/callbacks and conf/logger compose what they name, one alone or several."""
+"""conf/callbacks and conf/logger compose what they name, one alone or several, and the callbacks
+refuse settings out of range."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 
+from mtp_lightning.callbacks.checkpoints import Checkpoints
+from mtp_lightning.callbacks.gradient_conflict import GradientConflict
+from mtp_lightning.callbacks.nan_guard import NanGuard
+from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
+from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
+from mtp_lightning.callbacks.throughput import Throughput
 from tests.integration.helpers import composed
 
 DEFAULT = {
@@ -43,3 +53,24 @@ def test_loggers_beside_the_default_ones() -> None:
     assert list(cfg.logger) == ["csv", "tensorboard", "wandb", "mlflow", "trackio"]
     assert {node.folder for node in cfg.logger.values()} == {"r"}
     assert list(composed("config", ["logger=wandb"]).logger) == ["wandb"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "told"),
+    [
+        (partial(Checkpoints, "c"), "every_n_steps", 0, "at least 1, not 0"),
+        (partial(Checkpoints, "c"), "mode", "low", "mode=low is unknown"),
+        (NanGuard, "every_n_steps", 0, "at least 1, not 0"),
+        (Throughput, "every_n_steps", 0, "at least 1, not 0"),
+        (GradientConflict, "every_n_steps", 0, "at least 1, not 0"),
+        (SpeculativeEval, "n_prompts", 0, "at least 1, not 0"),
+        (SampledAcceptance, "verify", "tokens", "verify=tokens is unknown"),
+        (SampledAcceptance, "temperature", 0, "temperature=0 .* above 0"),
+        (SampledAcceptance, "temperature", -1.0, "temperature=-1 .* above 0"),
+        (SampledAcceptance, "temperature", float("inf"), "temperature=inf .* above 0"),
+        (SampledAcceptance, "temperature", float("nan"), "temperature=nan .* above 0"),
+    ],
+)
+def test_settings_are_refused(kind: Any, key: str, value: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=rf"^callbacks\.\w+\.(?={key}).*{told}"):
+        kind(**{key: value})

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.callbacks.gradient_conflict import GradientConflict
 from tests.integration.helpers import assert_same_weights, column, rows, train_here
 
 CONFLICT: dict[str, Any] = {
@@ -66,8 +65,3 @@ def test_without_depths_it_measures_the_main_prediction(tmp_path: Path, cache: P
     train_here(tmp_path, cache, CONFLICT | {"mtp": "none", "mtp.depth": 0})
     assert list(column(tmp_path, "grad/norm_depth_0")) == [3, 6, 9]
     assert column(tmp_path, "grad/norm_depth_1") == {}
-
-
-def test_wrong_settings() -> None:
-    with pytest.raises(ValueError, match="every_n_steps must be .* not 0"):
-        GradientConflict(every_n_steps=0)

@@ -16,15 +16,19 @@ from mtp_lightning.callbacks.progress import StepProgressBar
 from mtp_lightning.objective.schedule import published
 
 
-def bar(**kwargs) -> StepProgressBar:
-    return StepProgressBar(refresh_seconds=0.0, **kwargs)
+def bar() -> StepProgressBar:
+    return StepProgressBar(refresh_seconds=0.0, interactive=True)
+
+
+def lines_of(shown: str) -> list[str]:
+    return [line for line in shown.splitlines() if line.startswith("step ")]
 
 
 def test_the_bar_counts_steps_of_the_whole_run(capsys, tmp_path: Path) -> None:
     module = TinyModule()
     fit(
         module,
-        [bar(interactive=True), Checkpoints(tmp_path, every_n_steps=6)],
+        [bar(), Checkpoints(tmp_path, every_n_steps=6)],
         max_steps=6,
         epoch_steps=4,
     )
@@ -35,7 +39,7 @@ def test_the_bar_counts_steps_of_the_whole_run(capsys, tmp_path: Path) -> None:
     assert re.search(r"validating [123]/3", shown)
     assert re.search(r"step 4  validation  L0 \d+\.\d{3}  L1 \d+\.\d{3}", shown)
 
-    fit(TinyModule(), [bar(interactive=True)], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
+    fit(TinyModule(), [bar()], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
     resumed = capsys.readouterr().err
     assert "6/9" in resumed and "9/9" in resumed
     assert "1/9" not in resumed
@@ -45,7 +49,7 @@ def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
     module = TinyModule()
     fit(module, [StepProgressBar(line_every_n_steps=5)], max_steps=12, val_every=100)
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("step ")]
+    lines = lines_of(captured.err)
     assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
     assert f"L0 {module.losses[5][0]:.2f}  L1 {module.losses[5][1]:.2f}  lambda 0.3" in lines[0]
     assert "\r" not in captured.err and captured.out == ""
@@ -62,7 +66,7 @@ def test_how_long_the_rest_takes() -> None:
 
 
 def test_the_bar_estimates_from_the_tenth_step_on(capsys) -> None:
-    fit(TinyModule(), [bar(interactive=True)], max_steps=12, val_every=100)
+    fit(TinyModule(), [bar()], max_steps=12, val_every=100)
     drawn = {
         int(found[1]): " left" in found[0]
         for found in re.finditer(r"\| *(\d+)/12 \[[^\]]*\]", capsys.readouterr().err)
@@ -72,14 +76,11 @@ def test_the_bar_estimates_from_the_tenth_step_on(capsys) -> None:
 
 def test_a_schedule_that_moves_is_named(capsys) -> None:
     module = TinyModule()
-    module.schedule = published.deepseek_v3(1, 0.3)
-    module.schedule.name = "deepseek_v3"
-    fit(module, [StepProgressBar()], max_steps=2, val_every=100)
-    assert "lambda 0.3 (deepseek_v3)" in capsys.readouterr().err
-    module.schedule = published.constant(1, 0.3)
-    module.schedule.name = "constant"
-    fit(module, [StepProgressBar()], max_steps=2, val_every=100)
-    assert "constant" not in capsys.readouterr().err
+    for name, told in (("deepseek_v3", "lambda 0.3 (deepseek_v3)\n"), ("constant", "lambda 0.3\n")):
+        module.schedule = getattr(published, name)(1, 0.3)
+        module.schedule.name = name
+        fit(module, [StepProgressBar()], max_steps=2, val_every=100)
+        assert told in capsys.readouterr().err
 
 
 def test_lines_by_time(capsys, monkeypatch) -> None:
@@ -87,7 +88,7 @@ def test_lines_by_time(capsys, monkeypatch) -> None:
     began = time.monotonic()
     monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() - began)
     fit(TinyModule(), [StepProgressBar(line_seconds=1000.0)], max_steps=12, val_every=100)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    lines = lines_of(capsys.readouterr().err)
     assert [line.split()[1] for line in lines] == ["1/12", "12/12"]
 
 
@@ -120,7 +121,7 @@ def test_the_bar_is_closed_on_an_error(capsys) -> None:
         if step == 3:
             raise RuntimeError("broken")
 
-    shown = bar(interactive=True)
+    shown = bar()
     with pytest.raises(RuntimeError):
         fit(TinyModule(fail), [shown])
     assert shown._bar is None

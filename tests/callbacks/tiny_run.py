@@ -52,16 +52,18 @@ class TinyModule(pl.LightningModule):
         torch.manual_seed(0)
         self.layer = torch.nn.Linear(3, 2)
         self.at_step = at_step
-        self.factor = 1.0
         self.losses: dict[int, list[float]] = {}
         self.val_steps: list[int] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
+    def _losses(self, batch: Tensor) -> Tensor:
+        return ((self.layer(batch) - batch.mean(1, keepdim=True)) ** 2).mean(0)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         step = self.global_step + 1
-        losses = ((self.layer(batch) - batch.mean(1, keepdim=True)) ** 2).mean(0) * self.factor
+        losses = self._losses(batch)
         loss = losses[0] + 0.3 * losses[1]
         optimizer = self.optimizers()
         optimizer.zero_grad()
@@ -73,9 +75,6 @@ class TinyModule(pl.LightningModule):
             self.log(f"train/loss_depth_{k}", losses[k], on_step=True)
         if self.at_step is not None:
             self.at_step(self, step)
-        if self.factor != self.factor:
-            losses = losses * self.factor
-            loss = loss * self.factor
         return {
             "loss": loss,
             "losses": losses.detach(),
@@ -86,9 +85,9 @@ class TinyModule(pl.LightningModule):
         }
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        loss = ((self.layer(batch) - batch.mean(1, keepdim=True)) ** 2).mean(0)
+        losses = self._losses(batch)
         for k in range(2):
-            self.log(f"val/loss_depth_{k}", loss[k], batch_size=len(batch))
+            self.log(f"val/loss_depth_{k}", losses[k], batch_size=len(batch))
 
     def on_validation_end(self) -> None:
         if not self.trainer.sanity_checking:
@@ -103,10 +102,8 @@ def fit(
     val_every: int = 4,
     ckpt_path: Path | None = None,
     loggers: list[Any] | None = None,
-    folder: Path | None = None,
     epoch_steps: int = 1000,
-    **kwargs: Any,
-) -> pl.Trainer:
+) -> None:
     """Train on the CPU in steps, as the real runs do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice about workers and the like
@@ -124,12 +121,9 @@ def fit(
             # Lightning would add one of its own, which writes to the working directory.
             enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
             enable_model_summary=False,
-            default_root_dir=folder,
             enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
-            **kwargs,
         )
         stop_together(trainer)
         # no state: every validation sees the same batches
         validation = torch.utils.data.DataLoader(list(Batches(3)), batch_size=None)
         trainer.fit(module, Batches(epoch_steps), validation, ckpt_path=ckpt_path)
-    return trainer

@@ -52,7 +52,7 @@ class Foreign(Logger):
     def save(self) -> None:
         self.note("save")
 
-    def watch(self, model: str) -> str:
+    def watch(self, model: str, what: str = "weights") -> str:
         self.note("watch", model)
         return "watched"
 
@@ -65,8 +65,9 @@ def use(logger: GuardedLogger) -> None:
     logger.log_metrics({"train/loss": 0.5}, 2)
     logger.log_metrics(metrics={"train/loss": 0.5}, step=3)
     logger.write_text("text", "a", 3)
-    _ = logger.name, logger.version, logger.save_dir, logger.log_dir, logger.group_separator
-    logger.watch("model")
+    _ = logger.name, logger.version, logger.save_dir, logger.log_dir
+    assert logger.group_separator == "/"
+    logger.watch("model", what="gradients")
     logger.save()
     logger.finalize("success")
     logger.log_final({"a": 1}, {"val/loss": 0.5}, 3)
@@ -126,8 +127,8 @@ def test_a_failed_run_is_told_at_once() -> None:
 
 def test_callbacks_find_the_logger_that_they_know(tmp_path: Path) -> None:
     logger = GuardedLogger(CSVLogger(str(tmp_path)), "csv")
-    assert isinstance(logger, CSVLogger) and isinstance(logger, RunLogger)
-    assert not isinstance(GuardedLogger(Foreign(), "mine"), CSVLogger)
+    assert isinstance(logger, CSVLogger) and not isinstance(logger, RunLogger)
+    assert isinstance(GuardedLogger(Ours(), "mine"), RunLogger)
     assert logger.log_dir == CSVLogger(str(tmp_path)).log_dir
     assert not hasattr(logger, "watch")
     assert copy.copy(logger).version == logger.version

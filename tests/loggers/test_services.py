@@ -16,8 +16,12 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning import cli
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
+from mtp_lightning.loggers.mlflow import RunMLflow
+from mtp_lightning.loggers.trackio import RunTrackio
+from mtp_lightning.loggers.wandb import RunWandb
 
 # The libraries' own warnings, and the files and sockets that they leave to the end of the process.
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
@@ -33,13 +37,6 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
-
-
-def wandb(folder: Path) -> RunLogger:
-    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
-    from mtp_lightning.loggers.wandb import RunWandb
-
-    return RunWandb(folder, "lab")
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
@@ -79,13 +76,6 @@ def wandb_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
     return runs, config, points
 
 
-def mlflow(folder: Path) -> RunLogger:
-    pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
-    from mtp_lightning.loggers.mlflow import RunMLflow
-
-    return RunMLflow(folder, "lab")
-
-
 def mlflow_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
     """The same of the database beside the run folder."""
     from mlflow.tracking import MlflowClient
@@ -104,13 +94,6 @@ def mlflow_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
     return {run.info.run_id for run in runs}, run.data.params, points
 
 
-def trackio(folder: Path) -> RunLogger:
-    pytest.importorskip("trackio", reason="pip install -e '.[trackio]'")
-    from mtp_lightning.loggers.trackio import RunTrackio
-
-    return RunTrackio(folder, "lab")
-
-
 def trackio_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
     """The same of Trackio's database."""
     from trackio.sqlite_storage import SQLiteStorage
@@ -123,10 +106,10 @@ def trackio_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
     return set(runs), SQLiteStorage.get_run_config("lab", runs[0]), points
 
 
-SERVICES: dict[str, tuple[Callable, Callable]] = {
-    "wandb": (wandb, wandb_content),
-    "mlflow": (mlflow, mlflow_content),
-    "trackio": (trackio, trackio_content),
+SERVICES: dict[str, tuple[type[RunLogger], Callable]] = {
+    "wandb": (RunWandb, wandb_content),
+    "mlflow": (RunMLflow, mlflow_content),
+    "trackio": (RunTrackio, trackio_content),
 }
 
 
@@ -147,18 +130,18 @@ def log_steps(loggers: list[RunLogger], first: int, last: int) -> None:
 def test_an_interrupted_run_is_one_run(
     service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, content = SERVICES[service]
+    library = pytest.importorskip(service, reason=f"pip install -e '.[{service}]'")
+    kind, content = SERVICES[service]
     folder = tmp_path / "run"
     if service == "trackio":
-        module = pytest.importorskip("trackio", reason="pip install -e '.[trackio]'")
         # Read from the environment when it is imported, and by several of its modules.
         for name in ("utils", "sqlite_storage"):
-            monkeypatch.setattr(getattr(module, name), "TRACKIO_DIR", tmp_path / "trackio")
-    first = [make(folder), MetricsCSV(folder)]
+            monkeypatch.setattr(getattr(library, name), "TRACKIO_DIR", tmp_path / "trackio")
+    first = [kind(folder, "lab"), MetricsCSV(folder)]
     log_steps(first, 1, 4)
     first[0].finalize("failed")
 
-    again = [make(folder), MetricsCSV(folder)]
+    again = [kind(folder, "lab"), MetricsCSV(folder)]
     for logger in again:
         logger.resume_from(2)
     log_steps(again, 3, 5)
@@ -175,7 +158,7 @@ def test_an_interrupted_run_is_one_run(
     assert len(runs) == 1
     assert str(params["mtp.depth"]) == "2" and params["mtp"] == "parallel"
     if service == "wandb":
-        pytest.importorskip("wandb").teardown()  # ends the process that writes the file
+        library.teardown()  # ends the process that writes the file
     assert points["train/loss"] == [(step, step / 8) for step in range(1, 6)]
     assert points["val/loss"] == [(3, 0.75)]
     assert points["decode/sample"][0][0] == 3
@@ -184,13 +167,8 @@ def test_an_interrupted_run_is_one_run(
 def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtp_lightning import cli
-    from mtp_lightning.loggers.mlflow import RunMLflow
-    from mtp_lightning.loggers.trackio import RunTrackio
-    from mtp_lightning.loggers.wandb import RunWandb
-
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    for name, kind in (("wandb", RunWandb), ("mlflow", RunMLflow), ("trackio", RunTrackio)):
+    for name, (kind, _) in SERVICES.items():
         message = rf"^logger={name} needs the package {name}: pip install -e '.\[{name}\]'.$"
         with pytest.raises(ValueError, match=message):
             kind(tmp_path, "lab")
@@ -201,7 +179,6 @@ def test_wandb_says_how_to_send_an_offline_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
-    from mtp_lightning.loggers.wandb import RunWandb
 
     def away(**_: Any) -> bool:
         raise ConnectionError("no answer")

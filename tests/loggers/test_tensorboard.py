@@ -22,12 +22,6 @@ def read(folder: Path) -> EventAccumulator:
     return accumulator
 
 
-def charts(accumulator: EventAccumulator) -> dict[str, list[str]]:
-    (event,) = accumulator.Tensors(metadata.CONFIG_SUMMARY_TAG)
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-
-
 def test_events_lie_in_the_run_folder(tmp_path: Path) -> None:
     logger = RunTensorBoard(tmp_path, depth=2)
     logger.log_metrics({"train/loss_depth_0": 1.5}, 3)
@@ -38,12 +32,18 @@ def test_events_lie_in_the_run_folder(tmp_path: Path) -> None:
     logger.finalize("success")
 
 
-def test_charts_group_the_depths(tmp_path: Path) -> None:
-    logger = RunTensorBoard(tmp_path, depth=2)
+def charts_of_a_run(folder: Path, depth: int) -> dict[str, list[str]]:
+    logger = RunTensorBoard(folder, depth=depth)
     for step in range(2):
         logger.log_metrics({"train/loss": 1.0}, step)
     logger.finalize("success")
-    got = charts(read(tmp_path))
+    (event,) = read(folder).Tensors(metadata.CONFIG_SUMMARY_TAG)
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+
+
+def test_charts_group_the_depths(tmp_path: Path) -> None:
+    got = charts_of_a_run(tmp_path, depth=2)
     for title, tag in (("train loss", "train/loss"), ("lambda", "train/lambda")):
         (pattern,) = got[title]
         assert all(re.match(pattern, f"{tag}_depth_{k}") for k in (0, 1, 2, 10))
@@ -51,10 +51,8 @@ def test_charts_group_the_depths(tmp_path: Path) -> None:
 
 
 def test_no_lambda_chart_without_depths(tmp_path: Path) -> None:
-    logger = RunTensorBoard(tmp_path, depth=0)
-    logger.log_metrics({"train/loss": 1.0}, 0)
-    logger.finalize("success")
-    assert set(charts(read(tmp_path))) == {"train loss", "validation loss", "validation accuracy"}
+    wanted = {"train loss", "validation loss", "validation accuracy"}
+    assert charts_of_a_run(tmp_path, depth=0).keys() == wanted
 
 
 def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path) -> None:
@@ -67,13 +65,8 @@ def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path) -> None:
     second.log_metrics({"train/loss": 40.0}, 4)
     second.finalize("success")
     events = read(tmp_path).Scalars("train/loss")
-    assert [(event.step, event.value) for event in events] == [
-        (0, 0),
-        (1, 1),
-        (2, 2),
-        (3, 3),
-        (4, 40),
-    ]
+    found = [(event.step, event.value) for event in events]
+    assert found == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
 
 
 def test_a_writer_that_never_sleeps_is_refused(tmp_path):

@@ -46,11 +46,8 @@ def test_a_run_is_the_command_lines(run: Run, tmp_path: Path) -> None:
 def test_it_draws_its_curves(run: Run) -> None:
     assert run.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     (losses,) = run.plot().axes  # its windows are too short to draft in
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
-        "next token",
-        "depth 1",
-        "depth 2",
-    ]
+    named = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert named == ["next token", "depth 1", "depth 2"]
     more = run.metrics.assign(**{"decode/acceptance_position_1": 0.5, "val/exact_match": 0.25})
     drafts = draw_overview(more.drop(columns="val/exact_match")).axes[1]
     assert drafts.get_ylim() == (0, 1) and "accepted" in drafts.get_ylabel()
@@ -63,7 +60,6 @@ def test_it_draws_its_curves(run: Run) -> None:
         run.plot("train/nope")
 
 
-@pytest.mark.slow
 def test_it_evaluates_and_generates(run: Run) -> None:
     found = run.evaluate("long_range=false")
     assert found["val/loss_depth_0"] == run.summary["val/loss_depth_0"]
@@ -98,7 +94,6 @@ def test_drafts_are_coloured_and_text_is_text() -> None:
     assert "2.00 a verify pass" in page
 
 
-@pytest.mark.slow
 def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^mtp.depth must .* not -1\.$"):
         train(*given, "mtp.depth=-1", f"run_dir={tmp_path / 'run'}", quiet=True)
@@ -151,7 +146,6 @@ def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Pat
     assert run.summary["step"] == step + 2
 
 
-@pytest.mark.slow
 def test_a_sweep_is_a_table(given: list[str], tmp_path: Path) -> None:
     kept = [text for text in given if not text.startswith("mtp.depth=")]
     found = sweep(*kept, "mtp.depth=0,1", f"sweep_dir={tmp_path / 'sweep'}", quiet=True)

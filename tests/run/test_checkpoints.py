@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -238,4 +237,3 @@ def test_link_or_copy(tmp_path: Path, monkeypatch) -> None:
     cio.link_or_copy(last, best)
     assert not last.samefile(best) and same(cio.load(best), content(2))
     assert names(tmp_path) == ["best.ckpt", "last.ckpt"]
-    assert shutil.disk_usage(tmp_path).free > 0

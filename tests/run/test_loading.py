@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.run import loading
 from tests.models import build, checkpoint_of
+
+
+def put(monkeypatch: pytest.MonkeyPatch, checkpoint: dict[str, Any]) -> None:
+    """Let ``x.ckpt`` hold a checkpoint."""
+    monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def test_a_forged_config_is_refused_at_once(
     checkpoint = checkpoint_of(model)
     forged = ModelConfig(trunk=replace(tiny_trunk, **change), mtp=sequential)
     checkpoint["model_config"] = forged.to_dict()
-    monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
+    put(monkeypatch, checkpoint)
     began = time.monotonic()
     with pytest.raises(ValueError, match="x.ckpt is damaged or forged: its config asks") as error:
         open_model("x.ckpt")
@@ -57,7 +63,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     dtype: torch.dtype,
 ) -> None:
     checkpoint = checkpoint_of(build(tiny_trunk, sequential).to(dtype))
-    monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
+    put(monkeypatch, checkpoint)
     largest = torch.finfo(dtype).max
     checkpoint["state_dict"]["model.trunk.norm.weight"][:] = largest  # whose sum overflows
     assert open_model("x.ckpt").model.trunk.norm.weight[3] == largest
@@ -72,7 +78,6 @@ def test_weights_that_are_not_finite_are_refused_by_name(
 
 def test_a_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in ([1, 2], {"trunk": [1]}, {"trunk": {"d_model": 8}}):
-        file = (Path("x.ckpt"), {"model_config": config})
-        monkeypatch.setattr(loading, "read_checkpoint", lambda *_, file=file, **__: file)
+        put(monkeypatch, {"model_config": config})
         with pytest.raises(UserError, match="x.ckpt describes no model"):
             open_model("x.ckpt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
@@ -55,17 +57,66 @@ class Serving:
         self.port = port
         self.base_url = f"http://127.0.0.1:{port}/v1"
 
-    def meter(self, name: str) -> float:
-        """A value of /metrics, 0 where it has not been counted yet."""
+    def client(self) -> Any:
+        """OpenAI's own client."""
+        from openai import OpenAI
+
+        return OpenAI(base_url=self.base_url, api_key="none", max_retries=0)
+
+    def get(self, path: str, **headers: str) -> Any:
         import httpx2
 
-        text = httpx2.get(f"http://127.0.0.1:{self.port}/metrics").text
+        return httpx2.get(f"http://127.0.0.1:{self.port}/{path}", headers=headers)
+
+    def post(self, body: Any, kind: str = "application/json", path: str = "completions") -> Any:
+        """The answer to a body, which is bytes or made of its fields."""
+        import httpx2
+
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": kind}
+        return httpx2.post(f"{self.base_url}/{path}", content=sent, headers=headers, timeout=60)
+
+    def stream(self, **fields: Any) -> list[dict[str, Any]]:
+        """The events of a text."""
+        import httpx2
+
+        url, body = f"{self.base_url}/completions", {**fields, "stream": True}
+        with httpx2.stream("POST", url, json=body, timeout=60) as answer:
+            return list(events(answer.iter_lines()))
+
+    def meter(self, name: str) -> float:
+        """A value of /metrics, 0 where it has not been counted yet."""
+        text = self.get("metrics").text
         found = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         return float(found[0].split()[1]) if found else 0.0
 
     def wait_for(self, name: str, value: float) -> None:
         """Until a meter has a value."""
         until(lambda: self.meter(name) == value, f"{name} == {value}")
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a stream of server-sent events."""
+    for line in lines:
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def refused(response: Any, status: int, told: str) -> None:
+    """Check that a response is an error of one short sentence."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert told in error["message"], error["message"]
+    assert "\n" not in error["message"] and len(error["message"]) < 400
+
+
+def expected(run: OpenedModel, prompt: str | list[int], max_tokens: int, **settings: Any) -> Any:
+    """The text that generate() writes."""
+    ids = run.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+    settings["tokenizer"] = run.tokenizer
+    (generation,) = generate(run.model, [ids], max_new_tokens=max_tokens, **settings)
+    return generation
 
 
 def until(condition: Callable[[], bool], told: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import socket
@@ -17,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning import cli
 from mtp_lightning.errors import UserError
 from mtp_lightning.serving import start
 from tests.integration.helpers import ROOT, environment, execute
-from tests.serving.conftest import config
+from tests.serving.conftest import config, events
 
 APP = [sys.executable, str(ROOT / "serve.py")]
 FIELDS = {"prompt": "def ", "temperature": 0, "stream": True}
@@ -49,12 +49,6 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     finally:
         process.kill()
         process.communicate()
-
-
-def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        if line.startswith("data: {"):
-            yield json.loads(line.removeprefix("data: "))
 
 
 @pytest.mark.extras
@@ -136,7 +130,8 @@ def test_an_address_that_is_taken() -> None:
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.setitem(sys.modules, "fastapi", type(sys)("fastapi"))
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: name if name != "uvicorn" else None
+    )
     with pytest.raises(UserError, match=r"package uvicorn: pip install -e '\.\[serve\]'"):
-        start._require_packages()
+        start.serve(config())

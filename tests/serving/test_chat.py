@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ from typing import Any
 import pytest
 
 from data_modules.tokenizers import PretrainedTokenizer
-from mtp_lightning.decoding import generate
 from mtp_lightning.opening import OpenedModel, pretrained_state
 from mtp_lightning.serving.chat import ChatTemplate
 from mtp_lightning.serving.refusal import Refusal
 from tests.decoding.models import small_model
-from tests.serving.conftest import NAME, Serving, serving
+from tests.serving.conftest import NAME, Serving, expected, refused, serving
 
 pytestmark = pytest.mark.extras
 
@@ -104,21 +104,13 @@ def test_a_template_sees_messages_alone() -> None:
             ChatTemplate(source, {}).render([{"role": "user", "content": "a"}])
 
 
-def client(found: Serving) -> Any:
-    from openai import OpenAI
-
-    return OpenAI(base_url=found.base_url, api_key="none", max_retries=0)
-
-
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "seed": 3}], ids=str)
 def test_answers_are_generates(talking: OpenedModel, served: Serving, settings: Any) -> None:
     template = ChatTemplate.of(talking.tokenizer_state)
     assert template is not None
     prompt = talking.tokenizer.encode_specials(template.render(MESSAGES)).tolist()
-    (wanted,) = generate(
-        talking.model, [prompt], max_new_tokens=50, tokenizer=talking.tokenizer, **settings
-    )
-    api = client(served).chat.completions
+    wanted = expected(talking, prompt, 50, **settings)
+    api = served.client().chat.completions
     fields = {"model": NAME, "messages": MESSAGES, "max_completion_tokens": 50, **settings}
     whole = api.create(**fields, logprobs=True, top_logprobs=2)
     (choice,) = whole.choices
@@ -143,7 +135,7 @@ def test_answers_are_generates(talking: OpenedModel, served: Serving, settings: 
 
 
 def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
-    answer = client(served).chat.completions.create(model=NAME, messages=MESSAGES, seed=1)
+    answer = served.client().chat.completions.create(model=NAME, messages=MESSAGES, seed=1)
     assert answer.usage.completion_tokens > 16 or answer.choices[0].finish_reason == "stop"
 
 
@@ -170,18 +162,13 @@ def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
     ids=str,
 )
 def test_refusals(served: Serving, fields: dict[str, Any], told: str) -> None:
-    import httpx2
-
     body = {"model": NAME, "messages": MESSAGES, **fields}
-    response = httpx2.post(f"{served.base_url}/chat/completions", json=body)
-    assert response.status_code == 400 and told in response.json()["error"]["message"]
+    refused(served.post(body, path="chat/completions"), 400, told)
 
 
 def test_prompts_are_encoded_while_texts_are_decoded(served: Serving) -> None:
     """A tokenizer of the library cannot change, as it does for special tokens, while it decodes."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    api = client(served)
+    api = served.client()
 
     def ask(seed: int) -> str:
         answer = api.chat.completions.create(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.opening import OpenedModel
-from tests.serving.conftest import NAME, SEQ_LEN, Serving, serving
+from tests.serving.conftest import NAME, SEQ_LEN, Serving, refused, serving
 
 pytestmark = pytest.mark.extras
 
@@ -24,22 +24,6 @@ BODY_LIMIT = 100_000
 def served(run: OpenedModel) -> Iterator[Serving]:
     with serving(run, batch_size=2, max_body=BODY_LIMIT, hosts=["other.example"]) as found:
         yield found
-
-
-def post(served: Serving, body: bytes, kind: str = "application/json", chat: bool = False) -> Any:
-    import httpx2
-
-    path = "chat/completions" if chat else "completions"
-    headers = {"content-type": kind}
-    return httpx2.post(f"{served.base_url}/{path}", content=body, headers=headers, timeout=60)
-
-
-def refused(response: Any, status: int, told: str) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert told in error["message"], error["message"]
-    assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
 RAW = {
@@ -63,7 +47,7 @@ RAW = {
 @pytest.mark.parametrize("name", RAW)
 def test_bytes(served: Serving, name: str) -> None:
     body, status, told = RAW[name]
-    refused(post(served, body), status, told)
+    refused(served.post(body), status, told)
 
 
 @pytest.mark.parametrize(
@@ -115,30 +99,27 @@ def test_bytes(served: Serving, name: str) -> None:
     ids=str,
 )
 def test_fields(served: Serving, fields: dict[str, Any], told: str) -> None:
-    body = json.dumps({"model": NAME, "prompt": "a", **fields}).encode()
-    refused(post(served, body), 400, told)
+    refused(served.post({"model": NAME, "prompt": "a", **fields}), 400, told)
 
 
 def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
     neutral = {"n": 1, "best_of": 1, "echo": False, "logit_bias": {}, "presence_penalty": 0.0}
     ignored = {"user": "me", "metadata": {"a": "b"}, "suffix": None, "stop": None, "seed": None}
-    body = json.dumps({"prompt": "a", "max_tokens": 3, **neutral, **ignored}).encode()
-    assert post(served, body).status_code == 200
+    fields = {"prompt": "a", "max_tokens": 3, **neutral, **ignored}
+    assert served.post(fields).status_code == 200
 
 
 def test_extreme_settings_give_a_text(served: Serving) -> None:
     for fields in ({"temperature": 1e-300}, {"top_p": 1e-300}, {"temperature": 100, "top_k": 1}):
-        body = json.dumps({"prompt": "a", "max_tokens": 5, "logprobs": 20, **fields})
-        assert post(served, body.encode()).status_code == 200, fields
+        body = {"prompt": "a", "max_tokens": 5, "logprobs": 20, **fields}
+        assert served.post(body).status_code == 200, fields
 
 
 def test_paths_methods_and_kinds(served: Serving) -> None:
-    import httpx2
-
-    refused(post(served, b"{}", kind="text/plain"), 415, "application/json")
-    refused(httpx2.get(f"{served.base_url}/completions"), 405, "Method Not Allowed")
-    refused(httpx2.get(f"{served.base_url}/engines"), 404, "Not Found")
-    refused(httpx2.get(f"http://127.0.0.1:{served.port}/docs"), 404, "Not Found")
+    refused(served.post(b"{}", kind="text/plain"), 415, "application/json")
+    refused(served.get("v1/completions"), 405, "Method Not Allowed")
+    for path in ("v1/engines", "docs"):
+        refused(served.get(path), 404, "Not Found")
 
 
 def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
@@ -151,23 +132,18 @@ def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
     ):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(sent)
-    body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
-    assert post(served, body).status_code == 200
+    assert served.post({"prompt": "a", "max_tokens": 3}).status_code == 200
     served.wait_for("mtp_rows", 0)
 
 
 @pytest.mark.parametrize("path", ["v1/models", "health", "metrics", "nothing"])
 def test_foreign_names_are_not_answered(served: Serving, path: str) -> None:
     """As a page's site would call it whose name leads here."""
-    import httpx2
-
-    def asked(host: str) -> Any:
-        return httpx2.get(f"http://127.0.0.1:{served.port}/{path}", headers={"host": host})
-
     for host in ("evil.example", "evil.example:80", "localhost.evil.example"):
-        refused(asked(host), 421, f'not called "{host}": start it with hosts=[NAME]')
+        told = f'not called "{host}": start it with hosts=[NAME]'
+        refused(served.get(path, host=host), 421, told)
     for host in ("localhost", f"localhost:{served.port}", "[::1]", "10.0.0.7", "Other.example:1"):
-        assert asked(host).status_code in (200, 404), host
+        assert served.get(path, host=host).status_code in (200, 404), host
 
 
 def _ended(connection: socket.socket, seconds: float) -> bool:
@@ -219,9 +195,7 @@ def test_a_slow_body_and_a_second_request_are_no_slow_headers(
 
 def test_it_lives(served: Serving) -> None:
     """The last of this file, after all that was sent."""
-    import httpx2
-
-    assert httpx2.get(f"http://127.0.0.1:{served.port}/health").json() == {"status": "ok"}
-    body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
-    assert post(served, body).json()["usage"]["completion_tokens"] == 3
+    assert served.get("health").json() == {"status": "ok"}
+    answer = served.post({"prompt": "a", "max_tokens": 3}).json()
+    assert answer["usage"]["completion_tokens"] == 3
     assert served.server.worker.failure is None

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +16,10 @@ from typing import Any
 import pytest
 
 from data_modules.tokenizers import ByteTokenizer
-from mtp_lightning.decoding import generate
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import ROOT
 from tests.hostile import MARKS, Page
-from tests.serving.conftest import Serving, serving
+from tests.serving.conftest import Serving, expected, serving
 from tests.sweeps.browser import CHROMIUM, Browser
 
 HTML = (ROOT / "mtp_lightning" / "serving" / "page.html").read_text(encoding="utf-8")
@@ -27,12 +27,11 @@ WAYS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.0, "
 
 
 def streamed(served: Serving, **fields: Any) -> list[dict[str, Any]]:
-    import httpx2
+    return served.stream(**{"prompt": "import os", "max_tokens": 40, "seed": 5, **fields})
 
-    body = {"prompt": "import os", "max_tokens": 40, "seed": 5, "stream": True, **fields}
-    with httpx2.stream("POST", f"{served.base_url}/completions", json=body, timeout=60) as answer:
-        lines = [line for line in answer.iter_lines() if line.startswith("data: {")]
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +58,7 @@ def test_a_stream_tells_how_tokens_came(
 ) -> None:
     server = drawing_trees if tree else served
     chunks = streamed(server, **fields, stream_options={"include_drafts": True})
-    prompt = [run.tokenizer.encode("import os").tolist()]
-    options: dict[str, Any] = {**fields, "tree": tree, "seed": 5, "tokenizer": run.tokenizer}
-    (wanted,) = generate(run.model, prompt, max_new_tokens=40, **options)
+    wanted = expected(run, "import os", 40, **fields, tree=tree, seed=5)
     told = [chunk for chunk in chunks if "mtp" in chunk]
     for chunk in told[:-1]:
         pieces = "".join(token["text"] for token in chunk["mtp"]["tokens"])
@@ -84,8 +81,7 @@ def test_a_stream_tells_how_tokens_came(
     assert seconds == sorted(seconds)
     plain = streamed(server, **fields)
     assert all("mtp" not in chunk for chunk in plain)
-    text = "".join(chunk["choices"][0]["text"] for chunk in plain)
-    assert text == wanted.text == "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert text_of(plain) == wanted.text == text_of(chunks)
 
 
 @pytest.mark.extras
@@ -97,7 +93,7 @@ def test_a_request_may_ask_for_fewer_drafts(run: OpenedModel, served: Serving) -
         depths = [t["depth"] for c in chunks if "mtp" in c for t in c["mtp"]["tokens"]]
         assert max(depths) == depth and len(depths) > 30
         chunks = streamed(served, temperature=0, draft_depth=depth, **fields)
-        texts.add("".join(chunk["choices"][0]["text"] for chunk in chunks))
+        texts.add(text_of(chunks))
     assert len(texts) == 1
 
 
@@ -123,9 +119,7 @@ def test_the_page_is_one_file_that_loads_nothing() -> None:
 
 @pytest.mark.extras
 def test_the_policy_allows_its_own_code_by_hash_alone(served: Serving) -> None:
-    import httpx2
-
-    answer = httpx2.get(f"http://127.0.0.1:{served.port}/")
+    answer = served.get("")
     assert answer.status_code == 200 and answer.text == HTML
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = dict(
@@ -138,8 +132,7 @@ def test_the_policy_allows_its_own_code_by_hash_alone(served: Serving) -> None:
     assert policy.pop("connect-src") == "'self'"
     assert set(policy.values()) == {"'none'"}
     assert {"default-src", "base-uri", "form-action", "frame-ancestors"} == set(policy)
-    wrong = httpx2.get(f"http://127.0.0.1:{served.port}/", headers={"host": "evil.example"})
-    assert wrong.status_code == 421
+    assert served.get("", host="evil.example").status_code == 421
 
 
 in_a_browser = pytest.mark.browser
@@ -203,10 +196,10 @@ def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Bro
     opened(browser, served)
     browser.run("document.getElementById('temperature').value = 1")
     press(browser, "race")
-    prompt, options = [run.tokenizer.encode("def main(").tolist()], {"temperature": 1.0, "seed": 1}
-    (wanted,) = generate(run.model, prompt, max_new_tokens=40, tokenizer=run.tokenizer, **options)
+    options = {"temperature": 1.0, "seed": 1}
+    wanted = expected(run, "def main(", 40, **options)
     plainly = streamed(served, prompt="def main(", draft_depth=0, **options)
-    texts = [wanted.text, "".join(chunk["choices"][0]["text"] for chunk in plainly)]
+    texts = [wanted.text, text_of(plainly)]
     assert browser.run(TEXT) == texts
     drafted, plain = browser.run(NUMBERS)
     passes = wanted.verify_passes + 1
@@ -241,7 +234,10 @@ def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Bro
 
 
 @in_a_browser
-def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
+def test_switches_and_the_keyboard(
+    served: Serving, browser: Browser, gate: threading.Event
+) -> None:
+    gate.set()
     opened(browser, served)
     browser.run("""(() => {
         for (const [id, value] of [["depth", 1], ["temperature", 0.7]]) {
@@ -263,12 +259,13 @@ def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
         key(browser, "Tab")
         reached.append(browser.run("document.activeElement.id"))
     assert reached == ["temperature", "depth", "tokens", "seed", "write", "race"]
-    # Escape stops.
-    browser.run("document.getElementById('tokens').value = 1000")
+    # Escape stops a text that is being written, which the gate keeps from ending by itself.
+    gate.clear()
     browser.run("document.getElementById('write').click()")
-    waits(browser, "document.querySelectorAll('pre span').length > 3")
+    waits(browser, "document.querySelectorAll('pre span').length > 0")
     key(browser, "Escape")
     done(browser)
+    gate.set()
     assert browser.run("document.getElementById('status').textContent").startswith("Stopped: ")
     served.wait_for("mtp_rows", 0)
     browser.run("document.getElementById('prompt').value = ''")

@@ -6,13 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from mtp_lightning.decoding import generate
 from mtp_lightning.opening import OpenedModel
-from tests.serving.conftest import NAME, SEQ_LEN, Serving, serving, until
+from tests.serving.conftest import NAME, SEQ_LEN, Serving, expected, serving, until
 
 pytestmark = pytest.mark.extras
 
@@ -36,23 +36,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 def served(run: OpenedModel) -> Iterator[Serving]:
     with serving(run, batch_size=4) as found:
         yield found
-
-
-def client(found: Serving) -> Any:
-    from openai import OpenAI
-
-    return OpenAI(base_url=found.base_url, api_key="none", max_retries=0)
-
-
-def expected(run: OpenedModel, prompt: str, max_tokens: int, **settings: Any) -> Any:
-    (generation,) = generate(
-        run.model,
-        [run.tokenizer.encode(prompt).tolist()],
-        max_new_tokens=max_tokens,
-        tokenizer=run.tokenizer,
-        **settings,
-    )
-    return generation
 
 
 def test_sixteen_streams_are_each_their_own_text(run: OpenedModel) -> None:
@@ -126,7 +109,7 @@ def test_by_default_samples_are_the_same_under_any_load(run: OpenedModel) -> Non
 
 def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "import os", "max_tokens": 30, "temperature": 0.9, "seed": 6}
-    answer = client(served).completions.create(model=NAME, logprobs=3, **fields)
+    answer = served.client().completions.create(model=NAME, logprobs=3, **fields)
     wanted = expected(run, **fields, logprobs=3)
     (choice,) = answer.choices
     assert choice.text == wanted.text and choice.finish_reason == "length"
@@ -140,7 +123,7 @@ def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Ser
     # Part of a character is told by its bytes.
     named = {bytes([b]).decode() if b < 128 else f"bytes:\\x{b:02x}" for b in wanted.token_ids}
     assert set(found.tokens) == named and len(named) > 10
-    ids = client(served).completions.create(
+    ids = served.client().completions.create(
         model=NAME, **{**fields, "prompt": list(b"import os")}, logprobs=0
     )
     assert ids.choices[0].text == wanted.text
@@ -149,9 +132,9 @@ def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Ser
 
 def test_a_stream_tells_the_log_probabilities_of_a_whole_answer(served: Serving) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 25, "seed": 4, "logprobs": 1}
-    whole = client(served).completions.create(**fields).choices[0].logprobs
+    whole = served.client().completions.create(**fields).choices[0].logprobs
     streamed = [
-        c.choices[0].logprobs for c in client(served).completions.create(**fields, stream=True)
+        c.choices[0].logprobs for c in served.client().completions.create(**fields, stream=True)
     ]
     told = [part for part in streamed if part is not None]
     assert [t for part in told for t in part.tokens] == whole.tokens
@@ -161,14 +144,14 @@ def test_a_stream_tells_the_log_probabilities_of_a_whole_answer(served: Serving)
 
 def test_samples_without_a_seed_differ(served: Serving) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 30}
-    texts = {client(served).completions.create(**fields).choices[0].text for _ in range(3)}
+    texts = {served.client().completions.create(**fields).choices[0].text for _ in range(3)}
     assert len(texts) == 3
 
 
 def test_models_are_listed(served: Serving) -> None:
     from openai import NotFoundError
 
-    api = client(served)
+    api = served.client()
     assert [model.id for model in api.models.list()] == [NAME]
     assert api.models.retrieve(NAME).owned_by == "mtp-lightning"
     with pytest.raises(NotFoundError, match="only tiny"):
@@ -181,7 +164,7 @@ def test_no_chat_without_a_template(served: Serving) -> None:
     from openai import BadRequestError
 
     with pytest.raises(BadRequestError, match="no chat template: ask it by /v1/completions"):
-        client(served).chat.completions.create(
+        served.client().chat.completions.create(
             model=NAME, messages=[{"role": "user", "content": "a"}]
         )
 
@@ -189,7 +172,7 @@ def test_no_chat_without_a_template(served: Serving) -> None:
 def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: OpenedModel) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 1000, "temperature": 0}
     gone = 'mtp_requests_total{status="499"}'
-    with serving(run, batch_size=1) as found, client(found) as api, client(found) as other:
+    with serving(run, batch_size=1) as found, found.client() as api, found.client() as other:
         running = api.completions.create(**fields, stream=True)
         next(iter(running))
         waiting = threading.Thread(target=_ask_and_drop, args=(found, fields))
@@ -218,22 +201,18 @@ def test_a_full_queue_says_when_to_come_again(run: OpenedModel, gate: threading.
     from openai import RateLimitError
 
     fields = {"model": NAME, "prompt": "a", "max_tokens": 10, "temperature": 0}
-    texts: list[str] = []
-    with serving(run, batch_size=1, queue=2) as found, client(found) as api:
-
-        def ask() -> None:
-            texts.append(api.completions.create(**fields).choices[0].text)
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
+    with (
+        serving(run, batch_size=1, queue=2) as found,
+        found.client() as api,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        asked = [pool.submit(api.completions.create, **fields) for _ in range(3)]
         found.wait_for("mtp_queue_length", 2)
         with pytest.raises(RateLimitError, match="2 requests are waiting already") as refused:
             api.completions.create(**fields)
         assert refused.value.response.headers["retry-after"] == "1"
         gate.set()
-        for thread in threads:
-            thread.join(30)
+        texts = [answer.result(30).choices[0].text for answer in asked]
         assert texts == [expected(run, "a", 10).text] * 3
         found.wait_for('mtp_requests_total{status="429"}', 1)
 
@@ -253,7 +232,7 @@ def test_memory_is_flat(run: OpenedModel) -> None:
         found.wait_for("mtp_rows", 0)
         return _resident()
 
-    with serving(run, batch_size=2) as found, client(found) as api:
+    with serving(run, batch_size=2) as found, found.client() as api:
         before = rounds(found, api, 60)
         after = rounds(found, api, 200)
         assert not found.server.worker._running and not found.server.worker._waiting
@@ -271,7 +250,7 @@ def test_a_defect_ends_the_server_and_tells_everyone(
 ) -> None:
     from openai import InternalServerError
 
-    with serving(run) as found, client(found) as api:
+    with serving(run) as found, found.client() as api:
         step = type(found.server.worker._engine).step
 
         def breaks(self: Any) -> Any:
