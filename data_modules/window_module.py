@@ -46,15 +46,15 @@ class WindowDataModule(LightningDataModule, ABC):
     def __init__(
         self,
         *,
-        seq_len: int,
-        batch_size: int,
-        depth: int,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        depth: int = 0,
         stride: int = 1,
-        accumulate: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        pin_memory: bool | None,
-        seed: int,
+        accumulate: int = 1,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
         lookahead: int = 0,
     ) -> None:
         super().__init__()
@@ -95,6 +95,11 @@ class WindowDataModule(LightningDataModule, ABC):
     # the folder.
     cache_states: bool = False
     states: Path | None = None
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """T, D, s and E of the windows, as :class:`CutWindows` takes them."""
+        return {name: getattr(self, name) for name in ("seq_len", "depth", "stride", "extra")}
 
     def found(self) -> dict[str, Any]:
         """Values of the group ``data`` that the data have found themselves, by their keys."""
@@ -198,18 +203,12 @@ class WindowDataModule(LightningDataModule, ABC):
             self.training,
             batch_size=self.batch_size * self.accumulate,
             seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
+            **self._loading,
         )
 
     def val_dataloader(self) -> EvaluationLoader:
         """Lightning's hook."""
-        return EvaluationLoader(
-            self.evaluation,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
-        )
+        return EvaluationLoader(self.evaluation, batch_size=self.eval_batch_size, **self._loading)
 
     @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:
@@ -233,5 +232,6 @@ class WindowDataModule(LightningDataModule, ABC):
         """
 
     @property
-    def _pins_memory(self) -> bool:
-        return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+    def _loading(self) -> dict[str, Any]:
+        pins = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+        return {"num_workers": self.num_workers, "pin_memory": pins}
