@@ -140,7 +140,7 @@ def test_another_version_than_the_results_is_said(site, monkeypatch, caplog):
 
 def test_the_default_packages_come_with_this_project():
     source = PackagesSource()
-    assert len(source.packages()) == 31 and source.total_bytes() > 100_000_000
+    assert len(source.packages) == 31 and source.total_bytes() > 100_000_000
     assert source.names == sorted(manifests._manifests()["packages"])
 
 

@@ -21,7 +21,7 @@ from data_modules.sources import (
 
 def test_stdlib_is_the_running_library_without_tests():
     source = StdlibSource()
-    names = [name for name, _ in source.files()]
+    names = [name for name, _ in source.files]
     assert names == sorted(names) and "json/decoder.py" in names and "argparse.py" in names
     assert not any(part in name.split("/") for name in names for part in ("test", "site-packages"))
     documents = list(source.documents())

@@ -102,7 +102,7 @@ def test_packages_of_the_standard_library_are_on_one_side():
     source = StdlibSource()
     documents = list(source.documents())
     assert [document for _, document in source.grouped()] == documents
-    groups = dict(zip((name for name, _ in source.files()), source.grouped(), strict=True))
+    groups = dict(zip((name for name, _ in source.files), source.grouped(), strict=True))
     assert groups["json/decoder.py"][0] == groups["json/__init__.py"][0] == "json"
     assert groups["argparse.py"][0] == "argparse"
     split = list(DocumentSplit(source))
