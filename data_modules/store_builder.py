@@ -145,12 +145,7 @@ def write_documents(
         "format": FORMAT,
         "dtype": dtype.name,
         "source": split.source.summary(),
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint(),
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-        },
+        "tokenizer": tokenizer.facts(),
         "val_fraction": split.val_fraction,
         "split_seed": split.seed,
         "lines_in_training": overlap.share(),

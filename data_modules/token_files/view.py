@@ -235,12 +235,7 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
     return {
         "format": FORMAT,
         "dtype": np.dtype(texts["train"].shards[0].dtype).name,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint(),
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-        },
+        "tokenizer": tokenizer.facts(),
         "bytes_defined": known,
         "lines_in_training": None,
         "splits": splits,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
-from data_modules.tokenizers.library import library_tokenizer
+from data_modules.tokenizers.library import library_tokenizer, quiet_forks
 from data_modules.tokenizers.pre_tokenizer import PATTERN, PreTokenizer, new_pre_tokenizer
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
@@ -68,7 +67,7 @@ class BPETokenizer(Tokenizer):
         """
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-        _quiet_forks()
+        quiet_forks()
         library = Tokenizer(models.BPE())
         library.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -99,7 +98,6 @@ class BPETokenizer(Tokenizer):
         if self._library is None:
             if self._json is None:
                 raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
-            _quiet_forks()
             self._library = library_tokenizer(self._json, source="the bpe tokenizer")
             # The name of the special token in a text is text: the round trip must be lossless.
             self._library.encode_special_tokens = True
@@ -217,9 +215,3 @@ def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
             return
         limit -= len(data)
         yield document
-
-
-def _quiet_forks() -> None:
-    # Without this setting the library prints a warning in every loader worker that is forked later.
-    # Workers load windows and never encode, so its threads and the forks do not meet.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -56,9 +56,6 @@ class ByteTokenizer(Tokenizer):
         library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return str(library.to_str())
 
-    def spec(self) -> dict[str, Any]:
-        return self.state()
-
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
