@@ -23,7 +23,7 @@ import numpy as np
 
 from data_modules.tasks.base import Example, Task
 from data_modules.tasks.measures import AffineProbe, Excess, Measure, Training
-from mtp_lightning.settings import require_choice, require_number, require_whole
+from mtp_lightning.settings import require_choice, require_number
 
 START, FIRST = 1, 2
 
@@ -49,7 +49,7 @@ class HMM(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("data.task.process", self.process, ["mess3", "rrxor"])
-        require_whole("data.task.length", self.length, least=1)
+        self.require_whole(length=1)
         require_number("data.task.x", self.x, above=0, below=0.5)
         require_number("data.task.a", self.a, above=0, below=1)
 

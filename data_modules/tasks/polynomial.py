@@ -19,7 +19,6 @@ from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task
 from data_modules.tasks.held_out import HeldOutTask
-from mtp_lightning.settings import require, require_whole
 
 EQUALS, MINUS, PLUS, TIMES, OF, FIRST = range(1, 7)
 Q, N = 7, 5
@@ -42,14 +41,8 @@ class Polynomial(HeldOutTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.least", self.least, least=1)
-        require_whole("data.task.operations", self.operations, least=1)
-        require(
-            self.least <= self.operations,
-            "data.task.least",
-            self.least,
-            f"at most data.task.operations={self.operations}",
-        )
+        self.require_whole(least=1, operations=1)
+        self.require_order("least", "operations")
 
     @property
     def symbols(self) -> tuple[str, ...]:
