@@ -175,8 +175,6 @@ def _may_be_text(path: Path) -> bool:
 def _one_document(path: Path) -> str:
     """A file's text, compressed or not."""
     try:
-        if path.suffix.lower() not in COMPRESSED:
-            return decode_utf8(path.read_bytes(), str(path))
         with open_plain(path) as file:
             return decode_utf8(file.read(), str(path))
     except MemoryError:

@@ -23,7 +23,7 @@ from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources.base import digest, digest_files
 from data_modules.store_builder import Progress
 from data_modules.token_files.formats import TokenSource
-from data_modules.token_store import FORMAT, PIECES, TokenStore
+from data_modules.token_store import FORMAT, PIECES, TokenStore, count_ids
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
 
@@ -121,11 +121,7 @@ class Text:
         if n_kept < len(self.starts):
             at = int(self.starts[n_kept])
         before, after = cut(self.shards, at)
-        tokens = ShardedTokens(after)
-        counts = np.zeros_like(self.counts)
-        for first in range(0, len(tokens), _BLOCK):
-            block = tokens[first : min(first + _BLOCK, len(tokens))]
-            counts += np.bincount(block, minlength=len(counts))
+        counts = count_ids(ShardedTokens(after), len(self.counts))
         starts = np.union1d([0], self.starts[n_kept:] - at)
         return (
             Text(before, self.starts[:n_kept], self.counts - counts),

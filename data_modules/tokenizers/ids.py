@@ -19,6 +19,7 @@ class IdTokenizer(Tokenizer):
     Args:
         vocab_size: number of ids.
         eot_id: id that ends a document.
+
     Raises:
         UserError: for numbers out of range.
     """
