@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from data_modules.tasks import HMM, Sibling
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.data_module import TaskDataModule
 from data_modules.tasks.measures import LEAST, AffineProbe, Measure
-from data_modules.windows import WindowBatch
 
 C, LENGTH = 6, 9
 
 
-@dataclass
-class Given:
-    """Outputs that a test has made up."""
-
-    batch: WindowBatch
-    states_BPC: Tensor
-    sampled_BW: Tensor
-    nats_BW: Tensor
-
-
-def outputs(task: HMM, numbers: np.ndarray, *, noise: float = 0.3, rank: int = C) -> Given:
+def outputs(
+    task: HMM, numbers: np.ndarray, *, noise: float = 0.3, rank: int = C
+) -> SimpleNamespace:
     """States that hold the beliefs, bent and with noise, each example's from its own number."""
     batch = AnswerSet(task, 1000, depth=1).batch(numbers)
     states = []
@@ -40,7 +30,8 @@ def outputs(task: HMM, numbers: np.ndarray, *, noise: float = 0.3, rank: int = C
         mixed[:, rank:] = mixed[:, :1]  # the same in several places: no single best map
         states.append(mixed)
     nats = np.abs(np.random.default_rng(0).normal(size=batch.tokens.shape))
-    return Given(batch, torch.tensor(np.stack(states)), batch.tokens, torch.tensor(nats))
+    states_BPC = torch.tensor(np.stack(states))
+    return SimpleNamespace(batch=batch, states_BPC=states_BPC, nats_BW=torch.tensor(nats))
 
 
 def probed(measure: Measure, task: HMM, batches: list[np.ndarray], **how: float) -> float:
@@ -125,7 +116,7 @@ def test_the_excess_is_above_the_processes_own_surprisal(process: str) -> None:
         if process == "rrxor":  # five states are as good as three here
             batch = AnswerSet(task, n, depth=1).batch(numbers)
             made = np.abs(np.random.default_rng(0).normal(size=batch.tokens.shape))
-            given = Given(batch, batch.tokens, batch.tokens, torch.tensor(made))
+            given = SimpleNamespace(batch=batch, nats_BW=torch.tensor(made))
         else:
             given = outputs(task, numbers)
         excess.update(numbers, given)
@@ -153,14 +144,12 @@ def test_the_creativity_of_samples() -> None:
     prompt = [2, 3, 1]
     for numbers in (np.array([3, 1]), np.array([0, 4, 2])):  # whatever the order
         rows = torch.tensor([[*prompt, *said[i], 0] for i in numbers])
-        measure.update(numbers, Given(WindowBatch(rows, 1), rows, rows, rows))
+        measure.update(numbers, SimpleNamespace(sampled_BW=rows))
     shares = {"sampled_coherent": 3 / 5, "sampled_distinct": 2 / 5}
     assert measure.compute() == shares | {"creativity": 1 / 5}
     (fresh,) = task.measures(n=5, d_model=C)
-    fresh.update(
-        np.arange(5),
-        Given(WindowBatch(rows, 1), rows, torch.tensor([[*prompt, *s, 0] for s in said]), rows),
-    )
+    rows = torch.tensor([[*prompt, *s, 0] for s in said])
+    fresh.update(np.arange(5), SimpleNamespace(sampled_BW=rows))
     assert fresh.compute() == shares
 
 

@@ -13,6 +13,7 @@ from data_modules.tasks import MQAR, Copy, StarGraph, Task
 from data_modules.tasks.base import END
 from data_modules.tasks.data_module import TaskDataModule
 from data_modules.windows import WindowBatch
+from tests.data_modules.loaders import stream
 
 # On a machine of one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -137,20 +138,13 @@ def test_resumes_with_the_next_batch(examples: int | None) -> None:
     def loader(seed: int) -> Any:
         return module(MQAR(), examples=examples, seed=seed).train_dataloader()
 
-    straight, batches = loader(7), []
-    while len(batches) < 20:  # a fixed set of 30 has 7 batches an epoch
-        batches += list(zip(range(20), straight, strict=False))
+    batches = stream(loader(7), 20)  # a fixed set of 30 has 7 batches an epoch
     for stop in (1, 6, 7, 8, 13):
-        broken, n = loader(7), 0
-        while n < stop:
-            for _ in broken:
-                n += 1
-                if n == stop:
-                    break
+        broken = loader(7)
+        stream(broken, stop)
         resumed = loader(0)  # goes on with what it was begun with
         resumed.load_state_dict(broken.state_dict())
-        following = next(iter(resumed))
-        assert same(following, batches[stop][1]), stop
+        assert same(next(iter(resumed)), batches[stop]), stop
 
 
 def test_a_fixed_set_is_read_whole_and_the_same_for_every_seed() -> None:
