@@ -12,6 +12,7 @@ import lzma
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from data_modules.digests import digest, write_record
 from data_modules.token_store import TokenFile
-from data_modules.window_dataset import CutWindows
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
@@ -119,7 +120,7 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
 
 
 @dataclass(eq=False)
-class EvaluationWindows(CutWindows):
+class EvaluationWindows(Windows):
     """Windows of an evaluation text.
 
     The stream is an end-of-text token, from which the first token is predicted, and then one
@@ -139,9 +140,6 @@ class EvaluationWindows(CutWindows):
     eot_id: int
     document_mask: bool = False
 
-    def __post_init__(self) -> None:
-        self._stream: np.ndarray | None = None
-
     def __len__(self) -> int:
         return -(-self.text.n_tokens // self.seq_len)
 
@@ -151,31 +149,31 @@ class EvaluationWindows(CutWindows):
         return self.text.n_tokens - self.document_mask * len(self.text.starts)
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
-        if self._stream is None:
-            self._open()
-        assert self._stream is not None
-        end = len(self._stream) - 1
+        stream, last = self._stream
+        end = len(stream) - 1
         at = numbers[:, None] * self.seq_len + np.arange(self.width)
         inside = np.minimum(at, end)
-        texts = torch.from_numpy(self._last.searchsorted(inside).clip(max=len(self._last) - 1))
-        # The token before the first document belongs to no document.
-        documents = torch.from_numpy(np.where(inside == 0, -1, texts))
+        texts = torch.from_numpy(last.searchsorted(inside).clip(max=len(last) - 1))
+        documents = None
+        if self.document_mask:  # the token before the first document belongs to no document
+            documents = torch.from_numpy(np.where(inside == 0, -1, texts))
         return self.batch(
-            self._stream[inside],
-            documents=documents if self.document_mask else None,
+            stream[inside],
+            documents=documents,
             scored=torch.from_numpy(at < end),
             texts=texts,
         )
 
-    def _open(self) -> None:
-        """Builds the stream of the text, not of the split; each loader worker builds its own."""
+    @cached_property
+    def _stream(self) -> tuple[np.ndarray, np.ndarray]:
+        """The stream, and the index in it of every document's last token. It is of the text and not
+        of the split; each loader worker builds its own."""
         file = self.text.file
         tokens, eot = file.tokens(), np.array([self.eot_id], file.dtype)
         spans = zip(self.text.starts, self.text.ends, strict=True)
         # One more token at the end is read for every position after it.
-        self._stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
-        # Index in the stream of every document's last token.
-        self._last = (self.text.ends - self.text.starts).cumsum()
+        stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
+        return stream, (self.text.ends - self.text.starts).cumsum()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_stream": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_stream"}

@@ -7,36 +7,17 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from data_modules.order import Order, window_order
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import end_with
-
-
-class Windows(Protocol):
-    """Maps an array of window numbers to a batch of them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, numbers: np.ndarray, /) -> WindowBatch: ...
-
-
-class TrainingWindows(Windows, Protocol):
-    """Windows of a training set, which check that there are enough of them."""
-
-    def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError`` with the remedy if there are too few windows for one step.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
 
 
 class _Loader:
@@ -110,9 +91,7 @@ class WindowLoader(_Loader):
         UserError: for a ``batch_size`` below 1 or a negative seed.
     """
 
-    dataset: TrainingWindows
-
-    def __init__(self, dataset: TrainingWindows, *, seed: int = 0, **options: Any) -> None:
+    def __init__(self, dataset: Windows, *, seed: int = 0, **options: Any) -> None:
         super().__init__(dataset, **options)
         if seed < 0:
             raise UserError(f"seed must be 0 or more, got {seed}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
 
 
 @dataclass(eq=False, kw_only=True)
-class CutWindows(Dataset[WindowBatch]):
+class Windows(Dataset[WindowBatch], ABC):
     """Maps an array of window numbers to a :class:`WindowBatch` of T + s D + 1 + E tokens.
 
     Attributes:
@@ -63,6 +65,23 @@ class CutWindows(Dataset[WindowBatch]):
         """Tokens of a window."""
         return self.seq_len + 1 + self.beyond
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    @abstractmethod
+    def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
+        """The windows of these numbers."""
+
+    def require(self, batch_size: int, world: int) -> None:
+        """Raises ``UserError``, with the remedy, if there are too few windows for one step of
+        training.
+
+        Args:
+            batch_size: windows of one step of one process.
+            world: number of processes.
+        """
+
     def batch(self, tokens: np.ndarray, **fields: Any) -> WindowBatch:
         """The batch of some windows.
 
@@ -75,7 +94,7 @@ class CutWindows(Dataset[WindowBatch]):
 
 
 @dataclass(eq=False)
-class WindowDataset(CutWindows):
+class WindowDataset(Windows):
     """Windows of a token file; window i begins at token ``i * T``.
 
     The file is opened on first use, so each loader worker has its own memory map.
@@ -99,9 +118,6 @@ class WindowDataset(CutWindows):
 
     def __post_init__(self) -> None:
         assert 0 <= self.stride * self.depth <= self.beyond <= self.seq_len
-        self._windows: np.ndarray | ShardedTokens | None = None
-        self._starts: np.ndarray | None = None
-        self._kept: np.ndarray | None = None
         self._chosen: np.ndarray | None = None
         there = self._in_file
         if self.limit is not None:
@@ -120,12 +136,6 @@ class WindowDataset(CutWindows):
         return window_count(self.file.n_tokens, self.seq_len, self.beyond)
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError``, with the remedy, if there are too few windows for one step.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
         n, needed = len(self), batch_size * world
         if n == 0:
             raise UserError(
@@ -142,40 +152,43 @@ class WindowDataset(CutWindows):
             )
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
-        if self._windows is None:
-            self._open()
         if self._chosen is not None:
             numbers = self._chosen[numbers]
-        if isinstance(self._windows, ShardedTokens):
-            windows = self._windows.windows(numbers * self.seq_len, self.width)
+        windows = self._windows
+        if isinstance(windows, ShardedTokens):
+            found = windows.windows(numbers * self.seq_len, self.width)
         else:
-            assert self._windows is not None
-            windows = self._windows[numbers]
+            found = windows[numbers]
         return self.batch(
-            windows,
+            found,
             documents=torch.from_numpy(self._documents(numbers)) if self.document_mask else None,
-            states=None if self.states is None else self._states(self.states, numbers),
+            states=None if self.states is None else self._states(numbers),
         )
 
-    def _states(self, folder: Path, numbers: np.ndarray) -> torch.Tensor:
-        if self._kept is None:
-            self._kept = np.load(folder / STATES, mmap_mode="r")
+    @cached_property
+    def _windows(self) -> np.ndarray | ShardedTokens:
+        """The windows of one file, or the tokens of several."""
+        tokens = self.file.tokens()
+        if isinstance(tokens, ShardedTokens):
+            return tokens
+        # A view: row i is window i, and rows overlap by D + E + 1 tokens.
+        return sliding_window_view(tokens, self.width)[:: self.seq_len]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return self.file.starts()
+
+    @cached_property
+    def _kept(self) -> np.ndarray:
+        assert self.states is not None
+        return np.load(self.states / STATES, mmap_mode="r")  # type: ignore[no-any-return]
+
+    def _states(self, numbers: np.ndarray) -> torch.Tensor:
         found = torch.from_numpy(self._kept[numbers])
         return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
-    def _open(self) -> None:
-        tokens = self.file.tokens()
-        if isinstance(tokens, ShardedTokens):
-            self._windows = tokens
-        else:
-            # A view: row i is window i, and rows overlap by D + E + 1 tokens.
-            self._windows = sliding_window_view(tokens, self.width)[:: self.seq_len]
-        if self.document_mask:
-            self._starts = self.file.starts()
-
     def _documents(self, numbers: np.ndarray) -> np.ndarray:
         """``[B, T+D+1]`` int64 number of the document that each token belongs to."""
-        assert self._starts is not None
         begin = numbers * self.seq_len
         first = self._starts.searchsorted(begin, side="right") - 1
         last = self._starts.searchsorted(begin + self.width - 1, side="right") - 1
@@ -188,4 +201,5 @@ class WindowDataset(CutWindows):
         return documents
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_windows": None, "_starts": None, "_kept": None}
+        opened = ("_windows", "_starts", "_kept")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from data_modules.loader import EvaluationLoader, TrainingWindows, WindowLoader, Windows
+from data_modules.loader import EvaluationLoader, WindowLoader
 from data_modules.tokenizers.base import Tokenizer
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
@@ -98,7 +99,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @property
     def cut(self) -> dict[str, Any]:
-        """T, D, s and E of the windows, as :class:`CutWindows` takes them."""
+        """T, D, s and E of the windows, as :class:`Windows` takes them."""
         return {name: getattr(self, name) for name in ("seq_len", "depth", "stride", "extra")}
 
     def found(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @property
     @abstractmethod
-    def training(self) -> TrainingWindows:
+    def training(self) -> Windows:
         """The windows of every epoch of training."""
 
     def train_dataloader(self) -> WindowLoader:

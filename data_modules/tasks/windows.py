@@ -18,7 +18,7 @@ import torch
 from data_modules.loader import WindowLoader
 from data_modules.order import Order
 from data_modules.tasks.base import END, TRAINING, Example, Task
-from data_modules.window_dataset import CutWindows
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 
@@ -32,7 +32,7 @@ def first_training_index(seed: int) -> int:
 
 
 @dataclass(eq=False)
-class TaskWindows(CutWindows):
+class TaskWindows(Windows):
     """Windows of whole examples.
 
     Window i holds examples ``first + i * n`` to ``first + (i + 1) * n - 1``, n = ``per_window``.
@@ -60,12 +60,6 @@ class TaskWindows(CutWindows):
         return EPOCH if self.examples is None else -(-self.examples // self.per_window)
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError``, with the remedy, if there are too few windows for one step.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
         n, needed = len(self), batch_size * world
         if n < needed:
             raise UserError(
