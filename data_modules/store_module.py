@@ -103,7 +103,6 @@ class StoreDataModule(WindowDataModule):
         return str(self.store.meta["fingerprint"])
 
     def document_frequency(self) -> tuple[Tensor, int]:
-
         file = self.store["train"]
         holding = file.document_frequency(self.tokenizer.vocab_size)
         return torch.from_numpy(holding), file.n_documents
@@ -230,16 +229,14 @@ class StoreDataModule(WindowDataModule):
         tokens, starts = file.tokens(), file.starts()
         # Without the end-of-text token that ends each document.
         ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
-        at = [(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
+        spans = list(zip(starts.tolist(), ends, strict=True))
         prompts: list[Tensor] = []
-        while at:
-            at = [(start, end) for start, end in at if start + length <= end]
-            for start, _ in at:
+        while spans and len(prompts) < n:
+            spans = [(start, end) for start, end in spans if start + length <= end]
+            for start, _ in spans[: n - len(prompts)]:
                 prompts.append(torch.from_numpy(tokens[start : start + length].astype("int64")))
-                if len(prompts) == n:
-                    return prompts
-            at = [(start + length, end) for start, end in at]
-        if fewer and prompts:
+            spans = [(start + length, end) for start, end in spans]
+        if len(prompts) == n or (fewer and prompts):
             return prompts
         raise UserError(
             f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -122,13 +123,13 @@ class BPETokenizer(Tokenizer):
             numbers, new = self._words.split(text)
             try:
                 if new:
-                    encoded = library.encode_batch_fast(new, add_special_tokens=False)
-                    self._append([encoding.ids for encoding in encoded])
+                    for encoding in library.encode_batch_fast(new, add_special_tokens=False):
+                        self._ids.extend(encoding.ids)
+                        self._starts.append(len(self._ids))
             except BaseException:
                 self._forget()  # the new words have numbers but no ids
                 raise
-            starts = self._starts[: len(self._words) + 1]
-            ids = _gather(self._ids[: self._n_ids], starts, numbers)
+            ids = _gather(np.asarray(self._ids), np.asarray(self._starts), numbers)
             if len(self._words) > CACHED_WORDS:
                 self._forget()
         return ids
@@ -172,29 +173,11 @@ class BPETokenizer(Tokenizer):
         self._json = state.get("tokenizer_json")
 
     def _forget(self) -> None:
-        """Empties the word cache: word -> number, and the ids of all words, concatenated."""
+        """Empties the word cache: word -> number, the ids of all words, concatenated, and where
+        each word's begin."""
         self._words: PreTokenizer = new_pre_tokenizer()
-        self._ids = np.empty(0, np.int64)
-        self._starts = np.zeros(1, np.int64)
-        self._n_ids = 0
-
-    def _append(self, new: list[list[int]]) -> None:
-        lengths = np.fromiter(map(len, new), np.int64, len(new))
-        total = self._n_ids + int(lengths.sum())
-        known = len(self._words) - len(new)
-        if total > len(self._ids):
-            grown = np.empty(2 * total, np.int64)
-            grown[: self._n_ids] = self._ids[: self._n_ids]
-            self._ids = grown
-        if len(self._words) + 1 > len(self._starts):
-            grown = np.empty(2 * len(self._words) + 1, np.int64)
-            grown[: known + 1] = self._starts[: known + 1]
-            self._starts = grown
-        self._ids[self._n_ids : total] = np.fromiter(
-            chain.from_iterable(new), np.int64, total - self._n_ids
-        )
-        self._starts[known + 1 : len(self._words) + 1] = self._n_ids + np.cumsum(lengths)
-        self._n_ids = total
+        self._ids = array("q")
+        self._starts = array("q", [0])
 
 
 def _gather(ids: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
