@@ -29,9 +29,7 @@ def outputs(
         mixed += noise * random.normal(size=mixed.shape) + 5
         mixed[:, rank:] = mixed[:, :1]  # the same in several places: no single best map
         states.append(mixed)
-    nats = np.abs(np.random.default_rng(0).normal(size=batch.tokens.shape))
-    states_BPC = torch.tensor(np.stack(states))
-    return SimpleNamespace(batch=batch, states_BPC=states_BPC, nats_BW=torch.tensor(nats))
+    return SimpleNamespace(batch=batch, states_BPC=torch.tensor(np.stack(states)))
 
 
 def probed(measure: Measure, task: HMM, batches: list[np.ndarray], **how: float) -> float:
@@ -66,7 +64,7 @@ def probe(task: HMM) -> Measure:
 def test_the_probe_against_numpy(noise: float, rank: int) -> None:
     task = HMM(length=LENGTH)
     how = {"noise": noise, "rank": rank}
-    batches = [np.arange(0, 7), np.arange(7, 30), np.array([30])]
+    batches = [np.arange(1, 30, 3), np.arange(2, 30, 3), np.arange(0, 30, 3), np.array([30])]
     found = probed(probe(task), task, batches, **how)
     assert found == pytest.approx(by_lstsq(task, 31, part=0, **how), abs=1e-9)
     # It is scored on what it was not fitted on.
@@ -100,26 +98,15 @@ def test_no_probe_without_two_parts_or_anything_to_find() -> None:
     assert nothing.compute() == {}
 
 
-def test_any_order_of_batches_is_the_same() -> None:
-    task = HMM(process="mess3", length=LENGTH)
-    one = probed(probe(task), task, [np.arange(40)])
-    ranks = [np.arange(rank, 40, 3) for rank in range(3)]
-    assert probed(probe(task), task, ranks) == pytest.approx(one, rel=1e-12)
-
-
 @pytest.mark.parametrize("process", ["mess3", "rrxor"])
 def test_the_excess_is_above_the_processes_own_surprisal(process: str) -> None:
     task, n = HMM(process=process, length=LENGTH), 20
     _, excess = task.measures(n=n, d_model=C)
     surprisals, nats = [], []
     for numbers in (np.arange(0, 13), np.arange(13, n)):
-        if process == "rrxor":  # five states are as good as three here
-            batch = AnswerSet(task, n, depth=1).batch(numbers)
-            made = np.abs(np.random.default_rng(0).normal(size=batch.tokens.shape))
-            given = SimpleNamespace(batch=batch, nats_BW=torch.tensor(made))
-        else:
-            given = outputs(task, numbers)
-        excess.update(numbers, given)
+        batch = AnswerSet(task, n, depth=1).batch(numbers)
+        made = torch.tensor(np.random.default_rng(0).exponential(size=batch.tokens.shape))
+        excess.update(numbers, SimpleNamespace(batch=batch, nats_BW=made))
         for row, i in enumerate(numbers.tolist()):
             example = task.example(i)
             # The probability of the whole string, by the forward algorithm.
@@ -127,7 +114,7 @@ def test_the_excess_is_above_the_processes_own_surprisal(process: str) -> None:
             for token in example.answer:
                 belief = belief @ task.transitions[token - 2]
             surprisals.append(-np.log(belief.sum()))
-            nats.append(float(given.nats_BW[row, 1 : LENGTH + 1].sum()))
+            nats.append(float(made[row, 1 : LENGTH + 1].sum()))
     least = sum(surprisals) / (n * LENGTH)
     assert excess.compute() == pytest.approx(
         {"surprisal": least, "excess_loss": sum(nats) / (n * LENGTH) - least}, rel=1e-12
