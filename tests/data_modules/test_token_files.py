@@ -365,7 +365,8 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
-    refused("tokenizer=bpe would have to be trained on text", tmp_path, good, BPETokenizer(300))
+    message = "tokenizer=bpe would have to be trained on text: .* or tokenizer=ids with .*eot_id$"
+    refused(message, tmp_path, good, BPETokenizer(300))
     refused("=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1)
     refused("held_out must lie between 0 and 1", tmp_path, good, held_out=1)
     refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
