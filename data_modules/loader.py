@@ -21,7 +21,7 @@ from mtp_lightning.system import end_with
 
 
 class _Loader:
-    """Batches of windows for one rank, which knows its number at each iteration.
+    """Batches of windows for one rank.
 
     Args:
         dataset: the windows.
@@ -32,8 +32,6 @@ class _Loader:
     Raises:
         UserError: for a ``batch_size`` below 1.
     """
-
-    dataset: Windows
 
     def __init__(
         self,

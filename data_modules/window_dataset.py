@@ -75,7 +75,7 @@ class Windows(Dataset[WindowBatch], ABC):
 
     def require(self, batch_size: int, world: int) -> None:
         """Raises ``UserError``, with the remedy, if there are too few windows for one step of
-        training.
+        training; windows that are only validated on never are.
 
         Args:
             batch_size: windows of one step of one process.

@@ -45,6 +45,8 @@ class TaskDataModule(WindowDataModule):
     """
 
     loader = ExampleLoader
+    masks_targets = True
+    evaluated_bytes = None
 
     def __init__(
         self,
@@ -96,16 +98,8 @@ class TaskDataModule(WindowDataModule):
         return self._tokenizer
 
     @property
-    def masks_targets(self) -> bool:
-        return True
-
-    @property
     def scores_answers(self) -> bool:
         return not self.train_prompt
-
-    @property
-    def evaluated_bytes(self) -> None:
-        return None
 
     @property
     def training(self) -> TaskWindows:

@@ -58,6 +58,7 @@ class Group(HeldOutTask):
     """
 
     name: ClassVar[str] = "group"
+    symbols = (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
 
     generators: str = "two"
     shortest: int = 1
@@ -69,10 +70,6 @@ class Group(HeldOutTask):
         require_choice("data.task.generators", self.generators, list(GENERATORS))
         self.require_whole(shortest=1, length=1)
         self.require_order("shortest", "length")
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
 
     @property
     def longest_prompt(self) -> int:

@@ -40,6 +40,7 @@ class HMM(Task):
     """
 
     name: ClassVar[str] = "hmm"
+    longest_prompt = 1
 
     process: str = "mess3"
     length: int = 32
@@ -69,10 +70,6 @@ class HMM(Task):
     @cached_property
     def symbols(self) -> tuple[str, ...]:
         return (".", ">", *map(str, range(len(self.transitions))))
-
-    @property
-    def longest_prompt(self) -> int:
-        return 1
 
     @property
     def longest_answer(self) -> int:

@@ -60,6 +60,7 @@ class Induction(Task):
     """
 
     name: ClassVar[str] = "induction"
+    longest_prompt = 1
 
     sentences: int = 8
     names: int = 3
@@ -81,10 +82,6 @@ class Induction(Task):
         beginnings = (f"A{i}" for i in range(self.beginnings))
         endings = (f"b{i}" for i in range(self.endings))
         return ("_", ">", *KINDS, *beginnings, *endings)
-
-    @property
-    def longest_prompt(self) -> int:
-        return 1
 
     @property
     def longest_answer(self) -> int:

@@ -59,6 +59,7 @@ class Navigation(Task):
 
     name: ClassVar[str] = "navigation"
     ends: ClassVar[bool] = True
+    longest_prompt = 3
 
     graph: str = "street"
     nodes: int = 40
@@ -114,10 +115,6 @@ class Navigation(Task):
         n = self.nodes
         steps = (f"{step:+}" for step in range(1 - n, n) if step)
         return (".", "=", *(f"n{i}" for i in range(n)), *steps)
-
-    @property
-    def longest_prompt(self) -> int:
-        return 3
 
     @cached_property
     def longest_answer(self) -> int:

@@ -35,6 +35,9 @@ class Polynomial(HeldOutTask):
     """
 
     name: ClassVar[str] = "polynomial"
+    symbols = (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
+    longest_answer = N
+    chance = float(Q**-N)
 
     least: int = 1
     operations: int = 5
@@ -45,21 +48,9 @@ class Polynomial(HeldOutTask):
         self.require_order("least", "operations")
 
     @property
-    def symbols(self) -> tuple[str, ...]:
-        return (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
-
-    @property
     def longest_prompt(self) -> int:
         """The length for binary operations only, which have one more operand than operations."""
         return self.operations + N * (self.operations + 1) + 1
-
-    @property
-    def longest_answer(self) -> int:
-        return N
-
-    @property
-    def chance(self) -> float:
-        return float(Q**-N)
 
     def draw(self, draws: Draws) -> Example:
         number = self.least + draws.below(self.operations - self.least + 1)

@@ -43,6 +43,7 @@ class Sibling(Task):
     """
 
     name: ClassVar[str] = "sibling"
+    longest_answer = 3
 
     parents: int = 5
     children: int = 100
@@ -61,10 +62,6 @@ class Sibling(Task):
     @property
     def longest_prompt(self) -> int:
         return self.hash + 1
-
-    @property
-    def longest_answer(self) -> int:
-        return 3
 
     @property
     def chance(self) -> float:

@@ -40,6 +40,7 @@ class BPETokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "bpe"
+    eot_id = 0
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
         if not MIN_VOCAB <= vocab_size <= LARGEST_VOCAB:
@@ -107,10 +108,6 @@ class BPETokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return int(self._trained().get_vocab_size())
-
-    @property
-    def eot_id(self) -> int:
-        return 0
 
     def encode(self, text: str) -> np.ndarray:
         """``[n]`` int64 ids.

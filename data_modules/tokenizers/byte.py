@@ -15,14 +15,8 @@ class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, and 256 is end of text. Lossless, and needs only numpy."""
 
     kind: ClassVar[str] = "byte"
-
-    @property
-    def vocab_size(self) -> int:
-        return 257
-
-    @property
-    def eot_id(self) -> int:
-        return 256
+    vocab_size = 257
+    eot_id = 256
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)

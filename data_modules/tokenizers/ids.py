@@ -25,6 +25,7 @@ class IdTokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "ids"
+    reads_text = False
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:
         if not 2 <= vocab_size <= LARGEST_VOCAB:
@@ -47,10 +48,6 @@ class IdTokenizer(Tokenizer):
     @property
     def eot_id(self) -> int:
         return self._eot_id
-
-    @property
-    def reads_text(self) -> bool:
-        return False
 
     def encode(self, text: str) -> np.ndarray:
         """Ids from numbers separated by white space.

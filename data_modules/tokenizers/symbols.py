@@ -22,6 +22,8 @@ class SymbolTokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "symbols"
+    eot_id = 0
+    reads_text = False
 
     def __init__(self, symbols: Sequence[str]) -> None:
         self.symbols = tuple(symbols)
@@ -33,14 +35,6 @@ class SymbolTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return len(self.symbols)
-
-    @property
-    def eot_id(self) -> int:
-        return 0
-
-    @property
-    def reads_text(self) -> bool:
-        return False
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of symbols separated by white space.
