@@ -81,8 +81,7 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
     """Whether this process built the folder, and not another one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if any(_TEMPORARY.match(name) for name in os.listdir(target.parent)):
-            remove_stale(target.parent, now=_time_of(target.parent))
+        _remove_stale(target.parent)
         temporary = claim(target)
     except OSError as error:
         raise OSError(
@@ -95,7 +94,9 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
         with alive(temporary):
             build(temporary)
             seal(temporary)
-            _sync(temporary)
+            for path in temporary.iterdir():  # or a power cut could leave a folder of empty files
+                sync_file(path)
+            sync_folder(temporary)
         try:
             os.rename(temporary, target)
         except OSError as error:
@@ -117,37 +118,20 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _time_of(folder: Path) -> float:
-    """The present time by the disk's clock: hosts that share a disk may have different clocks."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as new:
-        return os.stat(new).st_mtime
-
-
-def remove_stale(folder: Path, *, now: float) -> list[Path]:
+def _remove_stale(folder: Path) -> None:
     """Removes the remains of killed builds: temporary folders without a sign of life.
 
     The test asks for neither the host nor the process: containers may share a host name without
     seeing each other's processes.
-
-    Args:
-        folder: where folders are built.
-        now: seconds of the disk's clock.
-
-    Returns:
-        The removed folders.
     """
-    removed = []
-    for path in folder.iterdir():
+    found = [path for path in folder.iterdir() if _TEMPORARY.match(path.name)]
+    if not found:
+        return
+    # The disk's clock: hosts that share a disk may have different clocks.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as new:
+        now = os.stat(new).st_mtime
+    for path in found:
         with suppress(FileNotFoundError):  # finished just now
-            if _TEMPORARY.match(path.name) and path.stat().st_mtime < now - LEASE:
+            if path.stat().st_mtime < now - LEASE:
                 log.info("removing the remains of a killed build: %s", path)
                 shutil.rmtree(path, ignore_errors=True)
-                removed.append(path)
-    return removed
-
-
-def _sync(folder: Path) -> None:
-    """Flushes the files to disk, so that a power cut cannot leave a folder of empty files."""
-    for path in folder.iterdir():
-        sync_file(path)
-    sync_folder(folder)

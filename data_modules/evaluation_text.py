@@ -11,15 +11,16 @@ import hashlib
 import lzma
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from data_modules.digests import digest, write_record
 from data_modules.token_store import TokenFile
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
@@ -118,44 +119,26 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
     )
 
 
-class EvaluationWindows(Dataset[WindowBatch]):
-    """Maps an array of window numbers to a :class:`WindowBatch`.
+@dataclass(eq=False)
+class EvaluationWindows(Windows):
+    """Windows of an evaluation text.
 
     The stream is an end-of-text token, from which the first token is predicted, and then one
     document after another. Window i starts at token i * T of the stream, so every token of a
     document is a depth-0 target once; depth k has all but the first k tokens as targets. Windows
     are padded after the end of the stream, and padding is never a target.
 
-    Args:
+    Attributes:
         text: the documents.
-        seq_len: T.
-        depth: D.
-        stride: s, tokens from one depth's target to the next one's.
         eot_id: id of the end-of-text token.
         document_mask: whether batches carry document ids. The first token of every document, which
             no token of it precedes, is then not a target.
-        extra: E, tokens of a window after its T + D + 1.
     """
 
-    def __init__(
-        self,
-        text: EvaluationText,
-        *,
-        seq_len: int,
-        depth: int,
-        stride: int = 1,
-        eot_id: int,
-        document_mask: bool = False,
-        extra: int = 0,
-    ) -> None:
-        self.text = text
-        self.seq_len = seq_len
-        self.depth = depth
-        self.stride = stride
-        self.eot_id = eot_id
-        self.document_mask = document_mask
-        self.extra = extra
-        self._stream: np.ndarray | None = None
+    text: EvaluationText
+    _: KW_ONLY
+    eot_id: int
+    document_mask: bool = False
 
     def __len__(self) -> int:
         return -(-self.text.n_tokens // self.seq_len)
@@ -166,41 +149,31 @@ class EvaluationWindows(Dataset[WindowBatch]):
         return self.text.n_tokens - self.document_mask * len(self.text.starts)
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
-        if self._stream is None:
-            self._open()
-        assert self._stream is not None
-        end = len(self._stream) - 1
-        width = self.seq_len + self.stride * self.depth + 1 + self.extra
-        at = numbers[:, None] * self.seq_len + np.arange(width)
+        stream, last = self._stream
+        end = len(stream) - 1
+        at = numbers[:, None] * self.seq_len + np.arange(self.width)
         inside = np.minimum(at, end)
-        texts = torch.from_numpy(self._last.searchsorted(inside).clip(max=len(self._last) - 1))
-        # The token before the first document belongs to no document.
-        documents = (
-            torch.from_numpy(np.where(inside == 0, -1, texts)) if self.document_mask else None
-        )
-        return WindowBatch(
-            torch.from_numpy(self._stream[inside].astype(np.int64)),
-            self.depth,
-            documents,
-            torch.from_numpy(at < end),
-            texts,
-            stride=self.stride,
-            extra=self.extra,
+        texts = torch.from_numpy(last.searchsorted(inside).clip(max=len(last) - 1))
+        documents = None
+        if self.document_mask:  # the token before the first document belongs to no document
+            documents = torch.from_numpy(np.where(inside == 0, -1, texts))
+        return self.batch(
+            stream[inside],
+            documents=documents,
+            scored=torch.from_numpy(at < end),
+            texts=texts,
         )
 
-    def _open(self) -> None:
-        """Builds the stream of the text, not of the split; each loader worker builds its own."""
-        tokens, eot = self.file.tokens(), np.array([self.eot_id], self.file.dtype)
+    @cached_property
+    def _stream(self) -> tuple[np.ndarray, np.ndarray]:
+        """The stream, and the index in it of every document's last token. It is of the text and not
+        of the split; each loader worker builds its own."""
+        file = self.text.file
+        tokens, eot = file.tokens(), np.array([self.eot_id], file.dtype)
         spans = zip(self.text.starts, self.text.ends, strict=True)
         # One more token at the end is read for every position after it.
-        self._stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
-        # Index in the stream of every document's last token.
-        self._last = (self.text.ends - self.text.starts).cumsum()
-
-    @property
-    def file(self) -> TokenFile:
-        """The token file of the text."""
-        return self.text.file
+        stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
+        return stream, (self.text.ends - self.text.starts).cumsum()
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_stream": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_stream"}

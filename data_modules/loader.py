@@ -7,39 +7,66 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from data_modules.order import Order, window_order
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import end_with
 
 
-class Windows(Protocol):
-    """Maps an array of window numbers to a batch of them."""
+class _Loader:
+    """Batches of windows for one rank.
 
-    def __len__(self) -> int: ...
+    Args:
+        dataset: the windows.
+        batch_size: windows of a batch.
+        num_workers: processes that prefetch batches; 0 loads them in this process.
+        pin_memory: whether batches are put into page-locked memory.
 
-    def __getitem__(self, numbers: np.ndarray, /) -> WindowBatch: ...
+    Raises:
+        UserError: for a ``batch_size`` below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Windows,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+
+    def _fetch(self, batches: Iterable[np.ndarray]) -> Iterator[WindowBatch]:
+        # DataLoader draws a seed for its workers. A generator of our own keeps the global one from
+        # advancing: a resumed run would draw one time more than an uninterrupted one.
+        loader: DataLoader[WindowBatch] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]  # maps numbers to batches
+            batch_size=None,
+            sampler=batches,  # type: ignore[arg-type]  # iterated once
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),
+            worker_init_fn=partial(_serve, os.getpid()),
+        )
+        yield from loader
 
 
-class TrainingWindows(Windows, Protocol):
-    """Windows of a training set, which check that there are enough of them."""
-
-    def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError`` with the remedy if there are too few windows for one step.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
-
-
-class WindowLoader:
+class WindowLoader(_Loader):
     """Training batches of windows for one rank.
 
     Global batch g of an epoch is ``order[g*G : (g+1)*G]`` with ``G = batch_size * world_size``, and
@@ -54,32 +81,19 @@ class WindowLoader:
 
     Args:
         dataset: the windows.
-        batch_size: windows of one optimizer step of one rank.
         seed: seed of the order.
-        num_workers: processes that prefetch batches; 0 loads them in this process.
-        pin_memory: whether batches are put into page-locked memory.
+        options: the batch size, which is that of an optimizer step, and the other options of
+            every loader.
 
     Raises:
         UserError: for a ``batch_size`` below 1 or a negative seed.
     """
 
-    def __init__(
-        self,
-        dataset: TrainingWindows,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        _check(batch_size, num_workers)
+    def __init__(self, dataset: Windows, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(dataset, **options)
         if seed < 0:
             raise UserError(f"seed must be 0 or more, got {seed}")
-        self.dataset = dataset
-        self.batch_size = batch_size
         self.seed = seed
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
         self.epoch = 0
         self.consumed = 0
 
@@ -142,42 +156,19 @@ class WindowLoader:
             for start in range(self.consumed, n - G + 1, G)
         )
         epoch, consumed = self.epoch, self.consumed
-        for batch in _fetch(self.dataset, batches, self.num_workers, self.pin_memory):
+        for batch in self._fetch(batches):
             consumed += G
             self.epoch, self.consumed = epoch, consumed
             yield batch
 
 
-class EvaluationLoader:
+class EvaluationLoader(_Loader):
     """Batches of the evaluation text's windows for one rank, once over all of them.
 
     Batches hold ``batch_size`` windows in order, and the last batch holds the rest, for any number
     of ranks; rank r takes every ``world_size``-th batch. So each window's loss is the same to the
     last bit. All ranks have the same number of batches: a rank that runs out gets padding.
-
-    Args:
-        dataset: the windows.
-        batch_size: windows of a batch.
-        num_workers: processes that prefetch batches; 0 loads them in this process.
-        pin_memory: whether batches are put into page-locked memory.
-
-    Raises:
-        UserError: for a ``batch_size`` below 1.
     """
-
-    def __init__(
-        self,
-        dataset: Windows,
-        *,
-        batch_size: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        _check(batch_size, num_workers)
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
 
     def __len__(self) -> int:
         """Batches of this rank.
@@ -201,32 +192,7 @@ class EvaluationLoader:
         starts = (rank + np.arange(len(self)) * world) * self.batch_size
         ends = np.minimum(starts + self.batch_size, n)
         batches = [np.arange(a, max(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
-        return _fetch(self.dataset, batches, self.num_workers, self.pin_memory)
-
-
-def _check(batch_size: int, num_workers: int) -> None:
-    if batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    if num_workers < 0:
-        raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
-
-
-def _fetch(
-    dataset: Windows, batches: Iterable[np.ndarray], num_workers: int, pin_memory: bool
-) -> Iterator[WindowBatch]:
-    # DataLoader draws a seed for its workers. A generator of our own keeps the global one from
-    # advancing: a resumed run would draw one time more than an uninterrupted one.
-    loader: DataLoader[WindowBatch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # maps numbers to batches
-        batch_size=None,
-        sampler=batches,  # type: ignore[arg-type]  # iterated once
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        worker_init_fn=partial(_serve, os.getpid()),
-    )
-    yield from loader
+        return self._fetch(batches)
 
 
 def _serve(parent: int, _: int) -> None:

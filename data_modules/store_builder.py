@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from data_modules.digests import digest
 from data_modules.encoding import PIECE, Encoded, batches, encode_batch
 from data_modules.overlap import LineOverlap
 from data_modules.seal import note
+from data_modules.shards import Shard
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
 from data_modules.tokenizers.base import Tokenizer
@@ -83,20 +84,29 @@ def prepare_store(
     return store, Tokenizer.load(store.folder) if tokenizer.needs_training else tokenizer
 
 
-def keep_store(cache: Path, key: str, write: Callable[[Path], dict[str, Any]]) -> TokenStore:
+def keep_store(
+    cache: Path,
+    key: str,
+    write: Callable[[Path], dict[str, Any]],
+    *,
+    kind: str = "stores",
+    shards: Sequence[Shard] | None = None,
+) -> TokenStore:
     """The store of a key, written if the cache has none.
 
     Args:
         cache: the cache folder.
         key: hex digest of everything that determines the tokens.
-        write: calls :func:`write_documents` on the folder that it receives.
+        write: writes all other files into the folder that it receives, and returns ``meta.json``.
+        kind: folder of the cache.
+        shards: for a view, where the tokens are.
     """
 
     def build(folder: Path) -> None:
         meta = write(folder) | {"fingerprint": key}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
-    return TokenStore(build_once(cache / "stores" / key, build))
+    return TokenStore(build_once(cache / kind / key, build), shards)
 
 
 def _key(what: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
@@ -145,12 +155,7 @@ def write_documents(
         "format": FORMAT,
         "dtype": dtype.name,
         "source": split.source.summary(),
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint(),
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-        },
+        "tokenizer": tokenizer.facts(),
         "val_fraction": split.val_fraction,
         "split_seed": split.seed,
         "lines_in_training": overlap.share(),

@@ -46,28 +46,14 @@ class StoreDataModule(WindowDataModule):
     def __init__(
         self,
         *,
-        seq_len: int = 256,
-        batch_size: int = 16,
-        accumulate: int = 1,
         eval_bytes: int | Literal["all"] = 300_000,
-        eval_batch_size: int | None = None,
         train_windows: int | Literal["all"] = "all",
         document_mask: bool = False,
         cache_states: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
-        num_workers: int = 0,
-        pin_memory: bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            **{"depth": 0, "seed": 0} | options,
-        )
+        super().__init__(**options)
         if eval_bytes != "all":
             require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
         if train_windows != "all":
@@ -117,7 +103,6 @@ class StoreDataModule(WindowDataModule):
         return str(self.store.meta["fingerprint"])
 
     def document_frequency(self) -> tuple[Tensor, int]:
-
         file = self.store["train"]
         holding = file.document_frequency(self.tokenizer.vocab_size)
         return torch.from_numpy(holding), file.n_documents
@@ -130,11 +115,8 @@ class StoreDataModule(WindowDataModule):
     def training(self) -> WindowDataset:
         return WindowDataset(
             self.store["train"],
-            seq_len=self.seq_len,
-            depth=self.depth,
-            stride=self.stride,
+            **self.cut,
             document_mask=self.document_mask,
-            extra=self.extra,
             states=self.states,
             limit=None if self.train_windows == "all" else self.train_windows,
         )
@@ -145,12 +127,9 @@ class StoreDataModule(WindowDataModule):
         text = choose(self.store["val"], None if self.eval_bytes == "all" else self.eval_bytes)
         return EvaluationWindows(
             text,
-            seq_len=self.seq_len,
-            depth=self.depth,
-            stride=self.stride,
+            **self.cut,
             eot_id=self.tokenizer.eot_id,
             document_mask=self.document_mask,
-            extra=self.extra,
         )
 
     @cached_property
@@ -250,16 +229,14 @@ class StoreDataModule(WindowDataModule):
         tokens, starts = file.tokens(), file.starts()
         # Without the end-of-text token that ends each document.
         ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
-        at = [(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
+        spans = list(zip(starts.tolist(), ends, strict=True))
         prompts: list[Tensor] = []
-        while at:
-            at = [(start, end) for start, end in at if start + length <= end]
-            for start, _ in at:
+        while spans and len(prompts) < n:
+            spans = [(start, end) for start, end in spans if start + length <= end]
+            for start, _ in spans[: n - len(prompts)]:
                 prompts.append(torch.from_numpy(tokens[start : start + length].astype("int64")))
-                if len(prompts) == n:
-                    return prompts
-            at = [(start + length, end) for start, end in at]
-        if fewer and prompts:
+            spans = [(start + length, end) for start, end in spans]
+        if len(prompts) == n or (fewer and prompts):
             return prompts
         raise UserError(
             f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "

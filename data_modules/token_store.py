@@ -38,7 +38,6 @@ PIECES = np.dtype([("document", "<i8"), ("start", "<i8"), ("bytes", "<i8"), ("di
 piece's first token, its UTF-8 bytes, and a hex digest of its text. A document of up to 65,536
 characters is one piece; the cuts of a longer one do not depend on the tokenizer."""
 
-
 _BLOCK = 1 << 20  # tokens per step; a longer document is a step of its own
 
 
@@ -85,10 +84,7 @@ class TokenFile:
 
     def token_frequency(self, vocab_size: int) -> np.ndarray:
         """``[vocab_size]`` int64, how often each id occurs, end-of-text included."""
-        tokens, counts = self.tokens(), np.zeros(vocab_size, np.int64)
-        for start in range(0, self.n_tokens, _BLOCK):
-            counts += np.bincount(tokens[start : start + _BLOCK], minlength=vocab_size)
-        return counts
+        return count_ids(self.tokens(), vocab_size)
 
     def document_frequency(self, vocab_size: int) -> np.ndarray:
         """``[vocab_size]`` int64 number of documents that hold each id, end-of-text included."""
@@ -163,6 +159,14 @@ class TokenStore:
         if file.n_bytes is None:
             return None
         return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
+
+
+def count_ids(tokens: np.ndarray | ShardedTokens, vocab_size: int) -> np.ndarray:
+    """``[vocab_size]`` int64, how often each id occurs."""
+    counts = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), _BLOCK):
+        counts += np.bincount(tokens[start : start + _BLOCK], minlength=vocab_size)
+    return counts
 
 
 def _read_meta(folder: Path) -> Any:

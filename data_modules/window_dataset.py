@@ -1,12 +1,16 @@
-"""Batches of windows from a token file, each by one vectorized gather."""
+"""Windows that a dataset cuts, and those of a token file: each batch is one vectorized gather."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
+from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from data_modules.order import window_order
@@ -35,19 +39,69 @@ def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
     return 1 if n_tokens >= seq_len + depth + 1 else 0
 
 
-class WindowDataset(Dataset[WindowBatch]):
-    """Maps an array of window numbers to a :class:`WindowBatch`.
+@dataclass(eq=False, kw_only=True)
+class Windows(Dataset[WindowBatch], ABC):
+    """Maps an array of window numbers to a :class:`WindowBatch` of T + s D + 1 + E tokens.
 
-    Window i holds tokens ``[i*T, i*T + T + D + 1)``. The file is opened on first use, so each
-    loader worker has its own memory map.
-
-    Args:
-        file: the token file.
+    Attributes:
         seq_len: T.
         depth: D.
-        stride: s, tokens from one depth's target to the next one's; s D is at most T.
+        stride: s, tokens from one depth's target to the next one's.
+        extra: E, tokens of a window after its T + s D + 1.
+    """
+
+    seq_len: int
+    depth: int
+    stride: int = 1
+    extra: int = 0
+
+    @property
+    def beyond(self) -> int:
+        """s D + E, by which a window is longer than T + 1."""
+        return self.stride * self.depth + self.extra
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window."""
+        return self.seq_len + 1 + self.beyond
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    @abstractmethod
+    def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
+        """The windows of these numbers."""
+
+    def require(self, batch_size: int, world: int) -> None:
+        """Raises ``UserError``, with the remedy, if there are too few windows for one step of
+        training; windows that are only validated on never are.
+
+        Args:
+            batch_size: windows of one step of one process.
+            world: number of processes.
+        """
+
+    def batch(self, tokens: np.ndarray, **fields: Any) -> WindowBatch:
+        """The batch of some windows.
+
+        Args:
+            tokens: ``[B, width]`` ids of any integer type.
+            fields: other fields of :class:`WindowBatch`.
+        """
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        return WindowBatch(ids, self.depth, stride=self.stride, extra=self.extra, **fields)
+
+
+@dataclass(eq=False)
+class WindowDataset(Windows):
+    """Windows of a token file; window i begins at token ``i * T``.
+
+    The file is opened on first use, so each loader worker has its own memory map.
+
+    Attributes:
+        file: the token file.
         document_mask: whether batches carry document ids.
-        extra: E, tokens of a window after its T + D + 1; D + E is at most T.
         states: folder with a frozen trunk's states of every window, which batches then carry.
         limit: number of windows to keep, chosen by an order that depends only on the number of
             windows in the file; None for all.
@@ -56,40 +110,23 @@ class WindowDataset(Dataset[WindowBatch]):
         UserError: if the file has fewer windows than ``limit``.
     """
 
-    def __init__(
-        self,
-        file: TokenFile,
-        *,
-        seq_len: int,
-        depth: int,
-        stride: int = 1,
-        document_mask: bool = False,
-        extra: int = 0,
-        states: Path | None = None,
-        limit: int | None = None,
-    ) -> None:
-        assert 0 <= stride * depth <= stride * depth + extra <= seq_len
-        self.file = file
-        self.seq_len = seq_len
-        self.depth = depth
-        self.stride = stride
-        self.document_mask = document_mask
-        self.extra = extra
-        self.beyond = stride * depth + extra
-        self.length = seq_len + self.beyond + 1
-        self._windows: np.ndarray | ShardedTokens | None = None
-        self._starts: np.ndarray | None = None
-        self.states = states
-        self._kept: np.ndarray | None = None
+    file: TokenFile
+    _: KW_ONLY
+    document_mask: bool = False
+    states: Path | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.stride * self.depth <= self.beyond <= self.seq_len
+        self._chosen: np.ndarray | None = None
         there = self._in_file
-        if limit is not None and limit > there:
-            raise UserError(
-                f"data.train_windows={limit} asks for more windows than the {there} that the "
-                "training split has: give a smaller number, or all."
-            )
-        self._chosen = (
-            None if limit is None else window_order(there, seed=_LIMITED, epoch=0)[0:limit]
-        )
+        if self.limit is not None:
+            if self.limit > there:
+                raise UserError(
+                    f"data.train_windows={self.limit} asks for more windows than the {there} that "
+                    "the training split has: give a smaller number, or all."
+                )
+            self._chosen = window_order(there, seed=_LIMITED, epoch=0)[0 : self.limit]
 
     def __len__(self) -> int:
         return self._in_file if self._chosen is None else len(self._chosen)
@@ -99,17 +136,11 @@ class WindowDataset(Dataset[WindowBatch]):
         return window_count(self.file.n_tokens, self.seq_len, self.beyond)
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError``, with the remedy, if there are too few windows for one step.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
         n, needed = len(self), batch_size * world
         if n == 0:
             raise UserError(
                 f"the training split has {self.file.n_tokens} tokens but one window "
-                f"needs at least seq_len + depth + 1 = {self.length}: give more text, "
+                f"needs at least seq_len + depth + 1 = {self.width}: give more text, "
                 f"lower data.seq_len, or change data.val_fraction (of token files data.held_out)"
             )
         if n < needed:
@@ -121,58 +152,54 @@ class WindowDataset(Dataset[WindowBatch]):
             )
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
-        if self._windows is None:
-            self._open()
         if self._chosen is not None:
             numbers = self._chosen[numbers]
-        if isinstance(self._windows, ShardedTokens):
-            windows = self._windows.windows(numbers * self.seq_len, self.length)
+        windows = self._windows
+        if isinstance(windows, ShardedTokens):
+            found = windows.windows(numbers * self.seq_len, self.width)
         else:
-            assert self._windows is not None
-            windows = self._windows[numbers]
-        tokens = torch.from_numpy(windows.astype(np.int64))
-        documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
-        return WindowBatch(
-            tokens,
-            self.depth,
-            documents,
-            stride=self.stride,
-            extra=self.extra,
-            states=None if self.states is None else self._states(self.states, numbers),
+            found = windows[numbers]
+        return self.batch(
+            found,
+            documents=torch.from_numpy(self._documents(numbers)) if self.document_mask else None,
+            states=None if self.states is None else self._states(numbers),
         )
 
-    def _states(self, folder: Path, numbers: np.ndarray) -> torch.Tensor:
-        if self._kept is None:
-            self._kept = np.load(folder / STATES, mmap_mode="r")
+    @cached_property
+    def _windows(self) -> np.ndarray | ShardedTokens:
+        """The windows of one file, or the tokens of several."""
+        tokens = self.file.tokens()
+        if isinstance(tokens, ShardedTokens):
+            return tokens
+        # A view: row i is window i, and rows overlap by D + E + 1 tokens.
+        return sliding_window_view(tokens, self.width)[:: self.seq_len]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return self.file.starts()
+
+    @cached_property
+    def _kept(self) -> np.ndarray:
+        assert self.states is not None
+        return np.load(self.states / STATES, mmap_mode="r")  # type: ignore[no-any-return]
+
+    def _states(self, numbers: np.ndarray) -> torch.Tensor:
         found = torch.from_numpy(self._kept[numbers])
         return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
-    def _open(self) -> None:
-        tokens = self.file.tokens()
-        if isinstance(tokens, ShardedTokens):
-            self._windows = tokens
-        else:
-            step = tokens.strides[0]
-            # A view: row i is window i, and rows overlap by D + E + 1 tokens.
-            self._windows = as_strided(
-                tokens, (self._in_file, self.length), (self.seq_len * step, step), writeable=False
-            )
-        if self.document_mask:
-            self._starts = self.file.starts()
-
     def _documents(self, numbers: np.ndarray) -> np.ndarray:
         """``[B, T+D+1]`` int64 number of the document that each token belongs to."""
-        assert self._starts is not None
         begin = numbers * self.seq_len
         first = self._starts.searchsorted(begin, side="right") - 1
-        last = self._starts.searchsorted(begin + self.length - 1, side="right") - 1
-        documents = np.repeat(first[:, None], self.length, axis=1)
+        last = self._starts.searchsorted(begin + self.width - 1, side="right") - 1
+        documents = np.repeat(first[:, None], self.width, axis=1)
         # Most windows lie inside one document; only the others are searched token by token.
         for row in np.flatnonzero(first != last):
             # Positions in the window at which a new document starts.
             at = self._starts[first[row] + 1 : last[row] + 1] - begin[row]
-            documents[row] += np.searchsorted(at, np.arange(self.length), side="right")
+            documents[row] += np.searchsorted(at, np.arange(self.width), side="right")
         return documents
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_windows": None, "_starts": None, "_kept": None}
+        opened = ("_windows", "_starts", "_kept")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from data_modules.loader import EvaluationLoader, TrainingWindows, WindowLoader, Windows
+from data_modules.loader import EvaluationLoader, WindowLoader
 from data_modules.tokenizers.base import Tokenizer
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
@@ -46,15 +47,15 @@ class WindowDataModule(LightningDataModule, ABC):
     def __init__(
         self,
         *,
-        seq_len: int,
-        batch_size: int,
-        depth: int,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        depth: int = 0,
         stride: int = 1,
-        accumulate: int,
-        eval_batch_size: int | None,
-        num_workers: int,
-        pin_memory: bool | None,
-        seed: int,
+        accumulate: int = 1,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
         lookahead: int = 0,
     ) -> None:
         super().__init__()
@@ -95,6 +96,11 @@ class WindowDataModule(LightningDataModule, ABC):
     # the folder.
     cache_states: bool = False
     states: Path | None = None
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """T, D, s and E of the windows, as :class:`Windows` takes them."""
+        return {name: getattr(self, name) for name in ("seq_len", "depth", "stride", "extra")}
 
     def found(self) -> dict[str, Any]:
         """Values of the group ``data`` that the data have found themselves, by their keys."""
@@ -189,7 +195,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @property
     @abstractmethod
-    def training(self) -> TrainingWindows:
+    def training(self) -> Windows:
         """The windows of every epoch of training."""
 
     def train_dataloader(self) -> WindowLoader:
@@ -198,18 +204,12 @@ class WindowDataModule(LightningDataModule, ABC):
             self.training,
             batch_size=self.batch_size * self.accumulate,
             seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
+            **self._loading,
         )
 
     def val_dataloader(self) -> EvaluationLoader:
         """Lightning's hook."""
-        return EvaluationLoader(
-            self.evaluation,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
-        )
+        return EvaluationLoader(self.evaluation, batch_size=self.eval_batch_size, **self._loading)
 
     @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:
@@ -233,5 +233,6 @@ class WindowDataModule(LightningDataModule, ABC):
         """
 
     @property
-    def _pins_memory(self) -> bool:
-        return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+    def _loading(self) -> dict[str, Any]:
+        pins = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+        return {"num_workers": self.num_workers, "pin_memory": pins}

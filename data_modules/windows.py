@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,21 +150,10 @@ class WindowBatch:
     def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
         """The batch with ``function`` applied to every field; it may slice both dimensions.
         ``states`` are left out, since they belong to whole windows."""
-
-        def passed(field: Tensor | None) -> Tensor | None:
-            return None if field is None else function(field)
-
-        fields = (self.documents, self.scored, self.texts)
-        documents, scored, texts = map(passed, fields)
-        return WindowBatch(
-            function(self.tokens),
-            self.depth,
-            documents,
-            scored,
-            texts,
-            stride=self.stride,
-            extra=self.extra,
-        )
+        names = ("tokens", "documents", "scored", "texts")
+        fields = {name: field for name in names if (field := getattr(self, name)) is not None}
+        mapped: dict[str, Any] = {name: function(field) for name, field in fields.items()}
+        return replace(self, **mapped, states=None, host=None)
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
         """Splits the batch along B into n batches of views, as even as possible.

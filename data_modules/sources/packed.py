@@ -39,7 +39,10 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
             raise damaged
         try:
             # A buffer of its own: GzipFile would read the file in many small blocks.
-            unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else _zstd(file)
+            unpacked: Any = gzip.GzipFile(fileobj=file)
+            if suffix == ".zst":
+                pyarrow = _pyarrow(path)
+                unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
             with io.BufferedReader(unpacked, 1 << 20) as plain:
                 yield plain
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -57,25 +60,6 @@ def _pyarrow(what: Path) -> Any:
     except ImportError:
         raise MissingPackageError(str(what), package="pyarrow", extra="hf") from None
     return pyarrow
-
-
-class _Frames(io.RawIOBase):
-    """The text of a zstd file with one frame or several."""
-
-    def __init__(self, pyarrow: Any, file: IO[bytes]) -> None:
-        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _zstd(file: IO[bytes]) -> io.RawIOBase:
-    return _Frames(_pyarrow(Path(file.name)), file)
 
 
 def parquet_column(path: Path, field: str) -> Iterator[str]:

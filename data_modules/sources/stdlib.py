@@ -6,10 +6,11 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import Source, digest_files
+from data_modules.sources.base import FileSource
 from data_modules.sources.installed import python_text
 
 LEFT_OUT = frozenset(
@@ -31,7 +32,7 @@ TABLES = (
 """Prefixes of the other files of which three quarters or more are tables."""
 
 
-class StdlibSource(Source):
+class StdlibSource(FileSource):
     """The ``*.py`` of the standard library that people wrote, sorted by relative path.
 
     Test packages, codecs and files of tables are left out. The files of one top-level package are
@@ -47,52 +48,36 @@ class StdlibSource(Source):
 
     name = "stdlib"
 
-    def __init__(self) -> None:
-        self._files: list[tuple[str, Path]] | None = None
-        self._fingerprint: str | None = None
+    rules = ("stdlib", platform.python_version())
 
+    @cached_property
     def files(self) -> list[tuple[str, Path]]:
         """(relative path, path) of every file, in order."""
-        if self._files is None:
-            root = Path(sysconfig.get_path("stdlib"))
-            found = []
-            for folder, below, names in os.walk(root):
-                # Pruned early: site-packages may be a hundred times the size of the library.
-                below[:] = sorted(set(below) - LEFT_OUT)
-                found += [Path(folder, name) for name in names if name.endswith(".py")]
-            named = ((path.relative_to(root).as_posix(), path) for path in found)
-            self._files = sorted(
-                (name, path)
-                for name, path in named
-                if path.stat().st_size and not name.startswith(TABLES)
+        root = Path(sysconfig.get_path("stdlib"))
+        found = []
+        for folder, below, names in os.walk(root):
+            # Pruned early: site-packages may be a hundred times the size of the library.
+            below[:] = sorted(set(below) - LEFT_OUT)
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
+        named = sorted((path.relative_to(root).as_posix(), path) for path in found)
+        kept = [(n, path) for n, path in named if path.stat().st_size and not n.startswith(TABLES)]
+        if not kept:
+            raise FileNotFoundError(
+                f"this Python has no standard-library sources under {root}: "
+                f"train on text of your own with data=text data.paths=..."
             )
-            if not self._files:
-                raise FileNotFoundError(
-                    f"this Python has no standard-library sources under {root}: "
-                    f"train on text of your own with data=text data.paths=..."
-                )
-        return self._files
+        return kept
 
     def documents(self) -> Iterator[str]:
-        for _, path in self.files():
+        for _, path in self.files:
             yield python_text(path.read_bytes(), str(path))
 
     def grouped(self) -> Iterator[tuple[str, str]]:
-        for (name, _), document in zip(self.files(), self.documents(), strict=True):
+        for (name, _), document in zip(self.files, self.documents(), strict=True):
             yield name.split("/")[0].removesuffix(".py"), document
-
-    def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = digest_files(
-                self.files(), "stdlib", platform.python_version(), remember=self.digests
-            )
-        return self._fingerprint
-
-    def total_bytes(self) -> int:
-        return sum(path.stat().st_size for _, path in self.files())
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {
-            "files": len(self.files()),
+            "files": len(self.files),
             "python": f"{platform.python_implementation()} {platform.python_version()}",
         }

@@ -7,19 +7,22 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import Source, decode_utf8, digest_files
+from data_modules.sources.base import FileSource, decode_utf8
 from data_modules.sources.packed import COMPRESSED, open_plain, parquet_column
 from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+PACKED = (*COMPRESSED, ".parquet")
+"""Suffixes of files whose text is not as long as the file."""
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-class TextSource(Source):
+class TextSource(FileSource):
     """Documents from files on disk.
 
     A plain file is one document. A ``.jsonl`` file holds one document per line, the string under
@@ -44,33 +47,29 @@ class TextSource(Source):
 
     name = "text"
 
-    def __init__(
-        self,
-        paths: Paths,
-        *,
-        field: str = "text",
-    ) -> None:
+    def __init__(self, paths: Paths, *, field: str = "text") -> None:
         self.paths = path_list(paths, "data.paths")
         self.field = field
-        self._files: list[tuple[str, Path]] | None = None
-        self._fingerprint: str | None = None
 
+    @property
+    def rules(self) -> tuple[object, ...]:
+        return ("text", self.field)
+
+    @cached_property
     def files(self) -> list[tuple[str, Path]]:
         """(name, path) of every file, in order."""
-        if self._files is None:
-            found: dict[Path, str] = {}
-            for given in self.paths:
-                for name, path in expand(given):
-                    if path.stat().st_size == 0:
-                        raise UserError(
-                            f"{path} is empty: give text, or leave the file out of data.paths"
-                        )
-                    found.setdefault(path.resolve(), name)
-            self._files = [(name, path) for path, name in found.items()]
-        return self._files
+        found: dict[Path, str] = {}
+        for given in self.paths:
+            for name, path in expand(given):
+                if path.stat().st_size == 0:
+                    raise UserError(
+                        f"{path} is empty: give text, or leave the file out of data.paths"
+                    )
+                found.setdefault(path.resolve(), name)
+        return [(name, path) for path, name in found.items()]
 
     def documents(self) -> Iterator[str]:
-        for _, path in self.files():
+        for _, path in self.files:
             kind = "".join(path.suffixes[-2:]).lower()
             if kind.endswith(".parquet"):
                 yield from parquet_column(path, self.field)
@@ -100,20 +99,12 @@ class TextSource(Source):
                     )
                 yield row[self.field]
 
-    def fingerprint(self) -> str:
-        if self._fingerprint is None:
-            self._fingerprint = digest_files(
-                self.files(), "text", self.field, remember=self.digests
-            )
-        return self._fingerprint
-
     def total_bytes(self) -> int | None:
-        if any(path.suffix.lower() in (*COMPRESSED, ".parquet") for _, path in self.files()):
-            return None
-        return sum(path.stat().st_size for _, path in self.files())
+        packed = any(path.suffix.lower() in PACKED for _, path in self.files)
+        return None if packed else super().total_bytes()
 
     def summary(self) -> dict[str, Any]:
-        return super().summary() | {"files": len(self.files()), "paths": self.paths}
+        return super().summary() | {"files": len(self.files), "paths": self.paths}
 
 
 def path_list(paths: Paths, key: str) -> list[str]:
@@ -174,7 +165,7 @@ def _folder(folder: Path, key: str) -> list[tuple[str, Path]]:
 def _may_be_text(path: Path) -> bool:
     """Whether a file of a folder is read: it is packed text, or begins with no byte 0 (as Git tells
     text from other files)."""
-    if path.suffix.lower() in (*COMPRESSED, ".parquet"):
+    if path.suffix.lower() in PACKED:
         return True
     with path.open("rb") as file:
         beginning = file.read(8000)
@@ -184,8 +175,6 @@ def _may_be_text(path: Path) -> bool:
 def _one_document(path: Path) -> str:
     """A file's text, compressed or not."""
     try:
-        if path.suffix.lower() not in COMPRESSED:
-            return decode_utf8(path.read_bytes(), str(path))
         with open_plain(path) as file:
             return decode_utf8(file.read(), str(path))
     except MemoryError:

@@ -6,6 +6,7 @@ Shapes: B batch, W tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -23,10 +24,11 @@ SAMPLES = 1 << 126
 once."""
 
 
+@dataclass(eq=False)
 class AnswerSet:
     """Examples 0 .. n - 1 of a task, one per window. It knows nothing of models.
 
-    Args:
+    Attributes:
         task: the task, or an out-of-distribution variant of it.
         n: number of examples, >= 1.
         depth: D of the model that answers.
@@ -35,22 +37,13 @@ class AnswerSet:
         trained: examples of its training; None for a set from another distribution.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        n: int,
-        *,
-        depth: int,
-        stride: int = 1,
-        training: Training | None = None,
-        trained: Callable[[], Sequence[Example]] | None = None,
-    ) -> None:
-        self.task = task
-        self.n = n
-        self.depth = depth
-        self.stride = stride
-        self.training = training
-        self._trained = trained
+    task: Task
+    n: int
+    _: KW_ONLY
+    depth: int
+    stride: int = 1
+    training: Training | None = None
+    trained: Callable[[], Sequence[Example]] | None = None
 
     def __len__(self) -> int:
         return self.n
@@ -60,8 +53,8 @@ class AnswerSet:
         """Values to compare exact match with, by name: ``chance``, and those of
         :func:`~data_modules.tasks.baselines.baselines`."""
         found = {"chance": self.task.chance}
-        if self._trained is not None:
-            found |= baselines(self.task, self.examples, self._trained())
+        if self.trained is not None:
+            found |= baselines(self.task, self.examples, self.trained())
         return found
 
     def measures(self, d_model: int) -> Sequence[Measure]:

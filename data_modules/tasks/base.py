@@ -16,7 +16,8 @@ import numpy as np
 
 from data_modules.digests import digest
 from data_modules.tasks.measures import Measure, Training
-from mtp_lightning.settings import require_whole
+from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require, require_whole
 
 END = 0
 """Id of the symbol that pads windows and, in tasks with ``ends``, ends an answer."""
@@ -127,7 +128,27 @@ class Task(ABC):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_whole("data.task.seed", self.seed, least=0)
+        self.require_whole(seed=0)
+
+    def require_whole(self, **least: int) -> None:
+        """Refuses options that are not whole numbers of at least these."""
+        for option, bound in least.items():
+            require_whole(f"data.task.{option}", getattr(self, option), least=bound)
+
+    def require_order(self, lower: str, upper: str) -> None:
+        """Refuses an option that is above another one."""
+        number, most = getattr(self, lower), getattr(self, upper)
+        wanted = f"at most data.task.{upper}={most}"
+        require(number <= most, f"data.task.{lower}", number, wanted)
+
+    def require_enough(self, option: str, *, of: str) -> None:
+        """Refuses fewer of an option than of another one, each of which needs one of its own."""
+        number, needed = getattr(self, option), getattr(self, of)
+        if number < needed:
+            raise UserError(
+                f"data.task.{option}={number} are too few for data.task.{of}={needed}, each "
+                f"needing one of its own: raise data.task.{option}, or ask for fewer {of}."
+            )
 
     @property
     @abstractmethod

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task, log_bucket
 from data_modules.tasks.held_out import HeldOutTask
-from mtp_lightning.settings import require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +33,8 @@ class Copy(HeldOutTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.letters", self.letters, least=1)
-        require_whole("data.task.shortest", self.shortest, least=1)
-        require_whole("data.task.periods", self.periods, least=1)
-        require(
-            self.shortest <= self.periods,
-            "data.task.shortest",
-            self.shortest,
-            f"at most data.task.periods={self.periods}",
-        )
+        self.require_whole(letters=1, shortest=1, periods=1)
+        self.require_order("shortest", "periods")
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
@@ -58,10 +50,7 @@ class Copy(HeldOutTask):
 
     @cached_property
     def chance(self) -> float:
-        lengths: Sequence[int] = range(self.shortest, self.periods + 1)
-        if self.held_out is not None:
-            lengths = [len(example.answer) for example in self._validation]
-        return sum(self.letters**-n for n in lengths) / len(lengths)
+        return self.guess(self.letters, range(self.shortest, self.periods + 1))
 
     def draw(self, draws: Draws) -> Example:
         length = self.shortest + draws.below(self.periods - self.shortest + 1)

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import ClassVar, TypeVar
 
 from data_modules.tasks.base import Draws, Example, Task
-from mtp_lightning.settings import require_whole
 
 TO, EQUALS, PLUS, MINUS, TIMES, OVER, FIRST = range(1, 8)
 OPERATORS = (PLUS, MINUS, TIMES, OVER)
@@ -44,8 +43,7 @@ class Countdown(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.numbers", self.numbers, least=2)
-        require_whole("data.task.largest", self.largest, least=2)
+        self.require_whole(numbers=2, largest=2)
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:

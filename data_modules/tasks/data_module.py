@@ -33,18 +33,11 @@ class TaskDataModule(WindowDataModule):
         seq_len: T; None for the length of the longest example. A longer window holds several
             examples, none of which sees the others.
         batch_size: windows of a micro-batch on one rank.
-        depth: D.
-        stride: s, tokens from one depth's target to the next one's.
-        accumulate: micro-batches of an optimizer step.
         examples: size of the training set; None for fresh examples without end.
         eval_examples: size of the validation set, and of each out-of-distribution set.
-        eval_batch_size: windows of a validation batch on one rank; ``batch_size`` if None.
         train_prompt: whether prompts are trained too.
         document_mask: must be false, since examples are separate anyway.
-        num_workers: processes that prefetch batches.
-        pin_memory: whether batches are in page-locked memory; if None, when there is a GPU.
-        seed: seed of the training examples.
-        lookahead: see :class:`WindowDataModule`.
+        options: other options of :class:`WindowDataModule`.
 
     Raises:
         UserError: for numbers out of range, a window too short for an example, or another
@@ -52,6 +45,8 @@ class TaskDataModule(WindowDataModule):
     """
 
     loader = ExampleLoader
+    masks_targets = True
+    evaluated_bytes = None
 
     def __init__(
         self,
@@ -60,30 +55,15 @@ class TaskDataModule(WindowDataModule):
         *,
         seq_len: int | None = None,
         batch_size: int = 64,
-        depth: int = 0,
-        stride: int = 1,
-        accumulate: int = 1,
         examples: int | None = None,
         eval_examples: int = 512,
-        eval_batch_size: int | None = None,
         train_prompt: bool = False,
         document_mask: bool = False,
-        num_workers: int = 0,
-        pin_memory: bool | None = None,
-        seed: int = 0,
-        lookahead: int = 0,
+        **options: Any,
     ) -> None:
+        whole = task.longest - 1
         super().__init__(
-            seq_len=task.longest - 1 if seq_len is None else seq_len,
-            batch_size=batch_size,
-            depth=depth,
-            stride=stride,
-            accumulate=accumulate,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            seed=seed,
-            lookahead=lookahead,
+            seq_len=whole if seq_len is None else seq_len, batch_size=batch_size, **options
         )
         if examples is not None:
             require_whole("data.examples (null for fresh ones)", examples, least=1)
@@ -93,10 +73,10 @@ class TaskDataModule(WindowDataModule):
                 f"data.document_mask={document_mask} has no meaning for data={task.name}, whose "
                 "examples never see each other: leave it out."
             )
-        if self.seq_len + 1 < task.longest:
+        if self.seq_len < whole:
             raise UserError(
                 f"data.seq_len={seq_len} is too short for data={task.name}, whose examples have "
-                f"up to {task.longest} tokens: set it to {task.longest - 1} or more, or to null."
+                f"up to {task.longest} tokens: set it to {whole} or more, or to null."
             )
         for index in (0, first_training_index(0)):
             task.example(index)  # raises if training and validation cannot share the questions
@@ -118,42 +98,23 @@ class TaskDataModule(WindowDataModule):
         return self._tokenizer
 
     @property
-    def masks_targets(self) -> bool:
-        return True
-
-    @property
     def scores_answers(self) -> bool:
         return not self.train_prompt
-
-    @property
-    def evaluated_bytes(self) -> None:
-        return None
 
     @property
     def training(self) -> TaskWindows:
         return TaskWindows(
             self.task,
-            seq_len=self.seq_len,
-            depth=self.depth,
-            stride=self.stride,
+            **self.cut,
             first=self._first,
             examples=self.examples,
             train_prompt=self.train_prompt,
-            extra=self.extra,
         )
 
     @cached_property
     def evaluation(self) -> TaskWindows:
         """The validation set in this model's windows."""
-        return TaskWindows(
-            self.task,
-            seq_len=self.seq_len,
-            depth=self.depth,
-            stride=self.stride,
-            first=0,
-            examples=self.eval_examples,
-            extra=self.extra,
-        )
+        return TaskWindows(self.task, **self.cut, first=0, examples=self.eval_examples)
 
     @cached_property
     def _answer_sets(self) -> dict[str, AnswerSet]:

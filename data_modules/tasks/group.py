@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task, log_bucket
 from data_modules.tasks.held_out import HeldOutTask
-from mtp_lightning.settings import require, require_choice, require_whole
+from mtp_lightning.settings import require_choice
 
 EQUALS, FIRST = 1, 2
 
@@ -58,6 +58,7 @@ class Group(HeldOutTask):
     """
 
     name: ClassVar[str] = "group"
+    symbols = (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
 
     generators: str = "two"
     shortest: int = 1
@@ -67,18 +68,8 @@ class Group(HeldOutTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("data.task.generators", self.generators, list(GENERATORS))
-        require_whole("data.task.shortest", self.shortest, least=1)
-        require_whole("data.task.length", self.length, least=1)
-        require(
-            self.shortest <= self.length,
-            "data.task.shortest",
-            self.shortest,
-            f"at most data.task.length={self.length}",
-        )
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
+        self.require_whole(shortest=1, length=1)
+        self.require_order("shortest", "length")
 
     @property
     def longest_prompt(self) -> int:
@@ -91,10 +82,8 @@ class Group(HeldOutTask):
     @cached_property
     def chance(self) -> float:
         """Exact match of random elements."""
-        lengths: Sequence[int] = range(self.shortest, self.length + 1) if self.running else [1]
-        if self.held_out is not None:
-            lengths = [len(example.answer) for example in self._validation]
-        return sum(60.0**-n for n in lengths) / len(lengths)
+        lengths = range(self.shortest, self.length + 1) if self.running else [1]
+        return self.guess(len(ELEMENTS), lengths)
 
     def question(self, prompt: Sequence[int]) -> Sequence[int] | None:
         deciding = min(self.length, 8 if self.generators == "two" else 2)

@@ -23,7 +23,7 @@ import numpy as np
 
 from data_modules.tasks.base import Example, Task
 from data_modules.tasks.measures import AffineProbe, Excess, Measure, Training
-from mtp_lightning.settings import require_choice, require_number, require_whole
+from mtp_lightning.settings import require_choice, require_number
 
 START, FIRST = 1, 2
 
@@ -40,6 +40,7 @@ class HMM(Task):
     """
 
     name: ClassVar[str] = "hmm"
+    longest_prompt = 1
 
     process: str = "mess3"
     length: int = 32
@@ -49,7 +50,7 @@ class HMM(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("data.task.process", self.process, ["mess3", "rrxor"])
-        require_whole("data.task.length", self.length, least=1)
+        self.require_whole(length=1)
         require_number("data.task.x", self.x, above=0, below=0.5)
         require_number("data.task.a", self.a, above=0, below=1)
 
@@ -69,10 +70,6 @@ class HMM(Task):
     @cached_property
     def symbols(self) -> tuple[str, ...]:
         return (".", ">", *map(str, range(len(self.transitions))))
-
-    @property
-    def longest_prompt(self) -> int:
-        return 1
 
     @property
     def longest_answer(self) -> int:

@@ -20,7 +20,6 @@ from typing import ClassVar
 
 from data_modules.tasks.base import Example, Task, log_bucket
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_whole
 
 BEGIN, FIRST = 1, 2
 FILLERS = {
@@ -61,6 +60,7 @@ class Induction(Task):
     """
 
     name: ClassVar[str] = "induction"
+    longest_prompt = 1
 
     sentences: int = 8
     names: int = 3
@@ -69,31 +69,19 @@ class Induction(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.sentences", self.sentences, least=1)
-        require_whole("data.task.names", self.names, least=2)
-        require_whole("data.task.beginnings", self.beginnings, least=1)
-        require_whole("data.task.endings", self.endings, least=1)
+        self.require_whole(sentences=1, names=2, beginnings=1, endings=1)
         if self.sentences <= self.names:
             raise UserError(
                 f"data.task.sentences={self.sentences} may not repeat any of data.task.names="
                 f"{self.names} names: ask for more sentences than names."
             )
-        if self.beginnings < self.names:
-            raise UserError(
-                f"data.task.beginnings={self.beginnings} are too few for data.task.names="
-                f"{self.names}, each needing one of its own: raise data.task.beginnings, or ask "
-                "for fewer names."
-            )
+        self.require_enough("beginnings", of="names")
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
         beginnings = (f"A{i}" for i in range(self.beginnings))
         endings = (f"b{i}" for i in range(self.endings))
         return ("_", ">", *KINDS, *beginnings, *endings)
-
-    @property
-    def longest_prompt(self) -> int:
-        return 1
 
     @property
     def longest_answer(self) -> int:

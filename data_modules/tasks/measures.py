@@ -55,6 +55,10 @@ class Measure(Metric, ABC):
 
     full_state_update = False
 
+    def add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.float64) -> None:
+        """Adds a state of zeros, which is summed over all ranks."""
+        self.add_state(name, default=torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
     @abstractmethod
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         """Counts some examples.
@@ -87,8 +91,7 @@ class SampledAnswers(Measure):
         self.span = span
         self.judge = judge
         # One row per example, filled by one rank; the sum over ranks fills all rows.
-        empty = torch.zeros((n, span.stop - span.start), dtype=torch.int64)
-        self.add_state("answers", default=empty, dist_reduce_fx="sum")
+        self.add_sum("answers", n, span.stop - span.start, dtype=torch.int64)
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         rows = torch.from_numpy(numbers).to(self.answers.device)
@@ -129,8 +132,7 @@ class AffineProbe(Measure):
         self.d_model = d_model
         # Products of [state, 1, wanted] with itself, for each half of the examples.
         n = d_model + 1 + size
-        empty = torch.zeros((2, n, n), dtype=torch.float64)
-        self.add_state("products", default=empty, dist_reduce_fx="sum")
+        self.add_sum("products", 2, n, n)
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         batch = outputs.batch
@@ -180,8 +182,7 @@ class Excess(Measure):
         super().__init__()
         self.name = name
         self.least = least
-        empty = torch.zeros(3, dtype=torch.float64)
-        self.add_state("sums", default=empty, dist_reduce_fx="sum")
+        self.add_sum("sums", 3)
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         batch, nats_BW = outputs.batch, outputs.nats_BW

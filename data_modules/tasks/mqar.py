@@ -21,8 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_modules.tasks.base import Example, Task, log_bucket
-from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_number, require_whole
+from mtp_lightning.settings import require_number
 
 EQUALS, BLANK, FIRST = 1, 2, 3
 
@@ -49,18 +48,10 @@ class MQAR(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.pairs", self.pairs, least=1)
-        require_whole("data.task.values", self.values, least=1)
+        self.require_whole(pairs=1, slots=1, keys=1, values=1)
         require_number("data.task.power", self.power, above=0, most=1)
-        for name, what in (("slots", "query"), ("keys", "pair")):
-            number = getattr(self, name)
-            require_whole(f"data.task.{name}", number, least=1)
-            if number < self.pairs:
-                raise UserError(
-                    f"data.task.{name}={number} are too few for data.task.pairs={self.pairs}, "
-                    f"each {what} needing one of its own: raise data.task.{name}, or ask for fewer "
-                    "pairs."
-                )
+        self.require_enough("slots", of="pairs")
+        self.require_enough("keys", of="pairs")
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:

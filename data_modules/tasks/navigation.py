@@ -32,7 +32,7 @@ from data_modules.tasks.navigation_measures import (
     Walks,
 )
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_choice, require_number, require_whole
+from mtp_lightning.settings import require_choice, require_number
 
 EQUALS = 1
 """Id of the equals sign; that of the first node is FIRST, and steps come after the nodes."""
@@ -59,6 +59,7 @@ class Navigation(Task):
 
     name: ClassVar[str] = "navigation"
     ends: ClassVar[bool] = True
+    longest_prompt = 3
 
     graph: str = "street"
     nodes: int = 40
@@ -70,7 +71,7 @@ class Navigation(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("data.task.graph", self.graph, ["street", "random"])
-        require_whole("data.task.nodes", self.nodes, least=4)
+        self.require_whole(nodes=4)
         require_number("data.task.density", self.density, least=0, most=1)
         require_number("data.task.training", self.training, above=0, below=1)
         require_number("data.task.detours", self.detours, least=0, most=1)
@@ -114,10 +115,6 @@ class Navigation(Task):
         n = self.nodes
         steps = (f"{step:+}" for step in range(1 - n, n) if step)
         return (".", "=", *(f"n{i}" for i in range(n)), *steps)
-
-    @property
-    def longest_prompt(self) -> int:
-        return 3
 
     @cached_property
     def longest_answer(self) -> int:

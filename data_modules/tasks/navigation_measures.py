@@ -41,8 +41,7 @@ class Means(Measure):
     def __init__(self, task: Navigation, names: tuple[str, ...]) -> None:
         super().__init__()
         self.task, self.names = task, names
-        empty = torch.zeros((len(names), 2), dtype=torch.float64)
-        self.add_state("sums", default=empty, dist_reduce_fx="sum")
+        self.add_sum("sums", len(names), 2)
 
     @abstractmethod
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
@@ -154,10 +153,8 @@ class BeliefCosine(Measure):
     def __init__(self, task: Navigation, *, d_model: int) -> None:
         super().__init__()
         self.task = task
-        beliefs = task.nodes**2
-        empty = torch.zeros((beliefs, d_model), dtype=torch.float64)
-        self.add_state("sums", default=empty, dist_reduce_fx="sum")
-        self.add_state("counts", default=torch.zeros(beliefs).double(), dist_reduce_fx="sum")
+        self.add_sum("sums", task.nodes**2, d_model)
+        self.add_sum("counts", task.nodes**2)
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         at_L, place, goal = standing(self.task, outputs)

@@ -19,7 +19,6 @@ from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task
 from data_modules.tasks.held_out import HeldOutTask
-from mtp_lightning.settings import require, require_whole
 
 EQUALS, MINUS, PLUS, TIMES, OF, FIRST = range(1, 7)
 Q, N = 7, 5
@@ -36,37 +35,22 @@ class Polynomial(HeldOutTask):
     """
 
     name: ClassVar[str] = "polynomial"
+    symbols = (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
+    longest_answer = N
+    chance = float(Q**-N)
 
     least: int = 1
     operations: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.least", self.least, least=1)
-        require_whole("data.task.operations", self.operations, least=1)
-        require(
-            self.least <= self.operations,
-            "data.task.least",
-            self.least,
-            f"at most data.task.operations={self.operations}",
-        )
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
+        self.require_whole(least=1, operations=1)
+        self.require_order("least", "operations")
 
     @property
     def longest_prompt(self) -> int:
         """The length for binary operations only, which have one more operand than operations."""
         return self.operations + N * (self.operations + 1) + 1
-
-    @property
-    def longest_answer(self) -> int:
-        return N
-
-    @property
-    def chance(self) -> float:
-        return float(Q**-N)
 
     def draw(self, draws: Draws) -> Example:
         number = self.least + draws.below(self.operations - self.least + 1)

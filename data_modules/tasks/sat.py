@@ -16,8 +16,7 @@ from itertools import combinations, product
 from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task
-from mtp_lightning.errors import UserError
-from mtp_lightning.settings import is_whole, require, require_whole
+from mtp_lightning.settings import is_whole, require
 
 BAR, EQUALS, FIRST = 1, 2, 3
 RATIO = 4.26
@@ -53,14 +52,8 @@ class Sat(Task):
             self.variables,
             f"a whole number in [3, {MOST}]",
         )
-        require_whole("data.task.names", self.names, least=1)
-        require_whole("data.task.solutions", self.solutions, least=1)
-        if self.names < self.variables:
-            raise UserError(
-                f"data.task.names={self.names} are too few for data.task.variables="
-                f"{self.variables}, each needing one of its own: raise data.task.names, or ask for "
-                "fewer variables."
-            )
+        self.require_whole(names=1, solutions=1)
+        self.require_enough("names", of="variables")
 
     @property
     def clauses(self) -> int:

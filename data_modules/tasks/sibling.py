@@ -23,7 +23,6 @@ from typing import ClassVar
 
 from data_modules.tasks.base import Example, Task
 from data_modules.tasks.measures import Measure, SampledAnswers, Training
-from mtp_lightning.settings import require_whole
 
 EQUALS, LETTERS = 1, 2
 PARENTS = LETTERS + len(ascii_lowercase)
@@ -44,6 +43,7 @@ class Sibling(Task):
     """
 
     name: ClassVar[str] = "sibling"
+    longest_answer = 3
 
     parents: int = 5
     children: int = 100
@@ -51,9 +51,7 @@ class Sibling(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.parents", self.parents, least=1)
-        require_whole("data.task.children", self.children, least=2)
-        require_whole("data.task.hash", self.hash, least=0)
+        self.require_whole(parents=1, children=2, hash=0)
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
@@ -64,10 +62,6 @@ class Sibling(Task):
     @property
     def longest_prompt(self) -> int:
         return self.hash + 1
-
-    @property
-    def longest_answer(self) -> int:
-        return 3
 
     @property
     def chance(self) -> float:

@@ -47,9 +47,7 @@ class StarGraph(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("data.task.degree", self.degree, least=1)
-        require_whole("data.task.length", self.length, least=2)
-        require_whole("data.task.nodes", self.nodes, least=1)
+        self.require_whole(degree=1, length=2, nodes=1)
         if self.fixed is not None:
             require_whole("data.task.fixed (null for no end)", self.fixed, least=1)
         if self.size > self.nodes:

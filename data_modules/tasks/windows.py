@@ -9,15 +9,16 @@ Shapes: B batch, T positions, D depths, W = T + D + 1 tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from data_modules.loader import WindowLoader
 from data_modules.order import Order
 from data_modules.tasks.base import END, TRAINING, Example, Task
+from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 
@@ -30,57 +31,35 @@ def first_training_index(seed: int) -> int:
     return (seed + 1) << TRAINING
 
 
-class TaskWindows(Dataset[WindowBatch]):
-    """Maps an array of window numbers to a :class:`WindowBatch`.
+@dataclass(eq=False)
+class TaskWindows(Windows):
+    """Windows of whole examples.
 
     Window i holds examples ``first + i * n`` to ``first + (i + 1) * n - 1``, n = ``per_window``.
     Targets are the asked tokens of the answers, at every depth. If n > 1, document ids keep
     attention and targets inside each example.
 
-    Args:
-        task: the task.
-        seq_len: T, at least the length of the longest example minus one.
-        depth: D.
-        stride: s, tokens from one depth's target to the next one's.
+    Attributes:
+        task: the task. T is at least the length of its longest example minus one.
         first: index of the first example.
         examples: number of examples; None for no end, in epochs of :data:`EPOCH` windows.
         train_prompt: whether all of an example's tokens are targets.
-        extra: E, tokens of a window after its T + D + 1.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        *,
-        seq_len: int,
-        depth: int,
-        stride: int = 1,
-        first: int,
-        examples: int | None,
-        train_prompt: bool = False,
-        extra: int = 0,
-    ) -> None:
-        self.task = task
-        self.seq_len = seq_len
-        self.depth = depth
-        self.stride = stride
-        self.first = first
-        self.examples = examples
-        self.train_prompt = train_prompt
-        self.extra = extra
-        self.per_window = (seq_len + 1) // task.longest
-        assert self.per_window >= 1 and 0 <= stride * depth <= seq_len
+    task: Task
+    _: KW_ONLY
+    first: int
+    examples: int | None
+    train_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        self.per_window = (self.seq_len + 1) // self.task.longest
+        assert self.per_window >= 1 and 0 <= self.stride * self.depth <= self.seq_len
 
     def __len__(self) -> int:
         return EPOCH if self.examples is None else -(-self.examples // self.per_window)
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError``, with the remedy, if there are too few windows for one step.
-
-        Args:
-            batch_size: windows of one step of one process.
-            world: number of processes.
-        """
         n, needed = len(self), batch_size * world
         if n < needed:
             raise UserError(
@@ -99,7 +78,7 @@ class TaskWindows(Dataset[WindowBatch]):
         rows = [self.held(number) for number in numbers.tolist()]
         return lay_out(
             rows,
-            width=self.seq_len + self.stride * self.depth + 1 + self.extra,
+            width=self.width,
             depth=self.depth,
             stride=self.stride,
             train_prompt=self.train_prompt,

@@ -53,7 +53,8 @@ class TokenFilesDataModule(StoreDataModule):
             raise UserError(
                 f"data=tokens holds ids, and tokenizer={tokenizer.kind} would have to be trained "
                 "on text: set the tokenizer that made them (tokenizer=pretrained "
-                "tokenizer.path=...), "
+                "tokenizer.path=...), or tokenizer=ids with tokenizer.vocab_size and "
+                "tokenizer.eot_id"
             )
         if held_out is not None and val_path is not None:
             raise UserError(

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.cache import build_once
 from data_modules.encoding import PIECE, pieces
 from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources.base import digest, digest_files
-from data_modules.store_builder import Progress
+from data_modules.store_builder import Progress, keep_store
 from data_modules.token_files.formats import TokenSource
-from data_modules.token_store import FORMAT, PIECES, TokenStore
+from data_modules.token_store import FORMAT, PIECES, TokenStore, count_ids
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
 
@@ -58,31 +57,31 @@ def open_view(
         OSError: if a file cannot be read or written.
     """
     splits = {"train": train} if val is None else {"train": train, "val": val}
+    all_files = [file for files in splits.values() for file in files]
+    share = held_out if val is None else None
     key = digest(
         "view",
         FORMAT,
         json.dumps(tokenizer.spec(), sort_keys=True),
         PIECE,
-        held_out if val is None else None,
+        share,
         *(_content(files, cache) for files in splits.values()),
     )
 
-    def build(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, Any]:
         texts = {name: look_through(files, tokenizer) for name, files in splits.items()}
         if val is None:
             texts = dict(zip(("train", "val"), texts["train"].cut(held_out), strict=True))
-        meta = _write(folder, texts, tokenizer)
-        meta["source"] = {
+        source = {
             "name": "tokens",
             "fingerprint": key,
-            "formats": sorted({file.format for files in splits.values() for file in files}),
+            "formats": sorted({file.format for file in all_files}),
             "files": {name: len(files) for name, files in splits.items()},
         }
-        meta |= {"held_out": held_out if val is None else None, "fingerprint": key}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        return _write(folder, texts, tokenizer) | {"source": source, "held_out": share}
 
-    folder = build_once(cache / "views" / key, build)
-    return TokenStore(folder, [file.shard for files in splits.values() for file in files])
+    shards = [file.shard for file in all_files]
+    return keep_store(cache, key, write, kind="views", shards=shards)
 
 
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
@@ -121,11 +120,7 @@ class Text:
         if n_kept < len(self.starts):
             at = int(self.starts[n_kept])
         before, after = cut(self.shards, at)
-        tokens = ShardedTokens(after)
-        counts = np.zeros_like(self.counts)
-        for first in range(0, len(tokens), _BLOCK):
-            block = tokens[first : min(first + _BLOCK, len(tokens))]
-            counts += np.bincount(block, minlength=len(counts))
+        counts = count_ids(ShardedTokens(after), len(self.counts))
         starts = np.union1d([0], self.starts[n_kept:] - at)
         return (
             Text(before, self.starts[:n_kept], self.counts - counts),
@@ -235,12 +230,7 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
     return {
         "format": FORMAT,
         "dtype": np.dtype(texts["train"].shards[0].dtype).name,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint(),
-            "vocab_size": tokenizer.vocab_size,
-            "eot_id": tokenizer.eot_id,
-        },
+        "tokenizer": tokenizer.facts(),
         "bytes_defined": known,
         "lines_in_training": None,
         "splits": splits,

@@ -58,9 +58,9 @@ class Tokenizer(ABC):
     def from_state(cls, state: dict[str, Any]) -> Tokenizer:
         """The tokenizer with this state."""
 
-    @abstractmethod
     def spec(self) -> dict[str, Any]:
         """What determines the ids of a given corpus: options before training, content after."""
+        return self.state()
 
     def token_bytes(self) -> list[bytes]:
         """The bytes of the text that each id stands for, by id; a special token has its name.
@@ -68,6 +68,15 @@ class Tokenizer(ABC):
         A token of a byte-level tokenizer may be part of a character. Unused ids are empty.
         """
         return bytes_of_pieces(self.library_json(), self.vocab_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain facts, for a store's ``meta.json``."""
+        return {
+            "kind": self.kind,
+            "fingerprint": self.fingerprint(),
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+        }
 
     @property
     def reads_text(self) -> bool:

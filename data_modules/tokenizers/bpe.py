@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
-from data_modules.tokenizers.library import library_tokenizer
+from data_modules.tokenizers.library import library_tokenizer, quiet_forks
 from data_modules.tokenizers.pre_tokenizer import PATTERN, PreTokenizer, new_pre_tokenizer
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
@@ -40,6 +40,7 @@ class BPETokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "bpe"
+    eot_id = 0
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
         if not MIN_VOCAB <= vocab_size <= LARGEST_VOCAB:
@@ -68,7 +69,7 @@ class BPETokenizer(Tokenizer):
         """
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-        _quiet_forks()
+        quiet_forks()
         library = Tokenizer(models.BPE())
         library.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -99,7 +100,6 @@ class BPETokenizer(Tokenizer):
         if self._library is None:
             if self._json is None:
                 raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
-            _quiet_forks()
             self._library = library_tokenizer(self._json, source="the bpe tokenizer")
             # The name of the special token in a text is text: the round trip must be lossless.
             self._library.encode_special_tokens = True
@@ -108,10 +108,6 @@ class BPETokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return int(self._trained().get_vocab_size())
-
-    @property
-    def eot_id(self) -> int:
-        return 0
 
     def encode(self, text: str) -> np.ndarray:
         """``[n]`` int64 ids.
@@ -124,13 +120,13 @@ class BPETokenizer(Tokenizer):
             numbers, new = self._words.split(text)
             try:
                 if new:
-                    encoded = library.encode_batch_fast(new, add_special_tokens=False)
-                    self._append([encoding.ids for encoding in encoded])
+                    for encoding in library.encode_batch_fast(new, add_special_tokens=False):
+                        self._ids.extend(encoding.ids)
+                        self._starts.append(len(self._ids))
             except BaseException:
                 self._forget()  # the new words have numbers but no ids
                 raise
-            starts = self._starts[: len(self._words) + 1]
-            ids = _gather(self._ids[: self._n_ids], starts, numbers)
+            ids = _gather(np.asarray(self._ids), np.asarray(self._starts), numbers)
             if len(self._words) > CACHED_WORDS:
                 self._forget()
         return ids
@@ -174,29 +170,11 @@ class BPETokenizer(Tokenizer):
         self._json = state.get("tokenizer_json")
 
     def _forget(self) -> None:
-        """Empties the word cache: word -> number, and the ids of all words, concatenated."""
+        """Empties the word cache: word -> number, the ids of all words, concatenated, and where
+        each word's begin."""
         self._words: PreTokenizer = new_pre_tokenizer()
-        self._ids = np.empty(0, np.int64)
-        self._starts = np.zeros(1, np.int64)
-        self._n_ids = 0
-
-    def _append(self, new: list[list[int]]) -> None:
-        lengths = np.fromiter(map(len, new), np.int64, len(new))
-        total = self._n_ids + int(lengths.sum())
-        known = len(self._words) - len(new)
-        if total > len(self._ids):
-            grown = np.empty(2 * total, np.int64)
-            grown[: self._n_ids] = self._ids[: self._n_ids]
-            self._ids = grown
-        if len(self._words) + 1 > len(self._starts):
-            grown = np.empty(2 * len(self._words) + 1, np.int64)
-            grown[: known + 1] = self._starts[: known + 1]
-            self._starts = grown
-        self._ids[self._n_ids : total] = np.fromiter(
-            chain.from_iterable(new), np.int64, total - self._n_ids
-        )
-        self._starts[known + 1 : len(self._words) + 1] = self._n_ids + np.cumsum(lengths)
-        self._n_ids = total
+        self._ids = array("q")
+        self._starts = array("q", [0])
 
 
 def _gather(ids: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -217,9 +195,3 @@ def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
             return
         limit -= len(data)
         yield document
-
-
-def _quiet_forks() -> None:
-    # Without this setting the library prints a warning in every loader worker that is forked later.
-    # Workers load windows and never encode, so its threads and the forks do not meet.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

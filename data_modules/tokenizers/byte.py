@@ -15,14 +15,8 @@ class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, and 256 is end of text. Lossless, and needs only numpy."""
 
     kind: ClassVar[str] = "byte"
-
-    @property
-    def vocab_size(self) -> int:
-        return 257
-
-    @property
-    def eot_id(self) -> int:
-        return 256
+    vocab_size = 257
+    eot_id = 256
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
@@ -55,9 +49,6 @@ class ByteTokenizer(Tokenizer):
         library.decoder = decoders.ByteLevel()
         library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         return str(library.to_str())
-
-    def spec(self) -> dict[str, Any]:
-        return self.state()
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind}

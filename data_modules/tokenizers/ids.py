@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import Tokenizer
+from data_modules.tokenizers.library import word_level_json
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
 
@@ -18,11 +19,13 @@ class IdTokenizer(Tokenizer):
     Args:
         vocab_size: number of ids.
         eot_id: id that ends a document.
+
     Raises:
         UserError: for numbers out of range.
     """
 
     kind: ClassVar[str] = "ids"
+    reads_text = False
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:
         if not 2 <= vocab_size <= LARGEST_VOCAB:
@@ -45,10 +48,6 @@ class IdTokenizer(Tokenizer):
     @property
     def eot_id(self) -> int:
         return self._eot_id
-
-    @property
-    def reads_text(self) -> bool:
-        return False
 
     def encode(self, text: str) -> np.ndarray:
         """Ids from numbers separated by white space.
@@ -74,17 +73,7 @@ class IdTokenizer(Tokenizer):
         return [b""] * self.vocab_size
 
     def library_json(self) -> str:
-        """A word-level tokenizer, for which the library splits at white space."""
-        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-        words = {str(i): i for i in range(self.vocab_size)}
-        library = Tokenizer(models.WordLevel(words, unk_token=str(self.eot_id)))
-        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        library.add_special_tokens([AddedToken(str(self.eot_id), special=True, normalized=False)])
-        return str(library.to_str())
-
-    def spec(self) -> dict[str, Any]:
-        return self.state()
+        return word_level_json({str(i): i for i in range(self.vocab_size)}, str(self.eot_id))
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "vocab_size": self.vocab_size, "eot_id": self.eot_id}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def library_tokenizer(text: str, *, source: object) -> Any:
     """
     from tokenizers import Tokenizer
 
+    quiet_forks()
     try:
         content = json.loads(text)
         _require_numbers(content)
@@ -50,6 +52,22 @@ def library_tokenizer(text: str, *, source: object) -> Any:
     library.no_padding()
     library.no_truncation()
     return library
+
+
+def quiet_forks() -> None:
+    """Keeps the library from printing a warning in every loader worker that is forked later.
+    Workers load windows and never encode, so its threads and the forks do not meet."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def word_level_json(ids: dict[str, int], eot_token: str) -> str:
+    """The ``tokenizer.json`` of words that are separated by white space."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel(ids, unk_token=eot_token))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens([AddedToken(eot_token, special=True, normalized=False)])
+    return str(library.to_str())
 
 
 def _require_numbers(content: Any) -> None:

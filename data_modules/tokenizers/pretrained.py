@@ -11,7 +11,6 @@ import numpy as np
 
 from data_modules.digests import digest
 from data_modules.tokenizers.base import Tokenizer
-from data_modules.tokenizers.bpe import _quiet_forks
 from data_modules.tokenizers.library import library_tokenizer
 from mtp_lightning.errors import UserError
 
@@ -168,7 +167,6 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
     """The library's tokenizer, and the files of :data:`BESIDE`."""
     from tokenizers import Tokenizer as Library
 
-    _quiet_forks()
     path = Path(given).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"

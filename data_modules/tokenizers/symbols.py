@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import Tokenizer
+from data_modules.tokenizers.library import word_level_json
 from mtp_lightning.errors import UserError
 
 
@@ -21,6 +22,8 @@ class SymbolTokenizer(Tokenizer):
     """
 
     kind: ClassVar[str] = "symbols"
+    eot_id = 0
+    reads_text = False
 
     def __init__(self, symbols: Sequence[str]) -> None:
         self.symbols = tuple(symbols)
@@ -32,14 +35,6 @@ class SymbolTokenizer(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return len(self.symbols)
-
-    @property
-    def eot_id(self) -> int:
-        return 0
-
-    @property
-    def reads_text(self) -> bool:
-        return False
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of symbols separated by white space.
@@ -64,16 +59,7 @@ class SymbolTokenizer(Tokenizer):
         return [f" {symbol}".encode() for symbol in self.symbols]
 
     def library_json(self) -> str:
-        """A word-level tokenizer, for which the library splits at white space."""
-        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-        library = Tokenizer(models.WordLevel(self._ids, unk_token=self.symbols[0]))
-        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        library.add_special_tokens([AddedToken(self.symbols[0], special=True, normalized=False)])
-        return str(library.to_str())
-
-    def spec(self) -> dict[str, Any]:
-        return self.state()
+        return word_level_json(self._ids, self.symbols[0])
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "symbols": list(self.symbols)}

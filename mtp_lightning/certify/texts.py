@@ -63,7 +63,7 @@ def prompts(
     if file is None:
         from data_modules.sources.stdlib import StdlibSource
 
-        files = [path for _, path in StdlibSource().files()]
+        files = [path for _, path in StdlibSource().files]
     else:
         files = [file]
     found: list[list[int]] = []

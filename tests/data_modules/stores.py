@@ -1,10 +1,13 @@
-"""Small token stores."""
+"""Small sources of text and token stores."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
+
+from data_modules.sources import TextSource
 from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
@@ -13,18 +16,27 @@ from data_modules.tokenizers import ByteTokenizer
 
 
 class Listed(Source):
-    """Documents from a list."""
+    """Documents from a list, as a user writes a source; ``read`` counts those that were read."""
 
     name = "listed"
 
     def __init__(self, documents: list[str]) -> None:
         self.listed = documents
+        self.read = 0
 
     def documents(self):
-        return iter(self.listed)
+        for document in self.listed:
+            self.read += 1
+            yield document
 
     def fingerprint(self) -> str:
         return json.dumps(self.listed)
+
+
+def refused(match: str, *paths: object, error: type[Exception] = ValueError, **options) -> None:
+    """Files of text whose documents cannot be read, with the words of the message."""
+    with pytest.raises(error, match=match):
+        list(TextSource(list(paths), **options).documents())
 
 
 def store_of(documents: list[str], folder: Path, tokenizer=None, **options) -> TokenStore:

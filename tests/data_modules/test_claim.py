@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +15,7 @@ import pytest
 
 from data_modules import claim
 from data_modules.cache import build_once
+from tests.data_modules.programs import start
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +90,8 @@ build_once(Path(sys.argv[1]), build)
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
     """What a builder has left that was killed."""
-    root = str(Path(claim.__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUILDER, str(tmp_path / "target")],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": root},
-    )
-    assert process.stdout is not None and process.stdout.readline() == b"building\n"
+    process = start(BUILDER, tmp_path / "target")
+    assert process.stdout is not None and process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (left,) = tmp_path.iterdir()

@@ -17,8 +17,8 @@ from data_modules import TokenDataModule
 from data_modules.encoding import pieces
 from data_modules.evaluation_text import EvaluationText, EvaluationWindows, choose
 from data_modules.sources import SyntheticSource, TextSource
-from data_modules.token_store import PIECES, TokenFile
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from tests.data_modules.loaders import token_file
 
 
 def module(folder: Path, source=None, tokenizer: Tokenizer | None = None, **options):
@@ -142,7 +142,7 @@ def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data
     lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=8))
     masked = data.draw(st.booleans())
     ends = np.cumsum(lengths)
-    file = stored(tmp_path_factory.mktemp("file"), int(ends[-1]))
+    file = token_file(tmp_path_factory.mktemp("file"), int(ends[-1]))
     order = np.array(data.draw(st.permutations(range(len(lengths)))))
     text = EvaluationText(file, (ends - lengths)[order], ends[order], ends, "")
     windows = EvaluationWindows(
@@ -179,7 +179,7 @@ def test_choose_against_brute_force(tmp_path_factory, data):
             start += n_bytes
         start += 1  # the end-of-text token
         documents.append((document, start))
-    file = stored(tmp_path_factory.mktemp("file"), start, rows)
+    file = token_file(tmp_path_factory.mktemp("file"), start, pieces=rows)
     budget = data.draw(st.none() | st.integers(1, 60))
     found, left = [], budget if budget is not None else 10**9
     for document, end in sorted(documents, key=lambda d: d[0][0][3]):
@@ -193,11 +193,3 @@ def test_choose_against_brute_force(tmp_path_factory, data):
             found.append((taken[0][1], last, sum(piece[2] for piece in taken)))
     text = choose(file, budget)
     assert list(zip(text.starts, text.ends, text.bytes, strict=True)) == found
-
-
-def stored(folder: Path, n_tokens: int, rows: list[tuple] | None = None) -> TokenFile:
-    """A token file whose token at position i is i."""
-    path = folder / "val.bin"
-    np.arange(n_tokens, dtype=np.uint32).tofile(path)
-    np.save(path.with_suffix(".pieces.npy"), np.array(rows or [], PIECES))
-    return TokenFile(path, "uint32", n_tokens, n_tokens, 1)

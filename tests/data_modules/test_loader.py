@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,10 @@ from data_modules import loader as loader_module
 from data_modules.evaluation_text import EvaluationText, EvaluationWindows
 from data_modules.loader import EvaluationLoader, WindowLoader
 from data_modules.order import epoch_order
-from data_modules.token_store import PIECES, TokenFile
+from data_modules.token_store import TokenFile
 from data_modules.window_dataset import WindowDataset, window_count
-from tests.data_modules.loaders import T, loader_of, numbers, token_file
+from tests.data_modules.loaders import T, loader_of, numbers, stream, token_file
+from tests.data_modules.programs import start
 
 # On a machine of one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -102,25 +102,16 @@ def test_workers_change_nothing_and_the_global_generator_does_not_move(tmp_path)
     [(1, 0), (5, 0), (6, 0), (7, 0), (15, 0), (5, 2), (6, 2)],
 )
 def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
-    def stream(loader, n):
-        taken = []
-        while len(taken) < n:
-            for batch in loader:
-                taken.append(batch)
-                if len(taken) == n:
-                    break
-        return numbers(taken)
-
-    whole = stream(loader_of(tmp_path, seed=1), 20)
+    whole = numbers(stream(loader_of(tmp_path, seed=1), 20))
     first = loader_of(tmp_path, seed=1, num_workers=workers)
-    assert stream(first, consumed) == whole[:consumed]
+    assert numbers(stream(first, consumed)) == whole[:consumed]
     state = first.state_dict()
     assert {type(value) for value in state.values()} == {int}
     second = loader_of(tmp_path, seed=1, num_workers=workers)
     iter(second)  # made and dropped, as Lightning does: nothing moves
     second.load_state_dict(state)
     assert second.state_dict() == state and len(second) == 6
-    assert stream(second, 20 - consumed) == whole[consumed:]
+    assert numbers(stream(second, 20 - consumed)) == whole[consumed:]
 
 
 def test_state_of_other_data_is_refused_and_the_seed_is_the_states(tmp_path):
@@ -200,24 +191,15 @@ print(both)
 def test_two_processes_share_the_windows(tmp_path):
     """Real process group: rank and world size are looked up when iteration starts."""
     one = loader_of(tmp_path, batch_size=4, seed=2)
-    root = Path(loader_module.__file__).parents[1]
-    pieces = np.array([(0, 0, one.dataset.file.n_bytes, b"digest")], PIECES)
-    np.save(one.dataset.file.path.with_suffix(".pieces.npy"), pieces)
-    arguments = [str(one.dataset.file.path), str(one.dataset.file.n_tokens)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, *arguments, str(rank), str(tmp_path / "meeting")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(root)},
-        )
-        for rank in range(2)
-    ]
+    file = one.dataset.file
+    token_file(tmp_path, file.n_tokens, pieces=[(0, 0, file.n_bytes, b"digest")])
+    meeting = tmp_path / "meeting"
+    processes = [start(RANK, file.path, file.n_tokens, rank, meeting) for rank in range(2)]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     (train_0, val_0), (train_1, val_1) = (json.loads(output) for output in outputs)
     assert [a + b for a, b in zip(train_0, train_1, strict=True)] == numbers(one)
     assert len(val_0) == len(val_1)
-    assert sorted(sum(val_0 + val_1, [])) == list(range(one.dataset.file.n_tokens))
+    assert sorted(sum(val_0 + val_1, [])) == list(range(file.n_tokens))
 
 
 def test_too_little_text_is_said_with_the_minimum(tmp_path):
@@ -296,14 +278,7 @@ for batch in WindowLoader(Windows(), batch_size=4, num_workers=2):
 
 def test_processes_that_fetch_end_with_the_run_and_not_before() -> None:
     """A signal to all of it is the run's to act on; a killed run leaves no traceback."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", FETCHING],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(Path(loader_module.__file__).parents[1])},
-    )
+    process = start(FETCHING, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stdout.readline() == "fetched 500 1\n"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_modules import loader as loader_module
 from data_modules.order import LARGE, FeistelOrder, epoch_order, window_order
-from tests.data_modules.loaders import loader_of, numbers
+from tests.data_modules.loaders import loader_of, numbers, stream
 
 seeds = st.integers(0, 2**31)
 
@@ -78,18 +78,11 @@ def test_a_loader_resumes_in_it_exactly(tmp_path, monkeypatch, consumed):
     monkeypatch.setattr(
         loader_module, "window_order", lambda n, **keys: window_order(n, **keys, large=0)
     )
-    whole = loader_of(tmp_path, seed=1)
-    expected = numbers(whole) + numbers(whole)
+    expected = numbers(stream(loader_of(tmp_path, seed=1), 12))
     flat = sum(expected[:6], [])
     assert len(set(flat)) == 24 and flat != epoch_order(25, seed=1, epoch=0)[:24].tolist()
-    first, taken = loader_of(tmp_path, seed=1), []
-    while len(taken) < consumed:
-        for batch in first:
-            taken += numbers([batch])
-            if len(taken) == consumed:
-                break
+    first = loader_of(tmp_path, seed=1)
+    assert numbers(stream(first, consumed)) == expected[:consumed]
     second = loader_of(tmp_path, seed=1, num_workers=1)
     second.load_state_dict(first.state_dict())
-    while len(taken) < 12:
-        taken += numbers(second)
-    assert taken == expected
+    assert numbers(stream(second, 12 - consumed)) == expected[consumed:]

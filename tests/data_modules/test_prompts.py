@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from data_modules.prompts import take_prompts
-from data_modules.sources.base import Source, digest
 from data_modules.splitting import DocumentSplit
 from data_modules.tokenizers import ByteTokenizer
-
-
-class Given(Source):
-    name = "given"
-
-    def __init__(self, documents: list[str]) -> None:
-        self.given = documents
-        self.read = 0
-
-    def documents(self) -> Iterator[str]:
-        for document in self.given:
-            self.read += 1
-            yield document
-
-    def fingerprint(self) -> str:
-        return digest(*self.given)
+from tests.data_modules.stores import Listed
 
 
 def texts(prompts) -> list[tuple[str, str]]:
@@ -37,18 +19,16 @@ def corpus(n: int = 40, length: int = 30) -> list[str]:
 
 
 def test_beginnings_first_and_each_on_its_documents_side() -> None:
-    documents = corpus()
-    split = DocumentSplit(Given(documents), val_fraction=0.25)
-    sides = {name: [d for s, d in split if s == name] for name in ("train", "val")}
+    split = DocumentSplit(Listed(corpus()), val_fraction=0.25)
+    sides = {name: list(split.documents(name)) for name in ("train", "val")}
     counts = {"train": 5, "val": 3}
     found = texts(take_prompts(split, ByteTokenizer(), counts=counts, length=8))
     assert found == [(n, d[:8]) for n in ("train", "val") for d in sides[n][: counts[n]]]
 
 
 def test_then_what_follows_and_never_the_same_twice() -> None:
-    documents = corpus()
-    split = DocumentSplit(Given(documents), val_fraction=0.25)
-    sides = {name: [d for s, d in split if s == name] for name in ("train", "val")}
+    split = DocumentSplit(Listed(corpus()), val_fraction=0.25)
+    sides = {name: list(split.documents(name)) for name in ("train", "val")}
     n = len(sides["val"])
     counts = {"train": 1, "val": n + 2}
     found = texts(take_prompts(split, ByteTokenizer(), counts=counts, length=8))[1:]
@@ -61,7 +41,7 @@ def test_then_what_follows_and_never_the_same_twice() -> None:
 def test_a_prompt_that_stands_on_both_sides_is_taken_once() -> None:
     header = "# the same header of every file.\n"
     assert len(header) == 33
-    split = DocumentSplit(Given([header[1:] + d for d in corpus()]), val_fraction=0.25)
+    split = DocumentSplit(Listed([header[1:] + d for d in corpus()]), val_fraction=0.25)
     counts = {"train": 10, "val": 4}
     found = texts(take_prompts(split, ByteTokenizer(), counts=counts, length=16))
     assert [n for n, _ in found] == ["train"] * 10 + ["val"] * 4
@@ -71,18 +51,18 @@ def test_a_prompt_that_stands_on_both_sides_is_taken_once() -> None:
 
 
 def test_no_more_is_read_than_is_needed() -> None:
-    source = Given(corpus(5000))
+    source = Listed(corpus(5000))
     split = DocumentSplit(source, val_fraction=0.25)
     take_prompts(split, ByteTokenizer(), counts={"train": 3, "val": 3}, length=8)
     assert source.read < 300  # the split looks at 65 groups, too
 
 
 def test_too_few_and_what_is_no_text() -> None:
-    split = DocumentSplit(Given(corpus(6)), val_fraction=0.25)
-    with pytest.raises(ValueError, match=r"validation documents of given hold only \d+ different"):
+    split = DocumentSplit(Listed(corpus(6)), val_fraction=0.25)
+    with pytest.raises(ValueError, match=r"validation documents of listed hold only \d+ different"):
         take_prompts(split, ByteTokenizer(), counts={"train": 1, "val": 500}, length=8)
-    with pytest.raises(ValueError, match=r"training documents of given hold only 0 different"):
+    with pytest.raises(ValueError, match=r"training documents of listed hold only 0 different"):
         take_prompts(split, ByteTokenizer(), counts={"train": 1, "val": 1}, length=31)
-    bad = DocumentSplit(Given(["\ud800" + d for d in corpus(6)]), val_fraction=0.25)
+    bad = DocumentSplit(Listed(["\ud800" + d for d in corpus(6)]), val_fraction=0.25)
     with pytest.raises(ValueError, match="half a character"):
         take_prompts(bad, ByteTokenizer(), counts={"train": 1, "val": 1}, length=4)

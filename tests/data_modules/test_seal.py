@@ -12,10 +12,9 @@ import pytest
 
 from data_modules import digests
 from data_modules.cache import build_once
-from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
-from tests.data_modules.stores import Listed, store_of
+from tests.data_modules.stores import store_of
 
 DOCUMENTS = [f"document {i} of a corpus\n" * (i % 5 + 1) for i in range(200)]
 FILES = [
@@ -59,8 +58,7 @@ def test_damaged_digests_are_told(tmp_path: Path, content: bytes) -> None:
 
 
 def test_digests_are_those_of_the_files_which_are_not_read_for_it(
-    tmp_path: Path,
-    reads: list[str],
+    tmp_path: Path, reads: list[str]
 ) -> None:
     folder = reopened(tmp_path).folder
     assert not [name for name in reads if name.endswith(".bin")]
@@ -71,10 +69,7 @@ def test_digests_are_those_of_the_files_which_are_not_read_for_it(
 
 
 def test_what_is_large_is_read_once(
-    tmp_path: Path,
-    reads: list[str],
-    later: None,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, reads: list[str], later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests, "LARGE", 1000)
     folder = reopened(tmp_path).folder
@@ -116,7 +111,11 @@ def test_damage_from_before_there_were_digests_is_told(tmp_path: Path, content: 
     for read in (store["train"].starts, store["val"].pieces):
         with pytest.raises(ValueError, match=r"is damaged \((train.starts|val.pieces).npy: "):
             read()
-    for meta in (b"\xff\xfe\x00", b"[]", b'{"splits": 3}', b'{"splits": {"train": {}}}'):
+    with (folder / "train.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="damaged .train.bin has .* delete that folder"):
+        TokenStore(folder)
+    for meta in (b"{", b"\xff\xfe\x00", b"[]", b'{"splits": 3}', b'{"splits": {"train": {}}}'):
         (folder / "meta.json").write_bytes(meta)
         with pytest.raises(ValueError, match="is damaged .* delete that folder"):
             TokenStore(folder)
@@ -140,12 +139,3 @@ def test_whatever_is_built_once_is_looked_at(tmp_path: Path) -> None:
     (target / "a").write_bytes(b"2" * 100)
     with pytest.raises(ValueError, match="a has other contents"):
         build_once(target, lambda folder: None)
-
-
-def test_the_store_of_a_corpus_is_the_same_whenever_it_is_built(tmp_path: Path) -> None:
-    from data_modules.splitting import DocumentSplit
-
-    split = DocumentSplit(Listed(DOCUMENTS))
-    folders = [prepare_store(ByteTokenizer(), split, tmp_path / n)[0].folder for n in ("a", "b")]
-    one, other = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders)
-    assert one == other

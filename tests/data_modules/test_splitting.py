@@ -10,60 +10,58 @@ from hypothesis import strategies as st
 
 from data_modules.sources import StdlibSource
 from data_modules.sources.base import Source
-from data_modules.splitting import DocumentSplit
+from data_modules.splitting import DocumentSplit, cut_point
+from tests.data_modules.stores import Listed
 
 
-class Texts(Source):
-    """A source as a user writes one: documents, a name and a fingerprint."""
-
-    name = "texts"
-
-    def __init__(self, texts: list[str]) -> None:
-        self.texts = texts
-
-    def documents(self):
-        return iter(self.texts)
-
-    def fingerprint(self) -> str:
-        return repr(self.texts)
-
-
-class Projects(Texts):
+class Projects(Listed):
     """Documents that are called project/name, in groups by project."""
 
     def grouped(self):
-        return ((text.split("/")[0], text) for text in self.texts)
+        return ((text.split("/")[0], text) for text in self.documents())
 
 
-def sides(source: Source, group=lambda text: text, **options) -> dict[str, set[str]]:
+def sides(source: Source, **options) -> dict[str, set[str]]:
     """The splits that the documents of each group are in."""
     found: dict[str, set[str]] = {}
-    for side, text in DocumentSplit(source, **options):
-        found.setdefault(group(text), set()).add(side)
+    groups = (group for group, _ in source.grouped())
+    for group, (side, _) in zip(groups, DocumentSplit(source, **options), strict=True):
+        found.setdefault(group, set()).add(side)
     return found
 
 
-@given(st.lists(st.sampled_from("abcdef"), min_size=2), st.integers(0, 50))
+@given(
+    st.lists(st.sampled_from("abcdef"), min_size=2).filter(lambda texts: len(set(texts)) > 1),
+    st.integers(0, 50),
+)
 def test_exact_copies_are_on_one_side(texts, seed):
-    found = sides(Texts(texts), seed=seed, val_fraction=0.5)
-    if len(set(texts)) > 1:
-        assert all(len(where) == 1 for where in found.values())
-        assert set().union(*found.values()) == {"train", "val"}
+    found = sides(Listed(texts), seed=seed, val_fraction=0.5)
+    assert all(len(where) == 1 for where in found.values())
+    assert set().union(*found.values()) == {"train", "val"}
 
 
 def test_a_sources_groups_are_on_one_side_in_proportion():
     texts = [f"{i % 500}/{i}" for i in range(2000)]
-    found = sides(Projects(texts), lambda text: text.split("/")[0], val_fraction=0.1)
+    found = sides(Projects(texts), val_fraction=0.1)
     assert len(found) == 500 and all(len(where) == 1 for where in found.values())
     assert 30 < sum(where == {"val"} for where in found.values()) < 70
 
 
 def test_documents_stay_where_they_are_whatever_is_added():
     texts = [f"{i}" for i in range(100)]
-    before = {text: side for side, text in DocumentSplit(Texts(texts), val_fraction=0.3)}
-    more = Texts(["first", *reversed(texts), "last", *texts[:7]])
+    before = {text: side for side, text in DocumentSplit(Listed(texts), val_fraction=0.3)}
+    more = Listed(["first", "", *reversed(texts), "last", *texts[:7], ""])
     after = {text: side for side, text in DocumentSplit(more, val_fraction=0.3)}
-    assert before == {text: after[text] for text in texts}
+    assert before == {text: after[text] for text in texts} and "" not in after
+    assert before != {text: side for side, text in DocumentSplit(Listed(texts), seed=1)}
+
+
+def test_what_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="no text"):
+        list(DocumentSplit(Listed(["", ""])))
+    for fraction in (0, 1, -0.5):
+        with pytest.raises(ValueError, match=f"val_fraction .* got {fraction}"):
+            DocumentSplit(Listed([]), val_fraction=fraction)
 
 
 @pytest.mark.parametrize("groups", [2, 3, 20, 64])
@@ -71,9 +69,7 @@ def test_documents_stay_where_they_are_whatever_is_added():
 def test_few_groups_of_many_documents_fill_both_splits(groups, val_fraction):
     texts = [f"{i % groups}/{i}" for i in range(300)]
     for seed in range(5):
-        found = sides(
-            Projects(texts), lambda text: text.split("/")[0], val_fraction=val_fraction, seed=seed
-        )
+        found = sides(Projects(texts), val_fraction=val_fraction, seed=seed)
         assert all(len(where) == 1 for where in found.values())
         held_out = sum(where == {"val"} for where in found.values())
         assert 0 < held_out < groups
@@ -83,11 +79,13 @@ def test_few_groups_of_many_documents_fill_both_splits(groups, val_fraction):
 def test_a_corpus_of_one_group_is_cut_at_the_same_place_in_every_copy(caplog):
     text = "".join(f"line {i}\n" for i in range(100))
     with caplog.at_level(logging.INFO, logger="data_modules.splitting"):
-        split = DocumentSplit(Texts([text] * 3), val_fraction=0.1)
-        train, val = set(split.documents("train")), set(split.documents("val"))
-    assert len(train) == len(val) == 1 and train.pop() + val.pop() == text
+        split = DocumentSplit(Listed([text] * 3), val_fraction=0.1)
+        (train,), (val,) = set(split.documents("train")), set(split.documents("val"))
+    assert train + val == text and val.startswith("line ")
+    assert len(val) / len(text) == pytest.approx(0.1, abs=0.01)
+    assert cut_point("x" * 100, 0.9) == 90 and cut_point("ab", 0.99) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "the documents of 'texts' are one group: the last 10 % of each are for validation"
+        "the documents of 'listed' are one group: the last 10 % of each are for validation"
     ]
     project = DocumentSplit(Projects(["a/" + text, "a/" + 2 * text]), val_fraction=0.1)
     lengths = [len("".join(project.documents(name))) for name in ("train", "val")]
@@ -95,21 +93,18 @@ def test_a_corpus_of_one_group_is_cut_at_the_same_place_in_every_copy(caplog):
 
 
 def test_half_a_character_does_not_stop_the_split():
-    assert {text for _, text in DocumentSplit(Texts(["a\ud800", "b"]))} == {"a\ud800", "b"}
+    assert {text for _, text in DocumentSplit(Listed(["a\ud800", "b"]))} == {"a\ud800", "b"}
 
 
 def test_packages_of_the_standard_library_are_on_one_side():
     source = StdlibSource()
     documents = list(source.documents())
     assert [document for _, document in source.grouped()] == documents
-    groups = dict(zip((name for name, _ in source.files()), source.grouped(), strict=True))
+    groups = dict(zip((name for name, _ in source.files), source.grouped(), strict=True))
     assert groups["json/decoder.py"][0] == groups["json/__init__.py"][0] == "json"
     assert groups["argparse.py"][0] == "argparse"
-    split = list(DocumentSplit(source))
-    packages: dict[str, set[str]] = {}
-    for name, (side, _) in zip(groups, split, strict=True):
-        packages.setdefault(name.split("/")[0], set()).add(side)
+    packages = sides(source)
     assert len(packages) > 150 and all(len(where) == 1 for where in packages.values())
-    held_out = [document for side, document in split if side == "val"]
+    held_out = list(DocumentSplit(source).documents("val"))
     assert len(held_out) >= 15 and sum(where == {"val"} for where in packages.values()) >= 8
     assert 0.03 < sum(map(len, held_out)) / sum(map(len, documents)) < 0.1

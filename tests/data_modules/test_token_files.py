@@ -48,6 +48,12 @@ def module(cache: Path, path, tokenizer=None, **options) -> TokenFilesDataModule
     return TokenFilesDataModule(tokenizer or ByteTokenizer(), path=path, **options)
 
 
+def refused(match: str, cache: Path, *given, error=ValueError, **options) -> None:
+    """Files that cannot be used, with the words of the message."""
+    with pytest.raises(error, match=match):
+        module(cache, *given, **options).prepare()
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_format_gives_the_tokens_of_the_text(tmp_path, kind):
     train, val = ids_of(texts()), ids_of(texts(20, seed=1))
@@ -286,33 +292,25 @@ def test_chunks_that_litdata_wrote(tmp_path):
 def test_chunks_of_something_else_are_refused(tmp_path):
     index = litdata(tmp_path / "a", [[1, 2, 0], [3, 0]])
     written = json.loads(index.read_text())
+    types = [f"no_header_tensor:{number}" for number in ("0", "\u00b2", "9" * 5000, "")]
     for change, message in (
         ({"compression": "zstd"}, r"chunks with compression \(zstd\).*write them again without"),
         ({"encryption": {"algorithm": "fernet"}}, "chunks with encryption"),
         ({"data_format": ["int", "str"]}, "not rows of token ids: write one tensor of ids"),
-        ({"data_format": ["no_header_tensor:0"]}, "not rows of token ids"),
+        *(({"data_format": [name]}, "not rows of token ids") for name in types),
         ({"item_loader": "PyTreeLoader"}, "item_loader PyTreeLoader"),
     ):
         index.write_text(json.dumps({**written, "config": written["config"] | change}))
         for path in (index, index.parent / "chunk-0-0.bin", index.parent):
-            with pytest.raises(ValueError, match=message):
-                module(tmp_path / "c", path).prepare()
+            refused(message, tmp_path / "c", path)
     for name in ("../x.bin", "a\\b.bin", "\0.bin"):
         outside = [written["chunks"][0] | {"filename": name}]
         index.write_text(json.dumps({**written, "chunks": outside}))
-        with pytest.raises(ValueError, match="names chunks outside its folder"):
-            module(tmp_path / "c", index).prepare()
-    for number in ("\u00b2", "9" * 5000, ""):
-        config = written["config"] | {"data_format": [f"no_header_tensor:{number}"]}
-        index.write_text(json.dumps({**written, "config": config}))
-        with pytest.raises(ValueError, match="not rows of token ids"):
-            module(tmp_path / "c", index).prepare()
+        refused("names chunks outside its folder", tmp_path / "c", index)
     index.write_text(json.dumps({**written, "chunks": []}))
-    with pytest.raises(ValueError, match="names no chunk"):
-        module(tmp_path / "c", index).prepare()
+    refused("names no chunk", tmp_path / "c", index)
     index.write_text('{"other": 1}')
-    with pytest.raises(ValueError, match=r"index\.json is not a file of token ids"):
-        module(tmp_path / "c", index).prepare()
+    refused(r"index\.json is not a file of token ids", tmp_path / "c", index)
 
 
 def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
@@ -321,18 +319,16 @@ def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
     chunk, content = index.parent / "chunk-0-0.bin", index.read_text()
     for damaged in (content[:-20], "[" * 100_000):
         index.write_text(damaged)
-        with pytest.raises(ValueError, match=r"index\.json is not JSON, or is truncated"):
-            module(tmp_path / "c", chunk).prepare()
+        refused(r"index\.json is not JSON, or is truncated", tmp_path / "c", chunk)
     stranger = nanogpt(tmp_path / "a" / "x.bin", [[1, 2, 0]])
     index.write_text(content)
-    with pytest.raises(ValueError, match=r"x\.bin is not among the chunks of"):
-        module(tmp_path / "c", stranger).prepare()
+    refused(r"x\.bin is not among the chunks of", tmp_path / "c", stranger)
     index.unlink()
-    with pytest.raises(ValueError, match=r"is a chunk of litdata without its index\.json"):
-        module(tmp_path / "c", f"{tmp_path}/a/chunk*.bin").prepare()
+    refused(
+        r"is a chunk of litdata without its index\.json", tmp_path / "c", f"{tmp_path}/a/chunk*.bin"
+    )
     empty = litdata(tmp_path / "b", [[]])
-    with pytest.raises(ValueError, match="chunk-0-0.bin holds no ids: leave it out"):
-        module(tmp_path / "c", empty).prepare()
+    refused("chunk-0-0.bin holds no ids: leave it out", tmp_path / "c", empty)
 
 
 def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):
@@ -361,44 +357,46 @@ def test_files_that_moved_or_changed(tmp_path):
 def test_ids_beyond_the_vocabulary_are_named(tmp_path):
     nanogpt(tmp_path / "a.bin", [[1, 2, 3]] * 50)
     nanogpt(tmp_path / "b.bin", [[1, 2, 300]] * 50)
-    with pytest.raises(
-        ValueError, match=r"b\.bin has the id 300 at token 2, .*byte\) has ids from 0 to 256: set"
-    ):
-        module(tmp_path / "c", f"{tmp_path}/*.bin").prepare()
+    message = r"b\.bin has the id 300 at token 2, .*byte\) has ids from 0 to 256: set"
+    refused(message, tmp_path / "c", f"{tmp_path}/*.bin")
     megatron(tmp_path / "d.bin", [[1, -2, 3]] * 50, code=4)
-    with pytest.raises(ValueError, match="has the id -2 at token 1"):
-        module(tmp_path / "c", tmp_path / "d.bin").prepare()
+    refused("has the id -2 at token 1", tmp_path / "c", tmp_path / "d.bin")
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
     good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
-    with pytest.raises(ValueError, match="tokenizer=bpe would have to be trained on text"):
-        module(tmp_path, good, BPETokenizer(300))
-    with pytest.raises(ValueError, match=r"held_out=0.1 has no meaning with data.val_path"):
-        module(tmp_path, good, val_path=good, held_out=0.1)
-    with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
-        module(tmp_path, good, held_out=1)
-    with pytest.raises(ValueError, match="x.bin is in data.path and in data.val_path"):
-        module(tmp_path, good, val_path=str(good)).prepare()
-    with pytest.raises(FileNotFoundError, match="nowhere.bin does not exist.*check data.val_path"):
-        module(tmp_path, good, val_path="nowhere.bin").prepare()
-    with pytest.raises(ValueError, match="data.path must name a file"):
-        module(tmp_path, []).prepare()
-    with pytest.raises(ValueError, match=r"x\.bin has none: use them in separate runs"):
-        module(tmp_path, [megatron(tmp_path / "m.bin", ids_of(texts())), good]).prepare()
-    with pytest.raises(ValueError, match="data.dtype must be uint16.*not 'float32'"):
-        module(tmp_path, good, dtype="float32").prepare()
-    with pytest.raises(ValueError, match="states that its ids are uint16, not data.dtype=uint32"):
-        module(tmp_path, llm_c(tmp_path / "l.bin", [[1]]), dtype="uint32").prepare()
+    message = "tokenizer=bpe would have to be trained on text: .* or tokenizer=ids with .*eot_id$"
+    refused(message, tmp_path, good, BPETokenizer(300))
+    refused("=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1)
+    refused("held_out must lie between 0 and 1", tmp_path, good, held_out=1)
+    refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
+    refused(
+        "nowhere.bin does not exist.*check data.val_path",
+        tmp_path,
+        good,
+        val_path="nowhere.bin",
+        error=FileNotFoundError,
+    )
+    refused("data.path must name a file", tmp_path, [])
+    refused(
+        r"x\.bin has none: use them in separate runs",
+        tmp_path,
+        [megatron(tmp_path / "m.bin", ids_of(texts())), good],
+    )
+    refused("data.dtype must be uint16.*not 'float32'", tmp_path, good, dtype="float32")
+    refused(
+        "states that its ids are uint16, not data.dtype=uint32",
+        tmp_path,
+        llm_c(tmp_path / "l.bin", [[1]]),
+        dtype="uint32",
+    )
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(ValueError, match=r"notes\.md is not a file of token ids: .*/\*\.bin'"):
-        module(tmp_path, tmp_path / "notes.md").prepare()
+    refused(r"notes\.md is not a file of token ids: .*/\*\.bin'", tmp_path, tmp_path / "notes.md")
 
 
 def test_wide_ids_without_header_are_asked_for(tmp_path):
     path = nanogpt(tmp_path / "x.bin", ids_of(texts()), code="I")
-    with pytest.raises(ValueError, match="looks like ids of 32 bits: set data.dtype=uint32"):
-        module(tmp_path / "c", path).prepare()
+    refused("looks like ids of 32 bits: set data.dtype=uint32", tmp_path / "c", path)
     data = module(tmp_path / "c", path, dtype="uint32")
     assert data.store["train"].tokens()[:1].dtype == np.uint32
 

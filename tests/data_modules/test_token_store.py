@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,14 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules import cache, claim, encoding, store_builder
+from data_modules import cache, claim, encoding
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import pieces
 from data_modules.sources import SyntheticSource, TextSource
-from data_modules.splitting import DocumentSplit, cut_point
+from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
-from data_modules.token_store import TokenStore, token_dtype
+from data_modules.token_store import token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from tests.data_modules.programs import start
 from tests.data_modules.stores import Listed, contents, store_of
 
 
@@ -94,37 +93,6 @@ def test_pieces_cover_any_text(text, limit):
     assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 30])
-def test_small_corpora_have_both_splits(tmp_path, n):
-    documents = [f"text {i} of a small corpus\n" * 50 for i in range(n)]
-    for seed in range(4):
-        store = store_of(documents, tmp_path, seed=seed)
-        assert store["train"].n_tokens > 0 and store["val"].n_tokens > 0
-
-
-def test_one_document_is_cut_at_a_line_end(tmp_path):
-    document = "".join(f"line {i}\n" for i in range(1000))
-    store = store_of([document], tmp_path, val_fraction=0.1)
-    text = {name: ByteTokenizer().decode(store[name].tokens()[:-1]) for name in ("train", "val")}
-    assert text["train"] + text["val"] == document and text["val"].startswith("line ")
-    assert len(text["val"]) / len(document) == pytest.approx(0.1, abs=0.01)
-    assert cut_point("x" * 100, 0.9) == 90 and cut_point("ab", 0.99) == 1
-
-
-def test_split_is_stable_and_empty_documents_do_not_count():
-    documents = [f"d{i}" for i in range(200)]
-    split = DocumentSplit(Listed(documents), val_fraction=0.2)
-    longer = DocumentSplit(Listed([*documents, "more"]), val_fraction=0.2)
-    assert list(split) == list(longer)[:200]
-    assert list(DocumentSplit(Listed(["", *documents, ""]), val_fraction=0.2)) == list(split)
-    assert list(DocumentSplit(Listed(documents), val_fraction=0.2, seed=1)) != list(split)
-    with pytest.raises(ValueError, match="no text"):
-        list(DocumentSplit(Listed(["", ""])))
-    for fraction in (0, 1, -0.5):
-        with pytest.raises(ValueError, match=f"val_fraction .* got {fraction}"):
-            DocumentSplit(Listed([]), val_fraction=fraction)
-
-
 def test_half_a_character_is_named(tmp_path):
     with pytest.raises(ValueError, match="document 1 of listed .* U\\+D800.* character 2"):
         store_of(["fine", "no\ud800"], tmp_path)
@@ -143,17 +111,6 @@ def test_other_options_have_other_stores(tmp_path):
     }
     assert len(stores) == 6
     assert store_of(documents, tmp_path).folder in stores
-
-
-def test_a_damaged_store_is_named(tmp_path):
-    folder = store_of([f"text {i}" for i in range(100)], tmp_path).folder
-    with (folder / "train.bin").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(ValueError, match="damaged .train.bin has .* delete that folder"):
-        TokenStore(folder)
-    (folder / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        TokenStore(folder)
 
 
 def test_cache_folder_order(tmp_path, monkeypatch):
@@ -236,16 +193,6 @@ print(store.folder)
 """
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    root = Path(store_builder.__file__).parents[1]
-    return subprocess.Popen(
-        [sys.executable, "-c", BUILD, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-
-
 @pytest.fixture
 def text(tmp_path) -> Path:
     folder = tmp_path / "text"
@@ -256,7 +203,7 @@ def text(tmp_path) -> Path:
 
 
 def test_a_build_killed_in_the_middle_leaves_no_half_store(tmp_path, text):
-    process = start(text, tmp_path / "cache", 0.2)
+    process = start(BUILD, text, tmp_path / "cache", 0.2)
     for _ in range(3):  # batches: the files are open and partly written
         assert process.stdout.readline() == "encoding\n"
     process.send_signal(signal.SIGKILL)
@@ -274,7 +221,7 @@ def test_a_build_killed_in_the_middle_leaves_no_half_store(tmp_path, text):
 
 
 def test_of_two_that_want_a_store_one_builds_and_the_other_waits(tmp_path, text):
-    both = [start(text, tmp_path / "cache", 0.1) for _ in range(2)]
+    both = [start(BUILD, text, tmp_path / "cache", 0.1) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sorted(output.startswith("encoding") for output in outputs) == [False, True]

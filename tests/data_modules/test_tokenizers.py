@@ -166,21 +166,19 @@ def test_pretrained_finds_the_end_of_text_token(tmp_path):
     assert PretrainedTokenizer(str(tmp_path)).eot_id == 258
 
 
-def test_pretrained_refuses_what_cannot_work(tmp_path, monkeypatch):
+def test_pretrained_refuses_what_cannot_work(tmp_path):
     library_file(tmp_path / "tokenizer.json", ["<pad>"])
-    path = str(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match="no end-of-text token .*<pad>.*tokenizer.eot_token"):
-        PretrainedTokenizer(path).eot_id  # noqa: B018
-    with pytest.raises(ValueError, match="no token 'nope'"):
-        PretrainedTokenizer(path, eot_token="nope").encode("a")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
-        PretrainedTokenizer(str(tmp_path / "bad.json")).encode("a")
-    with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
-        PretrainedTokenizer(str(tmp_path / "nowhere.json")).encode("a")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
-        PretrainedTokenizer(str(tmp_path / "empty")).encode("a")
+    for name, eot_token, error, message in (
+        ("tokenizer.json", None, ValueError, "no end-of-text token .*<pad>.*tokenizer.eot_token"),
+        ("tokenizer.json", "nope", ValueError, "no token 'nope'"),
+        ("bad.json", None, ValueError, "bad.json is not a tokenizer.json"),
+        ("nowhere.json", None, FileNotFoundError, "nowhere.json does not exist"),
+        ("empty", None, FileNotFoundError, "holds no tokenizer.json"),
+    ):
+        with pytest.raises(error, match=message):
+            PretrainedTokenizer(str(tmp_path / name), eot_token=eot_token).encode("a")
 
 
 def test_pretrained_hub_name_that_cannot_be_had(monkeypatch):

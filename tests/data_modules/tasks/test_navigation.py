@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, TRAINING
 from data_modules.tasks.navigation import Navigation, _delaunay
-from data_modules.windows import WindowBatch
 
 TASKS = [Navigation(), Navigation(graph="random", nodes=25, density=0.08)]
 
@@ -133,18 +131,7 @@ def test_chance_is_what_random_symbols_reach() -> None:
     assert right > 100 and abs(right / n - task.chance) < 5 * (task.chance / n) ** 0.5
 
 
-@dataclass
-class Given:
-    """Outputs of a model that a test has made up."""
-
-    batch: WindowBatch
-    said_BW: Tensor
-    states_BPC: Tensor
-    log_probs_KV: Tensor
-    nats_BW: Tensor
-
-
-def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> Given:
+def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> SimpleNamespace:
     """A model that knows the graph, or one that says any symbol and whose states are noise."""
     batch = AnswerSet(task, 1000, depth=1).batch(numbers)
     tokens, valid = batch.tokens.numpy(), batch.valid(0)
@@ -167,7 +154,13 @@ def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> Given:
     nats = torch.zeros(tokens.shape).double()
     picked = -table.log().gather(-1, batch.tokens[:, ahead].unsqueeze(-1)).squeeze(-1)
     nats[:, ahead] = torch.where(valid, picked, 0)
-    return Given(batch, batch.tokens, torch.tensor(states), table.log()[valid], nats)
+    return SimpleNamespace(
+        batch=batch,
+        said_BW=batch.tokens,
+        states_BPC=torch.tensor(states),
+        log_probs_KV=table.log()[valid],
+        nats_BW=nats,
+    )
 
 
 def measured(task: Navigation, batches: list[np.ndarray], *, knows: bool) -> dict[str, float]:
