@@ -136,10 +136,8 @@ class LiveTable(Display):
     """The running jobs in a table that is redrawn every second, on the terminal unless a console is
     given."""
 
-    def __init__(
-        self, n_tasks: int, *, console: Console | None = None, seconds: float = 1.0
-    ) -> None:
-        super().__init__(n_tasks, seconds, shown=-math.inf)
+    def __init__(self, n_tasks: int, *, console: Console | None = None) -> None:
+        super().__init__(n_tasks, seconds=1.0, shown=-math.inf)
         from rich.live import Live
 
         # Without a thread of its own, since processes are started from this one.

@@ -80,7 +80,6 @@ def left_of(
     results: Mapping[str, Result],
     *,
     count_flops: bool = True,
-    machine: str | None = None,
 ) -> list[Left]:
     """The pending runs of claims. A run that several claims share counts for the first of them.
 
@@ -90,12 +89,10 @@ def left_of(
         results: all claims' results, by label.
         count_flops: compose arms without a finished seed, a few seconds each, to count their FLOPs;
             otherwise their runs get the time that their claim expects.
-        machine: times of this machine are preferred; by default this one.
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
-    machine = machine or this_machine()
-    here = [seed for seed in finished if seed.machine == machine] or finished
+    here = [seed for seed in finished if seed.machine == this_machine()] or finished
     rates = [
         s.costs["flops"] / (minutes_of(s) * 60)
         for s in here

@@ -241,7 +241,7 @@ def against_depth(settings: Settings, tag: str) -> Drawing:
         axes.plot(range(deepest + 1), ideal, ":", color=QUIET, linewidth=1.2)
         if any(setting.depth == 0 for setting in settings.all):
             axes.plot(0, 1, "o", color=QUIET, markerfacecolor="none")
-        drawing.chart.keep_within(0, math.inf)
+        drawing.chart.keep_within(math.inf)
         axes.set_xticks(range(deepest + 1))
     return drawing
 
