@@ -86,7 +86,7 @@ def render(
         tables=[
             tables.of_settings(settings, remarks),
             *(tables.of_gains(family, settings, i) for i, family in enumerate(families)),
-            *filter(None, [tables.of_floors(settings)]),
+            tables.of_floors(settings),
             tables.of_differences(comparisons, settings, warnings),
         ],
         jobs=tables.of_jobs(not_done, folder),
