@@ -118,19 +118,20 @@ def left_of(
         counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
         for arm, number in pending:
             job = composed.get((arm, number))
-            if job is not None:
-                if job.folder in taken:
-                    continue
-                taken.add(job.folder)
-            if known[arm]:
-                costs.append(Cost(arm, number, median(known[arm]) / 60, MEASURED))
+            if job is not None and job.folder in taken:
                 continue
-            if job is not None and rate is not None and arm not in counted:
-                counted[arm] = flops_of(job)
-            if rate is not None and (flops := counted.get(arm)) is not None:
-                costs.append(Cost(arm, number, flops / rate / 3600, BY_FLOPS))
+            if job is not None:
+                taken.add(job.folder)
+                if not known[arm] and rate is not None and arm not in counted:
+                    counted[arm] = flops_of(job)
+            flops = counted.get(arm)
+            if known[arm]:
+                hours, source = median(known[arm]) / 60, MEASURED
+            elif rate is not None and flops is not None:
+                hours, source = flops / rate / 3600, BY_FLOPS
             else:
-                costs.append(Cost(arm, number, expected / 60, EXPECTED))
+                hours, source = expected / 60, EXPECTED
+            costs.append(Cost(arm, number, hours, source))
         done = sum(seed.done for of in arms.values() for seed in of.values())
         found.append(Left(claim, done, tuple(costs)))
     return found
