@@ -55,21 +55,18 @@ class Composer:
         from hydra.errors import HydraException
 
         try:
-            return self._compose(overrides)
+            parsed = [self._parse(override) for override in overrides]
+            groups = tuple(str(override.input_line) for override, value in parsed if not value)
+            if groups not in self._bases:
+                base = self._loader.load_sweep_config(self._config, list(groups))
+                with open_dict(base):
+                    del base["hydra"]
+                self._bases[groups] = pickle.dumps(base)  # five times faster to copy
+            composed: DictConfig = pickle.loads(self._bases[groups])
+            values = [override for override, value in parsed if value]
+            self._loader._apply_overrides_to_config(values, composed)
         except HydraException as error:
             raise UserError(sentence(error)) from error
-
-    def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        parsed = [self._parse(override) for override in overrides]
-        groups = tuple(str(override.input_line) for override, value in parsed if not value)
-        if groups not in self._bases:
-            base = self._loader.load_sweep_config(self._config, list(groups))
-            with open_dict(base):
-                del base["hydra"]
-            self._bases[groups] = pickle.dumps(base)  # five times faster to copy
-        composed: DictConfig = pickle.loads(self._bases[groups])
-        values = [override for override, value in parsed if value]
-        self._loader._apply_overrides_to_config(values, composed)
         return composed
 
     def _parse(self, text: str) -> tuple[Override, bool]:

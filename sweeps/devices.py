@@ -85,6 +85,11 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     return wanted
 
 
+def typed_devices(text: str) -> str | list[str]:
+    """The value of ``--devices``: auto, cpu, or the GPUs that are typed as ``0,1``."""
+    return text if text in ("auto", "cpu") else text.split(",")
+
+
 class DeviceQueue:
     """Assigns GPUs, or cores.
 

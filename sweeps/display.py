@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,11 +60,10 @@ class Display:
     n_tasks: int
     seconds: float  # between two looks at the running jobs
     running: dict[Task, Watched] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)  # of ended jobs, by state
+    counts: Counter[str] = field(default_factory=Counter)  # of ended jobs, by state
     began: float = field(default_factory=lambda: time.monotonic())
-    shown: float = field(
-        default_factory=lambda: time.monotonic()
-    )  # when the running jobs were looked at
+    # When the running jobs were looked at.
+    shown: float = field(default_factory=lambda: time.monotonic())
 
     def __enter__(self) -> Display:
         return self
@@ -77,8 +77,7 @@ class Display:
     def ended(self, task: Task) -> None:
         """Takes note that a job has ended; its status file says how."""
         self.running.pop(task, None)
-        state = (read_status(task.folder) or {}).get("state", "pending")
-        self.counts[state] = self.counts.get(state, 0) + 1
+        self.counts[(read_status(task.folder) or {}).get("state", "pending")] += 1
 
     def refresh(self) -> None:
         """Shows how far the running jobs are, if the last time was long enough ago."""
@@ -98,7 +97,7 @@ class Display:
 
     @property
     def n_ended(self) -> int:
-        return sum(self.counts.values())
+        return self.counts.total()
 
     def summary(self) -> str:
         parts = [f"{self.n_ended} of {self.n_tasks} ended", f"{len(self.running)} running"]
@@ -136,10 +135,8 @@ class LiveTable(Display):
     """The running jobs in a table that is redrawn every second, on the terminal unless a console is
     given."""
 
-    def __init__(
-        self, n_tasks: int, *, console: Console | None = None, seconds: float = 1.0
-    ) -> None:
-        super().__init__(n_tasks, seconds, shown=-math.inf)
+    def __init__(self, n_tasks: int, *, console: Console | None = None) -> None:
+        super().__init__(n_tasks, seconds=1.0, shown=-math.inf)
         from rich.live import Live
 
         # Without a thread of its own, since processes are started from this one.

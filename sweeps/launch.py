@@ -78,83 +78,82 @@ def launch(
             signal's number if it was interrupted.
     """
     with readable_errors():
+        folder = Path(config.hydra.sweep.dir).absolute()
+        plan = Plan(folder)
         try:
-            return _launch(
-                run, config=config, hydra_context=hydra_context, batch=batch, dry_run=dry_run
-            )
+            jobs, settled = _checked(plan, config, hydra_context, batch)
         except UserError:
-            _forget(Path(config.hydra.sweep.dir))
+            _forget(folder)
             raise
+        tasks = list(jobs.values())
+        if dry_run:
+            _show(folder, tasks)
+            _forget(folder)
+            return []
+        again = _shown(folder)
+        busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
+        with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
+            if run is not None and live(folder):
+                raise BlockingIOError(
+                    f"Workers are at work in {folder}: wait for them, or plan with "
+                    "hydra/launcher=plan."
+                )
+            plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
+            retry = config.sweep.retry_failed
+            todo = [task for task in tasks if must_run(task.folder, retry_failed=retry)]
+            _say_plan(folder, tasks, todo, settled)
+            for task in todo:
+                failed = run is None and state_of(task.folder) == "failed"
+                if failed or read_status(task.folder) is None:
+                    write_status(task.folder, task.overrides, "pending")
+            if run is None:
+                how = f"python -m sweeps.work {again} runs them, as often as it is started"
+                print(f"planned; {how}")
+                return []
+            if todo:
+                run(todo)
+        _say_end(folder, tasks)
+        return [_job_return(job, task.folder) for job, task in jobs.items()]
 
 
-def _launch(
-    run: Run | None,
-    *,
-    config: DictConfig,
-    hydra_context: HydraContext,
-    batch: Sequence[Sequence[str]],
-    dry_run: bool,
-) -> list[JobReturn]:
+def _checked(
+    plan: Plan, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
+) -> tuple[dict[Job, Task], dict[Path, dict[str, Any]]]:
+    """Adds a batch of jobs to a plan; returns them as tasks, and their configs by run folder.
+
+    Raises:
+        UserError: something is wrong with the sweep, or with the config of a job.
+    """
     if config.hydra.sweeper.get("max_batch_size") is not None:
         raise UserError(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
             "leave it out; hydra.launcher.n_jobs sets how many run at once."
         )
-    folder = Path(config.hydra.sweep.dir).absolute()
-    plan = Plan(folder)
     jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     labels = varied_labels(jobs)
     options, program = _options(config), name_of_program()
     composer = Composer(config, hydra_context.config_loader)
-    settled: dict[str, dict[str, Any]] = {}  # by job folder, like the others below
-    tasks: dict[str, Task] = {}
+    tasks: dict[Job, Task] = {}
+    settled: dict[Path, dict[str, Any]] = {}
     for job in jobs:
-        own_paths, run_folder = paths[frozenset(job.overrides)], folder / job.folder
-        config_of_job = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
-        vetting.check(config_of_job, "config", [*own_paths, *job.overrides])
-        settled[job.folder] = config_of_job
+        own_paths, run_folder = paths[frozenset(job.overrides)], plan.folder / job.folder
+        own = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
+        vetting.check(own, "config", [*own_paths, *job.overrides])
         plan.recipes[job.folder] = recipe = Recipe(
             program=program,
             options=(*options, *own_paths),
             cwd=str(Path.cwd()),
-            processes=count_processes(config_of_job),
-            nodes=config_of_job["trainer"]["num_nodes"],
-            max_steps=known_steps(config_of_job),
-            on_cpu=config_of_job["trainer"]["accelerator"] == "cpu",
+            processes=count_processes(own),
+            nodes=own["trainer"]["num_nodes"],
+            max_steps=known_steps(own),
+            on_cpu=own["trainer"]["accelerator"] == "cpu",
         )
-        tasks[job.folder] = recipe.task(
+        settled[run_folder] = own
+        tasks[job] = recipe.task(
             run_folder, job.overrides, labels=labels[job.folder], program=this_program()
         )
-    if dry_run:
-        _show(folder, list(tasks.values()))
-        _forget(folder)
-        return []
-    again = _shown(folder)
-    busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
-    with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
-        if run is not None and live(folder):
-            raise BlockingIOError(
-                f"Workers are at work in {folder}: wait for them, or plan with hydra/launcher=plan."
-            )
-        plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
-        todo = [
-            tasks[job.folder]
-            for job in jobs
-            if must_run(folder / job.folder, retry_failed=config.sweep.retry_failed)
-        ]
-        _say_plan(folder, jobs, todo, settled)
-        for task in todo:
-            failed = run is None and state_of(task.folder) == "failed"
-            if failed or read_status(task.folder) is None:
-                write_status(task.folder, task.overrides, "pending")
-        if run is None:
-            print(f"planned; python -m sweeps.work {again} runs them, as often as it is started")
-            return []
-        if todo:
-            run(todo)
-    _say_end(folder, list(tasks.values()))
-    return [_job_return(job, folder / job.folder) for job in jobs]
+    return tasks, settled
 
 
 def _show(folder: Path, tasks: Sequence[Task]) -> None:
@@ -195,11 +194,11 @@ def _options(config: DictConfig) -> list[str]:
 
 
 def _say_plan(
-    folder: Path, jobs: Sequence[Job], todo: Sequence[Task], settled: dict[str, dict[str, Any]]
+    folder: Path, tasks: Sequence[Task], todo: Sequence[Task], settled: dict[Path, dict[str, Any]]
 ) -> None:
-    text = f"{len(jobs)} jobs in {_shown(folder)}"
-    waiting = {task.folder for task in todo}
-    skipped = [folder / job.folder for job in jobs if folder / job.folder not in waiting]
+    text = f"{len(tasks)} jobs in {_shown(folder)}"
+    waiting = set(todo)
+    skipped = [task.folder for task in tasks if task not in waiting]
     for state in ("done", "failed"):
         n = sum(state_of(job) == state for job in skipped)
         text += f", {n} {state} before" if n else ""
@@ -207,7 +206,7 @@ def _say_plan(
     text += f", {going_on} to be continued" if going_on else ""
     print(text, flush=True)
     for job in skipped:
-        changed = _changed_settings(settled[job.name], job)
+        changed = _changed_settings(settled[job], job)
         if changed:
             print(f"warning: {job.name} finished with other settings: {changed}", flush=True)
 

@@ -142,13 +142,19 @@ class Leases:
             return time.time()
 
 
-def live(folder: Path) -> list[Lease]:
-    """The leases of a sweep whose workers are at work."""
+def look_at(folder: Path) -> tuple[Leases, dict[str, Lease]]:
+    """The leases of a sweep, for one who only looks, and the newest of every job."""
     leases = Leases(folder, owner=this_process())
     try:
-        return [lease for lease in leases.look().values() if not leases.free(lease)]
+        return leases, leases.look()
     finally:
-        leases.release_all()  # its clock
+        leases.release_all()  # removes the file that gave the time
+
+
+def live(folder: Path) -> list[Lease]:
+    """The leases of a sweep whose workers are at work."""
+    leases, newest = look_at(folder)
+    return [lease for lease in newest.values() if not leases.free(lease)]
 
 
 def this_process() -> str:

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 # More than a process of a small model takes.
@@ -67,40 +68,50 @@ def _quotas_of_version_1(root: Path) -> Iterator[float]:
                 yield quota / int((folder / "cpu.cfs_period_us").read_text())
 
 
+@dataclass
+class _Taken:
+    """The memory of a running job."""
+
+    processes: int
+    now: int = 0  # bytes at the last look
+    most: int = 0  # bytes at any look
+
+    @property
+    def of_one(self) -> int:
+        """The most bytes of one of its processes."""
+        return self.most // self.processes
+
+
 class MemoryUse:
     """Measured and expected memory of jobs; ``root`` is the root of the file system, for tests."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        # Of the running jobs, by process group: processes, bytes now, and most bytes so far.
-        self._processes: dict[int, int] = {}
-        self._now: dict[int, int] = {}
-        self._most: dict[int, int] = {}
+        self._running: dict[int, _Taken] = {}  # by process group
         # Most bytes per process of the jobs that have finished.
         self._known: int | None = None
 
     def begin(self, group: int, processes: int) -> None:
         """Adds a job that has just been started."""
-        self._processes[group], self._now[group], self._most[group] = processes, 0, 0
+        self._running[group] = _Taken(processes)
 
     def look(self) -> None:
         """Measures the running jobs."""
         taken = taken_by_groups(self._root)
-        for group in self._processes:
-            self._now[group] = taken.get(group, 0)
-            self._most[group] = max(self._most[group], self._now[group])
+        for group, job in self._running.items():
+            job.now = taken.get(group, 0)
+            job.most = max(job.most, job.now)
 
     def end(self, group: int, *, well: bool) -> None:
         """Removes a job; ``well`` says that it finished, so that its memory is representative."""
-        of_one = self._most.pop(group) // self._processes.pop(group)
-        del self._now[group]
-        if well and of_one:  # 0 if it ended before the first look
-            self._known = max(self._known or 0, of_one)
+        job = self._running.pop(group)
+        if well and job.of_one:  # 0 if it ended before the first look
+            self._known = max(self._known or 0, job.of_one)
 
     @property
     def of_one(self) -> int:
         """Bytes that a process of the next job is expected to take."""
-        running = (most // self._processes[group] for group, most in self._most.items())
+        running = (job.of_one for job in self._running.values())
         return max(UNKNOWN_BYTES if self._known is None else self._known, *running, 0)
 
     def missing(self, processes: int) -> str | None:
@@ -110,9 +121,7 @@ class MemoryUse:
             return None
         # A new job has not yet taken all that it will.
         wanted, of_one = self.of_one * processes, self.of_one
-        promised = sum(
-            max(0, of_one * n - self._now[group]) for group, n in self._processes.items()
-        )
+        promised = sum(max(0, of_one * job.processes - job.now) for job in self._running.values())
         if free - promised >= wanted:
             return None
         return (

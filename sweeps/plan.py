@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mtp_lightning.cli import this_program
 from mtp_lightning.errors import UserError
@@ -26,6 +26,7 @@ from sweeps.process import Task, python_command
 
 VERSION = 1
 TRAIN = "train"
+T = TypeVar("T")
 
 _LONGEST = 80  # characters of a folder's name; TensorBoard shows it at every curve
 
@@ -175,6 +176,27 @@ def _item(override: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._")
 
 
+def read_versioned(
+    file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
+) -> T | None:
+    """Read and parse a JSON file that has a version; None if it does not exist.
+
+    Raises:
+        UserError: the file is damaged or of another version; ends in the remedy.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = read_json(file)
+        if content["version"] != version:
+            raise UserError(f"version {content['version']}")
+        return parse(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read as version {version} of this file ({error}): {remedy}."
+        ) from error
+
+
 class Plan:
     """The jobs of a sweep's folder, read from and written to ``sweep.json``.
 
@@ -192,25 +214,15 @@ class Plan:
         self.folder = folder
         self.jobs: list[Job] = []
         self.recipes: dict[str, Recipe] = {}
-        self._stored: dict[str, Any] = {}
-        file = folder / SWEEP_FILE
-        if not file.exists():
-            return
-        try:
-            self._stored = read_json(file)
-            if self._stored["version"] != VERSION:
-                raise UserError(f"version {self._stored['version']}")
-            self.jobs = [_job(job) for job in self._stored["jobs"]]
-            self.recipes = {
-                job["folder"]: Recipe.from_dict(job["run"])
-                for job in self._stored["jobs"]
-                if "run" in job
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} cannot be read as version {VERSION} of this file ({error}): "
-                "give the sweep another folder."
-            ) from error
+        self._created = now()
+        remedy = "give the sweep another folder"
+        read_versioned(folder / SWEEP_FILE, VERSION, self._read, remedy=remedy)
+
+    def _read(self, stored: dict[str, Any]) -> None:
+        self.jobs = [_job(job) for job in stored["jobs"]]
+        runs = {job["folder"]: job["run"] for job in stored["jobs"] if "run" in job}
+        self.recipes = {folder: Recipe.from_dict(run) for folder, run in runs.items()}
+        self._created = stored.get("created", self._created)
 
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
@@ -248,7 +260,7 @@ class Plan:
                 | ({"run": asdict(self.recipes[job.folder])} if job.folder in self.recipes else {})
                 for job in self.jobs
             ],
-            "created": self._stored.get("created", now()),
+            "created": self._created,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)

@@ -28,6 +28,7 @@ from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_column
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, count_processes, known_steps, settle
+from sweeps.devices import typed_devices
 from sweeps.plan import Plan
 from sweeps.pool import alone, make_pool
 from sweeps.process import Task, python_command
@@ -74,8 +75,8 @@ class Search:
         self.metric, self.n_trials = metric, n_trials
         steps = self._check_composes()
         self.study = _open_study(folder, warmup=steps // 4 if prune else None, seed=seed)
-        told = {"space": {k: str(v) for k, v in space.items()}, "fixed": self.fixed}
-        told["metric"] = metric  # type: ignore[assignment]
+        ranges = {key: str(of) for key, of in space.items()}
+        told = {"space": ranges, "fixed": self.fixed, "metric": metric}
         before = self.study.user_attrs.get("search", told)
         if before != told:
             raise UserError(
@@ -263,12 +264,7 @@ def main(
                 seed=args.seed,
                 command=[program, *arguments],
             )
-            named = args.devices in ("auto", "cpu")
-            pool = make_pool(
-                args.trials,
-                devices=args.devices if named else args.devices.split(","),
-                n_jobs=args.n_jobs,
-            )
+            pool = make_pool(args.trials, devices=args.devices, n_jobs=args.n_jobs)
             pool.run(search.tasks(), watch=search.watch, ended=search.ended)
         code = report(search)
     sys.exit(code)
@@ -284,7 +280,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=int, default=20, help="total number (default 20)")
     parser.add_argument("--metric", default="val/loss_depth_0", help="to minimize")
     parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")
-    parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")
+    gpus = "auto, cpu or GPUs: 0,1"
+    parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)
     parser.add_argument("--no-pruning", action="store_true", help="let every trial finish")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler (default 0)")
     return parser

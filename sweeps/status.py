@@ -18,7 +18,7 @@ from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import STATES, describe_failure, read_status
 from sweeps.display import duration, newest
-from sweeps.lease import Lease, Leases, this_process
+from sweeps.lease import Lease, Leases, look_at
 from sweeps.plan import Plan, varied_labels
 from sweeps.process import is_gone
 
@@ -27,11 +27,7 @@ _FREE = "lost"  # a job whose status is running, but whose process or worker is 
 
 def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The lines that describe a sweep; ``statuses`` has those of its jobs, by folder."""
-    leases = Leases(plan.folder, owner=this_process())
-    try:
-        newest_leases = leases.look()
-    finally:
-        leases.release_all()
+    leases, newest_leases = look_at(plan.folder)
     labels = varied_labels(plan.jobs)
     running: list[str] = []
     counts = dict.fromkeys((*STATES, _FREE), 0)

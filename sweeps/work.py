@@ -22,7 +22,7 @@ from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
-from sweeps.devices import DeviceQueue, choose_gpus
+from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
 from sweeps.display import Lines
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
 from sweeps.machine import MemoryUse
@@ -222,8 +222,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
 
 
 def _queue(args: argparse.Namespace, *, on_cpu: bool) -> DeviceQueue:
-    devices = "cpu" if on_cpu else args.devices
-    gpus = choose_gpus(devices if devices in ("auto", "cpu") else devices.split(","))
+    gpus = choose_gpus("cpu" if on_cpu else args.devices)
     threads = int(args.threads) if str(args.threads).isdecimal() else args.threads
     return DeviceQueue(gpus=gpus, n_jobs=args.n_jobs, threads=threads, host=os.uname().nodename)
 
@@ -244,7 +243,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="folder of a sweep that was planned or started")
-    parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")
+    gpus = "auto, cpu or GPUs: 0,1"
+    parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)
     parser.add_argument("--n-jobs", type=int, help="most jobs at once, as hydra.launcher.n_jobs")
     parser.add_argument(
         "--threads", help="threads of each process: a number, or auto (threads_per_process)"

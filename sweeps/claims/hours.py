@@ -80,7 +80,6 @@ def left_of(
     results: Mapping[str, Result],
     *,
     count_flops: bool = True,
-    machine: str | None = None,
 ) -> list[Left]:
     """The pending runs of claims. A run that several claims share counts for the first of them.
 
@@ -90,12 +89,10 @@ def left_of(
         results: all claims' results, by label.
         count_flops: compose arms without a finished seed, a few seconds each, to count their FLOPs;
             otherwise their runs get the time that their claim expects.
-        machine: times of this machine are preferred; by default this one.
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
-    machine = machine or this_machine()
-    here = [seed for seed in finished if seed.machine == machine] or finished
+    here = [seed for seed in finished if seed.machine == this_machine()] or finished
     rates = [
         s.costs["flops"] / (minutes_of(s) * 60)
         for s in here
@@ -121,19 +118,20 @@ def left_of(
         counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
         for arm, number in pending:
             job = composed.get((arm, number))
-            if job is not None:
-                if job.folder in taken:
-                    continue
-                taken.add(job.folder)
-            if known[arm]:
-                costs.append(Cost(arm, number, median(known[arm]) / 60, MEASURED))
+            if job is not None and job.folder in taken:
                 continue
-            if job is not None and rate is not None and arm not in counted:
-                counted[arm] = flops_of(job)
-            if rate is not None and (flops := counted.get(arm)) is not None:
-                costs.append(Cost(arm, number, flops / rate / 3600, BY_FLOPS))
+            if job is not None:
+                taken.add(job.folder)
+                if not known[arm] and rate is not None and arm not in counted:
+                    counted[arm] = flops_of(job)
+            flops = counted.get(arm)
+            if known[arm]:
+                hours, source = median(known[arm]) / 60, MEASURED
+            elif rate is not None and flops is not None:
+                hours, source = flops / rate / 3600, BY_FLOPS
             else:
-                costs.append(Cost(arm, number, expected / 60, EXPECTED))
+                hours, source = expected / 60, EXPECTED
+            costs.append(Cost(arm, number, hours, source))
         done = sum(seed.done for of in arms.values() for seed in of.values())
         found.append(Left(claim, done, tuple(costs)))
     return found

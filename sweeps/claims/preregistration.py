@@ -7,21 +7,20 @@ started, so none can be dropped, and the claim's digest, so a later change is no
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.status import now
-from mtp_lightning.stored import read_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob
+from sweeps.plan import read_versioned
 
 VERSION = 1
 TRIAL = "or try it with --unpredicted, which its verdict will say"
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -36,6 +35,14 @@ class Preregistration:
     def is_of(self, claim: Claim) -> bool:
         """Whether the prediction is unchanged."""
         return self.digest == claim.digest
+
+    def require(self, claim: Claim, runs: Path) -> None:
+        """Raises a UserError if the prediction was changed after its runs in a folder began."""
+        if not self.is_of(claim):
+            raise UserError(
+                f"The claim {claim.label} is stale: it was changed after its runs began in {runs} "
+                f"({self.began}), so give the changed one another name, or --runs another folder."
+            )
 
     def add(self, claim: Claim, jobs: Sequence[ClaimJob]) -> None:
         """Add jobs.
@@ -64,7 +71,8 @@ def read_preregistration(claim: Claim, runs: Path) -> Preregistration | None:
     Raises:
         UserError: the file is damaged.
     """
-    return read_stored(_file(claim, runs), VERSION, _parse, remedy="give --runs another folder")
+    remedy = "give --runs another folder"
+    return read_versioned(_file(claim, runs), VERSION, _parse, remedy=remedy)
 
 
 def _parse(content: dict[str, Any]) -> Preregistration:
@@ -80,27 +88,6 @@ def write_preregistration(preregistration: Preregistration, claim: Claim, runs: 
     """Store a claim's preregistration."""
     content = {"version": VERSION, "claim": claim.label, **asdict(preregistration)}
     write_json(content, _file(claim, runs))
-
-
-def read_stored(
-    file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
-) -> T | None:
-    """Read and parse a JSON file that has a version; None if it does not exist.
-
-    Raises:
-        UserError: the file is damaged or of another version; ends in the remedy.
-    """
-    if not file.exists():
-        return None
-    try:
-        content = read_json(file)
-        if content["version"] != version:
-            raise UserError(f"version {content['version']}")
-        return parse(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} cannot be read as version {version} of this file ({error}): {remedy}."
-        ) from error
 
 
 def predicted_in(

@@ -77,7 +77,7 @@ def with_stored(
     arms: Arms,
     claim: Claim,
     stored: Mapping[str, Any] | None,
-    shared: Mapping[str, Seed] | None = None,
+    shared: Mapping[str, Seed],
 ) -> Arms:
     """Add runs of the claim's result, and of other claims (:func:`shared_seeds`), to the observed
     ones: those that were only started elsewhere, and those that are done there and not here.
@@ -103,7 +103,7 @@ def with_stored(
     for seeds in both.values():
         for number, seed in seeds.items():
             if not seed.done:
-                seeds[number] = (shared or {}).get(seed.folder, seed)
+                seeds[number] = shared.get(seed.folder, seed)
     return {arm: dict(sorted(seeds.items())) for arm, seeds in both.items()}
 
 

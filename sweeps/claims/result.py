@@ -12,14 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
-from sweeps.claims.preregistration import read_preregistration, read_stored
+from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import beginning, shared_seeds, with_stored
+from sweeps.plan import read_versioned
 from sweeps.report.statistics import survival
 
 VERSION = 1
@@ -42,12 +42,7 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
     preregistration = read_preregistration(claim, runs)
     if preregistration is None:
         return None
-    if not preregistration.is_of(claim):
-        raise UserError(
-            f"The claim {claim.label} is stale: it was changed after its runs began "
-            f"({preregistration.began}). Give the changed one another name, or --runs another "
-            "folder."
-        )
+    preregistration.require(claim, runs)
     by_label = {} if results is None else read_results(results)
     stored, shared = by_label.get(claim.label), shared_seeds(claim, by_label.values())
     arms = with_stored(observe(claim, runs, preregistration.runs), claim, stored, shared)
@@ -146,7 +141,7 @@ def read_result(label: str, folder: Path) -> Result | None:
         UserError: the file is damaged.
     """
     remedy = f"make it again by python -m sweeps.claims verdict {label}"
-    return read_stored(file_of(label, folder), VERSION, dict, remedy=remedy)
+    return read_versioned(file_of(label, folder), VERSION, dict, remedy=remedy)
 
 
 def read_results(folder: Path) -> dict[str, Result]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps import pool
 from sweeps.claims.claim import Claim
@@ -94,12 +93,7 @@ def _register(claim: Claim, asked: Sequence[ClaimJob], runs: Path, commit: str |
     preregistration = read_preregistration(claim, runs) or Preregistration(
         digest=claim.digest, commit=commit
     )
-    if not preregistration.is_of(claim):
-        raise UserError(
-            f"The claim {claim.label} was changed after its runs began in {runs} "
-            f"({preregistration.began}): give the changed one another name, or --runs another "
-            "folder."
-        )
+    preregistration.require(claim, runs)
     preregistration.add(claim, asked)
     write_preregistration(preregistration, claim, runs)
 

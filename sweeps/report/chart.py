@@ -251,13 +251,13 @@ class Chart:
         if whole:
             self.axes.set(**{f"{which}lim": (-0.03, 1.03)})
         elif which == "y":
-            self.keep_within(0, 1)
+            self.keep_within(1)
 
-    def keep_within(self, low: float, high: float) -> None:
-        """Cut the y axis at the possible values; an interval may reach beyond them."""
+    def keep_within(self, high: float) -> None:
+        """Cut the y axis at 0 and at ``high``; an interval may reach beyond the possible values."""
         bottom, top = self.axes.get_ylim()
-        room = 0.03 * (min(top, high) - max(bottom, low))
-        self.axes.set_ylim(max(bottom, low - room), min(top, high + room))
+        room = 0.03 * (min(top, high) - max(bottom, 0))
+        self.axes.set_ylim(max(bottom, -room), min(top, high + room))
 
     def si_axis(self) -> None:
         """Give the x axis few ticks, written as 15 M."""

@@ -28,12 +28,12 @@ MEANS = {
 }
 
 
-def may_compare(one: Setting, other: Setting, tag: str) -> bool:
-    """Whether two settings measured a metric on the same text, or on none.
+def may_compare(one: Setting, other: Setting) -> bool:
+    """Whether two settings were evaluated on the same text, or on none.
 
-    Decoding depends on the text: its prompts are held-out documents. Training loss, throughput,
-    parameters, FLOPs and seconds do not."""
-    return not tag.startswith(("val/", "decode/")) or bool(_text(one) == _text(other))
+    Decoding depends on the text, too: its prompts are held-out documents. Training loss,
+    throughput, parameters, FLOPs and seconds do not."""
+    return bool(_text(one) == _text(other))
 
 
 def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:

@@ -75,39 +75,49 @@ class Comparison:
         return self.adjusted is not None and self.adjusted < LEVEL
 
 
-def compare(
-    settings: Settings, tag: str | None = None, *, reference: str | None = None
-) -> list[Comparison]:
+def compare(settings: Settings, *, reference: str | None = None) -> list[Comparison]:
     """Test every setting against its reference, with Holm's correction over all of them.
 
     Args:
         settings: the settings of the report.
-        tag: the metric; by default the headline metric, or for a task whether a seed solves it.
         reference: see :func:`references`.
 
     Raises:
         UserError: ``reference`` names no setting, or several.
     """
-    solving = settings.is_task and tag is None
-    tag = EXACT if solving else tag or settings.headline.tag
     chosen = references(settings, reference)
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
-    results: list[Paired | Unpaired | None] = []
-    for s, r in pairs:
-        own, other = s.estimate(tag), r.estimate(tag)
-        if not (own.interval and other.interval and may_compare(s, r, tag)):
-            results.append(None)
-        elif solving:
-            mine, theirs = solved_share(s, settings.level), solved_share(r, settings.level)
-            results.append(unpaired(mine, theirs) if mine and theirs else None)
-        else:
-            results.append(paired(own.values, other.values))
-    tested = {i: found.p for i, found in enumerate(results) if found and found.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    results = [_tested(settings, s, r) for s, r in pairs]
+    ps = {i: of.p for i, of in enumerate(results) if not isinstance(of, str) and of.p is not None}
+    adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
     return [
-        Comparison(s, r, result, adjusted.get(i), _verdict(s, r, tag, result, adjusted.get(i)))
-        for i, ((s, r), result) in enumerate(zip(pairs, results, strict=True))
+        Comparison(s, r, None, None, found)
+        if isinstance(found, str)
+        else Comparison(s, r, found, adjusted.get(i), _verdict(found, adjusted.get(i)))
+        for i, ((s, r), found) in enumerate(zip(pairs, results, strict=True))
     ]
+
+
+def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired | Unpaired | str:
+    """The test of a setting against its reference, or the reason why there is none."""
+    own, other = (s.estimate(settings.compared_tag) for s in (setting, reference))
+    if not (own.interval and other.interval):
+        return f"no test: a {'share' if settings.is_task else 'mean'} is missing"
+    if not may_compare(setting, reference):
+        return OTHER_QUESTIONS if settings.is_task else OTHER_TEXT
+    if not settings.is_task:
+        return paired(own.values, other.values) or "no seed in common"
+    mine, theirs = (solved_share(s, settings.level) for s in (setting, reference))
+    assert mine is not None and theirs is not None
+    return unpaired(mine, theirs)
+
+
+def _verdict(result: Paired | Unpaired, adjusted: float | None) -> str:
+    if isinstance(result, Paired) and result.constant:
+        return "identical" if result.difference.mean == 0 else FACT
+    if adjusted is None:
+        return "one seed: no test"
+    return "beyond noise" if adjusted < LEVEL else "within noise"
 
 
 def references(settings: Settings, named: str | None = None) -> list[Setting]:
@@ -146,27 +156,6 @@ def _find(settings: Settings, named: str) -> Setting:
         known = "; ".join(setting.label for setting in settings.all)
         raise UserError(f"--reference {named!r} names {which}: choose one of: {known}.")
     return found[0]
-
-
-def _verdict(
-    setting: Setting,
-    reference: Setting,
-    tag: str,
-    result: Paired | Unpaired | None,
-    adjusted: float | None,
-) -> str:
-    solving = tag == EXACT
-    if not (setting.estimate(tag).interval and reference.estimate(tag).interval):
-        return f"no test: a {'share' if solving else 'mean'} is missing"
-    if not may_compare(setting, reference, tag):
-        return OTHER_QUESTIONS if solving else OTHER_TEXT
-    if result is None:
-        return "no seed in common"
-    if isinstance(result, Paired) and result.constant:
-        return "identical" if result.difference.mean == 0 else FACT
-    if adjusted is None:
-        return "one seed: no test"
-    return "beyond noise" if adjusted < LEVEL else "within noise"
 
 
 def smallest_p(comparisons: Sequence[Comparison]) -> float | None:

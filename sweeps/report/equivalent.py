@@ -151,14 +151,12 @@ def families(settings: Settings) -> list[Family]:
     for group in groups.values():
         plain = [s for s in group if is_plain(s.depth, s.config.get("mtp._target_"))]
         arms = [s for s in group if s not in plain]
-        plain = [s for s in plain if may_compare(s, plain[0], tag)]
+        plain = [s for s in plain if may_compare(s, plain[0])]
         flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
         plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])
         if len(set(flops.values())) > 1 and arms:
             family = Family(plain=plain)
-            family.arms = [
-                _valued(arm, family, tag) for arm in arms if may_compare(arm, plain[0], tag)
-            ]
+            family.arms = [_valued(arm, family, tag) for arm in arms if may_compare(arm, plain[0])]
             found.append(family)
     return found
 

@@ -150,9 +150,9 @@ def _point(
     filled: bool = True,
 ) -> None:
     """Draw a setting at its cost and loss, with both intervals."""
-    (x, y), (x_reach, y_reach) = zip(*((one.mean, one.half) for one in at), strict=True)
-    own: Any = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
-    chart.draw(setting.name, look, [x], [y], x_reach=x_reach, y_reach=y_reach, **own)
+    x, y = at
+    own: Any = {"x_reach": x.half, "y_reach": y.half, "filled": filled}
+    chart.draw(setting.name, look, [x.mean], [y.mean], markersize=7, elinewidth=0.8, **own)
 
 
 def solved(settings: Settings) -> Drawing:
@@ -200,22 +200,35 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
     return drawing.drawn(chart)
 
 
+# Of a tag: the figure's name, title and caption, the x axis, and -1 where more is better.
+_FRONTS = {
+    FLOPS: ("pareto_flops", "Loss against training FLOPs", "", "training FLOPs", 1),
+    DECODE_SPEED: (
+        "pareto_decoding",
+        "Loss against decoding speed",
+        "Speed is of greedy decoding with drafts on the machine of the run. ",
+        "tokens per second, greedy with drafts",
+        -1,
+    ),
+}
+
+
 def front(settings: Settings, tag: str) -> Drawing:
     """Pareto front of the main loss against training FLOPs or decoding speed."""
-    cheap, metric = tag == FLOPS, settings.headline
+    metric = settings.headline
+    name, title, caption, x_label, sign = _FRONTS[tag]
     drawing = Drawing(
-        "pareto_flops" if cheap else "pareto_decoding",
-        "Loss against training FLOPs" if cheap else "Loss against decoding speed",
+        name,
+        title,
         "Filled points, joined by the line, are those that no other setting beats in both "
         "(by their means: whether two points differ at all, the table of differences says). "
-        + ("" if cheap else "Speed is of greedy decoding with drafts on the machine of the run. ")
+        + caption
         + SEEDS
         + _text_error(settings.all, metric),
     )
     points = [(s, at) for s in settings.all if (at := _ends(s, metric, tag))]
     if not points:
         return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
-    sign = 1 if cheap else -1
     best = pareto([(sign * cost.mean, loss.mean) for _, (cost, loss) in points])
     chart = Chart(key_to(settings.all, [s for s, _ in points]), names=settings.names)
     line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
@@ -223,7 +236,6 @@ def front(settings: Settings, tag: str) -> Drawing:
     look_of = looks(settings.all)
     for (setting, at), on in zip(points, best, strict=True):
         _point(chart, setting, at, look_of[setting], filled=on)
-    x_label = "training FLOPs" if cheap else "tokens per second, greedy with drafts"
     chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     chart.si_axis()
     return drawing.drawn(chart)

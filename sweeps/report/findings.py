@@ -32,9 +32,8 @@ def answer(
     families: Sequence[Family] = (),
 ) -> list[str]:
     """The report's answer in a few sentences."""
-    task, tag = settings.is_task, EXACT if settings.is_task else settings.headline.tag
     groups = by_text(settings.all)
-    known = any(_ranked(group, tag) for group in groups)
+    known = any(_ranked(group, settings.compared_tag) for group in groups)
     # Settings are ranked within each text; a setting alone on its text is not ranked.
     shown = groups if len(groups) == 1 else [group for group in groups if len(group) > 1]
     compared = [c for c in comparisons if not c.refused]
@@ -48,7 +47,7 @@ def answer(
         seeds=len({run.seed for run in runs if run.seed is not None}),
         runs=len(runs),
         states=", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]),
-        task=task,
+        task=settings.is_task,
         level=f"{settings.level:g}",
         headline=settings.headline,
         refusal=refusal(settings.all),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,38 +211,44 @@ def long_range(settings: Settings) -> list[Drawing]:
     return [drawing for drawing in curves if drawing.figure is not None]
 
 
+# Of a tag: the figure's name, title and caption, what it counts, and the dotted value at a depth.
+_AGAINST_DEPTH: dict[str, tuple[str, str, str, str, Callable[[int], int]]] = {
+    PER_STEP: (
+        "tokens_per_step",
+        "Tokens per step against D",
+        "Tokens emitted per verify pass of the greedy decoding loop, the model's own included. "
+        "Dotted: D + 1, all drafts accepted. ",
+        "tokens per verify pass",
+        lambda depth: depth + 1,
+    ),
+    SPEEDUP: (
+        "speedup",
+        "Speed-up against D",
+        "Wall clock of plain over that of speculative greedy decoding, one prompt at a time, on "
+        "the machine of the run at that moment. Dotted: no gain. ",
+        "times as fast",
+        lambda depth: 1,
+    ),
+}
+
+
 def against_depth(settings: Settings, tag: str) -> Drawing:
     """Tokens per step, or the measured speed-up, against D."""
-    per_step = tag == PER_STEP
-    drawing = Drawing(
-        "tokens_per_step" if per_step else "speedup",
-        "Tokens per step against D" if per_step else "Speed-up against D",
-        (
-            "Tokens emitted per verify pass of the greedy decoding loop, the model's own included. "
-            "Dotted: D + 1, all drafts accepted. "
-            if per_step
-            else "Wall clock of plain over that of speculative greedy decoding, one prompt at a "
-            "time, on the machine of the run at that moment. Dotted: no gain. "
-        )
-        + "Without drafts it is 1 by definition (hollow). "
-        + SEEDS,
-    )
+    name, title, caption, what, dotted = _AGAINST_DEPTH[tag]
+    caption += f"Without drafts it is 1 by definition (hollow). {SEEDS}"
     places = {show(s.depth): s.depth for s in settings.all if s.depth}
-    what = "tokens per verify pass" if per_step else "times as fast"
-    drawing = _against(
-        drawing, settings, "mtp.depth", tag, places, ("D", f"{what} (more is better)")
-    )
+    axis_names = ("D", f"{what} (more is better)")
+    drawing = Drawing(name, title, caption)
+    drawing = _against(drawing, settings, "mtp.depth", tag, places, axis_names)
     if drawing.chart is not None:
         axes = drawing.chart.axes
-        (*_, deepest) = sorted(
-            s.depth or 0 for s in settings.all if s.depth and s.estimate(tag).interval
-        )
-        ideal = [k + 1 if per_step else 1 for k in range(deepest + 1)]
-        axes.plot(range(deepest + 1), ideal, ":", color=QUIET, linewidth=1.2)
+        deepest = max(s.depth for s in settings.all if s.depth and s.estimate(tag).interval)
+        depths = range(deepest + 1)
+        axes.plot(depths, [dotted(depth) for depth in depths], ":", color=QUIET, linewidth=1.2)
         if any(setting.depth == 0 for setting in settings.all):
             axes.plot(0, 1, "o", color=QUIET, markerfacecolor="none")
-        drawing.chart.keep_within(0, math.inf)
-        axes.set_xticks(range(deepest + 1))
+        drawing.chart.keep_within(math.inf)
+        axes.set_xticks(depths)
     return drawing
 
 

@@ -122,10 +122,10 @@ def equals(p: float | None) -> str:
     return text if text.startswith("<") else f"= {text}"
 
 
-def some(names: Sequence[str], *, most: int = 4, between: str = "; ") -> str:
-    """The first names, and the number of the others."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return between.join(names[:most]) + rest
+def some(names: Sequence[str], *, between: str = "; ") -> str:
+    """The first four names, and the number of the others."""
+    rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return between.join(names[:4]) + rest
 
 
 def plural(n: int, noun: str) -> str:

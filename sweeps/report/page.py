@@ -57,8 +57,7 @@ def render(
     remarks = [*filter(None, [meaning(settings), text_errors(settings.all)]), *warnings]
     made = environment("sweeps.report", html=True)
     style, script = (
-        Markup("\n".join(made.get_template(f"{name}.jinja").render() for name in names))
-        for names in (("report.css",), ("sort.js", "page.js"))
+        Markup(made.get_template(f"{name}.jinja").render()) for name in ("report.css", "page.js")
     )
     figures = [
         {"drawing": drawing, "svg": Markup(as_inline(svgs[drawing.name], drawing))}
@@ -87,7 +86,7 @@ def render(
         tables=[
             tables.of_settings(settings, remarks),
             *(tables.of_gains(family, settings, i) for i, family in enumerate(families)),
-            *filter(None, [tables.of_floors(settings)]),
+            tables.of_floors(settings),
             tables.of_differences(comparisons, settings, warnings),
         ],
         jobs=tables.of_jobs(not_done, folder),

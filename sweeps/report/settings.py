@@ -115,8 +115,7 @@ class Settings:
 
     @property
     def headline(self) -> Metric:
-        """The metric by which settings are compared: the main depth's loss per token, or bits per
-        byte if the tokenizers differ."""
+        """The main loss: of depth 0 per token, or in bits per byte if the tokenizers differ."""
         tokenizers = {
             json.dumps(run.fact("data", "tokenizer", "fingerprint"))
             for run in self.done
@@ -128,6 +127,11 @@ class Settings:
     def is_task(self) -> bool:
         """Whether runs answer a task's questions; they are then compared by seeds that solve it."""
         return any(setting.answers for setting in self.all)
+
+    @property
+    def compared_tag(self) -> str:
+        """The tag by which settings are compared: of the headline metric, or of solving a task."""
+        return EXACT if self.is_task else self.headline.tag
 
     @property
     def columns(self) -> list[Metric]:

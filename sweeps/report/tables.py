@@ -122,9 +122,9 @@ def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
     return table
 
 
-def of_floors(settings: Settings) -> Table | None:
-    """How often drafts are rejected, and how much of that no head could avoid; None if no run
-    measured it."""
+def of_floors(settings: Settings) -> Table:
+    """How often drafts are rejected, and how much of that no head could avoid; without rows if no
+    run measured it."""
     table = Table(
         "floors",
         "Floor and gap",
@@ -154,7 +154,7 @@ def of_floors(settings: Settings) -> Table | None:
                 found = setting.estimate(f"val/{name}")
                 row.append(_interval(found.interval, "%", gap=found.gap))
             table.rows.append(row)
-    return table if table.rows else None
+    return table
 
 
 def of_differences(

@@ -1,15 +1,20 @@
-"""What a report makes of a folder of runs, without its page."""
+"""What a report makes of a folder of runs, and parts of its page."""
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sweeps.report.__main__ import report
 from sweeps.report.chart import Drawing, styled
 from sweeps.report.collect import collect
-from sweeps.report.compare import Comparison
+from sweeps.report.compare import Comparison, compare
 from sweeps.report.figures import draw
+from sweeps.report.findings import answer, caveats
+from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
 from sweeps.report.tables import Cell, of_settings
@@ -25,6 +30,53 @@ def drawings(of: Path | Settings, comparisons: Sequence[Comparison] = ()) -> dic
     settings = collected(of) if isinstance(of, Path) else of
     with styled():
         return {drawing.name: drawing for drawing in draw(settings, comparisons)}
+
+
+def answered(of: Path | Settings) -> str:
+    """The report's answer for a folder, or for settings."""
+    settings = collected(of) if isinstance(of, Path) else of
+    return " ".join(answer(settings, compare(settings), settings.done))
+
+
+def noted(folder: Path) -> str:
+    """The report's caveats, one per line."""
+    return "\n".join(caveats(collected(folder), [read_sweep(folder)]))
+
+
+def csv_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of ``runs.csv``."""
+    written = runs_csv(collected(folder), [read_sweep(folder)])
+    return list(csv.DictReader(written.splitlines()))
+
+
+def page_of(folder: Path, **options: Any) -> str:
+    """The HTML of a report that is made of a folder."""
+    return report([folder], **options)[0].read_text(encoding="utf-8")
+
+
+def whole(folder: Path) -> str:
+    """The page of a report in a folder, whose parts fit together."""
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 20
+    used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)
+    assert used and set(used) <= set(ids)
+    assert html.count("<figure") == len(list((folder / "figures").glob("*.png")))
+    assert html.count('scope="col"') == html.count('aria-sort="none"')
+    for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
+        columns = table.count('scope="col"')
+        assert all(len(re.findall(r"<t[hd]\b", row)) == columns for row in rows_of(table))
+    return html
+
+
+def table_of(html: str, name: str) -> str:
+    """The part of a page with one of its tables."""
+    return html.split(f'<h2 id="{name}">')[1].split("</table>")[0]
+
+
+def rows_of(table: str) -> list[str]:
+    """The rows of a table's body."""
+    return re.findall(r'<tr>\s*<th scope="row".*?</tr>', table, re.DOTALL)
 
 
 def cells(folder: Path) -> list[Cell]:

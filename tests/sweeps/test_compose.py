@@ -120,7 +120,7 @@ def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyP
 
     def counted(self: object, config: DictConfig, overrides: list[str]) -> DictConfig:
         calls.append(overrides)
-        return load(self, config, overrides)  # type: ignore[arg-type]
+        return load(self, config, overrides)
 
     monkeypatch.setattr(type(loader), "load_sweep_config", counted)
     composer = Composer(config, loader)

@@ -15,7 +15,7 @@ from sweeps.report.chart import styled
 from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
 from sweeps.report.figures import gains
 from tests.sweeps.fixture_runs import evaluated, write_run
-from tests.sweeps.reported import collected, drawings
+from tests.sweeps.reported import collected, drawings, table_of
 
 BUDGETS = (0.3, 0.5, 0.75, 1.0, 1.35)
 FULL = 5e12
@@ -24,10 +24,7 @@ STEP = 2.5e9
 
 def plain_runs(loss: object, budgets: tuple[float, ...] = BUDGETS) -> list[Spent]:
     """Plain runs at the budgets, of a loss as a function of FLOPs."""
-    return [
-        Spent(flops=b * FULL, loss=loss(b * FULL), steps=b * FULL / STEP)  # type: ignore[operator]
-        for b in budgets
-    ]
+    return [Spent(flops=b * FULL, loss=loss(b * FULL), steps=b * FULL / STEP) for b in budgets]
 
 
 @settings(max_examples=30)
@@ -152,7 +149,7 @@ def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Pa
     priced_sweep(tmp_path)
     path, said = report([tmp_path])
     html = path.read_text(encoding="utf-8")
-    table = html.split('<h2 id="gains">')[1].split("</table>")[0]
+    table = table_of(html, "gains")
     assert re.search(r'0\.720 <span class="half">0\.\d+ to 0\.\d+</span>', table)
     assert "0.800" in table and "out of range: its loss of" in table
     assert 'id="figure-gains"' in html and (tmp_path / "figures" / "gains.svg").exists()

@@ -34,7 +34,7 @@ def test_gpus_are_handed_out_once() -> None:
     queue.give_back(one)
     assert queue.take(2) is None
     again = queue.take(1)
-    assert again is not None and again.gpus == ("0",)
+    assert again.gpus == ("0",)
 
 
 def test_a_job_that_can_never_run_is_refused() -> None:
@@ -89,13 +89,13 @@ def test_with_gpus_a_process_has_its_gpus_share_of_the_cores() -> None:
     assert one.threads == two.threads == 2
     assert (one.name, two.name) == ("node1:cuda:0", "node1:cuda:1,2")
     given = DeviceQueue(gpus=["0", "1"], threads=3).take(1)
-    assert given is not None and given.threads == 3
+    assert given.threads == 3
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "all", 1.5])
 def test_threads_are_a_number_or_auto(wrong: object) -> None:
     with pytest.raises(ValueError, match=rf"threads_per_process={wrong}: give a number"):
-        DeviceQueue(threads=wrong)  # type: ignore[arg-type]
+        DeviceQueue(threads=wrong)
 
 
 GROUPS = {
@@ -158,7 +158,7 @@ def test_choosing_gpus() -> None:
     assert choose_gpus([3, 0]) == ["3", "0"]
     for wrong in ([7], [0, 0], "cuda", []):
         with pytest.raises(ValueError, match=r"hydra\.launcher\.devices"):
-            choose_gpus(wrong)  # type: ignore[arg-type]
+            choose_gpus(wrong)
 
 
 def test_gpus_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,12 +249,10 @@ def test_what_a_process_takes_is_seen() -> None:
         stdout=subprocess.PIPE,
         process_group=0,
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        assert process.stdout.readline() == b"1\n"
         assert 200_000_000 < taken_by_groups()[process.pid] < 260_000_000
         process.communicate(b"\n")
-    free = available()
-    assert free is not None
-    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @pytest.mark.parametrize(("free", "at_once"), [(0.5, 1), (2.5, 2), (10, 4)])

@@ -21,6 +21,7 @@ from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool, run
 from sweeps.process import Task
+from tests.sweeps.typed import wait_until
 
 DONE = "echo '{}' > summary.json"
 
@@ -45,26 +46,16 @@ def status(task: Task) -> dict[str, Any]:
     return found
 
 
-def wait_for(file: Path, seconds: float = 120.0) -> str:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if file.exists() and file.read_text():
-            return file.read_text()
-        time.sleep(0.01)
-    raise AssertionError(f"{file} did not come")
+def wait_for(file: Path) -> str:
+    wait_until(lambda: file.exists() and file.read_text())
+    return file.read_text()
 
 
-def gone(pid: int, seconds: float = 120.0) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_what_becomes_of_one_job_touches_no_other(
@@ -143,7 +134,8 @@ def test_nothing_is_left_of_a_job(tmp_path: Path) -> None:
     one = task(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
     pool(1).run([one])
     assert state_of(one.folder) == "done"
-    assert gone(int((one.folder / "child").read_text()))
+    child = int((one.folder / "child").read_text())
+    wait_until(lambda: gone(child))
 
 
 def test_a_log_is_continued(tmp_path: Path) -> None:
@@ -198,7 +190,7 @@ def test_interrupt_ends_the_jobs_and_says_so(
     process, pids = start_sweep(tmp_path, kind)
     process.send_signal(signum)
     assert process.wait(120) != 0
-    assert all(map(gone, pids))
+    wait_until(lambda: all(map(gone, pids)))
     assert (tmp_path / "one" / "saved").exists()
     # One that does not listen is killed when the time is over.
     assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
@@ -213,7 +205,7 @@ def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path, kind: str) ->
     process, pids = start_sweep(tmp_path, kind)
     process.kill()
     process.wait()
-    assert all(map(gone, pids))
+    wait_until(lambda: all(map(gone, pids)))
     assert (tmp_path / "one" / "saved").exists()
     assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
     assert state_of(tmp_path / "one") == "running"  # nobody was left to write

@@ -21,6 +21,7 @@ from sweeps.report.read import Run, read_run, read_sweep
 from sweeps.report.settings import Settings
 from sweeps.status import main as status_of
 from tests.sweeps.fixture_runs import VERSIONS, depth_sweep, write_plan, write_run
+from tests.sweeps.reported import answered
 
 
 def of(*folders: Path) -> tuple[Settings, str]:
@@ -56,7 +57,7 @@ def test_one_run_alone(tmp_path: Path) -> None:
     settings, _ = of(write_run(tmp_path / "run", loss=2.5))
     assert [s.label for s in settings.all] == ["all runs"]
     found = settings.all[0].estimate(LOSS).interval
-    assert found is not None and (found.mean, found.half) == (2.5, None)
+    assert (found.mean, found.half) == (2.5, None)
 
 
 def test_half_written_runs(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
 def test_only_half_written_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a", done=False)
     settings, _ = of(tmp_path)
-    text = " ".join(answer(settings, compare(settings, LOSS), read_sweep(tmp_path).runs))
+    text = " ".join(answer(settings, compare(settings), read_sweep(tmp_path).runs))
     assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
 
 
@@ -119,7 +120,7 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: float | None) -> None:
     assert found.interval is None and found.gap == "not a number in 1 of 3"
     assert one.estimate(BITS).interval is not None  # which all three have
     assert "mtp.depth=1: no mean of val/loss_depth_0: not a number in 1 of 3 runs." in notes
-    (difference,) = compare(settings, LOSS)
+    (difference,) = compare(settings)
     assert difference.verdict == "no test: a mean is missing"
     assert difference.result is None and difference.adjusted is None
 
@@ -313,7 +314,7 @@ def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
     settings, notes = of(tmp_path)
     assert settings.headline.tag == BITS
     assert "compare bits per byte" in notes
-    text = " ".join(answer(settings, compare(settings, BITS), settings.done))
+    text = answered(settings)
     assert "0.9500 bits per byte" in text and "nats" not in text
 
 
@@ -330,7 +331,7 @@ def test_two_folders_are_told_apart(tmp_path: Path) -> None:
         "folder=after, mtp.depth=1": 1.75,
     }
     # Each setting of the second folder against the same one of the first.
-    pairs = {c.setting.label: c.reference.label for c in compare(settings, LOSS)}
+    pairs = {c.setting.label: c.reference.label for c in compare(settings)}
     assert pairs == {
         "folder=after, mtp.depth=0": "folder=before, mtp.depth=0",
         "folder=after, mtp.depth=1": "folder=before, mtp.depth=1",

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from sweeps.report import watch as watching
-from sweeps.report.__main__ import main, report
+from sweeps.report.__main__ import main
 from sweeps.report.watch import watch
 from tests.sweeps.fixture_runs import depth_sweep, write_run
+from tests.sweeps.reported import page_of
 
 LOSSES = {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0), 2: (1.8, 1.9, 2.0)}
 
@@ -24,7 +25,7 @@ LOSSES = {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0), 2: (1.8, 1.9, 2.0)}
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("sweep")
     depth_sweep(folder, LOSSES)
-    return report([folder])[0].read_text(encoding="utf-8")
+    return page_of(folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_configs_are_compared(
         with pytest.raises(SystemExit):
             main(wrong)
         assert said in capsys.readouterr().err
-    page = report([tmp_path])[0].read_text(encoding="utf-8")
+    page = page_of(tmp_path)
     assert "<b>" not in page.partition('id="data">')[2].partition("</script>")[0]
 
 
@@ -148,5 +149,5 @@ def test_only_a_page_of_running_jobs_loads_itself_again(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"seed": 0}, loss=2.0)
     write_run(tmp_path / "b", {"seed": 1}, status=running, done=False)
     refresh = '<meta http-equiv="refresh" content="10">'
-    assert refresh in report([tmp_path], every=10.0)[0].read_text(encoding="utf-8")
-    assert 'http-equiv="refresh"' not in report([tmp_path])[0].read_text(encoding="utf-8")
+    assert refresh in page_of(tmp_path, every=10.0)
+    assert 'http-equiv="refresh"' not in page_of(tmp_path)

@@ -58,7 +58,7 @@ def test_shares_are_known_and_differences_are_none() -> None:
 def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
     write_run(tmp_path / "a", summary=evaluated("f" * 32))
     settings = collected(tmp_path)
-    assert of_floors(settings) is None
+    assert of_floors(settings).rows == []
     assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sweeps.report.__main__ import report
+import pytest
+
 from sweeps.report.metrics import BY_TAG, LOSS, form_of
 from sweeps.report.names import arm_names, axis_of, in_words, joined, name_of, question
 from tests.sweeps.fixture_runs import depth_sweep
+from tests.sweeps.reported import page_of
 
 
 def test_keys_and_values_have_names() -> None:
@@ -49,9 +51,10 @@ def test_tags_are_said_in_words_with_their_unit() -> None:
     assert form_of("decode/acceptance_slope_entropy") == 4 and form_of("flops") == "si"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0)})
-    html = report([tmp_path])[0].read_text(encoding="utf-8")
+    html = page_of(tmp_path)
     assert "<h1>Which D gives the lowest loss in nats per token?</h1>" in html
     assert f"<code>mtp-lightning report {tmp_path}</code>" in html
     first = html.index('id="figure-')

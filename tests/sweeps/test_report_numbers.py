@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
 import pytest
 
 from sweeps.report.compare import FACT, compare, pareto, references
-from sweeps.report.findings import answer
 from sweeps.report.metrics import LOSS, number, p_value
-from sweeps.report.page import runs_csv
-from sweeps.report.read import read_sweep
 from tests.sweeps.fixture_runs import depth_sweep, write_run
-from tests.sweeps.reported import collected
+from tests.sweeps.reported import answered, collected, csv_rows
 
 
 def test_settings_of_a_sweep(tmp_path: Path) -> None:
@@ -31,12 +27,12 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     # Depth 1 differs by -0.1, -0.1, -0.101: clear. Depth 2 by 0.1, -0.1, 0.05: noise.
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199), 2: (2.1, 2.0, 2.35)})
     settings = collected(tmp_path)
-    one, two = compare(settings, LOSS)
+    one, two = compare(settings)
     assert one.reference.label == two.reference.label == "mtp.depth=0"
     assert one.result.difference.mean == pytest.approx(-0.301 / 3)
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"
-    text = " ".join(answer(settings, [one, two], settings.done))
+    text = answered(settings)
     assert "mtp.depth=1 is better than mtp.depth=0 by 0.1003 nats per token, beyond noise" in text
     assert "1 other difference is within noise" in text
     assert "mtp.depth=1 has the lowest validation loss of the main depth: 2.0330 ±" in text
@@ -47,7 +43,7 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
 def test_no_gain_is_called_none(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (2.05, 2.0)})
     settings = collected(tmp_path)
-    text = " ".join(answer(settings, compare(settings, LOSS), settings.done))
+    text = answered(settings)
     assert "No setting's loss differs from its reference's by more than the seeds' noise" in text
     assert "fewer than five seeds" in text and "better than" not in text
 
@@ -56,25 +52,25 @@ def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
     losses = {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.2), 2: (2.0, 2.1, 2.3), 3: (2.1, 2.1, 2.2)}
     depth_sweep(tmp_path, losses)
     settings = collected(tmp_path)
-    found = compare(settings, LOSS)
+    found = compare(settings)
     assert [c.verdict for c in found] == [FACT, "identical", "within noise"]
     assert not any(c.differs for c in found) and [c.adjusted is None for c in found] == [1, 1, 0]
-    text = " ".join(answer(settings, found, settings.done))
+    text = answered(settings)
     assert "mtp.depth=1 differs from mtp.depth=0 by −0.1000 nats per token at all 3 seeds" in text
     assert "mtp.depth=2 equals mtp.depth=0 at all 3 seeds" in text and "(1 paired t-test" in text
     del losses[3]
     depth_sweep(tmp_path / "two", losses)
     settings = collected(tmp_path / "two")
-    text = " ".join(answer(settings, compare(settings, LOSS), settings.done))
+    text = answered(settings)
     assert "a fact about this data" in text and "No difference can be tested" not in text
 
 
 def test_one_seed_is_not_tested(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0,), 1: (1.0,)})
     settings = collected(tmp_path)
-    (found,) = compare(settings, LOSS)
+    (found,) = compare(settings)
     assert found.adjusted is None and found.verdict == "one seed: no test" and not found.differs
-    text = " ".join(answer(settings, [found], settings.done))
+    text = answered(settings)
     assert "No difference can be tested" in text and "one seed, no interval" in text
 
 
@@ -85,7 +81,7 @@ def test_a_grid_is_compared_at_equal_lambda(tmp_path: Path) -> None:
     settings = collected(tmp_path)
     labels = [r.label for r in references(settings)]
     assert labels == ["mtp.depth=0, mtp_lambda=0.1", "mtp.depth=0, mtp_lambda=0.3"] * 2
-    assert [c.against for c in compare(settings, LOSS)] == ["mtp.depth=0"] * 2
+    assert [c.against for c in compare(settings)] == ["mtp.depth=0"] * 2
     chosen = references(settings, "mtp.depth=1, mtp_lambda=0.1")
     assert {r.label for r in chosen} == {"mtp.depth=1, mtp_lambda=0.1"}
     with pytest.raises(ValueError, match="'mtp.depth=1' names 2 settings: choose one of: mtp.de"):
@@ -110,8 +106,7 @@ def test_runs_csv_has_every_number_to_the_last_bit(tmp_path: Path) -> None:
     losses = {0: (2.0 + 1e-15, 2.1), 1: (1 / 3, math.nan)}
     depth_sweep(tmp_path, losses)
     write_run(tmp_path / "late", {"seed": 5}, done=False)
-    rows = list(csv.DictReader(runs_csv(collected(tmp_path), [read_sweep(tmp_path)]).splitlines()))
-    by_name = {row["run"]: row for row in rows}
+    by_name = {row["run"]: row for row in csv_rows(tmp_path)}
     assert float(by_name["depth-0_seed-0"][LOSS]) == 2.0 + 1e-15
     assert float(by_name["depth-1_seed-0"][LOSS]) == 1 / 3
     assert math.isnan(float(by_name["depth-1_seed-1"][LOSS]))

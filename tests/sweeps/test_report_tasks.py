@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from sweeps.report.__main__ import main, report
-from sweeps.report.collect import collect
 from sweeps.report.compare import (
     OTHER_QUESTIONS,
     compare,
@@ -21,13 +19,22 @@ from sweeps.report.compare import (
     time_to_solve,
     wait_of,
 )
-from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import EXACT
-from sweeps.report.page import runs_csv
 from sweeps.report.read import Run, read_sweep
 from sweeps.report.statistics import Wait, holm, share_interval
 from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
-from tests.sweeps.reported import cells, collected, drawings
+from tests.sweeps.reported import (
+    answered,
+    cells,
+    collected,
+    csv_rows,
+    drawings,
+    noted,
+    page_of,
+    rows_of,
+    table_of,
+    whole,
+)
 
 EARLY, LATE, NEVER = (0.97, 0.99, 1.0), (0.4, 0.5, 0.96), (0.3, 0.5, 0.5)
 FELL = (0.2, 0.98, 0.6)
@@ -40,11 +47,6 @@ def sweep(folder: Path, seeds: dict[int, tuple[tuple[float, ...], ...]], **optio
             config = {"mtp.depth": depth, "seed": seed}
             task_run(folder / f"d{depth}_s{seed}", config, rights=rights, **options)
     return folder
-
-
-def sentences(folder: Path) -> str:
-    settings = collected(folder)
-    return " ".join(answer(settings, compare(settings), settings.done))
 
 
 def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_time_to_solve_is_the_first_validation_above(tmp_path: Path) -> None:
         Wait(20, True),  # though it does not solve in the end
     ]
     curve = time_to_solve(collected(folder).all[0], 0.95)
-    assert curve is not None and curve.times == (10, 20, 30) and curve.median == 20
+    assert curve.times == (10, 20, 30) and curve.median == 20
     assert curve.shares == pytest.approx((0.75, 0.5, 0.25)) and curve.censored == (30,)
 
 
@@ -81,8 +83,8 @@ def test_runs_that_go_on_or_failed_are_censored_and_in_no_share(tmp_path: Path) 
     task_run(tmp_path / "starts", {"mtp.depth": 0, "seed": 4}, rights=(), done=False)
     (setting,) = collected(tmp_path).all
     share, curve = solved_share(setting, 0.95), time_to_solve(setting, 0.95)
-    assert share is not None and (share.count, share.n) == (1, 2)
-    assert curve is not None and (curve.n, curve.ended, curve.censored) == (4, 2, (20, 30))
+    assert (share.count, share.n) == (1, 2)
+    assert (curve.n, curve.ended, curve.censored) == (4, 2, (20, 30))
     # 3/4 after step 10; one is last looked at at 20; one of the two others solves at 30.
     assert curve.shares == pytest.approx((3 / 4, 3 / 4, 3 / 8)) and curve.median == 30
 
@@ -117,7 +119,7 @@ def test_the_test_is_fishers_with_holms_correction(tmp_path: Path) -> None:
 
 def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
     folder = sweep(tmp_path, {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: 5 * (EARLY,)})
-    text = sentences(folder)
+    text = answered(folder)
     assert (
         "The largest share of seeds solves the task (a final val/exact_match above 0.95) with "
         "mtp.depth=1: 5 of 5 seeds (95 % interval 47.8 % to 100.0 %); an equal share with "
@@ -132,19 +134,19 @@ def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
 
 
 def test_three_seeds_can_show_nothing(tmp_path: Path) -> None:
-    text = sentences(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
+    text = answered(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
     assert "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10" in text
     assert "So few seeds can show nothing" in text and "smallest p of 0.10" in text
 
 
 def test_none_solved_and_all_solved(tmp_path: Path) -> None:
-    none = sentences(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
+    none = answered(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
     assert (
         "No seed solves the task (a final val/exact_match above 0.95): with mtp.depth=0 0 of 4 "
         "seeds (95 % interval 0.0 % to 60.2 %); so with mtp.depth=1." in none
     )
     assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
-    every = sentences(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
+    every = answered(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
     assert "4 of 4 seeds (95 % interval 39.8 % to 100.0 %); an equal share with" in every
     # One ends at 10, of four; how late it was looked for is the last look of all.
     sweep(tmp_path / "few", {0: (EARLY, NEVER, NEVER, NEVER)})
@@ -154,13 +156,13 @@ def test_none_solved_and_all_solved(tmp_path: Path) -> None:
 
 def test_one_seed_alone(tmp_path: Path) -> None:
     folder = sweep(tmp_path, {0: (LATE,), 1: (NEVER,)})
-    text = sentences(folder)
+    text = answered(folder)
     assert "1 of 1 seed (95 % interval 2.5 % to 100.0 %)" in text
     assert "No difference can be tested: that takes two seeds of each setting." in text
     (found,) = compare(collected(folder))
     assert found.verdict == "one seed: no test" and smallest_p([found]) is None
     alone = sweep(tmp_path / "alone", {0: (LATE,)})
-    assert "solves the task (a final val/exact_match above 0.95) with all runs." in sentences(alone)
+    assert "solves the task (a final val/exact_match above 0.95) with all runs." in answered(alone)
 
 
 def test_before_the_first_run_is_done(tmp_path: Path) -> None:
@@ -181,10 +183,10 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
     settings = collected(tmp_path)
     (found,) = compare(settings)
     assert found.verdict == OTHER_QUESTIONS and found.refused and found.solved is None
-    text = sentences(tmp_path)
+    text = answered(tmp_path)
     assert "asked different questions" in text and "data.task.*" in text and "beyond" not in text
-    assert "different text" not in report([tmp_path])[0].read_text()
-    axes = drawings(settings)["exact_match"].figure.axes[0]  # type: ignore[union-attr]
+    assert "different text" not in page_of(tmp_path)
+    axes = drawings(settings)["exact_match"].figure.axes[0]
     chances = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "chance"]
     assert chances == [1 / 4, 1 / 3]
 
@@ -258,7 +260,7 @@ def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
         assert list(container.lines[0].get_ydata()) == pytest.approx(ys)
         (low, high) = container.lines[2][0].get_segments()[0][:, 1]
         assert (low, high) == pytest.approx(share_interval([ys[0] - 0.05, ys[0] + 0.05]).ends)
-    axes = drawn["accuracy_position"].figure.axes[0]  # type: ignore[union-attr]
+    axes = drawn["accuracy_position"].figure.axes[0]
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert list(crosses[0].get_ydata()) == pytest.approx([1.0, 0.9])
     assert axes.get_xscale() == "log"
@@ -268,8 +270,8 @@ def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
 def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
     summary = {"val/longer/exact_match": 0.25, "val/wider/exact_match": 0.5}
     sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, LATE, LATE, LATE, NEVER)}, summary=summary)
-    html = report([tmp_path])[0].read_text()
-    table = html.split('<h2 id="settings">')[1].split("</table>")[0]
+    html = page_of(tmp_path)
+    table = table_of(html, "settings")
     heads = re.findall(r"<button type=\"button\">([^<]*)</button>(?:<small>([^<]*))?", table)
     assert heads[2:7] == [
         ("Solved", "of seeds"),
@@ -278,11 +280,11 @@ def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
         ("Exact match", "on longer"),
         ("Exact match", "on wider"),
     ]
-    zero, one = re.findall(r"<tr>\s*<th scope=\"row\".*?</tr>", table, re.DOTALL)
+    zero, one = rows_of(table)
     assert 'data-sort="0.8">80.0 %' in one and "4 of 5: 28.4 % to 99.5 %" in one
     assert 'data-sort="30' in one and "25.0 %" in one and "not by step" not in one
     assert "0 of 5: 0.0 % to 52.2 %" in zero and "not by step 30" in zero
-    table = html.split('<h2 id="differences">')[1].split("</table>")[0]
+    table = table_of(html, "differences")
     assert "unpaired" in table and "Fisher" in table and "t-test" not in html
     assert "4 of 5<br>" in table and "0 of 5<br>" in table and ">0.048<" in table
 
@@ -317,25 +319,14 @@ def test_a_run_that_stopped_when_solved_counts_what_it_used(tmp_path: Path) -> N
 @pytest.mark.usefixtures("drawn")
 def test_the_page_is_whole(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (NEVER, LATE), 1: (EARLY, LATE)}, summary=TAGS)
-    html = report([tmp_path])[0].read_text()
-    ids = re.findall(r'\bid="([^"]+)"', html)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)) <= set(ids)
-    assert html.count("<figure") == len(list((tmp_path / "figures").glob("*.png")))
-    assert html.count('scope="col"') == html.count('aria-sort="none"')
-    for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
-        columns = table.count('scope="col"')
-        for row in re.findall(r"<tr>\s*<th scope=\"row\".*?</tr>", table, re.DOTALL):
-            assert len(re.findall(r"<t[hd]\b", row)) == columns
+    report([tmp_path])
+    whole(tmp_path)
     drawn = [*(tmp_path / "figures").glob("accuracy_*.svg")]
     assert len(drawn) == 3 and not any("mathdefault" in svg.read_text() for svg in drawn)
 
 
 def test_runs_csv_says_when_a_run_solved(tmp_path: Path) -> None:
-    written = runs_csv(
-        collected(sweep(tmp_path, {0: (EARLY, LATE, NEVER)})), [read_sweep(tmp_path)]
-    )
-    rows = list(csv.DictReader(written.splitlines()))
+    rows = csv_rows(sweep(tmp_path, {0: (EARLY, LATE, NEVER)}))
     assert [row["solved_at_step"] for row in rows] == ["10", "30", ""]
     assert [float(row[EXACT]) for row in rows] == [1.0, 0.96, 0.5]
 
@@ -356,20 +347,18 @@ def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     write_run(tmp_path / "text", {"mtp.depth": 3})
-    found = read_sweep(tmp_path)
-    notes = " ".join(caveats(collect([found]), [found]))
-    assert "No run has val/exact_match with mtp.depth=3: nothing is said of solving" in notes
+    said = "No run has val/exact_match with mtp.depth=3: nothing is said of solving"
+    assert said in noted(tmp_path)
     assert report([tmp_path])[0].is_file()
 
 
 def test_a_finished_run_without_its_curve_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     (tmp_path / "d0_s0" / "metrics.csv").unlink()
-    found = read_sweep(tmp_path)
-    notes = " ".join(caveats(collect([found]), [found]))
-    assert "No validation with val/exact_match is logged by d0_s0: no time to solve." in notes
-    share = solved_share(collect([found]).all[0], 0.95)
-    assert share is not None and (share.count, share.n) == (1, 2)
+    said = "No validation with val/exact_match is logged by d0_s0: no time to solve."
+    assert said in noted(tmp_path)
+    share = solved_share(collected(tmp_path).all[0], 0.95)
+    assert (share.count, share.n) == (1, 2)
 
 
 def test_text_stays_text(tmp_path: Path) -> None:

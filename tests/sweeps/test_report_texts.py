@@ -3,24 +3,20 @@ comparison stand the bytes of context of each model, and the text's own error.""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sweeps.report.__main__ import report
 from sweeps.report.collect import TEXT
 from sweeps.report.comparable import REMEDY, by_text, contexts, error_of_text, refusal, text_errors
-from sweeps.report.compare import FACT, OTHER_TEXT, Comparison, compare
-from sweeps.report.findings import answer, caveats
-from sweeps.report.metrics import BITS_ERROR, FLOPS, LOSS, SPEEDUP
-from sweeps.report.page import runs_csv
-from sweeps.report.read import read_sweep
+from sweeps.report.compare import OTHER_TEXT, Comparison, compare
+from sweeps.report.findings import answer
+from sweeps.report.metrics import BITS_ERROR, SPEEDUP
 from sweeps.report.settings import Settings
 from sweeps.report.tables import of_settings
 from tests.sweeps.fixture_runs import evaluated, write_run
-from tests.sweeps.reported import cells, collected, drawings
+from tests.sweeps.reported import answered, cells, collected, csv_rows, drawings, noted, page_of
 
 A, B = "a1" * 16, "b2" * 16
 OLD: dict[str, Any] = {}  # a summary without the entry
@@ -47,9 +43,7 @@ def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
 
 def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
     """The comparisons, the answer and the notes."""
-    found = compare(settings, LOSS)
-    notes = caveats(settings, [read_sweep(folder)])
-    return found, " ".join(answer(settings, found, settings.done)), "\n".join(notes)
+    return compare(settings), answered(settings), noted(folder)
 
 
 def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
@@ -67,7 +61,7 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
     found, text, notes = said(settings, tmp_path)
     assert [c.verdict for c in found] == [OTHER_TEXT, "beyond noise"]
     assert found[0].result is None and found[0].adjusted is None and not found[0].differs
-    assert found[1].adjusted == found[1].result.p  # type: ignore[union-attr]  # one test alone
+    assert found[1].adjusted == found[1].result.p  # one test alone
     assert "mtp.depth=1 is better" not in text
     assert "Of those on text a1a1a1a1: " in text
     assert (
@@ -79,8 +73,6 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
         assert "text a1a1a1a1 (1,000,000 to 1,000,002 bytes): mtp.depth=0; mtp.depth=2" in where
         assert "text b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
         assert REMEDY in where and "data.eval_bytes" in where
-    # What does not rest on the text may still be compared.
-    assert [c.verdict for c in compare(settings, FLOPS)] == [FACT] * 2
 
 
 def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> None:
@@ -90,7 +82,7 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
     for word in ("lowest", "fastest", "better", "No difference can be tested", "noise"):
         assert word not in text
     assert "is averaged, tested or ranked across them" in text
-    figures = drawings(settings, compare(settings, LOSS))
+    figures = drawings(settings, compare(settings))
     for name in ("pareto_flops", "speedup"):
         assert figures[name].figure is None and "different texts" in figures[name].why
     assert figures["differences"].why == (
@@ -103,7 +95,7 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
 
 def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
     sweep(tmp_path, {0: A, 1: B})
-    html = report([tmp_path])[0].read_text()
+    html = page_of(tmp_path)
     assert html.count("on text a1a1a1a1 (1,000,000 bytes): mtp.depth=0 | text b2b2b2b2") == 4
     for heading in ("settings", "differences"):
         where = html.index(f'<h2 id="{heading}">')
@@ -189,18 +181,17 @@ def test_an_entry_that_makes_no_sense_is_an_unknown_text(tmp_path: Path, entry: 
     write_run(tmp_path / "a", {"mtp.depth": 0}, summary={"evaluation": entry})
     write_run(tmp_path / "b", {"mtp.depth": 1}, summary=evaluated(A))
     settings = collected(tmp_path)
-    assert [c.verdict for c in compare(settings, LOSS)] == [OTHER_TEXT]
+    assert [c.verdict for c in compare(settings)] == [OTHER_TEXT]
 
 
 def test_the_csv_names_the_text(tmp_path: Path) -> None:
-    written = runs_csv(sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1), [read_sweep(tmp_path)])
-    rows = list(csv.DictReader(written.splitlines()))
-    assert [row["evaluated_text"] for row in rows] == [A, B, ""]
+    sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1)
+    assert [row["evaluated_text"] for row in csv_rows(tmp_path)] == [A, B, ""]
 
 
 def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: A, 2: B})
-    found = compare(settings, LOSS, reference="mtp.depth=2")
+    found = compare(settings, reference="mtp.depth=2")
     assert [c.verdict for c in found] == [OTHER_TEXT] * 2
 
 
@@ -232,40 +223,40 @@ def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
     assert len(said) == 1 and said[0].startswith("The context is not equal")
     assert "256 tokens x 1.00 bytes = 256 bytes with tokenizer.kind=byte" in said[0]
     assert "256 tokens x 3.90 bytes = 998 bytes with tokenizer.kind=bpe" in said[0]
-    html = report([tmp_path])[0].read_text()
+    html = page_of(tmp_path)
     assert html.count("The context is not equal") == 3  # notes and both tables
 
 
-def test_windows_of_equal_bytes_are_called_so(tmp_path: Path) -> None:
-    byte, bpe = tokenized("t", 1.0), tokenized("u", 4.0)
-    said = contexts_of(tmp_path / "a", ("byte", 1000, byte), ("bpe", 256, bpe))
-    assert len(said) == 1 and "equal in bytes, within 5 %" in said[0]
-    assert "= 1,000 bytes" in said[0] and "= 1,024 bytes" in said[0]
-    said = contexts_of(tmp_path / "b", ("byte", 970, byte), ("bpe", 256, bpe))  # 5.6 % less
-    assert said[0].startswith("The context is not equal")
+BYTE, BPE, TWICE = tokenized("t", 1.0), tokenized("u", 4.0), tokenized("t", 2.0)
+CONTEXTS = {
+    "equal bytes": (
+        [("byte", 1000, BYTE), ("bpe", 256, BPE)],
+        ("The context is equal in bytes, within 5 %", "= 1,000 bytes", "= 1,024 bytes"),
+    ),
+    "5.6 % less": ([("byte", 970, BYTE), ("bpe", 256, BPE)], ("The context is not equal",)),
+    "one tokenizer": ([("byte", 128, TWICE)], ()),
+    "two windows": (
+        [("byte", 128, TWICE), ("byte", 256, TWICE)],
+        ("The context is not equal", "128 tokens x 2.00 bytes = 256 bytes"),
+    ),
+    "nobody knows": (
+        [("byte", 128, BYTE), ("bpe", 128, tokenized("u"))],
+        ("Whether the context is equal in bytes is unknown", "128 tokens x unknown bytes"),
+    ),
+    "not compared": (
+        [("byte", 128, {**BYTE, **evaluated(A)}), ("bpe", 128, {**BPE, **evaluated(B)})],
+        (),
+    ),
+}
 
 
-def test_windows_of_one_tokenizer(tmp_path: Path) -> None:
-    rate = tokenized("t", 2.0)
-    assert contexts_of(tmp_path / "same", ("byte", 128, rate)) == []
-    (said,) = contexts_of(tmp_path / "two", ("byte", 128, rate), ("byte", 256, rate))
-    assert "not equal" in said and "128 tokens x 2.00 bytes = 256 bytes" in said
-
-
-def test_a_context_that_nobody_knows(tmp_path: Path) -> None:
-    (said,) = contexts_of(
-        tmp_path, ("byte", 128, tokenized("t", 1.0)), ("bpe", 128, tokenized("u"))
-    )
-    assert said.startswith("Whether the context is equal in bytes is unknown")
-    assert "128 tokens x unknown bytes" in said
-
-
-def test_only_what_is_compared_has_a_context_to_equalise(tmp_path: Path) -> None:
-    runs = [
-        ("byte", 128, {**tokenized("t", 1.0), **evaluated("a" * 32)}),
-        ("bpe", 128, {**tokenized("u", 4.0), **evaluated("b" * 32)}),
-    ]
-    assert contexts_of(tmp_path, *runs) == []
+@pytest.mark.parametrize("case", CONTEXTS)
+def test_what_is_said_of_windows(tmp_path: Path, case: str) -> None:
+    runs, parts = CONTEXTS[case]
+    found = contexts_of(tmp_path, *runs)
+    assert len(found) == bool(parts)
+    for said in found:
+        assert said.startswith(parts[0]) and all(part in said for part in parts)
 
 
 # The text's own error, which is not the interval over seeds.
@@ -296,7 +287,7 @@ def test_it_is_the_mean_over_seeds(tmp_path: Path) -> None:
 
 
 def test_the_table_has_both_errors_apart(tmp_path: Path) -> None:
-    html = report([with_errors(tmp_path, {0: (0.0101, 0.0121), 1: (0.02, 0.02)})])[0].read_text()
+    html = page_of(with_errors(tmp_path, {0: (0.0101, 0.0121), 1: (0.02, 0.02)}))
     found = [(c.text, c.half, c.beside) for c in cells(tmp_path) if c.beside]
     # 1.0 and 1.01 bits: the interval over seeds is t(1) x 0.005.
     assert found == [

@@ -83,7 +83,7 @@ def test_finds_the_better_half(
         summary = json.loads((folder / trial.user_attrs["folder"] / "summary.json").read_text())
         assert trial.value == summary[METRIC]
         status = read_status(folder / trial.user_attrs["folder"])
-        assert status is not None and status["state"] == "done"
+        assert status["state"] == "done"
         assert f"optimizer.lr={trial.params['optimizer.lr']!r}" in status["overrides"]
     printed = capsys.readouterr().out
     assert "9 trials: 9 complete, 0 pruned, 0 failed" in printed
@@ -104,7 +104,7 @@ def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> Non
     for trial in pruned:
         folder_of = folder / trial.user_attrs["folder"]
         status = read_status(folder_of)
-        assert status is not None and status["state"] == "interrupted"
+        assert status["state"] == "interrupted"
         assert "pruned: val/loss_depth_0" in status["reason"]
         assert not (folder_of / "summary.json").exists()
 

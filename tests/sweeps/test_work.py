@@ -167,7 +167,7 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
     Pool(queue=queue, display=Lines(2)).run(worker, watch=watch, ended=worker.ended)
     assert time.monotonic() - began < 300
     status = read_status(tmp_path / "seed-0")
-    assert status is not None and (status["state"], status["device"]) == ("running", "other")
+    assert (status["state"], status["device"]) == ("running", "other")
     assert state_of(tmp_path / "seed-1") == "done" and leases.held == []
     assert not leases.free(leases.look()["seed-0"]), "it is the other's"
     assert worker.left

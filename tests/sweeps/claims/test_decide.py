@@ -142,9 +142,9 @@ def test_holm_is_over_the_claims_predictions(tmp_path: Path) -> None:
     values = {"plain": PLAIN, "mtp": moved(-0.05), "b": moved(-0.012, 2.8), "c": moved(0.0, 2.0)}
     first, second, third = decide(claim, observed(claim, values))
     assert None not in (first.p, second.p, third.p)
-    assert first.adjusted == pytest.approx(3 * first.p)  # type: ignore[operator]
-    assert second.adjusted == pytest.approx(2 * second.p)  # type: ignore[operator]
-    assert second.p < 0.05 < second.adjusted  # type: ignore[operator]
+    assert first.adjusted == pytest.approx(3 * first.p)
+    assert second.adjusted == pytest.approx(2 * second.p)
+    assert second.p < 0.05 < second.adjusted
     assert (first.verdict, second.verdict, third.verdict) == (HOLDS, UNDECIDED, UNDECIDED)
     assert "Holm's correction over 3" in second.why
     # An arm that has not run counts as a test: what comes later weakens no earlier verdict.

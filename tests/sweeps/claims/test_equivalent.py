@@ -18,7 +18,7 @@ from sweeps.claims.observe import Arms, Seed
 from sweeps.claims.recall import shared_seeds
 from sweeps.claims.result import make_result
 from sweeps.claims.run import _batches, _with_parents
-from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.claims.fixture_claims import BEGAN, claim_of
 
 TAG = "val/bits_per_byte"
 PLAIN = {"short": 0.5, "middle": 1.0, "long": 2.0}
@@ -118,8 +118,7 @@ def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
     }
     (ratio,) = decide(claim, found)
     assert ratio.verdict == HOLDS and ratio.effect == pytest.approx(1.4, rel=0.01)
-    began = ("2026-11-27T00:00:00+00:00", "c" * 40)
-    result = json.loads(json.dumps(make_result(claim, found, began)))
+    result = json.loads(json.dumps(make_result(claim, found, BEGAN)))
     assert result["predictions"][0]["measure"]["own_curves"] == [["large", list(wide)]]
     assert shared_seeds(claim, [result])
     with_default = gain_claim(tmp_path / "b", grows, arms=arms)
@@ -140,7 +139,7 @@ def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_pa
 def test_its_numbers_for_people_and_in_the_result(tmp_path):
     claim = gain_claim(tmp_path, [{"arm": "large", "against": "heads", "side": "above", "by": 1}])
     arms = arms_of({"heads": list(NOISE), "large": [1.3 * n for n in NOISE]})
-    result = make_result(claim, arms, ("2026-11-27T00:00:00+00:00", "c" * 40))
+    result = make_result(claim, arms, BEGAN)
     (entry,) = result["predictions"]
     assert words.subject(entry) == "large / heads"
     assert words.quantity(entry["measure"]) == "compute-equivalent gain, by loss in bits per byte"

@@ -51,7 +51,7 @@ def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Res
         for seed, (minutes, machine) in of_arm.items():
             made = observed(claim, {arm: [1.0]})[arm][0]
             costs = {"flops": 1e12, "seconds": minutes * 60}
-            arms[arm][seed] = replace(  # type: ignore[index]
+            arms[arm][seed] = replace(
                 made, folder=f"{arm}-{seed}", costs=costs, machine=machine, ended=None
             )
     return make_result(claim, arms, BEGAN)
@@ -216,7 +216,7 @@ def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
     (alone,) = seeds_enough(entries_of(tmp_path, values, predictions=one), 3)
     corrected = seeds_enough(entries_of(tmp_path, values, predictions=both), 3)
     assert alone is not None and corrected[1] is not None and corrected[0] is not None
-    assert max(corrected) > 3 and corrected[0] >= alone  # type: ignore[type-var]
+    assert max(corrected) > 3 and corrected[0] >= alone
 
 
 def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_it_finds_the_gain_on_a_tiny_text(tmp_path: Path) -> None:
     assert [one["seed"] for one in found["seeds"]] == [1, 2]
     # FLOPs as this project counts them.
     shape = {"vocab_size": 17, "d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2}
-    trunk = TrunkConfig(**shape, d_ff=24)  # type: ignore[arg-type]
+    trunk = TrunkConfig(**shape, d_ff=24)
     plain, heads = (
         StepCost(ModelConfig(trunk=trunk, mtp=mtp)).per_token(16)
         for mtp in (NoMTPConfig(), ParallelConfig(depth=1))

@@ -106,7 +106,7 @@ def test_the_digest_leaves_out_where_it_lies() -> None:
     def of(*overrides: str) -> str:
         content = OmegaConf.to_container(compose_run([*overrides, "paths.output_dir=x"]))
         assert isinstance(content, dict)
-        return digest(content)  # type: ignore[arg-type]
+        return digest(content)
 
     assert of() == of("run_dir=elsewhere", "paths.cache_dir=there", "sweep.retry_failed=true")
     assert of() != of("trainer.num_threads=1") != of("seed=1")
@@ -125,7 +125,7 @@ def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -
     preregistration.add(claim, found)
     write_preregistration(preregistration, claim, tmp_path)
     again = read_preregistration(claim, tmp_path)
-    assert again == preregistration and again is not None and again.is_of(claim)
+    assert again == preregistration and again.is_of(claim)
     assert again.runs["mtp"] == {0: found[1].folder, 1: found[3].folder}
     other = claim_of(tmp_path, shared=["mtp.depth=3"])
     assert not again.is_of(other)

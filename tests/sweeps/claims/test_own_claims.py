@@ -154,4 +154,4 @@ def test_a_trial_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     assert known(claim, predicted_in="d" * 40, digest="of another prediction") is None
     register(claim, tmp_path)
     again = read_preregistration(claim, tmp_path)
-    assert again is not None and again.commit is None
+    assert again.commit is None

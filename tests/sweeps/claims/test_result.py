@@ -42,7 +42,7 @@ def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
     write_result(result, claim.label, tmp_path)
     stored = read_result(claim.label, tmp_path)
     assert stored == json.loads(json.dumps(result))
-    assert stored is not None and stored["verdict"] == "holds"
+    assert stored["verdict"] == "holds"
     seeds = stored["arms"]["mtp"]["seeds"]
     assert [seeds[str(s)]["values"]["val/bits_per_byte"] for s in range(4)] == [*moved(-0.05)[:4]]
     assert seeds["4"]["state"] == "running" and seeds["4"]["values"] == {}
@@ -134,7 +134,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
     moved_to = [{"arm": "mtp", "against": "plain", "side": "below", "by": -0.06}]
     changed = claim_of(claims, predictions=moved_to)
     stored = read_result("mine", tmp_path / "results")
-    assert stored is not None and is_stale(stored, changed)
+    assert is_stale(stored, changed)
     assert run("verdict", "mine", "--runs", runs, *where) == 1
     assert "is stale: it was changed after its runs began" in capsys.readouterr().err
     assert run("verdict", "--all", "--runs", runs, *where) == 1
@@ -387,7 +387,7 @@ def test_every_result_is_of_a_claim_and_has_its_figures() -> None:
         assert name in names()
         claim = read_claim(name)
         result = read_result(file.stem, file.parent)
-        assert result is not None and result["claim"] == name
+        assert result["claim"] == name
         assert (
             result["setting"]
             == (setting or "cpu")
@@ -395,6 +395,6 @@ def test_every_result_is_of_a_claim_and_has_its_figures() -> None:
         )
         for figure in files_of(result, file.stem, file.parent):
             drawn_from = re.search(r"<dc:identifier>(\w+)</", figure.read_text(encoding="utf-8"))
-            assert drawn_from is not None and drawn_from[1] == digest(result), (
+            assert drawn_from[1] == digest(result), (
                 f"{figure.name} shows an earlier result: python -m sweeps.claims verdict --all"
             )
