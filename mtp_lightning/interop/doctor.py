@@ -26,7 +26,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.interop import config_reading, fp8, heads
 from mtp_lightning.interop.inventory import Module, take_inventory
-from mtp_lightning.interop.names import from_folder, mtp_prefix
+from mtp_lightning.interop.names import from_folder, mtp_prefix, weight_map
 from mtp_lightning.interop.parts import Held
 from mtp_lightning.interop.reading import (
     CONFIG,
@@ -41,7 +41,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.mtp.switches import Concat, InputNorm
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.opening import OpenedModel, load_weights, pretrained_state, require_held
+from mtp_lightning.opening import OpenedModel, build_model, pretrained_state, require_held
 
 # The trunk continues these texts, and drafts are compared with its continuations.
 _BEGINNINGS = (
@@ -186,10 +186,8 @@ def _measured(
     }
     for name in [name for name in own if _COPY.search(name) and name.startswith(first)]:
         del own[name]  # already checked, and not needed
-    model = MTPModel(one)
-    held = {name: Held(tensor) for name, tensor in own.items()}
-    load_weights(model, from_folder(one, held, source=str(found.folder)), source=str(found.folder))
-    model.eval()
+    held, source = {name: Held(tensor) for name, tensor in own.items()}, str(found.folder)
+    model = build_model(one, from_folder(weight_map(one), held, source=source), source=source)
     prompts = prompts_of(model, _tokenizer(found.folder, model))
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)

@@ -23,7 +23,7 @@ from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import rope_type
-from mtp_lightning.interop.names import assembled, pieces
+from mtp_lightning.interop.names import from_folder, pieces
 from mtp_lightning.interop.parts import Held, Part, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
@@ -162,7 +162,7 @@ def read(
         if offsets.shape != tokens.shape or offsets.dtype not in (torch.int32, torch.int64):
             raise UserError(f"d2t in {source} is not a table of {rows:,} whole numbers.")
         tokens = tokens + offsets.read()
-    weights: dict[str, Stored] = dict(assembled(_weight_map(config), tensors, source=source))
+    weights = from_folder(_weight_map(config), tensors, source=source)
     return mtp, {**weights, _TOKENS: Held(tokens)}
 
 

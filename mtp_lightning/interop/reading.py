@@ -17,7 +17,7 @@ from torch import Tensor
 from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
-from mtp_lightning.interop.names import from_folder, mimo_stack
+from mtp_lightning.interop.names import from_folder, mimo_stack, weight_map
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -97,7 +97,7 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         trunk = config_reading.from_json(fields, depth=depth, source=described)
         config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
-    weights = from_folder(config, tensors, source=str(path))
+    weights = from_folder(weight_map(config), tensors, source=str(path))
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
         mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)

@@ -19,9 +19,10 @@ from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_tokenizer, gguf_verify, llama_cpp
+from mtp_lightning.interop import gguf_file, gguf_tokenizer, gguf_verify, llama_cpp
 from mtp_lightning.interop.exporting import export
 from mtp_lightning.interop.gguf_layout import layout_of
+from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed
@@ -327,16 +328,13 @@ def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> 
 def test_descriptions_that_lie(
     key: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtp_lightning.interop import gguf_file
-
     write(tmp_path / "m.gguf", models.build(TRUNKS["glm4_moe"], SequentialConfig(depth=1)))
-    contents = gguf_file._contents
 
-    def lying(reader: Any) -> Any:
-        get = contents(reader)
-        return lambda name: value if name == key else get(name)
+    def lying(file: Path) -> Header:
+        header = read_header(file)
+        return Header({**header.fields, key: value}, header.tensors)
 
-    monkeypatch.setattr(gguf_file, "_contents", lying)
+    monkeypatch.setattr(gguf_file, "read_header", lying)
     with pytest.raises(UserError, match=said):
         read_folder(tmp_path / "m.gguf")
 
