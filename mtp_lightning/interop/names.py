@@ -24,6 +24,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.parts import Assembled, Part, equal
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -113,6 +114,17 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     return ModelConfig(trunk=config.trunk, mtp=stack), weights
 
 
+def in_layers(
+    config: ModelConfig, weights: dict[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """What of a model a folder holds in its layers, by :func:`plain`: the trunk alone where the
+    stack has no layout."""
+    found, weights = plain(config, weights)
+    if has_layout(config):
+        return found, weights
+    return ModelConfig(trunk=config.trunk, mtp=NoMTPConfig()), weights
+
+
 def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     """All tensors of trunk and head, and of the modules of a sequential stack."""
     trunk, mtp = config.trunk, config.mtp
@@ -173,7 +185,7 @@ def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iter
 def to_folder(
     config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`plain`."""
+    """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`in_layers`."""
     # Of a tied head, the folder's config says that it is.
     tied = {"lm_head.weight"}
     places = (p for p in weight_map(config) if not (p.copy and p.parts[0][0] in tied))
