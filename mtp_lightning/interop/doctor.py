@@ -59,8 +59,10 @@ _SAID = {
     "hidden_first": "state first",
 }
 _COPY = re.compile(r"embed_tokens|shared_head\.head")
-# Standard errors by which one convention must beat another on the same positions.
+# Standard errors by which one choice must beat another on the positions where the two differ.
 _ERRORS = 3.0
+# How far above the share of a single token agreement must be for layers of any use.
+ABOVE = 0.02
 Convention = tuple[str, str]
 
 
@@ -84,8 +86,8 @@ class Diagnosis:
 
     folder: Path
     layout: str | None
-    verdict: str
-    sound: bool
+    verdict: str = ""
+    sound: bool = False
     modules: list[Module] = field(default_factory=list)
     meant: Convention | None = None
     best: Convention | None = None
@@ -140,7 +142,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     stored = _stored_depth(most, tensors)
     if not max(declared, stored):
         said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
-        return Diagnosis(folder=path, layout=None, verdict=said, sound=False)
+        return Diagnosis(folder=path, layout=None, verdict=said)
     require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), tensors, source=str(path))
     config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
     layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
@@ -150,14 +152,18 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
             f"{path} declares {declared} MTP layer(s) and holds none of their tensors: they were "
             "lost when it was written."
         )
-        return Diagnosis(folder=path, layout=None, verdict=said, sound=False)
+        return Diagnosis(folder=path, layout=None, verdict=said)
     modules = take_inventory(config, tensors)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
     complete = not any(m.named("missing") or m.named("misshapen") for m in modules[:1])
-    found = Diagnosis(folder=path, layout=named, verdict="", sound=False, modules=modules)
+    found = Diagnosis(folder=path, layout=named, modules=modules)
     if complete:
         found = _measured(found, config, tensors, new_tokens, whole=lost is None)
-    verdict, sound = _judged(found, declared, stored, lost)
+    return _concluded(found, *_judged(found, declared, stored, lost))
+
+
+def _concluded(found: Diagnosis, sound: bool, reason: str) -> Diagnosis:
+    verdict = f"{found.folder} is {'' if sound else 'not '}sound: {reason}."
     return replace(found, verdict=verdict, sound=sound)
 
 
@@ -273,12 +279,15 @@ def agreements(
 
 
 def _clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:
-    """The convention that chooses best, or the layout's unless it is clearly worse on the positions
-    where the two differ (McNemar's test)."""
+    """The convention that chooses best, or the layout's unless it is clearly worse."""
     best = max(rights, key=lambda convention: int(rights[convention].sum()))
-    won = int((rights[best] & ~rights[meant]).sum())
-    lost = int((rights[meant] & ~rights[best]).sum())
-    return best if won - lost > _ERRORS * (won + lost) ** 0.5 else meant
+    return best if clearly_more(rights[best], rights[meant]) else meant
+
+
+def clearly_more(one: Tensor, other: Tensor) -> bool:
+    """Whether ``one`` is true at more positions, bool [N] each, beyond chance (McNemar's test)."""
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    return won - lost > _ERRORS * (won + lost) ** 0.5
 
 
 def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
@@ -288,9 +297,8 @@ def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int
 
 def _judged(
     found: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
-) -> tuple[str, bool]:
-    """Verdict, and whether the folder is sound."""
-    folder = found.folder
+) -> tuple[bool, str]:
+    """Whether the folder is sound, and the reason."""
     if lost is not None:
         module, state, names = lost
         said = {
@@ -301,61 +309,50 @@ def _judged(
             "copied": "are the trunk's last block, as an initialization copies it",
             "different": "differ from the trunk's, which they should be copies of",
         }[state]
-        verdict = (
-            f"{folder} is not sound: {len(names)} of {len(module.states)} tensors of MTP depth "
-            f"{module.depth} {said} ({names[0]}{', ...' if len(names) > 1 else ''})."
+        return False, (
+            f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} {said} "
+            f"({names[0]}{', ...' if len(names) > 1 else ''})"
         )
-    elif stored != declared:
-        verdict = (
-            f"{folder} is not sound: its config.json declares {declared} MTP layer(s) but it has "
-            f"tensors of {stored}, so that readers skip some."
+    if stored != declared:
+        return False, (
+            f"its config.json declares {declared} MTP layer(s) but it has tensors of {stored}, so "
+            "that readers skip some"
         )
-    else:
-        return _judged_by_drafts(found, stored)
-    return verdict, False
+    return _judged_by_drafts(found, stored)
 
 
-def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[str, bool]:
-    meant, best = found.meant, found.best
+def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[bool, str]:
+    meant, best, shares = found.meant, found.best, found.agreement
     assert meant is not None and best is not None
-    shares = found.agreement
-    if shares[best] <= found.constant + 0.02:
-        verdict = (
-            f"{found.folder} is not sound: its {depth} MTP layer(s) are there, but under no "
-            f"convention do they agree with the trunk ({shares[best]:.1%} at best, "
-            f"{found.constant:.1%} with one token everywhere)."
+    if shares[best] <= found.constant + ABOVE:
+        return False, (
+            f"its {depth} MTP layer(s) are there, but under no convention do they agree with the "
+            f"trunk ({shares[best]:.1%} at best, {found.constant:.1%} with one token everywhere)"
         )
-        return verdict, False
     if best != meant:
-        verdict = (
-            f"{found.folder} is not sound: its weights were trained on {described(best)} "
-            f"(agreement {shares[best]:.1%}), but its layout gives them {described(meant)} "
-            f"({shares[meant]:.1%})."
+        return False, (
+            f"its weights were trained on {described(best)} (agreement {shares[best]:.1%}), but "
+            f"its layout gives them {described(meant)} ({shares[meant]:.1%})"
         )
-        return verdict, False
-    accepted = "" if found.acceptance is None else (
-        f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
-    )  # fmt: skip
-    verdict = (
-        f"{found.folder} is sound: its {depth} MTP layer(s) are complete and trained, and match "
-        f"their layout's {described(meant)} ({shares[meant]:.1%}){accepted}."
+    accepted = ""
+    if found.acceptance is not None:
+        accepted = f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
+    return True, (
+        f"its {depth} MTP layer(s) are complete and trained, and match their layout's "
+        f"{described(meant)} ({shares[meant]:.1%}){accepted}"
     )
-    return verdict, True
 
 
 def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
-    folder = read_folder(path)
-    model = folder.build()
+    model = read_folder(path).build()
     prompts = prompts_of(model, _tokenizer(path, model))
     acceptance = _accepted(model, prompts, new_tokens)
-    place = heads.where(model.config)
-    layout = f"mtp-lightning's {place} (mtp={model.config.mtp.variant})"
-    found = Diagnosis(folder=path, layout=layout, verdict="", sound=False, acceptance=acceptance)
     texts = own_texts(model, prompts, new_tokens)
     choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))
     constant = max(choices.values()) / sum(choices.values())
-    sound = acceptance is not None and acceptance > constant
+    layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
+    found = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
-    verdict = f"{path} is {'' if sound else 'not '}sound: the trunk accepts {accepted} drafts."
-    return replace(found, verdict=verdict, sound=sound, constant=constant)
+    sound = acceptance is not None and acceptance > constant
+    return _concluded(found, sound, f"the trunk accepts {accepted} drafts")
