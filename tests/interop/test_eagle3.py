@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,19 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import eagle3, heads
-from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.interop import eagle3, heads, tensor_files
+from mtp_lightning.interop.reading import SINGLE, read_folder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests.interop import folders
-from tests.models import build
-
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 VOCAB, DEPTH = folders.ROWS, 3
 
 
-def trained(trunk: TrunkConfig | None = None, **switches: Any) -> MTPModel:
-    trunk = folders.dense(n_layers=4, init_std=0.3) if trunk is None else trunk
-    model = build(trunk, EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches})).eval()
-    if model.mtp.own_head is not None:
-        counts = torch.randint(0, 99, (VOCAB,), generator=torch.Generator().manual_seed(1))
-        model.mtp.own_head.choose(counts)
-    return model
-
-
-def read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
+def trained(**switches: Any) -> MTPModel:
+    trunk = folders.dense(n_layers=4, init_std=0.3)
+    return folders.trained(trunk, EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches}))
 
 
 class Published:
@@ -50,8 +35,7 @@ class Published:
     from its equations in plain torch, on the files of a folder alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.w = read_file(folder / "model.safetensors")
-        self.c = json.loads((folder / "config.json").read_text())
+        self.c, self.w = folders.read(folder)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         scale = (x * x).mean(-1, keepdim=True) + self.c["rms_norm_eps"]
@@ -134,7 +118,7 @@ def test_every_tensor_is_the_models(tmp_path: Path) -> None:
     contents = folders.write(tmp_path / "out", model)
     assert contents.heads and contents.layer_depths == 0
     assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
-    found, layer = read_file(tmp_path / "out" / "draft" / "model.safetensors"), model.mtp.layer
+    found, layer = folders.read(tmp_path / "out" / "draft")[1], model.mtp.layer
     c, f = 32, 48
     q, k, v = layer.attention.qkv.weight.split([32, 16, 16])
     gate, up = layer.feed_forward.gate_up.weight.split(f)
@@ -176,12 +160,8 @@ def test_the_folder_is_read_back(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    """A folder's config.json as others write it, with changes; None leaves a field out."""
-    file = folder / eagle3.FOLDER / "config.json"
-    fields = json.loads(file.read_text())
-    fields.pop("mtp_lightning")
-    fields = {name: v for name, v in (fields | changes).items() if v is not None}
-    file.write_text(json.dumps(fields))
+    """A folder's config.json as others write it, with changes."""
+    folders.change_config(folder / eagle3.FOLDER, mtp_lightning=None, **changes)
 
 
 def test_a_layer_from_elsewhere_is_read(tmp_path: Path) -> None:
@@ -229,11 +209,10 @@ def test_what_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("d2t", [[0] * 49 + [500], [1] + [0] * 49, [-5] + [0] * 49])
 def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     folders.write(tmp_path / "out", trained())
-    file = tmp_path / "out" / eagle3.FOLDER / "model.safetensors"
-    save_file({**read_file(file), "d2t": torch.tensor(d2t)}, file)
+    _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
+    forged = {**tensors, "d2t": torch.tensor(d2t)}
+    tensor_files.write(tmp_path / "out" / eagle3.FOLDER / SINGLE, forged, {})
     with pytest.raises(UserError, match="draft vocabulary does not give every row of the head one"):
         open_model(tmp_path / "out")
 

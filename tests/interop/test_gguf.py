@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -20,38 +18,21 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_copy
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.interop import gguf_blocks, gguf_file, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import fetch_smollm2
 from tests.interop import folders
-from tests.interop.gguf_files import SPECIALS, WORDS, write_gguf
+from tests.interop.gguf_files import MARKS, SPECIALS, WORDS, gguf, loaded, write_gguf
 
-THERE = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
-gguf: Any = importlib.import_module("gguf") if THERE else None
-transformers: Any = importlib.import_module("transformers") if THERE else None
-
-pytestmark = [
-    pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
-    pytest.mark.filterwarnings("ignore"),
-]
-
-
-def loaded(file: Path) -> Any:
-    """transformers' own model of a file; its from_pretrained wants one more package for that."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
-    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
-    assert not unexpected and missing == ["lm_head.weight"]
-    return model
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -167,6 +148,7 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     again = open_model(tmp_path / "one")
     write_folder(tmp_path / "two", again.model, again.tokenizer, **options)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
     said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert said == "<|im_start|>user\nhi<|im_end|>\n"
@@ -229,11 +211,6 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
     reason="python tests/fetch_smollm2.py",
 )
 def test_greedy_texts_of_a_real_model_do_not_change() -> None:
-    from mtp_lightning.decoding import generate
-    from mtp_lightning.decoding.measure import require_same_greedy
-    from mtp_lightning.model import ModelConfig, MTPModel
-    from mtp_lightning.mtp.sequential import SequentialConfig
-
     run = open_model(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
     config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
     model = MTPModel(config)

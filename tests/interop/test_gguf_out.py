@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_file, gguf_tokenizer, gguf_verify, llama_cpp
-from mtp_lightning.interop.exporting import export
 from mtp_lightning.interop.gguf_layout import layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
@@ -31,17 +28,10 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek, models
-from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.gguf_files import MARKS, gguf, loaded
 
-THERE = importlib.util.find_spec("gguf") is not None
-gguf: Any = importlib.import_module("gguf") if THERE else None
-
-pytestmark = [
-    pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = MARKS
 engine = pytest.mark.skipif(
     not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
 )
@@ -112,17 +102,20 @@ def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mtp", "said"),
+    ("trunk", "arch", "mtp", "said"),
     [
-        (ParallelConfig(depth=2), "mtp=parallel"),
-        (SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
-        (SequentialConfig(depth=1, branch="before_last"), "mtp.branch=before_last"),
+        ("llama", "llama", ParallelConfig(depth=2), "mtp=parallel"),
+        ("llama", "llama", SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
+        ("llama", "llama", SequentialConfig(depth=1, branch="before_last"),
+         "mtp.branch=before_last"),
+        ("deepseek-tied", "deepseek2", SequentialConfig(depth=1), "q_rank=null"),
     ],
-)
-def test_heads_that_llama_cpp_does_not_read_are_named(mtp: Any, said: str, tmp_path: Path) -> None:
-    model = models.build(TRUNKS["llama"], mtp)
-    written = write(tmp_path / "m.gguf", model)
-    assert written.layout.arch == "llama" and "heads are left out" in written.said[0]
+)  # fmt: skip
+def test_heads_that_llama_cpp_does_not_read_are_named(
+    trunk: str, arch: str, mtp: Any, said: str, tmp_path: Path
+) -> None:
+    written = write(tmp_path / "m.gguf", models.build(TRUNKS[trunk], mtp))
+    assert written.layout.arch == arch and "heads are left out" in written.said[0]
     assert said in written.said[0]
     assert read_folder(tmp_path / "m.gguf").config.mtp.depth == 0
 
@@ -137,11 +130,6 @@ def test_heads_that_llama_cpp_does_not_read_are_named(mtp: Any, said: str, tmp_p
 def test_trunks_that_llama_cpp_does_not_compute(trunk: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         layout_of(models.build(TRUNKS[trunk], SequentialConfig(depth=0)).config)
-
-
-def test_without_a_query_latent_llama_cpp_has_no_module() -> None:
-    model = models.build(TRUNKS["deepseek-tied"], SequentialConfig(depth=1))
-    assert "q_rank=null" in layout_of(model.config).dropped
 
 
 @pytest.mark.parametrize(
@@ -186,20 +174,12 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
 def test_transformers_reads_trunks(name: str, tmp_path: Path) -> None:
     """An independent reader of the plain architectures."""
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
+    pytest.importorskip("transformers")
     model = models.build(TRUNKS[name], SequentialConfig(depth=0))
     write(tmp_path / "m.gguf", model)
-    config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
-    if name == "qwen3":  # it takes 128 from no key of the file
-        config.head_dim = model.config.trunk.d_head
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    found = load_gguf_checkpoint(
-        str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=theirs
-    )
-    missing, unexpected = theirs.load_state_dict(found["tensors"], strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    # It takes 128 from no key of the file.
+    settings = {"head_dim": model.config.trunk.d_head} if name == "qwen3" else {}
+    theirs = loaded(tmp_path / "m.gguf", **settings)
     folders.assert_equal_logits(model.eval(), theirs, rows=folders.ROWS)
 
 
@@ -287,18 +267,14 @@ def test_a_file_that_computes_something_else_fails(what: str, tmp_path: Path) ->
     """The wrong rotary base, or the halves of the projection in the wrong order."""
     file = tmp_path / "m.gguf"
     model = learn("llama")
-    other = models.build(folders.dense(tie_embeddings=False, rope_theta=3.0), model.config.mtp)
+    theta = 3.0 if what == "trunk" else model.config.trunk.rope_theta
+    other = models.build(folders.dense(tie_embeddings=False, rope_theta=theta), model.config.mtp)
     other.load_state_dict(model.state_dict())
     if what == "module":
-        other = model
-        twin = models.build(TRUNKS["llama"], SequentialConfig(depth=1))
-        twin.load_state_dict(model.state_dict())
-        projection = twin.mtp.state_dict()["depths.0.eh_proj.weight"]
+        projection = other.mtp.state_dict()["depths.0.eh_proj.weight"]
         projection.copy_(torch.cat(projection.chunk(2, dim=1)[::-1], dim=1))
-        other = twin
     write(file, other)
-    said = "computes something else"
-    with pytest.raises(CheckFailed, match=said):
+    with pytest.raises(CheckFailed, match="computes something else"):
         list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
 
 
@@ -340,8 +316,6 @@ def test_descriptions_that_lie(
 
 
 def test_tokenizers(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     def library(rule: dict[str, Any]) -> Any:
         class Own(ByteTokenizer):
             def library_json(self) -> str:
@@ -378,9 +352,8 @@ def test_tokenizers(tmp_path: Path) -> None:
 def test_the_command(
     finished: Path, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    defaults = OmegaConf.load(helpers.CONF / "export.yaml")
-    asked = {"checkpoint": str(finished), "output": str(tmp_path / "mine.gguf"), "dtype": dtype}
-    export(OmegaConf.merge(defaults, asked))
+    asked = {"checkpoint": finished, "output": tmp_path / "mine.gguf", "dtype": dtype}
+    folders.export_run(**asked)
     shown = capsys.readouterr().out
     for line in ("architecture glm4moe", "module 2 is left out", "--spec-type draft-mtp",
                  "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
@@ -390,8 +363,7 @@ def test_the_command(
     text = (tmp_path / "mine.md").read_text()
     assert "module 2 is left out" in text and "after 10 optimizer steps" in text
     with pytest.raises(FileExistsError, match="exists: choose another name"):
-        export(OmegaConf.merge(defaults, asked))
-    asked["output"] = str(tmp_path / "folder")
+        folders.export_run(**asked)
     if dtype == "q8_0":
         with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):
-            export(OmegaConf.merge(defaults, asked))
+            folders.export_run(finished, tmp_path / "folder", dtype=dtype)
