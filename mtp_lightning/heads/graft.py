@@ -28,7 +28,7 @@ from mtp_lightning.heads.__main__ import (
     run_training,
     say,
 )
-from mtp_lightning.interop.doctor import ABOVE, clearly_more, own_texts, prompts_of
+from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prompts_of
 from mtp_lightning.interop.names import require_fitting
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel

@@ -72,10 +72,8 @@ def trunk_type(trunk: TrunkConfig) -> str:
     if kinds in ((LatentAttentionConfig, DenseConfig), (LatentAttentionConfig, ExpertsConfig)):
         _check_deepseek(trunk)
         return "deepseek_v3"
-    if _is_qwen3_moe(trunk):
-        return "qwen3_moe"
-    if _is_glm4_moe(trunk):
-        return "glm4_moe"
+    if mixture := _mixture_type(trunk):
+        return mixture
     if kinds != (GroupedQueryConfig, DenseConfig):
         raise UserError(
             f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
@@ -103,22 +101,15 @@ def trunk_type(trunk: TrunkConfig) -> str:
     return "llama"
 
 
-def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
-    """Whether heads are normalized, and there are only routed experts, with softmax."""
+def _mixture_type(trunk: TrunkConfig) -> str:
+    """The layout of grouped-query attention with experts; empty if there is none."""
     a, e = trunk.attention, trunk.feed_forward
     if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
-        return False
+        return ""
+    if e.scoring == "sigmoid":  # DeepSeek-V3's experts, of which one at least is shared
+        return "glm4_moe" if e.n_shared > 0 and e.n_routed // e.n_groups > 1 else ""
     plain = (e.n_shared, e.n_groups, e.scaling, a.qkv_bias) == (0, 1, 1.0, False)
-    whole = a.turned_size(trunk) == trunk.d_head
-    return plain and whole and a.qk_norm and e.scoring == "softmax"
-
-
-def _is_glm4_moe(trunk: TrunkConfig) -> bool:
-    """Whether it has DeepSeek-V3's experts, one of them shared, with grouped-query attention."""
-    a, e = trunk.attention, trunk.feed_forward
-    if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
-        return False
-    return e.scoring == "sigmoid" and e.n_shared > 0 and e.n_routed // e.n_groups > 1
+    return "qwen3_moe" if plain and a.qk_norm and a.turned_size(trunk) == trunk.d_head else ""
 
 
 def _check_deepseek(trunk: TrunkConfig) -> None:

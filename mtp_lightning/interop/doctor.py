@@ -14,56 +14,31 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.interop import config_reading, fp8, heads
+from mtp_lightning.interop import config_reading, heads
+from mtp_lightning.interop.agreement import (
+    ABOVE,
+    Convention,
+    agreements,
+    clearly_best,
+    described,
+    own_texts,
+    prompts_of,
+)
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix, weight_map
-from mtp_lightning.interop.parts import Held
-from mtp_lightning.interop.reading import (
-    CONFIG,
-    read_folder,
-    read_json,
-    read_tensors,
-    stack_of,
-)
+from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.reading import CONFIG, contents, read_folder, stack_of
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.mtp.switches import Concat, InputNorm
-from mtp_lightning.nn.attention import Positions
 from mtp_lightning.opening import OpenedModel, build_model, pretrained_state, require_held
-
-# The trunk continues these texts, and drafts are compared with its continuations.
-_BEGINNINGS = (
-    "The history of the city begins with the river, which",
-    "def read_lines(path):\n    with open(path) as file:\n        ",
-    "Question: Why is the sky blue?\nAnswer: The sky is blue because",
-    "Once upon a time there was a small village, and in it",
-)
-_PROMPT = 8
-_CONVENTIONS = tuple(itertools.product(get_args(InputNorm), get_args(Concat)))
-_SAID = {
-    "post": "the state after the final norm",
-    "pre": "the state before the final norm",
-    "embedding_first": "embedding first",
-    "hidden_first": "state first",
-}
-_COPY = re.compile(r"embed_tokens|shared_head\.head")
-# Standard errors by which one choice must beat another on the positions where the two differ.
-_ERRORS = 3.0
-# How far above the share of a single token agreement must be for layers of any use.
-ABOVE = 0.02
-Convention = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +88,6 @@ class Diagnosis:
         return [*found, "", self.verdict]
 
 
-def described(convention: Convention) -> str:
-    """A convention in words."""
-    return ", ".join(_SAID[part] for part in convention)
-
-
 def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     """Examines a folder in Hugging Face's layout.
 
@@ -132,18 +102,16 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     path = Path(path)
     if heads.is_there(path):
         return _examine_heads(path, new_tokens)
-    source = str(path / CONFIG)
-    fields = read_json(path / CONFIG)
-    config_reading.require_known(fields, source=source)
-    tensors = read_tensors(path, block=fp8.block_size(fields, source=source))
+    fields, parts = contents(path)
     declared = config_reading.declared_depth(fields)
+    source = str(path / CONFIG)
     trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
     most = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, 1)))
-    stored = _stored_depth(most, tensors)
+    stored = _stored_depth(most, parts)
     if not max(declared, stored):
         said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
         return Diagnosis(folder=path, layout=None, verdict=said)
-    require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), tensors, source=str(path))
+    require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
     config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
     layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
     named = f"{layout} ({mtp_prefix(config, 0)}* ..)"
@@ -153,12 +121,12 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
             "lost when it was written."
         )
         return Diagnosis(folder=path, layout=None, verdict=said)
-    modules = take_inventory(config, tensors)
+    modules = take_inventory(config, {name: part.read() for name, part in parts.items()})
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
     complete = not any(m.named("missing") or m.named("misshapen") for m in modules[:1])
     found = Diagnosis(folder=path, layout=named, modules=modules)
     if complete:
-        found = _measured(found, config, tensors, new_tokens, whole=lost is None)
+        found = _measured(found, config, parts, new_tokens, whole=lost is None)
     return _concluded(found, *_judged(found, declared, stored, lost))
 
 
@@ -167,7 +135,7 @@ def _concluded(found: Diagnosis, sound: bool, reason: str) -> Diagnosis:
     return replace(found, verdict=verdict, sound=sound)
 
 
-def _stored_depth(config: ModelConfig, tensors: dict[str, Tensor]) -> int:
+def _stored_depth(config: ModelConfig, tensors: Collection[str]) -> int:
     """Number of depths with any tensor in the folder."""
     stem, _, first = mtp_prefix(config, 0).removesuffix(".").rpartition(".")
     layers = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in tensors)
@@ -177,7 +145,7 @@ def _stored_depth(config: ModelConfig, tensors: dict[str, Tensor]) -> int:
 def _measured(
     found: Diagnosis,
     config: ModelConfig,
-    tensors: dict[str, Tensor],
+    parts: dict[str, Part],
     new_tokens: int,
     *,
     whole: bool,
@@ -185,32 +153,25 @@ def _measured(
     """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
     one = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
     first = mtp_prefix(config, 0)
-    own = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name.startswith(first) or not _of_mtp(name, config)
-    }
-    for name in [name for name in own if _COPY.search(name) and name.startswith(first)]:
-        del own[name]  # already checked, and not needed
-    held, source = {name: Held(tensor) for name, tensor in own.items()}, str(found.folder)
-    model = build_model(one, from_folder(weight_map(one), held, source=source), source=source)
+    # The other depths, and copies of embedding and head, which are checked already.
+    unread = [mtp_prefix(config, k) for k in range(1, config.mtp.depth)]
+    unread += [f"{first}embed_tokens.", f"{first}shared_head.head."]
+    own = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
+    source = str(found.folder)
+    model = build_model(one, from_folder(weight_map(one), own, source=source), source=source)
     prompts = prompts_of(model, _tokenizer(found.folder, model))
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)
     meant = (one.mtp.input_norm, one.mtp.concat)
-    agreement, rights, constant = agreements(model, texts)
+    rights, constant = agreements(model, texts)
     return replace(
         found,
         meant=meant,
-        best=_clearly_best(rights, meant),
-        agreement=agreement,
+        best=clearly_best(rights, meant),
+        agreement={convention: float(x.float().mean()) for convention, x in rights.items()},
         constant=constant,
         acceptance=_accepted(model, prompts, new_tokens) if whole else None,
     )
-
-
-def _of_mtp(name: str, config: ModelConfig) -> bool:
-    return any(name.startswith(mtp_prefix(config, k)) for k in range(config.mtp.depth))
 
 
 def _tokenizer(folder: Path, model: MTPModel) -> Any:
@@ -220,74 +181,6 @@ def _tokenizer(folder: Path, model: MTPModel) -> Any:
     state = pretrained_state(folder)
     opened = OpenedModel(model=model, tokenizer_state=state, config={}, step=0, path=folder)
     return opened.tokenizer
-
-
-def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
-    """Beginnings of texts, or random ids where there is no tokenizer that reads them."""
-    vocab_size = model.config.trunk.vocab_size
-    if tokenizer is not None and tokenizer.reads_text:
-        found = [[int(i) for i in tokenizer.encode(text)] for text in _BEGINNINGS]
-        if max(map(max, found)) < vocab_size:
-            return found
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (len(_BEGINNINGS), _PROMPT), generator=generator).tolist()
-
-
-def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
-    """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
-    said = generate(
-        model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
-    )
-    return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, said, strict=True)]
-
-
-@torch.inference_mode()
-def agreements(
-    model: MTPModel, texts: Sequence[Tensor]
-) -> tuple[dict[Convention, float], dict[Convention, Tensor], float]:
-    """How often depth 1 and the trunk make the same choice, with a sequential module of each
-    convention.
-
-    Returns:
-        The share of positions by convention; the positions, bool [N]; and the share that the
-        trunk's most common choice would get everywhere.
-    """
-    stacks, trunk = {}, model.config.trunk
-    for input_norm, concat in _CONVENTIONS:
-        config = SequentialConfig(depth=1, input_norm=input_norm, concat=concat)  # type: ignore[arg-type]
-        stack = config.build(trunk)
-        stack.load_state_dict(model.mtp.state_dict())
-        stacks[input_norm, concat] = stack.eval()
-    rights: dict[Convention, list[Tensor]] = {convention: [] for convention in stacks}
-    choices: Counter[int] = Counter()
-    for text in texts:
-        tokens = text.unsqueeze(0)
-        embedded = model.trunk.embedding(tokens)
-        n = len(text) - 1  # the last position has no next token to read
-        output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
-        chosen = model.head(output.final)[0].argmax(-1)
-        choices.update(chosen[1:].tolist())
-        for (input_norm, concat), stack in stacks.items():
-            hidden = output.final if input_norm == "post" else output.last_block
-            positions = Positions.of_window(trunk, n, device=text.device)
-            at = BranchPoint(hidden[:, :n], tokens, embedded, positions)
-            drafted = model.head(dict(stack.states(at, [1]))[1])[0].argmax(-1)
-            rights[input_norm, concat].append(drafted == chosen[1:])
-    joined = {convention: torch.cat(found) for convention, found in rights.items()}
-    shares = {convention: float(found.float().mean()) for convention, found in joined.items()}
-    return shares, joined, max(choices.values()) / sum(choices.values())
-
-
-def _clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:
-    """The convention that chooses best, or the layout's unless it is clearly worse."""
-    best = max(rights, key=lambda convention: int(rights[convention].sum()))
-    return best if clearly_more(rights[best], rights[meant]) else meant
-
-
-def clearly_more(one: Tensor, other: Tensor) -> bool:
-    """Whether ``one`` is true at more positions, bool [N] each, beyond chance (McNemar's test)."""
-    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
-    return won - lost > _ERRORS * (won + lost) ** 0.5
 
 
 def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
