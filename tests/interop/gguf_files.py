@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-gguf: Any = importlib.import_module("gguf") if importlib.util.find_spec("gguf") else None
+THERE = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
+gguf: Any = importlib.import_module("gguf") if THERE else None
+transformers: Any = importlib.import_module("transformers") if THERE else None
 MARKS = [
     pytest.mark.extras,
-    pytest.mark.skipif(gguf is None, reason="GGUF files need pip install -e '.[hf]'"),
+    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
     # transformers imports optional packages that warn; none of that is this project's.
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -112,7 +114,6 @@ def write_gguf(
 def loaded(file: Path, **settings: Any) -> Any:
     """transformers' own model of a file, with changed settings; its from_pretrained wants one more
     package for that."""
-    import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)

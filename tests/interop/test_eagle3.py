@@ -112,37 +112,17 @@ def test_drafts_are_those_of_the_published_forward_pass(
             session.put(logits.argmax().view(1, 1), k)
 
 
-def test_every_tensor_is_the_models(tmp_path: Path) -> None:
+def test_the_files_and_the_two_tables(tmp_path: Path) -> None:
+    """The other tensors are those that the published forward pass and the reader find."""
     model = trained()
     contents = folders.write(tmp_path / "out", model)
     assert contents.heads and contents.layer_depths == 0
     assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
-    found, layer = folders.read(tmp_path / "out" / "draft")[1], model.mtp.layer
-    c, f = 32, 48
-    q, k, v = layer.attention.qkv.weight.split([32, 16, 16])
-    gate, up = layer.feed_forward.gate_up.weight.split(f)
-    tokens = layer.head.tokens
-    wanted = {
-        "fc.weight": layer.fuse.weight,
-        "midlayer.input_layernorm.weight": layer.token_norm.weight,
-        "midlayer.hidden_norm.weight": layer.hidden_norm.weight,
-        "midlayer.self_attn.q_proj.weight": q,
-        "midlayer.self_attn.k_proj.weight": k,
-        "midlayer.self_attn.v_proj.weight": v,
-        "midlayer.self_attn.o_proj.weight": layer.attention.out.weight,
-        "midlayer.post_attention_layernorm.weight": layer.feed_forward_norm.weight,
-        "midlayer.mlp.gate_proj.weight": gate,
-        "midlayer.mlp.up_proj.weight": up,
-        "midlayer.mlp.down_proj.weight": layer.feed_forward.down.weight,
-        "norm.weight": layer.norm.weight,
-        "lm_head.weight": layer.head.weight,
-        "d2t": tokens - torch.arange(50),
-        "t2d": torch.isin(torch.arange(VOCAB), tokens),
-    }
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor.detach()), name
-    assert found["fc.weight"].shape == (c, 3 * c) and found["d2t"].dtype == torch.int64
+    _, found = folders.read(tmp_path / "out" / eagle3.FOLDER)
+    tokens = model.mtp.layer.head.tokens
+    assert torch.equal(found["d2t"], tokens - torch.arange(50))
+    assert torch.equal(found["t2d"], torch.isin(torch.arange(VOCAB), tokens))
+    assert found["d2t"].dtype == torch.int64
 
 
 def test_the_folder_is_read_back(tmp_path: Path) -> None:

@@ -30,7 +30,15 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import fetch_smollm2
 from tests.interop import folders
-from tests.interop.gguf_files import MARKS, SPECIALS, WORDS, gguf, loaded, write_gguf
+from tests.interop.gguf_files import (
+    MARKS,
+    SPECIALS,
+    WORDS,
+    gguf,
+    loaded,
+    transformers,
+    write_gguf,
+)
 
 pytestmark = MARKS
 
@@ -148,7 +156,6 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     again = open_model(tmp_path / "one")
     write_folder(tmp_path / "two", again.model, again.tokenizer, **options)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
     said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert said == "<|im_start|>user\nhi<|im_end|>\n"

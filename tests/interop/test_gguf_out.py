@@ -169,7 +169,6 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
 def test_transformers_reads_trunks(name: str, tmp_path: Path) -> None:
     """An independent reader of the plain architectures."""
-    pytest.importorskip("transformers")
     model = models.build(TRUNKS[name], SequentialConfig(depth=0))
     write(tmp_path / "m.gguf", model)
     # It takes 128 from no key of the file.
