@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.errors import UserError
@@ -131,6 +132,8 @@ def test_the_folder_is_read_back(tmp_path: Path) -> None:
     back = open_model(tmp_path / "one").model
     assert back.config == model.config
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())
+    one, other = (generate(m, [[3, 9, 77]], max_new_tokens=12)[0] for m in (model, back))
+    assert one.token_ids == other.token_ids
     folders.write(tmp_path / "two", back)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 

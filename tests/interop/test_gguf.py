@@ -190,6 +190,13 @@ def test_another_version(version: bytes, message: str, tmp_path: Path) -> None:
     assert not gguf_file.is_gguf(tmp_path / "none.gguf")
 
 
+def test_a_file_that_was_cut(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "x.gguf")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"x.gguf is damaged .*blk.1.ffn_down.weight ends after it"):
+        read_folder(file)
+
+
 @pytest.mark.parametrize("what", ["tensors", "fields", "key", "array", "name", "dimension"])
 def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
     """Each in its place, of 2^62: refused at once, whatever the file says that it holds."""
