@@ -31,43 +31,41 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
         epilog="The same command continues where it was stopped.",
     )
     parser.add_argument("model", type=Path, help="a Hugging Face folder or a GGUF file")
-    parser.add_argument("overrides", nargs="*", help="settings of training, as train.py takes them")
-    parser.add_argument("--output", type=Path, help="folder for all of it (MODEL_heads)")
-    parser.add_argument("--hours", type=float, default=1.0, help="of this machine (1)")
-    parser.add_argument(
-        "--text", nargs="+", default=[], help="train on these files, not on the model's own texts"
-    )
+    add_options(parser, output="MODEL_heads", hours="of this machine (1)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args = parser.parse_intermixed_args(argv)
     with readable_errors():
         if not args.hours > 0:
             raise UserError(f"--hours={args.hours:g} must be above 0.")
         require_inputs(args, args.model)
-        name = args.model.resolve().name.removesuffix(".gguf")
-        folder = (args.output or Path(f"{name}_heads")).resolve()
-        texts = [str(Path(file).resolve()) for file in args.text]
-        asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
-        found = make_plan(args.model, folder, asked, keep=not args.dry_run)
-        print("\n".join(found.lines()), flush=True)
+        folder = output_of(args, args.model, "heads")
+        found = make_plan(args.model, folder, args, keep=not args.dry_run)
         if args.dry_run:
             return
-        run = folder / RUN
-        run_phase(
-            "training",
-            run / "summary.json",
-            ["mtp_lightning.apps.train", *found.train(), f"run_dir={run}"],
-        )
+        run = run_training(found, folder)
         run_phase(
             "certificate",
             folder / CERTIFICATE / "certificate.json",
             ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
         )
-        run_phase(
-            "export",
-            folder / EXPORT / "config.json",
-            ["mtp_lightning.apps.export", f"checkpoint={run}", f"output={folder / EXPORT}"],
-        )
-        print("\n".join(_result(folder)))
+        run_export(run, folder)
+        _say_result(folder)
+
+
+def add_options(parser: Parser, *, output: str, hours: str) -> None:
+    """The options of the two commands that train heads for a finished model.
+
+    Args:
+        parser: of the command.
+        output: name of the folder if none is given.
+        hours: what the hours are for.
+    """
+    parser.add_argument("overrides", nargs="*", help="settings of training, as train.py takes them")
+    parser.add_argument("--output", type=Path, help=f"folder for all of it ({output})")
+    parser.add_argument("--hours", type=float, default=1.0, help=hours)
+    parser.add_argument(
+        "--text", nargs="+", default=[], help="train on these files, not on the model's own texts"
+    )
 
 
 def require_inputs(args: Any, *models: Path) -> None:
@@ -84,10 +82,21 @@ def require_inputs(args: Any, *models: Path) -> None:
             raise UserError(f"{file} does not exist (looked from {Path.cwd()}): check the path.")
 
 
-def make_plan(
-    model: Path, folder: Path, asked: dict[str, Any], *, keep: bool, further: bool = False
-) -> Any:
-    """The folder's plan, or a new one, whose arguments are ``model``, ``asked`` and ``further``.
+def output_of(args: Any, model: Path, ending: str) -> Path:
+    """The folder that is asked for, or the one that is named after the model."""
+    name = model.resolve().name.removesuffix(".gguf")
+    return (args.output or Path(f"{name}_{ending}")).resolve()
+
+
+def make_plan(model: Path, folder: Path, args: Any, *, keep: bool, further: bool = False) -> Any:
+    """The folder's plan, or a new one for the options ``args``, which is printed.
+
+    Args:
+        model: the model that gets heads.
+        folder: the folder of all results.
+        args: the command's options.
+        keep: whether a new plan is stored.
+        further: train the modules on that the model has.
 
     Raises:
         UserError: the folder was begun with another question.
@@ -96,24 +105,41 @@ def make_plan(
     from mtp_lightning.run.atomic import write_json
 
     file = folder / PLAN
+    texts = [str(Path(text).resolve()) for text in args.text]
+    asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
     if file.is_file():
         try:
             found = Plan(**json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
-        asked = {"model": str(model.resolve()), **asked}
-        for name, value in asked.items():
+        for name, value in {"model": str(model.resolve()), **asked}.items():
             if getattr(found, name) != value:
                 raise UserError(
                     f"{folder} was begun with {name}={getattr(found, name)}, not {value}: repeat "
                     "that command, or give another --output."
                 )
-        return found
-    found = plan(model, further=further, **asked)
-    if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(asdict(found), file)
+    else:
+        found = plan(model, further=further, **asked)
+        if keep:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(asdict(found), file)
+    print("\n".join(found.lines()), flush=True)
     return found
+
+
+def run_training(plan: Any, folder: Path) -> Path:
+    """Train what is planned; returns the run's folder."""
+    run = folder / RUN
+    command = ["mtp_lightning.apps.train", *plan.train(), f"run_dir={run}"]
+    run_phase("training", run / "summary.json", command)
+    return run
+
+
+def run_export(checkpoint: Path, folder: Path) -> None:
+    """Export and verify a run or a folder."""
+    target = folder / EXPORT
+    command = ["mtp_lightning.apps.export", f"checkpoint={checkpoint}", f"output={target}"]
+    run_phase("export", target / "config.json", command)
 
 
 def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
@@ -123,9 +149,9 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
         UserError: it failed; it has said why itself.
     """
     if result.is_file():
-        print(f"{name:<12}done before: {result}", flush=True)
+        say(name, f"done before: {result}")
         return
-    print(f"{name:<12}python -m {' '.join(command)}", flush=True)
+    say(name, f"python -m {' '.join(command)}")
     began = time.monotonic()
     # Modules are found where this one was, not in the folder in which it was typed.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
@@ -144,10 +170,15 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
             f"the {name} ended with code {code} after {time.monotonic() - began:.0f} s; once that "
             "is mended, the same command continues here."
         )
-    print(f"{name:<12}took {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
+    say(name, f"took {(time.monotonic() - began) / 60:.1f} minutes")
 
 
-def _result(folder: Path) -> list[str]:
+def say(name: str, text: str) -> None:
+    """Print a line with its name in a column."""
+    print(f"{name:<12}{text}", flush=True)
+
+
+def _say_result(folder: Path) -> None:
     summary = json.loads((folder / RUN / "summary.json").read_text(encoding="utf-8"))
     certificate = json.loads((folder / CERTIFICATE / "certificate.json").read_text("utf-8"))
     rows: list[tuple[str, str, Callable[[float], str]]] = [
@@ -155,17 +186,12 @@ def _result(folder: Path) -> list[str]:
         ("tokens", "decode/tokens_per_step", lambda x: f"{x:.2f} per pass"),
         ("speed", "decode/speedup", lambda x: f"{x:.2f} times plain decoding"),
     ]
-    lines = [
-        f"{name:<12}{shown(summary[tag])}"
-        for name, tag, shown in rows
-        if isinstance(summary.get(tag), int | float)
-    ]
-    return [
-        *lines,
-        f"{'lossless':<12}{certificate['verdict']}",
-        f"{'written to':<12}{folder / EXPORT}",
-        f"{'try it':<12}mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'",
-    ]
+    for name, tag, shown in rows:
+        if isinstance(summary.get(tag), int | float):
+            say(name, shown(summary[tag]))
+    say("lossless", certificate["verdict"])
+    say("written to", str(folder / EXPORT))
+    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'")
 
 
 if __name__ == "__main__":

@@ -18,19 +18,25 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.heads.__main__ import EXPORT, RUN, make_plan, require_inputs, run_phase
-from mtp_lightning.interop.doctor import own_texts, prompts_of
+from mtp_lightning.heads.__main__ import (
+    EXPORT,
+    add_options,
+    make_plan,
+    output_of,
+    require_inputs,
+    run_export,
+    run_training,
+    say,
+)
+from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prompts_of
+from mtp_lightning.interop.names import require_fitting
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.opening import OpenedModel, StoredModel, build_model, open_model, read_model
 
 GRAFTED = "grafted"
-# Standard errors by which agreement must have fallen, on the positions where the two differ.
-_ERRORS = 3.0
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
 _FIXED = ("n_heads ", "n_kv_heads ", "d_head ", "attention.", "feed_forward.")
-# How far above the share of a single token agreement must be for layers of any use.
-_ABOVE = 0.02
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,9 @@ class Agreement:
         return [float(right.float().mean()) for right in self.rights]
 
     def fell_from(self, before: Agreement) -> bool:
-        """Whether a depth is clearly worse than before (McNemar's test)."""
-        for old, new in zip(before.rights, self.rights, strict=True):
-            lost, won = int((old & ~new).sum()), int((new & ~old).sum())
-            if lost - won > _ERRORS * (won + lost) ** 0.5:
-                return True
-        return False
+        """Whether a depth is clearly worse than before."""
+        pairs = zip(before.rights, self.rights, strict=True)
+        return any(clearly_more(old, new) for old, new in pairs)
 
     def __str__(self) -> str:
         told = [f"{share:.1%} at depth {k}" for k, share in enumerate(self.shares, start=1)]
@@ -72,12 +75,7 @@ def main(argv: list[str], *, program: str) -> None:
     )
     parser.add_argument("base", type=Path, help="the model that has MTP layers")
     parser.add_argument("tuned", type=Path, help="the model that gets them, with its own trunk")
-    parser.add_argument("overrides", nargs="*", help="settings of training, as train.py takes them")
-    parser.add_argument("--output", type=Path, help="folder for all of it (TUNED_graft)")
-    parser.add_argument("--hours", type=float, default=1.0, help="of training on, if needed (1)")
-    parser.add_argument(
-        "--text", nargs="+", default=[], help="train on these files, not on the model's own texts"
-    )
+    add_options(parser, output="TUNED_graft", hours="of training on, if needed (1)")
     parser.add_argument(
         "--new-tokens", type=int, default=256, help="tokens of each of four test texts (256)"
     )
@@ -86,8 +84,7 @@ def main(argv: list[str], *, program: str) -> None:
         require_inputs(args, args.base, args.tuned)
         if args.new_tokens < 8:
             raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
-        name = args.tuned.resolve().name.removesuffix(".gguf")
-        output = (args.output or Path(f"{name}_graft")).resolve()
+        output = output_of(args, args.tuned, "graft")
         if (output / EXPORT).exists():
             raise UserError(f"{output / EXPORT} exists: choose another --output or remove it.")
         _run(args, output)
@@ -96,20 +93,20 @@ def main(argv: list[str], *, program: str) -> None:
 def _run(args: Any, output: Path) -> None:
     base, tuned = read_model(args.base), open_model(args.tuned)
     model = grafted(base, tuned)
-    _say("layers", f"{len(_modules(base))} tensors of {args.base}, of the names and shapes needed")
+    say("layers", f"{len(_modules(base))} tensors of {args.base}, of the names and shapes needed")
     for line in differences(base.config, model.config):
-        _say("differs", line)
+        say("differs", line)
     prompts = prompts_of(model, tuned.tokenizer)
     room = max(8, tuned.seq_len - max(map(len, prompts)))
     texts = own_texts(model, prompts, min(args.new_tokens, room))
     found = agreement(model, texts)
-    _say("agreement", f"{found} with the tuned trunk, on its own texts")
+    say("agreement", f"{found} with the tuned trunk, on its own texts")
     fell = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
         before = agreement(build_model(base.config, base.weights, source=str(args.base)), texts)
-        _say("", f"{before} with the base's trunk, on the same texts")
+        say("", f"{before} with the base's trunk, on the same texts")
         fell = found.fell_from(before)
-    _say("", f"{found.constant:.1%} the same token everywhere")
+    say("", f"{found.constant:.1%} the same token everywhere")
     folder = output / GRAFTED
     write_folder(
         folder,
@@ -123,38 +120,26 @@ def _run(args: Any, output: Path) -> None:
     if fell and args.hours:
         chosen, found = _trained_on(folder, output, args, texts, found)
     elif fell:
-        _say("", "it fell, and --hours=0 leaves the layers as they are")
-    if found.shares[0] <= found.constant + _ABOVE:
+        say("", "it fell, and --hours=0 leaves the layers as they are")
+    if found.shares[0] <= found.constant + ABOVE:
         raise UserError(
             f"the layers of {args.base} do not agree with the trunk of {args.tuned} "
             f"({found.shares[0]:.1%}; {found.constant:.1%} with one token everywhere), so nothing "
             "is written: give more --hours, or train new ones with mtp-lightning heads."
         )
-    run_phase(
-        "export",
-        output / EXPORT / "config.json",
-        ["mtp_lightning.apps.export", f"checkpoint={chosen}", f"output={output / EXPORT}"],
-    )
-    _say("written to", str(output / EXPORT))
+    run_export(chosen, output)
+    say("written to", str(output / EXPORT))
 
 
 def _trained_on(
     folder: Path, output: Path, args: Any, texts: list[Tensor], found: Agreement
 ) -> tuple[Path, Agreement]:
     """Train the layers on, and choose the better of before and after."""
-    asked = {"hours": args.hours, "files": _paths(args.text), "overrides": args.overrides}
-    plan = make_plan(folder, output, asked, keep=True, further=True)
-    print("\n".join(plan.lines()), flush=True)
-    run = output / RUN
-    run_phase(
-        "training",
-        run / "summary.json",
-        ["mtp_lightning.apps.train", *plan.train(), f"run_dir={run}"],
-    )
+    run = run_training(make_plan(folder, output, args, keep=True, further=True), output)
     after = agreement(open_model(run).model, texts)
-    _say("agreement", f"{after} after training on")
+    say("agreement", f"{after} after training on")
     if after.shares[0] <= found.shares[0]:
-        _say("", "training on did not help: the layers stay as they were")
+        say("", "training on did not help: the layers stay as they were")
         return folder, found
     return run, after
 
@@ -171,17 +156,12 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     with torch.device("meta"):
         wanted = {n: t.shape for n, t in MTPModel(config).state_dict().items() if _is_module(n)}
     held = _modules(base)
-    problems = [f"{name} is missing" for name in wanted.keys() - held.keys()]
-    problems += [line for line in differences(base.config, config) if line.startswith(_FIXED)]
-    problems += [f"{name} has no place" for name in held.keys() - wanted.keys()]
-    problems += [
-        f"{name} has the shape {list(held[name].shape)} where {list(shape)} is needed"
-        for name, shape in wanted.items()
-        if name in held and held[name].shape != shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:4]) + ("; ..." if len(problems) > 4 else "")
-        raise UserError(f"The layers of {base.path} do not fit the trunk of {tuned.path}: {shown}.")
+    shapes = {name: weight.shape for name, weight in held.items()}
+    message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
+    require_fitting(wanted, shapes, optional=(), message=message)
+    fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
+    if fixed:
+        raise UserError(f"{message}: {'; '.join(fixed)}.")
     trunk = {n: t for n, t in tuned.model.state_dict().items() if not _is_module(n)}
     return build_model(config, {**trunk, **held}, source=str(base.path))
 
@@ -226,11 +206,3 @@ def agreement(model: MTPModel, texts: list[Tensor]) -> Agreement:
             rights[k - 1].append(drafted[:-k] == choices[0][k:])
     constant = float(counts.max() / counts.sum())
     return Agreement([torch.cat(found) for found in rights], constant)
-
-
-def _say(name: str, text: str) -> None:
-    print(f"{name:<12}{text}", flush=True)
-
-
-def _paths(files: list[str]) -> list[str]:
-    return [str(Path(file).resolve()) for file in files]

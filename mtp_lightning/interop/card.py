@@ -58,7 +58,7 @@ def render(
         ["library_name: transformers", "pipeline_tag: text-generation"],
         what=_what(config, contents, dtype),
         use=_use(config, contents, model_type),
-        training=_training(config, step, run_config, _numbers(summary)),
+        training=_training(config, step, run_config, summary),
     )
 
 
@@ -80,7 +80,7 @@ def render_file(
         f"values in {dtype}: a decoder of {config.trunk.n_layers} layers (d_model "
         f"{config.trunk.d_model}){held}."
     )
-    training = _training(config, step, run_config, _numbers(summary))
+    training = _training(config, step, run_config, summary)
     return _page(name, [], what=[what], use=written.said, training=training)
 
 
@@ -111,13 +111,6 @@ def _page(
         *training,
     ]
     return "\n".join(parts) + "\n"
-
-
-def _numbers(summary: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The numbers of a stored file, which alone are used."""
-    if summary is None:
-        return None
-    return {k: v for k, v in summary.items() if isinstance(v, int | float)}
 
 
 def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
@@ -217,7 +210,6 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
             "checks all of this."
         )
         yield ""
-    if depth:
         yield (
             "The MTP layers are read by transformers 5 (checked when this was written, unless the "
             "check was switched off) and mtp-lightning. " + " ".join(others)
@@ -243,11 +235,11 @@ def _training(
             f"mtp_lambda {plain(run_config['mtp_lambda'])}, seed {plain(run_config.get('seed'))}."
         )
     yield ""
-    # Only numbers, since anybody may have written the file.
-    summary = {k: v for k, v in summary.items() if is_number(v)} if summary else summary
     if summary is None:
         yield "The run left no summary.json, so there are no measurements, acceptance included."
         return
+    # Only numbers, since anybody may have written the file.
+    summary = {k: v for k, v in summary.items() if is_number(v)}
     yield f"Measured at the end of the run, after {summary.get('step', step):,} steps:"
     yield ""
     yield "| | |"

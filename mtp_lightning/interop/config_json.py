@@ -29,8 +29,24 @@ ARCHITECTURES = {
 
 # Epsilon of DeepSeek-V3's norms on the latents in transformers, regardless of rms_norm_eps.
 LATENT_EPS = 1e-6
-
-
+# DeepSeek-V3's names for the settings of latent attention and of experts.
+LATENT = {
+    "q_rank": "q_lora_rank",
+    "kv_rank": "kv_lora_rank",
+    "d_nope": "qk_nope_head_dim",
+    "d_rope": "qk_rope_head_dim",
+    "d_value": "v_head_dim",
+}
+EXPERTS = {
+    "n_routed": "n_routed_experts",
+    "n_shared": "n_shared_experts",
+    "top_k": "num_experts_per_tok",
+    "d_expert": "moe_intermediate_size",
+    "first_k_dense": "first_k_dense_replace",
+    "n_groups": "n_group",
+    "top_groups": "topk_group",
+    "scaling": "routed_scaling_factor",
+}
 # The class of transformers for a layout whose own class comes as code with the model.
 STANDS_FOR = {"mimo": "qwen2"}
 
@@ -56,10 +72,8 @@ def trunk_type(trunk: TrunkConfig) -> str:
     if kinds in ((LatentAttentionConfig, DenseConfig), (LatentAttentionConfig, ExpertsConfig)):
         _check_deepseek(trunk)
         return "deepseek_v3"
-    if _is_qwen3_moe(trunk):
-        return "qwen3_moe"
-    if _is_glm4_moe(trunk):
-        return "glm4_moe"
+    if mixture := _mixture_type(trunk):
+        return mixture
     if kinds != (GroupedQueryConfig, DenseConfig):
         raise UserError(
             f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
@@ -87,22 +101,15 @@ def trunk_type(trunk: TrunkConfig) -> str:
     return "llama"
 
 
-def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
-    """Whether heads are normalized, and there are only routed experts, with softmax."""
+def _mixture_type(trunk: TrunkConfig) -> str:
+    """The layout of grouped-query attention with experts; empty if there is none."""
     a, e = trunk.attention, trunk.feed_forward
     if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
-        return False
+        return ""
+    if e.scoring == "sigmoid":  # DeepSeek-V3's experts, of which one at least is shared
+        return "glm4_moe" if e.n_shared > 0 and e.n_routed // e.n_groups > 1 else ""
     plain = (e.n_shared, e.n_groups, e.scaling, a.qkv_bias) == (0, 1, 1.0, False)
-    whole = a.turned_size(trunk) == trunk.d_head
-    return plain and whole and a.qk_norm and e.scoring == "softmax"
-
-
-def _is_glm4_moe(trunk: TrunkConfig) -> bool:
-    """Whether it has DeepSeek-V3's experts, one of them shared, with grouped-query attention."""
-    a, e = trunk.attention, trunk.feed_forward
-    if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
-        return False
-    return e.scoring == "sigmoid" and e.n_shared > 0 and e.n_routed // e.n_groups > 1
+    return "qwen3_moe" if plain and a.qk_norm and a.turned_size(trunk) == trunk.d_head else ""
 
 
 def _check_deepseek(trunk: TrunkConfig) -> None:
@@ -210,18 +217,10 @@ def rope_type(trunk: TrunkConfig) -> dict[str, Any]:
     scaling = trunk.rope_scaling
     if scaling is None:
         return {"rope_type": "default"}
-    if isinstance(scaling, YarnScaling):
-        fields = asdict(scaling)
-        original = fields.pop("original_positions")
-        given = {name: value for name, value in fields.items() if value is not None}
-        return {"rope_type": "yarn", **given, "original_max_position_embeddings": original}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_positions,
-    }
+    kind = "yarn" if isinstance(scaling, YarnScaling) else "llama3"
+    fields = {name: value for name, value in asdict(scaling).items() if value is not None}
+    original = fields.pop("original_positions")
+    return {"rope_type": kind, **fields, "original_max_position_embeddings": original}
 
 
 def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
@@ -229,11 +228,7 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
     assert isinstance(a, LatentAttentionConfig)
     fields: dict[str, Any] = {
         "attention_bias": False,
-        "q_lora_rank": a.q_rank,
-        "kv_lora_rank": a.kv_rank,
-        "qk_nope_head_dim": a.d_nope,
-        "qk_rope_head_dim": a.d_rope,
-        "v_head_dim": a.d_value,
+        **{theirs: getattr(a, own) for own, theirs in LATENT.items()},
         "rope_interleave": True,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -247,7 +242,7 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
             "moe_intermediate_size": trunk.d_ff, "first_k_dense_replace": trunk.n_layers,
             "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         }  # fmt: skip
-    return fields | _expert_fields(e)
+    return fields | {theirs: getattr(e, own) for own, theirs in EXPERTS.items()}
 
 
 def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
@@ -264,18 +259,5 @@ def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
         "partial_rotary_factor": share,
         "rope_parameters": rope,
         "norm_topk_prob": True,
-        **_expert_fields(e),
-    }
-
-
-def _expert_fields(e: ExpertsConfig) -> dict[str, Any]:
-    return {
-        "n_routed_experts": e.n_routed,
-        "n_shared_experts": e.n_shared,
-        "num_experts_per_tok": e.top_k,
-        "moe_intermediate_size": e.d_expert,
-        "first_k_dense_replace": e.first_k_dense,
-        "n_group": e.n_groups,
-        "topk_group": e.top_groups,
-        "routed_scaling_factor": e.scaling,
+        **{theirs: getattr(e, own) for own, theirs in EXPERTS.items()},
     }

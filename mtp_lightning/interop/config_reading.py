@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.config_json import ARCHITECTURES, LATENT_EPS
+from mtp_lightning.interop.config_json import ARCHITECTURES, EXPERTS, LATENT, LATENT_EPS
 from mtp_lightning.nn.config import TrunkConfig
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,7 @@ def _deepseek_shape(
         "attention": {
             "variant": "latent",
             "q_rank": fields.get("q_lora_rank"),
-            "kv_rank": need("kv_lora_rank"),
-            "d_nope": need("qk_nope_head_dim"),
-            "d_rope": need("qk_rope_head_dim"),
-            "d_value": need("v_head_dim"),
+            **{own: need(theirs) for own, theirs in LATENT.items() if own != "q_rank"},
             "norm_eps": None if eps == LATENT_EPS else LATENT_EPS,
         },
     }
@@ -139,17 +136,12 @@ def _deepseek_shape(
 def _deepseek_experts(
     fields: Mapping[str, Any], need: Callable[[str], Any], dense: int
 ) -> dict[str, Any]:
-    return {
-        "variant": "experts",
-        "n_routed": need("n_routed_experts"),
-        "n_shared": need("n_shared_experts"),
-        "top_k": need("num_experts_per_tok"),
-        "d_expert": need("moe_intermediate_size"),
+    optional = {
         "first_k_dense": min(dense, fields["num_hidden_layers"]),
-        "n_groups": need("n_group"),
-        "top_groups": need("topk_group"),
         "scaling": float(_given(fields, "routed_scaling_factor", 1.0)),
     }
+    needed = {own: need(theirs) for own, theirs in EXPERTS.items() if own not in optional}
+    return {"variant": "experts", **needed, **optional}
 
 
 def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
@@ -238,16 +230,11 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
         if kind == "yarn":
             scaling = _yarn(rope, fields, source)
         if kind == "llama3":
-            scaling = {
-                "factor": rope.get("factor"),
-                "low_freq_factor": rope.get("low_freq_factor"),
-                "high_freq_factor": rope.get("high_freq_factor"),
-                "original_positions": _given(
-                    rope,
-                    "original_max_position_embeddings",
-                    fields.get("max_position_embeddings"),
-                ),
-            }
+            names = ("factor", "low_freq_factor", "high_freq_factor")
+            scaling = {name: rope.get(name) for name in names}
+            positions = fields.get("max_position_embeddings")
+            original = _given(rope, "original_max_position_embeddings", positions)
+            scaling["original_positions"] = original
     return float(10_000.0 if theta is None else theta), scaling
 
 
@@ -260,10 +247,8 @@ def _turned_share(fields: Mapping[str, Any]) -> float:
 
 
 def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    original, positions = (
-        rope.get("original_max_position_embeddings"),
-        fields.get("max_position_embeddings"),
-    )
+    original = rope.get("original_max_position_embeddings")
+    positions = fields.get("max_position_embeddings")
     if original is None:
         raise UserError(
             f"{source} has rotary positions of type yarn without original_max_position_embeddings: "

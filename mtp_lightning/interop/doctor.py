@@ -14,54 +14,31 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.interop import config_reading, fp8, heads
-from mtp_lightning.interop.inventory import Module, take_inventory
-from mtp_lightning.interop.names import from_folder, mtp_prefix
-from mtp_lightning.interop.parts import Held
-from mtp_lightning.interop.reading import (
-    CONFIG,
-    read_folder,
-    read_json,
-    read_tensors,
-    stack_of,
+from mtp_lightning.interop import config_reading, heads
+from mtp_lightning.interop.agreement import (
+    ABOVE,
+    Convention,
+    agreements,
+    clearly_best,
+    described,
+    own_texts,
+    prompts_of,
 )
+from mtp_lightning.interop.inventory import Module, take_inventory
+from mtp_lightning.interop.names import from_folder, mtp_prefix, weight_map
+from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.reading import CONFIG, contents, read_folder, stack_of
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.mtp.switches import Concat, InputNorm
-from mtp_lightning.nn.attention import Positions
-from mtp_lightning.opening import OpenedModel, load_weights, pretrained_state, require_held
-
-# The trunk continues these texts, and drafts are compared with its continuations.
-_BEGINNINGS = (
-    "The history of the city begins with the river, which",
-    "def read_lines(path):\n    with open(path) as file:\n        ",
-    "Question: Why is the sky blue?\nAnswer: The sky is blue because",
-    "Once upon a time there was a small village, and in it",
-)
-_PROMPT = 8
-_CONVENTIONS = tuple(itertools.product(get_args(InputNorm), get_args(Concat)))
-_SAID = {
-    "post": "the state after the final norm",
-    "pre": "the state before the final norm",
-    "embedding_first": "embedding first",
-    "hidden_first": "state first",
-}
-_COPY = re.compile(r"embed_tokens|shared_head\.head")
-# Standard errors by which one convention must beat another on the same positions.
-_ERRORS = 3.0
-Convention = tuple[str, str]
+from mtp_lightning.opening import OpenedModel, build_model, pretrained_state, require_held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +61,8 @@ class Diagnosis:
 
     folder: Path
     layout: str | None
-    verdict: str
-    sound: bool
+    verdict: str = ""
+    sound: bool = False
     modules: list[Module] = field(default_factory=list)
     meant: Convention | None = None
     best: Convention | None = None
@@ -111,11 +88,6 @@ class Diagnosis:
         return [*found, "", self.verdict]
 
 
-def described(convention: Convention) -> str:
-    """A convention in words."""
-    return ", ".join(_SAID[part] for part in convention)
-
-
 def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     """Examines a folder in Hugging Face's layout.
 
@@ -130,18 +102,16 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     path = Path(path)
     if heads.is_there(path):
         return _examine_heads(path, new_tokens)
-    source = str(path / CONFIG)
-    fields = read_json(path / CONFIG)
-    config_reading.require_known(fields, source=source)
-    tensors = read_tensors(path, block=fp8.block_size(fields, source=source))
+    fields, parts = contents(path)
     declared = config_reading.declared_depth(fields)
+    source = str(path / CONFIG)
     trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
     most = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, 1)))
-    stored = _stored_depth(most, tensors)
+    stored = _stored_depth(most, parts)
     if not max(declared, stored):
         said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
-        return Diagnosis(folder=path, layout=None, verdict=said, sound=False)
-    require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), tensors, source=str(path))
+        return Diagnosis(folder=path, layout=None, verdict=said)
+    require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
     config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
     layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
     named = f"{layout} ({mtp_prefix(config, 0)}* ..)"
@@ -150,18 +120,22 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
             f"{path} declares {declared} MTP layer(s) and holds none of their tensors: they were "
             "lost when it was written."
         )
-        return Diagnosis(folder=path, layout=None, verdict=said, sound=False)
-    modules = take_inventory(config, tensors)
+        return Diagnosis(folder=path, layout=None, verdict=said)
+    modules = take_inventory(config, {name: part.read() for name, part in parts.items()})
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
     complete = not any(m.named("missing") or m.named("misshapen") for m in modules[:1])
-    found = Diagnosis(folder=path, layout=named, verdict="", sound=False, modules=modules)
+    found = Diagnosis(folder=path, layout=named, modules=modules)
     if complete:
-        found = _measured(found, config, tensors, new_tokens, whole=lost is None)
-    verdict, sound = _judged(found, declared, stored, lost)
+        found = _measured(found, config, parts, new_tokens, whole=lost is None)
+    return _concluded(found, *_judged(found, declared, stored, lost))
+
+
+def _concluded(found: Diagnosis, sound: bool, reason: str) -> Diagnosis:
+    verdict = f"{found.folder} is {'' if sound else 'not '}sound: {reason}."
     return replace(found, verdict=verdict, sound=sound)
 
 
-def _stored_depth(config: ModelConfig, tensors: dict[str, Tensor]) -> int:
+def _stored_depth(config: ModelConfig, tensors: Collection[str]) -> int:
     """Number of depths with any tensor in the folder."""
     stem, _, first = mtp_prefix(config, 0).removesuffix(".").rpartition(".")
     layers = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in tensors)
@@ -171,7 +145,7 @@ def _stored_depth(config: ModelConfig, tensors: dict[str, Tensor]) -> int:
 def _measured(
     found: Diagnosis,
     config: ModelConfig,
-    tensors: dict[str, Tensor],
+    parts: dict[str, Part],
     new_tokens: int,
     *,
     whole: bool,
@@ -179,34 +153,25 @@ def _measured(
     """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
     one = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
     first = mtp_prefix(config, 0)
-    own = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name.startswith(first) or not _of_mtp(name, config)
-    }
-    for name in [name for name in own if _COPY.search(name) and name.startswith(first)]:
-        del own[name]  # already checked, and not needed
-    model = MTPModel(one)
-    held = {name: Held(tensor) for name, tensor in own.items()}
-    load_weights(model, from_folder(one, held, source=str(found.folder)), source=str(found.folder))
-    model.eval()
+    # The other depths, and copies of embedding and head, which are checked already.
+    unread = [mtp_prefix(config, k) for k in range(1, config.mtp.depth)]
+    unread += [f"{first}embed_tokens.", f"{first}shared_head.head."]
+    own = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
+    source = str(found.folder)
+    model = build_model(one, from_folder(weight_map(one), own, source=source), source=source)
     prompts = prompts_of(model, _tokenizer(found.folder, model))
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)
     meant = (one.mtp.input_norm, one.mtp.concat)
-    agreement, rights, constant = agreements(model, texts)
+    rights, constant = agreements(model, texts)
     return replace(
         found,
         meant=meant,
-        best=_clearly_best(rights, meant),
-        agreement=agreement,
+        best=clearly_best(rights, meant),
+        agreement={convention: float(x.float().mean()) for convention, x in rights.items()},
         constant=constant,
         acceptance=_accepted(model, prompts, new_tokens) if whole else None,
     )
-
-
-def _of_mtp(name: str, config: ModelConfig) -> bool:
-    return any(name.startswith(mtp_prefix(config, k)) for k in range(config.mtp.depth))
 
 
 def _tokenizer(folder: Path, model: MTPModel) -> Any:
@@ -218,71 +183,6 @@ def _tokenizer(folder: Path, model: MTPModel) -> Any:
     return opened.tokenizer
 
 
-def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
-    """Beginnings of texts, or random ids where there is no tokenizer that reads them."""
-    vocab_size = model.config.trunk.vocab_size
-    if tokenizer is not None and tokenizer.reads_text:
-        found = [[int(i) for i in tokenizer.encode(text)] for text in _BEGINNINGS]
-        if max(map(max, found)) < vocab_size:
-            return found
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (len(_BEGINNINGS), _PROMPT), generator=generator).tolist()
-
-
-def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
-    """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
-    said = generate(
-        model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
-    )
-    return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, said, strict=True)]
-
-
-@torch.inference_mode()
-def agreements(
-    model: MTPModel, texts: Sequence[Tensor]
-) -> tuple[dict[Convention, float], dict[Convention, Tensor], float]:
-    """How often depth 1 and the trunk make the same choice, with a sequential module of each
-    convention.
-
-    Returns:
-        The share of positions by convention; the positions, bool [N]; and the share that the
-        trunk's most common choice would get everywhere.
-    """
-    stacks, trunk = {}, model.config.trunk
-    for input_norm, concat in _CONVENTIONS:
-        config = SequentialConfig(depth=1, input_norm=input_norm, concat=concat)  # type: ignore[arg-type]
-        stack = config.build(trunk)
-        stack.load_state_dict(model.mtp.state_dict())
-        stacks[input_norm, concat] = stack.eval()
-    rights: dict[Convention, list[Tensor]] = {convention: [] for convention in stacks}
-    choices: Counter[int] = Counter()
-    for text in texts:
-        tokens = text.unsqueeze(0)
-        embedded = model.trunk.embedding(tokens)
-        n = len(text) - 1  # the last position has no next token to read
-        output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
-        chosen = model.head(output.final)[0].argmax(-1)
-        choices.update(chosen[1:].tolist())
-        for (input_norm, concat), stack in stacks.items():
-            hidden = output.final if input_norm == "post" else output.last_block
-            positions = Positions.of_window(trunk, n, device=text.device)
-            at = BranchPoint(hidden[:, :n], tokens, embedded, positions)
-            drafted = model.head(dict(stack.states(at, [1]))[1])[0].argmax(-1)
-            rights[input_norm, concat].append(drafted == chosen[1:])
-    joined = {convention: torch.cat(found) for convention, found in rights.items()}
-    shares = {convention: float(found.float().mean()) for convention, found in joined.items()}
-    return shares, joined, max(choices.values()) / sum(choices.values())
-
-
-def _clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:
-    """The convention that chooses best, or the layout's unless it is clearly worse on the positions
-    where the two differ (McNemar's test)."""
-    best = max(rights, key=lambda convention: int(rights[convention].sum()))
-    won = int((rights[best] & ~rights[meant]).sum())
-    lost = int((rights[meant] & ~rights[best]).sum())
-    return best if won - lost > _ERRORS * (won + lost) ** 0.5 else meant
-
-
 def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
     said = generate(model, prompts, max_new_tokens=new_tokens, eot_id=None)
     return rates(said).get("acceptance_position_1")
@@ -290,9 +190,8 @@ def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int
 
 def _judged(
     found: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
-) -> tuple[str, bool]:
-    """Verdict, and whether the folder is sound."""
-    folder = found.folder
+) -> tuple[bool, str]:
+    """Whether the folder is sound, and the reason."""
     if lost is not None:
         module, state, names = lost
         said = {
@@ -303,61 +202,50 @@ def _judged(
             "copied": "are the trunk's last block, as an initialization copies it",
             "different": "differ from the trunk's, which they should be copies of",
         }[state]
-        verdict = (
-            f"{folder} is not sound: {len(names)} of {len(module.states)} tensors of MTP depth "
-            f"{module.depth} {said} ({names[0]}{', ...' if len(names) > 1 else ''})."
+        return False, (
+            f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} {said} "
+            f"({names[0]}{', ...' if len(names) > 1 else ''})"
         )
-    elif stored != declared:
-        verdict = (
-            f"{folder} is not sound: its config.json declares {declared} MTP layer(s) but it has "
-            f"tensors of {stored}, so that readers skip some."
+    if stored != declared:
+        return False, (
+            f"its config.json declares {declared} MTP layer(s) but it has tensors of {stored}, so "
+            "that readers skip some"
         )
-    else:
-        return _judged_by_drafts(found, stored)
-    return verdict, False
+    return _judged_by_drafts(found, stored)
 
 
-def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[str, bool]:
-    meant, best = found.meant, found.best
+def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[bool, str]:
+    meant, best, shares = found.meant, found.best, found.agreement
     assert meant is not None and best is not None
-    shares = found.agreement
-    if shares[best] <= found.constant + 0.02:
-        verdict = (
-            f"{found.folder} is not sound: its {depth} MTP layer(s) are there, but under no "
-            f"convention do they agree with the trunk ({shares[best]:.1%} at best, "
-            f"{found.constant:.1%} with one token everywhere)."
+    if shares[best] <= found.constant + ABOVE:
+        return False, (
+            f"its {depth} MTP layer(s) are there, but under no convention do they agree with the "
+            f"trunk ({shares[best]:.1%} at best, {found.constant:.1%} with one token everywhere)"
         )
-        return verdict, False
     if best != meant:
-        verdict = (
-            f"{found.folder} is not sound: its weights were trained on {described(best)} "
-            f"(agreement {shares[best]:.1%}), but its layout gives them {described(meant)} "
-            f"({shares[meant]:.1%})."
+        return False, (
+            f"its weights were trained on {described(best)} (agreement {shares[best]:.1%}), but "
+            f"its layout gives them {described(meant)} ({shares[meant]:.1%})"
         )
-        return verdict, False
-    accepted = "" if found.acceptance is None else (
-        f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
-    )  # fmt: skip
-    verdict = (
-        f"{found.folder} is sound: its {depth} MTP layer(s) are complete and trained, and match "
-        f"their layout's {described(meant)} ({shares[meant]:.1%}){accepted}."
+    accepted = ""
+    if found.acceptance is not None:
+        accepted = f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
+    return True, (
+        f"its {depth} MTP layer(s) are complete and trained, and match their layout's "
+        f"{described(meant)} ({shares[meant]:.1%}){accepted}"
     )
-    return verdict, True
 
 
 def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
-    folder = read_folder(path)
-    model = folder.build()
+    model = read_folder(path).build()
     prompts = prompts_of(model, _tokenizer(path, model))
     acceptance = _accepted(model, prompts, new_tokens)
-    place = heads.where(model.config)
-    layout = f"mtp-lightning's {place} (mtp={model.config.mtp.variant})"
-    found = Diagnosis(folder=path, layout=layout, verdict="", sound=False, acceptance=acceptance)
     texts = own_texts(model, prompts, new_tokens)
     choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))
     constant = max(choices.values()) / sum(choices.values())
-    sound = acceptance is not None and acceptance > constant
+    layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
+    found = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
-    verdict = f"{path} is {'' if sound else 'not '}sound: the trunk accepts {accepted} drafts."
-    return replace(found, verdict=verdict, sound=sound, constant=constant)
+    sound = acceptance is not None and acceptance > constant
+    return _concluded(found, sound, f"the trunk accepts {accepted} drafts")

@@ -23,7 +23,7 @@ from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import rope_type
-from mtp_lightning.interop.names import assembled, pieces
+from mtp_lightning.interop.names import from_folder, pieces
 from mtp_lightning.interop.parts import Held, Part, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
@@ -91,15 +91,8 @@ def write(
     *,
     max_positions: int,
 ) -> None:
-    """Write the folder inside ``folder``.
-
-    Args:
-        folder: the trunk's.
-        config: a model's that :func:`fits`.
-        weights: the model's, by its own names.
-        dtype: dtype of the weights.
-        max_positions: the context length that the folder states.
-    """
+    """Write the folder inside the trunk's; arguments as of ``heads.write``, for a config that
+    :func:`fits`."""
     (folder / FOLDER).mkdir()
     fields = _fields(config, dtype, max_positions=max_positions)
     text = json.dumps(fields, indent=2) + "\n"
@@ -111,8 +104,7 @@ def write(
 def layer_tensors(
     config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of the layer and its two tables, by the names of its release; arguments as of
-    :func:`write`."""
+    """The tensors of the layer and its two tables, by the names of its release."""
     tokens = weights[_TOKENS]
     found = pieces(_weight_map(config), weights, dtype)
     found["d2t"] = tokens - torch.arange(len(tokens))
@@ -123,13 +115,7 @@ def layer_tensors(
 def read(
     folder: Path, trunk: TrunkConfig, embedding: Part | None, *, allow: Collection[str] = ()
 ) -> tuple[MTPConfig, dict[str, Stored]]:
-    """The stack and its weights, by the model's own names.
-
-    Args:
-        folder: the trunk's.
-        trunk: its config.
-        embedding: its embedding, which a copy in the folder must equal; None for none to compare.
-        allow: packages whose variants it may use.
+    """The stack and its weights, by the model's own names; arguments as of ``heads.read``.
 
     Raises:
         UserError: the layer does not fit the trunk, or computes something else.
@@ -162,7 +148,7 @@ def read(
         if offsets.shape != tokens.shape or offsets.dtype not in (torch.int32, torch.int64):
             raise UserError(f"d2t in {source} is not a table of {rows:,} whole numbers.")
         tokens = tokens + offsets.read()
-    weights: dict[str, Stored] = dict(assembled(_weight_map(config), tensors, source=source))
+    weights = from_folder(_weight_map(config), tensors, source=source)
     return mtp, {**weights, _TOKENS: Held(tokens)}
 
 

@@ -140,9 +140,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             contents,
             model_type=config_json.model_type(model.config),
             dtype=cfg.dtype,
-            step=run.step,
-            run_config=run.config,
-            summary=_summary(run),
+            **_training(run),
         )
         (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
@@ -183,15 +181,7 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
         print("verified")
     else:
         print(f"NOT VERIFIED: verify=false left out the check that {file} is the model.")
-    text = card.render_file(
-        file.stem,
-        model.config,
-        written,
-        dtype=cfg.dtype,
-        step=run.step,
-        run_config=run.config,
-        summary=_summary(run),
-    )
+    text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
     file.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
@@ -230,10 +220,8 @@ def _dtype(path: str) -> str | None:
     return fields.get("torch_dtype") or fields.get("dtype")
 
 
-def _summary(run: OpenedModel) -> dict[str, Any] | None:
-    """The summary.json of the run that a checkpoint belongs to."""
-    for folder in (run.path.parent, run.path.parent.parent):
-        file = folder / "summary.json"
-        if file.is_file():
-            return read_json(file)
-    return None
+def _training(run: OpenedModel) -> dict[str, Any]:
+    """What a card says of the training; the summary.json is of the checkpoint's run."""
+    files = [folder / "summary.json" for folder in (run.path.parent, run.path.parent.parent)]
+    summary = next((read_json(file) for file in files if file.is_file()), None)
+    return {"step": run.step, "run_config": run.config, "summary": summary}

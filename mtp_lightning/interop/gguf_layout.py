@@ -221,7 +221,8 @@ def _entry(layout: Layout, name: str, shape: Shape) -> Iterator[Entry]:
     if rest == "self_attn.kv_b_proj":
         yield from _up(trunk, f"blk.{layer}.", name)
         return
-    theirs = f"blk.{layer}.{_own_name(layout, rest)}.{kind}"
+    after_attention = layout.arch == "glm4moe" and rest == "post_attention_layernorm"
+    theirs = f"blk.{layer}.{'post_attention_norm' if after_attention else _LAYER[rest]}.{kind}"
     turned = {"self_attn.q_proj": trunk.n_heads, "self_attn.k_proj": trunk.n_kv_heads}
     if layout.arch == "llama" and rest in turned:
         heads = turned[rest]
@@ -235,12 +236,6 @@ def _entry(layout: Layout, name: str, shape: Shape) -> Iterator[Entry]:
         )
         return
     yield Entry(name=theirs, shape=shape, parts=(name,))
-
-
-def _own_name(layout: Layout, rest: str) -> str:
-    if layout.arch == "glm4moe" and rest == "post_attention_layernorm":
-        return "post_attention_norm"
-    return _LAYER[rest]
 
 
 def _parsed(name: str) -> tuple[int, str, str]:
@@ -294,7 +289,7 @@ def _zeros(layout: Layout) -> Iterator[Entry]:
             block, n = f"blk.{layer}.", layout.narrow
             yield Entry(name=f"{block}ffn_gate_inp.weight", shape=(1, width))
             yield Entry(name=f"{block}exp_probs_b.bias", shape=(1,))
-            for kind, shape in (("gate", (n, width)), ("up", (n, width)), ("down", (width, n))):
+            for kind, shape in _matrices(width, n).items():
                 yield Entry(name=f"{block}ffn_{kind}_exps.weight", shape=(1, *shape))
         return
     experts = trunk.feed_forward
@@ -304,5 +299,10 @@ def _zeros(layout: Layout) -> Iterator[Entry]:
     for layer in range(experts.first_k_dense, trunk.n_layers + depth):
         block, n = f"blk.{layer}.", experts.d_expert
         yield Entry(name=f"{block}exp_probs_b.bias", shape=(experts.n_routed,))
-        for kind, shape in (("gate", (n, width)), ("up", (n, width)), ("down", (width, n))):
+        for kind, shape in _matrices(width, n).items():
             yield Entry(name=f"{block}ffn_{kind}_shexp.weight", shape=shape)
+
+
+def _matrices(width: int, inner: int) -> dict[str, Shape]:
+    """The shapes of a feed-forward layer's matrices."""
+    return {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}

@@ -1,96 +1,166 @@
-"""gguf's reader of a file, once for all questions.
+"""The header of a GGUF file: the fields, and where the tensors are.
 
-transformers opens a GGUF file again for its tokenizer; gguf's reader makes several views of a
-memory map for each of the vocabulary's tokens. Of a vocabulary of 49 k tokens, each takes seconds.
+gguf's own reader believes the counts in a file, and makes several array views for each of a
+vocabulary's tokens, which takes seconds. Here every count and length is compared with the size of
+the file before anything is made of it.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
+from mtp_lightning.errors import UserError
+from mtp_lightning.stored import LARGEST_VOCAB
+
+_STRING, _ARRAY = 8, 9
+# struct's letter for a number, by its type in the file.
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+# Entries of all arrays: tokens, their types and scores, and merges.
+_LARGEST_ARRAYS = 4 * LARGEST_VOCAB
+_LARGEST_COUNT = 1 << 20
+_MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+_ALIGNMENT = 32
 
 
-@contextmanager
-def one_reader(path: Path) -> Iterator[Any]:
-    """Yield gguf's reader of a file. Within the block transformers uses it, too.
+@dataclass(frozen=True)
+class FileTensor:
+    """Where a tensor is.
+
+    Attributes:
+        name: its name.
+        shape: outermost axis first.
+        kind: gguf's type of its numbers.
+        row_bytes: bytes of a row, the last axis.
+        offset: its first byte in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Any
+    row_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its contents.
+
+    Attributes:
+        fields: values by key; arrays are lists.
+        tensors: by name.
+    """
+
+    fields: dict[str, Any]
+    tensors: dict[str, FileTensor]
+
+
+def read_header(path: Path) -> Header:
+    """The fields and the tensors of a file.
 
     Raises:
-        ValueError, IndexError, KeyError, OverflowError: the file is damaged.
+        UserError: the file is damaged, big-endian or of another version, or the package gguf is
+            missing.
     """
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        """Reads through plain arrays: numpy's memory maps track the owner of every slice."""
-
-        def __init__(self, path: Any) -> None:
-            with mock.patch.object(np, "memmap", _plain_map):
-                super().__init__(path)
-
-        def _get_field_parts(self, at: int, kind: int) -> Any:
-            if (found := _array(self.data, at, kind, self.gguf_scalar_to_np)) is not None:
-                return found
-            return super()._get_field_parts(at, kind)
-
-    reader = Reader(path)
-
-    def known(other: Any, *args: Any) -> Any:
-        return reader if Path(other) == path else Reader(other, *args)
-
-    with mock.patch.object(gguf, "GGUFReader", known):
-        yield reader
+    with path.open("rb") as file:
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _Reader(content).header()
+        except (ValueError, struct.error) as error:
+            raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
+        except ImportError as error:
+            raise UserError(f"{path} needs the package gguf: pip install -e '.[hf]'") from error
 
 
-def _array(
-    data: Any, at: int, kind: int, scalars: Mapping[Any, Any]
-) -> tuple[int, list[Any], list[int], list[Any]] | None:
-    """What gguf's reader finds of an array of strings or numbers: its size, its parts, the indices
-    of those that are elements, its types. None for anything else, and in the other byte order.
+class _Reader:
+    """One pass over the header, the fields and the tensors' descriptions."""
 
-    Args:
-        data: the file's bytes.
-        at: where the array begins.
-        kind: the type of the field.
-        scalars: numpy's type of every GGUF type of numbers.
+    def __init__(self, content: mmap.mmap) -> None:
+        self._content, self._at, self._entries = content, 0, 0
 
-    Raises:
-        IndexError: an element ends after the file.
-    """
-    from gguf import GGUFValueType
+    def header(self) -> Header:
+        if self._take(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        version = self._number("I")
+        if version in (2 << 24, 3 << 24):
+            raise ValueError("it is big-endian, and gguf-convert-endian makes it little-endian")
+        if version not in (2, 3):
+            raise ValueError(f"it is of version {version}, and 2 and 3 are known")
+        n_tensors, n_fields = self._number("Q"), self._number("Q")
+        if max(n_tensors, n_fields) > _LARGEST_COUNT:
+            raise ValueError(f"it states {n_tensors:,} tensors and {n_fields:,} fields")
+        fields = {self._text(): self._value() for _ in range(n_fields)}
+        found = [self._tensor() for _ in range(n_tensors)]
+        tensors = {tensor.name: tensor for tensor in self._placed(found, fields)}
+        if len(fields) < n_fields or len(tensors) < n_tensors:
+            raise ValueError("it has two fields or two tensors of one name")
+        return Header(fields, tensors)
 
-    head = data[at : at + 12].tobytes()
-    if kind != GGUFValueType.ARRAY or len(head) < 12:
-        return None
-    of, count = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:], "little")
-    end = at + 12
-    parts = [data[at : at + 4], data[at + 4 : end]]
-    if of == GGUFValueType.STRING:
-        length, last = struct.Struct("<Q"), len(data)
-        for _ in range(count):
-            begin = end + length.size
-            end = begin + length.unpack_from(data, end)[0] if begin <= last else begin
-            if end > last:
-                raise IndexError("a string ends after the file")
-            parts.append(data[begin:end])
-    elif of in scalars and count:
-        begin, end = end, end + count * np.dtype(scalars[of]).itemsize
-        if end > len(data):
-            raise IndexError("a number ends after the file")
-        numbers = data[begin:end].view(scalars[of])
-        parts += [numbers[i : i + 1] for i in range(count)]
-    else:
-        return None
-    types = [GGUFValueType.ARRAY, GGUFValueType(of)]
-    return end - at, parts, list(range(2, 2 + count)), types
+    def _tensor(self) -> FileTensor:
+        """A tensor, its offset counted from the first tensor's."""
+        name, dimensions = self._text(), self._number("I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions:,} dimensions")
+        shape = tuple(reversed([self._number("Q") for _ in range(dimensions)]))
+        if math.prod(shape) > 8 * len(self._content):  # every type takes at least a bit
+            raise ValueError(f"{name} has more numbers than the file can hold")
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType(self._number("I"))
+        block, size = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise ValueError(f"{name} has rows of {shape[-1]:,} numbers in blocks of {block}")
+        return FileTensor(name, shape, kind, shape[-1] // block * size, self._number("Q"))
+
+    def _placed(self, tensors: list[FileTensor], fields: dict[str, Any]) -> list[FileTensor]:
+        """The tensors with their offsets in the file."""
+        alignment = fields.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"its general.alignment is {alignment}")
+        first = -(-self._at // alignment) * alignment
+        placed = []
+        for tensor in tensors:
+            begin = first + tensor.offset
+            if begin + math.prod(tensor.shape[:-1]) * tensor.row_bytes > len(self._content):
+                raise ValueError(f"{tensor.name} ends after it")
+            placed.append(replace(tensor, offset=begin))
+        return placed
+
+    def _value(self) -> Any:
+        kind = self._number("I")
+        if kind == _ARRAY:
+            return self._array()
+        return self._text() if kind == _STRING else self._number(_letter(kind))
+
+    def _array(self) -> list[Any]:
+        kind, count = self._number("I"), self._number("Q")
+        self._entries += count
+        if self._entries > _LARGEST_ARRAYS:
+            raise ValueError(f"its arrays have more than {_LARGEST_ARRAYS:,} entries")
+        if kind == _STRING:
+            return [self._text() for _ in range(count)]
+        form = f"<{count}{_letter(kind)}"
+        return list(struct.unpack(form, self._take(struct.calcsize(form))))
+
+    def _text(self) -> str:
+        return self._take(self._number("Q")).decode()
+
+    def _number(self, letter: str) -> Any:
+        form = f"<{letter}"
+        return struct.unpack(form, self._take(struct.calcsize(form)))[0]
+
+    def _take(self, size: int) -> bytes:
+        begin, self._at = self._at, self._at + size
+        if self._at > len(self._content):
+            raise ValueError(f"it states {size:,} more bytes than it has")
+        return self._content[begin : self._at]
 
 
-_memmap = np.memmap
-
-
-def _plain_map(path: Any, mode: Any = "r") -> Any:
-    return _memmap(path, mode=mode).view(np.ndarray)
+def _letter(kind: int) -> str:
+    if kind not in _NUMBERS:
+        raise ValueError(f"it has a value of the kind {kind}")
+    return _NUMBERS[kind]

@@ -40,17 +40,12 @@ def is_there(folder: Path) -> bool:
 def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The stack's part of a model's weights; experts' biases stay in float32, and ids as they
     are."""
-    return {
-        name: _stored(name, tensor, dtype).contiguous()
-        for name, tensor in weights.items()
-        if name.startswith("mtp.")
-    }
-
-
-def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if name.endswith("expert_bias"):
-        return tensor.float()
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    found = {}
+    for name, tensor in weights.items():
+        if name.startswith("mtp."):
+            kind = torch.float32 if name.endswith("expert_bias") else dtype
+            found[name] = (tensor.to(kind) if tensor.is_floating_point() else tensor).contiguous()
+    return found
 
 
 def write(

@@ -77,31 +77,26 @@ def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Modu
         config: config of the model, with as many depths as the folder has or declares.
         tensors: tensors of the folder, by its names.
     """
-    last = {
-        place.own.removeprefix(f"trunk.blocks.{config.trunk.n_layers - 1}."): place.parts
-        for place in weight_map(config)
-        if place.own.startswith(f"trunk.blocks.{config.trunk.n_layers - 1}.")
-    }
+    places, prefix = list(weight_map(config)), f"trunk.blocks.{config.trunk.n_layers - 1}."
+    last = {p.own.removeprefix(prefix): p.parts for p in places if p.own.startswith(prefix)}
     modules: dict[int, dict[str, State]] = {k: {} for k in range(1, config.mtp.depth + 1)}
     copied_blocks: dict[int, list[str]] = {k: [] for k in modules}
-    current = 0
-    for place in weight_map(config):
+    for place in places:
         if place.own.startswith("mtp.depths."):
-            current = int(place.own.split(".")[2]) + 1
-            twins = last.get(place.own.split(".block.", 1)[-1], ())
-            for index, (name, shape) in enumerate(place.parts):
-                state = _state(name, tensors.get(name), shape, config.trunk)
-                modules[current][name] = state
-                twin = tensors.get(twins[index][0]) if len(twins) == len(place.parts) else None
-                if twin is None or state != "trained" or len(shape) < 2:
-                    continue
-                if torch.equal(tensors[name], twin):
-                    copied_blocks[current].append(name)
+            depth = int(place.own.split(".")[2]) + 1
+            twins = [name for name, _ in last.get(place.own.split(".block.", 1)[-1], ())]
+            if len(twins) != len(place.parts):  # the trunk's layer is of another kind
+                twins = [""] * len(place.parts)
+            for (name, shape), twin in zip(place.parts, twins, strict=True):
+                state = modules[depth][name] = _state(name, tensors.get(name), shape, config.trunk)
+                comparable = state == "trained" and len(shape) > 1 and twin in tensors
+                if comparable and torch.equal(tensors[name], tensors[twin]):
+                    copied_blocks[depth].append(name)
         elif place.copy and not place.parts[0][0].startswith("lm_head"):
             # Copies of embedding and head may be left out.
-            name, shape = place.parts[0]
+            name, _ = place.parts[0]
             own = tensors.get(_source(place.own, tensors))
-            depth = _depth_of(name, config)
+            depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
             if name in tensors and own is not None and not torch.equal(tensors[name], own):
                 modules[depth][name] = "different"
     for depth, names in copied_blocks.items():
@@ -116,10 +111,6 @@ def _source(own: str, tensors: dict[str, Tensor]) -> str:
     """The trunk's tensor that is copied; a tied head is the embedding."""
     head = own == "head.weight" and "lm_head.weight" in tensors
     return "lm_head.weight" if head else "model.embed_tokens.weight"
-
-
-def _depth_of(name: str, config: ModelConfig) -> int:
-    return int(name.split(".")[2]) - config.trunk.n_layers + 1
 
 
 def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...], trunk: TrunkConfig) -> State:

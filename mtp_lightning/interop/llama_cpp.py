@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
+from mtp_lightning.interop.agreement import own_texts
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
 
@@ -90,9 +91,9 @@ def continued(
 
 def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
     asked = {
-        **{"prompt": list(ids), "n_predict": length, "temperature": 0.0, "top_k": 1},
-        **{"ignore_eos": True, "cache_prompt": False, "n_probs": 1, "return_tokens": True},
-    }
+        "prompt": list(ids), "n_predict": length, "temperature": 0.0, "top_k": 1,
+        "ignore_eos": True, "cache_prompt": False, "n_probs": 1, "return_tokens": True,
+    }  # fmt: skip
     # Over HTTP, since only this way of asking gives the ids of all tokens.
     request = urllib.request.Request(
         f"{server.listening_address}/completion",
@@ -182,12 +183,7 @@ def _prompts(model: MTPModel, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.trunk.vocab_size
     first = torch.randint(vocab, (PROMPTS, 1), generator=generator).tolist()
-    if length == 1:
-        return first
-    said = generate(
-        model, first, max_new_tokens=length - 1, speculative=False, temperature=1.0, eot_id=None
-    )
-    return [[*ids, *text.token_ids] for ids, text in zip(first, said, strict=True)]
+    return first if length == 1 else [t.tolist() for t in own_texts(model, first, length - 1)]
 
 
 @torch.inference_mode()

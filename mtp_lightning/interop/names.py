@@ -15,7 +15,7 @@ first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -24,12 +24,13 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.parts import Assembled, Part, equal
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.weight_map import MappedWeight, renamed
+from mtp_lightning.nn.weight_map import MappedWeight, Shape, renamed
 from mtp_lightning.opening import Stored
 
 # This project's names of a module's parts, and the layouts' names.
@@ -113,6 +114,17 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     return ModelConfig(trunk=config.trunk, mtp=stack), weights
 
 
+def in_layers(
+    config: ModelConfig, weights: dict[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """What of a model a folder holds in its layers, by :func:`plain`: the trunk alone where the
+    stack has no layout."""
+    found, weights = plain(config, weights)
+    if has_layout(config):
+        return found, weights
+    return ModelConfig(trunk=config.trunk, mtp=NoMTPConfig()), weights
+
+
 def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     """All tensors of trunk and head, and of the modules of a sequential stack."""
     trunk, mtp = config.trunk, config.mtp
@@ -173,7 +185,7 @@ def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iter
 def to_folder(
     config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`plain`."""
+    """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`in_layers`."""
     # Of a tied head, the folder's config says that it is.
     tied = {"lm_head.weight"}
     places = (p for p in weight_map(config) if not (p.copy and p.parts[0][0] in tied))
@@ -198,15 +210,20 @@ def pieces(
 
 
 def from_folder(
-    config: ModelConfig, tensors: Mapping[str, Part], *, source: str
+    places: Iterable[MappedWeight], tensors: Mapping[str, Part], *, source: str
 ) -> dict[str, Stored]:
     """This project's weights, from a folder's tensors, of which only copies are read.
 
     Raises:
         UserError: for a tensor that is missing, unknown, of another shape, or a copy that differs.
     """
-    needed = list(weight_map(config))
-    _require_all(needed, tensors, source)
+    needed = list(places)
+    require_fitting(
+        {name: shape for place in needed for name, shape in place.parts},
+        {name: part.shape for name, part in tensors.items() if not _DERIVED.search(name)},
+        optional={name for place in needed if place.copy for name, _ in place.parts},
+        message=f"The tensors in {source} do not match its config.json",
+    )
     weights: dict[str, Stored] = {}
     single: dict[str, Part] = {}
     for place in needed:
@@ -226,39 +243,32 @@ def from_folder(
     return weights
 
 
-def assembled(
-    places: Iterable[MappedWeight], tensors: Mapping[str, Part], *, source: str
-) -> dict[str, Stored]:
-    """This project's weights, from the tensors of a layout without copies.
+def require_fitting(
+    needed: Mapping[str, Shape],
+    held: Mapping[str, Shape],
+    *,
+    optional: Collection[str],
+    message: str,
+) -> None:
+    """Refuse tensors that are missing, unknown or of another shape.
+
+    Args:
+        needed: shapes by name.
+        held: the shapes of the tensors that are there.
+        optional: names that may be missing.
+        message: its first words, which name the file.
 
     Raises:
-        UserError: for a tensor that is missing, unknown or of another shape.
+        UserError: naming the tensors.
     """
-    needed = list(places)
-    _require_all(needed, tensors, source)
-    return {
-        place.own: Assembled(place, tuple(tensors[name] for name, _ in place.parts))
-        for place in needed
-    }
-
-
-def _require_all(needed: Iterable[MappedWeight], tensors: Mapping[str, Part], source: str) -> None:
-    problems = list(_misfits(needed, tensors))
+    known = {*held, *optional}
+    problems = [f"{name} is missing" for name in needed if name not in known]
+    problems += [
+        f"{name} has the shape {list(held[name])} where {list(shape)} is needed"
+        for name, shape in needed.items()
+        if name in held and held[name] != shape
+    ]
+    problems += [f"{name} is unknown" for name in held if name not in needed]
     if problems:
         shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"The tensors in {source} do not match its config.json: {shown}.")
-
-
-def _misfits(needed: Iterable[MappedWeight], tensors: Mapping[str, Part]) -> Iterator[str]:
-    known = set()
-    for place in needed:
-        for name, shape in place.parts:
-            known.add(name)
-            if name not in tensors:
-                if not place.copy:
-                    yield f"{name} is missing"
-            elif tensors[name].shape != shape:
-                found = list(tensors[name].shape)
-                yield f"{name} has the shape {found} where {list(shape)} is needed"
-    unknown = [name for name in tensors if name not in known and not _DERIVED.search(name)]
-    yield from (f"{name} is unknown" for name in unknown)
+        raise UserError(f"{message}: {shown}.")

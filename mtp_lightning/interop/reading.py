@@ -17,7 +17,7 @@ from torch import Tensor
 from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
-from mtp_lightning.interop.names import from_folder, mimo_stack
+from mtp_lightning.interop.names import from_folder, mimo_stack, weight_map
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -89,15 +89,12 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     if gguf_file.is_gguf(path):
         fields, config, tensors = gguf_file.read(path)
     else:
-        described = str(path / CONFIG)
-        fields = read_json(path / CONFIG)
-        config_reading.require_known(fields, source=described)
-        tensors = parts_of(path, block=fp8.block_size(fields, source=described))
-        depth = _mtp_layers(fields, tensors, source=str(path))
-        trunk = config_reading.from_json(fields, depth=depth, source=described)
+        fields, tensors = contents(path)
+        depth = _mtp_layers(fields, tensors)
+        trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
         config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
-    weights = from_folder(config, tensors, source=str(path))
+    weights = from_folder(weight_map(config), tensors, source=str(path))
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
         mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)
@@ -119,6 +116,14 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
         brings_trunk=True,
         run_config={"data": {"seq_len": folder.max_positions}},
     )
+
+
+def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Part]]:
+    """The fields of a folder's config.json, whose kind of model is known here, and its tensors,
+    unread; errors as :func:`read_folder`."""
+    source, fields = str(folder / CONFIG), read_json(folder / CONFIG)
+    config_reading.require_known(fields, source=source)
+    return fields, parts_of(folder, block=fp8.block_size(fields, source=source))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -167,11 +172,6 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
 
 
-def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """All tensors of a folder; arguments and errors as :func:`parts_of`."""
-    return {name: part.read() for name, part in parts_of(folder, block=block).items()}
-
-
 def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Part]:
     """All tensors of a folder, as they are stored and unread.
 
@@ -209,7 +209,7 @@ def stack_of(fields: dict[str, Any], depth: int) -> MTPConfig:
     return mimo_stack(depth) if fields["model_type"] == "mimo" else SequentialConfig(depth=depth)
 
 
-def _mtp_layers(fields: dict[str, Any], tensors: Collection[str], *, source: str) -> int:
+def _mtp_layers(fields: dict[str, Any], tensors: Collection[str]) -> int:
     """MTP layers among the tensors: all that config.json declares, or none."""
     declared = config_reading.declared_depth(fields)
     first = fields.get("num_hidden_layers")

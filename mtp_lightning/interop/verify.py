@@ -19,12 +19,11 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
-from mtp_lightning.interop.names import adds_weights, plain, to_folder
-from mtp_lightning.interop.reading import read_folder, read_tensors
+from mtp_lightning.interop.names import in_layers, to_folder
+from mtp_lightning.interop.reading import parts_of, read_folder
 from mtp_lightning.interop.transformers_model import Loaded, import_transformers
 from mtp_lightning.interop.writing import DTYPES, has_extra_file
-from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.model import MTPModel
 
 # Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5
@@ -75,15 +74,12 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
         CheckFailed: if a tensor is not.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    config, plain_weights = plain(model.config, weights)
-    extra = has_extra_file(model.config)
-    if extra or not adds_weights(config):
-        config = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
-    wanted = to_folder(config, plain_weights, DTYPES[dtype])
-    found = read_tensors(folder)
-    if extra:
+    wanted = to_folder(*in_layers(model.config, weights), DTYPES[dtype])
+    found = {name: part.read() for name, part in parts_of(folder).items()}
+    if has_extra_file(model.config):
         wanted |= heads.tensors(weights, DTYPES[dtype])
-        found |= {name: part.tensor() for name, part in heads.read(folder, config.trunk)[1].items()}
+        _, stored = heads.read(folder, model.config.trunk)
+        found |= {name: part.tensor() for name, part in stored.items()}
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, heads, tensor_files
-from mtp_lightning.interop.names import adds_weights, has_layout, plain, to_folder
+from mtp_lightning.interop.names import adds_weights, has_layout, in_layers, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.none import NoMTPConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,16 +73,14 @@ def write_folder(
         )
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     extra = has_extra_file(config)
-    depth = 0 if extra or not has_layout(config) else config.mtp.depth
+    laid_out, own = in_layers(config, weights)
+    depth = laid_out.mtp.depth
     fields = config_json.to_json(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
     )
     specials = tokenizer.special_ids()
     fields |= specials
-    laid_out, plain_weights = plain(config, weights)
-    if depth == 0:
-        laid_out = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
-    tensors = to_folder(laid_out, plain_weights, DTYPES[dtype])
+    tensors = to_folder(laid_out, own, DTYPES[dtype])
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / CONFIG, fields)

@@ -13,15 +13,13 @@ from mtp_lightning.apps import doctor
 from mtp_lightning.heads import graft
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
-from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model, read_model
 from tests import models
+from tests.heads.conftest import Refused
 from tests.integration import helpers
 from tests.interop import folders
-
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 SETTINGS = {
     "mtp.depth": 2, "trainer.max_steps": 300, "trainer.val_check_interval": 300,
@@ -39,50 +37,41 @@ def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def tuned(base: Path, folder: Path, *, by: float) -> Path:
     """The base's trunk, moved by a share of its matrices' spread, without its MTP layers."""
     run = open_model(base)
-    trunk = MTPModel(ModelConfig(trunk=run.model.config.trunk, mtp=NoMTPConfig()))
-    weights = {n: t for n, t in run.model.state_dict().items() if not n.startswith("mtp.")}
-    trunk.load_state_dict(weights)
+    trunk = folders.alone(run.model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trunk.parameters():
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(by * parameter.std() * noise)
-    write_folder(folder, trunk.eval(), run.tokenizer, dtype="float32", max_positions=64,
+    write_folder(folder, trunk, run.tokenizer, dtype="float32", max_positions=64,
                  shard_bytes=10**9)  # fmt: skip
     return folder
 
 
-def said_by(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
+def command(words: list[str]) -> None:
     doctor.main(["graft", *words])
-    return capsys.readouterr().out
-
-
-def refused(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        doctor.main(["graft", *words])
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    return said
 
 
 def stub(name: str, result: Path, command: Any) -> None:
     """An export whose check is left out, in this process."""
-    from mtp_lightning.interop.exporting import export
-
+    asked = dict(word.split("=") for word in command[1:])
     assert name == "export"
-    words = [*command[1:], "verify=false"]
-    with helpers.initialize_config_dir(str(helpers.CONF), version_base="1.3"):
-        export(helpers.compose("export", overrides=words))
+    folders.export_run(asked["checkpoint"], asked["output"], verify=False)
 
 
 def test_layers_that_still_agree_are_written(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
 ) -> None:
-    monkeypatch.setattr(graft, "run_phase", stub)
+    monkeypatch.setattr("mtp_lightning.heads.__main__.run_phase", stub)
     folder = tuned(base, tmp_path / "tuned", by=0.01)
-    said = said_by(str(base), str(folder), "--output", str(tmp_path / "out"), capsys=capsys)
+    words = [str(base), str(folder), "--output", str(tmp_path / "out")]
+    command(words)
+    said = capsys.readouterr().out
     assert "20 tensors" in said and "of the names and shapes needed" in said
     assert "with the tuned trunk" in said and "with the base's trunk" in said
     assert "after training on" not in said
@@ -91,8 +80,7 @@ def test_layers_that_still_agree_are_written(
     for name, weight in found.weights.items():
         wanted = own if name.startswith("mtp.") else theirs
         assert torch.equal(weight, wanted[name]), name
-    again = refused(str(base), str(folder), "--output", str(tmp_path / "out"), capsys=capsys)
-    assert "exists: choose another --output" in again
+    assert "exists: choose another --output" in refused(command, *words)
 
 
 def test_agreement_is_each_depths_with_the_trunk(base: Path) -> None:
@@ -119,21 +107,18 @@ def test_a_fall_must_be_more_than_chance() -> None:
     assert not one.fell_from(graft.Agreement([torch.tensor([True] * 40)], 0.1))
 
 
-def test_models_that_do_not_fit(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_that_do_not_fit(base: Path, tmp_path: Path, refused: Refused) -> None:
     folder = tuned(base, tmp_path / "tuned", by=0.0)
-    assert "has no MTP layers to graft" in refused(str(folder), str(folder), capsys=capsys)
-    assert "gone does not exist" in refused("gone", str(folder), capsys=capsys)
-    said = refused(str(base), str(folder), "--new-tokens", "2", capsys=capsys)
-    assert "--new-tokens=2 is too few" in said
+    assert "has no MTP layers to graft" in refused(command, folder, folder)
+    assert "gone does not exist" in refused(command, "gone", folder)
+    assert "--new-tokens=2 is too few" in refused(command, base, folder, "--new-tokens", "2")
     # The same shapes with other heads, and other shapes.
     for name, trunk in (("heads", folders.dense()), ("wide", folders.dense(d_model=64))):
         folders.write(tmp_path / name, models.build(trunk, SequentialConfig(depth=0)))
-    out = ["--output", str(tmp_path / "out")]
-    said = refused(str(base), str(tmp_path / "heads"), *out, capsys=capsys)
+    out = ["--output", tmp_path / "out"]
+    said = refused(command, base, tmp_path / "heads", *out)
     assert "do not fit the trunk of" in said and "n_heads is 2 in the base and 4 in the" in said
-    said = refused(str(base), str(tmp_path / "wide"), *out, capsys=capsys)
+    said = refused(command, base, tmp_path / "wide", *out)
     assert "mtp.depths.0.block.attention.qkv.weight has the shape" in said
     other = read_model(base).config
     changed = folders.dense(rope_theta=7.0)
@@ -155,7 +140,7 @@ def test_layers_that_fell_are_trained_on(
         "logger": "csv",
     }  # fmt: skip
     words = [str(base), str(folder), "--hours", "0.02", "--output", str(tmp_path / "out")]
-    doctor.main(["graft", *words, *(f"{key}={value}" for key, value in small.items())])
+    command([*words, *(f"{key}={value}" for key, value in small.items())])
     said = capfd.readouterr().out
     assert "after training on" in said and "verified" in said
     found = read_folder(tmp_path / "out" / "model").weights

@@ -14,10 +14,9 @@ import pytest
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning
 from mtp_lightning.heads.__main__ import PLAN, main
-from mtp_lightning.interop.exporting import export
+from tests.heads.conftest import Refused
 from tests.integration import helpers
-
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+from tests.interop import folders
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("trunk")
     alone = {"mtp": "none", "mtp.depth": 0, "mtp_lambda": 0, "lambda_schedule": "constant"}
     helpers.train_here(base / "run", base / "cache", {**alone, "data.seq_len": 48})
-    with helpers.initialize_config_dir(str(helpers.CONF), version_base="1.3"):
-        words = [f"checkpoint={base / 'run'}", f"output={base / 'hub'}", "verify=false"]
-        export(helpers.compose("export", overrides=words))
-    return base / "hub"
-
-
-def refused(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(list(words))
-    assert ended.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
-    return said
+    return folders.export_run(base / "run", base / "hub", verify=False)
 
 
 def test_the_hours_are_divided(
@@ -84,19 +71,16 @@ def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
-def test_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = str(model)
-    assert "--hours=0 must be above 0" in refused(folder, "--hours", "0", capsys=capsys)
-    assert "deeper is not a setting" in refused(folder, "deeper", capsys=capsys)
-    assert "nowhere does not exist" in refused("nowhere", capsys=capsys)
-    assert "gone does not exist" in refused(folder, "--text", "gone", capsys=capsys)
-    run = str(model.parent / "run")
-    assert "is a run of this project" in refused(run, capsys=capsys)
+def test_mistakes(model: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "--hours=0 must be above 0" in refused(main, model, "--hours", "0")
+    assert "deeper is not a setting" in refused(main, model, "deeper")
+    assert "nowhere does not exist" in refused(main, "nowhere")
+    assert "gone does not exist" in refused(main, model, "--text", "gone")
+    assert "is a run of this project" in refused(main, model.parent / "run")
     out = tmp_path / "out"
     plan = planning.plan(model, hours=9.0, files=[], overrides=[])
     out.mkdir()
-    (out / PLAN).write_text(json.dumps({**vars(plan)}))
-    said = refused(folder, "--output", str(out), capsys=capsys)
-    assert "begun with hours=9.0, not 1.0" in said
+    (out / PLAN).write_text(json.dumps(vars(plan)))
+    assert "begun with hours=9.0, not 1.0" in refused(main, model, "--output", out)
     (out / PLAN).write_text("{")
-    assert "is damaged" in refused(folder, "--output", str(out), capsys=capsys)
+    assert "is damaged" in refused(main, model, "--output", out)

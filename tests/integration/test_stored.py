@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.gguf_counts import require_counts
+from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.opening import open_model, require_held
 from mtp_lightning.run.loading import model_config
@@ -386,7 +386,7 @@ GGUF = {
 def test_counts_of_a_gguf_file_are_of_what_it_holds(name: str, tmp_path: Path) -> None:
     (file := tmp_path / "x.gguf").write_bytes(GGUF[name])
     with pytest.raises(ValueError, match="x.gguf is damaged or not a GGUF file"):
-        require_counts(file)
+        read_header(file)
 
 
 def test_a_tokenizer_that_multiplies() -> None:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
+from mtp_lightning.interop import tensor_files
+from mtp_lightning.interop.exporting import export
+from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE
 from mtp_lightning.interop.writing import Contents, write_folder
-from mtp_lightning.model import MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
-from tests import deepseek
+from tests import deepseek, models
+from tests.integration.helpers import CONF
 
 # More rows than the byte tokenizer needs, as padded vocabularies have.
 ROWS = 264
@@ -72,6 +81,50 @@ def write(folder: Path, model: MTPModel, **changes: Any) -> Contents:
     """A folder of a model, in small shards."""
     options = {"dtype": "float32", "max_positions": 64, "shard_bytes": 20_000, **changes}
     return write_folder(folder, model, ByteTokenizer(), **options)
+
+
+def trained(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:
+    """A random model; a head over a part of the vocabulary has chosen its tokens."""
+    model = models.build(trunk, mtp).eval()
+    if model.mtp.own_head is not None:
+        generator = torch.Generator().manual_seed(1)
+        model.mtp.own_head.choose(torch.randint(0, 99, (trunk.vocab_size,), generator=generator))
+    return model
+
+
+def alone(model: MTPModel) -> MTPModel:
+    """A model's trunk without its MTP stack."""
+    trunk = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig()))
+    trunk.load_state_dict({n: t for n, t in model.state_dict().items() if n[:4] != "mtp."})
+    return trunk.eval()
+
+
+def export_run(checkpoint: Path, output: Path, **changes: Any) -> Path:
+    """What ``export.py`` does, in this process."""
+    asked = {"checkpoint": str(checkpoint), "output": str(output), **changes}
+    return export(OmegaConf.merge(OmegaConf.load(CONF / "export.yaml"), asked))
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Set fields of a folder's config.json; None leaves a field out."""
+    fields = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+
+
+def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """All shards into one file without an index, with a change to the tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        tensors |= tensor_files.read(file)[0]
+        file.unlink()
+    (folder / INDEX).unlink()
+    change(tensors)
+    tensor_files.write(folder / SINGLE, tensors, {"format": "pt"})
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config.json and the tensors of a folder of one file."""
+    return json.loads((folder / CONFIG).read_text()), tensor_files.read(folder / SINGLE)[0]
 
 
 def files(folder: Path) -> dict[str, bytes]:

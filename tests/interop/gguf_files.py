@@ -1,4 +1,5 @@
-"""Writes small GGUF files as llama.cpp's converter lays them out."""
+"""Writes small GGUF files as llama.cpp's converter lays them out, and reads files as transformers
+does."""
 
 from __future__ import annotations
 
@@ -8,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-gguf: Any = importlib.import_module("gguf") if importlib.util.find_spec("gguf") else None
+THERE = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
+gguf: Any = importlib.import_module("gguf") if THERE else None
+transformers: Any = importlib.import_module("transformers") if THERE else None
+MARKS = [
+    pytest.mark.extras,
+    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
+    # transformers imports optional packages that warn; none of that is this project's.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 WIDTH, LAYERS, HEADS, KV = 64, 2, 4, 2
 TEMPLATE = (
@@ -99,3 +109,18 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def loaded(file: Path, **settings: Any) -> Any:
+    """transformers' own model of a file, with changed settings; its from_pretrained wants one more
+    package for that."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
+    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    return model

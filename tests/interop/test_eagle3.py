@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,33 +15,19 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import eagle3, heads
-from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.interop import eagle3, heads, tensor_files
+from mtp_lightning.interop.reading import SINGLE, read_folder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests.interop import folders
-from tests.models import build
-
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 VOCAB, DEPTH = folders.ROWS, 3
 
 
-def trained(trunk: TrunkConfig | None = None, **switches: Any) -> MTPModel:
-    trunk = folders.dense(n_layers=4, init_std=0.3) if trunk is None else trunk
-    model = build(trunk, EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches})).eval()
-    if model.mtp.own_head is not None:
-        counts = torch.randint(0, 99, (VOCAB,), generator=torch.Generator().manual_seed(1))
-        model.mtp.own_head.choose(counts)
-    return model
-
-
-def read_file(file: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
+def trained(**switches: Any) -> MTPModel:
+    trunk = folders.dense(n_layers=4, init_std=0.3)
+    return folders.trained(trunk, EagleConfig(**{"depth": DEPTH, "draft_vocab": 50, **switches}))
 
 
 class Published:
@@ -50,8 +35,7 @@ class Published:
     from its equations in plain torch, on the files of a folder alone."""
 
     def __init__(self, folder: Path) -> None:
-        self.w = read_file(folder / "model.safetensors")
-        self.c = json.loads((folder / "config.json").read_text())
+        self.c, self.w = folders.read(folder)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         scale = (x * x).mean(-1, keepdim=True) + self.c["rms_norm_eps"]
@@ -129,37 +113,17 @@ def test_drafts_are_those_of_the_published_forward_pass(
             session.put(logits.argmax().view(1, 1), k)
 
 
-def test_every_tensor_is_the_models(tmp_path: Path) -> None:
+def test_the_files_and_the_two_tables(tmp_path: Path) -> None:
+    """The other tensors are those that the published forward pass and the reader find."""
     model = trained()
     contents = folders.write(tmp_path / "out", model)
     assert contents.heads and contents.layer_depths == 0
     assert heads.is_there(tmp_path / "out") and not (tmp_path / "out" / heads.FILE).exists()
-    found, layer = read_file(tmp_path / "out" / "draft" / "model.safetensors"), model.mtp.layer
-    c, f = 32, 48
-    q, k, v = layer.attention.qkv.weight.split([32, 16, 16])
-    gate, up = layer.feed_forward.gate_up.weight.split(f)
-    tokens = layer.head.tokens
-    wanted = {
-        "fc.weight": layer.fuse.weight,
-        "midlayer.input_layernorm.weight": layer.token_norm.weight,
-        "midlayer.hidden_norm.weight": layer.hidden_norm.weight,
-        "midlayer.self_attn.q_proj.weight": q,
-        "midlayer.self_attn.k_proj.weight": k,
-        "midlayer.self_attn.v_proj.weight": v,
-        "midlayer.self_attn.o_proj.weight": layer.attention.out.weight,
-        "midlayer.post_attention_layernorm.weight": layer.feed_forward_norm.weight,
-        "midlayer.mlp.gate_proj.weight": gate,
-        "midlayer.mlp.up_proj.weight": up,
-        "midlayer.mlp.down_proj.weight": layer.feed_forward.down.weight,
-        "norm.weight": layer.norm.weight,
-        "lm_head.weight": layer.head.weight,
-        "d2t": tokens - torch.arange(50),
-        "t2d": torch.isin(torch.arange(VOCAB), tokens),
-    }
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor.detach()), name
-    assert found["fc.weight"].shape == (c, 3 * c) and found["d2t"].dtype == torch.int64
+    _, found = folders.read(tmp_path / "out" / eagle3.FOLDER)
+    tokens = model.mtp.layer.head.tokens
+    assert torch.equal(found["d2t"], tokens - torch.arange(50))
+    assert torch.equal(found["t2d"], torch.isin(torch.arange(VOCAB), tokens))
+    assert found["d2t"].dtype == torch.int64
 
 
 def test_the_folder_is_read_back(tmp_path: Path) -> None:
@@ -168,20 +132,15 @@ def test_the_folder_is_read_back(tmp_path: Path) -> None:
     back = open_model(tmp_path / "one").model
     assert back.config == model.config
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in back.state_dict().items())
-    prompt = [[3, 9, 77]]
-    one, other = (generate(m, prompt, max_new_tokens=12) for m in (model, back))
-    assert one[0].token_ids == other[0].token_ids
+    one, other = (generate(m, [[3, 9, 77]], max_new_tokens=12)[0] for m in (model, back))
+    assert one.token_ids == other.token_ids
     folders.write(tmp_path / "two", back)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    """A folder's config.json as others write it, with changes; None leaves a field out."""
-    file = folder / eagle3.FOLDER / "config.json"
-    fields = json.loads(file.read_text())
-    fields.pop("mtp_lightning")
-    fields = {name: v for name, v in (fields | changes).items() if v is not None}
-    file.write_text(json.dumps(fields))
+    """A folder's config.json as others write it, with changes."""
+    folders.change_config(folder / eagle3.FOLDER, mtp_lightning=None, **changes)
 
 
 def test_a_layer_from_elsewhere_is_read(tmp_path: Path) -> None:
@@ -229,11 +188,10 @@ def test_what_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("d2t", [[0] * 49 + [500], [1] + [0] * 49, [-5] + [0] * 49])
 def test_a_forged_table_is_refused(d2t: list[int], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     folders.write(tmp_path / "out", trained())
-    file = tmp_path / "out" / eagle3.FOLDER / "model.safetensors"
-    save_file({**read_file(file), "d2t": torch.tensor(d2t)}, file)
+    _, tensors = folders.read(tmp_path / "out" / eagle3.FOLDER)
+    forged = {**tensors, "d2t": torch.tensor(d2t)}
+    tensor_files.write(tmp_path / "out" / eagle3.FOLDER / SINGLE, forged, {})
     with pytest.raises(UserError, match="draft vocabulary does not give every row of the head one"):
         open_model(tmp_path / "out")
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.interop import card, exporting, writing
-from mtp_lightning.interop.exporting import export
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
 from mtp_lightning.opening import open_model
@@ -21,23 +18,15 @@ from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
 
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
-
 # transformers imports optional packages that warn; none of that is this project's.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DEFAULTS = OmegaConf.load(helpers.CONF / "export.yaml")
 DEEPSEEK = {
     "model": "deepseek_nano", "model.n_kv_heads": None, "model.n_heads": 2, "model.n_layers": 2,
     "model.attention.kv_rank": 10, "model.attention.d_nope": 8,
     "model.attention.d_rope": 4, "model.attention.d_value": 6,
     "model.feed_forward.n_routed": 4, "model.feed_forward.d_expert": 16,
 }  # fmt: skip
-
-
-def run_export(checkpoint: Path, output: Path, **changes: Any) -> Path:
-    cfg = OmegaConf.merge(DEFAULTS, {"checkpoint": str(checkpoint), "output": str(output)}, changes)
-    return export(cfg)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +46,7 @@ def test_a_run_is_exported_and_verified(
     base: Path, name: str, depth: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
-    run_export(base / name, tmp_path / "out", shard_gb=2e-5)
+    folders.export_run(base / name, tmp_path / "out", shard_gb=2e-5)
     shown = capsys.readouterr().out
     for line in ("trained tensors differ from their initialization", "tensors are the model's",
                  "logits of the trunk equal", f"logits of the MTP depth {depth} equal",
@@ -71,20 +60,21 @@ def test_a_run_is_exported_and_verified(
     wanted = open_model(base / name).model.state_dict()
     assert all(torch.equal(t, wanted[n]) for n, t in read_folder(tmp_path / "out").weights.items())
 
-    run_export(tmp_path / "out", tmp_path / "again", shard_gb=2e-5)
+    folders.export_run(tmp_path / "out", tmp_path / "again", shard_gb=2e-5)
     assert folders.files(tmp_path / "out") == folders.files(tmp_path / "again")
 
 
 def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file
 
-    run_export(base / "deepseek", tmp_path / "out", verify=False)
+    folders.export_run(base / "deepseek", tmp_path / "out", verify=False)
     text = (tmp_path / "out" / card.FILE).read_text()
     said = capsys.readouterr().out
+    assert "NOT VERIFIED" in said
     for part in ("llama.cpp's converter drops DeepSeek-V3's MTP layers without a word",
                  "SGLang reads one MTP layer and refuses a folder of 2"):  # fmt: skip
         assert part in text and part in said
-    run_export(base / "dense", tmp_path / "llama", verify=False)
+    folders.export_run(base / "dense", tmp_path / "llama", verify=False)
     assert "but not of llama" in capsys.readouterr().out
     assert "but not of llama" in (tmp_path / "llama" / card.FILE).read_text()
     for part in ("`model.layers.2` to `model.layers.3`", "after 6 optimizer steps", "depth 2",
@@ -127,20 +117,11 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
     checkpoint["state_dict"][f"model.{name}"] = fresh.state_dict()[name]
     torch.save(checkpoint, tmp_path / "lost.ckpt")
     with pytest.raises(SystemExit) as stop, readable_errors():
-        run_export(tmp_path / "lost.ckpt", tmp_path / "out")
+        folders.export_run(tmp_path / "lost.ckpt", tmp_path / "out")
     assert stop.value.code == 1
     assert f"error: {name} is exactly as seed 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "config.json").is_file()
-
-
-@pytest.mark.slow
-def test_the_command_without_a_check_is_loud(base: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(helpers.ROOT / "export.py"), "verify=false",
-               f"checkpoint={base / 'dense'}", f"output={tmp_path / 'out'}"]  # fmt: skip
-    done = helpers.execute(command)
-    assert done.returncode == 0 and "NOT VERIFIED" in done.stdout, done.stderr
-    assert read_folder(tmp_path / "out").config.mtp.depth == 1
 
 
 def test_what_was_not_trained_may_be_as_it_began() -> None:
@@ -171,7 +152,7 @@ def test_writing_the_wrong_tensor_is_found(
 
     monkeypatch.setattr(writing, "to_folder", wrong)
     with pytest.raises(CheckFailed, match=r"model.layers.2.hnorm.weight in .* is not the model's"):
-        run_export(base / "deepseek", tmp_path / "out")
+        folders.export_run(base / "deepseek", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "config.json").is_file()
 
@@ -201,12 +182,12 @@ def test_what_was_not_written_to_its_end_is_not_left(
     else:
         monkeypatch.setattr(f"mtp_lightning.interop.exporting.{what}", fail)
     with pytest.raises(type(error)):
-        run_export(base / "dense", tmp_path / "out")
+        folders.export_run(base / "dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_modules(base: Path, tmp_path: Path) -> None:
-    run_export(base / "dense", tmp_path / "out", depth=0, verify=False)
+    folders.export_run(base / "dense", tmp_path / "out", depth=0, verify=False)
     assert read_folder(tmp_path / "out").config.mtp.depth == 0
 
 
@@ -217,8 +198,8 @@ def test_heads_without_a_layout_are_announced(
 ) -> None:
     settings = {"mtp": variant, "trainer.max_steps": 3, "trainer.val_check_interval": 3}
     helpers.train_here(tmp_path / "run", base / "cache", settings)
-    verify = pytest.importorskip("transformers", reason="the check needs it") is not None
-    run_export(tmp_path / "run", tmp_path / "out", verify=verify)
+    pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
+    folders.export_run(tmp_path / "run", tmp_path / "out")
     shown = capsys.readouterr().out
     assert f"mtp={variant}" in shown and "mtp_heads.safetensors, read back" in shown
     assert "mtp_heads.safetensors" in (tmp_path / "out" / "README.md").read_text()
@@ -237,12 +218,12 @@ def test_options_out_of_range(
     base: Path, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run_export(base / "dense", tmp_path / "out", **changes)
+        folders.export_run(base / "dense", tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_is_in_use(base: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OSError, match="is not empty"):
-        run_export(base / "dense", tmp_path, verify=False)
+        folders.export_run(base / "dense", tmp_path, verify=False)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.fp8 import scaled
-from mtp_lightning.interop.reading import INDEX, SINGLE, read_folder
+from mtp_lightning.interop.reading import read_folder
 from tests import deepseek
 from tests.interop import folders
-
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 BLOCK = (8, 8)
 
@@ -48,28 +44,21 @@ def test_every_number_is_its_own_times_its_blocks_scale(shape: tuple[int, int]) 
 
 def write(folder: Path, change: Any = None) -> dict[str, torch.Tensor]:
     """A DeepSeek folder whose layers' matrices are in fp8; and the numbers that they say."""
-    model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
-    folders.write(folder, model)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("model-*.safetensors")):
-        tensors |= tensor_files.read(file)[0]
-        file.unlink()
-    (folder / INDEX).unlink()
-    said = dict(tensors)
-    for name, tensor in list(tensors.items()):
-        if name.endswith("_proj.weight") and "eh_proj" not in name:
-            tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
-            said[name] = scaled(tensors[name], tensors[f"{name}_scale_inv"], BLOCK)
-    if change is not None:
-        change(tensors)
-    tensor_files.write(folder / SINGLE, tensors, {"format": "pt"})
-    fields = json.loads((folder / "config.json").read_text())
-    fields["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "weight_block_size": [8, 8],
-    }
-    (folder / "config.json").write_text(json.dumps(fields))
+    folders.write(folder, deepseek.build(folders.TRUNKS["deepseek"], depth=1))
+    said: dict[str, torch.Tensor] = {}
+
+    def quantise_matrices(tensors: dict[str, torch.Tensor]) -> None:
+        said.update(tensors)
+        for name, tensor in said.items():
+            if name.endswith("_proj.weight") and "eh_proj" not in name:
+                tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
+                said[name] = scaled(tensors[name], tensors[f"{name}_scale_inv"], BLOCK)
+        if change is not None:
+            change(tensors)
+
+    folders.merge(folder, quantise_matrices)
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [8, 8]}
+    folders.change_config(folder, quantization_config=settings)
     return said
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -20,37 +18,29 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_copy
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_to_decode
-from mtp_lightning.interop import gguf_file, gguf_reader, gguf_tokenizer
+from mtp_lightning.interop import gguf_blocks, gguf_file, gguf_tokenizer
+from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import fetch_smollm2
 from tests.interop import folders
-from tests.interop.gguf_files import SPECIALS, WORDS, write_gguf
+from tests.interop.gguf_files import (
+    MARKS,
+    SPECIALS,
+    WORDS,
+    gguf,
+    loaded,
+    transformers,
+    write_gguf,
+)
 
-THERE = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
-gguf: Any = importlib.import_module("gguf") if THERE else None
-transformers: Any = importlib.import_module("transformers") if THERE else None
-
-pytestmark = [
-    pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
-    pytest.mark.filterwarnings("ignore"),
-]
-
-
-def loaded(file: Path) -> Any:
-    """transformers' own model of a file; its from_pretrained wants one more package for that."""
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
-    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
-    assert not unexpected and missing == ["lm_head.weight"]
-    return model
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -64,25 +54,25 @@ def test_logits_are_transformers(
     folders.assert_equal_logits(model, theirs, rows=len(SPECIALS) + len(WORDS))
 
 
-def test_a_file_is_parsed_once_for_the_model_and_once_for_its_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, reader, made = write_gguf(tmp_path / "tiny.gguf"), gguf.GGUFReader, []
-    fields = reader._build_fields
-    monkeypatch.setattr(reader, "_build_fields", lambda *args: made.append(1) or fields(*args))
-    open_model(file)
-    assert len(made) == 2 and gguf.GGUFReader is reader and issubclass(np.memmap, np.ndarray)
+@pytest.mark.parametrize("alignment", [None, 128])
+def test_a_header_is_read_as_ggufs_reader_reads_it(alignment: int | None, tmp_path: Path) -> None:
+    def every_kind(writer: Any) -> None:
+        if alignment is not None:
+            writer.add_custom_alignment(alignment)
+        for kind in ("uint8", "int8", "uint16", "int16", "uint64", "int64", "float64"):
+            getattr(writer, f"add_{kind}")(f"own.{kind}", 7)
+        for name, values in (("numbers", [0.1, -2.0]), ("truths", [True, False]), ("words", ["é"])):
+            writer.add_array(f"own.{name}", values)
 
-
-def test_strings_are_read_as_ggufs_reader_reads_them(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf")
-    theirs = gguf.GGUFReader(file)
-    with gguf_reader.one_reader(file) as ours:
-        for name, field in theirs.fields.items():
-            found = ours.fields[name]
-            assert (found.contents(), found.types) == (field.contents(), field.types), name
-        offsets = [(tensor.name, tensor.data_offset) for tensor in theirs.tensors]
-        assert [(tensor.name, tensor.data_offset) for tensor in ours.tensors] == offsets
+    file = write_gguf(tmp_path / "tiny.gguf", k_quants=True, extra=every_kind)
+    theirs, ours = gguf.GGUFReader(file), read_header(file)
+    said = {n: field.contents() for n, field in theirs.fields.items() if not n.startswith("GGUF.")}
+    assert ours.fields == said
+    for tensor, found in zip(theirs.tensors, ours.tensors.values(), strict=True):
+        assert (found.name, found.kind) == (tensor.name, tensor.tensor_type)
+        assert found.shape == tuple(reversed(tensor.shape.tolist()))
+        assert found.offset == tensor.data_offset
+        assert found.row_bytes == tensor.data.shape[-1] * tensor.data.itemsize
 
 
 def test_a_tensor_is_dequantized_in_portions(
@@ -90,20 +80,21 @@ def test_a_tensor_is_dequantized_in_portions(
 ) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     whole = read_folder(file).build().state_dict()
-    monkeypatch.setattr(gguf_file, "_SLAB", 1)
+    monkeypatch.setattr(gguf_blocks, "_SLAB", 1)
     for name, tensor in read_folder(file).build().state_dict().items():
         assert torch.equal(tensor, whole[name]), name
-    with gguf_reader.one_reader(file) as reader:
-        for tensor in reader.tensors:
-            expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-            assert torch.equal(gguf_file.numbers(file, tensor), expected), tensor.name
+    tensors = read_header(file).tensors
+    for tensor in gguf.GGUFReader(file).tensors:
+        expected = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        found = gguf_blocks.numbers(file, tensors[tensor.name])
+        assert torch.equal(found, expected), tensor.name
 
 
 @pytest.mark.skipif(native.library is None, reason="no C++ for the layers on this machine")
 def test_k_quants_are_decoded_from_blocks_to_the_bits_of_the_dequantized_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_file, "_SLAB", 1000)  # several portions a tensor
+    monkeypatch.setattr(gguf_blocks, "_SLAB", 1000)  # several portions a tensor
     file = write_gguf(tmp_path / "tiny.gguf", k_quants=True)
     dequantized, light = open_model(file).model, open_to_decode(file).model
     kinds = {
@@ -189,11 +180,21 @@ def test_what_transformers_passes_over_is_refused(extra: Any, tmp_path: Path) ->
         read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
 
 
-def test_a_damaged_file(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 40)
-    with pytest.raises(ValueError, match=r"x.gguf"):
+@pytest.mark.parametrize(
+    ("version", "message"), [(b"\0\0\0\3", "is big-endian"), (b"\1\0\0\0", "is of version 1")]
+)
+def test_another_version(version: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + version + b"\0" * 40)
+    with pytest.raises(UserError, match=rf"x.gguf is damaged or not a GGUF file: it {message}"):
         read_folder(tmp_path / "x.gguf")
     assert not gguf_file.is_gguf(tmp_path / "none.gguf")
+
+
+def test_a_file_that_was_cut(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "x.gguf")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"x.gguf is damaged .*blk.1.ffn_down.weight ends after it"):
+        read_folder(file)
 
 
 @pytest.mark.parametrize("what", ["tensors", "fields", "key", "array", "name", "dimension"])
@@ -224,11 +225,6 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
     reason="python tests/fetch_smollm2.py",
 )
 def test_greedy_texts_of_a_real_model_do_not_change() -> None:
-    from mtp_lightning.decoding import generate
-    from mtp_lightning.decoding.measure import require_same_greedy
-    from mtp_lightning.model import ModelConfig, MTPModel
-    from mtp_lightning.mtp.sequential import SequentialConfig
-
     run = open_model(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
     config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
     model = MTPModel(config)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from tokenizers import Tokenizer
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_tokenizer, gguf_verify, llama_cpp
-from mtp_lightning.interop.exporting import export
+from mtp_lightning.interop import gguf_file, gguf_tokenizer, gguf_verify, llama_cpp
 from mtp_lightning.interop.gguf_layout import layout_of
+from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed
@@ -30,42 +28,29 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek, models
-from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.gguf_files import MARKS, gguf, loaded
 
-THERE = importlib.util.find_spec("gguf") is not None
-gguf: Any = importlib.import_module("gguf") if THERE else None
-
-pytestmark = [
-    pytest.mark.extras,
-    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = MARKS
 engine = pytest.mark.skipif(
     not llama_cpp.is_there(), reason="llama.cpp needs pip install -e '.[engines]'"
 )
-# Trunks by the names in folders.TRUNKS, their plain architecture, and the one with a module.
+# The plain architectures of trunks. That with a module is glm4moe, of latent attention deepseek2.
 ARCHS = {
-    "llama": ("llama", "glm4moe"),
-    "llama-tied": ("llama", "glm4moe"),
-    "llama-wide-heads": ("llama", "glm4moe"),
-    "qwen2": ("qwen2", "glm4moe"),
-    "qwen3": ("qwen3", "glm4moe"),
-    "qwen3_moe": ("qwen3moe", "glm4moe"),
-    "glm4_moe": ("glm4moe", "glm4moe"),
-    "glm4_moe-whole-heads": ("glm4moe", "glm4moe"),
-    "deepseek-shared": ("deepseek2", "deepseek2"),
-    "deepseek-no-mixture-in-trunk": ("deepseek2", "deepseek2"),
-    "deepseek-dense": ("deepseek2", "deepseek2"),
+    **dict.fromkeys(("llama", "llama-tied", "llama-wide-heads"), "llama"),
+    **{"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"},
+    **dict.fromkeys(("glm4_moe", "glm4_moe-whole-heads"), "glm4moe"),
+    **dict.fromkeys(
+        ("deepseek-shared", "deepseek-no-mixture-in-trunk", "deepseek-dense"), "deepseek2"
+    ),
 }
 TRUNKS = {**folders.TRUNKS, "deepseek-dense": folders.dense(
     attention=deepseek.LATENT, n_kv_heads=4, tie_embeddings=False, norm_eps=1e-6,
 )}  # fmt: skip
 
 
-def write(file: Path, model: MTPModel, dtype: str = "float32", **changes: Any) -> Written:
-    options = {"max_positions": 64, **changes}
-    return write_file(file, model, ByteTokenizer(), dtype=dtype, **options)
+def write(file: Path, model: MTPModel, dtype: str = "float32") -> Written:
+    return write_file(file, model, ByteTokenizer(), dtype=dtype, max_positions=64)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +60,8 @@ def write(file: Path, model: MTPModel, dtype: str = "float32", **changes: Any) -
 def test_a_file_read_back_is_the_model(name: str, depth: int, tmp_path: Path) -> None:
     model = models.build(TRUNKS[name], SequentialConfig(depth=depth))
     written = write(tmp_path / "m.gguf", model)
-    assert written.layout.arch == ARCHS[name][min(depth, 1)]
+    arch = "glm4moe" if depth and ARCHS[name] != "deepseek2" else ARCHS[name]
+    assert written.layout.arch == arch
     assert ("modules 2 to 3 are left out" in " ".join(written.said)) == (depth > 1)
     back = read_folder(tmp_path / "m.gguf").build()
     if name != "deepseek-no-mixture-in-trunk" or depth:  # alone it is a dense trunk
@@ -111,17 +97,20 @@ def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mtp", "said"),
+    ("trunk", "arch", "mtp", "said"),
     [
-        (ParallelConfig(depth=2), "mtp=parallel"),
-        (SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
-        (SequentialConfig(depth=1, branch="before_last"), "mtp.branch=before_last"),
+        ("llama", "llama", ParallelConfig(depth=2), "mtp=parallel"),
+        ("llama", "llama", SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
+        ("llama", "llama", SequentialConfig(depth=1, branch="before_last"),
+         "mtp.branch=before_last"),
+        ("deepseek-tied", "deepseek2", SequentialConfig(depth=1), "q_rank=null"),
     ],
-)
-def test_heads_that_llama_cpp_does_not_read_are_named(mtp: Any, said: str, tmp_path: Path) -> None:
-    model = models.build(TRUNKS["llama"], mtp)
-    written = write(tmp_path / "m.gguf", model)
-    assert written.layout.arch == "llama" and "heads are left out" in written.said[0]
+)  # fmt: skip
+def test_heads_that_llama_cpp_does_not_read_are_named(
+    trunk: str, arch: str, mtp: Any, said: str, tmp_path: Path
+) -> None:
+    written = write(tmp_path / "m.gguf", models.build(TRUNKS[trunk], mtp))
+    assert written.layout.arch == arch and "heads are left out" in written.said[0]
     assert said in written.said[0]
     assert read_folder(tmp_path / "m.gguf").config.mtp.depth == 0
 
@@ -136,11 +125,6 @@ def test_heads_that_llama_cpp_does_not_read_are_named(mtp: Any, said: str, tmp_p
 def test_trunks_that_llama_cpp_does_not_compute(trunk: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         layout_of(models.build(TRUNKS[trunk], SequentialConfig(depth=0)).config)
-
-
-def test_without_a_query_latent_llama_cpp_has_no_module() -> None:
-    model = models.build(TRUNKS["deepseek-tied"], SequentialConfig(depth=1))
-    assert "q_rank=null" in layout_of(model.config).dropped
 
 
 @pytest.mark.parametrize(
@@ -185,20 +169,11 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
 def test_transformers_reads_trunks(name: str, tmp_path: Path) -> None:
     """An independent reader of the plain architectures."""
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
     model = models.build(TRUNKS[name], SequentialConfig(depth=0))
     write(tmp_path / "m.gguf", model)
-    config = transformers.AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
-    if name == "qwen3":  # it takes 128 from no key of the file
-        config.head_dim = model.config.trunk.d_head
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    found = load_gguf_checkpoint(
-        str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=theirs
-    )
-    missing, unexpected = theirs.load_state_dict(found["tensors"], strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    # It takes 128 from no key of the file.
+    settings = {"head_dim": model.config.trunk.d_head} if name == "qwen3" else {}
+    theirs = loaded(tmp_path / "m.gguf", **settings)
     folders.assert_equal_logits(model.eval(), theirs, rows=folders.ROWS)
 
 
@@ -286,18 +261,14 @@ def test_a_file_that_computes_something_else_fails(what: str, tmp_path: Path) ->
     """The wrong rotary base, or the halves of the projection in the wrong order."""
     file = tmp_path / "m.gguf"
     model = learn("llama")
-    other = models.build(folders.dense(tie_embeddings=False, rope_theta=3.0), model.config.mtp)
+    theta = 3.0 if what == "trunk" else model.config.trunk.rope_theta
+    other = models.build(folders.dense(tie_embeddings=False, rope_theta=theta), model.config.mtp)
     other.load_state_dict(model.state_dict())
     if what == "module":
-        other = model
-        twin = models.build(TRUNKS["llama"], SequentialConfig(depth=1))
-        twin.load_state_dict(model.state_dict())
-        projection = twin.mtp.state_dict()["depths.0.eh_proj.weight"]
+        projection = other.mtp.state_dict()["depths.0.eh_proj.weight"]
         projection.copy_(torch.cat(projection.chunk(2, dim=1)[::-1], dim=1))
-        other = twin
     write(file, other)
-    said = "computes something else"
-    with pytest.raises(CheckFailed, match=said):
+    with pytest.raises(CheckFailed, match="computes something else"):
         list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
 
 
@@ -327,23 +298,18 @@ def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> 
 def test_descriptions_that_lie(
     key: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtp_lightning.interop import gguf_file
-
     write(tmp_path / "m.gguf", models.build(TRUNKS["glm4_moe"], SequentialConfig(depth=1)))
-    contents = gguf_file._contents
 
-    def lying(reader: Any) -> Any:
-        get = contents(reader)
-        return lambda name: value if name == key else get(name)
+    def lying(file: Path) -> Header:
+        header = read_header(file)
+        return Header({**header.fields, key: value}, header.tensors)
 
-    monkeypatch.setattr(gguf_file, "_contents", lying)
+    monkeypatch.setattr(gguf_file, "read_header", lying)
     with pytest.raises(UserError, match=said):
         read_folder(tmp_path / "m.gguf")
 
 
 def test_tokenizers(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     def library(rule: dict[str, Any]) -> Any:
         class Own(ByteTokenizer):
             def library_json(self) -> str:
@@ -380,9 +346,8 @@ def test_tokenizers(tmp_path: Path) -> None:
 def test_the_command(
     finished: Path, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    defaults = OmegaConf.load(helpers.CONF / "export.yaml")
-    asked = {"checkpoint": str(finished), "output": str(tmp_path / "mine.gguf"), "dtype": dtype}
-    export(OmegaConf.merge(defaults, asked))
+    asked = {"checkpoint": finished, "output": tmp_path / "mine.gguf", "dtype": dtype}
+    folders.export_run(**asked)
     shown = capsys.readouterr().out
     for line in ("architecture glm4moe", "module 2 is left out", "--spec-type draft-mtp",
                  "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
@@ -392,8 +357,7 @@ def test_the_command(
     text = (tmp_path / "mine.md").read_text()
     assert "module 2 is left out" in text and "after 10 optimizer steps" in text
     with pytest.raises(FileExistsError, match="exists: choose another name"):
-        export(OmegaConf.merge(defaults, asked))
-    asked["output"] = str(tmp_path / "folder")
+        folders.export_run(**asked)
     if dtype == "q8_0":
         with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):
-            export(OmegaConf.merge(defaults, asked))
+            folders.export_run(finished, tmp_path / "folder", dtype=dtype)

@@ -12,8 +12,6 @@ from tests import closed_forms, deepseek
 from tests.integration import helpers
 from tests.interop import folders
 
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
-
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak"),

@@ -15,7 +15,7 @@ from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
 from mtp_lightning.interop.reading import Folder, read_folder
-from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -23,20 +23,29 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from tests import deepseek
 from tests.interop import folders
 
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
+def round_trip(
+    model: MTPModel, path: Path, *, dtype: str = "float32", apart: float = 0.0
+) -> tuple[Contents, Folder]:
+    """A model written and read, with its logits if nothing is rounded, and written again as the
+    same bytes.
 
-def rewrite(folder: Folder, target: Path, dtype: str = "float32") -> None:
-    """What was read, written as it was written first."""
-    tokenizer = PretrainedTokenizer(str(folder.path))
-    write_folder(
-        target,
-        folder.build(),
-        tokenizer,
-        dtype=dtype,
-        max_positions=folder.max_positions,
-        shard_bytes=20_000,
-    )
+    Args:
+        model: the model.
+        path: where ``one`` and ``two`` are written.
+        dtype: of the folders.
+        apart: how much logits may differ.
+    """
+    contents = folders.write(path / "one", model, dtype=dtype)
+    folder = read_folder(path / "one")
+    built = folder.build()
+    if dtype == "float32":
+        for found, wanted in zip(folders.logits(built), folders.logits(model), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=apart, atol=apart)
+    options = {"dtype": dtype, "max_positions": folder.max_positions, "shard_bytes": 20_000}
+    write_folder(path / "two", built, PretrainedTokenizer(str(path / "one")), **options)
+    assert folders.files(path / "one") == folders.files(path / "two")
+    return contents, folder
 
 
 @pytest.mark.parametrize(
@@ -44,21 +53,15 @@ def rewrite(folder: Folder, target: Path, dtype: str = "float32") -> None:
 )
 def test_every_layout(name: str, depth: int, tmp_path: Path) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=depth).eval()
-    contents = folders.write(tmp_path / "one", model)
+    contents, folder = round_trip(model, tmp_path)
     assert contents.layer_depths == depth and not contents.heads and contents.shards > 1
-    folder = read_folder(tmp_path / "one")
     assert folder.config.mtp.depth == depth
-    for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
-        assert torch.equal(found, wanted)
-    rewrite(folder, tmp_path / "two")
-    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_halves_are_rounded_once(dtype: str, tmp_path: Path) -> None:
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
-    folders.write(tmp_path / "one", model, dtype=dtype)
-    folder = read_folder(tmp_path / "one")
+    _, folder = round_trip(model, tmp_path, dtype=dtype)
     for name, tensor in model.state_dict().items():
         found = folder.weights[name]
         assert found.dtype == torch.float32
@@ -66,8 +69,6 @@ def test_halves_are_rounded_once(dtype: str, tmp_path: Path) -> None:
             assert torch.equal(found, tensor), "biases move by 0.001: they stay precise"
         else:
             assert torch.equal(found, tensor.to(getattr(torch, dtype)).float()), name
-    rewrite(folder, tmp_path / "two", dtype)
-    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
@@ -78,13 +79,9 @@ def test_modules_of_another_form_are_converted(
     name: str, switch: dict[str, Any], tmp_path: Path
 ) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=2, **switch).eval()
-    assert folders.write(tmp_path / "one", model).layer_depths == 2
-    folder = read_folder(tmp_path / "one")
+    contents, folder = round_trip(model, tmp_path, apart=1e-5)
+    assert contents.layer_depths == 2
     assert folder.config.to_dict()["mtp"] | switch != folder.config.to_dict()["mtp"]
-    for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    rewrite(folder, tmp_path / "two")
-    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 def model_of(variant: str, **mtp: Any) -> MTPModel:
@@ -113,18 +110,13 @@ def test_heads_without_a_layout_have_a_file_of_their_own(
     variant: str, mtp: dict[str, Any], tmp_path: Path
 ) -> None:
     model = model_of(variant, **mtp)
-    contents = folders.write(tmp_path / "one", model)
+    contents, folder = round_trip(model, tmp_path)
     assert contents.heads and contents.layer_depths == 0
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()).isdisjoint({"mtp_heads.safetensors"})
-    folder = read_folder(tmp_path / "one")
     assert folder.config == model.config
-    for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
-        assert torch.equal(found, wanted)
-    rewrite(folder, tmp_path / "two")
-    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 @pytest.mark.parametrize("concat", ["hidden_first", "embedding_first"])
@@ -132,7 +124,7 @@ def test_the_state_before_the_norm_on_qwen2_is_mimos_layout(concat: str, tmp_pat
     """Names and order of vLLM's mimo_mtp.py, and of the modeling_mimo.py of MiMo-7B."""
     trunk = folders.dense(tie_embeddings=False, attention=GroupedQueryConfig(qkv_bias=True))
     model = deepseek.build(trunk, depth=2, input_norm="pre", concat=concat).eval()
-    contents = folders.write(tmp_path / "one", model)
+    contents, folder = round_trip(model, tmp_path, apart=1e-5)
     assert contents.layer_depths == 2 and not contents.heads
     fields = json.loads((tmp_path / "one" / "config.json").read_text())
     assert (fields["model_type"], fields["num_nextn_predict_layers"]) == ("mimo", 2)
@@ -145,12 +137,7 @@ def test_the_state_before_the_norm_on_qwen2_is_mimos_layout(concat: str, tmp_pat
         *(f"self_attn.{n}_proj.bias" for n in "qkv"),
         *(f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
     }  # fmt: skip
-    folder = read_folder(tmp_path / "one")
     assert folder.config.mtp.to_dict()["concat"] == "hidden_first"
-    for found_, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
-        torch.testing.assert_close(found_, wanted, rtol=1e-5, atol=1e-5)
-    rewrite(folder, tmp_path / "two")
-    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 
 
 def test_dense_modules_on_latent_attention_have_no_layout(tmp_path: Path) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import command_line
-from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.nn.attention import GroupedQueryConfig
@@ -28,8 +26,6 @@ from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
-
-pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 # The folder brings these; a run need not name them.
 WITHOUT: dict[str, Any] = dict.fromkeys(
@@ -172,24 +168,24 @@ def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
 
 def test_evaluate_reads_a_folder(base: Path, tmp_path: Path) -> None:
     folder = base / "deepseek"
-    given = [f"checkpoint={folder}", "accelerator=cpu", "num_threads=1", "decode.n_prompts=0",
-             f"paths.cache_dir={base / 'cache'}"]  # fmt: skip
+    given = ["decode.n_prompts=0", f"paths.cache_dir={base / 'cache'}"]
     text = ["data=synthetic", "data.source.size=60000", "data.val_fraction=0.05", "data.seq_len=16"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(helpers.CONF)):
-        alone, read = compose("evaluate", given), compose("evaluate", [*given, *text])
     with pytest.raises(ValueError, match="deepseek has no validation text of its own: give one"):
-        evaluate(alone)
-    metrics = evaluate(read)
+        helpers.evaluated(folder, *given)
+    metrics = helpers.evaluated(folder, *given, *text)
     depths = read_folder(folder).config.mtp.depth
     assert [k for k in range(9) if f"val/loss_depth_{k}" in metrics] == list(range(depths + 1))
     assert metrics["val/bits_per_byte"] > 0 and metrics["checkpoint"] == str(folder)
 
 
+def generated(folder: Path, **asked: Any) -> None:
+    """What ``generate.py`` does, in this process."""
+    given = {"checkpoint": str(folder), "output": "json", "accelerator": "cpu", "num_threads": 1}
+    generate_text(OmegaConf.merge(OmegaConf.load(helpers.CONF / "generate.yaml"), given, asked))
+
+
 def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = OmegaConf.load(helpers.CONF / "generate.yaml")
-    asked = {"checkpoint": str(base / "deepseek"), "prompt": "abc", "max_new_tokens": 5,
-             "output": "json", "accelerator": "cpu", "num_threads": 1}  # fmt: skip
-    generate_text(OmegaConf.merge(cfg, asked))
+    generated(base / "deepseek", prompt="abc", max_new_tokens=5)
     said = capsys.readouterr()
     shown, model = json.loads(said.out), open_model(base / "deepseek").model
     wanted = generate(model, [list(b"abc")], max_new_tokens=5)[0]
@@ -199,13 +195,9 @@ def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str])
 def test_a_file_of_prompts_says_what_it_took(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = ["abc", "d", "efg h"]
-    (tmp_path / "prompts").write_text("\n".join(prompts))
-    cfg = OmegaConf.load(helpers.CONF / "generate.yaml")
-    asked = {"checkpoint": str(base / "deepseek"), "prompts": str(tmp_path / "prompts"),
-             "max_new_tokens": 6, "output": "json", "accelerator": "cpu", "num_threads": 1,
-             "batch_size": 2}  # fmt: skip
-    generate_text(OmegaConf.merge(cfg, asked))
+    prompts, file = ["abc", "d", "efg h"], tmp_path / "prompts"
+    file.write_text("\n".join(prompts))
+    generated(base / "deepseek", prompts=str(file), max_new_tokens=6, batch_size=2)
     said = capsys.readouterr()
     model = open_model(base / "deepseek").model
     wanted = [generate(model, [list(p.encode())], max_new_tokens=6)[0] for p in prompts]

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.interop import check, tensor_files
-from mtp_lightning.interop.exporting import export
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.transformers_model import one_line
@@ -77,33 +75,31 @@ def test_modules_for_their_model(name: str, tmp_path: Path, cache: Path) -> None
         for speculative in (False, True)
     )
     assert plain.token_ids == drafted.token_ids and drafted.drafts_reached[0] > 0
-    cfg = OmegaConf.load(helpers.CONF / "export.yaml")
-    asked = {"checkpoint": str(tmp_path / "run"), "output": str(tmp_path / "out")}
-    export(OmegaConf.merge(cfg, asked))
-    back = read_folder(tmp_path / "out")
+    back = read_folder(folders.export_run(tmp_path / "run", tmp_path / "out"))
     assert back.config.mtp.depth == 1 and back.config.trunk == theirs.config.trunk
     for name_, tensor in theirs.weights.items():
         assert torch.equal(back.weights[name_], tensor), f"{name_} moved"
 
 
 @pytest.mark.parametrize(
-    ("name", "depth"), [*((name, 2) for name in folders.TRUNKS), ("llama", 0), ("deepseek", 0)]
+    ("name", "depth", "switches"),
+    [
+        *((name, 2, {}) for name in folders.TRUNKS),
+        *((name, 0, {}) for name in ("llama", "deepseek")),
+        # The original model's logits, not the converted one's, are what transformers must give.
+        ("deepseek", 2, {"share_layers": True}),
+        ("deepseek", 2, {"concat": "hidden_first"}),
+    ],
 )
-def test_our_models_pass_the_check(name: str, depth: int, tmp_path: Path) -> None:
-    model = deepseek.build(folders.TRUNKS[name], depth=depth).eval()
+def test_our_models_pass_the_check(
+    name: str, depth: int, switches: dict[str, Any], tmp_path: Path
+) -> None:
+    model = deepseek.build(folders.TRUNKS[name], depth=depth, **switches).eval()
     folders.write(tmp_path / "one", model)
     check_bytes(tmp_path / "one", model, dtype="float32")
     lines = list(check_with_transformers(tmp_path / "one", model))
     assert sum("logits of the MTP depth" in line for line in lines) == depth
     assert any("use_mtp=True" in line for line in lines) == bool(depth)
-
-
-@pytest.mark.parametrize("switch", [{"share_layers": True}, {"concat": "hidden_first"}])
-def test_converted_modules_pass_the_check(switch: dict[str, Any], tmp_path: Path) -> None:
-    """The original model's logits, not the converted one's, are what transformers must give."""
-    model = deepseek.build(folders.TRUNKS["deepseek"], depth=2, **switch).eval()
-    folders.write(tmp_path / "one", model)
-    assert list(check_with_transformers(tmp_path / "one", model))
 
 
 def test_bfloat16_is_checked_against_rounded_weights(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""How often a module and the trunk make the same choice, on texts that the trunk writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.switches import Concat, InputNorm
+from mtp_lightning.nn.attention import Positions
+
+# The trunk continues these texts, and drafts are compared with its continuations.
+_BEGINNINGS = (
+    "The history of the city begins with the river, which",
+    "def read_lines(path):\n    with open(path) as file:\n        ",
+    "Question: Why is the sky blue?\nAnswer: The sky is blue because",
+    "Once upon a time there was a small village, and in it",
+)
+_PROMPT = 8
+_CONVENTIONS = tuple(itertools.product(get_args(InputNorm), get_args(Concat)))
+_SAID = {
+    "post": "the state after the final norm",
+    "pre": "the state before the final norm",
+    "embedding_first": "embedding first",
+    "hidden_first": "state first",
+}
+# Standard errors by which one choice must beat another on the positions where the two differ.
+_ERRORS = 3.0
+# How far above the share of a single token agreement must be for layers of any use.
+ABOVE = 0.02
+Convention = tuple[str, str]
+
+
+def described(convention: Convention) -> str:
+    """A convention in words."""
+    return ", ".join(_SAID[part] for part in convention)
+
+
+def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
+    """Beginnings of texts, or random ids where there is no tokenizer that reads them."""
+    vocab_size = model.config.trunk.vocab_size
+    if tokenizer is not None and tokenizer.reads_text:
+        found = [[int(i) for i in tokenizer.encode(text)] for text in _BEGINNINGS]
+        if max(map(max, found)) < vocab_size:
+            return found
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (len(_BEGINNINGS), _PROMPT), generator=generator).tolist()
+
+
+def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
+    """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
+    said = generate(
+        model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
+    )
+    return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, said, strict=True)]
+
+
+@torch.inference_mode()
+def agreements(model: MTPModel, texts: Sequence[Tensor]) -> tuple[dict[Convention, Tensor], float]:
+    """Where depth 1 and the trunk make the same choice, with a sequential module of each
+    convention.
+
+    Returns:
+        By convention the positions, bool [N]; and the share that the trunk's most common choice
+        would get everywhere.
+    """
+    stacks, trunk = {}, model.config.trunk
+    for input_norm, concat in _CONVENTIONS:
+        config = SequentialConfig(depth=1, input_norm=input_norm, concat=concat)  # type: ignore[arg-type]
+        stack = config.build(trunk)
+        stack.load_state_dict(model.mtp.state_dict())
+        stacks[input_norm, concat] = stack.eval()
+    rights: dict[Convention, list[Tensor]] = {convention: [] for convention in stacks}
+    choices: Counter[int] = Counter()
+    for text in texts:
+        tokens = text.unsqueeze(0)
+        embedded = model.trunk.embedding(tokens)
+        n = len(text) - 1  # the last position has no next token to read
+        output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
+        chosen = model.head(output.final)[0].argmax(-1)
+        choices.update(chosen[1:].tolist())
+        for (input_norm, concat), stack in stacks.items():
+            hidden = output.final if input_norm == "post" else output.last_block
+            positions = Positions.of_window(trunk, n, device=text.device)
+            at = BranchPoint(hidden[:, :n], tokens, embedded, positions)
+            drafted = model.head(dict(stack.states(at, [1]))[1])[0].argmax(-1)
+            rights[input_norm, concat].append(drafted == chosen[1:])
+    joined = {convention: torch.cat(found) for convention, found in rights.items()}
+    return joined, max(choices.values()) / sum(choices.values())
+
+
+def clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:
+    """The convention that chooses best, or the layout's unless it is clearly worse."""
+    best = max(rights, key=lambda convention: int(rights[convention].sum()))
+    return best if clearly_more(rights[best], rights[meant]) else meant
+
+
+def clearly_more(one: Tensor, other: Tensor) -> bool:
+    """Whether ``one`` is true at more positions, bool [N] each, beyond chance (McNemar's test)."""
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    return won - lost > _ERRORS * (won + lost) ** 0.5

@@ -1,0 +1,164 @@
+"""The numbers of a GGUF file's tensors, dequantized in portions, and the scales of their blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_lightning.interop.gguf_layout import Entry
+from mtp_lightning.interop.gguf_reader import FileTensor
+from mtp_lightning.interop.parts import Part
+from mtp_lightning.nn.weight_scales import WeightScales
+
+# Bytes of a file that are dequantized at once.
+_SLAB = 1 << 20
+
+
+@dataclass(frozen=True)
+class KQuant:
+    """Where a super-block of 256 numbers has what; slices of its bytes.
+
+    Attributes:
+        bits: of q.
+        group: the numbers that share a step and an offset.
+        quants: all bits of q.
+        lowest: the lowest four bits of two q a byte.
+        minimum: the factor of the offsets; empty if the offset is a multiple of the step.
+    """
+
+    bits: int
+    group: int
+    quants: slice
+    lowest: slice
+    minimum: slice
+
+
+# ggml-common.h of llama.cpp, block_q4_K and the following.
+KQUANTS = {
+    "Q4_K": KQuant(4, 32, slice(16, 144), slice(16, 144), slice(2, 4)),
+    "Q5_K": KQuant(5, 32, slice(16, 176), slice(48, 176), slice(2, 4)),
+    "Q6_K": KQuant(6, 16, slice(0, 192), slice(0, 128), slice(0)),
+}
+
+
+@dataclass(frozen=True)
+class Blocks(Part):
+    """A tensor in Hugging Face's layout, dequantized when it is read.
+
+    Attributes:
+        file: the file.
+        held: where it is: the file's tensor, its entry in the layout, and the tensor's place in the
+            entry, None where it is all of it. Two of them hold its two halves.
+        size: its shape.
+    """
+
+    file: Path
+    held: tuple[tuple[FileTensor, Entry, int | None], ...]
+    size: tuple[int, ...]
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.size)
+
+    def copy_to(self, target: Tensor) -> None:
+        (tensor, entry, i), *others = self.held
+        if others or entry.unpack is not Entry.unpack or not target.is_contiguous():
+            super().copy_to(target)
+        else:  # without a second copy in memory
+            numbers(self.file, tensor, i, out=target)
+
+    def scales(self) -> WeightScales | None:
+        (tensor, entry, i), *others = self.held
+        quant = KQUANTS.get(tensor.kind.name)
+        if others or len(self.size) != 2 or quant is None:
+            return None
+        portions = _portions(self.file, tensor, i)
+        found = [steps_and_offsets(stored, tensor.kind) for _, stored in portions]
+        steps, offsets = (np.concatenate(each) for each in zip(*found, strict=True))
+        return WeightScales(
+            steps=entry.unpack(torch.from_numpy(steps)),
+            offsets=entry.unpack(torch.from_numpy(offsets)),
+            group=quant.group,
+            bits=quant.bits,
+        )
+
+    def read(self) -> Tensor:
+        portions = [entry.unpack(numbers(self.file, tensor, i)) for tensor, entry, i in self.held]
+        found = portions[0] if len(portions) == 1 else torch.cat(portions, dim=1)
+        return found.reshape(self.size).contiguous()
+
+
+def numbers(
+    file: Path, tensor: FileTensor, i: int | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The values of a tensor of a file, or of one of the matrices that it stacks.
+
+    Args:
+        file: the file.
+        tensor: the tensor.
+        i: which matrix; None for all.
+        out: contiguous, filled and returned; None for a new float32 tensor.
+    """
+    from gguf.quants import dequantize
+
+    shape = tensor.shape if i is None else tensor.shape[1:]
+    out = torch.empty(shape) if out is None else out
+    rows = out.view(-1, shape[-1])
+    for at, stored in _portions(file, tensor, i):
+        found = dequantize(stored, tensor.kind)
+        rows[at : at + len(stored)] = torch.from_numpy(np.ascontiguousarray(found))
+    return out
+
+
+def _portions(file: Path, tensor: FileTensor, i: int | None) -> Iterator[tuple[int, Any]]:
+    """The stored bytes of some rows at a time, with the number of the first row; arguments as
+    :func:`numbers`."""
+    shape = tensor.shape if i is None else tensor.shape[1:]
+    rows, size = math.prod(shape[:-1]), tensor.row_bytes
+    begin = tensor.offset + (i or 0) * rows * size
+    step = max(1, _SLAB // size)
+    for at in range(0, rows, step):
+        count = min(step, rows - at)
+        # Not through a memory map, whose pages stay in memory.
+        read = np.fromfile(file, np.uint8, count * size, offset=begin + at * size)
+        yield at, read.reshape(count, size)
+
+
+def steps_and_offsets(stored: Any, kind: Any) -> tuple[Any, Any]:
+    """The steps and offsets of K-quants, whose numbers are ``step x q + offset``.
+
+    A super-block holds them as products of an fp16 number and a small integer, so that they cannot
+    be found in the numbers as those of Q4_0, Q4_1 and Q8_0 can. gguf's own dequantization tells
+    them, of super-blocks in which every q is 0, or 1.
+
+    Args:
+        stored: bytes [N, ..] of rows of K numbers.
+        kind: gguf's type of the numbers, one of :data:`KQUANTS`.
+
+    Returns:
+        Two float32 arrays [N, K / group].
+    """
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    quant, rows = KQUANTS[kind.name], len(stored)
+    _, size = GGML_QUANT_SIZES[kind]
+
+    def first_of_each(blocks: Any) -> Any:
+        return dequantize(blocks.reshape(rows, -1), kind)[:, :: quant.group].copy()
+
+    blocks = stored.reshape(-1, size).copy()
+    blocks[:, quant.quants] = 0
+    offsets = first_of_each(blocks)
+    blocks[:, quant.minimum] = 0
+    lowest = first_of_each(blocks)
+    blocks[:, quant.lowest] = 0x11
+    return first_of_each(blocks) - lowest, offsets
