@@ -17,7 +17,6 @@ from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.explained import groups, value_at
 from mtp_lightning.literal import INPUTS, LISTS
-from mtp_lightning.misspelt import unknown_key
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import BYTES_OF_LAYER, require_fits
 
@@ -82,7 +81,7 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = Fa
     for key, value in node.items():
         name = _join(path, key)
         if closed and key not in said.names and not str(key).startswith("_"):
-            raise UserError(unknown_key(name, said.names))
+            raise _unknown(name, said.names)
         if key in said.keys:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
@@ -101,7 +100,13 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
         return
     names = {*keys.of_node(parent, app).names, *(groups() if not parent else ())}
     if key not in names and not _is_named(name, config):
-        raise UserError(unknown_key(name, {name for name in names if "/" not in name}))
+        raise _unknown(name, {name for name in names if "/" not in name})
+
+
+def _unknown(name: str, known: Collection[str]) -> UserError:
+    from mtp_lightning.misspelt import unknown_key
+
+    return UserError(unknown_key(name, known))
 
 
 def _is_named(name: str, node: Any) -> bool:

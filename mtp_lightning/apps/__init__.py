@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +56,12 @@ def start(
     """
     # A traceback of logging, for example on a full disk, would hide the message itself.
     logging.raiseExceptions = False
+
+    @wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        with readable_errors():  # Hydra would show an error of the task its own way
+            return task(cfg)
+
     errors = readable_errors(ends_with_reader=ends_with_reader)
     with errors, _hydra_as_ours(sys.argv[1:]):
         _explain(sys.argv[1:])
@@ -72,7 +79,7 @@ def start(
             sys.argv[sys.argv.index(_DRY_RUN)] = "++hydra.launcher.dry_run=true"
         require_utf8(sys.argv[1:])
         sys.argv[1:] = _options_first(literal(sys.argv[1:]))
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
 
 
 class Check(Callback):
@@ -156,6 +163,3 @@ def _options_first(arguments: list[str]) -> list[str]:
     for override in overrides:
         options.remove(override)
     return [*options, *overrides]
-
-
-__all__ = ["Check", "readable_errors", "start"]

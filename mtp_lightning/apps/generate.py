@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from mtp_lightning.apps import readable_errors, start
+from mtp_lightning.apps import start
 
 
 def task(cfg: DictConfig) -> None:
     """Hydra calls this with the composed config."""
-    with readable_errors():
-        # Imported here, so that --help does not wait for torch.
-        from mtp_lightning.experiment.generating import generate_text
+    # Imported here, so that --help does not wait for torch.
+    from mtp_lightning.experiment.generating import generate_text
 
-        generate_text(cfg)
+    generate_text(cfg)
 
 
 def main() -> None:

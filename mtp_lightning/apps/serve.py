@@ -5,15 +5,14 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from mtp_lightning import parts
-from mtp_lightning.apps import readable_errors, start
+from mtp_lightning.apps import start
 from mtp_lightning.cli import program
 
 
 def task(cfg: DictConfig) -> None:
     """Hydra calls this with the composed config."""
-    with readable_errors():
-        # Imported here, so that --help does not wait for torch.
-        parts.need("serving", program("serve")).serve(cfg)
+    # Imported here, so that --help does not wait for torch.
+    parts.need("serving", program("serve")).serve(cfg)
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ import sys
 
 from omegaconf import DictConfig
 
-from mtp_lightning.apps import readable_errors, start
+from mtp_lightning.apps import start
+from mtp_lightning.cli import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import end_with_starter
 
@@ -16,15 +17,14 @@ _RUN_DIR = "run_dir"
 
 def task(cfg: DictConfig) -> float:
     """Hydra calls this with the composed config."""
-    with readable_errors():
-        # Imported here, so that --help does not wait for torch.
-        from mtp_lightning import processes
-        from mtp_lightning.experiment.training import train
+    # Imported here, so that --help does not wait for torch.
+    from mtp_lightning import processes
+    from mtp_lightning.experiment.training import train
 
-        peers = processes.find(cfg.trainer)
-        if peers.rank == 0:  # the others have received it before composing their config
-            peers.told(_RUN_DIR, lambda: cfg.run_dir)
-        return train(cfg)["val/loss_depth_0"]
+    peers = processes.find(cfg.trainer)
+    if peers.rank == 0:  # the others have received it before composing their config
+        peers.told(_RUN_DIR, lambda: cfg.run_dir)
+    return train(cfg)["val/loss_depth_0"]
 
 
 def main() -> None:

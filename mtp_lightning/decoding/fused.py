@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,9 @@ from mtp_lightning import parts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.block import eager_blocks
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.opening import Keeper
+
+if TYPE_CHECKING:
+    from mtp_lightning.opening import Keeper
 
 
 class TrunkPass(Protocol):

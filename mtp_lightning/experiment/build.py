@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,17 +20,18 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, holds_in_bf16
 from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
-from mtp_lightning.experiment.run_loggers import build_loggers
+from mtp_lightning.loggers.csv import MetricsCSV
+from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
+from mtp_lightning.run.layout import METRICS_FILE
 from mtp_lightning.vetting import require_reach
 
 if TYPE_CHECKING:
@@ -133,8 +136,11 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
         }
     )
     # Every kind of stack without depths is the same model, stored under one name.
-    stack = mtp.depth or mtp.answers_at_once
-    return ModelConfig(trunk=trunk, mtp=mtp if stack else NoMTPConfig())
+    if not (mtp.depth or mtp.answers_at_once):
+        from mtp_lightning.mtp.none import NoMTPConfig
+
+        mtp = NoMTPConfig()
+    return ModelConfig(trunk=trunk, mtp=mtp)
 
 
 def build_balance(cfg: DictConfig) -> Balance:
@@ -262,6 +268,42 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
     cfg.trainer.max_steps = matched.max_steps
     log.info("%s.", matched)
     return cfg, matched
+
+
+def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
+    """Build the loggers of the group ``logger``. ``metrics.csv``, which sweeps, search and reports
+    read, is always one of them.
+
+    Args:
+        cfg: the config.
+        resume_step: the optimizer step that the run continues from; logs after it are dropped.
+
+    Raises:
+        UserError: a setting is wrong, or a package is not installed.
+    """
+    built: dict[str, Any] = {}
+    for key, node in (cfg.get("logger") or {}).items():
+        try:
+            built[str(key)] = instantiate(node, kind=Logger)
+        except ValueError:
+            raise
+        except Exception as error:
+            if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+                raise UserError(
+                    f"logger.{key} needs a package that cannot be imported: {error}"
+                ) from error
+            # A server that does not answer, for example, must not stop the run.
+            warn_of_failure(str(key), "construction", error)
+    folder = Path(cfg.paths.output_dir)
+    if not any(isinstance(logger, MetricsCSV) for logger in built.values()):
+        built = {"csv": MetricsCSV(folder), **built}
+    loggers = [GuardedLogger(logger, key) for key, logger in built.items()]
+    if resume_step is None and (folder / METRICS_FILE).exists():
+        resume_step = 0  # the run was killed before its first checkpoint, and starts again
+    if resume_step is not None:
+        for logger in loggers:
+            logger.resume_from(resume_step)
+    return loggers
 
 
 class TokenDoublePrecision(DoublePrecision):

@@ -28,7 +28,6 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.precision import ACTIVATIONS, use_activations
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.kept_texts import KeptTexts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.opening import OpenedModel, open_model
@@ -305,6 +304,40 @@ class SelfGenerated(TokenDataModule):
             progress.close()
         found = kept.of(part)
         return [[token for token in found[i] if token != eot] for i in range(len(prompts))]
+
+
+class KeptTexts:
+    """The finished texts of a corpus that is being generated, so that a stopped build continues: a
+    file of the cache folder with one JSON line per text.
+
+    Args:
+        file: named by everything that the texts depend on; made with the first text.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: dict[tuple[str, int], list[int]] = {}
+        whole = b""
+        for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
+            try:
+                part, index, ids = json.loads(line)
+                self._known[str(part), int(index)] = [int(i) for i in ids]
+            except (ValueError, TypeError):  # the process was killed while it wrote the line
+                break
+            whole += line
+        if self._known:
+            file.write_bytes(whole)
+
+    def of(self, part: str) -> dict[int, list[int]]:
+        """The ids of the finished texts of a part, by index."""
+        return {index: ids for (name, index), ids in self._known.items() if name == part}
+
+    def add(self, part: str, index: int, ids: list[int]) -> None:
+        """Append a finished text."""
+        self._known[part, index] = ids
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab") as file:
+            file.write(json.dumps([part, index, ids]).encode() + b"\n")
 
 
 def trunk_digest(model: MTPModel) -> str:

@@ -25,7 +25,6 @@ from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten, read_yaml
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE
-from mtp_lightning.run.loading import model_weights
 from mtp_lightning.stored import require_text, targets
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ class Origin:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's weights in the checkpoint."""
+        from mtp_lightning.run.loading import model_weights
+
         assert self.content is not None and self.checkpoint is not None
         return model_weights(checkpoints.filled(self.content, self.checkpoint))
 

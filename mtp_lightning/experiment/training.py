@@ -32,7 +32,6 @@ from mtp_lightning.experiment.build import (
 )
 from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
-from mtp_lightning.experiment.run_loggers import end_loggers
 from mtp_lightning.experiment.starting import (
     Origin,
     adopt_trunk,
@@ -40,14 +39,13 @@ from mtp_lightning.experiment.starting import (
     find_origin,
     recall_data,
 )
+from mtp_lightning.loggers.guard import GuardedLogger
 from mtp_lightning.module import MTPModule
 from mtp_lightning.processes import Peers
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from mtp_lightning.run.loading import describe_interrupt
 from mtp_lightning.run.metrics import read_metrics
-from mtp_lightning.run.solved import time_to_solve
 from mtp_lightning.run.summary import environment, print_answer, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
 from mtp_lightning.settings import is_whole
@@ -230,6 +228,8 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
+        from mtp_lightning.run.loading import describe_interrupt
+
         signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
         raise Stopped(describe_interrupt(run.folder), signum) from stop
     return trainer
@@ -253,7 +253,11 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
     if trainer.is_global_zero:
         summary |= solving(data, folder)
         write_json(summary, folder / SUMMARY_FILE)
-    end_loggers(trainer, params, summary)
+    final = {tag: value for tag, value in summary.items() if "/" in tag}
+    for logger in trainer.loggers:
+        assert isinstance(logger, GuardedLogger)
+        logger.log_final(params, final, trainer.global_step)
+        logger.close()
     too_large = isinstance(trainer.strategy, WritesBeside) and trainer.strategy.in_parts
     model = None if too_large else module.whole_model()  # all processes gather it
     if trainer.is_global_zero:
@@ -279,6 +283,8 @@ def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
     """
     if not data.answer_sets():
         return {}
+    from mtp_lightning.run.solved import time_to_solve
+
     with suppress(OSError):  # metrics.csv may be missing after a full disk
         return {"time_to_solve": time_to_solve(read_metrics(folder / METRICS_FILE))}
     return {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from mtp_lightning.metrics.long_range.curves import Curves
+if TYPE_CHECKING:
+    from mtp_lightning.metrics.long_range.curves import Curves
 
 
 class RunLogger(Logger):

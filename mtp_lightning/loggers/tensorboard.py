@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.metrics.long_range.curves import Curves
 from mtp_lightning.settings import require_number
+
+if TYPE_CHECKING:
+    from mtp_lightning.metrics.long_range.curves import Curves
 
 log = logging.getLogger(__name__)
 

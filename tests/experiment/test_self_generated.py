@@ -18,8 +18,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.sequence import Fresh
 from mtp_lightning.experiment import self_generated
-from mtp_lightning.experiment.kept_texts import KeptTexts
-from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest
+from mtp_lightning.experiment.self_generated import KeptTexts, SelfGenerated, trunk_digest
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers

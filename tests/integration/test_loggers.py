@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from mtp_lightning.experiment import run_loggers
+from mtp_lightning.experiment import build
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.run.metrics import read_column, read_metrics
@@ -66,7 +66,11 @@ def train_with(
     """A quick run with loggers that are no part of conf/; an error in their place is raised."""
     from mtp_lightning.experiment.training import train
 
-    def instantiate(node: Any, **_: Any) -> Any:
+    others = build.instantiate
+
+    def instantiate(node: Any, **more: Any) -> Any:
+        if "which" not in node:
+            return others(node, **more)
         made = loggers[node.which]
         if isinstance(made, Exception):
             raise made
@@ -74,7 +78,7 @@ def train_with(
 
     cfg = config(folder, cache, settings)
     cfg.logger = {name: {"which": name} for name in loggers}
-    monkeypatch.setattr(run_loggers, "instantiate", instantiate)
+    monkeypatch.setattr(build, "instantiate", instantiate)
     return train(cfg)
 
 
