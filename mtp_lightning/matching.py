@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,21 @@ from mtp_lightning.stored import read_json
 
 # The most points of a run at which the cost of a step is computed; it is constant between them.
 _SAMPLES = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """The length of a run.
+
+    Attributes:
+        seq_len: T.
+        max_steps: optimizer steps.
+        tokens_per_step: depth-0 targets of one optimizer step, all ranks.
+    """
+
+    seq_len: int
+    max_steps: int
+    tokens_per_step: int
 
 
 @dataclass(frozen=True)
@@ -89,15 +103,13 @@ class Matched:
         )
 
 
-def plain_reference(
-    config: ModelConfig, *, seq_len: int, max_steps: int, tokens_per_step: int
-) -> Reference:
+def plain_reference(config: ModelConfig, length: Length) -> Reference:
     """The reference that is the same trunk without MTP, trained for as many steps."""
     plain = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
     return Reference(
         name="the same trunk with mtp=none",
         parameters=plain.num_params(),
-        flops=StepCost(plain).per_token(seq_len) * tokens_per_step * max_steps,
+        flops=StepCost(plain).per_token(length.seq_len) * length.tokens_per_step * length.max_steps,
     )
 
 
@@ -151,13 +163,7 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
 
 
 def total_flops(
-    cost: StepCost,
-    schedule: LambdaSchedule,
-    *,
-    seq_len: int,
-    max_steps: int,
-    tokens_per_step: int,
-    balance: Balance | None = None,
+    cost: StepCost, schedule: LambdaSchedule, length: Length, balance: Balance | None = None
 ) -> float:
     """Training FLOPs of a whole run. A depth whose weight is 0 at a step costs nothing in it.
 
@@ -165,22 +171,25 @@ def total_flops(
     rules that learn count with their initial state.
     """
     balance = NoBalance(schedule.depth) if balance is None else balance
-    samples = min(max_steps, _SAMPLES)
+    steps = length.max_steps
+    samples = min(steps, _SAMPLES)
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
     total = 0.0
     for sample in range(samples):
-        step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
-        progress = Progress(step=step, max_steps=max_steps, tokens=step * tokens_per_step)
+        step = (2 * sample + 1) * steps // (2 * samples) if samples < steps else sample
+        tokens = step * length.tokens_per_step
+        progress = Progress(step=step, max_steps=steps, tokens=tokens)
         base = [1.0, *schedule.weights(progress)]
-        kind = tuple(depths_of(base)), balance.rests_at(progress)
+        rests = balance.rests_at(progress)
+        kind = tuple(depths_of(base)), rests
         if kind not in costs:
-            scope = None if balance.rests_at(progress) else balance.scope
+            scope = None if rests else balance.scope
             costs[kind] = sum(
-                chance * _of_step(cost, seq_len, active, scope, balance.every_n_steps)
+                chance * _of_step(cost, length.seq_len, active, scope, balance.every_n_steps)
                 for chance, active in balance.active_sets(base)
             )
         total += costs[kind]
-    return total / samples * max_steps * tokens_per_step
+    return total / samples * steps * length.tokens_per_step
 
 
 def _of_step(
@@ -197,28 +206,21 @@ def match_steps(
     cost: StepCost,
     schedule: LambdaSchedule,
     target: float,
-    *,
-    seq_len: int,
-    max_steps: int,
-    tokens_per_step: int,
+    length: Length,
     balance: Balance | None = None,
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
-    flops = partial(
-        total_flops,
-        cost,
-        schedule,
-        seq_len=seq_len,
-        tokens_per_step=tokens_per_step,
-        balance=balance,
-    )
-    steps = max_steps
+
+    def flops(steps: int) -> float:
+        return total_flops(cost, schedule, replace(length, max_steps=steps), balance)
+
+    steps = length.max_steps
     for _ in range(8):  # the cost of a step depends weakly on the length of the run
-        nearer = max(round(steps * target / flops(max_steps=steps)), 1)
+        nearer = max(round(steps * target / flops(steps)), 1)
         if nearer == steps:
             break
         steps = nearer
-    candidates = {s: flops(max_steps=s) for s in (steps - 1, steps, steps + 1) if s >= 1}
+    candidates = {s: flops(s) for s in (steps - 1, steps, steps + 1) if s >= 1}
     steps = min(candidates, key=lambda s: abs(candidates[s] - target))
     return steps, candidates[steps]
 
@@ -226,12 +228,10 @@ def match_steps(
 def match(
     config: ModelConfig,
     schedule: LambdaSchedule,
+    length: Length,
     *,
     match: str,
     reference: Reference,
-    seq_len: int,
-    max_steps: int,
-    tokens_per_step: int,
     balance: Balance | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> Matched:
@@ -240,17 +240,14 @@ def match(
     Args:
         config: the model as configured.
         schedule: its lambda schedule.
+        length: the run's length as configured.
         match: ``parameters`` or ``flops``.
-        reference: the reference.
-        seq_len: T.
-        max_steps: optimizer steps as configured.
-        tokens_per_step: depth-0 targets of one optimizer step, all ranks.
         balance: the balance rule; None for fixed weights.
-        objective: the objective of the depths.
 
     Raises:
         UserError: the trunk has too few layers to remove.
     """
+    max_steps = length.max_steps
     target: float
     reached: float
     if match == "parameters":
@@ -258,16 +255,8 @@ def match(
         reached = config.num_params()
     else:
         assert match == "flops"
-        target = reference.flops
-        max_steps, reached = match_steps(
-            StepCost(config, objective),
-            schedule,
-            target,
-            seq_len=seq_len,
-            max_steps=max_steps,
-            tokens_per_step=tokens_per_step,
-            balance=balance,
-        )
+        target, cost = reference.flops, StepCost(config, objective)
+        max_steps, reached = match_steps(cost, schedule, target, length, balance)
     return Matched(
         match=match,
         reference=reference.name,

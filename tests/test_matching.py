@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,16 +23,16 @@ from tests import closed_forms
 from tests.integration import helpers
 
 TRUNK = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96)
-LENGTH: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
+LENGTH = matching.Length(seq_len=64, max_steps=300, tokens_per_step=1024)
 
 
 def matched(config: ModelConfig, what: str, schedule: Piecewise | None = None) -> matching.Matched:
     return matching.match(
         config,
         schedule or constant(depth=config.mtp.depth, mtp_lambda=0.3),
+        LENGTH,
         match=what,
-        reference=matching.plain_reference(config, **LENGTH),
-        **LENGTH,
+        reference=matching.plain_reference(config, LENGTH),
     )
 
 
@@ -86,13 +85,12 @@ def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
     growing = forward_curriculum(depth=2, mtp_lambda=0.3)  # thirds of the run with 0, 1, 2 depths
     cost = [StepCost(config).per_token(64, active) for active in ([], [1], [1, 2])]
-    total = matching.total_flops(StepCost(config), growing, **LENGTH | {"tokens_per_step": 10})
+    short = replace(LENGTH, tokens_per_step=10)
+    total = matching.total_flops(StepCost(config), growing, short)
     assert total == pytest.approx(sum(cost) * 100 * 10, rel=1e-9)
     assert matched(config, "flops", growing).max_steps > matched(config, "flops").max_steps
     # Longer runs are sampled; the sum must not notice.
-    long = matching.total_flops(
-        StepCost(config), growing, seq_len=64, max_steps=90_000, tokens_per_step=10
-    )
+    long = matching.total_flops(StepCost(config), growing, replace(short, max_steps=90_000))
     assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
 
 
@@ -100,7 +98,7 @@ def test_flops_lengthens_the_run_to_a_costlier_reference() -> None:
     config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
     own = StepCost(config).per_token(64) * 1024 * 300
     steps, reached = matching.match_steps(
-        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * own, **LENGTH
+        StepCost(config), constant(depth=0, mtp_lambda=0.3), 2.5 * own, LENGTH
     )
     assert steps == 750 and reached == 2.5 * own
 

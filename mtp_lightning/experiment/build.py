@@ -60,7 +60,6 @@ def build_data(
     """Build and prepare the data module.
 
     Args:
-        cfg: the config.
         tokenizer_state: the state of the tokenizer that comes with ``init_from``; None uses the
             config's tokenizer.
         brought: whether that tokenizer came with an imported trunk. It then replaces the config's
@@ -112,7 +111,6 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     """Configure trunk and stack from the groups ``model`` and ``mtp``.
 
     Args:
-        cfg: the config.
         vocab_size: the tokenizer's number of ids. An imported trunk may have more rows.
 
     Raises:
@@ -167,7 +165,6 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     """Build the LightningModule with fresh weights.
 
     Args:
-        cfg: the config.
         data: the data module, for its vocabulary and for the tokenizer that checkpoints hold.
         asked: the config before matching, which checkpoints hold. Matching it again gives the same
             layers and steps.
@@ -244,24 +241,24 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
 
     config, trainer = build_model_config(cfg, vocab_size), cfg.trainer
     batch = cfg.data.batch_size * trainer.accumulate_grad_batches
-    length = {
-        "seq_len": cfg.data.seq_len,
-        "max_steps": trainer.max_steps,
-        "tokens_per_step": batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
-    }
+    length = matching.Length(
+        seq_len=cfg.data.seq_len,
+        max_steps=trainer.max_steps,
+        tokens_per_step=batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
+    )
     reference = (
-        matching.plain_reference(config, **length)
+        matching.plain_reference(config, length)
         if cfg.compare.reference is None
         else matching.run_reference(cfg.compare.reference)
     )
     matched = matching.match(
         config,
         build_schedule(cfg),
-        balance=build_balance(cfg),
-        objective=build_objective(cfg),
+        length,
         match=cfg.compare.match,
         reference=reference,
-        **length,
+        balance=build_balance(cfg),
+        objective=build_objective(cfg),
     )
     cfg = cfg.copy()
     cfg.model.n_layers = matched.n_layers
@@ -275,7 +272,6 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
     read, is always one of them.
 
     Args:
-        cfg: the config.
         resume_step: the optimizer step that the run continues from; logs after it are dropped.
 
     Raises:
