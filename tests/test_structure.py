@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from tests.integration.helpers import execute
+from tests.integration.helpers import composed, execute
 from tests.layout import ROOT, imports, sources, takes
 from tests.warm import LIGHT
 
@@ -40,7 +39,7 @@ RANK = {
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
     "cpu": 4.5,
     **dict.fromkeys(["certify", "interop", "matching"], 5),
-    **dict.fromkeys(["init_from", "loggers"], 6),
+    "loggers": 6,
     **dict.fromkeys(["module", "callbacks"], 7),
     "distributed": 7.5,
     "experiment": 8,
@@ -146,10 +145,7 @@ def test_who_may_import_what() -> None:
                 kept = file in CACHED and takes(name, "data_modules.cache")
                 together = stored or kept or file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
                 assert takes(name, "data_modules.windows") or together, where
-            assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), (
-                file,
-                name,
-            )
+            assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), where
         late = [name for name in imports(file, top_only=True) if takes(name, *LAZY)]
         assert late == [], f"{file}: {LATE}"
 
@@ -172,17 +168,11 @@ def test_the_batch_brings_neither_lightning_nor_tokenizers() -> None:
 def test_the_report_reads_files_alone() -> None:
     for file in sources("sweeps/report"):
         for name in imports(file):
-            own = takes(name, "sweeps.report", *SHARED_WITH_SWEEPS)
-            assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), (
-                file,
-                name,
-            )
-        late = [
-            name for name in imports(file, top_only=True) if takes(name, *LAZY, "scipy", "jinja2")
-        ]
-        assert late == [], (
-            f"{file}: slow to import, and an extra: do it in the function that needs it"
-        )
+            own, where = takes(name, "sweeps.report", *SHARED_WITH_SWEEPS), f"{file}: {name}"
+            assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), where
+        slow = (*LAZY, "scipy", "jinja2")
+        late = [name for name in imports(file, top_only=True) if takes(name, *slow)]
+        assert late == [], f"{file}: {LATE}"
 
 
 def test_pure_torch() -> None:
@@ -198,22 +188,17 @@ def test_sweeps_talk_to_runs_through_files() -> None:
     for file in sources("sweeps", "hydra_plugins"):
         for name in imports(file):
             where = f"{file}: {name}"
-            assert not takes(name, "lightning", "data_modules", "conf", "tests", *_app_names()), (
-                file,
-                name,
-            )
+            others = ("lightning", "data_modules", "conf", "tests", *_app_names())
+            assert not takes(name, *others), where
             shared = (*SHARED_WITH_SWEEPS, *(WEIGHTS if file.startswith("sweeps/claims/") else []))
             assert not takes(name, "mtp_lightning") or takes(name, *shared), where
         slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", *WEIGHTS, *LAZY)
         for name in imports(file, top_only=True):
-            assert not takes(name, *slow), (
-                f"{file}: slow to import: do it in the function that needs it"
-            )
+            where = f"{file}: {name}: {LATE}"
+            assert not takes(name, *slow), where
             if file.startswith("hydra_plugins/"):  # which Hydra imports at every start
-                assert takes(name, "hydra", "omegaconf", *SHARED_WITH_SWEEPS) or _standard(name), (
-                    file,
-                    name,
-                )
+                known = ("hydra", "omegaconf", *SHARED_WITH_SWEEPS)
+                assert takes(name, *known) or _standard(name), where
 
 
 def test_apps_wait_with_slow_imports() -> None:
@@ -264,8 +249,7 @@ def test_help_names_every_group_and_override() -> None:
     keys = {line.split("=")[0].strip() for line in done.stdout.split("used most:")[1].splitlines()}
     overrides = {key for key in keys if key and " " not in key}
     assert len(overrides) >= 10
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config")
+    cfg = composed("config", [])
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     missing = object()
     for key in overrides - groups:
@@ -284,9 +268,8 @@ def test_every_key_is_explained() -> None:
             continue  # a preset sets other files' keys, which are explained there
         for key, line in _keys(yaml.compose((CONF / file).read_text(encoding="utf-8"))):
             above = lines[line - 1].strip() if line else ""
-            assert above.startswith("#"), (
-                f"{file}: {key} in line {line + 1} has no comment above it"
-            )
+            told = f"{file}: {key} in line {line + 1} has no comment above it"
+            assert above.startswith("#"), told
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -368,16 +351,8 @@ def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Pa
         paths["TOKENIZER"] = _tokenizer_file(tmp_path)
     for placeholder, path in paths.items():
         chosen = [part.replace(placeholder, str(path)) for part in chosen]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose(
-            "config",
-            overrides=[
-                *chosen,
-                f"paths.output_dir={tmp_path / 'run'}",
-                f"paths.cache_dir={tmp_path / 'cache'}",
-                "trainer.accelerator=cpu",
-            ],
-        )
+    chosen += [f"paths.output_dir={tmp_path / 'run'}", f"paths.cache_dir={tmp_path / 'cache'}"]
+    cfg = composed("config", [*chosen, "trainer.accelerator=cpu"])
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=option not in EXTRAS)
     if option in EXTRAS:
         return

@@ -38,16 +38,14 @@ def settle_device(cfg: DictConfig) -> DictConfig:
     if trainer.precision == AUTO:
         trainer.precision = "bf16-mixed" if gpu else "32-true"
     if trainer.compile == AUTO:
-        trainer.compile = gpu and has_compiler()
+        # Launching its GPU kernels, torch.compile needs a C compiler.
+        compilers = os.environ.get("CC") or "cc", "gcc", "clang"
+        trainer.compile = gpu and any(shutil.which(name) for name in compilers)
     return cfg
 
 
 def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
     """Whether the trunk's matrices are stored in bf16.
-
-    Args:
-        trainer: the config group.
-        frozen: whether the trunk is not trained.
 
     Raises:
         UserError: ``trainer.precision=bf16-true`` with a trunk that is trained or sharded.
@@ -66,11 +64,6 @@ def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
             "parameters of one dtype: set trainer.precision=bf16-mixed."
         )
     return True
-
-
-def has_compiler() -> bool:
-    """Whether a C compiler is installed, which torch.compile needs to launch its GPU kernels."""
-    return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
 
 
 def kernels_told(device: str) -> str | None:

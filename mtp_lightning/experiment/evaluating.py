@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.window_module import WindowDataModule
-from data_modules.windows import WindowBatch
 from mtp_lightning import vetting
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
@@ -78,7 +77,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     use_precision(run.model, cfg.precision, cfg.head_precision)
     use_activations(run.model, cfg.activations)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
-    if told := kernels_told(run.model.head.weight.device.type):
+    weight = run.model.head.weight
+    if told := kernels_told(weight.device.type):
         print(told)
     data = validation_data(
         run,
@@ -88,10 +88,15 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         allow=allow,
     )
     as_decoded = fused_passes(run.model) if cfg.activations != "fp32" else nullcontext()
-    with precision_of(run), as_decoded:
-        rates = evaluate_model(run.model, data.val_dataloader(), text_bytes=data.evaluated_bytes)
+    rates = rates_of(run.model, data.evaluated_bytes).to(weight.device)
+    with precision_of(run), as_decoded, torch.inference_mode():
+        for batch in data.val_dataloader():
+            moved = batch.to(weight.device)
+            rates.update(run.model(moved), weight, moved)
+    if not rates.update_called:
+        raise UserError("There is nothing to evaluate: the data gave no batch.")
     metrics = {
-        **{f"val/{name}": value for name, value in rates.items()},
+        **{f"val/{name}": value for name, value in rates.compute().items()},
         **answer_all(run.model, data.answer_sets()),
         **evaluate_decoding(run.model, data, cfg.decode),
         **(evaluate_long_range(run, data, cfg) if cfg.long_range and data.has_text else {}),
@@ -108,31 +113,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output is not None:
         write_json(metrics, Path(cfg.output))
     return metrics
-
-
-@torch.inference_mode()
-def evaluate_model(
-    model: MTPModel, batches: Iterable[WindowBatch], *, text_bytes: Sequence[int] | None = None
-) -> dict[str, float]:
-    """Compute loss, accuracy, agreement and overlap of every depth, and bits per byte (see
-    :func:`rates_of`).
-
-    Args:
-        model: the model, in evaluation mode.
-        batches: windows built for the model's depth.
-        text_bytes: bytes of each document of the evaluation text.
-
-    Raises:
-        UserError: there is no batch, or one has another depth.
-    """
-    device = model.head.weight.device
-    rates = rates_of(model, text_bytes).to(device)
-    for batch in batches:
-        moved = batch.to(device)
-        rates.update(model(moved), model.head.weight, moved)
-    if not rates.update_called:
-        raise UserError("There is nothing to evaluate: the data gave no batch.")
-    return rates.compute()
 
 
 def precision_of(run: OpenedModel) -> AbstractContextManager[Any]:

@@ -34,7 +34,6 @@ from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
 from mtp_lightning.experiment.starting import (
     Origin,
-    adopt_trunk,
     begin_module,
     find_origin,
     recall_data,
@@ -126,13 +125,7 @@ class Run(Plan):
 
 
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
-    """Build a run: everything that its trainer needs.
-
-    Args:
-        cfg: the config.
-        folder: the run's folder.
-        peers: the processes that prepare the run together; None if this process is alone.
-    """
+    """Build a run: everything that its trainer needs. Without ``peers``, this process is alone."""
     asked = Plan(config=cfg, folder=folder, peers=Peers() if peers is None else peers)
     return built(matched(read(started(settled(asked)))))
 
@@ -145,7 +138,11 @@ def settled(asked: Plan) -> Plan:
 def started(plan: Plan) -> Plan:
     """Find what the run starts from, and take over the trunk that it brings."""
     origin = find_origin(plan.config, plan.folder, plan.peers)
-    config = adopt_trunk(recall_data(plan.config, origin), origin)
+    config = recall_data(plan.config, origin)
+    if origin.trunk is not None:
+        from mtp_lightning.experiment.init_from import adopt_trunk
+
+        config = adopt_trunk(config, origin)
     return replace(plan, config=config, origin=origin)
 
 
@@ -196,15 +193,7 @@ def _require_affordable(config: DictConfig, vocab_size: int) -> None:
 
 
 def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
-    """Train the run, and validate its last step.
-
-    Args:
-        run: the run.
-        params: its hyperparameters, for its loggers.
-
-    Returns:
-        The trainer, after training.
-    """
+    """Train the run, validate its last step, and return the trainer."""
     use_tensor_cores(run.config)
     data, module = run.data, run.module
     trainer = build_trainer(
@@ -236,11 +225,8 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
 
 
 def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:
-    """Store and print the summary and samples of the model's text, then remove surplus checkpoints.
-
-    Returns:
-        The summary.
-    """
+    """Store and print the summary and samples of the model's text, then remove surplus checkpoints;
+    return the summary."""
     module, data, folder, config = run.module, run.data, run.folder, run.config
     summary = summarise(trainer, module, data)
     for key in ("init_from", "branch_from"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def settled(**trainer: object) -> tuple[object, ...]:
 @pytest.mark.parametrize("compiler", [True, False])
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, compiler: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device, "has_compiler", lambda: compiler)
+    monkeypatch.setattr(shutil, "which", lambda name: name if compiler else None)
     assert settled() == ("cuda", "bf16-mixed", compiler)
     assert settled(accelerator="cpu") == ("cpu", "32-true", False)
     assert settled(precision="32-true", compile=False) == ("cuda", "32-true", False)

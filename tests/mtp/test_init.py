@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.init_from import start_from
+from mtp_lightning.experiment.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig

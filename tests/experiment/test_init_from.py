@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.init_from import start_from
+from mtp_lightning.experiment.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -58,26 +58,39 @@ def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
     return {module: kinds.pop() for module, kinds in found.items()}
 
 
-def test_a_larger_depth_keeps_the_old_modules_and_names_the_new(tiny_trunk: TrunkConfig) -> None:
-    start = start_of(tiny_trunk, depth=1)
-    model = fresh(tiny_trunk, depth=3)
+@pytest.mark.parametrize(
+    ("old", "now", "kept", "new", "dropped"),
+    [
+        ({"depth": 1}, {"depth": 3}, [0], [1, 2], []),
+        ({"depth": 3}, {"depth": 1}, [0], [], [1, 2]),
+        ({"depth": 2, "share_layers": True}, {"depth": 2}, [0], [1], []),
+        # Switches of training alone.
+        (
+            {"depth": 2},
+            {"depth": 2, "detach": "all", "freeze_trunk": True, "hidden_state_mixing": True},
+            [0, 1],
+            [],
+            [],
+        ),
+    ],
+)
+def test_modules_are_kept_new_or_dropped(
+    tiny_trunk: TrunkConfig,
+    old: dict[str, Any],
+    now: dict[str, Any],
+    kept: list[int],
+    new: list[int],
+    dropped: list[int],
+) -> None:
+    start, model = start_of(tiny_trunk, **old), fresh(tiny_trunk, **now)
     inherited = start_from(model, start)
-    assert origin(model, start) == {
-        "trunk": "old",
-        "mtp.depths.0": "old",
-        "mtp.depths.1": "new",
-        "mtp.depths.2": "new",
-    }
-    assert str(inherited) == (
-        "trunk and head kept; kept: mtp.depths.0; new: mtp.depths.1, mtp.depths.2"
-    )
-
-
-def test_a_smaller_depth_names_what_it_drops(tiny_trunk: TrunkConfig) -> None:
-    start = start_of(tiny_trunk, depth=3)
-    model = fresh(tiny_trunk, depth=1)
-    assert start_from(model, start).dropped == ["mtp.depths.1", "mtp.depths.2"]
-    assert origin(model, start) == {"trunk": "old", "mtp.depths.0": "old"}
+    depths = {"kept": kept, "new": new, "dropped": dropped}
+    names = {what: [f"mtp.depths.{k}" for k in found] for what, found in depths.items()}
+    assert vars(inherited) == names
+    told = [f"{what}: {', '.join(modules)}" for what, modules in names.items() if modules]
+    assert str(inherited) == "; ".join(["trunk and head kept", *told])
+    expected = dict.fromkeys(["trunk", *names["kept"]], "old") | dict.fromkeys(names["new"], "new")
+    assert origin(model, start) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,12 +110,6 @@ def test_another_variant_starts_its_stack_fresh(
     assert torch.equal(model.trunk.blocks[0].attention.qkv.weight, found)
     for name, tensor in fresh(tiny_trunk, new, depth=1).mtp.state_dict().items():
         assert torch.equal(model.mtp.state_dict()[name], tensor)
-
-
-def test_unshared_layers_start_from_the_shared_one(tiny_trunk: TrunkConfig) -> None:
-    start = start_of(tiny_trunk, depth=2, share_layers=True)
-    inherited = start_from(fresh(tiny_trunk, depth=2), start)
-    assert (inherited.kept, inherited.new) == (["mtp.depths.0"], ["mtp.depths.1"])
 
 
 def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
@@ -130,11 +137,6 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
             start_from(model, bad)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), "a refused start changed weights"
-
-
-def test_training_switches_may_change(tiny_trunk: TrunkConfig) -> None:
-    model = fresh(tiny_trunk, depth=2, detach="all", freeze_trunk=True, hidden_state_mixing=True)
-    assert start_from(model, start_of(tiny_trunk, depth=2)).new == []
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -165,7 +167,7 @@ def test_a_frozen_trunk_costs_less(tiny_trunk: TrunkConfig) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of depth 1, and the cache beside it."""
+    """A finished run of depth 1, and the cache next to it."""
     folder = tmp_path_factory.mktemp("init_from")
     settings = {"mtp.depth": 1, "trainer.max_steps": 4, "trainer.val_check_interval": 2}
     helpers.train_here(folder / "base", folder / "cache", settings)

@@ -8,19 +8,113 @@ model lacks are dropped; a log message lists both.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.instantiate import trusted_packages
+from mtp_lightning.experiment.starting import Origin
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.starting import read_text
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.opening import Stored, StoredModel, load_weights
+from mtp_lightning.opening import Stored, StoredModel, load_weights, read_model
 from mtp_lightning.run.config import describe_differences
+from mtp_lightning.run.loading import brought_trunk
+from mtp_lightning.stored import targets
+
+if TYPE_CHECKING:
+    from data_modules import WindowDataModule
+
+log = logging.getLogger(__name__)
+
+# The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
+_BEGINNING_TOKENS = 8192
+
+
+def with_model(found: Origin, config: DictConfig) -> Origin:
+    """Add the model of ``init_from`` to the origin. A run that has a checkpoint takes the model
+    from there, since the original may have changed or be gone."""
+    allow = trusted_packages(config)
+    start: StoredModel | None = None
+    if found.content is None:
+        start = read_model(config.init_from, allow=allow)
+        state, brings, trunk = start.tokenizer_state, start.brings_trunk, start.config.trunk
+    else:
+        state, brings = found.content.get("tokenizer"), brought_trunk(found.content)
+        if brings:
+            trunk = ModelConfig.from_dict(found.content["model_config"], allow=allow).trunk
+    if start is not None and brings and state is None:
+        log.warning(
+            "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
+            "which must be those that the model was trained with.",
+            start.path,
+        )
+    return replace(found, start=start, tokenizer_state=state, trunk=trunk if brings else None)
+
+
+def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
+    """Return the config with an imported trunk as its ``model``. Keys of training, such as dropout,
+    keep the config's values.
+
+    Raises:
+        UserError: the command line asks for another trunk.
+    """
+    trunk = origin.trunk
+    assert trunk is not None
+    source = config.init_from if origin.start is None else origin.start.path
+    # The imported config becomes part of this run's config, from which any class may be built.
+    if foreign := targets(asdict(trunk)):
+        raise UserError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
+    shape, free = _with_targets(trunk), free_keys(trunk)
+    asked = OmegaConf.create({"model": shape})
+    for override in overridden("model"):
+        key = override.split("=")[0]
+        found = OmegaConf.select(asked, key) if key != "model" else None
+        if key.removeprefix("model.") in free or found == OmegaConf.select(config, key):
+            continue
+        raise UserError(
+            f"{override} does not fit init_from={source}, which brings its own trunk"
+            + (f" with {key}={found}" if key != "model" else "")
+            + f": leave {key}= out."
+        )
+    for key in free:
+        value = OmegaConf.select(config.model, key)
+        *parents, last = key.split(".")
+        owner = shape[parents[0]] if parents else shape
+        if value is not None and last in owner:
+            owner[last] = value
+    config = config.copy()
+    config.model = {"_target_": config.model["_target_"], **shape}
+    return config
+
+
+def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
+    """Write a trunk's config as the group ``model`` does: each layer with its ``_target_``."""
+    layers = {
+        layer.family: {"_target_": f"{type(layer).__module__}.{type(layer).__qualname__}"}
+        for layer in (trunk.attention, trunk.feed_forward)
+    }
+    return {
+        name: {**layers[name], **value} if name in layers else value
+        for name, value in asdict(trunk).items()
+    }
+
+
+def beginning_windows(data: WindowDataModule) -> WindowBatch:
+    """Training windows at even distances in the corpus, about 8192 positions in total. They do not
+    depend on the run's seed, batch size or number of processes."""
+    dataset = data.train_dataloader().dataset
+    rows = min(len(dataset), -(-_BEGINNING_TOKENS // data.seq_len))
+    return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +157,6 @@ def start_from(
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
         _check_meaning(start.path, old, wanted)
-    stored: dict[str, torch.Tensor | Stored] = {
-        name: t for name, t in start.weights.items() if not name.startswith("mtp.")
-    }
     own = model.state_dict()
     old_modules = _modules(start.weights)
     own_modules = _modules(own)
@@ -76,12 +167,12 @@ def start_from(
             f"mtp.init={wanted.mtp.init} has no effect: init_from={start.path} holds every module "
             "of this run; set mtp.init=random."
         )
-    for name, tensor in start.weights.items():
-        if _module(name) in kept:
-            stored[name] = tensor
-    for name, tensor in own.items():
-        if _module(name) in new:
-            stored[name] = tensor
+    stored: dict[str, torch.Tensor | Stored] = {
+        name: tensor
+        for name, tensor in start.weights.items()
+        if _module(name) is None or _module(name) in kept
+    }
+    stored |= {name: tensor for name, tensor in own.items() if _module(name) in new}
     load_weights(model, stored, source=str(start.path))
     text = None
     if wanted.mtp.init != "random":
