@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,17 +19,8 @@ from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.feed import Prediction
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.objective.targets import DepthTarget
-from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import (
-    HeadWeight,
-    chunk_rows,
-    log_probs_by_chunk,
-    through_head,
-)
+from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk
 
 
 class DepthRates(Metric):
@@ -69,7 +59,7 @@ class DepthRates(Metric):
         depth: D.
         text_bytes: evaluated UTF-8 bytes of every document of the text.
         own_head: the depths' head; None for the shared one.
-        rescore: :meth:`MTPStack.rescore` of a stack that has a rescorer; None for others.
+        rescore: ``MTPStack.rescore`` of a stack that has a rescorer; None for others.
     """
 
     full_state_update = False
@@ -200,41 +190,6 @@ class DepthRates(Metric):
         return rates
 
 
-class OwnLossRates(DepthRates):
-    """:class:`DepthRates` of the main prediction, and ``loss_depth_k`` of depths that bring a loss
-    of their own: the mean over the positions that count. Other rates they have none.
-
-    Args:
-        stack: its depths.
-        text_bytes: as for :class:`DepthRates`.
-    """
-
-    own_count: Tensor
-    own_loss: Tensor
-
-    def __init__(self, stack: MTPStack, text_bytes: Sequence[int] | None = None) -> None:
-        super().__init__(0, text_bytes)
-        self._values = partial(own_values, stack)
-        for name in ("own_count", "own_loss"):
-            zeros = torch.zeros(stack.depth, dtype=torch.float64)
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
-
-    @torch.no_grad()
-    def update(self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch) -> None:
-        """As :meth:`DepthRates.update`."""
-        super().update(hidden, weight_VC, batch)
-        for k in range(1, len(self.own_loss) + 1):
-            value_BT, valid_BT = self._values(k, hidden[k], batch)
-            self.own_count[k - 1] += valid_BT.sum()
-            self.own_loss[k - 1] += exact(value_BT).where(valid_BT, 0).sum()
-
-    def compute(self) -> dict[str, float]:
-        """As :meth:`DepthRates.compute`, with ``loss_depth_k``."""
-        means = (self.own_loss / self.own_count).tolist()
-        own = {f"loss_depth_{k}": loss for k, loss in enumerate(means, start=1)}
-        return {**super().compute(), **own}
-
-
 def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthRates:
     """What a validation measures of a model.
 
@@ -243,37 +198,12 @@ def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthR
         text_bytes: evaluated UTF-8 bytes of every document of the text.
     """
     if model.config.mtp.brings_loss:
+        from mtp_lightning.metrics.own_loss import OwnLossRates
+
         return OwnLossRates(model.mtp, text_bytes)
     rescore = None if model.mtp.rescorer is None else model.mtp.rescore
     own_head = model.mtp.own_head
     return DepthRates(model.token_depth, text_bytes, own_head=own_head, rescore=rescore)
-
-
-@torch.no_grad()
-def own_values(
-    stack: MTPStack, k: int, hidden_BTC: Tensor, batch: WindowBatch
-) -> tuple[Tensor, Tensor]:
-    """Depth ``k``'s own loss at every position [B, T], in the weight's precision whatever the
-    autocast around, and which positions count, bool [B, T]."""
-    loss = stack.own_loss(k, batch)
-    assert loss is not None
-    weight = loss.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    values_BT = torch.empty(hidden_BTC.shape[:2], dtype=dtype, device=hidden_BTC.device)
-    # Of the target, neither token nor term is read.
-    target = DepthTarget(k, batch.targets(0), 1.0, CrossEntropy(), record=values_BT)
-    prediction = Prediction(
-        hidden_BTC.to(weight.dtype),
-        [target],
-        train_head=False,
-        needs_gradient=False,
-        weight=weight,
-        loss=loss,
-        width=loss.width,
-    )
-    with torch.autocast(weight.device.type, enabled=False):
-        through_head(HeadWeight(weight), [prediction], values_BT.new_zeros(1, dtype=torch.float64))
-    return values_BT, loss.valid_BT
 
 
 def exact(values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.metrics.rates import own_values
+from mtp_lightning.metrics.own_loss import own_values
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective import through_head
