@@ -154,11 +154,6 @@ def _trainer_arguments() -> frozenset[str]:
 def require_taken(name: str, value: Any, says: str) -> None:
     """Refuse a value that a key's comment does not allow.
 
-    Args:
-        name: the dotted key.
-        value: its value.
-        says: its comment.
-
     Raises:
         UserError: the value is not allowed; the message names the values that are.
     """

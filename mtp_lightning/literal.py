@@ -66,11 +66,7 @@ _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 
 
 def literal(arguments: Sequence[str]) -> list[str]:
-    """Quote the texts and paths of a command line for Hydra. Quoting the result changes nothing.
-
-    Args:
-        arguments: the command line without the program.
-    """
+    """Quote the texts and paths of a command line for Hydra. Quoting the result changes nothing."""
     multirun = any(arg in ("-m", "--multirun", "hydra.mode=MULTIRUN") for arg in arguments)
     return [_literal(argument, multirun=multirun) for argument in arguments]
 

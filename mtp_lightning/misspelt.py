@@ -73,12 +73,7 @@ def _first(error: BaseException, said: str) -> str:
 
 
 def unknown_key(name: str, siblings: Collection[str]) -> str:
-    """The sentence that refuses a key.
-
-    Args:
-        name: the dotted key as it was typed.
-        siblings: the keys of its node.
-    """
+    """The sentence that refuses a dotted key, which is not among the keys of its node."""
     parent, _, key = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
     if name == "sweeps":

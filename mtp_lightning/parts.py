@@ -176,11 +176,7 @@ def missing(name: str, what: str) -> str:
 
 
 def absent(target: str) -> str | None:
-    """The part that would bring a class or a module, where it is not here; else None.
-
-    Args:
-        target: as in ``_target_``.
-    """
+    """The part that would bring a ``_target_`` or a module, where it is not here; else None."""
     package, _, name = target.rpartition(".")
     for part, of in PARTS.items():
         inside = f"{target}.".startswith(f"{of.module}.")

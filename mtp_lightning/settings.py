@@ -33,12 +33,9 @@ def is_whole(value: Any) -> TypeGuard[int]:
 
 
 def require(condition: bool, key: str, value: Any, wanted: str) -> None:
-    """Refuse a setting unless a condition holds.
+    """Refuse the value of a dotted key unless a condition holds.
 
     Args:
-        condition: the condition.
-        key: the dotted key, such as ``data.seq_len``.
-        value: the key's value.
         wanted: the allowed values, in words that follow "must be".
 
     Raises:
@@ -73,15 +70,8 @@ def require_number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Return the value, which must be a number within bounds.
-
-    Args:
-        key: the dotted key.
-        value: the key's value.
-        least: inclusive lower bound.
-        above: exclusive lower bound; give at most one of the two.
-        most: inclusive upper bound.
-        below: exclusive upper bound; give at most one of the two.
+    """Return the value, which must be a number within bounds. ``least`` and ``most`` are inclusive,
+    ``above`` and ``below`` exclusive; there is at most one lower and one upper bound.
 
     Raises:
         UserError: it is not a number, or out of bounds.

@@ -95,10 +95,6 @@ def values(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def require_text(node: Any, *, source: object) -> None:
     """Refuse interpolations in plain containers.
 
-    Args:
-        node: the stored value.
-        source: the file, for the message.
-
     Raises:
         UserError: a text has ``${``, or the containers are nested too deeply.
     """
@@ -116,10 +112,6 @@ def require_text(node: Any, *, source: object) -> None:
 
 def require_sizes(node: Any, *, source: object) -> None:
     """Refuse stored data settings of implausible size.
-
-    Args:
-        node: the stored group ``data``.
-        source: the file, for the message.
 
     Raises:
         UserError: a whole number exceeds the largest one for its key.
@@ -234,11 +226,7 @@ def component(name: Any) -> bool:
 
 def is_cache(folder: Any) -> bool:
     """Whether a folder that a stored file names is already a cache, so that token stores may be
-    written to it.
-
-    Args:
-        folder: the stored path.
-    """
+    written to it."""
     if not isinstance(folder, str | Path) or not str(folder):
         return False
     path = Path(folder).expanduser()

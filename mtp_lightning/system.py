@@ -50,9 +50,6 @@ def end_with(parent: int) -> bool:
     On Linux the kernel does it, when the parent's thread that started this process ends. Elsewhere
     a thread checks once per second.
 
-    Args:
-        parent: the number of the parent process.
-
     Returns:
         Whether that process is the parent now; if not, it has already ended.
     """

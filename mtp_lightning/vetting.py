@@ -56,10 +56,6 @@ def check(
 def check_values(node: Mapping[str, Any], path: str) -> None:
     """Refuse values of a node, and of all nodes in it, that the rules of their class do not allow.
 
-    Args:
-        node: the node as plain containers.
-        path: the node's dotted path in the config.
-
     Raises:
         UserError: a value is not allowed.
     """

@@ -118,9 +118,6 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
 
     Hydra composes every config twice, the first time to see whether it sets ``hydra.mode``. Only
     the command line or a config from elsewhere can do that.
-
-    Args:
-        arguments: the command line.
     """
 
     def unreported(func: Any) -> Any:

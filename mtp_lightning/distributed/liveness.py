@@ -41,9 +41,6 @@ _ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
     """Turn the error of a broken connection, during a block, into a :class:`UserError`.
 
-    Args:
-        folder: the run's folder; None before it is known.
-
     Raises:
         UserError: another process has ended.
     """
@@ -57,12 +54,7 @@ def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
 
 
 def gone_peer(said: str, folder: Path | None = None) -> UserError:
-    """The error for a process that has ended early.
-
-    Args:
-        said: the evidence for it.
-        folder: the run's folder; None before it is known.
-    """
+    """The error for a process that has ended early, with the evidence for it."""
     again = "Start all of them again."
     if folder is not None:
         again = f"With run_dir={folder} the same command continues from the last checkpoint."
@@ -155,11 +147,7 @@ class Pulse(threading.Thread):
 @contextmanager
 def looking_after_children(folder: Path) -> Iterator[None]:
     """Watch the processes that Lightning starts during a block. This replaces Lightning's own
-    observer, which kills all of them without a message.
-
-    Args:
-        folder: the run's folder.
-    """
+    observer, which kills all of them without a message."""
 
     def observe(children: Sequence[subprocess.Popen[bytes]]) -> None:
         threading.Thread(target=_look_after, args=(list(children), folder), daemon=True).start()

@@ -82,12 +82,7 @@ class Rendezvous(Peers):
 
     def told(self, key: str, decide: Callable[[], Any]) -> Any:
         """Return the first process's decision in all processes; within :meth:`handing_on`, also in
-        those that Lightning starts.
-
-        Args:
-            key: the name of the decision.
-            decide: makes the decision. It is called in the first process only, and returns a value
-                that JSON can hold.
+        those that Lightning starts. Arguments as for :class:`Peers`.
 
         Raises:
             UserError: the first process failed.
@@ -107,11 +102,7 @@ class Rendezvous(Peers):
     @contextmanager
     def handing_on(self, folder: Path) -> Iterator[None]:
         """Pass the decisions so far to the processes that Lightning starts during a block. All
-        processes connect in this block.
-
-        Args:
-            folder: the run's folder.
-        """
+        processes connect in this block."""
         os.environ[TOLD] = json.dumps({**self._told, **self._decided})
         os.environ[STARTER] = str(os.getpid())
         if self.pulse is not None:
@@ -182,9 +173,6 @@ class Rendezvous(Peers):
 
     def check(self, trainer: Mapping[str, Any]) -> None:
         """Check the number of processes against the config.
-
-        Args:
-            trainer: the config group.
 
         Raises:
             UserError: the numbers differ, or the address of the other machines is unknown.

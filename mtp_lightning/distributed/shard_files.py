@@ -71,10 +71,6 @@ def part_file(folder: Path, key: str, part: int, parts: int) -> Path:
 def files_of(content: dict[str, Any], path: Path) -> Iterator[Path]:
     """Yield the files of the shards that belong to an index.
 
-    Args:
-        content: the content of the index.
-        path: the file of the index.
-
     Raises:
         UserError: the index is damaged.
     """
@@ -88,10 +84,6 @@ def files_of(content: dict[str, Any], path: Path) -> Iterator[Path]:
 
 def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a checkpoint whose sharded tensors are :class:`Pieces`; others stay as they are.
-
-    Args:
-        content: the content of the index.
-        path: the file of the index.
 
     Raises:
         UserError: the index is damaged.
@@ -134,10 +126,6 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return a checkpoint with whole tensors, as if it had been written as one file.
-
-    Args:
-        content: the content of the index.
-        path: the file of the index.
 
     Raises:
         FileNotFoundError: a shard is missing.

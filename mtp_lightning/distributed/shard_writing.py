@@ -75,9 +75,6 @@ class ShardWriting:
     def ended(self, *, wait: bool) -> bool:
         """Whether the checkpoint is complete. All processes must call this together.
 
-        Args:
-            wait: whether to wait until it is.
-
         Raises:
             OSError: a process could not write its shards; all processes raise this.
         """

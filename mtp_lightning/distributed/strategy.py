@@ -38,11 +38,7 @@ _SPLIT_GB = 16.0
 
 
 def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Strategy:
-    """Lightning's strategy for the group ``trainer``: an object or a name.
-
-    Args:
-        trainer: the config group.
-        may_skip: whether some parameters get no gradient in some steps.
+    """See :func:`mtp_lightning.processes.strategy`.
 
     Raises:
         UserError: a setting is out of range.
@@ -140,9 +136,6 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def settled(self, *, wait: bool) -> bool:
         """Whether the newest checkpoint is complete. All processes must call this together.
-
-        Args:
-            wait: whether to wait until it is.
 
         Raises:
             OSError: it could not be written.

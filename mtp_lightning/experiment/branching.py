@@ -35,9 +35,6 @@ _COMPARED = 10_000
 def branch_point(branch_from: str) -> Path:
     """Find the checkpoint that ``RUN@STEP`` names.
 
-    Args:
-        branch_from: a run's folder and an optimizer step.
-
     Raises:
         UserError: ``branch_from`` has another form, or the run has no intact checkpoint of that
             step.
@@ -71,7 +68,6 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
 
     Args:
         stored: the content of the checkpoint that the branch continues.
-        cfg: the branch's config.
         allow: packages whose classes the stored run's schedules may use.
 
     Raises:

@@ -60,7 +60,8 @@ def generate_text(cfg: Any) -> list[Generation]:
     DecodingOptions.from_config(cfg)  # checks the options before a large model is read
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
     run = open_for(cfg)
-    terminal, marks = sys.stdout.isatty(), None
+    terminal = sys.stdout.isatty()
+    marks: Colors | Brackets | None = None
     if cfg.show_drafts:
         marks = Colors() if terminal else Brackets()
     alone = len(prompts) == 1
@@ -181,12 +182,6 @@ def continue_prompts(
 ) -> list[Generation]:
     """Continue prompts with the options of ``conf/generate.yaml``.
 
-    Args:
-        cfg: the config.
-        run: the model.
-        prompts: the texts to continue.
-        on_tokens: see :func:`~mtp_lightning.decoding.generate`.
-
     Raises:
         UserError: an option is out of range.
     """
@@ -199,8 +194,6 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay.
 
     Args:
-        cfg: the config.
-        run: the model.
         rows: texts that are mostly decoded together; None for one.
 
     Raises:

@@ -31,7 +31,6 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
     """Build the object of a node that the user composed.
 
     Args:
-        config: the node.
         kind: the class that the object must have; None allows any.
         arguments: keyword arguments in addition to the node's own keys.
 
@@ -71,7 +70,6 @@ def rebuild(
     """Build the object of a stored node, by default data.
 
     Args:
-        config: the node.
         kind: the class that the object must have; None allows any.
         allow: packages whose own classes may be built, and names of classes that may use the
             network (:data:`mtp_lightning.stored.NETWORK`).

@@ -29,13 +29,7 @@ _SEARCHED, _PIECE = 1000, 64  # pieces of held-out text that are searched, and t
 
 def print_samples(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
     """Print the model's continuations of three held-out beginnings, or its answer to a question of
-    a task.
-
-    Args:
-        model: the model, on its device.
-        data: the data that it was trained on.
-        seed: seed of the sampling.
-    """
+    a task."""
     if model.config.mtp.answers_at_once:
         return
     try:
@@ -112,9 +106,6 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
 def beginnings(texts: list[str]) -> Iterator[tuple[str, str]]:
     """Find up to three beginnings: the first function, the first class and the first sentence. More
     sentences take the place of missing code.
-
-    Args:
-        texts: pieces of held-out text.
 
     Yields:
         The kind of beginning, such as ``a class``, and its text.

@@ -210,7 +210,12 @@ class SelfGenerated(TokenDataModule):
         )
         asked = self._questions(speaker, sum(chats.values()), kept)
         prompts += zip([name for name, n in chats.items() for _ in range(n)], asked, strict=True)
-        texts = self._continue(speaker, [prompt for _, prompt in prompts], kept)
+        given = [prompt.tolist() for _, prompt in prompts]
+        said = self._say(speaker, given, self.new_tokens, kept, part="texts", seed=self.sample_seed)
+        texts = [
+            np.concatenate([prompt, ids]).astype(np.int64)
+            for (_, prompt), ids in zip(prompts, said, strict=True)
+        ]
         pieces = speaker.tokenizer.token_bytes()
         # A trunk may have more rows than its tokenizer has ids.
         pieces += [b""] * (speaker.model.config.trunk.vocab_size - len(pieces))
@@ -256,18 +261,6 @@ class SelfGenerated(TokenDataModule):
         prompts = [before] * n
         said = self._say(speaker, prompts, self.prompt_tokens, kept, part="questions", seed=seed)
         return [np.asarray([*before, *question, *after], np.int64) for question in said]
-
-    def _continue(
-        self, speaker: OpenedModel, prompts: list[np.ndarray], kept: KeptTexts
-    ) -> list[np.ndarray]:
-        """Return every prompt followed by its continuation, without end-of-text token."""
-        given = [p.tolist() for p in prompts]
-        seed = self.sample_seed
-        said = self._say(speaker, given, self.new_tokens, kept, part="texts", seed=seed)
-        return [
-            np.concatenate([prompt, ids]).astype(np.int64)
-            for prompt, ids in zip(prompts, said, strict=True)
-        ]
 
     def _say(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, TextIO
 
 from mtp_lightning.cli import printable
@@ -10,24 +9,8 @@ from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.sequence import Fresh, Generation
 
 
-class Marks(ABC):
-    """Marks that set drafts apart from the trunk's own tokens."""
-
-    @abstractmethod
-    def accepted(self, depth: int, text: str) -> str:
-        """Mark an accepted draft."""
-
-    @abstractmethod
-    def rejected(self, depth: int, text: str) -> str:
-        """Mark a rejected draft."""
-
-    @abstractmethod
-    def legend(self, depths: int) -> str:
-        """Explain the marks in one line."""
-
-
-class Colors(Marks):
-    """Marks for a terminal: one color per depth, rejected drafts struck through."""
+class Colors:
+    """Marks of drafts for a terminal: one color per depth, rejected drafts struck through."""
 
     _COLORS = (32, 36, 34, 35, 33)  # green, cyan, blue, magenta, yellow
 
@@ -46,8 +29,8 @@ class Colors(Marks):
         return self._COLORS[(depth - 1) % len(self._COLORS)]
 
 
-class Brackets(Marks):
-    """Marks for a pipe, in wdiff's notation for added and removed text."""
+class Brackets:
+    """Marks of drafts for a pipe, in wdiff's notation for added and removed text."""
 
     def accepted(self, depth: int, text: str) -> str:
         return f"{{+{depth}:{text}+}}"
@@ -66,7 +49,6 @@ class TextStream:
     """Writes the prompt with the first token, and then each token's text once it is accepted.
 
     Args:
-        tokenizer: the model's tokenizer.
         out: the file that the text is written to; also an attribute.
         prompt: the text before the generated one.
         terminal: whether ``out`` is a terminal. Control characters in the text are then replaced.
@@ -74,7 +56,13 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, out: TextIO, prompt: str, *, terminal: bool, marks: Marks | None
+        self,
+        tokenizer: Any,
+        out: TextIO,
+        prompt: str,
+        *,
+        terminal: bool,
+        marks: Colors | Brackets | None,
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer)

@@ -59,11 +59,6 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     The passes have a micro-batch's number of windows, in training mode and with gradients enabled,
     so that the states equal to the last bit those that a training step would compute.
 
-    Args:
-        model: the model, with the trunk's weights.
-        data: the data whose training windows are read.
-        trainer: the config group ``trainer``, for device and precision.
-
     Raises:
         UserError: as :func:`check_cached`; or the cached states are damaged.
         OSError: the disk is full.

@@ -123,11 +123,7 @@ class GroupedConfig(OptimizerConfig):
 
 
 class Combined(torch.optim.Optimizer):
-    """Several optimizers that step together, as one.
-
-    Args:
-        optimizers: optimizers by name.
-    """
+    """Several optimizers that step together, as one."""
 
     def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
         self.optimizers = dict(optimizers)
