@@ -15,7 +15,7 @@ keeps them under bf16-mixed, and 2 bytes for its bf16 copy while that is used.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, singledispatch
 from typing import Any
@@ -95,10 +95,7 @@ def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
 
     These are the inputs of matrices and attention in bf16, and the inputs of the two norms in fp32,
     as the residual stream has under autocast. With ``recompute`` it is the block's input only.
-
-    Args:
-        trunk: the trunk's config.
-        layer: index of the block in the trunk; None for a prediction module's block.
+    ``layer`` is None for a prediction module's block.
 
     Raises:
         UserError: no function is registered for a layer's class.
@@ -275,8 +272,8 @@ class Plan:
         return [n_weights(block) for block in blocks]
 
 
-def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
-    """Yield the lines of the report: two about the assumptions, a header, and the table's rows.
+def describe(plans: Sequence[Plan], tokens: float) -> list[str]:
+    """The lines of the report: two about the assumptions, and an aligned table.
 
     Args:
         plans: plans of one model, one per number of devices.
@@ -285,32 +282,28 @@ def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
     first, machines = plans[0], plans[0].machines
     model = first.model
     flops = first.cost.per_token(first.seq_len)
-    yield (
+    head = [
         f"{model.num_params() / 1e9:.3f}B parameters, {model.num_active_params() / 1e9:.3f}B for a "
         f"token; {flops / 1e9:.2f} GFLOPs a token at T={first.seq_len}; {first.batch} windows a "
-        f"device"
-    )
-    yield (
+        "device",
         f"estimated, not run: MFU {machines.mfu:g} of {machines.peak / 1e12:g} TFLOP/s, "
         f"{machines.memory / 1e9:g} GB, {machines.in_machine} devices a machine, "
-        f"{machines.near / 1e9:g} GB/s within and {machines.far / 1e9:g} GB/s between machines"
-    )
-    yield (
-        "devices  strategy  states  gathered  activations  head  total GB  fits  network/compute  "
-        f"tokens/s  days for {tokens:.3g}"
-    )
+        f"{machines.near / 1e9:g} GB/s within and {machines.far / 1e9:g} GB/s between machines",
+    ]
+    names = ("devices", "strategy", "states", "gathered", "activations", "head", "total GB", "fits")
+    rows = [[*names, "network/compute", "tokens/s", f"days for {tokens:.3g}"]]
     for plan in plans:
         for strategy in STRATEGIES:
             memory = plan.memory(strategy)
             parts = (memory.states, memory.gathered, memory.activations, memory.head, memory.total)
-            gigabytes = "  ".join(f"{part / 1e9:.1f}" for part in parts)
-            fits = "yes" if memory.total <= 0.9 * machines.memory else "no"
             rate = plan.tokens_per_second(strategy)
-            network = plan.network_seconds(strategy) / plan.compute_seconds()
-            yield (
-                f"{plan.devices}  {strategy}  {gigabytes}  {fits}  {network:.2f}  {rate:,.0f}  "
-                f"{tokens / rate / 86_400:.1f}"
-            )
+            row = [str(plan.devices), strategy, *(f"{part / 1e9:.1f}" for part in parts)]
+            row.append("yes" if memory.total <= 0.9 * machines.memory else "no")
+            row.append(f"{plan.network_seconds(strategy) / plan.compute_seconds():.2f}")
+            rows.append([*row, f"{rate:,.0f}", f"{tokens / rate / 86_400:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([c.rjust(w) for c, w in zip(row, widths, strict=True)] for row in rows)
+    return [*head, *map("  ".join, aligned)]
 
 
 def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
@@ -374,11 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(__doc__)
             print("\n".join(f"{f.name}={f.default:g}" for f in fields(Machines)))
             return
-        lines = list(describe(*plans_of(arguments)))
-        head, rows = lines[:2], [line.split("  ") for line in lines[2:]]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-        print("\n".join([*head, *table]))
+        print("\n".join(describe(*plans_of(arguments))))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_deepseek_v3_as_published() -> None:
         11.6e9, rel=0.01
     )
     assert tokens == 14.8e12 and plan.devices == 2048
-    lines = list(describe(plans, tokens))
+    lines = describe(plans, tokens)
     assert "estimated, not run" in lines[1] and len(lines) == 3 + len(STRATEGIES)
 
 
