@@ -38,24 +38,26 @@ def missing_value() -> None:
     OmegaConf.create({"a": {"b": "???"}}).a.b  # noqa: B018
 
 
-@pytest.mark.parametrize("fails", [user_error, own_value_error, missing_value, missing_file])
+@pytest.mark.parametrize(
+    ("fails", "of_users_code"),
+    [
+        (user_error, False),
+        (own_value_error, False),
+        (missing_value, False),
+        (missing_file, False),
+        (users_value_error, True),
+    ],
+)
 def test_what_a_user_can_mend_is_one_line(
-    fails: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+    fails: Callable[[], Any], of_users_code: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, readable_errors():
         fails()
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "HYDRA_FULL_ERROR" not in line and "Errno" not in line
-
-
-def test_a_value_error_of_a_users_own_code_says_how_to_find_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit), readable_errors():
-        users_value_error()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and line.endswith("(HYDRA_FULL_ERROR=1 shows where)")
+    assert line.startswith("error: ") and "Errno" not in line
+    assert line.endswith("(HYDRA_FULL_ERROR=1 shows where)") == of_users_code
+    assert ("HYDRA_FULL_ERROR" in line) == of_users_code
 
 
 def torchs_value_error() -> None:

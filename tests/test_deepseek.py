@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from data_modules.windows import WindowBatch
@@ -21,17 +19,17 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig, routers_of
+from mtp_lightning.paths import CONF
 from tests import deepseek, deepseek_reference, reference
+from tests.integration.helpers import composed
 from tests.losses import reported_loss
 
-CONF = Path(__file__).parents[1] / "conf"
 SIZES = ["nano", "micro", "tiny", "small", "medium", "large"]
 
 
 def preset(name: str, vocab_size: int) -> TrunkConfig:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose(overrides=[f"+model={name}"])
-    return instantiate(cfg.model, vocab_size=vocab_size, _convert_="all")
+    model = composed("config", [f"model={name}"]).model
+    return instantiate(model, vocab_size=vocab_size, _convert_="all")
 
 
 VARIANTS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,9 +15,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from tests import deepseek
 
 # transformers imports optional packages that warn; none of that is this project's.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.extras]
 
 DEEPSEEK_NAMES = {
     "input_layernorm": "attention_norm",
@@ -32,6 +32,12 @@ DEEPSEEK_NAMES = {
     "mlp.experts.gate_up_proj": "feed_forward.experts.gate_up",
     "mlp.experts.down_proj": "feed_forward.experts.down",
 }
+
+
+@pytest.fixture
+def transformers() -> Any:
+    reason = "parity with transformers needs it: pip install transformers"
+    return pytest.importorskip("transformers", reason=reason)
 
 
 def perturbed(model: torch.nn.Module) -> torch.nn.Module:
@@ -83,13 +89,9 @@ def load(model: MTPModel, hf: torch.nn.Module, block_names: dict[str, str]) -> M
     return model.eval()
 
 
-@pytest.mark.extras
 @pytest.mark.parametrize("q_rank", [12, None])
 @pytest.mark.parametrize("n_shared", [1, 2])
-def test_deepseek_v3(q_rank: int | None, n_shared: int) -> None:
-    transformers = pytest.importorskip(
-        "transformers", reason="parity with transformers needs it: pip install transformers"
-    )
+def test_deepseek_v3(transformers: Any, q_rank: int | None, n_shared: int) -> None:
     trunk = deepseek.trunk(
         latent={"q_rank": q_rank}, experts={"n_shared": n_shared}, tie_embeddings=False
     )
@@ -108,11 +110,7 @@ def test_deepseek_v3(q_rank: int | None, n_shared: int) -> None:
     compare(transformers.DeepseekV3ForCausalLM(config), trunk, DEEPSEEK_NAMES)
 
 
-@pytest.mark.extras
-def test_qwen3_for_qk_norm() -> None:
-    transformers = pytest.importorskip(
-        "transformers", reason="parity with transformers needs it: pip install transformers"
-    )
+def test_qwen3_for_qk_norm(transformers: Any) -> None:
     trunk = TrunkConfig(
         vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
         tie_embeddings=False, attention=GroupedQueryConfig(qk_norm=True),

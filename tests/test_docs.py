@@ -8,13 +8,11 @@ import json
 import re
 import runpy
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from sweeps.claims import words
-
-ROOT = Path(__file__).parents[1]
+from tests.layout import ROOT, imports, sources, takes
 
 
 def table(page: str, name: str) -> list[list[str]]:
@@ -41,24 +39,14 @@ WALKS = [
 ]
 
 
-def imported(file: Path) -> Iterator[str]:
-    """The modules of mtp_lightning that a file imports, by the first part of their names."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        yield from (name.split(".")[1] for name in names if name.startswith("mtp_lightning."))
-
-
 @pytest.mark.parametrize("module", LAYERS)
 def test_imports_run_down_the_layers(module: str) -> None:
-    package = ROOT / "mtp_lightning"
-    files = [*package.glob(f"{module}.py"), *package.glob(f"{module}/**/*.py")]
+    homes = f"mtp_lightning/{module}.py", f"mtp_lightning/{module}/"
+    files = [file for file in sources("mtp_lightning") if file.startswith(homes)]
     assert files, f"there is no mtp_lightning.{module}"
     for file in files:
-        for other in set(imported(file)) - {module}:
+        names = [name.split(".")[1] for name in imports(file) if takes(name, "mtp_lightning")]
+        for other in set(names) - {module}:
             drawn = LAYERS.get(other)  # None for what is not in the picture
             assert drawn is None or drawn > LAYERS[module], f"{file} imports {other}"
 

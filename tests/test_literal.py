@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hypothesis import example, given, settings
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mtp_lightning.literal import INPUTS, LISTS, MAPPINGS, PLACES, TEXTS, literal, quoted
-from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
+from tests.integration.helpers import composed
 
 KEYS = TEXTS | PLACES | INPUTS
 
@@ -156,9 +155,7 @@ def test_every_key_is_one_of_the_apps() -> None:
         ("generate",),
         ("export",),
     ):
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = compose(app, overrides=groups)
-        plain = OmegaConf.to_container(config)
+        plain = OmegaConf.to_container(composed(app, groups))
         assert isinstance(plain, dict)
         found |= flatten(plain).keys() & KEYS
     assert found == KEYS and MAPPINGS <= LISTS <= found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mtp_lightning.distributed import shard_files
 from mtp_lightning.errors import UserError
@@ -50,22 +51,18 @@ def same(one: Any, other: Any) -> bool:
 
 def cut(value: Any, part: int, count: int) -> Any:
     """What a part holds of a nested value, by ``torch.split``."""
-    if isinstance(value, dict):
-        return {key: cut(entry, part, count) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(cut(entry, part, count) for entry in value)
-    if not is_large(value):
-        return None
-    rows = value.split(-(-len(value) // count))
-    return (rows[part] if part < len(rows) else value[:0]).clone()
+
+    def rows(leaf: Any) -> Tensor | None:
+        if not is_large(leaf):
+            return None
+        found = leaf.split(-(-len(leaf) // count))
+        return (found[part] if part < len(found) else leaf[:0]).clone()
+
+    return tree_map(rows, value)
 
 
 def outline(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: outline(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(outline(entry) for entry in value)
-    return value.to("meta") if is_large(value) else value
+    return tree_map(lambda leaf: leaf.to("meta") if is_large(leaf) else leaf, value)
 
 
 def is_large(value: Any) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import vetting
@@ -15,6 +14,7 @@ from mtp_lightning.experiment import build
 from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.paths import CONF
+from tests.integration.helpers import composed
 
 WORDS = sorted(file.stem for file in (CONF / "mtp").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
@@ -46,13 +46,13 @@ GENERATED = ("prompts", "n_prompts", "prompt_tokens", "new_tokens", "temperature
 CHATS = ("chat_share", "chat_before", "chat_after")
 
 
-def composed(preset: str, word: str, folder: Path) -> DictConfig:
+def chosen(preset: str, word: str, folder: Path) -> DictConfig:
     asked = [f"experiment={preset}", f"mtp={word}", "init_from=null", "trainer.precision=32-true"]
     asked += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
     asked += ["trainer.accelerator=cpu", "trainer.compile=false"]
     if preset == "smollm2_heads":
         asked += ["data=stdlib", *(f"~data.{key}" for key in (*GENERATED, *CHATS))]
-    return compose("config", overrides=[*asked, *([] if preset in TASKS else TEXT)])
+    return composed("config", [*asked, *([] if preset in TASKS else TEXT)])
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [*sorted(FAST), *(pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS if p not in FAST)],
 )
 def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Path) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = composed(preset, word, folder)
+    cfg = chosen(preset, word, folder)
     vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     asked = OmegaConf.select(cfg, "stack.depth")
     begins = cfg.mtp.get("init", "random")
@@ -94,9 +93,8 @@ def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Pa
 
 
 def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
-        cfg = compose("config", overrides=[*typed, f"paths.output_dir={folder}/run"])
+    typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
+    cfg = composed("config", [*typed, f"paths.output_dir={folder}/run"])
     with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):
         vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.floor_and_gap import FloorAndGap
 from mtp_lightning.metrics import floor
 from mtp_lightning.metrics.floor import Floors, Found, floors, least_rejection
@@ -73,8 +74,6 @@ def test_no_distribution_is_rejected_less(seed: int) -> None:
 @torch.no_grad()
 def main(model: MTPModel, tokens: list[int]) -> np.ndarray:
     """The prediction after some tokens, from the trunk alone."""
-    from data_modules.windows import WindowBatch
-
     batch = WindowBatch(torch.tensor([[*tokens, *[0] * (model.depth + 1)]]), model.depth)
     return model.head(model(batch, ())[0])[0, -1].softmax(-1).numpy()
 
@@ -82,8 +81,6 @@ def main(model: MTPModel, tokens: list[int]) -> np.ndarray:
 @torch.no_grad()
 def draft(model: MTPModel, tokens: list[int], between: list[int]) -> np.ndarray:
     """What depth k says at the end of a window of ``tokens`` after k true ones."""
-    from data_modules.windows import WindowBatch
-
     k, fill = len(between), [0] * (model.depth + 1 - len(between))
     batch = WindowBatch(torch.tensor([[*tokens, *between, *fill]]), model.depth)
     return model.head(model(batch)[k])[0, -1].softmax(-1).numpy()

@@ -22,35 +22,30 @@ from tests.integration.helpers import checkpoint, config, rows, train_here, weig
 from tests.models import build
 
 
-def points(schedule: LRSchedule, max_steps: int, *steps: int) -> list[float]:
-    return [schedule(step, max_steps) for step in steps]
-
-
-def test_cosine() -> None:
-    schedule = LRSchedule("cosine", warmup_steps=10, min_ratio=0.1)
-    got = points(schedule, 110, 0, 4, 9, 10, 60, 110, 500)
-    assert got == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
-    assert schedule(35, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 0.5**0.5))
-
-
-def test_wsd() -> None:
-    schedule = LRSchedule("wsd", warmup_fraction=0.1, decay_fraction=0.2, min_ratio=0.0)
-    got = points(schedule, 100, 0, 9, 10, 79, 80, 90, 95, 100)
-    assert got == pytest.approx([0.1, 1, 1, 1, 1, 0.5, 0.25, 0])
-
-
-def test_constant_needs_no_length() -> None:
-    schedule = LRSchedule("constant", warmup_steps=4)
-    assert points(schedule, -1, 0, 3, 4, 10**6) == [0.25, 1, 1, 1]
-
-
-def test_no_warmup_starts_at_one() -> None:
-    assert LRSchedule("cosine")(0, 100) == 1.0
-
-
-def test_a_warmup_longer_than_the_run() -> None:
-    got = points(LRSchedule("wsd", warmup_steps=1000, decay_fraction=0.5), 10, 0, 9)
-    assert got == pytest.approx([0.001, 0.01])
+@pytest.mark.parametrize(
+    ("settings", "max_steps", "values"),
+    [
+        (
+            {"kind": "cosine", "warmup_steps": 10, "min_ratio": 0.1},
+            110,
+            {0: 0.1, 4: 0.5, 9: 1, 10: 1, 35: 0.55 + 0.45 * 0.5**0.5, 60: 0.55, 110: 0.1, 500: 0.1},
+        ),
+        (
+            {"kind": "wsd", "warmup_fraction": 0.1, "decay_fraction": 0.2, "min_ratio": 0.0},
+            100,
+            {0: 0.1, 9: 1, 10: 1, 79: 1, 80: 1, 90: 0.5, 95: 0.25, 100: 0},
+        ),
+        ({"kind": "cosine"}, 100, {0: 1}),  # without a warm-up
+        # A warm-up that is longer than the run.
+        ({"kind": "wsd", "warmup_steps": 1000, "decay_fraction": 0.5}, 10, {0: 0.001, 9: 0.01}),
+        # A constant rate needs no length.
+        ({"kind": "constant", "warmup_steps": 4}, -1, {0: 0.25, 3: 1, 4: 1, 10**6: 1}),
+    ],
+)
+def test_multipliers(settings: dict, max_steps: int, values: dict[int, float]) -> None:
+    schedule = LRSchedule(**settings)
+    found = {step: schedule(step, max_steps) for step in values}
+    assert found == pytest.approx(values, rel=1e-9, abs=1e-12)
 
 
 @given(
