@@ -12,7 +12,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning import keys, parts, processes
+from mtp_lightning import keys, parts
 from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.explained import groups, value_at
@@ -132,6 +132,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     """Refuse values that do not fit together, or a model too large for this machine's memory."""
     require_reach(config)
     if isinstance(trainer := config.get("trainer"), Mapping) and "strategy" in trainer:
+        from mtp_lightning import processes
+
         processes.check(trainer)
     match, reference = _value(config, "compare.match"), _value(config, "compare.reference")
     if match == "none" and reference is not None:

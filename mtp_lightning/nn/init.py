@@ -11,8 +11,6 @@ import hashlib
 import torch
 from torch import nn
 
-from mtp_lightning import processes
-
 
 def parameter_seed(seed: int, name: str) -> int:
     """A 32-bit seed from a run's seed and a parameter's name.
@@ -31,6 +29,8 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
     Random numbers are drawn on the CPU in fp32, so that the weights do not depend on the device.
     Buffers that training changes (the experts' biases) are reset too.
     """
+    from mtp_lightning import processes
+
     for module in model.modules():
         reset = getattr(module, "reset_buffers", None)
         if callable(reset):

@@ -76,24 +76,17 @@ class LRSchedule:
                 f"The learning-rate schedule {self.kind!r} needs a run length, but "
                 f"trainer.max_steps is {max_steps}: set trainer.max_steps."
             )
-        warmup = self._warmup(max_steps)
-        rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
-        if self.kind == "constant":
-            return rise
-        # The minimum covers a warm-up that overlaps the decay (short trial runs of a long recipe).
-        return min(rise, self._decayed(step, max_steps, warmup))
-
-    def _warmup(self, max_steps: int) -> int:
+        warmup = self.warmup_steps or 0
         if self.warmup_fraction is not None:
-            return math.ceil(self.warmup_fraction * max_steps)
-        return self.warmup_steps or 0
-
-    def _decayed(self, step: int, max_steps: int, warmup: int) -> float:
+            warmup = math.ceil(self.warmup_fraction * max_steps)
+        rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
         begin = warmup if self.kind == "cosine" else max_steps * (1 - self.decay_fraction)
-        if step < begin:
-            return 1.0
-        if step >= max_steps:
-            return float(self.min_ratio)
-        share = (step - begin) / (max_steps - begin)
-        left = 0.5 * (1 + math.cos(math.pi * share)) if self.kind == "cosine" else 1 - share
-        return min(1.0, max(0.0, self.min_ratio + (1 - self.min_ratio) * left))
+        if self.kind == "constant" or step < begin:
+            return rise
+        left = 0.0  # of the decay
+        if step < max_steps:
+            share = (step - begin) / (max_steps - begin)
+            left = 0.5 * (1 + math.cos(math.pi * share)) if self.kind == "cosine" else 1 - share
+        decayed = min(1.0, max(0.0, self.min_ratio + (1 - self.min_ratio) * left))
+        # The minimum covers a warm-up that overlaps the decay (short trial runs of a long recipe).
+        return min(rise, decayed)
