@@ -109,16 +109,8 @@ def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
 
 @singledispatch
 def numbers_kept(layer: Any, trunk: TrunkConfig, index: int | None) -> int:
-    """Numbers per token that a layer keeps for its backward pass. Your own layer can register here.
-
-    Args:
-        layer: config of an attention or feed-forward layer.
-        trunk: config of its trunk.
-        index: index of the block in the trunk; None for a prediction module's block.
-
-    Raises:
-        UserError: no function is registered for the layer's class.
-    """
+    """Numbers per token that an attention or feed-forward layer keeps for its backward pass, in the
+    block of this index of the trunk, as in :func:`kept_bytes`. Your own layer can register here."""
     raise UserError(f"What {type(layer).__name__} keeps for its backward pass is not known here.")
 
 

@@ -138,12 +138,8 @@ def _place(cls: type) -> str:
 
 
 def _import_siblings(module: str, named: str | None = None) -> None:
-    """Import the modules in the folder of a family's base, which register their variants.
-
-    Args:
-        module: the module of the base.
-        named: the one module to import; None for all of them.
-    """
+    """Import the modules in the folder of a family's base, or only the one that is named, which
+    register their variants."""
     package = importlib.import_module(module.rpartition(".")[0])
     for found in pkgutil.iter_modules(package.__path__):
         if named in (None, found.name):

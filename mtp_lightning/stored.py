@@ -242,12 +242,8 @@ def memory_bytes() -> int:
 
 
 def require_memory(config: Any, *, bytes_each: int, machines: int = 1) -> None:
-    """Refuse a model that is too large for this machine's memory, before it is built.
-
-    Args:
-        config: a ``ModelConfig``.
-        bytes_each: bytes per weight.
-        machines: the number of machines, of this one's size, that share the model.
+    """Refuse the model of a ``ModelConfig`` that is too large for the memory of the machines (of
+    this one's size) that share it, before it is built; a weight takes ``bytes_each``.
 
     Raises:
         UserError: the model is too large.

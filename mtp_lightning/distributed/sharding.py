@@ -74,13 +74,8 @@ class Sharded(Tensors):
 
 
 def build_mesh(device: str, world: int, shard_size: int | None) -> DeviceMesh:
-    """Build the mesh of all processes: (shard), or (replicate, shard).
-
-    Args:
-        device: the type of device.
-        world: the number of processes.
-        shard_size: processes that share one replica of the model; None for all.
-    """
+    """Build the mesh of all ``world`` processes: (shard), or (replicate, shard) if only
+    ``shard_size`` of them share one replica of the model."""
     if shard_size is None or shard_size == world:
         return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
     shape = (world // shard_size, shard_size)
@@ -235,12 +230,8 @@ def place_in(mesh: DeviceMesh) -> tuple[int, int, bool]:
 
 
 def own_rows(rows: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
-    """Make this process's shard of a tensor whose rows every process can read.
-
-    Args:
-        rows: reads the rows from a first one up to another.
-        like: a tensor that is sharded in the same way.
-    """
+    """Make this process's shard of a tensor that is sharded as ``like``, and of which every process
+    can read the rows from a first one up to another."""
     if not isinstance(like, DTensor):
         return rows(0, like.shape[0])
     part, parts, _ = place_in(like.device_mesh)
