@@ -6,11 +6,12 @@ import copy
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ from data_modules.tasks import data_module as tasks
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from tests.warm import HEAVY, Done, warm
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -65,21 +69,15 @@ QUICK = {
     "callbacks.throughput.measure_matmul": "false",
 }
 
-# A quick run that answers the questions of a task.
+# What a run on a task leaves out: a text's keys.
+NO_TEXT = dict.fromkeys(("data.seq_len", "data.val_fraction", "data.eval_bytes", "tokenizer"))
+# A quick run on a task.
 TASK = {
     "data": "copy",
-    "data.task.letters": 3,
-    "data.task.shortest": 2,
-    "data.task.periods": 2,
-    "data.task.held_out": "null",
-    "data.eval_examples": 32,
-    "data.eval_bytes": None,
-    "data.val_fraction": None,
-    "data.seq_len": None,
-    "tokenizer": None,
-    "mtp": "teacherless",
-    "mtp.depth": None,
-    "lambda_schedule": "constant",
+    "data.task.letters": 4,
+    "data.task.periods": 4,
+    "data.eval_examples": 30,
+    **NO_TEXT,
 }
 
 
@@ -181,6 +179,18 @@ def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def kill_at(args: list[str], run_dir: Path, step: int) -> None:
+    """Start a run and kill it as soon as it has logged ``step``."""
+    run_dir.mkdir(exist_ok=True)
+    process = start(args, run_dir / "first.log")
+    try:
+        wait_for_step(process, run_dir, step)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
 def wait_for_step(
     process: subprocess.Popen[bytes], run_dir: Path, step: int, *, seconds: float = 480
 ) -> None:
@@ -223,6 +233,12 @@ def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
 def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     """The weights in a run's checkpoint."""
     return checkpoint(run_dir, name)["state_dict"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both runs logged the same rows and ended with the same state, bit for bit."""
+    assert rows(a) == rows(b)
+    assert_same_weights(a, b)
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
@@ -272,26 +288,41 @@ def as_it_was_before(run: Path, copy: Path) -> None:
     (copy / "summary.json").unlink()
 
 
-def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
+def resume_from_previous(run: Path, copy: Path, cache: Path, settings: dict[str, Any]) -> None:
+    """A finished run continues from the checkpoint before its last one as though it had not ended:
+    ``copy`` becomes the same run."""
+    as_it_was_before(run, copy)
+    train_here(copy, cache, settings)
+    assert_same_run(run, copy)
+
+
+def train_with(
+    folder: Path, cache: Path, callbacks: list[pl.Callback], settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A quick run with further callbacks, before its own."""
+    from mtp_lightning.experiment import training
+
+    build = training.build_trainer
+
+    def with_callbacks(*args: Any, **kwargs: Any) -> pl.Trainer:
+        trainer = build(*args, **kwargs)
+        trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "build_trainer", with_callbacks)
+        return training.train(config(folder, cache, settings))
+
+
+def stop_after(folder: Path, cache: Path, settings: dict[str, Any], step: int) -> None:
     """Run up to ``step`` and stop there, as at the end of a time limit: with a checkpoint.
 
     Lightning validates where it stops: only at a step that validates anyway are the rows the same.
     """
     import lightning.pytorch as pl
 
-    from mtp_lightning.experiment import training
-
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
             trainer.should_stop = trainer.global_step >= step
 
-    build = training.build_trainer
-
-    def stopping(*args: object, **kwargs: object) -> pl.Trainer:
-        trainer = build(*args, **kwargs)  # type: ignore[arg-type]
-        trainer.callbacks.insert(0, Stop())  # type: ignore[attr-defined]
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_trainer", stopping)
-        training.train(config(folder, cache, settings))
+    train_with(folder, cache, [Stop()], settings)

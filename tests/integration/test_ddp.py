@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.integration.helpers import (
+    assert_same_run,
     checkpoint,
     column,
     command,
     evaluated,
     execute,
+    kill_at,
     rows,
-    start,
     train_here,
-    wait_for_step,
     weights,
 )
 
@@ -116,14 +116,8 @@ def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
     whole = execute(command(tmp_path / "whole", cache, common))
     assert whole.returncode == 0, whole.stderr
     args = command(tmp_path / "killed", cache, common)
-    (tmp_path / "killed").mkdir()
-    process = start(args, tmp_path / "killed" / "first.log")
-    wait_for_step(process, tmp_path / "killed", 25)
-    process.kill()
-    process.wait()
+    kill_at(args, tmp_path / "killed", 25)
     assert checkpoint(tmp_path / "killed")["global_step"] < 100
     again = execute(args)
     assert again.returncode == 0, again.stderr
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    left, right = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert [name for name in right if not torch.equal(left[name], right[name])] == []
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -87,9 +87,8 @@ def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> 
 
 def test_of_a_task_the_examples_are_looked_at(cache: Path, tmp_path: Path) -> None:
     task = {
-        "data": "star_graph", "data.eval_examples": 16, "tokenizer": None, "data.eval_bytes": None,
-        "data.val_fraction": None, "data.seq_len": 60, "trainer.max_steps": 2,
-        "trainer.val_check_interval": 2, "model.n_layers": 2,
+        **helpers.NO_TEXT, "data": "star_graph", "data.eval_examples": 16, "data.seq_len": 60,
+        "trainer.max_steps": 2, "trainer.val_check_interval": 2, "model.n_layers": 2,
     }  # fmt: skip
     helpers.train_here(tmp_path / "trunk", cache, {**task, "mtp": "none", "mtp.depth": None})
     heads = {**task, "init_from": tmp_path / "trunk", "mtp.init": "last_block"}

@@ -14,6 +14,7 @@ import torch
 from mtp_lightning.run.checkpoints import load
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
+    NO_TEXT,
     ROOT,
     checkpoint,
     command,
@@ -48,15 +49,7 @@ MOE = {
     "model.feed_forward.d_expert": 16,
     "model.feed_forward.sequence_loss": 0.01,
 }
-TASK = {
-    "data": "star_graph",
-    "tokenizer": None,
-    "data.seq_len": None,
-    "data.eval_bytes": None,
-    "data.val_fraction": None,
-    "data.examples": 400,
-    "data.eval_examples": 24,
-}
+TASK = {**NO_TEXT, "data": "star_graph", "data.examples": 400, "data.eval_examples": 24}
 CASES: dict[str, dict[str, Any]] = {
     # Several things in one run, where they have nothing to do with each other.
     "untied": {
