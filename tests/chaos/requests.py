@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.bad_input import Finished
-from tests.chaos.cases import Case, hold
+from tests.chaos.cases import Attempt, Case, hold
+from tests.chaos.given import Finished
 from tests.chaos.processes import Process
 
 Answer = tuple[int, bytes]
@@ -161,9 +161,6 @@ class Served:
         assert self._process is not None
         pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
         return int(pages) * 4096
-
-
-Attempt = Callable[[Path, random.Random], str]
 
 
 def _send(connection: http.client.HTTPConnection, body: bytes) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from omegaconf import DictConfig
 
 from data_modules.tasks import data_module as tasks
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.run.checkpoints import load
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from tests.warm import HEAVY, Done, warm
 
@@ -69,6 +71,13 @@ QUICK = {
     "callbacks.throughput.measure_matmul": "false",
 }
 
+# A learning rate and lambdas that rest.
+CONSTANT = {
+    "lambda_schedule": "constant",
+    "optimizer.schedule.kind": "constant",
+    "optimizer.schedule.warmup_steps": 0,
+    "optimizer.schedule.warmup_fraction": "null",
+}
 # What a run on a task leaves out: a text's keys.
 NO_TEXT = dict.fromkeys(("data.seq_len", "data.val_fraction", "data.eval_bytes", "tokenizer"))
 # A quick run on a task.
@@ -171,6 +180,13 @@ def execute(
     return warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
 
 
+def train_apart(run_dir: Path, cache: Path, settings: dict[str, Any] | None = None) -> Done:
+    """A quick run by the command line, to its end."""
+    done = execute(command(run_dir, cache, settings))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a command in the background; both of its outputs go to ``log``."""
     with log.open("wb") as file:
@@ -226,8 +242,10 @@ def column(run_dir: Path, tag: str) -> dict[int, float]:
 
 
 def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """A checkpoint of a run, read by torch alone."""
-    return torch.load(run_dir / "checkpoints" / name, map_location="cpu", weights_only=True)
+    """A checkpoint of a run, read by torch alone; one in parts as the product puts it together."""
+    path = run_dir / "checkpoints" / name
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return load(path) if "parts" in content else content
 
 
 def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
@@ -243,18 +261,36 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def assert_same_weights(a: Path, b: Path) -> None:
     """Both runs ended with the same weights and the same optimizer state, bit for bit."""
-    for one, other in (
-        (weights(a), weights(b)),
-        (_moments(checkpoint(a)), _moments(checkpoint(b))),
-    ):
-        assert one.keys() == other.keys() and one
-        different = [name for name in one if not torch.equal(one[name], other[name])]
-        assert not different
+    one, other = checkpoint(a), checkpoint(b)
+    for key in ("state_dict", "optimizer_states"):
+        assert one[key]
+        assert_equal(one[key], other[key], key)
 
 
-def _moments(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    state = content["optimizer_states"][0]["state"]
-    return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items()}
+def assert_equal(a: Any, b: Any, where: str = "", *, without: Collection[str] = ()) -> None:
+    """Nested containers of tensors, bit for bit; ``without`` names keys that are not compared."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - set(without):
+            assert_equal(a[key], b[key], f"{where}.{key}", without=without)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_equal(one, other, f"{where}[{i}]", without=without)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def assert_near_rows(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
+    """Every column of every row is near that of another run."""
+    found, wanted = rows(run), rows(reference)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted] and found
+    for one, other in zip(found, wanted, strict=True):
+        # A gain is a small difference of losses, and as exact as they are.
+        assert one == {
+            tag: pytest.approx(value, rel=rel, abs=rel if "gain" in tag else None)
+            for tag, value in other.items()
+        }
 
 
 def fails(

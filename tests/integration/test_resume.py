@@ -23,11 +23,11 @@ from tests.integration.helpers import (
     checkpoint,
     column,
     command,
-    execute,
     kill_at,
     rows,
     start,
     stop_after,
+    train_apart,
     train_here,
     wait_for_step,
     weights,
@@ -88,12 +88,10 @@ def killed(once: Once, cache: Path) -> Killed:
 
 def kill_and_start_again(folder: Path, cache: Path) -> None:
     settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0.05}
-    args = command(folder, cache, settings)
-    kill_at(args, folder, 47)
+    kill_at(command(folder, cache, settings), folder, 47)
     step = checkpoint(folder)["global_step"]
     logged = max(column(folder, "train/loss"))
-    done = execute(args)
-    assert done.returncode == 0, done.stderr
+    done = train_apart(folder, cache, settings)
     told = {"step": step, "logged": logged, "message": done.stderr + done.stdout}
     (folder / "killed.json").write_text(json.dumps(told))
 
@@ -295,8 +293,7 @@ def test_killed_right_behind_a_save(
 @pytest.mark.long
 @pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
 def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
-    args = command(tmp_path, cache, LONG)
-    kill_at(args, tmp_path, step)
+    kill_at(command(tmp_path, cache, LONG), tmp_path, step)
     train_here(tmp_path, cache, LONG)
     assert_same_run(tmp_path, whole)
 

@@ -24,6 +24,7 @@ from tests.integration.helpers import (
     config,
     execute,
     rows,
+    train_apart,
     train_here,
 )
 
@@ -167,14 +168,12 @@ def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
 def test_two_processes_stop_together(tmp_path: Path, cache: Path, restart: bool) -> None:
     common = EASY | {"trainer.precision": "64-true"}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
-    done = execute(command(tmp_path / "two", cache, common | two))
-    assert done.returncode == 0, done.stderr
+    train_apart(tmp_path / "two", cache, common | two)
     alone, together = train_here(tmp_path / "one", cache, common), stored(tmp_path / "two")
     for key in ("solved_at", "time_to_solve"):
         assert {**together[key], "seconds": 0} == {**alone[key], "seconds": 0}
     if restart:
-        again = execute(command(tmp_path / "two", cache, common | two))
-        assert again.returncode == 0, again.stderr
+        train_apart(tmp_path / "two", cache, common | two)
         assert stored(tmp_path / "two")["solved_at"] == together["solved_at"]
 
 

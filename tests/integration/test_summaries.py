@@ -18,6 +18,7 @@ from mtp_lightning.opening import open_model
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
     TASK,
+    assert_near_rows,
     checkpoint,
     composed,
     evaluated,
@@ -107,17 +108,7 @@ def test_accumulation_and_two_processes_change_nothing(tmp_path: Path, cache: Pa
         train_here(whole, cache, exact[head])
         train_here(tmp_path / f"{head}-split", cache, exact[head] | split)
         for way in ("split", "two"):
-            _same_rows(whole, tmp_path / f"{head}-{way}")
-
-
-def _same_rows(one: Path, other: Path) -> None:
-    left, right = rows(one), rows(other)
-    assert len(left) == len(right) == 10
-    for a, b in zip(left, right, strict=True):
-        counted = [tag for tag in a if tag.startswith(("val/", "train/"))]
-        assert {tag: b[tag] for tag in counted} == pytest.approx(
-            {tag: a[tag] for tag in counted}, rel=1e-7, abs=1e-12
-        )
+            assert_near_rows(tmp_path / f"{head}-{way}", whole, rel=1e-7)
 
 
 @pytest.mark.parametrize("head", HEADS)
