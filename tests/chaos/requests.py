@@ -119,7 +119,8 @@ class Served:
         """By SIGTERM."""
         if self._process is not None and os.getpid() == self._owner:
             self._process.signal(signal.SIGTERM)
-            self._process.end(timeout=60)
+            if not self._process.sleep(60):
+                self._process.signal(signal.SIGKILL)
             self._process = None
 
     def begin(self) -> http.client.HTTPConnection:
