@@ -8,12 +8,14 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mtp_lightning.module import MTPModule
 from tests.chaos.cases import Attempt, Case, hold
 from tests.chaos.given import AS_TOKENS, Finished
 from tests.chaos.jobs import SMALL, read, same_runs, whole_files
@@ -55,42 +57,47 @@ def one_sentence(ended: Ended, *, naming: str) -> None:
     hold(len(ended.errors) == 1 and naming in ended.errors[0], f"it says {ended.errors}")
 
 
-def _inject(place: str, value: float, step: int) -> Change:
-    """Put a value into one number of a step of this process."""
+def _around_steps(around: Callable[[Callable[[], Any], MTPModule], Any]) -> Change:
+    """Have every training step of this process go through a function of the step and its module."""
 
     def change() -> None:
-        from mtp_lightning.module import MTPModule
-
         train = MTPModule.training_step
 
-        def hit(tensor: torch.Tensor | None) -> None:
-            if tensor is not None:
-                tensor.detach().view(-1)[0] = value
-
         def training_step(self: MTPModule, batch: Any, batch_idx: int) -> Any:
-            now = self.trainer.global_step == step
-            weight = self.model.trunk.blocks[0].attention.out.weight
-            handle = None
-            if now and place == "the forward pass":
-                handle = self.model.trunk.register_forward_hook(
-                    lambda module, given, out: hit(out[0] if isinstance(out, tuple) else out.final)
-                )
-            elif now and place == "the backward pass":
-                handle = weight.register_hook(
-                    lambda grad: grad.index_fill(0, torch.tensor([0]), value)
-                )
-            elif now:
-                optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
-                hit(optimizer.state[weight]["exp_avg"])
-            try:
-                return train(self, batch, batch_idx)
-            finally:
-                if handle is not None:
-                    handle.remove()
+            return around(lambda: train(self, batch, batch_idx), self)
 
         MTPModule.training_step = training_step  # type: ignore[method-assign]
 
     return change
+
+
+def _inject(place: str, value: float, step: int) -> Change:
+    """Put a value into one number of a step of this process."""
+
+    def hit(tensor: torch.Tensor | None) -> None:
+        if tensor is not None:
+            tensor.detach().view(-1)[0] = value
+
+    def around(train: Callable[[], Any], module: MTPModule) -> Any:
+        if module.trainer.global_step != step:
+            return train()
+        weight = module.model.trunk.blocks[0].attention.out.weight
+        if place == "the forward pass":
+            handle = module.model.trunk.register_forward_hook(
+                lambda trunk, given, out: hit(out[0] if isinstance(out, tuple) else out.final)
+            )
+        elif place == "the backward pass":
+            handle = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), value))
+        else:
+            optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
+            hit(optimizer.state[weight]["exp_avg"])
+            return train()
+        try:
+            return train()
+        finally:
+            handle.remove()
+
+    return _around_steps(around)
 
 
 def _not_finite(place: str, value: float, whole: Finished) -> Attempt:
@@ -227,19 +234,12 @@ def _read_only(whole: Finished) -> Attempt:
 def _waiting_for(file: Path, *, step: int) -> Change:
     """Hold this process at a step until a file is there."""
 
-    def change() -> None:
-        from mtp_lightning.module import MTPModule
+    def around(train: Callable[[], Any], module: MTPModule) -> Any:
+        while module.trainer.global_step == step and not file.exists():
+            time.sleep(0.01)
+        return train()
 
-        train = MTPModule.training_step
-
-        def training_step(self: MTPModule, batch: Any, batch_idx: int) -> Any:
-            while self.trainer.global_step == step and not file.exists():
-                time.sleep(0.01)
-            return train(self, batch, batch_idx)
-
-        MTPModule.training_step = training_step  # type: ignore[method-assign]
-
-    return change
+    return _around_steps(around)
 
 
 def _two_at_once(whole: Finished) -> Attempt:

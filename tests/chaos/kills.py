@@ -8,12 +8,14 @@ same command. What it leaves must equal what the first one left, to the last bit
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,47 +270,45 @@ def mounted(folder: Path, kilobytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def _wrap(around: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+# Does an operation on a file, given its number, counted from 1, and the call.
+Operation = Callable[[int, "partial[Any]"], Any]
+
+
+def _through(operation: Operation) -> Change:
     """Have every operation on a file of this process go through a function."""
 
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: around(real, args, kwargs)
+    def change() -> None:
+        numbers = itertools.count(1)
+        for name in OPERATIONS:
+            real = getattr(os, name)
 
-    for name in OPERATIONS:
-        setattr(os, name, wrapped(getattr(os, name)))
+            def wrapped(*args: Any, real: Callable[..., Any] = real, **kwargs: Any) -> Any:
+                return operation(next(numbers), partial(real, *args, **kwargs))
+
+            setattr(os, name, wrapped)
+
+    return change
 
 
 def _counting(file: Path) -> Change:
-    def change() -> None:
-        count, pid = [0], os.getpid()
+    def operation(number: int, call: partial[Any]) -> Any:
+        if os.getpid() == os.getsid(0):  # not a child of the command
+            file.write_text(str(number))
+        return call()
 
-        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if os.getpid() == pid:
-                count[0] += 1
-                file.write_text(str(count[0]))
-            return real(*args, **kwargs)
-
-        _wrap(around)
-
-    return change
+    return _through(operation)
 
 
 def _ending(n: int, after: bool) -> Change:
-    def change() -> None:
-        count = [0]
+    def operation(number: int, call: partial[Any]) -> Any:
+        if number == n and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        value = call()
+        if number == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
 
-        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            count[0] += 1
-            if count[0] == n and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            value = real(*args, **kwargs)
-            if count[0] == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return value
-
-        _wrap(around)
-
-    return change
+    return _through(operation)
 
 
 def refusing(n: int, code: int) -> Change:
@@ -319,16 +319,10 @@ def refusing(n: int, code: int) -> Change:
         code: the system's number of the error.
     """
 
-    def change() -> None:
-        count = [0]
+    def operation(number: int, call: partial[Any]) -> Any:
+        # What is full stays full, but what is there can be removed.
+        if number >= n and call.func.__name__ != "unlink":
+            raise OSError(code, os.strerror(code), str(call.args[0]))
+        return call()
 
-        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            count[0] += 1
-            # What is full stays full, but what is there can be removed.
-            if count[0] >= n and real.__name__ != "unlink":
-                raise OSError(code, os.strerror(code), str(args[0]))
-            return real(*args, **kwargs)
-
-        _wrap(around)
-
-    return change
+    return _through(operation)

@@ -79,8 +79,8 @@ def cases(folder: Path) -> list[Case]:
         for name, bodies in made.items()
     ]
     for name, attempt in {
-        "a client that hangs up": _hung_up(served),
-        "bytes that are no HTTP": _no_http(served),
+        "a client that hangs up": _sent(served, _part_of_a_request, "its rows are free"),
+        "bytes that are no HTTP": _sent(served, _random_bytes, "it answers others"),
         "many at once": _many(served),
     }.items():
         found.append(Case("requests", name, attempt, timed=True))
@@ -189,32 +189,30 @@ def _refused(served: Served, make: Callable[[random.Random], list[bytes]]) -> At
     return attempt
 
 
-def _hung_up(served: Served) -> Attempt:
+def _sent(served: Served, make: Callable[[random.Random], bytes], told: str) -> Attempt:
+    """Bytes of clients that wait for no answer."""
+
     def attempt(folder: Path, chance: random.Random) -> str:
         served.start()
-        body = json.dumps({"prompt": "ab", "max_tokens": 8, "stream": True}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-        sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
         for _ in range(8):
             with served.connect() as connection:
-                connection.sendall(sent[: chance.randrange(1, len(sent) + 1)])
+                connection.sendall(make(chance))
                 time.sleep(chance.uniform(0, 0.05))
         served.lives()
-        return "its rows are free"
+        return told
 
     return attempt
 
 
-def _no_http(served: Served) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        served.start()
-        for _ in range(8):
-            with served.connect() as connection:
-                connection.sendall(chance.randbytes(chance.randrange(1, 20_000)))
-        served.lives()
-        return "it answers others"
+def _random_bytes(chance: random.Random) -> bytes:
+    return chance.randbytes(chance.randrange(1, 20_000))
 
-    return attempt
+
+def _part_of_a_request(chance: random.Random) -> bytes:
+    body = json.dumps({"prompt": "ab", "max_tokens": 8, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    return sent[: chance.randrange(1, len(sent) + 1)]
 
 
 def _many(served: Served) -> Attempt:

@@ -11,6 +11,7 @@ import yaml
 
 from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.opening import open_model
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
     TASK,
     assert_near_rows,
@@ -56,6 +57,12 @@ BESIDE = {
         *("val/belief_cosine", "val/belief_cosine_others"),
     },
 }
+
+
+@pytest.fixture(scope="module")
+def copying(once: Once, cache: Path) -> Path:
+    """A run on the copy task."""
+    return once("copying", lambda folder: train_here(folder, cache, TASK))
 
 
 @pytest.mark.slow
@@ -128,25 +135,25 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path / "short", cache, TASK)
-    longer = {"data.task.periods": 6, "init_from": tmp_path / "short"}
+def test_starts_from_and_is_evaluated_on_another_size(
+    tmp_path: Path, cache: Path, copying: Path
+) -> None:
+    longer = {"data.task.periods": 6, "init_from": copying}
     summary = train_here(tmp_path / "longer", cache, TASK | longer)
     assert "val/exact_match" in summary
-    found = evaluated(tmp_path / "short", "data=copy", "data.task.letters=4", "data.task.periods=9")
+    found = evaluated(copying, "data=copy", "data.task.letters=4", "data.task.periods=9")
     assert found["data"]["longest"] == 19 and "val/accuracy_position_9" in found
     with pytest.raises(ValueError, match="data=copy with its 18 symbols cannot be read"):
-        evaluated(tmp_path / "short", "data=copy")
+        evaluated(copying, "data=copy")
     with pytest.raises(ValueError, match="eval_bytes=9 has no meaning"):
-        evaluated(tmp_path / "short", "eval_bytes=9")
+        evaluated(copying, "eval_bytes=9")
     with pytest.raises(ValueError, match="symbols cannot be read by a model"):
         train_here(tmp_path / "other", cache, TASK | longer | {"data.task.letters": 9})
 
 
-def test_a_text_model_is_given_no_task(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path, cache, {"trainer.max_steps": 5})
+def test_a_text_model_is_given_no_task(finished: Path) -> None:
     with pytest.raises(ValueError, match="a model that has 257 ids of the kind byte"):
-        evaluated(tmp_path, "data=star_graph")
+        evaluated(finished, "data=star_graph")
 
 
 def test_long_range_says_that_it_does_not_apply(
@@ -159,14 +166,13 @@ def test_long_range_says_that_it_does_not_apply(
 
 @pytest.mark.slow
 def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
-    tmp_path: Path, cache: Path
+    tmp_path: Path, cache: Path, copying: Path
 ) -> None:
     refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}))
     assert refused.returncode == 1
     assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
-    train_here(tmp_path / "run", cache, TASK)
-    program = command(tmp_path, cache, {}, app="generate.py")[:2]
-    given = [f"checkpoint={tmp_path / 'run'}", "max_new_tokens=2", "num_threads=1"]
+    program = command(tmp_path, cache, app="generate.py")[:2]
+    given = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
     done = execute([*program, *given, "prompt=s0 s3 ="])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("s0 s3 = ")
@@ -212,16 +218,15 @@ def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
 
 
 @pytest.mark.extras  # transformers
-def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path / "run", cache, TASK | {"trainer.max_steps": 5})
-    program = command(tmp_path, cache, {}, app="export.py")[:2]
+def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path, copying: Path) -> None:
+    program = command(tmp_path, cache, app="export.py")[:2]
     folder = tmp_path / "folder"
-    done = execute([*program, f"checkpoint={tmp_path / 'run'}", f"output={folder}"])
+    last = copying / "checkpoints" / "last.ckpt"
+    done = execute([*program, f"checkpoint={last}", f"output={folder}"])
     assert done.returncode == 0 and "verified" in done.stdout, done.stderr
     options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
     found = evaluated(folder, "data=copy", *options)
-    own = evaluated(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert found["val/exact_match"] == own["val/exact_match"]
+    assert found["val/exact_match"] == evaluated(last)["val/exact_match"]
 
 
 @pytest.mark.long
