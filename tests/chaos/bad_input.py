@@ -11,13 +11,14 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mtp_lightning.explained import read_option
-from tests.chaos.cases import Attempt, Case, hold
+from tests.chaos.cases import Case, hold
 from tests.chaos.given import (
     AS_TEXT,
     LLAMA,
@@ -88,12 +89,12 @@ def cases(folder: Path) -> list[Case]:
                 if path.rpartition(".")[2] in _FREE:
                     continue
                 for value in wrong_values(key.says):
-                    attempt = _train_with(path, value, settings, cache, option, sound)
+                    attempt = partial(_train_with, path, value, settings, cache, option, sound)
                     made.append(Case("bad input", f"{option} {path}={value}", attempt))
     for name in ("generate", "evaluate", "export"):
         for key in read_option(CONF / f"{name}.yaml", "").keys:
             for value in wrong_values(key.says):
-                attempt = _app_with(name, f"{key.name}={value}", finished)
+                attempt = partial(_app_with, name, f"{key.name}={value}", finished)
                 made.append(Case("bad input", f"{name} {key.name}={value}", attempt))
         for what, make in FILES.items():
             made.append(_of_file(f"{name} of {what}", make, app(name), finished))
@@ -169,34 +170,37 @@ def refused(ended: Ended, *, naming: list[str]) -> str:
 
 
 def _train_with(
-    key: str, value: str, settings: dict[str, Any], cache: Path, option: str, sound: dict[str, None]
-) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        if option not in sound:  # else the fault would prove nothing
-            given = [*overrides(cache, settings), f"run_dir={folder / 'sound'}"]
-            ended = run(["train.py", *given], folder / "sound.log")
-            hold(ended.code == 0, f"without a fault it fails: {ended.out[-1500:]}")
-            sound[option] = None
-        given = [*overrides(cache, {**settings, key: value}), f"run_dir={folder / 'run'}"]
-        ended = run(["train.py", *given], folder / "log")
-        told = refused(ended, naming=[value, key, key.rpartition(".")[2]])
-        hold(not (folder / "run").exists(), "a folder is left of a run that never began")
-        return told
+    key: str,
+    value: str,
+    settings: dict[str, Any],
+    cache: Path,
+    option: str,
+    sound: dict[str, None],
+    folder: Path,
+    chance: random.Random,
+) -> str:
+    if option not in sound:  # else the fault would prove nothing
+        given = [*overrides(cache, settings), f"run_dir={folder / 'sound'}"]
+        ended = run(["train.py", *given], folder / "sound.log")
+        hold(ended.code == 0, f"without a fault it fails: {ended.out[-1500:]}")
+        sound[option] = None
+    given = [*overrides(cache, {**settings, key: value}), f"run_dir={folder / 'run'}"]
+    ended = run(["train.py", *given], folder / "log")
+    told = refused(ended, naming=[value, key, key.rpartition(".")[2]])
+    hold(not (folder / "run").exists(), "a folder is left of a run that never began")
+    return told
 
-    return attempt
 
-
-def _app_with(name: str, given: str, finished: Finished) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        before = finished.as_it_is()
-        ended = run(app(name, given)(finished.run, folder), folder / "log", folder=folder)
-        key, _, value = given.partition("=")
-        told = refused(ended, naming=[value, key])
-        hold(finished.as_it_is() == before, "the run's folder was changed")
-        _wrote_nothing(folder, [])
-        return told
-
-    return attempt
+def _app_with(
+    name: str, given: str, finished: Finished, folder: Path, chance: random.Random
+) -> str:
+    before = finished.as_it_is()
+    ended = run(app(name, given)(finished.run, folder), folder / "log", folder=folder)
+    key, _, value = given.partition("=")
+    told = refused(ended, naming=[value, key])
+    hold(finished.as_it_is() == before, "the run's folder was changed")
+    _wrote_nothing(folder, [])
+    return told
 
 
 def _of_file(

@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,14 @@ def cases(folder: Path) -> list[Case]:
     made: dict[str, Attempt] = {}
     for place in ("the forward pass", "the backward pass", "the optimizer's state"):
         for value in (math.nan, math.inf):
-            made[f"{value} in {place}"] = _not_finite(place, value, whole)
-    made["nan on one rank of two"] = _not_finite_on_one_rank(cache)
+            made[f"{value} in {place}"] = partial(_not_finite, place, value, whole)
+    made["nan on one rank of two"] = partial(_not_finite_on_one_rank, cache)
     for what in ("shrinks", "vanishes", "changes"):
-        made[f"a file of tokens {what} under a run"] = _data(what, cache)
-    made["clocks that jump"] = _clocks(whole)
-    made["a folder that vanishes"] = _vanishing(whole)
-    made["two runs at once"] = _two_at_once(whole)
-    made["a folder that becomes read-only"] = _read_only(whole)
+        made[f"a file of tokens {what} under a run"] = partial(_data, what, cache)
+    made["clocks that jump"] = partial(_clocks, whole)
+    made["a folder that vanishes"] = partial(_vanishing, whole)
+    made["two runs at once"] = partial(_two_at_once, whole)
+    made["a folder that becomes read-only"] = partial(_read_only, whole)
     return [Case("faults", name, attempt, several="rank" in name) for name, attempt in made.items()]
 
 
@@ -100,37 +101,29 @@ def _inject(place: str, value: float, step: int) -> Change:
     return _around_steps(around)
 
 
-def _not_finite(place: str, value: float, whole: Finished) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        step = chance.randint(6, STEPS - 8)
-        ended = run(
-            whole.arguments(folder / "run"), folder / "log", change=_inject(place, value, step)
-        )
-        one_sentence(ended, naming="not finite")
-        _all_finite(folder / "run")
-        _goes_on(whole, folder)
-        return f"in step {step + 1}"
-
-    return attempt
+def _not_finite(
+    place: str, value: float, whole: Finished, folder: Path, chance: random.Random
+) -> str:
+    step = chance.randint(6, STEPS - 8)
+    ended = run(whole.arguments(folder / "run"), folder / "log", change=_inject(place, value, step))
+    one_sentence(ended, naming="not finite")
+    _all_finite(folder / "run")
+    _goes_on(whole, folder)
+    return f"in step {step + 1}"
 
 
-def _not_finite_on_one_rank(cache: Path) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_steps": 12}
-        arguments = ["train.py", *overrides(cache, {**SMALL, **more})]
-        # Rank 1 is a process of its own: what is changed here is rank 0.
-        change = _inject("the forward pass", math.nan, 6)
-        ended = run([*arguments, f"run_dir={folder / 'run'}"], folder / "log", change=change)
-        hold(not ended.timed_out, "the ranks wait for each other")
-        hold(
-            ended.code == 1 and "not finite" in ended.out, f"code {ended.code}: {ended.out[-1500:]}"
-        )
-        _all_finite(folder / "run")
-        again = run([*arguments, f"run_dir={folder / 'run'}"], folder / "log")
-        hold(again.code == 0, f"started again it ends with {again.code}: {again.out[-1500:]}")
-        return "both ranks ended"
-
-    return attempt
+def _not_finite_on_one_rank(cache: Path, folder: Path, chance: random.Random) -> str:
+    more = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_steps": 12}
+    arguments = ["train.py", *overrides(cache, {**SMALL, **more})]
+    # Rank 1 is a process of its own: what is changed here is rank 0.
+    change = _inject("the forward pass", math.nan, 6)
+    ended = run([*arguments, f"run_dir={folder / 'run'}"], folder / "log", change=change)
+    hold(not ended.timed_out, "the ranks wait for each other")
+    hold(ended.code == 1 and "not finite" in ended.out, f"code {ended.code}: {ended.out[-1500:]}")
+    _all_finite(folder / "run")
+    again = run([*arguments, f"run_dir={folder / 'run'}"], folder / "log")
+    hold(again.code == 0, f"started again it ends with {again.code}: {again.out[-1500:]}")
+    return "both ranks ended"
 
 
 def _all_finite(folder: Path) -> None:
@@ -141,94 +134,79 @@ def _all_finite(folder: Path) -> None:
             hold(finite, f"{file.name} holds {name} that is not finite")
 
 
-def _data(what: str, cache: Path) -> Attempt:
+def _data(what: str, cache: Path, folder: Path, chance: random.Random) -> str:
     """A file of tokens, read as it lies on the disk, while a run reads it."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        ids = np.random.default_rng(chance.randrange(2**32)).integers(0, 250, 400_000)
-        file = folder / "tokens.npy"
-        np.save(file, ids.astype(np.uint16))
-        settings = {
-            **SMALL, **AS_TOKENS, "data.path": file, "data.held_out": 0.05,
-            "tokenizer.vocab_size": 256, "tokenizer.eot_id": 255, "data.eval_bytes": None,
-            "trainer.max_steps": 400, "trainer.val_check_interval": 100,
-        }  # fmt: skip
-        arguments = ["train.py", *overrides(cache, settings), f"run_dir={folder / 'run'}"]
-        process = Process(arguments, folder / "log")
-        while not process.ended() and _steps(folder / "run") < 20:
-            time.sleep(0.05)
-        hold(not process.ended(), f"it ended early: {process.log.read_text()[-1500:]}")
-        if what == "vanishes":
-            file.unlink()
-        else:
-            with file.open("r+b") as handle:
-                if what == "shrinks":
-                    handle.truncate(4096)
-                else:
-                    handle.seek(4096)
-                    handle.write(bytes(200_000))
-        ended = process.end(timeout=200)
-        ended.require(0, 1)
-        if what != "vanishes" or ended.code:  # the system keeps what is open
-            one_sentence(ended, naming=str(file))
-        whole_files(folder / "run")
-        return f"code {ended.code}"
-
-    return attempt
+    ids = np.random.default_rng(chance.randrange(2**32)).integers(0, 250, 400_000)
+    file = folder / "tokens.npy"
+    np.save(file, ids.astype(np.uint16))
+    settings = {
+        **SMALL, **AS_TOKENS, "data.path": file, "data.held_out": 0.05,
+        "tokenizer.vocab_size": 256, "tokenizer.eot_id": 255, "data.eval_bytes": None,
+        "trainer.max_steps": 400, "trainer.val_check_interval": 100,
+    }  # fmt: skip
+    arguments = ["train.py", *overrides(cache, settings), f"run_dir={folder / 'run'}"]
+    process = Process(arguments, folder / "log")
+    while not process.ended() and _steps(folder / "run") < 20:
+        time.sleep(0.05)
+    hold(not process.ended(), f"it ended early: {process.log.read_text()[-1500:]}")
+    if what == "vanishes":
+        file.unlink()
+    else:
+        with file.open("r+b") as handle:
+            if what == "shrinks":
+                handle.truncate(4096)
+            else:
+                handle.seek(4096)
+                handle.write(bytes(200_000))
+    ended = process.end(timeout=200)
+    ended.require(0, 1)
+    if what != "vanishes" or ended.code:  # the system keeps what is open
+        one_sentence(ended, naming=str(file))
+    whole_files(folder / "run")
+    return f"code {ended.code}"
 
 
 def _steps(folder: Path) -> int:
     return len(rows(folder)) if (folder / "metrics.csv").is_file() else 0
 
 
-def _clocks(whole: Finished) -> Attempt:
+def _clocks(whole: Finished, folder: Path, chance: random.Random) -> str:
     """All clocks of Python jump to and fro, by up to a year."""
+    jumps = random.Random(chance.random())
 
-    def attempt(folder: Path, chance: random.Random) -> str:
-        jumps = random.Random(chance.random())
+    def change() -> None:
+        for name in ("time", "monotonic", "perf_counter"):
+            real = getattr(time, name)
+            setattr(time, name, lambda real=real: real() + jumps.uniform(-3e7, 3e7))
 
-        def change() -> None:
-            for name in ("time", "monotonic", "perf_counter"):
-                real = getattr(time, name)
-                setattr(time, name, lambda real=real: real() + jumps.uniform(-3e7, 3e7))
-
-        ended = run(whole.arguments(folder / "run"), folder / "log", change=change, timeout=300)
-        ended.require(0)
-        same_runs(folder / "run", whole.run)
-        return "the same numbers"
-
-    return attempt
+    ended = run(whole.arguments(folder / "run"), folder / "log", change=change, timeout=300)
+    ended.require(0)
+    same_runs(folder / "run", whole.run)
+    return "the same numbers"
 
 
-def _vanishing(whole: Finished) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        process = Process(whole.arguments(folder / "run"), folder / "log")
-        until = chance.randint(3, STEPS - 10)
-        while not process.ended() and _steps(folder / "run") < until:
-            time.sleep(0.01)
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        ended = process.end()
-        ended.require(0, 1)
-        if ended.code:
-            one_sentence(ended, naming="run")
-        return f"code {ended.code}"
-
-    return attempt
+def _vanishing(whole: Finished, folder: Path, chance: random.Random) -> str:
+    process = Process(whole.arguments(folder / "run"), folder / "log")
+    until = chance.randint(3, STEPS - 10)
+    while not process.ended() and _steps(folder / "run") < until:
+        time.sleep(0.01)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    ended = process.end()
+    ended.require(0, 1)
+    if ended.code:
+        one_sentence(ended, naming="run")
+    return f"code {ended.code}"
 
 
-def _read_only(whole: Finished) -> Attempt:
+def _read_only(whole: Finished, folder: Path, chance: random.Random) -> str:
     """Nothing can be made durable, linked or renamed from some moment on."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        n = chance.randint(20, 100)
-        change = refusing(n, errno.EROFS)
-        ended = run(whole.arguments(folder / "run"), folder / "log", change=change)
-        one_sentence(ended, naming="Read-only")
-        whole_files(folder)
-        _goes_on(whole, folder)
-        return f"from operation {n} on"
-
-    return attempt
+    n = chance.randint(20, 100)
+    change = refusing(n, errno.EROFS)
+    ended = run(whole.arguments(folder / "run"), folder / "log", change=change)
+    one_sentence(ended, naming="Read-only")
+    whole_files(folder)
+    _goes_on(whole, folder)
+    return f"from operation {n} on"
 
 
 def _waiting_for(file: Path, *, step: int) -> Change:
@@ -242,19 +220,16 @@ def _waiting_for(file: Path, *, step: int) -> Change:
     return _around_steps(around)
 
 
-def _two_at_once(whole: Finished) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        told = folder / "told"
-        arguments = whole.arguments(folder / "run")
-        first = Process(arguments, folder / "first.log", change=_waiting_for(told, step=4))
-        while not first.ended() and _steps(folder / "run") < 2:
-            time.sleep(0.01)
-        second = run(arguments, folder / "second.log")
-        told.touch()
-        one_sentence(second, naming=str(folder / "run"))
-        ended = first.end()
-        hold(ended.code == 0, f"the first ends with {ended.code}: {ended.out[-1500:]}")
-        same_runs(folder / "run", whole.run)
-        return "the second was told"
-
-    return attempt
+def _two_at_once(whole: Finished, folder: Path, chance: random.Random) -> str:
+    told = folder / "told"
+    arguments = whole.arguments(folder / "run")
+    first = Process(arguments, folder / "first.log", change=_waiting_for(told, step=4))
+    while not first.ended() and _steps(folder / "run") < 2:
+        time.sleep(0.01)
+    second = run(arguments, folder / "second.log")
+    told.touch()
+    one_sentence(second, naming=str(folder / "run"))
+    ended = first.end()
+    hold(ended.code == 0, f"the first ends with {ended.code}: {ended.out[-1500:]}")
+    same_runs(folder / "run", whole.run)
+    return "the second was told"

@@ -90,135 +90,127 @@ def cases(folder: Path) -> list[Case]:
     made = []
     for job in jobs:
         ways: dict[str, Attempt] = {
-            name: _killed(job, whole, number) for name, number in SIGNALS.items()
+            name: partial(_killed, job, whole, number) for name, number in SIGNALS.items()
         }
         if job.processes:
-            ways["SIGKILL to any process"] = _killed(job, whole, signal.SIGKILL, anyone=True)
+            anyone = partial(_killed, job, whole, signal.SIGKILL, anyone=True)
+            ways["SIGKILL to any process"] = anyone
         else:
-            ways["SIGKILL at a file operation"] = _at_operation(job, whole, None)
-            ways["no space at a file operation"] = _at_operation(job, whole, errno.ENOSPC)
+            ways["SIGKILL at a file operation"] = partial(_at_operation, job, whole, None)
+            ways["no space at a file operation"] = partial(_at_operation, job, whole, errno.ENOSPC)
             if can_mount():
-                ways["a full disk"] = _full_disk(job, whole)
+                ways["a full disk"] = partial(_full_disk, job, whole)
         if job.name == "export":
             first = runs["sequential"]
-            ways = {name: _after(whole, first, attempt) for name, attempt in ways.items()}
+            ways = {name: partial(_after, whole, first, attempt) for name, attempt in ways.items()}
         for way, attempt in ways.items():
             timed = way.split()[0] in SIGNALS and "operation" not in way
             name = f"{job.name}, {way}"
             made.append(Case("kills", name, attempt, several=job.processes, timed=timed))
     for way, number in SIGNALS.items():
-        attempt = _killed_beside(store_job(cache), whole, number)
+        attempt = partial(_killed_beside, store_job(cache), whole, number)
         made.append(Case("kills", f"two stores at once, {way} to one", attempt, timed=True))
     return made
 
 
-def _after(whole: Whole, first: Job, attempt: Attempt) -> Attempt:
-    def both(folder: Path, chance: random.Random) -> str:
-        whole.of(first)
-        return attempt(folder, chance)
-
-    return both
+def _after(whole: Whole, first: Job, attempt: Attempt, folder: Path, chance: random.Random) -> str:
+    whole.of(first)
+    return attempt(folder, chance)
 
 
-def _killed(job: Job, whole: Whole, number: int, *, anyone: bool = False) -> Attempt:
+def _killed(
+    job: Job,
+    whole: Whole,
+    number: int,
+    folder: Path,
+    chance: random.Random,
+    *,
+    anyone: bool = False,
+) -> str:
     """By a signal after a random share of the time that it takes."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        _, reference = whole.of(job)
-        told = []
-        for _ in range(2 if chance.random() < 1 / 3 else 1):
-            process = Process(job.arguments(folder), folder / "log")
-            share = chance.uniform(0.02, 1.0)
-            if job.processes:
-                process.sleep(share * reference.seconds)
-            else:
-                process.sleep_busy(share * reference.busy)
-            victim = chance.choice(process.members()) if anyone else process.pid
-            late = process.ended()
-            with suppress(ProcessLookupError):
-                os.kill(victim, number)
-            ended = process.end(timeout=300)
-            told.append("too late" if late else f"at {share:.0%}, code {ended.code}")
-            hold(not ended.timed_out, f"it still runs {ended.seconds:.0f} s later")
-            if not (late or anyone):
-                expected = {0, -number, 128 + number}
-                hold(ended.code in expected, f"code {ended.code}: {ended.out[-1500:]}")
-            # Python says so itself where Ctrl-C finds it at its own end.
-            said = ended.out.partition("Exception ignored in")[0]
-            hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
-            process.alone(seconds=20)
-            whole_files(folder)
-        # What starts others goes on when one of them is killed, and calls it failed.
-        return _again(job, whole, folder, told, given=job.again if anyone else ())
-
-    return attempt
+    _, reference = whole.of(job)
+    told = []
+    for _ in range(2 if chance.random() < 1 / 3 else 1):
+        process = Process(job.arguments(folder), folder / "log")
+        share = chance.uniform(0.02, 1.0)
+        if job.processes:
+            process.sleep(share * reference.seconds)
+        else:
+            process.sleep_busy(share * reference.busy)
+        victim = chance.choice(process.members()) if anyone else process.pid
+        late = process.ended()
+        with suppress(ProcessLookupError):
+            os.kill(victim, number)
+        ended = process.end(timeout=300)
+        told.append("too late" if late else f"at {share:.0%}, code {ended.code}")
+        hold(not ended.timed_out, f"it still runs {ended.seconds:.0f} s later")
+        if not (late or anyone):
+            expected = {0, -number, 128 + number}
+            hold(ended.code in expected, f"code {ended.code}: {ended.out[-1500:]}")
+        # Python says so itself where Ctrl-C finds it at its own end.
+        said = ended.out.partition("Exception ignored in")[0]
+        hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
+        process.alone(seconds=20)
+        whole_files(folder)
+    # What starts others goes on when one of them is killed, and calls it failed.
+    return _again(job, whole, folder, told, given=job.again if anyone else ())
 
 
-def _killed_beside(job: Job, whole: Whole, number: int) -> Attempt:
+def _killed_beside(job: Job, whole: Whole, number: int, folder: Path, chance: random.Random) -> str:
     """Two processes do it in the same folders but for their runs, and one of them is ended: the
     other goes on as though it had been alone."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        kept, reference = whole.of(job)
-        (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
-        beside = [part for part in job.arguments(folder) if part != run_dir]
-        processes = [
-            Process(job.arguments(folder), folder / "log"),
-            Process([*beside, f"run_dir={folder / 'other'}"], folder / "other.log"),
-        ]
-        place, share = chance.randrange(2), chance.uniform(0.02, 1.0)
-        victim, other = processes[place], processes[1 - place]
-        victim.sleep_busy(share * reference.busy)
-        victim.signal(number)
-        ended, survived = victim.end(timeout=300), other.end(timeout=300)
-        told = [f"at {share:.0%}, code {ended.code}"]
-        hold(not ended.timed_out, "what was ended still runs")
-        hold(survived.code == 0, f"the other, code {survived.code}: {survived.out[-2500:]}")
-        victim.alone(seconds=20)
-        whole_files(folder)
-        return _again(job, whole, folder, told)
-
-    return attempt
+    kept, reference = whole.of(job)
+    (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
+    beside = [part for part in job.arguments(folder) if part != run_dir]
+    processes = [
+        Process(job.arguments(folder), folder / "log"),
+        Process([*beside, f"run_dir={folder / 'other'}"], folder / "other.log"),
+    ]
+    place, share = chance.randrange(2), chance.uniform(0.02, 1.0)
+    victim, other = processes[place], processes[1 - place]
+    victim.sleep_busy(share * reference.busy)
+    victim.signal(number)
+    ended, survived = victim.end(timeout=300), other.end(timeout=300)
+    told = [f"at {share:.0%}, code {ended.code}"]
+    hold(not ended.timed_out, "what was ended still runs")
+    hold(survived.code == 0, f"the other, code {survived.code}: {survived.out[-2500:]}")
+    victim.alone(seconds=20)
+    whole_files(folder)
+    return _again(job, whole, folder, told)
 
 
-def _at_operation(job: Job, whole: Whole, code: int | None) -> Attempt:
+def _at_operation(
+    job: Job, whole: Whole, code: int | None, folder: Path, chance: random.Random
+) -> str:
     """Killed just before, in, or just behind its n-th operation on a file, or told there that the
     disk is full."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        n = chance.randint(1, whole.operations(job))
-        after = chance.random() < 0.5
-        change = _ending(n, after) if code is None else refusing(n, code)
-        ended = run(job.arguments(folder), folder / "log", change=change)
-        told = [f"operation {n}, code {ended.code}"]
-        if code is None:
-            hold(not ended.timed_out, "it hangs")
-            hold(ended.code in (0, -signal.SIGKILL), f"code {ended.code}: {ended.out[-1500:]}")
-        else:
-            _said_full(ended)
-        whole_files(folder)
-        return _again(job, whole, folder, told)
-
-    return attempt
+    n = chance.randint(1, whole.operations(job))
+    after = chance.random() < 0.5
+    change = _ending(n, after) if code is None else refusing(n, code)
+    ended = run(job.arguments(folder), folder / "log", change=change)
+    told = [f"operation {n}, code {ended.code}"]
+    if code is None:
+        hold(not ended.timed_out, "it hangs")
+        hold(ended.code in (0, -signal.SIGKILL), f"code {ended.code}: {ended.out[-1500:]}")
+    else:
+        _said_full(ended)
+    whole_files(folder)
+    return _again(job, whole, folder, told)
 
 
-def _full_disk(job: Job, whole: Whole) -> Attempt:
+def _full_disk(job: Job, whole: Whole, folder: Path, chance: random.Random) -> str:
     """On a disk of its own that has less room than the job takes, and later more."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        kept, _ = whole.of(job)
-        used = sum(file.stat().st_blocks * 512 for file in kept.rglob("*") if file.is_file())
-        room = chance.randint(8, max(9, int(1.3 * used / 1024)))
-        disk = folder / "disk"
-        with mounted(disk, room):
-            ended = run(job.arguments(disk), folder / "log")
-            told = [f"{room} of {used // 1024} kB, code {ended.code}"]
-            _said_full(ended)
-            whole_files(disk)
-            subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
-            return _again(job, whole, disk, told, log=folder / "log")
-
-    return attempt
+    kept, _ = whole.of(job)
+    used = sum(file.stat().st_blocks * 512 for file in kept.rglob("*") if file.is_file())
+    room = chance.randint(8, max(9, int(1.3 * used / 1024)))
+    disk = folder / "disk"
+    with mounted(disk, room):
+        ended = run(job.arguments(disk), folder / "log")
+        told = [f"{room} of {used // 1024} kB, code {ended.code}"]
+        _said_full(ended)
+        whole_files(disk)
+        subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
+        return _again(job, whole, disk, told, log=folder / "log")
 
 
 def _said_full(ended: Ended) -> None:
