@@ -295,10 +295,11 @@ def _ending(n: int, after: bool) -> Change:
     def operation(number: int, call: partial[Any]) -> Any:
         if number == n and not after:
             os.kill(os.getpid(), signal.SIGKILL)
-        value = call()
-        if number == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return value
+        try:
+            return call()
+        finally:  # an operation that fails is one as well
+            if number == n:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     return _through(operation)
 
