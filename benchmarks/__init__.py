@@ -10,6 +10,7 @@ overhead          a run next to a bare loop; validations; checkpoints
 runs              start-up, threads, the choice of the main job
 data              loader, token store, encoder
 decode            plain and speculative decoding, trees, compiled passes
+rounds            where a decoding round goes, and the cost of its passes
 serve             the HTTP server by the number of clients
 peers             a step next to transformers and litgpt
 llama_cpp         a GGUF file next to llama.cpp

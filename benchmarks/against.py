@@ -12,9 +12,6 @@ oldest version of that file. The built base is kept in the cache folder (``trees
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +22,7 @@ from pathlib import Path
 
 from benchmarks import cli, harness
 from benchmarks.harness import ROOT, Row
-from benchmarks.same_bits import unpack
+from benchmarks.same_bits import built_tree, commit_of
 
 VOCAB_SIZES = (4096, 32768)
 STEPS: dict[str, Row] = {
@@ -87,38 +84,6 @@ def program(tree: Path, words: list[str]) -> Row:
         return harness.usage_of([sys.executable, *words, *own], tree=tree)
 
 
-def commit_of(base: str) -> str:
-    """The full name of a commit.
-
-    Raises:
-        RuntimeError: no commit has this name.
-    """
-    done = _git("rev-parse", "--verify", f"{base}^{{commit}}")
-    if done.returncode:
-        raise RuntimeError(f"--base {base} is not a commit of this repository.")
-    return done.stdout.strip()
-
-
-def built_tree(commit: str) -> Path:
-    """The folder with a commit's files, their C++ built, in the cache folder."""
-    versions = (
-        f"py{sys.version_info[0]}.{sys.version_info[1]}-torch{importlib.metadata.version('torch')}"
-    )
-    cache = Path(os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning").expanduser()
-    tree = cache / "trees" / f"{commit[:12]}-{versions}"
-    if not tree.is_dir():
-        harness.progress(f"building the C++ of {commit[:12]}")
-        tree.parent.mkdir(parents=True, exist_ok=True)
-        partial_tree = Path(tempfile.mkdtemp(dir=tree.parent))
-        try:
-            unpack(commit, partial_tree).rename(tree)
-        except BaseException:
-            shutil.rmtree(partial_tree)
-            raise
-    give_worker_files(commit, tree)
-    return tree
-
-
 def give_worker_files(commit: str, tree: Path) -> None:
     """Add the oldest ``benchmarks/workloads.py`` to the tree of a commit that has none."""
     if _git("cat-file", "-e", f"{commit}:benchmarks/workloads.py").returncode == 0:
@@ -147,6 +112,7 @@ def against(base: str, turns: int = 9, only: Sequence[str] = ("",)) -> Row:
     harness.use_cpu_time()
     commit = commit_of(base)
     trees = {"base": built_tree(commit), "tree": ROOT}
+    give_worker_files(commit, trees["base"])
     rows = []
 
     def wanted(name: str) -> bool:

@@ -6,7 +6,7 @@ Prompts of three kinds are decoded one at a time, greedily and at temperature 1,
 of drafts and with the number that pays (``drafts_that_pay``, the default of generate.py). All ways
 take turns at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy
 texts with and without drafts must be the same, token for token; how many of them are transformers',
-too, is counted. Acceptance and the cost of single passes tell what bounds the speed-up.
+too, is counted. ``benchmarks.rounds`` has the cost of single passes, which bounds the speed-up.
 ``python -m benchmarks.decoding_figure FILE.svg`` draws the stored results of all processors.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.decode import in_transformers
 from benchmarks.harness import Row
 from mtp_lightning.cpu.packed import PackedWeight, packed_copy
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
+from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import settle_drafts
 from mtp_lightning.decoding.sequence import rates
@@ -249,7 +249,7 @@ def pretrained_heads(
     llama_cpp: str = "",
     python: str = sys.executable,
 ) -> Row:
-    """All prompts, and the passes of a round of decoding.
+    """All prompts by all ways.
 
     Args:
         run: a run folder, a checkpoint or a Hugging Face folder.
@@ -294,17 +294,7 @@ def pretrained_heads(
     )
     limit = memory_limit(opened.model)
     print(f"reading the weights alone: {limit:.1f} tokens/s")
-    prompt = prompt_ids(tokenizer, "prose", PROMPTS["prose"][0])
-    costs = pass_costs(opened.model, prompt, repeats=20)
-    print("a verify pass over 1, 2, .. tokens:", [f"{1e3 * s:.1f} ms" for s in costs.verify])
-    print("a draft of depth 1, 2, ..:", [f"{1e3 * s:.1f} ms" for s in costs.draft])
-    return {
-        "processor": processor(),
-        "rows": rows,
-        "memory_limit": limit,
-        "verify_seconds": costs.verify,
-        "draft_seconds": costs.draft,
-    }
+    return {"processor": processor(), "rows": rows, "memory_limit": limit}
 
 
 main = cli.program(pretrained_heads)

@@ -25,7 +25,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.workloads import Training, fastest_product
+from benchmarks.workloads import Training
+from mtp_lightning.nn.ops import matmul_transposed
+from mtp_lightning.objective.step import OptimizerStep
 
 STEP, LOSS, PRODUCTS = "the module's step", "losses", "head's products"
 _MARK = "part: "
@@ -71,7 +73,7 @@ def profile_step(built: Training, *, n_steps: int, seconds_per_step: float) -> l
 def _product_rate() -> float:
     """FLOPs a second of the fastest product of 1024^3."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    seconds = harness.median_times({"product": lambda: fastest_product(a, b)}, repeats=5)
+    seconds = harness.median_times({"product": lambda: matmul_transposed(a, b)}, repeats=5)
     return 2 * 1024**3 / seconds["product"]
 
 
@@ -132,8 +134,6 @@ def _flops(name: str, shapes: list[list[int]]) -> int:
 @contextmanager
 def _step_spans(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let the layers of a model and the parts of its optimizer step open spans."""
-    from mtp_lightning.objective.step import OptimizerStep
-
     parts = [
         (OptimizerStep, "loss", LOSS),
         (torch.Tensor, "backward", STEP),

@@ -1,8 +1,8 @@
 """Does a change of the code leave every number as it was?
 
 Run ``python -m benchmarks.same_bits --base COMMIT``. Each configuration of :data:`CASES` trains for
-60 steps on a generated text, by one thread of this machine: once by the code of the commit,
-unpacked into a temporary folder, and once by the working tree. Losses, their weights, gradient
+60 steps on a generated text, by one thread of this machine: once by the code of the commit and once
+by the working tree. Losses, their weights, gradient
 norms and validation results in ``metrics.csv`` must agree to the last bit; if not, the exit code is
 1. It takes four minutes, half of them for the base, whose results are kept by commit and
 configuration in the cache folder (``--again`` trains it again). The base runs this file from the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -236,17 +237,48 @@ def run_child(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
     )
 
 
-def unpack(commit: str, folder: Path) -> Path:
-    """The files of a commit, with their C++ built, which rounds differently from PyTorch."""
+def commit_of(base: str) -> str:
+    """The full name of a commit.
+
+    Raises:
+        RuntimeError: no commit has this name.
+    """
+    words = ["git", "rev-parse", "--verify", f"{base}^{{commit}}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"--base {base} is not a commit of this repository.")
+    return done.stdout.strip()
+
+
+def cache_folder() -> Path:
+    """The folder for what is kept of commits."""
+    cache = os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning"
+    return Path(cache).expanduser()
+
+
+def built_tree(commit: str) -> Path:
+    """A commit's files in the cache folder, and their C++, whose rounding PyTorch does not have."""
+    python, torch = sys.version_info, importlib.metadata.version("torch")
+    tree = cache_folder() / "trees" / f"{commit[:12]}-py{python[0]}.{python[1]}-torch{torch}"
+    if tree.is_dir():
+        return tree
+    print(f"building the C++ of {commit[:12]}", file=sys.stderr, flush=True)
     archive = subprocess.run(
         ["git", "archive", "--format=tar", commit], cwd=ROOT, capture_output=True, check=True
     )
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(folder, filter="data")
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    subprocess.run(build, cwd=folder, env=quiet, check=True, capture_output=True)
-    return folder
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=tree.parent))
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(partial, filter="data")
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        subprocess.run(build, cwd=partial, env=quiet, check=True, capture_output=True)
+        partial.rename(tree)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return tree
 
 
 def kept(commit: str, case: str, versions: str) -> Path:
@@ -254,8 +286,7 @@ def kept(commit: str, case: str, versions: str) -> Path:
     native = os.environ.get("MTP_LIGHTNING_NATIVE", "built")
     said = json.dumps([made_text(), COMMON, CASES[case], versions, native])
     key = hashlib.sha256(said.encode()).hexdigest()[:12]
-    cache = os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning"
-    return Path(cache).expanduser() / "same_bits" / commit / key / case
+    return cache_folder() / "same_bits" / commit / key / case
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -276,13 +307,10 @@ def main(arguments: list[str] | None = None) -> int:
     cases = options.only or list(CASES)
     if unknown := sorted(set(cases) - CASES.keys()):
         parser.error(f"no case {', '.join(unknown)}: choose among {', '.join(CASES)}")
-    named = subprocess.run(
-        ["git", "rev-parse", "--verify", "--short=12", f"{options.base}^{{commit}}"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    if named.returncode:
-        parser.error(f"--base {options.base} is not a commit of this repository")
-    commit = named.stdout.strip()
+    try:
+        commit = commit_of(options.base)[:12]
+    except RuntimeError as error:
+        parser.error(str(error))
 
     import torch  # only for its version: both trees train in children
 
@@ -295,8 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
         base = {case: kept(commit, case, versions) for case in cases}
         missing = [case for case in cases if options.again or not base[case].is_dir()]
         if missing:
-            source, output = unpack(commit, data / commit), data / "base"
-            run_child(source, output, data, missing)
+            output = data / "base"
+            run_child(built_tree(commit), output, data, missing)
             for case in missing:
                 if not (output / case).is_dir():
                     base[case] = output / case

@@ -178,13 +178,6 @@ def decoding(task: Row) -> Iterator[Row]:
         yield decode()
 
 
-def fastest_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b.T`` by this machine's fastest kernel: oneDNN's where that is faster than MKL's."""
-    from mtp_lightning.nn.ops import matmul_transposed
-
-    return matmul_transposed(a, b)
-
-
 def prepare_process() -> None:
     """Keep freed memory, as the apps do, and require that this checkout's code is measured."""
     import mtp_lightning

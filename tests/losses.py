@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -70,28 +71,7 @@ def reported_loss(
     return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, auxiliary
 
 
-def mtp_loss(
-    model: MTPModel,
-    batch: WindowBatch,
-    weights: Sequence[float],
-    counts: Sequence[int],
-    *,
-    main: float = 1.0,
-    key: RandomKey | None = None,
-    windows: int | None = None,
-    term: Term | Objective | None = None,
-    taught: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
+def mtp_loss(*given: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     """:func:`reported_loss` without the reports."""
-    total, sums, _ = reported_loss(
-        model,
-        batch,
-        weights,
-        counts,
-        main=main,
-        key=key,
-        windows=windows,
-        term=term,
-        taught=taught,
-    )
+    total, sums, _ = reported_loss(*given, **settings)
     return total, sums

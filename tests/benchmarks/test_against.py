@@ -34,11 +34,6 @@ def test_rows_have_names_of_their_own() -> None:
     }
 
 
-def test_an_unknown_commit_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="--base no-such is not a commit"):
-        against.commit_of("no-such")
-
-
 @pytest.mark.long
 def test_a_tree_from_before_gets_the_files_of_workers(tmp_path: Path) -> None:
     """It then measures its own code: what is not there cannot be imported."""

@@ -18,6 +18,11 @@ def hold(true: bool, broken: str) -> None:
         raise Broken(broken)
 
 
+# Tries something in an empty folder with randomness of its own, and says in a few words what
+# happened. Raises :class:`Broken` if a promise did not hold.
+Attempt = Callable[[Path, random.Random], str]
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to try.
@@ -25,15 +30,14 @@ class Case:
     Attributes:
         kind: the room it is counted in: kills, bad input, hostile input, faults, requests.
         name: what is tried; together with the seed it says all.
-        attempt: tries it in an empty folder with randomness of its own, and says in a few words
-            what happened. Raises :class:`Broken` if a promise did not hold.
+        attempt: tries it.
         several: whether it starts other processes, which take seconds to begin.
         timed: whether the clock decides what happens, and no two tries are the same.
     """
 
     kind: str
     name: str
-    attempt: Callable[[Path, random.Random], str]
+    attempt: Attempt
     several: bool = False
     timed: bool = False
 

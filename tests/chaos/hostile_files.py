@@ -1,4 +1,4 @@
-"""Files that mean harm, and where a case makes them."""
+"""Files that mean harm."""
 
 from __future__ import annotations
 
@@ -7,91 +7,26 @@ import io
 import json
 import os
 import pickle
-import shutil
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.chaos.bad_input import LLAMA, Finished
 from tests.chaos.cases import hold
+from tests.chaos.given import LLAMA, Make, Place, safetensors, written
 from tests.chaos.processes import run
-
-SECRET = "the secret of another folder"
-# Writes a file at the path that it is given when it is unpickled.
-_CODE = "__import__('pathlib').Path({!r}).touch()"
-
-Make = Callable[["Place"], Path]
-
-
-class Place:
-    """Where a case works.
-
-    Args:
-        folder: empty.
-        finished: a run.
-    """
-
-    def __init__(self, folder: Path, finished: Finished) -> None:
-        self.folder, self.finished = folder, finished
-        self.given = folder / "given"
-        self.given.mkdir()
-        self.canary = folder / "canary"
-        self.secret = folder / "secret.txt"
-        self.secret.write_text(SECRET)
-
-    def payload(self) -> Any:
-        """An object whose pickle makes the canary."""
-        return _Payload(str(self.canary))
-
-    def checkpoint(self, change: Callable[[dict[str, Any]], object]) -> Path:
-        """A checkpoint of the run with a change."""
-        content = torch.load(self.finished.run / "checkpoints" / "last.ckpt", weights_only=True)
-        change(content)
-        file = self.given / "hostile.ckpt"
-        torch.save(content, file)
-        return file
-
-    def run(self, change: Callable[[dict[str, Any]], object]) -> Path:
-        """A copy of the run whose checkpoint has a change."""
-        copy = self.given / "run"
-        shutil.copytree(self.finished.run, copy)
-        for file in (copy / "checkpoints").iterdir():
-            file.unlink()
-        shutil.move(self.checkpoint(change), copy / "checkpoints" / "last.ckpt")
-        return copy
-
-    def model(self, config: dict[str, Any], **files: bytes) -> Path:
-        """A Hugging Face folder."""
-        folder = self.given / "model"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
-        for name, content in files.items():
-            (folder / name.replace("__", ".")).write_bytes(content)
-        return folder
-
-
-class _Payload:
-    def __init__(self, canary: str) -> None:
-        self._canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return eval, (_CODE.format(self._canary),)
 
 
 def _pickled(place: Place) -> Path:
-    file = place.given / "hostile.ckpt"
-    file.write_bytes(pickle.dumps(place.payload()))
-    return file
+    return place.write("hostile.ckpt", pickle.dumps(place.payload()))
 
 
 def _pickle_in_archive(place: Place) -> Path:
     """The tensors of the run, and its pickle exchanged for another."""
-    source = place.finished.run / "checkpoints" / "last.ckpt"
+    source = place.finished.checkpoint
     file = place.given / "hostile.ckpt"
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(file, "w") as new:
         for name in old.namelist():
@@ -217,13 +152,6 @@ RUNS: dict[str, Make] = {
 }
 
 
-def _safetensors(
-    header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None
-) -> bytes:
-    head = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(head) if length is None else length) + head + data
-
-
 def _index(target: str) -> Make:
     """A folder whose index says that its tensors are in another file."""
 
@@ -248,35 +176,35 @@ _EMBEDDING = "model.embed_tokens.weight"
 FOLDERS: dict[str, Make] = {
     "an index that leads outside": _index("../../secret.txt"),
     "an index of an absolute path": _index("{secret}"),
-    "a header of 2^63 bytes": _folder(model__safetensors=_safetensors({}, length=2**63)),
-    "a header longer than its file": _folder(model__safetensors=_safetensors({}, length=10**8)),
+    "a header of 2^63 bytes": _folder(model__safetensors=safetensors({}, length=2**63)),
+    "a header longer than its file": _folder(model__safetensors=safetensors({}, length=10**8)),
     "a header of deep lists": _folder(
-        model__safetensors=_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+        model__safetensors=safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
     ),
     "a tensor of 10^12 rows": _folder(
-        model__safetensors=_safetensors(
+        model__safetensors=safetensors(
             {_EMBEDDING: {"dtype": "F32", "shape": [10**12, 8], "data_offsets": [0, 4]}}, bytes(4)
         )
     ),
     "offsets behind the end": _folder(
-        model__safetensors=_safetensors(
+        model__safetensors=safetensors(
             {_EMBEDDING: {"dtype": "F32", "shape": [257, 8], "data_offsets": [0, 10**9]}}, bytes(4)
         )
     ),
     "negative offsets": _folder(
-        model__safetensors=_safetensors(
+        model__safetensors=safetensors(
             {_EMBEDDING: {"dtype": "F32", "shape": [1, 1], "data_offsets": [-8, -4]}}, bytes(4)
         )
     ),
     "10^9 layers in its config": _folder(
-        {"num_hidden_layers": 10**9}, model__safetensors=_safetensors({})
+        {"num_hidden_layers": 10**9}, model__safetensors=safetensors({})
     ),
     "a width of 10^12 in its config": _folder(
-        {"hidden_size": 10**12}, model__safetensors=_safetensors({})
+        {"hidden_size": 10**12}, model__safetensors=safetensors({})
     ),
     "code of its own": _folder(
         {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}},
-        model__safetensors=_safetensors({}),
+        model__safetensors=safetensors({}),
         evil__py=b"open('canary', 'w')",
     ),
     "weights in a pickle": lambda place: place.model(
@@ -308,7 +236,7 @@ def _slow_tokenizer(place: Place) -> Path:
 
     made = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     made.pre_tokenizer = pre_tokenizers.Split(pattern=Regex("(a+)+$"), behavior="isolated")
-    (folder / "tokenizer.json").write_text(made.to_str())
+    (folder / "tokenizer.json").writewritten(made.to_str())
     return folder
 
 
@@ -321,15 +249,6 @@ def _compressed(place: Place) -> Path:
     return file
 
 
-def _text(name: str, content: bytes) -> Make:
-    def make(place: Place) -> Path:
-        file = place.given / name
-        file.write_bytes(content)
-        return file
-
-    return make
-
-
 def _link(place: Place) -> Path:
     """A pipe without a writer, which a reader would wait for for ever."""
     file = place.given / "pipe.txt"
@@ -339,11 +258,11 @@ def _link(place: Place) -> Path:
 
 TEXTS: dict[str, Make] = {
     "a bomb of zeros": _compressed,
-    "deep JSON": _text("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
-    "a number of a million digits": _text("a.jsonl", b'{"text": ' + b"9" * 1_000_000 + b"}\n"),
-    "escape codes": _text("a.txt", b"\x1b]0;owned\x07 and more words of it\n" * 300),
-    "no gzip": _text("a.txt.gz", b"\x1f\x8b" + bytes(40)),
-    "no parquet": _text("a.parquet", b"PAR1" + bytes(40) + b"PAR1"),
+    "deep JSON": written("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
+    "a number of a million digits": written("a.jsonl", b'{"text": ' + b"9" * 1_000_000 + b"}\n"),
+    "escape codes": written("a.txt", b"\x1b]0;owned\x07 and more words of it\n" * 300),
+    "no gzip": written("a.txt.gz", b"\x1f\x8b" + bytes(40)),
+    "no parquet": written("a.parquet", b"PAR1" + bytes(40) + b"PAR1"),
     "a pipe": _link,
 }  # fmt: skip
 
@@ -355,25 +274,23 @@ def _array(header: bytes, data: bytes = b"") -> bytes:
 
 
 def _objects(place: Place) -> Path:
-    file = place.given / "a.npy"
     array = np.empty(1, dtype=object)
     array[0] = place.payload()
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=True)
-    file.write_bytes(buffer.getvalue())
-    return file
+    return place.write("a.npy", buffer.getvalue())
 
 
 _HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': (4000,)}"
 _INDEX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2**60, 2**60)
 TOKENS: dict[str, Make] = {
     "objects": _objects,
-    "10^15 numbers": _text(
+    "10^15 numbers": written(
         "a.npy", _array(b"{'descr': '<u2', 'fortran_order': False, 'shape': (1000000000000000,)}")
     ),
-    "a header that is code": _text("a.npy", _array(b"__import__('os').system('touch canary')")),
-    "negative numbers": _text("a.npy", _array(_HEADER, b"\xff" * 32000)),
-    "an odd number of bytes": _text("a.bin", bytes(4001)),
-    "a magic number and no more": _text("a.bin", struct.pack("<iii", 20240520, 1, 2**30)),
-    "an index of Megatron's that lies": _text("a.idx", _INDEX),
+    "a header that is code": written("a.npy", _array(b"__import__('os').system('touch canary')")),
+    "negative numbers": written("a.npy", _array(_HEADER, b"\xff" * 32000)),
+    "an odd number of bytes": written("a.bin", bytes(4001)),
+    "a magic number and no more": written("a.bin", struct.pack("<iii", 20240520, 1, 2**30)),
+    "an index of Megatron's that lies": written("a.idx", _INDEX),
 }  # fmt: skip

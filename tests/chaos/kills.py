@@ -8,16 +8,18 @@ same command. What it leaves must equal what the first one left, to the last bit
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.cases import Case, hold
+from tests.chaos.cases import Attempt, Case, hold
 from tests.chaos.jobs import (
     RUNS,
     Job,
@@ -87,151 +89,137 @@ def cases(folder: Path) -> list[Case]:
         jobs.append(export_job(cache, sequential))
     made = []
     for job in jobs:
-        ways: dict[str, Callable[[Path, random.Random], str]] = {
-            name: _killed(job, whole, number) for name, number in SIGNALS.items()
+        ways: dict[str, Attempt] = {
+            name: partial(_killed, job, whole, number) for name, number in SIGNALS.items()
         }
         if job.processes:
-            ways["SIGKILL to any process"] = _killed(job, whole, signal.SIGKILL, anyone=True)
+            anyone = partial(_killed, job, whole, signal.SIGKILL, anyone=True)
+            ways["SIGKILL to any process"] = anyone
         else:
-            ways["SIGKILL at a file operation"] = _at_operation(job, whole, None)
-            ways["no space at a file operation"] = _at_operation(job, whole, errno.ENOSPC)
+            ways["SIGKILL at a file operation"] = partial(_at_operation, job, whole, None)
+            ways["no space at a file operation"] = partial(_at_operation, job, whole, errno.ENOSPC)
             if can_mount():
-                ways["a full disk"] = _full_disk(job, whole)
+                ways["a full disk"] = partial(_full_disk, job, whole)
         if job.name == "export":
             first = runs["sequential"]
-            ways = {name: _after(whole, first, attempt) for name, attempt in ways.items()}
+            ways = {name: partial(_after, whole, first, attempt) for name, attempt in ways.items()}
         for way, attempt in ways.items():
             timed = way.split()[0] in SIGNALS and "operation" not in way
             name = f"{job.name}, {way}"
             made.append(Case("kills", name, attempt, several=job.processes, timed=timed))
     for way, number in SIGNALS.items():
-        attempt = _killed_beside(store_job(cache), whole, number)
+        attempt = partial(_killed_beside, store_job(cache), whole, number)
         made.append(Case("kills", f"two stores at once, {way} to one", attempt, timed=True))
     return made
 
 
-Attempt = Callable[[Path, random.Random], str]
+def _after(whole: Whole, first: Job, attempt: Attempt, folder: Path, chance: random.Random) -> str:
+    whole.of(first)
+    return attempt(folder, chance)
 
 
-def _after(whole: Whole, first: Job, attempt: Attempt) -> Attempt:
-    def both(folder: Path, chance: random.Random) -> str:
-        whole.of(first)
-        return attempt(folder, chance)
-
-    return both
-
-
-def _killed(job: Job, whole: Whole, number: int, *, anyone: bool = False) -> Attempt:
+def _killed(
+    job: Job,
+    whole: Whole,
+    number: int,
+    folder: Path,
+    chance: random.Random,
+    *,
+    anyone: bool = False,
+) -> str:
     """By a signal after a random share of the time that it takes."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        _, reference = whole.of(job)
-        told = []
-        for _ in range(2 if chance.random() < 1 / 3 else 1):
-            process = Process(job.arguments(folder), folder / "log")
-            share = chance.uniform(0.02, 1.0)
-            if job.processes:
-                process.sleep(share * reference.seconds)
-            else:
-                process.sleep_busy(share * reference.busy)
-            victim = chance.choice(process.members()) if anyone else process.pid
-            late = process.ended()
-            with suppress(ProcessLookupError):
-                os.kill(victim, number)
-            ended = process.end(timeout=300)
-            told.append("too late" if late else f"at {share:.0%}, code {ended.code}")
-            hold(not ended.timed_out, f"it still runs {ended.seconds:.0f} s later")
-            if not (late or anyone):
-                expected = {0, -number, 128 + number}
-                hold(ended.code in expected, f"code {ended.code}: {ended.out[-1500:]}")
-            # Python says so itself where Ctrl-C finds it at its own end.
-            said = ended.out.partition("Exception ignored in")[0]
-            hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
-            process.alone(seconds=20)
-            whole_files(folder)
-        # What starts others goes on when one of them is killed, and calls it failed.
-        return _again(job, whole, folder, told, given=job.again if anyone else ())
-
-    return attempt
+    _, reference = whole.of(job)
+    told = []
+    for _ in range(2 if chance.random() < 1 / 3 else 1):
+        process = Process(job.arguments(folder), folder / "log")
+        share = chance.uniform(0.02, 1.0)
+        if job.processes:
+            process.sleep(share * reference.seconds)
+        else:
+            process.sleep_busy(share * reference.busy)
+        victim = chance.choice(process.members()) if anyone else process.pid
+        late = process.ended()
+        with suppress(ProcessLookupError):
+            os.kill(victim, number)
+        ended = process.end(timeout=300)
+        told.append("too late" if late else f"at {share:.0%}, code {ended.code}")
+        hold(not ended.timed_out, f"it still runs {ended.seconds:.0f} s later")
+        if not (late or anyone):
+            expected = {0, -number, 128 + number}
+            hold(ended.code in expected, f"code {ended.code}: {ended.out[-1500:]}")
+        # Python says so itself where Ctrl-C finds it at its own end.
+        said = ended.out.partition("Exception ignored in")[0]
+        hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
+        process.alone(seconds=20)
+        whole_files(folder)
+    # What starts others goes on when one of them is killed, and calls it failed.
+    return _again(job, whole, folder, told, given=job.again if anyone else ())
 
 
-def _killed_beside(job: Job, whole: Whole, number: int) -> Attempt:
+def _killed_beside(job: Job, whole: Whole, number: int, folder: Path, chance: random.Random) -> str:
     """Two processes do it in the same folders but for their runs, and one of them is ended: the
     other goes on as though it had been alone."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        kept, reference = whole.of(job)
-        (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
-        beside = [part for part in job.arguments(folder) if part != run_dir]
-        processes = [
-            Process(job.arguments(folder), folder / "log"),
-            Process([*beside, f"run_dir={folder / 'other'}"], folder / "other.log"),
-        ]
-        place, share = chance.randrange(2), chance.uniform(0.02, 1.0)
-        victim, other = processes[place], processes[1 - place]
-        victim.sleep_busy(share * reference.busy)
-        victim.signal(number)
-        ended, survived = victim.end(timeout=300), other.end(timeout=300)
-        told = [f"at {share:.0%}, code {ended.code}"]
-        hold(not ended.timed_out, "what was ended still runs")
-        hold(survived.code == 0, f"the other, code {survived.code}: {survived.out[-2500:]}")
-        victim.alone(seconds=20)
-        whole_files(folder)
-        return _again(job, whole, folder, told)
-
-    return attempt
+    kept, reference = whole.of(job)
+    (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
+    beside = [part for part in job.arguments(folder) if part != run_dir]
+    processes = [
+        Process(job.arguments(folder), folder / "log"),
+        Process([*beside, f"run_dir={folder / 'other'}"], folder / "other.log"),
+    ]
+    place, share = chance.randrange(2), chance.uniform(0.02, 1.0)
+    victim, other = processes[place], processes[1 - place]
+    victim.sleep_busy(share * reference.busy)
+    victim.signal(number)
+    ended, survived = victim.end(timeout=300), other.end(timeout=300)
+    told = [f"at {share:.0%}, code {ended.code}"]
+    hold(not ended.timed_out, "what was ended still runs")
+    hold(survived.code == 0, f"the other, code {survived.code}: {survived.out[-2500:]}")
+    victim.alone(seconds=20)
+    whole_files(folder)
+    return _again(job, whole, folder, told)
 
 
-def _at_operation(job: Job, whole: Whole, code: int | None) -> Attempt:
+def _at_operation(
+    job: Job, whole: Whole, code: int | None, folder: Path, chance: random.Random
+) -> str:
     """Killed just before, in, or just behind its n-th operation on a file, or told there that the
     disk is full."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        n = chance.randint(1, whole.operations(job))
-        after = chance.random() < 0.5
-        change = _ending(n, after) if code is None else refusing(n, code)
-        ended = run(job.arguments(folder), folder / "log", change=change)
-        told = [f"operation {n}, code {ended.code}"]
+    n = chance.randint(1, whole.operations(job))
+    after = chance.random() < 0.5
+    change = _ending(n, after) if code is None else refusing(n, code)
+    ended = run(job.arguments(folder), folder / "log", change=change)
+    told = [f"operation {n}, code {ended.code}"]
+    if code is None:
         hold(not ended.timed_out, "it hangs")
-        if code is None:
-            hold(ended.code in (0, -signal.SIGKILL), f"code {ended.code}: {ended.out[-1500:]}")
-        else:
-            _said_full(ended)
-        whole_files(folder)
-        return _again(job, whole, folder, told)
-
-    return attempt
+        hold(ended.code in (0, -signal.SIGKILL), f"code {ended.code}: {ended.out[-1500:]}")
+    else:
+        _said_full(ended)
+    whole_files(folder)
+    return _again(job, whole, folder, told)
 
 
-def _full_disk(job: Job, whole: Whole) -> Attempt:
+def _full_disk(job: Job, whole: Whole, folder: Path, chance: random.Random) -> str:
     """On a disk of its own that has less room than the job takes, and later more."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        kept, _ = whole.of(job)
-        used = sum(file.stat().st_blocks * 512 for file in kept.rglob("*") if file.is_file())
-        room = chance.randint(8, max(9, int(1.3 * used / 1024)))
-        disk = folder / "disk"
-        with mounted(disk, room):
-            ended = run(job.arguments(disk), folder / "log")
-            told = [f"{room} of {used // 1024} kB, code {ended.code}"]
-            hold(not ended.timed_out, "it hangs")
-            _said_full(ended)
-            whole_files(disk)
-            subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
-            return _again(job, whole, disk, told, log=folder / "log")
-
-    return attempt
+    kept, _ = whole.of(job)
+    used = sum(file.stat().st_blocks * 512 for file in kept.rglob("*") if file.is_file())
+    room = chance.randint(8, max(9, int(1.3 * used / 1024)))
+    disk = folder / "disk"
+    with mounted(disk, room):
+        ended = run(job.arguments(disk), folder / "log")
+        told = [f"{room} of {used // 1024} kB, code {ended.code}"]
+        _said_full(ended)
+        whole_files(disk)
+        subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
+        return _again(job, whole, disk, told, log=folder / "log")
 
 
 def _said_full(ended: Ended) -> None:
     """It ended well, or with one line that says what was in the way."""
-    hold(ended.code in (0, 1), f"code {ended.code}: {ended.out[-1500:]}")
-    hold("Traceback" not in ended.out, ended.out[-3000:])
+    ended.require(0, 1)
     if ended.code:
-        errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
-        hold(len(errors) == 1, f"it says {errors}")
-        said = "No space left" in errors[0] or "the disk is full" in errors[0]
-        hold(said, f"it says {errors}")
+        hold(len(ended.errors) == 1, f"it says {ended.errors}")
+        (said,) = ended.errors
+        hold("No space left" in said or "the disk is full" in said, f"it says {said}")
 
 
 def _again(
@@ -274,47 +262,46 @@ def mounted(folder: Path, kilobytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def _wrap(around: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+# Does an operation on a file, given its number, counted from 1, and the call.
+Operation = Callable[[int, "partial[Any]"], Any]
+
+
+def _through(operation: Operation) -> Change:
     """Have every operation on a file of this process go through a function."""
 
-    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: around(real, args, kwargs)
+    def change() -> None:
+        numbers = itertools.count(1)
+        for name in OPERATIONS:
+            real = getattr(os, name)
 
-    for name in OPERATIONS:
-        setattr(os, name, wrapped(getattr(os, name)))
+            def wrapped(*args: Any, real: Callable[..., Any] = real, **kwargs: Any) -> Any:
+                return operation(next(numbers), partial(real, *args, **kwargs))
+
+            setattr(os, name, wrapped)
+
+    return change
 
 
 def _counting(file: Path) -> Change:
-    def change() -> None:
-        count, pid = [0], os.getpid()
+    def operation(number: int, call: partial[Any]) -> Any:
+        if os.getpid() == os.getsid(0):  # not a child of the command
+            file.write_text(str(number))
+        return call()
 
-        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if os.getpid() == pid:
-                count[0] += 1
-                file.write_text(str(count[0]))
-            return real(*args, **kwargs)
-
-        _wrap(around)
-
-    return change
+    return _through(operation)
 
 
 def _ending(n: int, after: bool) -> Change:
-    def change() -> None:
-        count = [0]
-
-        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            count[0] += 1
-            if count[0] == n and not after:
+    def operation(number: int, call: partial[Any]) -> Any:
+        if number == n and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            return call()
+        finally:  # an operation that fails is one as well
+            if number == n:
                 os.kill(os.getpid(), signal.SIGKILL)
-            value = real(*args, **kwargs)
-            if count[0] == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return value
 
-        _wrap(around)
-
-    return change
+    return _through(operation)
 
 
 def refusing(n: int, code: int) -> Change:
@@ -325,16 +312,10 @@ def refusing(n: int, code: int) -> Change:
         code: the system's number of the error.
     """
 
-    def change() -> None:
-        count = [0]
+    def operation(number: int, call: partial[Any]) -> Any:
+        # What is full stays full, but what is there can be removed.
+        if number >= n and call.func.__name__ != "unlink":
+            raise OSError(code, os.strerror(code), str(call.args[0]))
+        return call()
 
-        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            count[0] += 1
-            # What is full stays full, but what is there can be removed.
-            if count[0] >= n and real.__name__ != "unlink":
-                raise OSError(code, os.strerror(code), str(args[0]))
-            return real(*args, **kwargs)
-
-        _wrap(around)
-
-    return change
+    return _through(operation)

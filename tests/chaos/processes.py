@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.chaos.cases import hold
 from tests.integration.helpers import ROOT, environment
 from tests.warm import code_of
 
@@ -44,6 +45,17 @@ class Ended:
     busy: float
     timed_out: bool
     memory: int
+
+    @property
+    def errors(self) -> list[str]:
+        """Its lines that begin as an error's sentence does."""
+        return [line for line in self.out.splitlines() if line.startswith("error: ")]
+
+    def require(self, *codes: int) -> None:
+        """Hold that it ended by itself, without a traceback and with one of these codes."""
+        hold(not self.timed_out, "it does not end")
+        hold("Traceback" not in self.out, f"a traceback: {self.out[-2500:]}")
+        hold(self.code in codes, f"code {self.code}: {self.out[-1500:]}")
 
 
 class Process:

@@ -16,11 +16,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.bad_input import Finished
 from tests.chaos.cases import Case, hold
+from tests.chaos.given import Finished
 from tests.chaos.processes import Process
 
 Answer = tuple[int, bytes]
@@ -75,13 +76,13 @@ def cases(folder: Path) -> list[Case]:
         "a number of a million digits": _same([b'{"prompt": "a", "seed": ' + b"9" * 10**6 + b"}"]),
     }
     found = [
-        Case("requests", name, _refused(served, bodies), timed=False)
+        Case("requests", name, partial(_refused, served, bodies), timed=False)
         for name, bodies in made.items()
     ]
     for name, attempt in {
-        "a client that hangs up": _hung_up(served),
-        "bytes that are no HTTP": _no_http(served),
-        "many at once": _many(served),
+        "a client that hangs up": partial(_sent, served, _part_of_a_request, "its rows are free"),
+        "bytes that are no HTTP": partial(_sent, served, _random_bytes, "it answers others"),
+        "many at once": partial(_many, served),
     }.items():
         found.append(Case("requests", name, attempt, timed=True))
     return found
@@ -119,7 +120,8 @@ class Served:
         """By SIGTERM."""
         if self._process is not None and os.getpid() == self._owner:
             self._process.signal(signal.SIGTERM)
-            self._process.end(timeout=60)
+            if not self._process.sleep(60):
+                self._process.signal(signal.SIGKILL)
             self._process = None
 
     def begin(self) -> http.client.HTTPConnection:
@@ -163,9 +165,6 @@ class Served:
         return int(pages) * 4096
 
 
-Attempt = Callable[[Path, random.Random], str]
-
-
 def _send(connection: http.client.HTTPConnection, body: bytes) -> None:
     kind = {"content-type": "application/json"}
     connection.request("POST", "/v1/completions", body, kind)
@@ -175,64 +174,62 @@ def _same(bodies: list[bytes]) -> Callable[[random.Random], list[bytes]]:
     return lambda chance: bodies
 
 
-def _refused(served: Served, make: Callable[[random.Random], list[bytes]]) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        served.start()
-        told = ""
-        for body in make(chance):
-            status, answer = served.ask(body)
-            hold(400 <= status < 500, f"{body[:200]!r} gives {status}: {answer[:300]!r}")
-            if answer:
-                told = str(json.loads(answer)["error"]["message"])
-                hold("\n" not in told and len(told) < 500, f"it says {told[:800]}")
-        served.lives()
-        return told
-
-    return attempt
-
-
-def _hung_up(served: Served) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        served.start()
-        body = json.dumps({"prompt": "ab", "max_tokens": 8, "stream": True}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
-        sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-        for _ in range(8):
-            with served.connect() as connection:
-                connection.sendall(sent[: chance.randrange(1, len(sent) + 1)])
-                time.sleep(chance.uniform(0, 0.05))
-        served.lives()
-        return "its rows are free"
-
-    return attempt
+def _refused(
+    served: Served,
+    make: Callable[[random.Random], list[bytes]],
+    folder: Path,
+    chance: random.Random,
+) -> str:
+    served.start()
+    told = ""
+    for body in make(chance):
+        status, answer = served.ask(body)
+        hold(400 <= status < 500, f"{body[:200]!r} gives {status}: {answer[:300]!r}")
+        if answer:
+            told = str(json.loads(answer)["error"]["message"])
+            hold("\n" not in told and len(told) < 500, f"it says {told[:800]}")
+    served.lives()
+    return told
 
 
-def _no_http(served: Served) -> Attempt:
-    def attempt(folder: Path, chance: random.Random) -> str:
-        served.start()
-        for _ in range(8):
-            with served.connect() as connection:
-                connection.sendall(chance.randbytes(chance.randrange(1, 20_000)))
-        served.lives()
-        return "it answers others"
+def _sent(
+    served: Served,
+    make: Callable[[random.Random], bytes],
+    told: str,
+    folder: Path,
+    chance: random.Random,
+) -> str:
+    """Bytes of clients that wait for no answer."""
+    served.start()
+    for _ in range(8):
+        with served.connect() as connection:
+            connection.sendall(make(chance))
+            time.sleep(chance.uniform(0, 0.05))
+    served.lives()
+    return told
 
-    return attempt
+
+def _random_bytes(chance: random.Random) -> bytes:
+    return chance.randbytes(chance.randrange(1, 20_000))
 
 
-def _many(served: Served) -> Attempt:
+def _part_of_a_request(chance: random.Random) -> bytes:
+    body = json.dumps({"prompt": "ab", "max_tokens": 8, "stream": True}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    return sent[: chance.randrange(1, len(sent) + 1)]
+
+
+def _many(served: Served, folder: Path, chance: random.Random) -> str:
     """More than there are places and a queue for: a place, a text or 429."""
-
-    def attempt(folder: Path, chance: random.Random) -> str:
-        served.start()
-        body = json.dumps({"prompt": "ab", "max_tokens": 8}).encode()
-        connections = [served.begin() for _ in range(12)]
-        for connection in connections:
-            _send(connection, body)
-        codes = [connection.getresponse().status for connection in connections]
-        for connection in connections:
-            connection.close()
-        hold(set(codes) <= {200, 429}, f"codes {codes}")
-        served.lives()
-        return f"{codes.count(200)} texts, {codes.count(429)} refused"
-
-    return attempt
+    served.start()
+    body = json.dumps({"prompt": "ab", "max_tokens": 8}).encode()
+    connections = [served.begin() for _ in range(12)]
+    for connection in connections:
+        _send(connection, body)
+    codes = [connection.getresponse().status for connection in connections]
+    for connection in connections:
+        connection.close()
+    hold(set(codes) <= {200, 429}, f"codes {codes}")
+    served.lives()
+    return f"{codes.count(200)} texts, {codes.count(429)} refused"

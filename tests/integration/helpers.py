@@ -6,11 +6,13 @@ import copy
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,8 +24,12 @@ from omegaconf import DictConfig
 
 from data_modules.tasks import data_module as tasks
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.run.checkpoints import load
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from tests.warm import HEAVY, Done, warm
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -65,21 +71,22 @@ QUICK = {
     "callbacks.throughput.measure_matmul": "false",
 }
 
-# A quick run that answers the questions of a task.
+# A learning rate and lambdas that rest.
+CONSTANT = {
+    "lambda_schedule": "constant",
+    "optimizer.schedule.kind": "constant",
+    "optimizer.schedule.warmup_steps": 0,
+    "optimizer.schedule.warmup_fraction": "null",
+}
+# What a run on a task leaves out: a text's keys.
+NO_TEXT = dict.fromkeys(("data.seq_len", "data.val_fraction", "data.eval_bytes", "tokenizer"))
+# A quick run on a task.
 TASK = {
     "data": "copy",
-    "data.task.letters": 3,
-    "data.task.shortest": 2,
-    "data.task.periods": 2,
-    "data.task.held_out": "null",
-    "data.eval_examples": 32,
-    "data.eval_bytes": None,
-    "data.val_fraction": None,
-    "data.seq_len": None,
-    "tokenizer": None,
-    "mtp": "teacherless",
-    "mtp.depth": None,
-    "lambda_schedule": "constant",
+    "data.task.letters": 4,
+    "data.task.periods": 4,
+    "data.eval_examples": 30,
+    **NO_TEXT,
 }
 
 
@@ -173,12 +180,31 @@ def execute(
     return warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
 
 
+def train_apart(run_dir: Path, cache: Path, settings: dict[str, Any] | None = None) -> Done:
+    """A quick run by the command line, to its end."""
+    done = execute(command(run_dir, cache, settings))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Start a command in the background; both of its outputs go to ``log``."""
     with log.open("wb") as file:
         return subprocess.Popen(
             args, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT
         )
+
+
+def kill_at(args: list[str], run_dir: Path, step: int) -> None:
+    """Start a run and kill it as soon as it has logged ``step``."""
+    run_dir.mkdir(exist_ok=True)
+    process = start(args, run_dir / "first.log")
+    try:
+        wait_for_step(process, run_dir, step)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
 
 
 def wait_for_step(
@@ -216,8 +242,10 @@ def column(run_dir: Path, tag: str) -> dict[int, float]:
 
 
 def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """A checkpoint of a run, read by torch alone."""
-    return torch.load(run_dir / "checkpoints" / name, map_location="cpu", weights_only=True)
+    """A checkpoint of a run, read by torch alone; one in parts as the product puts it together."""
+    path = run_dir / "checkpoints" / name
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return load(path) if "parts" in content else content
 
 
 def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
@@ -225,20 +253,44 @@ def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     return checkpoint(run_dir, name)["state_dict"]
 
 
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both runs logged the same rows and ended with the same state, bit for bit."""
+    assert rows(a) == rows(b)
+    assert_same_weights(a, b)
+
+
 def assert_same_weights(a: Path, b: Path) -> None:
     """Both runs ended with the same weights and the same optimizer state, bit for bit."""
-    for one, other in (
-        (weights(a), weights(b)),
-        (_moments(checkpoint(a)), _moments(checkpoint(b))),
-    ):
-        assert one.keys() == other.keys() and one
-        different = [name for name in one if not torch.equal(one[name], other[name])]
-        assert not different
+    one, other = checkpoint(a), checkpoint(b)
+    for key in ("state_dict", "optimizer_states"):
+        assert one[key]
+        assert_equal(one[key], other[key], key)
 
 
-def _moments(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    state = content["optimizer_states"][0]["state"]
-    return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items()}
+def assert_equal(a: Any, b: Any, where: str = "", *, without: Collection[str] = ()) -> None:
+    """Nested containers of tensors, bit for bit; ``without`` names keys that are not compared."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - set(without):
+            assert_equal(a[key], b[key], f"{where}.{key}", without=without)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_equal(one, other, f"{where}[{i}]", without=without)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def assert_near_rows(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
+    """Every column of every row is near that of another run."""
+    found, wanted = rows(run), rows(reference)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted] and found
+    for one, other in zip(found, wanted, strict=True):
+        # A gain is a small difference of losses, and as exact as they are.
+        assert one == {
+            tag: pytest.approx(value, rel=rel, abs=rel if "gain" in tag else None)
+            for tag, value in other.items()
+        }
 
 
 def fails(
@@ -272,26 +324,41 @@ def as_it_was_before(run: Path, copy: Path) -> None:
     (copy / "summary.json").unlink()
 
 
-def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
+def resume_from_previous(run: Path, copy: Path, cache: Path, settings: dict[str, Any]) -> None:
+    """A finished run continues from the checkpoint before its last one as though it had not ended:
+    ``copy`` becomes the same run."""
+    as_it_was_before(run, copy)
+    train_here(copy, cache, settings)
+    assert_same_run(run, copy)
+
+
+def train_with(
+    folder: Path, cache: Path, callbacks: list[pl.Callback], settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A quick run with further callbacks, before its own."""
+    from mtp_lightning.experiment import training
+
+    build = training.build_trainer
+
+    def with_callbacks(*args: Any, **kwargs: Any) -> pl.Trainer:
+        trainer = build(*args, **kwargs)
+        trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "build_trainer", with_callbacks)
+        return training.train(config(folder, cache, settings))
+
+
+def stop_after(folder: Path, cache: Path, settings: dict[str, Any], step: int) -> None:
     """Run up to ``step`` and stop there, as at the end of a time limit: with a checkpoint.
 
     Lightning validates where it stops: only at a step that validates anyway are the rows the same.
     """
     import lightning.pytorch as pl
 
-    from mtp_lightning.experiment import training
-
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
             trainer.should_stop = trainer.global_step >= step
 
-    build = training.build_trainer
-
-    def stopping(*args: object, **kwargs: object) -> pl.Trainer:
-        trainer = build(*args, **kwargs)  # type: ignore[arg-type]
-        trainer.callbacks.insert(0, Stop())  # type: ignore[attr-defined]
-        return trainer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "build_trainer", stopping)
-        training.train(config(folder, cache, settings))
+    train_with(folder, cache, [Stop()], settings)

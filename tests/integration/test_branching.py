@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from tests.integration.conftest import Once
-from tests.integration.helpers import column, command, execute, train_here
+from tests.integration.helpers import assert_equal, checkpoint, column, train_apart, train_here
 from tests.integration.several import run_all
 
 # A validation at every step would hide whether the place in the data is right: 1.5 kB are epochs of
@@ -48,36 +47,21 @@ def direct(once: Once, cache: Path) -> Path:
     return once("direct", lambda folder: train_here(folder, cache, DIRECT))
 
 
-def last(folder: Path) -> dict[str, Any]:
-    return checkpoints.load(folder / "checkpoints" / "last.ckpt")
-
-
-def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    """Plain containers of tensors, to the last bit; the clock apart."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in ("seconds", "config", "callbacks", "loops", "hparams_name"):
-                assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+def assert_same_end(a: Path, b: Path) -> None:
+    """Both runs' last checkpoints hold the same but for the clock and their settings."""
+    without = ("seconds", "config", "callbacks", "loops", "hparams_name")
+    assert_equal(checkpoint(a), checkpoint(b), without=without)
 
 
 def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_path):
     summary = train_here(tmp_path / "branch", cache, {**DIRECT, "branch_from": f"{long}@{AT}"})
-    assert_equal(last(tmp_path / "branch"), last(direct))
+    assert_same_end(tmp_path / "branch", direct)
     tags = ("train/loss", "train/loss_depth_2", "train/lr", "val/loss_depth_0")
     for tag in tags:
         whole = {step: v for step, v in column(direct, tag).items() if step > AT}
         assert column(tmp_path / "branch", tag) == whole and whole
     assert summary["branch_from"] == f"{long}@{AT}" and summary["step"] == LENGTH
-    assert summary["flops"] == last(direct)["progress"]["flops"]
+    assert summary["flops"] == checkpoint(direct)["progress"]["flops"]
     best = tmp_path / "branch" / "checkpoints" / "best.ckpt"
     assert checkpoints.stored_step(best) > AT  # its own, not the one of the run before
     # Its folder is a run like any other: it goes on.
@@ -88,9 +72,8 @@ def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_
 @pytest.mark.slow
 def test_a_branch_with_nothing_changed_equals_its_run(long, cache, tmp_path):
     # As one types it: what looks at paths before torch is there knows RUN@STEP.
-    done = execute(command(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@12"}))
-    assert done.returncode == 0, done.stderr
-    assert_equal(last(tmp_path / "same"), last(long))
+    train_apart(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@12"})
+    assert_same_end(tmp_path / "same", long)
 
 
 def test_checkpoints_that_are_asked_for_stay(long):
@@ -146,4 +129,4 @@ def test_two_processes_branch_likewise(cache, tmp_path, settings):
         "direct": {**DIRECT, **two},
     }
     run_all(tmp_path, cache, runs, processes=2)
-    assert_equal(last(tmp_path / "branch"), last(tmp_path / "direct"))
+    assert_same_end(tmp_path / "branch", tmp_path / "direct")

@@ -15,7 +15,7 @@ from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.run.metrics import read_column
 from sweeps.report.read import read_run
 from tests.integration.conftest import Once
-from tests.integration.helpers import config, rows, train_here, weights
+from tests.integration.helpers import rows, train_here, train_with, weights
 
 
 @pytest.mark.parametrize("monitor", ["train/loss_depth_2", "val/accuracy_depth_1"])
@@ -36,7 +36,7 @@ def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
 
 
 def test_a_value_that_is_monitored_is_that_of_the_newest_step(
-    tmp_path: Path, cache: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, finished: Path
 ) -> None:
     """Between two logged steps, too. A callback adds to the summary."""
     seen: dict[int, float] = {}
@@ -56,7 +56,7 @@ def test_a_value_that_is_monitored_is_that_of_the_newest_step(
             return {"mine/pauses": float(self.pauses)}
 
     settings = {"trainer.log_every_n_steps": 7}
-    train_with(tmp_path, cache, monkeypatch, [Looks("train/loss"), Counts()], settings)
+    train_with(tmp_path, cache, [Looks("train/loss"), Counts()], settings)
     losses = read_column(finished / "metrics.csv", "train/loss")
     assert seen == {step: losses[step] for step in (5, 10)}
     assert json.loads((tmp_path / "summary.json").read_text())["mine/pauses"] >= 1
@@ -73,44 +73,19 @@ def test_learning_rates(tmp_path: Path, cache: Path, finished: Path) -> None:
     assert [row for row in kept if len(row) > 1] == rows(finished)
 
 
-def train_with(
-    folder: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    callbacks: list[pl.Callback],
-    settings: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A quick run with some callbacks more."""
-    from mtp_lightning.experiment import training
-    from mtp_lightning.experiment.training import train
-
-    build = training.build_trainer
-
-    def with_callback(*args: Any, **kwargs: Any) -> pl.Trainer:
-        trainer = build(*args, **kwargs)
-        trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "build_trainer", with_callback)
-        return train(config(folder, cache, settings))
-
-
-def test_model_checkpoint_beside_ours(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_checkpoint_beside_ours(tmp_path: Path, cache: Path) -> None:
     from mtp_lightning.opening import open_model
 
     saves = ModelCheckpoint(
         tmp_path / "theirs", "{step}", monitor="val/loss_depth_0", save_top_k=2,
         every_n_train_steps=None, auto_insert_metric_name=False,
     )  # fmt: skip
-    train_with(tmp_path / "run", cache, monkeypatch, [saves])
+    train_with(tmp_path / "run", cache, [saves])
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {"5.ckpt", "10.ckpt"}
     assert open_model(saves.best_model_path).step in (5, 10)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     with pytest.warns(UserWarning, match="theirs exists and is not empty"):  # Lightning's word
-        train_with(tmp_path / "run", cache, monkeypatch, [saves], {"trainer.max_steps": 15})
+        train_with(tmp_path / "run", cache, [saves], {"trainer.max_steps": 15})
     assert open_model(saves.last_model_path or saves.best_model_path).step > 0
 
 

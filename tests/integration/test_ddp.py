@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from tests.integration.helpers import (
+    assert_near_rows,
+    assert_same_run,
     checkpoint,
     column,
     command,
     evaluated,
-    execute,
+    kill_at,
     rows,
-    start,
+    train_apart,
     train_here,
-    wait_for_step,
     weights,
 )
 
@@ -68,15 +69,12 @@ SIZES = {  # per process: (two processes, one process)
 def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
     common = COMMON | CASES[case]
     shared, alone = SIZES[case]
-    done = execute(command(tmp_path / "two", cache, common | shared | TWO))
-    assert done.returncode == 0, done.stderr
+    done = train_apart(tmp_path / "two", cache, common | shared | TWO)
     assert "Traceback" not in done.stderr
     train_here(tmp_path / "one", cache, common | alone)
 
-    two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert [row["step"] for row in two] == list(range(1, common["trainer.max_steps"] + 1))
-    for left, right in zip(two, one, strict=True):
-        assert left == pytest.approx(right, rel=2e-6)
+    assert_near_rows(tmp_path / "two", tmp_path / "one")
+    assert len(rows(tmp_path / "one")) == common["trainer.max_steps"]
     left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name in right_weights:
         torch.testing.assert_close(left_weights[name], right_weights[name], rtol=1e-6, atol=1e-8)
@@ -113,17 +111,8 @@ def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
         "callbacks.checkpoints.every_n_steps": 10,
         "lambda_schedule": "linear_decay",
     } | TWO
-    whole = execute(command(tmp_path / "whole", cache, common))
-    assert whole.returncode == 0, whole.stderr
-    args = command(tmp_path / "killed", cache, common)
-    (tmp_path / "killed").mkdir()
-    process = start(args, tmp_path / "killed" / "first.log")
-    wait_for_step(process, tmp_path / "killed", 25)
-    process.kill()
-    process.wait()
+    train_apart(tmp_path / "whole", cache, common)
+    kill_at(command(tmp_path / "killed", cache, common), tmp_path / "killed", 25)
     assert checkpoint(tmp_path / "killed")["global_step"] < 100
-    again = execute(args)
-    assert again.returncode == 0, again.stderr
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    left, right = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert [name for name in right if not torch.equal(left[name], right[name])] == []
+    train_apart(tmp_path / "killed", cache, common)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -15,17 +15,12 @@ from tests.integration.conftest import Once
 SHAPE = {"model.n_layers": 2, "data.seq_len": 32, "data.batch_size": 8}
 HEADS = {
     **SHAPE,
+    **helpers.CONSTANT,
     "mtp.depth": 3,
     "mtp.freeze_trunk": "true",
     "mtp.init": "last_block",
-    "lambda_schedule": "constant",
-    "optimizer.schedule.kind": "constant",
-    "optimizer.schedule.warmup_steps": 0,
-    "optimizer.schedule.warmup_fraction": "null",
     "trainer.max_steps": 4,
 }
-
-
 TRUNK = {**SHAPE, "mtp": "none", "mtp.depth": None, "trainer.max_steps": 2}
 
 
@@ -76,8 +71,7 @@ def test_a_run_that_goes_on_begins_nothing(cache: Path, tmp_path: Path) -> None:
 def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> None:
     settings = {**HEADS, "init_from": trunk, "trainer.max_steps": 2}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 4}
-    done = helpers.execute(helpers.command(tmp_path / "two", cache, {**settings, **two}))
-    assert done.returncode == 0, done.stderr
+    helpers.train_apart(tmp_path / "two", cache, {**settings, **two})
     helpers.train_here(tmp_path / "one", cache, settings)
     assert first_losses(tmp_path / "two") == pytest.approx(first_losses(tmp_path / "one"), rel=2e-6)
     left, right = (helpers.weights(tmp_path / name) for name in ("two", "one"))
@@ -87,9 +81,8 @@ def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> 
 
 def test_of_a_task_the_examples_are_looked_at(cache: Path, tmp_path: Path) -> None:
     task = {
-        "data": "star_graph", "data.eval_examples": 16, "tokenizer": None, "data.eval_bytes": None,
-        "data.val_fraction": None, "data.seq_len": 60, "trainer.max_steps": 2,
-        "trainer.val_check_interval": 2, "model.n_layers": 2,
+        **helpers.NO_TEXT, "data": "star_graph", "data.eval_examples": 16, "data.seq_len": 60,
+        "trainer.max_steps": 2, "trainer.val_check_interval": 2, "model.n_layers": 2,
     }  # fmt: skip
     helpers.train_here(tmp_path / "trunk", cache, {**task, "mtp": "none", "mtp.depth": None})
     heads = {**task, "init_from": tmp_path / "trunk", "mtp.init": "last_block"}

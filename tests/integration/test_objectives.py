@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.opening import open_model
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
     CONF,
+    CONSTANT,
+    assert_near_rows,
     assert_same_weights,
     checkpoint,
     column,
@@ -35,6 +39,13 @@ ALL = {
     "objective.quantile": 0.8,
     "objective.confidence": "true",
 }
+LONG = {**ALL, **CONSTANT, "trainer.max_steps": 12}
+
+
+@pytest.fixture(scope="module")
+def run(once: Once, cache: Path) -> Path:
+    """A run of all terms and rules at once."""
+    return once("all-objectives", lambda folder: train_here(folder, cache, LONG))
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -76,38 +87,37 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     for variant in variants:
         one = tmp_path / f"{variant}-one"
         train_here(one, cache, common | {"mtp": variant, "data.batch_size": 8})
-        left, right = rows(tmp_path / variant), rows(one)
-        assert len(left) == len(right) == 6
-        for a, b in zip(left, right, strict=True):
-            assert a == pytest.approx(b, rel=2e-6)
-        assert "objective/tau" in right[-1] and "confidence/error_depth_2" in right[-1]
+        assert_near_rows(tmp_path / variant, one)
+        assert len(rows(one)) == 6
+        assert {"objective/tau", "confidence/error_depth_2"} <= rows(one)[-1].keys()
         mine, theirs = weights(tmp_path / variant), weights(one)
         assert "mtp.confidence.weight" in " ".join(mine)
         for name, weight in theirs.items():
             torch.testing.assert_close(mine[name], weight, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_resumes_exactly(tmp_path: Path, cache: Path) -> None:
+def test_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
     """The running quantile goes on from where it was."""
-    long = {**ALL, "trainer.max_steps": 12, "lambda_schedule": "constant"}
-    long |= {"optimizer.schedule.kind": "constant"}
-    train_here(tmp_path / "whole", cache, long)
-    train_here(tmp_path / "parts", cache, {**long, "trainer.max_steps": 6})
-    stored = checkpoint(tmp_path / "parts")
-    assert sum(stored["objective"]["counts"]) > 0
-    train_here(tmp_path / "parts", cache, long)
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    train_here(tmp_path, cache, {**LONG, "trainer.max_steps": 6})
+    assert sum(checkpoint(tmp_path)["objective"]["counts"]) > 0
+    train_here(tmp_path, cache, LONG)
+    assert_same_weights(run, tmp_path)
     for tag in ("objective/tau", "train/loss", "confidence/error_depth_1"):
-        assert column(tmp_path / "whole", tag) == column(tmp_path / "parts", tag), tag
+        assert column(run, tag) == column(tmp_path, tag), tag
 
 
-def test_a_model_that_says_how_sure_it_is(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path / "run", cache, {"objective.confidence": "true"})
-    run = open_model(tmp_path / "run")
-    assert run.model.mtp.confidence is not None
+def test_evaluate_repeats_its_validation(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    found = evaluated(run / "checkpoints" / "last.ckpt")
+    assert found["val/loss_depth_1"] == summary["val/loss_depth_1"]
+
+
+def test_a_model_that_says_how_sure_it_is(run: Path) -> None:
+    opened = open_model(run)
+    assert opened.model.mtp.confidence is not None
     prompt = [list(b"abc")]
-    plain = generate(run.model, prompt, max_new_tokens=12, speculative=False)
-    sure = generate(run.model, prompt, max_new_tokens=12, min_confidence=0.5)
+    plain = generate(opened.model, prompt, max_new_tokens=12, speculative=False)
+    sure = generate(opened.model, prompt, max_new_tokens=12, min_confidence=0.5)
     assert plain[0].token_ids == sure[0].token_ids
 
 
@@ -137,8 +147,3 @@ def test_a_frozen_trunk_is_distilled(tmp_path: Path, cache: Path) -> None:
     assert losses[-1] < losses[0]
     before, after = weights(tmp_path / "trunk"), weights(tmp_path / "head")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-
-
-def test_evaluate_takes_a_run_of_any_objective(tmp_path: Path, cache: Path) -> None:
-    summary = train_here(tmp_path / "run", cache, ALL)
-    assert evaluated(tmp_path / "run")["val/loss_depth_1"] == summary["val/loss_depth_1"]

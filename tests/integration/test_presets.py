@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from tests.integration.helpers import CONF, train_here
+from tests.integration.helpers import CONF, composed, train_here
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -57,13 +56,8 @@ def run(folder: Path, cache: Path, name: str, more: dict[str, object]) -> dict[s
     data = {"data.eval_examples": 20} if name in TASKS else TEXT
     data = SELF_GENERATED if name == "smollm2_heads" else data
     settings = {"experiment": name, **data, **SHORT, **more}
-    given = [f"{key}={value}" for key, value in settings.items()]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose(
-            "config",
-            overrides=[*given, f"paths.cache_dir={cache}", f"paths.output_dir={folder}"],
-        )
-    return train(cfg)
+    settings |= {"paths.cache_dir": cache, "paths.output_dir": folder}
+    return train(composed("config", [f"{key}={value}" for key, value in settings.items()]))
 
 
 def test_the_presets_that_there_are() -> None:

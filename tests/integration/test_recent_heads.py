@@ -11,9 +11,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.opening import open_model
 from tests.integration.helpers import (
     TASK,
-    as_it_was_before,
-    assert_same_weights,
-    rows,
+    resume_from_previous,
     train_here,
 )
 
@@ -42,10 +40,7 @@ def test_resumed_is_uninterrupted_and_drafts_are_lossless(
 ) -> None:
     settings = HEADS[head] | SETTINGS
     summary = train_here(tmp_path / "whole", cache, settings)
-    as_it_was_before(tmp_path / "whole", tmp_path / "parts")
-    train_here(tmp_path / "parts", cache, settings)
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    resume_from_previous(tmp_path / "whole", tmp_path / "parts", cache, settings)
     assert summary["val/loss_depth_2"] > 0
     assert summary["mtp_reads_tokens"] is (head != "stride")
     model = open_model(tmp_path / "whole").model

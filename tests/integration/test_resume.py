@@ -19,14 +19,15 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.nn import ops
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
-    assert_same_weights,
+    assert_same_run,
     checkpoint,
     column,
     command,
-    execute,
+    kill_at,
     rows,
     start,
     stop_after,
+    train_apart,
     train_here,
     wait_for_step,
     weights,
@@ -87,18 +88,10 @@ def killed(once: Once, cache: Path) -> Killed:
 
 def kill_and_start_again(folder: Path, cache: Path) -> None:
     settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0.05}
-    args = command(folder, cache, settings)
-    process = start(args, folder / "first.log")
-    try:
-        wait_for_step(process, folder, 47)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+    kill_at(command(folder, cache, settings), folder, 47)
     step = checkpoint(folder)["global_step"]
     logged = max(column(folder, "train/loss"))
-    done = execute(args)
-    assert done.returncode == 0, done.stderr
+    done = train_apart(folder, cache, settings)
     told = {"step": step, "logged": logged, "message": done.stderr + done.stdout}
     (folder / "killed.json").write_text(json.dumps(told))
 
@@ -115,27 +108,18 @@ def test_the_kill_came_in_the_middle(killed: Killed) -> None:
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) -> None:
     assert [row["step"] for row in rows(killed.folder)] == list(range(1, STEPS + 1))
-    for one, other in zip(rows(killed.folder), rows(whole), strict=True):
-        assert one == other
-    assert_same_weights(killed.folder, whole)
+    assert_same_run(killed.folder, whole)
     best, best_whole = (weights(folder, "best.ckpt") for folder in (killed.folder, whole))
     assert all(torch.equal(best[name], best_whole[name]) for name in best_whole)
-
-
-@pytest.mark.slow
-def test_schedules_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
     for tag in ("train/lr", "train/lambda_depth_1", "train/lambda_depth_2"):
-        values = column(killed.folder, tag)
-        assert values == column(whole, tag)
-        assert len(set(values.values())) > STEPS // 2, f"{tag} rests: the test shows nothing"
-
-
-@pytest.mark.slow
-def test_counters_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
-    one, other = checkpoint(killed.folder), checkpoint(whole)
-    for name in ("tokens", "flops"):
-        assert one["progress"][name] == other["progress"][name] > 0
-    assert one["progress"]["tokens"] == STEPS * 4 * 16
+        values = set(column(killed.folder, tag).values())
+        assert len(values) > STEPS // 2, f"{tag} rests: the test shows nothing"
+    one, other = (checkpoint(folder)["progress"] for folder in (killed.folder, whole))
+    assert one["tokens"] == other["tokens"] == STEPS * 4 * 16
+    assert one["flops"] == other["flops"] > 0
+    with (killed.folder / "metrics.csv").open() as file:
+        table = list(csv.reader(file))
+    assert {len(row) for row in table} == {len(table[0])} and len(table) == STEPS + 1, "torn rows"
 
 
 @pytest.mark.slow
@@ -161,8 +145,7 @@ def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, short:
     stop_after(tmp_path, cache, SHORT | workers, 17)
     assert checkpoint(tmp_path)["global_step"] == 17
     train_here(tmp_path, cache, SHORT | workers)
-    assert rows(tmp_path) == rows(short)
-    assert_same_weights(tmp_path, short)
+    assert_same_run(tmp_path, short)
 
 
 def test_a_finished_run_started_again_trains_no_more(
@@ -197,8 +180,7 @@ def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, short: Path, harm:
         train_here(tmp_path, cache, SHORT)
     told = [str(w.message) for w in caught if "damaged" in str(w.message)]
     assert len(told) == 1 and str(last) in told[0]
-    assert rows(tmp_path) == rows(short)
-    assert_same_weights(tmp_path, short)
+    assert_same_run(tmp_path, short)
 
 
 @pytest.mark.slow
@@ -216,8 +198,7 @@ def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whol
     # Nothing is lost: the newest row is that of the checkpoint.
     assert max(column(tmp_path, "train/loss")) == step
     train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
+    assert_same_run(tmp_path, whole)
 
 
 def test_a_signal_after_the_step_was_logged(
@@ -248,8 +229,7 @@ def test_a_signal_after_the_step_was_logged(
     assert stopped.value.signum == signal.SIGINT and f"step {step}:" in str(stopped.value)
     assert step == 13
     train_here(tmp_path, cache, SHORT)
-    assert rows(tmp_path) == rows(short)
-    assert_same_weights(tmp_path, short)
+    assert_same_run(tmp_path, short)
 
 
 def test_sigterm_in_a_step_that_is_validated(
@@ -271,8 +251,7 @@ def test_sigterm_in_a_step_that_is_validated(
     finally:
         signal.signal(signal.SIGTERM, before)
     train_here(tmp_path, cache, SHORT)
-    assert rows(tmp_path) == rows(short)
-    assert_same_weights(tmp_path, short)
+    assert_same_run(tmp_path, short)
 
 
 def test_interrupt_in_the_validation_behind_the_last_step(
@@ -308,28 +287,15 @@ def test_killed_right_behind_a_save(
     assert stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
     assert stored["global_step"] == 21
     train_here(tmp_path, cache, SHORT)
-    assert rows(tmp_path) == rows(short)
-    assert_same_weights(tmp_path, short)
+    assert_same_run(tmp_path, short)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
 def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
-    args = command(tmp_path, cache, LONG)
-    process = start(args, tmp_path / "first.log")
-    wait_for_step(process, tmp_path, step)
-    process.kill()
-    process.wait()
+    kill_at(command(tmp_path, cache, LONG), tmp_path, step)
     train_here(tmp_path, cache, LONG)
-    assert rows(tmp_path) == rows(whole)
-    assert_same_weights(tmp_path, whole)
-
-
-@pytest.mark.slow
-def test_no_torn_rows(killed: Killed) -> None:
-    with (killed.folder / "metrics.csv").open() as file:
-        table = list(csv.reader(file))
-    assert {len(row) for row in table} == {len(table[0])} and len(table) == STEPS + 1
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow

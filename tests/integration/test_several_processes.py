@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from mtp_lightning.run import checkpoints
 from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import read_status
 from sweeps.devices import DeviceQueue
@@ -28,7 +26,8 @@ from sweeps.pool import Pool
 from sweeps.process import Task
 from tests.integration.helpers import (
     ROOT,
-    assert_same_weights,
+    assert_near_rows,
+    assert_same_run,
     checkpoint,
     command,
     environment,
@@ -36,11 +35,15 @@ from tests.integration.helpers import (
     overrides,
     rows,
     start,
+    train_apart,
     wait_for_step,
 )
 
 DDP = {"trainer.devices": 2, "trainer.strategy": "ddp"}
 LONG = {"trainer.max_steps": 4000, "trainer.val_check_interval": 4000, "model.n_layers": 2}
+IN_PARTS = {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0}
+BARE = {"callbacks": "[nan_guard,checkpoints]", "callbacks.throughput.measure_matmul": None}
+How = Callable[[Path, dict[str, Any], Path], list[str]]
 
 
 def torchrun(
@@ -83,7 +86,7 @@ def ended(pids: list[int], *, seconds: float) -> bool:
     return True
 
 
-def _ranks(process: subprocess.Popen[bytes], how: Callable[..., list[str]]) -> list[int]:
+def _ranks(process: subprocess.Popen[bytes], how: How) -> list[int]:
     """The two processes that train, the first rank's first."""
     started = sorted(pid for pid in children(process.pid) if trains(pid))
     ranks = [process.pid, *started] if how is lightning else started
@@ -91,133 +94,85 @@ def _ranks(process: subprocess.Popen[bytes], how: Callable[..., list[str]]) -> l
     return ranks
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("how", "strategy"),
-    [(lightning, "fsdp"), pytest.param(standalone, "ddp", marks=pytest.mark.long)],
-)
-def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
-    tmp_path: Path,
-    cache: Path,
-    how: Callable[[Path, dict[str, Any], Path], list[str]],
-    strategy: str,
+def end_one(
+    process: subprocess.Popen[bytes], how: How, number: int, *, victim: int, run: Path, step: int
 ) -> None:
-    """To the second process, which nobody waits for."""
-    settings = LONG | {
-        "trainer.devices": 2,
-        "trainer.strategy": strategy,
-        "trainer.max_steps": 120,
-        "trainer.val_check_interval": 120,
-        "callbacks": "[nan_guard,checkpoints]",
-        "callbacks.throughput.measure_matmul": None,
-    }
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    run.mkdir()
-    process = start(how(cache, settings, run), run / "first.log")
-    wait_for_step(process, run, 30)
+    """Send a signal to one of two processes after a step, and wait until both are gone."""
+    wait_for_step(process, run, step)
     ranks = _ranks(process, how)
-    os.kill(ranks[1], signal.SIGTERM)
+    os.kill(ranks[victim], number)
     assert process.wait(240) != 0
     assert ended(ranks, seconds=120)
-    log = (run / "first.log").read_text()
-    stopped = checkpoint(run)["global_step"]
-    assert 30 <= stopped < 120 and f"interrupted; saved is step {stopped}" in log
-    assert int(rows(run)[-1]["step"]) == stopped
-    for folder in (run, whole):
-        done = execute(how(cache, settings, folder))
-        assert done.returncode == 0, done.stderr
-    assert rows(run) == rows(whole)
-    assert_same_weights(run, whole)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "more"),
-    [("ddp", {}), ("fsdp", {"trainer.split_checkpoint_gb": 0})],
-    ids=["ddp", "fsdp-in-parts"],
+    ("how", "strategy", "times"),
+    [
+        (lightning, {"trainer.strategy": "fsdp"}, 1),
+        pytest.param(standalone, {"trainer.strategy": "ddp"}, 1, marks=pytest.mark.long),
+        pytest.param(lightning, {"trainer.strategy": "ddp"}, 10, marks=pytest.mark.long),
+        pytest.param(lightning, IN_PARTS, 10, marks=pytest.mark.long),
+    ],
+    ids=["fsdp", "torchrun-ddp", "ddp", "fsdp-in-parts"],
 )
-def test_sigterm_ten_times_to_any_process_at_any_moment(
-    tmp_path: Path, cache: Path, strategy: str, more: dict[str, Any]
+def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
+    tmp_path: Path, cache: Path, how: How, strategy: dict[str, Any], times: int
 ) -> None:
-    """Validations and saves among the moments; the run that was asked ten times to end equals one
-    that was not, so each time it was saved as it was."""
-    draw = random.Random(strategy)
-    settings = LONG | {
+    """At any moment, validations and saves among them, to any process; a single signal goes to the
+    second process, which nobody waits for. The run equals one that was not asked to end."""
+    draw = random.Random(str(strategy))
+    settings = LONG | BARE | {
         "trainer.devices": 2,
-        "trainer.strategy": strategy,
         "trainer.max_steps": 80,
         "trainer.val_check_interval": 5,
         "callbacks.checkpoints.every_n_steps": 3,
-        "callbacks": "[nan_guard,checkpoints]",
-        "callbacks.throughput.measure_matmul": None,
-        **more,
-    }
+        **strategy,
+    }  # fmt: skip
     run, whole = tmp_path / "run", tmp_path / "whole"
     run.mkdir()
     reached = 0
-    for attempt in range(10):
-        process = start(lightning(cache, settings, run), run / f"{attempt}.log")
-        wait_for_step(process, run, reached + draw.randrange(1, 6), seconds=300)
-        time.sleep(draw.uniform(0, 0.2))
-        ranks = _ranks(process, lightning)
-        os.kill(ranks[draw.randrange(2)], signal.SIGTERM)
-        assert process.wait(240) != 0
-        assert ended(ranks, seconds=120)
-        log = (run / f"{attempt}.log").read_text()
-        stopped = checkpoints.stored_step(run / "checkpoints" / "last.ckpt")
-        assert reached < stopped < 80 and f"interrupted; saved is step {stopped}" in log
+    for attempt in range(times):
+        log = run / f"{attempt}.log"
+        process = start(how(cache, settings, run), log)
+        victim = draw.randrange(2) if times > 1 else 1
+        step = reached + draw.randrange(1, 6)
+        end_one(process, how, signal.SIGTERM, victim=victim, run=run, step=step)
+        stopped = checkpoint(run)["global_step"]
+        assert reached < stopped < 80
+        assert f"interrupted; saved is step {stopped}" in log.read_text()
         assert int(rows(run)[-1]["step"]) == stopped, "every step that was taken is saved"
         reached = stopped
     for folder in (run, whole):
-        done = execute(lightning(cache, settings, folder))
+        done = execute(how(cache, settings, folder))
         assert done.returncode == 0, done.stderr
-    assert rows(run) == rows(whole)
-    ends = [checkpoints.load(folder / "checkpoints" / "last.ckpt") for folder in (run, whole)]
-    for name, tensor in ends[0]["state_dict"].items():
-        assert torch.equal(tensor, ends[1]["state_dict"][name])
+    assert_same_run(run, whole)
 
 
 @pytest.mark.long
 def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> None:
-    settings = (
-        LONG | DDP | {"callbacks": "[nan_guard]", "callbacks.throughput.measure_matmul": None}
-    )
+    settings = LONG | DDP | BARE | {"callbacks": "[nan_guard]"}
     settings["callbacks.checkpoints.every_n_steps"] = None
-    run = tmp_path / "run"
-    run.mkdir()
-    process = start(lightning(cache, settings, run), run / "first.log")
-    wait_for_step(process, run, 20)
-    ranks = _ranks(process, lightning)
-    os.kill(ranks[1], signal.SIGTERM)
-    assert process.wait(240) != 0
-    assert ended(ranks, seconds=120)
-    assert "interrupted before the first checkpoint" in (run / "first.log").read_text()
+    process = start(lightning(cache, settings, tmp_path / "run"), tmp_path / "log")
+    end_one(process, lightning, signal.SIGTERM, victim=1, run=tmp_path / "run", step=20)
+    assert "interrupted before the first checkpoint" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "victim"),
     [
-        (lightning, "second"),
-        pytest.param(standalone, "first", marks=pytest.mark.long),
-        pytest.param(lightning, "first", marks=pytest.mark.long),
-        pytest.param(standalone, "second", marks=pytest.mark.long),
+        (lightning, 1),
+        pytest.param(standalone, 0, marks=pytest.mark.long),
+        pytest.param(lightning, 0, marks=pytest.mark.long),
+        pytest.param(standalone, 1, marks=pytest.mark.long),
     ],
 )
 def test_one_that_dies_takes_the_others_along(
-    tmp_path: Path,
-    cache: Path,
-    how: Callable[[Path, dict[str, Any], Path], list[str]],
-    victim: str,
+    tmp_path: Path, cache: Path, how: How, victim: int
 ) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    process = start(how(cache, LONG | DDP, run), run / "first.log")
-    wait_for_step(process, run, 20)
-    ranks = _ranks(process, how)
-    os.kill(ranks[0 if victim == "first" else 1], signal.SIGKILL)
-    assert process.wait(240) != 0
-    assert ended(ranks, seconds=120)
+    process = start(how(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
+    end_one(process, how, signal.SIGKILL, victim=victim, run=tmp_path / "run", step=20)
 
 
 def _wait_for_child(process: subprocess.Popen[bytes]) -> int:
@@ -323,10 +278,8 @@ def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
     (run,) = (tmp_path / "runs").iterdir()
     assert len(rows(run)) == 10
     assert logs.count("training the bpe tokenizer") == 1, logs
-    alone = execute(command(tmp_path / "one", cache, common | {"data.batch_size": 8}))
-    assert alone.returncode == 0, alone.stderr
-    for one, other in zip(rows(run), rows(tmp_path / "one"), strict=True):
-        assert one == pytest.approx(other, rel=2e-6)
+    train_apart(tmp_path / "one", cache, common | {"data.batch_size": 8})
+    assert_near_rows(run, tmp_path / "one")
 
 
 @pytest.mark.long

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mtp_lightning.run.checkpoints import load
+from tests.integration import helpers
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
+    NO_TEXT,
     ROOT,
+    assert_equal,
+    assert_near_rows,
     checkpoint,
     command,
     execute,
     rows,
+    train_apart,
     train_here,
     weights,
 )
@@ -48,15 +51,7 @@ MOE = {
     "model.feed_forward.d_expert": 16,
     "model.feed_forward.sequence_loss": 0.01,
 }
-TASK = {
-    "data": "star_graph",
-    "tokenizer": None,
-    "data.seq_len": None,
-    "data.eval_bytes": None,
-    "data.val_fraction": None,
-    "data.examples": 400,
-    "data.eval_examples": 24,
-}
+TASK = {**NO_TEXT, "data": "star_graph", "data.examples": 400, "data.eval_examples": 24}
 CASES: dict[str, dict[str, Any]] = {
     # Several things in one run, where they have nothing to do with each other.
     "untied": {
@@ -87,35 +82,10 @@ ACCUMULATED = {"untied", "experts"}
 SPLIT = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
 
 
-def assert_same_run(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
+def assert_same_run(run: Path, reference: Path) -> None:
     """Every column of every row, and a checkpoint of the same form."""
-    left, right = rows(run), rows(reference)
-    assert [row["step"] for row in left] == [row["step"] for row in right] and left
-    for one, other in zip(left, right, strict=True):
-        # A gain is a small difference of losses, and as exact as they are.
-        assert one == {
-            tag: pytest.approx(value, rel=rel, abs=rel if "gain" in tag else None)
-            for tag, value in other.items()
-        }
-    assert form(stored(run)) == form(stored(reference))
-
-
-def stored(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    """A checkpoint, which may be in parts."""
-    return load(run / "checkpoints" / name)
-
-
-def assert_equal(one: Any, other: Any, keys: Iterable[str] | None = None) -> None:
-    """Two nested values, of dictionaries some keys alone, bit for bit."""
-    if isinstance(one, dict):
-        assert keys is not None or one.keys() == other.keys()
-        for key in one if keys is None else keys:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for left, right in zip(one, other, strict=True):
-            assert_equal(left, right)
-    else:
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert_near_rows(run, reference)
+    assert form(checkpoint(run)) == form(checkpoint(reference))
 
 
 def form(content: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +106,7 @@ def form(content: dict[str, Any]) -> dict[str, Any]:
 def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache: Path) -> None:
     """Masks and accumulation, decoding at validation, and Lightning's own launcher."""
     masked = {"data.document_mask": "true", "data.source.documents": 1200}
-    done = execute(command(tmp_path / "two", cache, COMMON | masked | TWO | SPLIT))
-    assert done.returncode == 0, done.stderr
+    train_apart(tmp_path / "two", cache, COMMON | masked | TWO | SPLIT)
     train_here(tmp_path / "one", cache, COMMON | masked | ALONE)
     assert_same_run(tmp_path / "two", tmp_path / "one")
     names = ("decode/tokens_per_step", "val/loss_depth_2", "train/grad_norm")
@@ -156,7 +125,9 @@ def test_checkpoints_in_parts_are_the_same_ones(tmp_path: Path, cache: Path) -> 
     assert rows(run) == rows(tmp_path / "files")
     keys = ("state_dict", "optimizer_states", "loops", "callbacks", "global_step", "model_config")
     for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):
-        assert_equal(stored(run, name), stored(tmp_path / "files", name), keys)
+        one, other = checkpoint(run, name), checkpoint(tmp_path / "files", name)
+        for key in keys:
+            assert_equal(one[key], other[key], key)
         file = run / "checkpoints" / name
         assert file.stat().st_size < (tmp_path / "files" / "checkpoints" / name).stat().st_size / 4
     found = {path.relative_to(run / "checkpoints").as_posix()[:14] for path in run.rglob("*.pt")}
@@ -327,7 +298,7 @@ def resumed(once: Once, cache: Path) -> Path:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one"])
 def test_every_kind_trains_alike(resumed: Path, kind: str) -> None:
-    assert stored(resumed / kind, "previous.ckpt")["global_step"] == 4
+    assert checkpoint(resumed / kind, "previous.ckpt")["global_step"] == 4
     assert_same_run(resumed / kind, resumed / "one")
 
 
@@ -337,8 +308,7 @@ def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str)
     run = resumed / f"{before}_{after}"
     assert_same_run(run, resumed / "one")
     if before == after:  # exactly
-        assert rows(run) == rows(resumed / after)
-        assert_equal(stored(run), stored(resumed / after), ("state_dict", "optimizer_states"))
+        helpers.assert_same_run(run, resumed / after)
 
 
 @pytest.mark.slow

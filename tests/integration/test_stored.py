@@ -15,6 +15,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,75 +101,59 @@ def set_at(content: Any, path: str, value: Any) -> Any:
     return changed
 
 
-def of_config(key: str) -> Callable[[Path, Any, Path], object]:
+def of_config(key: str, finished: Path, value: Any, folder: Path) -> object:
     """The config in a checkpoint: the run is evaluated."""
+    from mtp_lightning.experiment.evaluating import validation_data
 
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        from mtp_lightning.experiment.evaluating import validation_data
-
-        run = opened(finished)
-        changed = replace(run, config=set_at(run.config, key, value))
-        data = validation_data(changed)
-        return next(iter(data.val_dataloader())).tokens.shape, data.evaluation_summary()
-
-    return read
+    run = opened(finished)
+    changed = replace(run, config=set_at(run.config, key, value))
+    data = validation_data(changed)
+    return next(iter(data.val_dataloader())).tokens.shape, data.evaluation_summary()
 
 
-def of_model(key: str) -> Callable[[Path, Any, Path], object]:
+def of_model(key: str, finished: Path, value: Any, folder: Path) -> object:
     """The description of a model in a checkpoint."""
-
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        content = held(finished)
-        plain = {"model_config": content["model_config"]}
-        changed = set_at(plain, f"model_config.{key}", value)
-        found = model_config({**content, **changed}, source=folder)
-        require_held(found, content["state_dict"], source=str(folder))
-        return found
-
-    return read
+    content = held(finished)
+    plain = {"model_config": content["model_config"]}
+    changed = set_at(plain, f"model_config.{key}", value)
+    found = model_config({**content, **changed}, source=folder)
+    require_held(found, content["state_dict"], source=str(folder))
+    return found
 
 
-def of_tokenizer(key: str) -> Callable[[Path, Any, Path], object]:
+def of_tokenizer(key: str, finished: Path, value: Any, folder: Path) -> object:
     """A tokenizer's state in a checkpoint, or its ``tokenizer.json`` in that."""
+    from data_modules.tokenizers import ByteTokenizer, tokenizer_from_state
 
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        from data_modules.tokenizers import ByteTokenizer, tokenizer_from_state
-
-        library = json.loads(ByteTokenizer().library_json())
-        state = {"kind": "pretrained", "path": "x", "eot_token": "<|endoftext|>", "beside": {}}
-        if key.startswith("json."):
-            library = set_at(library, key.removeprefix("json."), value)
-        state["tokenizer_json"] = json.dumps(library)
-        state = state if key.startswith("json.") else set_at(state, key, value)
-        tokenizer = tokenizer_from_state(state)
-        return tokenizer.vocab_size, len(tokenizer.token_bytes()), tokenizer.encode("abc").tolist()
-
-    return read
+    library = json.loads(ByteTokenizer().library_json())
+    state = {"kind": "pretrained", "path": "x", "eot_token": "<|endoftext|>", "beside": {}}
+    if key.startswith("json."):
+        library = set_at(library, key.removeprefix("json."), value)
+    state["tokenizer_json"] = json.dumps(library)
+    state = state if key.startswith("json.") else set_at(state, key, value)
+    tokenizer = tokenizer_from_state(state)
+    return tokenizer.vocab_size, len(tokenizer.token_bytes()), tokenizer.encode("abc").tolist()
 
 
-def of_sweep(key: str) -> Callable[[Path, Any, Path], object]:
+def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
     """A sweep's plan: a worker makes its tasks."""
+    from sweeps.devices import DeviceQueue
+    from sweeps.lease import Leases
+    from sweeps.plan import Plan
+    from sweeps.work import Worker
 
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        from sweeps.devices import DeviceQueue
-        from sweeps.lease import Leases
-        from sweeps.plan import Plan
-        from sweeps.work import Worker
-
-        job = {"folder": "a", "overrides": ["seed=1"], "run": RECIPE}
-        plan = {"version": 1, "jobs": [job]}
-        said = value if isinstance(value, str) else json.dumps(value)
-        changed = set_at(plan, f"jobs.0.{key}", f"{OVERRIDES.get(key, '')}{said}" if "overrides" in
-                         key else value)  # fmt: skip
-        (folder / "sweep.json").write_text(json.dumps(changed))
-        queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
-        leases = Leases(folder, owner="me", stale_seconds=9)
-        worker = Worker(Plan(folder), leases=leases, queue=queue, look_seconds=0)
-        (task,) = worker.tasks.values()
-        assert task.folder.parent == folder and ".." not in task.folder.parts
-        return task.command
-
-    return read
+    job = {"folder": "a", "overrides": ["seed=1"], "run": RECIPE}
+    plan = {"version": 1, "jobs": [job]}
+    said = value if isinstance(value, str) else json.dumps(value)
+    changed = set_at(plan, f"jobs.0.{key}", f"{OVERRIDES.get(key, '')}{said}" if "overrides" in
+                     key else value)  # fmt: skip
+    (folder / "sweep.json").write_text(json.dumps(changed))
+    queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
+    leases = Leases(folder, owner="me", stale_seconds=9)
+    worker = Worker(Plan(folder), leases=leases, queue=queue, look_seconds=0)
+    (task,) = worker.tasks.values()
+    assert task.folder.parent == folder and ".." not in task.folder.parts
+    return task.command
 
 
 OVERRIDES = {"overrides.0": "data.source.size="}
@@ -178,72 +163,56 @@ RECIPE = {
 }  # fmt: skip
 
 
-def of_claim(key: str) -> Callable[[Path, Any, Path], object]:
+def of_claim(key: str, finished: Path, value: Any, folder: Path) -> object:
     """A claim's file."""
+    from sweeps.claims.read import read_claim
 
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        from sweeps.claims.read import read_claim
-
-        claim = {
-            "sentence": "s", "source": "s", "equal": "steps", "seeds": [0, 1], "minimum": 2,
-            "minutes": 1, "shared": ["seed_=1"], "arms": {"a": ["mtp=none"], "b": ["mtp.depth=1"]},
-            "measure": {"tag": "val/x"},
-            "predictions": [{"arm": "a", "against": "b", "side": "above", "by": 0}],
-        }  # fmt: skip
-        text = yaml.safe_dump(set_at(claim, key, value))
-        (folder / "evil.yaml").write_text(text)
-        return read_claim("evil", folder)
-
-    return read
+    claim = {
+        "sentence": "s", "source": "s", "equal": "steps", "seeds": [0, 1], "minimum": 2,
+        "minutes": 1, "shared": ["seed_=1"], "arms": {"a": ["mtp=none"], "b": ["mtp.depth=1"]},
+        "measure": {"tag": "val/x"},
+        "predictions": [{"arm": "a", "against": "b", "side": "above", "by": 0}],
+    }  # fmt: skip
+    text = yaml.safe_dump(set_at(claim, key, value))
+    (folder / "evil.yaml").write_text(text)
+    return read_claim("evil", folder)
 
 
-def of_meta(key: str) -> Callable[[Path, Any, Path], object]:
+def of_meta(key: str, finished: Path, value: Any, folder: Path) -> object:
     """A token store's ``meta.json``."""
+    from data_modules.token_store import TokenStore
 
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        from data_modules.token_store import TokenStore
-
-        split = {"tokens": 4, "bytes": 3, "documents": 1}
-        meta = {"dtype": "uint16", "splits": {"train": split}}
-        (folder / "train.bin").write_bytes(bytes(8))
-        (folder / "meta.json").write_text(json.dumps(set_at(meta, key, value)))
-        return TokenStore(folder)["train"].tokens()
-
-    return read
+    split = {"tokens": 4, "bytes": 3, "documents": 1}
+    meta = {"dtype": "uint16", "splits": {"train": split}}
+    (folder / "train.bin").write_bytes(bytes(8))
+    (folder / "meta.json").write_text(json.dumps(set_at(meta, key, value)))
+    return TokenStore(folder)["train"].tokens()
 
 
-def of_card(key: str) -> Callable[[Path, Any, Path], object]:
+def of_card(key: str, finished: Path, value: Any, folder: Path) -> object:
     """The model card of an export, from the run's config and its summary."""
+    from mtp_lightning.interop import card
+    from mtp_lightning.interop.writing import Contents
 
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        from mtp_lightning.interop import card
-        from mtp_lightning.interop.writing import Contents
-
-        run = opened(finished)
-        found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
-        return card.render(
-            "name", run.model.config, Contents(layer_depths=1, heads=False, parameters=1, shards=1),
-            model_type="llama", dtype="float32", step=10, **set_at(found, key, value),
-        )  # fmt: skip
-
-    return read
+    run = opened(finished)
+    found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
+    return card.render(
+        "name", run.model.config, Contents(layer_depths=1, heads=False, parameters=1, shards=1),
+        model_type="llama", dtype="float32", step=10, **set_at(found, key, value),
+    )  # fmt: skip
 
 
-def of_layer(key: str) -> Callable[[Path, Any, Path], object]:
+def of_layer(key: str, finished: Path, value: Any, folder: Path) -> object:
     """The config.json of an EAGLE-3 layer in a trunk's folder: the model is opened."""
-
-    def read(finished: Path, value: Any, folder: Path) -> object:
-        shutil.copytree(_written(folder.parent.parent), folder / "model")
-        file = folder / "model" / "draft" / "config.json"
-        fields = json.loads(file.read_text())
-        if not key.startswith("mtp_lightning"):
-            del fields["mtp_lightning"]  # as in a layer from elsewhere
-        if key.startswith("eagle_config"):
-            del fields["eagle_aux_hidden_state_layer_ids"]
-        file.write_text(json.dumps(set_at(fields, key, value)))
-        return open_model(folder / "model").model.config
-
-    return read
+    shutil.copytree(_written(folder.parent.parent), folder / "model")
+    file = folder / "model" / "draft" / "config.json"
+    fields = json.loads(file.read_text())
+    if not key.startswith("mtp_lightning"):
+        del fields["mtp_lightning"]  # as in a layer from elsewhere
+    if key.startswith("eagle_config"):
+        del fields["eagle_aux_hidden_state_layer_ids"]
+    file.write_text(json.dumps(set_at(fields, key, value)))
+    return open_model(folder / "model").model.config
 
 
 @functools.cache
@@ -255,7 +224,7 @@ def _written(base: Path) -> Path:
     return base / "with-a-layer"
 
 
-def of_reference(finished: Path, value: Any, folder: Path) -> object:
+def of_reference(key: str, finished: Path, value: Any, folder: Path) -> object:
     """A run that another is compared with."""
     from mtp_lightning.matching import run_reference
 
@@ -263,36 +232,40 @@ def of_reference(finished: Path, value: Any, folder: Path) -> object:
     return run_reference(folder)
 
 
-PLACES: dict[str, Callable[[Path, Any, Path], object]] = {
-    **{f"config: {key}": of_config(key) for key in (
+# Where a value is stored -> what reads it, and the keys that a stranger may write.
+STORED: dict[str, tuple[Callable[[str, Path, Any, Path], object], tuple[str, ...]]] = {
+    "config": (of_config, (
         "data", "data._target_", "data.source", "data.source.size", "data.source.documents",
         "data.seq_len", "data.eval_batch_size", "data.eval_bytes", "data.depth",
-        "data.num_workers", "data.cache_dir", "data.val_fraction", "seed", "paths.cache_dir")},
-    **{f"checkpoint: {key}": of_model(key) for key in (
+        "data.num_workers", "data.cache_dir", "data.val_fraction", "seed", "paths.cache_dir")),
+    "checkpoint": (of_model, (
         "trunk", "trunk.d_model", "trunk.n_layers", "trunk.rope_theta", "trunk.norm_eps",
         "trunk.init_std", "trunk.rope_scaling", "trunk.attention", "trunk.attention.variant",
-        "mtp", "mtp.depth", "mtp.variant", "mtp.branch")},
-    **{f"tokenizer: {key}": of_tokenizer(key) for key in (
+        "mtp", "mtp.depth", "mtp.variant", "mtp.branch")),
+    "tokenizer": (of_tokenizer, (
         "kind", "path", "eot_token", "tokenizer_json", "beside", "json.model.vocab.a",
-        "json.normalizer", "json.truncation", "json.padding", "json.added_tokens.0.id")},
-    **{f"sweep: {key}": of_sweep(key) for key in (
+        "json.normalizer", "json.truncation", "json.padding", "json.added_tokens.0.id")),
+    "sweep": (of_sweep, (
         "folder", "overrides", "overrides.0", "run", "run.cwd", "run.options", "run.program",
-        "run.processes", "run.max_steps")},
-    **{f"claim: {key}": of_claim(key) for key in (
+        "run.processes", "run.max_steps")),
+    "claim": (of_claim, (
         "sentence", "equal", "seeds", "minutes", "shared", "arms", "arms.a", "measure.tag",
-        "predictions.0.arm", "predictions.0.by")},
-    **{f"meta.json: {key}": of_meta(key) for key in (
-        "dtype", "splits", "splits.train", "splits.train.tokens", "splits.train.documents")},
-    **{f"card: {key}": of_card(key) for key in (
+        "predictions.0.arm", "predictions.0.by")),
+    "meta.json": (of_meta, (
+        "dtype", "splits", "splits.train", "splits.train.tokens", "splits.train.documents")),
+    "card": (of_card, (
         "run_config.seed", "run_config.mtp_lambda", "run_config.data.seq_len", "summary.step",
-        "summary.val/loss_depth_0")},
-    **{f"layer: {key}": of_layer(key) for key in (
+        "summary.val/loss_depth_0")),
+    "layer": (of_layer, (
         "architectures", "hidden_size", "draft_vocab_size", "rope_theta", "rope_scaling",
         "eagle_aux_hidden_state_layer_ids", "eagle_config",
         "eagle_config.eagle_aux_hidden_state_layer_ids", "mtp_lightning", "mtp_lightning.variant",
-        "mtp_lightning.depth", "mtp_lightning.layers", "mtp_lightning.draft_vocab")},
-    "summary.json": of_reference,
+        "mtp_lightning.depth", "mtp_lightning.layers", "mtp_lightning.draft_vocab")),
+    "summary.json": (of_reference, ("parameters and flops",)),
 }  # fmt: skip
+PLACES = {
+    f"{name}: {key}": partial(read, key) for name, (read, keys) in STORED.items() for key in keys
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -334,7 +307,7 @@ def test_overrides_of_a_plan_set_what_is_computed(
 ) -> None:
     (folder := tmp_path / "sweep").mkdir()
     with pytest.raises(ValueError, match="sweep.json") as error:
-        of_sweep(place)(tmp_path, [override], folder)
+        of_sweep(place, tmp_path, [override], folder)
     assert "\n" not in str(error.value)
 
 

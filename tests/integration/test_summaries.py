@@ -17,11 +17,12 @@ from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.opening import open_model
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
-    as_it_was_before,
-    assert_same_weights,
+    TASK,
+    assert_near_rows,
     checkpoint,
     composed,
     evaluated,
+    resume_from_previous,
     rows,
     train_here,
 )
@@ -31,20 +32,6 @@ pytestmark = pytest.mark.slow
 
 HEADS = ("top", "bag", "registers")
 SUMMARIES = ("top", "bag")  # those that a validation has a loss of
-
-
-TASK: dict[str, Any] = {
-    "data": "copy",
-    "data.task.letters": 4,
-    "data.task.periods": 4,
-    "data.eval_examples": 30,
-    "data.seq_len": None,
-    "data.val_fraction": None,
-    "data.eval_bytes": None,
-    "tokenizer": None,
-    "mtp.depth": None,
-    "mtp.lookahead": 5,
-}
 
 
 class Squared(Term):
@@ -107,11 +94,7 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_it_resumes_exactly(tmp_path: Path, cache: Path, run: Path, head: str) -> None:
-    again = tmp_path / "again"
-    as_it_was_before(run, again)
-    train_here(again, cache, text(head))
-    assert_same_weights(run, again)
-    assert rows(run) == rows(again)
+    resume_from_previous(run, tmp_path / "again", cache, text(head))
 
 
 def test_accumulation_and_two_processes_change_nothing(tmp_path: Path, cache: Path) -> None:
@@ -125,22 +108,13 @@ def test_accumulation_and_two_processes_change_nothing(tmp_path: Path, cache: Pa
         train_here(whole, cache, exact[head])
         train_here(tmp_path / f"{head}-split", cache, exact[head] | split)
         for way in ("split", "two"):
-            _same_rows(whole, tmp_path / f"{head}-{way}")
-
-
-def _same_rows(one: Path, other: Path) -> None:
-    left, right = rows(one), rows(other)
-    assert len(left) == len(right) == 10
-    for a, b in zip(left, right, strict=True):
-        counted = [tag for tag in a if tag.startswith(("val/", "train/"))]
-        assert {tag: b[tag] for tag in counted} == pytest.approx(
-            {tag: a[tag] for tag in counted}, rel=1e-7, abs=1e-12
-        )
+            assert_near_rows(tmp_path / f"{head}-{way}", whole, rel=1e-7)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
-    more = {"mtp": head} | ({"mtp.weights": "none"} if head == "bag" else {})
+    more = {"mtp": head, "mtp.depth": None, "mtp.lookahead": 5}
+    more |= {"mtp.weights": "none"} if head == "bag" else {}
     summary = train_here(tmp_path, cache, TASK | more)
     assert "val/exact_match" in summary
     assert ("val/loss_depth_1" in summary) == (head in SUMMARIES)

@@ -11,58 +11,42 @@ import yaml
 
 from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.opening import open_model
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
-    as_it_was_before,
-    assert_same_weights,
+    TASK,
+    assert_near_rows,
     command,
     composed,
     evaluated,
     execute,
+    resume_from_previous,
     rows,
     train_here,
 )
 from tests.integration.several import run_all
 
-# A quick run on a task: what is text's is left out.
-TASK: dict[str, Any] = {
-    "data": "copy",
-    "data.task.letters": 4,
-    "data.task.periods": 4,
-    "data.eval_examples": 30,
-    "data.seq_len": None,
-    "data.val_fraction": None,
-    "data.eval_bytes": None,
-    "tokenizer": None,
-    "callbacks.checkpoints.every_n_steps": 5,
-}
+
+def task(name: str, **of_task: int) -> dict[str, Any]:
+    """The changes for another task than copying."""
+    changes = {"letters": None, "periods": None, **of_task}
+    return {"data": name} | {f"data.task.{key}": value for key, value in changes.items()}
+
+
 TASKS: dict[str, dict[str, Any]] = {
     "copy": {},
-    "star_graph": {"data": "star_graph", "data.task.letters": None, "data.task.periods": None},
-    "mqar": {"data": "mqar", "data.task.letters": None, "data.task.periods": None},
+    "star_graph": task("star_graph"),
+    "mqar": task("mqar"),
     "packed": {"data.seq_len": 30},
     "prompts": {"data.train_prompt": "true"},
-    "sibling": {
-        "data": "sibling",
-        "data.task.letters": None,
-        "data.task.periods": None,
-        "data.task.parents": 2,
-        "data.task.children": 3,
-        "data.examples": 16,
-        "data.task.hash": 2,
-    },
-    "hmm": {
-        "data": "hmm",
-        "data.task.letters": None,
-        "data.task.periods": None,
-        "data.task.length": 6,
-    },
-    "navigation": {
-        "data": "navigation",
-        "data.task.letters": None,
-        "data.task.periods": None,
-        "data.task.nodes": 12,
-    },
+    "sibling": task("sibling", parents=2, children=3, hash=2) | {"data.examples": 16},
+    "hmm": task("hmm", length=6),
+    "navigation": task("navigation", nodes=12),
 }
+# The windows that they find.
+WINDOWS = {
+    "copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30, "sibling": 5, "hmm": 6,
+    "navigation": 12,
+}  # fmt: skip
 # What they report beside.
 BESIDE = {
     "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
@@ -73,6 +57,12 @@ BESIDE = {
         *("val/belief_cosine", "val/belief_cosine_others"),
     },
 }
+
+
+@pytest.fixture(scope="module")
+def copying(once: Once, cache: Path) -> Path:
+    """A run on the copy task."""
+    return once("copying", lambda folder: train_here(folder, cache, TASK))
 
 
 @pytest.mark.slow
@@ -98,19 +88,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
     assert summary["evaluation"]["examples"] == 30
     # The window that the data have found is the run's from then on.
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["seq_len"]
-    assert (
-        stored
-        == {
-            "copy": 8,
-            "prompts": 8,
-            "star_graph": 24,
-            "mqar": 48,
-            "packed": 30,
-            "sibling": 5,
-            "hmm": 6,
-            "navigation": 12,
-        }[case]
-    )
+    assert stored == WINDOWS[case]
     if case == "hmm":  # the floor stands beside the loss, and is of the same tokens
         above = measured["val/loss_depth_0"] - measured["val/surprisal"]
         assert measured["val/excess_loss"] == pytest.approx(above, abs=1e-5) and above > 0
@@ -132,12 +110,9 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.filterwarnings("ignore:.*num_workers")
 def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) -> None:
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    train_here(whole, cache, TASK | settings)
-    as_it_was_before(whole, again)
-    train_here(again, cache, TASK | settings)
-    assert_same_weights(whole, again)
-    assert rows(whole) == rows(again)
+    settings = TASK | settings | {"callbacks.checkpoints.every_n_steps": 5}
+    train_here(tmp_path / "whole", cache, settings)
+    resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
 
 
 @pytest.mark.slow
@@ -148,13 +123,8 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     run_all(tmp_path, cache, {case: common | two for case, common in cases.items()}, processes=2)
     for case, common in cases.items():
         train_here(tmp_path / f"{case}_alone", cache, common)
-        alone, together = rows(tmp_path / f"{case}_alone"), rows(tmp_path / case)
-        assert len(alone) == len(together)
-        for one, other in zip(alone, together, strict=True):
-            counted = [tag for tag in one if tag.startswith(("val/", "train/"))]
-            assert {tag: other[tag] for tag in counted} == pytest.approx(
-                {tag: one[tag] for tag in counted}, rel=1e-9, abs=1e-12
-            ), case
+        assert_near_rows(tmp_path / case, tmp_path / f"{case}_alone", rel=1e-9)
+        alone = rows(tmp_path / f"{case}_alone")
         fewer = common | {"callbacks.exact_match.batch_size": 7}
         few = train_here(tmp_path / f"{case}_few", cache, fewer)
         answers = {tag for tag in few if tag.startswith("val/")} & alone[-1].keys()
@@ -165,25 +135,25 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path / "short", cache, TASK)
-    longer = {"data.task.periods": 6, "init_from": tmp_path / "short"}
+def test_starts_from_and_is_evaluated_on_another_size(
+    tmp_path: Path, cache: Path, copying: Path
+) -> None:
+    longer = {"data.task.periods": 6, "init_from": copying}
     summary = train_here(tmp_path / "longer", cache, TASK | longer)
     assert "val/exact_match" in summary
-    found = evaluated(tmp_path / "short", "data=copy", "data.task.letters=4", "data.task.periods=9")
+    found = evaluated(copying, "data=copy", "data.task.letters=4", "data.task.periods=9")
     assert found["data"]["longest"] == 19 and "val/accuracy_position_9" in found
     with pytest.raises(ValueError, match="data=copy with its 18 symbols cannot be read"):
-        evaluated(tmp_path / "short", "data=copy")
+        evaluated(copying, "data=copy")
     with pytest.raises(ValueError, match="eval_bytes=9 has no meaning"):
-        evaluated(tmp_path / "short", "eval_bytes=9")
+        evaluated(copying, "eval_bytes=9")
     with pytest.raises(ValueError, match="symbols cannot be read by a model"):
         train_here(tmp_path / "other", cache, TASK | longer | {"data.task.letters": 9})
 
 
-def test_a_text_model_is_given_no_task(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path, cache, {"trainer.max_steps": 5})
+def test_a_text_model_is_given_no_task(finished: Path) -> None:
     with pytest.raises(ValueError, match="a model that has 257 ids of the kind byte"):
-        evaluated(tmp_path, "data=star_graph")
+        evaluated(finished, "data=star_graph")
 
 
 def test_long_range_says_that_it_does_not_apply(
@@ -196,19 +166,36 @@ def test_long_range_says_that_it_does_not_apply(
 
 @pytest.mark.slow
 def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
-    tmp_path: Path, cache: Path
+    tmp_path: Path, cache: Path, copying: Path
 ) -> None:
     refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}))
     assert refused.returncode == 1
     assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
-    train_here(tmp_path / "run", cache, TASK)
-    program = command(tmp_path, cache, {}, app="generate.py")[:2]
-    given = [f"checkpoint={tmp_path / 'run'}", "max_new_tokens=2", "num_threads=1"]
+    program = command(tmp_path, cache, app="generate.py")[:2]
+    given = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
     done = execute([*program, *given, "prompt=s0 s3 ="])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("s0 s3 = ")
     done = execute([*program, *given, "prompt=hello"])
     assert "error: 'hello' is not a symbol" in done.stderr
+
+
+def test_teacherless_heads_learn_from_the_question_alone(tmp_path: Path, cache: Path) -> None:
+    settings = TASK | {
+        "data.task.letters": 3,
+        "data.task.shortest": 2,
+        "data.task.periods": 2,
+        "data.task.held_out": "null",
+        "data.batch_size": 32,
+        "mtp": "teacherless",
+        "mtp.depth": None,
+        "lambda_schedule": "constant",
+        "optimizer.lr": 0.01,
+        "trainer.max_steps": 250,
+        "trainer.val_check_interval": 250,
+    }
+    summary = train_here(tmp_path, cache, settings)
+    assert summary["val/exact_match"] > 0.9 > 4 * summary["val/chance"]
 
 
 @pytest.mark.parametrize("debug", ["fast", "profile"])
@@ -231,16 +218,15 @@ def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
 
 
 @pytest.mark.extras  # transformers
-def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path / "run", cache, TASK | {"trainer.max_steps": 5})
-    program = command(tmp_path, cache, {}, app="export.py")[:2]
+def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path, copying: Path) -> None:
+    program = command(tmp_path, cache, app="export.py")[:2]
     folder = tmp_path / "folder"
-    done = execute([*program, f"checkpoint={tmp_path / 'run'}", f"output={folder}"])
+    last = copying / "checkpoints" / "last.ckpt"
+    done = execute([*program, f"checkpoint={last}", f"output={folder}"])
     assert done.returncode == 0 and "verified" in done.stdout, done.stderr
     options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
     found = evaluated(folder, "data=copy", *options)
-    own = evaluated(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert found["val/exact_match"] == own["val/exact_match"]
+    assert found["val/exact_match"] == evaluated(last)["val/exact_match"]
 
 
 @pytest.mark.long

@@ -12,14 +12,12 @@ from data_modules.sources import SyntheticSource
 from tests.data_modules.token_formats import llm_c, megatron
 from tests.integration.helpers import (
     ROOT,
-    assert_same_weights,
+    assert_same_run,
     command,
     evaluated,
     execute,
-    rows,
-    start,
+    kill_at,
     train_here,
-    wait_for_step,
 )
 
 GENERATE = [sys.executable, str(ROOT / "generate.py")]
@@ -50,13 +48,9 @@ def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
         "callbacks.checkpoints.every_n_steps": 20,
     }
     whole = train_here(tmp_path / "whole", cache, settings)
-    process = start(command(tmp_path / "parts", cache, settings), tmp_path / "log")
-    wait_for_step(process, tmp_path / "parts", 60)
-    process.kill()
-    process.wait()
+    kill_at(command(tmp_path / "parts", cache, settings), tmp_path / "parts", 60)
     train_here(tmp_path / "parts", cache, settings)
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert whole["val/bits_per_byte"] > 0 and whole["evaluation"]["bytes"] >= 400
     metrics = evaluated(tmp_path / "whole" / "checkpoints" / "last.ckpt")
     for name in ("val/loss_depth_0", "val/loss_depth_2", "val/bits_per_byte"):

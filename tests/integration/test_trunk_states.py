@@ -13,13 +13,10 @@ from tests.integration import helpers
 from tests.integration.conftest import Once
 
 HEADS = {
+    **helpers.CONSTANT,
     "mtp.freeze_trunk": "true",
     "data.source.size": 1_200,  # several epochs
     "data.source.documents": 12,
-    "lambda_schedule": "constant",
-    "optimizer.schedule.kind": "constant",
-    "optimizer.schedule.warmup_steps": 0,
-    "optimizer.schedule.warmup_fraction": "null",
     "trainer.max_steps": 40,
     "trainer.val_check_interval": 20,
     "callbacks.checkpoints.every_n_steps": 20,
@@ -29,11 +26,10 @@ CACHED = {"data.cache_states": "true"}
 
 @pytest.fixture(scope="module")
 def trunk(once: Once, cache: Path) -> Path:
-    settings = {"mtp": "none", "mtp.depth": None, "model.n_layers": 2, "trainer.max_steps": 20,
-                "trainer.val_check_interval": 20}  # fmt: skip
-    return (
-        once("trunk-of-states", lambda folder: helpers.train_here(folder / "run", cache, settings))
-        / "run"
+    settings = {"mtp": "none", "mtp.depth": None, "model.n_layers": 2}
+    length = {"trainer.max_steps": 20, "trainer.val_check_interval": 20}
+    return once(
+        "trunk-of-states", lambda folder: helpers.train_here(folder, cache, settings | length)
     )
 
 
