@@ -66,14 +66,19 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
     """The rows of a column, read one batch at a time.
 
     Raises:
-        UserError: if it is not a parquet file, or has no such column of strings.
+        UserError: if it is not a parquet file, is damaged, or has no such column of strings.
         MissingPackageError: without pyarrow.
     """
     pyarrow = _pyarrow(path)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid:
+        yield from _rows(pyarrow.parquet.ParquetFile(path), path, field)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # pyarrow reports damage without one
+            raise
         raise UserError(f"{path} is not a parquet file, or is damaged: write it again") from None
+
+
+def _rows(file: Any, path: Path, field: str) -> Iterator[str]:
     with file:
         columns = file.schema_arrow.names
         if field not in columns:

@@ -65,15 +65,14 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     ]
     if not found:
         found = [("a text", piece) for piece in pieces[:1]]
-    terminal = sys.stdout.isatty()
     # Color codes would be unreadable in a file or a pipe.
-    marks = Colors() if terminal and model.mtp.max_draft_depth != 0 else None
+    marks = Colors() if sys.stdout.isatty() and model.mtp.max_draft_depth != 0 else None
     streams = [
         TextStream(
             data.tokenizer,
             StringIO(),
             data.tokenizer.decode([int(token) for token in prompt]),
-            terminal=terminal,
+            terminal=True,  # a job's log is read in one
             marks=marks,
         )
         for _, prompt in found

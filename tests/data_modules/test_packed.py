@@ -57,8 +57,11 @@ def test_parquet_rows_are_documents(tmp_path):
     assert list(TextSource(tmp_path, field="body").documents()) == [*TEXTS, "text"]
     refused(r"has no column 'text' \(it has \['body', 'n'\]\)", file)
     refused("row 1, has no string under 'n' but int", file, field="n")
-    file.write_bytes(file.read_bytes()[:-9])
-    refused("rows.parquet is not a parquet file, or is damaged", file, field="body")
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:-9], whole[:8] + b"\xff" * 40 + whole[48:], whole[:middle] + whole[-8:]):
+        file.write_bytes(damaged)
+        refused("rows.parquet is not a parquet file, or is damaged", file, field="body")
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst"])

@@ -63,5 +63,5 @@ def test_samples_mark_their_drafts(
     marked = depth > 0 and terminal
     assert ("drafts of depth" in shown) == ("\x1b[32m" in shown) == marked
     assert ";9m" not in shown  # no rejected ones
-    print_samples(model, data("0 1 2"), seed=1)
-    assert "--- a text\n0 1 2" in capsys.readouterr().out
+    print_samples(model, data("0 1\x07 2"), seed=1)
+    assert "--- a text\n0 1\\x07 2" in capsys.readouterr().out

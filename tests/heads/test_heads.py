@@ -31,8 +31,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_hours_are_divided(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda run, window: 1e9)
-    monkeypatch.setattr(planning, "_writes", lambda run, window: 1000.0)
+    monkeypatch.setattr(planning, "_reads", lambda run, window: ("bf16-mixed", 1e9))
+    monkeypatch.setattr(planning, "_writes", lambda run: ("int8", 1000.0))
     one, two = (planning.plan(model, hours=h, files=[], overrides=[]) for h in (1.0, 2.0))
     # 35 % of an hour at 1,000 tokens per second, 35 of the 48 tokens of a text being new
     assert one.texts == int(0.35 * 3600 * 1000 / 35) and one.window == 48
@@ -40,6 +40,7 @@ def test_the_hours_are_divided(
     words = one.train()
     assert f"data.n_prompts={one.texts}" in words and f"trainer.max_steps={one.steps}" in words
     assert "data.prompt_tokens=13" in words and "data.new_tokens=35" in words
+    assert "trainer.precision=bf16-mixed" in words and "data.activations=int8" in words
     mine = planning.plan(model, hours=1.0, files=["/a b"], overrides=["optimizer.lr=0.1"])
     assert mine.texts == 0 and "data.paths=['/a b']" in mine.train()
     assert mine.train()[-1] == "optimizer.lr=0.1"
