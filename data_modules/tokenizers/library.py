@@ -12,6 +12,7 @@ import math
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from mtp_lightning.stored import LARGEST_VOCAB
 # How many times longer a text may become before it is split, or a token when it is decoded: the
 # largest of Unicode's own compositions is 18.
 LARGEST_GROWTH = 256
+# Texts that the library wrote of tokenizers that were checked; checking takes longer than reading.
+_WRITTEN: deque[str] = deque(maxlen=2)
 
 
 def library_tokenizer(text: str, *, source: object) -> Any:
@@ -37,12 +40,8 @@ def library_tokenizer(text: str, *, source: object) -> Any:
 
     quiet_forks()
     try:
-        content = json.loads(text)
-        _require_numbers(content)
-        for part in ("normalizer", "pre_tokenizer", "decoder"):
-            growth = math.prod(map(_growth, _steps(content.get(part))))
-            if growth > LARGEST_GROWTH:
-                raise ValueError(f"its {part} makes a text {growth:,} times as long")
+        if text not in _WRITTEN:
+            _check(json.loads(text))
         library = Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
@@ -52,6 +51,13 @@ def library_tokenizer(text: str, *, source: object) -> Any:
     library.no_padding()
     library.no_truncation()
     return library
+
+
+def written(library: Any) -> str:
+    """The content of a ``tokenizer.json`` for a tokenizer of :func:`library_tokenizer`."""
+    text = str(library.to_str())
+    _WRITTEN.append(text)
+    return text
 
 
 def quiet_forks() -> None:
@@ -68,6 +74,14 @@ def word_level_json(ids: dict[str, int], eot_token: str) -> str:
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens([AddedToken(eot_token, special=True, normalized=False)])
     return str(library.to_str())
+
+
+def _check(content: Any) -> None:
+    _require_numbers(content)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = math.prod(map(_growth, _steps(content.get(part))))
+        if growth > LARGEST_GROWTH:
+            raise ValueError(f"its {part} makes a text {growth:,} times as long")
 
 
 def _require_numbers(content: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_modules.digests import digest
 from data_modules.tokenizers.base import Tokenizer
-from data_modules.tokenizers.library import library_tokenizer
+from data_modules.tokenizers.library import library_tokenizer, written
 from mtp_lightning.errors import UserError
 
 KNOWN_EOT = (
@@ -139,7 +139,7 @@ class PretrainedTokenizer(Tokenizer):
 
     def _ids_state(self) -> dict[str, Any]:
         """The part of the state that determines the ids."""
-        text = self._load().to_str()
+        text = written(self._load())
         return {
             "kind": self.kind,
             "path": self.path,
