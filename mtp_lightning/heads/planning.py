@@ -163,11 +163,16 @@ def plan(
     trunk = run.model.config.trunk
     depth = max(mtp.depth, 1)
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
-    precision, speed = _reads(run, window)
+    on_cpu = pick_accelerator("auto") == "cpu"
+    precision, speed = "32-true" if on_cpu else "auto", _reads(run, window)
+    # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
+    if on_cpu and (half := _reads(run, window, half=True)) > speed:
+        precision, speed = "bf16-mixed", half
     per_step = StepCost(config).per_token(window) * _BATCH * window
     steps = int(3600 * hours * _TRAINING * speed / per_step)
-    # Afterwards: it may change the model's products.
-    activations, written = ("fp32", 0.0) if files else _writes(run)
+    # Afterwards, since it changes the model's products.
+    integers = on_cpu and not files and multiply_integers(run.model) is None
+    written = 0.0 if files else _writes(run)
     texts = int(3600 * hours * _TEXTS * written / _new(window))
     if steps < 10 or (not files and texts < _FEWEST):
         raise UserError(
@@ -190,7 +195,7 @@ def plan(
         depth=depth,
         switches=_switches(mtp) if further else [],
         precision=precision,
-        activations=activations,
+        activations="int8" if integers else "fp32",
     )
 
 
@@ -199,33 +204,25 @@ def _switches(mtp: MTPConfig) -> list[str]:
     return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
 
 
-def _reads(run: OpenedModel, window: int) -> tuple[str, float]:
-    """The precision of training, and the FLOP/s at which windows are read: on a CPU the faster one,
-    since bf16 is twice as fast as fp32 on some processors that have it and slower on others."""
+def _reads(run: OpenedModel, window: int, *, half: bool = False) -> float:
+    """FLOP/s of reading windows, in fp32 or in bf16."""
     depth = run.model.depth
     tokens = torch.zeros(_BATCH, window + depth + 1, dtype=torch.long)
     windows = WindowBatch(tokens, depth)
     flops = forward_flops(run.model.config, window) * _BATCH
 
     @torch.no_grad()
-    def read(half: bool) -> None:
+    def read() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             run.model.head(run.model(windows)[0])
 
-    seconds = {"32-true": _seconds(lambda: read(False)), "bf16-mixed": _seconds(lambda: read(True))}
-    if pick_accelerator("auto") != "cpu":
-        return "auto", flops / seconds["32-true"]
-    fastest = min(seconds, key=seconds.__getitem__)
-    return fastest, flops / seconds[fastest]
+    return flops / _seconds(read)
 
 
-def _writes(run: OpenedModel) -> tuple[str, float]:
-    """The activations with which texts are written, integers where training is to run on a CPU that
-    multiplies them, and the tokens per second of texts that are written together."""
+def _writes(run: OpenedModel) -> float:
+    """Tokens per second of texts that are written together."""
     n, new = 32, 8
     prompts: list[Any] = [[i % run.model.config.trunk.vocab_size] for i in range(n)]
-    on_cpu = pick_accelerator("auto") == "cpu"
-    activations = "int8" if on_cpu and multiply_integers(run.model) is None else "fp32"
 
     def write() -> None:
         generate(
@@ -233,7 +230,7 @@ def _writes(run: OpenedModel) -> tuple[str, float]:
             speculative=False,
         )  # fmt: skip
 
-    return activations, n * new / _seconds(write)
+    return n * new / _seconds(write)
 
 
 def _seconds(work: Callable[[], None]) -> float:

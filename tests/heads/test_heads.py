@@ -31,8 +31,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_hours_are_divided(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda run, window: ("bf16-mixed", 1e9))
-    monkeypatch.setattr(planning, "_writes", lambda run: ("int8", 1000.0))
+    monkeypatch.setattr(planning, "_reads", lambda run, window, half=False: 1e9 if half else 1e8)
+    monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
+    monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
+    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
     one, two = (planning.plan(model, hours=h, files=[], overrides=[]) for h in (1.0, 2.0))
     # 35 % of an hour at 1,000 tokens per second, 35 of the 48 tokens of a text being new
     assert one.texts == int(0.35 * 3600 * 1000 / 35) and one.window == 48
