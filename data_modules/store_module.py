@@ -58,11 +58,6 @@ class StoreDataModule(WindowDataModule):
             require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
         if train_windows != "all":
             require_whole("data.train_windows (all for the whole split)", train_windows, least=1)
-            if cache_states:
-                raise UserError(
-                    f"data.train_windows={train_windows} chooses windows, and data.cache_states "
-                    "keeps the states of all: set one of them to its default."
-                )
         self.eval_bytes = eval_bytes
         self.train_windows = train_windows
         self.document_mask = document_mask

@@ -102,7 +102,7 @@ class WindowDataset(Windows):
     Attributes:
         file: the token file.
         document_mask: whether batches carry document ids.
-        states: folder with a frozen trunk's states of every window, which batches then carry.
+        states: folder with a frozen trunk's states of these windows, which batches then carry.
         limit: number of windows to keep, chosen by an order that depends only on the number of
             windows in the file; None for all.
 
@@ -152,6 +152,7 @@ class WindowDataset(Windows):
             )
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
+        states = None if self.states is None else self._states(numbers)
         if self._chosen is not None:
             numbers = self._chosen[numbers]
         windows = self._windows
@@ -159,11 +160,8 @@ class WindowDataset(Windows):
             found = windows.windows(numbers * self.seq_len, self.width)
         else:
             found = windows[numbers]
-        return self.batch(
-            found,
-            documents=torch.from_numpy(self._documents(numbers)) if self.document_mask else None,
-            states=None if self.states is None else self._states(numbers),
-        )
+        documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
+        return self.batch(found, documents=documents, states=states)
 
     @cached_property
     def _windows(self) -> np.ndarray | ShardedTokens:

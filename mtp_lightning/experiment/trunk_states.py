@@ -74,6 +74,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         data.document_mask, data.batch_size, device, precision, ops.code()[0],
         *mtp.read_states,
         torch.get_num_threads(),
+        *(() if windows.limit is None else (windows.limit,)),
     )  # fmt: skip
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision in MIXED)
 

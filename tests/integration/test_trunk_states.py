@@ -45,10 +45,18 @@ def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
             {"mtp.input_norm": "pre", "data.document_mask": "true"}, marks=pytest.mark.slow
         ),
         {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
+        {"data.train_windows": 9, "data.document_mask": "true"},
         pytest.param({"mtp": "parallel"}, marks=pytest.mark.slow),
         pytest.param({"mtp": "eagle", "mtp.draft_vocab": 60}, marks=pytest.mark.slow),
     ],
-    ids=["final", "two-states-and-a-mask", "taught", "side-by-side", "three-states"],
+    ids=[
+        "final",
+        "two-states-and-a-mask",
+        "taught",
+        "chosen-windows",
+        "side-by-side",
+        "three-states",
+    ],
 )
 def test_read_states_train_as_computed_ones(
     trunk: Path, tmp_path: Path, switches: dict[str, Any]
