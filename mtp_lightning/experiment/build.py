@@ -217,6 +217,9 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
         },
     )
     module.model.mtp.look_at(data)
+    if cfg.trainer.precision == "64-true":
+        # Lightning does it only after loading a checkpoint, whose weights it would round.
+        module.double()
     if cfg.trainer.compile is True:
         module.model.compile_blocks()
     return module

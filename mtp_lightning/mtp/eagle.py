@@ -356,4 +356,4 @@ class EagleMTP(Chain):
 
     @property
     def max_draft_depth(self) -> int | None:
-        return None
+        return None if self.depth else 0

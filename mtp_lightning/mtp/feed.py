@@ -283,14 +283,14 @@ class OwnLoss(ABC):
     ) -> tuple[Tensor, Tensor | None] | None:
         """See :data:`Loss`. Only the coefficient of the target is used."""
         (target,) = asked
-        dtype, valid_R = logits_NV.dtype, self.valid_BT.reshape(-1)[rows]
-        logits_RV = logits_NV.to(torch.promote_types(dtype, torch.float32))
+        valid_R = self.valid_BT.reshape(-1)[rows]
+        logits_RV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         if not learns:
             target.note(self.value(rows, logits_RV), valid_R)
             return None
         value_R, d_logits_RV = self.gradient(rows, logits_RV)
         target.note(value_R, valid_R)
-        return d_logits_RV, valid_R.to(dtype).mul_(target.coefficient).unsqueeze(-1)
+        return d_logits_RV, (valid_R * target.coefficient).unsqueeze(-1)
 
 
 def added(gradients: Iterable[Tensor | None]) -> Tensor | None:

@@ -210,14 +210,15 @@ class Objective:
         Raises:
             UserError: naming both, and the remedy.
         """
-        plain = self.term.of_token and self.train_head and not self.rules
-        if mtp.depth and not mtp.predicts_tokens and not plain:
+        head = [] if self.train_head else ["objective.train_head=false"]
+        term = [] if self.term.of_token else [self.asked]
+        asked = [*term, *head, *(rule.asked for rule in self.rules)]
+        if mtp.depth and not mtp.predicts_tokens and asked:
             raise UserError(
-                f"{self.asked} and its options are for depths that predict a token, and mtp="
-                f"{mtp.variant} has its own loss: leave objective=ce."
+                f"{asked[0]} is for depths that predict a token, and mtp={mtp.variant} has its own "
+                "loss: leave it out."
             )
-        apart = [self.asked for _, part in self.parts if part.of_state]
-        apart += [] if self.train_head else ["objective.train_head=false"]
+        apart = [self.asked for _, part in self.parts if part.of_state] + head
         mtp.check_objective([rule.asked for rule in self.rules if rule.of_drafts], apart)
         if mtp.depth == 0 and self.rules:
             raise UserError(

@@ -343,7 +343,8 @@ class _Way:
                 d_h_NC = d_h_NC + d_hidden_NC
             self.d_h[rows] = d_h_NC.to(self.d_h.dtype)
         if self.trains_weight:
-            self.head.add(d_logits_NV, h_NC if scale_N1 is None else h_NC * scale_N1, factor)
+            scaled_NC = h_NC if scale_N1 is None else (h_NC * scale_N1).to(h_NC.dtype)
+            self.head.add(d_logits_NV, scaled_NC, factor)
 
     def _of_state(
         self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor

@@ -24,6 +24,7 @@ from tests.integration.helpers import (
     column,
     command,
     kill_at,
+    resume_from_previous,
     rows,
     start,
     stop_after,
@@ -159,6 +160,13 @@ def test_a_finished_run_started_again_trains_no_more(
         assert again[key] == first[key], key
     longer = train_here(tmp_path, cache, {"trainer.max_steps": 12})
     assert longer["step"] == 12 and [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_in_every_precision(tmp_path: Path, cache: Path, precision: str) -> None:
+    settings = {**SHORT, "trainer.precision": precision}
+    train_here(tmp_path / "whole", cache, settings)
+    resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
 
 
 @pytest.mark.slow

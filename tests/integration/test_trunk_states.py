@@ -45,7 +45,7 @@ def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
             {"mtp.input_norm": "pre", "data.document_mask": "true"}, marks=pytest.mark.slow
         ),
         {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
-        {"data.train_windows": 9, "data.document_mask": "true"},
+        {"data.train_windows": 9, "data.document_mask": "true", "trainer.precision": "64-true"},
         pytest.param({"mtp": "parallel"}, marks=pytest.mark.slow),
         pytest.param({"mtp": "eagle", "mtp.draft_vocab": 60}, marks=pytest.mark.slow),
     ],

@@ -230,7 +230,8 @@ def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
     for name, make in HEADS.items():
         reads = name == "linear selector" or name not in READS_NONE
         assert make(depth=2).build(tiny_trunk).reads_tokens is reads, name
-        assert not make(depth=0).build(tiny_trunk).reads_tokens, name
+        none = make(depth=0).build(tiny_trunk)
+        assert not none.reads_tokens and none.max_draft_depth == 0, name
 
 
 @pytest.mark.parametrize("variant", sorted(MTPConfig.variants()))

@@ -210,6 +210,35 @@ def test_every_step_is_its_definition(name: str, monkeypatch: pytest.MonkeyPatch
     check_all(product(*HEADS_BY_NAME[name]), monkeypatch)
 
 
+@pytest.mark.parametrize("name", HEADS_BY_NAME)
+def test_a_step_in_bf16_is_near_one_in_fp32(name: str) -> None:
+    near = []
+    for objective, weights in itertools.product(OBJECTIVES, WEIGHTS):
+        case = Case(*HEADS_BY_NAME[name], objective, weights, "none", "all", 0)
+        found = []
+        for low in (False, True):
+            draw = random.Random(str(case))
+            try:
+                step, _, now = begun(case, draw)
+            except UserError:
+                break
+            step.model.float()
+            step.cost = lambda *_, **__: 0  # type: ignore[assignment]
+            batch, optimizer = (
+                drawn_batch(step.model.config.mtp, draw),
+                Kept(step.model.parameters(), lr=1.0),
+            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = step(batch, Progress(now, STEPS), optimizer).loss
+            found.append((float(loss), torch.cat([g.flatten() for g in optimizer.found])))
+        else:
+            (loss, gradient), (low_loss, low_gradient) = found
+            assert low_loss == pytest.approx(loss, rel=0.1, abs=0.05), case
+            near.append(float(torch.cosine_similarity(gradient, low_gradient, dim=0)))
+    # Some of the models, drawn with large weights, are too steep for bf16.
+    assert near and sorted(near)[len(near) // 4] > 0.98
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", HEADS_BY_NAME)
 def test_every_rule(name: str) -> None:
