@@ -268,7 +268,7 @@ class MTPModel(nn.Module):
         )
         # One lookup for all depths, which read the same embeddings, shifted.
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
-        tokens = tokens[:, : seq_len + self.mtp.ahead(active)]
+        tokens = tokens[:, : seq_len + self.mtp.ahead(max(active, default=0))]
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
             kept = [state.contiguous() for state in batch.states.unbind(1)]

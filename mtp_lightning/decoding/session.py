@@ -338,7 +338,7 @@ class Session:
             n_drafted: number of depths that have drafted since the last call.
         """
         for k in range(1, n_drafted + 1):
-            ahead = self.model.mtp.ahead([k])
+            ahead = self.model.mtp.ahead(k)
             filled = self.filled[k]
             for row, a in enumerate(accepted):
                 # Entries that depend on accepted drafts are now true.

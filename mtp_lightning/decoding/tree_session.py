@@ -81,7 +81,7 @@ class TreeSession(Session):
             The logits [B, P, V] of the candidates that follow each node.
         """
         nodes = self.tree.level(k - 1)
-        if not self.model.mtp.ahead([k]):  # reads no drafts, so all nodes have the same state
+        if not self.model.mtp.reads_ahead:  # reads no drafts, so all nodes have the same state
             return self._draft(k).expand(-1, len(nodes), -1)
         self._append(k)
         self.catch_up(k)
@@ -153,7 +153,7 @@ class TreeSession(Session):
         if self._keeps_branch:
             runs.write(self.states[0], along(self._branch_BTC, path_BE))
         for k in range(1, self.tree.depth + 1):
-            ahead = self.model.mtp.ahead([k])
+            ahead = self.model.mtp.ahead(k)
             # Entries of accepted nodes are not stored at their own positions: recompute them.
             self.filled[k] = [
                 0 if ahead and self.is_short(row) else max(0, min(n, n - ahead + 1))

@@ -68,15 +68,8 @@ def own_values(
     values_BT = torch.empty(hidden_BTC.shape[:2], dtype=dtype, device=hidden_BTC.device)
     # Of the target, neither token nor term is read.
     target = DepthTarget(k, batch.targets(0), 1.0, CrossEntropy(), record=values_BT)
-    prediction = Prediction(
-        hidden_BTC.to(weight.dtype),
-        [target],
-        train_head=False,
-        needs_gradient=False,
-        weight=weight,
-        loss=loss,
-        width=loss.width,
-    )
+    hidden_BTC = hidden_BTC.to(weight.dtype)
+    prediction = Prediction(hidden_BTC, [target], train_head=False, needs_gradient=False, loss=loss)
     with torch.autocast(weight.device.type, enabled=False):
         through_head(HeadWeight(weight), [prediction], values_BT.new_zeros(1, dtype=torch.float64))
     return values_BT, loss.valid_BT

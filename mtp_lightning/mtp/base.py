@@ -134,6 +134,10 @@ class MTPStack(nn.Module, ABC):
     one_cache: ClassVar[bool] = False
     # Whether depths are trained one after another.
     in_turn: ClassVar[bool] = False
+    # Whether a depth is computed from the one before it.
+    chained: ClassVar[bool] = False
+    # Whether depth k reads true tokens up to k positions ahead.
+    reads_ahead: bool = False
     confidence: Confidence | None
     rescorer: Rescorer | None
 
@@ -308,17 +312,17 @@ class MTPStack(nn.Module, ABC):
 
     def computed(self, active: Sequence[int]) -> list[int]:
         """The depths that must be computed to get the ``active`` ones, in order."""
-        return sorted(active)
+        return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
 
-    def ahead(self, active: Sequence[int]) -> int:
-        """Tokens beyond the window's T that :meth:`states` reads."""
-        return 0
+    def ahead(self, k: int) -> int:
+        """How many of the tokens ahead of a position depth ``k`` reads."""
+        return k if self.reads_ahead else 0
 
     @property
     def reads_tokens(self) -> bool:
         """Whether depths read the true tokens ahead, as in teacher forcing. Depth k then predicts
         the token after the last one that it has read; else it predicts k tokens beyond the next."""
-        return self.rescorer is not None or self.ahead(range(1, self.depth + 1)) > 0
+        return self.rescorer is not None or self.ahead(self.depth) > 0
 
     @property
     def max_draft_depth(self) -> int | None:

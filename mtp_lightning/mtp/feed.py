@@ -20,7 +20,7 @@ Shapes: B batch, T positions, C d_model, V vocabulary, R positions of one chunk.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,13 +54,34 @@ class Asked(Protocol):
         """Add the losses to the step's sums, weighted by ``counts_R`` (default: its own)."""
 
 
-Loss = Callable[[slice, Tensor, Sequence[Asked], bool], tuple[Tensor, Tensor | None] | None]
-"""A loss that the stack computes and adds to the sums itself.
+class Loss(Protocol):
+    """A loss that the stack computes and adds to the sums itself.
 
-Its arguments are the rows of a chunk (of the B x T positions), the logits [N, V] of all their
-hidden states, which it may overwrite, the prediction's targets at these rows, and whether a
-gradient is needed. It returns the gradient with respect to the logits [N, V], and a factor of its
-rows that is still to be applied, [N, 1] or None."""
+    Attributes:
+        width: numbers per position that it needs besides the logits, to size the chunks.
+    """
+
+    width: int
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The matrix [V', C] that gives its logits; None for the shared head's."""
+
+    def __call__(
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The loss at one chunk.
+
+        Args:
+            rows: the chunk's positions among the B x T.
+            logits_NV: the logits of all their hidden states, which it may overwrite.
+            asked: the prediction's targets at these rows.
+            learns: whether a gradient is needed.
+
+        Returns:
+            The gradient with respect to the logits [N, V], and a factor of its rows that is still
+            to be applied, [N, 1] or None.
+        """
 
 
 @dataclass(eq=False)
@@ -73,24 +94,20 @@ class Prediction:
             ``parameter_free`` those of all depths.
         train_head: whether the head's weight gets a gradient from it.
         needs_gradient: whether the hidden state gets a gradient.
-        weight: [V', C] of a head of its own loss; None for another head.
         head: the stack's own head, which the targets are rows of; None for the shared head.
         loss: computes the loss instead of the targets' terms.
-        width: numbers per position that ``loss`` needs besides the logits, to size the chunks.
         states: number of hidden states per position in ``hidden``.
         gradient: with respect to ``hidden``, once known.
-        weight_gradient: with respect to ``weight``, once known; for ``head``, of all predictions
-            that go through it together.
+        weight_gradient: with respect to the loss's matrix, once known; for ``head``, of all
+            predictions that go through it together.
     """
 
     hidden: Tensor
     targets: Sequence[Any]
     train_head: bool = True
     needs_gradient: bool = True
-    weight: Tensor | None = None
     head: OwnHead | None = None
     loss: Loss | None = None
-    width: int = 1
     states: int = 1
     gradient: Tensor | None = None
     weight_gradient: Tensor | None = None
@@ -186,26 +203,27 @@ class Together(Feed):
         yield self.depths
 
     def learn(self, lesson: Lesson) -> Steps:
-        states = [(0, self.main), *self.depths]
-        predictions = [
-            Prediction(
+        states = {0: self.main, **dict(self.depths)}
+        needs_state, needs_weight = lesson.needs[: len(states)], lesson.needs[len(states) :]
+        shared_head = self.head is None or not self.depths
+        trained = dict.fromkeys(states, lesson.train_head if shared_head else needs_weight[-1])
+        trained |= {0: True, **dict(zip(self.own, needs_weight, strict=False))}
+        predictions = {
+            k: Prediction(
                 hidden,
                 lesson.targets[k],
-                train_head=k == 0 or lesson.train_head,
+                train_head=trained[k],
                 needs_gradient=needed,
+                head=self.head if k else None,
+                loss=self.own.get(k),
             )
-            for (k, hidden), needed in zip(states, lesson.needs, strict=False)
-        ]
-        with_own = [p for p, (k, _) in zip(predictions, states, strict=True) if k in self.own]
-        needs_weight = lesson.needs[len(states) :]
-        for p, loss, needed in zip(with_own, self.own.values(), needs_weight, strict=False):
-            p.weight, p.loss, p.width, p.train_head = loss.weight, loss, loss.width, needed
-        if self.depths and self.head is not None:
-            for p in predictions[1:]:
-                p.head, p.train_head = self.head, needs_weight[-1]
-            with_own.append(predictions[-1])
-        yield predictions
-        return [*(p.gradient for p in predictions), *(p.weight_gradient for p in with_own)]
+            for (k, hidden), needed in zip(states.items(), needs_state, strict=True)
+        }
+        yield list(predictions.values())
+        of_weights = [predictions[k].weight_gradient for k in self.own]
+        if not shared_head:
+            of_weights.append(predictions[max(states)].weight_gradient)
+        return [*(p.gradient for p in predictions.values()), *of_weights]
 
 
 class OneState(Feed):
@@ -281,7 +299,7 @@ class OwnLoss(ABC):
     def __call__(
         self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """See :data:`Loss`. Only the coefficient of the target is used."""
+        """See :class:`Loss`. Only the coefficient of the target is used."""
         (target,) = asked
         valid_R = self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

@@ -43,6 +43,7 @@ class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""
 
     config: JointConfig
+    reads_ahead = True
     attends_back: ClassVar[bool] = False  # it attends only over the entries of one position
 
     def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:
@@ -79,9 +80,6 @@ class JointMTP(MTPStack):
             auxiliary=at.positions.auxiliary,
         )
         return branch_BT1C + self.attention(window, positions).view_as(tokens_BTJC)
-
-    def ahead(self, active: Sequence[int]) -> int:
-        return max(active, default=0)
 
     def first_token(self, k: int) -> int:
         return 0

@@ -46,6 +46,9 @@ class Chain(MTPStack):
     So decoding recomputes the cache entries and states that depend on a rejected draft.
     """
 
+    chained: ClassVar[bool] = True
+    reads_ahead = True
+
     @abstractmethod
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
@@ -88,12 +91,6 @@ class Chain(MTPStack):
         tokens = self.tokens_of(k, at.embedded_at(k), None)
         return self.step(k, previous_BTC, tokens, at.positions)
 
-    def computed(self, active: Sequence[int]) -> list[int]:
-        return list(range(1, max(active, default=0) + 1))
-
-    def ahead(self, active: Sequence[int]) -> int:
-        return max(active, default=0)
-
 
 class SideBySide(MTPStack):
     """D heads that are computed and trained independently of each other.
@@ -119,6 +116,7 @@ class SideBySide(MTPStack):
         self.rescorer = rescorer
         self.depths = nn.ModuleList(heads)
         self.corrections = nn.ModuleList(corrections)
+        self.reads_ahead = len(corrections) > 0
 
     @abstractmethod
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
@@ -153,9 +151,6 @@ class SideBySide(MTPStack):
         key: RandomKey | None = None,
     ) -> Feed:
         return HeadByHead(self, final_BTC, at, depths, key)
-
-    def ahead(self, active: Sequence[int]) -> int:
-        return max(active, default=0) if self.corrections else 0
 
     def first_token(self, k: int) -> int:
         return 1 if self.corrections else k
@@ -193,7 +188,7 @@ class HeadByHead(Feed):
     ) -> None:
         self.stack, self.at, self.depths, self.key = stack, at, depths, key
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
-        self.common = [at.hidden, at.embedded] if stack.ahead(depths) else [at.hidden]
+        self.common = [at.hidden, at.embedded] if stack.reads_ahead and depths else [at.hidden]
         used = [p for k in depths for p in stack.parameters_of(k)]
         super().__init__([final, *self.common, *used])
 

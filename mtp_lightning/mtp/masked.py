@@ -24,7 +24,7 @@ size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -169,6 +169,7 @@ class MaskedMTP(MTPStack):
     """The mask tokens, the updates of the trunk's layers, and the sampler."""
 
     config: MaskedConfig
+    reads_ahead = True
     attends_back: ClassVar[bool] = False  # the masks read the trunk's own cache
 
     def __init__(self, config: MaskedConfig, trunk: TrunkConfig) -> None:
@@ -249,9 +250,6 @@ class MaskedMTP(MTPStack):
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         z_BTC = at.hidden.chunk(self.depth, dim=-1)[k - 1]
         return z_BTC + self.sampler(z_BTC, at.embedded_at(k))
-
-    def ahead(self, active: Sequence[int]) -> int:
-        return max(active, default=0)
 
 
 def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -95,6 +95,8 @@ class JointLinearMTP(MTPStack):
     """
 
     attends_back: ClassVar[bool] = False
+    chained: ClassVar[bool] = True
+    reads_ahead = True
 
     def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
@@ -159,12 +161,6 @@ class JointLinearMTP(MTPStack):
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
 
-    def computed(self, active: Sequence[int]) -> list[int]:
-        return list(range(1, max(active, default=0) + 1))
-
-    def ahead(self, active: Sequence[int]) -> int:
-        return max(active, default=0)
-
 
 def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
     """The log-probability of a token by every component, ``log p_a`` [B, T, A], in chunks."""
@@ -222,6 +218,8 @@ class JointLoss:
     Attributes:
         d_log_weights_MA: the gradient with respect to ``log_weights_MA``.
     """
+
+    weight, width = None, 1
 
     def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:
         self.log_weights_MA, self.between = log_weights_MA.detach(), between

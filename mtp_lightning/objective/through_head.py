@@ -196,9 +196,11 @@ class _Way:
         self.head, self.weight, self.prediction, self.sums = head, weight, prediction, sums
         self.of_terms = of_terms
         self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
-        if prediction.weight is not None:
-            self.head = HeadWeight(prediction.weight, needs_gradient=prediction.train_head)
-        if prediction.weight is not None or prediction.head is not None:
+        matrix = None if prediction.loss is None else prediction.loss.weight
+        if matrix is not None:
+            self.head = HeadWeight(matrix, needs_gradient=prediction.train_head)
+        self.is_own = matrix is not None or prediction.head is not None
+        if self.is_own:
             self.weight = self.head.weight_VC.detach().to(weight.dtype)
         h, needed = prediction.hidden, prediction.needs_gradient
         self.trains_weight = self.head.needs_gradient and prediction.train_head
@@ -219,7 +221,7 @@ class _Way:
     def go_alone(self, main_MC: Tensor | None, *, compiled: bool = False) -> None:
         """Compute all chunks of this prediction alone."""
         own, states = self.prediction.loss, self.prediction.states
-        width = max(self.weight.shape[0], self.prediction.width)
+        width = max(self.weight.shape[0], 1 if own is None else own.width)
         rows = max(1, chunk_rows(width, self.h_NC.device) // states)
         for place in chunks(self.h_NC.shape[0] // states, rows):
             if own is not None:
@@ -234,7 +236,7 @@ class _Way:
         """Set the prediction's gradients."""
         if self.d_h is not None:
             self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
-        if self.prediction.weight is not None or self.prediction.head is not None:
+        if self.is_own:
             self.prediction.weight_gradient = self.head.gradient
 
     def taught_by(self, teacher: Teacher) -> Teacher:

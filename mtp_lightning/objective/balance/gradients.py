@@ -221,10 +221,13 @@ def add_gradients(
         final, at = model.run_trunk(batch, tasks[1:], key=key)
         head = HeadWeight(model.head.weight)
         for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
-            own_head = stack.own_head if k else None
-            prediction = Prediction(hidden, of_task[k], train_head=False, head=own_head)
-            if k and (own := stack.own_loss(k, batch)) is not None:
-                prediction.weight, prediction.loss, prediction.width = own.weight, own, own.width
+            prediction = Prediction(
+                hidden,
+                of_task[k],
+                train_head=False,
+                head=stack.own_head if k else None,
+                loss=stack.own_loss(k, batch) if k else None,
+            )
             through_head(head, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
