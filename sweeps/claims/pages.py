@@ -190,6 +190,8 @@ def _question(found: Mapping[str, Pair]) -> dict[str, Any] | None:
         facts |= {"state": state(claim, result), "ends": (by_size[0], by_size[-1])}
         facts |= {"worse": verdicts.count(HOLDS), "better": verdicts.count(FAILS)}
         facts["open"] = verdicts.count(UNDECIDED)
+        alike = [word for word in ("worse", "better") if facts[word] == len(entries)]
+        facts["answer"] = alike[0] if alike else "mixed"
     return facts
 
 

@@ -290,12 +290,14 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
     result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
     told = {
         "README.md": (
-            "**does not hold**",
+            "Yes, at this small scale.",
+            "is not better: does not hold",
             "0 are worse beyond noise, 2 better",
             "then run, 0 hold, 1 does not, and 0 are undecided",
         ),
         "README.zh-CN.md": (
-            "**不成立**",
+            "在这样的小规模下能。",
+            "“不能”：不成立",
             "0 种变差",
             "2 种变好",
             "1 个论断中，0 个成立，1 个不成立，0 个未决",
@@ -319,16 +321,15 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
     write_claim(claims, PLANNING, measure=SOLVED, predictions=more)
     claim = read_claim(PLANNING, claims)
     for count, told in (
-        (7, ("beyond noise: sequential modules.", "超出噪声的：串行模块。")),
-        (2, ("none", "无")),
+        (7, ("Some heads do, beyond noise: sequential modules.", "超出噪声：串行模块。")),
+        (2, ("No head does, beyond noise.", "没有预测头超出噪声。")),
     ):
         result = result_of(claim, {"plain": rights(0), "mtp": rights(count)})
         english, chinese = (part([(claim, result)], one, tmp_path) for one in (ENGLISH, CHINESE))
-        assert (
-            f"no MTP 0 of {len(rights(0))}; sequential modules {count} of {len(rights(0))}."
-            in english
-        )
-        assert f"串行模块 {count}/{len(rights(0))}。" in chinese
+        n = len(rights(0))
+        assert "\n| no MTP | sequential modules |\n|---|---|\n" in english
+        assert f"\n| 0 of {n} | {count} of {n} |\n" in english
+        assert f"\n| 无 MTP | 串行模块 |\n|---|---|\n| 0/{n} | {count}/{n} |\n" in chinese
         assert told[0] in english and told[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
     assert "plan?" not in part([(claim, waiting)], ENGLISH, tmp_path)
@@ -345,7 +346,8 @@ def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
         found.append((claim, result_of(claim, {"plain": rights(0), arm: rights(count)})))
     n = len(rights(0))
     text = part(found, ENGLISH, tmp_path)
-    assert f"no MTP 0 of {n}; top head 0 of {n}; bag head 7 of {n}. More than" in text
+    assert "| no MTP | top head | bag head |" in text
+    assert f"| 0 of {n} | 0 of {n} | 7 of {n} |" in text
     assert "beyond noise: bag head." in text
     # Without the first claim's numbers there is nothing to add to.
     assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH, tmp_path)
@@ -364,12 +366,12 @@ def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
         (folder / f"pretrained_heads{name}.json").write_text(text)
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
     assert (
-        "on P 1.36 × on code (3 texts of a kind, no interval); on P_other 0.90 × [0.80, 1.01] on "
-        "code (95 % intervals over 3 texts of a kind)." in english
+        "| processor | code | texts of a kind |\n|---|---|---|\n| P | 1.36 × | 3, no interval |\n"
+        "| P_other | 0.90 × [0.80, 1.01] | 3, 95 % intervals |\n" in english
     )
     assert (
-        "在 P 上，代码 1.36 倍（每类 3 段文本，无置信区间）；在 P_other 上，"
-        "代码 0.90 倍（0.80 至 1.01）（每类 3 段文本，括号内为 95 % 置信区间）。" in chinese
+        "| P | 1.36 倍 | 3 段，无置信区间 |\n"
+        "| P_other | 0.90 倍 [0.80, 1.01] | 3 段，95 % 置信区间 |\n" in chinese
     )
 
 
