@@ -182,7 +182,7 @@ class CompiledSession(Session):
         if key not in self._passes:
             function: _Pass
             if kind == "trunk":
-                function = _TrunkPass(self.model, drafts=self._keeps_branch)
+                function = _TrunkPass(self.model, drafts=self._trunk_gives_branch)
             else:
                 function = _DepthPass(self.model, number)
             staying = (*self._angles, *cache.entries_L_BSMH)

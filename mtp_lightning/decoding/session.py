@@ -78,8 +78,8 @@ class Session:
             for width in widths[:kept]
         ]
         self._branch = partial(model.mtp.branch, model.trunk)
-        # Whether passes of the trunk give the branch states, or a pass of the stack's own does.
-        self._keeps_branch = max_draft > 0 and not model.mtp.appended
+        # The verify pass also gives the branch states, unless the stack runs a pass of its own.
+        self._trunk_gives_branch = max_draft > 0 and not model.mtp.appended
         self._short = None if draft_vocab is None else self._short_head(draft_vocab)
         self._fused_trunk: TrunkPass | None = None
         self._fused_drafts: list[DraftPass | None] = [None] * max_draft
@@ -194,7 +194,7 @@ class Session:
         cache, width = self.trunk_cache, n_drafts + 1
         if self._fused_trunk is not None and width <= FEW:
             cache.begin(self.n, width)
-            kept = self.states[0] if self._keeps_branch else None
+            kept = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, kept)
         hidden, branch = self._trunk(width, cache, slice(None), self.n)
         if branch is not None:
@@ -211,7 +211,7 @@ class Session:
             tokens = cache.runs.read(self.tokens_BS[rows])
             output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
             main = self.model.mtp.main_state(output.final)
-        return main, self._branch(output) if self._keeps_branch else None
+        return main, self._branch(output) if self._trunk_gives_branch else None
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date and return its logits [B, V].
@@ -222,7 +222,7 @@ class Session:
         return self._draft(k)[:, 0]
 
     def _draft(self, k: int) -> Tensor:
-        """:meth:`draft`, [B, P, V]; see :meth:`_said`."""
+        """:meth:`draft`, [B, P, V]; see :meth:`_store_draft`."""
         self._append(k)
         self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid to its
@@ -241,19 +241,19 @@ class Session:
             cache.begin(starts, width)
             after = self.states[k] if k < len(self.states) else None
             newest, logits = fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
-            return self._said(k, newest, logits)
+            return self._store_draft(k, newest, logits)
         hidden = self._depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):
             newest = hidden[:, index[0]].unsqueeze(1)
         else:
             at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
             newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
-        return self._said(k, newest)
+        return self._store_draft(k, newest)
 
     def _append(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
         positions to the text. The next verify pass overwrites their entries."""
-        if self._keeps_branch or k > 1:
+        if self._trunk_gives_branch or k > 1:
             return
         positions = Positions.of_cache(self.trunk_cache, self.n, self.max_draft)
         branch = self.model.mtp.append(self.model.trunk, positions)
@@ -294,7 +294,7 @@ class Session:
     def _draft_head(self) -> Head | OwnHead | ShortHead:
         return self.model.head_of(1) if self._short is None else self._short
 
-    def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
+    def _store_draft(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
         """Store a draft's state and confidence, and return its logits [B, P, V]; P is 1, or with a
         stack's rescorer the number of tokens that the draft may follow.
 

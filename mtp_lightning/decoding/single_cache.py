@@ -37,4 +37,4 @@ class SingleCacheSession(Session):
         positions = Positions.of_cache(cache, starts, 1)
         tokens = cache.runs.read(self.tokens_BS, 1)
         newest = self.newest_B1C
-        return self._said(k, self.model.depth_state(1, newest, newest, tokens, positions))
+        return self._store_draft(k, self.model.depth_state(1, newest, newest, tokens, positions))

@@ -136,7 +136,7 @@ class TreeSession(Session):
             tokens = cache.runs.read(self.tokens_BS)
             output = model.trunk(model.trunk.embedding(tokens), positions)
             main = model.mtp.main_state(output.final)
-        if self._keeps_branch:
+        if self._trunk_gives_branch:
             self._branch_BTC = model.mtp.branch(model.trunk, output)
         return model.head(main)
 
@@ -150,7 +150,7 @@ class TreeSession(Session):
         assert isinstance(self.trunk_cache, TreeCache)
         self.trunk_cache.settle(path_BE)
         runs = Runs(self._tables, self.n, path_BE.shape[1])
-        if self._keeps_branch:
+        if self._trunk_gives_branch:
             runs.write(self.states[0], along(self._branch_BTC, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self.model.mtp.ahead(k)

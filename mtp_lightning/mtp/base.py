@@ -118,6 +118,9 @@ class MTPStack(nn.Module, ABC):
     """A stack on a trunk: it turns the trunk's state at the branch point into one hidden state per
     depth.
 
+    A subclass must define :meth:`depth_state`; one of a kind of ``kinds.py`` defines ``step``
+    instead. All else has a default.
+
     Args:
         config: the variant's.
 
@@ -152,16 +155,41 @@ class MTPStack(nn.Module, ABC):
         """D."""
         return self.config.depth
 
-    @property
-    def own_head(self) -> OwnHead | None:
-        """The head that projects the depths' hidden states; None for the shared head."""
-        return None
+    # What it reads of the trunk.
 
     @property
     def blocks_kept(self) -> Collection[int]:
         """After how many of the trunk's blocks :meth:`branch` reads the state, besides the states
         that every pass returns."""
         return ()
+
+    def through_trunk(
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+    ) -> tuple[TrunkOutput, Tensor]:
+        """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
+
+        Args:
+            trunk: the trunk.
+            embedded_BTC: embeddings of the windows' tokens.
+            positions: their positions.
+            key: key of the random choices in training.
+        """
+        output = trunk(embedded_BTC, positions)
+        return output, self.branch(trunk, output)
+
+    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
+        """The trunk's hidden state [B, T, C] that the stack starts from; with ``config.n_states``,
+        so many states side by side."""
+        hidden = trunk.state(output, self.config.branch_from)
+        # Detach once, before the loop over depths: detached at every depth, the earlier modules
+        # would learn only from their own loss.
+        return hidden if self.config.detach == "none" else hidden.detach()
+
+    def main_state(self, final_BTC: Tensor) -> Tensor:
+        """The head's input for the main prediction, from the trunk's output [..., C]."""
+        return final_BTC
+
+    # What it is trained on.
 
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         """The tokens that trunk and depths read instead of the batch's.
@@ -202,6 +230,11 @@ class MTPStack(nn.Module, ABC):
         stacks without ``config.brings_loss``."""
         return None
 
+    @property
+    def own_head(self) -> OwnHead | None:
+        """The head that projects the depths' hidden states; None for the shared head."""
+        return None
+
     def feed(
         self,
         final_BTC: Tensor,
@@ -224,51 +257,7 @@ class MTPStack(nn.Module, ABC):
         own = {k: loss for k, loss in losses.items() if loss is not None}
         return Together(final_BTC, list(self.states(at, depths, key)), own, self.own_head)
 
-    def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
-    ) -> tuple[TrunkOutput, Tensor]:
-        """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
-
-        Args:
-            trunk: the trunk.
-            embedded_BTC: embeddings of the windows' tokens.
-            positions: their positions.
-            key: key of the random choices in training.
-        """
-        output = trunk(embedded_BTC, positions)
-        return output, self.branch(trunk, output)
-
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        """The trunk's hidden state [B, T, C] that the stack starts from; with ``config.n_states``,
-        so many states side by side."""
-        hidden = trunk.state(output, self.config.branch_from)
-        # Detach once, before the loop over depths: detached at every depth, the earlier modules
-        # would learn only from their own loss.
-        return hidden if self.config.detach == "none" else hidden.detach()
-
-    @property
-    def appended(self) -> int:
-        """How many positions the stack appends to a text to get its branch state in decoding, at
-        most; 0 for stacks that start from the trunk's own states."""
-        return 0
-
-    def append(self, trunk: Trunk, positions: Positions) -> Tensor:
-        """The branch state [B, 1, ..] of the newest token read, from a pass of the trunk over the
-        positions after it. The trunk's cache keeps nothing of that pass.
-
-        Args:
-            trunk: the trunk.
-            positions: :attr:`appended` positions or fewer, open in the trunk's cache.
-        """
-        raise NotImplementedError
-
-    def main_state(self, final_BTC: Tensor) -> Tensor:
-        """The head's input for the main prediction, from the trunk's output [..., C]."""
-        return final_BTC
-
-    def head_input(self, hidden: Tensor) -> Tensor:
-        """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
-        return hidden
+    # Its states over whole windows.
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
@@ -286,6 +275,30 @@ class MTPStack(nn.Module, ABC):
         for k in self.computed(active):
             yield k, self.depth_state(k, at, at.hidden)
 
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
+        return hidden
+
+    def computed(self, active: Sequence[int]) -> list[int]:
+        """The depths that must be computed to get the ``active`` ones, in order."""
+        return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
+
+    def ahead(self, k: int) -> int:
+        """How many of the tokens ahead of a position depth ``k`` reads."""
+        return k if self.reads_ahead else 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether depths read the true tokens ahead, as in teacher forcing. Depth k then predicts
+        the token after the last one that it has read; else it predicts k tokens beyond the next."""
+        return self.rescorer is not None or self.ahead(self.depth) > 0
+
+    def state_width(self, d_model: int) -> int:
+        """Width of a depth's hidden state."""
+        return d_model
+
+    # Drafting.
+
     @abstractmethod
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         """Depth ``k`` at the newest positions of decoding, [B, T, C]: the state that the next depth
@@ -302,27 +315,25 @@ class MTPStack(nn.Module, ABC):
         as of :meth:`Rescorer.forward`."""
         return logits if self.rescorer is None else self.rescorer(k, hidden, logits, before)
 
-    def state_width(self, d_model: int) -> int:
-        """Width of a depth's hidden state."""
-        return d_model
-
     def first_token(self, k: int) -> int:
         """How far ahead the first token is that depth ``k`` reads itself."""
         return k
 
-    def computed(self, active: Sequence[int]) -> list[int]:
-        """The depths that must be computed to get the ``active`` ones, in order."""
-        return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
-
-    def ahead(self, k: int) -> int:
-        """How many of the tokens ahead of a position depth ``k`` reads."""
-        return k if self.reads_ahead else 0
-
     @property
-    def reads_tokens(self) -> bool:
-        """Whether depths read the true tokens ahead, as in teacher forcing. Depth k then predicts
-        the token after the last one that it has read; else it predicts k tokens beyond the next."""
-        return self.rescorer is not None or self.ahead(self.depth) > 0
+    def appended(self) -> int:
+        """How many positions the stack appends to a text to get its branch state in decoding, at
+        most; 0 for stacks that start from the trunk's own states."""
+        return 0
+
+    def append(self, trunk: Trunk, positions: Positions) -> Tensor:
+        """The branch state [B, 1, ..] of the newest token read, from a pass of the trunk over the
+        positions after it. The trunk's cache keeps nothing of that pass.
+
+        Args:
+            trunk: the trunk.
+            positions: :attr:`appended` positions or fewer, open in the trunk's cache.
+        """
+        raise NotImplementedError
 
     @property
     def max_draft_depth(self) -> int | None:
@@ -343,6 +354,8 @@ class MTPStack(nn.Module, ABC):
         """
         if self.max_draft_depth == 0:
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
+
+    # Its first weights.
 
     def look_at(self, text: CountedText) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.

@@ -30,7 +30,7 @@ from torch import Tensor
 from mtp_lightning.mtp.own_head import OwnHead
 
 
-class Asked(Protocol):
+class LossTarget(Protocol):
     """A target at the R positions of one chunk, for a loss that the stack computes.
 
     Attributes:
@@ -68,7 +68,7 @@ class Loss(Protocol):
         """The matrix [V', C] that gives its logits; None for the shared head's."""
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """The loss at one chunk.
 
@@ -119,7 +119,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class LossRequest:
     """The targets of a feed's states, and which gradients are needed.
 
     Attributes:
@@ -166,14 +166,15 @@ class Feed(ABC):
         """The main prediction's hidden state [..., C], from which teachers are computed."""
         return self.inputs[0]
 
-    def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         """For a prepass: the hidden states (k, [B, T, C]) that :meth:`learn` will train, in groups
         of states that exist at the same time."""
         yield from ()
 
     @abstractmethod
-    def learn(self, lesson: Lesson) -> Steps:
-        """Yield every hidden state with its targets; its gradient is known on resumption."""
+    def learn(self, request: LossRequest) -> Steps:
+        """Yield hidden states with their targets. When the generator resumes, the ``gradient`` of
+        each is set."""
 
 
 class Together(Feed):
@@ -199,19 +200,19 @@ class Together(Feed):
             weights.append(head.weight)
         super().__init__([final, *(hidden for _, hidden in depths), *weights])
 
-    def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield self.depths
 
-    def learn(self, lesson: Lesson) -> Steps:
+    def learn(self, request: LossRequest) -> Steps:
         states = {0: self.main, **dict(self.depths)}
-        needs_state, needs_weight = lesson.needs[: len(states)], lesson.needs[len(states) :]
+        needs_state, needs_weight = request.needs[: len(states)], request.needs[len(states) :]
         shared_head = self.head is None or not self.depths
-        trained = dict.fromkeys(states, lesson.train_head if shared_head else needs_weight[-1])
+        trained = dict.fromkeys(states, request.train_head if shared_head else needs_weight[-1])
         trained |= {0: True, **dict(zip(self.own, needs_weight, strict=False))}
         predictions = {
             k: Prediction(
                 hidden,
-                lesson.targets[k],
+                request.targets[k],
                 train_head=trained[k],
                 needs_gradient=needed,
                 head=self.head if k else None,
@@ -242,17 +243,17 @@ class OneState(Feed):
         super().__init__([final])
         self.depths = depths
 
-    def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield [(k, self.main) for k in self.depths]
 
-    def learn(self, lesson: Lesson) -> Steps:
+    def learn(self, request: LossRequest) -> Steps:
         parts: list[tuple[bool, Sequence[Any]]]
-        if lesson.needs_teacher or not lesson.train_head:
-            parts = [(k == 0 or lesson.train_head, own) for k, own in lesson.targets.items()]
+        if request.needs_teacher or not request.train_head:
+            parts = [(k == 0 or request.train_head, own) for k, own in request.targets.items()]
         else:
-            parts = [(True, [target for own in lesson.targets.values() for target in own])]
+            parts = [(True, [target for own in request.targets.values() for target in own])]
         predictions = [
-            Prediction(self.main, targets, train_head=trained, needs_gradient=lesson.needs[0])
+            Prediction(self.main, targets, train_head=trained, needs_gradient=request.needs[0])
             for trained, targets in parts
         ]
         yield predictions
@@ -297,7 +298,7 @@ class OwnLoss(ABC):
         return value_R.detach(), d_logits_RV
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """See :class:`Loss`. Only the coefficient of the target is used."""
         (target,) = asked

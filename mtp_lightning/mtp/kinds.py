@@ -11,7 +11,9 @@ kind                    depth k at position i reads                 variants
                                                                     teacherless
 ======================  ==========================================  =======================
 
-``joint`` is of no kind: its depths read the branch point and the true tokens, all in one pass.
+The others are of no kind. ``joint``, ``masked`` and ``linear`` with ``mtp.rank`` above 1 compute
+all depths in one pass; ``top``, ``bag`` and ``registers`` train the trunk without drafting
+(``summary.py``, ``training_only.py``).
 
 Shapes: B batch, T positions, C d_model, D depths.
 """
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
+from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, Steps, added
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Branch, Detach
@@ -192,25 +194,25 @@ class HeadByHead(Feed):
         used = [p for k in depths for p in stack.parameters_of(k)]
         super().__init__([final, *self.common, *used])
 
-    def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # This computes each head a second time. Its routers' loads are counted when it learns.
         unheard = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
         for state in self.stack.states(unheard, self.depths, self.key):
             yield [state]
 
-    def learn(self, lesson: Lesson) -> Steps:
-        main = Prediction(self.main, lesson.targets[0], needs_gradient=lesson.needs[0])
+    def learn(self, request: LossRequest) -> Steps:
+        main = Prediction(self.main, request.targets[0], needs_gradient=request.needs[0])
         yield [main]
         of_common: list[Tensor | None] = [None] * len(self.common)
         of_heads: list[Tensor | None] = []
         for k in self.depths:
-            d_common, d_own = yield from self._one_head(k, lesson.targets[k], lesson)
+            d_common, d_own = yield from self._one_head(k, request.targets[k], request)
             of_heads += d_own
             of_common = [added(pair) for pair in zip(of_common, d_common, strict=True)]
         return [main.gradient, *of_common, *of_heads]
 
     def _one_head(
-        self, k: int, targets: Sequence[Any], lesson: Lesson
+        self, k: int, targets: Sequence[Any], request: LossRequest
     ) -> Generator[Sequence[Prediction], None, tuple[list[Tensor | None], list[Tensor | None]]]:
         """One head forward, through the loss, and backward; its activations end with this call.
 
@@ -220,10 +222,10 @@ class HeadByHead(Feed):
         own = self.stack.parameters_of(k)
         outer = self.at.positions.auxiliary
         reported = None if outer is None else AuxiliaryOutputs()
-        with torch.set_grad_enabled(any(lesson.needs)):
+        with torch.set_grad_enabled(any(request.needs)):
             leaves = [
                 tensor.detach().requires_grad_(wanted)
-                for tensor, wanted in zip(self.common, lesson.needs[1:], strict=False)
+                for tensor, wanted in zip(self.common, request.needs[1:], strict=False)
             ]
             at = replace(
                 self.at, hidden=leaves[0], positions=replace(self.at.positions, auxiliary=reported)
@@ -232,7 +234,7 @@ class HeadByHead(Feed):
                 at = replace(at, embedded=leaves[1])
             ((_, hidden),) = self.stack.states(at, [k], self.key)
         prediction = Prediction(
-            hidden, targets, train_head=lesson.train_head, needs_gradient=hidden.requires_grad
+            hidden, targets, train_head=request.train_head, needs_gradient=hidden.requires_grad
         )
         yield [prediction]
         auxiliary: list[Tensor] = []
@@ -246,7 +248,10 @@ class HeadByHead(Feed):
         grads = torch.autograd.grad(
             [hidden, *auxiliary],
             [*asked, *own],
-            [prediction.gradient, *(torch.full_like(loss, lesson.auxiliary) for loss in auxiliary)],
+            [
+                prediction.gradient,
+                *(torch.full_like(loss, request.auxiliary) for loss in auxiliary),
+            ],
             allow_unused=True,
         )
         of_common = iter(grads)

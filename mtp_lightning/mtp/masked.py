@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
-from mtp_lightning.nn.attention import Keeper, Positions
+from mtp_lightning.nn.attention import KVSink, Positions
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
@@ -119,7 +119,7 @@ class Sampler(nn.Module):
         return self.down(F.silu(self.up(both)))
 
 
-class Blocks(Keeper):
+class MaskCache(KVSink):
     """Keys and values of a pass over whole windows, and then the cache of a pass over the masks
     after every token, which are ordered [T, D]: all those after the first token come first.
 
@@ -203,11 +203,11 @@ class MaskedMTP(MTPStack):
     ) -> tuple[TrunkOutput, Tensor]:
         batch, seq_len, width = embedded_BTC.shape
         sees = positions.dense_mask()
-        blocks = Blocks(self.depth, sees)
+        cache = MaskCache(self.depth, sees)
         # Entries and updates, looked up by layer, would compile every block again.
         if is_compiled(trunk):
-            blocks.keep = torch.compiler.disable(blocks.keep)  # type: ignore[method-assign]
-        output = trunk(embedded_BTC, replace(positions, keeper=blocks))
+            cache.keep = torch.compiler.disable(cache.keep)  # type: ignore[method-assign]
+        output = trunk(embedded_BTC, replace(positions, kv_sink=cache))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
         places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
         places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)
@@ -217,7 +217,7 @@ class MaskedMTP(MTPStack):
         after = Positions(
             cos.unsqueeze(-2),
             sin.unsqueeze(-2),
-            cache=blocks,  # type: ignore[arg-type]
+            cache=cache,  # type: ignore[arg-type]
             updates=self._updates(trunk),
         )
         with eager_blocks(trunk):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.feed import Asked, Feed, Lesson, Prediction, Steps
+from mtp_lightning.mtp.feed import Feed, LossRequest, LossTarget, Prediction, Steps
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
@@ -144,8 +144,8 @@ class JointLinearMTP(MTPStack):
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         before_BTX = self.main_state(at.hidden) if k == 1 else previous_BTC
         hidden_BTAC, log_weights_BTA = unpack(before_BTX, self.d_model)
-        said_BTA = _said(at, hidden_BTAC, at.tokens_at(k))
-        log_weights_BTA = (log_weights_BTA + said_BTA).log_softmax(-1)
+        log_p_BTA = _token_log_probs(at, hidden_BTAC, at.tokens_at(k))
+        log_weights_BTA = (log_weights_BTA + log_p_BTA).log_softmax(-1)
         return pack(self.components(k, at.hidden), log_weights_BTA)
 
     def feed(
@@ -162,7 +162,7 @@ class JointLinearMTP(MTPStack):
         return self.config.rank * (d_model + 1)
 
 
-def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
+def _token_log_probs(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
     """The log-probability of a token by every component, ``log p_a`` [B, T, A], in chunks."""
     assert at.head is not None, "the components' weights depend on the head's log-probabilities"
     hidden_MAC, token_M = hidden_BTAC.flatten(0, 1), tokens_BT.flatten()
@@ -171,7 +171,7 @@ def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
     found = []
     for h_RAC, token_R in zip(hidden_MAC.split(rows), token_M.split(rows), strict=True):
         log_p_RAV = at.head.log_probs(h_RAC)
-        found.append(_of_token(log_p_RAV, token_R))
+        found.append(_at_token(log_p_RAV, token_R))
     return torch.cat(found).unflatten(0, tokens_BT.shape)
 
 
@@ -193,18 +193,18 @@ class JointFeed(Feed):
         parts_MKAC, log_weights_MA = self.inputs
         return pack(parts_MKAC[:, 0], log_weights_MA)
 
-    def learn(self, lesson: Lesson) -> Steps:
+    def learn(self, request: LossRequest) -> Steps:
         parts_MKAC, log_weights_MA = self.inputs
         loss = JointLoss(log_weights_MA, self.between, parts_MKAC.shape[1])
         prediction = Prediction(
             parts_MKAC,
-            [target for own in lesson.targets.values() for target in own],
-            needs_gradient=lesson.needs[0],
+            [target for own in request.targets.values() for target in own],
+            needs_gradient=request.needs[0],
             loss=loss,
             states=parts_MKAC.shape[1] * parts_MKAC.shape[2],
         )
         yield [prediction]
-        return [prediction.gradient, loss.d_log_weights_MA if lesson.needs[1] else None]
+        return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]
 
 
 class JointLoss:
@@ -227,21 +227,21 @@ class JointLoss:
         self.d_log_weights_MA = torch.empty_like(self.log_weights_MA)
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
     ) -> tuple[Tensor, None]:
         log_w_RA = self.log_weights_MA[rows]
         between_R = [token_M[rows] for token_M in self.between]
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         shape = (-1, self.depths, log_w_RA.shape[1], logits_NV.shape[1])
         log_p_RKAV = log_softmax_(logits_NV, dtype).view(shape)
-        learn = _of_tokens if all(target.of_token for target in asked) else _of_all
+        learn = _cross_entropy if all(target.of_token for target in asked) else _by_autograd
         d_logits_RKAV, d_log_w_RA = learn(log_p_RKAV, log_w_RA, between_R, asked)
         self.d_log_weights_MA[rows] = d_log_w_RA.to(self.d_log_weights_MA.dtype)
         return d_logits_RKAV.flatten(0, 2), None
 
 
-def _of_tokens(
-    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[Asked]
+def _cross_entropy(
+    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[LossTarget]
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy alone, which depends only on each component's probability of single tokens.
 
@@ -254,7 +254,7 @@ def _of_tokens(
     deepest_R = [target.tokens_R for target in asked if target.depth == depths - 1]
     tokens = [*between_R, *deepest_R][:depths]
     with torch.enable_grad():
-        found = [_of_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
+        found = [_at_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
         held_RKA = torch.stack(found, dim=1).detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
         weights = _weights_after(start_RA, held_RKA[:, :-1].unbind(1))
@@ -272,14 +272,14 @@ def _of_tokens(
     return d_logits, d_log_w_RA
 
 
-def _of_all(
-    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[Asked]
+def _by_autograd(
+    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[LossTarget]
 ) -> tuple[Tensor, Tensor]:
-    """Terms of whole distributions, by autograd; arguments and result as in :func:`_of_tokens`."""
+    """Terms of whole distributions; arguments and result as in :func:`_cross_entropy`."""
     with torch.enable_grad():
         log_p = log_p_RKAV.detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
-        held = [_of_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
+        held = [_at_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
         weights = _weights_after(start_RA, held)
         loss = log_p.new_zeros(())
         mixed: dict[int, Tensor] = {}
@@ -293,22 +293,22 @@ def _of_all(
     return d_log_p - exp_(log_p_RKAV).mul_(total), d_log_w_RA
 
 
-def _counted(value_R: Tensor, target: Asked) -> Tensor:
+def _counted(value_R: Tensor, target: LossTarget) -> Tensor:
     """A target's part of the loss; also adds its losses to the step's sums."""
     target.note(value_R.detach())
     return (value_R * target.counts_R.to(value_R.dtype)).sum() * target.coefficient
 
 
-def _weights_after(log_w_RA: Tensor, said: Sequence[Tensor]) -> list[Tensor]:
+def _weights_after(log_w_RA: Tensor, log_p: Sequence[Tensor]) -> list[Tensor]:
     """``log w^k`` [R, A] of every depth, from the components' log-probabilities ``log p_a`` [R, A]
     of the tokens before it."""
     found = [log_w_RA]
-    for said_RA in said:
+    for said_RA in log_p:
         found.append((found[-1] + said_RA).log_softmax(-1))
     return found
 
 
-def _of_token(log_p_RAV: Tensor, token_R: Tensor) -> Tensor:
+def _at_token(log_p_RAV: Tensor, token_R: Tensor) -> Tensor:
     """Every component's log-probability ``log p_a`` of a token, [R, A]."""
     index = token_R[:, None, None].expand(-1, log_p_RAV.shape[1], 1)
     return log_p_RAV.gather(-1, index).squeeze(-1)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
-class Keeper:
-    """Is given the cache entries of a pass over whole windows, and drops them; a subclass keeps
+class KVSink:
+    """Receives the keys and values of a pass over whole windows, and drops them; a subclass keeps
     them. It is neither a container nor a dataclass: sharding would copy those for every layer."""
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
@@ -50,7 +50,7 @@ class Positions:
             None is causal. With a cache, the mask that its ``attend`` expects.
         cache: keys and values to append to; None for a pass over whole windows.
         auxiliary: collects the layers' auxiliary outputs in training; None for none.
-        keeper: is given what a cache would hold of a pass over whole windows; None for none.
+        kv_sink: receives what a cache would hold of a pass over whole windows; None for none.
         updates: linear layer -> what is added to its output in this pass; None for none.
     """
 
@@ -59,7 +59,7 @@ class Positions:
     mask: Tensor | BlockMask | None = None
     cache: KVCache | StaticCache | None = None
     auxiliary: AuxiliaryOutputs | None = None
-    keeper: Keeper | None = None
+    kv_sink: KVSink | None = None
     updates: Mapping[nn.Module, nn.Module] | None = None
 
     @staticmethod
@@ -114,10 +114,10 @@ class Positions:
     def repeated(self) -> Positions:
         """The positions for repeating this pass under activation recomputation: layers compute the
         same (autograd compares), but do not report a second time."""
-        if self.auxiliary is None and self.keeper is None:
+        if self.auxiliary is None and self.kv_sink is None:
             return self
         auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
-        return replace(self, auxiliary=auxiliary, keeper=self.keeper and Keeper())
+        return replace(self, auxiliary=auxiliary, kv_sink=self.kv_sink and KVSink())
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
@@ -266,10 +266,10 @@ class Attention(nn.Module):
         batch, seq_len, _ = x_BTC.shape
         qkv = self.heads(x_BTC, positions)
         if positions.cache is None:
-            if positions.keeper is not None:
+            if positions.kv_sink is not None:
                 key, value = qkv[:, :, self.n_heads :].split(self.n_kv_heads, dim=2)
                 key = rotary(key, positions.cos, positions.sin)
-                positions.keeper.keep(layer, torch.cat((key, value), dim=2))
+                positions.kv_sink.keep(layer, torch.cat((key, value), dim=2))
             mixed = rotary_attention(
                 qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
             )

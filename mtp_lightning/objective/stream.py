@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.feed import Feed, Lesson, Prediction
+from mtp_lightning.mtp.feed import Feed, LossRequest, Prediction
 from mtp_lightning.nn.ops import compute_dtype
 from mtp_lightning.objective.rules.base import Measure, Seen
 from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
@@ -59,7 +59,7 @@ def prepass(
         return Prediction(hidden, asked, train_head=False, needs_gradient=False, head=own)
 
     due = [(0, feed.main)] if of_main else []
-    for group in itertools.chain(feed.looks() if of_depths else (), [()]):
+    for group in itertools.chain(feed.prepass_states() if of_depths else (), [()]):
         predictions = [measured(k, hidden) for k, hidden in (*due, *group)]
         due = []
         if predictions:
@@ -123,10 +123,10 @@ class _Stream(torch.autograd.Function):
         head = HeadWeight(weight_VC, needs_gradient=needs_weight)
         sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
         of_terms: dict[nn.Parameter, Tensor] = {}
-        lesson = Lesson(
+        request = LossRequest(
             by_depth(targets), needs[: len(feed.inputs)], call.train_head, call.auxiliary
         )
-        steps, done = feed.learn(lesson), 0
+        steps, done = feed.learn(request), 0
         while True:
             try:
                 predictions = next(steps)

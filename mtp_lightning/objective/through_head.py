@@ -134,43 +134,43 @@ def through_head(
         assert main_hidden is not None
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
-    def ways() -> Iterator[_Way]:
+    def passes() -> Iterator[_HeadPass]:
         done, own = 0, None
         for prediction in predictions:
             end = done + len(prediction.targets)
             if prediction.head is not None and own is None:  # all such predictions share one
                 own = HeadWeight(prediction.head.weight, needs_gradient=prediction.train_head)
             its_head = head if own is None or prediction.head is None else own
-            way = _Way(its_head, weight, prediction, sums[done:end], of_terms)
-            if way.learns or any(target.coefficient for target in way.targets):
-                yield way
+            one = _HeadPass(its_head, weight, prediction, sums[done:end], of_terms)
+            if one.learns or any(target.coefficient for target in one.targets):
+                yield one
             done = end
 
     with no_autocast(weight):
-        found: Iterable[_Way] = ways()
+        found: Iterable[_HeadPass] = passes()
         if main_MC is not None:
             found = list(found)
-            taught = [way for way in found if way.prediction.loss is None]
+            taught = [one for one in found if one.prediction.loss is None]
             _with_teacher(main_MC, weight, taught)
-            found = [way for way in found if way not in taught]
-        for way in found:
-            way.go_alone(main_MC, compiled=compiled)
+            found = [one for one in found if one not in taught]
+        for one in found:
+            one.go_alone(main_MC, compiled=compiled)
 
 
-def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None:
+def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) -> None:
     """Compute each chunk of the main prediction and train every depth with it as the teacher."""
-    for rows, main_RV in log_probs_by_chunk(main_MC, weight) if ways else ():
+    for rows, main_RV in log_probs_by_chunk(main_MC, weight) if passes else ():
         teacher = Teacher(main_RV, main_MC[rows])
-        for way in ways:
-            if way.depth:
-                left = rows_left(rows, way.depth * way.targets[0].stride, main_MC)
-                way.go(left, log_probs(way.h_NC[left], way.weight), way.taught_by(teacher))
+        for one in passes:
+            if one.depth:
+                left = rows_left(rows, one.depth * one.targets[0].stride, main_MC)
+                one.go(left, log_probs(one.h_NC[left], one.weight), one.teacher_of_head(teacher))
         del teacher
-        for way in ways:  # last, since it overwrites the teacher's log-probabilities
-            if not way.depth:
-                way.go(rows, main_RV)
-    for way in ways:
-        way.finish()
+        for one in passes:  # last, since it overwrites the teacher's log-probabilities
+            if not one.depth:
+                one.go(rows, main_RV)
+    for one in passes:
+        one.finish()
 
 
 def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
@@ -180,7 +180,7 @@ def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
     return torch.arange(rows.start - k, rows.stop - k, device=h_MC.device) % h_MC.shape[0]
 
 
-class _Way:
+class _HeadPass:
     """Computes one prediction, chunk by chunk: adds the losses of its targets to ``sums``, and the
     gradients to those of ``head`` and of the terms' own parameters. ``weight`` is the shared head's
     in the dtype of the products."""
@@ -239,7 +239,7 @@ class _Way:
         if self.is_own:
             self.prediction.weight_gradient = self.head.gradient
 
-    def taught_by(self, teacher: Teacher) -> Teacher:
+    def teacher_of_head(self, teacher: Teacher) -> Teacher:
         """The teacher over the tokens that the prediction's own head has rows for."""
         own = self.prediction.head
         if own is None or own.is_whole:
