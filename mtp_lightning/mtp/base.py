@@ -19,7 +19,7 @@ from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.starting import TrunkText
@@ -55,7 +55,8 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
             (``objective.confidence``).
 
     Raises:
-        UserError: the depth is not a whole number of at least 0, or a switch is out of range.
+        UserError: the depth is not a whole number of at least 0, or a switch of the variant has an
+            unknown value, or no effect.
     """
 
     depth: int
@@ -156,7 +157,6 @@ class MTPStack(nn.Module, ABC):
         return self.config.depth
 
     # What it reads of the trunk.
-
     @property
     def blocks_kept(self) -> Collection[int]:
         """After how many of the trunk's blocks :meth:`branch` reads the state, besides the states
@@ -190,7 +190,6 @@ class MTPStack(nn.Module, ABC):
         return final_BTC
 
     # What it is trained on.
-
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         """The tokens that trunk and depths read instead of the batch's.
 
@@ -235,30 +234,15 @@ class MTPStack(nn.Module, ABC):
         """The head that projects the depths' hidden states; None for the shared head."""
         return None
 
-    def feed(
-        self,
-        final_BTC: Tensor,
-        at: BranchPoint,
-        batch: WindowBatch,
-        depths: Sequence[int],
-        key: RandomKey | None = None,
-    ) -> Feed:
+    def feed(self, inputs: FeedInputs) -> Feed:
         """How the stack is trained on a micro-batch: which states go through the head, in which
-        order.
-
-        Args:
-            final_BTC: the trunk's final states, from :meth:`MTPModel.run_trunk`.
-            at: what the stack branches from, from the same.
-            batch: the windows.
-            depths: the depths that are trained, in order.
-            key: key of the random choices in training; None for no random choices.
-        """
-        losses = {k: self.own_loss(k, batch) for k in depths}
+        order."""
+        losses = {k: self.own_loss(k, inputs.batch) for k in inputs.depths}
         own = {k: loss for k, loss in losses.items() if loss is not None}
-        return Together(final_BTC, list(self.states(at, depths, key)), own, self.own_head)
+        states = list(self.states(inputs.at, inputs.depths, inputs.key))
+        return Together(inputs.final_BTC, states, own, self.own_head)
 
     # Its states over whole windows.
-
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
@@ -298,7 +282,6 @@ class MTPStack(nn.Module, ABC):
         return d_model
 
     # Drafting.
-
     @abstractmethod
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         """Depth ``k`` at the newest positions of decoding, [B, T, C]: the state that the next depth
@@ -356,7 +339,6 @@ class MTPStack(nn.Module, ABC):
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
 
     # Its first weights.
-
     def look_at(self, text: CountedText) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.
 

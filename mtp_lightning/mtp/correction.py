@@ -62,9 +62,6 @@ class SideBySideConfig(MTPConfig):
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,
             arXiv 2505.17505). Windows then reach s D tokens beyond the next one; the heads compute
             the same. Drafting needs a stride of 1.
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
     """
 
     detach: Detach = "none"

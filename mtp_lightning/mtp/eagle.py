@@ -63,9 +63,6 @@ class EagleConfig(MTPConfig, variant="eagle"):
             in the training text; None is all tokens.
         detach: ``trunk`` stops the gradients at the trunk's states; ``all`` also at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights, as in the paper.
-
-    Raises:
-        UserError: a switch has an unknown value.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("layers", "draft_vocab")

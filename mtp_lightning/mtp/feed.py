@@ -134,11 +134,6 @@ class LossRequest:
     train_head: bool = True
     auxiliary: float = 1.0
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any target compares with the main prediction."""
-        return any(target.needs_teacher for own in self.targets.values() for target in own)
-
 
 Steps = Generator[Sequence[Prediction], None, Sequence[Tensor | None]]
 """Yields predictions that go through the head together; returns the gradients of the inputs."""
@@ -248,10 +243,11 @@ class OneState(Feed):
 
     def learn(self, request: LossRequest) -> Steps:
         parts: list[tuple[bool, Sequence[Any]]]
-        if request.needs_teacher or not request.train_head:
+        targets = [target for own in request.targets.values() for target in own]
+        if any(target.needs_teacher for target in targets) or not request.train_head:
             parts = [(k == 0 or request.train_head, own) for k, own in request.targets.items()]
         else:
-            parts = [(True, [target for own in request.targets.values() for target in own])]
+            parts = [(True, targets)]
         predictions = [
             Prediction(self.main, targets, train_head=trained, needs_gradient=request.needs[0])
             for trained, targets in parts

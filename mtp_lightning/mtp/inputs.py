@@ -1,15 +1,17 @@
-"""The inputs of a stack: the branch point, and the key of random choices.
+"""The inputs of a stack: the branch point, the key of random choices, and what it is trained on.
 
 Shapes: B batch, T positions, C d_model, D depths of the stack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import parameter_seed
@@ -70,3 +72,22 @@ class BranchPoint:
         """Their embeddings [B, T, C]."""
         start = (k - self.first) * self.stride
         return self.embedded[:, start : start + self.hidden.shape[1]]
+
+
+@dataclass(frozen=True, eq=False)
+class FeedInputs:
+    """What a stack is trained on in one micro-batch.
+
+    Attributes:
+        final_BTC: the trunk's final states, from :meth:`MTPModel.run_trunk`.
+        at: what the stack branches from, from the same.
+        batch: the windows.
+        depths: the depths that are trained, in order.
+        key: key of the random choices in training; None for no random choices.
+    """
+
+    final_BTC: Tensor
+    at: BranchPoint
+    batch: WindowBatch
+    depths: Sequence[int]
+    key: RandomKey | None = None

@@ -28,11 +28,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, Steps, added
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
@@ -144,15 +143,8 @@ class SideBySide(MTPStack):
             at = replace(at, embedded=at.embedded.detach())
         return hidden + self.corrections[k - 1](k, at)
 
-    def feed(
-        self,
-        final_BTC: Tensor,
-        at: BranchPoint,
-        batch: WindowBatch,
-        depths: Sequence[int],
-        key: RandomKey | None = None,
-    ) -> Feed:
-        return HeadByHead(self, final_BTC, at, depths, key)
+    def feed(self, inputs: FeedInputs) -> Feed:
+        return HeadByHead(self, inputs)
 
     def first_token(self, k: int) -> int:
         return 1 if self.corrections else k
@@ -177,22 +169,15 @@ class HeadByHead(Feed):
     Each head in turn runs forward, through the loss, and backward; its activations are freed before
     the next one starts. The gradients add up at the branch point, from where one backward pass goes
     through the trunk. Peak memory holds the activations of the trunk and of one head, for any D.
-    Arguments as of :meth:`MTPStack.feed`.
     """
 
-    def __init__(
-        self,
-        stack: SideBySide,
-        final: Tensor,
-        at: BranchPoint,
-        depths: Sequence[int],
-        key: RandomKey | None,
-    ) -> None:
-        self.stack, self.at, self.depths, self.key = stack, at, depths, key
+    def __init__(self, stack: SideBySide, inputs: FeedInputs) -> None:
+        self.stack, self.key = stack, inputs.key
+        self.at, self.depths = at, depths = inputs.at, inputs.depths
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
         self.common = [at.hidden, at.embedded] if stack.reads_ahead and depths else [at.hidden]
         used = [p for k in depths for p in stack.parameters_of(k)]
-        super().__init__([final, *self.common, *used])
+        super().__init__([inputs.final_BTC, *self.common, *used])
 
     def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # This computes each head a second time. Its routers' loads are counted when it learns.
@@ -270,9 +255,6 @@ class OneModuleConfig(MTPConfig):
         detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
             depth; ``all`` also at the shared embedding and head.
         freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch",)
@@ -285,15 +267,8 @@ class OneModuleConfig(MTPConfig):
 class Targets(MTPStack):
     """A stack without modules: every depth is the main prediction, with a target further ahead."""
 
-    def feed(
-        self,
-        final_BTC: Tensor,
-        at: BranchPoint,
-        batch: WindowBatch,
-        depths: Sequence[int],
-        key: RandomKey | None = None,
-    ) -> Feed:
-        return OneState(final_BTC, depths)
+    def feed(self, inputs: FeedInputs) -> Feed:
+        return OneState(inputs.final_BTC, inputs.depths)
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         return at.hidden

@@ -40,9 +40,6 @@ class LinearConfig(SideBySideConfig, variant="linear"):
         branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
         rank: r, components of one joint prediction of all tokens (arXiv 2410.17765). Above 1 the
             next token's prediction is a mixture too.
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "stride", "rank")

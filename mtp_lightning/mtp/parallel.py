@@ -42,9 +42,6 @@ class ParallelConfig(SideBySideConfig, variant="parallel"):
             block at random and copies the trunk's final norm; ``last_block`` also copies the
             trunk's last block, so that with ``branch=before_last`` a head starts as the main
             prediction.
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "stride")

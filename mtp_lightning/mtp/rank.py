@@ -35,11 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, LossRequest, LossTarget, Prediction, Steps
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -148,15 +147,8 @@ class JointLinearMTP(MTPStack):
         log_weights_BTA = (log_weights_BTA + log_p_BTA).log_softmax(-1)
         return pack(self.components(k, at.hidden), log_weights_BTA)
 
-    def feed(
-        self,
-        final_BTC: Tensor,
-        at: BranchPoint,
-        batch: WindowBatch,
-        depths: Sequence[int],
-        key: RandomKey | None = None,
-    ) -> Feed:
-        return JointFeed(self, final_BTC, at, max(depths, default=0))
+    def feed(self, inputs: FeedInputs) -> Feed:
+        return JointFeed(self, inputs)
 
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
@@ -176,12 +168,11 @@ def _token_log_probs(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) ->
 
 
 class JointFeed(Feed):
-    """Trains all depths and components of a position, up to the depth ``deepest``, as one
-    prediction; other arguments as of :meth:`MTPStack.feed`."""
+    """Trains all depths and components of a position, up to the deepest depth, as one
+    prediction."""
 
-    def __init__(
-        self, stack: JointLinearMTP, final_BTC: Tensor, at: BranchPoint, deepest: int
-    ) -> None:
+    def __init__(self, stack: JointLinearMTP, inputs: FeedInputs) -> None:
+        final_BTC, at, deepest = inputs.final_BTC, inputs.at, max(inputs.depths, default=0)
         parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]
         parts_MKAC = torch.stack(parts, dim=2).flatten(0, 1)
         super().__init__([parts_MKAC, stack.log_weights(final_BTC).flatten(0, 1)])

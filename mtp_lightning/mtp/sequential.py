@@ -57,9 +57,6 @@ class SequentialConfig(MTPConfig, variant="sequential"):
         init: initialization of modules that ``init_from`` does not provide. ``random`` draws a
             module at random and copies the trunk's final norm; ``last_block`` also copies the
             trunk's last block and fits the projection before it to some text (``starting.py``).
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat")

@@ -35,9 +35,6 @@ class SummaryConfig(TrainingOnlyConfig):
         detach: ``trunk`` stops the head's gradient at the trunk's state. There is no ``all``, since
             the head does not use the shared head.
         freeze_trunk: embedding, trunk and head keep their weights; only this head is trained.
-
-    Raises:
-        UserError: a switch has an unknown value.
     """
 
     brings_loss: ClassVar[bool] = True

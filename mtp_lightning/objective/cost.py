@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
 from mtp_lightning.objective.balance.gradients import Scope, add_gradients, shared_parameters
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.stream import prepass, stream_loss
@@ -172,7 +172,8 @@ class StepCost:
         counts = PositionCounts([1] * len(factors), [1] * len(factors))
         targets = objective.targets(model.mtp, batch, factors, counts, key)
         final, at = model.run_trunk(batch, active, key=key)
-        feed = model.mtp.feed(final, at, batch, [k for k in by_depth(targets) if k], key)
+        depths = [k for k in by_depth(targets) if k]
+        feed = model.mtp.feed(FeedInputs(final, at, batch, depths, key))
         prepass(model.head.weight, feed, targets, objective.measures)
         # The rules change targets by their values, and no matrix product.
         loss, _ = stream_loss(

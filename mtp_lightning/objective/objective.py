@@ -211,8 +211,8 @@ class Objective:
             UserError: naming both, and the remedy.
         """
         head = [] if self.train_head else ["objective.train_head=false"]
-        term = [] if self.term.of_token else [self.asked]
-        asked = [*term, *head, *(rule.asked for rule in self.rules)]
+        asked = ([] if self.term.of_token else [self.asked]) + head
+        asked += [rule.asked for rule in self.rules]
         if mtp.depth and not mtp.predicts_tokens and asked:
             raise UserError(
                 f"{asked[0]} is for depths that predict a token, and mtp={mtp.variant} has its own "

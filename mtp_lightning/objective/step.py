@@ -22,7 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
 from mtp_lightning.objective.balance.gradients import (
@@ -285,7 +285,7 @@ class OptimizerStep:
         depths = [k for k in by_depth(targets) if k]
         auxiliary, factor = AuxiliaryOutputs(), 1 / plan.windows
         final, at = model.run_trunk(micro, plan.active, auxiliary=auxiliary, key=key)
-        feed = model.mtp.feed(final, at, micro, depths, key)
+        feed = model.mtp.feed(FeedInputs(final, at, micro, depths, key))
         seen = prepass(model.head.weight, feed, targets, objective.measures)
         total, sums = stream_loss(
             model.head.weight,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed
-from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
@@ -58,14 +57,14 @@ def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None
 def test_every_step_and_micro_batch_draws_anew(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys: list[RandomKey] = []
+    keys: list[RandomKey | None] = []
 
     feed = SequentialMTP.feed
 
-    def recorded(stack: SequentialMTP, *given: Any) -> Feed:
-        if not given[0].is_meta:  # a step there is counted, not trained
-            keys.append(given[-1])
-        return feed(stack, *given)
+    def recorded(stack: SequentialMTP, inputs: FeedInputs) -> Feed:
+        if not inputs.final_BTC.is_meta:  # a step there is counted, not trained
+            keys.append(inputs.key)
+        return feed(stack, inputs)
 
     monkeypatch.setattr(SequentialMTP, "feed", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}

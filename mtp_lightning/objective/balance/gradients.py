@@ -219,16 +219,11 @@ def add_gradients(
         targets = objective.targets(stack, batch, factors, counts, key)
         of_task = by_depth(objective.settle(targets, {}))
         final, at = model.run_trunk(batch, tasks[1:], key=key)
-        head = HeadWeight(model.head.weight)
+        shared_head = HeadWeight(model.head.weight)
         for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
-            prediction = Prediction(
-                hidden,
-                of_task[k],
-                train_head=False,
-                head=stack.own_head if k else None,
-                loss=stack.own_loss(k, batch) if k else None,
-            )
-            through_head(head, [prediction], unused, main_hidden=final)
+            head, loss = (stack.own_head, stack.own_loss(k, batch)) if k else (None, None)
+            prediction = Prediction(hidden, of_task[k], train_head=False, head=head, loss=loss)
+            through_head(shared_head, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
