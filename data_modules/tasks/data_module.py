@@ -70,8 +70,8 @@ class TaskDataModule(WindowDataModule):
         require_whole("data.eval_examples", eval_examples, least=1)
         if document_mask:
             raise UserError(
-                f"data.document_mask={document_mask} has no meaning for data={task.name}, whose "
-                "examples never see each other: leave it out."
+                f"data.document_mask=true has no meaning for data={task.name}, whose examples "
+                "never see each other: leave it out."
             )
         if self.seq_len < whole:
             raise UserError(

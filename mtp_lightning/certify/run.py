@@ -76,63 +76,76 @@ def certify(
         check_precision(weights, activations=activations)
     require_programs(against, path)
     threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
-    asked: list[list[int]] = []
+    asked: list[list[int]] = []  # the same for every precision
     result: Certificate | None = None
     for precision in precisions:
         run = open_model(path, allow=allow)
-        model = run.model
         if length >= run.seq_len:
             raise UserError(
                 f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
                 "trained on: give fewer."
             )
         weights, activations = split(precision)
-        use_precision(model, weights)
-        use_activations(model, activations)
-        result = result or Certificate(
-            model=str(path),
-            facts={
-                "machine": platform.machine(),
-                "processor": processor(),
-                "torch": torch.__version__,
-                "layers": ops.code()[1],
-                "prompts": count,
-                "new_tokens": length,
-                "seed": seed,
-            },
-            same_bits=ops.code()[0] == "native",
-            prompts_alike=_reads_alike(model),
-        )
-        # The same for every precision.
+        use_precision(run.model, weights)
+        use_activations(run.model, activations)
         longest = run.seq_len - length
         asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
+        facts = {"prompts": count, "new_tokens": length, "seed": seed}
+        result = result or _begun(path, run.model, facts)
         rows = [
             Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell, threads) else None)
-            for cell in cells(model, threads, few=few)
+            for cell in cells(run.model, threads, few=few)
         ]
         result.rows += rows
-        began, end = time.monotonic(), float("inf")
-        if minutes is not None:
-            end = began + 60 * minutes / len(precisions)
-        step = _PART if minutes is None else _LEAST
-        for first in range(0, count, step):
-            part = asked[first : first + step]
-            wanted = plain_texts(model, part, length)
-            for row in rows:
-                compare_texts(model, row.cell, part, wanted, row.greedy, first=first)
-                if row.sampled is not None:
-                    draw_texts(model, row.cell, part, length, row.sampled, first=first, seed=seed)
-            tried = first + len(part)
-            late = time.monotonic() > end
-            why = ", as many as the given time holds" if late and tried < count else ""
-            say(f"{precision}: {tried:,} of {count:,} prompts{why}, {len(rows)} cells")
-            if late:
-                break
+        share = None if minutes is None else 60 * minutes / len(precisions)
+        _run_cells(run.model, rows, asked, length, seed=seed, seconds=share, say=say)
     assert result is not None
     if against:
         read = asked[: max(row.greedy.texts for row in result.rows)]
         result.others = compare_others(against, path, read, length, say)
     return result
+
+
+def _begun(path: Path, model: MTPModel, asked: dict[str, int]) -> Certificate:
+    """A certificate without rows, with the facts of this machine and what is ``asked``."""
+    code, layers = ops.code()
+    machine = {"machine": platform.machine(), "processor": processor(), "torch": torch.__version__}
+    return Certificate(
+        model=str(path),
+        facts={**machine, "layers": layers, **asked},
+        same_bits=code == "native",
+        prompts_alike=_reads_alike(model),
+    )
+
+
+def _run_cells(
+    model: MTPModel,
+    rows: Sequence[Row],
+    asked: Sequence[list[int]],
+    length: int,
+    *,
+    seed: int,
+    seconds: float | None,
+    say: Callable[[str], None],
+) -> None:
+    """Try the rows of one precision on the prompts ``asked``, a part at a time, until ``seconds``
+    have passed; other arguments as of :func:`certify`."""
+    step, end = _PART, float("inf")
+    if seconds is not None:
+        step, end = _LEAST, time.monotonic() + seconds
+    for first in range(0, len(asked), step):
+        part = asked[first : first + step]
+        wanted = plain_texts(model, part, length)
+        for row in rows:
+            compare_texts(model, row.cell, part, wanted, row.greedy, first=first)
+            if row.sampled is not None:
+                draw_texts(model, row.cell, part, length, row.sampled, first=first, seed=seed)
+        tried = first + len(part)
+        late = time.monotonic() > end
+        why = ", as many as the given time holds" if late and tried < len(asked) else ""
+        say(f"{rows[0].precision}: {tried:,} of {len(asked):,} prompts{why}, {len(rows)} cells")
+        if late:
+            break
 
 
 def _reads_alike(model: MTPModel) -> bool:

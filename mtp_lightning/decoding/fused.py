@@ -90,9 +90,9 @@ class DecodingCode:
 
     Attributes:
         passes: prepares a model, until :meth:`FusedPasses.close`.
-        rounded_weights_need: see the function of that name.
-        keeper: see the function of that name.
-        multiply_integers: see the function of that name.
+        rounded_weights_need: says what the device lacks to read rounded weights fast.
+        keeper: packs the weights of a model that only decodes.
+        multiply_integers: makes products with weights in blocks sums of integers.
     """
 
     passes: Callable[[MTPModel], FusedPasses]

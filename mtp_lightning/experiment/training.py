@@ -126,8 +126,10 @@ class Run(Plan):
 
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
     """Build a run: everything that its trainer needs. Without ``peers``, this process is alone."""
-    asked = Plan(config=cfg, folder=folder, peers=Peers() if peers is None else peers)
-    return built(matched(read(started(settled(asked)))))
+    plan = Plan(config=cfg, folder=folder, peers=Peers() if peers is None else peers)
+    for stage in (settled, started, read, matched):
+        plan = stage(plan)
+    return built(plan)
 
 
 def settled(asked: Plan) -> Plan:

@@ -77,7 +77,7 @@ class StepResult:
 
     Attributes:
         plan: the step's plan.
-        loss: L.
+        loss: L, without the experts' balance losses.
         losses: [D + 1], L_k, fp64; 0 where not computed.
         flops: FLOPs of the step, positions without a valid target included.
         dtype: dtype in which losses are logged.
@@ -269,8 +269,8 @@ class OptimizerStep:
         gradients.
 
         Returns:
-            - the part of L, the experts' balance losses included; the parts of all micro-batches
-              and ranks add up to L;
+            - the micro-batch's part of what is differentiated: L plus the experts' balance losses;
+              the parts of all micro-batches and ranks add up to it;
             - the summed losses of this micro-batch by depth and term, [D + 1, P] fp64: 0 where not
               computed, the main prediction's in the first column;
             - the layers' auxiliary outputs.
