@@ -5,7 +5,7 @@
 //
 // Shapes: B batch, T positions (P padded to a multiple of 16), N heads, M key-value heads, H head
 // size of queries and keys, D of values, both multiples of 16.
-#include "vector.h"
+#include "tile.h"
 
 struct Shape {
     int64_t batch, length, heads, kv_heads, head, value_head;
@@ -16,7 +16,6 @@ struct Shape {
 // Probabilities are stored in blocks of 64 queries, each as wide as the keys of its last query.
 constexpr int64_t BLOCK = 64;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t block_start(int64_t block) { return BLOCK * BLOCK * block * (block + 1) / 2; }
 static inline int64_t block_width(int64_t block, int64_t length) {
     return least(BLOCK * (block + 1), padded(length));
@@ -27,43 +26,36 @@ extern "C" int64_t attention_kept(int64_t length) {
     return block_start(last) + (padded(length) - last * BLOCK) * block_width(last, length);
 }
 
-// Rotates one head by its angle (back: inversely) and multiplies it by scale; cos = NULL only scales.
+constexpr int64_t ROWS = 8;  // rows of a tile: 8 x 2 sums leave registers for operands
+
+// c[8, n] (+)= a[8, k] b[k, n]; n is a multiple of 16; a's element (i, j) is at i * rows + j * columns.
+// Inlined, since one of the two strides is 1 everywhere.
+INLINE void product(const float* a, int64_t rows, int64_t columns, const float* b, int64_t ldb,
+                    int64_t k, float* c, int64_t ldc, int64_t n, bool add) {
+    for (int64_t at = 0; at < n; at += 2 * LANES)
+        sized<1, 2>(1, n - at, [&](auto, auto v) {
+            tile<ROWS, v.value>(
+                k, BODY(int r, int64_t j) { return a[r * rows + j * columns]; },
+                BODY(int64_t j) { return b + at + j * ldb; },
+                BODY(int r) { return c + at + r * ldc; }, add);
+        });
+}
+
+// One head at position t, rotated (back: inversely) and multiplied by scale; without angles only
+// scaled.
 static inline void turn(const float* from, float* to, const float* cos, const float* sin,
-                        int64_t head, float scale, bool back) {
-    int64_t half = head / 2;
-    if (!cos) {
-        for (int64_t j = 0; j < head; j += LANES) store(to + j, load(from + j) * all(scale));
-        return;
-    }
-    Half even = scale - (Half){}, odd = (back ? -scale : scale) - (Half){};
-    for (int64_t j = 0; j < half; j += 8) {
-        Half left = *(const LooseHalf*)(from + j), right = *(const LooseHalf*)(from + half + j);
-        Half c = *(const LooseHalf*)(cos + j) * even, s = *(const LooseHalf*)(sin + j) * odd;
-        *(LooseHalf*)(to + j) = left * c - right * s;
-        *(LooseHalf*)(to + half + j) = right * c + left * s;
-    }
+                        int64_t t, int64_t head, float scale, bool back) {
+    int64_t at = t * head / 2;
+    if (cos) return rotate<Half>(from, to, cos + at, sin + at, head, scale, back);
+    for (int64_t j = 0; j < head; j += LANES) store(to + j, load(from + j) * all(scale));
 }
 
 // All positions of one head, [P, head], with zeros after the last.
 static void gather(const float* from, int64_t step, float* to, const float* cos, const float* sin,
                    int64_t length, int64_t head, float scale) {
     for (int64_t t = 0; t < length; t++)
-        turn(from + t * step, to + t * head, cos ? cos + t * head / 2 : nullptr,
-             sin ? sin + t * head / 2 : nullptr, head, scale, false);
+        turn(from + t * step, to + t * head, cos, sin, t, head, scale, false);
     memset(to + length * head, 0, (padded(length) - length) * head * sizeof(float));
-}
-
-// [P, head] -> [head, P].
-static void transpose_head(const float* from, float* to, int64_t wide, int64_t head) {
-    for (int64_t t = 0; t < wide; t += LANES)
-        for (int64_t j = 0; j < head; j += LANES) {
-            Vector rows[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) rows[i] = load(from + (t + i) * head + j);
-            transpose(rows);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store(to + (j + i) * wide + t, rows[i]);
-        }
 }
 
 // Softmax of the first `seen` scores of a row; the others up to `width` become 0.
@@ -94,13 +86,13 @@ extern "C" void attention_forward(const float* query, const float* key, const fl
 #pragma omp parallel for schedule(static)
     for (int64_t job = 0; job < s.batch * s.kv_heads; job++) {
         int64_t b = job / s.kv_heads, m = job % s.kv_heads;
-        float* keys = scratch(wide * s.head);  // [H, P]
-        float* queries = scratch(wide * s.head);
-        float* mixed = scratch(ROWS * s.value_head);
+        Memory keys(wide * s.head);  // [H, P]
+        Memory queries(wide * s.head);
+        Memory mixed(ROWS * s.value_head);
         const float* values = value + b * s.value_batch + m * s.value_head;
         gather(key + b * s.key_batch + m * s.head, s.key_step, queries, cos, sin, s.length, s.head,
                1.0f);
-        transpose_head(queries, keys, wide, s.head);
+        pack_panel(queries, keys, wide, s.head, 0, wide);
         for (int64_t n = m * group; n < (m + 1) * group; n++) {
             gather(query + b * s.query_batch + n * s.head, s.query_step, queries, cos, sin,
                    s.length, s.head, scale);
@@ -124,7 +116,6 @@ extern "C" void attention_forward(const float* query, const float* key, const fl
                            mixed + i * s.value_head, s.value_head * sizeof(float));
             }
         }
-        free(keys), free(queries), free(mixed);
     }
 }
 
@@ -139,21 +130,21 @@ extern "C" void attention_backward(const float* query, const float* key, const f
 #pragma omp parallel for schedule(static)
     for (int64_t job = 0; job < s.batch * s.kv_heads; job++) {
         int64_t b = job / s.kv_heads, m = job % s.kv_heads;
-        float* keys = scratch(wide * s.head);
-        float* values = scratch(wide * s.value_head);  // [D, P]
-        float* queries = scratch(wide * s.head);
-        float* grads = scratch(wide * s.value_head);
-        float* d_keys = scratch(wide * s.head);
-        float* d_values = scratch(wide * s.value_head);
-        float* d_queries = scratch(ROWS * s.head);
-        float* d_scores = scratch(BLOCK * wide);
+        Memory keys(wide * s.head);
+        Memory values(wide * s.value_head);  // [D, P]
+        Memory queries(wide * s.head);
+        Memory grads(wide * s.value_head);
+        Memory d_keys(wide * s.head);
+        Memory d_values(wide * s.value_head);
+        Memory d_queries(ROWS * s.head);
+        Memory d_scores(BLOCK * wide);
         memset(d_keys, 0, wide * s.head * sizeof(float));
         memset(d_values, 0, wide * s.value_head * sizeof(float));
         gather(key + b * s.key_batch + m * s.head, s.key_step, keys, cos, sin, s.length, s.head,
                1.0f);
         gather(value + b * s.value_batch + m * s.value_head, s.value_step, grads, nullptr, nullptr,
                s.length, s.value_head, 1.0f);
-        transpose_head(grads, values, wide, s.value_head);
+        pack_panel(grads, values, wide, s.value_head, 0, wide);
         for (int64_t n = m * group; n < (m + 1) * group; n++) {
             gather(query + b * s.query_batch + n * s.head, s.query_step, queries, cos, sin,
                    s.length, s.head, scale);
@@ -183,9 +174,8 @@ extern "C" void attention_backward(const float* query, const float* key, const f
                     for (int64_t i = 0; i < least(ROWS, s.length - t); i++) {
                         int64_t at = t + i;
                         turn(d_queries + i * s.head,
-                             d_query + b * s.query_batch + at * s.query_step + n * s.head,
-                             cos ? cos + at * s.head / 2 : nullptr,
-                             sin ? sin + at * s.head / 2 : nullptr, s.head, scale, true);
+                             d_query + b * s.query_batch + at * s.query_step + n * s.head, cos, sin,
+                             at, s.head, scale, true);
                     }
                 }
                 // Keys up to the block's last query; no query before a key's own attends to it.
@@ -201,13 +191,10 @@ extern "C" void attention_backward(const float* query, const float* key, const f
             }
         }
         for (int64_t t = 0; t < s.length; t++) {
-            turn(d_keys + t * s.head, d_key + b * s.key_batch + t * s.key_step + m * s.head,
-                 cos ? cos + t * s.head / 2 : nullptr, sin ? sin + t * s.head / 2 : nullptr,
-                 s.head, 1.0f, true);
+            turn(d_keys + t * s.head, d_key + b * s.key_batch + t * s.key_step + m * s.head, cos,
+                 sin, t, s.head, 1.0f, true);
             memcpy(d_value + b * s.value_batch + t * s.value_step + m * s.value_head,
                    d_values + t * s.value_head, s.value_head * sizeof(float));
         }
-        free(keys), free(values), free(queries), free(grads);
-        free(d_keys), free(d_values), free(d_queries), free(d_scores);
     }
 }

@@ -29,7 +29,7 @@ struct Pass {
     int64_t rows, length, capacity;
     const int64_t* starts;    // [B], the first position of every row's new tokens
     const int64_t* parents;   // [T], every token's parent in a tree; NULL for a chain
-    const float *cos, *sin;   // [S, H], over whole heads, signs included
+    const float *cos, *sin;   // [S, H], those of the angles in the second halves
     float* const* entries;    // for every block [B, S, 2 P, H]
 };
 
@@ -43,16 +43,6 @@ static inline void norm(const float* x, const float* gain, float* out, int64_t w
     columns(width, [&](int64_t at, int64_t n) {
         put(out + at, take(x + at, n) * scale * take(gain + at, n), n);
     });
-}
-
-// Rotates one head by the angles of its position.
-static inline void turn(float* head, const float* cos, const float* sin, int64_t size) {
-    int64_t half = size / 2;
-    for (int64_t j = 0; j < half; j++) {
-        float left = head[j], right = head[half + j];
-        head[j] = left * cos[j] + right * sin[j];
-        head[half + j] = right * cos[half + j] + left * sin[half + j];
-    }
 }
 
 // One step of summing two vectors across lanes: pairs of lanes of `a` are added into the lanes without
@@ -145,13 +135,15 @@ static void attend(const float* query, const float* keys, const float* values, i
     });
 }
 
+// Makes room for n numbers.
+static inline void grow(std::vector<float>& memory, int64_t n) {
+    if ((int64_t)memory.size() < n) memory.resize(n);
+}
+
 struct Scratch {
     std::vector<float> normed, qkv, mixed, gate_up, inner;
     std::vector<int64_t> paths;
     void fit(int64_t rows, const Block& b) {
-        auto grow = [](std::vector<float>& v, int64_t n) {
-            if ((int64_t)v.size() < n) v.resize(n);
-        };
         grow(normed, rows * b.width);
         grow(qkv, rows * (b.heads + 2 * b.kv_heads) * b.head);
         grow(mixed, rows * b.heads * b.head);
@@ -164,13 +156,14 @@ struct Scratch {
 static void store_token(const Block& b, const Pass& pass, float* qkv, float* entry,
                         int64_t position) {
     int64_t turned = b.heads + b.kv_heads, all_heads = turned + b.kv_heads;
+    int64_t angles = position * b.head + b.head / 2;
     if (b.bias)
         for (int64_t j = 0; j < all_heads * b.head; j++) qkv[j] += b.bias[j];
     for (int64_t h = 0; h < turned; h++) {
         float* head = qkv + h * b.head;
         const float* gain = h < b.heads ? b.query_norm : b.key_norm;
         if (gain) norm(head, gain, head, b.head, b.head_eps);
-        turn(head, pass.cos + position * b.head, pass.sin + position * b.head, b.head);
+        rotate<float>(head, head, pass.cos + angles, pass.sin + angles, b.head, 1.0f, false);
     }
     memcpy(entry, qkv + b.heads * b.head, 2 * b.kv_heads * b.head * sizeof(float));
 }
@@ -193,7 +186,7 @@ static void attention(const Block& b, const Pass& pass, float* entries, Scratch&
         static thread_local std::vector<float> scores;
         int64_t token = i / b.heads, h = i % b.heads, row = token / pass.length;
         const int64_t* path = paths + token % pass.length * (pass.length + 1);
-        if ((int64_t)scores.size() < pass.capacity + LANES) scores.resize(pass.capacity + LANES);
+        grow(scores, pass.capacity + LANES);
         const float* keys = entries + row * pass.capacity * size + h / group * b.head;
         attend(qkv + token * per_token + h * b.head, keys, keys + b.kv_heads * b.head, size,
                pass.starts[row], path, b.head, scores.data(), mixed + i * b.head);
@@ -207,8 +200,8 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     s.fit(tokens, b);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.attention_norm, s.normed.data() + i * c, c, b.eps);
-    skinny(s.normed.data(), b.qkv, s.qkv.data(), tokens,
-             (b.heads + 2 * b.kv_heads) * b.head, c, false);
+    skinny(s.normed.data(), b.qkv, s.qkv.data(), tokens, (b.heads + 2 * b.kv_heads) * b.head, c,
+           false);
     attention(b, pass, entries, s);
     skinny(s.mixed.data(), b.out, x, tokens, c, mixed, true);
     for (int64_t i = 0; i < tokens; i++)
@@ -263,7 +256,7 @@ extern "C" void decode_join(const Join* join, const float* embedded, const float
                             float* out, int64_t tokens) {
     static thread_local std::vector<float> both;
     int64_t c = join->width;
-    if ((int64_t)both.size() < tokens * 2 * c) both.resize(tokens * 2 * c);
+    grow(both, tokens * 2 * c);
     for (int64_t i = 0; i < tokens; i++)
         side_by_side(*join, embedded + i * c, hidden + i * c, both.data() + i * 2 * c);
     skinny(both.data(), join->projection, out, tokens, c, 2 * c, false);
@@ -302,9 +295,7 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
     static thread_local std::vector<float> both, x, normed, embedded;
     const Join& join = *draft->join;
     int64_t c = join.width, t = pass->length, tokens = pass->rows * t;
-    embedded.resize(c);
-    if ((int64_t)x.size() < tokens * c) both.resize(tokens * 2 * c), x.resize(tokens * c),
-        normed.resize(tokens * c);
+    grow(both, tokens * 2 * c), grow(x, tokens * c), grow(normed, tokens * c), grow(embedded, c);
     for (int64_t i = 0; i < tokens; i++) {
         int64_t at = place_of(*pass, i);
         look_up(draft->embedding, ids[at + draft->ahead], embedded.data(), c);
@@ -337,7 +328,7 @@ extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t
                              float* logits) {
     static thread_local std::vector<float> x, normed;
     int64_t c = trunk->block->width, tokens = pass->rows * pass->length;
-    if ((int64_t)x.size() < tokens * c) x.resize(tokens * c), normed.resize(tokens * c);
+    grow(x, tokens * c), grow(normed, tokens * c);
     auto keep_if = [&](Kept kept, const std::vector<float>& from) {
         if (states && trunk->kept == kept) keep(*pass, from.data(), states, c);
     };

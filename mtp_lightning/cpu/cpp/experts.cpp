@@ -60,10 +60,8 @@ struct Places {
 static std::vector<Rows> blocks_of(const int64_t* starts, int64_t experts) {
     std::vector<Rows> blocks;
     for (int64_t e = 0; e < experts; e++)
-        for (int64_t first = starts[e]; first < starts[e + 1]; first += MOST) {
-            int64_t left = starts[e + 1] - first;
-            blocks.push_back({e, first, left < MOST ? left : MOST});
-        }
+        for (int64_t first = starts[e]; first < starts[e + 1]; first += MOST)
+            blocks.push_back({e, first, least(MOST, starts[e + 1] - first)});
     return blocks;
 }
 
@@ -96,7 +94,7 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
     const Given given = *from;
     const Shape s = *shape;
     int64_t c = s.width, f = s.inner, size = 3 * f * c;
-    float* packed = scratch(s.experts * size);
+    Memory packed(s.experts * size);
     std::vector<Rows> blocks = blocks_of(given.starts, s.experts);
 #pragma omp parallel
     {
@@ -105,7 +103,7 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
             pack_panels(given.gate_up + e * 2 * f * c, packed + e * size, 2 * f, c);
             pack_panels(given.down + e * c * f, packed + e * size + 2 * f * c, c, f);
         }
-        float* inner = scratch(MOST * f);
+        Memory inner(MOST * f);
         Places inners(inner, MOST, f);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < blocks.size(); i++) {
@@ -126,9 +124,7 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
             }
             product_of_rows(inners.row, weights + 2 * f * c, y.row, b.count, c, f);
         }
-        free(inner);
     }
-    free(packed);
     if (rows_out != out) add_up(rows_out, out, s);
 }
 
@@ -138,7 +134,7 @@ static void rows_backward(const Given& given, const Shape& s, const std::vector<
                           const float* projected, const float* grad, float* d_projected,
                           float* inner, float* d_gates, float* rows_out) {
     int64_t c = s.width, f = s.inner, size = 3 * f * c;
-    float* packed = scratch(s.experts * size);
+    Memory packed(s.experts * size);
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
@@ -146,7 +142,7 @@ static void rows_backward(const Given& given, const Shape& s, const std::vector<
             pack_turned(given.gate_up + e * 2 * f * c, packed + e * size, c, 2 * f);
             pack_turned(given.down + e * c * f, packed + e * size + 2 * f * c, f, c);
         }
-        float* d_inner = scratch(MOST * f);
+        Memory d_inner(MOST * f);
         Places d_inners(d_inner, MOST, f);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < blocks.size(); i++) {
@@ -169,15 +165,13 @@ static void rows_backward(const Given& given, const Shape& s, const std::vector<
                     store(inner + row * f + at, silu * u * share);
                     d *= share;
                     store(d_gate + f + at, d * silu);
-                    store(d_gate + at, d * u * s * (all(1.0f) + g * (all(1.0f) - s)));
+                    store(d_gate + at, gate_gradient(d, g, u, s));
                 }
                 d_gates[order[r]] = sum_of(total);
             }
             product_of_rows(d_gate_up.row, weights, d_x.row, b.count, c, 2 * f);
         }
-        free(d_inner);
     }
-    free(packed);
 }
 
 static void weights_backward(const Given& given, const Shape& s, const std::vector<Rows>& blocks,
@@ -195,7 +189,7 @@ static void weights_backward(const Given& given, const Shape& s, const std::vect
     for (size_t i = 0; i < parts.size(); i++) {
         Part part = parts[i];
         int64_t width = part.down ? f : c, last = part.down ? c : 2 * f;
-        int64_t end = part.row + BAND < last ? part.row + BAND : last;
+        int64_t end = least(part.row + BAND, last);
         float* to = (part.down ? d_down : d_gate_up) + part.expert * last * width;
         bool add = false;
         for (const Rows& b : blocks) {

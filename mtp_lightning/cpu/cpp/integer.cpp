@@ -40,11 +40,11 @@ static void round_rows(const float* x, int64_t rows, int64_t inputs, Rounded& to
         Vector top = all(0.0f), wrong = all(0.0f);
         for (int64_t k = 0; k < GROUP; k += LANES) {
             Vector v = load(x + k);
-            top = larger(top, larger(v, -v));
+            top = larger(top, size_of(v));
             wrong += v * all(0.0f);  // NaN, if a number is none or infinite
         }
-        float size = _mm512_reduce_max_ps((__m512)top), inverse = size > 0 ? 127.0f / size : 0.0f;
-        float scale = size / 127.0f + _mm512_reduce_add_ps((__m512)wrong);
+        float size = largest_of(top), inverse = size > 0 ? 127.0f / size : 0.0f;
+        float scale = size / 127.0f + sum_of(wrong);
         __m512i total = _mm512_setzero_si512();
         for (int64_t k = 0; k < GROUP; k += LANES, bytes += LANES) {
             __m512i i = _mm512_cvtps_epi32((__m512)(load(x + k) * all(inverse)));
@@ -61,28 +61,22 @@ VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const R
                       int64_t row, int64_t groups, float* out) {
     constexpr int64_t WORDS = Format::GROUP / 4;
     constexpr int SIZE = Format::SCALES::SIZE;
+    constexpr int PARTS = 8 / Format::BITS;  // products of a vector of lanes
     const __m512i low = _mm512_set1_epi8(15);
-    __m512 sum[R][V];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = _mm512_setzero_ps();
+    Vector sum[R][V];
+    each_vector<R, V>(BODY(int r, int v) { sum[r][v] = all(0.0f); });
     const int32_t* words = x.words.data() + row * groups * WORDS;
     for (int64_t g = 0; g < groups; g++, words += WORDS) {
         const char* scales = panel + first * SIZE * sizeof(Vector);
-        __m512 step[V], offset[V];
+        Vector step[V], offset[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            for (int i = 0; i < SIZE; i++) ask_ahead(scales + (v * SIZE + i) * sizeof(Vector));
-            step[v] = (__m512)Format::SCALES::step(scales + v * SIZE * sizeof(Vector));
-            offset[v] = (__m512)Format::SCALES::offset(scales + v * SIZE * sizeof(Vector));
+        for (int v = 0; v < V; v++, scales += SIZE * sizeof(Vector)) {
+            for (int i = 0; i < SIZE; i++) ask_ahead(scales + i * sizeof(Vector));
+            step[v] = Format::SCALES::step(scales), offset[v] = Format::SCALES::offset(scales);
         }
         panel += vectors * SIZE * sizeof(Vector);
         __m512i dot[R][V];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) dot[r][v] = _mm512_setzero_si512();
+        each_vector<R, V>(BODY(int r, int v) { dot[r][v] = _mm512_setzero_si512(); });
 #pragma GCC unroll 8
         for (int i = 0; i < Format::VECTORS; i++, panel += vectors * sizeof(Vector)) {
 #pragma GCC unroll 4
@@ -90,39 +84,26 @@ VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const R
                 const char* from = panel + (first + v) * sizeof(Vector);
                 ask_ahead(from);
                 __m512i lanes = _mm512_loadu_si512(from);
-                if constexpr (Format::BITS == 8) {
-#pragma GCC unroll 4
-                    for (int r = 0; r < R; r++)
-                        dot[r][v] = _mm512_dpbusd_epi32(
-                            dot[r][v], lanes, _mm512_set1_epi32(words[r * groups * WORDS + i]));
-                } else {
-                    __m512i even = _mm512_and_si512(lanes, low);
-                    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(lanes, 4), low);
+#pragma GCC unroll 2
+                for (int p = 0; p < PARTS; p++) {
+                    __m512i bytes = lanes;
+                    if (PARTS > 1) bytes = _mm512_and_si512(_mm512_srli_epi32(lanes, 4 * p), low);
 #pragma GCC unroll 4
                     for (int r = 0; r < R; r++) {
-                        const int32_t* own = words + r * groups * WORDS + 2 * i;
-                        dot[r][v] = _mm512_dpbusd_epi32(dot[r][v], even, _mm512_set1_epi32(own[0]));
-                        dot[r][v] = _mm512_dpbusd_epi32(dot[r][v], odd, _mm512_set1_epi32(own[1]));
+                        __m512i word = _mm512_set1_epi32(words[r * groups * WORDS + i * PARTS + p]);
+                        dot[r][v] = _mm512_dpbusd_epi32(dot[r][v], bytes, word);
                     }
                 }
             }
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            __m512 scale = _mm512_set1_ps(x.scale[(row + r) * groups + g]);
-            __m512 total = _mm512_set1_ps(x.total[(row + r) * groups + g]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) {
-                __m512 scaled = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot[r][v]));
-                sum[r][v] = _mm512_fmadd_ps(step[v], scaled, sum[r][v]);
-                sum[r][v] = _mm512_fmadd_ps(offset[v], total, sum[r][v]);
-            }
-        }
+        each_vector<R, V>(BODY(int r, int v) {
+            int64_t at = (row + r) * groups + g;
+            Vector scaled = all(x.scale[at]) * (Vector)_mm512_cvtepi32_ps(dot[r][v]);
+            sum[r][v] = multiply_add(step[v], scaled, sum[r][v]);
+            sum[r][v] = multiply_add(offset[v], all(x.total[at]), sum[r][v]);
+        });
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) _mm512_storeu_ps(out + (r * V + v) * LANES, sum[r][v]);
+    each_vector<R, V>(BODY(int r, int v) { store(out + (r * V + v) * LANES, sum[r][v]); });
 }
 
 // Rows and vectors of a tile: with one or two rows whole panels, else what fits into the registers.
@@ -142,7 +123,7 @@ static void integer_product(const float* x, const char* weight, float* out, int6
         int64_t most = rows > 2 ? 2 : 4;
         for (int64_t i = 0; i < rows; i += TALL)
             for (int64_t first = 0; first < vectors;) {
-                int64_t wide = vectors - first < most ? vectors - first : most;
+                int64_t wide = least(vectors - first, most);
                 sized<TALL, 4>(rows - i, wide * LANES, [&](auto r, auto v) {
                     constexpr int R = r.value, V = v.value;
                     if constexpr (R <= 2 || V <= 2) {

@@ -27,7 +27,7 @@ extern "C" void swiglu_backward(const float* gate_up, const float* grad, float* 
             Vector g = take(gate + at, n), u = take(gate + width + at, n);
             Vector d = take(grad + i * width + at, n), s = sigmoid(g);
             put(d_gate + width + at, d * g * s, n);
-            put(d_gate + at, d * u * s * (all(1.0f) + g * (all(1.0f) - s)), n);
+            put(d_gate + at, gate_gradient(d, g, u, s), n);
         });
     }
 }
@@ -110,7 +110,7 @@ extern "C" void exponential(float* x, int64_t numbers) {
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < (numbers + 4095) / 4096; block++) {
         float* from = x + block * 4096;
-        int64_t n = numbers - block * 4096 < 4096 ? numbers - block * 4096 : 4096;
+        int64_t n = least(4096, numbers - block * 4096);
         columns(n, [&](int64_t at, int64_t m) { put(from + at, exp_of(take(from + at, m)), m); });
     }
 }

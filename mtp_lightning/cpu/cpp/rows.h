@@ -3,25 +3,17 @@
 // All widths are multiples of 16. The right side is processed 64 columns at a time.
 #pragma once
 
-#include "vector.h"
+#include "tile.h"
 
 static inline int64_t width_at(int64_t at, int64_t all_columns) {
-    return all_columns - at < WIDE ? all_columns - at : WIDE;
+    return least(WIDE, all_columns - at);
 }
 
 // Packs weight[N, K] into panels of 64 outputs: the outputs of one input are adjacent.
 static void pack_panels(const float* weight, float* panel, int64_t outputs, int64_t inputs) {
     for (int64_t at = 0; at < outputs; at += WIDE) {
         int64_t width = width_at(at, outputs);
-        for (int64_t j = 0; j < width; j += LANES)
-            for (int64_t k = 0; k < inputs; k += LANES) {
-                Vector rows[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) rows[i] = load(weight + (at + j + i) * inputs + k);
-                transpose(rows);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) store(panel + (k + i) * width + j, rows[i]);
-            }
+        pack_panel(weight, panel, outputs, inputs, at, width);
         panel += width * inputs;
     }
 }
@@ -39,60 +31,22 @@ static void pack_turned(const float* weight, float* panel, int64_t outputs, int6
 template <int R, int V>
 static void rows_product(const float* const* x, const float* panel, float* const* out, int64_t at,
                          int64_t inputs) {
-    Vector sum[R][V];
-    const float* row[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        row[r] = x[r];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            sum[r][v] = all(0.0f);
-            __builtin_prefetch(out[r] + at + v * LANES, 1);
-        }
-    }
-    for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
-        Vector right[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) right[v] = load(panel + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            Vector left = all(row[r][k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = multiply_add(left, right[v], sum[r][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(out[r] + at + v * LANES, sum[r][v]);
+    auto to = BODY(int r) { return out[r] + at; };
+    each_vector<R, V>(BODY(int r, int v) { __builtin_prefetch(to(r) + v * LANES, 1); });
+    tile<R, V>(inputs, BODY(int r, int64_t k) { return x[r][k]; },
+               BODY(int64_t k) { return panel + k * V * LANES; }, to, false);
 }
 
 // out[R, 16 V] (+)= sum over n rows i of left[i][up .. up + R] right[i][at .. at + 16 V].
 template <int R, int V>
 static void sum_of_products(const float* const* left, int64_t up, const float* const* right,
                             int64_t at, int64_t n, float* out, int64_t ld, bool add) {
-    Vector sum[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = add ? load(out + r * ld + v * LANES) : all(0.0f);
-    for (int64_t i = 0; i < n; i++) {
-        const float *x = left[i] + up, *y = right[i] + at;
-        __builtin_prefetch(x + LANES);  // needed by the next rows of `out`
-        Vector wide[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) wide[v] = load(y + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            Vector one = all(x[r]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[r][v] = multiply_add(one, wide[v], sum[r][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(out + r * ld + v * LANES, sum[r][v]);
+    auto wide = BODY(int64_t i) {
+        __builtin_prefetch(left[i] + up + LANES);  // needed by the next rows of `out`
+        return right[i] + at;
+    };
+    tile<R, V>(n, BODY(int r, int64_t i) { return left[i][up + r]; }, wide,
+               BODY(int r) { return out + r * ld; }, add);
 }
 
 // out[M, N] = x[M, K] times a packed weight.

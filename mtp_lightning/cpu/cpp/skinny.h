@@ -8,7 +8,7 @@
 // Shapes: M rows, N outputs, K inputs, R rows of a tile, V vectors of outputs of a panel.
 #pragma once
 
-#include "vector.h"
+#include "tile.h"
 
 constexpr int64_t PANEL = WIDE;
 
@@ -16,10 +16,6 @@ constexpr int64_t PANEL = WIDE;
 enum Kind : int64_t { FULL, HALF, BYTE, BLOCKS4, BLOCKS8, BLOCKS4_FULL, BLOCKS8_FULL };
 // Added to the kind of a weight in blocks whose products are of integers (integer.cpp).
 constexpr int64_t INTEGER = 256;
-
-#define INLINE static inline __attribute__((always_inline))
-// A lambda that is always inlined.
-#define BODY(...) [&](__VA_ARGS__) __attribute__((always_inline))
 
 static inline Vector lower_half(Whole x) { return (Vector)(x << 16); }
 static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff0000); }
@@ -37,18 +33,6 @@ static inline Whole load_whole(const char* from) { return *(const LooseWhole*)fr
 // Sixteen fp16 numbers as fp32.
 static inline Vector load_fp16(const char* from) {
     return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-}
-
-// sum[R][V] += x[R] weight[V] for one input of R rows.
-template <int R, int V>
-INLINE void add_products(const float* x, int64_t stride, const Vector (&weight)[V],
-                         Vector (&sum)[R][V]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        Vector left = all(x[r * stride]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = multiply_add(left, weight[v], sum[r][v]);
-    }
 }
 
 // A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
@@ -205,8 +189,8 @@ static inline auto as_format(int64_t kind, Body body) {
 // The width of a panel: its outputs, rounded up to whole vectors (in bf16 to pairs of them).
 template <typename Format>
 static inline int64_t panel_width(int64_t outputs) {
-    int64_t unit = Format::UNIT * LANES, width = (outputs + unit - 1) / unit * unit;
-    return width < PANEL ? width : PANEL;
+    int64_t unit = Format::UNIT * LANES;
+    return least(PANEL, (outputs + unit - 1) / unit * unit);
 }
 
 // With fewer multiply-adds, starting a thread costs more than it saves.
@@ -233,28 +217,18 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
                 constexpr int R = r.value, V = v.value;
                 if constexpr (V % Format::UNIT == 0) {
                     Vector sum[R][V];
-#pragma GCC unroll 8
-                    for (int j = 0; j < R; j++)
-#pragma GCC unroll 4
-                        for (int u = 0; u < V; u++) sum[j][u] = all(0.0f);
+                    each_vector<R, V>(BODY(int j, int u) { sum[j][u] = all(0.0f); });
                     const char* panel = weight + p * size;
                     const float* from = x + i * inputs;
                     // One row of fp32 is faster without asking ahead.
                     Format::template each<V>(panel, inputs, R > 1, BODY(int64_t k, auto& numbers) {
-                        add_products<R, V>(from + k, inputs, numbers, sum);
+                        add_products<R, V>(BODY(int j) { return from[j * inputs + k]; }, numbers, sum);
                     });
-                    if constexpr (Format::SCALED)
-#pragma GCC unroll 8
-                        for (int j = 0; j < R; j++)
-#pragma GCC unroll 4
-                            for (int u = 0; u < V; u++) sum[j][u] *= Format::scale(panel, u);
-#pragma GCC unroll 8
-                    for (int j = 0; j < R; j++)
-#pragma GCC unroll 4
-                        for (int u = 0; u < V; u++) {
-                            float* to = out + (i + j) * outputs + at + u * LANES;
-                            store_sum(to, sum[j][u], n - u * LANES, add);
-                        }
+                    each_vector<R, V>(BODY(int j, int u) {
+                        if constexpr (Format::SCALED) sum[j][u] *= Format::scale(panel, u);
+                        float* to = out + (i + j) * outputs + at + u * LANES;
+                        store_sum(to, sum[j][u], n - u * LANES, add);
+                    });
                 }
             });
     }

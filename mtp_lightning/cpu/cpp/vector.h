@@ -1,4 +1,4 @@
-// Vectors of 16 fp32 numbers, and products of small tiles.
+// Vectors of 16 fp32 numbers.
 //
 // Uses the compiler's vector types, each one AVX-512 register; setup.py sets the instructions that
 // the compiler may use.
@@ -10,27 +10,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <type_traits>
 
 constexpr int64_t LANES = 16;
-constexpr int64_t WIDE = 4 * LANES;  // columns of a register tile
-constexpr int64_t HIGH = 6;  // rows of one: 6 x 4 sums and 4 of the right side fit into the registers
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // n, rounded up to whole vectors.
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-// Calls body with the largest R <= rows and V <= columns / 16 as constants:
-// body(std::integral_constant<int, R>, std::integral_constant<int, V>).
-template <int R = HIGH, int V = 4, typename Body>
-static inline void sized(int64_t rows, int64_t columns, Body body) {
-    if (V * LANES > columns) {
-        if constexpr (V > 1) sized<R, V - 1>(rows, columns, body);
-    } else if (R > rows) {
-        if constexpr (R > 1) sized<R - 1, V>(rows, columns, body);
-    } else {
-        body(std::integral_constant<int, R>{}, std::integral_constant<int, V>{});
-    }
-}
 
 typedef float Vector __attribute__((vector_size(64)));
 typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
@@ -55,13 +41,11 @@ static inline Vector rounded(Vector x) { return (Vector)_mm512_roundscale_ps((__
 
 // Loads the first n of sixteen numbers; the others become `other`.
 static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
-    Vector x = all(other);
-    memcpy(&x, from, n * sizeof(float));
-    return x;
+    return (Vector)_mm512_mask_loadu_ps((__m512)all(other), (1 << n) - 1, from);
 }
 
 static inline void store_some(float* to, Vector x, int64_t n) {
-    memcpy(to, &x, n * sizeof(float));
+    _mm512_mask_storeu_ps(to, (1 << n) - 1, (__m512)x);
 }
 
 // Calls body(at, n) for all columns, n <= 16 at a time.
@@ -84,6 +68,10 @@ static inline void put(float* to, Vector x, int64_t n) {
 static inline Whole before(int64_t at, int64_t end) {
     const Whole lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return lanes < (int32_t)(end - at) - (Whole){};
+}
+
+static inline bool any(Whole lanes) {
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
 }
 
 // One step of a transposition: exchanges blocks of STEP lanes.
@@ -121,7 +109,6 @@ static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector size_of(Vector x) { return x < all(0.0f) ? -x : x; }
 
 typedef float Half __attribute__((vector_size(32)));
-typedef float LooseHalf __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Quarter __attribute__((vector_size(16)));
 
 static inline float sum_of(Vector x) {
@@ -171,44 +158,35 @@ static inline Vector exp_of(Vector given) {
 
 static inline Vector sigmoid(Vector x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
 
-// Allocates scratch memory, which the caller frees.
-static inline float* scratch(int64_t numbers) {
-    return (float*)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
+// The gradient of silu(g) u with respect to g, where d is that of the product and s = sigmoid(g).
+static inline Vector gate_gradient(Vector d, Vector g, Vector u, Vector s) {
+    return d * u * s * (all(1.0f) + g * (all(1.0f) - s));
 }
 
-// c[R, 16 V] (+)= a[R, k] b[k, 16 V]; a's element (i, j) is at i * rows + j * columns.
-template <int R, int V>
-static inline void tile(const float* a, int64_t rows, int64_t columns, const float* b, int64_t ldb,
-                        int64_t k, float* c, int64_t ldc, bool add) {
-    Vector sum[R][V];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[i][v] = add ? load(c + i * ldc + v * LANES) : all(0.0f);
-    for (int64_t j = 0; j < k; j++) {
-        Vector right[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) right[v] = load(b + j * ldb + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i++) {
-            Vector left = all(a[i * rows + j * columns]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[i][v] += left * right[v];
-        }
+// Rotates one head by the angles whose cosines and sines [H / 2] are given (back: inversely), and
+// multiplies it by scale; `to` may be `from`. T is float, or Half if H is a multiple of 16.
+template <typename T>
+static inline void rotate(const float* from, float* to, const float* cos, const float* sin,
+                          int64_t head, float scale, bool back) {
+    int64_t half = head / 2;
+    float odd = back ? -scale : scale;
+    for (int64_t j = 0; j < half; j += sizeof(T) / sizeof(float)) {
+        auto at_j = [&](const float* x) {
+            T found;
+            memcpy(&found, x + j, sizeof(T));
+            return found;
+        };
+        T left = at_j(from), right = at_j(from + half), c = at_j(cos) * scale, s = at_j(sin) * odd;
+        T first = left * c - right * s, second = right * c + left * s;
+        memcpy(to + j, &first, sizeof(T)), memcpy(to + half + j, &second, sizeof(T));
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(c + i * ldc + v * LANES, sum[i][v]);
 }
 
-constexpr int64_t ROWS = 8;  // rows of a tile of attention: 8 x 2 sums leave registers for operands
-
-// The same for eight rows and n columns, a multiple of 16.
-static inline void product(const float* a, int64_t rows, int64_t columns, const float* b,
-                           int64_t ldb, int64_t k, float* c, int64_t ldc, int64_t n, bool add) {
-    int64_t at = 0;
-    for (; at + 2 * LANES <= n; at += 2 * LANES)
-        tile<ROWS, 2>(a, rows, columns, b + at, ldb, k, c + at, ldc, add);
-    if (at < n) tile<ROWS, 1>(a, rows, columns, b + at, ldb, k, c + at, ldc, add);
-}
+// Scratch memory for n numbers.
+struct Memory {
+    float* numbers;
+    explicit Memory(int64_t n) : numbers((float*)aligned_alloc(64, padded(n) * sizeof(float))) {}
+    Memory(const Memory&) = delete;
+    ~Memory() { free(numbers); }
+    operator float*() const { return numbers; }
+};

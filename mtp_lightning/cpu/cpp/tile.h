@@ -1,0 +1,86 @@
+// The register tile of all products, and the panels that it reads.
+//
+// A panel holds some outputs of a weight [N, K]: those of one input are adjacent.
+#pragma once
+
+#include <type_traits>
+
+#include "vector.h"
+
+constexpr int64_t WIDE = 4 * LANES;  // columns of a register tile
+constexpr int64_t HIGH = 6;  // rows of one: 6 x 4 sums and 4 of the right side fit into the registers
+
+#define INLINE static inline __attribute__((always_inline))
+// A lambda that is always inlined.
+#define BODY(...) [&](__VA_ARGS__) __attribute__((always_inline))
+
+// Calls body with the largest R <= rows and V <= columns / 16 as constants:
+// body(std::integral_constant<int, R>, std::integral_constant<int, V>).
+template <int R = HIGH, int V = 4, typename Body>
+static inline void sized(int64_t rows, int64_t columns, Body body) {
+    if (V * LANES > columns) {
+        if constexpr (V > 1) sized<R, V - 1>(rows, columns, body);
+    } else if (R > rows) {
+        if constexpr (R > 1) sized<R - 1, V>(rows, columns, body);
+    } else {
+        body(std::integral_constant<int, R>{}, std::integral_constant<int, V>{});
+    }
+}
+
+// Calls body(r, v) for every vector of a tile of R x V, unrolled: the tile stays in registers.
+template <int R, int V, typename Body>
+INLINE void each_vector(Body body) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) body(r, v);
+}
+
+// sum[R][V] += left(r) right[V]
+template <int R, int V, typename Left>
+INLINE void add_products(Left left, const Vector (&right)[V], Vector (&sum)[R][V]) {
+    each_vector<R, V>(BODY(int r, int v) {
+        sum[r][v] = multiply_add(all(left(r)), right[v], sum[r][v]);
+    });
+}
+
+// A register tile: out(r)[16 V] (+)= the sum over k < n of left(r, k) right(k)[16 V], for R rows.
+template <int R, int V, typename Left, typename Right, typename Out>
+INLINE void tile(int64_t n, Left left, Right right, Out out, bool add) {
+    Vector sum[R][V];
+    each_vector<R, V>(BODY(int r, int v) {
+        sum[r][v] = add ? load(out(r) + v * LANES) : all(0.0f);
+    });
+    for (int64_t k = 0; k < n; k++) {
+        const float* from = right(k);
+        Vector wide[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) wide[v] = load(from + v * LANES);
+        add_products<R, V>(BODY(int r) { return left(r, k); }, wide, sum);
+    }
+    each_vector<R, V>(BODY(int r, int v) { store(out(r) + v * LANES, sum[r][v]); });
+}
+
+// Inputs k .. k + 15 of outputs o .. o + 15 of weight[N, K], one vector per input; zeros beyond the
+// weight's end.
+static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs, int64_t o,
+                           int64_t k, Vector* rows) {
+    int64_t n = least(LANES, inputs - k);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        rows[i] = load_some(weight + (o + i) * inputs + k, o + i < outputs ? n : 0);
+    transpose(rows);
+}
+
+// The outputs at .. at + width of weight[N, K] as a panel [K, width]; the width is a multiple of 16.
+static inline void pack_panel(const float* weight, float* panel, int64_t outputs, int64_t inputs,
+                              int64_t at, int64_t width) {
+    for (int64_t j = 0; j < width; j += LANES)
+        for (int64_t k = 0; k < inputs; k += LANES) {
+            Vector rows[LANES];
+            tile_of(weight, outputs, inputs, at + j, k, rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                if (k + i < inputs) store(panel + (k + i) * width + j, rows[i]);
+        }
+}
