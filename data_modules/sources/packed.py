@@ -26,16 +26,13 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
         MissingPackageError: for ``.zst`` without pyarrow.
     """
     suffix = path.suffix.lower()
-    if suffix not in COMPRESSED:
-        with path.open("rb") as file:
-            yield file
-        return
     with path.open("rb") as file:
-        begins = file.read(4)
-        file.seek(0)
+        if suffix not in COMPRESSED:
+            yield file
+            return
         magic, name = (b"\x1f\x8b", "gzip") if suffix == ".gz" else (b"\x28\xb5\x2f\xfd", "zstd")
         damaged = UserError(f"{path} is not a {name} file, or is damaged: compress it again")
-        if not begins.startswith(magic):
+        if not file.peek(4).startswith(magic):
             raise damaged
         try:
             # A buffer of its own: GzipFile would read the file in many small blocks.
@@ -45,12 +42,15 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
                 unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
             with io.BufferedReader(unpacked, 1 << 20) as plain:
                 yield plain
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise damaged from error
-        except OSError as error:  # pyarrow reports a damaged stream without an errno
-            if error.errno is None:
+        except (EOFError, zlib.error, OSError) as error:
+            if _is_damage(error):
                 raise damaged from error
             raise
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the data are damaged, and not the disk, whose errors have an errno."""
+    return getattr(error, "errno", None) is None
 
 
 def _pyarrow(what: Path) -> Any:
@@ -73,7 +73,7 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
     try:
         yield from _rows(pyarrow.parquet.ParquetFile(path), path, field)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # pyarrow reports damage without one
+        if not _is_damage(error):
             raise
         raise UserError(f"{path} is not a parquet file, or is damaged: write it again") from None
 

@@ -1,4 +1,4 @@
-// Splits UTF-8 text into the words of words.py's pattern, and numbers every distinct one.
+// Splits UTF-8 text into the words of pre_tokenizer.py's pattern, and numbers every distinct one.
 
 #include <cstdint>
 #include <cstring>
