@@ -41,7 +41,7 @@ def rotary_attention(
 ) -> Tensor:
     """``ops.rotary_attention``."""
     if mask is None and fits_native(qkv_BTNH) and cos.dtype == torch.float32:
-        return _TurnedAttentionNative.apply(qkv_BTNH, cos, sin, n_heads)
+        return _NativeAttention.apply(n_heads, cos.contiguous(), sin.contiguous(), qkv_BTNH)
     return ops.rotary_attention.plain(qkv_BTNH, cos, sin, mask, n_heads, n_kv)
 
 
@@ -54,33 +54,33 @@ def attention(
     """``ops.attention``."""
     if mask is None:
         if fits_native(query_BTNH, key_BSMH, value_BSMH):
-            return _CausalAttentionNative.apply(query_BTNH, key_BSMH, value_BSMH)
+            heads = query_BTNH, key_BSMH, value_BSMH
+            return _NativeAttention.apply(query_BTNH.shape[2], None, None, *heads)
         if fits(query_BTNH):
-            return causal_attention(query_BTNH, key_BSMH, value_BSMH)
+            return _CausalAttention.apply(query_BTNH, key_BSMH, value_BSMH)
     return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
 
 
 def fits(query_BTNH: Tensor) -> bool:
-    """Whether :func:`causal_attention` is faster than PyTorch: fp32, windows of up to 512."""
+    """Whether this file's code is faster than PyTorch: fp32, windows of up to 512."""
     return query_BTNH.dtype == torch.float32 and query_BTNH.shape[1] <= _MAX_SEQ_LEN
 
 
 def fits_native(*heads: Tensor) -> bool:
-    """Whether the C++ supports these, each [B, T, ., H]: head sizes must be multiples of 16."""
+    """Whether the C++ supports these, each [B, T, ., H]: head sizes must be multiples of 16, and
+    heads adjacent. Gradients have the same strides, so that no number may be there twice."""
     return (
         fits(heads[0])
         and native.fits(*heads)
         and all(x.shape[3] % 16 == 0 and x.stride(2) == x.shape[3] for x in heads)
+        and all(0 not in x.stride() for x in heads)
     )
 
 
-def causal_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -> Tensor:
-    """``ops.attention`` without a mask, block by block."""
-    return _CausalAttention.apply(query_BTNH, key_BTMH, value_BTMH)
-
-
 class _CausalAttention(torch.autograd.Function):
-    # Inputs are cast to fp32: the products accumulate in fp32 tensors.
+    """``ops.attention`` without a mask, block by block. Inputs are cast to fp32: the products
+    accumulate in fp32 tensors."""
+
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -144,80 +144,45 @@ class _CausalAttention(torch.autograd.Function):
         return d_query, d_key.view(shape).transpose(1, 2), d_value.view(shape).transpose(1, 2)
 
 
-class _CausalAttentionNative(torch.autograd.Function):
+class _NativeAttention(torch.autograd.Function):
+    """The same in C++, with rotary positions if their cosines and sines are given, of queries, keys
+    and values. They may be one tensor, a projection's output [B, T, N + 2 M, H]; its gradient then
+    is one, too."""
+
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out, kept = _native_forward(query, key, value)
-        ctx.save_for_backward(query, key, value, kept)
+    def forward(
+        ctx: Any, n_heads: int, cos: Tensor | None, sin: Tensor | None, *given: Tensor
+    ) -> Tensor:
+        query, key, value = heads = _apart(given, n_heads)
+        batch, seq_len, _, _ = query.shape
+        out = query.new_empty(batch, seq_len, n_heads, value.shape[-1])
+        kept = query.new_empty(batch * n_heads * native.lib().attention_kept(seq_len))
+        native.call("attention_forward", *heads, cos, sin, out, kept, _shape(*heads))
+        ctx.n_heads = n_heads
+        ctx.save_for_backward(cos, sin, kept, *given)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, kept = ctx.saved_tensors
-        d_query, d_key, d_value = (
-            torch.empty_strided(x.shape, x.stride()) for x in (query, key, value)
-        )
-        _native_backward((query, key, value), (d_query, d_key, d_value), kept, grads[0])
-        return d_query, d_key, d_value
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, kept, *given = ctx.saved_tensors
+        d_given = [torch.empty_strided(x.shape, x.stride()) for x in given]
+        heads, d_heads = (_apart(tensors, ctx.n_heads) for tensors in (given, d_given))
+        used = *heads, cos, sin, kept, grads[0].contiguous(), *d_heads
+        native.call("attention_backward", *used, _shape(*heads))
+        return None, None, None, *d_given
 
 
-class _TurnedAttentionNative(torch.autograd.Function):
-    """Reads queries, keys and values directly from the projection's output [B, T, N + 2 M, H]; the
-    gradient has the same layout."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        n_kv = (qkv.shape[2] - n_heads) // 2
-        ctx.sizes = [n_heads, n_kv, n_kv]
-        query, key, value = qkv.split(ctx.sizes, dim=2)
-        out, kept = _native_forward(query, key, value, cos, sin)
-        ctx.save_for_backward(qkv, kept, cos, sin)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        qkv, kept, cos, sin = ctx.saved_tensors
-        d_qkv = torch.empty_like(qkv)
-        heads, d_heads = (x.split(ctx.sizes, dim=2) for x in (qkv, d_qkv))
-        _native_backward(heads, d_heads, kept, grads[0], cos, sin)
-        return d_qkv, None, None, None
+def _apart(given: Sequence[Tensor], n_heads: int) -> Sequence[Tensor]:
+    """Queries, keys and values."""
+    if len(given) > 1:
+        return given
+    n_kv = (given[0].shape[2] - n_heads) // 2
+    return given[0].split([n_heads, n_kv, n_kv], dim=2)
 
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:
     strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
     return _Shape(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3], *strides)
-
-
-def _native_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch, seq_len, n_heads, _ = query.shape
-    out = query.new_empty(batch, seq_len, n_heads, value.shape[-1])
-    kept = query.new_empty(batch * n_heads * native.lib().attention_kept(seq_len))
-    used = (query, key, value, cos, sin, out, kept)
-    native.lib().attention_forward(*map(_pointer, used), _shape(query, key, value))
-    return out, kept
-
-
-def _native_backward(
-    heads: Sequence[Tensor],
-    d_heads: Sequence[Tensor],
-    kept: Tensor,
-    grad: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> None:
-    used = (*heads, cos, sin, kept, grad.contiguous(), *d_heads)
-    native.lib().attention_backward(*map(_pointer, used), _shape(*heads))
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 ops.attention.register("cpu", attention)

@@ -88,12 +88,12 @@ class _NativeExperts(torch.autograd.Function):
         x_MC, gates_MK, chosen_MK = (x.contiguous() for x in (x_MC, gates_MK, chosen_MK))
         n_experts, rows = down.shape[0], chosen_MK.numel()
         starts_E1, order_R = chosen_MK.new_empty(n_experts + 1), chosen_MK.new_empty(rows)
-        native.lib().experts_sort(*_pointers(chosen_MK, starts_E1, order_R), rows, n_experts)
+        native.call("experts_sort", chosen_MK, starts_E1, order_R, rows, n_experts)
         given = (x_MC, gates_MK, gate_up, down, starts_E1, order_R)
         projected = x_MC.new_empty(rows, gate_up.shape[1])
         out = torch.empty_like(x_MC)
         results = (projected, _rows_of(out, rows), out)
-        native.lib().experts_forward(_table(given), *_pointers(*results), _shape(*given))
+        native.call("experts_forward", _table(given), *results, _shape(gates_MK, down))
         ctx.save_for_backward(*given, projected)
         return out
 
@@ -110,7 +110,7 @@ class _NativeExperts(torch.autograd.Function):
         inner = x_MC.new_empty(rows, down.shape[2])
         scratch = (torch.empty_like(projected), inner, _rows_of(d_x, rows))
         used = (projected, grads[0].contiguous(), *scratch, d_x, d_gates, *d_weights)
-        native.lib().experts_backward(_table(given), *_pointers(*used), _shape(*given))
+        native.call("experts_backward", _table(given), *used, _shape(gates_MK, down))
         return d_x, d_gates, *d_weights, None
 
 
@@ -119,16 +119,12 @@ def _rows_of(sum_MC: Tensor, rows: int) -> Tensor:
     return sum_MC if len(sum_MC) == rows else sum_MC.new_empty(rows, sum_MC.shape[1])
 
 
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if x is None else x.data_ptr() for x in tensors]
-
-
 def _table(tensors: Any) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*_pointers(*tensors))
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
-def _shape(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, *places: Tensor) -> Any:
-    return (ctypes.c_int64 * 5)(*gates.shape, *down.shape)
+def _shape(gates_MK: Tensor, down_ECF: Tensor) -> Any:
+    return (ctypes.c_int64 * 5)(*gates_MK.shape, *down_ECF.shape)
 
 
 routed_experts.register("cpu", mix_experts)

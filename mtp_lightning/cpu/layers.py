@@ -71,8 +71,7 @@ class _RMSNormNative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
         out_MC, scale_M = torch.empty_like(x_MC), x_MC.new_empty(x_MC.shape[0])
-        pointers = (t.data_ptr() for t in (x_MC, weight_C, out_MC, scale_M))
-        native.lib().norm_forward(*pointers, *x_MC.shape, eps)
+        native.call("norm_forward", x_MC, weight_C, out_MC, scale_M, *x_MC.shape, eps)
         ctx.save_for_backward(x_MC, weight_C, scale_M)
         return out_MC
 
@@ -83,7 +82,7 @@ class _RMSNormNative(torch.autograd.Function):
         # The gain's gradient is summed in parts of 64 rows, for any number of threads.
         parts_PC = x_MC.new_empty(-(-x_MC.shape[0] // 64), x_MC.shape[1])
         used = (x_MC, weight_C, scale_M, grads[0].contiguous(), d_x, parts_PC)
-        native.lib().norm_backward(*(t.data_ptr() for t in used), *x_MC.shape)
+        native.call("norm_backward", *used, *x_MC.shape)
         return d_x, parts_PC.sum(0), None
 
 
@@ -140,8 +139,7 @@ class _SwiGLUCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return gated(gate_up)  # autograd is off here
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -166,7 +164,7 @@ class _SwiGLUNative(torch.autograd.Function):
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
         rows = out.numel() // max(width, 1)
-        native.lib().swiglu_forward(gate_up.data_ptr(), out.data_ptr(), rows, width)
+        native.call("swiglu_forward", gate_up, out, rows, width)
         return out
 
     @staticmethod
@@ -175,15 +173,15 @@ class _SwiGLUNative(torch.autograd.Function):
         grad = grads[0].contiguous()
         d_gate_up = torch.empty_like(gate_up)
         width = grad.shape[-1]
-        pointers = (x.data_ptr() for x in (gate_up, grad, d_gate_up))
-        native.lib().swiglu_backward(*pointers, grad.numel() // max(width, 1), width)
+        rows = grad.numel() // max(width, 1)
+        native.call("swiglu_backward", gate_up, grad, d_gate_up, rows, width)
         return d_gate_up
 
 
 def log_softmax_(logits_RV: Tensor, dtype: torch.dtype) -> Tensor:
     """``ops.log_softmax_``."""
     if dtype == torch.float32 and native.fits(logits_RV) and logits_RV.is_contiguous():
-        native.lib().log_softmax(logits_RV.data_ptr(), *logits_RV.shape)
+        native.call("log_softmax", logits_RV, *logits_RV.shape)
         return logits_RV
     return ops.log_softmax_.plain(logits_RV, dtype)
 
@@ -191,7 +189,7 @@ def log_softmax_(logits_RV: Tensor, dtype: torch.dtype) -> Tensor:
 def exp_(x: Tensor) -> Tensor:
     """``ops.exp_``."""
     if native.fits(x) and x.is_contiguous():
-        native.lib().exponential(x.data_ptr(), x.numel())
+        native.call("exponential", x, x.numel())
         return x
     return x.exp_()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtp_lightning.cpu.attention import _BLOCK, _MAX_SEQ_LEN, causal_attention, fits
+from mtp_lightning.cpu.attention import _BLOCK, _MAX_SEQ_LEN, attention, fits
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_values_and_gradients(seq_len: int, n_heads: int, n_kv: int) -> None:
     inputs = [t.detach().requires_grad_() for t in (query, key, value)]
     exact = [t.detach().double().requires_grad_() for t in (query, key, value)]
 
-    found = causal_attention(*inputs)
+    found = attention(*inputs, None)
     q, k, v = (t.transpose(1, 2) for t in exact)
     k, v = (t.repeat_interleave(n_heads // n_kv, dim=1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) / d_head**0.5
@@ -45,7 +45,7 @@ def test_where_it_is_used() -> None:
     assert not fits(torch.empty(1, 4, 1, 2, dtype=torch.bfloat16))
     long = torch.randn(1, 1, 4, 8)
     assert torch.allclose(
-        causal_attention(*(long.transpose(1, 2),) * 3).transpose(1, 2),
+        attention(*(long.transpose(1, 2),) * 3, None).transpose(1, 2),
         F.scaled_dot_product_attention(long, long, long, is_causal=True),
         atol=1e-6,
     )

@@ -53,7 +53,7 @@ def test_turned_attention(shape: tuple[int, int, int, int], d_head: int) -> None
     qkv = torch.randn(batch, seq_len, n_heads + 2 * n_kv, d_head).requires_grad_()
     cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(seq_len), d_head, 100.0))
     found = rotary_attention(qkv, cos, sin, None, n_heads, n_kv)
-    assert found.grad_fn is not None and "TurnedAttentionNative" in found.grad_fn.name()
+    assert found.grad_fn is not None and "NativeAttention" in found.grad_fn.name()
 
     exact = qkv.detach().double().requires_grad_()
     query_key, value = exact.split([n_heads + n_kv, n_kv], dim=2)
@@ -71,7 +71,7 @@ def test_attention_of_values_of_another_width(shape: tuple[int, int, int, int]) 
     sizes = [(n_heads, 32), (n_kv, 32), (n_kv, 16)]
     inputs = [torch.randn(batch, seq_len, n, h).requires_grad_() for n, h in sizes]
     found = attention(*inputs, None)
-    assert found.grad_fn is not None and "CausalAttentionNative" in found.grad_fn.name()
+    assert found.grad_fn is not None and "NativeAttention" in found.grad_fn.name()
     exact = [x.detach().double().requires_grad_() for x in inputs]
     compare(found, exact_attention(*exact), inputs, exact)
     # Heads that do not lie side by side, as a split of the last axis leaves them, go elsewhere.
@@ -79,6 +79,19 @@ def test_attention_of_values_of_another_width(shape: tuple[int, int, int, int]) 
     apart = attention(inputs[0].detach(), parts[0], parts[1], None)
     wanted = exact_attention(*(x.double() for x in (inputs[0].detach(), *parts)))
     torch.testing.assert_close(apart.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_within_larger_memory_and_repeated_ones_have_their_gradients() -> None:
+    cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(20), 16, 100.0))
+    large = torch.randn(3, 20, 9, 16).requires_grad_()
+    one = torch.randn(1, 20, 4, 16).requires_grad_()
+    grad = torch.randn(3, 20, 2, 16)
+    for leaf, heads in ((large, large[:, :, 1:5]), (one, one.expand(3, -1, -1, -1))):
+        found, wanted = (
+            torch.autograd.grad(rotary_attention(x, cos, sin, None, 2, 1), leaf, grad)
+            for x in (heads, heads.contiguous())
+        )
+        torch.testing.assert_close(found, wanted)
 
 
 def test_attention_says_where_it_has_no_numbers() -> None:
