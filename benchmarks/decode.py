@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from benchmarks import cli, harness
 from benchmarks.harness import Row
 from data_modules.tokenizers.byte import ByteTokenizer
-from mtp_lightning.cpu.packed import PackedWeight, packed_copy
+from mtp_lightning.cpu.packed import packed_of
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.measure import PassCosts, Race, pass_costs, race
@@ -182,8 +182,8 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> Row:
     """
     with decoding_passes(model):
         parameters = nn.ModuleList([model.trunk, model.head]).parameters()  # shared ones once
-        copies = [packed_copy(weight) for weight in parameters]
-        weights = [_as_fp32(copy.numbers) for copy in copies if isinstance(copy, PackedWeight)]
+        copies = [packed_of(weight) for weight in parameters]
+        weights = [_as_fp32(copy.numbers) for copy in copies if copy is not None]
         if not weights:
             return {}
         session = Session(model, slots=1, capacity=len(prompt) + 8, max_draft=0)

@@ -24,7 +24,7 @@ import torch
 from benchmarks import cli, harness
 from benchmarks.decode import in_transformers
 from benchmarks.harness import Row
-from mtp_lightning.cpu.packed import PackedWeight, packed_copy
+from mtp_lightning.cpu.packed import packed_of
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.decoding.options import DecodingOptions
@@ -230,8 +230,8 @@ def _interval(plain: list[Row], other: list[Row]) -> tuple[float, float] | None:
 def memory_limit(model: MTPModel) -> float:
     """Tokens per second of a processor that does nothing but read every weight once a token, as
     fast as one thread here reads as many bytes."""
-    packed = (packed_copy(weight) for weight in model.parameters())
-    n_bytes = sum(x.numbers.numel() for x in packed if isinstance(x, PackedWeight))
+    packed = (packed_of(weight) for weight in model.parameters())
+    n_bytes = sum(x.numbers.numel() for x in packed if x is not None)
     numbers = torch.ones((n_bytes or sum(w.nbytes for w in model.parameters())) // 4)
     return 1 / min(harness.seconds_of(lambda: torch.dot(numbers, numbers)) for _ in range(20))
 

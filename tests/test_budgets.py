@@ -22,7 +22,7 @@ LINES = {
     "mtp_lightning/apps": 380,
     "mtp_lightning/callbacks": 1_730,
     "mtp_lightning/certify": 1_085,
-    "mtp_lightning/cpu": 1_780,
+    "mtp_lightning/cpu": 1_750,
     "mtp_lightning/decoding": 4_570,
     "mtp_lightning/distributed": 1_350,
     "mtp_lightning/experiment": 2_660,

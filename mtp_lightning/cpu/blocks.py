@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, packed_copy
+from mtp_lightning.cpu.packed import PackedStruct, packed_of
 from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.nn.block import Block
@@ -146,12 +146,6 @@ class FusedBlocks:
             normed.data_ptr(), self.eps,
         )  # fmt: skip
         return h_BTC, normed
-
-
-def packed_of(weight: Tensor) -> PackedWeight | None:
-    """A weight's packed copy in the layout of skinny.h, if it has one."""
-    found = packed_copy(weight)
-    return found if isinstance(found, PackedWeight) else None
 
 
 def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:

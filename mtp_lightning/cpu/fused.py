@@ -15,9 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.blocks import FusedBlocks, packed_of
-from mtp_lightning.cpu.packed import PackedWeight, first_rows, pack, unpack
-from mtp_lightning.cpu.packed import multiply_integers as multiplied_as_integers
+from mtp_lightning.cpu.blocks import FusedBlocks
+from mtp_lightning.cpu.packed import (
+    PackedWeight,
+    first_rows,
+    pack,
+    packed_of,
+    unpack,
+    use_integers,
+)
 from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
 from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
@@ -54,8 +60,7 @@ def multiply_integers(model: MTPModel) -> str | None:
         return native.NEEDED
     if not native.lib().multiplies_bytes():
         return native.NEEDED_FOR_INTEGERS
-    matrices = (m.weight for m in model.modules() if isinstance(m, Linear | Head))
-    if not multiplied_as_integers(matrices):
+    if not use_integers(m.weight for m in model.modules() if isinstance(m, Linear | Head)):
         return "weights in blocks of 4 or 8 bits: a quantized GGUF file, or precision=int4"
     return None
 
@@ -109,14 +114,8 @@ def _of_trunk(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
 
 def _replace_forward(layer: nn.Module) -> bool:
     """Replace the forward pass of a layer that decode.cpp supports; returns whether it did."""
-    forward: Callable[..., Any] | None = None
-    if type(layer) is Trunk:
-        forward = _trunk_forward(layer)
-    elif type(layer) is SequentialModule:
-        forward = _module_forward(layer)
-    elif type(layer) is Block:
-        forward = _block_forward(layer)
-    if forward is None:
+    make = _FORWARD.get(type(layer))
+    if make is None or (forward := make(layer)) is None:
         return False
     vars(layer)["forward"] = forward
     return True
@@ -163,3 +162,11 @@ def _trunk_forward(trunk: Trunk) -> Callable[..., TrunkOutput] | None:
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
     return forward
+
+
+# By class: what makes the forward pass of one such layer, or None.
+_FORWARD: dict[type[nn.Module], Callable[[Any], Callable[..., Any] | None]] = {
+    Trunk: _trunk_forward,
+    SequentialModule: _module_forward,
+    Block: _block_forward,
+}

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data_modules.cache import build_once, cache_folder, state_of
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.blocks import dense_matrices, packed_of
-from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed
+from mtp_lightning.cpu.blocks import dense_matrices
+from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed, packed_of
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialModule

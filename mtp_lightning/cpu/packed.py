@@ -8,7 +8,7 @@ one scale per output are packed in int8, a quarter of the bytes; the product is 
 Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
 them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so are those of
 Q4_K, Q5_K and Q6_K, whose file says their steps and offsets (``WeightScales``). After
-:func:`multiply_integers` products with blocks are sums of integers (``cpp/integer.cpp``).
+:func:`use_integers` products with blocks are sums of integers (``cpp/integer.cpp``).
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
 
@@ -21,7 +21,7 @@ Shapes: K inputs, N outputs.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -99,18 +99,17 @@ class PackedWeight:
     def unpacked(self) -> Tensor:
         """The weight, [N, K]."""
         weight = torch.empty(self.outputs, self.inputs)
-        pointers = self.numbers.data_ptr(), weight.data_ptr()
-        native.lib().unpack_weight(*pointers, self.outputs, self.inputs, self.kind)
+        native.call("unpack_weight", self.numbers, weight, self.outputs, self.inputs, self.kind)
         return weight
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows [..., K] of int64 indices [...]."""
+        """The rows [..., K] of indices [...]."""
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.outputs:
             raise IndexError(f"an index is outside of 0 .. {self.outputs - 1}")
-        ids = ids.contiguous()
+        ids = ids.long().contiguous()
         found = torch.empty(*ids.shape, self.inputs)
-        pointers = self.numbers.data_ptr(), ids.data_ptr(), found.data_ptr()
-        native.lib().unpack_rows(*pointers, ids.numel(), self.outputs, self.inputs, self.kind)
+        sizes = ids.numel(), self.outputs, self.inputs
+        native.call("unpack_rows", self.numbers, ids, found, *sizes, self.kind)
         return found
 
     def linear(self, x: Tensor) -> Tensor:
@@ -130,6 +129,12 @@ Packed = PackedWeight | Tensor
 def packed_copy(weight: Tensor) -> Packed | None:
     """The packed copy of a weight, if it has one."""
     return vars(weight).get("packed")
+
+
+def packed_of(weight: Tensor) -> PackedWeight | None:
+    """A weight's packed copy in the layout of skinny.h, if it has one."""
+    found = packed_copy(weight)
+    return found if isinstance(found, PackedWeight) else None
 
 
 def pack(weight_NK: Tensor) -> None:
@@ -154,12 +159,12 @@ def _hold(weight: Tensor, packed: Packed) -> None:
     vars(weight)["packed"] = packed
 
 
-def multiply_integers(weights: Iterable[Tensor]) -> bool:
+def use_integers(weights: Iterable[Tensor]) -> bool:
     """Let the packed copies of weights, present and later ones, multiply integers where they are in
     blocks; returns whether one is, and changes nothing if none is."""
     weights = list(weights)
-    copies = (packed_copy(weight) or packed_weight(weight) for weight in weights)
-    if not any(isinstance(found, PackedWeight) and found.kind.in_blocks for found in copies):
+    copies = (packed_of(weight) or packed_weight(weight) for weight in weights)
+    if not any(found is not None and found.kind.in_blocks for found in copies):
         return False
     for weight in weights:
         vars(weight)["integers"] = True
@@ -201,15 +206,15 @@ def numbers_of(weight: Tensor) -> Tensor:
     """A weight with its numbers: itself, or an unpacked copy of one that is kept packed."""
     if not is_kept(weight):
         return weight
-    packed = packed_copy(weight)
-    assert isinstance(packed, PackedWeight)
+    packed = packed_of(weight)
+    assert packed is not None
     return packed.unpacked()
 
 
 def first_rows(weight_NK: Tensor, rows: int) -> Tensor:
     """The first rows of a packed weight, as a weight with a packed copy."""
-    packed = packed_copy(weight_NK)
-    if not isinstance(packed, PackedWeight) or rows % PANEL:
+    packed = packed_of(weight_NK)
+    if packed is None or rows % PANEL:
         first = numbers_of(weight_NK).detach()[:rows]
         pack(first)
         return first
@@ -229,26 +234,25 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
     weight_NK = weight_NK.detach()
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
-    library, (outputs, inputs) = native.lib(), weight_NK.shape
+    outputs, inputs = weight_NK.shape
 
-    def attempt(kind: Kind, pack: Callable[..., int], *given: Tensor) -> PackedWeight | None:
+    def attempt(kind: Kind, pack: str, *given: Tensor) -> PackedWeight | None:
         """The packed weight; the attempt ends at the first number that does not fit."""
-        numbers = torch.empty(library.packed_size(outputs, inputs, kind), dtype=torch.uint8)
-        pointers = [tensor.data_ptr() for tensor in (weight_NK, *given, numbers)]
-        fits = pack(*pointers, outputs, inputs, kind)
+        numbers = torch.empty(native.lib().packed_size(outputs, inputs, kind), dtype=torch.uint8)
+        fits = native.call(pack, weight_NK, *given, numbers, outputs, inputs, kind)
         return PackedWeight(numbers, outputs, inputs, kind) if fits else None
 
     for kind in _SMALL:
-        if found := attempt(kind, library.pack_weight):
+        if found := attempt(kind, "pack_weight"):
             return found
     if scales is not None:
         kind = Kind.BLOCKS4_FULL if (scales.bits, scales.group) == (4, 32) else Kind.BLOCKS8_FULL
         scales = scales if kind == Kind.BLOCKS4_FULL else scales.of_groups(16)
         steps, offsets = scales.steps.contiguous(), scales.offsets.contiguous()
         assert steps.shape == offsets.shape == (outputs, inputs // scales.group)
-        if found := attempt(kind, library.pack_scaled, steps, offsets):
+        if found := attempt(kind, "pack_scaled", steps, offsets):
             return found
     for kind in _LARGE:
-        if found := attempt(kind, library.pack_weight):
+        if found := attempt(kind, "pack_weight"):
             return found
     raise AssertionError("fp32 represents all numbers")

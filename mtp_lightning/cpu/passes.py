@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, OpenPass, is_plain, packed_of
-from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept
+from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, OpenPass, is_plain
+from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache

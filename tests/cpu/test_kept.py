@@ -47,6 +47,7 @@ def test_a_packed_weight_has_every_bit(shape, precision):
     assert torch.equal(found.unpacked(), weight)
     ids = torch.randint(0, shape[0], (3, 5))
     assert torch.equal(found.rows(ids), weight[ids])
+    assert torch.equal(found.rows(ids.int()), weight[ids])  # as nn.Embedding also takes them
     with pytest.raises(IndexError, match="outside of 0"):
         found.rows(torch.tensor([shape[0]]))
     keep_packed(layer.weight)
