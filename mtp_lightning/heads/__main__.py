@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
             ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
         )
         run_export(run, folder)
-        _say_result(folder)
+        _say_result(folder, found.draft_vocab)
 
 
 def add_options(parser: Parser, *, output: str, hours: str) -> None:
@@ -178,7 +178,7 @@ def say(name: str, text: str) -> None:
     print(f"{name:<12}{text}", flush=True)
 
 
-def _say_result(folder: Path) -> None:
+def _say_result(folder: Path, draft_vocab: int | None) -> None:
     summary = json.loads((folder / RUN / "summary.json").read_text(encoding="utf-8"))
     certificate = json.loads((folder / CERTIFICATE / "certificate.json").read_text("utf-8"))
     rows: list[tuple[str, str, Callable[[float], str]]] = [
@@ -191,7 +191,8 @@ def _say_result(folder: Path) -> None:
             say(name, shown(summary[tag]))
     say("lossless", certificate["verdict"])
     say("written to", str(folder / EXPORT))
-    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'")
+    short = "" if draft_vocab is None else f" draft_vocab={draft_vocab}"
+    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'{short}")
 
 
 if __name__ == "__main__":

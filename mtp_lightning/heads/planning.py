@@ -18,14 +18,20 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.objective.cost import StepCost, forward_flops
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.opening import OpenedModel, open_model, read_model
 from mtp_lightning.runtime import pick_accelerator
 
-# Shares of the hours; the rest is for start-up, validations, the certificate and the export.
-_TEXTS, _TRAINING = 0.35, 0.45
+# Shares of the hours: texts and the trunk's states of them, and steps. The rest is for start-up,
+# validations, the certificate and the export.
+_TEXTS, _TRAINING = 0.45, 0.35
 _BATCH = 8
 _PROMPT, _NEW, _WINDOW = 32, 88, 128
 _FEWEST = 64  # texts, of which some are held out
+# The module is trained on so many of the first token ids, unless there are fewer than four times as
+# many: the head of a small model is most of a step's work.
+_VOCAB = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,8 @@ class Plan:
         switches: of the modules, which say how to read them.
         precision: of training.
         activations: with which the model writes texts.
+        draft_vocab: the module is trained on so many of the first token ids; None for all.
+        state_bytes: of the trunk's states of the texts.
     """
 
     model: str
@@ -65,6 +73,8 @@ class Plan:
     switches: list[str] = field(default_factory=list)
     precision: str = "32-true"
     activations: str = "fp32"
+    draft_vocab: int | None = None
+    state_bytes: int = 0
 
     def lines(self) -> Iterator[str]:
         """What a person is told before it starts."""
@@ -74,22 +84,23 @@ class Plan:
         if self.files:
             yield f"text       {', '.join(self.files)}"
         else:
-            minutes = self.texts * _new(self.window) / max(self.tokens_per_second, 1e-9) / 60
             yield (
-                f"text       {self.texts:,} texts that the model writes itself, about "
-                f"{minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens per second "
-                f"with activations={self.activations}"
+                f"text       {self.texts:,} texts that the model writes itself and then reads, "
+                f"about {self.hours * _TEXTS * 60:,.0f} minutes at {self.tokens_per_second:,.0f} "
+                f"tokens per second with activations={self.activations}"
             )
+        minutes = self.hours * 60 * (_TRAINING + (_TEXTS if self.files else 0))
         yield (
             f"training   {self.steps:,} steps of {_BATCH * self.window:,} tokens, about "
-            f"{self.hours * _TRAINING * 60:,.0f} minutes at "
-            f"{self.flops_per_second / 1e9:,.0f} GFLOP/s in {self.precision}, with the trunk's "
-            "states computed first"
+            f"{minutes:,.0f} minutes at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
+            f"{self.precision}"
+            + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
         # The model, its packed copy while it writes, and the module with gradients and two moments.
         memory = 4 * (1.5 * self.weights + 4 * self.head_weights)
-        # Checkpoints hold the model and the module's state; the export holds both once.
-        disk = 4 * (4 * self.weights + 8 * self.head_weights)
+        # Checkpoints hold the model and the module's state; the export holds both once; and there
+        # are the trunk's states of the texts.
+        disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
         yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
         yield f"time       about {self.hours * 60:,.0f} minutes in all on this machine"
 
@@ -113,6 +124,7 @@ class Plan:
             f"mtp.depth={self.depth}",
             *self.switches,
             "objective=kl",
+            *([f"objective.draft_vocab={self.draft_vocab}"] if self.draft_vocab else []),
             *data,
             f"data.seq_len={self.window}",
             f"data.batch_size={_BATCH}",
@@ -168,12 +180,21 @@ def plan(
     # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
     if on_cpu and (half := _reads(run, window, half=True)) > speed:
         precision, speed = "bf16-mixed", half
-    per_step = StepCost(config).per_token(window) * _BATCH * window
-    steps = int(3600 * hours * _TRAINING * speed / per_step)
+    draft_vocab = _VOCAB if trunk.vocab_size >= 4 * _VOCAB else None
+    cost = StepCost(config, Objective(term=KL(), draft_vocab=draft_vocab))
+    with_trunk, alone = (
+        cost(window, range(1, depth + 1), main=False, stored=stored) for stored in (False, True)
+    )
     # Afterwards, since it changes the model's products.
     integers = on_cpu and not files and multiply_integers(run.model) is None
     written = 0.0 if files else _writes(run)
-    texts = int(3600 * hours * _TEXTS * written / _new(window))
+    seconds, texts = 3600 * hours * _TRAINING, 0
+    if files:  # whose states are computed in every step
+        seconds += 3600 * hours * _TEXTS
+    else:
+        each = _new(window) / written + (with_trunk - alone) / speed
+        texts = int(3600 * hours * _TEXTS / each)
+    steps = int(seconds * speed / ((with_trunk if files else alone) * _BATCH))
     if steps < 10 or (not files and texts < _FEWEST):
         raise UserError(
             f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
@@ -196,6 +217,8 @@ def plan(
         switches=_switches(mtp) if further else [],
         precision=precision,
         activations="int8" if integers else "fp32",
+        draft_vocab=draft_vocab,
+        state_bytes=4 * texts * window * trunk.d_model,
     )
 
 

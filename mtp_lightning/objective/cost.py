@@ -174,11 +174,11 @@ class StepCost:
         final, at = model.run_trunk(batch, active, key=key)
         depths = [k for k in by_depth(targets) if k]
         feed = model.mtp.feed(FeedInputs(final, at, batch, depths, key))
-        prepass(model.head.weight, feed, targets, objective.measures)
+        weight_VC = objective.head_rows(model.head.weight)
+        prepass(weight_VC, feed, targets, objective.measures)
         # The rules change targets by their values, and no matrix product.
-        loss, _ = stream_loss(
-            model.head.weight, feed, targets, train_head=objective.trains_head(self.config.mtp)
-        )
+        train_head = objective.trains_head(self.config.mtp)
+        loss, _ = stream_loss(weight_VC, feed, targets, train_head=train_head)
         if loss.requires_grad:
             loss.backward()
         if scope is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
@@ -28,7 +28,7 @@ from mtp_lightning.objective.targets import DepthTarget, PositionCounts, taught_
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.registry import imported
-from mtp_lightning.settings import require
+from mtp_lightning.settings import require, require_whole
 
 _MAIN_TERM = CrossEntropy()
 # Imported on demand: the term that trains a stack's rescorer.
@@ -58,6 +58,9 @@ class Objective:
         quantile: the running quantile; None for 0.95.
         confidence: whether depths learn to estimate the acceptance of their drafts
             (``rules/confidence.py``).
+        draft_vocab: N, with a frozen trunk: the depths are trained on the first N token ids alone.
+            Only these rows of the head are computed, and teachers are conditional on these tokens;
+            positions with another target add nothing. None for all tokens.
 
     Attributes:
         parts: the terms that are computed, each with its weight.
@@ -79,10 +82,13 @@ class Objective:
         tau: float | None = None,
         quantile: float | None = None,
         confidence: bool = False,
+        draft_vocab: int | None = None,
     ) -> None:
         for name, value in (("train_head", train_head), ("confidence", confidence)):
             require(isinstance(value, bool), f"objective.{name}", value, "true or false")
-        self.term, self.train_head = term, train_head
+        if draft_vocab is not None:
+            require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
+        self.term, self.train_head, self.draft_vocab = term, train_head, draft_vocab
         self.parts = list(term.parts())
         self.rules: list[Rule] = [
             *chosen("confidence", "learned" if confidence else "none", _CONFIDENCE),
@@ -102,7 +108,12 @@ class Objective:
         return f"objective={self.term.name}"
 
     def for_model(self, model: MTPModel) -> Objective:
-        """The objective with the additional terms that train a part of ``model``."""
+        """The objective with the additional terms that train a part of ``model``.
+
+        Raises:
+            UserError: the model cannot be trained on ``draft_vocab`` tokens.
+        """
+        self._check_draft_vocab(model)
         bound = copy(self)
         own = [part for rule in self.rules for part in rule.parts(model.mtp)]
         if model.mtp.rescorer is not None:
@@ -139,7 +150,8 @@ class Objective:
             counts: positions that count in the whole step.
             key: key of the stack's random choices in training.
         """
-        found = [DepthTarget(0, batch.targets(0), factors[0] / counts.valid[0], _MAIN_TERM)]
+        main = factors[0] / counts.valid[0]
+        found = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
         for k in (k for k, factor in enumerate(factors) if k and factor):
             for part, (weight, term) in enumerate(self.parts):
                 count = counts.of(k, term)
@@ -149,6 +161,7 @@ class Objective:
                     tokens_BT = taught_targets(stack, k, batch, key)
                 else:
                     tokens_BT = stack.targets(k, batch, key)
+                tokens_BT = self._kept(tokens_BT)
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
                 coefficient, stride = factors[k] * weight / count, batch.stride
@@ -158,6 +171,16 @@ class Objective:
                     )
                 )
         return found
+
+    def _kept(self, tokens_BT: Tensor) -> Tensor:
+        """Targets that have a row of :meth:`head_rows`; -100 for others."""
+        if self.draft_vocab is None:
+            return tokens_BT
+        return tokens_BT.masked_fill(tokens_BT >= self.draft_vocab, IGNORE_INDEX)
+
+    def head_rows(self, weight_VC: Tensor) -> Tensor:
+        """The rows of the shared head that a step computes."""
+        return weight_VC[: self.draft_vocab]
 
     def trains_head(self, mtp: MTPConfig) -> bool:
         """Whether the depths' losses train the shared head."""
@@ -213,6 +236,8 @@ class Objective:
         head = [] if self.train_head else ["objective.train_head=false"]
         asked = ([] if self.term.of_token else [self.asked]) + head
         asked += [rule.asked for rule in self.rules]
+        if self.draft_vocab is not None:
+            asked.append(f"objective.draft_vocab={self.draft_vocab}")
         if mtp.depth and not mtp.predicts_tokens and asked:
             raise UserError(
                 f"{asked[0]} is for depths that predict a token, and mtp={mtp.variant} has its own "
@@ -225,6 +250,21 @@ class Objective:
                 f"{self.rules[0].asked} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
                 "or more, or leave it out."
             )
+
+    def _check_draft_vocab(self, model: MTPModel) -> None:
+        mtp, vocab, reason = model.config.mtp, model.config.trunk.vocab_size, None
+        if self.draft_vocab is None:
+            return
+        if mtp.trains_trunk:
+            reason = "leaves out what the trunk is trained on: set mtp.freeze_trunk=true"
+        elif mtp.rank > 1:
+            reason = f"leaves out tokens that mtp.rank={mtp.rank} depends on: set mtp.rank=1"
+        elif model.mtp.own_head is not None:
+            reason = f"shortens the shared head, and mtp={mtp.variant} has one of its own"
+        elif self.draft_vocab > vocab:
+            reason = f"is more than the model's {vocab} tokens: use at most that many"
+        if reason is not None:
+            raise UserError(f"objective.draft_vocab={self.draft_vocab} {reason}, or leave it null.")
 
 
 CROSS_ENTROPY = Objective(term=CrossEntropy())

@@ -286,9 +286,10 @@ class OptimizerStep:
         auxiliary, factor = AuxiliaryOutputs(), 1 / plan.windows
         final, at = model.run_trunk(micro, plan.active, auxiliary=auxiliary, key=key)
         feed = model.mtp.feed(FeedInputs(final, at, micro, depths, key))
-        seen = prepass(model.head.weight, feed, targets, objective.measures)
+        weight_VC = objective.head_rows(model.head.weight)
+        seen = prepass(weight_VC, feed, targets, objective.measures)
         total, sums = stream_loss(
-            model.head.weight,
+            weight_VC,
             feed,
             objective.settle(targets, seen),
             train_head=objective.trains_head(model.config.mtp),

@@ -152,12 +152,15 @@ def product(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
 
 
 def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """Every kind of weights, mask and schedule, each with an objective that the name draws."""
+    """Every objective, with kinds of weights, mask and schedule that the name draws."""
     objectives = list(listed("objective"))
     random.Random(str((head, sort))).shuffle(objectives)
     rest = zip((*WEIGHTS, "acceptance"), MASKS * 2, ("all", "some", "all", "none"), strict=True)
-    for objective, own in zip(objectives, rest, strict=False):
-        yield Case(head, sort, objective, *own)
+    for objective, own in zip(objectives, itertools.cycle(rest), strict=False):
+        case = Case(head, sort, objective, *own)
+        yield case
+        if not case.takes_all:  # which may refuse weights and mask
+            yield Case(head, sort, objective, "none", "none", "all")
     yield from plain(head, sort)
 
 

@@ -87,6 +87,8 @@ def begun(
     drawn = {"train_head": draw.random() < 0.7, "confidence": draw.random() < 0.3}
     for options in (own | drawn, own):
         config = drawn_head(case, draw, confidence=options.get("confidence", False))
+        if options is not own and not config.trains_trunk and draw.random() < 0.7:
+            options = {**options, "draft_vocab": draw.choice((2, 7))}
         model, balance = drawn_model(config, draw.randrange(2**30)), rule(config.depth)
         # A single depth is all that there are, or none.
         places = schedules(config.depth)[case.active] or schedules(config.depth)["none"]

@@ -117,6 +117,7 @@ class Asked:
     mask: str = "none"
     tau: float | None = None
     confidence: bool = False
+    draft_vocab: int | None = None
 
 
 class Step:
@@ -156,6 +157,8 @@ class Step:
         for k in self.on if self.rows is not None else ():
             if k:
                 self.valid[k] &= torch.isin(self._target(k), self.rows)
+        if asked.draft_vocab is not None:
+            self.rows = torch.arange(asked.draft_vocab)
         self.taught = {k: valid & (self._on(k) < self.seq_len) for k, valid in self.valid.items()}
         config: Any = model.config.mtp
         self.logged: dict[str, Any] = {}
@@ -201,7 +204,7 @@ class Step:
         embedded = self.forward.embedding.detach()[target]
         log_q, log_p = self.log_q[k], self.log_p[:, teacher]
         if k and self.rows is not None:  # among the tokens that can be drafted
-            log_q, log_p = log_q[..., self.rows], log_p[..., self.rows].log_softmax(-1)
+            log_q, log_p = (log[..., self.rows].log_softmax(-1) for log in (log_q, log_p))
             target = (target.unsqueeze(-1) == self.rows).long().argmax(-1)
         return At(log_q, log_p, target, hidden, main, embedded)
 
@@ -223,13 +226,15 @@ class Step:
             k: self.valid[k] if "ce" in names or selects else self.taught[k] for k in lambdas
         }
         counted = {k: counts for k, counts in counted.items() if counts.any()}
-        kept = {k: self._kept(k) for k in counted}
+        inside = {k: self._target(k) < (asked.draft_vocab or math.inf) for k in counted}
+        kept = {k: self._kept(k) & inside[k] for k in counted}
         at = {k: self._at(k) for k in counted}
         weights = self._weights(at, {k: counted[k] & kept[k] for k in counted})
         if asked.mask == "entropy":
             self.logged["objective/tau"] = asked.tau
             for k, counts in counted.items():
-                self.logged[f"objective/kept_depth_{k}"] = self._mean(kept[k].double(), counts)
+                if (counts := counts & inside[k]).any():
+                    self.logged[f"objective/kept_depth_{k}"] = self._mean(kept[k].double(), counts)
         found = {}
         ones = torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
         reached = dict.fromkeys(ACCEPTED, ones)
@@ -257,7 +262,7 @@ class Step:
                 sure, right = self._confidence(k, at[k]), alpha(drafted).detach()
                 value = -right * F.logsigmoid(sure) - (1 - right) * F.logsigmoid(-sure)
                 learned = self._mean(value, self.taught[k], kept[k])
-                error = self._mean((sure.sigmoid() - right).abs(), self.taught[k])
+                error = self._mean((sure.sigmoid() - right).abs(), self.taught[k], inside[k])
                 loss = loss + learned
                 tags[f"train/loss_depth_{k}/confidence"] = learned
                 tags[f"confidence/error_depth_{k}"] = error
@@ -270,7 +275,10 @@ class Step:
         found = torch.ones(len(self.batch), self.seq_len, dtype=torch.bool)
         if self.asked.mask == "none":
             return found
-        entropy = -(self.log_p.exp() * self.log_p).sum(-1)
+        log_p = self.log_p
+        if self.asked.draft_vocab is not None:
+            log_p = log_p[..., self.rows].log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
         for t in range(self.seq_len):
             for s in range(t, min(t + k, self.seq_len - 2) + 1):
                 assert self.asked.tau is not None
@@ -299,6 +307,7 @@ class Step:
         w, before = self.forward.w, self.batch.tokens[:, k : self.seq_len + k]
         table_a, table_b = (w[f"mtp.rescorer.embedding.{n}.weight"] for n in ("before", "after"))
         gated = table_a[before] * self.forward.linear(at.hidden, "mtp.rescorer.gate")
+        table_b = table_b[: at.log_q.shape[-1]]
         scores = at.log_q + torch.einsum("btr,vr->btv", gated, table_b)
         chosen = at.log_q.argsort(dim=-1, descending=True)[..., : selector.CANDIDATES]
         taken = torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, chosen, True)

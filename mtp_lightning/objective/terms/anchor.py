@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.settings import require_number
 
@@ -46,18 +47,22 @@ class Anchor(Term):
                 "above 0, or leave anchor out of objective.terms."
             )
         self._embedding: nn.Module | None = None
+        self._own_head: OwnHead | None = None
 
     def for_model(self, model: MTPModel) -> Anchor:
         bound = copy(self)
-        bound._embedding = model.trunk.embedding
+        bound._embedding, bound._own_head = model.trunk.embedding, model.mtp.own_head
         return bound
 
     def value(self, chunk: Chunk) -> Tensor:
         assert chunk.hidden_RC is not None and self._embedding is not None
         dtype = torch.promote_types(chunk.hidden_RC.dtype, torch.float32)
         hidden_RC = chunk.hidden_RC.to(dtype)
+        ids_R = chunk.targets_R
+        if self._own_head is not None:  # whose targets are its rows
+            ids_R = self._own_head.tokens[ids_R]
         with torch.no_grad():
-            embedded_RC = self._embedding(chunk.targets_R).to(dtype)
+            embedded_RC = self._embedding(ids_R).to(dtype)
         distances = (
             (self.latent, chunk.teacher.hidden_RC.to(dtype)),
             (self.semantic, embedded_RC),
