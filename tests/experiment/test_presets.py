@@ -33,7 +33,7 @@ WHOLE_HEADS = ("eagle", "masked")
 IMPOSSIBLE = {
     **dict.fromkeys(WHOLE_HEADS, "use model.attention=grouped_query"),
     "teacherless": "needs a task",
-    **dict.fromkeys(["bag", "registers", "top"], "leave objective=ce"),
+    **dict.fromkeys(["bag", "registers", "top"], "has its own loss"),
 }
 # A text of a moment in the place of the corpus, and no model that has to be there.
 TEXT = [
@@ -43,6 +43,7 @@ TEXT = [
     "tokenizer=byte",
 ]
 GENERATED = ("prompts", "n_prompts", "prompt_tokens", "new_tokens", "temperature")
+WHOLE_VOCABULARY = ("none", "parameter_free", "registers", "teacherless", "eagle")
 CHATS = ("chat_share", "chat_before", "chat_after")
 
 
@@ -52,6 +53,8 @@ def chosen(preset: str, word: str, folder: Path) -> DictConfig:
     asked += ["trainer.accelerator=cpu", "trainer.compile=false"]
     if preset == "smollm2_heads":
         asked += ["data=stdlib", *(f"~data.{key}" for key in (*GENERATED, *CHATS))]
+        # The texts here have fewer tokens; and some stacks train the trunk, or have a head.
+        asked.append(f"objective.draft_vocab={'null' if word in WHOLE_VOCABULARY else 200}")
     return composed("config", [*asked, *([] if preset in TASKS else TEXT)])
 
 

@@ -88,7 +88,7 @@ def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
     if name == "smollm2_heads":
         texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(200)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
-        more |= {"data.prompts.paths": tmp_path / "prompts.jsonl"}
+        more |= {"data.prompts.paths": tmp_path / "prompts.jsonl", "objective.draft_vocab": 200}
     summary = run(tmp_path / "run", cache, name, more)
     assert summary["step"] == 4 and "val/loss_depth_1" in summary
     assert ("val/exact_match" in summary) == (name in TASKS)
