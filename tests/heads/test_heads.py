@@ -43,6 +43,12 @@ def test_the_hours_are_divided(
     assert f"data.n_prompts={one.texts}" in words and f"trainer.max_steps={one.steps}" in words
     assert "data.prompt_tokens=13" in words and "data.new_tokens=35" in words
     assert "trainer.precision=bf16-mixed" in words and "data.activations=int8" in words
+    assert not any(word.startswith("objective.draft_vocab") for word in words)
+    monkeypatch.setattr(planning, "_VOCAB", 16)  # of 257 tokens
+    short = planning.plan(model, hours=1.0, files=[], overrides=[])
+    assert "objective.draft_vocab=16" in short.train() and short.texts == one.texts
+    assert short.steps > one.steps, "a step takes less"
+    assert "on the first 16 tokens alone" in "\n".join(short.lines())
     mine = planning.plan(model, hours=1.0, files=["/a b"], overrides=["optimizer.lr=0.1"])
     assert mine.texts == 0 and "data.paths=['/a b']" in mine.train()
     assert mine.train()[-1] == "optimizer.lr=0.1"
