@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "verify: the trunk and the head": ((Session, "verify"),),
     "draft: the module and its head": ((Session, "draft"),),
     "catching up with tokens not drafted at": ((Session, "catch_up"),),
-    "states and logits of a draft": ((Session, "_said"),),
+    "states and logits of a draft": ((Session, "_store_draft"),),
     "token buffer": ((Session, "put"), (Session, "accept")),
     "choosing, comparing, copying": ((Decoder, "round"),),
     "text, stop strings, counts": ((TextSequence, "take"), (Engine, "step")),
