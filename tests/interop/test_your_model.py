@@ -37,6 +37,7 @@ SHORT = {
     ],
     "train.py": [
         "init_from=theirs", "data.prompts.paths=prompts.jsonl", "data.chat_share=0",
+        "objective.draft_vocab=64",
         "data.n_prompts=40", "data.prompt_tokens=8", "data.new_tokens=24", "data.seq_len=16",
         "data.batch_size=4", "trainer.max_steps=4", "trainer.val_check_interval=2",
         "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv",
