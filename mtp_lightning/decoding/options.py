@@ -137,9 +137,9 @@ class DecodingOptions(TextOptions):
             without it they depend on timing, though their distribution does not.
         draft_vocab: choose drafts among the first ``draft_vocab`` token ids, and read only their
             rows of the head (:class:`~mtp_lightning.nn.head.ShortHead`); None is all.
-        min_confidence: stop drafting once the model's estimate of the probability that all drafts
-            so far are accepted is below this; 0 never does. For models trained with
-            ``objective.confidence=true``.
+        min_confidence: stop drafting once the estimated probability that all drafts so far are
+            accepted is below this; 0 never does. The estimate is that of a model trained with
+            ``objective.confidence=true``, else the product of the likeliest drafts' probabilities.
         cache: for a single sequential module that drafts several tokens: ``"per_depth"`` keeps one
             cache per draft, at the positions of training; ``"single"`` keeps one for all drafts
             (``single_cache.py``).
@@ -260,11 +260,6 @@ class DecodingOptions(TextOptions):
         drafted = self._depth(model)
         if self.draft_vocab is not None:
             self._check_vocabulary(self.draft_vocab, model)
-        if self.min_confidence and model.mtp.confidence is None:
-            raise UserError(
-                f"min_confidence={self.min_confidence} needs a model that estimates the acceptance "
-                "of its drafts: train one with objective.confidence=true, or leave it 0."
-            )
         if self.compile and model.mtp.one_cache and drafted:
             raise UserError(
                 f"compile=true has passes for a cache per draft, and mtp={model.config.mtp.variant}"

@@ -79,9 +79,10 @@ class Decoder:
         slots: most rows at a time.
         max_draft: most drafts that any round will have.
         min_confidence: a round stops drafting once the product of confidences is below this in
-            every row; a sampled row accepts no draft from its own such depth on. The confidence of
-            a draft is known before its token is drawn, so the decision does not depend on the token
-            and the text keeps the trunk's distribution.
+            every row; a sampled row accepts no draft from its own such depth on. The confidence is
+            the session's estimate, or without one the probability of the likeliest draft (EAGLE-2,
+            arXiv 2406.16858, section 3). It is known before a token is drawn, so the decision does
+            not depend on the token and the text keeps the trunk's distribution.
         verify: the rule that decides which sampled drafts are kept, called like
             :func:`accept_or_resample`, which None stands for (``verification.py``).
     """
@@ -168,7 +169,8 @@ class Decoder:
             believed_B = None
             if self.min_confidence:
                 sure_B = self.session.confidence_B
-                assert sure_B is not None
+                if sure_B is None:
+                    sure_B = likeliest(logits_BV)
                 product_B = sure_B if product_B is None else product_B * sure_B
                 believed_B = product_B >= self.min_confidence
                 if not bool(believed_B.any()):
@@ -233,6 +235,12 @@ class Decoder:
             draft, tokens = row[:limit], row[n_drafts:]
             steps.append(Step.of_chain(tokens[: accepted + 1], accepted, draft))
         return Round(steps, logits_BTV)
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """The probability [B] of the likeliest token of each row."""
+    logits_BV = logits_BV.float()
+    return (logits_BV.amax(dim=-1) - logits_BV.logsumexp(dim=-1)).exp()
 
 
 def accept_or_resample(

@@ -86,13 +86,13 @@ class Plan:
         else:
             yield (
                 f"text       {self.texts:,} texts that the model writes itself and then reads, "
-                f"about {self.hours * _TEXTS * 60:,.0f} minutes at {self.tokens_per_second:,.0f} "
+                f"about {_minutes(self.hours * _TEXTS)} at {self.tokens_per_second:,.0f} "
                 f"tokens per second with activations={self.activations}"
             )
-        minutes = self.hours * 60 * (_TRAINING + (_TEXTS if self.files else 0))
+        hours = self.hours * (_TRAINING + (_TEXTS if self.files else 0))
         yield (
             f"training   {self.steps:,} steps of {_BATCH * self.window:,} tokens, about "
-            f"{minutes:,.0f} minutes at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
+            f"{_minutes(hours)} at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
             f"{self.precision}"
             + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
@@ -102,7 +102,7 @@ class Plan:
         # are the trunk's states of the texts.
         disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
         yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
-        yield f"time       about {self.hours * 60:,.0f} minutes in all on this machine"
+        yield f"time       about {_minutes(self.hours)} in all on this machine"
 
     def train(self) -> list[str]:
         """The overrides of train.py."""
@@ -134,6 +134,11 @@ class Plan:
             f"trainer.precision={self.precision}",
             *self.overrides,
         ]
+
+
+def _minutes(hours: float) -> str:
+    minutes = max(round(60 * hours), 1)
+    return "a minute" if minutes == 1 else f"{minutes:,} minutes"
 
 
 def _new(window: int) -> int:

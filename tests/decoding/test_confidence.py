@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from mtp_lightning.decoding import compiled, generate
+from mtp_lightning.decoding import compiled, generate, speculative
 from mtp_lightning.decoding.adaptive import AutoDepth
+from mtp_lightning.decoding.speculative import likeliest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -43,9 +44,49 @@ def test_the_number_of_drafts_follows_the_product(
             assert all(row.tokens_per_step == 1 for row in done)
 
 
+def test_without_an_estimate_the_likeliest_draft_counts(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first draft of a round is made where its own probability is high enough."""
+    made = build(tiny_trunk, MTPConfig.find("sequential")(depth=1))
+    seen: list[float] = []
+
+    def spied(logits_BV: torch.Tensor) -> torch.Tensor:
+        found = likeliest(logits_BV)
+        seen.append(found.item())
+        return found
+
+    monkeypatch.setattr(speculative, "likeliest", spied)
+    settings = {"max_new_tokens": 40, "draft_depth": 1, "eot_id": -1}
+    generate(made, PROMPTS[:1], min_confidence=1e-9, **settings)  # type: ignore[arg-type]
+    least = sorted(seen)[len(seen) // 2]
+    seen.clear()
+    (text,) = generate(made, PROMPTS[:1], min_confidence=least, **settings)  # type: ignore[arg-type]
+    # The last round may have no room for a draft that it believes in.
+    assert sum(s >= least for s in seen) - text.drafts_reached[0] in (0, 1)
+    assert 0 < text.drafts_reached[0] < len(seen)
+
+
+def test_the_likeliest_tokens_probability() -> None:
+    logits = 8 * torch.randn(6, 40)
+    logits[2, 3:] = -torch.inf  # as of a short head
+    logits[3, 1:] = -torch.inf
+    expected = logits.double().softmax(dim=-1).amax(dim=-1)
+    torch.testing.assert_close(likeliest(logits).double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        likeliest(logits.bfloat16()).double(),
+        logits.bfloat16().double().softmax(dim=-1).amax(dim=-1),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("confidence", [True, False])
 @pytest.mark.parametrize("variant", ["sequential", "linear"])
-def test_greedy_text_is_that_of_plain_decoding(tiny_trunk: TrunkConfig, variant: str) -> None:
-    made = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=True))
+def test_greedy_text_is_that_of_plain_decoding(
+    tiny_trunk: TrunkConfig, variant: str, confidence: bool
+) -> None:
+    made = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=confidence))
     plain = generate(made, PROMPTS, max_new_tokens=30, speculative=False)
     for least in (0.1, 0.3, 0.5):
         found = generate(made, PROMPTS, max_new_tokens=30, min_confidence=least)
@@ -57,8 +98,8 @@ def test_compiled_passes_stop_where_eager_ones_do(
     tiny_trunk: TrunkConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
-    for sure, least in ((0.8, 0.6), (None, 0.3), (None, 0.5)):
-        made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3, confidence=True))
+    for sure, least in ((0.8, 0.6), (None, 0.3), (None, 0.5), (None, 0.04)):
+        made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3, confidence=least > 0.1))
         made = made if sure is None else model(tiny_trunk, "sequential", sure)
         settings = {"temperature": temperature, "min_confidence": least, "batch_size": 1}
         eager, found = (
@@ -97,9 +138,6 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
 
 
 def test_what_makes_no_sense_is_refused(tiny_trunk: TrunkConfig) -> None:
-    without = build(tiny_trunk, MTPConfig.find("sequential")(depth=3))
-    settings = {"max_new_tokens": 4, "min_confidence": 0.5}
-    with pytest.raises(ValueError, match=r"min_confidence=0.5 needs a model .*\.confidence=true"):
-        generate(without, PROMPTS, **settings)  # type: ignore[arg-type]
+    made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3))
     with pytest.raises(ValueError, match=r"min_confidence must be a number in \[0, 1\], not 2"):
-        generate(without, PROMPTS, max_new_tokens=4, min_confidence=2)
+        generate(made, PROMPTS, max_new_tokens=4, min_confidence=2)
