@@ -16,6 +16,8 @@ from mtp_lightning.settings import is_number, is_whole
 
 # The smallest positive setting that is not 0 in fp32, the precision of probabilities.
 _LEAST = torch.finfo(torch.float32).tiny
+# Largest probabilities that are sorted first, to find those that reach top_p.
+_SORTED = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +66,38 @@ class Sampling:
             logits = logits - logits.amax(dim=-1, keepdim=True)
             logits = logits / max(self.temperature, _LEAST)
         probs = torch.softmax(logits, dim=-1)
-        narrow_k = self.top_k is not None and self.top_k < logits.shape[-1]
-        top_p = 1.0 if self.top_p is None else max(self.top_p, _LEAST)
-        if not narrow_k and top_p == 1:
+        n_tokens = logits.shape[-1]
+        top_k, top_p = min(self.top_k or n_tokens, n_tokens), self.top_p or 1.0
+        if top_k == n_tokens and top_p == 1:
             return probs
-        ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-        if narrow_k:
-            ordered[..., self.top_k :] = 0
+        return _largest(probs, top_k, max(top_p, _LEAST))
+
+
+def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Probabilities [..., V] of the tokens that ``top_k`` and then ``top_p`` keep; others get 0.
+
+    A whole vocabulary takes longer to sort than a model to read, so only the largest probabilities
+    are sorted: ``top_k``, or as many as reach ``top_p``.
+    """
+    n_tokens = probs.shape[-1]
+    n = top_k if top_k < n_tokens else min(_SORTED, n_tokens)
+    while True:
+        ordered = probs.topk(n, dim=-1).values
+        count = torch.full_like(ordered[..., :1], n, dtype=torch.long)
         if top_p < 1:
-            ordered /= ordered.sum(dim=-1, keepdim=True)
-            before = ordered.cumsum(dim=-1) - ordered
-            ordered.masked_fill_(before >= top_p, 0)
-        kept = torch.zeros_like(probs).scatter_(-1, ids, ordered)
-        return kept / kept.sum(dim=-1, keepdim=True)
+            total = (ordered if n == top_k else probs).sum(dim=-1, keepdim=True)
+            shares = ordered / total
+            before = shares.cumsum(dim=-1) - shares
+            count = (before < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
+        if n == top_k or bool((count < n).all()):
+            break
+        n = min(8 * n, n_tokens)
+    least = ordered.gather(-1, count - 1)
+    above, equal = probs > least, probs == least
+    # Of the tokens equal to the last, the lowest ids.
+    equal &= equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)
+    kept = torch.where(above | equal, probs, 0.0)
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:

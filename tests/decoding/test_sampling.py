@@ -41,6 +41,39 @@ def test_greedy_and_top_k_give_ties_to_the_lowest_id():
     assert kept.tolist() == [[0, 0.5, 0.5, 0, 0]]
 
 
+def kept_one_by_one(probs: list[float], top_k: int | None, top_p: float | None) -> list[float]:
+    """The kept tokens' shares, found token by token in Python's floats."""
+    order = sorted(range(len(probs)), key=lambda i: (-probs[i], i))[:top_k]
+    total, before, kept = sum(probs[i] for i in order), 0.0, []
+    for i in order:
+        if kept and before / total >= (top_p or 1.0):
+            break
+        kept.append(i)
+        before += probs[i]
+    mass = sum(probs[i] for i in kept)
+    return [probs[i] / mass if i in kept else 0.0 for i in range(len(probs))]
+
+
+@pytest.mark.parametrize("vocab", [7, 60, 700, 1500])
+def test_the_largest_are_kept_as_one_by_one(vocab):
+    """Also where many are equal, where some cannot be drawn, and where more are kept than are
+    sorted first."""
+    generator = torch.Generator().manual_seed(vocab)
+    for trial in range(24):
+        logits = (0.1, 1.0, 4.0)[trial % 3] * torch.randn(2, vocab, generator=generator)
+        if trial % 2:
+            logits = (2 * logits).round() / 2
+        if trial % 4 == 3:
+            logits[:, vocab // 2 :] = -torch.inf
+        k, p = torch.rand(2, generator=generator).tolist()
+        top_k = None if trial % 6 == 0 else 1 + int(k * vocab)
+        top_p = None if trial % 6 == 5 else 0.02 + 0.97 * p
+        found = Sampling(temperature=1.0, top_k=top_k, top_p=top_p).probabilities(logits)
+        for row, probs in zip(found, torch.softmax(logits, dim=-1), strict=True):
+            expected = kept_one_by_one(probs.tolist(), top_k, top_p)
+            torch.testing.assert_close(row, torch.tensor(expected))
+
+
 def test_a_tiny_temperature_is_finite():
     probs = Sampling(temperature=1e-30).probabilities(torch.tensor([1.0, 2.0, 0.0]))
     assert probs.tolist() == [0, 1, 0]
