@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
@@ -112,6 +113,11 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     aim = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
     found = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
     return found.clamp_(max=probs.shape[-1] - 1)
+
+
+def over_all(probs: Tensor, n_tokens: int) -> Tensor:
+    """Probabilities [..., n] of the first tokens as those [..., n_tokens] of all."""
+    return F.pad(probs, (0, n_tokens - probs.shape[-1]))
 
 
 class RowSampling:

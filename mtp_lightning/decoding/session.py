@@ -94,7 +94,7 @@ class Session:
     def _short_head(self, rows: int) -> ShortHead:
         weight, passes = self.model.head.weight, fused(self.model)
         first = weight.detach()[:rows] if passes is None else passes.first_rows(weight, rows)
-        return ShortHead(first, len(weight))
+        return ShortHead(first)
 
     def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
         return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
@@ -214,7 +214,8 @@ class Session:
         return main, self._branch(output) if self._trunk_gives_branch else None
 
     def draft(self, k: int) -> Tensor:
-        """Bring depth ``k`` up to date and return its logits [B, V].
+        """Bring depth ``k`` up to date and return its logits [B, V], or with ``draft_vocab`` those
+        of the tokens that can be drafted.
 
         They predict the token ``k`` positions after the pending one. The shallower depths must be
         up to date, and their drafts in the token buffer.
@@ -304,12 +305,7 @@ class Session:
         last_B1C = self.model.mtp.head_input(last_B1C)
         if self.model.mtp.confidence is not None:
             self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
-        if logits_BV is None:
-            logits_B1V = self._draft_head(last_B1C)
-        else:
-            logits_B1V = logits_BV.unsqueeze(1)
-            if self._short is not None:
-                logits_B1V = self._short.over_all(logits_B1V)
+        logits_B1V = self._draft_head(last_B1C) if logits_BV is None else logits_BV[:, None]
         if self.model.mtp.rescorer is None:
             return logits_B1V
         return self.model.mtp.rescore(k, last_B1C, logits_B1V, self._before(k))

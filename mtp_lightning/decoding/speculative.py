@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.noise import Noise
-from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
+from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw, over_all
 from mtp_lightning.decoding.session import Session
 
 
@@ -222,7 +222,8 @@ class Decoder:
             tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
             session.put(tokens_B1, 1)
             return Round([Step.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
-        draft_BM, q_BMV = torch.cat(drafts, dim=1), torch.stack(proposals, dim=1)
+        draft_BM = torch.cat(drafts, dim=1)
+        q_BMV = over_all(torch.stack(proposals, dim=1), p_BTV.shape[-1])
         half = self._max_draft
         tokens_BT, accepted_B = self._verify(
             p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.decoding.sampling import draw, over_all
 from mtp_lightning.decoding.speculative import Decoder, Round, Step
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
@@ -94,11 +94,11 @@ class TreeDecoder(Decoder):
             proposals.append(q_BPWV)
             session.put_nodes(drafts[-1], k)
         logits_BTV = session.verify_tree()
-        draft_BN = torch.cat(drafts, dim=1)
+        draft_BN, n_tokens = torch.cat(drafts, dim=1), logits_BTV.shape[-1]
         tokens_BE, path_BE, accepted_B = accept_path_or_resample(
             tree,
             self._sampling.probabilities(logits_BTV),
-            proposals,
+            [over_all(q_BPWV, n_tokens) for q_BPWV in proposals],
             draft_BN,
             noise_BR[:, len(tree) : 2 * len(tree)],
             noise_BR[:, -1],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.mixture import mixed_log_probs
@@ -37,23 +36,17 @@ class ShortHead:
 
     Reading the head's weight takes most of the time of a small module's draft: it holds 28 of the
     135 million weights of SmolLM2-135M. Byte-pair ids are numbered in the order of their merges,
-    the most frequent first, so that the first sixth of the rows covers nine tokens of ten. Tokens
-    beyond ``rows`` get the logit -inf: they are never drafted, but the trunk can still choose them.
+    the most frequent first, so that the first sixth of the rows covers nine tokens of ten. Other
+    tokens are never drafted, but the trunk can still choose them.
 
     Args:
         weight: the first rows of the head's weight, [rows, C]: those of the tokens that can be
             drafted.
-        vocab_size: V.
     """
 
-    def __init__(self, weight: Tensor, vocab_size: int) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self._others = vocab_size - len(weight)
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Logits [..., V] of states [..., C]."""
-        return self.over_all(linear(h, self.weight))
-
-    def over_all(self, logits: Tensor) -> Tensor:
-        """Logits [..., rows] -> [..., V]."""
-        return F.pad(logits, (0, self._others), value=-float("inf"))
+        """Logits [..., rows] of states [..., C]."""
+        return linear(h, self.weight)

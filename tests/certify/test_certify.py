@@ -85,11 +85,11 @@ def test_sound_decoding(certify: Any) -> None:
 def test_cells_are_those_that_a_model_is_capable_of() -> None:
     assert list(ways(small_model(0, 1))) == [
         *("none", "depth 1", "depth 2", "depth 4", "deeper", "one cache", "auto", "tree"),
-        *("short head", "block"),
+        *("short head", "block", "confident"),
     ]
     assert "deeper" not in ways(small_model(0, 3)) and "depth 3" in ways(small_model(0, 3))
     few, all_ = (list(cells(small_model(0, 1), (1, 2), few=few)) for few in (True, False))
-    assert len(all_) == 10 * 8 - 1 and len(few) == 10 * 4 - 1
+    assert len(all_) == 11 * 8 - 1 and len(few) == 11 * 4 - 1
     assert len(set(map(repr, all_))) == len(all_)
 
 
