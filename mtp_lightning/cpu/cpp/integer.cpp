@@ -68,12 +68,8 @@ VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const R
     const int32_t* words = x.words.data() + row * groups * WORDS;
     for (int64_t g = 0; g < groups; g++, words += WORDS) {
         const char* scales = panel + first * SIZE * sizeof(Vector);
-        Vector step[V], offset[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++, scales += SIZE * sizeof(Vector)) {
-            for (int i = 0; i < SIZE; i++) ask_ahead(scales + i * sizeof(Vector));
-            step[v] = Format::SCALES::step(scales), offset[v] = Format::SCALES::offset(scales);
-        }
+        for (int i = 0; i < V * SIZE; i++) ask_ahead(scales + i * sizeof(Vector));
         panel += vectors * SIZE * sizeof(Vector);
         __m512i dot[R][V];
         each_vector<R, V>(BODY(int r, int v) { dot[r][v] = _mm512_setzero_si512(); });
@@ -98,16 +94,19 @@ VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const R
         }
         each_vector<R, V>(BODY(int r, int v) {
             int64_t at = (row + r) * groups + g;
+            const char* of = scales + v * SIZE * sizeof(Vector);
             Vector scaled = all(x.scale[at]) * (Vector)_mm512_cvtepi32_ps(dot[r][v]);
-            sum[r][v] = multiply_add(step[v], scaled, sum[r][v]);
-            sum[r][v] = multiply_add(offset[v], all(x.total[at]), sum[r][v]);
+            sum[r][v] = multiply_add(Format::SCALES::step(of), scaled, sum[r][v]);
+            sum[r][v] = multiply_add(Format::SCALES::offset(of), all(x.total[at]), sum[r][v]);
         });
     }
     each_vector<R, V>(BODY(int r, int v) { store(out + (r * V + v) * LANES, sum[r][v]); });
 }
 
-// Rows and vectors of a tile: with one or two rows whole panels, else what fits into the registers.
+// Rows of a tile. A tile has whole panels, so that memory is read in order (in halves of panels, three
+// tokens took twice as long as two on Zen 4); with many rows halves, whose sums stay in the registers.
 constexpr int TALL = 4;
+constexpr int64_t MANY = 32;
 
 template <typename Format>
 static void integer_product(const float* x, const char* weight, float* out, int64_t rows,
@@ -120,24 +119,21 @@ static void integer_product(const float* x, const char* weight, float* out, int6
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
         int64_t at = p * PANEL, vectors = panel_width<Format>(outputs - at) / LANES;
-        int64_t most = rows > 2 ? 2 : 4;
+        int64_t most = rows > MANY ? 2 : 4;
         for (int64_t i = 0; i < rows; i += TALL)
             for (int64_t first = 0; first < vectors;) {
                 int64_t wide = least(vectors - first, most);
                 sized<TALL, 4>(rows - i, wide * LANES, [&](auto r, auto v) {
                     constexpr int R = r.value, V = v.value;
-                    if constexpr (R <= 2 || V <= 2) {
-                        float found[R * V * LANES];
-                        tile<Format, R, V>(weight + p * size, vectors, first, rounded, i, groups,
-                                           found);
-                        for (int j = 0; j < R; j++)
-                            for (int u = 0; u < V; u++) {
-                                int64_t o = at + (first + u) * LANES;
-                                store_sum(out + (i + j) * outputs + o,
-                                          load(found + (j * V + u) * LANES), outputs - o, add);
-                            }
-                        first += V;
-                    }
+                    float found[R * V * LANES];
+                    tile<Format, R, V>(weight + p * size, vectors, first, rounded, i, groups, found);
+                    for (int j = 0; j < R; j++)
+                        for (int u = 0; u < V; u++) {
+                            int64_t o = at + (first + u) * LANES;
+                            store_sum(out + (i + j) * outputs + o, load(found + (j * V + u) * LANES),
+                                      outputs - o, add);
+                        }
+                    first += V;
                 });
             }
     }
