@@ -191,7 +191,8 @@ def continue_prompts(
 
 
 def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
-    """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay.
+    """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of the
+    tokens that the modules were trained on.
 
     Args:
         rows: texts that are mostly decoded together; None for one.
@@ -199,14 +200,17 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     Raises:
         UserError: an option is out of range.
     """
-    options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+    known: dict[str, Any] = {"max_context": run.seq_len}
+    if cfg.draft_vocab is None and cfg.speculative and not cfg.compile:
+        known["draft_vocab"] = run.draft_vocab
+    options = DecodingOptions.from_config(cfg, **known)
     if cfg.get("show_drafts"):
         return options  # drafts that do not pay can be seen, too
     precision = {name: cfg[name] for name in ("precision", "head_precision", "activations")}
     together = min(options.slots, rows or 1)
     settled = settle_drafts(options, run, rows=together, **precision)
-    known = settled.measured
-    if rows is not None and known is not None and not known.pays:
+    measured = settled.measured
+    if rows is not None and measured is not None and not measured.pays:
         return options.plain()  # which keeps no states for drafts; a server may be asked for them
     return settled
 

@@ -20,8 +20,10 @@ from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expecte
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.paying import measure, settle_drafts, told
+from mtp_lightning.experiment.generating import drafts_settled
 from mtp_lightning.opening import OpenedModel
 from tests.decoding.models import random_prompts, small_model
+from tests.integration.helpers import composed
 from tests.models import checkpoint_of
 
 SHARE = st.floats(0, 1)
@@ -128,6 +130,23 @@ def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path
     assert settle_drafts(options, opened, rows=1).measured is not None and len(counted) == 2
     assert first.measured is not None
     assert settle_drafts(options, opened, rows=1).measured is not None
+
+
+def test_drafts_are_of_the_tokens_that_the_modules_were_trained_on(
+    counted: list[Any], tmp_path: Path
+) -> None:
+    opened = opened_at(tmp_path)
+    trained = replace(opened, config={**opened.config, "objective": {"draft_vocab": 64}})
+    for run, asked, expected in (
+        (opened, {}, None),
+        (trained, {}, 64),
+        (trained, {"draft_vocab": 257}, 257),
+        (trained, {"speculative": False}, None),
+        (trained, {"compile": True}, None),
+    ):
+        words = [f"{name}={value}".lower() for name, value in asked.items()]
+        cfg = composed("generate", ["checkpoint=mine", *words])
+        assert drafts_settled(cfg, run).draft_vocab == expected
 
 
 def test_a_number_of_ones_own_is_kept(counted: list[Any], tmp_path: Path) -> None:
