@@ -191,8 +191,8 @@ def continue_prompts(
 
 
 def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
-    """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of the
-    tokens that the modules were trained on.
+    """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of
+    the tokens that the modules were trained on.
 
     Args:
         rows: texts that are mostly decoded together; None for one.
