@@ -13,10 +13,12 @@ too, is counted. ``benchmarks.rounds`` has the cost of single passes, which boun
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
+from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.system import processor
 from sweeps.report.statistics import ratio_interval
 
@@ -236,6 +239,14 @@ def memory_limit(model: MTPModel) -> float:
     return 1 / min(harness.seconds_of(lambda: torch.dot(numbers, numbers)) for _ in range(20))
 
 
+def agreement(run: Path) -> float | None:
+    """The share of held-out tokens at which the first head and the trunk agree, of a run."""
+    with suppress(OSError):
+        summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return summary.get("val/agreement_depth_1")
+    return None
+
+
 @cli.command()
 def pretrained_heads(
     run: str,
@@ -294,7 +305,13 @@ def pretrained_heads(
     )
     limit = memory_limit(opened.model)
     print(f"reading the weights alone: {limit:.1f} tokens/s")
-    return {"processor": processor(), "rows": rows, "memory_limit": limit}
+    measured_on = processor() + ("" if activations == "fp32" else f", activations={activations}")
+    return {
+        "processor": measured_on,
+        "head": {"steps": opened.step, "agreement": agreement(Path(run))},
+        "rows": rows,
+        "memory_limit": limit,
+    }
 
 
 main = cli.program(pretrained_heads)

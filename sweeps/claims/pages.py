@@ -299,5 +299,6 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
         # Texts of each kind, all of which have the same length.
         n = rows[0]["tokens"] // content.get("options", {}).get("new_tokens", 64)
         processor = content.get("processor", "one processor")
-        found.append({"processor": processor, "texts": texts, "n": n})
+        head = content.get("head")
+        found.append({"processor": processor, "texts": texts, "n": n, "head": head})
     return found or None

@@ -356,22 +356,29 @@ def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
 def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
     folder = tmp_path / "benchmarks" / "results"
     folder.mkdir(parents=True)
-    for name, ratio, ends in (("", 1.36, None), ("_other", 0.9, [0.8, 1.01])):
+    head = {"steps": 2100, "agreement": 0.479}
+    for name, ratio, ends, said in (
+        ("", 1.36, None, {}),
+        ("_other", 0.9, [0.8, 1.01], {"head": head}),
+    ):
         row = {"kind": "code", "temperature": 0.0, "tokens": 192}
         row |= {
             "drafts_1": {"over_plain_cpu": ratio, "over_plain_cpu_interval": ends},
             "drafts_1_of_4096": {"over_plain_cpu": ratio - 0.1},
         }
-        text = json.dumps({"processor": f"P{name}", "rows": [row]})
+        text = json.dumps({"processor": f"P{name}", "rows": [row], **said})
         (folder / f"pretrained_heads{name}.json").write_text(text)
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
     assert (
-        "| processor | code | texts of a kind |\n|---|---|---|\n| P | 1.36 × | 3, no interval |\n"
-        "| P_other | 0.90 × [0.80, 1.01] | 3, 95 % intervals |\n" in english
+        "| processor | head | code | texts of a kind |\n|---|---|---|---|\n"
+        "| P |  | 1.36 × | 3, no interval |\n"
+        "| P_other | 2,100 steps, 48 % agreement | 0.90 × [0.80, 1.01] | 3, 95 % intervals |\n"
+        in english
     )
     assert (
-        "| P | 1.36 倍 | 3 段，无置信区间 |\n"
-        "| P_other | 0.90 倍 [0.80, 1.01] | 3 段，95 % 置信区间 |\n" in chinese
+        "| P |  | 1.36 倍 | 3 段，无置信区间 |\n"
+        "| P_other | 2,100 步，一致率 48 % | 0.90 倍 [0.80, 1.01] | 3 段，95 % 置信区间 |\n"
+        in chinese
     )
 
 
