@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from data_modules.tokenizers.chat_template import ChatTemplate
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
+from mtp_lightning.literal import quoted
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -32,6 +34,8 @@ _FEWEST = 64  # texts, of which some are held out
 # The module is trained on so many of the first token ids, unless there are fewer than four times as
 # many: the head of a small model is most of a step's work.
 _VOCAB = 4096
+# Share of the texts of a chat model that are chats, and the temperature of all.
+_CHATS, _TEMPERATURE = 0.6, 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class Plan:
         activations: with which the model writes texts.
         draft_vocab: the module is trained on so many of the first token ids; None for all.
         state_bytes: of the trunk's states of the texts.
+        chat: the chat format's texts before a question, and between it and the answer; empty for a
+            model without one.
     """
 
     model: str
@@ -75,6 +81,7 @@ class Plan:
     activations: str = "fp32"
     draft_vocab: int | None = None
     state_bytes: int = 0
+    chat: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """What a person is told before it starts."""
@@ -84,8 +91,9 @@ class Plan:
         if self.files:
             yield f"text       {', '.join(self.files)}"
         else:
+            chats = f" ({_CHATS:.0%} of them chats)" if self.chat else ""
             yield (
-                f"text       {self.texts:,} texts that the model writes itself and then reads, "
+                f"text       {self.texts:,} texts{chats} that the model writes itself and then reads, "
                 f"about {_minutes(self.hours * _TEXTS)} at {self.tokens_per_second:,.0f} "
                 f"tokens per second with activations={self.activations}"
             )
@@ -115,9 +123,14 @@ class Plan:
                 f"data.n_prompts={self.texts}",
                 f"data.prompt_tokens={self.window - _new(self.window)}",
                 f"data.new_tokens={_new(self.window)}",
+                f"data.temperature={_TEMPERATURE}",
                 f"data.activations={self.activations}",
                 "data.cache_states=true",
             ]
+            if self.chat:
+                before, after = map(quoted, self.chat)
+                data += [f"data.chat_share={_CHATS}", f"data.chat_before={before}"]
+                data += [f"data.chat_after={after}"]
         return [
             "experiment=posthoc_heads",
             f"init_from={self.model}",
@@ -193,11 +206,14 @@ def plan(
     # Afterwards, since it changes the model's products.
     integers = on_cpu and not files and multiply_integers(run.model) is None
     written = 0.0 if files else _writes(run)
-    seconds, texts = 3600 * hours * _TRAINING, 0
+    seconds, texts, chat = 3600 * hours * _TRAINING, 0, []
     if files:  # whose states are computed in every step
         seconds += 3600 * hours * _TEXTS
     else:
-        each = _new(window) / written + (with_trunk - alone) / speed
+        chat, around = _chat(run, window)
+        asked = _CHATS * (window - _new(window)) if chat else 0  # tokens of questions, per text
+        read = (with_trunk - alone) * (window + _CHATS * around) / window
+        each = (_new(window) + asked) / written + read / speed
         texts = int(3600 * hours * _TEXTS / each)
     steps = int(seconds * speed / ((with_trunk if files else alone) * _BATCH))
     if steps < 10 or (not files and texts < _FEWEST):
@@ -224,7 +240,19 @@ def plan(
         activations="int8" if integers else "fp32",
         draft_vocab=draft_vocab,
         state_bytes=4 * texts * window * trunk.d_model,
+        chat=chat,
     )
+
+
+def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
+    """The texts around the question of a chat, and how many tokens they have; none for a model that
+    holds no chat in its context."""
+    template = ChatTemplate.of(run.tokenizer_state)
+    around = None if template is None else template.around()
+    if around is None:
+        return [], 0
+    n = sum(len(run.tokenizer.encode_specials(text)) for text in around)
+    return (list(around), n) if window + n <= run.seq_len else ([], 0)
 
 
 def _switches(mtp: MTPConfig) -> list[str]:

@@ -7,9 +7,10 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+from data_modules.tokenizers.chat_template import ChatTemplate
 from mtp_lightning.decoding.options import Request
+from mtp_lightning.errors import UserError
 from mtp_lightning.opening import OpenedModel
-from mtp_lightning.serving.chat import ChatTemplate
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.serving.schemas import (
     Body,
@@ -126,7 +127,10 @@ class Parser:
             raise Refusal(
                 f"{self.name} has no chat template: ask it by /v1/completions.", code="no_chat"
             )
-        text = self.template.render([message.model_dump() for message in messages])
+        try:
+            text = self.template.render([message.model_dump() for message in messages])
+        except UserError as error:
+            raise Refusal(str(error), param="messages") from error
         return self._checked(self._encoded(text, specials=True), "messages")
 
     def _encoded(self, text: str, *, specials: bool) -> list[int]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from data_modules.tokenizers import PretrainedTokenizer
+from data_modules.tokenizers.chat_template import ChatTemplate
 from mtp_lightning.opening import OpenedModel, pretrained_state
-from mtp_lightning.serving.chat import ChatTemplate
 from mtp_lightning.serving.refusal import Refusal
 from tests.decoding.models import small_model
 from tests.serving.conftest import NAME, Serving, expected, refused, serving
@@ -100,8 +100,18 @@ def test_a_template_sees_messages_alone() -> None:
         "{% include '/etc/passwd' %}",
         "{{ 1 / 0 }}",
     ):
-        with pytest.raises(Refusal, match="does not take these messages"):
+        with pytest.raises(ValueError, match="does not take these messages"):
             ChatTemplate(source, {}).render([{"role": "user", "content": "a"}])
+        assert ChatTemplate(source, {}).around() is None
+
+
+def test_what_a_template_writes_around_a_question(folder: Path) -> None:
+    template = ChatTemplate.of(PretrainedTokenizer(str(folder)).state())
+    assert template is not None
+    before, after = template.around() or ("", "")
+    assert before + "Why?" + after == template.render([{"role": "user", "content": "Why?"}])
+    for source in ("{{ messages[0]['content'] * 2 }}.", "{{ messages[0]['content'] }}", "hello"):
+        assert ChatTemplate(source, {}).around() is None
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "seed": 3}], ids=str)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.serving.refusal import Refusal
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -75,7 +75,7 @@ class ChatTemplate:
             messages: each with ``role`` and ``content``.
 
         Raises:
-            Refusal: the template does not take these messages.
+            UserError: the template does not take these messages.
         """
         try:
             return self._template.render(
@@ -83,9 +83,19 @@ class ChatTemplate:
             )
         except Exception as error:  # an untrusted program may raise anything
             told = str(error).strip().rstrip(".") or type(error).__name__
-            raise Refusal(
-                f"The model's chat template does not take these messages: {told}.", param="messages"
+            raise UserError(
+                f"The model's chat template does not take these messages: {told}."
             ) from error
+
+    def around(self) -> tuple[str, str] | None:
+        """The texts before a first question, and between it and the answer; None where the template
+        takes no single question as it is."""
+        question = "What is it?"
+        with suppress(UserError):
+            before, *after = self.render([{"role": "user", "content": question}]).split(question)
+            if len(after) == 1 and after[0]:
+                return before, after[0]
+        return None
 
 
 def _raise(message: str) -> None:
