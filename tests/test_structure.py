@@ -29,7 +29,8 @@ RANK = {
     **dict.fromkeys(["explained", "parts", "stored"], -0.5),
     **dict.fromkeys(["keys", "misspelt"], -0.4),
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "hosts", "markdown", "processes", "registry", "runtime"], 0),
+    **dict.fromkeys(["chat_template", "cli", "hosts", "markdown"], 0),
+    **dict.fromkeys(["processes", "registry", "runtime"], 0),
     "vetting": 0.1,
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),

@@ -21,6 +21,7 @@ from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 
 PLAN, RUN, CERTIFICATE, EXPORT = "plan.json", "run", "certificate", "model"
+SPEED = "speed.json"
 
 
 def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightning.heads") -> None:
@@ -49,7 +50,12 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
             ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
         )
         run_export(run, folder)
-        _say_result(folder, found.draft_vocab)
+        way = [f"--activations={found.activations}"]
+        way += [f"--draft-vocab={found.draft_vocab}"] if found.draft_vocab else []
+        model, speed = str(folder / EXPORT), folder / SPEED
+        command = ["mtp_lightning.heads.speed", model, *way, "--output", str(speed)]
+        run_phase("speed", speed, command)
+        _say_result(folder, found)
 
 
 def add_options(parser: Parser, *, output: str, hours: str) -> None:
@@ -178,21 +184,22 @@ def say(name: str, text: str) -> None:
     print(f"{name:<12}{text}", flush=True)
 
 
-def _say_result(folder: Path, draft_vocab: int | None) -> None:
+def _say_result(folder: Path, plan: Any) -> None:
     summary = json.loads((folder / RUN / "summary.json").read_text(encoding="utf-8"))
     certificate = json.loads((folder / CERTIFICATE / "certificate.json").read_text("utf-8"))
     rows: list[tuple[str, str, Callable[[float], str]]] = [
         ("agreement", "val/agreement_depth_1", lambda x: f"{x:.1%} of tokens are the trunk's own"),
         ("tokens", "decode/tokens_per_step", lambda x: f"{x:.2f} per pass"),
-        ("speed", "decode/speedup", lambda x: f"{x:.2f} times plain decoding"),
     ]
     for name, tag, shown in rows:
         if isinstance(summary.get(tag), int | float):
             say(name, shown(summary[tag]))
+    say("speed", json.loads((folder / SPEED).read_text(encoding="utf-8"))["said"])
     say("lossless", certificate["verdict"])
     say("written to", str(folder / EXPORT))
-    short = "" if draft_vocab is None else f" draft_vocab={draft_vocab}"
-    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'{short}")
+    way = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
+    way += "" if plan.activations == "fp32" else f" activations={plan.activations}"
+    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'{way}")
 
 
 if __name__ == "__main__":

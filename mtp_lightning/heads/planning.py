@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from data_modules.tokenizers.chat_template import ChatTemplate
 from data_modules.windows import WindowBatch
+from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
@@ -93,8 +93,8 @@ class Plan:
         else:
             chats = f" ({_CHATS:.0%} of them chats)" if self.chat else ""
             yield (
-                f"text       {self.texts:,} texts{chats} that the model writes itself and then reads, "
-                f"about {_minutes(self.hours * _TEXTS)} at {self.tokens_per_second:,.0f} "
+                f"text       {self.texts:,} texts{chats} that the model writes itself and then "
+                f"reads, about {_minutes(self.hours * _TEXTS)} at {self.tokens_per_second:,.0f} "
                 f"tokens per second with activations={self.activations}"
             )
         hours = self.hours * (_TRAINING + (_TEXTS if self.files else 0))
@@ -206,7 +206,8 @@ def plan(
     # Afterwards, since it changes the model's products.
     integers = on_cpu and not files and multiply_integers(run.model) is None
     written = 0.0 if files else _writes(run)
-    seconds, texts, chat = 3600 * hours * _TRAINING, 0, []
+    seconds, texts = 3600 * hours * _TRAINING, 0
+    chat: list[str] = []
     if files:  # whose states are computed in every step
         seconds += 3600 * hours * _TEXTS
     else:

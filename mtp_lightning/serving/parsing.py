@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from data_modules.tokenizers.chat_template import ChatTemplate
+from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.errors import UserError
 from mtp_lightning.opening import OpenedModel

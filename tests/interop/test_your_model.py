@@ -90,9 +90,9 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
         said.append(done.stdout)
         if words[1] == "heads":
             again = execute([sys.executable, *typed(words)], tmp_path, **cache)
-            assert again.stdout.count("done before: ") == 3, again.stdout
+            assert again.stdout.count("done before: ") == 4, again.stdout
     assert len(said) == 9
-    assert all(word in said[1] for word in ("verified", "lossless", "agreement"))
+    assert all(word in said[1] for word in ("verified", "lossless", "agreement", "Measured"))
     assert (tmp_path / "smollm2_heads" / "certificate" / "badge.svg").is_file()
     assert "no MTP" in said[4] and "x transformers" in said[6]
     assert "agreement" in said[8]

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from data_modules.tokenizers import PretrainedTokenizer
-from data_modules.tokenizers.chat_template import ChatTemplate
+from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.opening import OpenedModel, pretrained_state
-from mtp_lightning.serving.refusal import Refusal
 from tests.decoding.models import small_model
 from tests.serving.conftest import NAME, Serving, expected, refused, serving
 

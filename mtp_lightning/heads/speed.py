@@ -1,0 +1,35 @@
+"""``python -m mtp_lightning.heads.speed MODEL --output FILE``: how many drafts pay here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.paying import settle_drafts, told
+from mtp_lightning.experiment.generating import open_to_decode
+from mtp_lightning.run.atomic import write_json
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: measures what generate.py would find at its first start, one text at a time."""
+    parser = Parser(prog="python -m mtp_lightning.heads.speed", description=__doc__)
+    parser.add_argument("model", type=Path, help="a model with heads")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--activations", default="fp32", help="as of generate.py (fp32)")
+    parser.add_argument("--draft-vocab", type=int, help="as draft_vocab of generate.py")
+    args = parser.parse_args(argv)
+    with readable_errors():
+        opened = open_to_decode(args.model, activations=args.activations)
+        options = DecodingOptions(draft_vocab=args.draft_vocab, max_context=opened.seq_len)
+        # The same words as generate.py's, so that it finds the measurement.
+        setting = {"precision": "fp32", "head_precision": None, "activations": args.activations}
+        measured = settle_drafts(options, opened, rows=1, **setting).measured
+        assert measured is not None
+        write_json({"said": told(measured), **asdict(measured)}, args.output)
+
+
+if __name__ == "__main__":
+    main()
