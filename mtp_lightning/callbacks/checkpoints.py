@@ -60,8 +60,10 @@ class Checkpoints(RunCallback, Checkpoint):
       asked to stop (first Ctrl-C, SIGTERM). One batch is one optimizer step. If a validation is due
       after the step, the file is written after it: a run resumed from an earlier file would never
       do that validation.
-    * `best.ckpt`: when `monitor` improves. It is a hard link to the `last.ckpt` of that moment (a
-      copy if the file system has no links), so nothing is written twice.
+    * `best.ckpt`: when `monitor` is as good as ever or better: the main prediction of a frozen
+      trunk is equally good at every step, while its heads learn. It is a hard link to the
+      `last.ckpt` of that moment (a copy if the file system has no links), so nothing is written
+      twice.
     * `previous.ckpt`: the `last.ckpt` before the newest, also a link, so that an intact file
       remains if the newest is damaged.
     * `step_N.ckpt`: for every N of `keep_steps`, a link to the `last.ckpt` of that step, from which
@@ -189,7 +191,7 @@ class Checkpoints(RunCallback, Checkpoint):
             self._end_if_terminated(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves when due or when the monitored value has improved."""
+        """Saves when due or when the monitored value is the best so far."""
         if trainer.state.fn == "validate":
             self._crown_last(trainer)
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -266,7 +268,7 @@ class Checkpoints(RunCallback, Checkpoint):
         if not math.isfinite(score):
             return False
         sign = 1.0 if self.mode == "min" else -1.0
-        if self.best_score is not None and sign * score >= sign * self.best_score:
+        if self.best_score is not None and sign * score > sign * self.best_score:
             return False
         # Set before the save, which stores them.
         self.best_score, self.best_step = score, trainer.global_step

@@ -138,6 +138,18 @@ def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path
     assert step_of(tmp_path / "last.ckpt") == 16
 
 
+def test_of_equally_good_ones_the_newest_is_best(tmp_path: Path) -> None:
+    """The main prediction of a frozen trunk stays what it was, while its heads learn."""
+
+    class Same(TinyModule):
+        def validation_step(self, batch, batch_idx) -> None:
+            self.log("val/loss_depth_0", 2.0)
+
+    kept = Checkpoints(tmp_path, every_n_steps=100)
+    fit(Same(), [kept], max_steps=12)
+    assert kept.best_step == step_of(tmp_path / "best.ckpt") == 12
+
+
 @pytest.mark.parametrize(("signum", "when"), [(signal.SIGINT, 6), (signal.SIGTERM, 4)])
 def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -> None:
     whole = TinyModule()

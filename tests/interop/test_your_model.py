@@ -13,6 +13,7 @@ import pytest
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_tokenizer
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import ROOT, execute
 from tests.interop.theirs import THERE, make
 
@@ -94,6 +95,8 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
     assert len(said) == 9
     assert all(word in said[1] for word in ("verified", "lossless", "agreement", "Measured"))
     assert (tmp_path / "smollm2_heads" / "certificate" / "badge.svg").is_file()
+    # the head of the last step, not of the first validation
+    assert open_model(tmp_path / "smollm2_heads" / "run").step == 10
     assert "no MTP" in said[4] and "x transformers" in said[6]
     assert "agreement" in said[8]
     card = tmp_path / "smollm2_heads.md"
