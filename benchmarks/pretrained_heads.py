@@ -13,7 +13,6 @@ too, is counted. ``benchmarks.rounds`` has the cost of single passes, which boun
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.run.layout import SUMMARY_FILE
+from mtp_lightning.stored import read_json
 from mtp_lightning.system import processor
 from sweeps.report.statistics import ratio_interval
 
@@ -242,8 +242,7 @@ def memory_limit(model: MTPModel) -> float:
 def agreement(run: Path) -> float | None:
     """The share of held-out tokens at which the first head and the trunk agree, of a run."""
     with suppress(OSError):
-        summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return summary.get("val/agreement_depth_1")
+        return read_json(run / SUMMARY_FILE).get("val/agreement_depth_1")
     return None
 
 

@@ -206,15 +206,15 @@ def plan(
     # Afterwards, since it changes the model's products.
     integers = on_cpu and not files and multiply_integers(run.model) is None
     written = 0.0 if files else _writes(run)
-    seconds, texts = 3600 * hours * _TRAINING, 0
+    seconds, texts, read = 3600 * hours * _TRAINING, 0, float(window)  # tokens read, per text
     chat: list[str] = []
     if files:  # whose states are computed in every step
         seconds += 3600 * hours * _TEXTS
     else:
         chat, around = _chat(run, window)
         asked = _CHATS * (window - _new(window)) if chat else 0  # tokens of questions, per text
-        read = (with_trunk - alone) * (window + _CHATS * around) / window
-        each = (_new(window) + asked) / written + read / speed
+        read += _CHATS * around
+        each = (_new(window) + asked) / written + (with_trunk - alone) * read / window / speed
         texts = int(3600 * hours * _TEXTS / each)
     steps = int(seconds * speed / ((with_trunk if files else alone) * _BATCH))
     if steps < 10 or (not files and texts < _FEWEST):
@@ -240,14 +240,13 @@ def plan(
         precision=precision,
         activations="int8" if integers else "fp32",
         draft_vocab=draft_vocab,
-        state_bytes=4 * texts * window * trunk.d_model,
+        state_bytes=int(4 * texts * read * trunk.d_model),
         chat=chat,
     )
 
 
 def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
-    """The texts around the question of a chat, and how many tokens they have; none for a model that
-    holds no chat in its context."""
+    """The texts around a chat's question, and their tokens; none without format or room."""
     template = ChatTemplate.of(run.tokenizer_state)
     around = None if template is None else template.around()
     if around is None:

@@ -11,6 +11,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import settle_drafts, told
 from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.run.atomic import write_json
+from mtp_lightning.runtime import pick_accelerator, set_threads
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,9 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--draft-vocab", type=int, help="as draft_vocab of generate.py")
     args = parser.parse_args(argv)
     with readable_errors():
-        opened = open_to_decode(args.model, activations=args.activations)
+        set_threads(None)
+        device = pick_accelerator("auto")
+        opened = open_to_decode(args.model, device=device, activations=args.activations)
         options = DecodingOptions(draft_vocab=args.draft_vocab, max_context=opened.seq_len)
-        # The same words as generate.py's, so that it finds the measurement.
+        # Device, threads and words are generate.py's, so that it finds the measurement.
         setting = {"precision": "fp32", "head_precision": None, "activations": args.activations}
         measured = settle_drafts(options, opened, rows=1, **setting).measured
         assert measured is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning
 from mtp_lightning.heads.__main__ import PLAN, main
@@ -58,6 +59,24 @@ def test_the_hours_are_divided(
     said = capsys.readouterr().out
     assert "texts that the model writes itself and then reads, about 27 minutes at 1,000" in said
     assert not Path("hub_heads").exists()
+
+
+def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
+    monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
+    monkeypatch.setattr(planning, "_reads", lambda run, window, half=False: 1e8)
+    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    # A window fills the context of 48 tokens: there is no room for the format.
+    alone = planning.plan(model, hours=1.0, files=[], overrides=[])
+    assert alone.chat == [] and not any("chat" in word for word in alone.train())
+    monkeypatch.setattr(planning, "_WINDOW", 32)
+    found = planning.plan(model, hours=1.0, files=[], overrides=[])
+    assert found.chat == ["${x}'Q\n", "\nA:"] and "(60% of them chats)" in "\n".join(found.lines())
+    chats = [word for word in found.train() if word.startswith("data.chat")]
+    cfg = helpers.composed("config", ["data=self_generated", *chats])
+    assert [cfg.data.chat_share, cfg.data.chat_before, cfg.data.chat_after] == [0.6, *found.chat]
+    # With every chat 7 + 3 tokens of the format are read; a state has 32 numbers.
+    assert found.state_bytes == 4 * found.texts * (32 + 6) * 32
 
 
 def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
