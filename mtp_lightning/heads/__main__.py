@@ -195,7 +195,7 @@ def _say_result(folder: Path, plan: Any) -> None:
         if isinstance(summary.get(tag), int | float):
             say(name, shown(summary[tag]))
     say("speed", json.loads((folder / SPEED).read_text(encoding="utf-8"))["said"])
-    say("lossless", certificate["verdict"])
+    say("certificate", certificate["verdict"])
     say("written to", str(folder / EXPORT))
     way = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
     way += "" if plan.activations == "fp32" else f" activations={plan.activations}"

@@ -71,7 +71,8 @@ def find_checkpoint(path: str | Path) -> Path:
         if newest is not None:
             return newest
     raise FileNotFoundError(
-        f"{path} holds no intact checkpoint: give a run folder (with checkpoints/) or a .ckpt file."
+        f"{path} holds no intact checkpoint: give a run folder (with checkpoints/), a .ckpt file, "
+        "a folder in Hugging Face's layout (with config.json) or a .gguf file."
     )
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.lock import Lock
 from mtp_lightning.run.atomic import replacing, write_bytes, write_json
 from mtp_lightning.run.config import describe_differences, flatten, has_bearing, key_of, lies_in
-from mtp_lightning.run.lock import Lock
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -71,7 +71,7 @@ def test_differences() -> None:
 def test_no_torch_is_needed() -> None:
     modules = (
         "",
-        *(f".{m}" for m in ("atomic", "config", "layout", "lock", "metrics", "status", "summary")),
+        *(f".{m}" for m in ("atomic", "config", "layout", "metrics", "status", "summary")),
     )
     slow = ("torch", "lightning", "numpy", "rich", "omegaconf")
     program = (
