@@ -22,78 +22,59 @@ from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn import ops
 from mtp_lightning.nn.init import drawn_anew
-from mtp_lightning.objective.balance.base import Balance, NoBalance
-from mtp_lightning.objective.objective import Objective
-from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
+from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
-from mtp_lightning.settings import require_number
 
 log = logging.getLogger(__name__)
 
 
-class MTPModule(pl.LightningModule):
-    """Trains an :class:`MTPModel`.
+def new_model(
+    config: ModelConfig, seed: int, *, deferred: bool, half: bool
+) -> tuple[MTPModel, bool]:
+    """A model with fresh weights, and whether they are still to be drawn.
 
     Args:
-        model_config: config of the model.
-        schedule: lambda_k as a function of progress.
-        optimizer: config of the optimizer.
-        balance: the rule that weighs the tasks by measurements; None keeps the weights fixed.
-        objective: the objective of the MTP depths; None is cross-entropy.
-        seed: seed of the initial weights, and of random choices in training.
-        deferred: whether to draw the weights after sharding, so that each rank stores only its
-            shard.
+        deferred: whether to draw the weights after sharding, where the model allows it, so that
+            each rank stores only its shard.
         half: whether to hold the matrices of the frozen trunk in bf16.
-        accumulate: number of micro-batches that an optimizer step of one rank is split into.
-        clip_norm: bound on the gradient's global norm; None for no bound.
+    """
+    with torch.device("meta") if deferred else nullcontext():
+        model = MTPModel(config)
+    if deferred and not drawn_anew(model):
+        model, deferred = MTPModel(config), False
+    if half:
+        model.trunk.hold_in_bf16()
+    if not deferred:
+        model.initialise(seed)
+    return model, deferred
+
+
+class MTPModule(pl.LightningModule):
+    """Trains the model of an :class:`OptimizerStep`.
+
+    Args:
+        step: one optimizer step.
+        optimizer: config of the optimizer.
+        deferred: whether the weights are drawn after sharding (:func:`new_model`).
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
         extra: plain containers stored in every checkpoint (tokenizer, composed config).
     """
 
     def __init__(
         self,
-        model_config: ModelConfig,
+        step: OptimizerStep,
         *,
-        schedule: LambdaSchedule,
         optimizer: OptimizerConfig,
-        balance: Balance | None = None,
-        objective: Objective | None = None,
-        seed: int,
-        deferred: bool = False,
-        half: bool = False,
-        accumulate: int = 1,
-        clip_norm: float | None = 1.0,
-        text_bytes: Sequence[int] | None = None,
-        extra: dict[str, Any] | None = None,
+        deferred: bool,
+        text_bytes: Sequence[int] | None,
+        extra: dict[str, Any],
     ) -> None:
         super().__init__()
-        if clip_norm is not None:
-            require_number("trainer.gradient_clip_val (null for no bound)", clip_norm, above=0)
         self.automatic_optimization = False
-        with torch.device("meta") if deferred else nullcontext():
-            model = MTPModel(model_config)
-        self.deferred = deferred and drawn_anew(model)
-        self.seed = seed
-        self.model = MTPModel(model_config) if deferred and not self.deferred else model
-        if half:
-            self.model.trunk.hold_in_bf16()
-        if not self.deferred:
-            self.model.initialise(seed)
-        self.schedule = schedule
-        self.optimizer_config = optimizer
-        self.balance = NoBalance(self.model.depth) if balance is None else balance
-        self.balance.check(model_config)
-        self.step = OptimizerStep(
-            self.model,
-            schedule=schedule,
-            balance=self.balance,
-            objective=objective,
-            seed=seed,
-            accumulate=accumulate,
-            clip_norm=clip_norm,
-        )
-        self.extra = extra or {}
+        self.step, self.model = step, step.model
+        self.schedule, self.balance = step.schedule, step.balance
+        self.optimizer_config, self.deferred, self.extra = optimizer, deferred, extra
         self.rates = rates_of(self.model, text_bytes)
         # Progress for schedules and the summary, restored from checkpoints.
         self.tokens = 0

@@ -10,7 +10,11 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.balance.base import depths_of
-from mtp_lightning.objective.balance.gradients import require_trunk_gradients, shared_parameters
+from mtp_lightning.objective.balance.gradients import (
+    require_separable,
+    require_trunk_gradients,
+    shared_parameters,
+)
 from mtp_lightning.settings import require_whole
 
 
@@ -45,12 +49,14 @@ class GradientConflict(RunCallback):
         """Refuses a model with nothing to measure.
 
         Raises:
-            UserError: if no depth reaches the trunk.
+            UserError: no depth reaches the trunk, or a depth's loss depends on other depths.
         """
-        model = pl_module.model
+        model, what = pl_module.model, "callbacks=gradient_conflict"
         assert isinstance(model, MTPModel)
         if model.depth:
-            require_trunk_gradients(model.config, what="callbacks=gradient_conflict")
+            require_trunk_gradients(model.config, what=what)
+            module: Any = pl_module  # the project's own class, which this package must not import
+            require_separable(module.step.objective, what=what)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -23,12 +23,13 @@ from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.module import MTPModule
+from mtp_lightning.module import MTPModule, new_model
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
+from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.run.layout import METRICS_FILE
@@ -199,17 +200,25 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     if model_config.mtp.depth == 0 and objective.needs_teacher:
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
     model_config.mtp.check_window(data.seq_len)
-    module = MTPModule(
+    model, deferred = new_model(
         model_config,
+        cfg.seed,
+        deferred=cfg.trainer.strategy == "fsdp" and cfg.init_from is None,
+        half=holds_in_bf16(cfg.trainer, frozen=not model_config.mtp.trains_trunk),
+    )
+    step = OptimizerStep(
+        model,
         schedule=build_schedule(cfg),
-        optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=balance,
         objective=objective,
         seed=cfg.seed,
-        deferred=cfg.trainer.strategy == "fsdp" and cfg.init_from is None,
-        half=holds_in_bf16(cfg.trainer, frozen=not model_config.mtp.trains_trunk),
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
+    )
+    module = MTPModule(
+        step,
+        optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
+        deferred=deferred,
         text_bytes=data.evaluated_bytes,
         extra={
             "tokenizer": data.tokenizer.state(),

@@ -152,7 +152,6 @@ def start_from(
             names or shapes do not fit.
     """
     old, wanted = start.config, model.config
-    model.mtp.check_beginning(model.trunk)
     _check_trunk(start.path, old, wanted)
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:

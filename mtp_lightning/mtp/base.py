@@ -29,7 +29,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
-from mtp_lightning.settings import require_whole
+from mtp_lightning.settings import require, require_whole
 
 
 class CountedText(Protocol):
@@ -62,6 +62,8 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     depth: int
     confidence: bool = False
 
+    # The only depth that the variant has; None for any.
+    fixed_depth: ClassVar[int | None] = None
     # Settings that change the meaning of the weights: init_from requires them to be equal.
     meaning: ClassVar[tuple[str, ...]] = ()
     # Whether the trunk reads windows with their answers hidden. Such a model predicts a task's
@@ -75,6 +77,9 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
 
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
+        if self.fixed_depth is not None:
+            wanted = f"{self.fixed_depth} with mtp={self.variant}"
+            require(self.depth == self.fixed_depth, "mtp.depth", self.depth, wanted)
         check_switches(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -348,13 +353,6 @@ class MTPStack(nn.Module, ABC):
 
     def initialize_own(self) -> None:
         """Set weights that do not keep their random initialization; called after it."""
-
-    def check_beginning(self, trunk: Trunk) -> None:
-        """Refuse a trunk that the modules cannot be initialized from.
-
-        Raises:
-            UserError: ``mtp.init`` needs a block of another kind.
-        """
 
     def begin(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None

@@ -19,7 +19,6 @@ Shapes: B batch, T positions, C d_model, N heads, M key heads, G = N / M, H head
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -248,22 +247,18 @@ class DraftLayer(nn.Module):
         self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions, before: Sequence[Entry]
     ) -> tuple[Tensor, Entry]:
         """One step over whole windows, and its entry; see :meth:`DraftAttention.step`."""
-
-        def compute(
-            hidden: Tensor, embedded_BTC: Tensor, *flat: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            entries = list(zip(flat[::2], flat[1::2], strict=True))
-            hidden_BTC, x_BTX = self._inputs(hidden, embedded_BTC)
-            mixed_BTC, (key, value) = self.attention.step(x_BTX, positions, entries)
-            return self._after(hidden_BTC, mixed_BTC), key, value
-
-        inputs = (hidden, embedded_BTC, *itertools.chain.from_iterable(before))
         if self.recompute and self.training and torch.is_grad_enabled():
-            found = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            found = compute(*inputs)
-        after_BTC, key, value = found
-        return after_BTC, (key, value)
+            # A copy of the list, which the caller extends before the backward pass.
+            given = hidden, embedded_BTC, positions, [*before]
+            return checkpoint(self._step, *given, use_reentrant=False, preserve_rng_state=False)
+        return self._step(hidden, embedded_BTC, positions, before)
+
+    def _step(
+        self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions, before: Sequence[Entry]
+    ) -> tuple[Tensor, Entry]:
+        hidden_BTC, x_BTX = self._inputs(hidden, embedded_BTC)
+        mixed_BTC, entry = self.attention.step(x_BTX, positions, before)
+        return self._after(hidden_BTC, mixed_BTC), entry
 
     def _inputs(self, hidden: Tensor, embedded_BTC: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream [B, T, C], and the attention's input [B, T, 2 C]."""

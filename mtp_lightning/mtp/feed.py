@@ -1,8 +1,8 @@
-"""How a stack is trained: it yields hidden states with their targets and receives their gradients.
+"""How a stack is trained: its hidden states go through a head and come back with gradients.
 
-:meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. The objective sends each
-:class:`Prediction` that the feed yields through a head, chunk by chunk, and the feed continues once
-the gradient of its hidden state is known. All of this happens in the forward pass of one autograd
+:meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. :meth:`Feed.learn` passes each
+hidden state, with its targets, to the objective (:data:`ThroughHead`), which sends it through a
+head, chunk by chunk, and sets its gradient. All of this happens in the forward pass of one autograd
 node (``objective/stream.py``), whose backward pass hands the gradients on to the feed's inputs.
 
 ====================  =========================================================================
@@ -20,7 +20,7 @@ Shapes: B batch, T positions, C d_model, V vocabulary, R positions of one chunk.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -135,8 +135,8 @@ class LossRequest:
     auxiliary: float = 1.0
 
 
-Steps = Generator[Sequence[Prediction], None, Sequence[Tensor | None]]
-"""Yields predictions that go through the head together; returns the gradients of the inputs."""
+ThroughHead = Callable[[Sequence[Prediction]], None]
+"""Sends predictions through the head together, and sets the ``gradient`` of each."""
 
 
 class Feed(ABC):
@@ -167,9 +167,8 @@ class Feed(ABC):
         yield from ()
 
     @abstractmethod
-    def learn(self, request: LossRequest) -> Steps:
-        """Yield hidden states with their targets. When the generator resumes, the ``gradient`` of
-        each is set."""
+    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+        """Train the hidden states on their targets; return the gradients of the inputs."""
 
 
 class Together(Feed):
@@ -198,7 +197,7 @@ class Together(Feed):
     def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield self.depths
 
-    def learn(self, request: LossRequest) -> Steps:
+    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
         states = {0: self.main, **dict(self.depths)}
         needs_state, needs_weight = request.needs[: len(states)], request.needs[len(states) :]
         shared_head = self.head is None or not self.depths
@@ -215,7 +214,7 @@ class Together(Feed):
             )
             for (k, hidden), needed in zip(states.items(), needs_state, strict=True)
         }
-        yield list(predictions.values())
+        through_head(list(predictions.values()))
         of_weights = [predictions[k].weight_gradient for k in self.own]
         if not shared_head:
             of_weights.append(predictions[max(states)].weight_gradient)
@@ -241,7 +240,7 @@ class OneState(Feed):
     def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield [(k, self.main) for k in self.depths]
 
-    def learn(self, request: LossRequest) -> Steps:
+    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
         parts: list[tuple[bool, Sequence[Any]]]
         targets = [target for own in request.targets.values() for target in own]
         if any(target.needs_teacher for target in targets) or not request.train_head:
@@ -252,7 +251,7 @@ class OneState(Feed):
             Prediction(self.main, targets, train_head=trained, needs_gradient=request.needs[0])
             for trained, targets in parts
         ]
-        yield predictions
+        through_head(predictions)
         return [added(prediction.gradient for prediction in predictions)]
 
 

@@ -21,16 +21,16 @@ Shapes: B batch, T positions, C d_model, D depths.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, Steps, added
+from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
 from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Branch, Detach
@@ -144,7 +144,7 @@ class SideBySide(MTPStack):
         return hidden + self.corrections[k - 1](k, at)
 
     def feed(self, inputs: FeedInputs) -> Feed:
-        return HeadByHead(self, inputs)
+        return HeadByHead(self, inputs) if self.own_head is None else super().feed(inputs)
 
     def first_token(self, k: int) -> int:
         return 1 if self.corrections else k
@@ -180,25 +180,25 @@ class HeadByHead(Feed):
         super().__init__([inputs.final_BTC, *self.common, *used])
 
     def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        # This computes each head a second time. Its routers' loads are counted when it learns.
-        unheard = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
-        for state in self.stack.states(unheard, self.depths, self.key):
+        # A second forward pass of each head, which reports no router loads: learn() does.
+        silent = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
+        for state in self.stack.states(silent, self.depths, self.key):
             yield [state]
 
-    def learn(self, request: LossRequest) -> Steps:
+    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
         main = Prediction(self.main, request.targets[0], needs_gradient=request.needs[0])
-        yield [main]
+        through_head([main])
         of_common: list[Tensor | None] = [None] * len(self.common)
         of_heads: list[Tensor | None] = []
         for k in self.depths:
-            d_common, d_own = yield from self._one_head(k, request.targets[k], request)
+            d_common, d_own = self._one_head(k, request, through_head)
             of_heads += d_own
             of_common = [added(pair) for pair in zip(of_common, d_common, strict=True)]
         return [main.gradient, *of_common, *of_heads]
 
     def _one_head(
-        self, k: int, targets: Sequence[Any], request: LossRequest
-    ) -> Generator[Sequence[Prediction], None, tuple[list[Tensor | None], list[Tensor | None]]]:
+        self, k: int, request: LossRequest, through_head: ThroughHead
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """One head forward, through the loss, and backward; its activations end with this call.
 
         Returns:
@@ -219,9 +219,12 @@ class HeadByHead(Feed):
                 at = replace(at, embedded=leaves[1])
             ((_, hidden),) = self.stack.states(at, [k], self.key)
         prediction = Prediction(
-            hidden, targets, train_head=request.train_head, needs_gradient=hidden.requires_grad
+            hidden,
+            request.targets[k],
+            train_head=request.train_head,
+            needs_gradient=hidden.requires_grad,
         )
-        yield [prediction]
+        through_head([prediction])
         auxiliary: list[Tensor] = []
         if outer is not None and reported is not None:
             auxiliary = reported.losses

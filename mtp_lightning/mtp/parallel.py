@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.starting import TrunkText, check_last_block, copy_last_block
+from mtp_lightning.mtp.starting import TrunkText, copy_last_block
 from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -88,11 +88,6 @@ class ParallelMTP(SideBySide):
     @property
     def _built(self) -> list[ParallelHead]:
         return cast(list[ParallelHead], list(self.depths))
-
-    def check_beginning(self, trunk: Trunk) -> None:
-        if self.config.init == "last_block":
-            for i, head in enumerate(self._built):
-                check_last_block(f"mtp.depths.{i}", head.block, trunk)
 
     @torch.no_grad()
     def begin(

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.feed import Feed, LossRequest, LossTarget, Prediction, Steps
+from mtp_lightning.mtp.feed import Feed, LossRequest, LossTarget, Prediction, ThroughHead
 from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
@@ -184,7 +184,7 @@ class JointFeed(Feed):
         parts_MKAC, log_weights_MA = self.inputs
         return pack(parts_MKAC[:, 0], log_weights_MA)
 
-    def learn(self, request: LossRequest) -> Steps:
+    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
         parts_MKAC, log_weights_MA = self.inputs
         loss = JointLoss(log_weights_MA, self.between, parts_MKAC.shape[1])
         prediction = Prediction(
@@ -194,7 +194,7 @@ class JointFeed(Feed):
             loss=loss,
             states=parts_MKAC.shape[1] * parts_MKAC.shape[2],
         )
-        yield [prediction]
+        through_head([prediction])
         return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]
 
 

@@ -20,7 +20,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.starting import TrunkText, check_last_block, copy_last_block, fit_projection
+from mtp_lightning.mtp.starting import TrunkText, copy_last_block, fit_projection
 from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -141,11 +141,6 @@ class SequentialMTP(Chain):
     @property
     def _built(self) -> list[SequentialModule]:
         return cast(list[SequentialModule], list(self.depths))
-
-    def check_beginning(self, trunk: Trunk) -> None:
-        if self.config.init == "last_block":
-            for i, module in enumerate(self._built):
-                check_last_block(f"mtp.depths.{i}", module.block, trunk)
 
     @torch.no_grad()
     def begin(

@@ -93,24 +93,20 @@ def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
     return TrunkText(at, output.before_last, documents)
 
 
-def check_last_block(name: str, block: nn.Module, trunk: Trunk) -> None:
-    """Refuse to copy the trunk's last block into a block of another kind.
+def copy_last_block(block: nn.Module, trunk: Trunk) -> None:
+    """Copy the weights of the trunk's last block, the experts' biases included.
 
     Raises:
-        UserError: the blocks differ in a weight's name or shape.
+        UserError: the blocks are of different kinds.
     """
-    own, last = (_shapes(b) for b in (block, trunk.blocks[-1]))
-    if own != last:
-        key = min(name for name in own | last if own.get(name) != last.get(name))
+    try:
+        block.load_state_dict(trunk.blocks[-1].state_dict())
+    except RuntimeError as error:
+        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(
-            f"mtp.init=last_block does not fit: {name}.block has {_told(own, key)} and the "
-            f"trunk's last block {_told(last, key)}; set mtp.init=random."
-        )
-
-
-def copy_last_block(block: nn.Module, trunk: Trunk) -> None:
-    """Copy the weights of the trunk's last block, the experts' biases included."""
-    block.load_state_dict(trunk.blocks[-1].state_dict())
+            f"mtp.init=last_block does not fit, since a module's block differs from the trunk's "
+            f"last one ({reasons}): set mtp.init=random."
+        ) from error
 
 
 def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
@@ -139,11 +135,3 @@ def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
     s = RIDGE * gram.trace() / len(gram)
     gram.diagonal().add_(s)
     return torch.linalg.solve(gram, target + s * prior).T.to(x_NX.dtype)
-
-
-def _shapes(block: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in block.state_dict().items()}
-
-
-def _told(shapes: dict[str, list[int]], name: str) -> str:
-    return f"{name} of the shape {shapes[name]}" if name in shapes else f"no {name}"

@@ -22,22 +22,12 @@ DUMMY = 0
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherlessConfig(MTPConfig, variant="teacherless"):
-    """``mtp=teacherless``: depth 0, no parameters, no cost; for tasks only.
+    """``mtp=teacherless``: no parameters, no cost; for tasks only."""
 
-    Raises:
-        UserError: a depth other than 0.
-    """
-
+    fixed_depth: ClassVar[int] = 0
     answers_at_once: ClassVar[bool] = True
 
     depth: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.depth:
-            raise UserError(
-                f"mtp=teacherless has no further depth, but mtp.depth={self.depth}: set it 0."
-            )
 
     def build(self, trunk: TrunkConfig) -> Teacherless:
         return Teacherless(self)

@@ -23,13 +23,10 @@ class TrainingOnlyConfig(MTPConfig):
     """The config of such a stack.
 
     Attributes:
-        depth: always 1.
         lookahead: how many tokens ahead of a position the stack looks, at most.
-
-    Raises:
-        UserError: another depth, or a look-ahead that is not a whole number within bounds.
     """
 
+    fixed_depth: ClassVar[int] = 1
     predicts_tokens: ClassVar[bool] = False
     least_lookahead: ClassVar[int] = 1
 
@@ -38,11 +35,6 @@ class TrainingOnlyConfig(MTPConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth != 1:
-            raise UserError(
-                f"mtp={self.variant} has one loss besides the main prediction's, but mtp.depth="
-                f"{self.depth}: set it 1 (mtp=none is plain training)."
-            )
         require_whole("mtp.lookahead", self.lookahead, least=self.least_lookahead)
 
     @property

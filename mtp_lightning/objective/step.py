@@ -139,6 +139,7 @@ class OptimizerStep:
         self.cost = StepCost(model.config, objective or CROSS_ENTROPY)
         self.objective = self.cost.objective.for_model(model)
         self.objective.check(model.config.mtp)
+        balance.check(model.config)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
@@ -238,8 +239,7 @@ class OptimizerStep:
             values["balance/main_factor"] = plan.factors[0]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        done = progress.step / max(progress.max_steps, 1)
-        values |= balance_experts(self.model, auxiliary, done=done)
+        values |= balance_experts(self.model, auxiliary, done=progress.fraction)
         for tag, of_tag in auxiliary.by_tag.items():
             values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)

@@ -1,9 +1,9 @@
 """``sum_k coefficient_k * loss_k`` of all depths as one node of the autograd graph.
 
-Every kind of stack uses the same loop: its feed (``mtp/feed.py``) yields hidden states, they go
-through the head (``through_head.py``), and the feed propagates their gradients to its inputs. All
-of that happens in the node's forward pass; the backward pass only returns the gradients. For data
-parallelism, with its hooks on every parameter, the node is like any other.
+Every kind of stack uses the same node: its feed (``mtp/feed.py``) sends hidden states through the
+head (``through_head.py``) and propagates their gradients to its inputs. All of that happens in the
+node's forward pass; the backward pass only returns the gradients. For data parallelism, with its
+hooks on every parameter, the node is like any other.
 """
 
 from __future__ import annotations
@@ -126,13 +126,10 @@ class _Stream(torch.autograd.Function):
         request = LossRequest(
             by_depth(targets), needs[: len(feed.inputs)], call.train_head, call.auxiliary
         )
-        steps, done = feed.learn(request), 0
-        while True:
-            try:
-                predictions = next(steps)
-            except StopIteration as end:
-                gradients = end.value
-                break
+        done = 0
+
+        def send(predictions: Sequence[Prediction]) -> None:
+            nonlocal done
             count = sum(len(prediction.targets) for prediction in predictions)
             through_head(
                 head,
@@ -143,6 +140,8 @@ class _Stream(torch.autograd.Function):
                 of_terms=of_terms,
             )
             done += count
+
+        gradients = feed.learn(request, send)
         ctx.gradients = (head.gradient, *gradients, *(of_terms.get(p) for p in call.of_terms))
         ctx.mark_non_differentiable(sums)
         # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.

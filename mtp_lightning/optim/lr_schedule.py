@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_number, require_whole
+from mtp_lightning.settings import require_choice, require_number, require_whole
 
 KINDS = ("cosine", "wsd", "constant")
 
@@ -44,10 +44,7 @@ class LRSchedule:
         decay_fraction: float = 0.2,
         min_ratio: float = 0.1,
     ) -> None:
-        if kind not in KINDS:
-            raise UserError(
-                f"Unknown learning-rate schedule {kind!r}: choose one of {', '.join(KINDS)}."
-            )
+        require_choice("optimizer.schedule.kind", kind, KINDS)
         if warmup_steps is not None and warmup_fraction is not None:
             raise UserError(
                 f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not "
@@ -66,16 +63,7 @@ class LRSchedule:
         self.min_ratio = min_ratio
 
     def __call__(self, step: int, max_steps: int) -> float:
-        """The multiplier at optimizer step `step` (from 0) of a run of `max_steps`.
-
-        Raises:
-            UserError: if the run has no length and the schedule needs one.
-        """
-        if max_steps <= 0 and (self.kind != "constant" or self.warmup_fraction is not None):
-            raise UserError(
-                f"The learning-rate schedule {self.kind!r} needs a run length, but "
-                f"trainer.max_steps is {max_steps}: set trainer.max_steps."
-            )
+        """The multiplier at optimizer step `step` (from 0) of a run of `max_steps`."""
         warmup = self.warmup_steps or 0
         if self.warmup_fraction is not None:
             warmup = math.ceil(self.warmup_fraction * max_steps)
@@ -83,10 +71,11 @@ class LRSchedule:
         begin = warmup if self.kind == "cosine" else max_steps * (1 - self.decay_fraction)
         if self.kind == "constant" or step < begin:
             return rise
-        left = 0.0  # of the decay
+        remaining = 0.0  # fraction of the decay that is still to come
         if step < max_steps:
             share = (step - begin) / (max_steps - begin)
-            left = 0.5 * (1 + math.cos(math.pi * share)) if self.kind == "cosine" else 1 - share
-        decayed = min(1.0, max(0.0, self.min_ratio + (1 - self.min_ratio) * left))
+            cosine = 0.5 * (1 + math.cos(math.pi * share))
+            remaining = cosine if self.kind == "cosine" else 1 - share
+        decayed = min(1.0, max(0.0, self.min_ratio + (1 - self.min_ratio) * remaining))
         # The minimum covers a warm-up that overlaps the decay (short trial runs of a long recipe).
         return min(rise, decayed)

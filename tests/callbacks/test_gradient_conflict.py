@@ -65,3 +65,11 @@ def test_without_depths_it_measures_the_main_prediction(tmp_path: Path, cache: P
     train_here(tmp_path, cache, CONFLICT | {"mtp": "none", "mtp.depth": 0})
     assert list(column(tmp_path, "grad/norm_depth_0")) == [3, 6, 9]
     assert column(tmp_path, "grad/norm_depth_1") == {}
+
+
+def test_an_objective_that_cannot_be_taken_apart_is_refused_at_the_start(
+    tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(ValueError, match="callbacks=gradient_conflict .* objective=eal"):
+        train_here(tmp_path / "run", cache, CONFLICT | {"objective": "eal"})
+    assert not (tmp_path / "run" / "metrics.csv").exists()

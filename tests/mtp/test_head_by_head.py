@@ -14,6 +14,9 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.feed import Together
+from mtp_lightning.mtp.inputs import FeedInputs
+from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.mtp.parallel import ParallelConfig, ParallelMTP
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
@@ -167,3 +170,36 @@ def test_saved_activations_do_not_grow_with_depth(
     assert together[2] > together[1] > together[0]
     per_head = together[1] - together[0]
     assert together[2] - in_turn[2] >= 4 * per_head
+
+
+class ParallelWithOwnHead(ParallelMTP):
+    """Parallel heads whose logits come from a matrix of their own, as a user may write them."""
+
+    def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config, trunk)
+        self.own = OwnHead(trunk.vocab_size, trunk.d_model, 20)
+        torch.nn.init.normal_(self.own.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+
+    @property
+    def own_head(self) -> OwnHead:
+        return self.own
+
+
+def test_heads_with_a_matrix_of_their_own_train_it(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, ParallelConfig(depth=2)).double()
+    model.mtp = ParallelWithOwnHead(ParallelConfig(depth=2), tiny_trunk).double()
+    batch, own = windows(2, seq_len=9, depth=2), model.mtp.own
+    rows = {k: own.rows_of(batch.targets(k)) for k in (1, 2)}
+    final, at = model.run_trunk(batch, [1, 2])
+    for k, hidden in model.mtp.states(at, [1, 2]):
+        log_q_BTN = (hidden @ own.weight.T).log_softmax(-1)[rows[k] >= 0]
+        wanted = rows[k][rows[k] >= 0]
+        (-log_q_BTN[torch.arange(len(wanted)), wanted].sum()).backward(retain_graph=True)
+    expected, own.weight.grad = own.weight.grad, None
+
+    final, at = model.run_trunk(batch, [1, 2])
+    targets = [DepthTarget(k, rows[k], 1.0, CrossEntropy()) for k in rows]
+    targets = [DepthTarget(0, batch.targets(0), 0.0, CrossEntropy()), *targets]
+    feed = model.mtp.feed(FeedInputs(final, at, batch, [1, 2]))
+    stream_loss(model.head.weight, feed, targets)[0].backward()
+    torch.testing.assert_close(own.weight.grad, expected)

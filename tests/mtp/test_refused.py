@@ -112,7 +112,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: MaskedConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
     (
         lambda: RegistersConfig(depth=2),
-        "mtp=registers has one loss .* mtp.depth=2: set it 1",
+        "mtp.depth must be 1 with mtp=registers, not 2",
     ),
     (
         lambda: RegistersConfig(lookahead=0),
@@ -122,19 +122,19 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         lambda: RegistersConfig(lookahead=9).check_window(7),
         r"mtp.lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok",
     ),
-    (lambda: TopConfig(depth=2), "mtp=top has one loss .* mtp.depth=2: set it 1"),
-    (lambda: TopConfig(depth=0), "mtp.depth=0: set it 1"),
+    (lambda: TopConfig(depth=2), "mtp.depth must be 1 with mtp=top, not 2"),
+    (lambda: TopConfig(depth=0), "mtp.depth must be 1 with mtp=top, not 0"),
     (lambda: TopConfig(lookahead=0), "mtp.lookahead must be a whole number of at least 1, not 0"),
     (lambda: TopConfig(tau=0.0), "mtp.tau must be a number above 0, not 0.0"),
     (lambda: TopConfig(detach="all"), "mtp.detach=all has no meaning for mtp=top"),
     (lambda: TopConfig(detach="head"), "mtp.detach=head is unknown"),
-    (lambda: BagConfig(depth=3), "mtp=bag has one loss .* mtp.depth=3: set it 1"),
+    (lambda: BagConfig(depth=3), "mtp.depth must be 1 with mtp=bag, not 3"),
     (lambda: BagConfig(lookahead=1), "mtp.lookahead must be a whole number of at least 2, not 1"),
     (
         lambda: BagConfig(weights="tfidf"),
         "mtp.weights=tfidf is unknown: choose one of idf, none",
     ),
-    (lambda: TeacherlessConfig(depth=2), "mtp.depth=2: set it 0"),
+    (lambda: TeacherlessConfig(depth=2), "mtp.depth must be 0 with mtp=teacherless, not 2"),
 ]
 
 

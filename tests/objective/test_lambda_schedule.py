@@ -126,7 +126,7 @@ def test_depth_ever_skipped() -> None:
         (lambda: Piecewise(2, 0.3, {"10/14.8": 1}), ["10/14.8"]),
         (lambda: Piecewise(2, 0.3, {0: "0.3"}), ["'0.3'"]),
         (lambda: Piecewise(2, "0.3"), ["mtp_lambda", "'0.3'"]),
-        (lambda: Piecewise(2, 0.3, {}), ["empty"]),
+        (lambda: Piecewise(2, 0.3, {}), ["must map", "{}"]),
         (lambda: Piecewise(2, 0.3, {0: 1}, unit="epochs"), ["epochs", "tokens"]),
         (lambda: Piecewise(2, 0.3, {0: 1}, interpolation="spline"), ["spline", "cosine"]),
         (lambda: Piecewise(-1, 0.3), ["-1"]),
@@ -134,7 +134,6 @@ def test_depth_ever_skipped() -> None:
         (lambda: published.geometric(2, 0.3, beta=0), ["beta", "0"]),
         (lambda: published.deepseek_v3(2, 0.3, unit="tokens"), ["length", "tokens"]),
         (lambda: published.linear_decay(2, 0.3, length=10), ["length", "fraction"]),
-        (lambda: published.linear_decay(2, 0.3).weights(Progress(1, -1)), ["max_steps", "-1"]),
     ],
 )
 def test_mistakes_are_named(build, words: list[str]) -> None:

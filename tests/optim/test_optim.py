@@ -84,11 +84,6 @@ def test_mistakes_are_named(arguments: dict) -> None:
     assert all(str(value) in str(error.value) for value in arguments.values())
 
 
-def test_a_run_without_length() -> None:
-    with pytest.raises(ValueError, match="max_steps"):
-        LRSchedule("cosine")(0, -1)
-
-
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
 

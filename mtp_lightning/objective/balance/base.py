@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,12 +64,14 @@ class Balance(ABC):
         scope: the parameters that the rule measures gradients on; None for no measurement.
         weighs_main: whether the rule changes the main prediction's factor.
         observes: whether :meth:`update` needs the step's losses. Reading them waits for a GPU.
+        stored: the private attributes that checkpoints hold, without their underscore.
     """
 
     name: ClassVar[str]
     scope: ClassVar[Scope | None] = None
     weighs_main: ClassVar[bool] = False
     observes: ClassVar[bool] = True
+    stored: ClassVar[Sequence[str]] = ()
 
     def __init__(self, depth: int, *, every_n_steps: int = 1) -> None:
         require_whole("balance.every_n_steps", every_n_steps, least=1)
@@ -136,11 +139,12 @@ class Balance(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state, in plain containers."""
-        return {}
+        return {name: copy(getattr(self, f"_{name}")) for name in self.stored}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        assert not state
+        for name in self.stored:
+            setattr(self, f"_{name}", deepcopy(state[name]))
 
 
 class NoBalance(Balance):

@@ -18,7 +18,6 @@ through its modules, two products with the head, and the whole shared trunk
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import TaskGradients
@@ -39,6 +38,7 @@ class CosineGate(Balance):
 
     name = "cosine_gate"
     scope = "trunk"
+    stored = ("cosines",)
 
     def __init__(self, depth: int, *, ema: float = 0.9) -> None:
         super().__init__(depth)
@@ -65,9 +65,3 @@ class CosineGate(Balance):
             values[f"balance/cosine_depth_{k}"] = self._cosines[k]
             values[f"balance/gate_depth_{k}"] = float(self.is_open(k))
         return values
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"cosines": dict(self._cosines)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._cosines = dict(state["cosines"])

@@ -12,7 +12,6 @@ Cost: only reading the losses.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ class DWA(Balance):
 
     name = "dwa"
     weighs_main = True
+    stored = ("sums", "counts", "means")
 
     def __init__(self, depth: int, *, temperature: float = 2.0, window_steps: int = 50) -> None:
         super().__init__(depth)
@@ -71,11 +71,3 @@ class DWA(Balance):
             self._sums.zero_()
             self._counts.zero_()
         return values
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums, "counts": self._counts, "means": self._means}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums, self._counts, self._means = (
-            state[name].clone() for name in ("sums", "counts", "means")
-        )

@@ -17,7 +17,6 @@ pass through its modules, two products with the head, and the last block (:func:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -44,6 +43,7 @@ class GradNorm(Balance):
     name = "gradnorm"
     scope = "last_block"
     weighs_main = True
+    stored = ("weights", "first")
 
     def __init__(
         self, depth: int, *, alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 1
@@ -74,9 +74,3 @@ class GradNorm(Balance):
             weights = weights.clamp(min=_SMALLEST)
             self._weights[tasks] = weights * len(tasks) / weights.sum()
         return {f"balance/weight_depth_{k}": float(self._weights[k]) for k in tasks}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"weights": self._weights, "first": self._first}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._weights, self._first = state["weights"].clone(), state["first"].clone()

@@ -18,7 +18,6 @@ nothing, since all depths share the logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ class SampledDepths(Balance):
     """
 
     name = "sampled_depths"
+    stored = ("first", "mean")
 
     def __init__(
         self, depth: int, *, seed: int, probabilities: str | Sequence[float] = "uniform"
@@ -102,9 +102,3 @@ class SampledDepths(Balance):
     @property
     def skips(self) -> bool:
         return self.depth > 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"first": self._first, "mean": self._mean}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._first, self._mean = state["first"].clone(), state["mean"].clone()

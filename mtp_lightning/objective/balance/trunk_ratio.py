@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.schedule.base import Progress
@@ -43,6 +42,7 @@ class TrunkRatio(Balance):
 
     name = "trunk_ratio"
     scope = "trunk"
+    stored = ("lambdas", "ratios")
 
     def __init__(
         self,
@@ -85,12 +85,6 @@ class TrunkRatio(Balance):
             if k in self._ratios:
                 values[f"balance/trunk_ratio_depth_{k}"] = self._ratios[k]
         return values
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"lambdas": dict(self._lambdas), "ratios": dict(self._ratios)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._lambdas, self._ratios = dict(state["lambdas"]), dict(state["ratios"])
 
 
 def _clipped(weight: float) -> float:

@@ -15,8 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from mtp_lightning.errors import UserError
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -34,17 +32,7 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """step / max_steps, at most 1.
-
-        Raises:
-            UserError: when the run has no length.
-        """
-        if self.max_steps <= 0:
-            raise UserError(
-                f"A schedule by fraction needs a run length, but trainer.max_steps is "
-                f"{self.max_steps}: set trainer.max_steps, or write the schedule in unit=steps "
-                "or unit=tokens."
-            )
+        """step / max_steps, at most 1."""
         return min(self.step / self.max_steps, 1.0)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.settings import is_number, require_choice, require_whole
+from mtp_lightning.settings import is_number, require_choice, require_number, require_whole
 
 UNITS = ("fraction", "steps", "tokens")
 INTERPOLATIONS = ("step", "linear", "cosine")
@@ -49,42 +49,24 @@ class Piecewise(LambdaSchedule):
         unit: str = "fraction",
         interpolation: str = "linear",
     ) -> None:
-        base = base_weights(depth, mtp_lambda)
-        points = _knot_items({0: 1.0} if knots is None else knots, unit)
-        weights = [_effective(at, value, mtp_lambda, base) for at, value in points]
-        self._set([at for at, _ in points], weights, depth, unit, interpolation)
-
-    @classmethod
-    def from_weights(
-        cls,
-        depth: int,
-        points: Mapping[float, Sequence[float]],
-        unit: str = "fraction",
-        interpolation: str = "linear",
-    ) -> Piecewise:
-        """A schedule from effective weights, progress -> D multipliers of L_k, instead of
-        multiples."""
-        require_whole("mtp.depth", depth, least=0)
-        items = _knot_items(points, unit)
-        schedule = cls.__new__(cls)
-        weights = [_weight_list(value, f"the weights at {at:g}", depth) for at, value in items]
-        schedule._set([at for at, _ in items], weights, depth, unit, interpolation)
-        return schedule
-
-    def _set(
-        self,
-        positions: list[float],
-        weights: list[list[float]],
-        depth: int,
-        unit: str,
-        interpolation: str,
-    ) -> None:
-        require_choice("lambda_schedule.interpolation", interpolation, INTERPOLATIONS)
         super().__init__(depth)
-        self.unit = unit
-        self.interpolation = interpolation
-        self.positions = tuple(positions)
-        self.knot_weights = tuple(tuple(values) for values in weights)
+        base = base_weights(depth, mtp_lambda)
+        require_choice("lambda_schedule.unit", unit, UNITS)
+        require_choice("lambda_schedule.interpolation", interpolation, INTERPOLATIONS)
+        knots = {0: 1.0} if knots is None else knots
+        if not isinstance(knots, Mapping) or not knots:
+            raise UserError(
+                "lambda_schedule.knots must map progress to multiples, like "
+                f"'{{0: 1, 0.5: [0.3, 0.1]}}', not {knots!r}."
+            )
+        most = 1 if unit == "fraction" else None
+        for at in knots:
+            key = f"A key of lambda_schedule.knots (in unit={unit})"
+            require_number(key, at, least=0, most=most)
+        self.unit, self.interpolation = unit, interpolation
+        points = sorted(knots.items(), key=lambda point: point[0])
+        self.positions = tuple(float(at) for at, _ in points)
+        self.knot_weights = tuple(_effective(*point, mtp_lambda, base) for point in points)
 
     @property
     def moves(self) -> bool:
@@ -98,8 +80,6 @@ class Piecewise(LambdaSchedule):
         """The D effective multipliers of L_1 .. L_D at this progress."""
         if self.depth == 0:
             return []
-        if len(self.positions) == 1:  # also spares a constant schedule the need of a run length
-            return list(self.knot_weights[0])
         now = self._position(progress)
         if now <= self.positions[0]:
             return list(self.knot_weights[0])
@@ -119,10 +99,6 @@ class Piecewise(LambdaSchedule):
         if self.unit == "fraction":
             return progress.fraction
         return float(progress.step if self.unit == "steps" else progress.tokens)
-
-    def __repr__(self) -> str:
-        knots = dict(zip(self.positions, map(list, self.knot_weights), strict=True))
-        return f"Piecewise({knots}, unit={self.unit!r}, interpolation={self.interpolation!r})"
 
 
 def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[float, Any]:
@@ -161,9 +137,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _weight(value: Any, what: str) -> float:
-    if not is_number(value) or value < 0:
-        raise UserError(f"{what} must be a finite number >= 0, not {value!r}.")
-    return float(value)
+    return float(require_number(what, value, least=0))
 
 
 def _weight_list(values: Any, what: str, depth: int) -> list[float]:
@@ -184,44 +158,17 @@ def base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float]
     return [value / max(depth, 1)] * depth
 
 
-def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
-    """Validated (position, value) pairs in the order of progress."""
-    require_choice("lambda_schedule.unit", unit, UNITS)
-    if not isinstance(knots, Mapping):
-        raise UserError(
-            f"lambda_schedule.knots must map progress to multiples, like "
-            f"'{{0: 1, 0.5: [0.3, 0.1]}}', not {knots!r}."
-        )
-    if not knots:
-        raise UserError("lambda_schedule.knots is empty: give at least one knot, like '{0: 1}'.")
-    items = []
-    for at, value in knots.items():
-        limit = (
-            "a fraction of the run in [0, 1]" if unit == "fraction" else f"a number of {unit} >= 0"
-        )
-        upper = 1.0 if unit == "fraction" else math.inf
-        if not is_number(at) or not 0 <= at <= upper:
-            raise UserError(f"The key {at!r} of lambda_schedule.knots must be {limit}.")
-        if not is_number(value) and not _is_list(value):
-            raise UserError(
-                f"The value {value!r} at {at} in lambda_schedule.knots must be a number or a "
-                "list of them."
-            )
-        items.append((float(at), value))
-    return sorted(items, key=lambda item: item[0])
-
-
 def _effective(
     at: float, value: Any, mtp_lambda: float | Sequence[float], base: list[float]
-) -> list[float]:
+) -> tuple[float, ...]:
     """One knot's multiples as D effective weights."""
     depth = len(base)
     what = f"The knot at {at:g} of lambda_schedule.knots"
-    if not _is_list(value):
-        multiple = _weight(value, what)
-        if not _is_list(mtp_lambda):
-            return [multiple * float(mtp_lambda) / max(depth, 1)] * depth  # type: ignore[arg-type]
-        return [multiple * weight for weight in base]
-    multiples = _weight_list(value, what, depth)
-    per_depth = base if _is_list(mtp_lambda) else [float(mtp_lambda)] * depth  # type: ignore[arg-type]
-    return [multiple * weight for multiple, weight in zip(multiples, per_depth, strict=True)]
+    if _is_list(value):
+        multiples = _weight_list(value, what, depth)
+        per_depth = base if _is_list(mtp_lambda) else [float(mtp_lambda)] * depth  # type: ignore[arg-type]
+        return tuple(m * weight for m, weight in zip(multiples, per_depth, strict=True))
+    multiple = _weight(value, what)
+    if _is_list(mtp_lambda):
+        return tuple(multiple * weight for weight in base)
+    return (multiple * float(mtp_lambda) / max(depth, 1),) * depth  # type: ignore[arg-type]

@@ -72,6 +72,14 @@ class Chunk:
         assert self.main is not None, "a term that reads the teacher says needs_teacher = True"
         return self.main
 
+    def tempered(self, temperature: float) -> Chunk:
+        """The chunk with both distributions at a temperature: ``softmax(logits / temperature)``."""
+        if temperature == 1:
+            return self
+        log_q_RV = torch.log_softmax(self.log_probs_RV / temperature, dim=-1)
+        log_p_RV = torch.log_softmax(self.teacher.log_probs_RV / temperature, dim=-1)
+        return replace(self, log_probs_RV=log_q_RV, main=Teacher(log_p_RV, self.teacher.hidden_RC))
+
 
 class Term(ABC):
     """One objective of the MTP depths (group ``objective``).

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from mtp_lightning.objective.terms.base import Chunk, Term
@@ -36,15 +35,13 @@ class KL(Term):
         self.beta = require_number("objective.beta (0 is objective=ce)", beta, above=0, most=1)
 
     def value(self, chunk: Chunk) -> Tensor:
-        log_p_RV, p_RV = self._teacher(chunk)
-        return ((log_p_RV - self._log_q(chunk)) * p_RV).sum(-1)
+        return _divergence(chunk.tempered(self.temperature))
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         # (q - p) / temperature, written over the log-probabilities.
-        log_p_RV, p_RV = self._teacher(chunk)
-        log_q_RV = self._log_q(chunk)
-        value_R = (log_p_RV - log_q_RV).mul_(p_RV).sum(-1)
-        d_logits_RV = log_q_RV.exp_().sub_(p_RV)
+        chunk = chunk.tempered(self.temperature)
+        value_R = _divergence(chunk)
+        d_logits_RV = chunk.log_probs_RV.exp_().sub_(chunk.teacher.probs_RV)
         return value_R, d_logits_RV if self.temperature == 1 else d_logits_RV / self.temperature
 
     def parts(self) -> Iterator[tuple[float, Term]]:
@@ -52,13 +49,7 @@ class KL(Term):
         if self.beta < 1:
             yield 1 - self.beta, CrossEntropy()
 
-    def _log_q(self, chunk: Chunk) -> Tensor:
-        if self.temperature == 1:
-            return chunk.log_probs_RV
-        return torch.log_softmax(chunk.log_probs_RV / self.temperature, dim=-1)
 
-    def _teacher(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        if self.temperature == 1:
-            return chunk.teacher.log_probs_RV, chunk.teacher.probs_RV
-        log_p_RV = torch.log_softmax(chunk.teacher.log_probs_RV / self.temperature, dim=-1)
-        return log_p_RV, log_p_RV.exp()
+def _divergence(chunk: Chunk) -> Tensor:
+    log_p_RV, p_RV = chunk.teacher.log_probs_RV, chunk.teacher.probs_RV
+    return (log_p_RV - chunk.log_probs_RV).mul_(p_RV).sum(-1)

@@ -7,12 +7,9 @@ likeliest tokens, and so does the loss.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
-from mtp_lightning.objective.terms.base import Chunk, Teacher
+from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.settings import require_number
 
@@ -35,16 +32,8 @@ class WTV(E2ETV):
         self.temperature = require_number(key, temperature, above=0)
 
     def accepted(self, chunk: Chunk) -> Tensor:
-        return super().accepted(self._tempered(chunk))
+        return super().accepted(chunk.tempered(self.temperature))
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        value_R, d_scaled_RV = super().gradient(self._tempered(chunk))
+        value_R, d_scaled_RV = super().gradient(chunk.tempered(self.temperature))
         return value_R, d_scaled_RV / self.temperature
-
-    def _tempered(self, chunk: Chunk) -> Chunk:
-        """The chunk with both distributions at the temperature."""
-        log_q_RV = torch.log_softmax(chunk.log_probs_RV / self.temperature, dim=-1)
-        log_p_RV = torch.log_softmax(chunk.teacher.log_probs_RV / self.temperature, dim=-1)
-        return replace(
-            chunk, log_probs_RV=log_q_RV, main=Teacher(log_p_RV, chunk.teacher.hidden_RC)
-        )
