@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "linear": ("linear", []),
     "linear, mlp": ("linear", ["mtp.correction=mlp"]),
     "linear, markov": ("linear", ["mtp.correction=markov"]),
+    "linear, selector": ("linear", ["mtp.correction=selector"]),
     "linear, rank 4": ("linear", ["mtp.rank=4"]),
     "linear, stride 2": ("linear", ["mtp.stride=2"]),
     "sequential, token dropout": ("sequential", ["mtp.token_dropout=0.5"]),

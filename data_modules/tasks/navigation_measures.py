@@ -10,6 +10,7 @@ the true paths, N nodes, C d_model, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,11 +59,27 @@ class Means(Measure):
 class Walks(Means):
     """Greedy answers: ``legality``, the share of their steps that follow an edge from where the
     walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. Both are
-    1 of a model that knows the graph. ``legality_chance`` is that of a random symbol.
+    1 of a model that knows the graph. ``.._chance`` is that of random symbols, each a step or the
+    end: at a distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``.
     """
 
     def __init__(self, task: Navigation) -> None:
-        super().__init__(task, ("legality", "legality_chance", "arrival"))
+        super().__init__(task, ("legality", "legality_chance", "arrival", "arrival_chance"))
+
+    @cached_property
+    def _arrival_chance(self) -> np.ndarray:
+        """By the goal's id minus the start's, shifted by N - 1: [2 N - 1]."""
+        n, length = self.task.nodes, self.task.longest - self.task.longest_prompt
+        step = np.ones(2 * n - 1)
+        step[n - 1] = 0  # no step leads to where it begins
+        step /= len(step)
+        at, found = np.ones(1), np.zeros(2 * n - 1)
+        for _ in range(length):
+            middle = len(at) // 2
+            near = np.pad(at, n)[middle + 1 : middle + 2 * n]
+            found += near / len(step)
+            at = np.convolve(at, step)
+        return found
 
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
         task, prompt = self.task, self.task.longest_prompt
@@ -79,7 +96,10 @@ class Walks(Means):
             legal += sum(bool(ok and task.edges[a, b]) for a, b, ok in pairs)
             guessed += float(task.edges[path[:-1][inside[:-1]]].sum()) / (2 * task.nodes - 1)
             steps += length
-        return [(legal, steps), (guessed, steps), (float(arrived), len(tokens))]
+        apart = tokens[:, 1] - tokens[:, 0] + task.nodes - 1
+        by_chance = float(self._arrival_chance[apart].sum())
+        n = len(tokens)
+        return [(legal, steps), (guessed, steps), (float(arrived), n), (by_chance, n)]
 
 
 class Shortcuts(Means):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -33,7 +32,7 @@ class SampledAcceptance(SpeculativeEval):
         prompt_tokens: their length, >= 1; less where a window has not so much room.
         new_tokens: tokens to add to each, >= 2.
         temperature: of the samples, > 0.
-        verify: which drafts are kept, ``token`` or ``block`` (``decoding/verification.py``).
+        verify: which drafts are kept, a rule of ``decoding/verification.py``.
     """
 
     NAME = "sampled_acceptance"
@@ -44,7 +43,7 @@ class SampledAcceptance(SpeculativeEval):
         prompt_tokens: int = 32,
         new_tokens: int = 64,
         temperature: float = 1.0,
-        verify: Literal["token", "block"] = "token",
+        verify: str = "token",
     ) -> None:
         super().__init__(n_prompts, prompt_tokens, new_tokens)
         if not 0 < temperature < math.inf:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
@@ -46,7 +47,7 @@ def ways(model: MTPModel) -> dict[str, DecodingOptions]:
         "auto": DecodingOptions(draft_depth="auto"),
         "tree": DecodingOptions(tree=Tree((3, 2)[: max(min(depth, 2), 1)])),
         "short head": DecodingOptions(draft_vocab=max(vocab // 4, 1)),
-        "block": DecodingOptions(verify="block"),
+        **{rule: DecodingOptions(verify=rule) for rule in RULES if rule != "token"},
         "confident": DecodingOptions(min_confidence=0.5),
     }
     found: dict[str, DecodingOptions] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import (
@@ -146,8 +147,7 @@ class DecodingOptions(TextOptions):
         tree: draft several candidates per depth: ``[3, 2, 1]`` drafts three for the next token, two
             after each of them and one after each of these, and verifies all in one pass; None
             drafts a chain.
-        verify: which sampled drafts of a chain are kept: ``"token"`` judges one after the other,
-            ``"block"`` judges all together (``verification.py``).
+        verify: which sampled drafts of a chain are kept: a rule of ``verification.py``.
         compile: run compiled passes (``compiled.py``): several times as fast once built, which
             takes about ten seconds per program. One text at a time; greedy texts can differ from
             plain decoding where two tokens' logits agree to about 1e-5.
@@ -166,7 +166,7 @@ class DecodingOptions(TextOptions):
     min_confidence: float = 0.0
     cache: Literal["per_depth", "single"] = "per_depth"
     tree: Tree | None = None
-    verify: Literal["token", "block"] = "token"
+    verify: str = "token"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class DecodingOptions(TextOptions):
             )
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
-        require_choice("verify", self.verify, ("token", "block"))
+        require_choice("verify", self.verify, list(RULES))
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._settle("tree", Tree(tuple(self.tree)))
         least = 1 if self.tree is None else max(self.tree.widths)

@@ -69,3 +69,4 @@ def accept_block(
 
 
 RULES: dict[str, Verification] = {"token": accept_or_resample, "block": accept_block}
+"""The words of ``verify=``; a rule of your own is one more entry."""

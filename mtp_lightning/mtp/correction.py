@@ -1,4 +1,5 @@
-"""Corrections: heads side by side are told of the tokens between, or of the last one of them.
+"""Corrections give heads side by side the tokens between the branch point and the target, or only
+the last of them.
 
     mlp        h^k = f_k(z) + A_k SiLU(W_k [z ; Emb(x_{t+1}) ; .. ; Emb(x_{t+k})])
     markov     h^k = f_k(z) + A_k T_k[x_{t+k}]
@@ -12,15 +13,15 @@ depth's prediction, and logits of all positions never exist at once. ``A_k`` sta
 head starts as if it had no correction.
 
 A correction changes either a depth's hidden state (:class:`Correction`) or its logits
-(:class:`~mtp_lightning.mtp.rescoring.Rescorer`). :data:`_KINDS` names their classes; the stack
-knows the two interfaces alone.
+(:class:`~mtp_lightning.mtp.rescoring.Rescorer`). :data:`CORRECTIONS` names their classes, and may
+be given another; the stack knows the two interfaces alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +37,12 @@ from mtp_lightning.nn.linear import Linear, embedding
 from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_choice, require_whole
 
-Kind = Literal["none", "markov", "mlp", "selector"]
-
-# A word's class, imported on demand, and its rank by default; None for a correction without a rank.
-_KINDS: dict[str, tuple[str, int | None]] = {
-    "mlp": ("correction.TokensMLP", None),
-    "markov": ("correction.Bigrams", 64),
-    "selector": ("selector.Selector", 256),
+CORRECTIONS: dict[str, tuple[str, int | None]] = {
+    "mlp": (f"{__name__}.TokensMLP", None),
+    "markov": (f"{__name__}.Bigrams", 64),
+    "selector": ("mtp_lightning.mtp.selector.Selector", 256),
 }
+"""A word's class, imported on demand, and its rank by default; None for one without a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +65,17 @@ class SideBySideConfig(MTPConfig):
 
     detach: Detach = "none"
     freeze_trunk: bool = False
-    correction: Kind = "none"
+    correction: str = "none"
     correction_rank: int | None = None
     stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("mtp.correction", self.correction, get_args(Kind))
+        require_choice("mtp.correction", self.correction, ["none", *CORRECTIONS])
         if self.correction_rank is not None:
             require_whole("mtp.correction_rank", self.correction_rank, least=1)
             if self.columns is None:
-                ranked = " or ".join(word for word, (_, rank) in _KINDS.items() if rank)
+                ranked = " or ".join(word for word, (_, rank) in CORRECTIONS.items() if rank)
                 raise UserError(
                     f"mtp.correction_rank={self.correction_rank} has no meaning with "
                     f"mtp.correction={self.correction}: set mtp.correction to {ranked}, or "
@@ -100,7 +99,7 @@ class SideBySideConfig(MTPConfig):
     @property
     def columns(self) -> int | None:
         """r; None for a correction without a rank."""
-        _, usual = _KINDS.get(self.correction, ("", None))
+        _, usual = CORRECTIONS.get(self.correction, ("", None))
         return usual if usual is None or self.correction_rank is None else self.correction_rank
 
     def build_corrections(self, trunk: TrunkConfig) -> list[Correction]:
@@ -120,7 +119,7 @@ class SideBySideConfig(MTPConfig):
         """The correction's class; None without one."""
         if self.correction == "none" or not self.depth:
             return None
-        return imported(f"{__package__}.{_KINDS[self.correction][0]}")
+        return imported(CORRECTIONS[self.correction][0])
 
 
 class Correction(nn.Module):

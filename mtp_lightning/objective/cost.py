@@ -169,7 +169,7 @@ class StepCost:
         objective, key = self.objective.for_model(model), RandomKey(0, 0)
         batch = window_on_meta(self.config, seq_len, stored=stored)
         factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
-        counts = PositionCounts([1] * len(factors), [1] * len(factors))
+        counts = PositionCounts([1] * len(factors), [1] * len(factors), 1)
         targets = objective.targets(model.mtp, batch, factors, counts, key)
         final, at = model.run_trunk(batch, active, key=key)
         depths = [k for k in by_depth(targets) if k]

@@ -24,7 +24,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
-from mtp_lightning.objective.targets import DepthTarget, PositionCounts, taught_targets
+from mtp_lightning.objective.targets import DepthTarget, PositionCounts, targets_of
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.registry import imported
@@ -157,11 +157,7 @@ class Objective:
                 count = counts.of(k, term)
                 if not count:
                     continue
-                if term.needs_teacher:
-                    tokens_BT = taught_targets(stack, k, batch, key)
-                else:
-                    tokens_BT = stack.targets(k, batch, key)
-                tokens_BT = self._kept(tokens_BT)
+                tokens_BT = self._kept(targets_of(term, stack, k, batch, key))
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
                 coefficient, stride = factors[k] * weight / count, batch.stride

@@ -154,7 +154,8 @@ class OptimizerStep:
         counts = step_counts(batch, self.model.mtp, key, taught=self.objective.needs_teacher)
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
-        usable = [max(counts.of(k, term) for _, term in self.objective.parts) for k in depths]
+        terms = [term for _, term in self.objective.parts if not term.counts_padding]
+        usable = [max(counts.of(k, term) for term in terms) for k in depths]
         base = [1.0, *_where(usable, self.schedule.weights(progress))]
         main, *factors = self.balance.factors(base, progress)
         micro_batches = []

@@ -111,9 +111,10 @@ def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
 
 
 def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
-    """The target tokens of every depth; -100 at positions that count for none of its terms."""
+    """The target tokens of every depth; -100 at positions that count for none of its terms, padding
+    left aside."""
     tokens: dict[int, Tensor] = {}
-    for target in targets:
+    for target in (target for target in targets if not target.term.counts_padding):
         if target.depth not in tokens or not target.needs_teacher:
             tokens[target.depth] = target.tokens
     return tokens
@@ -126,13 +127,18 @@ class PositionCounts:
     Attributes:
         valid: [D + 1], positions with a valid target.
         taught: [D + 1], those of them that have a teacher; None if not needed.
+        every: all positions; None if not needed.
     """
 
     valid: list[int]
     taught: list[int] | None = None
+    every: int | None = None
 
     def of(self, k: int, term: Term) -> int:
         """Number of positions of depth ``k`` that count for a term."""
+        if term.counts_padding:
+            assert self.every is not None
+            return self.every
         if not term.needs_teacher:
             return self.valid[k]
         assert self.taught is not None
@@ -150,21 +156,32 @@ def step_counts(
         key: key of its random choices in training.
         taught: whether to count the positions with a teacher too.
     """
-    own = stack.own_head
+    own, every = stack.own_head, len(batch) * batch.seq_len * world_size()
     if batch.every_target_counts and (own is None or own.is_whole):
         # Known from the sizes, which are the same on all ranks.
         windows, depths = len(batch) * world_size(), range(batch.depth + 1)
         seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
         valid = [windows * batch.seq_len for _ in depths]
-        return PositionCounts(valid, seen if taught else None)
+        return PositionCounts(valid, seen if taught else None, every)
     masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
     masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
-    every = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
-    counts_K = torch.stack([every if mask is None else mask.sum() for mask in masks])
+    whole = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
+    counts_K = torch.stack([whole if mask is None else mask.sum() for mask in masks])
     counts_NK = torch.stack([counts_K, *([count_taught(masked, stack, key)] if taught else [])])
     if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
-    return PositionCounts(*counts_NK.tolist())
+    found: list[list[int]] = counts_NK.tolist()
+    return PositionCounts(found[0], found[1] if taught else None, every)
+
+
+def targets_of(
+    term: Term, stack: MTPStack, k: int, batch: WindowBatch, key: RandomKey | None = None
+) -> Tensor:
+    """``[B, T]`` targets of depth k for a term; -100 where it does not count."""
+    if term.needs_teacher:
+        return taught_targets(stack, k, batch, key)
+    targets_BT = stack.targets(k, batch, key)
+    return targets_BT.clamp(min=0) if term.counts_padding else targets_BT
 
 
 def taught_targets(

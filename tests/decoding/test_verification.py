@@ -191,6 +191,48 @@ def test_the_code_keeps_what_the_fractions_say(seed: int, rule: str) -> None:
             assert chi_square(second, probs) < 5
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", range(6))
+def test_over_a_grid_of_random_numbers_the_code_is_the_fractions(seed: int, rule: str) -> None:
+    """Every draft, how many are kept of it, and the token after them."""
+    p, q = tables(seed)
+    n = 128
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    noise = torch.cartesian_prod(grid, grid)
+    chances = {"token": token_rule, "block": block_rule}[rule]
+    for x, _ in drafts(q):
+        before = [x[:i] for i in range(D + 1)]
+        p_TV = torch.tensor([[float(v) for v in p[y]] for y in before])
+        q_MV = torch.tensor([[float(v) for v in q[y]] for y in before[:-1]])
+
+        def run(
+            noise_RM: Tensor,
+            final_R: Tensor,
+            x: Text = x,
+            of_text: tuple[Tensor, Tensor] = (p_TV, q_MV),
+        ) -> tuple[Tensor, Tensor]:
+            rows = len(final_R)
+            p_RTV, q_RMV = (t.expand(rows, *t.shape) for t in of_text)
+            draft_RM = torch.tensor(x).expand(rows, D)
+            limit_R = torch.full((rows,), D)
+            return RULES[rule](p_RTV, q_RMV, draft_RM, noise_RM, final_R, limit_R)
+
+        _, accepted = run(noise, torch.zeros(len(noise), dtype=torch.float64))
+        for kept, chance in chances(x, p, q).items():
+            share = float((accepted == kept).double().mean())
+            assert share == pytest.approx(float(chance), abs=2 / n), (x, kept)
+            if not chance or not (accepted == kept).any():
+                continue
+            some = noise[accepted == kept][:1].expand(n, D)
+            tokens, _ = run(some, grid)
+            weight = joints(x, p, q)[kept] if rule == "block" else ONE
+            own = p[x] if kept == D else rest_of(weight, p[x[:kept]], q[x[:kept]])
+            own = own if sum(own) else p[x[:kept]]
+            found = torch.bincount(tokens[:, kept], minlength=V) / n
+            want = torch.tensor([float(v / sum(own)) for v in own])
+            torch.testing.assert_close(found, want, rtol=0, atol=1.5 / n)
+
+
 def test_a_row_that_may_keep_fewer_is_a_row_with_fewer_drafts() -> None:
     n = 2000
     inputs = rows_of(*tables(3), n)

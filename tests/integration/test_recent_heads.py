@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.opening import open_model
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 HEADS: dict[str, dict[str, Any]] = {
     "joint": {"mtp": "joint"},
     "nextlat": {"mtp": "nextlat"},
-    "eagle": {"mtp": "eagle", "mtp.depth": 2, "mtp.draft_vocab": 60},
+    "eagle": {"mtp": "eagle", "mtp.depth": 3, "mtp.draft_vocab": 60},
     "markov": {"mtp": "linear", "mtp.correction": "markov", "mtp.correction_rank": 8},
     "selector": {"mtp": "parallel", "mtp.correction": "selector", "mtp.correction_rank": 8},
     "stride": {"mtp": "linear", "mtp.stride": 2},
@@ -51,6 +52,18 @@ def test_resumed_is_uninterrupted_and_drafts_are_lossless(
     )
     assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
     assert (sum(g.drafts_reached[0] for g in drafted if g.drafts_reached) > 0) is (head != "stride")
+
+
+def test_eagle_leaves_a_frozen_trunk_as_it_is(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "base", cache, {"mtp": "none", "mtp.depth": 0})
+    frozen = {"mtp.freeze_trunk": "true", "init_from": str(tmp_path / "base")}
+    train_here(tmp_path / "heads", cache, HEADS["eagle"] | frozen)
+    base, model = (open_model(tmp_path / name).model for name in ("base", "heads"))
+    expected = base.trunk.state_dict() | {"head": base.head.weight}
+    found = model.trunk.state_dict() | {"head": model.head.weight}
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert (model.mtp.own_head.weight != 0).any()
 
 
 @pytest.mark.parametrize("head", ["joint", "nextlat", "eagle", "stride", "masked"])

@@ -104,8 +104,9 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
         {},
         {"data.examples": 14, "data.num_workers": 2},  # three batches an epoch
         {**TASKS["star_graph"], "data.seq_len": 60},
+        {**TASKS["navigation"], "objective": "anchor"},
     ],
-    ids=["fresh", "fixed", "packed"],
+    ids=["fresh", "fixed", "packed", "navigation"],
 )
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.filterwarnings("ignore:.*num_workers")

@@ -7,6 +7,7 @@ tested in ``tests/objective/test_cross_product.py``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.rescoring import Forced
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.cost import counted_flops
 from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
 from tests.models import build, windows
@@ -181,12 +183,15 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
                 session.put_nodes(torch.tensor(drafts), k)
 
 
-@pytest.mark.parametrize("way", [{}, {"tree": [3, 2]}], ids=str)
+@pytest.mark.parametrize(
+    ("stack", "way"),
+    [(ParallelConfig, {}), (ParallelConfig, {"tree": [3, 2]}), (LinearConfig, {})],
+)
 def test_samples_have_the_models_distribution_where_few_tokens_are_candidates(
-    way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    stack: type[MTPConfig], way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selector, "CANDIDATES", 3)
-    model = small_model(11, 2, vocab=8, stack=ParallelConfig, **SELECTOR)
+    model = small_model(11, 2, vocab=8, stack=stack, **SELECTOR)
     drafted = None if way else 2
     options = {"temperature": 1.0, **way}
     require_the_models_distribution(model, options, drafted, prompt_length=7)
@@ -235,6 +240,22 @@ def test_the_measured_rejection_is_that_of_what_is_drafted(trunk: TrunkConfig) -
     ]).double().softmax(-1)  # fmt: skip
     expected = (p[0, 2] * (1 - torch.minimum(p_after, q).sum(-1))).sum()
     assert found[1, 0].rejection == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_its_products_grow_with_the_candidates_alone(
+    trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flops(vocab: int, candidates: int) -> int:
+        monkeypatch.setattr(selector, "CANDIDATES", candidates)
+        own = selector.Selector(replace(trunk, vocab_size=vocab), 5)
+        ids, width = torch.arange(6), trunk.d_model
+        forced = Forced(1, torch.randn(6, vocab).log_softmax(-1), torch.randn(6, width), ids, ids)
+        with counted_flops() as counted:
+            own(1, forced.hidden_RC, forced.log_q_RV, ids)
+            own.learn(forced, torch.ones(6), {})
+        return counted.total
+
+    assert flops(40, 16) == flops(4000, 16) > flops(4000, 8) > 0
 
 
 def test_ranks_of_corrections() -> None:

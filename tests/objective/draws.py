@@ -61,7 +61,13 @@ OBJECTIVES: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = {
     ],
     "feature": [({}, {"kl": 0.1, "feature": 1.0})],
     "nextlat": [({}, {"kl": 1.0, "raw feature": 1.0})],
-    "anchor": [({}, {"ce": 1.0, "anchor": 0.1})],
+    "anchor": [
+        ({}, {"ce": 1.0, "anchor_latent": 0.1, "anchor_semantic": 0.1}),
+        (
+            {"terms": {"ce": 1.0, "anchor": {"weight": 0.1, "latent": 2.0, "padded": True}}},
+            {"ce": 1.0, "anchor_latent": 0.2, "padded semantic": 0.1},
+        ),
+    ],
     "mix": [
         ({"terms": terms}, terms)
         for terms in (

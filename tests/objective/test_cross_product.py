@@ -21,6 +21,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.own_loss import own_values
 from mtp_lightning.mtp import selector
+from mtp_lightning.mtp.correction import CORRECTIONS
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.base import Balance, NoBalance
@@ -32,6 +33,7 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.rules.position_weights import PositionWeights
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective.terms.anchor import Anchor
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.mixture import known_terms
 from tests.objective.draws import (
@@ -190,10 +192,12 @@ def test_the_tables_know_all_that_there_is() -> None:
         for name in own:
             if get_origin(hints[name]) is Literal:
                 assert set(SWITCHES[name]) == set(get_args(hints[name])), name
+    assert {*SWITCHES["correction"]} == {"none", *CORRECTIONS}
     assert OBJECTIVES.keys() == listed("objective").keys()
     formulas = {LOGGED.get(name, name) for name in FORMULAS | ACCEPTED}
     own_terms = {n for n, term in known_terms().items() if term.__module__.startswith("mtp_")}
-    assert formulas == own_terms
+    own_terms |= {part.name for _, part in Anchor().parts()}
+    assert formulas == own_terms - {Anchor.name}
     assert set(Objective.options()) - {"quantile"} == {f.name for f in fields(Asked)} - {"mixture"}
     found = [Objective(term=CE, weights=word).rules for word in WEIGHTS]
     assert {type(rule) for rules in found for rule in rules} == {*PositionWeights.__subclasses__()}

@@ -198,7 +198,8 @@ def test_an_anchor_is_its_two_distances(
     tokens = torch.arange(5)
     hidden.requires_grad_()
     chunk = Chunk(1, torch.zeros(5, 3), tokens, hidden, Teacher(torch.zeros(5, 3), main))
-    value = Anchor(latent, semantic).for_model(model).value(chunk)
+    parts = [(w, term.for_model(model)) for w, term in Anchor(latent, semantic).parts()]
+    value = torch.stack([w * term.value(chunk) for w, term in parts]).sum(0)
     embedded = model.trunk.embedding.weight.detach()[tokens]
     for r in range(5):
         want = sum(

@@ -32,6 +32,7 @@ class At:
     hidden: Tensor
     main: Tensor
     embedded: Tensor | None = None  # of the target
+    padded: Tensor | None = None  # of the target, of token 0 where there is none
 
 
 def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -70,10 +71,9 @@ def feature(at: At) -> Tensor:
     return raw_feature(At(at.log_q, at.log_p, at.target, at.hidden / rms, at.main / rms))
 
 
-def anchor(at: At) -> Tensor:
-    assert at.embedded is not None
-    near_main = ((at.hidden - at.main) ** 2).mean(-1)
-    return near_main + ((at.hidden - at.embedded) ** 2).mean(-1)
+def distance(of: Tensor, to: Tensor | None) -> Tensor:
+    assert to is not None
+    return ((of - to) ** 2).mean(-1)
 
 
 def raw_feature(at: At) -> Tensor:
@@ -92,7 +92,9 @@ FORMULAS: dict[str, Callable[[At], Tensor]] = {
     "lk": lk,
     "feature": feature,
     "raw feature": raw_feature,
-    "anchor": anchor,
+    "anchor_latent": lambda at: distance(at.hidden, at.main),
+    "anchor_semantic": lambda at: distance(at.hidden, at.embedded),
+    "padded semantic": lambda at: distance(at.hidden, at.padded),
 }
 # Of terms that look at all depths of a position together: how likely one draft is accepted.
 ACCEPTED: dict[str, Callable[[At], Tensor]] = {
@@ -102,7 +104,12 @@ ACCEPTED: dict[str, Callable[[At], Tensor]] = {
     "eal": of_greedy,
 }
 # Formulas of a term at settings of its own, and the name of the term in the log.
-LOGGED = {"kl at temperature 2": "kl", "raw feature": "feature", "wtv at temperature 0.6": "wtv"}
+LOGGED = {
+    "kl at temperature 2": "kl",
+    "raw feature": "feature",
+    "wtv at temperature 0.6": "wtv",
+    "padded semantic": "anchor_semantic",
+}
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class Step:
             self.on[1] = model.mtp.offset(key) - 1
         self.valid = {k: self._valid(on) for k, on in self.on.items()}
         own = model.mtp.own_head
-        self.rows = None if own is None or own.is_whole else own.tokens
+        self.rows = self.own_rows = None if own is None or own.is_whole else own.tokens
         for k in self.on if self.rows is not None else ():
             if k:
                 self.valid[k] &= torch.isin(self._target(k), self.rows)
@@ -201,12 +208,15 @@ class Step:
         states = {0: self.forward.final, **self.forward.states}
         hidden = states.get(k, self.forward.final)
         main = self.forward.final.detach()[:, teacher]
-        embedded = self.forward.embedding.detach()[target]
+        embedding = self.forward.embedding.detach()
+        none = 0 if k == 0 or self.own_rows is None else int(self.own_rows[0])
+        padded = embedding[target.where(self.valid[k], torch.tensor(none))]
+        embedded = embedding[target]
         log_q, log_p = self.log_q[k], self.log_p[:, teacher]
         if k and self.rows is not None:  # among the tokens that can be drafted
             log_q, log_p = (log[..., self.rows].log_softmax(-1) for log in (log_q, log_p))
             target = (target.unsqueeze(-1) == self.rows).long().argmax(-1)
-        return At(log_q, log_p, target, hidden, main, embedded)
+        return At(log_q, log_p, target, hidden, main, embedded, padded)
 
     def _target(self, k: int) -> Tensor:
         start = 1 + self.on[k]
@@ -248,7 +258,12 @@ class Step:
                     value = 1 - reached[name]
                 else:
                     value = FORMULAS[name](at[k])
-                counts = self.valid[k] if name == "ce" else self.taught[k]
+                if name == "padded semantic":
+                    seen = self._kept(k) & (inside[k] | ~self.valid[k])
+                    terms[name] = self._mean(value, torch.ones_like(seen), seen * weights[k])
+                    continue
+                of_target = name in ("ce", "anchor_semantic")
+                counts = self.valid[k] if of_target else self.taught[k]
                 terms[name] = self._mean(value, counts, learns)
             loss = sum(share * terms[name] for name, share in asked.mixture.items())
             tags = {f"train/loss_depth_{k}/{LOGGED.get(n, n)}": terms[n] for n in names}

@@ -5,12 +5,13 @@ LSE-MTP (Zhong et al., arXiv 2604.06155), from the published code. For depth k a
     latent ||h^k_t - sg h_{t+k}||^2 + semantic ||h^k_t - sg E(x_{t+1+k})||^2
 
 with means over the C components. It is an addition to a term of the logits (``objective=anchor``:
-cross-entropy). A position counts where it has a target and a teacher. The published code also
-averages the second distance over padded targets, whose embedding is that of the padding symbol.
+cross-entropy). Each distance is a term of its own: the latent one counts where a position has a
+target and a teacher, the semantic one where it has a target.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 
 import torch
@@ -20,7 +21,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.terms.base import Chunk, Term
-from mtp_lightning.settings import require_number
+from mtp_lightning.settings import require_bool, require_number
 
 
 class Anchor(Term):
@@ -29,43 +30,77 @@ class Anchor(Term):
     Args:
         latent: weight of the distance from the main prediction's state.
         semantic: weight of the distance from the target's embedding.
+        padded: whether the semantic distance also counts at positions without a target, from the
+            embedding of token 0, which pads the examples of tasks. The published code does.
 
     Raises:
         UserError: a negative weight, or both 0.
     """
 
     name = "anchor"
-    needs_teacher = True
     of_state = True
 
-    def __init__(self, latent: float = 1.0, semantic: float = 1.0) -> None:
+    def __init__(self, latent: float = 1.0, semantic: float = 1.0, padded: bool = False) -> None:
         self.latent = require_number("anchor.latent", latent, least=0)
         self.semantic = require_number("anchor.semantic", semantic, least=0)
+        self.padded = require_bool("anchor.padded", padded)
         if not (latent or semantic):
             raise UserError(
                 "anchor.latent=0 and anchor.semantic=0 leave nothing to learn: set one of them "
                 "above 0, or leave anchor out of objective.terms."
             )
+
+    def parts(self) -> Iterator[tuple[float, Term]]:
+        if self.latent:
+            yield self.latent, Latent()
+        if self.semantic:
+            yield self.semantic, Semantic(self.padded)
+
+    def value(self, chunk: Chunk) -> Tensor:
+        raise AssertionError("the two distances are computed separately")
+
+
+class Latent(Term):
+    """``||h^k_t - sg h_{t+k}||^2``, the mean over the C components."""
+
+    name = "anchor_latent"
+    is_word = False
+    needs_teacher = True
+    of_state = True
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return _distance(chunk, chunk.teacher.hidden_RC)
+
+
+class Semantic(Term):
+    """``||h^k_t - sg E(x_{t+1+k})||^2``, the mean over the C components."""
+
+    name = "anchor_semantic"
+    is_word = False
+    of_state = True
+
+    def __init__(self, padded: bool) -> None:
+        self.counts_padding = padded
         self._embedding: nn.Module | None = None
         self._own_head: OwnHead | None = None
 
-    def for_model(self, model: MTPModel) -> Anchor:
+    def for_model(self, model: MTPModel) -> Semantic:
         bound = copy(self)
         bound._embedding, bound._own_head = model.trunk.embedding, model.mtp.own_head
         return bound
 
     def value(self, chunk: Chunk) -> Tensor:
-        assert chunk.hidden_RC is not None and self._embedding is not None
-        dtype = torch.promote_types(chunk.hidden_RC.dtype, torch.float32)
-        hidden_RC = chunk.hidden_RC.to(dtype)
+        assert self._embedding is not None
         ids_R = chunk.targets_R
         if self._own_head is not None:  # whose targets are its rows
             ids_R = self._own_head.tokens[ids_R]
         with torch.no_grad():
-            embedded_RC = self._embedding(ids_R).to(dtype)
-        distances = (
-            (self.latent, chunk.teacher.hidden_RC.to(dtype)),
-            (self.semantic, embedded_RC),
-        )
-        weighted = [w * (hidden_RC - to_RC).square().mean(-1) for w, to_RC in distances if w]
-        return torch.stack(weighted).sum(0)
+            embedded_RC = self._embedding(ids_R)
+        return _distance(chunk, embedded_RC)
+
+
+def _distance(chunk: Chunk, to_RC: Tensor) -> Tensor:
+    """The mean squared difference [R] between the depth's state and another."""
+    assert chunk.hidden_RC is not None
+    dtype = torch.promote_types(chunk.hidden_RC.dtype, torch.float32)
+    return (chunk.hidden_RC.to(dtype) - to_RC.to(dtype)).square().mean(-1)

@@ -94,6 +94,7 @@ class Term(ABC):
             log-probabilities: :meth:`value` is then differentiable with respect to
             ``chunk.hidden_RC`` and ``parameters``, and not to the log-probabilities.
         reads_before: whether it reads the tokens before the targets.
+        counts_padding: whether positions without a target count too, as if it were token 0.
         parameters: its own parameters, which belong to the model.
         follows_mask: whether ``objective.mask`` applies to its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
@@ -105,6 +106,7 @@ class Term(ABC):
     of_token: ClassVar[bool] = False
     of_state: ClassVar[bool] = False
     reads_before: bool = False
+    counts_padding: bool = False
     follows_mask: ClassVar[bool] = True
     follows_weights: ClassVar[bool] = True
     is_word: ClassVar[bool] = True

@@ -12,6 +12,7 @@ import torch
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, TRAINING
 from data_modules.tasks.navigation import Navigation, _delaunay
+from data_modules.tasks.navigation_measures import FIRST
 
 TASKS = [Navigation(), Navigation(graph="random", nodes=25, density=0.08)]
 
@@ -119,6 +120,26 @@ def test_the_triangulation_has_edges_of_triangles_with_an_empty_circle() -> None
     assert (_delaunay(points) == want).all()
 
 
+def test_a_random_graph_has_each_edge_with_its_probability() -> None:
+    n, p = 60 * 59, 0.1
+    for seed in range(5):
+        edges = Navigation(graph="random", nodes=60, density=p, seed=seed).edges.sum()
+        assert abs(edges - n * p) < 4 * (n * p * (1 - p)) ** 0.5
+
+
+def test_the_chance_of_arrival_is_that_of_all_answers() -> None:
+    task = Navigation(nodes=4, density=1.0)
+    vars(task)["longest_answer"] = 4
+    walks = task.measures(n=1, d_model=4)[0]
+    symbols = [END, *range(FIRST + 4, len(task.symbols))]
+    for start, goal in ((0, 1), (3, 0)):
+        prompt = [FIRST + start, FIRST + goal, 1]
+        rows = [[*prompt, *answer] for answer in itertools.product(symbols, repeat=4)]
+        walks.update(np.arange(1), SimpleNamespace(said_BW=torch.tensor(rows)))  # type: ignore[arg-type]
+    found = walks.compute()
+    assert found["arrival"] == pytest.approx(found["arrival_chance"]) and found["arrival"] > 0.02
+
+
 def test_chance_is_what_random_symbols_reach() -> None:
     task = Navigation(nodes=5, density=1.0)
     random, pairs = np.random.default_rng(0), task._pairs[1]
@@ -187,7 +208,14 @@ def test_a_model_that_says_anything_has_every_chance() -> None:
     found = measured(task, [np.arange(200)], knows=False)
     for name in ("shortcut_mass", "legal_mass"):
         assert found[name] == pytest.approx(found[f"{name}_chance"])
-    assert found["shortcut_mass"] > 0.05
+    table, masses = {a: hops(task, a) for a in range(task.nodes)}, []
+    for i in range(200):
+        _, goal, path = read(task, (e := task.example(i)).prompt, e.answer)
+        near = {a for a in table if 2 <= table[a].get(goal, 0) <= 4}
+        for a in near.intersection(path):
+            shortcuts = near - {a} - set(neighbors(task)[a])
+            masses.append(len(shortcuts) / len(task.symbols))
+    assert found["shortcut_mass"] == pytest.approx(np.mean(masses)) and np.mean(masses) > 0.05
     assert abs(found["belief_cosine"] - found["belief_cosine_others"]) < 0.1
     assert found["excess_loss"] == pytest.approx(np.log(len(task.symbols)) - found["surprisal"])
 
