@@ -23,7 +23,7 @@ import torch
 from benchmarks import cli
 from benchmarks.harness import Row
 from benchmarks.pretrained_heads import PROMPTS, prompt_ids
-from mtp_lightning.decoding.engine import Engine, session_kind
+from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.sequence import TextSequence
@@ -107,7 +107,7 @@ def single_passes(
             rooms[f"head of {draft_vocab} tokens"] = draft_vocab
         calls: dict[str, Callable[[], Any]] = {}
         for head, vocab in rooms.items():
-            session = session_kind(model)(
+            session = Session(
                 model, slots=1, capacity=len(prompt) + 32, max_draft=deepest,
                 **({} if vocab is None else {"draft_vocab": vocab}),
             )  # fmt: skip

@@ -23,7 +23,6 @@ from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
-from mtp_lightning.nn.components import UsedInPart
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialise
@@ -72,8 +71,8 @@ class ModelConfig:
     def _counted(self) -> tuple[int, int, int]:
         model = self.on_meta()
         total, stack = n_weights(model), n_weights(model.mtp)
-        in_part = (layer for layer in model.modules() if isinstance(layer, UsedInPart))
-        idle = sum(layer.idle_params() for layer in in_part)
+        # Experts that a token is not sent to.
+        idle = sum(getattr(x, "idle_params", lambda: 0)() for x in model.modules())
         looked_up = 0 if self.trunk.tie_embeddings else n_weights(model.trunk.embedding)
         return total, total - idle - looked_up, total - stack
 

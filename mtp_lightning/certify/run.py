@@ -70,7 +70,7 @@ def certify(
             be asked.
     """
     if precisions is None:
-        precisions = ("fp32",) if rounded_weights_need("cpu") else PRECISIONS
+        precisions = ("fp32",) if rounded_weights_need() else PRECISIONS
     for precision in precisions:
         weights, activations = split(precision)
         check_precision(weights, activations=activations)

@@ -1,14 +1,13 @@
-"""Causal attention over whole windows that skips hidden keys.
+"""Causal attention over whole windows in C++ (``cpp/attention.cpp``).
 
-PyTorch's CPU kernel multiplies every query with every key. Here a block of queries is multiplied
-only with the keys up to its end, grouped queries share their key-value head without copying it, and
-the probabilities are saved for the backward pass: about 1.5 times as fast at 256 tokens
-(``python -m benchmarks.kernels``). The probabilities grow with T^2, so long windows use PyTorch's
-kernel. The C++ keeps eight queries in the L1 cache from scores to output, and applies the rotary
-positions on the way.
+PyTorch's CPU kernel multiplies every query with every key. Here eight queries at a time are
+multiplied with the keys up to their end, stay in the L1 cache from scores to output, and share
+their key-value head without copying it; the rotary positions are applied on the way. The
+probabilities are saved for the backward pass. They grow with T^2, so long windows use PyTorch's
+kernel. ``python -m benchmarks.kernels`` measures both.
 
-Shapes: B batch, T positions, W positions of a block, S visible keys, N heads, M key-value heads,
-G = N / M queries per key-value head, R = B x M, H head size (that of values may differ).
+Shapes: B batch, T positions, S keys, N heads, M key-value heads, H head size (that of values may
+differ).
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp import custom_bwd, custom_fwd
 from torch.nn.attention.flex_attention import BlockMask
 
 from mtp_lightning.cpu import library as native
@@ -27,7 +25,6 @@ from mtp_lightning.nn import ops
 
 _Shape = c_int64 * 12  # ``Shape`` of cpp/attention.cpp
 
-_BLOCK = 32
 _MAX_SEQ_LEN = 512
 
 
@@ -40,7 +37,7 @@ def rotary_attention(
     n_kv: int,
 ) -> Tensor:
     """``ops.rotary_attention``."""
-    if mask is None and fits_native(qkv_BTNH) and cos.dtype == torch.float32:
+    if mask is None and fits(qkv_BTNH) and cos.dtype == torch.float32:
         return _NativeAttention.apply(n_heads, cos.contiguous(), sin.contiguous(), qkv_BTNH)
     return ops.rotary_attention.plain(qkv_BTNH, cos, sin, mask, n_heads, n_kv)
 
@@ -53,101 +50,29 @@ def attention(
 ) -> Tensor:
     """``ops.attention``."""
     if mask is None:
-        if fits_native(query_BTNH, key_BSMH, value_BSMH):
-            heads = query_BTNH, key_BSMH, value_BSMH
+        # Latent attention's values are a part of wider heads.
+        heads = [x.contiguous() for x in (query_BTNH, key_BSMH, value_BSMH)]
+        if fits(*heads):
             return _NativeAttention.apply(query_BTNH.shape[2], None, None, *heads)
-        if fits(query_BTNH):
-            return _CausalAttention.apply(query_BTNH, key_BSMH, value_BSMH)
     return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
 
 
-def fits(query_BTNH: Tensor) -> bool:
-    """Whether this file's code is faster than PyTorch: fp32, windows of up to 512."""
-    return query_BTNH.dtype == torch.float32 and query_BTNH.shape[1] <= _MAX_SEQ_LEN
-
-
-def fits_native(*heads: Tensor) -> bool:
-    """Whether the C++ supports these, each [B, T, ., H]: head sizes must be multiples of 16, and
-    heads adjacent. Gradients have the same strides, so that no number may be there twice."""
+def fits(*heads: Tensor) -> bool:
+    """Whether the C++ supports these, each [B, T, ., H], and is faster than PyTorch: windows of up
+    to 512, head sizes that are multiples of 16, adjacent heads. Gradients have the same strides, so
+    that no number may be there twice."""
     return (
-        fits(heads[0])
+        heads[0].shape[1] <= _MAX_SEQ_LEN
         and native.fits(*heads)
         and all(x.shape[3] % 16 == 0 and x.stride(2) == x.shape[3] for x in heads)
         and all(0 not in x.stride() for x in heads)
     )
 
 
-class _CausalAttention(torch.autograd.Function):
-    """``ops.attention`` without a mask, block by block. Inputs are cast to fp32: the products
-    accumulate in fp32 tensors."""
-
-    @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, seq_len, n_heads, d_head = query.shape
-        n_kv = key.shape[2]
-        group = n_heads // n_kv
-        rows = batch * n_kv
-        key_RTH = key.transpose(1, 2).reshape(rows, seq_len, d_head)
-        value_RTH = value.transpose(1, 2).reshape(rows, seq_len, -1)
-        grouped = query.view(batch, seq_len, n_kv, group, d_head).permute(0, 2, 3, 1, 4)
-        scaled_BMGTH = grouped * d_head**-0.5
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
-        out_BTMGH = out.view(batch, seq_len, n_kv, group, -1)
-        hidden_WW = torch.full((_BLOCK, _BLOCK), -torch.inf).triu_(1)
-        queries, probs = [], []
-        for start in range(0, seq_len, _BLOCK):
-            end = min(start + _BLOCK, seq_len)
-            width = end - start
-            query_block = scaled_BMGTH[:, :, :, start:end].reshape(rows, group * width, d_head)
-            scores = torch.bmm(query_block, key_RTH[:, :end].transpose(1, 2))
-            # Only the last W keys can come after one of the block's own queries.
-            scores.view(rows, group, width, end)[..., start:].add_(hidden_WW[:width, :width])
-            prob_block = torch.softmax(scores, dim=-1)
-            mixed = torch.bmm(prob_block, value_RTH[:, :end])
-            out_BTMGH[:, start:end] = mixed.view(batch, n_kv, group, width, -1).permute(
-                0, 3, 1, 2, 4
-            )
-            queries.append(query_block)
-            probs.append(prob_block)
-        ctx.save_for_backward(key_RTH, value_RTH, *queries, *probs)
-        ctx.shape = query.shape
-        return out
-
-    @staticmethod
-    @custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        key_RTH, value_RTH, *blocks = ctx.saved_tensors
-        queries, probs = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
-        batch, seq_len, n_heads, d_head = ctx.shape
-        rows = key_RTH.shape[0]
-        n_kv = rows // batch
-        group = n_heads // n_kv
-        grad_BMGTH = grads[0].reshape(batch, seq_len, n_kv, group, -1).permute(0, 2, 3, 1, 4)
-        d_query = grads[0].new_empty(ctx.shape)
-        d_query_BTMGH = d_query.view(batch, seq_len, n_kv, group, d_head)
-        d_key, d_value = torch.zeros_like(key_RTH), torch.zeros_like(value_RTH)
-        for index, start in enumerate(range(0, seq_len, _BLOCK)):
-            end = min(start + _BLOCK, seq_len)
-            width = end - start
-            query_block, prob_block = queries[index], probs[index]
-            grad_block = grad_BMGTH[:, :, :, start:end].reshape(rows, group * width, -1)
-            d_value[:, :end].baddbmm_(prob_block.transpose(1, 2), grad_block)
-            d_prob = torch.bmm(grad_block, value_RTH[:, :end].transpose(1, 2))
-            d_scores = torch.ops.aten._softmax_backward_data(d_prob, prob_block, -1, d_prob.dtype)
-            d_key[:, :end].baddbmm_(d_scores.transpose(1, 2), query_block)
-            d_block = torch.bmm(d_scores, key_RTH[:, :end]).mul_(d_head**-0.5)
-            d_query_BTMGH[:, start:end] = d_block.view(batch, n_kv, group, width, d_head).permute(
-                0, 3, 1, 2, 4
-            )
-        shape = (batch, n_kv, seq_len, -1)
-        return d_query, d_key.view(shape).transpose(1, 2), d_value.view(shape).transpose(1, 2)
-
-
 class _NativeAttention(torch.autograd.Function):
-    """The same in C++, with rotary positions if their cosines and sines are given, of queries, keys
-    and values. They may be one tensor, a projection's output [B, T, N + 2 M, H]; its gradient then
-    is one, too."""
+    """``ops.attention`` without a mask, after ``ops.rotary`` if cosines and sines are given.
+    Queries, keys and values may be one tensor, a projection's output [B, T, N + 2 M, H]; its
+    gradient then is one, too."""
 
     @staticmethod
     def forward(

@@ -63,11 +63,9 @@ class OpenPass:
     """
 
     def __init__(self, cache: KVCache, layer: int, n: int) -> None:
-        tables, starts = cache.tables, cache.starts
-        entries = cache.addresses.get((layer, n))
-        if entries is None:
-            stored = cache.entries_L_BSMH[layer : layer + n]
-            entries = cache.addresses[layer, n] = (c_void_p * n)(*[x.data_ptr() for x in stored])
+        tables, starts = cache.tables, cache.runs.starts
+        stored = cache.entries_L_BSMH[layer : layer + n]
+        self._entries = (c_void_p * n)(*[x.data_ptr() for x in stored])
         self._starts = (c_int64 * len(starts))(*starts)
         parents = cache.parents
         self._parents = None if parents is None else (c_int64 * len(parents))(*parents)
@@ -79,7 +77,7 @@ class OpenPass:
             None if self._parents is None else ctypes.addressof(self._parents),
             tables.cos_S1H.data_ptr(),
             tables.sin_S1H.data_ptr(),
-            ctypes.addressof(entries),
+            ctypes.addressof(self._entries),
         )
         self.address = ctypes.addressof(self._struct)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.cpu import experts
@@ -125,34 +124,9 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 def gated(gate_up: Tensor) -> Tensor:
     """``ops.gated``."""
-    if not torch.is_grad_enabled():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    if native.fits(gate_up) and gate_up.is_contiguous():
+    if torch.is_grad_enabled() and native.fits(gate_up) and gate_up.is_contiguous():
         return _SwiGLUNative.apply(gate_up)
-    return _SwiGLUCPU.apply(gate_up)
-
-
-class _SwiGLUCPU(torch.autograd.Function):
-    """Saves only its input: recomputing the sigmoid is cheaper than reading it from memory."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return gated(gate_up)  # autograd is off here
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,) = grads
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        scratch = F.silu(gate)
-        torch.mul(grad, scratch, out=d_up)
-        torch.mul(grad, up, out=scratch)
-        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=d_gate)
-        return d_gate_up
+    return ops.gated(gate_up)
 
 
 class _SwiGLUNative(torch.autograd.Function):

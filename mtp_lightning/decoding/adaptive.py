@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -73,76 +73,49 @@ class AutoDepth:
 
         (1 + sum_j prod_{i <= j} acceptance_i) / seconds,    0 drafts being plain decoding.
 
-    It starts with the best number of a measurement, or with 0. From time to time it *looks*: it
-    times a few rounds with another number of drafts. If the current number is 0, it looks at
-    ``max_draft``, and the times of the numbers between are interpolated; else it looks at one draft
-    more or less, and at 0. Those rounds emit tokens like any others. The time that they lose
-    compared with the current number is counted, and a look waits until it fits a budget, a small
-    share of the time spent so far. Times are kept by batch size, rounded to powers of two; a new
-    size starts with the number last used.
+    It starts with the best number of a measurement, or with 0. Now and then it *probes*: it times a
+    few rounds with another number of drafts. If the current number is 0, it probes ``max_draft``,
+    and the times of the numbers between are interpolated; else it probes one draft more or less,
+    and 0. Those rounds emit tokens like any others. Where drafts do not pay, the number of rounds
+    between two probes doubles, up to a limit. Times are kept by batch size, rounded to powers of
+    two; a new size starts with the number last used.
 
     Args:
         max_draft: the most drafts to consider.
-        module_share: time for the modules to catch up with a token, as a share of the trunk's time
-            to read a token of a prompt.
         measured: greedy rounds of this model on this machine; None if nothing is known.
     """
 
-    _SHARE = 0.0075  # share of the time that looks may lose
     _MEMORY = 0.98  # decay per round of the acceptance's running mean
     _KNOWN = 20.0  # rounds that the measured shares of acceptance count as
 
-    def __init__(
-        self, max_draft: int, module_share: float = 0.0, measured: Payoff | None = None
-    ) -> None:
+    def __init__(self, max_draft: int, measured: Payoff | None = None) -> None:
         self.max_draft = max_draft
         # Without a measurement a weak prior: one draft of two accepted.
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
         self._measured: Payoff | None = None
-        if measured is not None and measured.best:  # a small gain is left to looks
+        if measured is not None and measured.best:  # a small gain is left to probes
             self._measured = measured
             self._accepted = [self._KNOWN * share for share in measured.accepted]
             self._reached = [self._KNOWN] * max_draft
         self._by_size: dict[int, _Rounds] = {}  # by log2 of the number of rows
         self._rounds: _Rounds | None = None
         self._n_rows = 0
-        self._budget = 0.0  # seconds that looks may lose
-        self._module_share = module_share
-        self._catch_up_seconds = 0.0  # per token
 
-    def read(self, tokens: int, seconds: float) -> None:
-        """Count the time of reading prompts of ``tokens`` tokens."""
-        self._budget += self._SHARE * seconds
-        found = seconds / tokens * self._module_share
-        self._catch_up_seconds = min(self._catch_up_seconds or found, found)
-
-    def depth(self, rows: int, behind: Callable[[], int]) -> int:
-        """The number of drafts of the next round.
-
-        Args:
-            rows: rows of the batch.
-            behind: returns the number of tokens that the modules would have to catch up with.
-        """
+    def depth(self, rows: int) -> int:
+        """The number of drafts of the next round of a batch of ``rows`` rows."""
         if rows != self._n_rows:
             self._n_rows, size = rows, round(math.log2(rows))
             if size not in self._by_size:
                 first = self._measured if self._rounds is None else None
                 self._by_size[size] = _Rounds(self.max_draft, self._rounds, first)
             self._rounds = self._by_size[size]
-        rounds = self._rounds
-        assert rounds is not None
-        if rounds.may_look:
-            rounds.may_look, cost, means = False, rounds.cost_of_a_look, self._budget / rounds.price
-            if not rounds.best and means > cost:
-                cost += behind() * self._catch_up_seconds
-            if means > cost:
-                rounds.look()
-        return rounds.plan[0] if rounds.plan else rounds.best
+        assert self._rounds is not None
+        return self._rounds.plan[0] if self._rounds.plan else self._rounds.best
 
     @property
     def best(self) -> int:
-        """The number of drafts that was fastest so far, without a look at others."""
+        """The number of drafts that was fastest so far, probes left aside."""
         return 0 if self._rounds is None else self._rounds.best
 
     def record(
@@ -156,45 +129,33 @@ class AutoDepth:
             accepted: for each row, the number of accepted drafts.
             reached: for each row, the number of drafts verified, the first rejected one included.
         """
-        rounds = self._rounds
-        assert rounds is not None
-        self._budget += self._SHARE * seconds
-        if m:
-            self._judge(m, accepted, reached)
-        if rounds.plan:
-            tokens = 1 + sum(accepted) / len(accepted)
-            lost = max(0.0, seconds - tokens * rounds.seconds_per_token)
-            self._budget -= lost * rounds.price
-        if rounds.is_review(m, seconds):
-            pairs = zip(self._accepted, self._reached, strict=True)
-            rounds.decide(expected_tokens([a / n for a, n in pairs]))
-
-    def _judge(self, m: int, accepted: Sequence[int], reached: Sequence[int]) -> None:
+        assert self._rounds is not None
         for j in range(m):
             n_reached = sum(r > j for r in reached)
             if n_reached:
                 self._accepted[j] = self._accepted[j] * self._MEMORY + sum(a > j for a in accepted)
                 self._reached[j] = self._reached[j] * self._MEMORY + n_reached
+        if self._rounds.count(m, seconds):
+            pairs = zip(self._accepted, self._reached, strict=True)
+            self._rounds.decide(expected_tokens([a / n for a, n in pairs]))
 
 
 class _Rounds:
     """The times of rounds of one batch size, and the best number of drafts for it.
 
     A plain round over long texts may take twice as long as one over short texts. So times are
-    compared within one look only, and their ratio to the time of a plain round is stored.
+    compared within one probe only, and their ratio to the time of a plain round is stored.
 
     Attributes:
         best: the number of drafts with the most tokens per second.
         plan: numbers of drafts to be timed in the next rounds.
-        may_look: whether a look is due, if the budget allows it.
-        seconds_per_token: per row, with the best number.
-        cost_of_a_look: seconds that the next look is expected to lose, without catching up.
-        price: factor of a look's lost seconds when they are charged to the budget.
     """
 
-    _EACH = 2  # rounds per number in a look; the first may have much to catch up with
+    _EACH = 2  # rounds per number in a probe; the first may have much to catch up with
     _REVIEW = 16  # rounds from one decision to the next
-    _HOPELESS = 8  # price if drafts would not pay even if all were accepted: look rarely
+    _OFTEN = 64  # rounds between probes while drafts pay
+    _FIRST, _MOST = 256, 1024  # rounds until the first probe of plain decoding, and at most
+    _HOPELESS = 4096  # the same if drafts would not pay even if all were accepted
 
     def __init__(
         self, max_draft: int, last: _Rounds | None, measured: Payoff | None = None
@@ -209,14 +170,11 @@ class _Rounds:
             for ratios, cost in zip(self._ratios[1:], measured.costs[1:], strict=True):
                 ratios.append(cost)
         self.plan: list[int] = []
-        self.may_look = False
-        self.seconds_per_token = 0.0
-        self.cost_of_a_look = math.inf
-        self.price = 1
-        self._until_review = self._REVIEW
-        self._deeper = True  # whether the next look tries one draft more
+        self._since_probe = 0
+        self._wait = self._FIRST
+        self._deeper = True  # whether the next probe tries one draft more
 
-    def is_review(self, m: int, seconds: float) -> bool:
+    def count(self, m: int, seconds: float) -> bool:
         """Count a round of ``m`` drafts; returns whether it is time to decide again."""
         self._seconds[m].append(seconds)
         if self.plan:
@@ -224,11 +182,12 @@ class _Rounds:
             if not self.plan:
                 self._compare()
             return not self.plan
-        self._until_review -= 1
-        self.may_look = not self._until_review
-        return self.may_look
+        self._since_probe += 1
+        if self._since_probe >= (self._OFTEN if self.best else self._wait):
+            self._probe()
+        return not self.plan and self._since_probe % self._REVIEW == 0
 
-    def look(self) -> None:
+    def _probe(self) -> None:
         """Plan rounds of other numbers, the deepest first, so that only its rounds catch up."""
         deepest = len(self._seconds) - 1
         others = {deepest}
@@ -240,12 +199,12 @@ class _Rounds:
             if m != self.best:  # the best number is represented by its last rounds
                 seconds.clear()
         self.plan = [m for m in sorted(others, reverse=True) for _ in range(self._EACH)]
+        self._since_probe, self._wait = 0, min(2 * self._wait, self._MOST)
 
     def _compare(self) -> None:
         # Take the shortest: other programs on the machine only ever make a round longer.
-        shortest = [min(seconds, default=None) for seconds in self._seconds]
-        plain = shortest[0]
-        for ratios, seconds in zip(self._ratios[1:], shortest[1:], strict=True):
+        plain, *others = (min(seconds, default=None) for seconds in self._seconds)
+        for ratios, seconds in zip(self._ratios[1:], others, strict=True):
             if seconds and plain:
                 # A round with drafts includes all the work of a plain one.
                 ratios.append(max(seconds / plain, 1.0))
@@ -256,21 +215,16 @@ class _Rounds:
         Args:
             expected: tokens per row of a round with 0, 1, .. drafts.
         """
-        self._until_review = self._REVIEW
         known = [m for m, ratios in enumerate(self._ratios) if ratios]
         costs = [self._cost(m, known) for m in range(known[-1] + 1)]
-        gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
-        if len(costs) > 1:
-            self.best = fastest(gains, MARGIN)
-            most = max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1))
-            self.price = self._HOPELESS if most < MARGIN else 1
-        if not self._seconds[self.best]:  # interpolated, never timed
+        if len(costs) == 1:
             return
-        now = min(self._seconds[self.best])
-        self.seconds_per_token = now / expected[self.best]
-        # Rough estimate: a draft that fails costs half a round.
-        drafts = 1 if self.best else len(self._seconds) - 1
-        self.cost_of_a_look = self._EACH * now * drafts / 2
+        gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
+        before, self.best = self.best, fastest(gains, MARGIN)
+        if before and not self.best:
+            self._wait = self._FIRST
+        if max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1)) < MARGIN:
+            self._wait = self._HOPELESS
 
     def _cost(self, m: int, known: list[int]) -> float:
         """Time of a round with ``m`` drafts in plain rounds, interpolated between measured ones."""

@@ -14,6 +14,7 @@ can differ from plain decoding where two tokens' logits agree to about 1e-5.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,73 @@ from mtp_lightning.decoding.programs import program, require_compiler
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.components import CacheEntry
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
-from mtp_lightning.nn.static_cache import StaticCache
 
 # Prompts and texts of many lengths share a program: capacities are multiples of this.
 _CAPACITY = 256
 # Devices whose passes are recorded.
 _RECORDED = ("cuda",)
+
+
+class StaticCache:
+    """A :class:`KVCache` as a compiled pass sees it: positions are inputs, not part of the program.
+
+    Every pass reads the whole capacity with a mask, so that one program serves all positions.
+
+    Args:
+        entries_L_BSMH: the storage of a :class:`KVCache`, which :meth:`append` writes to.
+        positions_BT: positions of the new tokens.
+        entry: the layout of a stored entry.
+    """
+
+    def __init__(
+        self, entries_L_BSMH: Sequence[Tensor], positions_BT: Tensor, entry: CacheEntry
+    ) -> None:
+        self.entries_L_BSMH = entries_L_BSMH
+        self.positions_BT = positions_BT
+        self.entry = entry
+        batch, capacity = entries_L_BSMH[0].shape[:2]
+        device = positions_BT.device
+        self._rows_B1 = torch.arange(batch, device=device).unsqueeze(1)
+        self._columns_S = torch.arange(capacity, device=device)
+
+    def append(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Store one layer's keys and values, with rotary positions applied."""
+        entries = self.entries_L_BSMH[layer]
+        entries.index_put_((self._rows_B1, self.positions_BT), entry_BTMH.to(entries.dtype))
+
+    def distances(self) -> Tensor:
+        """Distance from every stored position to every new token, [B, T, S]; negative if the stored
+        position comes later."""
+        return self.positions_BT.unsqueeze(-1) - self._columns_S
+
+    def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of the new queries over all stored positions: [B, T, N, H].
+
+        The formula is written out so that the compiler can fuse it.
+
+        Args:
+            layer: index of the layer in the cache.
+            query_BTNH: the new queries.
+            mask: additive, [B, T, S]; None is causal.
+        """
+        keys, values = self.entry.split(self.entries_L_BSMH[layer].transpose(1, 2))
+        batch, seq_len, n_heads, d_head = query_BTNH.shape
+        n_kv = keys.shape[1]
+        # Queries that share a key head become the rows of one matrix product.
+        grouped = query_BTNH.view(batch, seq_len, n_kv, -1, d_head).permute(0, 2, 3, 1, 4)
+        rows = grouped.reshape(batch, n_kv, -1, d_head)
+        scores = (rows @ keys.transpose(-1, -2)) * d_head**-0.5
+        scores = scores.view(*grouped.shape[:-1], -1)
+        if mask is None:
+            scores = scores.masked_fill((self.distances() < 0)[:, None, None], -torch.inf)
+        else:
+            scores = scores + mask[:, None, None]
+        mixed = scores.softmax(-1).flatten(2, 3) @ values
+        mixed = mixed.view(batch, n_kv, -1, seq_len, d_head).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(batch, seq_len, n_heads, d_head)
 
 
 class _Pass(nn.Module):
@@ -170,9 +230,9 @@ def record(
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
-    def __init__(self, model: MTPModel, *, slots: int, capacity: int, max_draft: int) -> None:
+    def __init__(self, model: MTPModel, *, slots: int, max_draft: int, **room: Any) -> None:
         assert slots == 1
-        super().__init__(model, slots=slots, capacity=capacity, max_draft=max_draft)
+        super().__init__(model, slots=slots, max_draft=max_draft, **room)
         self._width = max_draft + 1
 
     def _run(self, kind: str, number: int, cache: KVCache, *passing: Tensor) -> Sequence[Tensor]:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
 
 
+_ROOM = "mtp_lightning.decoding"
+
+
 class Engine:
     """Decodes up to ``slots`` requests together, in rounds.
 
@@ -81,9 +84,8 @@ class Engine:
         self._decoder: Decoder | None = None
         self._auto, known = depths, options.measured
         if depths is None and options.auto and self.max_draft:
-            kind = imported("mtp_lightning.decoding.adaptive.AutoDepth")
-            share = self.max_draft / model.config.trunk.n_layers
-            self._auto = kind(self.max_draft, share, None if known is None else known.greedy)
+            kind = imported(f"{_ROOM}.adaptive.AutoDepth")
+            self._auto = kind(self.max_draft, None if known is None else known.greedy)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -169,12 +171,9 @@ class Engine:
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
-        start = time.perf_counter()
         tokens, logits_BV = decoder.join(
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
         )
-        if self._auto is not None:
-            self._auto.read(sum(map(len, windows)), time.perf_counter() - start)
         self._sequences += sequences
         for sequence, token, logits_V in zip(sequences, tokens, logits_BV, strict=True):
             sequence.extend([token], 0, logits_V.unsqueeze(0))
@@ -244,18 +243,16 @@ class Engine:
         return self._decoder
 
     def _new_decoder(self, capacity: int) -> Decoder:
-        options, room = self.options, {"slots": self.slots, "capacity": capacity}
-        room |= {} if options.draft_vocab is None else {"draft_vocab": options.draft_vocab}
+        options = self.options
+        room: dict[str, Any] = {"slots": self.slots, "capacity": capacity}
+        room |= {"draft_vocab": options.draft_vocab, "one_cache": options.cache == "single"}
         if options.tree is not None:
-            trees = session_kind(self._model, tree=True)(self._model, **room, tree=options.tree)
-            return imported("mtp_lightning.decoding.tree_speculative.TreeDecoder")(
-                trees, slots=self.slots
-            )
-        kind = session_kind(self._model, single=options.cache == "single", compile=options.compile)
+            session = imported(f"{_ROOM}.tree_session.TreeSession")
+            decoder = imported(f"{_ROOM}.tree_speculative.TreeDecoder")
+            return decoder(session(self._model, tree=options.tree, **room))
+        kind = imported(f"{_ROOM}.compiled.CompiledSession") if options.compile else Session
         return Decoder(
-            kind(self._model, **room, max_draft=self.max_draft),
-            slots=self.slots,
-            max_draft=self.max_draft,
+            kind(self._model, max_draft=self.max_draft, **room),
             min_confidence=options.min_confidence,
             verify=RULES[options.verify],
         )
@@ -279,7 +276,7 @@ class Engine:
         if auto is not None:
             own = [self._own_depth(sequence.request) for sequence in self._sequences]
             alike = all(depth is None for depth in own)
-            chosen = auto.depth(len(own), decoder.session.behind) if alike else auto.best
+            chosen = auto.depth(len(own)) if alike else auto.best
             each = [chosen if depth is None else depth for depth in own]
             caps, wanted = [min(cap, m) for cap, m in zip(caps, each, strict=True)], max(each)
             auto = auto if alike else None  # a round of unlike texts tells nothing
@@ -315,29 +312,6 @@ class Engine:
         self._sequences[i] = self._sequences[-1]
         self._sequences.pop()
         self._decoder.drop_row(i)
-
-
-def session_kind(
-    model: MTPModel, *, single: bool = False, compile: bool = False, tree: bool = False
-) -> type[Any]:
-    """The kind of :class:`Session` that a model decodes with.
-
-    Args:
-        model: the model.
-        single: one cache for all drafts, also where the model does not need it.
-        compile: compiled passes, for a model that drafts with a cache per depth or not at all.
-        tree: trees of drafts instead of chains.
-    """
-    one = single or model.mtp.one_cache
-    if tree:
-        name = "tree_session.SingleCacheTreeSession" if one else "tree_session.TreeSession"
-    elif compile:
-        name = "compiled.CompiledSession"
-    elif one:
-        name = "single_cache.SingleCacheSession"
-    else:
-        return Session
-    return imported(f"mtp_lightning.decoding.{name}")
 
 
 def _kept(limit: int) -> int:

@@ -29,39 +29,15 @@ if TYPE_CHECKING:
     from mtp_lightning.opening import Keeper
 
 
-class TrunkPass(Protocol):
-    """The trunk from token ids to logits."""
+# The trunk from token ids to logits [B, T, V]. It is given the trunk's cache, opened for the pass,
+# the token buffer [B, S], and the states [B, S, C] to write the stack's branch states to; None
+# without drafts.
+TrunkPass = Callable[[KVCache, Tensor, Tensor | None], Tensor]
 
-    def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
-        """The logits [B, T, V].
-
-        Args:
-            cache: the trunk's, opened for a pass.
-            ids_BS: the whole token buffer, of the cache's capacity.
-            states_BSC: the pass writes the stack's branch states here; None without drafts.
-        """
-
-
-class DraftPass(Protocol):
-    """One depth of the stack from token ids to logits."""
-
-    def __call__(
-        self,
-        cache: KVCache,
-        ids_BS: Tensor,
-        before_BSC: Tensor,
-        after_BSC: Tensor | None,
-        newest: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        """The state [B, 1, C] of one token a row, and its logits [B, V].
-
-        Args:
-            cache: the depth's, opened for a pass.
-            ids_BS: the whole token buffer; this and the next two have the cache's capacity.
-            before_BSC: the states that the depth reads.
-            after_BSC: the pass writes the depth's own states here; None for the deepest depth.
-            newest: for every row, the index of that token in the pass.
-        """
+# One depth from token ids to the state [B, 1, C] of one token a row, and its logits [B, V]. It is
+# given the depth's cache, opened for the pass, the token buffer, the states [B, S, C] that the
+# depth reads, those to write its own to (None for the deepest), and each row's index of that token.
+DraftPass = Callable[[KVCache, Tensor, Tensor, Tensor | None, Sequence[int]], tuple[Tensor, Tensor]]
 
 
 class FusedPasses(Protocol):
@@ -112,11 +88,15 @@ def register(device: str, code: DecodingCode) -> None:
     _CODE[device] = code
 
 
-def rounded_weights_need(device: str) -> str | None:
-    """What a device type lacks to read rounded weights (``precision.py``) faster than fp32; None if
-    it lacks nothing."""
+def _code(device: str) -> DecodingCode | None:
     parts.load()
-    code = _CODE.get(device)
+    return _CODE.get(device)
+
+
+def rounded_weights_need() -> str | None:
+    """What a CPU lacks to read rounded weights (``precision.py``) faster than fp32; None if nothing
+    is missing."""
+    code = _code("cpu")
     return "the part mtp_lightning.cpu" if code is None else code.rounded_weights_need()
 
 
@@ -124,9 +104,8 @@ def multiply_integers(model: MTPModel) -> str | None:
     """Let products with weights in blocks of few bits be sums of integers while the model decodes:
     the other factor is rounded to 8 bits for every block. Returns what is missing; None if nothing
     is."""
-    parts.load()
     device = model.head.weight.device.type
-    if (code := _CODE.get(device)) is None:
+    if (code := _code(device)) is None:
         return "the part mtp_lightning.cpu" if device == "cpu" else "a model on a CPU"
     return code.multiply_integers(model)
 
@@ -136,11 +115,10 @@ def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:
 
     Args:
         model: without numbers yet, or with those that are to be kept.
-        path: the file or folder that its weights are read from, for
-            :meth:`Keeper.restore`; None for a model with other numbers.
+        path: the file or folder that its weights are read from, for :meth:`Keeper.restore`; None
+            for a model with other numbers.
     """
-    parts.load()
-    code = _CODE.get(model.head.weight.device.type)
+    code = _code(model.head.weight.device.type)
     return None if code is None else code.keeper(model, path)
 
 
@@ -148,8 +126,7 @@ def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:
 def fused_passes(model: MTPModel) -> Iterator[None]:
     """Prepare a model for decoding. Concurrent callers share the preparation; the last one to leave
     drops it, so that it never outlives a change of the weights."""
-    parts.load()
-    code = _CODE.get(model.head.weight.device.type)
+    code = _code(model.head.weight.device.type)
     if code is None:
         yield
         return

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.model import MTPModel
+from mtp_lightning.registry import imported
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
@@ -231,7 +231,8 @@ def pass_costs(
         repeats: timed calls of each pass.
         clock: see :func:`race`.
     """
-    kind = session_kind(model, compile=compile)
+    name = "compiled.CompiledSession" if compile else "session.Session"
+    kind = imported(f"mtp_lightning.decoding.{name}")
     with decoding_passes(model):
         capacity = len(prompt) + 64
         session = kind(model, slots=batch, capacity=capacity, max_draft=model.depth)

@@ -142,8 +142,8 @@ class DecodingOptions(TextOptions):
             accepted is below this; 0 never does. The estimate is that of a model trained with
             ``objective.confidence=true``, else the product of the likeliest drafts' probabilities.
         cache: for a single sequential module that drafts several tokens: ``"per_depth"`` keeps one
-            cache per draft, at the positions of training; ``"single"`` keeps one for all drafts
-            (``single_cache.py``).
+            cache per draft, at the positions of training; ``"single"`` keeps one for all
+            drafts.
         tree: draft several candidates per depth: ``[3, 2, 1]`` drafts three for the next token, two
             after each of them and one after each of these, and verifies all in one pass; None
             drafts a chain.

@@ -57,7 +57,7 @@ def check_precision(
                 f"{key}={value} does not go together with compile=true, whose programs "
                 "read fp32: leave one of them out."
             )
-        if missing := rounded_weights_need("cpu"):
+        if missing := rounded_weights_need():
             raise _nothing_faster(f"{key}={value}", missing)
 
 

@@ -40,6 +40,14 @@ class Session:
         capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
+        one_cache: all drafts use the first depth's cache, also where the stack does not need that.
+
+    A recursive module with one cache treats its own output as the true state (EAGLE, arXiv
+    2401.15077, section 3.1): after k - 1 drafts, its state for position i stands in for the trunk's
+    state at i + k - 1, and draft k is its first depth there. The cache then holds the entries of
+    all true positions, followed by those of the drafts, which the next round overwrites. Every
+    draft after the first is a pass over one position. With a cache per depth, a pass also
+    recomputes the positions accepted since the last round, at the positions used in training.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
@@ -57,6 +65,7 @@ class Session:
         capacity: int,
         max_draft: int,
         draft_vocab: int | None = None,
+        one_cache: bool = False,
     ) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
@@ -66,7 +75,8 @@ class Session:
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
         self.trunk_cache = self._cache(tables, trunk.n_layers, slots)
-        kept = self.depths_kept(max_draft)
+        self._one_cache = one_cache or model.mtp.one_cache
+        kept = min(max_draft, 1) if self._one_cache else max_draft
         layers = int(model.mtp.attends_back)
         self.depth_caches = [self._cache(tables, layers, slots) for _ in range(kept)]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
@@ -131,11 +141,6 @@ class Session:
             cache.resize(batch)
         self.tokens_BS = self._tokens[:batch]
         self.states = [states[:batch] for states in self._states]
-
-    @staticmethod
-    def depths_kept(max_draft: int) -> int:
-        """Number of depths that have their own cache and state buffer."""
-        return max_draft
 
     @property
     def batch_size(self) -> int:
@@ -224,6 +229,8 @@ class Session:
 
     def _draft(self, k: int) -> Tensor:
         """:meth:`draft`, [B, P, V]; see :meth:`_store_draft`."""
+        if self._one_cache and k > 1:
+            return self._draft_on(k)
         self._append(k)
         self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid to its
@@ -250,6 +257,15 @@ class Session:
             at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
             newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
         return self._store_draft(k, newest)
+
+    def _draft_on(self, k: int) -> Tensor:
+        """:meth:`_draft` from the draft before, in the first depth's cache."""
+        newest = self.newest_B1C
+        assert newest is not None
+        cache = self.depth_caches[0]
+        positions = Positions.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
+        tokens = cache.runs.read(self.tokens_BS, 1)
+        return self._store_draft(k, self.model.depth_state(1, newest, newest, tokens, positions))
 
     def _append(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
@@ -286,10 +302,6 @@ class Session:
             starts = [max(end - width, 0) for end in known]
             self._depth(k, width, cache.rows(rows), rows, starts)
             cache.lengths[rows] = filled[rows] = known
-
-    def behind(self) -> int:
-        """Total number of tokens, over all rows, that the first depth has not read."""
-        return sum(self.n) - sum(self.filled[1])
 
     @property
     def _draft_head(self) -> Head | OwnHead | ShortHead:

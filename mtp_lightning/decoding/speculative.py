@@ -10,7 +10,7 @@ Shapes: B rows, M drafts, T = M + 1 verified tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from mtp_lightning.decoding.noise import Noise
 from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw, over_all
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.verification import Verification, accept_or_resample
 
 
 @dataclass(frozen=True)
@@ -76,34 +77,33 @@ class Decoder:
 
     Args:
         session: the decoding state, still without rows.
-        slots: most rows at a time.
-        max_draft: most drafts that any round will have.
         min_confidence: a round stops drafting once the product of confidences is below this in
             every row; a sampled row accepts no draft from its own such depth on. The confidence is
             the session's estimate, or without one the probability of the likeliest draft (EAGLE-2,
             arXiv 2406.16858, section 3). It is known before a token is drawn, so the decision does
             not depend on the token and the text keeps the trunk's distribution.
-        verify: the rule that decides which sampled drafts are kept, called like
-            :func:`accept_or_resample`, which None stands for (``verification.py``).
+        verify: the rule that decides which sampled drafts are kept (``verification.py``).
     """
 
     def __init__(
         self,
         session: Session,
         *,
-        slots: int,
-        max_draft: int,
         min_confidence: float = 0.0,
-        verify: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        verify: Verification = accept_or_resample,
     ) -> None:
         self.session = session
         self.min_confidence = min_confidence
-        self._verify = verify or accept_or_resample
+        self._verify = verify
+        self._most = self._most_drafts()
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
-        self._noise = Noise(slots, 2 * max_draft + 1, session.tokens_BS.device)
-        self._max_draft = max_draft
+        self._noise = Noise(2 * self._most + 1, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
         self._row_sampling: RowSampling | None = None
+
+    def _most_drafts(self) -> int:
+        """The most drafts of a round."""
+        return self.session.max_draft
 
     def join(
         self,
@@ -224,7 +224,7 @@ class Decoder:
             return Round([Step.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(drafts, dim=1)
         q_BMV = over_all(torch.stack(proposals, dim=1), p_BTV.shape[-1])
-        half = self._max_draft
+        half = self._most
         tokens_BT, accepted_B = self._verify(
             p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
         )
@@ -242,74 +242,3 @@ def likeliest(logits_BV: Tensor) -> Tensor:
     """The probability [B] of the likeliest token of each row."""
     logits_BV = logits_BV.float()
     return (logits_BV.amax(dim=-1) - logits_BV.logsumexp(dim=-1)).exp()
-
-
-def accept_or_resample(
-    p_BTV: Tensor,
-    q_BMV: Tensor,
-    draft_BM: Tensor,
-    accept_noise_BM: Tensor,
-    final_noise_B: Tensor,
-    limit_B: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The rejection rule of speculative sampling.
-
-    Args:
-        p_BTV: the trunk's distributions, T = M + 1.
-        q_BMV: the distributions that the drafts were drawn from.
-        draft_BM: the drafts.
-        accept_noise_BM, final_noise_B: uniform numbers of [0, 1).
-        limit_B: for each row, the number of drafts that are considered.
-
-    Returns:
-        Tokens [B, T], of which the first ``accepted + 1`` are valid, and ``accepted`` [B].
-    """
-    p_draft_BM, q_draft_BM = of_drafts(p_BTV, q_BMV, draft_BM)
-    # u < p / q without the division: p = 0 never accepts, p >= q always does.
-    ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
-    ok_BM &= torch.arange(draft_BM.shape[1], device=ok_BM.device) < limit_B.unsqueeze(1)
-    accepted_B = ok_BM.long().cumprod(dim=1).sum(dim=1)
-    tokens_BT = with_own_token(p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B)
-    return tokens_BT, accepted_B
-
-
-def of_drafts(p_BTV: Tensor, q_BMV: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
-    drawn from; arguments as :func:`accept_or_resample`."""
-    index = draft_BM.unsqueeze(-1)
-    p_BMV = p_BTV[:, : draft_BM.shape[1]]
-    return p_BMV.gather(-1, index).squeeze(-1), q_BMV.gather(-1, index).squeeze(-1)
-
-
-def with_own_token(
-    p_BTV: Tensor,
-    q_BMV: Tensor,
-    draft_BM: Tensor,
-    accepted_B: Tensor,
-    noise_B: Tensor,
-    limit_B: Tensor,
-    weight_B: Tensor | None = None,
-) -> Tensor:
-    """The drafts, and after the accepted ones one token of the trunk: after a rejection, drawn
-    from ``max(weight p - q, 0)`` renormalized, else from p.
-
-    Args:
-        p_BTV, q_BMV, draft_BM, limit_B: see :func:`accept_or_resample`.
-        accepted_B: how many drafts are kept.
-        noise_B: uniform numbers of [0, 1).
-        weight_B: of p; None is 1.
-
-    Returns:
-        Tokens [B, T], of which the first ``accepted + 1`` count.
-    """
-    rejected_B1 = (accepted_B < limit_B).unsqueeze(1)
-    rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
-    p_BV = p_BTV[rows, accepted_B]
-    q_BV = q_BMV[rows, accepted_B.clamp(max=q_BMV.shape[1] - 1)]
-    weighted_BV = p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1)
-    rest_BV = (weighted_BV - q_BV).clamp_(min=0)
-    # If p = q up to rounding, nothing is left to draw from, and p itself is right.
-    rejected_B1 &= rest_BV.sum(dim=1, keepdim=True) > 0
-    final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), noise_B)
-    tokens_BT = torch.cat((draft_BM, final_B.unsqueeze(1)), dim=1)
-    return tokens_BT.scatter(1, accepted_B.unsqueeze(1), final_B.unsqueeze(1))

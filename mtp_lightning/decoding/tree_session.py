@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,29 +34,17 @@ class TreeSession(Session):
     """A :class:`Session` that drafts the same tree in every round.
 
     Args:
-        model, slots, capacity, draft_vocab: see :class:`Session`.
         tree: the tree's shape.
+        room: see :class:`Session`.
     """
 
-    def __init__(
-        self,
-        model: MTPModel,
-        *,
-        slots: int,
-        capacity: int,
-        tree: Tree,
-        draft_vocab: int | None = None,
-    ) -> None:
+    _outputs: Tensor
+
+    def __init__(self, model: MTPModel, *, tree: Tree, **room: Any) -> None:
         self.tree = tree
         self._branches = lru_cache(maxsize=64)(self._branches_of)
         self._columns = lru_cache(maxsize=256)(self._columns_of)
-        super().__init__(
-            model,
-            slots=slots,
-            capacity=capacity,
-            max_draft=tree.depth,
-            draft_vocab=draft_vocab,
-        )
+        super().__init__(model, max_draft=tree.depth, **room)
 
     def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
         return TreeCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
@@ -80,6 +69,8 @@ class TreeSession(Session):
         Returns:
             The logits [B, P, V] of the candidates that follow each node.
         """
+        if self._one_cache and k > 1:
+            return self._draft_tree_on(k)
         nodes = self.tree.level(k - 1)
         if not self.model.mtp.reads_ahead:  # reads no drafts, so all nodes have the same state
             return self._draft(k).expand(-1, len(nodes), -1)
@@ -115,8 +106,32 @@ class TreeSession(Session):
     def _drafted(self, k: int, hidden: Tensor) -> Tensor:
         """The logits [B, P, V] after the nodes of depth ``k - 1``, whose states are the last of
         ``hidden``."""
+        if self._one_cache:  # the output at every node so far: node 0's, then the last pass's
+            outputs = hidden[:, -1:] if k == 1 else torch.cat((self._outputs[:, :1], hidden), 1)
+            self._outputs = outputs
         newest = hidden[:, -len(self.tree.level(k - 1)) :]
         return self._draft_head(self.model.mtp.head_input(newest))
+
+    def _draft_tree_on(self, k: int) -> Tensor:
+        """:meth:`draft_tree` from the drafts before, in the first depth's cache (EAGLE-2, arXiv
+        2406.16858, without its choice of a tree by confidence).
+
+        The entry of a node of depth e is e positions after node 0's: its hidden state is the
+        module's output at the node's parent, its token the node's own. A pass covers all nodes down
+        to depth ``k - 1``, of which the last level is new: a cache keeps no tree between passes.
+        """
+        nodes = range(1, self.tree.level(k - 1).stop)
+        parents = self.tree.parents_to(k - 1)[1:]
+        # Node 0 is read already, so the nodes of depth 1 have no parent in this pass.
+        branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
+        cache = self.depth_caches[0]
+        assert isinstance(cache, TreeCache)
+        starts = [min(n, held) for n, held in zip(self.n, cache.lengths, strict=True)]
+        positions = Positions.of_tree(cache, starts, branches)
+        before = self._outputs[:, parents]
+        tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
+        hidden = self.model.depth_state(1, before, before, tokens, positions)
+        return self._drafted(k, hidden)
 
     def _before(self, k: int) -> Tensor:
         nodes = self.tree.level(k - 1)
@@ -189,41 +204,3 @@ class TreeSession(Session):
         known = [places(i - k) for i in range(1 - caught_up, 1)]
         columns = [*known, *(of_node(node) for node in range(1, len(parents)))]
         return torch.tensor(columns, device=self.tokens_BS.device)
-
-
-class SingleCacheTreeSession(TreeSession):
-    """A :class:`TreeSession` of a recursive stack whose drafts all use the first depth's cache
-    (EAGLE-2, arXiv 2406.16858, without its choice of a tree by confidence).
-
-    The first pass catches up, its last position is that of node 0, and drafts depth 1. The entry of
-    a node of depth e is e positions after node 0's: its hidden state is the module's output at the
-    node's parent, its token the node's own. Depth k is drafted by a pass over the nodes down to
-    depth k - 1, of which the last level is new: a cache does not keep a tree from pass to pass.
-    """
-
-    _outputs: Tensor
-
-    @staticmethod
-    def depths_kept(max_draft: int) -> int:
-        return min(max_draft, 1)
-
-    def _drafted(self, k: int, hidden: Tensor) -> Tensor:
-        # The output at every node so far: node 0's, then those of the last pass.
-        self._outputs = hidden[:, -1:] if k == 1 else torch.cat((self._outputs[:, :1], hidden), 1)
-        return super()._drafted(k, hidden)
-
-    def draft_tree(self, k: int) -> Tensor:
-        if k == 1:
-            return super().draft_tree(1)
-        nodes = range(1, self.tree.level(k - 1).stop)
-        parents = self.tree.parents_to(k - 1)[1:]
-        # Node 0 is read already, so the nodes of depth 1 have no parent in this pass.
-        branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
-        cache = self.depth_caches[0]
-        assert isinstance(cache, TreeCache)
-        starts = [min(n, held) for n, held in zip(self.n, cache.lengths, strict=True)]
-        positions = Positions.of_tree(cache, starts, branches)
-        before = self._outputs[:, parents]
-        tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
-        hidden = self.model.depth_state(1, before, before, tokens, positions)
-        return self._drafted(k, hidden)

@@ -32,14 +32,17 @@ class TreeDecoder(Decoder):
 
     Args:
         session: the decoding state, still without rows.
-        slots: most rows at a time.
     """
 
     session: TreeSession
 
-    def __init__(self, session: TreeSession, *, slots: int) -> None:
-        self.tree = session.tree
-        super().__init__(session, slots=slots, max_draft=len(self.tree))
+    @property
+    def tree(self) -> Tree:
+        """The shape of every round's drafts."""
+        return self.session.tree
+
+    def _most_drafts(self) -> int:
+        return len(self.tree)
 
     def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
         """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""

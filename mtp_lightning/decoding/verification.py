@@ -1,7 +1,7 @@
 """Which drafts of a chain are kept: the rules of ``verify=``.
 
 ``token`` judges one draft after the other and stops at the first rejection
-(:func:`~mtp_lightning.decoding.speculative.accept_or_resample`). ``block`` judges all of them
+(:func:`accept_or_resample`). ``block`` judges all of them
 together (Sun et al., arXiv 2403.10444, algorithm 2). With ``p_0 = 1`` and, for every draft x_i,
 
     p_i = min(p_(i-1) p(x_i) / q(x_i), 1),   S_i = sum_v max(p_i p(v | x_1 .. x_i) - q(v | ..), 0)
@@ -25,10 +25,81 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.speculative import accept_or_resample, of_drafts, with_own_token
+from mtp_lightning.decoding.sampling import draw
 
 Verification = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """A rule: called like :func:`accept_or_resample`."""
+
+
+def accept_or_resample(
+    p_BTV: Tensor,
+    q_BMV: Tensor,
+    draft_BM: Tensor,
+    accept_noise_BM: Tensor,
+    final_noise_B: Tensor,
+    limit_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The rejection rule of speculative sampling.
+
+    Args:
+        p_BTV: the trunk's distributions, T = M + 1.
+        q_BMV: the distributions that the drafts were drawn from.
+        draft_BM: the drafts.
+        accept_noise_BM, final_noise_B: uniform numbers of [0, 1).
+        limit_B: for each row, the number of drafts that are considered.
+
+    Returns:
+        Tokens [B, T], of which the first ``accepted + 1`` are valid, and ``accepted`` [B].
+    """
+    p_draft_BM, q_draft_BM = of_drafts(p_BTV, q_BMV, draft_BM)
+    # u < p / q without the division: p = 0 never accepts, p >= q always does.
+    ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
+    ok_BM &= torch.arange(draft_BM.shape[1], device=ok_BM.device) < limit_B.unsqueeze(1)
+    accepted_B = ok_BM.long().cumprod(dim=1).sum(dim=1)
+    tokens_BT = with_own_token(p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B)
+    return tokens_BT, accepted_B
+
+
+def of_drafts(p_BTV: Tensor, q_BMV: Tensor, draft_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """The probabilities [B, M] of the drafts by the trunk and by the distributions that they were
+    drawn from; arguments as :func:`accept_or_resample`."""
+    index = draft_BM.unsqueeze(-1)
+    p_BMV = p_BTV[:, : draft_BM.shape[1]]
+    return p_BMV.gather(-1, index).squeeze(-1), q_BMV.gather(-1, index).squeeze(-1)
+
+
+def with_own_token(
+    p_BTV: Tensor,
+    q_BMV: Tensor,
+    draft_BM: Tensor,
+    accepted_B: Tensor,
+    noise_B: Tensor,
+    limit_B: Tensor,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """The drafts, and after the accepted ones one token of the trunk: after a rejection, drawn
+    from ``max(weight p - q, 0)`` renormalized, else from p.
+
+    Args:
+        p_BTV, q_BMV, draft_BM, limit_B: see :func:`accept_or_resample`.
+        accepted_B: how many drafts are kept.
+        noise_B: uniform numbers of [0, 1).
+        weight_B: of p; None is 1.
+
+    Returns:
+        Tokens [B, T], of which the first ``accepted + 1`` count.
+    """
+    rejected_B1 = (accepted_B < limit_B).unsqueeze(1)
+    rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
+    p_BV = p_BTV[rows, accepted_B]
+    q_BV = q_BMV[rows, accepted_B.clamp(max=q_BMV.shape[1] - 1)]
+    weighted_BV = p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1)
+    rest_BV = (weighted_BV - q_BV).clamp_(min=0)
+    # If p = q up to rounding, nothing is left to draw from, and p itself is right.
+    rejected_B1 &= rest_BV.sum(dim=1, keepdim=True) > 0
+    final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), noise_B)
+    tokens_BT = torch.cat((draft_BM, final_B.unsqueeze(1)), dim=1)
+    return tokens_BT.scatter(1, accepted_B.unsqueeze(1), final_B.unsqueeze(1))
 
 
 def accept_block(

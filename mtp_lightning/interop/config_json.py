@@ -14,7 +14,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.rope_scaling import YarnScaling
+from mtp_lightning.nn.rope import YarnScaling
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",

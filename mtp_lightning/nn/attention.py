@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,7 +27,6 @@ from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_bool
 
 if TYPE_CHECKING:
-    from mtp_lightning.nn.static_cache import StaticCache
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
@@ -57,7 +55,7 @@ class Positions:
     cos: Tensor
     sin: Tensor
     mask: Tensor | BlockMask | None = None
-    cache: KVCache | StaticCache | None = None
+    cache: Any = None
     auxiliary: AuxiliaryOutputs | None = None
     kv_sink: KVSink | None = None
     updates: Mapping[nn.Module, nn.Module] | None = None
@@ -99,13 +97,13 @@ class Positions:
         Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
         """
         cache.begin(starts, n_new)
-        return _OpenPass(cache)
+        return Positions(*cache.angles(), cache.mask(), cache)
 
     @staticmethod
     def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
         """Open a pass of ``cache`` over a tree in every row, its first token at ``starts``."""
         cache.begin_tree(starts, branches)
-        return _OpenPass(cache)
+        return Positions(*cache.angles(), cache.mask(), cache)
 
     def dense_mask(self) -> Tensor | None:
         """``mask`` as a tensor, also if it is a block mask."""
@@ -122,35 +120,6 @@ class Positions:
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
         return layer(x) if self.updates is None else layer(x) + self.updates[layer](x)
-
-
-class _OpenPass(Positions):
-    """The open pass of a cache. Tables and mask are computed when the first layer reads them; fused
-    passes never do."""
-
-    def __init__(self, cache: KVCache, **given: Any) -> None:
-        """``given`` are the fields that :func:`dataclasses.replace` passes; they replace the
-        cache's own."""
-        # Bypasses the setters of a frozen dataclass.
-        self.__dict__.update({"auxiliary": None, **given}, cache=cache, _open=cache)
-
-    _open: KVCache
-
-    @cached_property
-    def _angles(self) -> tuple[Tensor, Tensor]:
-        return self._open.angles()
-
-    @cached_property
-    def cos(self) -> Tensor:  # type: ignore[override]
-        return self._angles[0]
-
-    @cached_property
-    def sin(self) -> Tensor:  # type: ignore[override]
-        return self._angles[1]
-
-    @cached_property
-    def mask(self) -> Tensor | None:  # type: ignore[override]
-        return self._open.mask()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +247,7 @@ class Attention(nn.Module):
             turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
             positions.cache.append(layer, entry)
-            mixed = positions.cache.attend(layer, query, positions.dense_mask())
+            mixed = positions.cache.attend(layer, query, positions.mask)
         return positions.linear(self.out, mixed.reshape(batch, seq_len, -1))
 
     def heads(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:

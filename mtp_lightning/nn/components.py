@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -66,14 +66,6 @@ class CacheEntry:
             return stored_BMPH, stored_BMPH
         key_BMPH, value_BMPH = stored_BMPH.split(self.n_kv_heads, dim=1)
         return key_BMPH, value_BMPH
-
-
-@runtime_checkable
-class UsedInPart(Protocol):
-    """A module of which a token does not use all weights, such as experts."""
-
-    def idle_params(self) -> int:
-        """The number of weights that a token does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)

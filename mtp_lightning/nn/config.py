@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig, check_whole
-from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling, rope_scaling
+from mtp_lightning.nn.rope import Scaling, rope_scaling
 from mtp_lightning.settings import require_bool, require_number
 from mtp_lightning.stored import require_text
 
@@ -60,7 +60,7 @@ class TrunkConfig:
     d_ff: int
     d_head: int = None  # type: ignore[assignment]  # None is replaced by a number
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | YarnScaling | None = None
+    rope_scaling: Scaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_std: float | None = None

@@ -7,7 +7,6 @@ M vectors of an entry, or its key heads, H head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,18 +54,11 @@ class KVCache:
         self.runs = Runs(tables, [0] * batch_size, 0)
         self._width = 0
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        # Memory addresses of the entries, for fused passes.
-        self.addresses: dict[tuple[int, int], Any] = {}
 
     @property
     def batch_size(self) -> int:
         """Number of rows in use."""
         return len(self.lengths)
-
-    @property
-    def starts(self) -> Sequence[int]:
-        """Where every row's new positions start in the open pass."""
-        return self.runs.starts
 
     @property
     def parents(self) -> Sequence[int] | None:
@@ -80,7 +72,7 @@ class KVCache:
         view.__dict__.update(self.__dict__)
         view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
         view.lengths = self.lengths[rows]
-        view._views, view.addresses = {}, {}
+        view._views = {}
         return view
 
     def resize(self, batch_size: int) -> None:
@@ -90,7 +82,7 @@ class KVCache:
         whole = batch_size == slots
         self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
         self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
-        self._views, self.addresses = {}, {}
+        self._views = {}
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
@@ -130,18 +122,14 @@ class KVCache:
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
-        if self.runs.uniform:
-            return self.tables.at(self.runs.starts[0], self.runs.width)
         return self.tables.at_each(self.runs.positions)
 
     def mask(self) -> Tensor | None:
-        """The open pass's mask for :meth:`attend`."""
-        if not self.runs.uniform:
-            return self.tables.mask_of(self.runs.positions, self._width)
-        start, n_new = self.runs.starts[0], self.runs.width
-        if start == 0 and n_new > FEW:
+        """The open pass's mask for :meth:`attend`, [1 | B, T, P]."""
+        runs = self.runs
+        if runs.uniform and runs.starts[0] == 0 and runs.width > FEW:
             return None
-        return self.tables.mask(start, n_new, self._width)
+        return self.tables.mask_of(runs.positions, self._width)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
@@ -168,13 +156,8 @@ class KVCache:
     def distances(self) -> Tensor:
         """Distance from every stored position to every query of the open pass, [B, T, P]; negative
         if the stored position comes later. For layers with a limited window."""
-        columns, runs = self.tables.columns_S, self.runs
-        if runs.uniform:
-            run = columns[runs.starts[0] : runs.starts[0] + runs.width]
-            positions_BT = run.expand(len(runs.starts), -1)
-        else:
-            positions_BT = runs.positions
-        return positions_BT.unsqueeze(-1) - columns[: self._width]
+        positions_BT = self.runs.positions.expand(self.batch_size, -1)
+        return positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of the open pass's queries over all stored positions: [B, T, N, H].

@@ -24,7 +24,6 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.rope import turn_in_place
-from mtp_lightning.nn.rope_scaling import YarnScaling
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_number
 
@@ -143,7 +142,7 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(config.kv_rank, trunk.n_heads * (config.d_nope + config.d_value))
         self.out = Linear(trunk.n_heads * config.d_value, trunk.d_model)
         stretch = trunk.rope_scaling
-        self.score_factor = stretch.score_factor if isinstance(stretch, YarnScaling) else 1.0
+        self.score_factor = 1.0 if stretch is None else stretch.score_factor
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""

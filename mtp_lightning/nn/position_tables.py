@@ -12,7 +12,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.rope import over_whole_heads, rope_table
 
@@ -53,7 +52,9 @@ class Runs:
 
     @cached_property
     def positions(self) -> Tensor:
-        """The positions [B, T] of runs that are not uniform."""
+        """The positions [B, T]; [1, T] if the runs are uniform."""
+        if self.uniform:
+            return self.tables.columns_S.narrow(0, self.starts[0], self.width).unsqueeze(0)
         return (self._flat % self.tables.capacity).view(len(self.starts), self.width)
 
     def read(self, buffer: Tensor, ahead: int = 0) -> Tensor:
@@ -102,30 +103,12 @@ class PositionTables:
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         self.before = torch.zeros((), device=device, dtype=dtype)
         self.behind = torch.full_like(self.before, -math.inf)
-        # Query j of a pass that starts at n attends to columns 0 .. n + j. One wide table holds the
-        # mask for every n as a slice.
-        self._center = self.capacity
-        columns = torch.arange(2 * self.capacity + FEW, device=device)
-        rows = torch.arange(FEW, device=device).unsqueeze(1) + self._center
-        self._mask_TW = torch.zeros(rows.shape[0], columns.shape[0], device=device, dtype=dtype)
-        self._mask_TW.masked_fill_(columns > rows, -math.inf)
-
-    def at(self, start: int, n_new: int) -> tuple[Tensor, Tensor]:
-        """Rotary table of consecutive positions: views [1, T, 1, H]."""
-        place = (start, n_new)
-        return self.cos_S1H.narrow(0, *place)[None], self.sin_S1H.narrow(0, *place)[None]
 
     def at_each(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary table of any positions, [B, T, 1, H]."""
         flat, shape = positions_BT.flatten(), (*positions_BT.shape, 1, -1)
         cos, sin = self.cos_S1H.index_select(0, flat), self.sin_S1H.index_select(0, flat)
         return cos.view(shape), sin.view(shape)
-
-    def mask(self, start: int, n_new: int, width: int) -> Tensor:
-        """Additive mask [T, P] of queries that start at ``start`` over ``width`` positions."""
-        if n_new <= FEW:
-            return self._mask_TW.narrow(0, 0, n_new).narrow(1, self._center - start, width)
-        return self.mask_of(torch.arange(start, start + n_new, device=self.device), width)
 
     def mask_of(self, positions: Tensor, width: int) -> Tensor:
         """Additive mask [..., P] of queries at ``positions`` [...]."""

@@ -80,7 +80,7 @@ class TreeCache(KVCache):
         self._kept: dict[int, Tensor] = {}
 
     def _starts_B1(self) -> Tensor:
-        return torch.tensor(self.starts, device=self.tables.device).unsqueeze(1)
+        return torch.tensor(self.runs.starts, device=self.tables.device).unsqueeze(1)
 
     def _positions_BT(self, branches: Branches) -> Tensor:
         return self._starts_B1() + branches.offsets_T
@@ -96,7 +96,7 @@ class TreeCache(KVCache):
             return super().mask()
         if is_batch_invariant():
             self._tails = [
-                (Runs(tables, [start + first for start in self.starts], len(index)), index)
+                (Runs(tables, [start + first for start in self.runs.starts], len(index)), index)
                 for first, index in branches.tails
             ]
             return tables.mask_of(self._positions_BT(branches), self._width)
@@ -146,7 +146,7 @@ class TreeCache(KVCache):
             path_BE: indices of the path's tokens, the tree's first token first; entries after a
                 path's end are arbitrary.
         """
-        read, runs = self.runs, Runs(self.tables, self.starts, path_BE.shape[1])
+        read, runs = self.runs, Runs(self.tables, self.runs.starts, path_BE.shape[1])
         for layer, entries in enumerate(self.entries_L_BSMH):
             # Fused passes do not call append: their entries are read from the storage.
             kept = self._kept.pop(layer, None)

@@ -10,7 +10,6 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
-from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.model import MTPModel
@@ -178,7 +177,7 @@ def test_greedy_text_is_that_of_plain_decoding(
         with monkeypatch.context() as patched:
             right = [p + g.token_ids for p, g in zip(prompts, plain, strict=True)]
             if "long" not in options:
-                steer_drafts(patched, right, chance=chance, session=SingleCacheSession)
+                steer_drafts(patched, right, chance=chance)
             for depth in (3, "auto"):
                 found = generate(model, prompts, draft_depth=depth, **SINGLE, **options)
                 assert [g.token_ids for g in found] == [g.token_ids for g in plain]

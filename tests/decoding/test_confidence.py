@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import compiled, generate, speculative
-from mtp_lightning.decoding.adaptive import AutoDepth
+from mtp_lightning.decoding.adaptive import AutoDepth, _Rounds
 from mtp_lightning.decoding.speculative import likeliest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -124,7 +124,7 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
 
     real = AutoDepth.record
     monkeypatch.setattr(AutoDepth, "record", record)
-    monkeypatch.setattr(AutoDepth, "_SHARE", 100.0)  # it looks whenever it may
+    monkeypatch.setattr(_Rounds, "_FIRST", 2)  # it probes soon
     made = model(tiny_trunk, "sequential", 0.8)
     options = {"max_new_tokens": 40, "min_confidence": 0.7}
     plain = generate(made, PROMPTS, max_new_tokens=40, speculative=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -199,12 +197,11 @@ def simulate(
     chances: list[float],
     rounds: int,
     rows: int = 1,
-    behind: Callable[[], int] = lambda: 0,
 ) -> list[int]:
     """Feed measured costs, and acceptance by a fixed rule of the round's number."""
     chosen = []
     for r in range(rounds):
-        m, a = auto.depth(rows, behind), 0
+        m, a = auto.depth(rows), 0
         while a < m and ((r * 37 + a * 61) % 100) < 100 * chances[a]:
             a += 1
         auto.record(m, costs[m], [a] * rows, [min(a + 1, m)] * rows)
@@ -222,12 +219,11 @@ def test_auto_depth_finds_what_pays():
 
 @pytest.mark.parametrize("rounds", [64, 256, 2000, 20_000])
 def test_auto_depth_costs_little_where_no_draft_is_right(rounds):
-    """Three tokens for 3.9 times the time of one, and something to catch up with in every look."""
-    auto, costs = AutoDepth(2, module_share=0.25), [420.0, 1050.0, 1640.0]
-    auto.read(40, 40 * 20.0)
+    """Three tokens for 3.9 times the time of one, and something to catch up with in every probe."""
+    auto, costs = AutoDepth(2), [420.0, 1050.0, 1640.0]
     chosen, seconds, unread = [], 0.0, 40
     for _ in range(rounds):
-        m = auto.depth(1, partial(int, unread))
+        m = auto.depth(1)
         took = costs[m] + (unread * 5.0 if m else 0.0)
         unread = 0 if m else min(unread + 1, 1000)
         auto.record(m, took, [0], [min(m, 1)])
@@ -250,21 +246,21 @@ def test_auto_depth_notices_that_drafts_became_good():
     auto = AutoDepth(2)
     costs = [1.0, 1.2, 1.4]
     simulate(auto, costs, [0.0, 0.0], 90)
-    assert auto.depth(1, lambda: 0) == 0
+    assert auto.depth(1) == 0
     late = simulate(auto, costs, [1.0, 1.0], 2500)
     assert late[-1] == 2
 
 
-def test_auto_depth_looks_seldom_where_drafting_is_slow():
+def test_auto_depth_probes_seldom_where_drafting_is_slow():
     """The main job's rounds of eight rows: three tokens for 3.9 times a plain round's time."""
     auto, costs = AutoDepth(2), [420.0, 1050.0, 1640.0]
     chosen = simulate(auto, costs, [1.0, 1.0], 3000, rows=8)
     assert 2 in chosen and chosen.count(0) > 2900
     late = simulate(auto, [1640.0, 1640.0, 1640.0], [1.0, 1.0], 5000, rows=8)
-    assert late[-1] == 2  # it does look
+    assert late[-1] == 2  # it does probe
 
 
-def test_auto_depth_compares_within_a_look_alone():
+def test_auto_depth_compares_within_a_probe_alone():
     """Rounds over long texts take longer than over short ones, with drafts and without."""
     auto = AutoDepth(2)
     for _ in range(40):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -89,7 +88,7 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
         ] == expected
         with monkeypatch.context() as patch:
             # Random modules hardly ever agree with the trunk: here they do, half of the time.
-            steer_drafts(patch, right, chance=0.6, seed=seed, session=session_kind(model))
+            steer_drafts(patch, right, chance=0.6, seed=seed)
             together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
             assert [g.token_ids for g in together] == expected
             assert any(any(g.accepted_mask) for g in together)
@@ -127,7 +126,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
     prompts = random_prompts(1, LENGTHS)
     texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
     seen = passes_checked(model, texts, drafted, monkeypatch)
-    steer_drafts(monkeypatch, texts, chance=0.7, session=session_kind(model))
+    steer_drafts(monkeypatch, texts, chance=0.7)
     generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
     assert all(seen.values()), seen
 
@@ -152,7 +151,7 @@ def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeyp
         for p in prompts
     ]
     seen = passes_checked(model, texts, 2, monkeypatch)
-    steer_drafts(monkeypatch, texts, chance=0.7, session=session_kind(model))
+    steer_drafts(monkeypatch, texts, chance=0.7)
     rounds, real = [0], Decoder.round
 
     def now_and_then(decoder, n_drafts, caps):
@@ -170,7 +169,7 @@ def passes_checked(model, texts, drafted, monkeypatch):
     count them by depth."""
     expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
     seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
-    kind = session_kind(model)
+    kind = Session
     draft, verify = kind.draft, kind.verify
 
     def text_of(session, row):

@@ -53,14 +53,14 @@ def test_the_fastest_number_needs_a_margin() -> None:
     assert fastest([1.0, 1.04, 1.05], 1.1) == 0
     # A small measured gain is left to looks, which come later and cost little.
     auto = AutoDepth(1, measured=Payoff((1.0, 1.0), (0.06,)))
-    assert [auto.depth(1, lambda: 0) for _ in range(9)] == [0] * 9
+    assert [auto.depth(1) for _ in range(9)] == [0] * 9
 
 
 def test_auto_depth_begins_with_what_is_known() -> None:
     auto = AutoDepth(2, measured=Payoff((1.0, 1.1, 1.5), (0.6, 0.2)))
-    assert auto.depth(1, lambda: 0) == 1
+    assert auto.depth(1) == 1
     for _ in range(60):  # the drafts of this text are worse than those of the measurement
-        m = auto.depth(1, lambda: 0)
+        m = auto.depth(1)
         auto.record(m, (1.0, 1.1, 1.5)[m], [0], [min(m, 1)])
     assert auto.best == 0
 

@@ -88,7 +88,7 @@ def test_the_source_is_the_platforms_and_that_of_classes_from_elsewhere(tmp_path
     monkeypatch.setattr(programs, "_PACKAGE", tmp_path)
     source = programs._source.__wrapped__
     assert source(frozenset({nn.Linear})) == own
-    with (tmp_path / "nn" / "static_cache.py").open("a") as file:
+    with (tmp_path / "nn" / "kv_cache.py").open("a") as file:
         file.write("\n")
     assert source(frozenset({nn.Linear})) != own
 

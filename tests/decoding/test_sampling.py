@@ -11,7 +11,7 @@ import torch
 from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.noise import Noise
 from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
-from mtp_lightning.decoding.speculative import accept_or_resample
+from mtp_lightning.decoding.verification import accept_or_resample
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
@@ -206,13 +206,13 @@ def test_samples_do_not_depend_on_neighbours():
 
 
 def rows_of(streams, rounds, *, seed=5, per_round=7):
-    noise = Noise(len(streams), per_round, "cpu")
+    noise = Noise(per_round, "cpu")
     first = noise.join([(seed, index) for index in streams])
     return torch.stack([first, *(noise.next().clone() for _ in range(rounds))], dim=1)
 
 
 def test_noise_belongs_to_the_prompt():
-    together, apart = rows_of([0, 1, 2], 300), rows_of([2, 1], 300)  # beyond several blocks
+    together, apart = rows_of([0, 1, 2], 300), rows_of([2, 1], 300)
     assert torch.equal(together[1:], apart.flip(0))
     assert len(together.unique()) == together.numel()
     assert not torch.equal(rows_of([0], 3, seed=6), rows_of([0], 3))
@@ -220,7 +220,7 @@ def test_noise_belongs_to_the_prompt():
 
 def test_rows_come_and_go_without_a_trace():
     expected = rows_of(range(40), 200)
-    noise, alive, rounds = Noise(4, 7, "cpu"), [], {}
+    noise, alive, rounds = Noise(7, "cpu"), [], {}
     generator = torch.Generator().manual_seed(1)
     waiting = list(range(40))
     while waiting or alive:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.tree import Tree, ancestor
+from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import (
     accept_path_or_resample,
     draw_without_replacement,
@@ -68,7 +68,7 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
     model = small_model(1, 3, vocab=VOCAB, **mtp)
     prompts = random_prompts(1, lengths, VOCAB)
     seen = dict.fromkeys(range(4), 0)
-    kind = session_kind(model, tree=True)
+    kind = TreeSession
     draft, verify = kind.draft_tree, kind.verify_tree
 
     def check(session, row, node, k, logits_V):

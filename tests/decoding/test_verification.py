@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sampling import draw
-from mtp_lightning.decoding.speculative import accept_or_resample
-from mtp_lightning.decoding.verification import RULES, accept_block
+from mtp_lightning.decoding.verification import RULES, accept_block, accept_or_resample
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
 

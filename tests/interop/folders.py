@@ -22,7 +22,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
+from mtp_lightning.nn.rope import RopeScaling, YarnScaling
 from tests import deepseek, models
 from tests.integration.helpers import CONF
 

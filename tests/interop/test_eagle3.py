@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, heads, tensor_files
 from mtp_lightning.interop.reading import SINGLE, read_folder
@@ -103,7 +103,7 @@ def test_drafts_are_those_of_the_published_forward_pass(
     own = model.mtp.own_head
     assert own is not None
     with decoding_passes(model):
-        session = session_kind(model)(model, slots=1, capacity=24, max_draft=5)
+        session = Session(model, slots=1, capacity=24, max_draft=5)
         session.join([tokens[:-1]])
         session.put_pending(torch.tensor(tokens[-1:]))
         states = session.states[0][0, : len(tokens) - 1]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
-from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.long_range.reading import read
@@ -54,7 +54,7 @@ def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None)
     deep.load_state_dict(model.state_dict())
     expected = deep(WindowBatch(tokens[:, : n + depth + 1], depth))
     with decoding_passes(model):
-        session = session_kind(model)(model, slots=1, capacity=32, max_draft=depth)
+        session = Session(model, slots=1, capacity=32, max_draft=depth)
         assert len(session.depth_caches) == 1
         session.join([tokens[0, :n].tolist()])
         session.put_pending(tokens[0, n : n + 1])

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.engine import session_kind
 from mtp_lightning.decoding.fused import decoding_passes
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.trunk_states import check_cached
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -85,7 +85,7 @@ def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int)
     tokens = windows(1, 3 * n, DEPTH).tokens
     expected = model(WindowBatch(tokens, DEPTH))
     with decoding_passes(model):
-        session = session_kind(model)(model, slots=1, capacity=40, max_draft=drafts)
+        session = Session(model, slots=1, capacity=40, max_draft=drafts)
         session.join([tokens[0, :n].tolist()])
         for accepted in (1, 0):
             n = session.n[0]

@@ -12,8 +12,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.rope import over_whole_heads, rope_table
-from mtp_lightning.nn.rope_scaling import RopeScaling
+from mtp_lightning.nn.rope import RopeScaling, over_whole_heads, rope_table
 from tests import deepseek, reference
 
 BIASED = GroupedQueryConfig(qkv_bias=True)
