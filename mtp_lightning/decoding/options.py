@@ -9,7 +9,7 @@ them. A new option needs a field here, a key in conf/ and the code that uses it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -76,6 +76,9 @@ class TextOptions(Sampling):
         self._settle_whole("max_new_tokens", least=1)
         self._settle_whole("seed")
         self._settle_whole("logprobs", least=0)
+        self._settle_whole("eot_id", least=-1)
+        if not isinstance(self.stop, Sequence):
+            raise UserError(f"stop={self.stop!r} must be a string or a list of strings.")
         self._settle("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for string in self.stop:
             if not isinstance(string, str) or not string:
@@ -185,7 +188,7 @@ class DecodingOptions(TextOptions):
         require_choice("cache", self.cache, ("per_depth", "single"))
         require_choice("verify", self.verify, list(RULES))
         if self.tree is not None and not isinstance(self.tree, Tree):
-            self._settle("tree", Tree(tuple(self.tree)))
+            self._settle("tree", Tree(self.tree))
         least = 1 if self.tree is None else max(self.tree.widths)
         self._settle_whole("draft_vocab", least=least)
         require_bool("compile", self.compile)
@@ -210,7 +213,7 @@ class DecodingOptions(TextOptions):
             UserError: see the class.
         """
         given = {name: cfg[name] for name in (field.name for field in fields(cls)) if name in cfg}
-        if not isinstance(stop := given.get("stop", ()), str):
+        if not isinstance(stop := given.get("stop", ()), str) and isinstance(stop, Iterable):
             given["stop"] = tuple(map(str, stop))  # YAML reads digits as a number
         return cls(**given | known)
 

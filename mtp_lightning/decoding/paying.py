@@ -114,8 +114,8 @@ def _payoff(
 
 
 class _Turns(AutoDepth):
-    """Every number of drafts for two rounds in turn. The second is timed: in the first the modules
-    catch up with the rounds before."""
+    """Cycles through all numbers of drafts, two rounds each. The second is timed: in the first the
+    modules catch up with the rounds before."""
 
     _EACH = 2
 
@@ -150,11 +150,13 @@ class _Turns(AutoDepth):
 
 
 def _kept(folder: Path, n: int, found: Callable[[], Measured]) -> Measured:
-    """The measurement of a folder; made if there is none."""
-    fresh: list[Measured] = []
+    """The measurement stored in ``folder``; measured and stored if there is none."""
+    # Measured outside of the block below, whose errors are those of a damaged folder.
+    fresh = [] if folder.is_dir() else [found()]
 
     def build(target: Path) -> None:
-        fresh.append(found())
+        if not fresh:
+            fresh.append(found())
         (target / _FILE).write_text(json.dumps(asdict(fresh[0])), "utf-8")
 
     try:

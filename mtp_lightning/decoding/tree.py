@@ -29,9 +29,13 @@ class Tree:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        shown = list(self.widths)
+        shown = list(self.widths) if isinstance(self.widths, Sequence) else []
         if not shown or not all(is_whole(width) and width >= 1 for width in shown):
-            raise UserError(f"tree={shown} must be a list of whole numbers of at least 1.")
+            raise UserError(
+                f"tree={shown or self.widths} must be a list of whole numbers of at least 1, as "
+                "[3,2]."
+            )
+        object.__setattr__(self, "widths", tuple(shown))
         if len(self) >= FEW:
             raise UserError(
                 f"tree={shown} drafts {len(self)} tokens a round: use one of at most {FEW - 1}, "

@@ -176,6 +176,9 @@ def test_the_snippet_above_the_module_runs(capsys):
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"long": "cut"}, "long=cut"),
         ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
+        ({"stop": 5}, "stop=5 must be a string or a list"),
+        ({"eot_id": "x"}, "eot_id must be a whole number of at least -1, not 'x'"),
+        ({"tree": 3}, r"tree=3 must be a list of whole numbers of at least 1, as \[3,2\]"),
     ],
 )
 def test_bad_input_is_named(options, message):

@@ -132,6 +132,22 @@ def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path
     assert settle_drafts(options, opened, rows=1).measured is not None
 
 
+def test_an_error_of_measuring_is_not_taken_for_a_damaged_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fails(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise ValueError("no memory")
+
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(paying, "measure", fails)
+    with pytest.raises(ValueError, match="no memory"):
+        settle_drafts(DecodingOptions(), opened_at(tmp_path), rows=1)
+    assert len(calls) == 1
+
+
 def test_drafts_are_of_the_tokens_that_the_modules_were_trained_on(
     counted: list[Any], tmp_path: Path
 ) -> None:
