@@ -148,6 +148,8 @@ class Settings:
 
 def show(value: Any) -> str:
     """A config value as typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):

@@ -169,6 +169,22 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     assert "mtp.depth=0: with two seeds an interval reaches 6 times the distance" in notes
 
 
+def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:
+    jobs = {}
+    for shared in ("true", "false"):
+        for seed in (0, 1):
+            name = f"{shared}_{seed}"
+            jobs[name] = [f"mtp.share_layers={shared}", f"seed={seed}"]
+            if seed == 0:
+                write_run(tmp_path / name, {"mtp.share_layers": shared == "true"})
+    write_plan(tmp_path, jobs, ["mtp.share_layers", "seed"])
+    settings, _ = of(tmp_path)
+    assert [(s.label, s.name, s.planned) for s in settings.all] == [
+        ("mtp.share_layers=false", "shared: false", 2),
+        ("mtp.share_layers=true", "one for all depths", 2),
+    ]
+
+
 def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", status={"state": "running"}, done=False)
     for file in folder.iterdir():
