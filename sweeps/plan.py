@@ -84,6 +84,26 @@ class Recipe:
         )
 
     @classmethod
+    def of(
+        cls, settled: dict[str, Any], *, program: str = TRAIN, options: Sequence[str] = ()
+    ) -> Recipe:
+        """How to run the job of a checked config (:func:`sweeps.compose.settle`) from here.
+
+        Raises:
+            UserError: its processes cannot be counted, or would not train together.
+        """
+        trainer = settled["trainer"]
+        return cls(
+            program=program,
+            options=tuple(options),
+            cwd=str(Path.cwd()),
+            processes=count_processes(settled),
+            nodes=trainer["num_nodes"],
+            max_steps=known_steps(settled),
+            on_cpu=trainer["accelerator"] == "cpu",
+        )
+
+    @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Recipe:
         """A recipe from ``sweep.json``.
 
@@ -100,6 +120,31 @@ class Recipe:
         if not all(isinstance(option, str) for option in values["options"]):
             raise ValueError(f"options: {values['options']!r}")
         return cls(**{**values, "options": tuple(values["options"])})
+
+
+def count_processes(settled: dict[str, Any]) -> int:
+    """Number of processes of a job that train together on each of its machines.
+
+    Raises:
+        UserError: if they cannot be counted, or would not train together.
+    """
+    trainer = settled["trainer"]
+    devices = trainer["devices"]
+    if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
+        raise UserError(
+            f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
+        )
+    for key in ("devices", "num_nodes"):
+        if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
+            raise UserError(
+                f"trainer.{key}={trainer[key]} in a sweep needs trainer.strategy=ddp or fsdp."
+            )
+    return int(devices)
+
+
+def known_steps(settled: dict[str, Any]) -> int | None:
+    """Optimizer steps of a job; None where ``compare.match`` chooses them when the job starts."""
+    return None if settled["compare"]["match"] == "flops" else settled["trainer"]["max_steps"]
 
 
 def name_of_program() -> str:

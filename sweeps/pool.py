@@ -243,8 +243,9 @@ def interrupts() -> Iterator[Callable[[], None]]:
 
 
 def make_pool(
-    n_tasks: int,
+    tasks: Sequence[Task],
     *,
+    n_tasks: int | None = None,
     devices: str | Sequence[int | str] = "auto",
     n_jobs: int | None = None,
     threads_per_process: int | str | None = None,
@@ -253,15 +254,24 @@ def make_pool(
     """A pool over this machine's devices, shown on the terminal.
 
     Args:
-        n_tasks: number of jobs.
+        tasks: those that it must be able to run; if all of them ask for the CPU, GPUs are left
+            alone.
+        n_tasks: number of jobs; by default that of the tasks.
         devices: auto, cpu, or the GPUs.
         n_jobs: most jobs at once, whatever memory they take; None lets memory limit them too.
         threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
         grace_seconds: seconds for jobs to save after Ctrl-C.
+
+    Raises:
+        UserError: for a task that can never get its devices.
     """
-    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, threads=threads_per_process)
+    gpus = choose_gpus("cpu" if all(task.on_cpu for task in tasks) else devices)
+    queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, threads=threads_per_process)
+    for task in tasks:
+        refuse_several_machines(task)
+        queue.check(task.devices or task.processes)
     memory = MemoryUse() if n_jobs is None else None
-    display = make_display(n_tasks)
+    display = make_display(len(tasks) if n_tasks is None else n_tasks)
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 
@@ -269,25 +279,19 @@ def run(tasks: list[Task], *, devices_per_job: int | None = None, **settings: An
     """Runs tasks in a pool with the settings of :func:`make_pool`.
 
     Args:
-        tasks: the tasks; if all of them ask for the CPU, GPUs are left alone.
+        tasks: the tasks.
         devices_per_job: devices of each job; by default its ``trainer.devices``.
 
     Raises:
         UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
-    if all(task.on_cpu for task in tasks):
-        settings["devices"] = "cpu"
-    pool = make_pool(len(tasks), **settings)
-    ready = []
-    for task in tasks:
-        refuse_several_machines(task)
-        wanted = task.processes if devices_per_job is None else devices_per_job
-        if wanted < task.processes:
-            raise UserError(
-                f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} asks "
-                f"for with trainer.devices={task.processes}."
-            )
-        pool.queue.check(wanted)
-        ready.append(replace(task, devices=wanted))
-    pool.run(ready)
+    if devices_per_job is not None:
+        for task in tasks:
+            if devices_per_job < task.processes:
+                raise UserError(
+                    f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} "
+                    f"asks for with trainer.devices={task.processes}."
+                )
+        tasks = [replace(task, devices=devices_per_job) for task in tasks]
+    make_pool(tasks, **settings).run(tasks)

@@ -173,11 +173,11 @@ def flops_of(job: ClaimJob) -> float | None:
         (plan,), _ = plans_of([*asked, f"vocab_size={vocabulary or 257}", "devices=1"])
     except (UserError, ArithmeticError):
         return None
-    data = config.data
-    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * job.max_steps
+    data, steps = config.data, config.trainer.max_steps
+    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
     whole = plan.cost.per_token(data.seq_len) * tokens
     branch = [o.rpartition("@")[2] for o in job.overrides if key_of(o) == "branch_from"]
-    return float(whole * (1 - int(branch[0]) / job.max_steps if branch else 1))
+    return float(whole * (1 - int(branch[0]) / steps if branch else 1))
 
 
 def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Left, list[int]]]:

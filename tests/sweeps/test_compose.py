@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mtp_lightning.errors import UserError
 from mtp_lightning.misspelt import sentence
 from mtp_lightning.paths import CONF
-from sweeps.compose import Composer, count_processes, known_steps, settle
+from sweeps.compose import Composer, settle
+from sweeps.plan import count_processes, known_steps
 
 # What a job may be given: overrides that choose files, set values, add, remove or interpolate.
 CHOICES = {

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.run.status import read_status
+from sweeps import plan as plan_module
 from sweeps import search as search_module
 from sweeps.search_space import Choice, Interval, parse
 from tests.integration.helpers import execute, overrides
@@ -49,7 +50,7 @@ def fake_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
         return (sys.executable, "-S", str(program), str(folder), *overrides)
 
-    monkeypatch.setattr(search_module, "python_command", command)
+    monkeypatch.setattr(plan_module, "python_command", command)
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -197,6 +198,27 @@ def test_bad_ranges_are_told_before_any_trial(
     error = fails(capsys, lambda: run(tmp_path / "search", argument, "--trials", "2"))
     assert error.startswith("error: ") and told in error
     assert list(tmp_path.glob("search/*/job.log")) == []
+
+
+def test_a_search_on_several_machines_is_refused_before_any_trial(
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = ["trainer.num_nodes=2", "trainer.strategy=ddp", "--trials", "2"]
+    error = fails(capsys, lambda: run(tmp_path / "search", *wide))
+    assert "num_nodes=2 in a sweep takes hydra/launcher=slurm" in error
+    assert run(tmp_path / "search", "--trials", "1") == 0, "the folder holds no search yet"
+
+
+def test_a_search_on_the_cpu_leaves_gpus_alone(
+    tmp_path: Path,
+    fake_runs: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    wide = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
+    assert run(tmp_path / "search", *wide, "--trials", "1") == 0
+    assert "on cpu:0" in capsys.readouterr().out
 
 
 def test_parse() -> None:
