@@ -138,7 +138,7 @@ class DeviceQueue:
         self._free_slots = list(range(self.n_jobs))
 
     def check(self, n: int) -> None:
-        """Checks that ``n`` processes can ever get their devices.
+        """Checks that ``n`` processes, one per GPU, can ever get their devices.
 
         Raises:
             UserError: if they cannot.
@@ -155,14 +155,16 @@ class DeviceQueue:
         free = self._free_gpus if self.gpus else self._free_cores >= self._threads
         return bool(self._free_slots) and bool(free)
 
-    def take(self, n: int) -> Devices | None:
-        """Devices for a job of ``n`` processes; None if it has to wait.
+    def take(self, n: int, *, on_cpu: bool = False) -> Devices | None:
+        """Devices for a job of ``n`` processes; no GPU if it is ``on_cpu``, and None if it has to
+        wait.
 
         Raises:
             UserError: if it would wait forever.
         """
-        self.check(n)
-        if not self._free_slots or (self.gpus and len(self._free_gpus) < n):
+        gpus = n if self.gpus and not on_cpu else 0
+        self.check(gpus)
+        if not self._free_slots or len(self._free_gpus) < gpus:
             return None
         if self._shares is None:
             threads = self._threads
@@ -170,11 +172,11 @@ class DeviceQueue:
             wanted = 0 if self.gpus else min(n * threads, self._all_cores)
         else:
             wanted = 0
-            threads = max(1, cores() // self._shares // (1 if self.gpus else n))
+            threads = max(1, cores() // self._shares // (1 if gpus else n))
         if self._free_cores < wanted:
             return None
         self._free_cores -= wanted
-        taken = [self._free_gpus.pop(0) for _ in range(n)] if self.gpus else []
+        taken = [self._free_gpus.pop(0) for _ in range(gpus)]
         slot = self._free_slots.pop(0)
         own = f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}"
         name = f"{self._host}{own}"

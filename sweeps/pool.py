@@ -147,7 +147,8 @@ class Pool:
                 return None
             if not self._has_memory(waiting.processes):
                 return waiting
-            devices = self.queue.take(waiting.devices or waiting.processes)
+            wanted = waiting.devices or waiting.processes
+            devices = self.queue.take(wanted, on_cpu=waiting.on_cpu)
             if devices is None:
                 # No job overtakes it: a job for two devices would wait forever.
                 return waiting
@@ -269,7 +270,7 @@ def make_pool(
     queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, threads=threads_per_process)
     for task in tasks:
         refuse_several_machines(task)
-        queue.check(task.devices or task.processes)
+        queue.check(0 if task.on_cpu else task.devices or task.processes)
     memory = MemoryUse() if n_jobs is None else None
     display = make_display(len(tasks) if n_tasks is None else n_tasks)
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)

@@ -42,6 +42,13 @@ def test_a_job_that_can_never_run_is_refused() -> None:
         DeviceQueue(gpus=["0", "1"]).take(3)
 
 
+def test_a_job_on_the_cpu_takes_no_gpu_of_a_mixed_sweep() -> None:
+    queue = DeviceQueue(gpus=["0"], n_jobs=2)
+    taken = queue.take(2, on_cpu=True)
+    assert (taken.name, taken.gpus, taken.threads) == ("cpu:0", (), 4)
+    assert queue.take(1).gpus == ("0",)
+
+
 @pytest.mark.parametrize(
     ("n_jobs", "given", "processes", "at_once", "threads"),
     [
