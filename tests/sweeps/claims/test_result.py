@@ -242,6 +242,11 @@ def test_figures_by_measure(tmp_path: Path) -> None:
     result = result_of(solved, {"plain": rights(0), "mtp": rights(7)})
     (file,) = write_figures(result, "mine", tmp_path)
     assert "seeds with more than 95 % right answers" in file.read_text()
+    # The mean of the last half of a run has its own values.
+    late = claim_of(tmp_path, measure={**SOLVED, "last": 0.5})
+    result = result_of(late, {"plain": rights(0), "mtp": rights(7)})
+    (late_file,) = write_figures(result, "late", tmp_path)
+    assert "no MTP" in late_file.read_text() and "sequential" in late_file.read_text()
     empty = result_of(solved, {"plain": ["missing"], "mtp": ["missing"]})
     assert write_figures(empty, "mine", tmp_path) == []
 
