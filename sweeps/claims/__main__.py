@@ -22,7 +22,7 @@ from typing import Any
 
 from mtp_lightning.cli import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.paths import ROOT
+from mtp_lightning.paths import CONF, ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import write_figures
@@ -51,10 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     args.typed = ["python -m sweeps.claims", *arguments]
-    # Results of a user's own claims lie next to those claims, and no page is made from them.
-    own = args.claims.resolve() != FOLDER.resolve()
-    args.has_pages = args.root is not None or not own
-    args.root = args.root or (args.claims.absolute().parent if own else ROOT)
+    # Results of a user's own claims lie next to those claims, and no page is made from them. An
+    # installed copy has no pages, and keeps results where it is run.
+    own, checkout = args.claims.resolve() != FOLDER.resolve(), CONF.parent == ROOT
+    args.has_pages = args.root is not None or (checkout and not own)
+    default = args.claims.absolute().parent if own else ROOT if checkout else Path.cwd()
+    args.root = args.root or default
     args.results = args.root / "results"
     with readable_errors():
         seeds = getattr(args, "seeds", None) or [0]
@@ -274,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     option(every, "--claims", type=_folder, default=FOLDER, help=own)
     allow = "a package whose classes arms may name; may be repeated"
     option(every, "--allow", action="append", default=[], metavar="PACKAGE", help=allow)
-    root = "folder with results/ and the pages (this checkout, or the parent of --claims)"
+    root = "folder with results/ and pages (this checkout or folder; the parent of --claims)"
     option(every, "--root", type=Path, help=root)
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,6 +228,19 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         assert run(action, "--claims", tmp_path / "nowhere") == 2
         assert "nowhere is not a folder: check the path" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_installed_copy_keeps_results_where_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "lambda.json", tmp_path / "results")
+    monkeypatch.setattr("sweeps.claims.__main__.ROOT", tmp_path / "site-packages")
+    monkeypatch.chdir(tmp_path)
+    assert run("verdict", "lambda") == 0
+    assert f"all numbers: {tmp_path / 'results' / 'lambda.json'}" in capsys.readouterr().out
+    assert (tmp_path / "results" / "lambda.svg").is_file()
+    assert not (tmp_path / "site-packages").exists()
 
 
 def test_figures_by_measure(tmp_path: Path) -> None:
