@@ -164,9 +164,8 @@ def families(settings: Settings) -> list[Family]:
 def _rest(setting: Setting) -> str:
     """A key that an arm and the plain runs of its curve share."""
     config = setting.config.items()
-    return json.dumps(
-        {k: v for k, v in config if not lies_in(k, (*_BUDGET, *_MODULE))}, default=str
-    )
+    shared = {k: v for k, v in config if not lies_in(k, (*_BUDGET, *_MODULE))}
+    return json.dumps(shared, sort_keys=True, default=str)
 
 
 def _valued(arm: Setting, family: Family, tag: str) -> Valued:
