@@ -71,6 +71,10 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
         ("mtp", 4, 1.5, MEASURED),
     ]
     assert left.hours == 6.75 and left.sources == "5 measured"
+    # Without any run of this machine, those of others count, and the table says so.
+    far = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
+    (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, far)})
+    assert left.hours == 8 and left.sources == "8 measured elsewhere"
 
 
 def test_an_arm_without_a_finished_seed_costs_its_flops(
