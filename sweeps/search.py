@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_lightning import vetting
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.cli import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import app
@@ -33,7 +33,7 @@ from sweeps.devices import typed_devices
 from sweeps.plan import TRAIN, Plan, Recipe
 from sweeps.pool import alone, make_pool
 from sweeps.process import Task
-from sweeps.search_space import Space, parse
+from sweeps.search_space import Space, examples, parse, shown
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -75,7 +75,7 @@ class Search:
         self.command = list(command)
         self.metric, self.n_trials = metric, n_trials
         self.study = _open_study(folder, warmup=warmup, seed=seed)
-        ranges = {key: str(of) for key, of in space.items()}
+        ranges = {key: shown(of) for key, of in space.items()}
         told = {"space": ranges, "fixed": self.fixed, "metric": metric}
         before = self.study.user_attrs.get("search", told)
         if before != told:
@@ -92,10 +92,14 @@ class Search:
         """Trials, each requested when there is room for it; interrupted ones come first."""
         from optuna.trial import Trial, TrialState
 
-        for cut_off in self.study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
-            yield from self._task_of(Trial(self.study, cut_off._trial_id))
+        for cut_off in self.study.get_trials(states=(TrialState.RUNNING,)):
+            trial = Trial(self.study, cut_off._trial_id)
+            if trial.params.keys() == self.space.keys():
+                yield from self._task_of(trial)
+            else:  # while its values were drawn
+                self.study.tell(trial, state=TrialState.FAIL)
         while len(self.study.trials) < self.n_trials:
-            yield from self._task_of(self.study.ask())
+            yield from self._task_of(self.study.ask({**self.space}))
 
     def watch(self, task: Task) -> str | None:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
@@ -126,7 +130,8 @@ class Search:
 
     def _task_of(self, trial: Trial) -> Iterator[Task]:
         """The trial's task; none if the same job has run, or runs, for another trial."""
-        values = {key: space.suggest(trial, key) for key, space in self.space.items()}
+        # In the order in which the ranges are typed.
+        values = {key: str(trial.params[key]) for key in self.space}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.fixed]
         (job,) = self._plan.add([overrides], varied=list(self.space))
         folder = self.folder / job.folder
@@ -152,16 +157,16 @@ class Search:
         return None
 
 
-def examples(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Task], int]:
+def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Task], int]:
     """Tasks with every choice and every lower bound, and the optimizer steps of a trial.
 
     Raises:
         UserError: an override does not match the config.
     """
     tasks, steps = [], 0
-    base = {key: of.examples[0] for key, of in space.items()}
+    base = {key: examples(of)[0] for key, of in space.items()}
     for key, of in space.items():
-        for example in of.examples:
+        for example in examples(of):
             values = {**base, key: example}
             overrides = [*(f"{k}={v}" for k, v in values.items()), *fixed]
             task, steps = _task(folder / "trial", overrides)
@@ -188,10 +193,7 @@ def _short(value: str) -> str:
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
     """The study in the folder; ``warmup`` is the step before which no trial is pruned, or None for
     no pruning."""
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise UserError("sweeps.search needs Optuna: pip install -e '.[search]'") from None
+    import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -230,7 +232,7 @@ def report(search: Search) -> int:
         f"{count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed"
     )
     for trial in trials:
-        if trial.state == TrialState.FAIL:
+        if trial.state == TrialState.FAIL and "folder" in trial.user_attrs:
             folder = search.folder / trial.user_attrs["folder"]
             reason = (read_status(folder) or {}).get("reason")
             print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
@@ -250,11 +252,12 @@ def main(
     with readable_errors():
         if args.trials < 1:
             raise UserError(f"--trials must be at least 1, not {args.trials}.")
+        require_package("optuna", what="sweeps.search", extra="search")
         space, fixed = parse(literal(["-m", *args.overrides])[1:])
         folder = Path(args.folder).absolute()
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."):
-            checked, steps = examples(folder, space, fixed)
+            checked, steps = check(folder, space, fixed)
             pool = make_pool(checked, n_tasks=args.trials, devices=args.devices, n_jobs=args.n_jobs)
             search = Search(
                 folder,
