@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
@@ -134,10 +135,8 @@ def run(
         UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise UserError("hydra/launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
+    require_package("submitit", what="hydra/launcher=slurm", extra="slurm")
+    import submitit
 
     folder = tasks[0].folder.parent / ".slurm"
     ids: dict[Task, str] = {}

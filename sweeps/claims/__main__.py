@@ -44,6 +44,7 @@ from sweeps.claims.result import (
     write_result,
 )
 from sweeps.claims.run import run, write_weights
+from sweeps.report import require_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
 def _replicate(args: argparse.Namespace) -> int:
     """Run a claim again, finished seeds included, and compare with its stored result."""
     (claim,) = _claims(args, [args.name])
-    require_package("scipy", what="a verdict", extra="report")
+    require_packages("a verdict")
     left = _start(args, [claim], seeds=args.seeds)
     here = judge(claim, args.runs.absolute())
     committed = read_result(claim.label, args.results)
@@ -163,7 +164,7 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> i
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UserError("verdict needs either names of claims or --all.")
-    require_package("scipy", what="a verdict", extra="report")
+    require_packages("a verdict")
     claims = _claims(args, args.names or names(args.claims))
     if args.all:  # at both scales
         gpu = args.gpu

@@ -33,11 +33,7 @@ _LOOK = Look(COLORS[0], "-", "o")
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """Write ``LABEL.svg``, ``LABEL_2.svg`` .. for further measures with numbers, and
-    ``LABEL_curve.svg`` where arms have the same FLOPs, into an existing folder.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
+    ``LABEL_curve.svg`` where arms have the same FLOPs, into an existing folder."""
     files = files_of(result, label, folder)
     groups = [*_drawn(result), *([None] if panels(result) else [])]
     with styled():

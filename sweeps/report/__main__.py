@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from sweeps.report import require_packages
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.equivalent import families
@@ -46,7 +46,7 @@ def report(
         FileNotFoundError: a folder has no runs.
         UserError: ``reference`` names no setting, ``level`` is invalid, or a package is missing.
     """
-    _require_packages()
+    require_packages("the report")
     if not 0 <= level < 1:
         raise UserError(f"--solved {level:g} must be at least 0 and below 1, such as {SOLVED}.")
     from sweeps.report import chart, events, figures, page
@@ -99,16 +99,6 @@ def _default_output(sweeps: Sequence[Sweep]) -> Path:
         return sweeps[0].folder
     names = "_".join(sweep.folder.resolve().name for sweep in sweeps)
     return sweeps[0].folder.resolve().parent / f"report_{names}"
-
-
-def _require_packages() -> None:
-    wanted = ("matplotlib", "jinja2", "scipy")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"The report needs {', '.join(missing)}: pip install {' '.join(missing)} "
-            "(in a checkout: pip install -e '.[report]')."
-        )
 
 
 def main(

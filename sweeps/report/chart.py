@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mtp_lightning.errors import UserError
 from sweeps.report.names import name_of
 from sweeps.report.settings import Setting, show
 from sweeps.report.statistics import Interval
@@ -70,15 +69,9 @@ _RC: Any = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """A context in which figures are drawn and saved in this look.
+    """A context in which figures are drawn and saved in this look."""
+    import matplotlib
 
-    Raises:
-        UserError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("The figures need matplotlib: pip install -e '.[report]'.") from None
     with matplotlib.rc_context(_RC):
         yield
 

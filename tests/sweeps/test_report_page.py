@@ -309,7 +309,7 @@ def test_command_line_errors(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else name)
-    with pytest.raises(ValueError, match=r"needs scipy: pip install scipy .*'\.\[report\]'"):
+    with pytest.raises(ValueError, match=r"needs the package scipy: .*'\.\[report\]'"):
         report([tmp_path])
 
 
