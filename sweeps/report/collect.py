@@ -60,7 +60,9 @@ def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
         ]
     )
     _count_planned(settings, [run for run in runs if not run.config])
-    return Settings(all=settings, varied=varied, left_out=left_out, level=level)
+    return Settings(
+        all=settings, varied=varied, left_out=left_out, sweeps=list(sweeps), level=level
+    )
 
 
 def ignored(key: str) -> bool:

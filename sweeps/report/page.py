@@ -24,7 +24,7 @@ from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.names import joined, question
-from sweeps.report.read import Run, Sweep, read_sweep
+from sweeps.report.read import Run, read_sweep
 from sweeps.report.settings import Settings, show
 from sweeps.report.templates import environment
 
@@ -35,7 +35,6 @@ def render(
     settings: Settings,
     comparisons: Sequence[Comparison],
     families: Sequence[Family],
-    sweeps: Sequence[Sweep],
     drawings: Sequence[Drawing],
     svgs: dict[str, bytes],
     *,
@@ -51,7 +50,7 @@ def render(
     """
     from markupsafe import Markup
 
-    runs = [run for sweep in sweeps for run in sweep.runs]
+    runs, sweeps = settings.runs, settings.sweeps
     # The notes say this, too, but readers of a table may not have read them.
     warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
     remarks = [*filter(None, [meaning(settings), text_errors(settings.all)]), *warnings]
@@ -80,9 +79,9 @@ def render(
         command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),
         commits=sorted({commit[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=now.strftime("%Y-%m-%d %H:%M"),
-        running=any(run.state in ("running", "pending") for run in runs),
-        answer=answer(settings, comparisons, runs, families),
-        caveats=caveats(settings, sweeps),
+        running=settings.running,
+        answer=answer(settings, comparisons, families),
+        caveats=caveats(settings),
         tables=[
             tables.of_settings(settings, remarks),
             *(tables.of_gains(family, settings, i) for i, family in enumerate(families)),
@@ -127,20 +126,19 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> dict[str, bytes]
     return svgs
 
 
-def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
+def runs_csv(settings: Settings) -> str:
     """One row per run, finished or not: state, varied keys, seed, and every number of its summary.
 
     Numbers are written to the last bit, NaN as ``nan``, missing values as empty cells.
     """
-    runs = [run for sweep in sweeps for run in sweep.runs]
     values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
     repeated = {run.folder for run in settings.left_out}
     # The full fingerprint: who averages these rows must keep different texts apart.
-    text = ["evaluated_text"] * any(run.text for run in runs)
+    text = ["evaluated_text"] * any(run.text for run in settings.runs)
     solving = ["solved_at_step"] * settings.is_task
     names = ["run", "state", "reason", *settings.varied, "seed", "counted", *text, *solving]
     rows: list[dict[str, Any]] = []
-    for run in runs:
+    for run in settings.runs:
         own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         wait = wait_of(run, settings.level) if solving else None
         row: dict[str, Any] = {key: show(own[key]) for key in settings.varied if key in own}

@@ -167,7 +167,7 @@ def test_one_seed_alone(tmp_path: Path) -> None:
 
 def test_before_the_first_run_is_done(tmp_path: Path) -> None:
     folder = sweep(tmp_path, {0: (LATE,)}, done=False)
-    path, said = report([folder])
+    path, said, _ = report([folder])
     assert said[-1] == "No setting has a finished run with val/exact_match yet."
     assert "Seeds that solve: no finished run has val/exact_match." in path.read_text()
 
@@ -365,7 +365,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199)})
     settings = collected(tmp_path)
     assert not settings.is_task
-    path, said = report([tmp_path], level=0.5)
+    path, said, _ = report([tmp_path], level=0.5)
     assert "lowest validation loss" in " ".join(said)
     # Its figures may be those of another report (conftest.py).
     html = re.sub(r"<figure.*?</figure>", "", path.read_text(), flags=re.DOTALL)

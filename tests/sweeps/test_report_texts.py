@@ -306,7 +306,7 @@ def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
     data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
     with_errors(tmp_path, {3: (0.02, 0.02)}, data=data)
     settings = collected(tmp_path)
-    told = answer(settings, compare(settings), settings.done)
+    told = answer(settings, compare(settings))
     (best,) = [text for text in told if "has the lowest" in text]
     assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
 
