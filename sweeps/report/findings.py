@@ -90,9 +90,7 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
 
 
 def _where(group: Sequence[Setting]) -> str:
-    text = group[0].text
-    what = "questions" if group[0].answers else "text"
-    return f"Of those on {what} {text.short}: " if text else f"Of those that mention no {what}: "
+    return f"Of those on evaluation data {group[0].text.short}: " if group[0].text else ""
 
 
 def _share(found: Share) -> str:
@@ -134,7 +132,6 @@ def caveats(settings: Settings) -> list[str]:
         refusal=refusal(settings.all),
         contexts=contexts(settings.all),
         done=done,
-        mentioned=any(run.text for run in done),
         notes=[
             *(note for sweep in settings.sweeps for note in sweep.notes),
             *(f"{run.name}: {note}." for run in settings.runs for note in run.notes),

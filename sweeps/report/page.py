@@ -134,7 +134,7 @@ def runs_csv(settings: Settings) -> str:
     values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
     repeated = {run.folder for run in settings.left_out}
     # The full fingerprint: who averages these rows must keep different texts apart.
-    text = ["evaluated_text"] * any(run.text for run in settings.runs)
+    text = ["evaluated_text"] * any(run.summary for run in settings.runs)
     solving = ["solved_at_step"] * settings.is_task
     names = ["run", "state", "reason", *settings.varied, "seed", "counted", *text, *solving]
     rows: list[dict[str, Any]] = []

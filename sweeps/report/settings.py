@@ -61,8 +61,7 @@ class Setting:
 
     @property
     def text(self) -> Text | None:
-        """The text that its finished runs were evaluated on; None if there are none, or they do not
-        mention it."""
+        """The text that its finished runs were evaluated on; None if there are none."""
         return self.done[0].text if self.done else None
 
     @property

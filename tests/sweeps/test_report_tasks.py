@@ -12,7 +12,7 @@ import pytest
 
 from sweeps.report.__main__ import main, report
 from sweeps.report.compare import (
-    OTHER_QUESTIONS,
+    OTHER_DATA,
     compare,
     smallest_p,
     solved_share,
@@ -182,9 +182,9 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
             task_run(folder, config, rights=rights, chance=1 / length, summary=evaluation)
     settings = collected(tmp_path)
     (found,) = compare(settings)
-    assert found.verdict == OTHER_QUESTIONS and found.refused and found.solved is None
+    assert found.verdict == OTHER_DATA and found.refused and found.solved is None
     text = answered(tmp_path)
-    assert "asked different questions" in text and "data.task.*" in text and "beyond" not in text
+    assert "different evaluation data" in text and "data.task.*" in text and "beyond" not in text
     assert "different text" not in page_of(tmp_path)
     axes = drawings(settings)["exact_match"].figure.axes[0]
     chances = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "chance"]
