@@ -20,7 +20,7 @@ from mtp_lightning.paths import app
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
-from mtp_lightning.run.status import now, read_status, state_of
+from mtp_lightning.run.status import read_status, state_of
 from mtp_lightning.stored import component, read_json
 from sweeps.process import Task, python_command
 
@@ -259,7 +259,6 @@ class Plan:
         self.folder = folder
         self.jobs: list[Job] = []
         self.recipes: dict[str, Recipe] = {}
-        self._created = now()
         remedy = "give the sweep another folder"
         read_versioned(folder / SWEEP_FILE, VERSION, self._read, remedy=remedy)
 
@@ -267,7 +266,6 @@ class Plan:
         self.jobs = [_job(job) for job in stored["jobs"]]
         runs = {job["folder"]: job["run"] for job in stored["jobs"] if "run" in job}
         self.recipes = {folder: Recipe.from_dict(run) for folder, run in runs.items()}
-        self._created = stored.get("created", self._created)
 
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
@@ -297,7 +295,6 @@ class Plan:
         """Stores all jobs, including those of earlier calls, and this call's command line."""
         content = {
             "version": VERSION,
-            "name": self.folder.name,
             "command": list(command),
             "varied": varied_keys([job.overrides for job in self.jobs]),
             "jobs": [
@@ -305,7 +302,6 @@ class Plan:
                 | ({"run": asdict(self.recipes[job.folder])} if job.folder in self.recipes else {})
                 for job in self.jobs
             ],
-            "created": self._created,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)
