@@ -9,7 +9,6 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -159,14 +158,15 @@ def runs_csv(settings: Settings) -> str:
 def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """Every run's values of the keys in which any two runs differ, by run; paths and runs without a
     config are left out."""
-    known = {
-        run.name: {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
-        for run in runs
-        if run.config
-    }
+    known = {run.name: _told(run) for run in runs if run.config}
     keys = {key for config in known.values() for key in config}
     varied = sorted(k for k in keys if len({config.get(k) for config in known.values()}) > 1)
     return {name: {k: of[k] for k in varied if k in of} for name, of in known.items()}
+
+
+def _told(run: Run) -> dict[str, str]:
+    """A run's config as it would be typed, without paths."""
+    return {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
 
 
 def differences(folders: Sequence[str | Path]) -> list[str]:
@@ -177,7 +177,7 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
     """
     if len(folders) != 2:
         raise UserError(f"--diff compares two runs, not {len(folders)}: give two folders.")
-    found: list[Run] = []
+    found: list[dict[str, str]] = []
     for folder in folders:
         runs = read_sweep(folder).runs
         if len(runs) != 1 or not runs[0].config:
@@ -185,10 +185,9 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
                 f"{folder} is not a run with a config.yaml: --diff compares the folders of two "
                 "runs."
             )
-        # Two runs may have the same name.
-        found.append(replace(runs[0], folder=Path(str(len(found)))))
-    left, right = configs(found).values()
-    keys = sorted(left.keys() | right.keys())
+        found.append(_told(runs[0]))
+    left, right = found
+    keys = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
     return [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
 
 
