@@ -24,12 +24,13 @@ from mtp_lightning.run.config import key_of, lies_in
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
-from sweeps.claims.jobs import OF_DEPTHS, ClaimJob, jobs
+from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import shared_seeds, with_stored
 from sweeps.claims.result import Result, in_order, is_stale, minutes_of, state
 from sweeps.claims.words import aligned
+from sweeps.report.equivalent import OF_DEPTHS
 
 MEASURED, ELSEWHERE = "measured", "measured elsewhere"
 BY_FLOPS, EXPECTED = "by FLOPs", "as the claim expects"

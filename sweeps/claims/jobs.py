@@ -23,6 +23,7 @@ from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, settle
 from sweeps.plan import TRAIN, Recipe
 from sweeps.process import Task
+from sweeps.report.equivalent import OF_DEPTHS
 
 # Overrides of every run. With one thread, bits and seconds do not depend on other jobs.
 _FIXED = {
@@ -33,8 +34,6 @@ _FIXED = {
 _BRANCH, _START = "branch_from", "init_from"
 # Keys added after results were stored, with the value that changes nothing.
 _LATER = {"branch_from": None, "data.train_windows": "all", "data.activations": "fp32"}
-# Groups that change nothing in a run without MTP depths.
-OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True, kw_only=True)
