@@ -73,15 +73,12 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     if devices == "auto":
         return there
     if isinstance(devices, str) or not devices:
-        raise UserError(f"hydra.launcher.devices={devices}: give auto, cpu or a list of GPUs.")
+        raise UserError(f"devices={devices}: give auto, cpu or a list of GPUs.")
     wanted = [str(device) for device in devices]
     missing = [name for name in wanted if name not in there]
     if missing or len(set(wanted)) < len(wanted):
         found = f"the GPUs {', '.join(there)}" if there else "no GPU"
-        raise UserError(
-            f"hydra.launcher.devices={wanted}: this machine has {found}, and each can be named "
-            "once."
-        )
+        raise UserError(f"devices={wanted}: this machine has {found}, and each can be named once.")
     return wanted
 
 
@@ -117,11 +114,10 @@ class DeviceQueue:
         host: str = "",
     ) -> None:
         if n_jobs is not None and n_jobs < 1:
-            raise UserError(f"hydra.launcher.n_jobs must be at least 1, not {n_jobs}.")
+            raise UserError(f"n_jobs={n_jobs} must be a whole number of at least 1.")
         if not (threads in (None, "auto") or isinstance(threads, int) and threads >= 1):
             raise UserError(
-                f"hydra.launcher.threads_per_process={threads}: give a number of at least 1, auto "
-                "or null."
+                f"threads_per_process={threads}: give a number of at least 1, auto or null."
             )
         self.gpus = list(gpus)
         self._host = f"{host}:" if host else ""

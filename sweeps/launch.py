@@ -107,8 +107,8 @@ def launch(
                 if failed or read_status(task.folder) is None:
                     write_status(task.folder, task.overrides, "pending")
             if run is None:
-                how = f"python -m sweeps.work {again} runs them, as often as it is started"
-                print(f"planned; {how}")
+                how = f"start any number of workers with python -m sweeps.work {again}"
+                print(f"planned: {how}")
                 return []
             if todo:
                 run(todo)

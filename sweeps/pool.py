@@ -172,7 +172,9 @@ class Pool:
             if process.ended():
                 self._running.remove(process)
                 if self._memory is not None:
-                    self._memory.end(process.group, well=state_of(process.task.folder) == "done")
+                    self._memory.end(
+                        process.group, succeeded=state_of(process.task.folder) == "done"
+                    )
                 self.queue.give_back(process.devices)
                 self._tell(process.task, ended)
 
@@ -188,7 +190,9 @@ class Pool:
         reason = self._memory.missing(processes)
         if reason is not None and not self._said_memory:
             self._said_memory = True
-            self._display.say(f"{len(self._running)} jobs at once, for memory: {reason}")
+            self._display.say(
+                f"At most {len(self._running)} jobs run at once, to fit in memory: {reason}"
+            )
         return reason is None
 
     def _tell(self, task: Task, ended: Ended) -> None:

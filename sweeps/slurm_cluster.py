@@ -24,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task, ignore_usr2
+from sweeps.process import JobProcess, Task, ignore_signal
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -54,12 +54,12 @@ class SlurmRun:
                 stdin=subprocess.DEVNULL,
                 env=devices.environment(),
                 cwd=task.cwd,
-                preexec_fn=ignore_usr2,
+                preexec_fn=ignore_signal,
                 check=True,
             )
             return
         # Slurm ends jobs that exceed their time.
-        self._process = JobProcess(task, devices, deaf=True, grace_seconds=3600)
+        self._process = JobProcess(task, devices, ignore_usr2=True, grace_seconds=3600)
         while not self._process.ended():
             time.sleep(0.2)
 

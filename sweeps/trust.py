@@ -1,4 +1,5 @@
-"""What a worker accepts from a sweep's folder, which anybody may have written: settings, no code.
+"""Checks the jobs of a stored plan, which anybody may have written: they may set values, and name
+no code.
 
 A plan names what its jobs compute. A job may use other classes than this project's, use the
 network, or write outside its own folder only if the user allows it by name.

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _list(args: argparse.Namespace) -> int:
     claims = _claims(args, names(args.claims))
     print("\n".join(listing(claims, read_results(args.results), args.runs.absolute())))
-    told = "decided: of its predictions; hours left: of one core, as far as they are known"
+    told = "decided: predictions with a verdict; hours left: core-hours, where they are known"
     print(f"{told} ({args.typed[0]} hours estimates them)", file=sys.stderr)
     return 0
 
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     option(running, "--seeds", nargs="+", type=int, help="seeds (default the claim's)")
     option(running, "--jobs", type=int, default=1, help="jobs at once (default 1)")
     option(running, "--retry-failed", action="store_true", help="start failed runs again")
-    trial = "run a claim that no commit contains; its verdict will say so"
+    trial = "run a claim that no commit contains; its verdict is then marked"
     option(running, "--unpredicted", action="store_true", help=trial)
     option("verdict", "--all", action="store_true", help="all claims, and the pages")
     option(f"verdict {running}", "--gpu", action="store_true", help="at the published scale")

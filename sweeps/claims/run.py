@@ -172,7 +172,7 @@ def write_weights(
         digest = weights.write_weights(run, file)
         if digest is None:
             gone += 1
-            lines.append(f"{run} keeps no weights: remove it, and it is trained again")
+            lines.append(f"{run} has no weights left: delete the folder to train it again")
         else:
             known = stored.get(job.arm, {}).get(job.seed)
             lines.append(f"{file}: {_compared(digest, known)}")

@@ -30,7 +30,7 @@ from sweeps.report.statistics import (
     unpaired,
 )
 
-FACT = "a fact about this data: the same at every seed, no test"
+FACT = "the same at every seed, so there is no variance to test"
 OTHER_DATA = "not compared: other evaluation data"
 
 

@@ -270,7 +270,7 @@ def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Pat
     html = page_of(tmp_path)
     table = table_of(html, "differences")
     one, two = rows_of(table)
-    assert ">a fact about this data: the same at every seed, no test<" in one
+    assert ">the same at every seed, so there is no variance to test<" in one
     assert "−0.1000</td>" in one and "±" not in one
     assert "±" in two and "within noise" in two
 

@@ -136,7 +136,7 @@ def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
 def test_three_seeds_can_show_nothing(tmp_path: Path) -> None:
     text = answered(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
     assert "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10" in text
-    assert "So few seeds can show nothing" in text and "smallest p of 0.10" in text
+    assert "These seeds are too few" in text and "the correction would be 0.10" in text
 
 
 def test_none_solved_and_all_solved(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     write_run(tmp_path / "text", {"mtp.depth": 3})
-    said = "No run has val/exact_match with mtp.depth=3: nothing is said of solving"
+    said = "The comparison leaves out settings without val/exact_match: mtp.depth=3."
     assert said in noted(tmp_path)
     assert report([tmp_path])[0].is_file()
 
@@ -355,7 +355,7 @@ def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
 def test_a_finished_run_without_its_curve_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     (tmp_path / "d0_s0" / "metrics.csv").unlink()
-    said = "No validation with val/exact_match is logged by d0_s0: no time to solve."
+    said = "unknown where no validation with val/exact_match was logged: d0_s0."
     assert said in noted(tmp_path)
     share = solved_share(collected(tmp_path).all[0], 0.95)
     assert (share.count, share.n) == (1, 2)

@@ -244,4 +244,4 @@ def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     assert seeds_enough(result["predictions"], 3) == expected
     write_result(result, "mine", root(tmp_path) / "results")
     page = pages(tmp_path, claims)[tmp_path / "docs" / "results.md"]
-    assert f"the noise; about {expected[0]} seeds an arm would decide it |" in page
+    assert f"the noise; about {expected[0]} seeds per arm would decide it |" in page

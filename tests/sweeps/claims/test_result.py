@@ -208,7 +208,7 @@ def test_what_is_said_since_is_no_part_of_the_prediction(tmp_path: Path) -> None
         assert "docs/results.md" in shown and "docs/log.md" not in shown
         assert "docs/results.md" not in left
     page = pages(tmp_path, tmp_path / "claims")[tmp_path / "docs" / "results.md"]
-    assert "**Superseded by later.**" in page and "**Said since:** Nobody knew." in page
+    assert "**Superseded by later.**" in page and "**Added after the runs:** Nobody knew." in page
     with pytest.raises(ValueError, match="remark"):
         claim_of(tmp_path / "claims", remark=3)
 
