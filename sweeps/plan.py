@@ -64,7 +64,6 @@ class Recipe:
 
         Args:
             folder: folder of the run, absolute.
-            overrides: overrides of the job.
             labels: the overrides that distinguish it from the others.
             program: Python's arguments that start it; by default this project's train app.
         """

@@ -41,16 +41,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def alone(folder: Path, busy: str, remedy: str) -> Iterator[None]:
-    """Work in a sweep's folder that no other process may do at the same time.
-
-    Args:
-        folder: the folder; it need not exist.
-        busy: the sentence that refuses, if another process is at work.
-        remedy: what to do after an interruption.
+    """Work in a sweep's folder, made if needed, that no other process may do at the same time.
 
     Raises:
-        BlockingIOError: another process is at work.
-        SystemExit: the work was interrupted; 128 + the signal's number.
+        BlockingIOError: another process is at work; ``busy`` is the message.
+        SystemExit: the work was interrupted, with ``remedy`` printed; 128 + the signal's number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock")
@@ -77,8 +72,6 @@ class Pool:
     """Runs tasks, each in its own process; no task affects another.
 
     Args:
-        queue: queue of the devices.
-        display: shows the progress.
         grace_seconds: seconds for jobs to save and end when asked to, before they are killed.
         memory: bounds the number of jobs at once, but allows at least one; None for no bound.
     """
@@ -256,16 +249,13 @@ def make_pool(
     threads_per_process: int | str | None = None,
     grace_seconds: float = 60.0,
 ) -> Pool:
-    """A pool over this machine's devices, shown on the terminal.
+    """A pool over this machine's devices, shown on the terminal. The settings are those of
+    conf/hydra/launcher/local_pool.yaml.
 
     Args:
         tasks: those that it must be able to run; if all of them ask for the CPU, GPUs are left
             alone.
         n_tasks: number of jobs; by default that of the tasks.
-        devices: auto, cpu, or the GPUs.
-        n_jobs: most jobs at once, whatever memory they take; None lets memory limit them too.
-        threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
-        grace_seconds: seconds for jobs to save after Ctrl-C.
 
     Raises:
         UserError: for a task that can never get its devices.
@@ -281,11 +271,8 @@ def make_pool(
 
 
 def run(tasks: list[Task], *, devices_per_job: int | None = None, **settings: Any) -> None:
-    """Runs tasks in a pool with the settings of :func:`make_pool`.
-
-    Args:
-        tasks: the tasks.
-        devices_per_job: devices of each job; by default its ``trainer.devices``.
+    """Runs tasks in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
+    devices, by default its ``trainer.devices``.
 
     Raises:
         UserError: for a job that can never get its devices.

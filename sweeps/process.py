@@ -57,8 +57,6 @@ class JobProcess:
     """A running task, which ends with this process.
 
     Args:
-        task: the task.
-        devices: devices that it may use.
         ignore_usr2: whether its processes ignore SIGUSR2, which Slurm sends to them too.
         grace_seconds: seconds to save and end when asked to, before it is killed.
     """
@@ -251,13 +249,8 @@ class _Watchdog:
 def python_command(
     program: Sequence[str], overrides: Sequence[str], folder: Path
 ) -> tuple[str, ...]:
-    """The command line of a run in ``folder``, which is in the sweep's folder.
-
-    Args:
-        program: Python's arguments that start it: a script, or ``-m`` and a module.
-        overrides: overrides of the job.
-        folder: folder of the run.
-    """
+    """The command line of a run in ``folder``, which is in the sweep's folder; ``program`` has
+    Python's arguments that start it: a script, or ``-m`` and a module."""
     # The sweep's folder is given too: its default holds the time, in which jobs would differ.
     folders = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
     return (sys.executable, *program, *overrides, *folders)

@@ -47,13 +47,9 @@ class Search:
 
     Args:
         folder: folder of the search, absolute.
-        space: ranges by key.
-        fixed: overrides of every trial.
         metric: validation value to minimize, a tag of ``metrics.csv`` and ``summary.json``.
         n_trials: total number of trials, whatever their results.
         warmup: the step before which no trial is stopped; None to stop none.
-        seed: seed of the sampler.
-        command: command line of this call.
 
     Raises:
         UserError: if the folder holds another search.

@@ -39,13 +39,8 @@ _HOW = "--allow {}"
 
 
 def require_harmless(plan: Plan, job: Job, recipe: Recipe, *, allow: Collection[str]) -> None:
-    """Refuses a job that does more than train in its own folder with this platform's own code.
-
-    Args:
-        plan: the job's plan.
-        job: the job.
-        recipe: how to run it.
-        allow: packages, folders of configs, URLs and services that the user allowed.
+    """Refuses a job that does more than train in its own folder with this platform's own code, and
+    with the packages, folders of configs, URLs and services that the user allowed.
 
     Raises:
         UserError: naming what was refused, and the remedy.
@@ -78,7 +73,6 @@ def require_plain(
     """Refuses a stored override that does more than set what a run of this platform computes.
 
     Args:
-        text: the override.
         source: where it comes from, for the message.
         allow: packages, folders, URLs and services that the user allowed.
         housekeeping: keys of a run's paths that it may set.

@@ -36,14 +36,11 @@ def run(
     """Run all unfinished arms of claims, seed by seed, and return how many runs are not done.
 
     Args:
-        claims: the claims to run.
         runs: the folder of all claims' runs, absolute; it need not exist.
         commits: the commit of each prediction, by the claim's label; None for a trial.
         seeds: by default each claim's own.
         arms: by default all of each claim.
         results: the folder of results; runs that are done there are not run again.
-        n_jobs: jobs at once.
-        retry_failed: start failed runs again.
         command: the command line, for ``sweep.json``.
 
     Raises:

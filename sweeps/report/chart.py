@@ -198,10 +198,6 @@ class Chart:
         """Draw points of the setting of that name, joined by a line if ``style`` has a linestyle.
 
         Args:
-            name: the setting's.
-            look: its color and marker.
-            xs: the points' x coordinates.
-            ys: the points' y coordinates.
             tooltips: whether the points show their values under the pointer.
             x_reach: intervals as matplotlib's ``xerr``: half widths, or distances down and up.
             y_reach: the same of y.
