@@ -119,28 +119,3 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
         raise UserError(f"{missing[0]} has no value: give it as {missing[0]}=...") from None
     assert isinstance(settled, dict)
     return settled  # type: ignore[return-value]
-
-
-def count_processes(settled: dict[str, Any]) -> int:
-    """Number of processes of a job that train together on each of its machines.
-
-    Raises:
-        UserError: if they cannot be counted, or would not train together.
-    """
-    trainer = settled["trainer"]
-    devices = trainer["devices"]
-    if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
-        raise UserError(
-            f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
-        )
-    for key in ("devices", "num_nodes"):
-        if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
-            raise UserError(
-                f"trainer.{key}={trainer[key]} in a sweep needs trainer.strategy=ddp or fsdp."
-            )
-    return int(devices)
-
-
-def known_steps(settled: dict[str, Any]) -> int | None:
-    """Optimizer steps of a job; None where ``compare.match`` chooses them when the job starts."""
-    return None if settled["compare"]["match"] == "flops" else settled["trainer"]["max_steps"]

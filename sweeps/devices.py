@@ -73,15 +73,12 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     if devices == "auto":
         return there
     if isinstance(devices, str) or not devices:
-        raise UserError(f"hydra.launcher.devices={devices}: give auto, cpu or a list of GPUs.")
+        raise UserError(f"devices={devices}: give auto, cpu or a list of GPUs.")
     wanted = [str(device) for device in devices]
     missing = [name for name in wanted if name not in there]
     if missing or len(set(wanted)) < len(wanted):
         found = f"the GPUs {', '.join(there)}" if there else "no GPU"
-        raise UserError(
-            f"hydra.launcher.devices={wanted}: this machine has {found}, and each can be named "
-            "once."
-        )
+        raise UserError(f"devices={wanted}: this machine has {found}, and each can be named once.")
     return wanted
 
 
@@ -117,11 +114,10 @@ class DeviceQueue:
         host: str = "",
     ) -> None:
         if n_jobs is not None and n_jobs < 1:
-            raise UserError(f"hydra.launcher.n_jobs must be at least 1, not {n_jobs}.")
+            raise UserError(f"n_jobs={n_jobs} must be a whole number of at least 1.")
         if not (threads in (None, "auto") or isinstance(threads, int) and threads >= 1):
             raise UserError(
-                f"hydra.launcher.threads_per_process={threads}: give a number of at least 1, auto "
-                "or null."
+                f"threads_per_process={threads}: give a number of at least 1, auto or null."
             )
         self.gpus = list(gpus)
         self._host = f"{host}:" if host else ""
@@ -138,7 +134,7 @@ class DeviceQueue:
         self._free_slots = list(range(self.n_jobs))
 
     def check(self, n: int) -> None:
-        """Checks that ``n`` processes can ever get their devices.
+        """Checks that ``n`` processes, one per GPU, can ever get their devices.
 
         Raises:
             UserError: if they cannot.
@@ -155,14 +151,16 @@ class DeviceQueue:
         free = self._free_gpus if self.gpus else self._free_cores >= self._threads
         return bool(self._free_slots) and bool(free)
 
-    def take(self, n: int) -> Devices | None:
-        """Devices for a job of ``n`` processes; None if it has to wait.
+    def take(self, n: int, *, on_cpu: bool = False) -> Devices | None:
+        """Devices for a job of ``n`` processes; no GPU if it is ``on_cpu``, and None if it has to
+        wait.
 
         Raises:
             UserError: if it would wait forever.
         """
-        self.check(n)
-        if not self._free_slots or (self.gpus and len(self._free_gpus) < n):
+        gpus = n if self.gpus and not on_cpu else 0
+        self.check(gpus)
+        if not self._free_slots or len(self._free_gpus) < gpus:
             return None
         if self._shares is None:
             threads = self._threads
@@ -170,11 +168,11 @@ class DeviceQueue:
             wanted = 0 if self.gpus else min(n * threads, self._all_cores)
         else:
             wanted = 0
-            threads = max(1, cores() // self._shares // (1 if self.gpus else n))
+            threads = max(1, cores() // self._shares // (1 if gpus else n))
         if self._free_cores < wanted:
             return None
         self._free_cores -= wanted
-        taken = [self._free_gpus.pop(0) for _ in range(n)] if self.gpus else []
+        taken = [self._free_gpus.pop(0) for _ in range(gpus)]
         slot = self._free_slots.pop(0)
         own = f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}"
         name = f"{self._host}{own}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
-from mtp_lightning.run.status import read_status
+from mtp_lightning.run.status import read_status, state_of
 from sweeps.process import Task
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Display:
     def ended(self, task: Task) -> None:
         """Takes note that a job has ended; its status file says how."""
         self.running.pop(task, None)
-        self.counts[(read_status(task.folder) or {}).get("state", "pending")] += 1
+        self.counts[state_of(task.folder)] += 1
 
     def refresh(self) -> None:
         """Shows how far the running jobs are, if the last time was long enough ago."""
@@ -117,9 +117,10 @@ class Lines(Display):
 
     def ended(self, task: Task) -> None:
         super().ended(task)
-        status = read_status(task.folder) or {}
-        why = f": {status['reason']} (log: {task.folder / LOG_FILE})" if status["reason"] else ""
-        self.say(f"{status['state']} {task.label} ({self.n_ended} of {self.n_tasks}){why}")
+        # A file server may not answer for a moment.
+        reason = (read_status(task.folder) or {}).get("reason")
+        why = f": {reason} (log: {task.folder / LOG_FILE})" if reason else ""
+        self.say(f"{state_of(task.folder)} {task.label} ({self.n_ended} of {self.n_tasks}){why}")
 
     def show(self) -> None:
         for job in self.running.values():

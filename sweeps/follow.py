@@ -25,7 +25,6 @@ def follow(
     """Waits until the cluster has ended all tasks.
 
     Args:
-        tasks: submitted tasks.
         over: returns the tasks that the cluster no longer has, with its message about each.
         cancel: cancels tasks; running ones may save first.
         grace_seconds: seconds that canceled tasks may take.

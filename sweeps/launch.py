@@ -24,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
-from sweeps.compose import Composer, count_processes, known_steps, settle
+from sweeps.compose import Composer, settle
 from sweeps.lease import live
 from sweeps.plan import (
     Job,
@@ -107,8 +107,8 @@ def launch(
                 if failed or read_status(task.folder) is None:
                     write_status(task.folder, task.overrides, "pending")
             if run is None:
-                how = f"python -m sweeps.work {again} runs them, as often as it is started"
-                print(f"planned; {how}")
+                how = f"start any number of workers with python -m sweeps.work {again}"
+                print(f"planned: {how}")
                 return []
             if todo:
                 run(todo)
@@ -140,14 +140,8 @@ def _checked(
         own_paths, run_folder = paths[frozenset(job.overrides)], plan.folder / job.folder
         own = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
         vetting.check(own, "config", [*own_paths, *job.overrides])
-        plan.recipes[job.folder] = recipe = Recipe(
-            program=program,
-            options=(*options, *own_paths),
-            cwd=str(Path.cwd()),
-            processes=count_processes(own),
-            nodes=own["trainer"]["num_nodes"],
-            max_steps=known_steps(own),
-            on_cpu=own["trainer"]["accelerator"] == "cpu",
+        plan.recipes[job.folder] = recipe = Recipe.of(
+            own, program=program, options=[*options, *own_paths]
         )
         settled[run_folder] = own
         tasks[job] = recipe.task(

@@ -6,8 +6,8 @@ stale; a worker takes the job over by creating ``JOB.N+1``, which only one worke
 ever removed, so no worker can remove one that another has just made. An owner that was only asleep
 finds the next number, and gives the job up.
 
-All times are the file server's, which sets them and says its present one in the same way: clocks of
-machines need not agree.
+All times are set by the file server (the current one by touching a file), so the machines' clocks
+need not agree.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Leases:
 
 
 def look_at(folder: Path) -> tuple[Leases, dict[str, Lease]]:
-    """The leases of a sweep, for one who only looks, and the newest of every job."""
+    """The leases of a sweep for an observer, and each job's newest lease."""
     leases = Leases(folder, owner=this_process())
     try:
         return leases, leases.look()

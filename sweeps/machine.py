@@ -102,10 +102,10 @@ class MemoryUse:
             job.now = taken.get(group, 0)
             job.most = max(job.most, job.now)
 
-    def end(self, group: int, *, well: bool) -> None:
-        """Removes a job; ``well`` says that it finished, so that its memory is representative."""
+    def end(self, group: int, *, succeeded: bool) -> None:
+        """Removes a job; the memory of one that ``succeeded`` is representative."""
         job = self._running.pop(group)
-        if well and job.of_one:  # 0 if it ended before the first look
+        if succeeded and job.of_one:  # 0 if it ended before the first look
             self._known = max(self._known or 0, job.of_one)
 
     @property

@@ -20,7 +20,7 @@ from mtp_lightning.paths import app
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
-from mtp_lightning.run.status import now, read_status, state_of
+from mtp_lightning.run.status import read_status, state_of
 from mtp_lightning.stored import component, read_json
 from sweeps.process import Task, python_command
 
@@ -64,7 +64,6 @@ class Recipe:
 
         Args:
             folder: folder of the run, absolute.
-            overrides: overrides of the job.
             labels: the overrides that distinguish it from the others.
             program: Python's arguments that start it; by default this project's train app.
         """
@@ -84,6 +83,26 @@ class Recipe:
         )
 
     @classmethod
+    def of(
+        cls, settled: dict[str, Any], *, program: str = TRAIN, options: Sequence[str] = ()
+    ) -> Recipe:
+        """How to run the job of a checked config (:func:`sweeps.compose.settle`) from here.
+
+        Raises:
+            UserError: its processes cannot be counted, or would not train together.
+        """
+        trainer = settled["trainer"]
+        return cls(
+            program=program,
+            options=tuple(options),
+            cwd=str(Path.cwd()),
+            processes=count_processes(settled),
+            nodes=trainer["num_nodes"],
+            max_steps=known_steps(settled),
+            on_cpu=trainer["accelerator"] == "cpu",
+        )
+
+    @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Recipe:
         """A recipe from ``sweep.json``.
 
@@ -100,6 +119,31 @@ class Recipe:
         if not all(isinstance(option, str) for option in values["options"]):
             raise ValueError(f"options: {values['options']!r}")
         return cls(**{**values, "options": tuple(values["options"])})
+
+
+def count_processes(settled: dict[str, Any]) -> int:
+    """Number of processes of a job that train together on each of its machines.
+
+    Raises:
+        UserError: if they cannot be counted, or would not train together.
+    """
+    trainer = settled["trainer"]
+    devices = trainer["devices"]
+    if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
+        raise UserError(
+            f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
+        )
+    for key in ("devices", "num_nodes"):
+        if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
+            raise UserError(
+                f"trainer.{key}={trainer[key]} in a sweep needs trainer.strategy=ddp or fsdp."
+            )
+    return int(devices)
+
+
+def known_steps(settled: dict[str, Any]) -> int | None:
+    """Optimizer steps of a job; None where ``compare.match`` chooses them when the job starts."""
+    return None if settled["compare"]["match"] == "flops" else settled["trainer"]["max_steps"]
 
 
 def name_of_program() -> str:
@@ -214,7 +258,6 @@ class Plan:
         self.folder = folder
         self.jobs: list[Job] = []
         self.recipes: dict[str, Recipe] = {}
-        self._created = now()
         remedy = "give the sweep another folder"
         read_versioned(folder / SWEEP_FILE, VERSION, self._read, remedy=remedy)
 
@@ -222,7 +265,6 @@ class Plan:
         self.jobs = [_job(job) for job in stored["jobs"]]
         runs = {job["folder"]: job["run"] for job in stored["jobs"] if "run" in job}
         self.recipes = {folder: Recipe.from_dict(run) for folder, run in runs.items()}
-        self._created = stored.get("created", self._created)
 
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
@@ -252,7 +294,6 @@ class Plan:
         """Stores all jobs, including those of earlier calls, and this call's command line."""
         content = {
             "version": VERSION,
-            "name": self.folder.name,
             "command": list(command),
             "varied": varied_keys([job.overrides for job in self.jobs]),
             "jobs": [
@@ -260,7 +301,6 @@ class Plan:
                 | ({"run": asdict(self.recipes[job.folder])} if job.folder in self.recipes else {})
                 for job in self.jobs
             ],
-            "created": self._created,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)

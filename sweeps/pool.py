@@ -41,16 +41,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def alone(folder: Path, busy: str, remedy: str) -> Iterator[None]:
-    """Work in a sweep's folder that no other process may do at the same time.
-
-    Args:
-        folder: the folder; it need not exist.
-        busy: the sentence that refuses, if another process is at work.
-        remedy: what to do after an interruption.
+    """Work in a sweep's folder, made if needed, that no other process may do at the same time.
 
     Raises:
-        BlockingIOError: another process is at work.
-        SystemExit: the work was interrupted; 128 + the signal's number.
+        BlockingIOError: another process is at work; ``busy`` is the message.
+        SystemExit: the work was interrupted, with ``remedy`` printed; 128 + the signal's number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock")
@@ -77,8 +72,6 @@ class Pool:
     """Runs tasks, each in its own process; no task affects another.
 
     Args:
-        queue: queue of the devices.
-        display: shows the progress.
         grace_seconds: seconds for jobs to save and end when asked to, before they are killed.
         memory: bounds the number of jobs at once, but allows at least one; None for no bound.
     """
@@ -147,7 +140,8 @@ class Pool:
                 return None
             if not self._has_memory(waiting.processes):
                 return waiting
-            devices = self.queue.take(waiting.devices or waiting.processes)
+            wanted = waiting.devices or waiting.processes
+            devices = self.queue.take(wanted, on_cpu=waiting.on_cpu)
             if devices is None:
                 # No job overtakes it: a job for two devices would wait forever.
                 return waiting
@@ -171,7 +165,9 @@ class Pool:
             if process.ended():
                 self._running.remove(process)
                 if self._memory is not None:
-                    self._memory.end(process.group, well=state_of(process.task.folder) == "done")
+                    self._memory.end(
+                        process.group, succeeded=state_of(process.task.folder) == "done"
+                    )
                 self.queue.give_back(process.devices)
                 self._tell(process.task, ended)
 
@@ -187,7 +183,9 @@ class Pool:
         reason = self._memory.missing(processes)
         if reason is not None and not self._said_memory:
             self._said_memory = True
-            self._display.say(f"{len(self._running)} jobs at once, for memory: {reason}")
+            self._display.say(
+                f"At most {len(self._running)} jobs run at once, to fit in memory: {reason}"
+            )
         return reason is None
 
     def _tell(self, task: Task, ended: Ended) -> None:
@@ -243,51 +241,49 @@ def interrupts() -> Iterator[Callable[[], None]]:
 
 
 def make_pool(
-    n_tasks: int,
+    tasks: Sequence[Task],
     *,
+    n_tasks: int | None = None,
     devices: str | Sequence[int | str] = "auto",
     n_jobs: int | None = None,
     threads_per_process: int | str | None = None,
     grace_seconds: float = 60.0,
 ) -> Pool:
-    """A pool over this machine's devices, shown on the terminal.
+    """A pool over this machine's devices, shown on the terminal. The settings are those of
+    conf/hydra/launcher/local_pool.yaml.
 
     Args:
-        n_tasks: number of jobs.
-        devices: auto, cpu, or the GPUs.
-        n_jobs: most jobs at once, whatever memory they take; None lets memory limit them too.
-        threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
-        grace_seconds: seconds for jobs to save after Ctrl-C.
+        tasks: those that it must be able to run; if all of them ask for the CPU, GPUs are left
+            alone.
+        n_tasks: number of jobs; by default that of the tasks.
+
+    Raises:
+        UserError: for a task that can never get its devices.
     """
-    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, threads=threads_per_process)
+    gpus = choose_gpus("cpu" if all(task.on_cpu for task in tasks) else devices)
+    queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, threads=threads_per_process)
+    for task in tasks:
+        refuse_several_machines(task)
+        queue.check(0 if task.on_cpu else task.devices or task.processes)
     memory = MemoryUse() if n_jobs is None else None
-    display = make_display(n_tasks)
+    display = make_display(len(tasks) if n_tasks is None else n_tasks)
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 
 def run(tasks: list[Task], *, devices_per_job: int | None = None, **settings: Any) -> None:
-    """Runs tasks in a pool with the settings of :func:`make_pool`.
-
-    Args:
-        tasks: the tasks; if all of them ask for the CPU, GPUs are left alone.
-        devices_per_job: devices of each job; by default its ``trainer.devices``.
+    """Runs tasks in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
+    devices, by default its ``trainer.devices``.
 
     Raises:
         UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
-    if all(task.on_cpu for task in tasks):
-        settings["devices"] = "cpu"
-    pool = make_pool(len(tasks), **settings)
-    ready = []
-    for task in tasks:
-        refuse_several_machines(task)
-        wanted = task.processes if devices_per_job is None else devices_per_job
-        if wanted < task.processes:
-            raise UserError(
-                f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} asks "
-                f"for with trainer.devices={task.processes}."
-            )
-        pool.queue.check(wanted)
-        ready.append(replace(task, devices=wanted))
-    pool.run(ready)
+    if devices_per_job is not None:
+        for task in tasks:
+            if devices_per_job < task.processes:
+                raise UserError(
+                    f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} "
+                    f"asks for with trainer.devices={task.processes}."
+                )
+        tasks = [replace(task, devices=devices_per_job) for task in tasks]
+    make_pool(tasks, **settings).run(tasks)

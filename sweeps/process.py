@@ -57,14 +57,17 @@ class JobProcess:
     """A running task, which ends with this process.
 
     Args:
-        task: the task.
-        devices: devices that it may use.
-        deaf: whether its processes ignore SIGUSR2, which Slurm sends to them too.
+        ignore_usr2: whether its processes ignore SIGUSR2, which Slurm sends to them too.
         grace_seconds: seconds to save and end when asked to, before it is killed.
     """
 
     def __init__(
-        self, task: Task, devices: Devices, *, deaf: bool = False, grace_seconds: float = 60.0
+        self,
+        task: Task,
+        devices: Devices,
+        *,
+        ignore_usr2: bool = False,
+        grace_seconds: float = 60.0,
     ) -> None:
         self.task = task
         self.devices = devices
@@ -79,20 +82,21 @@ class JobProcess:
             raise BlockingIOError(
                 f"{task.folder} is still in use by a process of an earlier start."
             )
-        # A job that ended after its sweep was killed is not run again: ``true`` is run instead.
+        # If the job finished after its sweep was killed, run ``true`` in its place, which records
+        # it as done.
         unseen = task.nodes == 1 and _ended_unseen(task.folder)
         self._command = ("true",) if unseen else task.command
         self._started = now()
         self._watchdog = _Watchdog(grace_seconds)
         try:
-            self._popen = self._start(deaf)
+            self._popen = self._start(ignore_usr2)
         except OSError:
             self._watchdog.dismiss()
             self._lock.release()
             raise
         self._write("running")
 
-    def _start(self, deaf: bool) -> subprocess.Popen[bytes]:
+    def _start(self, ignore_usr2: bool) -> subprocess.Popen[bytes]:
         with (self.task.folder / LOG_FILE).open("ab") as log:
             if log.tell():
                 log.write(f"\n--- started again {self._started}\n".encode())
@@ -105,7 +109,7 @@ class JobProcess:
                 env=self.devices.environment(),
                 pass_fds=(self._lock.file,),
                 process_group=self._watchdog.group,
-                preexec_fn=ignore_usr2 if deaf else None,
+                preexec_fn=ignore_signal if ignore_usr2 else None,
                 cwd=self.task.cwd,
             )
 
@@ -204,7 +208,7 @@ def is_gone(folder: Path) -> bool:
     return Lock(folder / _LOCK_FILE).is_free() and silence(folder) > 60
 
 
-def ignore_usr2() -> None:
+def ignore_signal() -> None:
     """Ignores the signal that Slurm sends to all processes of a job; called by a child before its
     program starts."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
@@ -245,13 +249,8 @@ class _Watchdog:
 def python_command(
     program: Sequence[str], overrides: Sequence[str], folder: Path
 ) -> tuple[str, ...]:
-    """The command line of a run in ``folder``, which is in the sweep's folder.
-
-    Args:
-        program: Python's arguments that start it: a script, or ``-m`` and a module.
-        overrides: overrides of the job.
-        folder: folder of the run.
-    """
+    """The command line of a run in ``folder``, which is in the sweep's folder; ``program`` has
+    Python's arguments that start it: a script, or ``-m`` and a module."""
     # The sweep's folder is given too: its default holds the time, in which jobs would differ.
     folders = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
     return (sys.executable, *program, *overrides, *folders)

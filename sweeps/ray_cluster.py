@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
@@ -46,10 +47,8 @@ def run(
         UserError: if Ray is not installed, or has no cluster at the address.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise UserError("hydra/launcher=ray needs Ray: pip install -e '.[ray]'") from None
+    require_package("ray", what="hydra/launcher=ray", extra="ray")
+    import ray
 
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:

@@ -16,23 +16,24 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtp_lightning import vetting
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.cli import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_column
 from mtp_lightning.run.status import read_status, state_of
-from sweeps.compose import compose_run, count_processes, known_steps, settle
+from sweeps.compose import compose_run, settle
 from sweeps.devices import typed_devices
-from sweeps.plan import Plan
+from sweeps.plan import TRAIN, Plan, Recipe
 from sweeps.pool import alone, make_pool
-from sweeps.process import Task, python_command
-from sweeps.search_space import Space, parse
+from sweeps.process import Task
+from sweeps.search_space import Space, examples, parse, shown
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -46,16 +47,12 @@ class Search:
 
     Args:
         folder: folder of the search, absolute.
-        space: ranges by key.
-        fixed: overrides of every trial.
         metric: validation value to minimize, a tag of ``metrics.csv`` and ``summary.json``.
         n_trials: total number of trials, whatever their results.
-        prune: whether hopeless trials are stopped.
-        seed: seed of the sampler.
-        command: command line of this call.
+        warmup: the step before which no trial is stopped; None to stop none.
 
     Raises:
-        UserError: if the folder holds another search, or an override does not match the config.
+        UserError: if the folder holds another search.
     """
 
     def __init__(
@@ -66,16 +63,15 @@ class Search:
         fixed: Sequence[str],
         metric: str,
         n_trials: int,
-        prune: bool,
+        warmup: int | None,
         seed: int,
         command: Sequence[str] = (),
     ) -> None:
         self.folder, self.space, self.fixed = folder, space, list(fixed)
         self.command = list(command)
         self.metric, self.n_trials = metric, n_trials
-        steps = self._check_composes()
-        self.study = _open_study(folder, warmup=steps // 4 if prune else None, seed=seed)
-        ranges = {key: str(of) for key, of in space.items()}
+        self.study = _open_study(folder, warmup=warmup, seed=seed)
+        ranges = {key: shown(of) for key, of in space.items()}
         told = {"space": ranges, "fixed": self.fixed, "metric": metric}
         before = self.study.user_attrs.get("search", told)
         if before != told:
@@ -92,10 +88,14 @@ class Search:
         """Trials, each requested when there is room for it; interrupted ones come first."""
         from optuna.trial import Trial, TrialState
 
-        for cut_off in self.study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
-            yield from self._task_of(Trial(self.study, cut_off._trial_id))
+        for cut_off in self.study.get_trials(states=(TrialState.RUNNING,)):
+            trial = Trial(self.study, cut_off._trial_id)
+            if trial.params.keys() == self.space.keys():
+                yield from self._task_of(trial)
+            else:  # while its values were drawn
+                self.study.tell(trial, state=TrialState.FAIL)
         while len(self.study.trials) < self.n_trials:
-            yield from self._task_of(self.study.ask())
+            yield from self._task_of(self.study.ask({**self.space}))
 
     def watch(self, task: Task) -> str | None:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
@@ -126,7 +126,8 @@ class Search:
 
     def _task_of(self, trial: Trial) -> Iterator[Task]:
         """The trial's task; none if the same job has run, or runs, for another trial."""
-        values = {key: space.suggest(trial, key) for key, space in self.space.items()}
+        # In the order in which the ranges are typed.
+        values = {key: str(trial.params[key]) for key in self.space}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.fixed]
         (job,) = self._plan.add([overrides], varied=list(self.space))
         folder = self.folder / job.folder
@@ -140,16 +141,9 @@ class Search:
             return
         self._plan.write(self.command)
         self._trials[folder] = [trial]
-        settled = self._compose(overrides, folder)
-        yield Task(
-            folder=folder,
-            overrides=job.overrides,
-            command=python_command(app("train"), overrides, folder),
-            processes=count_processes(settled),
-            max_steps=known_steps(settled),
-            on_cpu=settled["trainer"]["accelerator"] == "cpu",
-            labels=tuple(f"{key}={_short(value)}" for key, value in values.items()),
-        )
+        labels = [f"{key}={_short(value)}" for key, value in values.items()]
+        task, _ = _task(folder, overrides, labels)
+        yield replace(task, overrides=job.overrides)
 
     def _finished_twin(self, trial: Trial, folder: str) -> FrozenTrial | None:
         for other in self.study.trials:
@@ -158,23 +152,30 @@ class Search:
                 return other
         return None
 
-    def _check_composes(self) -> int:
-        """Composes with every choice and every lower bound; returns the steps of a trial."""
-        steps = 0
-        base = {key: space.examples[0] for key, space in self.space.items()}
-        for key, space in self.space.items():
-            for example in space.examples:
-                values = {**base, key: example}
-                overrides = [f"{k}={v}" for k, v in values.items()] + self.fixed
-                settled = self._compose(overrides, self.folder / "trial")
-                count_processes(settled)
-                steps = settled["trainer"]["max_steps"]
-        return steps
 
-    def _compose(self, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-        settled = settle(compose_run(overrides), folder)
-        vetting.check(settled, "config")
-        return settled
+def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Task], int]:
+    """Tasks with every choice and every lower bound, and the optimizer steps of a trial.
+
+    Raises:
+        UserError: an override does not match the config.
+    """
+    tasks, steps = [], 0
+    base = {key: examples(of)[0] for key, of in space.items()}
+    for key, of in space.items():
+        for example in examples(of):
+            values = {**base, key: example}
+            overrides = [*(f"{k}={v}" for k, v in values.items()), *fixed]
+            task, steps = _task(folder / "trial", overrides)
+            tasks.append(task)
+    return tasks, steps
+
+
+def _task(folder: Path, overrides: Sequence[str], labels: Sequence[str] = ()) -> tuple[Task, int]:
+    """A run as a task, and its optimizer steps in the config."""
+    settled = settle(compose_run(overrides), folder)
+    vetting.check(settled, "config")
+    task = Recipe.of(settled).task(folder, overrides, labels=labels, program=app(TRAIN))
+    return task, settled["trainer"]["max_steps"]
 
 
 def _short(value: str) -> str:
@@ -188,10 +189,7 @@ def _short(value: str) -> str:
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
     """The study in the folder; ``warmup`` is the step before which no trial is pruned, or None for
     no pruning."""
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise UserError("sweeps.search needs Optuna: pip install -e '.[search]'") from None
+    import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -230,7 +228,7 @@ def report(search: Search) -> int:
         f"{count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed"
     )
     for trial in trials:
-        if trial.state == TrialState.FAIL:
+        if trial.state == TrialState.FAIL and "folder" in trial.user_attrs:
             folder = search.folder / trial.user_attrs["folder"]
             reason = (read_status(folder) or {}).get("reason")
             print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
@@ -250,21 +248,23 @@ def main(
     with readable_errors():
         if args.trials < 1:
             raise UserError(f"--trials must be at least 1, not {args.trials}.")
+        require_package("optuna", what="sweeps.search", extra="search")
         space, fixed = parse(literal(["-m", *args.overrides])[1:])
         folder = Path(args.folder).absolute()
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."):
+            checked, steps = check(folder, space, fixed)
+            pool = make_pool(checked, n_tasks=args.trials, devices=args.devices, n_jobs=args.n_jobs)
             search = Search(
                 folder,
                 space=space,
                 fixed=fixed,
                 metric=args.metric,
                 n_trials=args.trials,
-                prune=not args.no_pruning,
+                warmup=None if args.no_pruning else steps // 4,
                 seed=args.seed,
                 command=[program, *arguments],
             )
-            pool = make_pool(args.trials, devices=args.devices, n_jobs=args.n_jobs)
             pool.run(search.tasks(), watch=search.watch, ended=search.ended)
         code = report(search)
     sys.exit(code)

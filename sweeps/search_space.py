@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Union
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -13,56 +12,34 @@ from hydra.errors import HydraException
 from mtp_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
 
 _FORM = re.compile(r"(interval|int)\(([^(),]+),([^(),]+)(?:,(\s*log\s*))?\)")
 
 
-@dataclass(frozen=True)
-class Interval:
-    """All numbers from ``low`` to ``high``, integers if ``whole``, on a linear or log scale."""
-
-    low: float
-    high: float
-    log: bool = False
-    whole: bool = False
-
-    def suggest(self, trial: Trial, key: str) -> str:
-        """The sampler's choice, as text."""
-        if self.whole:
-            return str(trial.suggest_int(key, int(self.low), int(self.high), log=self.log))
-        return repr(trial.suggest_float(key, self.low, self.high, log=self.log))
-
-    @property
-    def examples(self) -> tuple[str, ...]:
-        """Values to compose a config with, representing all others."""
-        return (repr(int(self.low) if self.whole else self.low),)
-
-    def __str__(self) -> str:
-        numbers = f"{self.low:g},{self.high:g}" + (",log" if self.log else "")
-        return f"{'int' if self.whole else 'interval'}({numbers})"
+Range = Union["FloatDistribution", "IntDistribution", "CategoricalDistribution"]
+Space = dict[str, Range]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One of several values, as text."""
+def examples(of: Range) -> Sequence[Any]:
+    """Values to compose a config with, representing all others."""
+    from optuna.distributions import CategoricalDistribution
 
-    values: tuple[str, ...]
-
-    def suggest(self, trial: Trial, key: str) -> str:
-        """The sampler's choice."""
-        return str(trial.suggest_categorical(key, self.values))
-
-    @property
-    def examples(self) -> tuple[str, ...]:
-        """All values."""
-        return self.values
-
-    def __str__(self) -> str:
-        return f"choice({','.join(self.values)})"
+    return of.choices if isinstance(of, CategoricalDistribution) else [of.low]
 
 
-Space = dict[str, Interval | Choice]
+def shown(of: Range) -> str:
+    """A range as it is typed; studies store this text."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    if isinstance(of, CategoricalDistribution):
+        return f"choice({','.join(map(str, of.choices))})"
+    kind = "int" if isinstance(of, IntDistribution) else "interval"
+    return f"{kind}({of.low:g},{of.high:g}{',log' * of.log})"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
@@ -74,6 +51,8 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
     Raises:
         UserError: for an argument that is none of these, or nothing to search.
     """
+    from optuna.distributions import CategoricalDistribution
+
     space: Space = {}
     fixed: list[str] = []
     for argument in arguments:
@@ -92,7 +71,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         if not override.is_sweep_override():
             fixed.append(argument)
         elif override.is_discrete_sweep():
-            space[key] = Choice(tuple(map(str, override.sweep_string_iterator())))
+            space[key] = CategoricalDistribution(tuple(map(str, override.sweep_string_iterator())))
         else:
             raise UserError(f"{argument}: write it as {key}=interval(a,b), or with ,log.")
     if not space:
@@ -102,15 +81,18 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
     return space, fixed
 
 
-def _interval(argument: str, form: re.Match[str]) -> Interval:
-    kind, low, high, log = form.groups()
+def _interval(argument: str, form: re.Match[str]) -> Range:
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    kind, first, last, log = form.groups()
+    number = int if kind == "int" else float
     try:
-        number = int if kind == "int" else float
-        interval = Interval(number(low), number(high), log is not None, kind == "int")
+        low, high = number(first), number(last)
     except ValueError:
         raise UserError(f"{argument}: the bounds of {kind}() must be numbers.") from None
-    if not interval.low < interval.high:
+    if not low < high:
         raise UserError(f"{argument}: the lower bound must come first.")
-    if interval.log and interval.low <= 0:
+    if log and low <= 0:
         raise UserError(f"{argument}: with log the lower bound must be above 0.")
-    return interval
+    made = IntDistribution if kind == "int" else FloatDistribution
+    return made(low, high, log=log is not None)  # type: ignore[arg-type]

@@ -19,11 +19,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task, ignore_usr2
+from sweeps.process import JobProcess, Task, ignore_signal
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -53,12 +54,12 @@ class SlurmRun:
                 stdin=subprocess.DEVNULL,
                 env=devices.environment(),
                 cwd=task.cwd,
-                preexec_fn=ignore_usr2,
+                preexec_fn=ignore_signal,
                 check=True,
             )
             return
         # Slurm ends jobs that exceed their time.
-        self._process = JobProcess(task, devices, deaf=True, grace_seconds=3600)
+        self._process = JobProcess(task, devices, ignore_usr2=True, grace_seconds=3600)
         while not self._process.ended():
             time.sleep(0.2)
 
@@ -134,10 +135,8 @@ def run(
         UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise UserError("hydra/launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
+    require_package("submitit", what="hydra/launcher=slurm", extra="slurm")
+    import submitit
 
     folder = tasks[0].folder.parent / ".slurm"
     ids: dict[Task, str] = {}

@@ -56,14 +56,14 @@ def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _worker(leases: Leases, lease: Lease | None) -> str:
-    """Which worker has a job, and when it was last heard of; empty for a job of no worker."""
+    """Which worker has a job, and its last heartbeat; empty for a job of no worker."""
     if lease is None:
         return ""
     if math.isinf(lease.age):
         return "; free"
-    times = f", take {lease.number}" if lease.number > 1 else ""
+    times = f", attempt {lease.number}" if lease.number > 1 else ""
     ago = duration(max(0.0, lease.age))
-    return f"; worker {leases.owner(lease)}, heard of {ago} ago{times}"
+    return f"; worker {leases.owner(lease)}, last heartbeat {ago} ago{times}"
 
 
 def main(

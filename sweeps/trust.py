@@ -1,4 +1,5 @@
-"""What a worker accepts from a sweep's folder, which anybody may have written: settings, no code.
+"""Checks the jobs of a stored plan, which anybody may have written: they may set values, and name
+no code.
 
 A plan names what its jobs compute. A job may use other classes than this project's, use the
 network, or write outside its own folder only if the user allows it by name.
@@ -38,13 +39,8 @@ _HOW = "--allow {}"
 
 
 def require_harmless(plan: Plan, job: Job, recipe: Recipe, *, allow: Collection[str]) -> None:
-    """Refuses a job that does more than train in its own folder with this platform's own code.
-
-    Args:
-        plan: the job's plan.
-        job: the job.
-        recipe: how to run it.
-        allow: packages, folders of configs, URLs and services that the user allowed.
+    """Refuses a job that does more than train in its own folder with this platform's own code, and
+    with the packages, folders of configs, URLs and services that the user allowed.
 
     Raises:
         UserError: naming what was refused, and the remedy.
@@ -77,7 +73,6 @@ def require_plain(
     """Refuses a stored override that does more than set what a run of this platform computes.
 
     Args:
-        text: the override.
         source: where it comes from, for the message.
         allow: packages, folders, URLs and services that the user allowed.
         housekeeping: keys of a run's paths that it may set.

@@ -38,9 +38,6 @@ class Worker:
     """An iterator over the tasks that this worker can get: it may continue after it ended.
 
     Args:
-        plan: plan of the sweep.
-        leases: leases of this worker.
-        queue: queue of its devices.
         look_seconds: seconds between two looks at the others' leases.
         program: command that starts a user's own program; empty for this project's train app.
         allow: what the plan may name besides this project's own code (``trust.py``).
@@ -117,14 +114,8 @@ class Worker:
 
 
 def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
-    """Runs the tasks of a worker until every job has ended.
-
-    Args:
-        worker: the worker.
-        pool: the pool that runs its tasks.
-        beat_seconds: seconds between two signs of life.
-        wait: whether to wait for the jobs of others, which may become free, or to end once no job
-            is free.
+    """Runs the tasks of a worker, which beats every ``beat_seconds``, until every job has ended;
+    without ``wait``, until no job is free, though those of others may become so.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.

@@ -44,7 +44,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_losses(folder: Path, sweep: Path) -> Path:
-    return report([sweep], output=folder, every=600)[0]
+    return report([sweep], output=folder, watched=True)[0]
 
 
 def of_a_task(folder: Path, sweep: Path) -> Path:

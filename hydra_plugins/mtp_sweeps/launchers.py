@@ -1,34 +1,34 @@
-"""The launchers that conf/hydra/launcher/ configures. Hydra imports this at every start, so their
-own imports wait until they run."""
+"""The launcher that conf/hydra/launcher/ configures, and its sweeper. Hydra imports this at every
+start, so their own imports wait until they run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class _SweepLauncher(Launcher):
-    """Holds the settings for the module of ``sweeps/`` that runs the jobs.
+class SweepLauncher(Launcher):
+    """Passes the jobs of a sweep to the module that runs them.
 
-    Attributes:
-        module: that module; None for a launcher that leaves the jobs to workers.
-        composes: whether it composes all jobs' configs before the first one starts, so that the
-            sweeper need not.
+    Args:
+        module: a module of ``sweeps/``; None leaves the jobs to workers.
+        dry_run: only check and list the jobs.
+        settings: keyword arguments of the module's ``run``.
     """
 
-    module: str | None
-    composes = True
+    composes = True  # before the first job starts, so the sweeper need not
 
-    def __init__(self, dry_run: bool = False, **settings: Any) -> None:
-        self.settings, self.dry_run = settings, dry_run
+    def __init__(self, module: str | None, dry_run: bool = False, **settings: Any) -> None:
+        self.module, self.dry_run, self.settings = module, dry_run, settings
         self.config: DictConfig | None = None
-        self.hydra_context: HydraContext | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -38,11 +38,9 @@ class _SweepLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from importlib import import_module
-
         from sweeps.launch import launch
 
-        assert self.config is not None and self.hydra_context is not None
+        assert self.config is not None
         run = self.module and partial(import_module(self.module).run, **self.settings)
         return launch(
             run or None,
@@ -53,25 +51,11 @@ class _SweepLauncher(Launcher):
         )
 
 
-class LocalPoolLauncher(_SweepLauncher):
-    """``hydra/launcher=local_pool``"""
+class GridSweeper(BasicSweeper):
+    """Hydra's own sweeper, except that it leaves composing to a launcher that composes all jobs'
+    configs: otherwise each config would be composed twice."""
 
-    module = "sweeps.pool"
-
-
-class PlanLauncher(_SweepLauncher):
-    """``hydra/launcher=plan``"""
-
-    module = None
-
-
-class SlurmLauncher(_SweepLauncher):
-    """``hydra/launcher=slurm``"""
-
-    module = "sweeps.slurm_cluster"
-
-
-class RayLauncher(_SweepLauncher):
-    """``hydra/launcher=ray``"""
-
-    module = "sweeps.ray_cluster"
+    def validate_batch_is_legal(self, batch: list[list[str]]) -> None:
+        # An attribute, not isinstance: Hydra imports its plugins twice.
+        if not getattr(self.launcher, "composes", False):
+            super().validate_batch_is_legal(batch)

@@ -22,7 +22,7 @@ from typing import Any
 
 from mtp_lightning.cli import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.paths import ROOT
+from mtp_lightning.paths import CONF, ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import write_figures
@@ -44,6 +44,7 @@ from sweeps.claims.result import (
     write_result,
 )
 from sweeps.claims.run import run, write_weights
+from sweeps.report import require_packages
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,10 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     args.typed = ["python -m sweeps.claims", *arguments]
-    # Results of a user's own claims lie next to those claims, and no page is made from them.
-    own = args.claims.resolve() != FOLDER.resolve()
-    args.has_pages = args.root is not None or not own
-    args.root = args.root or (args.claims.absolute().parent if own else ROOT)
+    # Results of a user's own claims lie next to those claims, and no page is made from them. An
+    # installed copy has no pages, and keeps results where it is run.
+    own, checkout = args.claims.resolve() != FOLDER.resolve(), CONF.parent == ROOT
+    args.has_pages = args.root is not None or (checkout and not own)
+    default = args.claims.absolute().parent if own else ROOT if checkout else Path.cwd()
+    args.root = args.root or default
     args.results = args.root / "results"
     with readable_errors():
         seeds = getattr(args, "seeds", None) or [0]
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _list(args: argparse.Namespace) -> int:
     claims = _claims(args, names(args.claims))
     print("\n".join(listing(claims, read_results(args.results), args.runs.absolute())))
-    told = "decided: of its predictions; hours left: of one core, as far as they are known"
+    told = "decided: predictions with a verdict; hours left: core-hours, where they are known"
     print(f"{told} ({args.typed[0]} hours estimates them)", file=sys.stderr)
     return 0
 
@@ -112,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
 def _replicate(args: argparse.Namespace) -> int:
     """Run a claim again, finished seeds included, and compare with its stored result."""
     (claim,) = _claims(args, [args.name])
-    require_package("scipy", what="a verdict", extra="report")
+    require_packages("a verdict")
     left = _start(args, [claim], seeds=args.seeds)
     here = judge(claim, args.runs.absolute())
     committed = read_result(claim.label, args.results)
@@ -161,7 +164,7 @@ def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> i
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UserError("verdict needs either names of claims or --all.")
-    require_package("scipy", what="a verdict", extra="report")
+    require_packages("a verdict")
     claims = _claims(args, args.names or names(args.claims))
     if args.all:  # at both scales
         gpu = args.gpu
@@ -262,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     option(running, "--seeds", nargs="+", type=int, help="seeds (default the claim's)")
     option(running, "--jobs", type=int, default=1, help="jobs at once (default 1)")
     option(running, "--retry-failed", action="store_true", help="start failed runs again")
-    trial = "run a claim that no commit contains; its verdict will say so"
+    trial = "run a claim that no commit contains; its verdict is then marked"
     option(running, "--unpredicted", action="store_true", help=trial)
     option("verdict", "--all", action="store_true", help="all claims, and the pages")
     option(f"verdict {running}", "--gpu", action="store_true", help="at the published scale")
@@ -274,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     option(every, "--claims", type=_folder, default=FOLDER, help=own)
     allow = "a package whose classes arms may name; may be repeated"
     option(every, "--allow", action="append", default=[], metavar="PACKAGE", help=allow)
-    root = "folder with results/ and the pages (this checkout, or the parent of --claims)"
+    root = "folder with results/ and pages (this checkout or folder; the parent of --claims)"
     option(every, "--root", type=Path, help=root)
     return parser
 

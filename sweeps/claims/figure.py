@@ -14,13 +14,14 @@ from typing import Any
 
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
-from sweeps.claims.decide import UNDECIDED
+from sweeps.claims.decide import UNDECIDED, arm_share
 from sweeps.claims.observe import PARTS
+from sweeps.claims.recall import measure_of, seeds_of
 from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
 from sweeps.report.metrics import number
 from sweeps.report.names import in_words, name_of
-from sweeps.report.statistics import interval, share
+from sweeps.report.statistics import interval
 
 # The suffix of the file with the curves.
 CURVE = "_curve"
@@ -32,11 +33,7 @@ _LOOK = Look(COLORS[0], "-", "o")
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """Write ``LABEL.svg``, ``LABEL_2.svg`` .. for further measures with numbers, and
-    ``LABEL_curve.svg`` where arms have the same FLOPs, into an existing folder.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
+    ``LABEL_curve.svg`` where arms have the same FLOPs, into an existing folder."""
     files = files_of(result, label, folder)
     groups = [*_drawn(result), *([None] if panels(result) else [])]
     with styled():
@@ -139,24 +136,15 @@ def _title(chart: Chart, *parts: str) -> None:
 
 def _shares(result: Result, measure: dict[str, Any]) -> Chart:
     """Every arm's share of seeds that solve, with its interval."""
-    names = words.names_in(result)
-    counts = {names[arm]: _count(content, measure) for arm, content in result["arms"].items()}
-    shown = [(name, share(*count)) for name, count in reversed(counts.items()) if count[1]]
+    names, of = words.names_in(result), measure_of(measure)
+    found_in = {arm: arm_share(seeds_of(content), of) for arm, content in result["arms"].items()}
+    shown = [(names[arm], found) for arm, found in reversed(found_in.items()) if found]
     chart = by_row([name for name, _ in shown])
     for y, (_, found) in enumerate(shown):
         chart.draw("", _LOOK, [found.rate], [y], x_reach=found.reach)
     chart.percent("x")
     _title(chart, words.quantity(measure), "(more is better)")
     return chart
-
-
-def _count(content: dict[str, Any], measure: dict[str, Any]) -> tuple[int, int]:
-    values = [
-        seed["values"][measure["tag"]]
-        for seed in content["seeds"].values()
-        if seed["state"] == "done" and measure["tag"] in seed["values"]
-    ]
-    return sum(value > measure["solved"] for value in values), len(values)
 
 
 def panels(result: Result) -> dict[str, list[str]]:

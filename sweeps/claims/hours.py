@@ -1,8 +1,9 @@
 """Lists claims, estimates how long their missing runs take on this machine, and plans what fits.
 
-A pending run is assumed to take as long as the finished seeds of its arm took here. Without one,
-its FLOPs are divided by the median rate of all finished runs. Without a rate, it gets its share of
-the minutes that its claim expects. Every estimate names its source.
+A pending run is assumed to take as long as the finished seeds of its arm took on this machine, or
+elsewhere if no run at all has finished here. Without one, its FLOPs are divided by the median rate
+of all finished runs. Without a rate, it gets its share of the minutes that its claim expects. Every
+estimate names its source.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from mtp_lightning.run.config import key_of, lies_in
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
-from sweeps.claims.jobs import OF_DEPTHS, ClaimJob, jobs
+from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import shared_seeds, with_stored
 from sweeps.claims.result import Result, in_order, is_stale, minutes_of, state
 from sweeps.claims.words import aligned
+from sweeps.report.equivalent import OF_DEPTHS
 
-MEASURED, BY_FLOPS, EXPECTED = "measured", "by FLOPs", "as the claim expects"
+MEASURED, ELSEWHERE = "measured", "measured elsewhere"
+BY_FLOPS, EXPECTED = "by FLOPs", "as the claim expects"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated wall time of one pending run on one core; ``source`` is MEASURED, BY_FLOPS or
-    EXPECTED."""
+    """The estimated wall time of one pending run on one core; ``source`` is one of the four names
+    above."""
 
     arm: str
     seed: int
@@ -92,7 +95,8 @@ def left_of(
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
-    here = [seed for seed in finished if seed.machine == this_machine()] or finished
+    own = [seed for seed in finished if seed.machine == this_machine()]
+    here, measured = (own, MEASURED) if own else (finished, ELSEWHERE)
     rates = [
         s.costs["flops"] / (minutes_of(s) * 60)
         for s in here
@@ -126,7 +130,7 @@ def left_of(
                     counted[arm] = flops_of(job)
             flops = counted.get(arm)
             if known[arm]:
-                hours, source = median(known[arm]) / 60, MEASURED
+                hours, source = median(known[arm]) / 60, measured
             elif rate is not None and flops is not None:
                 hours, source = flops / rate / 3600, BY_FLOPS
             else:
@@ -173,11 +177,11 @@ def flops_of(job: ClaimJob) -> float | None:
         (plan,), _ = plans_of([*asked, f"vocab_size={vocabulary or 257}", "devices=1"])
     except (UserError, ArithmeticError):
         return None
-    data = config.data
-    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * job.max_steps
+    data, steps = config.data, config.trainer.max_steps
+    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
     whole = plan.cost.per_token(data.seq_len) * tokens
     branch = [o.rpartition("@")[2] for o in job.overrides if key_of(o) == "branch_from"]
-    return float(whole * (1 - int(branch[0]) / job.max_steps if branch else 1))
+    return float(whole * (1 - int(branch[0]) / steps if branch else 1))
 
 
 def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Left, list[int]]]:

@@ -20,8 +20,10 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import app
 from mtp_lightning.run.config import flatten, has_bearing, is_plain, key_of, lies_in
 from sweeps.claims.claim import CPU, Claim
-from sweeps.compose import compose_run, count_processes, settle
-from sweeps.process import Task, python_command
+from sweeps.compose import compose_run, settle
+from sweeps.plan import TRAIN, Recipe
+from sweeps.process import Task
+from sweeps.report.equivalent import OF_DEPTHS
 
 # Overrides of every run. With one thread, bits and seconds do not depend on other jobs.
 _FIXED = {
@@ -32,8 +34,6 @@ _FIXED = {
 _BRANCH, _START = "branch_from", "init_from"
 # Keys added after results were stored, with the value that changes nothing.
 _LATER = {"branch_from": None, "data.train_windows": "all", "data.activations": "fp32"}
-# Groups that change nothing in a run without MTP depths.
-OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +44,15 @@ class ClaimJob:
     seed: int  # the run's
     folder: str  # the run's name in the folder of all runs; it ends in the digest of the config
     overrides: tuple[str, ...]  # those of the command line
-    max_steps: int  # planned optimizer steps
-    processes: int  # number of processes that train together
+    recipe: Recipe  # how to run it
     # Folder of the run that it branches or starts from; None for an independent run.
     parent: str | None = None
 
     def task(self, runs: Path) -> Task:
         """The job as a task of a pool, with its folder in ``runs``, which is absolute."""
-        folder = runs / self.folder
-        return Task(
-            folder=folder,
-            overrides=self.overrides,
-            command=python_command(app("train"), self.overrides, folder),
-            processes=self.processes,
-            max_steps=None if "compare.match=flops" in self.overrides else self.max_steps,
-            on_cpu="trainer.accelerator=cpu" in self.overrides,
-            labels=(self.arm, f"seed={self.seed}"),
+        labels = (self.arm, f"seed={self.seed}")
+        return self.recipe.task(
+            runs / self.folder, self.overrides, labels=labels, program=app(TRAIN)
         )
 
 
@@ -144,8 +137,7 @@ class _Arm:
             seed=seed,
             folder=_folder(settled, seed),
             overrides=(*self._overrides, *link, f"seed={seed}"),
-            max_steps=settled["trainer"]["max_steps"],
-            processes=count_processes(settled),
+            recipe=Recipe.of(settled),
             parent=parent,
         )
 

@@ -99,7 +99,7 @@ def _seed(run: Run, claim: Claim) -> Seed:
     seed.costs = {name: float(v) for name, v in numbers.items() if isinstance(v, int | float)}
     if claim.equal == "flops":
         seed.curve = curve_of(run)
-    seed.text = None if run.text is None else run.text.fingerprint
+    seed.text = run.text.fingerprint
     if seed.waits:
         from mtp_lightning.interop.weights import digest_of
 

@@ -141,7 +141,7 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     if result is None:
         return facts | {"predictions": words.entries(None, claim)}
     enough = seeds_enough(result["predictions"], claim.scale.minimum)
-    more = ["" if n is None else f"about {n} seeds an arm would decide it" for n in enough]
+    more = ["" if n is None else f"about {n} seeds per arm would decide it" for n in enough]
     arms = {words.names_in(result)[arm]: of for arm, of in result["arms"].items()}
     done = [sum(run["state"] == "done" for run in of["seeds"].values()) for of in arms.values()]
     files = files_of(result, claim.label, Path())

@@ -20,7 +20,7 @@ from sweeps.claims.jobs import ClaimJob
 from sweeps.plan import read_versioned
 
 VERSION = 1
-TRIAL = "or try it with --unpredicted, which its verdict will say"
+TRIAL = "or run it with --unpredicted: its verdict is then marked"
 
 
 @dataclass(kw_only=True)

@@ -22,10 +22,18 @@ def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, di
     """The runs of a stored result by arm and seed; empty if the result is of another prediction."""
     if stored is None or stored["digest"] != claim.digest:
         return {}
-    return {
-        arm: {int(seed): _seed(run) for seed, run in of["seeds"].items()}
-        for arm, of in stored["arms"].items()
-    }
+    return {arm: seeds_of(content) for arm, content in stored["arms"].items()}
+
+
+def seeds_of(content: Mapping[str, Any]) -> dict[int, Seed]:
+    """The runs of an arm of a stored result, by seed."""
+    return {int(seed): _seed(run) for seed, run in content["seeds"].items()}
+
+
+def measure_of(entry: Mapping[str, Any]) -> Measure:
+    """The measure of a prediction of a stored result."""
+    own = tuple((arm, tuple(curve)) for arm, curve in entry.get("own_curves", ()))
+    return Measure(**{**entry, "curve": tuple(entry.get("curve", ())), "own_curves": own})
 
 
 def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str, Seed]:
@@ -33,9 +41,8 @@ def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str
     wanted, names = set(claim.measures), {key(measure) for measure in claim.measures}
     found = {}
     for result in results:
-        measured = {_measure(entry["measure"]).of_run for entry in result["predictions"]}
-        for run in (run for of in result["arms"].values() for run in of["seeds"].values()):
-            seed = _seed(run)
+        measured = {measure_of(entry["measure"]).of_run for entry in result["predictions"]}
+        for seed in (seed for of in result["arms"].values() for seed in seeds_of(of).values()):
             if seed.done and wanted <= measured and (seed.curve or claim.equal != "flops"):
                 values = {name: seed.values[name] for name in names & seed.values.keys()}
                 waits = {name: seed.waits[name] for name in names & seed.waits.keys()}
@@ -115,11 +122,6 @@ def beginning(
     if stored is not None and stored["digest"] == claim.digest:
         began.append((stored["began"], stored["predicted_in"]))
     return min(began, key=lambda pair: pair[0])
-
-
-def _measure(entry: Mapping[str, Any]) -> Measure:
-    own = tuple((arm, tuple(curve)) for arm, curve in entry.get("own_curves", ()))
-    return Measure(**{**entry, "curve": tuple(entry.get("curve", ())), "own_curves": own})
 
 
 def _seed(run: Mapping[str, Any]) -> Seed:

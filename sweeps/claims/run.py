@@ -36,14 +36,11 @@ def run(
     """Run all unfinished arms of claims, seed by seed, and return how many runs are not done.
 
     Args:
-        claims: the claims to run.
         runs: the folder of all claims' runs, absolute; it need not exist.
         commits: the commit of each prediction, by the claim's label; None for a trial.
         seeds: by default each claim's own.
         arms: by default all of each claim.
         results: the folder of results; runs that are done there are not run again.
-        n_jobs: jobs at once.
-        retry_failed: start failed runs again.
         command: the command line, for ``sweep.json``.
 
     Raises:
@@ -172,7 +169,7 @@ def write_weights(
         digest = weights.write_weights(run, file)
         if digest is None:
             gone += 1
-            lines.append(f"{run} keeps no weights: remove it, and it is trained again")
+            lines.append(f"{run} has no weights left: delete the folder to train it again")
         else:
             known = stored.get(job.arm, {}).get(job.seed)
             lines.append(f"{file}: {_compared(digest, known)}")

@@ -5,3 +5,18 @@ seed), compare.py and equivalent.py (differences, gains), figures.py (drawn by c
 and findings.py, to page.py and events.py. The report trains nothing and writes nothing into a run's
 folder.
 """
+
+from mtp_lightning.cli import require_package
+
+
+def require_packages(what: str) -> None:
+    """Check that the packages of the extra ``report`` are installed.
+
+    Args:
+        what: what needs them, for the message.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in ("matplotlib", "jinja2", "scipy"):
+        require_package(name, what=what, extra="report")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from sweeps.report import require_packages
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.equivalent import families
@@ -26,8 +25,8 @@ def report(
     output: str | Path | None = None,
     reference: str | None = None,
     level: float = SOLVED,
-    every: float | None = None,
-) -> tuple[Path, list[str]]:
+    watched: bool = False,
+) -> tuple[Path, list[str], bool]:
     """Write `report.html`, `runs.csv` and `figures/`.
 
     Args:
@@ -37,16 +36,16 @@ def report(
         reference: label of the setting that all are compared with; by default the one without
             MTP, or the first.
         level: a seed solves a task if its exact match is above this level.
-        every: the page reloads itself after as many seconds; None for a static page.
+        watched: while jobs are unfinished, the page reloads itself.
 
     Returns:
-        The page's path, and the sentences that it begins with.
+        The page's path, the sentences that it begins with, and whether jobs are unfinished.
 
     Raises:
         FileNotFoundError: a folder has no runs.
         UserError: ``reference`` names no setting, ``level`` is invalid, or a package is missing.
     """
-    _require_packages()
+    require_packages("the report")
     if not 0 <= level < 1:
         raise UserError(f"--solved {level:g} must be at least 0 and below 1, such as {SOLVED}.")
     from sweeps.report import chart, events, figures, page
@@ -62,21 +61,12 @@ def report(
         svgs = page.write_figures(drawings, target / page.FIGURES)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings)
-    write_bytes(page.runs_csv(settings, sweeps).encode(), target / "runs.csv")
-    facts = (settings, comparisons, priced, sweeps, drawings, svgs)
+    write_bytes(page.runs_csv(settings).encode(), target / "runs.csv")
+    facts = (settings, comparisons, priced, drawings, svgs)
+    every = SECONDS if watched and settings.running else None
     html = page.render(*facts, folder=target, now=datetime.now(), every=every)
     write_bytes(html.encode(), target / "report.html")
-    runs = [run for sweep in sweeps for run in sweep.runs]
-    return target / "report.html", answer(settings, comparisons, runs, priced)
-
-
-def _again(
-    make: Callable[..., tuple[Path, list[str]]], folders: Sequence[str]
-) -> tuple[Path, bool]:
-    """Make a report that reloads itself while jobs are left, and say whether any are."""
-    runs = [run for sweep in _read(folders) for run in sweep.runs]
-    running = any(run.state in ("running", "pending") for run in runs)
-    return make(every=SECONDS if running else None)[0], running
+    return target / "report.html", answer(settings, comparisons, priced), settings.running
 
 
 def _read(folders: Sequence[str | Path]) -> list[Sweep]:
@@ -99,16 +89,6 @@ def _default_output(sweeps: Sequence[Sweep]) -> Path:
         return sweeps[0].folder
     names = "_".join(sweep.folder.resolve().name for sweep in sweeps)
     return sweeps[0].folder.resolve().parent / f"report_{names}"
-
-
-def _require_packages() -> None:
-    wanted = ("matplotlib", "jinja2", "scipy")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"The report needs {', '.join(missing)}: pip install {' '.join(missing)} "
-            "(in a checkout: pip install -e '.[report]')."
-        )
 
 
 def main(
@@ -137,11 +117,10 @@ def main(
             print("\n".join(differences(given.folders)) or "no difference")
             return
         asked = {"output": given.output, "reference": given.reference, "level": given.solved}
-        make = partial(report, given.folders, **asked)
         if given.watch:
-            watch(lambda: _again(make, given.folders), port=given.port)
+            watch(lambda: report(given.folders, **asked, watched=True), port=given.port)
             return
-        path, sentences = make()
+        path, sentences, _ = report(given.folders, **asked)
         print("\n".join(sentences))
         print(f"\nreport    {path}")
         print(f"numbers   {path.with_name('runs.csv')}")

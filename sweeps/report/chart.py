@@ -1,8 +1,8 @@
 """The look of all figures, and the files that they become.
 
 Colors follow the first varied key. Files are readable on paper, on light pages and on dark ones.
-Every mark belongs to a setting: its id lets the page's script hide it, and its points show their
-values under the pointer, by titles in the SVG.
+The id of a mark names its setting, so that the page's script can hide it. SVG titles show the
+values of points as tooltips.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mtp_lightning.errors import UserError
 from sweeps.report.names import name_of
 from sweeps.report.settings import Setting, show
 from sweeps.report.statistics import Interval
@@ -70,15 +69,9 @@ _RC: Any = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """A context in which figures are drawn and saved in this look.
+    """A context in which figures are drawn and saved in this look."""
+    import matplotlib
 
-    Raises:
-        UserError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("The figures need matplotlib: pip install -e '.[report]'.") from None
     with matplotlib.rc_context(_RC):
         yield
 
@@ -196,7 +189,7 @@ class Chart:
         xs: Sequence[float],
         ys: Sequence[float],
         *,
-        says: bool = True,
+        tooltips: bool = True,
         x_reach: Any = None,
         y_reach: Any = None,
         filled: bool = True,
@@ -205,11 +198,7 @@ class Chart:
         """Draw points of the setting of that name, joined by a line if ``style`` has a linestyle.
 
         Args:
-            name: the setting's.
-            look: its color and marker.
-            xs: the points' x coordinates.
-            ys: the points' y coordinates.
-            says: whether the points show their values under the pointer.
+            tooltips: whether the points show their values under the pointer.
             x_reach: intervals as matplotlib's ``xerr``: half widths, or distances down and up.
             y_reach: the same of y.
             filled: False for hollow markers.
@@ -220,9 +209,11 @@ class Chart:
         container = self.axes.errorbar(
             xs, ys, xerr=x_reach, yerr=y_reach, label=name, **{**given, **style}
         )
-        container.lines[0].set_label(name if says else f"_{name}")
+        container.lines[0].set_label(name if tooltips else f"_{name}")
         self._mark("series", name, container.get_children())
-        for i, at in enumerate(zip(xs, ys, strict=True) if says and name in self._names else ()):
+        for i, at in enumerate(
+            zip(xs, ys, strict=True) if tooltips and name in self._names else ()
+        ):
             reach = (_said(at[0], x_reach, i), _said(at[1], y_reach, i))
             self._points.append((name, at, reach))
 

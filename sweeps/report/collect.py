@@ -48,7 +48,7 @@ def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
     settings = list(groups.values())
     settings = _apart(settings, DATA, lambda run: str(run.fact("data", "fingerprint")), _data_name)
-    settings = _apart(settings, TEXT, lambda run: run.text and run.text.same, _text_name)
+    settings = _apart(settings, TEXT, lambda run: run.text.same, lambda run: run.text.short)
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     asked = [key for sweep in sweeps for key in sweep.varied]
     varied = _name(settings, asked)
@@ -60,7 +60,9 @@ def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
         ]
     )
     _count_planned(settings, [run for run in runs if not run.config])
-    return Settings(all=settings, varied=varied, left_out=left_out, level=level)
+    return Settings(
+        all=settings, varied=varied, left_out=left_out, sweeps=list(sweeps), level=level
+    )
 
 
 def ignored(key: str) -> bool:
@@ -113,10 +115,6 @@ def _apart(
 def _data_name(run: Run) -> str:
     digest = run.fact("data", "fingerprint")
     return "unknown" if digest is None else str(digest)[:8]
-
-
-def _text_name(run: Run) -> str:
-    return "not mentioned" if run.text is None else run.text.short
 
 
 def _drop_repeats(setting: Setting) -> list[Run]:

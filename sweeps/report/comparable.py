@@ -1,6 +1,6 @@
 """Decides which settings may be compared, and explains which may not.
 
-Settings compare if they were evaluated on the same text, with contexts of about equal bytes, and if
+Settings compare if they were evaluated on the same data, with contexts of about equal bytes, and if
 their depths solve the same task.
 """
 
@@ -14,11 +14,10 @@ from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, some
 from sweeps.report.settings import Setting, Settings
 
 REMEDY = (
-    "To compare them give all runs the same data, data.val_fraction, data.split_seed and "
-    "data.eval_bytes, and let them evaluate all of it; or measure them with evaluate.py on one "
-    "text."
+    "To compare them give all runs the same data, data.task.*, data.val_fraction, data.split_seed, "
+    "data.eval_bytes and data.eval_examples, and let them evaluate all of it; or measure them with "
+    "evaluate.py on one text."
 )
-REMEDY_OF_TASKS = "To compare them give all runs the same data, data.task.* and data.eval_examples."
 EQUAL_CONTEXT = 1.05  # largest context over the smallest, in bytes
 MEANS = {
     True: "Depth k reads the true tokens before its target (teacher-forced): its loss, agreement "
@@ -29,7 +28,7 @@ MEANS = {
 
 
 def may_compare(one: Setting, other: Setting) -> bool:
-    """Whether two settings were evaluated on the same text, or on none.
+    """Whether two settings were evaluated on the same data.
 
     Decoding depends on the text, too: its prompts are held-out documents. Training loss,
     throughput, parameters, FLOPs and seconds do not."""
@@ -46,10 +45,9 @@ def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
 
 
 def _text(setting: Setting) -> Any:
-    """A key that is equal for settings of one text. Settings that do not mention their text share a
-    key; a text without a digest has a key of its own."""
-    text = setting.text
-    return "" if text is None else text.fingerprint or setting
+    """A key that is equal for settings of one text; a text without a digest has a key of its
+    own."""
+    return (setting.text and setting.text.fingerprint) or setting
 
 
 def refusal(settings: Sequence[Setting]) -> str:
@@ -64,25 +62,17 @@ def refusal(settings: Sequence[Setting]) -> str:
         f"{name}{_bytes(group)}: {some([setting.label for setting in group])}"
         for name, group in named.items()
     ]
-    asked = all(setting.answers for group in groups for setting in group)
-    first, second, remedy = (
-        ("asked different questions", "Asked were", REMEDY_OF_TASKS)
-        if asked
-        else ("evaluated on different texts", "Evaluated on", REMEDY)
-    )
     return (
-        f"The settings were {first}, so nothing that is measured on these (val/*, decode/*) is "
-        f"averaged, tested or ranked across them. {second} {some(parts, between=' | ')}. {remedy}"
+        "The settings have different evaluation data, so nothing that is measured on these (val/*, "
+        "decode/*) is averaged, tested or ranked across them. "
+        f"Evaluated on {some(parts, between=' | ')}. {REMEDY}"
     )
 
 
 def _name(setting: Setting) -> str:
-    text = setting.text
-    if text is None:
-        return "a text that older runs do not mention"
-    if text.fingerprint is None:
-        return "an unknown text, or a part of one that each has for itself"
-    return f"{'questions' if setting.answers else 'text'} {text.short}"
+    if setting.text is None or setting.text.fingerprint is None:
+        return "unknown data, or a part that each has for itself"
+    return f"data {setting.text.short}"
 
 
 def _bytes(group: Sequence[Setting]) -> str:

@@ -30,9 +30,8 @@ from sweeps.report.statistics import (
     unpaired,
 )
 
-FACT = "a fact about this data: the same at every seed, no test"
-OTHER_TEXT = "not compared: another evaluation text"
-OTHER_QUESTIONS = "not compared: other questions"
+FACT = "the same at every seed, so there is no variance to test"
+OTHER_DATA = "not compared: other evaluation data"
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Comparison:
 
     @property
     def refused(self) -> bool:
-        """Whether the two were evaluated on different texts or questions."""
-        return self.verdict in (OTHER_TEXT, OTHER_QUESTIONS)
+        """Whether the two were evaluated on different data."""
+        return self.verdict == OTHER_DATA
 
     @property
     def differs(self) -> bool:
@@ -104,7 +103,7 @@ def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired 
     if not (own.interval and other.interval):
         return f"no test: a {'share' if settings.is_task else 'mean'} is missing"
     if not may_compare(setting, reference):
-        return OTHER_QUESTIONS if settings.is_task else OTHER_TEXT
+        return OTHER_DATA
     if not settings.is_task:
         return paired(own.values, other.values) or "no seed in common"
     mine, theirs = (solved_share(s, settings.level) for s in (setting, reference))

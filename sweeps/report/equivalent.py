@@ -30,7 +30,7 @@ from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import Interval, interval, ratio_interval
 
-# Keys of the budget, and keys of the MTP modules: an arm and its curve agree in all others.
+# Keys of the budget: an arm and its curve agree in all others but these and those of the depths.
 _BUDGET = (
     "trainer.max_steps",
     "trainer.val_check_interval",
@@ -40,7 +40,8 @@ _BUDGET = (
     "compare",
     "callbacks",
 )
-_MODULE = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
+# Groups that change nothing in a run without MTP depths.
+OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True, order=True)
@@ -164,9 +165,8 @@ def families(settings: Settings) -> list[Family]:
 def _rest(setting: Setting) -> str:
     """A key that an arm and the plain runs of its curve share."""
     config = setting.config.items()
-    return json.dumps(
-        {k: v for k, v in config if not lies_in(k, (*_BUDGET, *_MODULE))}, default=str
-    )
+    shared = {k: v for k, v in config if not lies_in(k, (*_BUDGET, *OF_DEPTHS))}
+    return json.dumps(shared, sort_keys=True, default=str)
 
 
 def _valued(arm: Setting, family: Family, tag: str) -> Valued:

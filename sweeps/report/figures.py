@@ -62,17 +62,16 @@ def draw(
         front(settings, DECODE_SPEED),
     ]
     if len(by_text(settings.all)) > 1:
-        which = "asked different questions" if settings.is_task else "evaluated on different texts"
-        drawings = [_of_several_texts(drawing, which) for drawing in drawings]
+        drawings = [_of_several_texts(drawing) for drawing in drawings]
     return drawings
 
 
-def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
+def _of_several_texts(drawing: Drawing) -> Drawing:
     if drawing.figure is None:
         return drawing
     if drawing.name.startswith(_COMPARING):
-        return drawing.lacking(f"it would compare settings that were {which}")
-    warning = f" The settings were {which}: compare none across these."
+        return drawing.lacking("it would compare settings with different evaluation data")
+    warning = " The settings have different evaluation data: compare none across these."
     return replace(drawing, caption=drawing.caption + warning)
 
 
@@ -187,7 +186,7 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
     )
     shown = [(c, c.paired.difference) for c in reversed(comparisons) if c.paired]
     if not shown and any(c.refused for c in comparisons):
-        return drawing.lacking("no setting was evaluated on the same text as its reference")
+        return drawing.lacking("no setting has the same evaluation data as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
     chart = by_row([c.setting.name for c, _ in shown], names=settings.names)

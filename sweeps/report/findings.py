@@ -13,7 +13,7 @@ from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
 from sweeps.report.metrics import BITS, EXACT, SPEEDUP, ends, plural
-from sweeps.report.read import STATES, Run, Sweep
+from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
 from sweeps.report.templates import sentences
@@ -26,12 +26,10 @@ _WORDS = {
 
 
 def answer(
-    settings: Settings,
-    comparisons: Sequence[Comparison],
-    runs: Sequence[Run],
-    families: Sequence[Family] = (),
+    settings: Settings, comparisons: Sequence[Comparison], families: Sequence[Family] = ()
 ) -> list[str]:
     """The report's answer in a few sentences."""
+    runs = settings.runs
     groups = by_text(settings.all)
     known = any(_ranked(group, settings.compared_tag) for group in groups)
     # Settings are ranked within each text; a setting alone on its text is not ranked.
@@ -92,9 +90,7 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
 
 
 def _where(group: Sequence[Setting]) -> str:
-    text = group[0].text
-    what = "questions" if group[0].answers else "text"
-    return f"Of those on {what} {text.short}: " if text else f"Of those that mention no {what}: "
+    return f"Of those on evaluation data {group[0].text.short}: " if group[0].text else ""
 
 
 def _share(found: Share) -> str:
@@ -107,10 +103,9 @@ def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> 
     return [s for _, s in sorted(known, key=lambda pair: pair[0], reverse=largest)]
 
 
-def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
+def caveats(settings: Settings) -> list[str]:
     """Sentences on what is missing and what may make numbers incomparable."""
-    runs = [run for sweep in sweeps for run in sweep.runs]
-    done = [run for run in runs if run.state == "done"]
+    done = [run for run in settings.runs if run.state == "done"]
     differing = [
         (what, _kinds((run.fact(what.replace(" ", "_")) for run in done), cut=60), meaning)
         for what, meaning in (
@@ -137,10 +132,9 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
         refusal=refusal(settings.all),
         contexts=contexts(settings.all),
         done=done,
-        mentioned=any(run.text for run in done),
         notes=[
-            *(note for sweep in sweeps for note in sweep.notes),
-            *(f"{run.name}: {note}." for run in runs for note in run.notes),
+            *(note for sweep in settings.sweeps for note in sweep.notes),
+            *(f"{run.name}: {note}." for run in settings.runs for note in run.notes),
         ],
         left_out=settings.left_out,
         data=len({json.dumps(run.fact("data", "fingerprint")) for run in done}),

@@ -83,13 +83,7 @@ def joined(names: Sequence[str]) -> str:
 
 
 def question(varied: Sequence[str], metric: Any, *, task: bool) -> str:
-    """The question that a report answers; empty if nothing varies.
-
-    Args:
-        varied: the keys in which the settings differ.
-        metric: the metric by which they are compared.
-        task: whether they are compared by the seeds that solve a task.
-    """
+    """The question that a report answers; empty if no key varies."""
     if not varied:
         return ""
     end = "" if len(varied) > 1 else "s"

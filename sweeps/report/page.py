@@ -9,7 +9,6 @@ import io
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.names import joined, question
-from sweeps.report.read import Run, Sweep, read_sweep
+from sweeps.report.read import Run, read_sweep
 from sweeps.report.settings import Settings, show
 from sweeps.report.templates import environment
 
@@ -35,7 +34,6 @@ def render(
     settings: Settings,
     comparisons: Sequence[Comparison],
     families: Sequence[Family],
-    sweeps: Sequence[Sweep],
     drawings: Sequence[Drawing],
     svgs: dict[str, bytes],
     *,
@@ -51,7 +49,7 @@ def render(
     """
     from markupsafe import Markup
 
-    runs = [run for sweep in sweeps for run in sweep.runs]
+    runs, sweeps = settings.runs, settings.sweeps
     # The notes say this, too, but readers of a table may not have read them.
     warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
     remarks = [*filter(None, [meaning(settings), text_errors(settings.all)]), *warnings]
@@ -80,9 +78,9 @@ def render(
         command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),
         commits=sorted({commit[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=now.strftime("%Y-%m-%d %H:%M"),
-        running=any(run.state in ("running", "pending") for run in runs),
-        answer=answer(settings, comparisons, runs, families),
-        caveats=caveats(settings, sweeps),
+        running=settings.running,
+        answer=answer(settings, comparisons, families),
+        caveats=caveats(settings),
         tables=[
             tables.of_settings(settings, remarks),
             *(tables.of_gains(family, settings, i) for i, family in enumerate(families)),
@@ -127,20 +125,19 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> dict[str, bytes]
     return svgs
 
 
-def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
+def runs_csv(settings: Settings) -> str:
     """One row per run, finished or not: state, varied keys, seed, and every number of its summary.
 
     Numbers are written to the last bit, NaN as ``nan``, missing values as empty cells.
     """
-    runs = [run for sweep in sweeps for run in sweep.runs]
     values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
     repeated = {run.folder for run in settings.left_out}
     # The full fingerprint: who averages these rows must keep different texts apart.
-    text = ["evaluated_text"] * any(run.text for run in runs)
+    text = ["evaluated_text"] * any(run.summary for run in settings.runs)
     solving = ["solved_at_step"] * settings.is_task
     names = ["run", "state", "reason", *settings.varied, "seed", "counted", *text, *solving]
     rows: list[dict[str, Any]] = []
-    for run in runs:
+    for run in settings.runs:
         own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         wait = wait_of(run, settings.level) if solving else None
         row: dict[str, Any] = {key: show(own[key]) for key in settings.varied if key in own}
@@ -161,14 +158,15 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
 def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """Every run's values of the keys in which any two runs differ, by run; paths and runs without a
     config are left out."""
-    known = {
-        run.name: {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
-        for run in runs
-        if run.config
-    }
+    known = {run.name: _told(run) for run in runs if run.config}
     keys = {key for config in known.values() for key in config}
     varied = sorted(k for k in keys if len({config.get(k) for config in known.values()}) > 1)
     return {name: {k: of[k] for k in varied if k in of} for name, of in known.items()}
+
+
+def _told(run: Run) -> dict[str, str]:
+    """A run's config as it would be typed, without paths."""
+    return {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
 
 
 def differences(folders: Sequence[str | Path]) -> list[str]:
@@ -179,7 +177,7 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
     """
     if len(folders) != 2:
         raise UserError(f"--diff compares two runs, not {len(folders)}: give two folders.")
-    found: list[Run] = []
+    found: list[dict[str, str]] = []
     for folder in folders:
         runs = read_sweep(folder).runs
         if len(runs) != 1 or not runs[0].config:
@@ -187,10 +185,9 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
                 f"{folder} is not a run with a config.yaml: --diff compares the folders of two "
                 "runs."
             )
-        # Two runs may have the same name.
-        found.append(replace(runs[0], folder=Path(str(len(found)))))
-    left, right = configs(found).values()
-    keys = sorted(left.keys() | right.keys())
+        found.append(_told(runs[0]))
+    left, right = found
+    keys = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
     return [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
 
 

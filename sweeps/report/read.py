@@ -96,11 +96,8 @@ class Run:
         return value
 
     @property
-    def text(self) -> Text | None:
-        """The text that a finished run was evaluated on; None if its summary does not say so, as in
-        older runs."""
-        if not isinstance(self.fact("evaluation"), dict):
-            return None
+    def text(self) -> Text:
+        """The text that a finished run was evaluated on."""
         digest = self.fact("evaluation", "fingerprint")
         counts = [self.fact("evaluation", name) for name in ("documents", "bytes", "tokens")]
         known = isinstance(digest, str) and digest != ""

@@ -22,7 +22,7 @@ from sweeps.report.metrics import (
     is_share,
 )
 from sweeps.report.names import name_of
-from sweeps.report.read import Run, Text
+from sweeps.report.read import Run, Sweep, Text
 from sweeps.report.statistics import Interval, interval, share_interval
 
 
@@ -61,8 +61,7 @@ class Setting:
 
     @property
     def text(self) -> Text | None:
-        """The text that its finished runs were evaluated on; None if there are none, or they do not
-        mention it."""
+        """The text that its finished runs were evaluated on; None if there are none."""
         return self.done[0].text if self.done else None
 
     @property
@@ -101,12 +100,23 @@ class Settings:
     all: list[Setting]  # the settings, ordered by the varied keys' values
     varied: list[str]  # the keys in which they differ, without the seed
     left_out: list[Run]  # runs that repeat a seed of their setting
+    sweeps: list[Sweep]  # all runs as they were read
     level: float = SOLVED  # a seed solves its task if `val/exact_match` (0 .. 1) is above this
 
     @property
     def names(self) -> list[str]:
         """Readable names of all settings."""
         return [setting.name for setting in self.all]
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, those of no setting included."""
+        return [run for sweep in self.sweeps for run in sweep.runs]
+
+    @property
+    def running(self) -> bool:
+        """Whether some jobs run, or wait for their turn."""
+        return any(run.state in ("running", "pending") for run in self.runs)
 
     @property
     def done(self) -> list[Run]:
@@ -148,6 +158,8 @@ class Settings:
 
 def show(value: Any) -> str:
     """A config value as typed on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):

@@ -52,8 +52,8 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
         "settings",
         "Settings",
         [
-            "Final validation, mean over seeds with the 95 % interval: ± half of it, of a share "
-            "its ends. A dash is a gap, never a zero. A header sorts.",
+            "Final validation, mean over seeds with the 95 % interval: ± half its width, or both "
+            "ends for a share. A dash means that there is no number. Click a header to sort.",
             *remarks,
         ],
         [
@@ -131,9 +131,9 @@ def of_floors(settings: Settings) -> Table:
         [
             "Rejection of sampled drafts, on the model's own continuations of held-out "
             "prompts. A head of order m sees the trunk's state and the m tokens before "
-            "its target: the floor is the least rejection of any such head, the gap what the "
-            "trained head is above it. A head that reads more tokens may be below the floor of a "
-            "small order. Recall: the target is among the head's first 16 choices."
+            "its target: the floor is the least rejection of any such head, the gap is how "
+            "far the trained head lies above it. A head that reads more tokens may be below the "
+            "floor of a small order. Recall: the target is among the head's first 16 choices."
         ],
         [
             ("Setting", None),

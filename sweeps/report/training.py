@@ -80,7 +80,7 @@ def _over_training(
         for points in runs if len(runs) > 1 and not many else ():
             thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
             own = zip(*points.values(), strict=True)
-            chart.draw(setting.name, look, *own, says=False, **thin)
+            chart.draw(setting.name, look, *own, tooltips=False, **thin)
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs, ys = (
             [sum(points[step][i] for points in runs) / len(runs) for step in common] for i in (0, 1)

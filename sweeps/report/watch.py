@@ -50,7 +50,7 @@ class Pages(SimpleHTTPRequestHandler):
 
 
 def watch(
-    make: Callable[[], tuple[Path, bool]],
+    make: Callable[[], tuple[Path, list[str], bool]],
     *,
     port: int = 0,
     seconds: float = SECONDS,
@@ -59,12 +59,12 @@ def watch(
     """Update and serve a report every few seconds until its jobs have ended or Ctrl-C.
 
     Args:
-        make: makes the report; returns the page and whether jobs are running or pending.
+        make: makes the report; returns what :func:`sweeps.report.__main__.report` does.
         port: port of 127.0.0.1; 0 takes a free one, and a taken one is an OSError.
         seconds: time between two updates.
         tell: prints a line for the user.
     """
-    page, running = make()
+    page, _, running = make()
     handler = partial(Pages, directory=str(page.parent))
     with ThreadingHTTPServer((HOST, port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -74,7 +74,7 @@ def watch(
         try:
             while running:
                 time.sleep(seconds)
-                _, running = make()
+                _, _, running = make()
             # An open page still loads the last state.
             time.sleep(min(seconds, SECONDS))
         except KeyboardInterrupt:

@@ -95,6 +95,7 @@ def write_run(
             "versions": VERSIONS,
             "machine": "Linux x86_64, 2 cores",
             "git_commit": "a" * 40,
+            "evaluation": {"fingerprint": "e" * 32},
             **(summary or {}),
         }
         kept = {key: value for key, value in content.items() if value is not None}
@@ -159,6 +160,6 @@ def depth_sweep(
 def write_plan(folder: Path, overrides: dict[str, list[str]], varied: list[str]) -> None:
     """The launcher's sweep.json: overrides by the job's folder."""
     jobs = [{"folder": name, "overrides": given} for name, given in overrides.items()]
-    plan = {"version": 1, "name": folder.name, "varied": varied, "jobs": jobs}
+    plan = {"version": 1, "varied": varied, "jobs": jobs}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(json.dumps(plan))

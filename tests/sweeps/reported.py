@@ -35,17 +35,17 @@ def drawings(of: Path | Settings, comparisons: Sequence[Comparison] = ()) -> dic
 def answered(of: Path | Settings) -> str:
     """The report's answer for a folder, or for settings."""
     settings = collected(of) if isinstance(of, Path) else of
-    return " ".join(answer(settings, compare(settings), settings.done))
+    return " ".join(answer(settings, compare(settings)))
 
 
 def noted(folder: Path) -> str:
     """The report's caveats, one per line."""
-    return "\n".join(caveats(collected(folder), [read_sweep(folder)]))
+    return "\n".join(caveats(collected(folder)))
 
 
 def csv_rows(folder: Path) -> list[dict[str, str]]:
     """The rows of ``runs.csv``."""
-    written = runs_csv(collected(folder), [read_sweep(folder)])
+    written = runs_csv(collected(folder))
     return list(csv.DictReader(written.splitlines()))
 
 

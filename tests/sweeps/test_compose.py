@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mtp_lightning.errors import UserError
 from mtp_lightning.misspelt import sentence
 from mtp_lightning.paths import CONF
-from sweeps.compose import Composer, count_processes, known_steps, settle
+from sweeps.compose import Composer, settle
+from sweeps.plan import count_processes, known_steps
 
 # What a job may be given: overrides that choose files, set values, add, remove or interpolate.
 CHOICES = {
@@ -133,8 +134,7 @@ def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyP
 
 def test_the_sweeper_leaves_composing_to_the_launcher() -> None:
     Plugins.instance()  # Hydra imports its plugins anew
-    from hydra_plugins.mtp_sweeps.launchers import LocalPoolLauncher
-    from hydra_plugins.mtp_sweeps.sweepers import GridSweeper
+    from hydra_plugins.mtp_sweeps.launchers import GridSweeper, SweepLauncher
 
     looked = []
 
@@ -144,7 +144,7 @@ def test_the_sweeper_leaves_composing_to_the_launcher() -> None:
 
     sweeper: Any = GridSweeper(max_batch_size=None)
     sweeper.config, sweeper.hydra_context = DictConfig({}), SimpleNamespace(config_loader=Loader())
-    for launcher in (LocalPoolLauncher(), SimpleNamespace()):
+    for launcher in (SweepLauncher(module=None), SimpleNamespace()):
         sweeper.launcher = launcher
         sweeper.validate_batch_is_legal([["seed=1"]])
     assert looked == [["seed=1"]], "another launcher composes a job when its turn comes"

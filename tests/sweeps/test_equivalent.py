@@ -145,9 +145,20 @@ def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
         )
 
 
+def test_the_order_of_keys_does_not_part_an_arm_from_its_curve(tmp_path: Path) -> None:
+    priced_sweep(tmp_path, seeds=1)
+    settings = collected(tmp_path)
+    for setting in settings.all[::2]:
+        setting.config = {"optimizer.lr": 0.1, **setting.config}
+    for setting in settings.all[1::2]:
+        setting.config = {**setting.config, "optimizer.lr": 0.1}
+    (family,) = families(settings)
+    assert len(family.plain) == 5 and len(family.arms) == 3
+
+
 def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Path) -> None:
     priced_sweep(tmp_path)
-    path, said = report([tmp_path])
+    path, said, _ = report([tmp_path])
     html = path.read_text(encoding="utf-8")
     table = table_of(html, "gains")
     assert re.search(r'0\.720 <span class="half">0\.\d+ to 0\.\d+</span>', table)

@@ -42,6 +42,13 @@ def test_a_job_that_can_never_run_is_refused() -> None:
         DeviceQueue(gpus=["0", "1"]).take(3)
 
 
+def test_a_job_on_the_cpu_takes_no_gpu_of_a_mixed_sweep() -> None:
+    queue = DeviceQueue(gpus=["0"], n_jobs=2)
+    taken = queue.take(2, on_cpu=True)
+    assert (taken.name, taken.gpus, taken.threads) == ("cpu:0", (), 4)
+    assert queue.take(1).gpus == ("0",)
+
+
 @pytest.mark.parametrize(
     ("n_jobs", "given", "processes", "at_once", "threads"),
     [
@@ -138,7 +145,7 @@ def test_the_quota_of_control_groups(
 
 
 def test_no_jobs_at_once_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_jobs must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="n_jobs=0 must be a whole number of at least 1"):
         DeviceQueue(n_jobs=0)
 
 
@@ -157,7 +164,7 @@ def test_choosing_gpus() -> None:
     assert choose_gpus("cpu") == []
     assert choose_gpus([3, 0]) == ["3", "0"]
     for wrong in ([7], [0, 0], "cuda", []):
-        with pytest.raises(ValueError, match=r"hydra\.launcher\.devices"):
+        with pytest.raises(ValueError, match="^devices="):
             choose_gpus(wrong)
 
 
@@ -218,9 +225,9 @@ def test_a_job_takes_what_the_ones_before_took(machine: Machine) -> None:
     machine.process(80, 8, 0.5)  # it is at its end
     use.look()
     assert use.of_one == pytest.approx(2.5 * GB, rel=1e-5), "the most that it took"
-    use.end(8, well=False)
+    use.end(8, succeeded=False)
     assert use.of_one == GB, "nobody knows what a failed one would have taken"
-    use.end(7, well=True)
+    use.end(7, succeeded=True)
     assert use.of_one == pytest.approx(GB / 4, rel=1e-5)
 
 
@@ -272,7 +279,7 @@ def test_a_pool_starts_no_more_than_memory_holds(
     spans = [[int((t.folder / name).read_text()) for name in "ab"] for t in tasks]
     most = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
     assert most == at_once
-    assert ("jobs at once, for memory" in capsys.readouterr().out) == (at_once < 4)
+    assert ("jobs run at once, to fit in memory" in capsys.readouterr().out) == (at_once < 4)
 
 
 def test_what_has_not_been_measured_takes_a_gigabyte(machine: Machine) -> None:

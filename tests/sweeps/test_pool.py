@@ -248,6 +248,17 @@ def test_what_no_device_can_run_is_refused_before_a_job_starts(tmp_path: Path) -
     assert read_status(wide.folder) is read_status(far.folder) is None
 
 
+def test_jobs_on_the_cpu_run_beside_jobs_on_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    wide = task(tmp_path / "wide", DONE, processes=2, on_cpu=True)
+    other = task(tmp_path / "other", DONE)
+    run([wide, other])
+    assert [status(each)["state"] for each in (wide, other)] == ["done", "done"]
+    assert status(wide)["device"].startswith("cpu:") and status(other)["device"] == "cuda:0"
+
+
 def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
     missing = Task(folder=tmp_path / "a", overrides=(), command=("/no/such/program",))
     good = task(tmp_path / "b", DONE)

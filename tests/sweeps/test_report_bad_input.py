@@ -27,9 +27,8 @@ from tests.sweeps.reported import answered
 def of(*folders: Path) -> tuple[Settings, str]:
     """The settings, and all caveats as one text."""
     names = [folder.name if len(folders) > 1 else "" for folder in folders]
-    sweeps = [read_sweep(path, name=name) for path, name in zip(folders, names, strict=True)]
-    settings = collect(sweeps)
-    return settings, "\n".join(caveats(settings, sweeps))
+    settings = collect([read_sweep(path, name=n) for path, n in zip(folders, names, strict=True)])
+    return settings, "\n".join(caveats(settings))
 
 
 def states(folder: Path) -> dict[str, tuple[str, str]]:
@@ -100,7 +99,7 @@ def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
 def test_only_half_written_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a", done=False)
     settings, _ = of(tmp_path)
-    text = " ".join(answer(settings, compare(settings), read_sweep(tmp_path).runs))
+    text = " ".join(answer(settings, compare(settings)))
     assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
 
 
@@ -167,6 +166,22 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     ]
     assert "mtp.depth=2: means are of 1 of 2 runs." in notes
     assert "mtp.depth=0: with two seeds an interval reaches 6 times the distance" in notes
+
+
+def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:
+    jobs = {}
+    for shared in ("true", "false"):
+        for seed in (0, 1):
+            name = f"{shared}_{seed}"
+            jobs[name] = [f"mtp.share_layers={shared}", f"seed={seed}"]
+            if seed == 0:
+                write_run(tmp_path / name, {"mtp.share_layers": shared == "true"})
+    write_plan(tmp_path, jobs, ["mtp.share_layers", "seed"])
+    settings, _ = of(tmp_path)
+    assert [(s.label, s.name, s.planned) for s in settings.all] == [
+        ("mtp.share_layers=false", "shared: false", 2),
+        ("mtp.share_layers=true", "one for all depths", 2),
+    ]
 
 
 def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:

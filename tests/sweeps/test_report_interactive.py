@@ -106,12 +106,12 @@ def test_a_watched_page_is_made_again_and_served_to_this_machine(tmp_path: Path)
     made, said, got, called = [], [], {}, {}
     ready = threading.Event()
 
-    def make() -> tuple[Path, bool]:
+    def make() -> tuple[Path, list[str], bool]:
         made.append(len(made))
         if len(made) > 1:  # the first one has been served before
             assert ready.wait(30)
         (tmp_path / "report.html").write_text(str(made[-1]))
-        return tmp_path / "report.html", len(made) < 3
+        return tmp_path / "report.html", [], len(made) < 3
 
     def look(text: str) -> None:
         said.append(text)
@@ -149,5 +149,5 @@ def test_only_a_page_of_running_jobs_loads_itself_again(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"seed": 0}, loss=2.0)
     write_run(tmp_path / "b", {"seed": 1}, status=running, done=False)
     refresh = '<meta http-equiv="refresh" content="10">'
-    assert refresh in page_of(tmp_path, every=10.0)
+    assert refresh in page_of(tmp_path, watched=True)
     assert 'http-equiv="refresh"' not in page_of(tmp_path)

@@ -72,7 +72,7 @@ def settings(*summaries: dict[str, float]) -> Settings:
         for i, summary in enumerate(summaries)
     ]
     one = Setting(values={"mtp.depth": 2}, config={}, runs=runs)
-    return Settings(all=[one], varied=["mtp.depth"], left_out=[])
+    return Settings(all=[one], varied=["mtp.depth"], left_out=[], sweeps=[])
 
 
 def test_a_curve_of_every_measure_with_its_interval() -> None:

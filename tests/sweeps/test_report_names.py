@@ -8,6 +8,7 @@ import pytest
 
 from sweeps.report.metrics import BY_TAG, LOSS, form_of
 from sweeps.report.names import arm_names, axis_of, in_words, joined, name_of, question
+from sweeps.report.settings import show
 from tests.sweeps.fixture_runs import depth_sweep
 from tests.sweeps.reported import page_of
 
@@ -15,6 +16,7 @@ from tests.sweeps.reported import page_of
 def test_keys_and_values_have_names() -> None:
     assert name_of("mtp", "linear") == "linear heads" and name_of("mtp", "none") == "no MTP"
     assert name_of("mtp.depth", "2") == "D = 2" and axis_of("mtp.depth") == "D"
+    assert name_of("mtp.token_dropout", show(0.0)) == "no token dropout"
     assert name_of("mtp.own", "x") == "mtp.own=x" and axis_of("mtp.own") == "mtp.own"
     assert [joined(list("abc"[:n])) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
     asked = question(["mtp.depth", "mtp_lambda"], BY_TAG[LOSS], task=False)

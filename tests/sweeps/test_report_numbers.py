@@ -62,7 +62,7 @@ def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "two", losses)
     settings = collected(tmp_path / "two")
     text = answered(settings)
-    assert "a fact about this data" in text and "No difference can be tested" not in text
+    assert "so there is no variance to test" in text and "No difference can be tested" not in text
 
 
 def test_one_seed_is_not_tested(tmp_path: Path) -> None:

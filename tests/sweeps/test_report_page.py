@@ -84,7 +84,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     for run in tmp_path.glob("*_l0.3_*"):
         for file in run.iterdir():
             file.unlink()
-    path, sentences = report([tmp_path])
+    path, sentences, _ = report([tmp_path])
     assert path == tmp_path / "report.html" and sentences[0].startswith("2 settings")
     assert not (tmp_path / "figures" / "heat_map.svg").exists()  # lambda is not varied any more
     assert (tmp_path / "runs.csv").read_bytes() != before
@@ -195,7 +195,7 @@ def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
     jobs = {f"depth-0_seed-{s}": ["mtp.depth=0", f"seed={s}"] for s in (0, 1)}
     jobs |= {"new": running["overrides"], "next": ["mtp.depth=1", "seed=1"]}
     write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
-    path, sentences = report([tmp_path])
+    path, sentences, _ = report([tmp_path])
     assert sentences[0] == "2 settings, 2 seeds, 4 runs: 2 done, 1 running, 1 missing."
     html = path.read_text()
     assert "jobs were still running" in html and "0 of 2" in html
@@ -270,7 +270,7 @@ def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Pat
     html = page_of(tmp_path)
     table = table_of(html, "differences")
     one, two = rows_of(table)
-    assert ">a fact about this data: the same at every seed, no test<" in one
+    assert ">the same at every seed, so there is no variance to test<" in one
     assert "−0.1000</td>" in one and "±" not in one
     assert "±" in two and "within noise" in two
 
@@ -278,7 +278,7 @@ def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Pat
 def test_two_folders(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "a", {0: (2.0, 2.1)})
     depth_sweep(tmp_path / "b", {0: (1.0, 1.1001)})
-    path, sentences = report([tmp_path / "a", tmp_path / "b"])
+    path, sentences, _ = report([tmp_path / "a", tmp_path / "b"])
     assert path == tmp_path / "report_a_b" / "report.html"
     assert any("folder=b is better than folder=a by 1.0000" in text for text in sentences)
     with pytest.raises(ValueError, match="given twice"):
@@ -288,7 +288,7 @@ def test_two_folders(tmp_path: Path) -> None:
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
     for name in ("x", "y"):
         depth_sweep(tmp_path / name / "sweep", {0: (2.0,)})
-    path, _ = report([tmp_path / "x" / "sweep", tmp_path / "y" / "sweep"], output=tmp_path / "o")
+    path, _, _ = report([tmp_path / "x" / "sweep", tmp_path / "y" / "sweep"], output=tmp_path / "o")
     assert "\nx/sweep/depth-0_seed-0" in (path.parent / "runs.csv").read_text()
 
 
@@ -309,7 +309,7 @@ def test_command_line_errors(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else name)
-    with pytest.raises(ValueError, match=r"needs scipy: pip install scipy .*'\.\[report\]'"):
+    with pytest.raises(ValueError, match=r"needs the package scipy: .*'\.\[report\]'"):
         report([tmp_path])
 
 

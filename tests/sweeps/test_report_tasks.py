@@ -12,7 +12,7 @@ import pytest
 
 from sweeps.report.__main__ import main, report
 from sweeps.report.compare import (
-    OTHER_QUESTIONS,
+    OTHER_DATA,
     compare,
     smallest_p,
     solved_share,
@@ -136,7 +136,7 @@ def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
 def test_three_seeds_can_show_nothing(tmp_path: Path) -> None:
     text = answered(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
     assert "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10" in text
-    assert "So few seeds can show nothing" in text and "smallest p of 0.10" in text
+    assert "These seeds are too few" in text and "the correction would be 0.10" in text
 
 
 def test_none_solved_and_all_solved(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_one_seed_alone(tmp_path: Path) -> None:
 
 def test_before_the_first_run_is_done(tmp_path: Path) -> None:
     folder = sweep(tmp_path, {0: (LATE,)}, done=False)
-    path, said = report([folder])
+    path, said, _ = report([folder])
     assert said[-1] == "No setting has a finished run with val/exact_match yet."
     assert "Seeds that solve: no finished run has val/exact_match." in path.read_text()
 
@@ -182,9 +182,9 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
             task_run(folder, config, rights=rights, chance=1 / length, summary=evaluation)
     settings = collected(tmp_path)
     (found,) = compare(settings)
-    assert found.verdict == OTHER_QUESTIONS and found.refused and found.solved is None
+    assert found.verdict == OTHER_DATA and found.refused and found.solved is None
     text = answered(tmp_path)
-    assert "asked different questions" in text and "data.task.*" in text and "beyond" not in text
+    assert "different evaluation data" in text and "data.task.*" in text and "beyond" not in text
     assert "different text" not in page_of(tmp_path)
     axes = drawings(settings)["exact_match"].figure.axes[0]
     chances = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "chance"]
@@ -347,7 +347,7 @@ def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     write_run(tmp_path / "text", {"mtp.depth": 3})
-    said = "No run has val/exact_match with mtp.depth=3: nothing is said of solving"
+    said = "The comparison leaves out settings without val/exact_match: mtp.depth=3."
     assert said in noted(tmp_path)
     assert report([tmp_path])[0].is_file()
 
@@ -355,7 +355,7 @@ def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
 def test_a_finished_run_without_its_curve_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     (tmp_path / "d0_s0" / "metrics.csv").unlink()
-    said = "No validation with val/exact_match is logged by d0_s0: no time to solve."
+    said = "unknown where no validation with val/exact_match was logged: d0_s0."
     assert said in noted(tmp_path)
     share = solved_share(collected(tmp_path).all[0], 0.95)
     assert (share.count, share.n) == (1, 2)
@@ -365,7 +365,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199)})
     settings = collected(tmp_path)
     assert not settings.is_task
-    path, said = report([tmp_path], level=0.5)
+    path, said, _ = report([tmp_path], level=0.5)
     assert "lowest validation loss" in " ".join(said)
     # Its figures may be those of another report (conftest.py).
     html = re.sub(r"<figure.*?</figure>", "", path.read_text(), flags=re.DOTALL)

@@ -10,7 +10,7 @@ import pytest
 
 from sweeps.report.collect import TEXT
 from sweeps.report.comparable import REMEDY, by_text, contexts, error_of_text, refusal, text_errors
-from sweeps.report.compare import OTHER_TEXT, Comparison, compare
+from sweeps.report.compare import OTHER_DATA, Comparison, compare
 from sweeps.report.findings import answer
 from sweeps.report.metrics import BITS_ERROR, SPEEDUP
 from sweeps.report.settings import Settings
@@ -19,7 +19,7 @@ from tests.sweeps.fixture_runs import evaluated, write_run
 from tests.sweeps.reported import answered, cells, collected, csv_rows, drawings, noted, page_of
 
 A, B = "a1" * 16, "b2" * 16
-OLD: dict[str, Any] = {}  # a summary without the entry
+OLD: dict[str, Any] = {"evaluation": None}  # takes the entry away
 
 
 def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
@@ -59,48 +59,50 @@ def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
 def test_two_texts_are_not_compared(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: B, 2: A})
     found, text, notes = said(settings, tmp_path)
-    assert [c.verdict for c in found] == [OTHER_TEXT, "beyond noise"]
+    assert [c.verdict for c in found] == [OTHER_DATA, "beyond noise"]
     assert found[0].result is None and found[0].adjusted is None and not found[0].differs
     assert found[1].adjusted == found[1].result.p  # one test alone
     assert "mtp.depth=1 is better" not in text
-    assert "Of those on text a1a1a1a1: " in text
+    assert "Of those on evaluation data a1a1a1a1: " in text
     assert (
         "mtp.depth=2 has the lowest validation loss of the main depth: 1.8" in text
         and "is better than mtp.depth=0" in text
     )
     assert "as fast as plain decoding with mtp.depth=2" in text
     for where in (text, notes):
-        assert "text a1a1a1a1 (1,000,000 to 1,000,002 bytes): mtp.depth=0; mtp.depth=2" in where
-        assert "text b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
+        assert "data a1a1a1a1 (1,000,000 to 1,000,002 bytes): mtp.depth=0; mtp.depth=2" in where
+        assert "data b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
         assert REMEDY in where and "data.eval_bytes" in where
 
 
 def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: B})
     found, text, _ = said(settings, tmp_path)
-    assert [c.verdict for c in found] == [OTHER_TEXT]
+    assert [c.verdict for c in found] == [OTHER_DATA]
     for word in ("lowest", "fastest", "better", "No difference can be tested", "noise"):
         assert word not in text
     assert "is averaged, tested or ranked across them" in text
     figures = drawings(settings, compare(settings))
     for name in ("pareto_flops", "speedup"):
-        assert figures[name].figure is None and "different texts" in figures[name].why
+        assert figures[name].figure is None and "different evaluation data" in figures[name].why
     assert figures["differences"].why == (
-        "no setting was evaluated on the same text as its reference"
+        "no setting has the same evaluation data as its reference"
     )
     for name in ("loss_tokens", "loss_flops", "loss_depth"):
         assert figures[name].figure is not None
-        assert figures[name].caption.endswith("different texts: compare none across these.")
+        assert figures[name].caption.endswith(
+            "different evaluation data: compare none across these."
+        )
 
 
 def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
     sweep(tmp_path, {0: A, 1: B})
     html = page_of(tmp_path)
-    assert html.count("on text a1a1a1a1 (1,000,000 bytes): mtp.depth=0 | text b2b2b2b2") == 4
+    assert html.count("on data a1a1a1a1 (1,000,000 bytes): mtp.depth=0 | data b2b2b2b2") == 4
     for heading in ("settings", "differences"):
         where = html.index(f'<h2 id="{heading}">')
-        assert "evaluated on different texts" in html[where : html.index("</caption>", where)]
-    assert OTHER_TEXT in html and "beyond noise" not in html.split("How this is computed")[0]
+        assert "have different evaluation data" in html[where : html.index("</caption>", where)]
+    assert OTHER_DATA in html and "beyond noise" not in html.split("How this is computed")[0]
 
 
 def test_seeds_of_two_texts_have_no_common_mean(tmp_path: Path) -> None:
@@ -114,8 +116,8 @@ def test_seeds_of_two_texts_have_no_common_mean(tmp_path: Path) -> None:
     # The part on the text of depth 0 is compared with it.
     found, _, notes = said(settings, tmp_path)
     verdicts = {c.setting.label.split("=")[-1]: c.verdict for c in found}
-    assert verdicts == {"a1a1a1a1": "beyond noise", "b2b2b2b2": OTHER_TEXT}
-    assert f"text b2b2b2b2 (1,000,001 bytes): mtp.depth=1, {TEXT}=b2b2b2b2" in notes
+    assert verdicts == {"a1a1a1a1": "beyond noise", "b2b2b2b2": OTHER_DATA}
+    assert f"data b2b2b2b2 (1,000,001 bytes): mtp.depth=1, {TEXT}=b2b2b2b2" in notes
 
 
 def test_digests_that_begin_alike_are_two_texts(tmp_path: Path) -> None:
@@ -147,8 +149,8 @@ def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: None, 1: None})
     assert [len(s.done) for s in settings.all] == [3, 3]
     (found,), text, notes = said(settings, tmp_path)
-    assert found.verdict == OTHER_TEXT and "lowest" not in text
-    part = "an unknown text, or a part of one that each has for itself (1,000,000 to 1,000,001"
+    assert found.verdict == OTHER_DATA and "lowest" not in text
+    part = "unknown data, or a part that each has for itself (1,000,000 to 1,000,001"
     assert f"{part} bytes): mtp.depth=0; mtp.depth=1" in notes
     # Other counts within one setting are another part.
     more = {"seed": 3, "mtp.depth": 1}
@@ -157,23 +159,14 @@ def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
     assert [len(s.done) for s in parts if s.depth == 1] == [3, 1]
 
 
-def test_known_and_unmentioned_are_two_texts(tmp_path: Path) -> None:
+def test_runs_that_do_not_name_their_text_compare_with_none(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: OLD, 1: A, 2: OLD})
-    found, text, notes = said(settings, tmp_path)
-    assert [c.verdict for c in found] == [OTHER_TEXT, "beyond noise"]
-    assert "Of those that mention no text: " in text
-    assert "a text that older runs do not mention: mtp.depth=0; mtp.depth=2" in notes
+    found, _, notes = said(settings, tmp_path)
+    assert [c.verdict for c in found] == [OTHER_DATA] * 2
+    assert "unknown data, or a part that each has for itself: mtp.depth=0; mtp.depth=2" in notes
     mixed = sweep(tmp_path / "mixed", {1: (OLD, A, None)})
-    names = ["a1a1a1a1", "not mentioned", "unknown (1,000,001 bytes)"]
+    names = ["a1a1a1a1", "unknown", "unknown (1,000,001 bytes)"]
     assert [s.values[TEXT] for s in mixed.all] == names
-
-
-def test_older_runs_are_compared_with_one_note(tmp_path: Path) -> None:
-    settings = sweep(tmp_path, {0: OLD, 1: OLD})
-    (found,), text, notes = said(settings, tmp_path)
-    assert found.verdict == "beyond noise" and "lowest validation loss" in text
-    assert notes.count("No run mentions the text that it was evaluated on") == 1
-    assert refusal(settings.all) == ""
 
 
 @pytest.mark.parametrize("entry", [[], "x", {"fingerprint": 7, "bytes": "many"}, {}])
@@ -181,7 +174,7 @@ def test_an_entry_that_makes_no_sense_is_an_unknown_text(tmp_path: Path, entry: 
     write_run(tmp_path / "a", {"mtp.depth": 0}, summary={"evaluation": entry})
     write_run(tmp_path / "b", {"mtp.depth": 1}, summary=evaluated(A))
     settings = collected(tmp_path)
-    assert [c.verdict for c in compare(settings)] == [OTHER_TEXT]
+    assert [c.verdict for c in compare(settings)] == [OTHER_DATA]
 
 
 def test_the_csv_names_the_text(tmp_path: Path) -> None:
@@ -192,7 +185,7 @@ def test_the_csv_names_the_text(tmp_path: Path) -> None:
 def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: A, 2: B})
     found = compare(settings, reference="mtp.depth=2")
-    assert [c.verdict for c in found] == [OTHER_TEXT] * 2
+    assert [c.verdict for c in found] == [OTHER_DATA] * 2
 
 
 # How many bytes of context each model had.
@@ -306,7 +299,7 @@ def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
     data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
     with_errors(tmp_path, {3: (0.02, 0.02)}, data=data)
     settings = collected(tmp_path)
-    told = answer(settings, compare(settings), settings.done)
+    told = answer(settings, compare(settings))
     (best,) = [text for text in told if "has the lowest" in text]
     assert best.endswith("interval over 2 seeds); the text's own standard error is 0.0200.")
 

@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from mtp_lightning.run.status import read_status
+from sweeps import plan as plan_module
 from sweeps import search as search_module
-from sweeps.search_space import Choice, Interval, parse
+from sweeps.search_space import parse, shown
 from tests.integration.helpers import execute, overrides
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")
@@ -49,7 +55,7 @@ def fake_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
         return (sys.executable, "-S", str(program), str(folder), *overrides)
 
-    monkeypatch.setattr(search_module, "python_command", command)
+    monkeypatch.setattr(plan_module, "python_command", command)
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -143,6 +149,16 @@ def test_goes_on_with_what_was_cut_off(
     assert len(set(values)) == 6, "the sampler began again with its first proposals"
 
 
+def test_a_trial_that_was_cut_off_before_it_had_values_fails(
+    tmp_path: Path, fake_runs: None
+) -> None:
+    folder = tmp_path / "search"
+    assert run(folder, "--trials", "1") == 0
+    study(folder).ask()
+    assert run(folder, "--trials", "3") == 0
+    assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
 def test_the_same_values_are_run_once(
     tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +215,27 @@ def test_bad_ranges_are_told_before_any_trial(
     assert list(tmp_path.glob("search/*/job.log")) == []
 
 
+def test_a_search_on_several_machines_is_refused_before_any_trial(
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = ["trainer.num_nodes=2", "trainer.strategy=ddp", "--trials", "2"]
+    error = fails(capsys, lambda: run(tmp_path / "search", *wide))
+    assert "num_nodes=2 in a sweep takes hydra/launcher=slurm" in error
+    assert run(tmp_path / "search", "--trials", "1") == 0, "the folder holds no search yet"
+
+
+def test_a_search_on_the_cpu_leaves_gpus_alone(
+    tmp_path: Path,
+    fake_runs: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    wide = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
+    assert run(tmp_path / "search", *wide, "--trials", "1") == 0
+    assert "on cpu:0" in capsys.readouterr().out
+
+
 def test_parse() -> None:
     space, fixed = parse(
         [
@@ -211,11 +248,13 @@ def test_parse() -> None:
         ]
     )
     assert space == {
-        "a": Interval(1e-4, 1e-2, log=True),
-        "b": Interval(1, 8, whole=True),
-        "c": Choice(("x", "y")),
-        "d": Choice(("[1,2]", "[3]")),
+        "a": FloatDistribution(1e-4, 1e-2, log=True),
+        "b": IntDistribution(1, 8),
+        "c": CategoricalDistribution(("x", "y")),
+        "d": CategoricalDistribution(("[1,2]", "[3]")),
     }
+    told = ["interval(0.0001,0.01,log)", "int(1,8)", "choice(x,y)", "choice([1,2],[3])"]
+    assert [shown(of) for of in space.values()] == told, "what studies have stored"
     assert fixed == ["e=5", "f=[1,2]"]
     with pytest.raises(ValueError, match="nothing to search"):
         parse(["e=5"])

@@ -117,7 +117,7 @@ def test_a_thousand_and_more_jobs_are_submitted_in_parts(
 ) -> None:
     program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
     program(slurm, "squeue", "exit 0")
-    fake = SimpleNamespace(SlurmExecutor=Executor)
+    fake = SimpleNamespace(SlurmExecutor=Executor, __spec__="found")
     monkeypatch.setitem(sys.modules, "submitit", fake)
     followed = []
     monkeypatch.setattr(slurm_cluster, "follow", lambda tasks, **values: followed.append(tasks))

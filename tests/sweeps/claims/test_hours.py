@@ -71,6 +71,10 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
         ("mtp", 4, 1.5, MEASURED),
     ]
     assert left.hours == 6.75 and left.sources == "5 measured"
+    # Without any run of this machine, those of others count, and the table says so.
+    far = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
+    (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, far)})
+    assert left.hours == 8 and left.sources == "8 measured elsewhere"
 
 
 def test_an_arm_without_a_finished_seed_costs_its_flops(
@@ -240,4 +244,4 @@ def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     assert seeds_enough(result["predictions"], 3) == expected
     write_result(result, "mine", root(tmp_path) / "results")
     page = pages(tmp_path, claims)[tmp_path / "docs" / "results.md"]
-    assert f"the noise; about {expected[0]} seeds an arm would decide it |" in page
+    assert f"the noise; about {expected[0]} seeds per arm would decide it |" in page

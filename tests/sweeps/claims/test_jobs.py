@@ -44,6 +44,11 @@ def test_seed_by_seed_over_all_arms(tmp_path: Path) -> None:
     assert f"run_dir={task.folder}" in " ".join(task.command).replace("'", "")
 
 
+def test_a_run_asks_for_the_machines_of_its_config(tmp_path: Path) -> None:
+    wide = ["trainer.num_nodes=2", "trainer.strategy=ddp"]
+    assert {job.task(RUNS).nodes for job in jobs(claim_of(tmp_path, shared=wide), [0], RUNS)} == {2}
+
+
 def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:
     one = folders(tmp_path / "a", {"x": ["mtp=none", "mtp.depth=0"], "y": ["mtp_lambda=0.3"]})
     # said otherwise, computed alike

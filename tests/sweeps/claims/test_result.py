@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def test_what_is_said_since_is_no_part_of_the_prediction(tmp_path: Path) -> None
         assert "docs/results.md" in shown and "docs/log.md" not in shown
         assert "docs/results.md" not in left
     page = pages(tmp_path, tmp_path / "claims")[tmp_path / "docs" / "results.md"]
-    assert "**Superseded by later.**" in page and "**Said since:** Nobody knew." in page
+    assert "**Superseded by later.**" in page and "**Added after the runs:** Nobody knew." in page
     with pytest.raises(ValueError, match="remark"):
         claim_of(tmp_path / "claims", remark=3)
 
@@ -229,6 +230,19 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_installed_copy_keeps_results_where_it_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results" / "lambda.json", tmp_path / "results")
+    monkeypatch.setattr("sweeps.claims.__main__.ROOT", tmp_path / "site-packages")
+    monkeypatch.chdir(tmp_path)
+    assert run("verdict", "lambda") == 0
+    assert f"all numbers: {tmp_path / 'results' / 'lambda.json'}" in capsys.readouterr().out
+    assert (tmp_path / "results" / "lambda.svg").is_file()
+    assert not (tmp_path / "site-packages").exists()
+
+
 def test_figures_by_measure(tmp_path: Path) -> None:
     own = {"tag": "decode/tokens_per_step"}
     more = [
@@ -242,6 +256,11 @@ def test_figures_by_measure(tmp_path: Path) -> None:
     result = result_of(solved, {"plain": rights(0), "mtp": rights(7)})
     (file,) = write_figures(result, "mine", tmp_path)
     assert "seeds with more than 95 % right answers" in file.read_text()
+    # The mean of the last half of a run has its own values.
+    late = claim_of(tmp_path, measure={**SOLVED, "last": 0.5})
+    result = result_of(late, {"plain": rights(0), "mtp": rights(7)})
+    (late_file,) = write_figures(result, "late", tmp_path)
+    assert "no MTP" in late_file.read_text() and "sequential" in late_file.read_text()
     empty = result_of(solved, {"plain": ["missing"], "mtp": ["missing"]})
     assert write_figures(empty, "mine", tmp_path) == []
 

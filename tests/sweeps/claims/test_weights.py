@@ -65,7 +65,9 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
         of = {arm: {0: seed} for arm, seed in stored.items()}
         folder, arms = tmp_path / "to", list(claim.arms)
         lines, gone = write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=of)
-        assert gone == 2 and all("keeps no weights: remove it" in line for line in lines[2:])
+        assert gone == 2 and all(
+            "has no weights left: delete the folder" in line for line in lines[2:]
+        )
         return lines[:2]
 
     same, unknown = written(plain=done)
