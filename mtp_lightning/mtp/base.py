@@ -110,6 +110,11 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
             UserError: naming the setting, the switch of the stack and the remedy.
         """
 
+    def export_obstacle(self) -> str:
+        """Why no other program computes the next token of a model of this stack, after "a model of
+        mtp=NAME "; empty if one can."""
+        return ""
+
     @abstractmethod
     def build(self, trunk: TrunkConfig) -> MTPStack:
         """The stack, with its weights not yet initialized."""

@@ -39,6 +39,9 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
                 f"mtp=teacherless has no further depth, but mtp.depth={self.depth}: set it 0."
             )
 
+    def export_obstacle(self) -> str:
+        return "gives its answers at once, and other programs read a text token by token"
+
     def build(self, trunk: TrunkConfig) -> Teacherless:
         return Teacherless(self)
 
