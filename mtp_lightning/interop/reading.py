@@ -59,7 +59,7 @@ class Folder:
     @property
     def max_positions(self) -> int:
         """The context that the folder promises."""
-        return int(self.fields.get("max_position_embeddings") or 2048)
+        return config_reading.max_positions(self.fields)
 
     @cached_property
     def tokenizer_state(self) -> dict[str, Any] | None:
