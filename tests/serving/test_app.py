@@ -86,7 +86,7 @@ def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: in
         assert errors == "ended; no text was cut short.\n"
     else:
         assert told[-1]["error"]["code"] == "ending" and len(told) < 4000
-        assert errors == "ended; 1 texts were cut short.\n"
+        assert errors == "ended; 1 text was cut short.\n"
 
 
 @pytest.mark.parametrize(
