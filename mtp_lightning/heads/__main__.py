@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -199,7 +200,8 @@ def _say_result(folder: Path, plan: Any) -> None:
     say("written to", str(folder / EXPORT))
     way = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
     way += "" if plan.activations == "fp32" else f" activations={plan.activations}"
-    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'{way}")
+    checkpoint = shlex.quote(f"checkpoint={folder / EXPORT}")
+    say("try it", f"mtp-lightning generate {checkpoint} prompt='...'{way}")
 
 
 if __name__ == "__main__":

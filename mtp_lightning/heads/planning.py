@@ -115,8 +115,7 @@ class Plan:
     def train(self) -> list[str]:
         """The overrides of train.py."""
         if self.files:
-            listed = ",".join(f"'{file}'" for file in self.files)
-            data = ["data=text", f"data.paths=[{listed}]"]
+            data = ["data=text", f"data.paths=[{','.join(map(quoted, self.files))}]"]
         else:
             data = [
                 "data=self_generated",

@@ -53,8 +53,11 @@ def test_the_hours_are_divided(
     assert "objective.draft_vocab=16" in short.train() and short.texts == one.texts
     assert short.steps > one.steps, "a step takes less"
     assert "on the first 16 tokens alone" in "\n".join(short.lines())
-    mine = planning.plan(model, hours=1.0, files=["/a b"], overrides=["optimizer.lr=0.1"])
-    assert mine.texts == 0 and "data.paths=['/a b']" in mine.train()
+    texts = ["/a b", "/it's ${x}.txt"]
+    mine = planning.plan(model, hours=1.0, files=texts, overrides=["optimizer.lr=0.1"])
+    (paths,) = (word for word in mine.train() if word.startswith("data.paths="))
+    cfg = helpers.composed("config", literal(["data=text", paths]))
+    assert mine.texts == 0 and list(cfg.data.paths) == texts
     assert mine.train()[-1] == "optimizer.lr=0.1"
     with pytest.raises(UserError, match="--hours=1e-06 holds 0 steps"):
         planning.plan(model, hours=1e-6, files=[], overrides=[])
