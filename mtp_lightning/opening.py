@@ -89,6 +89,10 @@ class StoredModel:
     step: int = 0
     threads: int | None = None
 
+    def build(self, keeper: Callable[[MTPModel], Keeper | None] | None = None) -> MTPModel:
+        """The model, as :func:`build_model` makes it; arguments and errors as there."""
+        return build_model(self.config, self.weights, source=str(self.path), keeper=keeper)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
@@ -180,9 +184,8 @@ def open_model(
     if found.tokenizer_state is None:
         raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
     keep = None if keeper is None else lambda model: keeper(model, found.path)
-    model = build_model(found.config, found.weights, source=str(found.path), keeper=keep)
     return OpenedModel(
-        model=model.to(device),
+        model=found.build(keep).to(device),
         tokenizer_state=found.tokenizer_state,
         config=found.run_config,
         step=found.step,

@@ -8,7 +8,7 @@ trained on by the phases of ``mtp-lightning heads``. The exporter writes the res
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prom
 from mtp_lightning.interop.names import require_fitting
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.opening import OpenedModel, StoredModel, build_model, open_model, read_model
+from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model
 
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
@@ -103,7 +103,7 @@ def _run(args: Any, output: Path) -> None:
     say("agreement", f"{found} with the tuned trunk, on its own texts")
     fell = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
-        before = agreement(build_model(base.config, base.weights, source=str(args.base)), texts)
+        before = agreement(base.build(), texts)
         say("", f"{before} with the base's trunk, on the same texts")
         fell = found.fell_from(before)
     say("", f"{found.constant:.1%} the same token everywhere")
@@ -163,7 +163,7 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")
     trunk = {n: t for n, t in tuned.model.state_dict().items() if not _is_module(n)}
-    return build_model(config, {**trunk, **held}, source=str(base.path))
+    return replace(base, config=config, weights={**trunk, **held}).build()
 
 
 def _is_module(name: str) -> bool:

@@ -11,7 +11,6 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor
 from mtp_lightning.heads import graft
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -20,6 +19,7 @@ from tests import models
 from tests.heads.conftest import Refused
 from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 SETTINGS = {
     "mtp.depth": 2, "trainer.max_steps": 300, "trainer.val_check_interval": 300,

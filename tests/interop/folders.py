@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.exporting import export
-from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE
+from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE, describe
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -23,6 +24,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
+from mtp_lightning.opening import Stored, build_model
 from tests import deepseek, models
 from tests.integration.helpers import CONF
 
@@ -81,6 +83,26 @@ def write(folder: Path, model: MTPModel, **changes: Any) -> Contents:
     """A folder of a model, in small shards."""
     options = {"dtype": "float32", "max_positions": 64, "shard_bytes": 20_000, **changes}
     return write_folder(folder, model, ByteTokenizer(), **options)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What is read of a folder or a GGUF file: its fields, and a model."""
+
+    fields: dict[str, Any]
+    config: ModelConfig
+    stored: dict[str, Stored]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.tensor() for name, weight in self.stored.items()}
+
+    def build(self) -> MTPModel:
+        return build_model(self.config, self.stored, source="the folder")
+
+
+def read_folder(path: Path) -> Folder:
+    return Folder(*describe(path))
 
 
 def trained(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:

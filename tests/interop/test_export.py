@@ -13,7 +13,6 @@ import torch
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, exporting, writing
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
@@ -22,6 +21,7 @@ from mtp_lightning.opening import open_model
 from tests import deepseek, models
 from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 # transformers imports optional packages that warn; none of that is this project's.
 pytestmark = pytest.mark.filterwarnings("ignore")

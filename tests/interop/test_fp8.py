@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mtp_lightning.interop.fp8 import scaled
-from mtp_lightning.interop.reading import read_folder
 from tests import deepseek
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 BLOCK = (8, 8)
 

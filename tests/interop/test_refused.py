@@ -15,10 +15,11 @@ import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads, tensor_files
-from mtp_lightning.interop.reading import INDEX, read_folder
+from mtp_lightning.interop.reading import INDEX
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 
 @pytest.fixture
