@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -241,6 +241,37 @@ def require_held(
         )
 
 
+def require_fitting(
+    needed: Mapping[str, Sequence[int]],
+    held: Mapping[str, Sequence[int]],
+    *,
+    optional: Collection[str] = (),
+    message: str,
+) -> None:
+    """Refuse tensors that are missing, unknown or of another shape.
+
+    Args:
+        needed: shapes by name.
+        held: the shapes of the tensors that are there.
+        optional: names that may be missing.
+        message: its first words, which name the file.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    known = {*held, *optional}
+    problems = [f"{name} is missing" for name in needed if name not in known]
+    problems += [
+        f"{name} has the shape {list(held[name])} where {list(shape)} is needed"
+        for name, shape in needed.items()
+        if name in held and held[name] != shape
+    ]
+    problems += [f"{name} is unknown" for name in held if name not in needed]
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise UserError(f"{message}: {shown}.")
+
+
 def build_model(
     config: ModelConfig,
     weights: Mapping[str, torch.Tensor | Stored],
@@ -303,16 +334,8 @@ def load_weights(
         UserError: names or shapes differ, or numbers are not finite; the message names them.
     """
     own, parameters = model.state_dict(), dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} has the shape {list(weights[name].shape)} where {list(own[name].shape)} is needed"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"The weights in {source} do not fit the model: {shown}.")
+    needed, held = ({n: t.shape for n, t in found.items()} for found in (own, weights))
+    require_fitting(needed, held, message=f"The weights in {source} do not fit the model")
     there = {"head.weight"} if model.config.trunk.tie_embeddings else set()
     there |= frozenset() if keep is None else keep.restore()
     rounded, broken = 0, []

@@ -29,10 +29,9 @@ from mtp_lightning.heads.__main__ import (
     say,
 )
 from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prompts_of
-from mtp_lightning.interop.names import require_fitting
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model
+from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
 
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
@@ -158,7 +157,7 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     held = _modules(base)
     shapes = {name: weight.shape for name, weight in held.items()}
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
-    require_fitting(wanted, shapes, optional=(), message=message)
+    require_fitting(wanted, shapes, message=message)
     fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")
