@@ -108,8 +108,8 @@ PARTS = {
     "claims": Part(
         module="sweeps.claims",
         brings="claims and their verdicts",
-        # plan counts the FLOPs of what is left to run, interop writes a run's weights
-        uses=("report", "plan", "interop"),
+        # plan counts the FLOPs of what is left to run
+        uses=("report", "plan"),
     ),
 }
 
