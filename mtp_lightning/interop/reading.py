@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtp_lightning import stored
 from mtp_lightning.errors import UserError
@@ -28,7 +29,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def describe(
     path: Path, *, allow: Collection[str] = ()
-) -> tuple[dict[str, Any], ModelConfig, dict[str, Stored]]:
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Stored | Tensor]]:
     """Read the description of a model from elsewhere.
 
     Args:

@@ -24,7 +24,7 @@ from mtp_lightning.interop.reading import describe, parts_of
 from mtp_lightning.interop.transformers_model import Loaded, import_transformers
 from mtp_lightning.interop.writing import DTYPES, has_extra_file
 from mtp_lightning.model import MTPModel
-from mtp_lightning.opening import build_model
+from mtp_lightning.opening import Stored, build_model
 
 # Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5
@@ -80,7 +80,7 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     if has_extra_file(model.config):
         wanted |= heads.tensors(weights, DTYPES[dtype])
         _, stored = heads.read(folder, model.config.trunk)
-        found |= {name: part.tensor() for name, part in stored.items()}
+        found |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stored.items()}
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():

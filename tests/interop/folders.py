@@ -91,11 +91,12 @@ class Folder:
 
     fields: dict[str, Any]
     config: ModelConfig
-    stored: dict[str, Stored]
+    stored: dict[str, Stored | torch.Tensor]
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: weight.tensor() for name, weight in self.stored.items()}
+        stored = self.stored.items()
+        return {name: w.tensor() if isinstance(w, Stored) else w for name, w in stored}
 
     def build(self) -> MTPModel:
         return build_model(self.config, self.stored, source="the folder")
@@ -133,11 +134,15 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
 
 
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    return {name: part.read() for name, part in tensor_files.parts(file)[0].items()}
+
+
 def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """All shards into one file without an index, with a change to the tensors."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("model-*.safetensors")):
-        tensors |= tensor_files.read(file)[0]
+        tensors |= tensors_of(file)
         file.unlink()
     (folder / INDEX).unlink()
     change(tensors)
@@ -146,7 +151,7 @@ def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config.json and the tensors of a folder of one file."""
-    return json.loads((folder / CONFIG).read_text()), tensor_files.read(folder / SINGLE)[0]
+    return json.loads((folder / CONFIG).read_text()), tensors_of(folder / SINGLE)
 
 
 def files(folder: Path) -> dict[str, bytes]:

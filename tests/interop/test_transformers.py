@@ -115,7 +115,7 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
     index_file = folder / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     file = folder / index["weight_map"][name]
-    tensors, metadata = tensor_files.read(file)
+    tensors, (_, metadata) = folders.tensors_of(file), tensor_files.parts(file)
     if value is None:
         del tensors[name], index["weight_map"][name]
         index_file.write_text(json.dumps(index))
