@@ -32,10 +32,11 @@ from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prom
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
+from mtp_lightning.run.config import describe_differences
 
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
-_FIXED = ("n_heads ", "n_kv_heads ", "d_head ", "attention.", "feed_forward.")
+_FIXED = ("n_heads:", "n_kv_heads:", "d_head:", "attention.", "feed_forward.")
 
 
 @dataclass(frozen=True)
@@ -175,21 +176,8 @@ def _modules(base: StoredModel) -> dict[str, Any]:
 
 def differences(base: ModelConfig, tuned: ModelConfig) -> list[str]:
     """Settings in which the two trunks differ, besides those of their training."""
-    ours, theirs = _settings(base), _settings(tuned)
-    training = {*base.trunk.training_keys, *tuned.trunk.training_keys, "init_std"}
-    return [
-        f"{name} is {ours.get(name)} in the base and {theirs.get(name)} in the tuned model"
-        for name in {**ours, **theirs}
-        if name not in training and ours.get(name) != theirs.get(name)
-    ]
-
-
-def _settings(config: ModelConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in config.trunk.to_dict().items():
-        inner = value if isinstance(value, dict) and name != "rope_scaling" else None
-        found |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
-    return found
+    free = [*base.trunk.training_keys, *tuned.trunk.training_keys, "init_std"]
+    return describe_differences(base.trunk.to_dict(), tuned.trunk.to_dict(), ignore=free)
 
 
 @torch.inference_mode()
