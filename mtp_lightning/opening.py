@@ -137,13 +137,6 @@ class OpenedModel:
         length = self.config["data"]["seq_len"]
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
-    @property
-    def draft_vocab(self) -> int | None:
-        """How many of the first token ids its modules were trained on (``objective.draft_vocab``);
-        None for all."""
-        objective = self.config.get("objective")
-        return objective.get("draft_vocab") if isinstance(objective, dict) else None
-
 
 class Keeper(Protocol):
     """Keeps the weights of a model that only decodes packed alone, where every pass can read

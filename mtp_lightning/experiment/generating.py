@@ -26,6 +26,7 @@ from mtp_lightning.experiment.text_stream import (
     ends_at_once,
     told,
 )
+from mtp_lightning.explained import value_at
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
@@ -202,7 +203,7 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     """
     known: dict[str, Any] = {"max_context": run.seq_len}
     if cfg.draft_vocab is None and cfg.speculative and not cfg.compile:
-        known["draft_vocab"] = run.draft_vocab
+        known["draft_vocab"] = value_at(run.config, ("objective", "draft_vocab"))
     options = DecodingOptions.from_config(cfg, **known)
     if cfg.get("show_drafts"):
         return options  # drafts that do not pay can be seen, too

@@ -153,8 +153,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
 def _require_affordable(config: DictConfig, vocab_size: int) -> None:
     """Refuse a model whose weights alone exceed the memory of the run's machines."""
     machines = config.trainer.num_nodes if config.trainer.strategy == "fsdp" else 1
-    model = build_model_config(config, vocab_size)
-    require_memory(model, bytes_each=2, machines=machines)
+    require_memory(build_model_config(config, vocab_size), machines=machines)
 
 
 def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
