@@ -352,8 +352,7 @@ def load_weights(
             f"{source} holds NaN or infinity in {broken[0]}{more}: such a model says nothing; take "
             "an earlier checkpoint, or the file from where it came."
         )
-    if (own_head := model.mtp.own_head) is not None:
-        own_head.require_sound(source)
+    model.mtp.check_loaded(source)
     if rounded:
         log.warning(
             "%d matrices of %s are rounded to bf16: the model is what the rounded numbers say.",

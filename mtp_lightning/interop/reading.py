@@ -52,7 +52,8 @@ def describe(
         trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
         config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
-    weights = from_folder(weight_map(config), tensors, source=str(path))
+    found = from_folder(weight_map(config), tensors, source=str(path))
+    weights: dict[str, Stored | Tensor] = dict(found)
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
         mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)

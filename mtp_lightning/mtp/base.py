@@ -354,6 +354,13 @@ class MTPStack(nn.Module, ABC):
     def initialize_own(self) -> None:
         """Set weights that do not keep their random initialization; called after it."""
 
+    def check_loaded(self, source: str) -> None:
+        """Refuse what no training could have stored, after weights were loaded from ``source``.
+
+        Raises:
+            UserError: naming the source.
+        """
+
     def check_beginning(self, trunk: Trunk) -> None:
         """Refuse a trunk that the modules cannot be initialized from.
 
