@@ -139,8 +139,8 @@ class OpenedModel:
 
 
 class Keeper(Protocol):
-    """Keeps the weights of a model that only decodes packed alone, where every pass can read
-    them so; that takes at most half of the memory."""
+    """Stores the weights of a decode-only model in packed form only, which takes at most half the
+    memory."""
 
     def keep(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
         """Pack a weight of the model, which has its numbers, if it can be packed."""
@@ -349,13 +349,13 @@ def load_weights(
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(
-            f"{source} holds NaN or infinity in {broken[0]}{more}: such a model says nothing; take "
-            "an earlier checkpoint, or the file from where it came."
+            f"{source} holds NaN or infinity in {broken[0]}{more}: the model is unusable; use an "
+            "earlier checkpoint, or fetch the file again."
         )
     model.mtp.check_loaded(source)
     if rounded:
         log.warning(
-            "%d matrices of %s are rounded to bf16: the model is what the rounded numbers say.",
+            "%d matrices of %s are rounded to bf16: the model uses the rounded values.",
             rounded,
             source,
         )

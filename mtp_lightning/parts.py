@@ -1,4 +1,4 @@
-"""The parts that come off: folders and files that the core works without.
+"""Optional packages: folders and files that the core works without.
 
 The core finds them by looking for them and imports none of them unasked. Removing a part's folder
 takes away what it brings, and nothing else: whoever asks for it is told so in one sentence. This

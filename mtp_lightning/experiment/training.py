@@ -192,7 +192,7 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
     """Store and print the summary and samples of the model's text, then remove surplus checkpoints;
     return the summary."""
     module, data, folder, config = run.module, run.data, run.folder, run.config
-    summary = summarise(trainer, module, data)
+    summary = summarize(trainer, module, data)
     for key in ("init_from", "branch_from"):
         if config[key] is not None:
             summary[key] = str(config[key])
@@ -240,7 +240,7 @@ def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
+def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
     """The final metrics, the run's cost and its surroundings, for comparing runs."""
     config = module.model.config
     early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}

@@ -163,7 +163,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     # Modules are found where this one was, not in the folder in which it was typed.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with subprocess.Popen([sys.executable, "-m", *command], env=environment) as phase:
-        # Whoever ends this process ends the phase, too; Ctrl-C reaches both by itself.
+        # SIGTERM is forwarded to the phase; Ctrl-C reaches both processes.
         before = signal.signal(signal.SIGTERM, lambda number, _: phase.send_signal(number))
         try:
             code = phase.wait()

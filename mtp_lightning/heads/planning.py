@@ -47,10 +47,10 @@ class Plan:
         hours: of this machine.
         window: tokens of a training window, which a generated text fills.
         texts: to generate; 0 if files of text are given.
-        files: text of one's own instead.
+        files: the user's text files, instead of generated texts.
         steps: of training.
-        tokens_per_second: in which the model was seen to write texts; 0 with files.
-        flops_per_second: at which it was seen to read, in ``precision``.
+        tokens_per_second: measured generation speed; 0 with files.
+        flops_per_second: measured FLOP/s of the forward pass in ``precision``.
         weights: of the model.
         head_weights: of the module.
         overrides: further settings of training, as typed.
@@ -84,7 +84,7 @@ class Plan:
     chat: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """What a person is told before it starts."""
+        """The plan in sentences, printed before training."""
         yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
         many = "one sequential module" if self.depth == 1 else f"{self.depth} sequential modules"
         yield f"head       {many} of {self.head_weights / 1e6:,.1f} M weights"

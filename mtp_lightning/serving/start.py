@@ -65,7 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         told = error.strerror or str(error)
         raise UserError(
-            f"host={host} port={port} cannot be listened at ({told}): give another port= or host=."
+            f"host={host} port={port} is not available ({told}): give another port= or host=."
         ) from error
 
 
