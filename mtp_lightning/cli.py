@@ -92,8 +92,8 @@ def program(app: str) -> str:
     return f"python {app}.py" if main_module() is None else f"mtp-lightning {app}"
 
 
-class _Heard:
-    """A standard stream whose reader may close it before the program ends, as ``| head -1`` does.
+class _PipeSafe:
+    """A standard stream that survives a closed pipe, as of ``| head -1``.
 
     Args:
         stream: the stream.
@@ -109,16 +109,16 @@ class _Heard:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._unread():
+        with self._closed_pipe():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._unread():
+        with self._closed_pipe():
             self._stream.flush()
 
     @contextmanager
-    def _unread(self) -> Iterator[None]:
+    def _closed_pipe(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
@@ -132,12 +132,12 @@ class _Heard:
 
 @contextmanager
 def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
-    """Handle closed pipes of stdout and stderr; see :class:`_Heard`."""
-    if sys.stdout is None or sys.stderr is None or isinstance(sys.stdout, _Heard):
+    """Handle closed pipes of stdout and stderr; see :class:`_PipeSafe`."""
+    if sys.stdout is None or sys.stderr is None or isinstance(sys.stdout, _PipeSafe):
         yield
         return
-    out = cast(TextIO, _Heard(sys.stdout, ends=but_of_stdout))
-    told = cast(TextIO, _Heard(sys.stderr))
+    out = cast(TextIO, _PipeSafe(sys.stdout, ends=but_of_stdout))
+    told = cast(TextIO, _PipeSafe(sys.stderr))
     with redirect_stdout(out), redirect_stderr(told):
         try:
             yield

@@ -1,8 +1,9 @@
 """Reads the comments of ``conf/`` as rules for the values that each key takes.
 
 A comment names a type (``int``, ``float``, ``number``, ``bool``), a range (``int >= 1``, ``float in
-[0, 1)``) or words (``min | max``). Comments name keys that no file sets as ``+KEY=``, and a file's
-first lines name a package that it needs (``needs datasets: pip install -e '.[hf]'``).
+[0, 1)``), words that a key of a type takes as well (``bool, or auto``), or words alone (``min |
+max``). Comments name keys that no file sets as ``+KEY=``, and a file's first lines name a package
+that it needs (``needs datasets: pip install -e '.[hf]'``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
 _OWN = ("mtp_lightning.", "data_modules.")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # A word that a number's key takes too, with its meaning: ``(int >= 1; all: the whole split)``.
-_WORD = re.compile(r"; (\w+): ([^);]+)\)")
+_WORD = re.compile(r"; (\w+): ([^();]+)\)")
 _KIND = re.compile(r"(?:^|[;(])\s*(int|float|number|bool|true \| false)\b(.*)", re.DOTALL)
 _INTERVAL = re.compile(rf" in ([\[(]){_NUMBER}, {_NUMBER}([\])])")
 _SPAN = re.compile(rf" (?:in |between )?{_NUMBER} (?:to|and|\.\.) {_NUMBER}")
@@ -159,8 +160,7 @@ def require_taken(name: str, value: Any, says: str) -> None:
     """
     if isinstance(value, str) and "${" in value:
         return
-    words = re.findall(r"[\w.-]+", says)
-    if (value is None and "null" in words) or (isinstance(value, str) and value in words):
+    if value is None and re.search(r"\bnull\b", says):
         return
     if fixed := re.match(r"always (\d+) here", says):
         require(value == int(fixed[1]), name, value, f"{fixed[1]} with this option")
@@ -171,8 +171,12 @@ def require_taken(name: str, value: Any, says: str) -> None:
             require_choice(name, value, choices)
         return
     kind, rest = found.groups()
+    words = re.findall(r", or (\w+)", rest)
     if word := _WORD.search(says):
         name = f"{name} ({word[1]} for {word[2]})"
+        words.append(word[1])
+    if isinstance(value, str) and value in words:
+        return
     if isinstance(value, list) and re.search(r"\blist\b|floats", says):
         return
     if kind in ("bool", "true | false"):

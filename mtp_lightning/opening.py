@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +89,10 @@ class StoredModel:
     step: int = 0
     threads: int | None = None
 
+    def build(self, keeper: Callable[[MTPModel], Keeper | None] | None = None) -> MTPModel:
+        """The model, as :func:`build_model` makes it; arguments and errors as there."""
+        return build_model(self.config, self.weights, source=str(self.path), keeper=keeper)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
@@ -133,17 +137,10 @@ class OpenedModel:
         length = self.config["data"]["seq_len"]
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
-    @property
-    def draft_vocab(self) -> int | None:
-        """How many of the first token ids its modules were trained on (``objective.draft_vocab``);
-        None for all."""
-        objective = self.config.get("objective")
-        return objective.get("draft_vocab") if isinstance(objective, dict) else None
-
 
 class Keeper(Protocol):
-    """Keeps the weights of a model that only decodes packed alone, where every pass can read
-    them so; that takes at most half of the memory."""
+    """Stores the weights of a decode-only model in packed form only, which takes at most half the
+    memory."""
 
     def keep(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
         """Pack a weight of the model, which has its numbers, if it can be packed."""
@@ -180,9 +177,8 @@ def open_model(
     if found.tokenizer_state is None:
         raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
     keep = None if keeper is None else lambda model: keeper(model, found.path)
-    model = build_model(found.config, found.weights, source=str(found.path), keeper=keep)
     return OpenedModel(
-        model=model.to(device),
+        model=found.build(keep).to(device),
         tokenizer_state=found.tokenizer_state,
         config=found.run_config,
         step=found.step,
@@ -236,6 +232,37 @@ def require_held(
             f"{source} is damaged or forged: its config asks for {config.num_params():,} weights, "
             f"and it holds {held:,}."
         )
+
+
+def require_fitting(
+    needed: Mapping[str, Sequence[int]],
+    held: Mapping[str, Sequence[int]],
+    *,
+    optional: Collection[str] = (),
+    message: str,
+) -> None:
+    """Refuse tensors that are missing, unknown or of another shape.
+
+    Args:
+        needed: shapes by name.
+        held: the shapes of the tensors that are there.
+        optional: names that may be missing.
+        message: its first words, which name the file.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    known = {*held, *optional}
+    problems = [f"{name} is missing" for name in needed if name not in known]
+    problems += [
+        f"{name} has the shape {list(held[name])} where {list(shape)} is needed"
+        for name, shape in needed.items()
+        if name in held and held[name] != shape
+    ]
+    problems += [f"{name} is unknown" for name in held if name not in needed]
+    if problems:
+        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise UserError(f"{message}: {shown}.")
 
 
 def build_model(
@@ -300,16 +327,8 @@ def load_weights(
         UserError: names or shapes differ, or numbers are not finite; the message names them.
     """
     own, parameters = model.state_dict(), dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
-    problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} has the shape {list(weights[name].shape)} where {list(own[name].shape)} is needed"
-        for name in own.keys() & weights.keys()
-        if own[name].shape != weights[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"The weights in {source} do not fit the model: {shown}.")
+    needed, held = ({n: t.shape for n, t in found.items()} for found in (own, weights))
+    require_fitting(needed, held, message=f"The weights in {source} do not fit the model")
     there = {"head.weight"} if model.config.trunk.tie_embeddings else set()
     there |= frozenset() if keep is None else keep.restore()
     rounded, broken = 0, []
@@ -330,14 +349,13 @@ def load_weights(
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(
-            f"{source} holds NaN or infinity in {broken[0]}{more}: such a model says nothing; take "
-            "an earlier checkpoint, or the file from where it came."
+            f"{source} holds NaN or infinity in {broken[0]}{more}: the model is unusable; use an "
+            "earlier checkpoint, or fetch the file again."
         )
-    if (own_head := model.mtp.own_head) is not None:
-        own_head.require_sound(source)
+    model.mtp.check_loaded(source)
     if rounded:
         log.warning(
-            "%d matrices of %s are rounded to bf16: the model is what the rounded numbers say.",
+            "%d matrices of %s are rounded to bf16: the model uses the rounded values.",
             rounded,
             source,
         )

@@ -1,4 +1,4 @@
-"""The parts that come off: folders and files that the core works without.
+"""Optional packages: folders and files that the core works without.
 
 The core finds them by looking for them and imports none of them unasked. Removing a part's folder
 takes away what it brings, and nothing else: whoever asks for it is told so in one sentence. This
@@ -27,25 +27,21 @@ class Part:
     Attributes:
         module: its package, or the module of a part of one file.
         brings: what nobody has without it.
-        registers: whether importing it makes the core faster or able to do more.
         extends: a package of the core whose names it adds to; empty if it adds to none.
         command: of ``mtp-lightning``, where its ``main`` is, and what it does; empty without one.
         formats: the kinds of paths that its ``read`` opens as a model (see ``opening.py``), by the
             name of each: whether a path is of that kind, told without opening a file.
-        uses: parts that it needs itself.
     """
 
     module: str
     brings: str
-    registers: bool = False
     extends: str = ""
     command: tuple[str, str, str] | tuple[()] = ()
     formats: Mapping[str, Callable[[Path], bool]] = field(default_factory=dict)
-    uses: tuple[str, ...] = ()
 
 
 PARTS = {
-    "cpu": Part(module="mtp_lightning.cpu", brings="C++ for layers on a CPU", registers=True),
+    "cpu": Part(module="mtp_lightning.cpu", brings="C++ for layers on a CPU"),
     "distributed": Part(
         module="mtp_lightning.distributed",
         brings="training by several processes",
@@ -76,13 +72,11 @@ PARTS = {
             "mtp_lightning.heads.__main__",
             "train, measure, certify and export heads for a finished model",
         ),
-        uses=("certify", "interop"),
     ),
     "notebook": Part(
         module="mtp_lightning.notebook",
         brings="runs in a notebook",
         extends="mtp_lightning",
-        uses=("report",),
     ),
     "plan": Part(module="mtp_lightning.plan", brings="estimates for machines that are not here"),
     "token_files": Part(
@@ -108,19 +102,16 @@ PARTS = {
     "claims": Part(
         module="sweeps.claims",
         brings="claims and their verdicts",
-        # plan counts the FLOPs of what is left to run, interop writes a run's weights
-        uses=("report", "plan", "interop"),
     ),
 }
 
 
 @cache
 def load() -> None:
-    """Import the parts that are here and register something with the core. Cheap after the first
-    call."""
-    for name, part in PARTS.items():
-        if part.registers and is_there(name):
-            importlib.import_module(part.module)
+    """Import the part with faster layers, which registers them with the core, if it is here. Cheap
+    after the first call."""
+    if is_there("cpu"):
+        importlib.import_module(PARTS["cpu"].module)
 
 
 def commands() -> dict[str, tuple[str, str]]:

@@ -137,9 +137,8 @@ def strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> Any:
         may_skip: whether some parameters get no gradient in some steps.
 
     Raises:
-        UserError: as :func:`check`, or there are several processes without the part.
+        UserError: there are several processes without the part.
     """
-    check(trainer)
     if asked := _asks_for_several(trainer):
         return parts.need("distributed", asked).choose_strategy(trainer, may_skip=may_skip)
     return "auto"

@@ -241,9 +241,9 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def require_memory(config: Any, *, bytes_each: int, machines: int = 1) -> None:
+def require_memory(config: Any, *, machines: int = 1) -> None:
     """Refuse the model of a ``ModelConfig`` that is too large for the memory of the machines (of
-    this one's size) that share it, before it is built; a weight takes ``bytes_each``.
+    this one's size) that share it, before it is built; a weight takes 2 bytes at least.
 
     Raises:
         UserError: the model is too large.
@@ -254,7 +254,7 @@ def require_memory(config: Any, *, bytes_each: int, machines: int = 1) -> None:
     what = ("a model of", sizes, "its weights alone")
     # Checked first, since counting the weights takes time for every layer.
     require_fits((trunk.n_layers + depth) * BYTES_OF_LAYER, *what, machines=machines)
-    require_fits(config.num_params() * bytes_each, *what, machines=machines)
+    require_fits(2 * config.num_params(), *what, machines=machines)
 
 
 def require_fits(

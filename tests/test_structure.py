@@ -71,7 +71,7 @@ SHARED_WITH_SWEEPS = (
 )
 
 # What claims may ask beside, late: it reads weights, or counts FLOPs with torch.
-WEIGHTS = ("mtp_lightning.interop.weights", "mtp_lightning.plan")
+WEIGHTS = ("mtp_lightning.run.checkpoints", "mtp_lightning.run.loading", "mtp_lightning.plan")
 
 LIGHTNING = tuple(
     f"mtp_lightning/{name}" for name in ("module", "callbacks/", "distributed/", "loggers/")

@@ -8,6 +8,7 @@ sentence with this project's remedy (``misspelt.py``).
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -25,6 +26,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtp_lightning import parts
 from mtp_lightning.cli import QUIET, VERBOSE, program, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal, require_utf8
@@ -80,6 +82,28 @@ def start(
         require_utf8(sys.argv[1:])
         sys.argv[1:] = _options_first(literal(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(run)()
+
+
+def app(
+    name: str, work: str, *, part: str = "", ends_with_reader: bool = False
+) -> Callable[[], None]:
+    """The command line of an app.
+
+    Args:
+        name: the app and its config in conf/.
+        work: the dotted name of the function that is called with the config. It is imported only
+            then, so that --help does not wait for torch.
+        part: the part that has the function; empty for the core.
+        ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
+    """
+
+    def task(cfg: DictConfig) -> None:
+        module, _, function = work.rpartition(".")
+        found = parts.need(part, program(name)) if part else importlib.import_module(module)
+        getattr(found, function)(cfg)
+
+    task.__module__ = f"{__name__}.{name}"  # from which Hydra takes the job's name
+    return lambda: start(name, task, ends_with_reader=ends_with_reader)
 
 
 class Check(Callback):

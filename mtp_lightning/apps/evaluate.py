@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from mtp_lightning.apps import app
 
-from mtp_lightning.apps import start
-
-
-def task(cfg: DictConfig) -> None:
-    """Hydra calls this with the composed config."""
-    # Imported here, so that --help does not wait for torch.
-    from mtp_lightning.experiment.evaluating import evaluate
-
-    evaluate(cfg)
-
-
-def main() -> None:
-    """The command line."""
-    start("evaluate", task)
-
+main = app("evaluate", "mtp_lightning.experiment.evaluating.evaluate")
 
 if __name__ == "__main__":
     main()

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from mtp_lightning.apps import app
 
-from mtp_lightning import parts
-from mtp_lightning.apps import start
-from mtp_lightning.cli import program
-
-
-def task(cfg: DictConfig) -> None:
-    """Hydra calls this with the composed config."""
-    # Imported here, so that --help does not wait for torch.
-    parts.need("interop", program("export")).export(cfg)
-
-
-def main() -> None:
-    """The command line."""
-    start("export", task)
-
+main = app("export", "mtp_lightning.interop.export", part="interop")
 
 if __name__ == "__main__":
     main()

@@ -38,7 +38,7 @@ _ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 @contextmanager
-def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
+def errors_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
     """Turn the error of a broken connection, during a block, into a :class:`UserError`.
 
     Raises:
@@ -59,7 +59,7 @@ def gone_peer(said: str, folder: Path | None = None) -> UserError:
     if folder is not None:
         again = f"With run_dir={folder} the same command continues from the last checkpoint."
     return UserError(
-        f"another process of this run has gone ({said}), so this one ends too: the last lines of "
+        f"another process of this run has ended ({said}), so this one ends too: the last lines of "
         f"its output say why. {again}"
     )
 

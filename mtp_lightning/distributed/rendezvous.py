@@ -33,9 +33,9 @@ from mtp_lightning.distributed.liveness import (
     PATIENCE,
     SILENCE,
     Pulse,
+    errors_of_lost_peers,
     gone_peer,
     looking_after_children,
-    telling_of_lost_peers,
 )
 from mtp_lightning.errors import UserError
 from mtp_lightning.processes import TOLD, Peers
@@ -167,8 +167,8 @@ class Rendezvous(Peers):
 
     @contextmanager
     def watched(self, folder: Path) -> Iterator[None]:
-        """See :func:`~mtp_lightning.distributed.liveness.telling_of_lost_peers`."""
-        with telling_of_lost_peers(folder):
+        """See :func:`~mtp_lightning.distributed.liveness.errors_of_lost_peers`."""
+        with errors_of_lost_peers(folder):
             yield
 
     def check(self, trainer: Mapping[str, Any]) -> None:
@@ -217,13 +217,13 @@ class Rendezvous(Peers):
 
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
-            with telling_of_lost_peers():
+            with errors_of_lost_peers():
                 self._store.set(key, f"{value} ")  # some stores do not keep an empty value
 
     def _get(self, key: str) -> str:
         """Wait for a value and return it. Polling lets signals be handled meanwhile."""
         assert self._store is not None
-        with telling_of_lost_peers():
+        with errors_of_lost_peers():
             while not self._store.check([key]):
                 if self._store.check(["failed"]):
                     rank, _, reason = self._read("failed").partition(": ")

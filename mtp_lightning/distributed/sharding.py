@@ -21,56 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_leaves
 
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.processes import Tensors
-
-
-class Sharded(Tensors):
-    """Access to tensors that may be sharded; see the base class."""
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        return whole(tensor)
-
-    def local(self, tensor: Tensor) -> Tensor:
-        return local(tensor)
-
-    def own_part(self, tensor: Tensor, like: Tensor) -> Tensor:
-        return own_part(tensor, like)
-
-    def lay_out(self, run: Any) -> None:
-        if run.device_mesh is None or is_sharded(run):
-            return
-        # Heads that are trained one after the other are gathered with the root, because their
-        # gradients are computed during a forward pass (mtp/kinds.py).
-        alone = run.model.mtp.in_turn
-        inside = (run.model.trunk if alone else run.model).modules()
-        units = [module for module in inside if isinstance(module, Block)]
-        shard(
-            run,
-            run.device_mesh,
-            units,
-            # bf16 rounding must not decide which expert a token goes to.
-            precise=[router for unit in units for router in routers_of(unit).values()],
-            low=torch.bfloat16 if run.trainer.precision == "bf16-mixed" else None,
-        )
-        run.no_sync = partial(no_sync, run)
-        if run.deferred:
-            run.model.to_empty(device=run.trainer.strategy.root_device)
-            run.model.initialise(run.step.seed)
-
-    def whole_model(self, run: Any, *, everywhere: bool) -> MTPModel | None:
-        model: MTPModel = run.model
-        if not is_sharded(run):
-            return model
-        state = gathered(model.state_dict(), everywhere=everywhere)
-        if not state:
-            return None
-        copy = MTPModel(model.config)
-        copy.to(model.head.weight.dtype).load_state_dict(state)
-        return copy.to(run.device).train(model.training)
 
 
 def build_mesh(device: str, world: int, shard_size: int | None) -> DeviceMesh:
@@ -203,14 +159,8 @@ def own_parts(state: Any) -> Any:
 
 def bytes_of(state: Any) -> int:
     """Bytes of a state dict's tensors, as whole tensors."""
-    sizes: list[int] = []
-
-    def measure(leaf: Any) -> None:
-        if isinstance(leaf, Tensor):
-            sizes.append(leaf.numel() * leaf.element_size())
-
-    map_leaves(state, measure)
-    return sum(sizes)
+    tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def rows_of(part: int, parts: int, length: int) -> tuple[int, int]:
@@ -271,3 +221,41 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(
         tensor.to(device), like.device_mesh, like.placements, src_data_rank=None
     )
+
+
+class Sharded(Tensors):
+    """Access to tensors that may be sharded; see the base class."""
+
+    whole, local, own_part = staticmethod(whole), staticmethod(local), staticmethod(own_part)
+
+    def lay_out(self, run: Any) -> None:
+        if run.device_mesh is None or is_sharded(run):
+            return
+        # Heads that are trained one after the other are gathered with the root, because their
+        # gradients are computed during a forward pass (mtp/kinds.py).
+        alone = run.model.mtp.in_turn
+        inside = (run.model.trunk if alone else run.model).modules()
+        units = [module for module in inside if isinstance(module, Block)]
+        shard(
+            run,
+            run.device_mesh,
+            units,
+            # bf16 rounding must not decide which expert a token goes to.
+            precise=[router for unit in units for router in routers_of(unit).values()],
+            low=torch.bfloat16 if run.trainer.precision == "bf16-mixed" else None,
+        )
+        run.no_sync = partial(no_sync, run)
+        if run.deferred:
+            run.model.to_empty(device=run.trainer.strategy.root_device)
+            run.model.initialise(run.step.seed)
+
+    def whole_model(self, run: Any, *, everywhere: bool) -> MTPModel | None:
+        model: MTPModel = run.model
+        if not is_sharded(run):
+            return model
+        state = gathered(model.state_dict(), everywhere=everywhere)
+        if not state:
+            return None
+        copy = MTPModel(model.config)
+        copy.to(model.head.weight.dtype).load_state_dict(state)
+        return copy.to(run.device).train(model.training)

@@ -26,6 +26,7 @@ from mtp_lightning.experiment.text_stream import (
     ends_at_once,
     told,
 )
+from mtp_lightning.explained import value_at
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
@@ -116,7 +117,7 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
     told = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
     told += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
     per_step = rates(generations).get("tokens_per_step", 1.0)
-    return f"{told}, {per_step:.2f} a verify pass" if per_step > 1 else told
+    return f"{told}, {per_step:.2f} per verify pass" if per_step > 1 else told
 
 
 def open_for(cfg: Any) -> OpenedModel:
@@ -151,7 +152,7 @@ def open_to_decode(
     activations: str = "fp32",
     compiled: bool = False,
 ) -> OpenedModel:
-    """Open a model that only decodes: on a CPU, it keeps its weights packed alone.
+    """Open a model that only decodes: a CPU stores its weights in packed form only.
 
     Args:
         path: see :func:`~mtp_lightning.opening.open_model`, as ``device`` and ``allow``.
@@ -202,16 +203,17 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     """
     known: dict[str, Any] = {"max_context": run.seq_len}
     if cfg.draft_vocab is None and cfg.speculative and not cfg.compile:
-        known["draft_vocab"] = run.draft_vocab
+        known["draft_vocab"] = value_at(run.config, ("objective", "draft_vocab"))
     options = DecodingOptions.from_config(cfg, **known)
     if cfg.get("show_drafts"):
-        return options  # drafts that do not pay can be seen, too
+        return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in ("precision", "head_precision", "activations")}
     together = min(options.slots, rows or 1)
     settled = settle_drafts(options, run, rows=together, **precision)
     measured = settled.measured
     if rows is not None and measured is not None and not measured.pays:
-        return options.plain()  # which keeps no states for drafts; a server may be asked for them
+        # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
+        return options.plain()
     return settled
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,35 +117,19 @@ def beginning_windows(data: WindowDataModule) -> WindowBatch:
     return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inherited:
-    """The origin of the weights of the stack's modules.
-
-    Attributes:
-        kept: modules that start from the trained weights.
-        new: modules that start with new weights.
-        dropped: modules of the trained model that this model does not have.
-    """
-
-    kept: list[str]
-    new: list[str]
-    dropped: list[str]
-
-    def __str__(self) -> str:
-        named = (("kept", self.kept), ("new", self.new), ("dropped", self.dropped))
-        found = [f"{what}: {', '.join(modules)}" for what, modules in named if modules]
-        return "; ".join(["trunk and head kept", *found])
-
-
 def start_from(
     model: MTPModel, start: StoredModel, windows: WindowBatch | None = None
-) -> Inherited:
+) -> dict[str, list[str]]:
     """Load the weights of ``start`` into a freshly initialized model.
 
     Args:
         model: the model. Its modules that ``start`` lacks are initialized by ``mtp.init``.
         start: the trained model.
         windows: training text for ``mtp.init=last_block``; None for ``random``.
+
+    Returns:
+        Names of the stack's modules: ``kept`` start from trained weights, ``new`` from new ones,
+        and ``dropped`` are those of ``start`` that this model does not have.
 
     Raises:
         UserError: the trunks differ, the stack's weights mean something else under this config, or
@@ -179,7 +163,7 @@ def start_from(
         text = read_text(model.trunk, model.mtp, windows)
     fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
     model.mtp.begin(fresh, model.trunk, model.head, text)
-    return Inherited(kept=kept, new=new, dropped=[m for m in old_modules if m not in kept])
+    return {"kept": kept, "new": new, "dropped": [m for m in old_modules if m not in kept]}
 
 
 def free_keys(trunk: TrunkConfig) -> list[str]:

@@ -31,6 +31,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.opening import OpenedModel, open_model
+from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_choice, require_number, require_whole
 
@@ -310,16 +311,16 @@ class KeptTexts:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._known: dict[tuple[str, int], list[int]] = {}
-        whole = b""
-        for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
+        content, whole = file.read_bytes() if file.is_file() else b"", 0
+        for line in content.splitlines(keepends=True):
             try:
                 part, index, ids = json.loads(line)
                 self._known[str(part), int(index)] = [int(i) for i in ids]
             except (ValueError, TypeError):  # the process was killed while it wrote the line
                 break
-            whole += line
-        if self._known:
-            file.write_bytes(whole)
+            whole += len(line)
+        if whole < len(content):
+            write_bytes(content[:whole], file)
 
     def of(self, part: str) -> dict[int, list[int]]:
         """The ids of the finished texts of a part, by index."""

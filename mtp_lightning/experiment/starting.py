@@ -157,8 +157,9 @@ def begin_module(
 
         begins = module.model.config.mtp.init != "random"
         windows = beginning_windows(data) if begins else None
-        inherited = start_from(module.model, origin.start, windows)
-        log.info("Starting from %s: %s.", origin.start.path, inherited)
+        modules = start_from(module.model, origin.start, windows)
+        told = [f"; {what}: {', '.join(names)}" for what, names in modules.items() if names]
+        log.info("Starting from %s: trunk and head kept%s.", origin.start.path, "".join(told))
     return None
 
 

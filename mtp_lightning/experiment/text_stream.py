@@ -110,14 +110,14 @@ class TextStream:
 
 
 def told(generation: Generation) -> str:
-    """One line about the cost of a text: ``80 tokens in 37 passes, 2.16 a pass; 43 drafts accepted
-    of 72``. The passes are the trunk's, including the one that reads the prompt."""
+    """One line about the cost of a text: ``80 tokens in 37 passes, 2.16 per pass; 43 drafts
+    accepted of 72``. The passes are the trunk's, including the one that reads the prompt."""
     tokens, passes = generation.new_tokens, generation.verify_passes + 1
     line = f"{_count(tokens, 'token')} in {_count(passes, 'pass', 'es')}"
     if not generation.drafts:
         return line
     accepted = _count(sum(generation.accepted_mask), "draft")
-    return f"{line}, {tokens / passes:.2f} a pass; {accepted} accepted of {generation.drafts}"
+    return f"{line}, {tokens / passes:.2f} per pass; {accepted} accepted of {generation.drafts}"
 
 
 def ends_at_once(generation: Generation) -> str | None:

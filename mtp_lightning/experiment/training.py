@@ -1,9 +1,6 @@
-"""A training run, from its config to its summary, in the order of its stages:
+"""A training run, from its config to its summary: prepared, fitted, finished.
 
-    asked -> settled -> started -> read -> matched -> built -> fitted -> finished
-
-Up to ``matched``, each stage takes a :class:`Plan` and returns a new one. A stage never modifies
-the config that it receives.
+A function never modifies the config that it receives.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ import logging
 import os
 import signal
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +29,7 @@ from mtp_lightning.experiment.build import (
 )
 from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
-from mtp_lightning.experiment.starting import (
-    Origin,
-    begin_module,
-    find_origin,
-    recall_data,
-)
+from mtp_lightning.experiment.starting import begin_module, find_origin, recall_data
 from mtp_lightning.loggers.guard import GuardedLogger
 from mtp_lightning.module import MTPModule
 from mtp_lightning.processes import Peers
@@ -87,111 +79,81 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run before its model is built.
+class Run:
+    """A run that is ready for its trainer.
 
     Attributes:
-        config: the run's settings, after the stages so far.
+        config: the run's settings, with every ``auto`` replaced and ``compare.match`` applied.
+        stored: the config before matching, which checkpoints and ``config.yaml`` hold. Matching it
+            again gives the same layers and steps.
         folder: the run's folder.
         peers: the processes that prepare the run together.
-        origin: what the run continues, branches from or starts from.
-        data: the data module, prepared; None before ``read``.
-        stored: the config before matching, which checkpoints and ``config.yaml`` hold. Matching it
-            again gives the same layers and steps. None before ``matched``.
+        data: the data module, prepared.
+        module: the LightningModule with its initial weights. A run that continues gets its weights
+            from Lightning later.
+        checkpoint: the file that the run continues or branches from; None for a new run.
+        resume_step: the optimizer step of the checkpoint; None without one.
         matched: the result of ``compare.match``; None without a match.
     """
 
     config: DictConfig
+    stored: DictConfig
     folder: Path
     peers: Peers
-    origin: Origin = field(default_factory=Origin)
-    data: WindowDataModule = None  # type: ignore[assignment]
-    stored: DictConfig = None  # type: ignore[assignment]
-    matched: Matched | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run(Plan):
-    """A run that is ready for its trainer. Of its origin, only the checkpoint's path is left.
-
-    Attributes:
-        module: the LightningModule with its initial weights. A run that continues gets its weights
-            from Lightning later.
-        resume_step: the optimizer step of the origin's checkpoint; None without one.
-    """
-
+    data: WindowDataModule
     module: MTPModule
+    checkpoint: Path | None
     resume_step: int | None
+    matched: Matched | None
 
 
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
-    """Build a run: everything that its trainer needs. Without ``peers``, this process is alone."""
-    plan = Plan(config=cfg, folder=folder, peers=Peers() if peers is None else peers)
-    for stage in (settled, started, read, matched):
-        plan = stage(plan)
-    return built(plan)
-
-
-def settled(asked: Plan) -> Plan:
-    """Replace every ``auto`` with this machine's choice."""
-    return replace(asked, config=settle_device(asked.config))
-
-
-def started(plan: Plan) -> Plan:
-    """Find what the run starts from, and take over the trunk that it brings."""
-    origin = find_origin(plan.config, plan.folder, plan.peers)
-    config = recall_data(plan.config, origin)
+    """Build everything that a run's trainer needs. Without ``peers``, this process is alone."""
+    peers = Peers() if peers is None else peers
+    config = settle_device(cfg)
+    origin = find_origin(config, folder, peers)
+    config = recall_data(config, origin)
     if origin.trunk is not None:
         from mtp_lightning.experiment.init_from import adopt_trunk
 
         config = adopt_trunk(config, origin)
-    return replace(plan, config=config, origin=origin)
-
-
-def read(plan: Plan) -> Plan:
-    """Prepare the data, and add the settings that they have found themselves."""
-    config, origin = plan.config, plan.origin
-    if origin.trunk is None:  # before the data, which may take hours
+    else:  # before the data, which may take hours
         rows = config.tokenizer.get("vocab_size")
         _require_affordable(config, rows if is_whole(rows) and "task" not in config.data else 1)
-    with plan.peers.in_turn():
-        brought = origin.trunk is not None
-        data = build_data(config, origin.tokenizer_state, brought=brought)
-    return replace(plan, config=settle_data(config, data), data=data)
-
-
-def matched(plan: Plan) -> Plan:
-    """Set the layers or steps that ``compare.match`` asks for."""
-    vocab_size = plan.data.tokenizer.vocab_size
-    config, found = match_reference(plan.config, vocab_size)
-    _require_affordable(config, vocab_size)
-    return replace(plan, config=config, stored=plan.config, matched=found)
-
-
-def built(plan: Plan) -> Run:
-    """Build the module with its initial weights."""
-    module = build_module(plan.config, plan.data, asked=plan.stored)
-    origin = plan.origin
-    step = begin_module(module, plan.data, origin, plan.stored, plan.folder)
-    if plan.data.cache_states:
+    with peers.in_turn():
+        data = build_data(config, origin.tokenizer_state, brought=origin.trunk is not None)
+    stored = settle_data(config, data)
+    config, matched = match_reference(stored, data.tokenizer.vocab_size)
+    _require_affordable(config, data.tokenizer.vocab_size)
+    module = build_module(config, data, asked=stored)
+    step = begin_module(module, data, origin, stored, folder)
+    if data.cache_states:
         from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states
 
-        assert isinstance(plan.data, StoreDataModule), "tasks keep no states"
+        assert isinstance(data, StoreDataModule), "tasks keep no states"
         if origin.content is not None:  # Lightning loads the trunk's weights only later
             module.model.load_state_dict(origin.weights())
-        with plan.peers.in_turn():
-            plan.data.states = keep_states(module.model, plan.data, plan.config.trainer)
-    # Without the checkpoint's content, whose memory training needs.
-    lasting = replace(plan, origin=Origin(checkpoint=origin.checkpoint))
-    return Run(**vars(lasting), module=module, resume_step=step)
+        with peers.in_turn():
+            data.states = keep_states(module.model, data, config.trainer)
+    # The origin, whose memory training needs, ends here.
+    return Run(
+        config=config,
+        stored=stored,
+        folder=folder,
+        peers=peers,
+        data=data,
+        module=module,
+        checkpoint=origin.checkpoint,
+        resume_step=step,
+        matched=matched,
+    )
 
 
 def _require_affordable(config: DictConfig, vocab_size: int) -> None:
     """Refuse a model whose weights alone exceed the memory of the run's machines."""
     machines = config.trainer.num_nodes if config.trainer.strategy == "fsdp" else 1
-    model = build_model_config(config, vocab_size)
-    require_memory(model, bytes_each=2, machines=machines)
+    require_memory(build_model_config(config, vocab_size), machines=machines)
 
 
 def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
@@ -215,7 +177,7 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
         logger.log_hyperparams(params)
     try:
         with run.peers.handing_on(run.folder):
-            trainer.fit(module, datamodule=data, ckpt_path=run.origin.checkpoint)
+            trainer.fit(module, datamodule=data, ckpt_path=run.checkpoint)
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
@@ -230,7 +192,7 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
     """Store and print the summary and samples of the model's text, then remove surplus checkpoints;
     return the summary."""
     module, data, folder, config = run.module, run.data, run.folder, run.config
-    summary = summarise(trainer, module, data)
+    summary = summarize(trainer, module, data)
     for key in ("init_from", "branch_from"):
         if config[key] is not None:
             summary[key] = str(config[key])
@@ -278,7 +240,7 @@ def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
+def summarize(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
     """The final metrics, the run's cost and its surroundings, for comparing runs."""
     config = module.model.config
     early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}

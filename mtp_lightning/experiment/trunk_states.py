@@ -57,7 +57,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     """Return the folder with the trunk's states for all training windows; compute them if needed.
 
     The passes have a micro-batch's number of windows, in training mode and with gradients enabled,
-    so that the states equal to the last bit those that a training step would compute.
+    so that the states are bit-identical to those of a training step.
 
     Raises:
         UserError: as :func:`check_cached`; or the cached states are damaged.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     # Modules are found where this one was, not in the folder in which it was typed.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with subprocess.Popen([sys.executable, "-m", *command], env=environment) as phase:
-        # Whoever ends this process ends the phase, too; Ctrl-C reaches both by itself.
+        # SIGTERM is forwarded to the phase; Ctrl-C reaches both processes.
         before = signal.signal(signal.SIGTERM, lambda number, _: phase.send_signal(number))
         try:
             code = phase.wait()
@@ -199,7 +200,8 @@ def _say_result(folder: Path, plan: Any) -> None:
     say("written to", str(folder / EXPORT))
     way = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
     way += "" if plan.activations == "fp32" else f" activations={plan.activations}"
-    say("try it", f"mtp-lightning generate checkpoint={folder / EXPORT} prompt='...'{way}")
+    checkpoint = shlex.quote(f"checkpoint={folder / EXPORT}")
+    say("try it", f"mtp-lightning generate {checkpoint} prompt='...'{way}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ trained on by the phases of ``mtp-lightning heads``. The exporter writes the res
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,14 @@ from mtp_lightning.heads.__main__ import (
     say,
 )
 from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prompts_of
-from mtp_lightning.interop.names import require_fitting
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.opening import OpenedModel, StoredModel, build_model, open_model, read_model
+from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
+from mtp_lightning.run.config import describe_differences
 
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
-_FIXED = ("n_heads ", "n_kv_heads ", "d_head ", "attention.", "feed_forward.")
+_FIXED = ("n_heads:", "n_kv_heads:", "d_head:", "attention.", "feed_forward.")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _run(args: Any, output: Path) -> None:
     say("agreement", f"{found} with the tuned trunk, on its own texts")
     fell = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
-        before = agreement(build_model(base.config, base.weights, source=str(args.base)), texts)
+        before = agreement(base.build(), texts)
         say("", f"{before} with the base's trunk, on the same texts")
         fell = found.fell_from(before)
     say("", f"{found.constant:.1%} the same token everywhere")
@@ -158,12 +158,12 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     held = _modules(base)
     shapes = {name: weight.shape for name, weight in held.items()}
     message = f"The layers of {base.path} do not fit the trunk of {tuned.path}"
-    require_fitting(wanted, shapes, optional=(), message=message)
+    require_fitting(wanted, shapes, message=message)
     fixed = [line for line in differences(base.config, config) if line.startswith(_FIXED)]
     if fixed:
         raise UserError(f"{message}: {'; '.join(fixed)}.")
     trunk = {n: t for n, t in tuned.model.state_dict().items() if not _is_module(n)}
-    return build_model(config, {**trunk, **held}, source=str(base.path))
+    return replace(base, config=config, weights={**trunk, **held}).build()
 
 
 def _is_module(name: str) -> bool:
@@ -176,21 +176,8 @@ def _modules(base: StoredModel) -> dict[str, Any]:
 
 def differences(base: ModelConfig, tuned: ModelConfig) -> list[str]:
     """Settings in which the two trunks differ, besides those of their training."""
-    ours, theirs = _settings(base), _settings(tuned)
-    training = {*base.trunk.training_keys, *tuned.trunk.training_keys, "init_std"}
-    return [
-        f"{name} is {ours.get(name)} in the base and {theirs.get(name)} in the tuned model"
-        for name in {**ours, **theirs}
-        if name not in training and ours.get(name) != theirs.get(name)
-    ]
-
-
-def _settings(config: ModelConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in config.trunk.to_dict().items():
-        inner = value if isinstance(value, dict) and name != "rope_scaling" else None
-        found |= {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
-    return found
+    free = [*base.trunk.training_keys, *tuned.trunk.training_keys, "init_std"]
+    return describe_differences(base.trunk.to_dict(), tuned.trunk.to_dict(), ignore=free)
 
 
 @torch.inference_mode()

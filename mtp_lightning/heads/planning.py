@@ -47,10 +47,10 @@ class Plan:
         hours: of this machine.
         window: tokens of a training window, which a generated text fills.
         texts: to generate; 0 if files of text are given.
-        files: text of one's own instead.
+        files: the user's text files, instead of generated texts.
         steps: of training.
-        tokens_per_second: in which the model was seen to write texts; 0 with files.
-        flops_per_second: at which it was seen to read, in ``precision``.
+        tokens_per_second: measured generation speed; 0 with files.
+        flops_per_second: measured FLOP/s of the forward pass in ``precision``.
         weights: of the model.
         head_weights: of the module.
         overrides: further settings of training, as typed.
@@ -84,7 +84,7 @@ class Plan:
     chat: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """What a person is told before it starts."""
+        """The plan in sentences, printed before training."""
         yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
         many = "one sequential module" if self.depth == 1 else f"{self.depth} sequential modules"
         yield f"head       {many} of {self.head_weights / 1e6:,.1f} M weights"
@@ -115,8 +115,7 @@ class Plan:
     def train(self) -> list[str]:
         """The overrides of train.py."""
         if self.files:
-            listed = ",".join(f"'{file}'" for file in self.files)
-            data = ["data=text", f"data.paths=[{listed}]"]
+            data = ["data=text", f"data.paths=[{','.join(map(quoted, self.files))}]"]
         else:
             data = [
                 "data=self_generated",
@@ -180,7 +179,8 @@ def plan(
             f"{path} is a run of this project: write it as a folder by mtp-lightning export "
             f"checkpoint={path} output=FOLDER depth=0, and give that folder."
         )
-    run = open_model(path)
+    device = pick_accelerator("auto")
+    run = open_model(path, device=device)
     mtp = run.model.config.mtp
     if further and not isinstance(mtp, SequentialConfig):
         raise UserError(f"{path} has heads of mtp={mtp.variant}, which are not trained on here.")
@@ -193,8 +193,9 @@ def plan(
     trunk = run.model.config.trunk
     depth = max(mtp.depth, 1)
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
-    on_cpu = pick_accelerator("auto") == "cpu"
-    precision, speed = "32-true" if on_cpu else "auto", _reads(run, window)
+    on_cpu = device == "cpu"
+    # On a GPU, precision=auto is bf16-mixed.
+    precision, speed = "32-true" if on_cpu else "auto", _reads(run, window, half=not on_cpu)
     # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
     if on_cpu and (half := _reads(run, window, half=True)) > speed:
         precision, speed = "bf16-mixed", half
@@ -263,13 +264,14 @@ def _switches(mtp: MTPConfig) -> list[str]:
 def _reads(run: OpenedModel, window: int, *, half: bool = False) -> float:
     """FLOP/s of reading windows, in fp32 or in bf16."""
     depth = run.model.depth
-    tokens = torch.zeros(_BATCH, window + depth + 1, dtype=torch.long)
+    device = run.model.head.weight.device
+    tokens = torch.zeros(_BATCH, window + depth + 1, dtype=torch.long, device=device)
     windows = WindowBatch(tokens, depth)
     flops = forward_flops(run.model.config, window) * _BATCH
 
     @torch.no_grad()
     def read() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             run.model.head(run.model(windows)[0])
 
     return flops / _seconds(read)
@@ -291,10 +293,13 @@ def _writes(run: OpenedModel) -> float:
 
 def _seconds(work: Callable[[], None]) -> float:
     """The median of three calls after a first one."""
-    work()
-    found = []
-    for _ in range(3):
+
+    def once() -> float:
         began = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
-    return sorted(found)[1]
+        if torch.cuda.is_available():  # a GPU still works when the call returns
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    return sorted(once() for _ in range(3))[1]

@@ -34,7 +34,7 @@ _SAID = {
 }
 # Standard errors by which one choice must beat another on the positions where the two differ.
 _ERRORS = 3.0
-# How far above the share of a single token agreement must be for layers of any use.
+# Useful layers agree with the trunk more often than its most common token would, by this share.
 ABOVE = 0.02
 Convention = tuple[str, str]
 

@@ -5,10 +5,12 @@ It works on every folder that can be imported, whoever wrote it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mtp_lightning.cli import Parser, readable_errors
 
 
-def check(path: str) -> None:
+def check(path: Path) -> None:
     """Loads a folder with both, compares them, and prints the results.
 
     Raises:
@@ -17,16 +19,17 @@ def check(path: str) -> None:
     """
     from mtp_lightning.interop import heads
     from mtp_lightning.interop.config_json import STANDS_FOR
-    from mtp_lightning.interop.reading import read_folder
+    from mtp_lightning.interop.reading import describe
     from mtp_lightning.interop.transformers_model import one_line
     from mtp_lightning.interop.verify import check_with_transformers
+    from mtp_lightning.opening import build_model
 
-    folder = read_folder(path)
-    depth = 0 if heads.is_there(folder.path) else folder.config.mtp.depth
-    if depth and folder.fields["model_type"] not in STANDS_FOR:
-        line = one_line(folder.fields["model_type"], folder.config.trunk.n_layers, depth)
+    fields, config, weights = describe(path)
+    depth = 0 if heads.is_there(path) else config.mtp.depth
+    if depth and fields["model_type"] not in STANDS_FOR:
+        line = one_line(fields["model_type"], config.trunk.n_layers, depth)
         print(f"{depth} MTP layer(s). What transformers needs before it loads them:\n\n  {line}\n")
-    for found in check_with_transformers(folder.path, folder.build()):
+    for found in check_with_transformers(path, build_model(config, weights, source=str(path))):
         print(f"  {found}")
     print("all equal")
 
@@ -34,7 +37,7 @@ def check(path: str) -> None:
 def main() -> None:
     """The command."""
     parser = Parser(prog="python -m mtp_lightning.interop.check", description=__doc__)
-    parser.add_argument("folder", help="a folder with config.json and safetensors")
+    parser.add_argument("folder", type=Path, help="a folder with config.json and safetensors")
     with readable_errors():
         check(parser.parse_args().folder)
 

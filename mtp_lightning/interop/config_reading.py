@@ -7,7 +7,8 @@ refused by its name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mtp_lightning.errors import UserError
@@ -38,8 +39,22 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
         )
     if "auto_map" in fields:
         log.warning("%s names its own code (auto_map), which is not executed.", source)
-    _refuse_other_maths(fields, kind, source)
-    _rope(fields, source)
+    with _explained(source):
+        _refuse_other_maths(fields, kind, source)
+        _rope(fields, source)
+        declared_depth(fields)
+        max_positions(fields)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Names the file if a value in it is of another type than its field."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{source} has a value that its field cannot have: {error}") from error
 
 
 def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
@@ -53,6 +68,15 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     Raises:
         UserError: for a missing field, or sizes that do not match.
     """
+    with _explained(source):
+        shape = _shape(fields, depth, source)
+    try:
+        return TrunkConfig(**shape)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source} describes no model that can be built: {error}") from error
+
+
+def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]:
     kind = fields["model_type"]
     theta, scaling = _rope(fields, source)
 
@@ -70,9 +94,9 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         "d_ff": need("intermediate_size"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "norm_eps": float(_given(fields, "rms_norm_eps", 1e-6)),
         "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
-        "init_std": float(fields.get("initializer_range", 0.02)),
+        "init_std": float(_given(fields, "initializer_range", 0.02)),
     }
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
@@ -98,15 +122,17 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
                 "qkv_bias": bool(fields.get("attention_bias", False)),
                 "d_rope": None if turned == d_head else turned,
             }
-    try:
-        return TrunkConfig(**shape)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{source} describes no model that can be built: {error}") from error
+    return shape
 
 
 def declared_depth(fields: Mapping[str, Any]) -> int:
     """MTP layers that a ``config.json`` declares; their tensors may be missing."""
     return max(int(fields.get(name) or 0) for name in _DEPTHS)
+
+
+def max_positions(fields: Mapping[str, Any]) -> int:
+    """The context in tokens that a ``config.json`` promises."""
+    return int(fields.get("max_position_embeddings") or 2048)
 
 
 def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -116,7 +142,7 @@ def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
 def _deepseek_shape(
     fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
 ) -> dict[str, Any]:
-    eps = float(fields.get("rms_norm_eps", 1e-6))
+    eps = float(_given(fields, "rms_norm_eps", 1e-6))
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
         "attention": {

@@ -34,7 +34,7 @@ from mtp_lightning.interop.agreement import (
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix, weight_map
 from mtp_lightning.interop.parts import Part
-from mtp_lightning.interop.reading import CONFIG, contents, read_folder, stack_of
+from mtp_lightning.interop.reading import CONFIG, contents, describe, stack_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -238,7 +238,8 @@ def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[bool, str]:
 
 def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Examines heads in this project's file, which describe themselves."""
-    model = read_folder(path).build()
+    _, config, weights = describe(path)
+    model = build_model(config, weights, source=str(path))
     prompts = prompts_of(model, _tokenizer(path, model))
     acceptance = _accepted(model, prompts, new_tokens)
     texts = own_texts(model, prompts, new_tokens)

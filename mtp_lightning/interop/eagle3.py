@@ -11,7 +11,6 @@ before a state; for SGLang (``eagle_config``), the index of the last block befor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import rope_type
 from mtp_lightning.interop.names import from_folder, pieces
-from mtp_lightning.interop.parts import Held, Part, equal
+from mtp_lightning.interop.parts import Part, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -93,12 +92,8 @@ def write(
 ) -> None:
     """Write the folder inside the trunk's; arguments as of ``heads.write``, for a config that
     :func:`fits`."""
-    (folder / FOLDER).mkdir()
     fields = _fields(config, dtype, max_positions=max_positions)
-    text = json.dumps(fields, indent=2) + "\n"
-    (folder / FOLDER / _CONFIG).write_text(text, encoding="utf-8")
-    content = layer_tensors(config, weights, dtype)
-    tensor_files.write(folder / FOLDER / _WEIGHTS, content, {"format": "pt"})
+    tensor_files.write_folder(folder / FOLDER, fields, layer_tensors(config, weights, dtype))
 
 
 def layer_tensors(
@@ -114,7 +109,7 @@ def layer_tensors(
 
 def read(
     folder: Path, trunk: TrunkConfig, embedding: Part | None, *, allow: Collection[str] = ()
-) -> tuple[MTPConfig, dict[str, Stored]]:
+) -> tuple[MTPConfig, dict[str, Stored | Tensor]]:
     """The stack and its weights, by the model's own names; arguments as of ``heads.read``.
 
     Raises:
@@ -149,7 +144,7 @@ def read(
             raise UserError(f"d2t in {source} is not a table of {rows:,} whole numbers.")
         tokens = tokens + offsets.read()
     weights = from_folder(_weight_map(config), tensors, source=source)
-    return mtp, {**weights, _TOKENS: Held(tokens)}
+    return mtp, {**weights, _TOKENS: tokens}
 
 
 def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> dict[str, Any]:

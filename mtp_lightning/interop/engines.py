@@ -1,4 +1,4 @@
-"""Which programs read the MTP modules of an export, and which would drop them without a word.
+"""Which programs read the MTP modules of an export, and which silently ignore them.
 
 Said by ``export.py`` and by the model card. The sources are the loaders as of 2026-10: llama.cpp's
 ``conversion/``, vLLM's and SGLang's ``deepseek_v2.py``. Only transformers and llama.cpp are tried
@@ -52,14 +52,14 @@ def of_folder(model_type: str, depth: int, *, extra: str) -> Iterator[str]:
         return
     yield (
         f"vLLM and SGLang have loaders for {name}'s MTP layers, which is this layout; neither was "
-        "tried. Both drop the layers without a word unless a server is started with them (vLLM: "
+        "tried. Both silently ignore the layers unless a server is started with them (vLLM: "
         '`--speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'`, SGLang: '
         "`--speculative-algorithm EAGLE`)."
     )
     if depth > 1:
         yield f"SGLang reads one MTP layer and refuses a folder of {depth}."
     if model_type == "deepseek_v3":
-        yield f"llama.cpp's converter drops DeepSeek-V3's MTP layers without a word: {_INSTEAD}."
+        yield f"llama.cpp's converter silently ignores DeepSeek-V3's MTP layers: {_INSTEAD}."
     elif depth > 1:
         yield f"llama.cpp drafts with one MTP layer of GLM-4.5's, not with {depth}: {_INSTEAD}."
 

@@ -69,11 +69,9 @@ def export(cfg: Any) -> Path:
     if cfg.verify and not as_file:
         import_transformers()  # before anything is written
     run = open_model(cfg.checkpoint, allow=cfg.allow)
-    if run.model.config.mtp.answers_at_once:
-        raise UserError(
-            f"a model of mtp={run.model.config.mtp.variant} gives its answers without reading them "
-            "token by token, as no other program would ask it: it cannot be exported."
-        )
+    mtp = run.model.config.mtp
+    if why := mtp.export_obstacle():
+        raise UserError(f"a model of mtp={mtp.variant} {why}: it cannot be exported.")
     model = run.model
     if apart:
         speculators.kind(model.config)  # refuses before anything is written
@@ -82,7 +80,7 @@ def export(cfg: Any) -> Path:
     elif not model.config.mtp.predicts_tokens:
         model = _trunk_alone(model)
         print(
-            f"mtp={run.model.config.mtp.variant} shaped the trunk in training and is of no use "
+            f"mtp={mtp.variant} shaped the trunk in training and is of no use "
             "without it: the trunk is exported alone."
         )
     whole = target.resolve()

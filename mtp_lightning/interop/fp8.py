@@ -71,7 +71,10 @@ def dequantize(tensors: dict[str, Part], block: tuple[int, int], *, source: str)
         scale = tensors.pop(name)
         if own not in tensors:
             raise UserError(f"{name} in {source} scales {own}, which is not there.")
-        rows, columns = tensors[own].shape
+        shape = tensors[own].shape
+        if len(shape) != 2:
+            raise UserError(f"{name} in {source} scales {own}, which is not a matrix.")
+        rows, columns = shape
         wanted = (-(-rows // block[0]), -(-columns // block[1]))
         if tuple(scale.shape) != wanted:
             raise UserError(

@@ -23,7 +23,7 @@ _SLAB = 1 << 20
 
 @dataclass(frozen=True)
 class KQuant:
-    """Where a super-block of 256 numbers has what; slices of its bytes.
+    """Byte ranges of the fields of a K-quant super-block of 256 weights.
 
     Attributes:
         bits: of q.
@@ -54,8 +54,8 @@ class Blocks(Part):
 
     Attributes:
         file: the file.
-        held: where it is: the file's tensor, its entry in the layout, and the tensor's place in the
-            entry, None where it is all of it. Two of them hold its two halves.
+        held: the file's tensor, its entry in the layout, and its index if the file's tensor stacks
+            several, else None. Two entries hold the key and value halves of kv_b_proj.
         size: its shape.
     """
 

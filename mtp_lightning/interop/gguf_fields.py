@@ -19,7 +19,7 @@ TRUNK = "mtp_lightning.trunk"
 # The spread of new modules' matrices, which llama.cpp has no key for.
 SPREAD = "mtp_lightning.initializer_range"
 _SOFTMAX, _SIGMOID = 1, 2
-# Keys whose values may be no whole numbers.
+# Keys whose values may be fractional.
 _DECIMAL = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "expert_weights_scale")
 Value = int | float | bool
 

@@ -18,13 +18,12 @@ from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
 from mtp_lightning.interop.gguf_layout import Entry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header, read_header
-from mtp_lightning.interop.names import require_fitting
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
-from mtp_lightning.opening import pretrained_state
+from mtp_lightning.opening import pretrained_state, require_fitting
 from mtp_lightning.stored import brief
 
 log = logging.getLogger(__name__)

@@ -79,7 +79,7 @@ def read(
     embedding: Part | None = None,
     *,
     allow: Collection[str] = (),
-) -> tuple[MTPConfig, Mapping[str, Stored]]:
+) -> tuple[MTPConfig, Mapping[str, Stored | Tensor]]:
     """The stack and its weights.
 
     Args:

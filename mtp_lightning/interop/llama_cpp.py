@@ -25,8 +25,8 @@ from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
 
 PROMPTS, _PROMPT, _NEW = 16, 8, 32
-# What log-probabilities may differ by on average, as a share of the logits' spread: llama.cpp
-# rounds the inputs of a product as its weights. Single ones differ more, where experts change.
+# Allowed mean difference of log-probabilities, relative to the standard deviation of the logits.
+# llama.cpp rounds activations to the weights' type, and a rounding may change a token's experts.
 _ALLOWED = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.05, "q8_0": 0.1}
 # Shares of accepted drafts may differ by this, where the arithmetic is the same.
 _ACCEPTANCE = 0.01

@@ -15,7 +15,7 @@ first.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -30,8 +30,8 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.nn.weight_map import MappedWeight, Shape, renamed
-from mtp_lightning.opening import Stored
+from mtp_lightning.nn.weight_map import MappedWeight, renamed
+from mtp_lightning.opening import Stored, require_fitting
 
 # This project's names of a module's parts, and the layouts' names.
 _DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
@@ -241,34 +241,3 @@ def from_folder(
         if place.own in (_EMBEDDING, _HEAD):
             single[place.own] = parts[0]
     return weights
-
-
-def require_fitting(
-    needed: Mapping[str, Shape],
-    held: Mapping[str, Shape],
-    *,
-    optional: Collection[str],
-    message: str,
-) -> None:
-    """Refuse tensors that are missing, unknown or of another shape.
-
-    Args:
-        needed: shapes by name.
-        held: the shapes of the tensors that are there.
-        optional: names that may be missing.
-        message: its first words, which name the file.
-
-    Raises:
-        UserError: naming the tensors.
-    """
-    known = {*held, *optional}
-    problems = [f"{name} is missing" for name in needed if name not in known]
-    problems += [
-        f"{name} has the shape {list(held[name])} where {list(shape)} is needed"
-        for name, shape in needed.items()
-        if name in held and held[name] != shape
-    ]
-    problems += [f"{name} is unknown" for name in held if name not in needed]
-    if problems:
-        shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"{message}: {shown}.")

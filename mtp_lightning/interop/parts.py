@@ -34,24 +34,6 @@ class Part(Stored):
 
 
 @dataclass(frozen=True)
-class Held(Part):
-    """A tensor that is already in memory."""
-
-    numbers: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.numbers.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.numbers.dtype
-
-    def read(self) -> Tensor:
-        return self.numbers
-
-
-@dataclass(frozen=True)
 class Assembled(Stored):
     """A tensor of this project, assembled from those of a layout.
 

@@ -6,8 +6,6 @@ Nothing in the folder is executed: no pickled file is opened, no code that it na
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,73 +17,33 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.names import from_folder, mimo_stack, weight_map
 from mtp_lightning.interop.parts import Part
-from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.opening import (
-    Stored,
-    StoredModel,
-    build_model,
-    pretrained_state,
-    require_held,
-)
+from mtp_lightning.opening import Stored, StoredModel, pretrained_state, require_held
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Folder:
-    """A model from elsewhere.
-
-    Attributes:
-        path: the folder, or a GGUF file.
-        fields: the content of its config.json.
-        config: the matching model.
-        stored: its weights by this project's names, unread.
-    """
-
-    path: Path
-    fields: dict[str, Any]
-    config: ModelConfig
-    stored: dict[str, Stored]
-
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """All of :attr:`stored` in memory, float32."""
-        return {name: weight.tensor() for name, weight in self.stored.items()}
-
-    @property
-    def max_positions(self) -> int:
-        """The context that the folder promises."""
-        return int(self.fields.get("max_position_embeddings") or 2048)
-
-    @cached_property
-    def tokenizer_state(self) -> dict[str, Any] | None:
-        """Its tokenizer as plain data; None where it holds no tokenizer.json."""
-        if gguf_file.is_gguf(self.path):
-            return gguf_file.tokenizer_state(self.path)
-        found = (self.path / "tokenizer.json").is_file()
-        return pretrained_state(self.path) if found else None
-
-    def build(self) -> MTPModel:
-        """The model, in evaluation mode, filled one tensor at a time."""
-        return build_model(self.config, self.stored, source=str(self.path))
-
-
-def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
-    """Read the model's description, and where its weights are.
+def describe(
+    path: Path, *, allow: Collection[str] = ()
+) -> tuple[dict[str, Any], ModelConfig, dict[str, Stored | Tensor]]:
+    """Read the description of a model from elsewhere.
 
     Args:
         path: the folder, or a GGUF file, which is dequantized.
         allow: packages whose variants its file of heads may ask for.
 
+    Returns:
+        The content of its config.json, the matching model, and its weights by this project's names,
+        unread.
+
     Raises:
         FileNotFoundError: config.json or a file of weights is missing.
         UserError: a model or tensor that does not fit, pickled or damaged weights.
     """
-    path = Path(path)
     if gguf_file.is_gguf(path):
         fields, config, tensors = gguf_file.read(path)
     else:
@@ -94,33 +52,39 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
         config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
-    weights = from_folder(weight_map(config), tensors, source=str(path))
+    found = from_folder(weight_map(config), tensors, source=str(path))
+    weights: dict[str, Stored | Tensor] = dict(found)
     if heads.is_there(path):
         embedding = tensors["model.embed_tokens.weight"]
         mtp, extra = heads.read(path, config.trunk, embedding, allow=allow)
         config = ModelConfig(trunk=config.trunk, mtp=mtp)
         weights |= extra
         require_held(config, weights, source=str(path))
-    return Folder(path=path, fields=fields, config=config, stored=weights)
+    return fields, config, weights
 
 
 def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
     """The reader of folders and GGUF files, see :func:`~mtp_lightning.opening.open_model`;
-    arguments and errors as :func:`read_folder`."""
-    folder = read_folder(path, allow=allow)
+    arguments and errors as :func:`describe`."""
+    fields, config, weights = describe(path, allow=allow)
+    state = None
+    if gguf_file.is_gguf(path):
+        state = gguf_file.tokenizer_state(path)
+    elif (path / "tokenizer.json").is_file():
+        state = pretrained_state(path)
     return StoredModel(
-        path=folder.path,
-        config=folder.config,
-        weights=folder.stored,
-        tokenizer_state=folder.tokenizer_state,
+        path=path,
+        config=config,
+        weights=weights,
+        tokenizer_state=state,
         brings_trunk=True,
-        run_config={"data": {"seq_len": folder.max_positions}},
+        run_config={"data": {"seq_len": config_reading.max_positions(fields)}},
     )
 
 
 def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     """The fields of a folder's config.json, whose kind of model is known here, and its tensors,
-    unread; errors as :func:`read_folder`."""
+    unread; errors as :func:`describe`."""
     source, fields = str(folder / CONFIG), read_json(folder / CONFIG)
     config_reading.require_known(fields, source=source)
     return fields, parts_of(folder, block=fp8.block_size(fields, source=source))

@@ -10,7 +10,6 @@ layer, on the layers of Llama, with a head of its own and a copy of the trunk's 
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,18 +116,18 @@ def write(
         dtype: dtype of the weights.
         stated: ``max_positions`` and ``eot_id`` of :func:`config_json.to_json`.
     """
-    (folder / FOLDER).mkdir()
-    fields = _fields(model.config, str(verifier), dtype, **stated)
-    (folder / FOLDER / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     content = tensors(model, dtype)
-    tensor_files.write(folder / FOLDER / WEIGHTS, content, {"format": "pt"})
+    fields = _fields(model.config, str(verifier), dtype, **stated)
+    tensor_files.write_folder(folder / FOLDER, fields, content)
     return sum(tensor.numel() for tensor in content.values() if tensor.is_floating_point())
 
 
 def is_models(folder: Path, model: MTPModel, dtype: torch.dtype) -> bool:
     """Whether the tensors of the folder inside ``folder`` are a model's, each rounded once."""
-    found, wanted = tensor_files.read(folder / FOLDER / WEIGHTS)[0], tensors(model, dtype)
-    return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+    found, wanted = tensor_files.parts(folder / FOLDER / WEIGHTS)[0], tensors(model, dtype)
+    return found.keys() == wanted.keys() and all(
+        torch.equal(found[name].read(), tensor) for name, tensor in wanted.items()
+    )
 
 
 def _fields(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,17 +40,7 @@ class FilePart(Part):
 
 
 def parts(file: Path) -> tuple[dict[str, Part], dict[str, str]]:
-    """The tensors of one file, unread, and its metadata; raises like :func:`read`."""
-    with _opened(file) as content:
-        names = content.keys()
-        found: dict[str, Part] = {
-            name: FilePart(file, name, content.get_tensor(name)) for name in names
-        }
-        return found, content.metadata() or {}
-
-
-def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one file, and its metadata.
+    """The tensors of one file, unread, and its metadata.
 
     Raises:
         UserError: if it is damaged, or the package is missing.
@@ -57,7 +48,10 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with _opened(file) as content:
         names = content.keys()
-        return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+        found: dict[str, Part] = {
+            name: FilePart(file, name, content.get_tensor(name)) for name in names
+        }
+        return found, content.metadata() or {}
 
 
 @contextmanager
@@ -87,6 +81,14 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     file.write_bytes(save(apart, metadata=metadata))
+
+
+def write_folder(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Makes a folder of a ``config.json`` and one file of tensors; errors as :func:`write`."""
+    folder.mkdir()
+    text = json.dumps(fields, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    write(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def _library() -> Any:

@@ -20,10 +20,11 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import in_layers, to_folder
-from mtp_lightning.interop.reading import parts_of, read_folder
+from mtp_lightning.interop.reading import describe, parts_of
 from mtp_lightning.interop.transformers_model import Loaded, import_transformers
 from mtp_lightning.interop.writing import DTYPES, has_extra_file
 from mtp_lightning.model import MTPModel
+from mtp_lightning.opening import Stored, build_model
 
 # Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5
@@ -79,7 +80,7 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     if has_extra_file(model.config):
         wanted |= heads.tensors(weights, DTYPES[dtype])
         _, stored = heads.read(folder, model.config.trunk)
-        found |= {name: part.tensor() for name, part in stored.items()}
+        found |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stored.items()}
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():
@@ -131,14 +132,11 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
             or tokens.
         UserError: if transformers is missing.
     """
-    read = read_folder(folder)
-    extra = heads.is_there(folder)
-    foreign = read.fields["model_type"] in STANDS_FOR and read.config.mtp.depth > 0
-    depth = 0 if extra or foreign else read.config.mtp.depth
-    trunk = read.config.trunk
-    theirs = Loaded(
-        folder, model_type=read.fields["model_type"], n_layers=trunk.n_layers, depth=depth
-    )
+    fields, config, weights = describe(folder)
+    kind, trunk, extra = fields["model_type"], config.trunk, heads.is_there(folder)
+    foreign = kind in STANDS_FOR and config.mtp.depth > 0
+    depth = 0 if extra or foreign else config.mtp.depth
+    theirs = Loaded(folder, model_type=kind, n_layers=trunk.n_layers, depth=depth)
     for what, names in (("is missing", theirs.missing), ("is not expected", theirs.unexpected)):
         if names:
             raise CheckFailed(f"{names[0]} {what} in {folder}, transformers says.")
@@ -161,7 +159,8 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     if foreign:
         yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
-        yield from _check_heads(read.build(), own, tokens, heads.where(model.config))
+        back = build_model(config, weights, source=str(folder))
+        yield from _check_heads(back, own, tokens, heads.where(model.config))
     yield from _check_text(theirs, model, tokens[0, :_PROMPT])
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, heads, tensor_files
 from mtp_lightning.interop.names import adds_weights, has_layout, in_layers, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
@@ -66,11 +65,6 @@ def write_folder(
         OSError: for a full disk, among others.
     """
     config = model.config
-    if config.mtp.rank > 1:
-        raise UserError(
-            f"mtp.rank={config.mtp.rank} makes the next token a mixture of predictions, which no "
-            "Hugging Face layout computes: export a model of mtp.rank=1."
-        )
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     extra = has_extra_file(config)
     laid_out, own = in_layers(config, weights)

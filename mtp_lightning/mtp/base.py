@@ -115,6 +115,11 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
             UserError: naming the setting, the switch of the stack and the remedy.
         """
 
+    def export_obstacle(self) -> str:
+        """Why no other program computes the next token of a model of this stack, after "a model of
+        mtp=NAME "; empty if one can."""
+        return ""
+
     @abstractmethod
     def build(self, trunk: TrunkConfig) -> MTPStack:
         """The stack, with its weights not yet initialized."""
@@ -353,6 +358,13 @@ class MTPStack(nn.Module, ABC):
 
     def initialize_own(self) -> None:
         """Set weights that do not keep their random initialization; called after it."""
+
+    def check_loaded(self, source: str) -> None:
+        """Refuse what no training could have stored, after weights were loaded from ``source``.
+
+        Raises:
+            UserError: naming the source.
+        """
 
     def begin(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None

@@ -59,6 +59,10 @@ class LinearConfig(SideBySideConfig, variant="linear"):
                 "are one mixture and learn together: leave it out, or set mtp.rank=1."
             )
 
+    def export_obstacle(self) -> str:
+        mixed = "predicts the next token by a mixture, which no other program computes"
+        return f"with mtp.rank={self.rank} {mixed}" if self.rank > 1 else ""
+
     def build(self, trunk: TrunkConfig) -> MTPStack:
         return LinearMTP(self, trunk) if self.rank == 1 else JointLinearMTP(self, trunk)
 

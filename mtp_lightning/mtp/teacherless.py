@@ -29,6 +29,9 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
 
     depth: int = 0
 
+    def export_obstacle(self) -> str:
+        return "gives its answers at once, and other programs read a text token by token"
+
     def build(self, trunk: TrunkConfig) -> Teacherless:
         return Teacherless(self)
 

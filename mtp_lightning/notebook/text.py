@@ -48,9 +48,9 @@ class Text:
             text = "".join(piece for piece, _ in group)
             spans.append(_span(text, _DRAFT) if draft else html.escape(text))
         g = self.generation
-        told = f"{g.new_tokens} tokens, {g.tokens_per_second:.0f} a second"
+        told = f"{g.new_tokens} tokens, {g.tokens_per_second:.0f} per second"
         if any(g.accepted_mask):
-            told += f", {g.tokens_per_step:.2f} a verify pass; accepted drafts are underlined"
+            told += f", {g.tokens_per_step:.2f} per verify pass; accepted drafts are underlined"
         return f'<pre style="{_STYLE}">{"".join(spans)}</pre><small>{told}</small>'
 
 

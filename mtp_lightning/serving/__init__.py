@@ -9,13 +9,6 @@ This folder comes off: ``generate.py`` works without it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from mtp_lightning.parts import on_demand
-
-if TYPE_CHECKING:
-    from mtp_lightning.serving.start import serve
-
-__getattr__ = on_demand(__name__)
+from mtp_lightning.serving.start import serve
 
 __all__ = ["serve"]

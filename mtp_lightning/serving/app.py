@@ -252,4 +252,4 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 async def _defect(request: Request, error: Exception) -> Response:
     """The traceback is on the server's standard error."""
-    return JSONResponse(Refusal("The server has a defect.", status=500).body, status_code=500)
+    return JSONResponse(Refusal("Internal server error.", status=500).body, status_code=500)

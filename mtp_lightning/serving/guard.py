@@ -36,7 +36,7 @@ class OwnNames:
         if is_called(host, self._names):
             await self._app(scope, receive, send)
             return
-        told = f"This server is not called {shown(host)}: start it with hosts=[NAME] to allow that."
+        told = f"The Host header {shown(host)} is not allowed: start the server with hosts=[NAME]."
         await JSONResponse(Refusal(told, status=421).body, 421)(scope, receive, send)
 
 

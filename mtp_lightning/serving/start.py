@@ -44,8 +44,9 @@ def serve(cfg: Any) -> None:
     if server.worker.failure is not None:
         raise server.worker.failure
     cut = server.worker.cut
-    told = f"{cut} texts were cut short" if cut else "no text was cut short"
-    raise Stopped(f"ended; {told}.", signal.SIGINT if server.signum is None else server.signum)
+    told = {0: "no text was", 1: "1 text was"}.get(cut, f"{cut} texts were")
+    number = signal.SIGINT if server.signum is None else server.signum
+    raise Stopped(f"ended; {told} cut short.", number)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -64,7 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         told = error.strerror or str(error)
         raise UserError(
-            f"host={host} port={port} cannot be listened at ({told}): give another port= or host=."
+            f"host={host} port={port} is not available ({told}): give another port= or host=."
         ) from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, Measure
+from sweeps.claims.weights import digest_of, last_weights
 from sweeps.report.compare import wait_of
 from sweeps.report.read import Run, read_run
 from sweeps.report.statistics import Wait
@@ -36,7 +37,7 @@ class Seed:
     # FLOPs.
     curve: list[tuple[float, float]] = field(default_factory=list)
     text: str | None = None  # fingerprint of the evaluated text
-    # Digest of the final weights (`interop/weights.py`), where a task was to be solved and they are
+    # Digest of the final weights (`weights.py`), where a task was to be solved and they are
     # kept.
     weights: str | None = None
     commit: str | None = None  # the code's
@@ -101,9 +102,8 @@ def _seed(run: Run, claim: Claim) -> Seed:
         seed.curve = curve_of(run)
     seed.text = run.text.fingerprint
     if seed.waits:
-        from mtp_lightning.interop.weights import digest_of
-
-        seed.weights = digest_of(run.folder)
+        weights = last_weights(run.folder)
+        seed.weights = None if weights is None else digest_of(weights)
     seed.commit, seed.machine = run.fact("git_commit"), run.fact("machine")
     return seed
 

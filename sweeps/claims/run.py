@@ -18,6 +18,7 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
+from sweeps.claims.weights import digest_of, last_weights
 from sweeps.plan import Job, Plan, must_run
 
 
@@ -156,23 +157,27 @@ def write_weights(
         the run keeps no weights; and the number of runs that keep none.
 
     Raises:
-        UserError: an arm does not compose, or the package safetensors is missing.
+        UserError: an arm does not compose.
         OSError: a file cannot be written, for example because the disk is full.
     """
-    from mtp_lightning.interop import weights
+    from safetensors.torch import save_file
 
     lines, gone = [], 0
     for job in jobs(claim, seeds, runs):
         if job.arm not in arms:
             continue
         run, file = runs / job.folder, to / f"{job.arm}_seed-{job.seed}.safetensors"
-        digest = weights.write_weights(run, file)
-        if digest is None:
+        weights = last_weights(run)
+        if weights is None:
             gone += 1
             lines.append(f"{run} has no weights left: delete the folder to train it again")
         else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Copies, since the library refuses tensors that share memory, as tied ones do.
+            apart = {name: tensor.clone() for name, tensor in weights.items()}
+            save_file(apart, file, {"run": run.name})
             known = stored.get(job.arm, {}).get(job.seed)
-            lines.append(f"{file}: {_compared(digest, known)}")
+            lines.append(f"{file}: {_compared(digest_of(weights), known)}")
     return lines, gone
 
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.distributed import liveness
 from mtp_lightning.distributed import rendezvous as module
-from mtp_lightning.distributed.liveness import Pulse, telling_of_lost_peers
+from mtp_lightning.distributed.liveness import Pulse, errors_of_lost_peers
 from mtp_lightning.distributed.rendezvous import Rendezvous, find_peers
 from mtp_lightning.errors import UserError
 
@@ -115,7 +115,7 @@ def test_processes_that_lightning_starts_are_told(
         assert second.told("resume", lambda: "another") is None and not second.leads
         assert parents == [str(os.getpid())], "it ends with the one that has started it"
         monkeypatch.setattr(module, "end_with_starter", lambda: False)
-        with pytest.raises(UserError, match="another process of this run has gone"):
+        with pytest.raises(UserError, match="another process of this run has ended"):
             find_peers()
     assert find_peers().told("resume", lambda: "another") == "another"
 
@@ -163,10 +163,10 @@ def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
     second = Rendezvous(1, 2, local_rank=1, store=store)
     del first
-    with pytest.raises(UserError, match="another process of this run has gone"):
+    with pytest.raises(UserError, match="another process of this run has ended"):
         second.told("run_dir", lambda: None)  # before there is a folder
-    gone = pytest.raises(UserError, match="another process of this run has gone")
-    with gone, telling_of_lost_peers(tmp_path):
+    gone = pytest.raises(UserError, match="another process of this run has ended")
+    with gone, errors_of_lost_peers(tmp_path):
         second.told("resume", lambda: None)
 
 
@@ -182,7 +182,7 @@ def test_only_what_says_so_is_taken_for_a_lost_process(
     tmp_path: Path, error: RuntimeError, is_told: bool
 ) -> None:
     raised = pytest.raises(UserError if is_told else RuntimeError)
-    with raised as found, telling_of_lost_peers(tmp_path):
+    with raised as found, errors_of_lost_peers(tmp_path):
         raise error
     assert isinstance(found.value, UserError) == is_told
     assert str(error) in str(found.value)
@@ -218,7 +218,7 @@ def test_one_that_shows_no_sign_of_life_is_not_waited_for(how: str, impatient: N
     if how == "lives":
         assert first._get("late") == "come" and not said
     elif how == "dies":
-        with pytest.raises(UserError, match="gone .*process 1 has shown no sign of life"):
+        with pytest.raises(UserError, match="ended .*process 1 has shown no sign of life"):
             first._get("late")
     else:
         time.sleep(2.5)
@@ -230,7 +230,7 @@ def test_one_that_shows_no_sign_of_life_is_not_waited_for(how: str, impatient: N
 def test_one_that_does_not_come_is_named_while_it_is_waited_for(impatient: None) -> None:
     store, said = dist.HashStore(), []
     first = with_pulse(0, store, said)
-    with pytest.raises(UserError, match="gone .*process 1 has not come in"):
+    with pytest.raises(UserError, match="ended .*process 1 has not come in"):
         first._get("late")
     (line,) = said
     assert line.startswith("waiting for process 1 of 2, which has not come")
@@ -243,7 +243,7 @@ def test_a_first_process_that_does_not_come_is_named(
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         with caplog.at_level(logging.WARNING):
-            with pytest.raises(UserError, match=f"gone .*no answer from 127.0.0.1:{port}"):
+            with pytest.raises(UserError, match=f"ended .*no answer from 127.0.0.1:{port}"):
                 module._reach("127.0.0.1", port)
             assert caplog.text.count("waiting for process 0 at 127.0.0.1") == 1
             threading.Timer(0.5, taken.listen).start()

@@ -143,6 +143,24 @@ def test_a_stopped_build_continues_after_its_last_text(
     assert not list((tmp_path / "own" / "texts").iterdir())
 
 
+def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> None:
+    file = tmp_path / "texts"
+    KeptTexts(file).add("texts", 0, [1, 2])
+    before = file.stat()
+    KeptTexts(file)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    for half in ('["texts", 1', "half"):
+        with file.open("a") as kept:
+            kept.write(half)
+        damaged = file.stat()
+        again = KeptTexts(file)
+        assert again.of("texts") == {0: [1, 2]} and file.stat().st_size == before.st_size
+        assert file.stat().st_ino != damaged.st_ino, "replaced as a whole"
+    file.write_text("half")
+    KeptTexts(file).add("texts", 3, [4])
+    assert KeptTexts(file).of("texts") == {3: [4]}
+
+
 def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Path) -> None:
     first = corpus(base, tmp_path)
     # What decides nothing: the order of training, windows, how many are decoded together.

@@ -118,7 +118,7 @@ def test_a_text_in_a_line() -> None:
         accepted_mask=[True] * 43 + [False] * 37,
         drafts=72,
     )
-    assert told(done) == "80 tokens in 37 passes, 2.16 a pass; 43 drafts accepted of 72"
+    assert told(done) == "80 tokens in 37 passes, 2.16 per pass; 43 drafts accepted of 72"
     plain = replace(done, new_tokens=1, verify_passes=0, drafts=0)
     assert told(plain) == "1 token in 1 pass"
     assert ends_at_once(done) is None
@@ -164,7 +164,7 @@ def test_what_generate_says_at_the_end(
     asked(prompt="ab", show_drafts=True)
     said = capsys.readouterr()
     assert "\x1b[32;9m" in said.out and "struck through" in said.err
-    assert re.search(r"\n20 tokens in \d+ pass(es)?, .* a pass; \d+ drafts? accepted", said.err)
+    assert re.search(r"\n20 tokens in \d+ pass(es)?, .* per pass; \d+ drafts? accepted", said.err)
     first = generate(generating.open_model("x").model, [list(b"ab")], max_new_tokens=1, eot_id=-1)[
         0
     ].token_ids[0]

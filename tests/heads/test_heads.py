@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning
 from mtp_lightning.heads.__main__ import PLAN, main
+from mtp_lightning.literal import literal
+from mtp_lightning.opening import open_model
 from tests.heads.conftest import Refused
 from tests.integration import helpers
 from tests.interop import folders
@@ -50,8 +53,11 @@ def test_the_hours_are_divided(
     assert "objective.draft_vocab=16" in short.train() and short.texts == one.texts
     assert short.steps > one.steps, "a step takes less"
     assert "on the first 16 tokens alone" in "\n".join(short.lines())
-    mine = planning.plan(model, hours=1.0, files=["/a b"], overrides=["optimizer.lr=0.1"])
-    assert mine.texts == 0 and "data.paths=['/a b']" in mine.train()
+    texts = ["/a b", "/it's ${x}.txt"]
+    mine = planning.plan(model, hours=1.0, files=texts, overrides=["optimizer.lr=0.1"])
+    (paths,) = (word for word in mine.train() if word.startswith("data.paths="))
+    cfg = helpers.composed("config", literal(["data=text", paths]))
+    assert mine.texts == 0 and list(cfg.data.paths) == texts
     assert mine.train()[-1] == "optimizer.lr=0.1"
     with pytest.raises(UserError, match="--hours=1e-06 holds 0 steps"):
         planning.plan(model, hours=1e-6, files=[], overrides=[])
@@ -59,6 +65,27 @@ def test_the_hours_are_divided(
     said = capsys.readouterr().out
     assert "texts that the model writes itself and then reads, about 27 minutes at 1,000" in said
     assert not Path("hub_heads").exists()
+
+
+def test_the_model_is_measured_where_it_is_trained(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+
+    def opened(path: Path, *, device: str) -> Any:
+        used.append(device)
+        return open_model(path)
+
+    def reads(run: Any, window: int, half: bool = False) -> float:
+        used.append(half)
+        return 1e8
+
+    monkeypatch.setattr(planning, "open_model", opened)
+    monkeypatch.setattr(planning, "_reads", reads)
+    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cuda")
+    found = planning.plan(model, hours=1.0, files=[], overrides=[])
+    assert used == ["cuda", True] and found.precision == "auto"
 
 
 def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog
             for row in read_metrics(run / "metrics.csv")
         ]
         states[precision] = checkpoints.load(find_checkpoint(run))["state_dict"]
-    said = "are rounded to bf16: the model is what the rounded numbers say" in caplog.text
+    said = "are rounded to bf16: the model uses the rounded values" in caplog.text
     assert said == (name == "llama")
     assert rows["bf16-mixed"] == rows["bf16-true"] and len(rows["bf16-true"]) >= 4
     for key, weight in states["bf16-mixed"].items():

@@ -197,7 +197,7 @@ def test_one_that_dies_before_they_have_met_is_told_of(
     os.kill(_wait_for_child(process), signal.SIGKILL)
     assert process.wait(30) == 1
     log = (tmp_path / "log").read_text()
-    assert log.count("error: another process of this run has gone") == 1 and "Traceback" not in log
+    assert log.count("error: another process of this run has ended") == 1 and "Traceback" not in log
     assert "process 1 was ended by signal 9" in log and f"run_dir={run}" in log
     assert not run.exists()
 
@@ -240,7 +240,7 @@ def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(
         store.set(f"{name} by 1", " ")
     assert process.wait(60) == 1
     text = (tmp_path / "log").read_text()
-    assert text.count("error: another process of this run has gone") == 1, text
+    assert text.count("error: another process of this run has ended") == 1, text
     assert "process 1 has shown no sign of life for 20 s" in text and "Traceback" not in text
     assert not run.exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.exporting import export
-from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE
+from mtp_lightning.interop.reading import CONFIG, INDEX, SINGLE, describe
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -23,6 +24,7 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.rope import RopeScaling, YarnScaling
+from mtp_lightning.opening import Stored, build_model
 from tests import deepseek, models
 from tests.integration.helpers import CONF
 
@@ -83,6 +85,27 @@ def write(folder: Path, model: MTPModel, **changes: Any) -> Contents:
     return write_folder(folder, model, ByteTokenizer(), **options)
 
 
+@dataclass(frozen=True)
+class Folder:
+    """What is read of a folder or a GGUF file: its fields, and a model."""
+
+    fields: dict[str, Any]
+    config: ModelConfig
+    stored: dict[str, Stored | torch.Tensor]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        stored = self.stored.items()
+        return {name: w.tensor() if isinstance(w, Stored) else w for name, w in stored}
+
+    def build(self) -> MTPModel:
+        return build_model(self.config, self.stored, source="the folder")
+
+
+def read_folder(path: Path) -> Folder:
+    return Folder(*describe(path))
+
+
 def trained(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:
     """A random model; a head over a part of the vocabulary has chosen its tokens."""
     model = models.build(trunk, mtp).eval()
@@ -111,11 +134,15 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
 
 
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    return {name: part.read() for name, part in tensor_files.parts(file)[0].items()}
+
+
 def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """All shards into one file without an index, with a change to the tensors."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("model-*.safetensors")):
-        tensors |= tensor_files.read(file)[0]
+        tensors |= tensors_of(file)
         file.unlink()
     (folder / INDEX).unlink()
     change(tensors)
@@ -124,7 +151,7 @@ def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config.json and the tensors of a folder of one file."""
-    return json.loads((folder / CONFIG).read_text()), tensor_files.read(folder / SINGLE)[0]
+    return json.loads((folder / CONFIG).read_text()), tensors_of(folder / SINGLE)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -16,11 +16,12 @@ from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, heads, tensor_files
-from mtp_lightning.interop.reading import SINGLE, read_folder
+from mtp_lightning.interop.reading import SINGLE
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.opening import open_model
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 VOCAB, DEPTH = folders.ROWS, 3
 

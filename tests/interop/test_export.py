@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 import torch
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, exporting, writing
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.teacherless import TeacherlessConfig
 from mtp_lightning.opening import open_model
-from tests import deepseek
+from tests import deepseek, models
 from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 # transformers imports optional packages that warn; none of that is this project's.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -71,7 +76,7 @@ def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = (tmp_path / "out" / card.FILE).read_text()
     said = capsys.readouterr().out
     assert "NOT VERIFIED" in said
-    for part in ("llama.cpp's converter drops DeepSeek-V3's MTP layers without a word",
+    for part in ("llama.cpp's converter silently ignores DeepSeek-V3's MTP layers",
                  "SGLang reads one MTP layer and refuses a folder of 2"):  # fmt: skip
         assert part in text and part in said
     folders.export_run(base / "dense", tmp_path / "llama", verify=False)
@@ -220,6 +225,23 @@ def test_options_out_of_range(
     with pytest.raises(ValueError, match=message):
         folders.export_run(base / "dense", tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("output", "depth"), [("out", None), ("out", 0), ("out.gguf", None)])
+@pytest.mark.parametrize(
+    ("mtp", "why"),
+    [(LinearConfig(depth=1, rank=2), "mtp.rank=2"), (TeacherlessConfig(), "answers at once")],
+)
+def test_a_model_whose_next_token_no_program_computes(
+    base: Path, output: str, depth: int | None, mtp: MTPConfig, why: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run = open_model(base / "dense")
+    other = replace(run, model=models.build(run.model.config.trunk, mtp).eval())
+    monkeypatch.setattr(exporting, "open_model", lambda path, allow: other)
+    with pytest.raises(UserError, match=f"{why}.*: it cannot be exported"):
+        folders.export_run(base / "dense", tmp_path / output, depth=depth, verify=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_is_in_use(base: Path, tmp_path: Path) -> None:

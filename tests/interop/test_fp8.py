@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mtp_lightning.interop.fp8 import scaled
-from mtp_lightning.interop.reading import read_folder
 from tests import deepseek
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 BLOCK = (8, 8)
 
@@ -80,6 +80,8 @@ def test_a_folder_is_dequantised_and_says_so(
         (lambda t: t.pop("model.layers.0.mlp.up_proj.weight"), "which is not there"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(3, 3)}),
          r"has the shape \[3, 3\] where \[6, 4\] is needed"),
+        (lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(1)}),
+         "scales model.norm.weight, which is not a matrix"),
     ],
 )  # fmt: skip
 def test_scales_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> None:

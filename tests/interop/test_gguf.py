@@ -23,13 +23,13 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.interop import gguf_blocks, gguf_file, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import fetch_smollm2
 from tests.interop import folders
+from tests.interop.folders import read_folder
 from tests.interop.gguf_files import (
     MARKS,
     SPECIALS,

@@ -21,7 +21,6 @@ from mtp_lightning.interop import gguf_file, gguf_tokenizer, gguf_verify, llama_
 from mtp_lightning.interop.gguf_layout import layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
@@ -29,6 +28,7 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek, models
 from tests.interop import folders
+from tests.interop.folders import read_folder
 from tests.interop.gguf_files import MARKS, gguf, loaded
 
 pytestmark = MARKS

@@ -24,7 +24,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from mtp_lightning.experiment import samples
-from mtp_lightning.interop.reading import read_folder
+from tests.interop.folders import read_folder
 from tests.integration import helpers
 from tests import closed_forms
 

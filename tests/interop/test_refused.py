@@ -15,10 +15,11 @@ import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads, tensor_files
-from mtp_lightning.interop.reading import INDEX, read_folder
+from mtp_lightning.interop.reading import INDEX
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 
 @pytest.fixture
@@ -50,6 +51,36 @@ def test_other_arithmetic_is_named(llama: Path, changes: dict[str, Any]) -> None
     folders.change_config(llama, **changes)
     with pytest.raises(UserError, match=next(iter(changes))):
         read_folder(llama)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": "x"},
+        {"initializer_range": []},
+        {"num_nextn_predict_layers": "x"},
+        {"max_position_embeddings": "x"},
+        {"rope_scaling": [1]},
+        {"rope_theta": "x", "rope_parameters": None},
+        {"rope_theta": 10**400, "rope_parameters": None},
+        {"layer_types": 3},
+        {"num_attention_heads": 0, "head_dim": None},
+    ],
+)
+def test_a_value_of_another_type_is_told_in_one_sentence(
+    llama: Path, changes: dict[str, Any]
+) -> None:
+    folders.change_config(llama, **changes)
+    with pytest.raises(UserError, match=r"config\.json "):
+        read_folder(llama)
+
+
+def test_null_is_the_default(llama: Path) -> None:
+    fields = json.loads((llama / "config.json").read_text())
+    nothing = dict.fromkeys(("rms_norm_eps", "initializer_range"))
+    (llama / "config.json").write_text(json.dumps(fields | nothing))
+    trunk = read_folder(llama).config.trunk
+    assert (trunk.norm_eps, trunk.init_std) == (1e-6, 0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

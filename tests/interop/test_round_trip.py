@@ -14,7 +14,6 @@ from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
-from mtp_lightning.interop.reading import Folder, read_folder
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -22,6 +21,7 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from tests import deepseek
 from tests.interop import folders
+from tests.interop.folders import Folder, read_folder
 
 
 def round_trip(
@@ -42,7 +42,11 @@ def round_trip(
     if dtype == "float32":
         for found, wanted in zip(folders.logits(built), folders.logits(model), strict=True):
             torch.testing.assert_close(found, wanted, rtol=apart, atol=apart)
-    options = {"dtype": dtype, "max_positions": folder.max_positions, "shard_bytes": 20_000}
+    options = {
+        "dtype": dtype,
+        "max_positions": folder.fields["max_position_embeddings"],
+        "shard_bytes": 20_000,
+    }
     write_folder(path / "two", built, PretrainedTokenizer(str(path / "one")), **options)
     assert folders.files(path / "one") == folders.files(path / "two")
     return contents, folder

@@ -19,13 +19,13 @@ from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import command_line
 from mtp_lightning.experiment.generating import generate_text
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.folders import read_folder
 
 # The folder brings these; a run need not name them.
 WITHOUT: dict[str, Any] = dict.fromkeys(

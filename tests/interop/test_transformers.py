@@ -13,7 +13,6 @@ from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.interop import check, tensor_files
 from mtp_lightning.interop.names import weight_map
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
     CheckFailed,
@@ -27,6 +26,7 @@ from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
+from tests.interop.folders import read_folder
 from tests.interop.theirs import THEIRS, THERE, make, transformers
 
 pytestmark = [
@@ -115,7 +115,7 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
     index_file = folder / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     file = folder / index["weight_map"][name]
-    tensors, metadata = tensor_files.read(file)
+    tensors, (_, metadata) = folders.tensors_of(file), tensor_files.parts(file)
     if value is None:
         del tensors[name], index["weight_map"][name]
         index_file.write_text(json.dumps(index))
@@ -183,7 +183,7 @@ def test_check_shows_the_line_and_what_was_found(
 ) -> None:
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
     folders.write(tmp_path / "one", model)
-    check.check(str(tmp_path / "one"))
+    check.check(tmp_path / "one")
     shown = capsys.readouterr().out
     assert one_line("deepseek_v3", 3, 1) in shown and "use_mtp=True" in shown
     assert shown.endswith("all equal\n")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from data_modules.tokenizers import ByteTokenizer
-from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.opening import open_model
 from tests.integration.helpers import ROOT, execute
+from tests.interop.folders import read_folder
 from tests.interop.theirs import THERE, make
 
 pytestmark = [pytest.mark.extras, pytest.mark.skipif(not THERE, reason="pip install -e '.[hf]'")]

@@ -245,7 +245,9 @@ def test_configs_compose_to_the_variants_defaults_and_round_trip(
     counted = {"weights": "idf"} if variant == "bag" else {}  # null: by the data
     mtp = instantiate(cfg.mtp, **counted)
     kind = MTPConfig.find(variant)
-    assert mtp == (kind() if variant in FIXED_DEPTH else kind(depth=2)), "YAML and class disagree"
+    depth = 3 if variant == "eagle" else 2
+    expected = kind() if variant in FIXED_DEPTH else kind(depth=depth)
+    assert mtp == expected, "YAML and class disagree"
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
     assert config.mtp.variant == variant
     assert ModelConfig.from_dict(config.to_dict()) == config

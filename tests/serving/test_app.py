@@ -86,7 +86,7 @@ def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: in
         assert errors == "ended; no text was cut short.\n"
     else:
         assert told[-1]["error"]["code"] == "ending" and len(told) < 4000
-        assert errors == "ended; 1 texts were cut short.\n"
+        assert errors == "ended; 1 text was cut short.\n"
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
 
 
 def test_an_address_that_no_machine_has() -> None:
-    with pytest.raises(UserError, match="host=no.such.host.invalid port=0 cannot be listened at"):
+    with pytest.raises(UserError, match="host=no.such.host.invalid port=0 is not available"):
         start.listen("no.such.host.invalid", 0)
 
 
 def test_an_address_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port={port} cannot be listened at .*in use"):
+        with pytest.raises(UserError, match=f"port={port} is not available .*in use"):
             start.listen("127.0.0.1", port)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.interop.weights import digest_of
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import CHECKPOINTS, LAST
 from sweeps.claims.jobs import jobs
 from sweeps.claims.observe import Seed
 from sweeps.claims.run import write_weights
+from sweeps.claims.weights import digest_of, last_weights
 from tests.sweeps.claims.fixture_claims import claim_of
 
 STATE = {
@@ -31,25 +31,31 @@ def finish(run: Path, state: dict[str, torch.Tensor] = STATE) -> Path:
     return run
 
 
+def digest(run: Path) -> str:
+    weights = last_weights(run)
+    assert weights is not None
+    return digest_of(weights)
+
+
 def test_the_digest_is_of_names_types_shapes_and_numbers(tmp_path: Path) -> None:
     by_hand = hashlib.sha256(
         b"a torch.bfloat16 []\n" + bytes([0x60, 0x40])
         + b"b torch.float32 [3, 2]\n" + torch.tensor([0.0, 3, 1, 4, 2, 5]).numpy().tobytes()
     )  # fmt: skip
-    assert digest_of(finish(tmp_path / "run")) == by_hand.hexdigest()
-    assert digest_of(tmp_path) is None
+    assert digest(finish(tmp_path / "run")) == by_hand.hexdigest()
+    assert last_weights(tmp_path) is None
     for name, other in (
         ("number", {"model.a": torch.tensor(3.0, dtype=torch.bfloat16)}),
         ("type", {"model.a": torch.tensor(3.5)}),
         ("shape", {"model.b": torch.arange(6.0).view(2, 3)}),
         ("name", {"model.c": torch.ones(1)}),
     ):
-        assert digest_of(finish(tmp_path / name, STATE | other)) != by_hand.hexdigest()
+        assert digest(finish(tmp_path / name, STATE | other)) != by_hand.hexdigest()
     # What is not the model's does not count.
     others = STATE | {"balance.x": torch.zeros(3)}
-    assert digest_of(finish(tmp_path / "else", others)) == by_hand.hexdigest()
+    assert digest(finish(tmp_path / "else", others)) == by_hand.hexdigest()
     (tmp_path / "run" / CHECKPOINTS / LAST).write_bytes(b"cut")
-    assert digest_of(tmp_path / "run") is None
+    assert last_weights(tmp_path / "run") is None
 
 
 @pytest.mark.extras
@@ -57,9 +63,9 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     claim = claim_of(tmp_path / "claims")
     plain, mtp = jobs(claim, [0], tmp_path)[:2]
-    digest = digest_of(finish(tmp_path / plain.folder))
-    finish(tmp_path / mtp.folder)
-    done = Seed(folder="x", state="done", weights=digest, commit="c" * 40, machine="a machine")
+    known = digest(finish(tmp_path / plain.folder))
+    finish(tmp_path / mtp.folder, {**STATE, "model.tied": STATE["model.b"]})
+    done = Seed(folder="x", state="done", weights=known, commit="c" * 40, machine="a machine")
 
     def written(**stored: Seed) -> list[str]:
         of = {arm: {0: seed} for arm, seed in stored.items()}
@@ -71,7 +77,7 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
         return lines[:2]
 
     same, unknown = written(plain=done)
-    assert same.endswith(f"plain_seed-0.safetensors: weights {digest[:12]}, those of the result")
+    assert same.endswith(f"plain_seed-0.safetensors: weights {known[:12]}, those of the result")
     assert unknown.endswith("the result has no digest of this run")
     other, _ = written(plain=replace(done, weights="0" * 64))
     assert other.endswith("the result's are 000000000000, made by commit cccccccc on a machine")

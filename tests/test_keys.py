@@ -1,0 +1,73 @@
+"""The comments of conf/ as rules for values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mtp_lightning import keys
+from mtp_lightning.errors import UserError
+from mtp_lightning.explained import groups
+
+
+def says(app: str, key: str) -> str:
+    node, _, name = key.rpartition(".")
+    return keys.of_node(node, app).keys[name]
+
+
+@pytest.mark.parametrize(
+    ("app", "key", "value"),
+    [
+        ("export", "layout", "vLLM"),  # words of the comments' prose
+        ("export", "dtype", "weights"),
+        ("config", "trainer.max_steps", "steps"),
+        ("config", "trainer.deterministic", "kernels"),
+        ("config", "seed", "of"),
+        ("generate", "max_new_tokens", "tokens"),
+        ("generate", "draft_depth", "per"),
+        ("export", "layout", "other"),
+    ],
+)
+def test_a_word_that_a_comment_only_mentions_is_refused(app: str, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}.*{value}"):
+        keys.require_taken(key, value, says(app, key))
+
+
+def test_a_words_meaning_may_have_a_type() -> None:
+    rules = keys.of_class("data_modules.tasks.navigation.Navigation")
+    assert rules is not None
+    with pytest.raises(UserError, match="must be a number"):
+        keys.require_taken("density", "random", rules.keys["density"])
+
+
+@pytest.mark.parametrize(
+    ("app", "key", "value"),
+    [
+        ("config", "trainer.devices", "auto"),
+        ("config", "trainer.compile", "auto"),
+        ("config", "trainer.deterministic", "warn"),
+        ("config", "trainer.precision", "bf16-true"),
+        ("config", "trainer.num_threads", None),
+        ("evaluate", "decode.draft_depth", "auto"),
+        ("generate", "draft_depth", "auto"),
+        ("generate", "draft_depth", None),
+        ("serve", "draft_depth", "auto"),
+        ("export", "layout", "speculators"),
+        ("export", "dtype", "q8_0"),
+        ("export", "depth", None),
+    ],
+)
+def test_a_declared_word_is_taken(app: str, key: str, value: Any) -> None:
+    keys.require_taken(key, value, says(app, key))
+
+
+def test_every_default_is_taken() -> None:
+    for group, options in groups().items():
+        for option in options if group.partition("/")[0] not in ("sweeps", "hydra") else ():
+            for key in option.keys:
+                value: Any = option.content
+                for name in key.name.split("."):
+                    value = value[name]
+                if key.says and value != "???":
+                    keys.require_taken(f"{option.name}:{key.name}", value, key.says)
