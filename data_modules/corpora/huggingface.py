@@ -75,7 +75,7 @@ class HuggingFaceSource(Source):
         except Exception as error:  # the library raises its own types, builders' and the hub's
             what = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
             reason = " ".join(str(error).split()) or type(error).__name__
-            kind = OSError if isinstance(error, OSError) else ValueError
+            kind = OSError if isinstance(error, OSError) else UserError
             raise kind(what + reason) from error
         columns = dataset.column_names
         if columns is not None and self.field not in columns:
@@ -142,5 +142,6 @@ class HuggingFaceSource(Source):
 
 
 def _under(root: Path, item: str, data_files: object) -> str:
-    """``data_files`` are relative to the current folder, other files to the dataset folder."""
+    """``data_files`` are relative to the dataset folder, if the path is one, else to the current
+    folder."""
     return item if data_files is None else str(root / item)
