@@ -11,6 +11,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.decoding.acceptance import acceptance_by
 from mtp_lightning.decoding.generate import generate
+from mtp_lightning.errors import UserError
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.metrics.long_range.curves import curves
 from mtp_lightning.metrics.long_range.measure import LongRange as Measure
@@ -102,7 +103,7 @@ def acceptance_on_long_texts(
         return {}
     try:
         prompts = data.held_out_prompts(n_prompts, prompt_tokens)
-    except ValueError as error:  # training works on a small corpus anyway
+    except UserError as error:  # training works on a small corpus anyway
         log.warning("No acceptance by the position in long texts: %s.", error)
         return {}
     texts = generate(model, prompts, max_new_tokens=room, tokenizer=data.tokenizer)
