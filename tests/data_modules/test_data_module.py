@@ -172,6 +172,11 @@ def test_every_source_composes_and_builds(tmp_path, source):
     assert data.batch_size == data.eval_batch_size == 4 and data.cache_dir == tmp_path
 
 
+def test_token_files_have_the_options_of_text(tmp_path):
+    chosen = ["+data=tokens", "data.path=x.bin", "data.train_windows=100", "+tokenizer=byte"]
+    assert instantiate(composed(tmp_path, *chosen).data).train_windows == 100
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_tokenizer_composes_and_builds(tmp_path, name):
     kinds = {
