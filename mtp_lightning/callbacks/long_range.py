@@ -12,8 +12,6 @@ from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.decoding.acceptance import acceptance_by
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.metrics.long_range.curves import curves
 from mtp_lightning.metrics.long_range.measure import LongRange as Measure
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
@@ -86,11 +84,6 @@ class LongRange(RunCallback):
             values |= {f"decode/{name}": value for name, value in found.items()}
             self.newest = values
             pl_module.log_dict(values, rank_zero_only=True)
-            for chart in curves(values):
-                for logger in trainer.loggers:
-                    if isinstance(logger, RunLogger):
-                        tag = f"long_range/{chart.name}"
-                        logger.write_curves(tag, chart, trainer.global_step)
 
 
 def acceptance_on_long_texts(
