@@ -147,9 +147,7 @@ class StoreDataModule(WindowDataModule):
         ``documents``, and ``tokens`` of the depth-0 targets; where ids stand for text, also their
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
-        compressed: dict[str, float] = {}
-        if n_bytes:
-            compressed = compressors(self._evaluated_text(), self.cache_dir / "compressed")
+        compressed = compressors(self._evaluated_text()) if n_bytes else {}
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
