@@ -25,28 +25,20 @@ from mtp_lightning.settings import require_choice, require_whole
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves and loads through `mtp_lightning.run.checkpoints`:
-    atomically, plain values only, and checked for damage."""
+    """Saves and loads through `mtp_lightning.run.checkpoints`: atomically, plain values only, and
+    checked for damage. Lightning's further options change nothing."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write atomically; see `checkpoints.save` for the errors."""
-        if storage_options is not None:
-            raise UserError(
-                f"storage_options are not used for checkpoints here: {storage_options!r}."
-            )
         checkpoints.save(checkpoint, path)
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Check for damage, then load plain values only; `weights_only=False` is refused."""
-        if weights_only is False:
-            raise UserError(
-                "Checkpoints are loaded with weights_only=True only: do not ask for False."
-            )
-        return checkpoints.load(path, "cpu" if map_location is None else map_location)
+        """Check for damage, then load plain values only."""
+        return checkpoints.load(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the file where it exists."""
@@ -140,12 +132,6 @@ class Checkpoints(RunCallback, Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
-        if trainer.enable_validation and trainer.check_val_every_n_epoch is not None:
-            raise UserError(
-                f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} would count "
-                "validations by epoch, but they are counted in optimizer steps: set it to null and "
-                "use trainer.val_check_interval."
-            )
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
         self._interrupted = self._terminated = self._crowned = False
@@ -194,7 +180,7 @@ class Checkpoints(RunCallback, Checkpoint):
         """Saves when due or when the monitored value is the best so far."""
         if trainer.state.fn == "validate":
             self._crown_last(trainer)
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
             return
         self._hear_sigterm(trainer)  # it may have come during the validation
         improved = self._update_best(trainer)
@@ -236,9 +222,8 @@ class Checkpoints(RunCallback, Checkpoint):
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
-        finished = 0 < trainer.max_steps <= step
         return (
-            finished
+            step >= trainer.max_steps
             or trainer.should_stop
             or self._interrupted
             or self._terminated

@@ -48,7 +48,7 @@ class LongRange(RunCallback):
             if not self._warned:
                 log.warning("callbacks=long_range measures text and has no meaning for a task.")
             self._warned = True
-        elif not trainer.sanity_checking:
+        else:
             model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
             assert isinstance(model, MTPModel)
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())

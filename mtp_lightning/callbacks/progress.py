@@ -89,7 +89,7 @@ class StepProgressBar(ProgressBar):
         if not self._enabled or not terminal:
             return
         self._bar = tqdm(
-            total=trainer.max_steps if trainer.max_steps > 0 else None,
+            total=trainer.max_steps,
             initial=trainer.global_step,
             desc="train",
             unit="step",
@@ -123,8 +123,7 @@ class StepProgressBar(ProgressBar):
         else:
             due = now - self._shown_at >= self.line_seconds
         if last or due:
-            total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-            text = f"step {step}{total}  {self._describe(trainer, outputs)}"
+            text = f"step {step}/{trainer.max_steps}  {self._describe(trainer, outputs)}"
             self._line(f"{text}  {self._left(step, trainer.max_steps, now)}".rstrip())
             self._shown_at = now
 
@@ -147,7 +146,7 @@ class StepProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the validation loss of every depth."""
-        if not self._enabled or trainer.sanity_checking or trainer.state.fn != "fit":
+        if not self._enabled or trainer.state.fn != "fit":
             return
         losses = {}
         for tag, value in trainer.callback_metrics.items():

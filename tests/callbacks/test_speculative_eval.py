@@ -44,7 +44,7 @@ class _Module:
 
 def test_a_window_without_room_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     data = SimpleNamespace(seq_len=64, answer_length=None)
-    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, datamodule=data)
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data)
     module: Any = _Module(small_model(0, 2))
     callback = SpeculativeEval(new_tokens=64)
     with caplog.at_level(logging.WARNING):
@@ -61,9 +61,7 @@ def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
     prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 12)]
     data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=_Letters())
     data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
-    trainer: Any = SimpleNamespace(
-        sanity_checking=False, is_global_zero=True, datamodule=data, loggers=[], global_step=1
-    )
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data, loggers=[], global_step=1)
     module: Any = _Module(model)
     callback.on_validation_epoch_end(trainer, module)
     return module.logged
