@@ -23,11 +23,10 @@ from typing import ClassVar
 import numpy as np
 
 from data_modules.tasks.base import END, TRAINING, Draws, Example, Task
-from data_modules.tasks.measures import Measure, Training
+from data_modules.tasks.measures import Excess, Measure, Training
 from data_modules.tasks.navigation_measures import (
     FIRST,
     BeliefCosine,
-    Losses,
     Shortcuts,
     Walks,
 )
@@ -190,7 +189,7 @@ class Navigation(Task):
             Walks(self),
             Shortcuts(self),
             BeliefCosine(self, d_model=d_model),
-            Losses(self),
+            Excess("surprisal", self.surprisals),
         )
 
     @cached_property

@@ -118,23 +118,6 @@ class Shortcuts(Means):
         ]
 
 
-class Losses(Means):
-    """``surprisal``, the nats a token of the exact predictor of shortest paths, and the model's
-    ``excess_loss`` over it, on the same tokens."""
-
-    def __init__(self, task: Navigation) -> None:
-        super().__init__(task, ("surprisal", "excess_loss"))
-
-    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        batch = outputs.batch
-        assert batch.scored is not None
-        tokens, counts = batch.tokens.cpu().numpy(), batch.scored.cpu().numpy().copy()
-        counts[:, 1:] &= tokens[:, :-1] != END
-        least = self.task.surprisals(tokens)[counts]
-        nats = outputs.nats_BW.cpu().numpy()[counts]
-        return [(float(least.sum()), len(least)), (float((nats - least).sum()), len(least))]
-
-
 class BeliefCosine(Measure):
     """``belief_cosine``: the mean cosine of the trunk's states that stand at the same node with the
     same goal and came from different starts, and ``belief_cosine_others`` of all other pairs. A
