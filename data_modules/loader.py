@@ -28,9 +28,6 @@ class _Loader:
         batch_size: windows of a batch.
         num_workers: processes that prefetch batches; 0 loads them in this process.
         pin_memory: whether batches are put into page-locked memory.
-
-    Raises:
-        UserError: for a ``batch_size`` below 1.
     """
 
     def __init__(
@@ -41,10 +38,6 @@ class _Loader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"the batch size must be at least 1, got {batch_size}")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -84,15 +77,10 @@ class WindowLoader(_Loader):
         seed: seed of the order.
         options: the batch size, which is that of an optimizer step, and the other options of
             every loader.
-
-    Raises:
-        UserError: for a ``batch_size`` below 1 or a negative seed.
     """
 
     def __init__(self, dataset: Windows, *, seed: int = 0, **options: Any) -> None:
         super().__init__(dataset, **options)
-        if seed < 0:
-            raise UserError(f"seed must be 0 or more, got {seed}")
         self.seed = seed
         self.epoch = 0
         self.consumed = 0

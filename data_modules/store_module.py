@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -62,7 +61,6 @@ class StoreDataModule(WindowDataModule):
         self.train_windows = train_windows
         self.document_mask = document_mask
         self.cache_states = cache_states
-        self.states: Path | None = None
         self.cache_dir = cache_folder(cache_dir)
         self._store: TokenStore | None = None
 
@@ -206,8 +204,8 @@ class StoreDataModule(WindowDataModule):
         end of a document.
 
         Args:
-            n: number of prompts.
-            length: tokens of each prompt.
+            n: number of prompts, >= 1.
+            length: tokens of each prompt, >= 1.
             fewer: accept fewer than n, at least one.
 
         Returns:
@@ -216,8 +214,6 @@ class StoreDataModule(WindowDataModule):
         Raises:
             UserError: if the validation documents do not hold n such prompts.
         """
-        if n < 1 or length < 1:
-            raise UserError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
         file = self.store["val"]
         tokens, starts = file.tokens(), file.starts()
         # Without the end-of-text token that ends each document.
