@@ -12,7 +12,7 @@ from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.decoding.acceptance import acceptance_by
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.metrics.long_range.measure import LongRange as Measure
+from mtp_lightning.metrics.long_range import LongRange as Measure
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
 

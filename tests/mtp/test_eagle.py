@@ -19,7 +19,7 @@ from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
-from mtp_lightning.metrics.long_range.reading import read
+from mtp_lightning.metrics.long_range import read
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP, default_layers
 from mtp_lightning.mtp.joint import JointConfig
