@@ -142,8 +142,8 @@ class EvaluationWindows(Windows):
 
     @cached_property
     def _stream(self) -> tuple[np.ndarray, np.ndarray]:
-        """The stream, and the index in it of every document's last token. It is of the text and not
-        of the split; each loader worker builds its own."""
+        """The stream, and the index in it of every document's last token. It covers
+        the evaluation text only, so it is small; each loader worker builds its own."""
         file = self.text.file
         tokens, eot = file.tokens(), np.array([self.eot_id], file.dtype)
         spans = zip(self.text.starts, self.text.ends, strict=True)

@@ -54,7 +54,7 @@ class _Loader:
             collate_fn=_as_is,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),
-            worker_init_fn=partial(_serve, os.getpid()),
+            worker_init_fn=partial(_init_worker, os.getpid()),
         )
         yield from loader
 
@@ -183,7 +183,7 @@ class EvaluationLoader(_Loader):
         return self._fetch(batches)
 
 
-def _serve(parent: int, _: int) -> None:
+def _init_worker(parent: int, _: int) -> None:
     """Makes a loader worker end when its parent tells it to, or when its parent ends.
 
     If a worker is killed first, the processes that wait for it print tracebacks. A signal that goes
@@ -194,10 +194,10 @@ def _serve(parent: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of, args=(parent,), daemon=True).start()
 
 
-def _end_when_told(parent: int) -> None:
+def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -242,7 +242,7 @@ def _encoded(
 
 
 def progress(what: str, total: int | None, unit: str = "B") -> tqdm:
-    """A progress bar on stderr; where that is no terminal, it is written once a minute.
+    """A progress bar on stderr; if that is not a terminal, it is written once a minute.
 
     Args:
         what: name of the task.

@@ -89,8 +89,8 @@ class WindowDataModule(LightningDataModule, ABC):
         self.pin_memory = pin_memory
         self.seed = seed
 
-    # Packages that the data may bring classes from. The caller says it, never a config, which may
-    # be somebody else's.
+    # Packages whose classes the data may build. The caller sets this; a config, which may come from
+    # anyone, never does.
     allow: Collection[str] = ()
     # Whether a frozen trunk's states of the training windows are kept; whoever has the model sets
     # the folder.

@@ -28,7 +28,8 @@ class TaskDataModule(WindowDataModule):
 
     Args:
         task: the task.
-        tokenizer: tokenizer of a run that the task is used with; its symbols must be the task's.
+        tokenizer: the stored tokenizer of the run that is evaluated; it must have the task's
+            symbols.
         seq_len: T; None for the length of the longest example. A longer window holds several
             examples, none of which sees the others.
         batch_size: windows of a micro-batch on one rank.

@@ -29,11 +29,11 @@ NEAR = range(2, 5)
 
 
 class Means(Measure):
-    """Means of several values, each over what it is defined for.
+    """Means of several values, each over the items for which it is defined.
 
     Args:
-        task: whose examples are measured.
-        names: of the values.
+        task: the task.
+        names: names of the values.
     """
 
     sums: Tensor
@@ -45,7 +45,7 @@ class Means(Measure):
 
     @abstractmethod
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        """The sum of every value and how many it is of."""
+        """For each value, its sum and the number of items."""
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         self.sums += torch.tensor(self.count(outputs), dtype=torch.float64).to(self.sums.device)
@@ -57,8 +57,8 @@ class Means(Measure):
 
 class Walks(Means):
     """Greedy answers: ``legality``, the share of their steps that follow an edge from where the
-    walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. Both are
-    1 of a model that knows the graph. ``legality_chance`` is that of a random symbol.
+    walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. A model
+    that knows the graph has 1 of both. ``legality_chance`` is that of a random symbol.
     """
 
     def __init__(self, task: Navigation) -> None:
@@ -85,7 +85,7 @@ class Walks(Means):
 class Shortcuts(Means):
     """``shortcut_mass``: the probability of illegal shortcuts. Where a path stands 2 to 4 steps
     from its goal, they are the steps to any other node that is 2 to 4 steps from it, without an
-    edge. 0 of a model that knows the graph. The paper averages over single shortcuts from the
+    edge. A model that knows the graph has 0. The paper averages over single shortcuts from the
     start; here their probabilities are summed, at every node of the true path. ``legal_mass`` is
     the probability of all edges there, and ``.._chance`` that of random symbols.
     """
@@ -126,7 +126,7 @@ class BeliefCosine(Measure):
     ``data.eval_examples`` is at most the number of pairs of validation.)
 
     Args:
-        task: whose examples are measured.
+        task: the task.
         d_model: C.
     """
 

@@ -87,7 +87,7 @@ def open_view(
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
     """Digest of the files' contents, order and types; names do not matter."""
     named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
-    # An index that is not among its files makes a file a chunk of litdata.
+    # litdata's index is not in `files`, so the format must enter the digest.
     types = (
         f"{file.format} {file.shard.dtype}" if file.format == "litdata" else file.shard.dtype
         for file in files

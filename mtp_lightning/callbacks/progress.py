@@ -19,7 +19,7 @@ from mtp_lightning.cli import QUIET
 from mtp_lightning.settings import require_number
 
 _WIDE = 120  # columns of a terminal in which the bar has room for a schedule's name
-_TIMED_FROM = 10  # steps of this process, before which nobody knows how long the rest takes
+_TIMED_FROM = 10  # steps of this process before the remaining time is estimated
 # Short, so that all of it and some bar fit into 100 columns.
 _TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 _UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
