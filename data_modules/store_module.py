@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_modules.cache import cache_folder
 from data_modules.evaluation_text import COMPRESSED, EvaluationWindows, choose, compressors
-from data_modules.token_store import TokenStore
+from data_modules.token_store import TokenFile, TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset, window_count
 from data_modules.window_module import WindowDataModule
@@ -95,19 +95,14 @@ class StoreDataModule(WindowDataModule):
         """Hex digest of source, tokenizer and split options: equal digests mean equal tokens."""
         return str(self.store.meta["fingerprint"])
 
-    def document_frequency(self) -> tuple[Tensor, int]:
-        file = self.store["train"]
-        holding = file.document_frequency(self.tokenizer.vocab_size)
-        return torch.from_numpy(holding), file.n_documents
-
-    def token_frequency(self) -> Tensor:
-        counts = self.store["train"].token_frequency(self.tokenizer.vocab_size)
-        return torch.from_numpy(counts)
+    @property
+    def training_text(self) -> TokenFile:
+        return self.store["train"]
 
     @property
     def training(self) -> WindowDataset:
         return WindowDataset(
-            self.store["train"],
+            self.training_text,
             **self.cut,
             document_mask=self.document_mask,
             states=self.states,

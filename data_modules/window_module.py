@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from data_modules.loader import EvaluationLoader, WindowLoader
+from data_modules.token_store import TokenFile
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
@@ -170,28 +171,10 @@ class WindowDataModule(LightningDataModule, ABC):
         itself."""
         return {}
 
-    def document_frequency(self) -> tuple[Tensor, int]:
-        """Counts over the training documents: int64 [V] documents that hold each id, and the number
-        of documents.
-
-        Raises:
-            UserError: if there are no documents.
-        """
-        raise UserError(
-            "mtp.weights=idf counts the documents of a text, and a task has no documents: set "
-            "mtp.weights=none."
-        )
-
-    def token_frequency(self) -> Tensor:
-        """How often each id occurs in the training text, int64 [V].
-
-        Raises:
-            UserError: for a task.
-        """
-        raise UserError(
-            "mtp.draft_vocab counts the tokens of a text, and a task makes its examples as it "
-            "trains: set mtp.draft_vocab=null."
-        )
+    @property
+    def training_text(self) -> TokenFile | None:
+        """The training text, which counts its ids; None for a task."""
+        return None
 
     @property
     @abstractmethod
