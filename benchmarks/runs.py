@@ -56,8 +56,6 @@ def seconds_to_first_step(folder: Path, name: str, overrides: Sequence[str]) -> 
         "data.eval_bytes=1",
         f"run_dir={folder / name}",
         f"paths.cache_dir={folder / 'cache'}",
-        "callbacks.progress.interactive=false",
-        "callbacks.progress.line_every_n_steps=1",
         *overrides,
     ]
     first, printed = None, []

@@ -7,24 +7,17 @@ windows, and every one of its tokens is a depth-0 target exactly once.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import lzma
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_modules.digests import digest, write_record
+from data_modules.digests import digest
 from data_modules.token_store import TokenFile
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
-from mtp_lightning.errors import UserError
-from mtp_lightning.settings import is_whole
-from mtp_lightning.stored import read_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,32 +48,15 @@ COMPRESSED = 4 << 20
 """Bytes at the start of a text that are compressed: xz takes seconds for this many."""
 
 
-def compressors(text: bytes, memory: Path) -> dict[str, float]:
+def compressors(text: bytes) -> dict[str, float]:
     """Bits per byte of gzip -9 and xz -9 on a text, or on its first 4 MiB: the least that a model
-    has to beat, since they know only the text itself.
-
-    Args:
-        text: the text.
-        memory: folder that remembers the sizes of texts, by their digests; a folder that cannot be
-            read or written is ignored.
-    """
+    has to beat, since they know only the text itself."""
     text = text[:COMPRESSED]
-    record = memory / f"{hashlib.blake2b(text, digest_size=16).hexdigest()}.json"
-    with suppress(OSError, UserError, KeyError, TypeError):
-        known = read_json(record)
-        if is_whole(known["gzip"]) and is_whole(known["xz"]):
-            return _bits_per_byte(known, len(text))
     sizes = {
         "gzip": len(gzip.compress(text, 9, mtime=0)),
         "xz": len(lzma.compress(text, preset=9)),
     }
-    with suppress(OSError):
-        write_record(record, sizes)
-    return _bits_per_byte(sizes, len(text))
-
-
-def _bits_per_byte(sizes: Mapping[str, int], n_bytes: int) -> dict[str, float]:
-    return {f"{name}_bits_per_byte": 8 * sizes[name] / n_bytes for name in ("gzip", "xz")}
+    return {f"{name}_bits_per_byte": 8 * size / len(text) for name, size in sizes.items()}
 
 
 def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
@@ -166,8 +142,8 @@ class EvaluationWindows(Windows):
 
     @cached_property
     def _stream(self) -> tuple[np.ndarray, np.ndarray]:
-        """The stream, and the index in it of every document's last token. It is of the text and not
-        of the split; each loader worker builds its own."""
+        """The stream, and the index in it of every document's last token. It covers the evaluation
+        text only, so it is small; each loader worker builds its own."""
         file = self.text.file
         tokens, eot = file.tokens(), np.array([self.eot_id], file.dtype)
         spans = zip(self.text.starts, self.text.ends, strict=True)

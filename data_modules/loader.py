@@ -28,9 +28,6 @@ class _Loader:
         batch_size: windows of a batch.
         num_workers: processes that prefetch batches; 0 loads them in this process.
         pin_memory: whether batches are put into page-locked memory.
-
-    Raises:
-        UserError: for a ``batch_size`` below 1.
     """
 
     def __init__(
@@ -41,10 +38,6 @@ class _Loader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"the batch size must be at least 1, got {batch_size}")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -61,7 +54,7 @@ class _Loader:
             collate_fn=_as_is,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),
-            worker_init_fn=partial(_serve, os.getpid()),
+            worker_init_fn=partial(_init_worker, os.getpid()),
         )
         yield from loader
 
@@ -84,15 +77,10 @@ class WindowLoader(_Loader):
         seed: seed of the order.
         options: the batch size, which is that of an optimizer step, and the other options of
             every loader.
-
-    Raises:
-        UserError: for a ``batch_size`` below 1 or a negative seed.
     """
 
     def __init__(self, dataset: Windows, *, seed: int = 0, **options: Any) -> None:
         super().__init__(dataset, **options)
-        if seed < 0:
-            raise UserError(f"seed must be 0 or more, got {seed}")
         self.seed = seed
         self.epoch = 0
         self.consumed = 0
@@ -195,7 +183,7 @@ class EvaluationLoader(_Loader):
         return self._fetch(batches)
 
 
-def _serve(parent: int, _: int) -> None:
+def _init_worker(parent: int, _: int) -> None:
     """Makes a loader worker end when its parent tells it to, or when its parent ends.
 
     If a worker is killed first, the processes that wait for it print tracebacks. A signal that goes
@@ -206,10 +194,10 @@ def _serve(parent: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of, args=(parent,), daemon=True).start()
 
 
-def _end_when_told(parent: int) -> None:
+def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

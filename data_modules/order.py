@@ -20,7 +20,8 @@ class Order(Protocol):
 
 
 def window_order(n: int, *, seed: int, epoch: int, large: int = LARGE) -> Order:
-    """The permutation of an epoch: shuffled up to ``large`` windows, enciphered above."""
+    """The permutation of an epoch: sorted random keys up to ``large`` windows, a keyed permutation
+    above."""
     kind = epoch_order if n <= large else FeistelOrder
     return kind(n, seed=seed, epoch=epoch)
 

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from data_modules.shards import Shard
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
 from data_modules.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
@@ -219,72 +222,45 @@ def _encoded(
     source, dtype = split.source, token_dtype(tokenizer.vocab_size)
     total_bytes = source.total_bytes()
     n = pick_workers(workers, tokenizer, total_bytes)
-    progress = Progress(f"tokens of {source.name} ({tokenizer.kind})", total_bytes)
     pool = EncodingPool(tokenizer, dtype, n) if n else None
     todo = batches(split, overlap)
     try:
-        for batch in (
-            pool.map(todo)
-            if pool is not None
-            else (encode_batch(pieces, tokenizer, dtype, overlap) for pieces in todo)
-        ):
-            for piece in batch:
-                yield piece
-                progress.add(piece.n_bytes)
+        with progress(f"tokens of {source.name} ({tokenizer.kind})", total_bytes) as bar:
+            for batch in (
+                pool.map(todo)
+                if pool is not None
+                else (encode_batch(pieces, tokenizer, dtype, overlap) for pieces in todo)
+            ):
+                for piece in batch:
+                    yield piece
+                    bar.update(piece.n_bytes)
         for other in pool.overlaps() if pool is not None else ():
             overlap.merge(other)
     finally:
-        progress.close()
         if pool is not None:
             pool.close()
 
 
-# Seconds between two lines where stderr is not a terminal.
-_EVERY = 60.0
-
-
-class Progress:
-    """A progress bar if stderr is a terminal; else a line every minute, and one at the end.
+def progress(what: str, total: int | None, unit: str = "B") -> tqdm:
+    """A progress bar on stderr; if that is not a terminal, it is written once a minute.
 
     Args:
         what: name of the task.
         total: expected amount, if known.
         unit: unit of the amount.
     """
+    from tqdm import tqdm
 
-    def __init__(self, what: str, total: int | None, unit: str = "B") -> None:
-        self.what = what
-        self.unit = unit
-        self.begun = time.perf_counter()
-        self.done = 0
-        self.bar: Any = None
-        self._total, self._told = total, self.begun
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False)
-
-    def add(self, n: int) -> None:
-        """Counts an amount as done."""
-        self.done += n
-        if self.bar is not None:
-            self.bar.update(n)
-        elif (now := time.perf_counter()) > self._told + _EVERY:
-            self._told = now
-            of = f"{self.done / self._total:.0%}" if self._total else self._amount()
-            _tell(f"{self.what}: {of} after {now - self.begun:.0f} s")
-
-    def close(self) -> None:
-        """Prints the total time and rate."""
-        if self.bar is not None:
-            self.bar.close()
-        seconds = time.perf_counter() - self.begun
-        rate = self.done / max(seconds, 1e-9)
-        per_second = f"{rate / 1e6:.1f} MB/s" if self.unit == "B" else f"{rate:,.0f} a second"
-        _tell(f"{self.what}: {self._amount()} in {seconds:.1f} s, {per_second}")
-
-    def _amount(self) -> str:
-        return f"{self.done / 1e6:.1f} MB" if self.unit == "B" else f"{self.done:,} {self.unit}"
+    seconds = 0.1 if sys.stderr.isatty() else 60.0
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        mininterval=seconds,
+        miniters=1,
+        file=sys.stderr,
+    )
 
 
 def _tell(line: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from data_modules.cache import cache_folder
 from data_modules.evaluation_text import COMPRESSED, EvaluationWindows, choose, compressors
-from data_modules.token_store import TokenStore
+from data_modules.token_store import TokenFile, TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset, window_count
 from data_modules.window_module import WindowDataModule
@@ -62,7 +61,6 @@ class StoreDataModule(WindowDataModule):
         self.train_windows = train_windows
         self.document_mask = document_mask
         self.cache_states = cache_states
-        self.states: Path | None = None
         self.cache_dir = cache_folder(cache_dir)
         self._store: TokenStore | None = None
 
@@ -97,19 +95,14 @@ class StoreDataModule(WindowDataModule):
         """Hex digest of source, tokenizer and split options: equal digests mean equal tokens."""
         return str(self.store.meta["fingerprint"])
 
-    def document_frequency(self) -> tuple[Tensor, int]:
-        file = self.store["train"]
-        holding = file.document_frequency(self.tokenizer.vocab_size)
-        return torch.from_numpy(holding), file.n_documents
-
-    def token_frequency(self) -> Tensor:
-        counts = self.store["train"].token_frequency(self.tokenizer.vocab_size)
-        return torch.from_numpy(counts)
+    @property
+    def training_text(self) -> TokenFile:
+        return self.store["train"]
 
     @property
     def training(self) -> WindowDataset:
         return WindowDataset(
-            self.store["train"],
+            self.training_text,
             **self.cut,
             document_mask=self.document_mask,
             states=self.states,
@@ -147,9 +140,7 @@ class StoreDataModule(WindowDataModule):
         ``documents``, and ``tokens`` of the depth-0 targets; where ids stand for text, also their
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
-        compressed: dict[str, float] = {}
-        if n_bytes:
-            compressed = compressors(self._evaluated_text(), self.cache_dir / "compressed")
+        compressed = compressors(self._evaluated_text()) if n_bytes else {}
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
@@ -208,8 +199,8 @@ class StoreDataModule(WindowDataModule):
         end of a document.
 
         Args:
-            n: number of prompts.
-            length: tokens of each prompt.
+            n: number of prompts, >= 1.
+            length: tokens of each prompt, >= 1.
             fewer: accept fewer than n, at least one.
 
         Returns:
@@ -218,8 +209,6 @@ class StoreDataModule(WindowDataModule):
         Raises:
             UserError: if the validation documents do not hold n such prompts.
         """
-        if n < 1 or length < 1:
-            raise UserError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
         file = self.store["val"]
         tokens, starts = file.tokens(), file.starts()
         # Without the end-of-text token that ends each document.

@@ -148,8 +148,6 @@ class TokenStore:
         return TokenFile(path, dtype.name, *counts)
 
     def __getitem__(self, split: str) -> TokenFile:
-        if split not in self.splits:
-            raise UserError(f"no split {split!r}: the splits are {', '.join(self.splits)}")
         return self.splits[split]
 
     def bytes_per_token(self, split: str) -> float | None:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from data_modules.loader import EvaluationLoader, WindowLoader
+from data_modules.token_store import TokenFile
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
@@ -89,8 +90,8 @@ class WindowDataModule(LightningDataModule, ABC):
         self.pin_memory = pin_memory
         self.seed = seed
 
-    # Packages that the data may bring classes from. The caller says it, never a config, which may
-    # be somebody else's.
+    # Packages whose classes the data may build. The caller sets this; a config, which may come from
+    # anyone, never does.
     allow: Collection[str] = ()
     # Whether a frozen trunk's states of the training windows are kept; whoever has the model sets
     # the folder.
@@ -170,28 +171,10 @@ class WindowDataModule(LightningDataModule, ABC):
         itself."""
         return {}
 
-    def document_frequency(self) -> tuple[Tensor, int]:
-        """Counts over the training documents: int64 [V] documents that hold each id, and the number
-        of documents.
-
-        Raises:
-            UserError: if there are no documents.
-        """
-        raise UserError(
-            "mtp.weights=idf counts the documents of a text, and a task has no documents: set "
-            "mtp.weights=none."
-        )
-
-    def token_frequency(self) -> Tensor:
-        """How often each id occurs in the training text, int64 [V].
-
-        Raises:
-            UserError: for a task.
-        """
-        raise UserError(
-            "mtp.draft_vocab counts the tokens of a text, and a task makes its examples as it "
-            "trains: set mtp.draft_vocab=null."
-        )
+    @property
+    def training_text(self) -> TokenFile | None:
+        """The training text, which counts its ids; None for a task."""
+        return None
 
     @property
     @abstractmethod

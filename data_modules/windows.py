@@ -46,9 +46,6 @@ class WindowBatch:
             final state, and with S > 1 also the S - 1 states that the depths start from.
         host: the batch on the CPU that this one was copied from. Masks are counted there, without
             waiting for the device.
-
-    Raises:
-        UserError: if the shapes, D and E do not fit together.
     """
 
     tokens: Tensor
@@ -62,25 +59,10 @@ class WindowBatch:
     host: WindowBatch | None = None
 
     def __post_init__(self) -> None:
-        for name in ("depth", "extra"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.stride < 1:
-            raise UserError(f"stride must be 1 or more, got {self.stride}")
-        if self.tokens.ndim != 2 or self.seq_len < 1:
-            beyond = "D" if self.stride == 1 else f"{self.stride} D"
-            more = f" and {self.extra} extra tokens" if self.extra else ""
-            raise UserError(
-                f"tokens must be [B, T+{beyond}+1] with T >= 1 and D = {self.depth}{more}, "
-                f"got {tuple(self.tokens.shape)}"
-            )
-        for name in ("documents", "scored", "texts"):
-            given = getattr(self, name)
-            if given is not None and given.shape != self.tokens.shape:
-                raise UserError(
-                    f"{name} {tuple(given.shape)} must have the shape of tokens "
-                    f"{tuple(self.tokens.shape)}"
-                )
+        assert min(self.depth, self.extra) >= 0 < self.stride
+        assert self.tokens.ndim == 2 and self.seq_len >= 1, tuple(self.tokens.shape)
+        for field in (self.documents, self.scored, self.texts):
+            assert field is None or field.shape == self.tokens.shape, tuple(field.shape)
 
     def __len__(self) -> int:
         return self.batch_size
@@ -136,14 +118,8 @@ class WindowBatch:
         return torch.stack([mask.sum() for mask in masks if mask is not None])
 
     def shifted(self, field: Tensor, k: int) -> Tensor:
-        """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k.
-
-        Raises:
-            UserError: for a k outside 0 .. D + E.
-        """
-        if not 0 <= k <= self.depth + self.extra:
-            most = self.depth + self.extra
-            raise UserError(f"depth k = {k} is outside 0..{most} of this batch")
+        """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k, 0 .. D + E."""
+        assert 0 <= k <= self.depth + self.extra
         start = self.stride * k + 1
         return field[:, start : start + self.seq_len]
 
@@ -156,16 +132,8 @@ class WindowBatch:
         return replace(self, **mapped, states=None, host=None)
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
-        """Splits the batch along B into n batches of views, as even as possible.
-
-        Raises:
-            UserError: if there are fewer windows than n, or n < 1.
-        """
-        if not 1 <= n <= self.batch_size:
-            raise UserError(
-                f"cannot split {self.batch_size} windows into {n} micro-batches: "
-                f"the number must be from 1 to {self.batch_size}"
-            )
+        """Splits the batch along B into n batches of views, as even as possible; n is at most B."""
+        assert 1 <= n <= self.batch_size
 
         def part(i: int) -> WindowBatch:
             return self._map_rows(lambda field: field.tensor_split(n)[i])

@@ -81,7 +81,7 @@ def test_the_command_line_helps(tmp_path: Path) -> None:
 def test_quiet_is_inherited_by_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
-    StepProgressBar(interactive=False).print("said")
+    StepProgressBar().print("said")
     monkeypatch.setenv(QUIET, "1")
-    StepProgressBar(interactive=False).print("not said")
+    StepProgressBar().print("not said")
     assert shown.getvalue().strip() == "said"

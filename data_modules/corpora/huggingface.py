@@ -75,7 +75,7 @@ class HuggingFaceSource(Source):
         except Exception as error:  # the library raises its own types, builders' and the hub's
             what = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
             reason = " ".join(str(error).split()) or type(error).__name__
-            kind = OSError if isinstance(error, OSError) else ValueError
+            kind = OSError if isinstance(error, OSError) else UserError
             raise kind(what + reason) from error
         columns = dataset.column_names
         if columns is not None and self.field not in columns:
@@ -122,25 +122,23 @@ class HuggingFaceSource(Source):
         return digest(*what, self._dataset._fingerprint)
 
     def _local_files(self) -> list[tuple[str, Path]]:
-        """The local files that the text comes from; none for a dataset of the hub."""
-        given: list[str] = []
-        todo: list[Any] = [self.data_files] if self.data_files is not None else [self.path]
-        while todo:
-            item = todo.pop(0)
-            if isinstance(item, Mapping):
-                todo += item.values()
-            elif isinstance(item, str):
-                given.append(item)
-            else:
-                todo += item
-        if self.data_files is None and not Path(self.path).exists():
-            return []
+        """The local files that the text comes from; none for a dataset of the hub. ``data_files``
+        are relative to the dataset folder, if the path is one, else to the current folder."""
+        if self.data_files is None:
+            return expand(self.path) if Path(self.path).exists() else []
+        given = list(_flat(self.data_files))
         if any("://" in item for item in given):
             return []
         root = Path(self.path) if Path(self.path).is_dir() else Path()
-        return [file for item in given for file in expand(_under(root, item, self.data_files))]
+        return [file for item in given for file in expand(str(root / item))]
 
 
-def _under(root: Path, item: str, data_files: object) -> str:
-    """``data_files`` are relative to the current folder, other files to the dataset folder."""
-    return item if data_files is None else str(root / item)
+def _flat(data_files: object) -> Iterator[str]:
+    """The paths of ``data_files``, those of inner lists last."""
+    todo: list[Any] = [data_files]
+    while todo:
+        item = todo.pop(0)
+        if isinstance(item, str):
+            yield item
+        else:
+            todo += item.values() if isinstance(item, Mapping) else item

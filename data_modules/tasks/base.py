@@ -25,6 +25,9 @@ END = 0
 TRAINING = 48
 """Training with seed s reads examples from ``(s + 1) << 48`` on, and validation those below."""
 
+ONCE = 1 << 127
+"""First index of the draws that a task makes once, above the indices of all examples."""
+
 _WORD = (1 << 64) - 1
 # Making a generator takes ten times as long as setting its state, so each process has one, which is
 # set before every use.

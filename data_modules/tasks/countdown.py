@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
-from data_modules.tasks.base import Draws, Example, Task
+from data_modules.tasks.base import ONCE, Draws, Example, Task
 
 TO, EQUALS, PLUS, MINUS, TIMES, OVER, FIRST = range(1, 8)
 OPERATORS = (PLUS, MINUS, TIMES, OVER)
-GUESSES = 1 << 127
-"""First index of the draws of guesses, above all examples."""
 T = TypeVar("T")
 
 
@@ -95,7 +93,7 @@ class Countdown(Task):
     def _guess(self, number: int) -> bool:
         """Whether a random expression of an example's numbers is right."""
         prompt = self.example(number).prompt
-        draws = self.draws(GUESSES + number)
+        draws = self.draws(ONCE + number)
         pool = [[token] for token in prompt[: self.numbers]]
         while len(pool) > 1:
             left, right = _take_two(pool, draws)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from data_modules.digests import digest
-from data_modules.tasks.answers import AnswerSet
+from data_modules.tasks.answers import TRIED, AnswerSet
 from data_modules.tasks.base import Example, Task
-from data_modules.tasks.baselines import TRIED
 from data_modules.tasks.measures import Training
 from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
@@ -29,7 +28,8 @@ class TaskDataModule(WindowDataModule):
 
     Args:
         task: the task.
-        tokenizer: tokenizer of a run that the task is used with; its symbols must be the task's.
+        tokenizer: the stored tokenizer of the run that is evaluated; it must have the task's
+            symbols.
         seq_len: T; None for the length of the longest example. A longer window holds several
             examples, none of which sees the others.
         batch_size: windows of a micro-batch on one rank.
@@ -147,7 +147,7 @@ class TaskDataModule(WindowDataModule):
         return [self.task.example(self._first + i).answer for i in range(self.examples)]
 
     def _tried(self) -> list[Example]:
-        """The first training examples, for :func:`~data_modules.tasks.baselines.baselines`."""
+        """The first training examples, for :func:`~data_modules.tasks.answers.baselines`."""
         n = min(self.examples or TRIED, TRIED)
         return [self.task.example(self._first + i) for i in range(n)]
 

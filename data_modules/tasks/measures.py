@@ -22,32 +22,17 @@ from data_modules.windows import WindowBatch
 
 
 class Outputs(Protocol):
-    """A model's outputs for some examples, each a row of :attr:`batch`; computed when asked for."""
+    """A model's outputs for some examples, each a row of ``batch``; computed when asked for."""
 
-    @property
-    def batch(self) -> WindowBatch:
-        """The examples as the model reads them; ``scored`` where it answers."""
-
-    @property
-    def said_BW(self) -> Tensor:
-        """The tokens, with the model's greedy answers at the scored positions."""
-
-    @property
-    def sampled_BW(self) -> Tensor:
-        """The tokens, with the model's answers at temperature 1 at the scored positions. They are
-        drawn from one stream per example, so they do not depend on batch, rank or validation."""
-
-    @property
-    def states_BPC(self) -> Tensor:
-        """The trunk's final states, teacher-forced."""
-
-    @property
-    def nats_BW(self) -> Tensor:
-        """float64 ``-log p`` of each scored token, teacher-forced; 0 elsewhere."""
-
-    @property
-    def log_probs_KV(self) -> Tensor:
-        """``log p`` of every id at the K scored tokens, row by row, teacher-forced."""
+    batch: WindowBatch  # as the model reads them; ``scored`` where it answers
+    said_BW: Tensor  # the tokens, with the model's greedy answers at the scored positions
+    # Likewise with answers at temperature 1, drawn from one stream per example: they do not depend
+    # on batch, rank or validation.
+    sampled_BW: Tensor
+    # The others are teacher-forced.
+    states_BPC: Tensor  # the trunk's final states
+    nats_BW: Tensor  # float64 ``-log p`` of each scored token; 0 elsewhere
+    log_probs_KV: Tensor  # ``log p`` of every id at the K scored tokens, row by row
 
 
 class Measure(Metric, ABC):
@@ -168,7 +153,7 @@ class AffineProbe(Measure):
 
 class Excess(Measure):
     """The least possible loss on the scored tokens, and the model's excess over it; both are means
-    in nats.
+    in nats. Tokens after the end of an answer do not count.
 
     Args:
         name: name of the least loss.
@@ -188,8 +173,10 @@ class Excess(Measure):
         batch, nats_BW = outputs.batch, outputs.nats_BW
         assert batch.scored is not None
         least_BW = torch.from_numpy(self.least(batch.tokens.cpu().numpy())).to(batch.device)
-        found = [values[batch.scored].sum() for values in (least_BW, nats_BW - least_BW)]
-        self.sums += torch.stack([*found, batch.scored.sum().double()])
+        counts_BW = batch.scored.clone()
+        counts_BW[:, 1:] &= batch.tokens[:, :-1] != 0  # the id that ends an answer
+        found = [values[counts_BW].sum() for values in (least_BW, nats_BW - least_BW)]
+        self.sums += torch.stack([*found, counts_BW.sum().double()])
 
     def compute(self) -> dict[str, float]:
         least, excess, n = self.sums.tolist()

@@ -22,12 +22,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import END, TRAINING, Draws, Example, Task
-from data_modules.tasks.measures import Measure, Training
+from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task
+from data_modules.tasks.measures import Excess, Measure, Training
 from data_modules.tasks.navigation_measures import (
     FIRST,
     BeliefCosine,
-    Losses,
     Shortcuts,
     Walks,
 )
@@ -36,8 +35,6 @@ from mtp_lightning.settings import require_choice, require_number
 
 EQUALS = 1
 """Id of the equals sign; that of the first node is FIRST, and steps come after the nodes."""
-GRAPH = 1 << 127
-"""Index of the graph's draws, above all examples."""
 EXTRA = 4
 """Steps by which a detour may exceed the longest shortest path."""
 
@@ -85,7 +82,7 @@ class Navigation(Task):
     @cached_property
     def edges(self) -> np.ndarray:
         """``[N, N]`` bool: whether a step leads from the first node to the second."""
-        draws, n = self.draws(GRAPH), self.nodes
+        draws, n = self.draws(ONCE), self.nodes
         if self.graph == "street":
             return _street(draws, n, self.density)
         return (draws.uniform(n * n).reshape(n, n) < self.density) & ~np.eye(n, dtype=bool)
@@ -190,14 +187,14 @@ class Navigation(Task):
             Walks(self),
             Shortcuts(self),
             BeliefCosine(self, d_model=d_model),
-            Losses(self),
+            Excess("surprisal", self.surprisals),
         )
 
     @cached_property
     def _pairs(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Reachable pairs of different nodes: those of training and those of validation."""
         pairs = [(int(a), int(b)) for a, b in np.argwhere(self.distances > 0)]
-        order = self.draws(GRAPH + 1).permutation(len(pairs))
+        order = self.draws(ONCE + 1).permutation(len(pairs))
         cut = round(self.training * len(pairs))
         if not 0 < cut < len(pairs):
             raise UserError(

@@ -30,11 +30,11 @@ NEAR = range(2, 5)
 
 
 class Means(Measure):
-    """Means of several values, each over what it is defined for.
+    """Means of several values, each over the items for which it is defined.
 
     Args:
-        task: whose examples are measured.
-        names: of the values.
+        task: the task.
+        names: names of the values.
     """
 
     sums: Tensor
@@ -46,7 +46,7 @@ class Means(Measure):
 
     @abstractmethod
     def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        """The sum of every value and how many it is of."""
+        """For each value, its sum and the number of items."""
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         self.sums += torch.tensor(self.count(outputs), dtype=torch.float64).to(self.sums.device)
@@ -58,8 +58,8 @@ class Means(Measure):
 
 class Walks(Means):
     """Greedy answers: ``legality``, the share of their steps that follow an edge from where the
-    walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. Both are
-    1 of a model that knows the graph. ``.._chance`` is that of random symbols, each a step or the
+    walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. A model
+    that knows the graph has 1 of both. ``.._chance`` is that of random symbols, each a step or the
     end: at a distance d of the ids, ``sum_L P(the sum of L steps is d) / (2 N - 1)``.
     """
 
@@ -105,7 +105,7 @@ class Walks(Means):
 class Shortcuts(Means):
     """``shortcut_mass``: the probability of illegal shortcuts. Where a path stands 2 to 4 steps
     from its goal, they are the steps to any other node that is 2 to 4 steps from it, without an
-    edge. 0 of a model that knows the graph. The paper averages over single shortcuts from the
+    edge. A model that knows the graph has 0. The paper averages over single shortcuts from the
     start; here their probabilities are summed, at every node of the true path. ``legal_mass`` is
     the probability of all edges there, and ``.._chance`` that of random symbols.
     """
@@ -138,23 +138,6 @@ class Shortcuts(Means):
         ]
 
 
-class Losses(Means):
-    """``surprisal``, the nats a token of the exact predictor of shortest paths, and the model's
-    ``excess_loss`` over it, on the same tokens."""
-
-    def __init__(self, task: Navigation) -> None:
-        super().__init__(task, ("surprisal", "excess_loss"))
-
-    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        batch = outputs.batch
-        assert batch.scored is not None
-        tokens, counts = batch.tokens.cpu().numpy(), batch.scored.cpu().numpy().copy()
-        counts[:, 1:] &= tokens[:, :-1] != END
-        least = self.task.surprisals(tokens)[counts]
-        nats = outputs.nats_BW.cpu().numpy()[counts]
-        return [(float(least.sum()), len(least)), (float((nats - least).sum()), len(least))]
-
-
 class BeliefCosine(Measure):
     """``belief_cosine``: the mean cosine of the trunk's states that stand at the same node with the
     same goal and came from different starts, and ``belief_cosine_others`` of all other pairs. A
@@ -163,7 +146,7 @@ class BeliefCosine(Measure):
     ``data.eval_examples`` is at most the number of pairs of validation.)
 
     Args:
-        task: whose examples are measured.
+        task: the task.
         d_model: C.
     """
 

@@ -21,14 +21,12 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import ClassVar
 
-from data_modules.tasks.base import Example, Task
+from data_modules.tasks.base import ONCE, Example, Task
 from data_modules.tasks.measures import Measure, SampledAnswers, Training
 
 EQUALS, LETTERS = 1, 2
 PARENTS = LETTERS + len(ascii_lowercase)
 """Ids of the first letter and of the first parent; children come after the parents."""
-GRAPH = 1 << 127
-"""Index of the graph's draws, above all examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ class Sibling(Task):
     @cached_property
     def _families(self) -> list[list[int]]:
         """Ids of each parent's children."""
-        names = self.draws(GRAPH).permutation(self.parents * self.children)
+        names = self.draws(ONCE).permutation(self.parents * self.children)
         first = PARENTS + self.parents
         return [
             [first + name for name in names[i * self.children : (i + 1) * self.children]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-from data_modules.tasks.base import Example, Task
+from data_modules.tasks.base import ONCE, Example, Task
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
@@ -87,8 +87,7 @@ class StarGraph(Task):
         draws = self.draws(index)
         graph, arm = draws, 0  # the names are random, so that all arms are alike
         if self.fixed is not None:
-            # Graphs have their own indices, far above those of examples.
-            graph = self.draws((1 << 127) + draws.below(self.fixed))
+            graph = self.draws(ONCE + draws.below(self.fixed))
             arm = draws.below(self.degree)
         start, *others = (FIRST + i for i in graph.permutation(self.nodes)[: self.size])
         steps = self.length - 1

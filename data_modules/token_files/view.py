@@ -20,7 +20,7 @@ import numpy as np
 from data_modules.encoding import PIECE, pieces
 from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources.base import digest, digest_files
-from data_modules.store_builder import Progress, keep_store
+from data_modules.store_builder import keep_store, progress
 from data_modules.token_files.formats import TokenSource
 from data_modules.token_store import FORMAT, PIECES, TokenStore, count_ids
 from data_modules.tokenizers.base import Tokenizer
@@ -87,7 +87,7 @@ def open_view(
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
     """Digest of the files' contents, order and types; names do not matter."""
     named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
-    # An index that is not among its files makes a file a chunk of litdata.
+    # litdata's index is not in `files`, so the format must enter the digest.
     types = (
         f"{file.format} {file.shard.dtype}" if file.format == "litdata" else file.shard.dtype
         for file in files
@@ -146,10 +146,9 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
         )
     tokens = ShardedTokens([file.shard for file in files])
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    progress = Progress("token files looked through", len(tokens), unit="tokens")
     found: list[np.ndarray] = [np.zeros(1, np.int64)]
     after_eot = False
-    try:
+    with progress("token files looked through", len(tokens), unit=" tokens") as bar:
         for first in range(0, len(tokens), _BLOCK):
             block = tokens[first : min(first + _BLOCK, len(tokens))]
             _require_known(block, first, tokens, tokenizer)
@@ -159,9 +158,7 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
                 before = np.concatenate([[after_eot], eot[:-1]])
                 found.append(np.flatnonzero(before & ~eot) + first)
                 after_eot = bool(eot[-1])
-            progress.add(len(block))
-    finally:
-        progress.close()
+            bar.update(len(block))
     if all(indexed):
         begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
         found = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]

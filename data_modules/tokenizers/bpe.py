@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -62,11 +61,7 @@ class BPETokenizer(Tokenizer):
         return self._json is None
 
     def train(self, documents: Iterable[str]) -> BPETokenizer:
-        """A trained copy; the same documents give the same merges.
-
-        Raises:
-            UserError: if there is no text.
-        """
+        """A trained copy; the same documents give the same merges."""
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
         quiet_forks()
@@ -84,11 +79,7 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        sample = _first_bytes(documents, self.train_bytes)
-        first = next(sample, None)
-        if first is None:
-            raise UserError("there is no text to train the tokenizer on")
-        library.train_from_iterator(chain([first], sample), trainer)
+        library.train_from_iterator(_first_bytes(documents, self.train_bytes), trainer)
         return self._with(library.to_str())
 
     def _with(self, json_text: str) -> BPETokenizer:
@@ -160,14 +151,6 @@ class BPETokenizer(Tokenizer):
     def from_state(cls, state: dict[str, Any]) -> BPETokenizer:
         untrained = cls(state["vocab_size"], train_bytes=state["train_bytes"])
         return untrained._with(state["tokenizer_json"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The library object and the word cache are rebuilt where they are used.
-        return self.state() if self._json is not None else self.spec()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["vocab_size"], train_bytes=state["train_bytes"])  # type: ignore[misc]
-        self._json = state.get("tokenizer_json")
 
     def _forget(self) -> None:
         """Empties the word cache: word -> number, the ids of all words, concatenated, and where

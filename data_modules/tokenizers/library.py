@@ -22,7 +22,7 @@ from mtp_lightning.stored import LARGEST_VOCAB
 # How many times longer a text may become before it is split, or a token when it is decoded: the
 # largest of Unicode's own compositions is 18.
 LARGEST_GROWTH = 256
-# Texts that the library wrote of tokenizers that were checked; checking takes longer than reading.
+# JSON of tokenizers that were checked before, so that copies are not checked again.
 _WRITTEN: deque[str] = deque(maxlen=2)
 
 

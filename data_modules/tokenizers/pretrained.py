@@ -156,12 +156,6 @@ class PretrainedTokenizer(Tokenizer):
         tokenizer.beside = {name: found[name] for name in BESIDE if name in found}
         return tokenizer
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.state()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(type(self).from_state(state).__dict__)
-
 
 def _read(given: str) -> tuple[Any, dict[str, str]]:
     """The library's tokenizer, and the files of :data:`BESIDE`."""

@@ -15,8 +15,8 @@ class RunCallback(Callback):
     """Lightning's hooks and four more of a run; the defaults do nothing.
 
     Attributes:
-        takes_gradients: what a person types for it, if it takes the gradients of one task alone,
-            which a sharded model has on no process; else empty.
+        takes_gradients: the override that adds the callback, if it needs the gradients of one task
+            alone, which no rank of a sharded model has; else empty.
         newest: the values of the newest validation by log tag, of a callback that measures there.
     """
 

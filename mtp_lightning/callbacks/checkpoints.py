@@ -25,28 +25,20 @@ from mtp_lightning.settings import require_choice, require_whole
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves and loads through `mtp_lightning.run.checkpoints`:
-    atomically, plain values only, and checked for damage."""
+    """Saves and loads through `mtp_lightning.run.checkpoints`: atomically, plain values only, and
+    checked for damage. Lightning's further options change nothing."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write atomically; see `checkpoints.save` for the errors."""
-        if storage_options is not None:
-            raise UserError(
-                f"storage_options are not used for checkpoints here: {storage_options!r}."
-            )
         checkpoints.save(checkpoint, path)
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Check for damage, then load plain values only; `weights_only=False` is refused."""
-        if weights_only is False:
-            raise UserError(
-                "Checkpoints are loaded with weights_only=True only: do not ask for False."
-            )
-        return checkpoints.load(path, "cpu" if map_location is None else map_location)
+        """Check for damage, then load plain values only."""
+        return checkpoints.load(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the file where it exists."""
@@ -114,7 +106,7 @@ class Checkpoints(RunCallback, Checkpoint):
         self._interrupted = False
         self._terminated = False
         # Whether the newest save is the best but does not have that name yet.
-        self._crowned = False
+        self._is_new_best = False
         # Whether the newest save is to be kept under its own name but does not have it yet.
         self._to_keep = False
 
@@ -140,15 +132,9 @@ class Checkpoints(RunCallback, Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
-        if trainer.enable_validation and trainer.check_val_every_n_epoch is not None:
-            raise UserError(
-                f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} would count "
-                "validations by epoch, but they are counted in optimizer steps: set it to null and "
-                "use trainer.val_check_interval."
-            )
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
-        self._interrupted = self._terminated = self._crowned = False
+        self._interrupted = self._terminated = self._is_new_best = False
         # A run that was killed between the two saves of a step has not kept that step yet.
         step = trainer.global_step
         kept = (self.folder / kept_at(step)).exists()
@@ -184,8 +170,8 @@ class Checkpoints(RunCallback, Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Saves, unless a validation follows: then `on_validation_end` saves."""
-        self._settle(trainer, wait=False)
-        self._hear_sigterm(trainer)
+        self._add_links(trainer, wait=False)
+        self._check_sigterm(trainer)
         if self._due(trainer) and not self._validation_follows(trainer):
             self._save(trainer)
             self._end_if_terminated(trainer)
@@ -193,23 +179,23 @@ class Checkpoints(RunCallback, Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves when due or when the monitored value is the best so far."""
         if trainer.state.fn == "validate":
-            self._crown_last(trainer)
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+            self._mark_last_as_best(trainer)
+        if trainer.state.fn != "fit":
             return
-        self._hear_sigterm(trainer)  # it may have come during the validation
+        self._check_sigterm(trainer)  # it may have come during the validation
         improved = self._update_best(trainer)
         if improved or self._due(trainer):
             self._save(trainer)
         if improved:
-            self._crowned = True
-            self._settle(trainer, wait=False)
+            self._is_new_best = True
+            self._add_links(trainer, wait=False)
         self._end_if_terminated(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves a run that ended before its last step (a time limit, an early stop)."""
         if trainer.global_step > 0:
             self._save(trainer)
-        self._settle(trainer, wait=True)
+        self._add_links(trainer, wait=True)
         self._restore_handler()
 
     def on_exception(
@@ -222,7 +208,7 @@ class Checkpoints(RunCallback, Checkpoint):
         """Leave what ``keep`` says."""
         checkpoints.keep(self.folder, self.keep)
 
-    def _hear_sigterm(self, trainer: pl.Trainer) -> None:
+    def _check_sigterm(self, trainer: pl.Trainer) -> None:
         """Notes whether this process, or any other, was asked to end. All processes ask each other
         at the same points, or they would stop at different steps. A validation is finished first:
         Lightning would skip it, and the resumed run would miss it."""
@@ -231,14 +217,13 @@ class Checkpoints(RunCallback, Checkpoint):
 
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:
         if self._terminated:
-            self._settle(trainer, wait=True)
+            self._add_links(trainer, wait=True)
             termination_of(trainer).end()
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
-        finished = 0 < trainer.max_steps <= step
         return (
-            finished
+            step >= trainer.max_steps
             or trainer.should_stop
             or self._interrupted
             or self._terminated
@@ -274,7 +259,7 @@ class Checkpoints(RunCallback, Checkpoint):
         self.best_score, self.best_step = score, trainer.global_step
         return True
 
-    def _crown_last(self, trainer: pl.Trainer) -> None:
+    def _mark_last_as_best(self, trainer: pl.Trainer) -> None:
         """Handles the validation after training, if the last step had none of its own: `last.ckpt`,
         which is the validated model, may be the best."""
         if stored_step(self.last_path) != trainer.global_step or not self._update_best(trainer):
@@ -288,7 +273,7 @@ class Checkpoints(RunCallback, Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if self._saved_step == trainer.global_step:
             return
-        self._settle(trainer, wait=True)
+        self._add_links(trainer, wait=True)
         with ExitStack() as stack:
             for callback in run_callbacks(trainer):
                 stack.enter_context(callback.paused())
@@ -299,21 +284,21 @@ class Checkpoints(RunCallback, Checkpoint):
         self._last_is_good = True
         self._saved_step = trainer.global_step
         self._to_keep = trainer.global_step in self.keep_steps
-        self._settle(trainer, wait=False)
+        self._add_links(trainer, wait=False)
 
-    def _settle(self, trainer: pl.Trainer, *, wait: bool) -> None:
+    def _add_links(self, trainer: pl.Trainer, *, wait: bool) -> None:
         """Gives the newest save its other names once it has its own. All processes call this at the
         same point."""
         strategy = trainer.strategy
         if isinstance(strategy, WritesBeside) and not strategy.settled(wait=wait):
             return
         if trainer.is_global_zero:
-            if self._crowned:
+            if self._is_new_best:
                 link_or_copy(self.last_path, self.best_path)
             if self._to_keep:
                 assert self._saved_step is not None
                 link_or_copy(self.last_path, self.folder / kept_at(self._saved_step))
-        self._crowned = self._to_keep = False
+        self._is_new_best = self._to_keep = False
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         self._interrupted = True

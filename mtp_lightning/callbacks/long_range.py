@@ -11,9 +11,8 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.decoding.acceptance import acceptance_by
 from mtp_lightning.decoding.generate import generate
-from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.metrics.long_range.curves import curves
-from mtp_lightning.metrics.long_range.measure import LongRange as Measure
+from mtp_lightning.errors import UserError
+from mtp_lightning.metrics.long_range import LongRange as Measure
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
 
@@ -49,7 +48,7 @@ class LongRange(RunCallback):
             if not self._warned:
                 log.warning("callbacks=long_range measures text and has no meaning for a task.")
             self._warned = True
-        elif not trainer.sanity_checking:
+        else:
             model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
             assert isinstance(model, MTPModel)
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())
@@ -85,11 +84,6 @@ class LongRange(RunCallback):
             values |= {f"decode/{name}": value for name, value in found.items()}
             self.newest = values
             pl_module.log_dict(values, rank_zero_only=True)
-            for chart in curves(values):
-                for logger in trainer.loggers:
-                    if isinstance(logger, RunLogger):
-                        tag = f"long_range/{chart.name}"
-                        logger.write_curves(tag, chart, trainer.global_step)
 
 
 def acceptance_on_long_texts(
@@ -102,7 +96,7 @@ def acceptance_on_long_texts(
         return {}
     try:
         prompts = data.held_out_prompts(n_prompts, prompt_tokens)
-    except ValueError as error:  # training works on a small corpus anyway
+    except UserError as error:  # training works on a small corpus anyway
         log.warning("No acceptance by the position in long texts: %s.", error)
         return {}
     texts = generate(model, prompts, max_new_tokens=room, tokenizer=data.tokenizer)

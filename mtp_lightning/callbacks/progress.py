@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.cli import QUIET
-from mtp_lightning.settings import require_number, require_whole
+from mtp_lightning.settings import require_number
 
 _WIDE = 120  # columns of a terminal in which the bar has room for a schedule's name
-_TIMED_FROM = 10  # steps of this process, before which nobody knows how long the rest takes
+_TIMED_FROM = 10  # steps of this process before the remaining time is estimated
 # Short, so that all of it and some bar fit into 100 columns.
 _TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 _UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -40,25 +40,13 @@ class StepProgressBar(ProgressBar):
     Args:
         refresh_seconds: seconds between two updates on a terminal.
         line_seconds: seconds between two lines elsewhere.
-        line_every_n_steps: prints a line every N steps; null goes by `line_seconds`.
-        interactive: true for the bar, false for lines, null for the bar if stderr is a terminal.
     """
 
-    def __init__(
-        self,
-        refresh_seconds: float = 0.5,
-        line_seconds: float = 10.0,
-        line_every_n_steps: int | None = None,
-        interactive: bool | None = None,
-    ) -> None:
+    def __init__(self, refresh_seconds: float = 0.5, line_seconds: float = 10.0) -> None:
         super().__init__()
         key = "callbacks.progress"
         self.refresh_seconds = require_number(f"{key}.refresh_seconds", refresh_seconds, least=0)
         self.line_seconds = require_number(f"{key}.line_seconds", line_seconds, least=0)
-        self.line_every_n_steps = line_every_n_steps
-        if line_every_n_steps is not None:
-            require_whole(f"{key}.line_every_n_steps", line_every_n_steps, least=1)
-        self.interactive = interactive
         self._enabled = os.environ.get(QUIET) != "1"
         self._bar: tqdm | None = None
         self._shown_at = -math.inf
@@ -85,11 +73,10 @@ class StepProgressBar(ProgressBar):
         self._began = (trainer.global_step, time.monotonic())
         schedule = getattr(pl_module, "schedule", None)
         self._schedule = schedule.name if schedule is not None and schedule.moves else ""
-        terminal = sys.stderr.isatty() if self.interactive is None else self.interactive
-        if not self._enabled or not terminal:
+        if not self._enabled or not sys.stderr.isatty():
             return
         self._bar = tqdm(
-            total=trainer.max_steps if trainer.max_steps > 0 else None,
+            total=trainer.max_steps,
             initial=trainer.global_step,
             desc="train",
             unit="step",
@@ -118,13 +105,8 @@ class StepProgressBar(ProgressBar):
                 self._bar.refresh()
                 self._shown_at = now
             return
-        if self.line_every_n_steps:
-            due = step % self.line_every_n_steps == 0
-        else:
-            due = now - self._shown_at >= self.line_seconds
-        if last or due:
-            total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-            text = f"step {step}{total}  {self._describe(trainer, outputs)}"
+        if last or now - self._shown_at >= self.line_seconds:
+            text = f"step {step}/{trainer.max_steps}  {self._describe(trainer, outputs)}"
             self._line(f"{text}  {self._left(step, trainer.max_steps, now)}".rstrip())
             self._shown_at = now
 
@@ -147,7 +129,7 @@ class StepProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the validation loss of every depth."""
-        if not self._enabled or trainer.sanity_checking or trainer.state.fn != "fit":
+        if not self._enabled or trainer.state.fn != "fit":
             return
         losses = {}
         for tag, value in trainer.callback_metrics.items():

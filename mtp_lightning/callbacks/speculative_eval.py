@@ -13,7 +13,6 @@ from mtp_lightning.decoding.held_out import prompts_that_fit
 from mtp_lightning.decoding.measure import TIMED, acceptance, race, require_same_greedy
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
-from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
 
@@ -54,8 +53,6 @@ class SpeculativeEval(RunCallback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes, compares and logs, in the first process only."""
-        if trainer.sanity_checking:
-            return
         model = pl_module.whole_model()  # type: ignore[operator]  # gathered by all processes
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
@@ -91,9 +88,9 @@ class SpeculativeEval(RunCallback):
         run = race(model, timed, ways, tokenizer=tokenizer)
         plain = run.outputs["plain"]
         text = f"{tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.write_text("decode/sample", text, trainer.global_step)
+        loggers: list[Any] = trainer.loggers  # each a GuardedLogger
+        for logger in loggers:
+            logger.write_text("decode/sample", text, trainer.global_step)
         values: dict[str, float] = {}
         if "drafted" in ways:
             require_same_greedy(model, timed, plain, run.outputs["drafted"])

@@ -64,7 +64,7 @@ class StopWhenSolved(RunCallback):
         """Counts, and stops the run; this comes before the checkpoint, which stores the count."""
         # A finished run that is started again repeats the validation of its last step.
         step = trainer.global_step
-        if trainer.sanity_checking or self._solved_at is not None or step == self._counted_step:
+        if self._solved_at is not None or step == self._counted_step:
             return
         # Rank 0 decides for all processes. The logged value is rounded to single precision, in
         # which 0.98 is above 0.98.

@@ -24,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, kernels_told
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
-from mtp_lightning.metrics.long_range.measure import LongRange
+from mtp_lightning.metrics.long_range import LongRange
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.cost import StepCost

@@ -21,7 +21,7 @@ from data_modules.encoding import encoded as encoded_piece
 from data_modules.overlap import LineOverlap
 from data_modules.prompts import take_prompts
 from data_modules.sources.base import Source, digest
-from data_modules.store_builder import Progress, keep_store, write_documents
+from data_modules.store_builder import keep_store, progress, write_documents
 from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer
 from mtp_lightning.decoding.generate import generate
@@ -278,8 +278,8 @@ class SelfGenerated(TokenDataModule):
         eot, done = speaker.tokenizer.eot_id, kept.of(part)
         left = [i for i in range(len(prompts)) if i not in done]
         before = f" ({len(done):,} were there)" if done else ""
-        progress = Progress(f"{part} of {speaker.path}{before}", len(left) * n, unit="tokens")
-        try:
+        what = f"{part} of {speaker.path}{before}"
+        with progress(what, len(left) * n, unit=" tokens") as bar:
             generate(
                 speaker.model,
                 [prompts[i] for i in left],
@@ -291,11 +291,9 @@ class SelfGenerated(TokenDataModule):
                 seed=seed,
                 eot_id=eot,
                 batch_size=self.decode_batch_size,
-                on_tokens=lambda _, fresh: progress.add(len(fresh.token_ids)),
+                on_tokens=lambda _, fresh: bar.update(len(fresh.token_ids)),
                 on_end=lambda i, text: kept.add(part, i, text.token_ids),
             )
-        finally:
-            progress.close()
         found = kept.of(part)
         return [[token for token in found[i] if token != eot] for i in range(len(prompts))]
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from data_modules.cache import build_once
 from data_modules.digests import digest
 from data_modules.seal import note
-from data_modules.store_builder import Progress
+from data_modules.store_builder import progress
 from data_modules.store_module import StoreDataModule
 from data_modules.window_dataset import STATES, WindowDataset
 from mtp_lightning.errors import UserError
@@ -79,7 +79,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision in MIXED)
 
     def write(folder: Path) -> None:
-        progress = Progress("states of the trunk", len(windows) * data.seq_len, unit="tokens")
+        bar = progress("states of the trunk", len(windows) * data.seq_len, unit=" tokens")
         kept: np.memmap | None = None
         content = hashlib.blake2b(digest_size=16)
         home = weight.device
@@ -105,12 +105,12 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
                 fresh = min(data.batch_size, len(windows) - start)
                 kept[start : start + fresh] = raw[:fresh].numpy()
                 content.update(raw[:fresh].numpy().data)
-                progress.add(fresh * data.seq_len)
+                bar.update(fresh * data.seq_len)
             assert kept is not None
             kept.flush()
             note(folder, {STATES: content.hexdigest()})
         finally:
-            progress.close()
+            bar.close()
             model.to(home).train(training)
 
     folder = build_once(data.cache_dir / "trunk_states" / key, write)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-if TYPE_CHECKING:
-    from mtp_lightning.metrics.long_range.curves import Curves
-
 
 class RunLogger(Logger):
-    """Lightning's interface and four more hooks of a run; the defaults do nothing.
+    """Lightning's interface and three more hooks of a run; the defaults do nothing.
 
     A run calls them in this order: ``resume_from`` (if it continues), ``log_hyperparams``,
-    ``log_metrics``, ``write_text`` and ``write_curves`` while it lasts; once ``summary.json`` is
-    written, ``log_final`` and ``finalize``.
+    ``log_metrics`` and ``write_text`` while it lasts; once ``summary.json`` is written,
+    ``log_final`` and ``finalize``.
     """
 
     def resume_from(self, step: int) -> None:
@@ -25,9 +22,6 @@ class RunLogger(Logger):
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """Logs a text with its line ends."""
-
-    def write_curves(self, tag: str, curves: Curves, step: int) -> None:
-        """Draws a chart."""
 
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
         """Logs the final state of a run.

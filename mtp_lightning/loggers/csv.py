@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.run.layout import METRICS_FILE
 from mtp_lightning.run.metrics import MetricsFile
@@ -44,11 +43,6 @@ class MetricsCSV(RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds values to the row of ``step``.
-
-        Raises:
-            UserError: if there is no step.
-        """
-        if step is None:
-            raise UserError("metrics.csv needs the step of its values, but the step is None.")
+        """Adds values to the row of ``step``."""
+        assert step is not None
         self._file.write(metrics, int(step))

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.settings import require_number
-
-if TYPE_CHECKING:
-    from mtp_lightning.metrics.long_range.curves import Curves
-
-log = logging.getLogger(__name__)
 
 
 class RunTensorBoard(RunLogger, TensorBoardLogger):
@@ -42,7 +36,6 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         )
         self.depth = depth
         self._layout_written = False
-        self._said = False
         self._logged_at: dict[str, int | None] = {}  # step of the newest value of each tag
 
     def resume_from(self, step: int) -> None:
@@ -85,27 +78,6 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         """Writes a text that is shown verbatim, with its line ends."""
         as_code = "\n".join(f"    {line}" for line in text.splitlines())
         self.experiment.add_text(tag, as_code, step)
-
-    @rank_zero_only
-    def write_curves(self, tag: str, curves: Curves, step: int) -> None:
-        """Draws a chart into the IMAGES tab, if matplotlib is installed (the extra ``report``)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            if not self._said:
-                log.info("No charts of %s in TensorBoard: pip install -e '.[report]'.", tag)
-            self._said = True
-            return
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
-        for label, points in curves.lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel=curves.x_label, ylabel=curves.y_label)
-        axes.grid(alpha=0.3)
-        if len(curves.lines) > 1:
-            axes.legend()
-        self.experiment.add_figure(tag, figure, step)
 
     def save(self) -> None:
         """Flushes the events. Lightning's own method also writes an hparams.yaml, which the

@@ -1,4 +1,4 @@
-"""How often any head of some order must be rejected, and how far a trained head is from that.
+"""The rejection rate that no draft head of a given order can avoid, and a trained head's gap to it.
 
 A head of order m sees the trunk's state at position t and the m tokens before its target. Depth k
 drafts token t + k + 1 of a text that the main model samples; the target's distribution p depends on
@@ -94,7 +94,7 @@ class Floors:
     continuations are sampled. With tokens that the head sees (m > 0), these are drawn ``seen``
     times, and each of the ``rollouts`` of the tokens before them is weighted by how likely it
     makes them. Since a floor is the minimum over the same sample that the rejection is taken
-    from, a sampled floor is low on average, and never above the rejection of a head of its order.
+    from, a sampled floor is biased low, and never above the rejection of a head of its order.
 
     Args:
         model: a model in evaluation mode, with depths that predict a token each and stride 1.
@@ -153,8 +153,9 @@ class Floors:
         return [(s, c / self.seen) for s, c in zip(seen_Mm, counts_M.tolist(), strict=True)]
 
     def _of(self, prompt_T: Tensor, paths: Paths, k: int, m: int = 0) -> tuple[Found, float]:
-        """Over paths of k tokens, of which the head of order m sees the last m, the same in all;
-        the weights are multiplied by how likely those are, and their sum is also returned."""
+        """Measures paths of k tokens that share their last m, the ones that a head of order m sees.
+        Multiplies each weight by the probability of those m tokens, and also returns the sum of the
+        weights."""
         p_NKV, q_NV = self._read(prompt_T, paths.tokens_NK, k)
         weight_N = paths.weight_N
         if m:

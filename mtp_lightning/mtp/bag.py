@@ -19,14 +19,14 @@ not count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import CountedText
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.summary import Summary, SummaryConfig, SummaryLoss
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.settings import require_choice
@@ -72,22 +72,27 @@ class BagMTP(Summary):
         super().__init__(config, trunk)
         self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
 
-    def look_at(self, text: CountedText) -> None:
+    def look_at(self, data: Any) -> None:
         """Count document frequencies for ``weights=idf``."""
-        if self.config.weights == "idf":
-            self.weigh(*text.document_frequency())
+        if self.config.weights != "idf":
+            return
+        text = data.training_text
+        if text is None:
+            raise UserError(
+                "mtp.weights=idf counts the documents of a text, and a task has no documents: set "
+                "mtp.weights=none."
+            )
+        holding_V = text.document_frequency(len(self.weights_V))
+        self.weigh(torch.from_numpy(holding_V), text.n_documents)
 
-    def weigh(self, holding: Tensor, documents: int) -> None:
+    def weigh(self, holding_V: Tensor, documents: int) -> None:
         """Set the weights to inverse document frequencies.
 
         Args:
-            holding: int64, the number of documents that hold each id of the tokenizer; the model
-                may have more rows, which occur in no document.
+            holding_V: int64, the number of documents that hold each id.
             documents: N.
         """
-        counts_V = torch.zeros(len(self.weights_V), dtype=torch.float64)
-        counts_V[: len(holding)] = holding.double()
-        self.weights_V.copy_(((1 + documents) / (1 + counts_V)).log() + 1)
+        self.weights_V.copy_(((1 + documents) / (1 + holding_V.double())).log() + 1)
 
     def own_loss(self, k: int, batch: WindowBatch) -> Presence:
         return Presence(self, batch)

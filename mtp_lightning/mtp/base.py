@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -30,16 +30,6 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require, require_whole
-
-
-class CountedText(Protocol):
-    """Counts over the training text. Each raises a ``UserError`` for a task."""
-
-    def document_frequency(self) -> tuple[Tensor, int]:
-        """int64 [V] documents that hold each id, and the number of documents."""
-
-    def token_frequency(self) -> Tensor:
-        """int64 [V], how often each id occurs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,11 +339,14 @@ class MTPStack(nn.Module, ABC):
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
 
     # Its first weights.
-    def look_at(self, text: CountedText) -> None:
+    def look_at(self, data: Any) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.
 
         Args:
-            text: counts the training text, which takes a pass over it.
+            data: a data module; counting the ids of its ``training_text`` takes a pass over it.
+
+        Raises:
+            UserError: a task has no such text.
         """
 
     def initialize_own(self) -> None:

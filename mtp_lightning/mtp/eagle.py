@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import CountedText, MTPConfig
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.own_head import OwnHead
@@ -302,13 +302,19 @@ class EagleMTP(Chain):
     def blocks_kept(self) -> Collection[int]:
         return self.config.layers_of(self.trunk_config.n_layers) if self.depth else ()
 
-    def look_at(self, text: CountedText) -> None:
+    def look_at(self, data: Any) -> None:
         """Choose the draft vocabulary."""
-        if self.config.draft_vocab is not None:
-            frequency = text.token_frequency()
-            # Not before: the vocabulary may be unknown when a model is only counted.
-            self.config.check_vocabulary(self.trunk_config)
-            self.layer.head.choose(frequency)
+        if self.config.draft_vocab is None:
+            return
+        if data.training_text is None:
+            raise UserError(
+                "mtp.draft_vocab counts the tokens of a text, and a task makes its examples as it "
+                "trains: set mtp.draft_vocab=null."
+            )
+        # Not before: the vocabulary may be unknown when a model is only counted.
+        self.config.check_vocabulary(self.trunk_config)
+        counts = data.training_text.token_frequency(self.trunk_config.vocab_size)
+        self.layer.head.choose(torch.from_numpy(counts))
 
     @torch.no_grad()
     def begin(

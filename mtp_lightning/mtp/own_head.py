@@ -11,7 +11,6 @@ Shapes: V vocabulary, N rows of the head, C d_model, R positions.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_modules.windows import IGNORE_INDEX
@@ -47,14 +46,12 @@ class OwnHead(nn.Module):
         """Whether every token has a row."""
         return len(self.weight) == self.vocab_size
 
-    def choose(self, frequency: Tensor) -> None:
+    def choose(self, counts_V: Tensor) -> None:
         """Give the rows to the most frequent tokens; among equals, to the smaller id.
 
         Args:
-            frequency: int64, how often every id of the tokenizer occurs. The model may have more
-                tokens, which occur never.
+            counts_V: int64, how often every id occurs.
         """
-        counts_V = F.pad(frequency.cpu(), (0, self.vocab_size - len(frequency)))
         order = counts_V.argsort(descending=True, stable=True)
         self.tokens.copy_(order[: len(self.tokens)].sort().values)
 

@@ -90,7 +90,9 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
             f"xz -9 {text['xz_bits_per_byte']:.3f}"
         )
     if (share := data.get("lines_in_training")) is not None:
-        print(f"              {share:.1%} of the split's long lines stand in training, too")
+        print(
+            f"              {share:.1%} of the validation split's long lines also occur in training"
+        )
 
 
 def _rates(summary: dict[str, Any], depth: int) -> Any:

@@ -103,8 +103,7 @@ def test_where_a_validation_is_due_the_save_comes_after_it(tmp_path: Path) -> No
 
     class Order(Checkpoints):
         def on_validation_end(self, trainer, pl_module) -> None:
-            if not trainer.sanity_checking:
-                events.append(("validated", trainer.global_step))
+            events.append(("validated", trainer.global_step))
             super().on_validation_end(trainer, pl_module)
 
         def _save(self, trainer) -> None:

@@ -4,6 +4,7 @@ terminal."""
 from __future__ import annotations
 
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -16,19 +17,20 @@ from mtp_lightning.callbacks.progress import StepProgressBar
 from mtp_lightning.objective.schedule import published
 
 
-def bar() -> StepProgressBar:
-    return StepProgressBar(refresh_seconds=0.0, interactive=True)
+def on_a_terminal(monkeypatch) -> StepProgressBar:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    return StepProgressBar(refresh_seconds=0.0)
 
 
 def lines_of(shown: str) -> list[str]:
     return [line for line in shown.splitlines() if line.startswith("step ")]
 
 
-def test_the_bar_counts_steps_of_the_whole_run(capsys, tmp_path: Path) -> None:
+def test_the_bar_counts_steps_of_the_whole_run(capsys, monkeypatch, tmp_path: Path) -> None:
     module = TinyModule()
     fit(
         module,
-        [bar(), Checkpoints(tmp_path, every_n_steps=6)],
+        [on_a_terminal(monkeypatch), Checkpoints(tmp_path, every_n_steps=6)],
         max_steps=6,
         epoch_steps=4,
     )
@@ -39,7 +41,7 @@ def test_the_bar_counts_steps_of_the_whole_run(capsys, tmp_path: Path) -> None:
     assert re.search(r"validating [123]/3", shown)
     assert re.search(r"step 4  validation  L0 \d+\.\d{3}  L1 \d+\.\d{3}", shown)
 
-    fit(TinyModule(), [bar()], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
+    fit(TinyModule(), [on_a_terminal(monkeypatch)], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
     resumed = capsys.readouterr().err
     assert "6/9" in resumed and "9/9" in resumed
     assert "1/9" not in resumed
@@ -47,13 +49,14 @@ def test_the_bar_counts_steps_of_the_whole_run(capsys, tmp_path: Path) -> None:
 
 def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
     module = TinyModule()
-    fit(module, [StepProgressBar(line_every_n_steps=5)], max_steps=12, val_every=100)
+    fit(module, [StepProgressBar(line_seconds=0.0)], max_steps=12, val_every=100)
     captured = capsys.readouterr()
     lines = lines_of(captured.err)
-    assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
-    assert f"L0 {module.losses[5][0]:.2f}  L1 {module.losses[5][1]:.2f}  lambda 0.3" in lines[0]
+    assert [line.split()[1] for line in lines] == [f"{step}/12" for step in range(1, 13)]
+    assert f"L0 {module.losses[5][0]:.2f}  L1 {module.losses[5][1]:.2f}  lambda 0.3" in lines[4]
     assert "\r" not in captured.err and captured.out == ""
-    assert [bool(re.search(r"  \d+ s left$", line)) for line in lines] == [False, True, False]
+    timed = [bool(re.search(r"  \d+ s left$", line)) for line in lines]
+    assert timed == [False] * 9 + [True, True, False]
 
 
 def test_how_long_the_rest_takes() -> None:
@@ -65,8 +68,8 @@ def test_how_long_the_rest_takes() -> None:
     assert progress._left(100, 350, 1000.0) == progress._left(350, 350, 1250.0) == ""
 
 
-def test_the_bar_estimates_from_the_tenth_step_on(capsys) -> None:
-    fit(TinyModule(), [bar()], max_steps=12, val_every=100)
+def test_the_bar_estimates_from_the_tenth_step_on(capsys, monkeypatch) -> None:
+    fit(TinyModule(), [on_a_terminal(monkeypatch)], max_steps=12, val_every=100)
     drawn = {
         int(found[1]): " left" in found[0]
         for found in re.finditer(r"\| *(\d+)/12 \[[^\]]*\]", capsys.readouterr().err)
@@ -116,13 +119,13 @@ def test_what_other_callbacks_have_to_show(capsys) -> None:
     assert "step" not in capsys.readouterr().err
 
 
-def test_the_bar_is_closed_on_an_error(capsys) -> None:
+def test_the_bar_is_closed_on_an_error(capsys, monkeypatch) -> None:
     def fail(module: TinyModule, step: int) -> None:
         if step == 3:
             raise RuntimeError("broken")
 
-    shown = bar()
+    bar = on_a_terminal(monkeypatch)
     with pytest.raises(RuntimeError):
-        fit(TinyModule(fail), [shown])
-    assert shown._bar is None
+        fit(TinyModule(fail), [bar])
+    assert bar._bar is None
     assert "3/12" in capsys.readouterr().err

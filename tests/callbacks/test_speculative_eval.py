@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 
+from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import ROOT
 from tests.decoding.models import random_prompts, small_model
@@ -42,7 +44,7 @@ class _Module:
 
 def test_a_window_without_room_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     data = SimpleNamespace(seq_len=64, answer_length=None)
-    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, datamodule=data)
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data)
     module: Any = _Module(small_model(0, 2))
     callback = SpeculativeEval(new_tokens=64)
     with caplog.at_level(logging.WARNING):
@@ -59,9 +61,7 @@ def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
     prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 12)]
     data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=_Letters())
     data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
-    trainer: Any = SimpleNamespace(
-        sanity_checking=False, is_global_zero=True, datamodule=data, loggers=[], global_step=1
-    )
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data, loggers=[], global_step=1)
     module: Any = _Module(model)
     callback.on_validation_epoch_end(trainer, module)
     return module.logged
@@ -89,3 +89,20 @@ def test_sampled_acceptance_near_temperature_0_is_that_of_greedy_text() -> None:
     block = measured(SampledAcceptance(12, 5, 24, verify="block"), model)
     assert block != warm and 1 < block["decode/sampled/tokens_per_step"] < 3
     assert measured(SampledAcceptance(12, 5, 24), small_model(0, 0)) == {}
+
+
+def test_only_a_text_without_prompts_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Any other error of the data is a defect and stops the run."""
+
+    def raising(error: Exception) -> SimpleNamespace:
+        def held_out_prompts(n: int, length: int) -> None:
+            raise error
+
+        return SimpleNamespace(seq_len=64, held_out_prompts=held_out_prompts)
+
+    model = small_model(0, 2)
+    few = raising(UserError("hold only 1 prompts"))
+    assert acceptance_on_long_texts(model, few, n_prompts=2) == {}
+    assert "hold only 1 prompts" in caplog.text
+    with pytest.raises(ValueError, match="of a library"):
+        acceptance_on_long_texts(model, raising(ValueError("of a library")), n_prompts=2)

@@ -90,8 +90,7 @@ class TinyModule(pl.LightningModule):
             self.log(f"val/loss_depth_{k}", losses[k], batch_size=len(batch))
 
     def on_validation_end(self) -> None:
-        if not self.trainer.sanity_checking:
-            self.val_steps.append(self.global_step)
+        self.val_steps.append(self.global_step)
 
 
 def fit(
@@ -112,6 +111,7 @@ def fit(
             max_epochs=-1,
             val_check_interval=val_every,
             check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
             accelerator="cpu",
             devices=1,
             log_every_n_steps=1,

@@ -121,8 +121,6 @@ def test_held_out_prompts_begin_validation_documents(tmp_path):
     )
     with pytest.raises(ValueError, match="hold only 0 prompts"):
         data.held_out_prompts(1, longest + 1, fewer=True)
-    with pytest.raises(ValueError, match="got 0 of 5"):
-        data.held_out_prompts(0, 5)
 
 
 def test_too_little_text_names_the_minimum(tmp_path):
@@ -170,6 +168,11 @@ def test_every_source_composes_and_builds(tmp_path, source):
     assert isinstance(data, TokenDataModule) and data.source.name == source
     assert (data.depth, data.accumulate, data.seed, data.seq_len) == (2, 2, 3, 256)
     assert data.batch_size == data.eval_batch_size == 4 and data.cache_dir == tmp_path
+
+
+def test_token_files_have_the_options_of_text(tmp_path):
+    chosen = ["+data=tokens", "data.path=x.bin", "data.train_windows=100", "+tokenizer=byte"]
+    assert instantiate(composed(tmp_path, *chosen).data).train_windows == 100
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -61,19 +61,6 @@ def test_chosen_by_bytes_whole_and_in_the_order_of_their_digests(tmp_path):
     assert len(documents_of(module(tmp_path, eval_bytes=1))) == 1
 
 
-def test_a_text_is_compressed_once_and_a_damaged_record_is_replaced(tmp_path, monkeypatch):
-    first = module(tmp_path, eval_bytes=3000).evaluation_summary()
-    (record,) = (tmp_path / "compressed").iterdir()
-    written = record.read_text()
-    with monkeypatch.context() as patched:
-        patched.setattr("data_modules.evaluation_text.lzma.compress", None)
-        assert module(tmp_path, eval_bytes=3000).evaluation_summary() == first
-    for damaged in ("", "[1]", '{"gzip": 1}', '{"gzip": 1, "xz": "2"}', '{"gzip": NaN, "xz": 1}'):
-        record.write_text(damaged)
-        assert module(tmp_path, eval_bytes=3000).evaluation_summary() == first
-        assert record.read_text() == written
-
-
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_the_same_whatever_reads_it(tmp_path, document_mask):
     """Tokenizers, windows, batches and depths: the same bytes of the same documents."""

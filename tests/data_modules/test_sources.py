@@ -17,6 +17,7 @@ from data_modules.sources import (
     SyntheticSource,
     TextSource,
 )
+from mtp_lightning.errors import UserError
 from tests.data_modules.stores import refused
 
 
@@ -184,7 +185,7 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
 
     assert list(source(field="body").documents()) == texts
     assert source(field="body").fingerprint() == source(field="body").fingerprint()
-    with pytest.raises(ValueError, match="no (column|string under) .*'text'"):
+    with pytest.raises(UserError, match="no (column|string under) .*'text'"):
         list(source().documents())
-    with pytest.raises(ValueError, match="cannot open the dataset .*split 'nosuch'"):
+    with pytest.raises(UserError, match="cannot open the dataset .*split 'nosuch'"):
         list(source(field="body", split="nosuch").documents())

@@ -46,8 +46,6 @@ def test_store_holds_every_document_once(tmp_path):
         assert file.n_bytes == sum(len(d.encode()) for d in expected)
         assert store.bytes_per_token(name) == file.n_bytes / (file.n_bytes + len(expected))
     assert 15 < store["val"].n_documents < 50
-    with pytest.raises(ValueError, match="no split 'test'"):
-        store["test"]
 
 
 def test_the_share_of_validation_lines_that_were_trained_on_is_in_the_store(tmp_path):

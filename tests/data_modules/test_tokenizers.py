@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -107,8 +106,6 @@ def test_bpe_trains_on_the_first_bytes_only():
 def test_bpe_refuses_what_cannot_work():
     with pytest.raises(ValueError, match="at least 257 .* got 256"):
         BPETokenizer(256)
-    with pytest.raises(ValueError, match="no text"):
-        BPETokenizer().train([])
     for use in (lambda t: t.encode("a"), lambda t: t.vocab_size, lambda t: t.state()):
         with pytest.raises(ValueError, match="not trained yet"):
             use(BPETokenizer())
@@ -116,18 +113,13 @@ def test_bpe_refuses_what_cannot_work():
         ByteTokenizer().train(["a"])
 
 
-def test_every_kind_survives_state_folder_and_pickle(trained, tmp_path):
+def test_every_kind_survives_state_and_folder(trained, tmp_path):
     (tmp_path / "t.json").write_text(trained.state()["tokenizer_json"])
     for tokenizer in (ByteTokenizer(), trained, PretrainedTokenizer(str(tmp_path / "t.json"))):
         folder = tmp_path / tokenizer.kind
         tokenizer.save(folder)
         state = json.loads(json.dumps(tokenizer.state()))
-        copies = [
-            tokenizer_from_state(state),
-            Tokenizer.load(folder),
-            pickle.loads(pickle.dumps(tokenizer)),
-        ]
-        for copy in copies:
+        for copy in (tokenizer_from_state(state), Tokenizer.load(folder)):
             assert type(copy) is type(tokenizer)
             assert copy.fingerprint() == tokenizer.fingerprint() and copy.spec() == tokenizer.spec()
             assert (copy.vocab_size, copy.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
@@ -135,8 +127,6 @@ def test_every_kind_survives_state_folder_and_pickle(trained, tmp_path):
                 assert copy.encode(text).tolist() == tokenizer.encode(text).tolist()
     with pytest.raises(ValueError, match="unknown tokenizer kind 'nope'"):
         tokenizer_from_state({"kind": "nope"})
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer_state.json"):
-        Tokenizer.load(tmp_path / "nowhere")
 
 
 def library_file(path, specials: list[str]) -> None:

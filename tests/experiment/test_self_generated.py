@@ -275,7 +275,7 @@ def test_from_the_command_line(base: Path, tmp_path: Path) -> None:
     settings = {**OWN, "init_from": base / "trunk", "mtp.init": "last_block"}
     done = helpers.execute(helpers.command(tmp_path / "run", tmp_path / "cache", settings))
     assert done.returncode == 0, done.stderr
-    assert "tokens in" in done.stderr and "texts of" in done.stderr
+    assert " tokens/s]" in done.stderr and "texts of" in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["data"]["source"]["n_prompts"] == 40
 

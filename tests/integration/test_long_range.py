@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
 
-from mtp_lightning.metrics.long_range.curves import curves
 from tests.integration.helpers import assert_same_weights, column, evaluated, rows, train_here
 
 SETTINGS = {"callbacks": "long_range", "data.seq_len": 32}
@@ -15,7 +13,7 @@ SETTINGS = {"callbacks": "long_range", "data.seq_len": 32}
 
 @pytest.mark.slow
 def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -> None:
-    summary = train_here(tmp_path / "with", cache, {**SETTINGS, "logger": "default"})
+    summary = train_here(tmp_path / "with", cache, SETTINGS)
     train_here(tmp_path / "without", cache, {"data.seq_len": 32})
     assert_same_weights(tmp_path / "with", tmp_path / "without")
     for step, row in enumerate(rows(tmp_path / "without")):
@@ -32,11 +30,6 @@ def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -
         "decode/acceptance_slope_entropy",
     } <= tags
     assert set(column(tmp_path / "with", "val/context_gain_16")) == {5, 10}
-    drawn = images(tmp_path / "with")
-    assert drawn == {
-        f"long_range/{name}": [5, 10]
-        for name in ("loss_position", "context_gain", "random_repeat", "acceptance")
-    }
     last = tmp_path / "with" / "checkpoints" / "last.ckpt"
     found = evaluated(last)
     for tag in tags:
@@ -44,24 +37,6 @@ def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -
             assert found[tag] == pytest.approx(summary[tag], abs=1e-5), tag
     without = evaluated(last, "long_range=false", "decode.n_prompts=0")
     assert not [tag for tag in without if "position" in tag or "context" in tag]
-
-
-def images(run: Path) -> dict[str, list[int]]:
-    """The steps of every image, by TensorBoard's own reader."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
-    return {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
-
-
-def test_curves_are_sorted_by_place_and_depth() -> None:
-    values = {"val/loss_position_4-7": 2.0, "val/loss_position_1": 3.0, "val/loss_depth_0": 9.0}
-    values |= {"val/loss_position_1_depth_2": 5.0, "val/context_gain_8": 0.5}
-    loss, gain = curves(values | {"val/context_gain_8_se": 0.1})
-    assert loss.name == "loss_position"
-    assert loss.lines == {"depth 0": [(1, 3.0), (4, 2.0)], "depth 2": [(1, 5.0)]}
-    assert gain.lines == {"depth 0": [(8, 0.5)]}
 
 
 def test_a_model_without_drafts(tmp_path: Path, cache: Path) -> None:

@@ -215,7 +215,7 @@ def logged(callback: FloorAndGap, model: MTPModel) -> dict[str, float]:
     prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 3, VOCAB)]
     data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=None)
     data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
-    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, datamodule=data)
+    trainer: Any = SimpleNamespace(is_global_zero=True, datamodule=data)
     values: dict[str, float] = {}
     module: Any = SimpleNamespace(
         whole_model=lambda: model, log_dict=lambda found, **_: values.update(found)

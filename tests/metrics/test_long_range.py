@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.long_range.measure import LongRange
-from mtp_lightning.metrics.long_range.positions import (
-    PositionLoss,
-    bucket_name,
-    early_bucket,
-    position_buckets,
-)
-from mtp_lightning.metrics.long_range.reading import read
-from mtp_lightning.metrics.long_range.repeats import (
+from mtp_lightning.metrics.long_range import (
+    LongRange,
     NaturalRepeats,
-    random_repeats,
-    repeat_distances,
-)
-from mtp_lightning.metrics.long_range.truncation import (
+    PositionLoss,
     TruncatedContext,
+    bucket_name,
     contexts,
+    early_bucket,
     effective_context,
+    position_buckets,
+    random_repeats,
+    read,
+    repeat_distances,
 )
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig

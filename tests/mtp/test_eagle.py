@@ -7,11 +7,12 @@ gradients are compared with them by ``tests/objective/test_cross_product.py``.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.decoding.fused import decoding_passes
@@ -19,7 +20,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.floor import Floors
-from mtp_lightning.metrics.long_range.reading import read
+from mtp_lightning.metrics.long_range import read
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP, default_layers
 from mtp_lightning.mtp.joint import JointConfig
@@ -85,7 +86,7 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 def test_the_vocabulary_is_of_the_most_frequent_tokens() -> None:
     head = OwnHead(8, 4, 3)
     assert head.tokens.tolist() == [0, 1, 2] and not head.is_whole
-    head.choose(torch.tensor([5, 0, 7, 5, 5, 9]))  # of a tokenizer with fewer ids
+    head.choose(torch.tensor([5, 0, 7, 5, 5, 9, 0, 0]))
     assert head.tokens.tolist() == [0, 2, 5]
     asked = torch.tensor([[0, 1, 2], [5, 7, IGNORE_INDEX]])
     none = IGNORE_INDEX
@@ -133,19 +134,16 @@ def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> Non
 
 
 def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
-    class Text:
-        def document_frequency(self) -> tuple[Tensor, int]:
-            raise AssertionError
-
-        def token_frequency(self) -> Tensor:
-            return torch.arange(37).flip(0) % 7
-
+    text = SimpleNamespace(token_frequency=lambda V: np.arange(V)[::-1].copy() % 7)
+    data = SimpleNamespace(training_text=text)
     model = drafting(draft_vocab=5)
-    model.mtp.look_at(Text())
+    model.mtp.look_at(data)
     assert model.mtp.layer.head.tokens.tolist() == [2, 9, 16, 23, 30]
     large = MTPModel(replace(model.config, mtp=EagleConfig(depth=2, draft_vocab=38)))
     with pytest.raises(UserError, match="mtp.draft_vocab=38, but the model has 37 tokens"):
-        large.mtp.look_at(Text())
+        large.mtp.look_at(data)
+    with pytest.raises(UserError, match="a task makes its examples as it trains"):
+        model.mtp.look_at(SimpleNamespace(training_text=None))
 
 
 def test_what_does_not_go_together_is_refused() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -32,10 +30,6 @@ def eagle(**switches: object) -> object:
 
 def linear(**switches: object) -> object:
     return LinearConfig(**{"depth": 2, **switches})  # type: ignore[arg-type]
-
-
-def window(stride: int) -> WindowBatch:
-    return WindowBatch(torch.zeros(1, 5).long(), 2, stride=stride)
 
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
@@ -67,8 +61,6 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     ),
     (lambda: linear(stride=2, correction="mlp"), "would have to read"),
     (lambda: ParallelConfig(depth=1, stride=0), "mtp.stride must be a whole number"),
-    (lambda: window(2), r"\[B, T\+2 D\+1\]"),
-    (lambda: window(0), "stride must be 1 or more"),
     (lambda: linear(rank=0), "mtp.rank must be"),
     (
         lambda: linear(rank=2, branch="before_last"),

@@ -143,7 +143,9 @@ def test_distances_beyond_float16_are_told_apart() -> None:
 
 def test_weights_are_smoothed_inverse_frequencies(tiny_trunk: TrunkConfig) -> None:
     stack = BagConfig().build(tiny_trunk)
-    stack.weigh(torch.tensor([0, 1, 10]), 10)  # the model has more rows than the tokenizer
+    holding_V = torch.zeros(37, dtype=torch.int64)
+    holding_V[1], holding_V[2] = 1, 10
+    stack.weigh(holding_V, 10)
     found = stack.weights_V.tolist()
     assert found[:3] == pytest.approx([math.log(11) + 1, math.log(11 / 2) + 1, 1.0])
     assert found[3:] == pytest.approx([math.log(11) + 1] * 34)

@@ -1,1 +1,0 @@
-"""How far back a model looks: see docs/long_range.md."""
