@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -191,6 +192,7 @@ def _init_worker(parent: int, _: int) -> None:
     end as a failure, and nothing is saved.
     """
     end_with(parent)
+    sys.excepthook = _exit_if_parent_ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -201,6 +203,14 @@ def _exit_on_sigterm_of(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _exit_if_parent_ended(kind: type, error: BaseException, trace: Any) -> None:
+    """A hook for errors. The pipes of a killed parent close shortly before its workers are killed,
+    and the thread of multiprocessing that hands out tensors would print a traceback."""
+    if isinstance(error, BrokenPipeError | ConnectionResetError | EOFError):
+        os._exit(1)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _as_is(batch: Any) -> Any:

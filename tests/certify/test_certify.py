@@ -19,7 +19,7 @@ from mtp_lightning.certify.cells import Cell, cells, ways
 from mtp_lightning.certify.certificate import Certificate, Row
 from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.sampled import Sampled, transform
-from mtp_lightning.decoding import speculative
+from mtp_lightning.decoding import verification
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
@@ -160,7 +160,7 @@ def test_a_residual_that_is_not_renormalised_is_found(
         behind = cumulative <= uniform.double().unsqueeze(-1)
         return behind.sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
 
-    monkeypatch.setattr(speculative, "draw", unnormalised)
+    monkeypatch.setattr(verification, "draw", unnormalised)
     found = certify(small_model(0, 2), "none", "depth 2", batches=(8,), count=120)
     broken = found.broken()
     assert broken and all("sampled tokens do not follow" in line for line in broken)
