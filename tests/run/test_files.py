@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -91,3 +93,29 @@ def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
             pass
     assert other.wait(seconds=0)
     other.release()
+
+
+def test_a_lock_whose_file_its_holder_has_removed_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, flock = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock"), fcntl.flock
+    assert one.acquire()
+
+    def late(file: int, how: int) -> None:
+        one.release(remove=True)  # after the other has opened the file
+        flock(file, how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", late)
+        assert not other.acquire()
+    assert other.acquire() and not Lock(tmp_path / ".lock").acquire()
+    other.release(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_everybody_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert Lock(tmp_path / ".lock").acquire() and Lock(tmp_path / ".lock").acquire()
