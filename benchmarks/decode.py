@@ -288,7 +288,7 @@ def smollm2_shape() -> MTPModel:
         vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536
     )
     model = MTPModel(ModelConfig(trunk=trunk, mtp=NoMTPConfig()))
-    model.initialise(0)
+    model.initialize(0)
     return model.eval()
 
 

@@ -27,7 +27,7 @@ from mtp_lightning.cpu.linear import uses_onednn
 from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
-from mtp_lightning.nn.init import initialise
+from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.moe import MoE
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import (
@@ -156,7 +156,7 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
     cos, sin = rope_table(torch.arange(seq_len), d_head, trunk.rope_theta)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     layer = FeedForward(trunk.d_model, trunk.d_ff)
-    initialise(layer, std=0.02, seed=0)
+    initialize(layer, std=0.02, seed=0)
     names, weights = zip(*layer.named_parameters(), strict=True)
 
     def attention(qkv: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def mixture(size: str, *, repeats: int) -> Row:
     layers = {"moe": MoE(config.d_model, experts), "dense": FeedForward(config.d_model, active)}
     layers["plain"] = layers["moe"]
     for layer in layers.values():
-        initialise(layer, std=config.init_std, seed=0)
+        initialize(layer, std=config.init_std, seed=0)
     generator = torch.Generator().manual_seed(0)
     shape = (batch, seq_len, config.d_model)
     pool = [torch.randn(shape, generator=generator) for _ in range(repeats + 3)]

@@ -95,7 +95,7 @@ def bare_loop(cfg: Any, run: Any) -> Callable[[int], float]:
     from mtp_lightning.objective.schedule.base import Progress
 
     model = MTPModel(run.module.model.config)
-    model.initialise(cfg.seed)
+    model.initialize(cfg.seed)
     optimizer = instantiate(cfg.optimizer).build(model)
     parameters = list(model.parameters())
     weights = [1.0, *run.module.schedule.weights(Progress(step=0, max_steps=1))]

@@ -82,7 +82,7 @@ def build_step(task: Row) -> Training:
     )
     rss_imported = harness.current_rss()
     model = MTPModel(build_model_config(cfg, task["vocab_size"]))
-    model.initialise(cfg.seed)
+    model.initialize(cfg.seed)
     model.to(device)
     optimizer = instantiate(cfg.optimizer).build(model)
     one_step = OptimizerStep(
@@ -153,7 +153,7 @@ def decoding(task: Row) -> Iterator[Row]:
     prepare_process()
     cfg = harness.compose_config([*task["overrides"], f"mtp.depth={task['depth']}"])
     model = MTPModel(build_model_config(cfg, task["vocab_size"]))
-    model.initialise(0)
+    model.initialize(0)
     model.eval()
     use_precision(model, task["precision"])
     generator = torch.Generator().manual_seed(0)

@@ -25,7 +25,7 @@ from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
-from mtp_lightning.nn.init import initialise
+from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.trunk import Trunk
 
 
@@ -144,10 +144,10 @@ class MTPModel(nn.Module):
         own = self.mtp.own_head if k else None
         return self.head if own is None else own
 
-    def initialise(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """Initialize all weights."""
         assert self.config.trunk.init_std is not None
-        initialise(self, std=self.config.trunk.init_std, seed=seed)
+        initialize(self, std=self.config.trunk.init_std, seed=seed)
         self.mtp.initialize_own()
 
     @property

@@ -46,7 +46,7 @@ def new_model(
     if half:
         model.trunk.hold_in_bf16()
     if not deferred:
-        model.initialise(seed)
+        model.initialize(seed)
     return model, deferred
 
 

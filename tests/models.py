@@ -24,7 +24,7 @@ def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
     wrong place, a head that does nothing.
     """
     model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
-    model.initialise(seed)
+    model.initialize(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -108,7 +108,7 @@ def test_recomputation_changes_no_bit(kind: str, head: type) -> None:
             else deepseek.trunk(recompute=recompute, experts={"sequence_loss": 0.1})
         )
         model = MTPModel(ModelConfig(trunk=config, mtp=head(depth=2)))
-        model.initialise(0)
+        model.initialize(0)
         tokens = torch.randint(0, 37, (2, 40), generator=torch.Generator().manual_seed(0))
         kept: dict[int, int] = {}
 
@@ -137,7 +137,7 @@ def test_qk_norm_equals_the_equations() -> None:
     """Against plain attention on queries and keys that were normed by hand."""
     config = dense(attention=GroupedQueryConfig(qk_norm=True))
     model = MTPModel(ModelConfig(trunk=config, mtp=NoMTPConfig()))
-    model.initialise(0)
+    model.initialize(0)
     layer = model.trunk.blocks[0].attention
     with torch.no_grad():
         layer.query_norm.weight.uniform_(0.5, 1.5)

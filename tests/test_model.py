@@ -84,20 +84,20 @@ def test_trunk_starts_equal_under_every_depth(tiny_trunk: TrunkConfig) -> None:
     shallow, deep = (
         MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=d))) for d in (0, 3)
     )
-    shallow.initialise(7)
-    deep.initialise(7)
+    shallow.initialize(7)
+    deep.initialize(7)
     deep_state = deep.state_dict()
     for name, tensor in shallow.state_dict().items():
         assert torch.equal(tensor, deep_state[name]), name
     other = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=NoMTPConfig()))
-    other.initialise(8)
+    other.initialize(8)
     assert not torch.equal(other.trunk.embedding.weight, shallow.trunk.embedding.weight)
 
 
 def test_initial_std_follows_the_width() -> None:
     trunk = TrunkConfig(vocab_size=500, d_model=112, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=64)
     model = MTPModel(ModelConfig(trunk=trunk, mtp=NoMTPConfig()))
-    model.initialise(0)
+    model.initialize(0)
     assert trunk.init_std == pytest.approx(0.048)  # 0.006 * sqrt(7168 / 112)
     assert model.trunk.embedding.weight.std().item() == pytest.approx(0.048, rel=0.02)
     assert torch.equal(model.trunk.norm.weight, torch.ones(112))

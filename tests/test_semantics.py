@@ -73,7 +73,7 @@ def test_a_prediction_depends_on_the_tokens_said_and_no_later_one(
 ) -> None:
     _, cells = table(name)
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
-    model.initialise(0)
+    model.initialize(0)
     for parameter in model.parameters():  # linear heads start at 0, and would read nothing
         parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model.eval()

@@ -51,8 +51,8 @@ class Certificate:
         same_bits: whether this machine promises equal logits to the last bit.
         rows: the cells with their results.
         others: the same count for other programs, if they were asked; they promise nothing here.
-        prompts_alike: whether the model reads a prompt to the same bits in a batch and in parts.
-            Latent attention and experts do not; drafts have no part in that.
+        prompts_alike: whether prompts give the same bits alone, in a batch and split in two. Latent
+            attention and experts do not, with or without drafts.
     """
 
     model: str

@@ -91,7 +91,7 @@ def certify(
         longest = run.seq_len - length
         asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
         facts = {"prompts": count, "new_tokens": length, "seed": seed}
-        result = result or _begun(path, run.model, facts)
+        result = result or _empty_certificate(path, run.model, facts)
         rows = [
             Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell, threads) else None)
             for cell in cells(run.model, threads, few=few)
@@ -106,8 +106,8 @@ def certify(
     return result
 
 
-def _begun(path: Path, model: MTPModel, asked: dict[str, int]) -> Certificate:
-    """A certificate without rows, with the facts of this machine and what is ``asked``."""
+def _empty_certificate(path: Path, model: MTPModel, asked: dict[str, int]) -> Certificate:
+    """A certificate without rows, with the facts of this machine and the options ``asked``."""
     code, layers = ops.code()
     machine = {"machine": platform.machine(), "processor": processor(), "torch": torch.__version__}
     return Certificate(
@@ -149,8 +149,8 @@ def _run_cells(
 
 
 def _reads_alike(model: MTPModel) -> bool:
-    """Whether a token's part of a wide pass, such as a prompt's, has the same bits in every pass:
-    PyTorch's products of latent attention and of an expert's tokens depend on how many they are."""
+    """Whether a prompt token's results have the same bits in any batch. PyTorch's products in
+    latent attention and experts round differently for other numbers of rows."""
     trunk = model.config.trunk
     layers = trunk.attention, trunk.feed_forward
     return all(layer.same_bits_in_wide_passes for layer in layers)

@@ -1,4 +1,4 @@
-"""A model that only decodes: its weights are kept packed alone, and packed once for all processes.
+"""Decoding with packed weights only, which processes share through the cache folder.
 
 The cache folder holds the packed weights of large models. A later process maps them into memory
 instead of reading and packing the model's own files, and processes share the memory.

@@ -13,7 +13,8 @@ Q4_K, Q5_K and Q6_K, whose file says their steps and offsets (``WeightScales``).
 takes about half of an unpacked product's time.
 
 A weight holds its packed copy as an attribute from :func:`pack` to :func:`unpack`. After
-:func:`keep_packed` it has nothing else: :func:`numbers_of` gives its numbers, to the last bit.
+:func:`keep_packed` the packed copy is its only storage: :func:`numbers_of` unpacks it, to the last
+bit.
 
 Shapes: K inputs, N outputs.
 """
@@ -53,7 +54,7 @@ class Kind(IntEnum):
 _INTEGER = 256
 # Outputs of a panel.
 PANEL = 64
-# Those that are found in the numbers alone; the fewest bytes first.
+# Formats that packing detects from the weight itself, the smallest first.
 _SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.HALF, Kind.FULL)
 
 
@@ -198,7 +199,7 @@ def keep_as(weight_NK: Tensor, packed: PackedWeight) -> None:
 
 
 def is_kept(weight: Tensor) -> bool:
-    """Whether a weight has no numbers of its own any more."""
+    """Whether the packed copy is the weight's only storage."""
     return weight.numel() > 0 and weight.untyped_storage().nbytes() == 0
 
 

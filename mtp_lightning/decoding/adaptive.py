@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# Gain that drafting must reach to be preferred, as timings scatter; and the one that a short
-# measurement must find, since other texts scatter, too.
+# Smallest gain over plain decoding at which drafts are used: while decoding, since timings scatter,
+# and after a short measurement, since other texts also differ in acceptance.
 MARGIN, SURE = 1.03, 1.1
 
 

@@ -77,7 +77,7 @@ class Outputs:
 
 
 def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
-    """Decode the scored tokens of a batch plainly; the other tokens are read as they are.
+    """Generate the scored tokens of a batch without drafts; other tokens are teacher-forced.
 
     If the scored tokens of a row are contiguous, the greedy result is that of :func:`generate`.
 
@@ -109,7 +109,7 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
         for i in range(rounds):
             at_B1 = (first_B + i).unsqueeze(1)
             uniform_B = None if uniforms_BW is None else uniforms_BW.gather(1, at_B1).squeeze(1)
-            choice_B1 = _pick(logits_BV, uniform_B).unsqueeze(1)
+            choice_B1 = _choose_token(logits_BV, uniform_B).unsqueeze(1)
             given_B1 = said_BW.gather(1, at_B1)
             token_B1 = torch.where(scored_BW.gather(1, at_B1), choice_B1, given_B1)
             said_BW.scatter_(1, at_B1, token_B1)
@@ -126,10 +126,10 @@ def choose(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = Non
     choice follows the true tokens. The choice is made as in :func:`say`."""
     logits_NV = _logits(model, batch, _states(model, batch))
     uniform_N = None if uniforms_BW is None else _scored(batch, uniforms_BW)
-    return _in_place(batch, _pick(logits_NV, uniform_N), batch.tokens)
+    return _in_place(batch, _choose_token(logits_NV, uniform_N), batch.tokens)
 
 
-def _pick(logits_NV: Tensor, uniform_N: Tensor | None) -> Tensor:
+def _choose_token(logits_NV: Tensor, uniform_N: Tensor | None) -> Tensor:
     if uniform_N is None:
         return logits_NV.argmax(-1)
     return draw(Sampling(temperature=1.0).probabilities(logits_NV), uniform_N)

@@ -177,8 +177,8 @@ class Engine:
         self._sequences += sequences
         for sequence, token, logits_V in zip(sequences, tokens, logits_BV, strict=True):
             sequence.extend([token], 0, logits_V.unsqueeze(0))
-            self._tell(sequence, logits_V.unsqueeze(0))
-        self._let_go()
+            self._report_logits(sequence, logits_V.unsqueeze(0))
+        self._free_finished()
         return sequences
 
     def step(self) -> list[TextSequence]:
@@ -198,8 +198,8 @@ class Engine:
         for i, sequence in enumerate(sequences):
             before = len(sequence.token_ids)
             sequence.take(outcome.steps[i], outcome.logits_BTV[i])
-            self._tell(sequence, outcome.logits_BTV[i, : len(sequence.token_ids) - before])
-        self._let_go()
+            self._report_logits(sequence, outcome.logits_BTV[i, : len(sequence.token_ids) - before])
+        self._free_finished()
         return sequences
 
     def run(self, requests: Iterable[Request]) -> Iterator[TextSequence]:
@@ -230,7 +230,7 @@ class Engine:
             )
         self._drop(self._sequences.index(sequence))
 
-    def _tell(self, sequence: TextSequence, logits_TV: Tensor) -> None:
+    def _report_logits(self, sequence: TextSequence, logits_TV: Tensor) -> None:
         if self._on_logits is not None:
             self._on_logits(sequence.request.index, logits_TV)
 
@@ -279,7 +279,7 @@ class Engine:
             chosen = auto.depth(len(own)) if alike else auto.best
             each = [chosen if depth is None else depth for depth in own]
             caps, wanted = [min(cap, m) for cap, m in zip(caps, each, strict=True)], max(each)
-            auto = auto if alike else None  # a round of unlike texts tells nothing
+            auto = auto if alike else None  # rounds that mix numbers of drafts are not timed
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
         start = time.perf_counter()
@@ -301,7 +301,7 @@ class Engine:
             return min(request.draft_depth, self.max_draft)
         return known.sampled.best if known is not None and request.temperature else None
 
-    def _let_go(self) -> None:
+    def _free_finished(self) -> None:
         """Free the slots of finished sequences."""
         for i in range(len(self._sequences) - 1, -1, -1):
             if self._sequences[i].finish_reason is not None:

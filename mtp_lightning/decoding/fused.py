@@ -62,11 +62,11 @@ class FusedPasses(Protocol):
 
 @dataclass(frozen=True)
 class DecodingCode:
-    """What a part has for models that decode on one type of device.
+    """A part's decoding code for one type of device.
 
     Attributes:
         passes: prepares a model, until :meth:`FusedPasses.close`.
-        rounded_weights_need: says what the device lacks to read rounded weights fast.
+        rounded_weights_need: what the device lacks to read rounded weights fast; None for nothing.
         keeper: packs the weights of a model that only decodes.
         multiply_integers: makes products with weights in blocks sums of integers.
     """

@@ -26,7 +26,7 @@ from mtp_lightning.settings import require_choice
 
 
 def split(precision: str) -> tuple[str, str]:
-    """Precisions of weights and of activations: ``int4/int8``, or ``int4`` with fp32."""
+    """Split ``WEIGHTS/ACTIVATIONS`` (``int4/int8``); activations default to fp32."""
     weights, _, activations = precision.partition("/")
     return weights, activations or "fp32"
 

@@ -247,7 +247,7 @@ class Sharded(Tensors):
         run.no_sync = partial(no_sync, run)
         if run.deferred:
             run.model.to_empty(device=run.trainer.strategy.root_device)
-            run.model.initialise(run.step.seed)
+            run.model.initialize(run.step.seed)
 
     def whole_model(self, run: Any, *, everywhere: bool) -> MTPModel | None:
         model: MTPModel = run.model

@@ -51,7 +51,7 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
         CheckFailed: if a tensor does not differ.
     """
     fresh = MTPModel(model.config)
-    fresh.initialise(seed)
+    fresh.initialize(seed)
     steps = {0, *model.mtp.computed([k for k, weight in enumerate(weights, start=1) if weight])}
     start = dict(fresh.named_parameters())
     trained = 0

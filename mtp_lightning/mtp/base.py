@@ -156,7 +156,7 @@ class MTPStack(nn.Module, ABC):
         """D."""
         return self.config.depth
 
-    # What it reads of the trunk.
+    # Reading the trunk.
     @property
     def blocks_kept(self) -> Collection[int]:
         """After how many of the trunk's blocks :meth:`branch` reads the state, besides the states
@@ -189,7 +189,7 @@ class MTPStack(nn.Module, ABC):
         """The head's input for the main prediction, from the trunk's output [..., C]."""
         return final_BTC
 
-    # What it is trained on.
+    # Training targets.
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         """The tokens that trunk and depths read instead of the batch's.
 
@@ -299,7 +299,7 @@ class MTPStack(nn.Module, ABC):
         return logits if self.rescorer is None else self.rescorer(k, hidden, logits, before)
 
     def first_token(self, k: int) -> int:
-        """How far ahead the first token is that depth ``k`` reads itself."""
+        """The offset of the first token that depth ``k`` reads."""
         return k
 
     @property
@@ -338,7 +338,7 @@ class MTPStack(nn.Module, ABC):
         if self.max_draft_depth == 0:
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
 
-    # Its first weights.
+    # Initialization.
     def look_at(self, data: Any) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.
 

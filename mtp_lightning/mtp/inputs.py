@@ -80,7 +80,7 @@ class FeedInputs:
 
     Attributes:
         final_BTC: the trunk's final states, from :meth:`MTPModel.run_trunk`.
-        at: what the stack branches from, from the same.
+        at: the branch point, from the same call.
         batch: the windows.
         depths: the depths that are trained, in order.
         key: key of the random choices in training; None for no random choices.

@@ -2,7 +2,8 @@
 
 A position looks at the tokens ``first`` to ``last`` positions ahead, up to the end of its window
 and, with a document mask, of its document. Tokens that may not be targets (the prompts of a task,
-padding) do not count. Of an id that occurs several times, only the nearest that may be one counts.
+padding) do not count. If an id occurs several
+times, only its nearest occurrence that may be a target counts.
 
 Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S tokens ahead.
 """
@@ -22,7 +23,7 @@ class LookAhead:
         documents_BW: ids of the documents that they belong to; None for no document mask.
         scored_BW: which of them may be targets; None for all.
         first: how far ahead the nearest token is; 1 is the next one.
-        last: how far ahead the farthest token is, limited by the window's end.
+        last: offset of the farthest token; less at the window's end.
     """
 
     def __init__(

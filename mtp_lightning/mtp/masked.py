@@ -106,7 +106,7 @@ class Update(nn.Module):
 
 
 class Sampler(nn.Module):
-    """The change of a mask's state by the token that comes at its place."""
+    """Corrects a mask's state, given the token at the mask's position."""
 
     def __init__(self, trunk: TrunkConfig) -> None:
         super().__init__()
@@ -261,8 +261,8 @@ def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tensor:
-    """The consistency loss, summed over the windows; of each the mean over its masks whose token
-    has a state in the window, in the same document.
+    """The consistency loss, summed over the windows; for each window, the mean over the
+    masks whose target position lies in the window and in the same document.
 
     Args:
         z_BTDC: the masks' states.
@@ -274,7 +274,8 @@ def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tens
     for k in range(1, min(depth, seq_len - 1) + 1):
         apart_BT = (z_BTDC[:, :-k, k - 1] - target_BTC[:, k:]).to(total.dtype).square().mean(-1)
         counts_BT = torch.ones_like(apart_BT)
-        if sees is not None:  # by the token k places on, of the one before the masks
+        # Where the token k positions later attends to the one before the masks.
+        if sees is not None:
             counts_BT = sees[:, 0].diagonal(-k, 1, 2).to(total.dtype)
         total = total + ((apart_BT * counts_BT).sum(1) / counts_BT.sum(1).clamp(min=1)).sum()
     return total / depth

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 class KVSink:
     """Receives the keys and values of a pass over whole windows, and drops them; a subclass keeps
-    them. It is neither a container nor a dataclass: sharding would copy those for every layer."""
+    them. It is a plain class, because FSDP copies dataclasses and containers among a layer's
+    arguments."""
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
         """Take one layer's rotated keys and values, as part of the autograd graph."""

@@ -73,8 +73,8 @@ def _grouped(load_E: Tensor) -> _Products:
 def _on_meta(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """:func:`routed_experts` where no number is known, and so no load: all rows go to one expert,
-    by as many FLOPs."""
+    """:func:`routed_experts` on the meta device, where loads are unknown: all rows go through one
+    expert, which takes as many FLOPs."""
     top_k = chosen_MK.shape[1]
     x_RC = x_MC.repeat_interleave(top_k, dim=0)
     inner_RF = gated(F.linear(x_RC, gate_up[0])) * gates_MK.reshape(-1, 1)

@@ -23,7 +23,7 @@ def parameter_seed(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, std: float, seed: int) -> None:
+def initialize(model: nn.Module, *, std: float, seed: int) -> None:
     """Matrices from N(0, std^2), gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
 
     Random numbers are drawn on the CPU in fp32, so that the weights do not depend on the device.
@@ -47,7 +47,7 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
 
 
 def drawn_anew(model: nn.Module) -> bool:
-    """Whether :func:`initialise` sets every parameter and buffer of a model; if not, the buffers
+    """Whether :func:`initialize` sets every parameter and buffer of a model; if not, the buffers
     must be set when the model is built."""
     return all(
         callable(getattr(module, "reset_buffers", None)) or not list(module.buffers(recurse=False))

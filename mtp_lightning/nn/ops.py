@@ -236,8 +236,8 @@ def register_code(device: str, says: Callable[[], tuple[str, str]]) -> None:
 
 
 def code(device: str = "cpu") -> tuple[str, str]:
-    """The code that computes the ops on a type of device: its name in checkpoints, and a
-    description. Other code may give other last bits of a run."""
+    """Name (stored in checkpoints) and description of the code that computes the ops on a type of
+    device. Other code may give other last bits of a run."""
     parts.load()
     says = _CODE.get(device)
     return ("plain", "PyTorch's operators") if says is None else says()

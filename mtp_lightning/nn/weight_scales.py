@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class WeightScales:
-    """Of a matrix [N, K] whose numbers are ``step x q + offset`` with integers q >= 0.
+    """Block scales of a matrix [N, K] with entries ``step x q + offset``, of integers q >= 0.
 
     Attributes:
-        steps: of the blocks, fp32 [N, K / group].
-        offsets: the same.
-        group: the inputs of a block.
+        steps: of every block, fp32 [N, K / group].
+        offsets: likewise.
+        group: inputs of a block.
         bits: of q.
     """
 

@@ -54,8 +54,8 @@ class FlopCount(TorchDispatchMode):
         return out
 
     def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What an operator returns. On ``meta``, PyTorch infers a result's shape in Python, which
-        takes most of the time of a count: it is inferred once for operands alike."""
+        """The result of an operator. PyTorch infers shapes on ``meta`` in Python, which takes most
+        of a count's time, so the result for equal operands is inferred once."""
         try:
             kind = (func, *map(_shape, args), *((k, _shape(v)) for k, v in kwargs.items()))
             if kind in self._inferred:
@@ -71,10 +71,10 @@ class FlopCount(TorchDispatchMode):
 
 
 def _shape(operand: Any) -> Any:
-    """What a result's shape depends on.
+    """The properties of an operand that determine the result's shape.
 
     Raises:
-        TypeError: it depends on values.
+        TypeError: the operand's values do.
     """
     if isinstance(operand, Tensor):
         if not operand.is_meta:
@@ -85,7 +85,7 @@ def _shape(operand: Any) -> Any:
 
 @contextmanager
 def counted_flops() -> Iterator[FlopCount]:
-    """Inside, matrix products are counted, attention's too.
+    """A context that counts the FLOPs of matrix products, attention included.
 
     Raises:
         UserError: on the ``meta`` device, a layer reads a tensor's values.

@@ -108,7 +108,7 @@ def test_it_decodes_to_the_same_bits(stack, tied):
     if tied:
         trunk = replace(model.config.trunk, tie_embeddings=True)
         model = MTPModel(ModelConfig(trunk=trunk, mtp=model.config.mtp)).eval()
-        model.initialise(3)
+        model.initialize(3)
     light = kept(model)
     prompts = random_prompts(4, (5, 1, 30), 300)
     ways = [{}, {"speculative": False}, {"temperature": 1.0, "seed": 1}]

@@ -192,7 +192,7 @@ def trained(*, shift: int) -> MTPModel:
     """Counts modulo 12; the modules' targets lie ``shift`` further on than they should."""
     trunk = TrunkConfig(vocab_size=12, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=48)
     model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=2)))
-    model.initialise(0)
+    model.initialize(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
@@ -242,7 +242,7 @@ def test_a_wrong_token_is_a_defect() -> None:
 def test_a_tie_is_none(tiny_trunk: TrunkConfig) -> None:
     """Where two tokens have the same logit, rounding may choose either."""
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=2)))
-    model.initialise(0)
+    model.initialize(0)
     prompt = [1, 2, 3]
     (right,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
     chosen = right.token_ids[2]

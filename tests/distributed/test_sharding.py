@@ -48,7 +48,7 @@ def _sharded(config: ModelConfig, *, seed: int) -> MTPModel:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     shard(model, build_mesh("cpu", WORLD, None), blocks)
     model.to_empty(device="cpu")
-    model.initialise(seed)
+    model.initialize(seed)
     return model
 
 
@@ -58,7 +58,7 @@ def test_a_process_draws_its_part_of_the_plain_weights(
 ) -> None:
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp(depth=2))
     plain = MTPModel(config)
-    plain.initialise(5)
+    plain.initialize(5)
     sharded = _sharded(config, seed=5)
     expected = plain.state_dict()
     assert sharded.state_dict().keys() == expected.keys()

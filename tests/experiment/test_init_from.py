@@ -29,7 +29,7 @@ def start_of(trunk: TrunkConfig, **mtp: Any) -> StoredModel:
     variant = mtp.pop("variant", "sequential")
     config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(**mtp))
     model = MTPModel(config)
-    model.initialise(99)
+    model.initialize(99)
     return StoredModel(
         path=Path("old.ckpt"), config=config, weights=model.state_dict(), tokenizer_state={}
     )
@@ -37,14 +37,14 @@ def start_of(trunk: TrunkConfig, **mtp: Any) -> StoredModel:
 
 def fresh(trunk: TrunkConfig, variant: str = "sequential", **mtp: Any) -> MTPModel:
     model = MTPModel(ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(**mtp)))
-    model.initialise(0)
+    model.initialize(0)
     return model
 
 
 def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
     """Where every module of the stack has its weights from."""
     new = MTPModel(model.config)
-    new.initialise(0)
+    new.initialize(0)
     found: dict[str, set[str]] = {}
     for name, tensor in model.state_dict().items():
         if tensor.dim() < 2:

@@ -117,7 +117,7 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     checkpoint = helpers.checkpoint(base / "dense", "best.ckpt")
     fresh = open_model(base / "dense").model
-    fresh.initialise(0)
+    fresh.initialize(0)
     name = "mtp.depths.0.eh_proj.weight"
     checkpoint["state_dict"][f"model.{name}"] = fresh.state_dict()[name]
     torch.save(checkpoint, tmp_path / "lost.ckpt")
@@ -132,7 +132,7 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
 def test_what_was_not_trained_may_be_as_it_began() -> None:
     model = deepseek.build(folders.DENSE, depth=2)
     fresh = deepseek.build(folders.DENSE, depth=2, freeze_trunk=True)
-    fresh.initialise(5)
+    fresh.initialize(5)
     with pytest.raises(CheckFailed, match=r"mtp.depths.0.enorm.weight"):
         check_trained(fresh, 5, [0.1, 0.1])
     fresh.mtp.load_state_dict(model.mtp.state_dict())

@@ -228,7 +228,7 @@ def test_greedy_texts_of_a_real_model_do_not_change() -> None:
     run = open_model(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
     config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
     model = MTPModel(config)
-    model.initialise(0)
+    model.initialize(0)
     model.load_state_dict(run.model.state_dict(), strict=False)
     prompts = [run.tokenizer.encode(t).tolist() for t in ("def main():\n", "The sea is")]
     plain = generate(model, prompts, max_new_tokens=24, speculative=False)

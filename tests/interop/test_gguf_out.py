@@ -183,7 +183,7 @@ def learn(name: str, *, depth: int = 1, **mtp: Any) -> MTPModel:
     next, and a module that knows it badly."""
     torch.manual_seed(0)
     model = MTPModel(models.build(TRUNKS[name], SequentialConfig(depth=depth, **mtp)).config)
-    model.initialise(0)
+    model.initialize(0)
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(0, 64, (64, 4), generator=generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -152,7 +152,7 @@ def test_saved_activations_do_not_grow_with_depth(
     def peak(depth: int, loss_of: object) -> int:
         mtp = MTPConfig.find(variant)(depth=depth, correction=correction)
         model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
-        model.initialise(0)
+        model.initialize(0)
         batch = windows(4, 32, depth)
         with counted() as live:
             total, _ = loss_of(model, batch, [0.1] * depth, [128] * (depth + 1))  # type: ignore

@@ -96,7 +96,7 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     if head in ("sequential", "parallel", "joint", "eagle", "parameter_free"):
         return  # their layers start at random, as blocks do, or there is none
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=2)))
-    model.initialise(0)
+    model.initialize(0)
     found = model(windows(1, 8, 2))
     if head in ("nextlat", "linear"):
         expected = {k: found[0] for k in range(3)}
@@ -106,7 +106,7 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     else:
         bare = replace(model.config.mtp, correction="none", correction_rank=None)
         plain = MTPModel(replace(model.config, mtp=bare))
-        plain.initialise(0)
+        plain.initialize(0)
         expected = plain(windows(1, 8, 2))
     for k in range(3):
         assert torch.equal(found[k], expected[k])
@@ -134,7 +134,7 @@ def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, head
     mtp = HEADS[head](depth=2)
     for config, rows in ((mtp, batch), (NoMTPConfig(), WindowBatch(batch.tokens[:, :-2], 0))):
         model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=config))
-        model.initialise(3)
+        model.initialize(3)
         total, _ = mtp_loss(model, rows, [0.0] * config.depth, [18] * (config.depth + 1))
         total.backward()
         totals.append(total)
@@ -213,7 +213,7 @@ def test_joint_is_of_the_trunks_own_attention() -> None:
     model = MTPModel(config).double()
     assert type(model.mtp.attention).__name__ == "LatentAttention"
     assert config.num_params() == sum(p.numel() for p in model.parameters())
-    model.initialise(0)
+    model.initialize(0)
     assert model(windows(1, 6, 2))[2].shape == (1, 6, trunk.d_model)
 
 

@@ -46,7 +46,7 @@ def text(depth: int, *, rows: int = 12, seq_len: int = 20, documents: bool = Fal
 
 def begun(start: StoredModel, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
     model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=mtp))
-    model.initialise(0)
+    model.initialize(0)
     start_from(model, start, batch)
     return model.eval()
 
@@ -173,7 +173,7 @@ def test_random_modules_have_the_trunks_norm(
     """A head that was trained with other gains would turn gains of 1 into logits of any size."""
     start = start_of(replace(tiny_trunk, tie_embeddings=tied))
     model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=config(depth=2)))
-    model.initialise(0)
+    model.initialize(0)
     drawn = {name: tensor.clone() for name, tensor in model.mtp.state_dict().items()}
     start_from(model, start)
     for name, tensor in model.mtp.state_dict().items():

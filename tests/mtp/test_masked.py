@@ -160,7 +160,7 @@ def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
     """The masks learn a text that repeats: the loss falls, and no bit of the trunk changes."""
     config = MaskedConfig(depth=2, lora_rank=4, freeze_trunk=True, consistency=consistency)
     model = MTPModel(ModelConfig(trunk=TRUNK, mtp=config))
-    model.initialise(0)
+    model.initialize(0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = WindowBatch(torch.arange(15).repeat(4, 1) % 5, 2)
     main = model.head(model(batch)[0])

@@ -79,7 +79,7 @@ def test_components_start_apart_and_the_first_as_the_main_prediction(
     tiny_trunk: TrunkConfig,
 ) -> None:
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=LinearConfig(depth=2, rank=3)))
-    model.initialise(0)
+    model.initialize(0)
     hidden = model(windows(1, 8, 2))
     parts = [unpack(h, tiny_trunk.d_model) for h in hidden.values()]
     for states, log_weights in parts:

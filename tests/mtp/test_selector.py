@@ -113,7 +113,7 @@ def test_it_starts_as_the_head_without_it(trunk: TrunkConfig, head: str) -> None
     model = MTPModel(ModelConfig(trunk=trunk, mtp=HEADS[head](**switches)))
     plain = MTPModel(ModelConfig(trunk=trunk, mtp=HEADS[head](depth=DEPTH)))
     for started in (model, plain):
-        started.initialise(2)
+        started.initialize(2)
     batch = windows(3, SEQ_LEN, DEPTH)
     found, expected = model(batch), plain(batch)
     for k in range(1, DEPTH + 1):

@@ -123,7 +123,7 @@ def test_a_layers_places_are_its_weights(name: str) -> None:
 def trained() -> MTPModel:
     """A model of the user's layers after a few steps on one repeated text."""
     model = MTPModel(ModelConfig(trunk=own_trunk(init_std=0.3), mtp=SequentialConfig(depth=2)))
-    model.initialise(0)
+    model.initialize(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.randint(0, 37, (4, 40), generator=torch.Generator().manual_seed(0))
     batch, losses = WindowBatch(tokens, 2), []

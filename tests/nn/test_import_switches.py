@@ -25,8 +25,8 @@ SCALING = RopeScaling(
 def test_a_new_bias_is_zero_and_a_trained_one_counts(tiny_trunk: TrunkConfig) -> None:
     trunk = replace(tiny_trunk, attention=BIASED)
     model, without = deepseek.build(trunk), deepseek.build(tiny_trunk)
-    model.initialise(0)
-    without.initialise(0)
+    model.initialize(0)
+    without.initialize(0)
     attention, plain = model.trunk.blocks[0].attention, without.trunk.blocks[0].attention
     assert torch.equal(attention.qkv_bias, torch.zeros(qkv_width(trunk)))
     x_BTC = torch.randn(2, 5, trunk.d_model)

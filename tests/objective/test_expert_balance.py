@@ -189,7 +189,7 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
             model = deepseek.build(config, depth=1)
         else:
             model = MTPModel(ModelConfig(trunk=config, mtp=ParallelConfig(depth=1)))
-            model.initialise(0)
+            model.initialize(0)
         model.double().train()
         tokens = torch.randint(0, 37, (4, 18), generator=torch.Generator().manual_seed(0))
         for micro in WindowBatch(tokens, 1).micro_batches(parts):

@@ -62,7 +62,7 @@ class Trained:
     ) -> None:
         mtp = MTPConfig.find(variant)(depth=rule.depth, **switches)
         self.model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
-        self.model.initialise(0)
+        self.model.initialize(0)
         self.model.double()
         self.rule, self.max_steps, self.steps = rule, max_steps, 0
         rule.check(self.model.config)

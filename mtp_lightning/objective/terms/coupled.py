@@ -1,9 +1,9 @@
 """Terms of all depths of a position together: a draft counts only if those before it do.
 
-A subclass says how likely the draft of one depth is accepted, ``s_k`` in [0, 1]. Drafts 1 .. j are
-all accepted with probability ``prod_{i<=j} s_i``, and the loss of depth j is 1 minus that product.
-It trains depth j and all shallower ones, and ``mtp_lambda`` weighs it like every other loss. The
-losses of D depths sum to D minus the expected number of accepted drafts.
+A subclass computes ``s_k`` in [0, 1], the probability that depth k's draft is accepted. Drafts
+1 .. j are all accepted with probability ``prod_{i<=j} s_i``, and the loss of depth j is 1 minus
+that product. It trains depth j and all shallower ones, and ``mtp_lambda`` weighs it like every
+other loss. The losses of D depths sum to D minus the expected number of accepted drafts.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Greedy verification accepts draft i if it is ``a_i``, the token that the main prediction puts first.
 A draft sampled from ``q^i`` is that token with probability ``q^i(a_i)``, so the sum is the expected
 number of accepted drafts. The loss of depth k is ``1 - prod_{i<=k} q^i_t(a_i)``: it has the same
-gradient as the formula, and it is never negative, which balance rules rest on.
+gradient as the formula, and it is never negative, on which balance rules rely.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class WTV(E2ETV):
     """``objective=wtv``: ``e2e_tv`` at the temperature of decoding.
 
     Args:
-        temperature: the one that texts will be sampled at; 1 is ``e2e_tv``. Temperature 0 is greedy
+        temperature: the sampling temperature of decoding; 1 is ``e2e_tv``. Temperature 0 is greedy
             decoding, which ``objective=eal`` is for.
 
     Raises:
