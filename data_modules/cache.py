@@ -6,24 +6,24 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
+import re
 import shutil
-import time
-import uuid
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from data_modules.claim import alive, claim
 from data_modules.seal import require_sealed, seal
-from mtp_lightning.lock import Lock
 from mtp_lightning.system import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
-# Seconds in which a build writes something; else it was killed.
-_SILENCE = 3600.0
+LEASE = 600.0
+"""Seconds without a sign of life after which the remains of a build are removed."""
+_TEMPORARY = re.compile(r"^\..+\.building-.+$")
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
@@ -33,12 +33,13 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def state_of(path: Path, known: str) -> str:
-    """A cache key for a file, or the files of a folder, in their current state: ``PATH-STATE``, two
-    hex digests. Every change of a file updates its ctime, which no program can set.
+    """The name of what is kept about a file, or a folder's files, in their present state:
+    ``PATH-STATE``, two hex digests. A change of a file changes its time ctime, which no program can
+    set.
 
     Args:
         path: the file or folder.
-        known: everything else that the cached content depends on.
+        known: whatever else it depends on.
     """
     path = path.resolve()
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -51,11 +52,11 @@ def state_of(path: Path, known: str) -> str:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Makes sure that the folder ``target`` exists and is complete.
 
-    One process of all that need it builds it, and the others wait; a lock that ends with its
-    process tells them when. ``build`` fills a temporary folder next to the target, which is then
-    renamed in one step. If several build anyway, because the file system has no locks, the first to
-    finish wins and the others use its folder. What a killed build leaves is removed by the next
-    build, an hour or more later.
+    One process of all that need it builds it, and the others wait (:mod:`data_modules.claim`).
+    ``build`` fills a temporary folder next to the target, which is then renamed in one step. A
+    killed build leaves only the temporary folder, which a later call removes once it has shown no
+    sign of life for :data:`LEASE`. If two processes build anyway, because one was taken for dead,
+    the first to finish wins, and the other uses the winner's folder.
 
     A built folder is sealed, and its files are checked at each later use
     (:mod:`data_modules.seal`).
@@ -78,34 +79,24 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 def _built(target: Path, build: Callable[[Path], None]) -> bool:
     """Whether this process built the folder, and not another one."""
-    lock = Lock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not lock.acquire():
-            log.warning("another process builds %s: waiting for it", target)
-            lock.wait(seconds=math.inf)
+        _remove_stale(target.parent)
+        temporary = claim(target)
     except OSError as error:
         raise OSError(
             f"cannot write in the cache folder {target.parent} ({error.strerror}): "
             f"set data.cache_dir or the environment variable {ENVIRONMENT}"
         ) from error
+    if temporary is None:
+        return False
     try:
-        return not target.is_dir() and _build(target, build)
-    finally:
-        lock.release(remove=True)
-
-
-def _build(target: Path, build: Callable[[Path], None]) -> bool:
-    """As :func:`_built`; nobody else builds the folder where the file system has locks."""
-    _remove_silent(target.parent)
-    temporary = target.with_name(f".{target.name}.building-{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        build(temporary)
-        seal(temporary)
-        for path in temporary.iterdir():  # or a power cut could leave a folder of empty files
-            sync_file(path)
-        sync_folder(temporary)
+        with alive(temporary):
+            build(temporary)
+            seal(temporary)
+            for path in temporary.iterdir():  # or a power cut could leave a folder of empty files
+                sync_file(path)
+            sync_folder(temporary)
         try:
             os.rename(temporary, target)
         except OSError as error:
@@ -127,12 +118,20 @@ def _build(target: Path, build: Callable[[Path], None]) -> bool:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_silent(folder: Path) -> None:
-    """Remove what killed builds have left. Silence decides, since the locks of a shared file system
-    may hold on one machine only."""
-    for path in folder.glob(".*.building-*"):
+def _remove_stale(folder: Path) -> None:
+    """Removes the remains of killed builds: temporary folders without a sign of life.
+
+    The test asks for neither the host nor the process: containers may share a host name without
+    seeing each other's processes.
+    """
+    found = [path for path in folder.iterdir() if _TEMPORARY.match(path.name)]
+    if not found:
+        return
+    # The disk's clock: hosts that share a disk may have different clocks.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as new:
+        now = os.stat(new).st_mtime
+    for path in found:
         with suppress(FileNotFoundError):  # finished just now
-            written = max(file.stat().st_mtime for file in (path, *path.iterdir()))
-            if written < time.time() - _SILENCE:
-                log.info("removing what a killed build left: %s", path)
+            if path.stat().st_mtime < now - LEASE:
+                log.info("removing the remains of a killed build: %s", path)
                 shutil.rmtree(path, ignore_errors=True)

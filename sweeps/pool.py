@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.lock import Lock
+from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import state_of, write_status
 from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display, make_display

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.lock import Lock
+from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
 from sweeps.display import Lines

@@ -25,7 +25,7 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
-    **dict.fromkeys(["built", "literal", "lock", "paths", "settings", "system"], -1),
+    **dict.fromkeys(["paths", "literal", "settings", "built", "system"], -1),
     **dict.fromkeys(["explained", "parts", "stored"], -0.5),
     **dict.fromkeys(["keys", "misspelt"], -0.4),
     # tools that know nothing of models
@@ -60,13 +60,13 @@ SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
         for name in (
-            *("cli", "errors", "hosts", "literal", "lock", "markdown", "misspelt", "parts"),
-            *("paths", "stored", "system", "vetting"),
+            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "parts", "paths"),
+            *("stored", "system", "vetting"),
         )
     ),
     *(
         f"mtp_lightning.run.{name}"
-        for name in ("atomic", "config", "layout", "metrics", "solved", "status")
+        for name in ("atomic", "config", "layout", "lock", "metrics", "solved", "status")
     ),
 )
 
@@ -133,7 +133,7 @@ def test_who_may_import_what() -> None:
                 assert file.startswith(CONFIGURED), where
             if takes(name, "mtp_lightning"):
                 # how a setting is refused, a library of C++ opened, and what systems do differently
-                shared = ("settings", "errors", "built", "lock", "parts", "stored", "system")
+                shared = ("settings", "errors", "built", "parts", "stored", "system")
                 own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
                 assert own or not file.startswith("data_modules/"), where
             if takes(name, "data_modules") and not file.startswith("data_modules/"):

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.lock import Lock
 from mtp_lightning.loggers.service import ServiceLogger
+from mtp_lightning.run.lock import Lock
 
 
 class RunMLflow(ServiceLogger, MLFlowLogger):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mtp_lightning.lock import Lock
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE
+from mtp_lightning.run.lock import Lock
 
 _LOCK_FILE = ".run.lock"
 # The entries that a run's folder may have before the first step, besides TensorBoard's files.
@@ -18,6 +19,7 @@ _BEGUN = {
 }
 # The data workers inherit the lock, and end some seconds after a run that is killed.
 _SECONDS = 15.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
@@ -34,7 +36,13 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / _LOCK_FILE)
-    if not lock.wait(seconds=_SECONDS):
+    try:
+        had = lock.wait(seconds=_SECONDS)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        had = True  # the file system has no locks
+    if not had:
         raise BlockingIOError(
             f"Another process trains in {folder}: wait for its end, or take another run_dir."
         )

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules import encoding
+from data_modules import cache, claim, encoding
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import pieces
 from data_modules.sources import SyntheticSource, TextSource
@@ -135,17 +132,9 @@ def test_a_failing_build_leaves_nothing_and_a_full_disk_is_said(tmp_path):
         build_once(tmp_path / "file" / "target", fill)
 
 
-def without_locks(monkeypatch) -> None:
-    """As Lustre without ``-o flock`` has it."""
-
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-
-
 def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
-    without_locks(monkeypatch)
+    """The first one was taken for dead, and only slept."""
+    monkeypatch.setattr(claim, "SILENCE", 0.0)
 
     def slower(folder: Path) -> None:
         build_once(tmp_path / "target", lambda other: (other / "who").write_text("winner"))
@@ -156,54 +145,31 @@ def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_one_of_many_builds(tmp_path, caplog):
-    built = []
+def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
+    silent, alive = tmp_path / ".k.building-host-1-01234567", tmp_path / ".k.building-89abcdef"
+    finished = tmp_path / "finished"
+    for folder, age in ((silent, cache.LEASE + 60), (alive, cache.LEASE - 60), (finished, 1e6)):
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    build_once(tmp_path / "target", lambda folder: None)
+    assert not silent.exists() and alive.exists() and finished.exists()
+
+
+def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
+    """Another host, container or process that looks on leaves it alone."""
+    monkeypatch.setattr(cache, "LEASE", 2.0)
+    monkeypatch.setattr(claim, "BEAT", 0.05)
 
     def build(folder: Path) -> None:
-        built.append(folder)
-        time.sleep(1.0)
-        (folder / "whole").write_text("x")
+        for i in range(8):
+            time.sleep(0.4)
+            build_once(folder.with_name(f"{folder.name[1:5]}{i}"), lambda folder: None)
+        (folder / "whole").write_text("")
 
-    with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: build_once(tmp_path / "target", build), range(6)))
-    assert found == [tmp_path / "target"] * 6 and len(built) == 1
-    assert caplog.text.count("another process builds") == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-    assert {path.name for path in (tmp_path / "target").iterdir()} == {"whole", "digests.json"}
-
-
-def test_the_next_one_builds_where_one_has_failed(tmp_path):
-    started, fail = threading.Event(), threading.Event()
-
-    def failing(folder: Path) -> None:
-        started.set()
-        assert fail.wait(120)
-        raise ValueError("no text")
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(build_once, tmp_path / "target", failing)
-        assert started.wait(120)
-        second = pool.submit(build_once, tmp_path / "target", lambda f: (f / "a").touch())
-        time.sleep(0.2)
-        assert not second.done()
-        fail.set()
-        with pytest.raises(ValueError, match="no text"):
-            first.result()
-        second.result()
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_only_leftovers_that_nobody_writes_are_removed(tmp_path):
-    now = time.time()
-    silent, written = tmp_path / ".k.building-0123", tmp_path / ".k.building-89ab"
-    finished = tmp_path / "finished"
-    for folder, age in ((silent, 3700), (written, 3500), (finished, 1e6)):
-        folder.mkdir()
-        (folder / "file").touch()
-        os.utime(folder / "file", (now - age,) * 2)
-        os.utime(folder, (now - 1e6,) * 2)
-    build_once(tmp_path / "target", lambda folder: None)
-    assert not silent.exists() and written.exists() and finished.exists()
+    assert (build_once(tmp_path / "target", build) / "whole").exists()
+    monkeypatch.setattr(claim, "BEAT", 60)
+    with pytest.raises(FileNotFoundError):
+        build_once(tmp_path / "slow", build)
 
 
 BUILD = """
@@ -241,12 +207,13 @@ def test_a_build_killed_in_the_middle_leaves_no_half_store(tmp_path, text):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    (left,) = (tmp_path / "cache" / "stores").glob(".*.building-*")
-    assert not (left / "meta.json").exists() and (left / "train.bin").stat().st_size > 0
+    left = list((tmp_path / "cache" / "stores").iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".") and "building" in left[0].name
+    assert not (left[0] / "meta.json").exists() and (left[0] / "train.bin").stat().st_size > 0
 
     split = DocumentSplit(TextSource(text))
     store, _ = prepare_store(ByteTokenizer(), split, tmp_path / "cache")
-    assert set((tmp_path / "cache" / "stores").iterdir()) == {left, store.folder}
+    assert list((tmp_path / "cache" / "stores").iterdir()) == [store.folder]
     clean, _ = prepare_store(ByteTokenizer(), split, tmp_path / "clean")
     assert contents(store.folder) == contents(clean.folder)
 

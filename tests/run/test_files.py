@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.lock import Lock
 from mtp_lightning.run.atomic import replacing, write_bytes, write_json
 from mtp_lightning.run.config import describe_differences, flatten, has_bearing, key_of, lies_in
+from mtp_lightning.run.lock import Lock
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -73,7 +73,7 @@ def test_differences() -> None:
 def test_no_torch_is_needed() -> None:
     modules = (
         "",
-        *(f".{m}" for m in ("atomic", "config", "layout", "metrics", "status", "summary")),
+        *(f".{m}" for m in ("atomic", "config", "layout", "lock", "metrics", "status", "summary")),
     )
     slow = ("torch", "lightning", "numpy", "rich", "omegaconf")
     program = (
@@ -95,27 +95,15 @@ def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
     other.release()
 
 
-def test_a_lock_whose_file_its_holder_has_removed_is_taken_anew(
+def test_a_disk_without_locks_leaves_no_file_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other, flock = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock"), fcntl.flock
-    assert one.acquire()
-
-    def late(file: int, how: int) -> None:
-        one.release(remove=True)  # after the other has opened the file
-        flock(file, how)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(fcntl, "flock", late)
-        assert not other.acquire()
-    assert other.acquire() and not Lock(tmp_path / ".lock").acquire()
-    other.release(remove=True)
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_locks_everybody_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
+    closed, close = [], os.close
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert Lock(tmp_path / ".lock").acquire() and Lock(tmp_path / ".lock").acquire()
+    monkeypatch.setattr(os, "close", lambda file: closed.append(file) or close(file))
+    with pytest.raises(OSError, match="No locks"):
+        Lock(tmp_path / ".lock").acquire()
+    assert len(closed) == 1

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.lock import Lock
 from mtp_lightning.run.layout import LOG_FILE
+from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines

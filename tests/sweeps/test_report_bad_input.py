@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.lock import Lock
+from mtp_lightning.run.lock import Lock
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.findings import answer, caveats

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
@@ -10,15 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
 
 class Lock:
     """A lock that one process holds until it and all children that inherited it release it or end.
 
     It is the system's lock on a file, which a crash releases too. A file with a process number
-    would not do: the system reuses these numbers. On a file system without locks, everybody gets
-    it.
+    would not do: the system reuses these numbers.
 
     Args:
         path: a file that serves as the lock only.
@@ -34,22 +30,12 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(file)
-                if isinstance(error, BlockingIOError):
-                    return False
-                raise
-        if not self._is_at_path(file):  # its last holder removed it after it was opened here
             os.close(file)
-            return False
+            if isinstance(error, BlockingIOError):
+                return False
+            raise
         self._file = file
         return True
-
-    def _is_at_path(self, file: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file), os.stat(self._path))
-        except FileNotFoundError:
-            return False
 
     def wait(self, *, seconds: float) -> bool:
         """Try to take the lock for some seconds; return whether it became free."""
@@ -80,15 +66,9 @@ class Lock:
         assert self._file is not None, "not held"
         return self._file
 
-    def release(self, *, remove: bool = False) -> None:
-        """Release the lock in this process.
-
-        Args:
-            remove: also remove its file; the next process that wants the lock makes a new one.
-        """
+    def release(self) -> None:
+        """Release the lock in this process."""
         if self._file is not None:
-            if remove:
-                self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
 

@@ -1,0 +1,148 @@
+"""Who builds a folder of the cache, of all processes of all machines that want it.
+
+A builder makes ``.NAME.building-N``, which one can make, and touches it every few seconds. The
+others wait until the finished folder is there. Where the builder was killed, the next one makes
+``N + 1``. That it was killed is known at once on the same machine, by the system's lock on its
+folder, which ends with it; from elsewhere, or where there are no locks, when its folder has not
+been touched for two minutes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+BEAT = 15.0
+"""Seconds between two signs of life."""
+SILENCE = 8 * BEAT
+"""Seconds without one after which another process builds."""
+# In a builder's folder: whose lock on it can be asked for. Gone before the folder gets its name.
+_MACHINE = ".machine"
+
+
+def claim(target: Path) -> Path | None:
+    """A new folder to build ``target`` in, after waiting for whoever builds it already.
+
+    Args:
+        target: whose folder exists.
+
+    Returns:
+        None when another has built it.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    watched: tuple[int, float] | None = None
+    since, delay, told = time.monotonic(), 0.02, False
+    while not target.is_dir():
+        number = _newest(target)
+        newest = _place(target, number)
+        try:
+            touched = newest.stat().st_mtime if number else 0.0
+        except FileNotFoundError:  # it has its name, or was given up
+            continue
+        if (number, touched) != watched:
+            watched, since = (number, touched), time.monotonic()
+        killed = number > 0 and _was_killed(newest)
+        if number == 0 or killed or time.monotonic() - since > SILENCE:
+            own = _place(target, number + 1)
+            try:
+                own.mkdir()
+            except FileExistsError:  # another was faster
+                continue
+            if target.is_dir():  # whoever had it has finished meanwhile
+                own.rmdir()
+                break
+            if killed:
+                shutil.rmtree(newest, ignore_errors=True)
+            return own
+        if not told:
+            log.warning("another process builds %s: waiting for it", target)
+            told = True
+        time.sleep(delay)
+        delay = min(2.0, 1.5 * delay)
+    return None
+
+
+@contextmanager
+def alive(folder: Path) -> Iterator[None]:
+    """Show others that a claimed folder's builder lives, while the block runs."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            with suppress(OSError):
+                os.utime(folder)
+
+    lock = _locked(folder)
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        (folder / _MACHINE).unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _place(target: Path, number: int) -> Path:
+    return target.parent / f".{target.name}.building-{number}"
+
+
+def _newest(target: Path) -> int:
+    prefix = _place(target, 0).name[:-1]
+    names = [name for name in os.listdir(target.parent) if name.startswith(prefix)]
+    return max((int(n[len(prefix) :]) for n in names if n[len(prefix) :].isdecimal()), default=0)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder, which ends with this process; None where there are none."""
+    machine = _machine()
+    if machine is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / _MACHINE).write_text(machine)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _was_killed(folder: Path) -> bool:
+    """Whether a builder on this machine has ended without a word."""
+    try:
+        if (folder / _MACHINE).read_text() != _machine():
+            return False
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Shared: others may ask at the same time.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Not where it has just finished: then it has taken this away first.
+        return (folder / _MACHINE).exists()
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> str | None:
+    """This start of this machine's system, whatever containers call it; None where unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
