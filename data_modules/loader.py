@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -192,7 +193,7 @@ def _init_worker(parent: int, _: int) -> None:
     end as a failure, and nothing is saved.
     """
     end_with(parent)
-    sys.excepthook = _exit_if_parent_ended
+    sys.excepthook = _report_late
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -205,11 +206,11 @@ def _exit_on_sigterm_of(parent: int) -> None:
     os._exit(0)
 
 
-def _exit_if_parent_ended(kind: type, error: BaseException, trace: Any) -> None:
+def _report_late(kind: type, error: BaseException, trace: Any) -> None:
     """A hook for errors. The pipes of a killed parent close shortly before its workers are killed,
     and the thread of multiprocessing that hands out tensors would print a traceback."""
     if isinstance(error, BrokenPipeError | ConnectionResetError | EOFError):
-        os._exit(1)
+        time.sleep(1.0)
     sys.__excepthook__(kind, error, trace)
 
 

@@ -50,6 +50,7 @@ def test_a_words_meaning_may_have_a_type() -> None:
         ("config", "trainer.precision", "bf16-true"),
         ("config", "trainer.num_threads", None),
         ("evaluate", "decode.draft_depth", "auto"),
+        ("evaluate", "eval_bytes", "all"),
         ("generate", "draft_depth", "auto"),
         ("generate", "draft_depth", None),
         ("serve", "draft_depth", "auto"),

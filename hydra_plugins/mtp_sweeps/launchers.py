@@ -41,14 +41,23 @@ class SweepLauncher(Launcher):
         from sweeps.launch import launch
 
         assert self.config is not None
-        run = self.module and partial(import_module(self.module).run, **self.settings)
         return launch(
-            run or None,
+            None if self.module is None else partial(_run, self.module, **self.settings),
             config=self.config,
             hydra_context=self.hydra_context,
             batch=job_overrides,
             dry_run=self.dry_run,
         )
+
+
+def _run(module: str, tasks: Any, **settings: Any) -> None:
+    from mtp_lightning.errors import UserError
+
+    try:
+        run = import_module(module).run
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"hydra.launcher.module={module} cannot be used: {error}.") from error
+    run(tasks, **settings)
 
 
 class GridSweeper(BasicSweeper):

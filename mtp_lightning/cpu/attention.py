@@ -49,9 +49,10 @@ def attention(
     mask: Tensor | BlockMask | None,
 ) -> Tensor:
     """``ops.attention``."""
-    if mask is None:
+    given = query_BTNH, key_BSMH, value_BSMH
+    if mask is None and all(x.shape[3] % 16 == 0 for x in given) and _is_short(*given):
         # Latent attention's values are a part of wider heads.
-        heads = [x.contiguous() for x in (query_BTNH, key_BSMH, value_BSMH)]
+        heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
         if fits(*heads):
             return _NativeAttention.apply(query_BTNH.shape[2], None, None, *heads)
     return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
@@ -61,12 +62,15 @@ def fits(*heads: Tensor) -> bool:
     """Whether the C++ supports these, each [B, T, ., H], and is faster than PyTorch: windows of up
     to 512, head sizes that are multiples of 16, adjacent heads. Gradients have the same strides, so
     that no number may be there twice."""
-    return (
-        heads[0].shape[1] <= _MAX_SEQ_LEN
-        and native.fits(*heads)
-        and all(x.shape[3] % 16 == 0 and x.stride(2) == x.shape[3] for x in heads)
-        and all(0 not in x.stride() for x in heads)
-    )
+    return _is_short(*heads) and all(x.shape[3] % 16 == 0 and _is_adjacent(x) for x in heads)
+
+
+def _is_short(*heads: Tensor) -> bool:
+    return heads[0].shape[1] <= _MAX_SEQ_LEN and native.fits(*heads)
+
+
+def _is_adjacent(x: Tensor) -> bool:
+    return x.stride(2) == x.shape[3] and 0 not in x.stride()
 
 
 class _NativeAttention(torch.autograd.Function):

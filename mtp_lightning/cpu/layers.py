@@ -130,7 +130,7 @@ def gated(gate_up: Tensor) -> Tensor:
 
 
 class _SwiGLUNative(torch.autograd.Function):
-    """The same in C++: forward and backward in one pass over memory each."""
+    """``ops.gated`` in C++: forward and backward in one pass over memory each."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class AutoDepth:
 
     @property
     def best(self) -> int:
-        """The number of drafts that was fastest so far, probes left aside."""
+        """The number of drafts that was fastest so far, apart from probes."""
         return 0 if self._rounds is None else self._rounds.best
 
     def record(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
 
 
-_ROOM = "mtp_lightning.decoding"
+_PACKAGE = "mtp_lightning.decoding"
 
 
 class Engine:
@@ -84,7 +84,7 @@ class Engine:
         self._decoder: Decoder | None = None
         self._auto, known = depths, options.measured
         if depths is None and options.auto and self.max_draft:
-            kind = imported(f"{_ROOM}.adaptive.AutoDepth")
+            kind = imported(f"{_PACKAGE}.adaptive.AutoDepth")
             self._auto = kind(self.max_draft, None if known is None else known.greedy)
         self._inside = ExitStack()
 
@@ -247,10 +247,10 @@ class Engine:
         room: dict[str, Any] = {"slots": self.slots, "capacity": capacity}
         room |= {"draft_vocab": options.draft_vocab, "one_cache": options.cache == "single"}
         if options.tree is not None:
-            session = imported(f"{_ROOM}.tree_session.TreeSession")
-            decoder = imported(f"{_ROOM}.tree_speculative.TreeDecoder")
+            session = imported(f"{_PACKAGE}.tree_session.TreeSession")
+            decoder = imported(f"{_PACKAGE}.tree_speculative.TreeDecoder")
             return decoder(session(self._model, tree=options.tree, **room))
-        kind = imported(f"{_ROOM}.compiled.CompiledSession") if options.compile else Session
+        kind = imported(f"{_PACKAGE}.compiled.CompiledSession") if options.compile else Session
         return Decoder(
             kind(self._model, max_draft=self.max_draft, **room),
             min_confidence=options.min_confidence,

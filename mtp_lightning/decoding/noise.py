@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Noise:
-    """The random numbers of a batch whose rows come and go. A row's depend on its seed, its index
-    and the number of rounds since it joined alone.
+    """The random numbers of a batch whose rows come and go. A row's numbers depend only on its
+    seed, its index and the rounds since it joined.
 
     Args:
         per_round: numbers that a row takes per round.

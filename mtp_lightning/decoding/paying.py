@@ -151,18 +151,23 @@ class _Turns(AutoDepth):
 
 def _kept(folder: Path, n: int, found: Callable[[], Measured]) -> Measured:
     """The measurement stored in ``folder``; measured and stored if there is none."""
-    # Measured outside of the block below, whose errors are those of a damaged folder.
-    fresh = [] if folder.is_dir() else [found()]
+    fresh: list[Measured] = []
+    failed: list[Exception] = []
 
     def build(target: Path) -> None:
-        if not fresh:
+        try:
             fresh.append(found())
+        except Exception as error:
+            failed.append(error)
+            raise
         (target / _FILE).write_text(json.dumps(asdict(fresh[0])), "utf-8")
 
     try:
         build_once(folder, build)
         measured = fresh[0] if fresh else _read(folder / _FILE, n)
     except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        if failed:  # not the folder's error
+            raise
         log.info("%s cannot be used, and drafts are measured again: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         measured = fresh[0] if fresh else found()

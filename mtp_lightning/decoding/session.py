@@ -34,6 +34,13 @@ from mtp_lightning.nn.position_tables import PositionTables, Runs
 class Session:
     """Decoding state of a batch whose rows come and go. It does not choose tokens.
 
+    A recursive module with one cache treats its own output as the true state (EAGLE, arXiv
+    2401.15077, section 3.1): after k - 1 drafts, its state for position i stands in for the trunk's
+    state at i + k - 1, and draft k is its first depth there. The cache then holds the entries of
+    all true positions, followed by those of the drafts, which the next round overwrites. Every
+    draft after the first is a pass over one position. With a cache per depth, a pass also
+    recomputes the positions accepted since the last round, at the positions used in training.
+
     Args:
         model: in eval mode, on its device.
         slots: most rows at a time.
@@ -41,13 +48,6 @@ class Session:
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
         one_cache: all drafts use the first depth's cache, also where the stack does not need that.
-
-    A recursive module with one cache treats its own output as the true state (EAGLE, arXiv
-    2401.15077, section 3.1): after k - 1 drafts, its state for position i stands in for the trunk's
-    state at i + k - 1, and draft k is its first depth there. The cache then holds the entries of
-    all true positions, followed by those of the drafts, which the next round overwrites. Every
-    draft after the first is a pass over one position. With a cache per depth, a pass also
-    recomputes the positions accepted since the last round, at the positions used in training.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.

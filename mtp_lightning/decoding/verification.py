@@ -1,8 +1,8 @@
 """Which drafts of a chain are kept: the rules of ``verify=``.
 
 ``token`` judges one draft after the other and stops at the first rejection
-(:func:`accept_or_resample`). ``block`` judges all of them
-together (Sun et al., arXiv 2403.10444, algorithm 2). With ``p_0 = 1`` and, for every draft x_i,
+(:func:`accept_or_resample`). ``block`` judges all of them together (Sun et al., arXiv 2403.10444,
+algorithm 2). With ``p_0 = 1`` and, for every draft x_i,
 
     p_i = min(p_(i-1) p(x_i) / q(x_i), 1),   S_i = sum_v max(p_i p(v | x_1 .. x_i) - q(v | ..), 0)
     h_i = S_i / (S_i + 1 - p_i),             h_M = p_M of the last draft

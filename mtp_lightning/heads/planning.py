@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +183,18 @@ def plan(
             f"checkpoint={path} output=FOLDER depth=0, and give that folder."
         )
     device = pick_accelerator("auto")
+    look = partial(_plan, device, path, hours, files, overrides, further)
+    if device == "cpu":
+        return look()
+    # A process of its own gives the GPU back, which training needs.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(look).result()
+
+
+def _plan(
+    device: str, path: Path, hours: float, files: list[str], overrides: list[str], further: bool
+) -> Plan:
+    """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
     mtp = run.model.config.mtp
     if further and not isinstance(mtp, SequentialConfig):

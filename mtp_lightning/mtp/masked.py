@@ -217,7 +217,7 @@ class MaskedMTP(MTPStack):
         after = Positions(
             cos.unsqueeze(-2),
             sin.unsqueeze(-2),
-            cache=cache,  # type: ignore[arg-type]
+            cache=cache,
             updates=self._updates(trunk),
         )
         with eager_blocks(trunk):

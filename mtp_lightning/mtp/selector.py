@@ -12,8 +12,9 @@ The loss is the cross-entropy over the candidates, with the text's own token as 
 not among them takes the place of the least likely one, in training alone. The source does not
 publish its training: this is that of vLLM's Speculators (pull request 1006); NVIDIA's NeMo
 AutoModel (3605) leaves such targets out. The gradient reaches the head's logits of the candidates
-and the hidden state, as in NeMo's. The matrix products grow with K and not with V. With V grow
-finding the candidates, writing the scores among the logits, and the optimizer's step over A and B.
+and the hidden state, as in NeMo's. The matrix products grow with K and not with V. What grows
+with V is finding the candidates, writing their scores among the logits, and the optimizer's step
+over A and B.
 
 Shapes: R positions of one chunk, C d_model, V vocabulary, K candidates, r rank, X any dimensions.
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -98,13 +99,13 @@ class Positions:
         Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
         """
         cache.begin(starts, n_new)
-        return Positions(*cache.angles(), cache.mask(), cache)
+        return _OpenPass(cache)
 
     @staticmethod
     def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
         """Open a pass of ``cache`` over a tree in every row, its first token at ``starts``."""
         cache.begin_tree(starts, branches)
-        return Positions(*cache.angles(), cache.mask(), cache)
+        return _OpenPass(cache)
 
     def dense_mask(self) -> Tensor | None:
         """``mask`` as a tensor, also if it is a block mask."""
@@ -121,6 +122,35 @@ class Positions:
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
         return layer(x) if self.updates is None else layer(x) + self.updates[layer](x)
+
+
+class _OpenPass(Positions):
+    """The open pass of a cache. Tables and mask are computed when the first layer reads them: fused
+    passes never do, and they would take a tenth of a small model's round."""
+
+    def __init__(self, cache: KVCache, **given: Any) -> None:
+        """``given`` are the fields that :func:`dataclasses.replace` passes; they replace the
+        cache's own."""
+        # Bypasses the setters of a frozen dataclass.
+        self.__dict__.update({"auxiliary": None, **given}, cache=cache, _open=cache)
+
+    _open: KVCache
+
+    @cached_property
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        return self._open.angles()
+
+    @cached_property
+    def cos(self) -> Tensor:  # type: ignore[override]
+        return self._angles[0]
+
+    @cached_property
+    def sin(self) -> Tensor:  # type: ignore[override]
+        return self._angles[1]
+
+    @cached_property
+    def mask(self) -> Tensor | None:  # type: ignore[override]
+        return self._open.mask()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,7 @@ class LatentAttention(nn.Module):
         query = torch.cat((_by_head(query_nope, key_up), query_rope), dim=-1)
         # The cache scales scores by the entry's width; correct that to the head's width.
         query = query * (self.score_factor * (entry.shape[-1] / self.d_head) ** 0.5)
-        mixed = positions.cache.attend(layer, query, positions.dense_mask())[..., : self.kv_rank]
+        mixed = positions.cache.attend(layer, query, positions.mask)[..., : self.kv_rank]
         return self.out(_by_head(mixed, value_up.transpose(1, 2)).flatten(2))
 
 

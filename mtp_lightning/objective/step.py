@@ -155,7 +155,7 @@ class OptimizerStep:
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.parts if not term.counts_padding]
-        usable = [max(counts.of(k, term) for term in terms) for k in depths]
+        usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
         base = [1.0, *_where(usable, self.schedule.weights(progress))]
         main, *factors = self.balance.factors(base, progress)
         micro_batches = []

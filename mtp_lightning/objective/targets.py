@@ -111,8 +111,8 @@ def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
 
 
 def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
-    """The target tokens of every depth; -100 at positions that count for none of its terms, padding
-    left aside."""
+    """The target tokens of every depth; -100 at positions that count for none of its terms, apart
+    from padding."""
     tokens: dict[int, Tensor] = {}
     for target in (target for target in targets if not target.term.counts_padding):
         if target.depth not in tokens or not target.needs_teacher:

@@ -29,6 +29,14 @@ WITHOUT_BEARING = (
     "callbacks.checkpoints",
 )
 
+# Keys added after runs and results were stored, with the value that changes nothing.
+LATER = {
+    "branch_from": None,
+    "data.train_windows": "all",
+    "data.activations": "fp32",
+    "objective.terms.anchor.padded": False,
+}
+
 
 def read_yaml(path: Path) -> Any:
     """Read a stored YAML file.
@@ -89,14 +97,15 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def describe_differences(
     stored: dict[str, Any], wanted: dict[str, Any], *, ignore: Collection[str] = ()
 ) -> list[str]:
-    """List the keys in which two nested configs differ, as ``trunk.n_layers: 4 -> 6``.
+    """List the keys in which two nested configs differ, as ``trunk.n_layers: 4 -> 6``. A key of
+    :data:`LATER` that is missing has its value there.
 
     Args:
         stored: the config before the arrow.
         wanted: the config after it.
         ignore: dotted keys that may differ, with all keys below them.
     """
-    a, b = flatten(stored), flatten(wanted)
+    a, b = (LATER | flatten(config) for config in (stored, wanted))
     return [
         f"{key}: {a.get(key, 'nothing')} -> {b.get(key, 'nothing')}"
         for key in sorted(a.keys() | b.keys())

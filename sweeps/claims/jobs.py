@@ -18,7 +18,7 @@ from omegaconf import open_dict
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import app
-from mtp_lightning.run.config import flatten, has_bearing, is_plain, key_of, lies_in
+from mtp_lightning.run.config import LATER, flatten, has_bearing, is_plain, key_of, lies_in
 from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, settle
 from sweeps.plan import TRAIN, Recipe
@@ -32,8 +32,6 @@ _FIXED = {
 }
 # Keys whose value may name another arm (ARM@STEP or ARM): its run of the same seed is used.
 _BRANCH, _START = "branch_from", "init_from"
-# Keys added after results were stored, with the value that changes nothing.
-_LATER = {"branch_from": None, "data.train_windows": "all", "data.activations": "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +78,7 @@ def digest(config: Mapping[str, Any]) -> str:
     flat = {
         key: value
         for key, value in flatten(dict(config)).items()
-        if has_bearing(key) and not (key in _LATER and value == _LATER[key])
+        if has_bearing(key) and not (key in LATER and value == LATER[key])
     }
     if is_plain(flat.get("mtp.depth"), flat.get("mtp._target_")):
         flat = {key: value for key, value in flat.items() if not lies_in(key, OF_DEPTHS)}

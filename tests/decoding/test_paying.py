@@ -51,7 +51,7 @@ def test_the_fastest_number_needs_a_margin() -> None:
     assert expected_tokens([0.5, 0.5]) == [1, 1.5, 1.75]
     assert fastest([1.0, 1.02], 1.03) == 0 and fastest([1.0, 1.04, 1.05], 1.03) == 2
     assert fastest([1.0, 1.04, 1.05], 1.1) == 0
-    # A small measured gain is left to looks, which come later and cost little.
+    # A small measured gain is left to probes, which come later.
     auto = AutoDepth(1, measured=Payoff((1.0, 1.0), (0.06,)))
     assert [auto.depth(1) for _ in range(9)] == [0] * 9
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.errors import UserError
@@ -83,9 +84,17 @@ def test_the_model_is_measured_where_it_is_trained(
     monkeypatch.setattr(planning, "open_model", opened)
     monkeypatch.setattr(planning, "_reads", reads)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
-    monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cuda")
-    found = planning.plan(model, hours=1.0, files=[], overrides=[])
+    found = planning._plan("cuda", model, 1.0, [], [], False)
     assert used == ["cuda", True] and found.precision == "auto"
+
+
+@pytest.mark.slow
+def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "pick_accelerator", lambda name: torch.device("cpu"))
+    found = planning.plan(model, hours=1.0, files=[], overrides=[])
+    assert found.steps > 10 and found.precision == "auto"  # not the word "cpu"
 
 
 def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.kl import KL
+from mtp_lightning.objective.terms.mixture import Mixture
 from tests.losses import mtp_loss
 from tests.models import build, windows
 
@@ -159,6 +160,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         with pytest.raises(UserError, match="has no draft: set mtp.draft_vocab=null|have no draft"):
             objective.check(model.config.mtp)
         objective.check(replace(model.config.mtp, draft_vocab=None))
+    padded = Objective(term=Mixture({"ce": 1, "anchor": {"weight": 1, "padded": True}}))
+    with pytest.raises(UserError, match="set anchor.padded=false, or mtp.draft_vocab=null"):
+        padded.for_model(model)
+    padded.for_model(drafting())
     with pytest.raises(UserError, match="which mtp=eagle never does"):
         Objective(term=KL(), train_head=False).check(model.config.mtp)
 

@@ -235,6 +235,7 @@ def test_an_anchor_is_its_two_distances(
             lambda: Anchor(latent=0, semantic=0),
             "anchor.latent=0 and anchor.semantic=0 leave nothing",
         ),
+        (lambda: Anchor(padded=1), "anchor.padded must be true or false"),  # type: ignore[arg-type]
         (lambda: Anchor(semantic=-1), "anchor.semantic must be a number of at least 0"),
         (lambda: Mixture({"anchor": 1}), "does not train what the depths predict"),
         (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),

@@ -160,7 +160,7 @@ class Step:
             self.on[1] = model.mtp.offset(key) - 1
         self.valid = {k: self._valid(on) for k, on in self.on.items()}
         own = model.mtp.own_head
-        self.rows = self.own_rows = None if own is None or own.is_whole else own.tokens
+        self.rows = None if own is None or own.is_whole else own.tokens
         for k in self.on if self.rows is not None else ():
             if k:
                 self.valid[k] &= torch.isin(self._target(k), self.rows)
@@ -209,8 +209,7 @@ class Step:
         hidden = states.get(k, self.forward.final)
         main = self.forward.final.detach()[:, teacher]
         embedding = self.forward.embedding.detach()
-        none = 0 if k == 0 or self.own_rows is None else int(self.own_rows[0])
-        padded = embedding[target.where(self.valid[k], torch.tensor(none))]
+        padded = embedding[target.where(self.valid[k], torch.tensor(0))]
         embedded = embedding[target]
         log_q, log_p = self.log_q[k], self.log_p[:, teacher]
         if k and self.rows is not None:  # among the tokens that can be drafted

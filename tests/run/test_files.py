@@ -68,6 +68,11 @@ def test_differences() -> None:
     stored, wanted = {"a": {"b": 1, "c": 2}, "d": {"e": 3}}, {"a": {"b": 2}, "d": {"e": 4}}
     found = describe_differences(stored, wanted, ignore=["d"])
     assert found == ["a.b: 1 -> 2", "a.c: 2 -> nothing"]
+    # A key that was added later has its old meaning where it is missing.
+    assert describe_differences({}, {"data": {"train_windows": "all"}}) == []
+    assert describe_differences({}, {"data": {"train_windows": 5}}) == [
+        "data.train_windows: all -> 5"
+    ]
 
 
 def test_no_torch_is_needed() -> None:

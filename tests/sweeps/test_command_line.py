@@ -116,7 +116,8 @@ WRONG = {
     "added key": ({"+swep": "depth"}, (), "swep is not a key: did you mean sweeps?"),
     "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices must be a whole number"),
     "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
-    # Refused when the jobs are given devices, after the sweep is planned.
+    # Refused when the jobs are run, after the sweep is planned.
+    "module": ({"seed": "0,1"}, ("hydra.launcher.module=sweeps.pol",), "sweeps.pol cannot be used"),
     "devices": (
         {"trainer.devices": "1,2", "trainer.strategy": "ddp"},
         ("hydra.launcher.devices_per_job=1",),
@@ -134,9 +135,9 @@ def test_what_is_wrong_is_said_before_any_job_starts(
     assert done.returncode == 1, done.stdout
     assert told in done.stderr
     assert "Traceback" not in done.stderr
-    # Hydra has made the folder; it stays only if the sweep was planned before a device refused.
+    # Hydra has made the folder; it stays only if the sweep was planned before it was refused.
     planned = (tmp_path / "sweep" / "sweep.json").exists()
-    assert (tmp_path / "sweep").exists() == planned == (case == "devices")
+    assert (tmp_path / "sweep").exists() == planned == (case in ("module", "devices"))
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ class Anchor(Term):
     Args:
         latent: weight of the distance from the main prediction's state.
         semantic: weight of the distance from the target's embedding.
-        padded: whether the semantic distance also counts at positions without a target, from the
-            embedding of token 0, which pads the examples of tasks. The published code does.
+        padded: whether the semantic distance also counts at every position without a target (the
+            padding of tasks' examples, prompts that are not trained), from the embedding of token
+            0, which pads. The published code does so with padding.
 
     Raises:
         UserError: a negative weight, or both 0.
@@ -85,6 +86,12 @@ class Semantic(Term):
         self._own_head: OwnHead | None = None
 
     def for_model(self, model: MTPModel) -> Semantic:
+        own_head = model.mtp.own_head
+        if self.counts_padding and own_head is not None and not own_head.is_whole:
+            raise UserError(
+                "anchor.padded=true counts positions without a target, and mtp.draft_vocab leaves "
+                "targets out: set anchor.padded=false, or mtp.draft_vocab=null."
+            )
         bound = copy(self)
         bound._embedding, bound._own_head = model.trunk.embedding, model.mtp.own_head
         return bound

@@ -48,7 +48,7 @@ class Mixture(Term):
                 self._parts[part.name] = weight * share, part
         if all(part.of_state for _, part in self._parts.values()):
             raise UserError(
-                f"objective.terms={{{', '.join(self._parts)}}} does not train what the depths "
+                f"objective.terms={{{', '.join(map(str, terms))}}} does not train what the depths "
                 "predict: add a term that does, such as ce or kl."
             )
 
