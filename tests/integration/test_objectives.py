@@ -57,7 +57,7 @@ def test_every_word_trains(tmp_path: Path, cache: Path, word: str) -> None:
     tags = rows(tmp_path / word)[0].keys()
     logged = {tag.rpartition("/")[2] for tag in tags if tag.startswith("train/loss_depth_1/")}
     mixtures = {"mix": {"ce", "tv"}, "feature": {"kl", "feature"}, "nextlat": {"kl", "feature"}}
-    mixtures["anchor"] = {"ce", "anchor"}
+    mixtures["anchor"] = {"ce", "anchor_latent", "anchor_semantic"}
     assert logged == mixtures.get(word, set())
 
 

@@ -102,8 +102,8 @@ class Folder:
         return build_model(self.config, self.stored, source="the folder")
 
 
-def read_folder(path: Path) -> Folder:
-    return Folder(*describe(path))
+def read_folder(path: str | Path) -> Folder:
+    return Folder(*describe(Path(path)))
 
 
 def trained(trunk: TrunkConfig, mtp: MTPConfig) -> MTPModel:

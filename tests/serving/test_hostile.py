@@ -140,7 +140,7 @@ def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
 def test_foreign_names_are_not_answered(served: Serving, path: str) -> None:
     """As a page's site would call it whose name leads here."""
     for host in ("evil.example", "evil.example:80", "localhost.evil.example"):
-        told = f'not called "{host}": start it with hosts=[NAME]'
+        told = f'"{host}" is not allowed: start the server with hosts=[NAME]'
         refused(served.get(path, host=host), 421, told)
     for host in ("localhost", f"localhost:{served.port}", "[::1]", "10.0.0.7", "Other.example:1"):
         assert served.get(path, host=host).status_code in (200, 404), host
