@@ -89,8 +89,8 @@ class Semantic(Term):
         own_head = model.mtp.own_head
         if self.counts_padding and own_head is not None and not own_head.is_whole:
             raise UserError(
-                "anchor.padded=true counts positions without a target, and mtp.draft_vocab leaves "
-                "targets out: set anchor.padded=false, or mtp.draft_vocab=null."
+                "objective.terms.anchor.padded=true counts positions without a target, and "
+                "mtp.draft_vocab leaves targets out: set one of the two to its default."
             )
         bound = copy(self)
         bound._embedding, bound._own_head = model.trunk.embedding, model.mtp.own_head
