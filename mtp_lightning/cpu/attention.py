@@ -50,10 +50,10 @@ def attention(
 ) -> Tensor:
     """``ops.attention``."""
     given = query_BTNH, key_BSMH, value_BSMH
-    if mask is None and all(x.shape[3] % 16 == 0 for x in given) and _is_short(*given):
+    if mask is None and _is_supported(*given):
         # Latent attention's values are a part of wider heads.
         heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
-        if fits(*heads):
+        if all(map(_is_adjacent, heads)):  # of a single position, any strides count as contiguous
             return _NativeAttention.apply(query_BTNH.shape[2], None, None, *heads)
     return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
 
@@ -62,11 +62,13 @@ def fits(*heads: Tensor) -> bool:
     """Whether the C++ supports these, each [B, T, ., H], and is faster than PyTorch: windows of up
     to 512, head sizes that are multiples of 16, adjacent heads. Gradients have the same strides, so
     that no number may be there twice."""
-    return _is_short(*heads) and all(x.shape[3] % 16 == 0 and _is_adjacent(x) for x in heads)
+    return _is_supported(*heads) and all(map(_is_adjacent, heads))
 
 
-def _is_short(*heads: Tensor) -> bool:
-    return heads[0].shape[1] <= _MAX_SEQ_LEN and native.fits(*heads)
+def _is_supported(*heads: Tensor) -> bool:
+    """:func:`fits` of heads that may be made adjacent."""
+    short = heads[0].shape[1] <= _MAX_SEQ_LEN
+    return short and native.fits(*heads) and all(x.shape[3] % 16 == 0 for x in heads)
 
 
 def _is_adjacent(x: Tensor) -> bool:

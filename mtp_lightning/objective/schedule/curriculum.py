@@ -5,11 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from mtp_lightning.objective.schedule.piecewise import Piecewise, base_weights, scaled
+from mtp_lightning.objective.schedule.piecewise import Piecewise, base_weights, preset
 
 
 def _curriculum(active: Callable[[int], Iterable[int]]) -> Callable[..., Piecewise]:
     """A schedule from its stages: D -> the number of active depths in each."""
+    of_weights = preset(
+        lambda depth: {
+            stage / (depth + 1): [float(k < count) for k in range(depth)]
+            for stage, count in enumerate(active(depth))
+        }
+    )
 
     def schedule(
         depth: int,
@@ -17,12 +23,8 @@ def _curriculum(active: Callable[[int], Iterable[int]]) -> Callable[..., Piecewi
         unit: str = "fraction",
         length: float | None = None,
     ) -> Piecewise:
-        base = base_weights(depth, mtp_lambda)
-        knots = {
-            stage / (depth + 1): [float(k < count) for k in range(depth)]
-            for stage, count in enumerate(active(depth))
-        }
-        return Piecewise(depth, base, scaled(knots, unit, length), unit, "step")
+        # Multiples in a list are of a list of weights, which stay exact.
+        return of_weights(depth, base_weights(depth, mtp_lambda), unit, length)
 
     return schedule
 

@@ -8,7 +8,7 @@ that a sweep over ``mtp_lambda`` works under every preset.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtp_lightning.errors import UserError
@@ -99,6 +99,25 @@ class Piecewise(LambdaSchedule):
         if self.unit == "fraction":
             return progress.fraction
         return float(progress.step if self.unit == "steps" else progress.tokens)
+
+
+def preset(
+    knots: Callable[..., Mapping[float, Any]], interpolation: str = "step"
+) -> Callable[..., Piecewise]:
+    """A schedule from its knots: D and settings of its own -> fraction -> multiples."""
+
+    def schedule(
+        depth: int,
+        mtp_lambda: float | Sequence[float],
+        unit: str = "fraction",
+        length: float | None = None,
+        **own: Any,
+    ) -> Piecewise:
+        require_whole("mtp.depth", depth, least=0)
+        points = scaled(knots(depth, **own), unit, length)
+        return Piecewise(depth, mtp_lambda, points, unit, interpolation)
+
+    return schedule
 
 
 def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[float, Any]:

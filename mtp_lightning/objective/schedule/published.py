@@ -6,31 +6,12 @@ deepseek_v3 with unit=tokens, length=14.8e12 switches at 10e12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.objective.schedule.piecewise import Piecewise, scaled
-from mtp_lightning.settings import require_number, require_whole
-
-
-def preset(
-    knots: Callable[..., Mapping[float, Any]], interpolation: str = "step"
-) -> Callable[..., Piecewise]:
-    """A schedule from its knots: D and settings of its own -> fraction -> multiples."""
-
-    def schedule(
-        depth: int,
-        mtp_lambda: float | Sequence[float],
-        unit: str = "fraction",
-        length: float | None = None,
-        **own: Any,
-    ) -> Piecewise:
-        require_whole("mtp.depth", depth, least=0)
-        points = scaled(knots(depth, **own), unit, length)
-        return Piecewise(depth, mtp_lambda, points, unit, interpolation)
-
-    return schedule
+from mtp_lightning.objective.schedule.piecewise import preset
+from mtp_lightning.settings import require_number
 
 
 def _constant(depth: int) -> Mapping[float, Any]:
