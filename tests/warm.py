@@ -7,6 +7,7 @@ small program takes.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import gc
 import importlib
@@ -101,6 +102,7 @@ def main() -> None:
             for number, name in enumerate((os.devnull, *files)):
                 flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
                 os.dup2(os.open(name, flags), number)
+            faulthandler.enable()  # a crash in C++ then says where, also in forks of this one
             os._exit(code_of(args))
         _, status, usage = os.wait4(child, 0)
         code = os.waitstatus_to_exitcode(status)
