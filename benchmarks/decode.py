@@ -3,6 +3,7 @@
     python -m benchmarks.decode                        # trains small models on bytes first
     python -m benchmarks.decode --checkpoint RUN       # a checkpoint of train.py, or a run's folder
     python -m benchmarks.decode --checkpoint RUN --trees 2,1 3,2    # trees of drafts
+    python -m benchmarks.decode --checkpoint RUN --temperature 1    # rules of verify=
 
 All ways decode the same greedy tokens, which is checked, and take turns; times are medians, ratios
 medians of pairs. ``possible`` is the speed-up that tokens_per_step and the measured cost of verify
@@ -36,11 +37,12 @@ from data_modules.tokenizers.byte import ByteTokenizer
 from mtp_lightning.cpu.packed import packed_of
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import decoding_passes
-from mtp_lightning.decoding.measure import PassCosts, Race, pass_costs, race
+from mtp_lightning.decoding.measure import PassCosts, Race, intervals, pass_costs, race
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -55,8 +57,8 @@ WAYS: dict[str, Row] = {
 }
 # Of one prompt at a time.
 COMPILED: dict[str, Row] = {f"compiled_{n}": {**way, "compile": True} for n, way in WAYS.items()}
-# Prompts of a batch for each of its slots.
-_PER_SLOT = 8
+# Prompts of a batch for each of its slots, and of a sampled text's measure.
+_PER_SLOT, _SAMPLED = 8, 256
 
 _BYTES = ["tokenizer=byte", "mtp.depth=2", "data.seq_len=128", "data.batch_size=16"]
 _BYTES += ["data.eval_bytes=30000", "~callbacks.speculative_eval", "trainer.accelerator=cpu"]
@@ -113,6 +115,32 @@ def measure_trees(
         **compared(run, len(prompts), new_tokens),
         "tokens_per_step": steps,
         "over_chain": {name: run.speedup(name, "chain") for name in ways},
+    }
+
+
+def measure_rules(
+    model: MTPModel,
+    prompts: list[list[int]],
+    *,
+    temperature: float,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+) -> Row:
+    """Sampled text by every rule of ``verify=``, next to sampling without drafts."""
+    plain = DecodingOptions(
+        max_new_tokens=new_tokens, batch_size=batch, temperature=temperature, speculative=False
+    )
+    ways = {rule: replace(plain, speculative=True, verify=rule) for rule in RULES}
+    run = race(model, prompts, {"plain": plain, **ways}, repeats=repeats, clock=harness.clock)
+    found = {rule: {**rates(texts), **intervals(texts)} for rule, texts in run.outputs.items()}
+    names = ("tokens_per_step", "tokens_per_step_low", "tokens_per_step_high")
+    return {
+        "batch": batch,
+        "prompts": len(prompts),
+        **{name: {rule: found[rule][name] for rule in ways} for name in names},
+        "over_plain": {rule: run.speedup(rule) for rule in ways},
+        "over_token": {rule: run.speedup(rule, "token") for rule in ways},
     }
 
 
@@ -302,6 +330,7 @@ def decode(
     even: bool = False,
     repeats: int = 5,
     trees: Sequence[str] = (),
+    temperature: float = 0.0,
     compile: bool = True,
     wide: bool = True,
 ) -> Row:
@@ -313,9 +342,12 @@ def decode(
         batches: sequences at once.
         even: give the prompts of a batch one length; sequences then begin and end together.
         trees: such as 3,2,1: measure only trees of drafts next to the chain.
+        temperature: above 0: measure only the rules of verify=, in text sampled from 256 prompts.
         compile: leave out compiled passes.
         wide: leave out SmolLM2's shape.
     """
+    if trees and temperature:
+        raise SystemExit("Trees are measured greedily: leave out --trees or --temperature.")
     results: Row = {}
 
     def note(name: str, result: Row) -> None:
@@ -329,7 +361,8 @@ def decode(
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
         for path in checkpoint or train_models(train_steps, Path(folder)):
             run, name = open_model(path), str(path) if checkpoint else path.name
-            sizes: Row = {"n": _PER_SLOT * max(batches), "length": prompt_tokens}
+            n_prompts = _SAMPLED if temperature else _PER_SLOT * max(batches)
+            sizes: Row = {"n": n_prompts, "length": prompt_tokens}
             held_out = validation_data(run).held_out_prompts(**sizes)
             model, prompts = run.model, [prompt.tolist() for prompt in held_out]
             for batch in batches:
@@ -337,10 +370,15 @@ def decode(
                     widths = [cli.whole_numbers(tree) for tree in trees]
                     found = measure_trees(model, prompts, widths, batch=batch, **own)
                     note(f"{name}, trees, batch {batch}", found)
+                elif temperature:
+                    found = measure_rules(
+                        model, prompts, temperature=temperature, batch=batch, **own
+                    )
+                    note(f"{name}, rules of verification, batch {batch}", found)
                 else:
                     how: Row = {"batch": batch, "compile": compile, "even": even}
                     note(f"{name}, batch {batch}", measure(model, prompts, **how, **own))
-            if not trees:
+            if not trees and not temperature:
                 note(f"{name}, memory", memory_rate(model, prompts[0], repeats=4 * repeats))
                 if find_spec("transformers"):
                     found = against_transformers(model, prompts[0], ways, **own)

@@ -13,6 +13,7 @@ differ).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from ctypes import c_int64
 from typing import Any
 
@@ -37,7 +38,7 @@ def rotary_attention(
     n_kv: int,
 ) -> Tensor:
     """``ops.rotary_attention``."""
-    if mask is None and fits(qkv_BTNH) and cos.dtype == torch.float32:
+    if mask is None and _fits(qkv_BTNH) and cos.dtype == torch.float32:
         return _NativeAttention.apply(n_heads, cos.contiguous(), sin.contiguous(), qkv_BTNH)
     return ops.rotary_attention.plain(qkv_BTNH, cos, sin, mask, n_heads, n_kv)
 
@@ -49,26 +50,25 @@ def attention(
     mask: Tensor | BlockMask | None,
 ) -> Tensor:
     """``ops.attention``."""
+    if mask is not None or query_BTNH.shape[1] > _MAX_SEQ_LEN:
+        return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
+    # Latent attention's values are a part of wider heads.
     given = query_BTNH, key_BSMH, value_BSMH
-    if mask is None and _is_supported(*given):
-        # Latent attention's values are a part of wider heads.
-        heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
-        if all(map(_is_adjacent, heads)):  # of a single position, any strides count as contiguous
-            return _NativeAttention.apply(query_BTNH.shape[2], None, None, *heads)
-    return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
+    query, key, value = heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
+    if _fits(*heads):
+        return _NativeAttention.apply(query.shape[2], None, None, *heads)
+    # As the C++ does, heads of all sizes attend in fp32 under autocast.
+    fp32 = all(x.dtype == torch.float32 for x in heads)
+    with ops.no_autocast(query) if fp32 else nullcontext():
+        return ops.attention.plain(query, key, value, None)
 
 
-def fits(*heads: Tensor) -> bool:
+def _fits(*heads: Tensor) -> bool:
     """Whether the C++ supports these, each [B, T, ., H], and is faster than PyTorch: windows of up
     to 512, head sizes that are multiples of 16, adjacent heads. Gradients have the same strides, so
     that no number may be there twice."""
-    return _is_supported(*heads) and all(map(_is_adjacent, heads))
-
-
-def _is_supported(*heads: Tensor) -> bool:
-    """:func:`fits` of heads that may be made adjacent."""
-    short = heads[0].shape[1] <= _MAX_SEQ_LEN
-    return short and native.fits(*heads) and all(x.shape[3] % 16 == 0 for x in heads)
+    fits = native.fits(*heads) and heads[0].shape[1] <= _MAX_SEQ_LEN
+    return fits and all(x.shape[3] % 16 == 0 and _is_adjacent(x) for x in heads)
 
 
 def _is_adjacent(x: Tensor) -> bool:

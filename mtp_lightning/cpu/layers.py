@@ -137,16 +137,14 @@ class _SwiGLUNative(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         width = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
-        rows = out.numel() // max(width, 1)
-        native.call("swiglu_forward", gate_up, out, rows, width)
+        native.call("swiglu_forward", gate_up, out, out.numel() // max(width, 1), width)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         grad = grads[0].contiguous()
-        d_gate_up = torch.empty_like(gate_up)
-        width = grad.shape[-1]
+        d_gate_up, width = torch.empty_like(gate_up), grad.shape[-1]
         rows = grad.numel() // max(width, 1)
         native.call("swiglu_backward", gate_up, grad, d_gate_up, rows, width)
         return d_gate_up

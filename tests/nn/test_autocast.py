@@ -7,7 +7,7 @@ import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.ops import linear
+from mtp_lightning.nn.ops import attention, linear
 from tests import deepseek
 from tests.interop import folders
 from tests.kernels import HAS_CPU
@@ -56,6 +56,16 @@ def test_a_linear_layer_rounds_its_operands_and_results_alone() -> None:
     d_w = torch.einsum("btn,btk->nk", seed_64, x_64)
     torch.testing.assert_close(w.grad.double(), d_w, **rounded)
     assert torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.skipif(not HAS_CPU, reason="autocast alone attends in bf16")
+@pytest.mark.parametrize("sizes", [(12, 8), (16, 32), (24, 24)])
+def test_short_windows_attend_in_fp32(sizes: tuple[int, int]) -> None:
+    query, key, value = (torch.randn(2, 9, 4, h) for h in (sizes[0], *sizes))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(query, key, value, None)
+    wanted = attention.plain(*(x.double() for x in (query, key, value)), None)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_no_fp32_is_left_to_autocast() -> None:
