@@ -33,17 +33,17 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def state_of(path: Path, known: str) -> str:
-    """The name of what is kept about a file, or a folder's files, in their present state:
-    ``PATH-STATE``, two hex digests. A change of a file changes its time ctime, which no program can
-    set.
+    """The name of what is kept about a file, or a folder's files and those of the folders in it, in
+    their present state: ``PATH-STATE``, two hex digests. A change of a file changes its time ctime,
+    which no program can set.
 
     Args:
         path: the file or folder.
         known: whatever else it depends on.
     """
     path = path.resolve()
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
+    found = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
     states = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found]
     texts = str(path), json.dumps([states, known])
     return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)

@@ -57,13 +57,9 @@ class ChatTemplate:
             UserError: the template is invalid.
         """
         files = tokenizer_state.get("beside", {})
-        config = json.loads(files.get("tokenizer_config.json", "{}"))
-        source = files.get("chat_template.jinja", config.get("chat_template"))
-        if isinstance(source, list):  # several by name
-            named = {entry.get("name"): entry.get("template") for entry in source}
-            source = named.get("default")
-        if not isinstance(source, str) or not source:
+        if (source := source_of(files)) is None:
             return None
+        config = json.loads(files.get("tokenizer_config.json", "{}"))
         found = {name: config.get(name) for name in _SPECIAL}
         texts = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items()}
         return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)})
@@ -96,6 +92,16 @@ class ChatTemplate:
             if len(after) == 1 and after[0]:
                 return before, after[0]
         return None
+
+
+def source_of(files: Mapping[str, str]) -> str | None:
+    """The chat template's source in the files of a tokenizer's folder, by name; None without one.
+    Of several, it is the one named ``default``."""
+    source = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
+    source = files.get("chat_template.jinja", source)
+    if isinstance(source, list):
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    return source if isinstance(source, str) and source else None
 
 
 def _raise(message: str) -> None:

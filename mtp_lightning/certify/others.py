@@ -109,12 +109,14 @@ def _ways_of(model: Any, weights: str) -> list[Way]:
     """The ways of decoding of transformers' model."""
     import transformers
 
+    # generate() takes what is not given from here, such as an end of text.
+    model.generation_config = transformers.GenerationConfig()
+
     def generate(rows: Prompts, length: int, **kwargs: Any) -> Any:
         """Continue rows, filled up on the left to the longest."""
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + [*row] for row in rows])
         seen = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-        # A configuration of its own: no token ends a text.
         greedy = transformers.GenerationConfig(
             max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs
         )

@@ -74,7 +74,7 @@ def draw_texts(
     options = replace(cell.options, batch_size=cell.batch, temperature=1.0, seed=seed)
     with threads(cell.threads):
         found = decode(model, options, beginnings, [length] * len(beginnings), first=first)
-    noise = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
     for text in found:
         u_T = transform(text.logits_TV.cpu(), text.ids, noise)
         counts = torch.histc(u_T, bins=_BINS, min=0.0, max=1.0).long().tolist()

@@ -21,15 +21,11 @@ from torch import Tensor, nn
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import PackedStruct, packed_of
 from mtp_lightning.nn.attention import Attention, Positions
-from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.batch_invariant import AT_ONCE, FEW
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.norm import RMSNorm
-
-# A pass of at most this many tokens is at least as fast here as layer by layer. That covers short
-# prompts, and the positions that depths catch up with.
-_MOST_TOKENS = 512
 
 
 class BlockStruct(ctypes.Structure):
@@ -113,7 +109,7 @@ class FusedBlocks:
         cache = positions.cache
         batch, n_new, _ = x_BTC.shape
         return (
-            (n_new <= FEW or batch * n_new <= _MOST_TOKENS)
+            (n_new <= FEW or batch * n_new <= AT_ONCE)
             and isinstance(cache, KVCache)
             and positions.updates is None
             and native.fits(x_BTC, cache.tables.cos_S1H)

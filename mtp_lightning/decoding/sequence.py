@@ -268,6 +268,8 @@ class TextSequence:
                 end -= 1
         elif self.finish_reason is None and self.request.stop:
             tail = self._decode(self.token_ids[max(0, end - self._stop_bytes) :])
+            if tail.endswith("\ufffd"):  # part of a character, which could begin a stop string
+                return 0
             for s in self.request.stop:
                 if any(tail.endswith(s[:n]) for n in range(1, len(s))):
                     return 0

@@ -25,7 +25,7 @@ from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass
+from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass, read_together
 from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
@@ -174,10 +174,13 @@ class Session:
         for column in (self.n, *self.filled):
             column += [0] * len(prompts)
         self._resize()
-        hidden = self._read_anew(rows, lengths)
-        index = torch.tensor(lengths, device=hidden.device) - 1
-        last = hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
-        return self.model.head(last)[:, 0]
+        newest = []
+        for part in read_together(lengths, self.tokens_BS.device):
+            read = slice(rows.start + part.start, rows.start + part.stop)
+            hidden = self._read_anew(read, lengths[part])
+            index = torch.tensor(lengths[part], device=hidden.device) - 1
+            newest.append(hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])))
+        return self.model.head(torch.cat(newest))[:, 0]
 
     def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
         """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
@@ -294,14 +297,15 @@ class Session:
         for is_late, places in groupby(range(len(late)), key=late.__getitem__):
             if not is_late:
                 continue
-            group = list(places)
-            rows = slice(group[0], group[-1] + 1)
-            starts, known = filled[rows], [n - k for n in self.n[rows]]
-            width = max(end - start for start, end in zip(starts, known, strict=True))
-            # Rows with less to read start earlier, so that none reads beyond its tokens.
-            starts = [max(end - width, 0) for end in known]
-            self._depth(k, width, cache.rows(rows), rows, starts)
-            cache.lengths[rows] = filled[rows] = known
+            first, *_ = group = list(places)
+            known = [n - k for n in self.n]
+            lengths = [known[row] - filled[row] for row in group]
+            for part in read_together(lengths, self.tokens_BS.device):
+                rows, width = slice(first + part.start, first + part.stop), max(lengths[part])
+                # Rows with less to read start earlier, so that none reads beyond its tokens.
+                starts = [max(end - width, 0) for end in known[rows]]
+                self._depth(k, width, cache.rows(rows), rows, starts)
+                cache.lengths[rows] = filled[rows] = known[rows]
 
     @property
     def _draft_head(self) -> Head | OwnHead | ShortHead:

@@ -20,6 +20,7 @@ from typing import Any
 
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_number
 
 PLAN, RUN, CERTIFICATE, EXPORT = "plan.json", "run", "certificate", "model"
 SPEED = "speed.json"
@@ -37,8 +38,7 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args = parser.parse_intermixed_args(argv)
     with readable_errors():
-        if not args.hours > 0:
-            raise UserError(f"--hours={args.hours:g} must be above 0.")
+        require_number("--hours", args.hours, above=0)
         require_inputs(args, args.model)
         folder = output_of(args, args.model, "heads")
         found = make_plan(args.model, folder, args, keep=not args.dry_run)
@@ -121,8 +121,9 @@ def make_plan(model: Path, folder: Path, args: Any, *, keep: bool, further: bool
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
         for name, value in {"model": str(model.resolve()), **asked}.items():
             if getattr(found, name) != value:
+                option = "--text" if name == "files" else name
                 raise UserError(
-                    f"{folder} was begun with {name}={getattr(found, name)}, not {value}: repeat "
+                    f"{folder} was begun with {option}={getattr(found, name)}, not {value}: repeat "
                     "that command, or give another --output."
                 )
     else:
@@ -173,6 +174,8 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
         finally:
             signal.signal(signal.SIGTERM, before)
     if code:
+        if result.is_file():  # such as a certificate that names what it found broken
+            result.replace(result.with_name(f"failed_{result.name}"))
         raise UserError(
             f"the {name} ended with code {code} after {time.monotonic() - began:.0f} s; once that "
             "is mended, the same command continues here."

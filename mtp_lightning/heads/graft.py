@@ -33,6 +33,7 @@ from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
 from mtp_lightning.run.config import describe_differences
+from mtp_lightning.settings import require_number
 
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
@@ -82,6 +83,7 @@ def main(argv: list[str], *, program: str) -> None:
     args = parser.parse_intermixed_args(argv)
     with readable_errors():
         require_inputs(args, args.base, args.tuned)
+        require_number("--hours", args.hours, least=0)
         if args.new_tokens < 8:
             raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
         output = output_of(args, args.tuned, "graft")

@@ -176,7 +176,9 @@ def _count(config: ModelConfig, contents: Contents) -> str:
         told += (
             f", {beyond:,} that repeat others (each module's embedding and head) or balance experts"
         )
-    return told + (f", without {-beyond:,} that only training needs" if beyond < 0 else "")
+    return told + (
+        f", without {-beyond:,} that only training or min_confidence needs" if beyond < 0 else ""
+    )
 
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
@@ -223,7 +225,7 @@ def _training(
     config: ModelConfig, step: int, run_config: dict[str, Any], summary: dict[str, Any] | None
 ) -> Iterator[str]:
     if not step:
-        yield "It was converted from another Hugging Face folder, whose card describes it."
+        yield "It was converted from another model, whose card describes it."
         return
     yield f"The export is the checkpoint after {step:,} optimizer steps."
     data = run_config.get("data", {})

@@ -21,6 +21,7 @@ from mtp_lightning.interop import (
     heads,
     speculators,
 )
+from mtp_lightning.interop.names import has_layout
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
@@ -53,8 +54,9 @@ def export(cfg: Any) -> Path:
         raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
     target = Path(cfg.output)
     as_file = target.suffix == ".gguf"
-    if as_file and target.exists():
-        raise FileExistsError(f"output={target} exists: choose another name or remove it.")
+    for file in (target, _card_of(target)) if as_file else ():
+        if file.exists():
+            raise FileExistsError(f"{file} exists: choose another output= or remove it.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"output={target} is not empty: choose another folder or clear it.")
     if cfg.dtype == "q8_0" and not as_file:
@@ -82,6 +84,10 @@ def export(cfg: Any) -> Path:
         print(
             f"mtp={mtp.variant} shaped the trunk in training and is of no use "
             "without it: the trunk is exported alone."
+        )
+    if mtp.confidence and cfg.depth is None and (as_file or apart or has_layout(run.model.config)):
+        print(
+            "The estimates of acceptance (objective.confidence) are left out: no layout has them."
         )
     whole = target.resolve()
     partial = whole.with_name(f".{whole.name}.partial{whole.suffix if as_file else ''}")
@@ -180,7 +186,11 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     else:
         print(f"NOT VERIFIED: verify=false left out the check that {file} is the model.")
     text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
-    file.with_suffix(".md").write_text(text, encoding="utf-8")
+    _card_of(file).write_text(text, encoding="utf-8")
+
+
+def _card_of(file: Path) -> Path:
+    return file.with_suffix(".md")
 
 
 def _say_trained(run: OpenedModel, model: MTPModel) -> None:

@@ -113,7 +113,9 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
         fields["tokenizer.ggml.padding_token_id"] = specials["pad_token_id"]
     first = _library(text).encode("a").ids[:1]
     fields["tokenizer.ggml.add_bos_token"] = begin is not None and first == [begin]
-    if template := _template(getattr(tokenizer, "beside", {})):
+    from mtp_lightning.chat_template import source_of  # jinja2, which only an export needs
+
+    if template := source_of(getattr(tokenizer, "beside", {})):
         fields["tokenizer.chat_template"] = template
     return fields, said
 
@@ -151,13 +153,6 @@ def _library(text: str) -> Any:
     library.no_padding()
     library.no_truncation()
     return library
-
-
-def _template(beside: dict[str, str]) -> str | None:
-    if "chat_template.jinja" in beside:
-        return beside["chat_template.jinja"]
-    found = json.loads(beside.get("tokenizer_config.json", "{}")).get("chat_template")
-    return found if isinstance(found, str) else None
 
 
 def unpack(get: Callable[[str], Any], folder: Path) -> bool:

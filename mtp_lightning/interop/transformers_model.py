@@ -114,9 +114,11 @@ class Loaded:
             passes += 1
 
         hook = self.model.get_decoder().register_forward_hook(count)
-        self.model.generation_config.eos_token_id = None
+        transformers = import_transformers()
+        # The folder's own may end texts or penalize repetitions.
+        self.model.generation_config = transformers.GenerationConfig()
         try:
-            with _quiet(import_transformers()):
+            with _quiet(transformers):
                 out = self.model.generate(
                     prompt.unsqueeze(0),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

@@ -9,7 +9,7 @@ batch-invariant on CPUs only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -19,6 +19,9 @@ from torch import Tensor
 # A pass of at most this many positions per row is a verify pass or a plain one. A wider pass reads
 # a prompt, which is never read again with another width.
 FEW = 16
+# A wider pass over at most this many positions in all is batch-invariant too where a part has code
+# for it, and at least as fast there as layer by layer.
+AT_ONCE = 512
 
 _invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 
@@ -31,6 +34,19 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         _invariant.reset(token)
+
+
+def read_together(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Split rows with so many tokens to read into passes. On a CPU a pass has at most
+    :data:`AT_ONCE` positions or one row, so that the bits of a row depend on its own length only.
+    """
+    start = widest = 0
+    for row, length in enumerate(lengths):
+        widest = max(widest, length)
+        if device.type == "cpu" and row > start and widest * (row + 1 - start) > AT_ONCE:
+            yield slice(start, row)
+            start, widest = row, length
+    yield slice(start, len(lengths))
 
 
 def is_batch_invariant() -> bool:

@@ -72,7 +72,7 @@ class Server(uvicorn.Server):
             tokenizer=run.tokenizer,
             token_texts=TokenTexts(run.tokenizer),
             max_body=cfg.max_body,
-            hosts=[name.lower() for name in (cfg.host, *cfg.hosts)],
+            hosts=[str(name).lower() for name in (cfg.host, *cfg.hosts)],
             created=int(time.time()),
             facts=facts,
         )

@@ -62,8 +62,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        told = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # no label of a name may be empty or long
+        told = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"host={host} port={port} is not available ({told}): give another port= or host=."
         ) from error
@@ -88,7 +88,9 @@ def _name(cfg: Any, file: Path) -> str:
     if cfg.name is not None:
         return str(cfg.name)
     file = file.resolve()
-    return file.parent.parent.name if file.parent.name == CHECKPOINTS else file.stem
+    if file.parent.name == CHECKPOINTS:
+        return file.parent.parent.name
+    return file.name if file.is_dir() else file.stem
 
 
 def _address(listening: socket.socket) -> str:

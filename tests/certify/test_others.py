@@ -63,6 +63,10 @@ def test_transformers_on_a_small_llama(tmp_path: Path) -> None:
     (plain, looked_up, _), _ = PROGRAMS["transformers"].ways(tmp_path)
     texts = plain.decode(PROMPTS, 5)
     assert [len(ids) for ids in texts] == [5, 5, 5] and looked_up.decode(PROMPTS, 5) == texts
+    ends = {"eos_token_id": texts[0][1], "repetition_penalty": 1.5}
+    transformers.GenerationConfig(**ends).save_pretrained(tmp_path)
+    (plain, *_), _ = PROGRAMS["transformers"].ways(tmp_path)
+    assert plain.decode(PROMPTS, 5) == texts  # no text ends, none is changed
 
 
 @pytest.mark.extras

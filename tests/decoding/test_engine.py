@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
+from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.models import Letters, random_prompts, small_model, teacher_forced
 
@@ -119,6 +123,20 @@ def test_log_probabilities_are_the_trunks():
     assert all(said.top == [] and said.logprob < 0 for said in own.logprobs)
     (none,) = generate(model, prompts[:1], max_new_tokens=3)
     assert none.logprobs is None
+
+
+@given(st.text("a\u00e9\u4e16", max_size=9), st.text("a\u00e9\u4e16", min_size=1, max_size=3))
+def test_no_part_of_a_stop_string_is_shown(text: str, stop: str) -> None:
+    """Bytes as tokens: a part of a character does not say yet whether a stop string begins."""
+    request = Request(prompt=[1], max_new_tokens=99, stop=(stop,))
+    row, shown = TextSequence(request, 0, ByteTokenizer()), b""
+    for byte in (text + stop).encode():
+        row.extend([byte], 0, torch.zeros(1, 257))
+        shown += bytes(row.fresh().token_ids)
+        if row.finish_reason is not None:
+            break
+    assert row.finish_reason == "stop"
+    assert shown.decode() == row.generation().text == (text + stop).partition(stop)[0]
 
 
 def test_fresh_tokens_make_up_the_text():

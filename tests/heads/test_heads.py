@@ -16,7 +16,7 @@ import torch
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning
-from mtp_lightning.heads.__main__ import PLAN, main
+from mtp_lightning.heads.__main__ import PLAN, main, run_phase
 from mtp_lightning.literal import literal
 from mtp_lightning.opening import open_model
 from tests.heads.conftest import Refused
@@ -135,8 +135,25 @@ def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
-def test_mistakes(model: Path, tmp_path: Path, refused: Refused) -> None:
-    assert "--hours=0 must be above 0" in refused(main, model, "--hours", "0")
+def test_what_a_failed_phase_leaves_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = tmp_path / "certificate.json"
+    code = f"open({str(result)!r}, 'w').write('broken')\nraise SystemExit(2)\n"
+    (tmp_path / "certifies.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(UserError, match="the certificate ended with code 2"):
+            run_phase("certificate", result, ["certifies"])
+    assert (tmp_path / "failed_certificate.json").read_text() == "broken"
+
+
+def test_mistakes(
+    model: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for hours in ("0", "nan", "inf"):
+        told = f"--hours must be a number above 0, not {hours if hours != '0' else '0.0'}"
+        assert told in refused(main, model, "--hours", hours)
     assert "deeper is not a setting" in refused(main, model, "deeper")
     assert "nowhere does not exist" in refused(main, "nowhere")
     assert "gone does not exist" in refused(main, model, "--text", "gone")
@@ -146,5 +163,9 @@ def test_mistakes(model: Path, tmp_path: Path, refused: Refused) -> None:
     out.mkdir()
     (out / PLAN).write_text(json.dumps(vars(plan)))
     assert "begun with hours=9.0, not 1.0" in refused(main, model, "--output", out)
+    texts = ("--hours", "9", "--text", PLAN, "--output", out)
+    (tmp_path / PLAN).write_text("a text")
+    monkeypatch.chdir(tmp_path)
+    assert "begun with --text=[], not" in refused(main, model, *texts)
     (out / PLAN).write_text("{")
     assert "is damaged" in refused(main, model, "--output", out)

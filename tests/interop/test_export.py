@@ -196,6 +196,15 @@ def test_without_the_modules(base: Path, tmp_path: Path) -> None:
     assert read_folder(tmp_path / "out").config.mtp.depth == 0
 
 
+def test_estimates_that_no_layout_has_are_announced(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"objective.confidence": "true", "trainer.max_steps": 2}
+    helpers.train_here(tmp_path / "run", base / "cache", settings)
+    folders.export_run(tmp_path / "run", tmp_path / "out", verify=False)
+    assert "(objective.confidence) are left out" in capsys.readouterr().out
+
+
 @pytest.mark.extras
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
 def test_heads_without_a_layout_are_announced(

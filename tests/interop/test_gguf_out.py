@@ -338,6 +338,9 @@ def test_tokenizers(tmp_path: Path) -> None:
     back = open_model(tmp_path / "m.gguf")
     assert back.tokenizer.encode(texts[0]).tolist() == trained.encode(texts[0]).tolist()
     assert back.tokenizer.eot_id == 0 and back.seq_len == 64
+    several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    trained.beside = {"tokenizer_config.json": json.dumps({"chat_template": several})}
+    assert gguf_tokenizer.to_fields(trained, 410)[0]["tokenizer.chat_template"] == "d"
     with pytest.raises(UserError, match="only byte-level BPE"):
         gguf_tokenizer.to_fields(SymbolTokenizer(["end", "a"]), 8)
 
@@ -356,7 +359,10 @@ def test_the_command(
     assert {file.name for file in tmp_path.iterdir()} == {"mine.gguf", "mine.md"}
     text = (tmp_path / "mine.md").read_text()
     assert "module 2 is left out" in text and "after 10 optimizer steps" in text
-    with pytest.raises(FileExistsError, match="exists: choose another name"):
+    with pytest.raises(FileExistsError, match="mine.gguf exists: choose another output="):
+        folders.export_run(**asked)
+    (tmp_path / "mine.gguf").unlink()
+    with pytest.raises(FileExistsError, match="mine.md exists: choose another output="):
         folders.export_run(**asked)
     if dtype == "q8_0":
         with pytest.raises(UserError, match="dtype=q8_0 is for a GGUF file"):

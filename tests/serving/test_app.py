@@ -120,6 +120,16 @@ def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
 def test_an_address_that_no_machine_has() -> None:
     with pytest.raises(UserError, match="host=no.such.host.invalid port=0 is not available"):
         start.listen("no.such.host.invalid", 0)
+    with pytest.raises(UserError, match=r"host=a\.\.b port=0 is not available"):
+        start.listen("a..b", 0)
+
+
+def test_a_folder_serves_under_its_whole_name(tmp_path: Path) -> None:
+    folder, file = tmp_path / "Llama-3.2-1B", tmp_path / "small.Q4_1.gguf"
+    folder.mkdir()
+    last = tmp_path / "run.1" / "checkpoints" / "last.ckpt"
+    names = [start._name(config(), path) for path in (folder, file, last)]
+    assert names == ["Llama-3.2-1B", "small.Q4_1", "run.1"]
 
 
 def test_an_address_that_is_taken() -> None:
