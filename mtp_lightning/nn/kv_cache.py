@@ -115,7 +115,7 @@ class KVCache:
                 "shorten the prompt, or ask for fewer new tokens."
             )
         assert len(starts) == self.batch_size
-        assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
+        assert all(0 <= start <= held for start, held in zip(starts, self.lengths, strict=True))
         self.lengths = [start + n_new for start in starts]
         self.runs = Runs(self.tables, starts, n_new)
         self._width = round_up(longest)
