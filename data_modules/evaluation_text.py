@@ -145,7 +145,7 @@ class EvaluationWindows(Windows):
         """The stream, and the index in it of every document's last token. It covers the evaluation
         text only, so it is small; each loader worker builds its own."""
         file = self.text.file
-        tokens, eot = file.tokens(), np.array([self.eot_id], file.dtype)
+        tokens, eot = file.tokens(), np.array([self.eot_id], np.int64)
         spans = zip(self.text.starts, self.text.ends, strict=True)
         # One more token at the end is read for every position after it.
         stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])

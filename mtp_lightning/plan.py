@@ -33,6 +33,7 @@ from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.cost import StepCost, counted_flops, window_on_meta
 from mtp_lightning.objective.through_head import chunk_rows
+from mtp_lightning.settings import require_number, require_whole
 
 STRATEGIES = ("ddp", "fsdp", "hsdp")
 _STATES = 16  # bytes per weight: its value, gradient and two moments, in fp32
@@ -332,6 +333,9 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     cfg = compose_config("config", ["paths.output_dir=plan", *rest])
     if cfg.data.seq_len is None:
         raise UserError("data.seq_len has no value: give it as data.seq_len=...")
+    require_whole("data.seq_len", cfg.data.seq_len, least=1)
+    require_whole("data.batch_size", cfg.data.batch_size, least=1)
+    require_number("tokens", numbers["tokens"], above=0)
     model = build_model_config(cfg, int(numbers["vocab_size"]))
     for n in devices:
         if n < 1 or (n > machines.in_machine and n % machines.in_machine):

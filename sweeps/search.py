@@ -126,6 +126,8 @@ class Search:
 
     def _task_of(self, trial: Trial) -> Iterator[Task]:
         """The trial's task; none if the same job has run, or runs, for another trial."""
+        from optuna.trial import TrialState
+
         # In the order in which the ranges are typed.
         values = {key: str(trial.params[key]) for key in self.space}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.fixed]
@@ -137,7 +139,9 @@ class Search:
             return
         twin = self._finished_twin(trial, job.folder)
         if twin is not None:
-            self.study.tell(trial, twin.value, state=twin.state)
+            # A pruned trial's value is its last one in training, which only a new trial reports.
+            value = twin.value if twin.state == TrialState.COMPLETE else None
+            self.study.tell(trial, value, state=twin.state)
             return
         self._plan.write(self.command)
         self._trials[folder] = [trial]

@@ -145,6 +145,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("memory=0", "must be above 0"),
         ("modle=nano", "modle"),
         ("mtp.depth=-1", "depth"),
+        ("data.batch_size=0", "data.batch_size must be"),
+        ("data.seq_len=x", "data.seq_len must be"),
+        ("tokens=-1", "tokens must be a number above 0"),
     ],
 )
 def test_what_is_wrong_is_told(given: str, told: str) -> None:

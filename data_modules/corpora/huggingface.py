@@ -125,12 +125,17 @@ class HuggingFaceSource(Source):
         """The local files that the text comes from; none for a dataset of the hub. ``data_files``
         are relative to the dataset folder, if the path is one, else to the current folder."""
         if self.data_files is None:
-            return expand(self.path) if Path(self.path).exists() else []
+            return _all_files(self.path, "data.source.path") if Path(self.path).exists() else []
         given = list(_flat(self.data_files))
         if any("://" in item for item in given):
             return []
         root = Path(self.path) if Path(self.path).is_dir() else Path()
-        return [file for item in given for file in expand(str(root / item))]
+        key = "data.source.data_files"
+        return [file for item in given for file in _all_files(str(root / item), key)]
+
+
+def _all_files(given: str, key: str) -> list[tuple[str, Path]]:
+    return expand(given, key, keep=lambda _: True)  # Arrow files are not text
 
 
 def _flat(data_files: object) -> Iterator[str]:

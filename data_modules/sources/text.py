@@ -6,7 +6,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -121,21 +121,34 @@ def path_list(paths: Paths, key: str) -> list[str]:
     return [os.fspath(path) for path in given]
 
 
-def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
+def _may_be_text(path: Path) -> bool:
+    """Whether a file of a folder is read: it is packed text, or begins with no byte 0 (as Git tells
+    text from other files)."""
+    if path.suffix.lower() in PACKED:
+        return True
+    with path.open("rb") as file:
+        beginning = file.read(8000)
+    return bool(beginning) and b"\0" not in beginning
+
+
+def expand(
+    given: str, key: str = "data.paths", *, keep: Callable[[Path], bool] = _may_be_text
+) -> list[tuple[str, Path]]:
     """The files that a path, folder or glob stands for, with names that do not depend on where
     they are.
 
     Args:
-        given: a path; ``~`` is expanded, and a folder stands for all files of text below it that
-            are not hidden.
+        given: a path; ``~`` is expanded, and a folder stands for all files below it that are not
+            hidden and are kept.
         key: the config key of the path, for messages.
+        keep: which files of a folder are kept; by default those of text.
 
     Raises:
         FileNotFoundError: if there is no file.
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        return _folder(path, key)
+        return _folder(path, key, keep)
     if path.exists():
         return [(path.name, path)]
     if not glob.has_magic(given):
@@ -149,27 +162,17 @@ def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
     return files
 
 
-def _folder(folder: Path, key: str) -> list[tuple[str, Path]]:
+def _folder(folder: Path, key: str, keep: Callable[[Path], bool]) -> list[tuple[str, Path]]:
     below = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
     shown = [(r, path) for r, path in below if not any(part[0] == "." for part in r.parts)]
-    files = sorted((r.as_posix(), path) for r, path in shown if _may_be_text(path))
+    files = sorted((r.as_posix(), path) for r, path in shown if keep(path))
     if not files:
-        raise FileNotFoundError(f"the folder {folder} holds no files of text: check {key}")
+        raise FileNotFoundError(f"the folder {folder} holds no files to read: check {key}")
     hidden, other = len(below) - len(shown), len(shown) - len(files)
     if hidden or other:
-        said = "%s: left out %d hidden files, and %d that are empty or not text"
+        said = "%s: left out %d hidden files, and %d that are empty or of another kind"
         log.log(logging.WARNING if other else logging.INFO, said, folder, hidden, other)
     return files
-
-
-def _may_be_text(path: Path) -> bool:
-    """Whether a file of a folder is read: it is packed text, or begins with no byte 0 (as Git tells
-    text from other files)."""
-    if path.suffix.lower() in PACKED:
-        return True
-    with path.open("rb") as file:
-        beginning = file.read(8000)
-    return bool(beginning) and b"\0" not in beginning
 
 
 def _one_document(path: Path) -> str:

@@ -95,7 +95,9 @@ class TokenFilesDataModule(StoreDataModule):
             # Megatron names a pair of files without their suffix.
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
-            for _, path in expand(whole, key):
+            files = [path for _, path in expand(whole, key, keep=lambda _: True)]
+            # An index says in which order the chunks next to it come.
+            for path in sorted(files, key=lambda path: path.name != INDEX):
                 found |= {own.resolve(): None for own in _id_files(path)}
         return [read_header(path, self.dtype) for path in found]
 

@@ -13,6 +13,7 @@ from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
 from data_modules.tokenizers.library import library_tokenizer, quiet_forks
 from data_modules.tokenizers.pre_tokenizer import PATTERN, PreTokenizer, new_pre_tokenizer
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_whole
 from mtp_lightning.stored import LARGEST_VOCAB
 
 CACHED_WORDS = 500_000
@@ -42,6 +43,7 @@ class BPETokenizer(Tokenizer):
     eot_id = 0
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
+        require_whole("tokenizer.vocab_size", vocab_size)
         if not MIN_VOCAB <= vocab_size <= LARGEST_VOCAB:
             raise UserError(
                 f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and end of text) "

@@ -21,7 +21,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, kept_at
-from mtp_lightning.settings import require_choice, require_whole
+from mtp_lightning.settings import require, require_choice, require_whole
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -96,6 +96,8 @@ class Checkpoints(RunCallback, Checkpoint):
         self.monitor = monitor
         self.mode = require_choice(f"{group}.mode", mode, ("min", "max"))
         self.keep = require_choice(f"{group}.keep", keep, KEEP)
+        listed = isinstance(keep_steps, Sequence) and not isinstance(keep_steps, str)
+        require(listed, f"{group}.keep_steps", keep_steps, "a list of steps, such as [100, 200]")
         steps = [require_whole(f"{group}.keep_steps", step, least=1) for step in keep_steps]
         self.keep_steps = frozenset(steps)
         self.best_score: float | None = None

@@ -17,7 +17,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
+from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten
 from mtp_lightning.run.layout import CHECKPOINTS, kept_at
 
 # Keys that a branch may change: those of later steps, and of logging and callbacks.
@@ -104,6 +104,15 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
         rebuild(before.lambda_schedule, allow=allow, groups=_SCHEDULES),
         instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
     )
+    settings = flatten(now)  # type: ignore[arg-type]
+    for key in ("balance.frozen", "model.feed_forward.bias_frozen"):
+        share = settings.get(key) or 0
+        if lengths[0] != lengths[1] and step > (1 - share) * min(lengths):
+            raise UserError(
+                f"{begin}: {key}={share} freezes the last share of a run, and of {lengths[0]} or "
+                f"{lengths[1]} steps in all, steps before {step} would be frozen in one alone. "
+                "Branch from an earlier step."
+            )
     tokens_per_step = stored["progress"]["tokens"] // max(step, 1)
     for at in done:
         there, here = (rate(at, length) for rate, length in zip(rates, lengths, strict=True))

@@ -21,7 +21,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten, read_yaml
-from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE
+from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, LAST, SUMMARY_FILE
 from mtp_lightning.stored import require_text
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
         OSError: the start does not exist.
     """
     name = peers.told("resume", lambda: _newest(folder))
-    if name is None and _kept_none(folder):
+    if name != LAST and _kept_none(folder):  # a kept step is no end to continue from
         raise UserError(
             f"{folder} holds a finished run that kept no checkpoint to continue from: take another "
             "run_dir."
@@ -168,7 +168,7 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
 
     Raises:
         UserError: it holds another architecture (the message names the keys that differ), another
-            balance rule, or weights alone.
+            balance rule or optimizer, or weights alone.
     """
     config = module.model.config
     free = ["mtp.init", *(f"trunk.{key}" for key in config.trunk.training_keys)]
@@ -193,6 +193,13 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         raise UserError(
             f"{source} holds the weights alone (callbacks.checkpoints.keep=weights), from which no "
             "run can continue: start another run with init_from."
+        )
+    kinds = (c["optimizer"]["_target_"] for c in (checkpoint["config"], module.extra["config"]))
+    was, now = (kind.rpartition(".")[2] for kind in kinds)
+    if was != now:
+        raise UserError(
+            f"{source} holds the state of another optimizer ({was}, not {now}): go back to "
+            "optimizer= as the run began, or start in another run_dir."
         )
     rule = checkpoint["balance"]["rule"]
     if rule != module.balance.name:

@@ -92,7 +92,7 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
     """
     file = find_checkpoint(path)
     checkpoint = checkpoints.load(file, optimizer=False)
-    missing = set(needs) - checkpoint.keys()
+    missing = set(needs) - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
     if missing:
         raise UserError(
             f"{file} is not a checkpoint of this platform: it has no {', '.join(sorted(missing))}."

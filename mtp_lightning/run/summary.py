@@ -163,7 +163,8 @@ def print_paths(folder: Path, *, writes: bool) -> None:
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     kept = (folder / CHECKPOINTS / LAST).is_file()
     if kept:
-        print(f"checkpoints   {shown / CHECKPOINTS / BEST}, {LAST}")
+        best = f"{BEST}, " if (folder / CHECKPOINTS / BEST).is_file() else ""
+        print(f"checkpoints   {shown / CHECKPOINTS}{os.sep}{best}{LAST}")
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
     typed = shlex.quote(str(shown))
     print(f"charts        tensorboard --logdir {typed}")

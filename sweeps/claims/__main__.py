@@ -224,6 +224,8 @@ def _say(result: Result) -> None:
 
 def _claims(args: argparse.Namespace, wanted: Sequence[str]) -> list[Claim]:
     claims = [read_claim(name, args.claims, allow=args.allow) for name in wanted]
+    if getattr(args, "gpu", False) and getattr(args, "all", False):
+        claims = [claim for claim in claims if claim.gpu]
     return [claim.on_gpu() for claim in claims] if getattr(args, "gpu", False) else claims
 
 

@@ -140,7 +140,7 @@ def read_result(label: str, folder: Path) -> Result | None:
     Raises:
         UserError: the file is damaged.
     """
-    remedy = f"make it again by python -m sweeps.claims verdict {label}"
+    remedy = "restore it by git checkout, or delete it and judge the claim again"
     return read_versioned(file_of(label, folder), VERSION, dict, remedy=remedy)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.settings import require_number
 from sweeps.report import require_packages
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
@@ -111,6 +112,7 @@ def main(
     option("--diff", action="store_true", help=diff)
     given = parser.parse_args(arguments)
     with readable_errors():
+        require_number("--port", given.port, least=0, most=65535)
         if given.diff:
             from sweeps.report.page import differences
 

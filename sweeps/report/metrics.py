@@ -75,6 +75,7 @@ def number(value: float, form: str | int) -> str:
     if form == "%":
         return f"{value:.1%}".replace("%", " %")
     if form == "si":
+        value = float(f"{value:.3g}")  # 999.7 is 1 k, not 1e+03
         power = min(max(int(math.log10(abs(value)) // 3), 0), 8) if value else 0
         return f"{value / 1000**power:.3g} {_PREFIXES[power]}".strip()
     return f"{value:,.{form}f}".replace("-", "−")

@@ -95,7 +95,7 @@ def test_a_folder_is_read_without_what_is_not_text(tmp_path, caplog):
     (tmp_path / ".git" / "index").write_bytes(b"DIRC")
     (tmp_path / "more.txt.gz").write_bytes(gzip.compress(b"second\0"))
     assert list(TextSource(tmp_path).documents()) == ["first", "second\0"]
-    assert "left out 1 hidden files, and 2 that are empty or not text" in caplog.text
+    assert "left out 1 hidden files, and 2 that are empty or of another kind" in caplog.text
     # A file that was named itself is never left out.
     refused(r"logo\.png is not UTF-8", tmp_path / "logo.png")
 
@@ -157,6 +157,17 @@ def test_shakespeare_has_the_plays():
     documents = list(source.documents())
     assert len(documents) == 38 and sum(len(d.encode()) for d in documents) > 5_000_000
     assert any("To be, or not to be" in document for document in documents)
+
+
+def test_a_dataset_folder_is_known_by_all_its_files(tmp_path):
+    data = tmp_path / "set"
+    data.mkdir()
+    (data / "README.md").write_text("a set")
+    found = []
+    for content in (b"ARROW1\0\0one", b"ARROW1\0\0two"):
+        (data / "rows.arrow").write_bytes(content)
+        found.append(HuggingFaceSource(str(data)).fingerprint())
+    assert found[0] != found[1]
 
 
 @pytest.mark.extras

@@ -136,6 +136,14 @@ def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
         assert files.evaluation_summary() == plain.evaluation_summary()
 
 
+def test_ids_of_one_byte(tmp_path):
+    """Their end of text, 256, does not fit into their type."""
+    np.save(tmp_path / "t.npy", np.arange(2_000, dtype=np.uint8))
+    data = module(tmp_path / "c", tmp_path / "t.npy")
+    batch = next(iter(data.val_dataloader()))
+    assert batch.tokens[0, :2].tolist() == [256, *data.store["val"].tokens()[:1]]
+
+
 @pytest.mark.parametrize("kind", ["raw", "megatron", "litdata"])
 def test_shards_are_one_text(tmp_path, kind):
     documents = ids_of(texts())
@@ -154,6 +162,8 @@ def test_shards_are_one_text(tmp_path, kind):
             megatron(tmp_path / "s" / f"{i:06}.bin", documents[i : i + 13])
     one = module(tmp_path / "c", whole, document_mask=True)
     many = module(tmp_path / "c", shards, document_mask=True)
+    # A folder stands for all files in it.
+    assert module(tmp_path / "c", tmp_path / "s", document_mask=True).store.meta == many.store.meta
     for name in ("train", "val"):
         a, b = one.store[name], many.store[name]
         assert np.array_equal(a.tokens()[:], b.tokens()[:]) and a.n_bytes == b.n_bytes

@@ -67,6 +67,8 @@ data.batch_size=64 trainer.accumulate_grad_batches=100 =>
     6400 | data.batch_size | accumulate_grad_batches
 tokenizer=pretrained tokenizer.path=no/tokenizer.json => no/tokenizer.json
 tokenizer=bpe tokenizer.vocab_size=7 => vocab_size | 7 | 257
+tokenizer=bpe tokenizer.vocab_size=1000.5 => vocab_size | whole number | 1000.5
+callbacks.checkpoints.keep_steps=100 => keep_steps | a list of steps | 100
 optimizer._target_=mtp_lightning.optim.lr_schedule.LRSchedule =>
     optimizer. | is not a key: | --help optimizer
 optimizer._target_=my_ideas.Sophia => my_ideas | PYTHONPATH

@@ -92,6 +92,7 @@ def test_checkpoints_that_are_asked_for_stay(long):
         ({"optimizer.lr": 0.01}, "this one changes optimizer.lr: 0.003 -> 0.01"),
         ({"data.source.size": 4_000}, "this one changes data.source.size"),
         ({"balance": "random"}, "was trained with balance=none"),
+        ({"optimizer": "muon", "optimizer.lr": None}, "of another optimizer (AdamWConfig, not"),
         ({"objective": "kl"}, "this one changes objective"),
         ({"mtp.depth": 1}, "holds another architecture than this config"),
         ({"trainer.accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches: 1 -> 2"),
@@ -109,6 +110,14 @@ def test_what_is_no_branch_is_refused_with_its_reason(long, cache, tmp_path, set
     with pytest.raises((UserError, FileNotFoundError), match=re.escape(says)):
         train_here(tmp_path / "refused", cache, asked)
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_rule_that_froze_its_lambdas_in_one_run_alone_is_refused(cache, tmp_path):
+    frozen = {"balance": "trunk_ratio", "balance.frozen": 0.5}
+    train_here(tmp_path / "long", cache, {**LONG, **frozen})
+    asked = {**DIRECT, **frozen, "branch_from": f"{tmp_path / 'long'}@{AT}"}
+    with pytest.raises(UserError, match=r"balance\.frozen=0\.5 freezes the last share of a run"):
+        train_here(tmp_path / "refused", cache, asked)
 
 
 @pytest.mark.slow

@@ -102,6 +102,10 @@ def test_what_is_kept_of_a_run_that_has_ended_well(
     if kept == "none":
         assert files == {}
         told = "kept no checkpoint"
+        at = {"callbacks.checkpoints.keep": kept, "callbacks.checkpoints.keep_steps": "[4]"}
+        train_here(tmp_path / "step", cache, {**settings, **at})
+        with pytest.raises(ValueError, match=told):  # a kept step is not its end
+            train_here(tmp_path / "step", cache, {**settings, **at})
     else:
         assert set(files) == {"last.ckpt", "best.ckpt"}
         assert files["last.ckpt"] < 0.6 * (whole / "checkpoints" / "last.ckpt").stat().st_size

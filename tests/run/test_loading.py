@@ -53,6 +53,12 @@ def test_a_forged_config_is_refused_at_once(
     assert open_model("x.ckpt").step == 3
 
 
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"x\.ckpt is not a checkpoint of this platform"):
+        loading.read_checkpoint(tmp_path / "x.ckpt", needs=["model_config"])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_that_are_not_finite_are_refused_by_name(

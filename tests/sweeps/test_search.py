@@ -170,6 +170,28 @@ def test_the_same_values_are_run_once(
     assert len([t for t in study(folder).trials if t.state.name == "COMPLETE"]) == 5
 
 
+def test_values_whose_trial_was_pruned_are_pruned_again(
+    tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
+    folder = tmp_path / "search"
+    assert run(folder, "optimizer.lr=0.01", "--trials", "1") == 0
+    (done,) = study(folder).trials
+    study(folder).add_trial(
+        optuna.trial.create_trial(
+            state=optuna.trial.TrialState.PRUNED,
+            params=done.params,
+            distributions=done.distributions,
+            intermediate_values={5: 3.0},
+        )
+    )
+    monkeypatch.setattr(
+        search_module.Search, "_finished_twin", lambda self, *_: self.study.trials[1]
+    )
+    assert run(folder, "optimizer.lr=0.01", "--trials", "3") == 0
+    assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+
+
 @pytest.mark.parametrize("fixed", ["seed=13", "mtp_lambda=nan"])
 def test_failures_are_told(
     tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], fixed: str
