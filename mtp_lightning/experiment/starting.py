@@ -70,7 +70,7 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
         OSError: the start does not exist.
     """
     name = peers.told("resume", lambda: _newest(folder))
-    if name != LAST and _kept_none(folder):  # a kept step is no end to continue from
+    if name != LAST and _kept_none(folder):  # a kept step is not the run's end
         raise UserError(
             f"{folder} holds a finished run that kept no checkpoint to continue from: take another "
             "run_dir."
