@@ -20,7 +20,7 @@ LINES = {
     "hydra_plugins": 135,
     "mtp_lightning": 4_205,
     "mtp_lightning/apps": 350,
-    "mtp_lightning/callbacks": 1_695,
+    "mtp_lightning/callbacks": 1_690,
     "mtp_lightning/certify": 1_090,
     "mtp_lightning/cpu": 1_645,
     "mtp_lightning/decoding": 4_505,

@@ -9,7 +9,6 @@ from pathlib import Path
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
-from mtp_lightning.settings import require_number
 from sweeps.report import require_packages
 from sweeps.report.collect import collect
 from sweeps.report.compare import compare
@@ -112,7 +111,8 @@ def main(
     option("--diff", action="store_true", help=diff)
     given = parser.parse_args(arguments)
     with readable_errors():
-        require_number("--port", given.port, least=0, most=65535)
+        if not 0 <= given.port <= 65535:
+            raise UserError(f"--port {given.port}: give a number from 0 to 65535.")
         if given.diff:
             from sweeps.report.page import differences
 
