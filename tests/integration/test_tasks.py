@@ -171,7 +171,7 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
 ) -> None:
     refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}))
     assert refused.returncode == 1
-    assert "error: tokenizer=byte needs text in bytes" in refused.stderr
+    assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
     program = command(tmp_path, cache, app="generate.py")[:2]
     given = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
     done = execute([*program, *given, "prompt=s0 s3 ="])
