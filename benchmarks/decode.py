@@ -3,7 +3,7 @@
     python -m benchmarks.decode                        # trains small models on bytes first
     python -m benchmarks.decode --checkpoint RUN       # a checkpoint of train.py, or a run's folder
     python -m benchmarks.decode --checkpoint RUN --trees 2,1 3,2    # trees of drafts
-    python -m benchmarks.decode --checkpoint RUN --temperature 1    # rules of verify=
+    python -m benchmarks.decode --checkpoint RUN --batches 64 --temperature 1    # verify=
 
 All ways decode the same greedy tokens, which is checked, and take turns; times are medians, ratios
 medians of pairs. ``possible`` is the speed-up that tokens_per_step and the measured cost of verify
@@ -348,6 +348,11 @@ def decode(
     """
     if trees and temperature:
         raise SystemExit("Trees are measured greedily: leave out --trees or --temperature.")
+    if temperature and 1 in batches:  # a race decodes them in a call each, as its first prompt
+        raise SystemExit(
+            "Prompts that are sampled one by one share their random numbers, and no interval over "
+            "them holds: give --batches of 2 or more."
+        )
     results: Row = {}
 
     def note(name: str, result: Row) -> None:

@@ -97,8 +97,9 @@ class ChatTemplate:
 def source_of(files: Mapping[str, str]) -> str | None:
     """The chat template's source in the files of a tokenizer's folder, by name; None without one.
     Of several, it is the one named ``default``."""
-    source = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
-    source = files.get("chat_template.jinja", source)
+    source: Any = files.get("chat_template.jinja")
+    if source is None:
+        source = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
     if isinstance(source, list):
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     return source if isinstance(source, str) and source else None

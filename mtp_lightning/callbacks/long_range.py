@@ -46,7 +46,7 @@ class LongRange(RunCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not data.has_text:
             if not self._warned:
-                log.warning("callbacks=long_range needs text in bytes, which this data has not.")
+                log.warning("callbacks=long_range needs text in bytes, and this data has none.")
             self._warned = True
         else:
             model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]

@@ -294,14 +294,15 @@ class Session:
         late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
         if not any(late):
             return
+        known = [n - k for n in self.n]
         for is_late, places in groupby(range(len(late)), key=late.__getitem__):
             if not is_late:
                 continue
-            first, *_ = group = list(places)
-            known = [n - k for n in self.n]
+            group = list(places)
             lengths = [known[row] - filled[row] for row in group]
             for part in read_together(lengths, self.tokens_BS.device):
-                rows, width = slice(first + part.start, first + part.stop), max(lengths[part])
+                rows = slice(group[0] + part.start, group[0] + part.stop)
+                width = max(lengths[part])
                 # Rows with less to read start earlier, so that none reads beyond its tokens.
                 starts = [max(end - width, 0) for end in known[rows]]
                 self._depth(k, width, cache.rows(rows), rows, starts)
