@@ -93,6 +93,7 @@ def sequential(
     concat: str = "embedding_first",
     branch: str = "final",
     share_layers: bool = False,
+    blocks: int = 1,
     documents: list[int] | None = None,
 ) -> list[Tensor]:
     """Hidden states h^0 .. h^D [T, C] of one window [T + D + 1] (DeepSeek-V3, eq. 21-23)."""
@@ -112,7 +113,9 @@ def sequential(
             h = rms_norm(previous[i], w[f"{p}.hnorm.weight"], c.norm_eps)
             pair = [e, h] if concat == "embedding_first" else [h, e]
             rows.append(w[f"{p}.eh_proj.weight"] @ torch.cat(pair))
-        x = block(torch.stack(rows), w, f"{p}.block", c, documents)
+        x = torch.stack(rows)
+        for name in [*(f"before.{n}" for n in range(blocks - 1)), "block"]:
+            x = block(x, w, f"{p}.{name}", c, documents)
         previous = rms_norm(x, w[f"{p}.norm.weight"], c.norm_eps)
         hidden.append(previous)
     return hidden

@@ -34,6 +34,7 @@ def weights_of(model: MTPModel) -> reference.Weights:
         {"branch": "before_last"},
         {"branch": "before_last", "input_norm": "pre"},
         {"share_layers": True},
+        {"blocks": 3},
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])

@@ -53,7 +53,7 @@ class _DraftStruct(ctypes.Structure):
     """``Draft`` of decode.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("ahead", "outputs")),
+        *((name, c_int64) for name in ("ahead", "blocks", "outputs")),
         ("eps", c_double),
         *((name, c_void_p) for name in ("join", "block", "gain")),
         ("embedding", _EmbeddingStruct),
@@ -83,7 +83,7 @@ _KEPT = (
 
 
 class FusedModule:
-    """A sequential module: the norms of its two inputs, their projection, a block, a norm."""
+    """A sequential module: the norms of its two inputs, their projection, its blocks, a norm."""
 
     def __init__(self, join: _JoinStruct, blocks: FusedBlocks, alive: tuple[object, ...]) -> None:
         self.join = join
@@ -93,7 +93,7 @@ class FusedModule:
     @staticmethod
     def of(module: SequentialModule) -> FusedModule | None:
         """None if decode.cpp does not support the module's layers, or they are not packed."""
-        blocks = FusedBlocks.of([module.block], module.norm)
+        blocks = FusedBlocks.of(module.blocks, module.norm)
         weight, enorm, hnorm = packed_of(module.eh_proj.weight), module.enorm, module.hnorm
         if blocks is None or weight is None or not (is_plain(enorm) and is_plain(hnorm)):
             return None
@@ -178,7 +178,7 @@ class FusedDraft:
         self._outputs = head.outputs
         blocks = module.blocks
         self._draft = _DraftStruct(
-            ahead, head.outputs, blocks.eps, ctypes.addressof(module.join),
+            ahead, blocks.n, head.outputs, blocks.eps, ctypes.addressof(module.join),
             ctypes.addressof(blocks.array), blocks.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._draft)
@@ -191,7 +191,7 @@ class FusedDraft:
         after_BSC: Tensor | None,
         newest: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        batch, over = len(newest), OpenPass(cache, 0, 1)
+        batch, over = len(newest), OpenPass(cache, 0, self._draft.blocks)
         indices = (c_int64 * batch)(*newest)
         state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
         logits_BV = before_BSC.new_empty(batch, self._outputs)

@@ -170,6 +170,8 @@ def _unread(config: ModelConfig) -> str:
         what = f"mtp={mtp.variant}"
     elif not mtp.reads_tokens:
         what = f"mtp.token_dropout={mtp.token_dropout:g}"
+    elif mtp.blocks > 1:
+        what = f"mtp.blocks={mtp.blocks}"
     elif mtp.branch != "final":
         what = f"mtp.branch={mtp.branch}"
     elif mtp.input_norm != "post":

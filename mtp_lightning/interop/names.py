@@ -64,7 +64,7 @@ def has_layout(config: ModelConfig) -> bool:
     if not isinstance(mtp, SequentialConfig):
         return False
     layers = (config.trunk.attention.variant, config.trunk.feed_forward.variant)
-    if mtp.branch != "final" or not mtp.reads_tokens:
+    if mtp.branch != "final" or not mtp.reads_tokens or mtp.blocks > 1:
         return False
     if mtp.input_norm == "pre":
         return is_mimo(config)

@@ -69,6 +69,8 @@ def _obstacle(config: ModelConfig) -> str:
             f"mtp.branch={mtp.branch} with mtp.input_norm={mtp.input_norm} reads another state "
             "than the one after the trunk's final norm, which vLLM gives the module"
         )
+    if mtp.blocks > 1:
+        return f"mtp.blocks={mtp.blocks} has no place in it: the library's module has one block"
     if not mtp.reads_tokens:
         return (
             f"mtp.token_dropout={mtp.token_dropout:g} never reads a token, and the library's "

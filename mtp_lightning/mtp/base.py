@@ -131,8 +131,8 @@ class MTPStack(nn.Module, ABC):
             the head's own.
     """
 
-    # Whether a depth attends to earlier positions, so that decoding needs a cache for it.
-    attends_back: ClassVar[bool] = True
+    # How many blocks of a depth attend to earlier positions, so that decoding keeps their entries.
+    cached_blocks: int = 1
     # Whether each draft attends to the entries of the drafts before it, as in training, so that all
     # drafts must use the first depth's cache.
     one_cache: ClassVar[bool] = False
@@ -327,7 +327,7 @@ class MTPStack(nn.Module, ABC):
     def is_recursive(self) -> bool:
         """Whether a single module with a cache reads its own output, so that all its drafts can use
         one cache."""
-        return self.attends_back and self.max_draft_depth is None
+        return self.cached_blocks > 0 and self.max_draft_depth is None
 
     def require_drafts(self) -> None:
         """Refuse to draft with a stack that cannot.

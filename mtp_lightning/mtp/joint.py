@@ -44,7 +44,7 @@ class JointMTP(MTPStack):
 
     config: JointConfig
     reads_ahead = True
-    attends_back: ClassVar[bool] = False  # it attends only over the entries of one position
+    cached_blocks = 0  # it attends only over the entries of one position
 
     def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)

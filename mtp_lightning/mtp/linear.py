@@ -70,7 +70,7 @@ class LinearConfig(SideBySideConfig, variant="linear"):
 class LinearMTP(SideBySide):
     """D matrices side by side."""
 
-    attends_back: ClassVar[bool] = False
+    cached_blocks = 0
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]

@@ -170,7 +170,7 @@ class MaskedMTP(MTPStack):
 
     config: MaskedConfig
     reads_ahead = True
-    attends_back: ClassVar[bool] = False  # the masks read the trunk's own cache
+    cached_blocks = 0  # the masks read the trunk's own cache
 
     def __init__(self, config: MaskedConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)

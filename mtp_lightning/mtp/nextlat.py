@@ -54,7 +54,7 @@ class NextLatMTP(Chain):
     """One module, applied D times."""
 
     config: NextLatConfig
-    attends_back: ClassVar[bool] = False
+    cached_blocks = 0
 
     def __init__(self, config: NextLatConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.starting import TrunkText, copy_last_block
+from mtp_lightning.mtp.starting import TrunkText, copy_last_blocks
 from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -96,7 +96,7 @@ class ParallelMTP(SideBySide):
         for module in (self._built[i] for i in fresh):
             module.norm.load_state_dict(trunk.norm.state_dict())
             if self.config.init == "last_block":
-                copy_last_block(module.block, trunk)
+                copy_last_blocks([module.block], trunk)
 
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         return self.depths[k - 1](branch_BTC, positions)

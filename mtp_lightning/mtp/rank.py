@@ -93,7 +93,7 @@ class JointLinearMTP(MTPStack):
         weigh: the matrix W that gives the components' weights w.
     """
 
-    attends_back: ClassVar[bool] = False
+    cached_blocks = 0
     chained: ClassVar[bool] = True
     reads_ahead = True
 

@@ -1,7 +1,7 @@
 """DeepSeek-V3's sequential modules (report, section 2.2, eq. 21-25): a causal chain of depths.
 
     x^k_i = eh_proj([enorm(Emb(t_{i+k})) ; hnorm(h^{k-1}_i)])
-    h^k   = norm_k(Block_k(x^k))
+    h^k   = norm_k(Block_k(x^k))          (mtp.blocks of them, one after another)
 
 Embedding and output head are the trunk's own.
 """
@@ -20,7 +20,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.starting import TrunkText, copy_last_block, fit_projection
+from mtp_lightning.mtp.starting import TrunkText, copy_last_blocks, fit_projection
 from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -29,7 +29,7 @@ from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
-from mtp_lightning.settings import require_number
+from mtp_lightning.settings import require_number, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class SequentialConfig(MTPConfig, variant="sequential"):
         detach: ``trunk`` stops the depths' gradients at the trunk's hidden state, once, before
             the first depth; ``all`` also at the shared embedding and head.
         share_layers: one module is applied D times (FastMTP; Megatron mtp_use_repeated_layer).
+        blocks: blocks of a module, one after another. DeepSeek's modules have one, and so have all
+            layouts of other programs.
         hidden_state_mixing: in training, every position of depth k >= 2 reads a hidden state drawn
             uniformly from those of depth k - 1, of the earlier depths and of the trunk, each taken
             where it has read the same tokens (Megatron mtp_hsm).
@@ -66,6 +68,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     concat: Concat = "embedding_first"
     detach: Detach = "none"
     share_layers: bool = False
+    blocks: int = 1
     hidden_state_mixing: bool = False
     token_dropout: float = 0.0
     freeze_trunk: bool = False
@@ -73,6 +76,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_whole("mtp.blocks", self.blocks, least=1)
         require_number("mtp.token_dropout", self.token_dropout, least=0, most=1)
         if self.hidden_state_mixing and self.depth < 2:
             raise UserError(
@@ -95,7 +99,12 @@ class SequentialConfig(MTPConfig, variant="sequential"):
 
 
 class SequentialModule(nn.Module):
-    """One depth: two input norms, a projection from 2 C to C, a block, an output norm."""
+    """One depth: two input norms, a projection from 2 C to C, its blocks, an output norm.
+
+    Attributes:
+        block: the last block.
+        before: the blocks before it; none of DeepSeek's.
+    """
 
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
         super().__init__()
@@ -103,12 +112,20 @@ class SequentialModule(nn.Module):
         self.enorm = RMSNorm(trunk.d_model, trunk.norm_eps)
         self.hnorm = RMSNorm(trunk.d_model, trunk.norm_eps)
         self.eh_proj = Linear(2 * trunk.d_model, trunk.d_model)
+        self.before = nn.ModuleList(Block(trunk) for _ in range(config.blocks - 1))
         self.block = Block(trunk)
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
 
     def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
-        joined = self.joined(hidden_BTC, embedded_BTC)
-        return self.norm(self.block(self.eh_proj(joined), positions))
+        h_BTC = self.eh_proj(self.joined(hidden_BTC, embedded_BTC))
+        for layer, block in enumerate(self.blocks):
+            h_BTC = block(h_BTC, positions, layer)
+        return self.norm(h_BTC)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The module's blocks, in order."""
+        return [*self.before, self.block]
 
     def joined(self, hidden_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
         """The input of ``eh_proj``, [B, T, 2 C]."""
@@ -155,10 +172,14 @@ class SequentialMTP(Chain):
         for i, module in enumerate(self._built):  # a shared module is fitted as depth 1
             tokens = self.tokens_of(i + 1, text.at.embedded_at(i + 1), None)
             if i in fresh:
-                copy_last_block(module.block, trunk)
+                copy_last_blocks(module.blocks, trunk)
                 x, y = text.wanted(i + 1, module.joined(hidden, tokens))
                 module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
             hidden = module(hidden, tokens, text.at.positions)
+
+    @property
+    def cached_blocks(self) -> int:  # type: ignore[override]
+        return self.config.blocks
 
     @property
     def max_draft_depth(self) -> int | None:

@@ -2,12 +2,12 @@
 
 The trunk's last block and final norm turn the state before that block, at the token that the module
 has read last, into the wanted prediction. So the module copies both, and its projection is the best
-linear estimate of that state:
+linear estimate of that state. (A module of ``mtp.blocks`` copies as many of the trunk's.)
 
     argmin_A  mean_t |A x_t - y_t|^2 / mean(y_t^2)  +  s |A - A_0|^2
 
-over some windows of text. x is the input of ``eh_proj``; y is the trunk's state before its last
-block, k tokens further for depth k. A_0 is the best-fitting multiple of the identity on the hidden
+over some windows of text. x is the input of ``eh_proj``; y is the trunk's state before the copied
+blocks, k tokens further for depth k. A_0 is the best-fitting multiple of the identity on the hidden
 half and 0 on the embedding half, so that in directions absent from the text the module keeps the
 trunk's own state. s is a thousandth of the mean of x^2 under the same weights. Each token is
 weighted by the inverse of its state's size, since first tokens can be a thousand times larger.
@@ -18,6 +18,7 @@ projection reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,13 +43,13 @@ class TrunkText:
 
     Attributes:
         at: the branch point, over T positions.
-        before_last: the states before the last block [B, T + D, C].
+        before: the states before the blocks that a module copies [B, T + D, C].
         documents: document ids [B, T + D], or None without a document mask. A module is not fitted
             to states of another document.
     """
 
     at: BranchPoint
-    before_last: Tensor
+    before: Tensor
     documents: Tensor | None
 
     def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ class TrunkText:
             [N, X] and [N, C], the N positions whose target is in the same document.
         """
         seq_len = x_BTX.shape[1]
-        y_BTC = self.before_last[:, k : seq_len + k]
+        y_BTC = self.before[:, k : seq_len + k]
         if self.documents is None:
             return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
         same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
@@ -87,26 +88,35 @@ def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
 
     tokens = batch.tokens[:, :end].to(weight.device)
     embedded = trunk.embedding(tokens)
+    own, before = trunk.kept, max(len(trunk.blocks) - stack.config.blocks, 0)
+    trunk.kept = {*own, before}
     output = trunk(embedded, positions(end))
+    trunk.kept = own
     hidden = stack.branch(trunk, output)[:, :seq_len]
     at = BranchPoint(hidden, tokens, embedded, positions(seq_len))
-    return TrunkText(at, output.before_last, documents)
+    return TrunkText(at, output.after[before], documents)
 
 
-def copy_last_block(block: nn.Module, trunk: Trunk) -> None:
-    """Copy the weights of the trunk's last block, the experts' biases included.
+def copy_last_blocks(blocks: Sequence[nn.Module], trunk: Trunk) -> None:
+    """Copy the weights of as many last blocks of the trunk, the experts' biases included.
 
     Raises:
-        UserError: the blocks are of different kinds.
+        UserError: the blocks are of different kinds, or more than the trunk's.
     """
-    try:
-        block.load_state_dict(trunk.blocks[-1].state_dict())
-    except RuntimeError as error:
-        reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+    if len(blocks) > len(trunk.blocks):
         raise UserError(
-            f"mtp.init=last_block does not fit, since a module's block differs from the trunk's "
-            f"last one ({reasons}): set mtp.init=random."
-        ) from error
+            f"mtp.init=last_block has {len(trunk.blocks)} blocks of the trunk to copy, and a "
+            f"module has mtp.blocks={len(blocks)}: set mtp.init=random, or fewer blocks."
+        )
+    for own, theirs in zip(blocks, trunk.blocks[-len(blocks) :], strict=True):
+        try:
+            own.load_state_dict(theirs.state_dict())
+        except RuntimeError as error:
+            reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise UserError(
+                f"mtp.init=last_block does not fit, since a module's block differs from the "
+                f"trunk's last one ({reasons}): set mtp.init=random."
+            ) from error
 
 
 def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:

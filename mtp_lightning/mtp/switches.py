@@ -26,6 +26,7 @@ class Switches:
     init = "random"
     stride = 1
     rank = 1
+    blocks = 1
 
     # How many of the trunk's states the stack starts from, side by side in one tensor.
     n_states: ClassVar[int] = 1

@@ -98,7 +98,7 @@ def test_texts_and_drafts_are_those_with_caches(
     asked: dict[str, Any] = {"max_new_tokens": NEW, "batch_size": 2, "tree": tree}
     asked |= {"max_context": 16, "long": "slide"}
     bare = generate(model, prompts, **asked)
-    monkeypatch.setattr(type(model.mtp), "attends_back", True)
+    monkeypatch.setattr(type(model.mtp), "cached_blocks", 1)
     assert stored(Session(model, slots=1, capacity=8, max_draft=1).depth_caches[0]) > 0
     held = generate(model, prompts, **asked)
     assert [x.token_ids for x in bare] == [x.token_ids for x in held]

@@ -40,6 +40,8 @@ VARIANTS = [
     {"stack": EagleConfig, "draft_vocab": 21},
     {"stack": ParallelConfig, "correction": "selector"},
     {"stack": MaskedConfig},
+    {"blocks": 2},
+    {"share_layers": True, "blocks": 3},
 ]
 
 

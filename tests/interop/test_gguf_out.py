@@ -103,6 +103,7 @@ def test_modules_in_another_form_of_the_same_model(tmp_path: Path) -> None:
         ("llama", "llama", SequentialConfig(depth=1, input_norm="pre"), "mtp.input_norm=pre"),
         ("llama", "llama", SequentialConfig(depth=1, branch="before_last"),
          "mtp.branch=before_last"),
+        ("llama", "llama", SequentialConfig(depth=1, blocks=2), "mtp.blocks=2"),
         ("deepseek-tied", "deepseek2", SequentialConfig(depth=1), "q_rank=null"),
     ],
 )  # fmt: skip

@@ -172,6 +172,7 @@ def test_a_whole_vocabulary_has_no_tables(tmp_path: Path) -> None:
         (QWEN3, SequentialConfig(depth=1, input_norm="pre"), "mtp.branch=final with mtp.inp"),
         (QWEN3, SequentialConfig(depth=1, branch="before_last"), "mtp.branch=before_last with"),
         (QWEN3, SequentialConfig(depth=1, token_dropout=1.0), "mtp.token_dropout=1 never reads"),
+        (QWEN3, SequentialConfig(depth=1, blocks=2), "mtp.blocks=2 has no place"),
         (LLAMA, SequentialConfig(depth=1), "the trunk has the layers of llama"),
         (QWEN3, SequentialConfig(depth=0), "mtp=sequential of depth 0 has no heads"),
         (QWEN3, LinearConfig(depth=2), "mtp=linear of depth 2 has no heads"),

@@ -73,6 +73,8 @@ def reference(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
                           "freeze_trunk": True}),
         ("deepseek", False, {"depth": 3, "share_layers": True}),
         ("dense", True, {"depth": 2, "token_dropout": 1.0}),
+        ("deepseek", False, {"depth": 2, "blocks": 2}),
+        ("dense", True, {"depth": 2, "blocks": 2, "share_layers": True}),
     ],
     ids=str,
 )  # fmt: skip
@@ -83,7 +85,7 @@ def test_every_weight_of_a_module(
     mtp = SequentialConfig(init="last_block", **switches)
     batch = text(mtp.depth, documents=documents)
     model = begun(start, mtp, batch)
-    trunk, n_blocks = model.trunk, start.config.trunk.n_layers
+    trunk = model.trunk
     for name, tensor in start.weights.items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -91,7 +93,8 @@ def test_every_weight_of_a_module(
     plain = build(start.config.trunk, NoMTPConfig(), seed=5)
     states: dict[str, torch.Tensor] = {}
     blocks = list(plain.trunk.blocks)
-    blocks[-1].register_forward_pre_hook(lambda _, given: states.update(before=given[0]))
+    for name, block in (("before", blocks[-1]), ("copied", blocks[-mtp.blocks])):
+        block.register_forward_pre_hook(lambda _, given, name=name: states.update({name: given[0]}))
     blocks[-1].register_forward_hook(lambda _, __, out: states.update(last=out))
     with torch.no_grad():
         plain(WindowBatch(batch.tokens, 0, batch.documents))
@@ -108,12 +111,13 @@ def test_every_weight_of_a_module(
             assert torch.equal(module.norm.weight, trunk.norm.weight)
             assert torch.equal(module.enorm.weight, torch.ones(32))
             assert torch.equal(module.hnorm.weight, torch.ones(32))
-            for name, tensor in trunk.blocks[n_blocks - 1].state_dict().items():
-                assert torch.equal(module.block.state_dict()[name], tensor), name
+            for own, theirs in zip(module.blocks, trunk.blocks[-mtp.blocks :], strict=True):
+                for name, tensor in theirs.state_dict().items():
+                    assert torch.equal(own.state_dict()[name], tensor), name
             halves = [_rms(token), _rms(hidden)]
             if mtp.concat == "hidden_first":
                 halves.reverse()
-            x, y = torch.cat(halves, -1), states["before"][:, k : batch.seq_len + k]
+            x, y = torch.cat(halves, -1), states["copied"][:, k : batch.seq_len + k]
             seen = torch.ones(x.shape[:2], dtype=torch.bool)
             if batch.documents is not None:
                 seen = batch.documents[:, : batch.seq_len] == batch.shifted(batch.documents, k - 1)

@@ -43,6 +43,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: ParallelConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
     (lambda: NextLatConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
     (lambda: SequentialConfig(depth=1, hidden_state_mixing=True), "nothing to mix"),
+    (lambda: SequentialConfig(depth=1, blocks=0), "mtp.blocks must be .* at least 1, not 0"),
     *(
         (lambda p=p: SequentialConfig(depth=1, token_dropout=p), "mtp.token_dropout must be")
         for p in (-0.1, 1.5, True, "half")

@@ -39,6 +39,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "detach": ("none", "trunk", "all"),
     "freeze_trunk": (False, True),
     "share_layers": (False, True),
+    "blocks": (1, 2),
     "hidden_state_mixing": (False, True),
     "token_dropout": (0.0, 0.4, 1.0),
     "lookahead": (1, 2, 5, SEQ_LEN + 1),

@@ -127,7 +127,8 @@ class Forward:
             if config.concat == "hidden_first":
                 halves.reverse()
             x = self.linear(torch.cat(halves, -1), f"{p}.eh_proj")
-            x = self.block(x, f"{p}.block", self.places, self.sees)
+            for block in [*(f"before.{n}" for n in range(config.blocks - 1)), "block"]:
+                x = self.block(x, f"{p}.{block}", self.places, self.sees)
             history.append(self.norm(x, f"{p}.norm"))
         return dict(enumerate(history[1:], start=1))
 

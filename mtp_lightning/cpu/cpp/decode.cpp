@@ -278,7 +278,7 @@ static inline void look_up(const Embedding& from, int64_t id, float* out, int64_
 
 // A module that drafts: its weights, the embedding and the head.
 struct Draft {
-    int64_t ahead, outputs;
+    int64_t ahead, blocks, outputs;
     double eps;
     const Join* join;
     const Block* block;
@@ -302,7 +302,7 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
         side_by_side(join, embedded.data(), before + at * c, both.data() + i * 2 * c);
     }
     skinny(both.data(), join.projection, x.data(), tokens, c, 2 * c, false);
-    decode_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
+    decode_blocks(draft->block, draft->blocks, pass, x.data(), draft->gain, normed.data(), draft->eps);
     if (after) keep(*pass, normed.data(), after, c);
     for (int64_t row = 0; row < pass->rows; row++)
         memcpy(last + row * c, normed.data() + (row * t + newest[row]) * c, c * sizeof(float));
