@@ -88,7 +88,10 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     if (group := _group_of(name)) and (options := _options_with(name)):
         first = options[0]
         if len(options) == 1:
-            return f"{name} is a key of {group}={first}: add that. (--help {group}={first})"
+            return (
+                f"{name} is a key of {group}={first}: add that, or ~{name} where an experiment "
+                f"sets it. (--help {group}={first})"
+            )
         return (
             f"{name} is a key of {group}={', '.join(options)}: choose one, or leave it out. "
             f"(--help {group})"

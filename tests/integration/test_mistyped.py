@@ -71,6 +71,7 @@ train.py modle=nano => modle is not a key: did you mean model?
 train.py lr=0.1 => lr is not a key: did you mean optimizer.lr?
 train.py +foo=1 => foo is not a key | --cfg job
 train.py data.paths=x => data.paths is a key of data=text: add that
+train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
 train.py ~callbacks.progres => ~callbacks.progres deletes nothing | --cfg job
 evaluate.py checkpoit=x  [*] => did you mean checkpoint?
 evaluate.py decode.prompts=3 => decode.prompts is not a key | decode.n_prompts
