@@ -27,7 +27,7 @@ from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed, observe
 from sweeps.claims.preregistration import read_preregistration
-from sweeps.claims.recall import shared_seeds, with_stored
+from sweeps.claims.recall import with_stored
 from sweeps.claims.result import Result, in_order, is_stale, minutes_of, state
 from sweeps.claims.words import aligned
 from sweeps.report.equivalent import OF_DEPTHS
@@ -149,12 +149,10 @@ def _seeds(
     started = (
         preregistration.runs if preregistration is not None and preregistration.is_of(claim) else {}
     )
-    shared = shared_seeds(claim, results.values())
-    stored = results.get(claim.label)
     try:
-        return with_stored(observe(claim, runs, started), claim, stored, shared)
+        return with_stored(observe(claim, runs, started), claim, results)
     except UserError:  # the folder has runs of other configs: use the stored ones
-        return with_stored(observe(claim, runs, {}), claim, stored, shared)
+        return with_stored(observe(claim, runs, {}), claim, results)
 
 
 def flops_of(job: ClaimJob) -> float | None:

@@ -80,20 +80,18 @@ def left_to_run(
     return left
 
 
-def with_stored(
-    arms: Arms,
-    claim: Claim,
-    stored: Mapping[str, Any] | None,
-    shared: Mapping[str, Seed],
-) -> Arms:
+def with_stored(arms: Arms, claim: Claim, results: Mapping[str, Mapping[str, Any]]) -> Arms:
     """Add runs of the claim's result, and of other claims (:func:`shared_seeds`), to the observed
     ones: those that were only started elsewhere, and those that are done there and not here.
+
+    Args:
+        results: all claims' results, by label.
 
     Raises:
         UserError: a stored run has another config here.
     """
     both = {arm: dict(seeds) for arm, seeds in arms.items()}
-    for arm, seeds in stored_seeds(claim, stored).items():
+    for arm, seeds in stored_seeds(claim, results.get(claim.label)).items():
         for number, seed in seeds.items():
             here = both.setdefault(arm, {}).get(number)
             if here is None or here.state == "missing" or (seed.done and not here.done):
@@ -107,6 +105,7 @@ def with_stored(
                 )
             elif here.weights is None:  # the run's weights may be deleted, and the rest not
                 both[arm][number] = replace(here, weights=seed.weights)
+    shared = shared_seeds(claim, results.values())
     for seeds in both.values():
         for number, seed in seeds.items():
             if not seed.done:
@@ -115,10 +114,10 @@ def with_stored(
 
 
 def beginning(
-    preregistration: Preregistration | None, claim: Claim, stored: Mapping[str, Any] | None
+    preregistration: Preregistration, claim: Claim, stored: Mapping[str, Any] | None
 ) -> tuple[str, str | None]:
     """When a claim's first run was asked for, here or elsewhere, and its commit then."""
-    began = [] if preregistration is None else [(preregistration.began, preregistration.commit)]
+    began = [(preregistration.began, preregistration.commit)]
     if stored is not None and stored["digest"] == claim.digest:
         began.append((stored["began"], stored["predicted_in"]))
     return min(began, key=lambda pair: pair[0])

@@ -18,7 +18,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
 from sweeps.claims.preregistration import read_preregistration
-from sweeps.claims.recall import beginning, shared_seeds, with_stored
+from sweeps.claims.recall import beginning, with_stored
 from sweeps.plan import read_versioned
 from sweeps.report.statistics import survival
 
@@ -44,9 +44,8 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
         return None
     preregistration.require(claim, runs)
     by_label = {} if results is None else read_results(results)
-    stored, shared = by_label.get(claim.label), shared_seeds(claim, by_label.values())
-    arms = with_stored(observe(claim, runs, preregistration.runs), claim, stored, shared)
-    return make_result(claim, arms, beginning(preregistration, claim, stored))
+    arms = with_stored(observe(claim, runs, preregistration.runs), claim, by_label)
+    return make_result(claim, arms, beginning(preregistration, claim, by_label.get(claim.label)))
 
 
 def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:

@@ -90,11 +90,11 @@ def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     stored = elsewhere(claim, tmp_path)
     observed_here = observed(claim, {"plain": [*["missing"] * 3, "running"], "mtp": []})
-    both = with_stored(observed_here, claim, stored, {})
+    both = with_stored(observed_here, claim, {claim.label: stored})
     assert [seed.state for seed in both["plain"].values()] == [*["done"] * 3, "running", "missing"]
     assert [seed.state for seed in both["mtp"].values()] == [*["done"] * 3, "failed", "missing"]
     changed = claim_of(tmp_path, sentence="MTP helps a lot.")
-    assert with_stored(observed_here, changed, stored, {}) == {
+    assert with_stored(observed_here, changed, {claim.label: stored}) == {
         arm: dict(seeds) for arm, seeds in observed_here.items()
     }
 
@@ -105,11 +105,11 @@ def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None
     stored["arms"]["plain"]["seeds"]["0"]["weights"] = "f" * 64
     here = observed(claim, {"plain": PLAIN[:1], "mtp": []})
     here["plain"][0].folder = stored["arms"]["plain"]["seeds"]["0"]["folder"]
-    both = with_stored(here, claim, stored, {})
+    both = with_stored(here, claim, {claim.label: stored})
     assert both["plain"][0].weights == "f" * 64, "the run's checkpoints may be gone"
     here["plain"][0].folder = "another"
     with pytest.raises(ValueError, match="has another config for it, another: give --runs"):
-        with_stored(here, claim, stored, {})
+        with_stored(here, claim, {claim.label: stored})
 
 
 def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
