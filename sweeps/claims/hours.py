@@ -266,5 +266,7 @@ def planned(left: Sequence[Left], *, hours: float, cores: int) -> list[str]:
         return [f"{title} not one seed fits."]
     table = aligned(["claim", "seeds", "of those left", "core-hours"], rows, right=(2, 3))
     jobs_ = f" --jobs {cores}" if cores > 1 else ""
-    typed = zip((each.claim.command for each, _ in chosen), (row[1] for row in rows), strict=True)
-    return [title, "", *table, "", *(f"{run} --seeds {seeds}{jobs_}" for run, seeds in typed)]
+    typed = (
+        f"{each.claim.command} --seeds {' '.join(map(str, seeds))}{jobs_}" for each, seeds in chosen
+    )
+    return [title, "", *table, "", *typed]
