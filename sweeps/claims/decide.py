@@ -168,25 +168,23 @@ def _of_values(
     prediction: Prediction, own: Mapping[int, float], other: Mapping[int, float] | None
 ) -> Finding:
     """The t-test of an arm's values, or of paired differences, against the nearest boundary."""
-    zero = dict.fromkeys(own, 0.0)
-    effect = paired(own, zero if other is None else other)
+    reference = dict.fromkeys(own, 0.0) if other is None else other
+    effect = paired(own, reference)
     if effect is None:
         return Finding(prediction=prediction)
     mean, half = effect.difference.mean, effect.difference.half
     ratio = prediction.measure.is_ratio
     by = math.log(prediction.by) if ratio else boundary(prediction.side, prediction.by, mean)
-    shifted = {s: v + by for s, v in (zero if other is None else other).items()}
-    from_boundary = paired(own, shifted)
+    from_boundary = paired(own, {seed: value + by for seed, value in reference.items()})
     assert from_boundary is not None
-    ends = [mean] if half is None else [mean, mean - half, mean + half]
-    shown = [math.exp(end) if ratio else end for end in ends]
+    shown = math.exp if ratio else float
     return Finding(
         prediction=prediction,
         why=FACT if from_boundary.constant else "",
         test=ALONE if other is None else PAIRED,
-        effect=shown[0],
-        low=None if half is None else shown[1],
-        high=None if half is None else shown[2],
+        effect=shown(mean),
+        low=None if half is None else shown(mean - half),
+        high=None if half is None else shown(mean + half),
         n=effect.difference.n,
         p=from_boundary.p,
     )
