@@ -53,10 +53,9 @@ def quantity(measure: Entry) -> str:
         gain = "plain steps that a step is worth" if effect else "compute-equivalent gain"
         return f"{gain}, by {what}"
     if measure["solved"] is not None:
-        return f"seeds with more than {measure['solved']:.0%} {what}".replace("%", " %")
+        return f"seeds with more than {_percent(measure['solved'])} {what}"
     if measure["last"] is not None:
-        last = f"{measure['last']:.0%}".replace("%", " %")
-        return f"{what}, mean over the last {last} of the run"
+        return f"{what}, mean over the last {_percent(measure['last'])} of the run"
     return what
 
 
@@ -84,7 +83,7 @@ def measured(entry: Entry) -> str:
 
 def share(found: Entry) -> str:
     """``3 of 5 seeds [15 %, 95 %]``."""
-    low, high = (f"{found[name]:.0%}".replace("%", " %") for name in ("low", "high"))
+    low, high = _percent(found["low"]), _percent(found["high"])
     return f"{found['count']} of {found['n']} seeds [{low}, {high}]"
 
 
@@ -157,6 +156,11 @@ def _brief(entry: Entry, value: float) -> str:
     """A number as in the claim's file; in percent for a share."""
     text = f"{100 * value:g} %" if _is_share(entry) and value else f"{value:g}"
     return text.replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    """``0.95`` as ``95 %``."""
+    return f"{100 * share:.0f} %"
 
 
 def _is_share(entry: Entry) -> bool:
