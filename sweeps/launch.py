@@ -27,7 +27,6 @@ from mtp_lightning.run.status import describe_failure, read_status, state_of, wr
 from sweeps.compose import Composer, settle
 from sweeps.lease import live
 from sweeps.plan import (
-    Job,
     Plan,
     Recipe,
     must_run,
@@ -81,11 +80,11 @@ def launch(
         folder = Path(config.hydra.sweep.dir).absolute()
         plan = Plan(folder)
         try:
-            jobs, settled = _checked(plan, config, hydra_context, batch)
+            settled = _checked(plan, config, hydra_context, batch)
         except UserError:
             _forget(folder)
             raise
-        tasks = list(jobs.values())
+        tasks = list(settled)
         if dry_run:
             _show(folder, tasks)
             _forget(folder)
@@ -101,7 +100,7 @@ def launch(
             plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
             retry = config.sweep.retry_failed
             todo = [task for task in tasks if must_run(task.folder, retry_failed=retry)]
-            _say_plan(folder, tasks, todo, settled)
+            _say_plan(folder, settled, todo)
             for task in todo:
                 failed = run is None and state_of(task.folder) == "failed"
                 if failed or read_status(task.folder) is None:
@@ -113,13 +112,13 @@ def launch(
             if todo:
                 run(todo)
         _say_end(folder, tasks)
-        return [_job_return(job, task.folder) for job, task in jobs.items()]
+        return [_job_return(task) for task in tasks]
 
 
 def _checked(
     plan: Plan, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
-) -> tuple[dict[Job, Task], dict[Path, dict[str, Any]]]:
-    """Adds a batch of jobs to a plan; returns them as tasks, and their configs by run folder.
+) -> dict[Task, dict[str, Any]]:
+    """Adds a batch of jobs to a plan; returns them as tasks, with their configs.
 
     Raises:
         UserError: something is wrong with the sweep, or with the config of a job.
@@ -134,8 +133,7 @@ def _checked(
     labels = varied_labels(jobs)
     options, program = _options(config), name_of_program()
     composer = Composer(config, hydra_context.config_loader)
-    tasks: dict[Job, Task] = {}
-    settled: dict[Path, dict[str, Any]] = {}
+    settled: dict[Task, dict[str, Any]] = {}
     for job in jobs:
         own_paths, run_folder = paths[frozenset(job.overrides)], plan.folder / job.folder
         own = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
@@ -143,11 +141,11 @@ def _checked(
         plan.recipes[job.folder] = recipe = Recipe.of(
             own, program=program, options=[*options, *own_paths]
         )
-        settled[run_folder] = own
-        tasks[job] = recipe.task(
+        task = recipe.task(
             run_folder, job.overrides, labels=labels[job.folder], program=this_program()
         )
-    return tasks, settled
+        settled[task] = own
+    return settled
 
 
 def _show(folder: Path, tasks: Sequence[Task]) -> None:
@@ -187,22 +185,21 @@ def _options(config: DictConfig) -> list[str]:
     return [*options, *own]
 
 
-def _say_plan(
-    folder: Path, tasks: Sequence[Task], todo: Sequence[Task], settled: dict[Path, dict[str, Any]]
-) -> None:
-    text = f"{len(tasks)} jobs in {_shown(folder)}"
+def _say_plan(folder: Path, settled: dict[Task, dict[str, Any]], todo: Sequence[Task]) -> None:
+    text = f"{len(settled)} jobs in {_shown(folder)}"
     waiting = set(todo)
-    skipped = [task.folder for task in tasks if task not in waiting]
+    skipped = [task for task in settled if task not in waiting]
     for state in ("done", "failed"):
-        n = sum(state_of(job) == state for job in skipped)
+        n = sum(state_of(task.folder) == state for task in skipped)
         text += f", {n} {state} before" if n else ""
     going_on = sum(state_of(task.folder) in ("interrupted", "running") for task in todo)
     text += f", {going_on} to be continued" if going_on else ""
     print(text, flush=True)
-    for job in skipped:
-        changed = _changed_settings(settled[job], job)
+    for task in skipped:
+        changed = _changed_settings(settled[task], task.folder)
         if changed:
-            print(f"warning: {job.name} finished with other settings: {changed}", flush=True)
+            name = task.folder.name
+            print(f"warning: {name} finished with other settings: {changed}", flush=True)
 
 
 def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
@@ -246,10 +243,10 @@ def _shown(folder: Path) -> str:
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
-def _job_return(job: Job, folder: Path) -> JobReturn:
-    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+def _job_return(task: Task) -> JobReturn:
+    summary = json.loads((task.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
-        overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
+        overrides=list(task.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
     )
     result.return_value = summary.get("val/loss_depth_0")
     return result
