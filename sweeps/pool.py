@@ -22,7 +22,7 @@ from sweeps.process import JobProcess, Task, refuse_several_machines
 _LOOK_SECONDS = 0.1
 _MEASURE_SECONDS = 2.0
 
-Ended = Callable[[Task], None] | None
+Ended = Callable[[Task], object]
 
 LOST = "another worker has it"  # a watcher's reason: the job is no longer this pool's
 
@@ -68,6 +68,10 @@ def exit_if_interrupted(remedy: str) -> Iterator[None]:
         raise SystemExit(128 + interrupt.signum) from interrupt
 
 
+def _ignore(task: Task) -> None:
+    """Does nothing: the default watcher of running tasks, and of their ends."""
+
+
 class Pool:
     """Runs tasks, each in its own process; no task affects another.
 
@@ -96,8 +100,8 @@ class Pool:
         self,
         tasks: Iterable[Task],
         *,
-        watch: Callable[[Task], str | None] | None = None,
-        ended: Ended = None,
+        watch: Callable[[Task], str | None] = _ignore,
+        ended: Ended = _ignore,
     ) -> None:
         """Runs all tasks; their status files say how they ended.
 
@@ -122,8 +126,8 @@ class Pool:
                     time.sleep(_LOOK_SECONDS)
                     self._collect(ended)
                     self._measure()
-                    for process in self._running if watch is not None else ():
-                        reason = watch(process.task)  # type: ignore[misc]
+                    for process in self._running:
+                        reason = watch(process.task)
                         if reason is not None and not process.stopping:
                             process.abandon() if reason is LOST else process.stop(reason)
                     self._display.refresh()
@@ -158,7 +162,8 @@ class Pool:
         except OSError as error:  # the other jobs continue
             write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
             self.queue.give_back(devices)
-            self._tell(task, ended)
+            self._display.ended(task)
+            ended(task)
 
     def _collect(self, ended: Ended) -> None:
         for process in list(self._running):
@@ -169,7 +174,8 @@ class Pool:
                         process.group, succeeded=state_of(process.task.folder) == "done"
                     )
                 self.queue.give_back(process.devices)
-                self._tell(process.task, ended)
+                self._display.ended(process.task)
+                ended(process.task)
 
     def _measure(self) -> None:
         if self._memory is not None and time.monotonic() - self._measured > _MEASURE_SECONDS:
@@ -188,11 +194,6 @@ class Pool:
             )
         return reason is None
 
-    def _tell(self, task: Task, ended: Ended) -> None:
-        self._display.ended(task)
-        if ended is not None:
-            ended(task)
-
     def _stop_all(self, reason: str) -> None:
         """Lets every job save and end; kills them at a second Ctrl-C or when their time is up."""
         if not self._running:
@@ -204,7 +205,7 @@ class Pool:
             process.stop(reason)
         while self._running:
             try:
-                self._collect(None)
+                self._collect(_ignore)
                 time.sleep(_LOOK_SECONDS)
             except KeyboardInterrupt:
                 for process in self._running:
