@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -226,7 +227,7 @@ def report(search: Search) -> int:
     from optuna.trial import TrialState
 
     trials = search.study.trials
-    count = {s: sum(t.state == s for t in trials) for s in TrialState}
+    count = Counter(trial.state for trial in trials)
     print(
         f"{len(trials)} trials: {count[TrialState.COMPLETE]} complete, "
         f"{count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed"
