@@ -83,7 +83,7 @@ def render(
         caveats=caveats(settings),
         tables=[
             tables.of_settings(settings, remarks),
-            *(tables.of_gains(family, settings, i) for i, family in enumerate(families)),
+            *(tables.of_gains(family, i) for i, family in enumerate(families)),
             tables.of_floors(settings),
             tables.of_differences(comparisons, settings, warnings),
         ],

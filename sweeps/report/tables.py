@@ -99,7 +99,7 @@ def _metrics(settings: Settings) -> list[Metric]:
     return [m for m in found if m.tag != BITS or wanted]
 
 
-def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
+def of_gains(family: Family, number: int = 0) -> Table:
     """The compute-equivalent gain of every arm."""
     table = Table(
         f"gains-{number}" if number else "gains",
