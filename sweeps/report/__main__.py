@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from mtp_lightning.cli import Parser, readable_errors
@@ -64,7 +63,7 @@ def report(
     write_bytes(page.runs_csv(settings).encode(), target / "runs.csv")
     facts = (settings, comparisons, priced, drawings, svgs)
     every = SECONDS if watched and settings.running else None
-    html = page.render(*facts, folder=target, now=datetime.now(), every=every)
+    html = page.render(*facts, folder=target, every=every)
     write_bytes(html.encode(), target / "report.html")
     return target / "report.html", answer(settings, comparisons, priced), settings.running
 

@@ -38,13 +38,12 @@ def render(
     svgs: dict[str, bytes],
     *,
     folder: Path,
-    now: datetime,
     every: float | None = None,
 ) -> str:
     """The page as HTML that loads nothing else.
 
     Drawings without a figure are listed with the reason; ``svgs`` has those of the others, by name.
-    Links to logs are relative to the page's ``folder``. The page shows the time ``now``. It reloads
+    Links to logs are relative to the page's ``folder``. The page shows the current time. It reloads
     itself after ``every`` seconds; None for a static page.
     """
     from markupsafe import Markup
@@ -77,7 +76,7 @@ def render(
         or joined([sweep.folder.resolve().name for sweep in sweeps]),
         command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),
         commits=sorted({commit[:8] for run in runs if (commit := run.fact("git_commit"))}),
-        now=now.strftime("%Y-%m-%d %H:%M"),
+        now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         running=settings.running,
         answer=answer(settings, comparisons, families),
         caveats=caveats(settings),
