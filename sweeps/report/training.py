@@ -110,10 +110,8 @@ def times(settings: Settings) -> Drawing:
     curves = {s: found for s in settings.all if (found := time_to_solve(s, settings.level))}
     if not curves:
         return drawing.lacking(f"no run has logged {EXACT}")
-    chart, look_of = (
-        Chart(key_to(settings.all, [*curves]), names=settings.names),
-        looks(settings.all),
-    )
+    chart = Chart(key_to(settings.all, [*curves]), names=settings.names)
+    look_of = looks(settings.all)
     for setting, found in curves.items():
         look = look_of[setting]
         style = {"drawstyle": "steps-post", "linestyle": look.dash, "marker": ""}
