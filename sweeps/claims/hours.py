@@ -114,17 +114,17 @@ def left_of(
             arm: [minutes_of(s) for s in of.values() if s.done and s in here]
             for arm, of in arms.items()
         }
-        unseen = {arm for arm, _ in pending if not known[arm]}
-        wanted = list(dict.fromkeys(seed for _, seed in pending)) if unseen and count_flops else []
-        composed = {(job.arm, job.seed): job for job in jobs(claim, wanted, runs)} if wanted else {}
+        composed: dict[tuple[str, int], ClaimJob] = {}
+        if count_flops and not all(known[arm] for arm, _ in pending):
+            numbers = list(dict.fromkeys(number for _, number in pending))
+            composed = {(job.arm, job.seed): job for job in jobs(claim, numbers, runs)}
         expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
         costs = []
         counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
         for arm, number in pending:
-            job = composed.get((arm, number))
-            if job is not None and job.folder in taken:
-                continue
-            if job is not None:
+            if (job := composed.get((arm, number))) is not None:
+                if job.folder in taken:
+                    continue
                 taken.add(job.folder)
                 if not known[arm] and rate is not None and arm not in counted:
                     counted[arm] = flops_of(job)
