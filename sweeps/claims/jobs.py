@@ -97,9 +97,9 @@ class _Arm:
         links = [
             (key, value)
             for key, value in named
-            if key == _BRANCH or (key == _START and value in list(claim.arms))
+            if key == _BRANCH or (key == _START and value in claim.arms)
         ]
-        self._key, value = (links or [("", "")])[-1]
+        self._key, value = links[-1] if links else ("", "")
         self._parent, _, self._step = (
             value.rpartition("@") if self._key == _BRANCH else (value, "", "")
         )
@@ -109,7 +109,7 @@ class _Arm:
                 f"The arm {arm} of the claim {claim.name} has {self._key}={value}: name an "
                 f"arm that is listed before it and {wanted}."
             )
-        own = tuple(o for o in given if key_of(o) != self._key or not links)
+        own = tuple(o for o in given if key_of(o) != self._key)
         self._overrides = (*own, *_FIXED[claim.setting])
         try:
             self._composed = compose_run(self._overrides)
