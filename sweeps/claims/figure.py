@@ -35,10 +35,10 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """Write ``LABEL.svg``, ``LABEL_2.svg`` .. for further measures with numbers, and
     ``LABEL_curve.svg`` where arms have the same FLOPs, into an existing folder."""
     files = files_of(result, label, folder)
-    groups = [*_drawn(result), *([None] if panels(result) else [])]
     with styled():
-        for file, entries in zip(files, groups, strict=True):
-            chart = draw_curves(result) if entries is None else _draw(result, entries)
+        charts = [_draw(result, entries) for entries in _drawn(result)]
+        charts += [draw_curves(result)] if panels(result) else []
+        for file, chart in zip(files, charts, strict=True):
             said = textwrap.fill(caption(result, curves=file.stem.endswith(CURVE)), 76)
             chart.figure.suptitle(said, fontsize=8.5, color=SOFT)
             write_bytes(chart.svg(of=digest(result)), file)
