@@ -110,7 +110,7 @@ class Browser:
         return result["result"].get("value")
 
     def show(self, *, width: int, dark: bool = False) -> None:
-        """The window's width in CSS pixels, and the reader's colour scheme."""
+        """The window's width in CSS pixels, and the reader's color scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,

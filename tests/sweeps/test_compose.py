@@ -133,7 +133,7 @@ def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyP
 
 
 def test_the_sweeper_leaves_composing_to_the_launcher() -> None:
-    Plugins.instance()  # Hydra imports its plugins anew
+    Plugins.instance()  # Hydra imports its plugins again
     from hydra_plugins.mtp_sweeps.launchers import GridSweeper, SweepLauncher
 
     looked = []

@@ -232,8 +232,9 @@ def test_what_ended_while_its_sweep_was_dead_is_not_run_again(
     write_status(one.folder, one.overrides, "running")
     if finished != "not":
         (one.folder / "summary.json").write_text("{}")
+        # The summary of an earlier start does not count.
         at = (one.folder / "status.json").stat().st_mtime + (5 if finished == "since" else -5)
-        os.utime(one.folder / "summary.json", (at, at))  # a summary of an earlier start is no end
+        os.utime(one.folder / "summary.json", (at, at))
     pool(1).run([one])
     assert (status(one)["state"], status(one)["exit_code"]) == ("done", 0)
     assert (one.folder / "begun").exists() == (finished != "since")

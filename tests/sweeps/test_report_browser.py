@@ -122,14 +122,14 @@ def test_text_has_contrast(browser: Browser, page: Path, dark: bool) -> None:
     browser.show(width=1280, dark=dark)
     browser.open(page)
     ratios = browser.run("""(() => {
-        const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
-        const light = colour => numbers(colour).slice(0, 3).map(v => v / 255)
+        const numbers = color => color.match(/[\\d.]+/g).map(Number);
+        const light = color => numbers(color).slice(0, 3).map(v => v / 255)
             .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
             .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-        const behind = node => {
+        const background = node => {
             for (; node; node = node.parentElement) {
-                const colour = getComputedStyle(node).backgroundColor;
-                if ((numbers(colour)[3] ?? 1) > 0) return colour;
+                const color = getComputedStyle(node).backgroundColor;
+                if ((numbers(color)[3] ?? 1) > 0) return color;
             }
         };
         return [...document.querySelectorAll(
@@ -138,7 +138,7 @@ def test_text_has_contrast(browser: Browser, page: Path, dark: bool) -> None:
         .map(node => {
             const style = getComputedStyle(node);
             const [a, b] = [light(node.tagName === "text" ? style.fill : style.color),
-                            light(behind(node))];
+                            light(background(node))];
             return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.textContent];
         }).filter(([ratio]) => ratio < 4.5);
     })()""")

@@ -51,7 +51,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(
         "trainer.val_check_interval": 40,
     }
     shared = overrides(cache, {**quick, "callbacks.checkpoints.every_n_steps": 5})
-    # Where token stores are kept is no part of a claim.
+    # A claim does not say where token stores are kept.
     shared = [override for override in shared if not override.startswith("paths.cache_dir=")]
     write_claim(
         claims,

@@ -1,4 +1,5 @@
-"""Claims of one's own: what is in no commit is refused or says so; results lie beside them."""
+"""A user's own claims: a prediction in no commit is refused or marked; results are stored next to
+the claims."""
 
 from __future__ import annotations
 

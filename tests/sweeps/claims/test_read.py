@@ -123,7 +123,7 @@ def test_the_claims_that_there_are(name: str) -> None:
     assert any(digits in claim.source for digits in ("arXiv", "this project"))
     used = {arm for p in claim.predictions for arm in (p.arm, p.against)} - {None}
     used |= {arm for p in claim.predictions for n in used for arm in p.measure.curve_of(str(n))}
-    for arm in reversed(claim.arms):  # an arm stands after what it goes on or starts from
+    for arm in reversed(claim.arms):  # an arm comes after the one that it continues
         if arm in used:
             links = [o.partition("=")[2] for o in claim.arms[arm] if "_from=" in o.split(".")[0]]
             used |= {link.split("@")[0] for link in links}

@@ -1,4 +1,4 @@
-"""A claim goes on where its runs are gone: the committed result knows what was done."""
+"""A claim continues without the folders of its runs: the committed result has what was done."""
 
 from __future__ import annotations
 
