@@ -4,7 +4,6 @@ which they differ."""
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -145,18 +144,17 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
     candidates = [FOLDER, *(key for key in named if key == "mtp.depth"), *named]
     chosen: list[str] = []
     for key in dict.fromkeys(candidates):
-        values = [_value(setting, key) for setting in settings]
-        if not (ignored(key) or key in chosen) and len({show(v) for v in values}) > 1:
+        if not ignored(key) and _n_parts(settings, [key]) > 1:
             chosen.append(key)
     keys = {key for setting in settings for key in setting.config}
     last = {DATA, TEXT}  # last, because they usually follow from other keys
     rest = [k for k in _TELLING if k in keys] + sorted(keys - {*_TELLING, *last})
     rest += sorted(keys & last)
     for key in rest:
-        parts = _parts(settings, chosen)
-        if len(parts) == len(settings):
+        n = _n_parts(settings, chosen)
+        if n == len(settings):
             break
-        if len(_parts(settings, [*chosen, key])) > len(parts):
+        if _n_parts(settings, [*chosen, key]) > n:
             chosen.append(key)
     shown = [key.removesuffix("._target_") for key in chosen]
     for setting in settings:
@@ -165,8 +163,9 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
     return shown
 
 
-def _parts(settings: list[Setting], keys: list[str]) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(show(_value(setting, key)) for key in keys) for setting in settings)
+def _n_parts(settings: list[Setting], keys: list[str]) -> int:
+    """The number of parts into which some keys separate the settings."""
+    return len({tuple(show(_value(setting, key)) for key in keys) for setting in settings})
 
 
 def _value(setting: Setting, key: str) -> Any:
