@@ -183,13 +183,11 @@ def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     """Keys that do not have the same override in every job, in order of appearance."""
-    values: dict[str, set[str]] = {}
-    counts: dict[str, int] = {}
+    given: dict[str, list[str]] = {}
     for overrides in jobs:
         for override in overrides:
-            values.setdefault(key_of(override), set()).add(override)
-            counts[key_of(override)] = counts.get(key_of(override), 0) + 1
-    return [key for key in values if len(values[key]) > 1 or counts[key] < len(jobs)]
+            given.setdefault(key_of(override), []).append(override)
+    return [key for key, of in given.items() if len(set(of)) > 1 or len(of) < len(jobs)]
 
 
 def varied_labels(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
