@@ -18,10 +18,18 @@ from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
 from sweeps.report.templates import sentences
 
+# The names that both templates use.
 _WORDS = {
-    **{name: getattr(metrics, name) for name in ("equals", "number", "p_value", "plural", "some")},
-    **{"EXACT": EXACT, "LEVEL": LEVEL, "shown": metrics.with_interval},
-    **{"SPEEDUP": metrics.BY_TAG[SPEEDUP], "PER_STEP": metrics.BY_TAG[metrics.PER_STEP]},
+    "equals": metrics.equals,
+    "number": metrics.number,
+    "p_value": metrics.p_value,
+    "plural": plural,
+    "some": metrics.some,
+    "shown": metrics.with_interval,
+    "EXACT": EXACT,
+    "LEVEL": LEVEL,
+    "SPEEDUP": metrics.BY_TAG[SPEEDUP],
+    "PER_STEP": metrics.BY_TAG[metrics.PER_STEP],
 }
 
 
