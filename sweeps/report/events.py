@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sweeps.report.chart import Drawing
 from sweeps.report.collect import FOLDER
-from sweeps.report.settings import Settings
+from sweeps.report.settings import Settings, is_number
 
 _SUFFIX = ".report"
 
@@ -28,7 +28,11 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
 
     for old in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
         old.unlink()
-    numbers = {key: _all_numbers(settings, key) for key in settings.varied if key != FOLDER}
+    numbers = {
+        key: all(is_number(setting.values.get(key)) for setting in settings.all)
+        for key in settings.varied
+        if key != FOLDER
+    }
     keys = [*numbers, *(["seed"] if "seed" not in numbers else [])]
     kinds = {True: api_pb2.DATA_TYPE_FLOAT64, False: api_pb2.DATA_TYPE_STRING}
     columns = [api_pb2.HParamInfo(name=key, type=kinds[numbers.get(key, True)]) for key in keys]
@@ -58,8 +62,3 @@ def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) 
 
 # Short names of a summary, and the tags under which these values are logged.
 _TAGS = {"flops": "progress/flops", "seconds": "progress/seconds"}
-
-
-def _all_numbers(settings: Settings, key: str) -> bool:
-    values = [setting.values.get(key) for setting in settings.all]
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

@@ -24,7 +24,7 @@ from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.names import joined, question
 from sweeps.report.read import Run, read_sweep
-from sweeps.report.settings import Settings, show
+from sweeps.report.settings import Settings, is_number, show
 from sweeps.report.templates import environment
 
 FIGURES = "figures"
@@ -144,7 +144,7 @@ def runs_csv(settings: Settings) -> str:
         row["counted"] = int(run.state == "done" and run.folder not in repeated)
         row |= dict.fromkeys(text, run.fact("evaluation", "fingerprint"))
         row |= dict.fromkeys(solving, int(wait.time) if wait and wait.ended else "")
-        row |= {k: repr(v) for k, v in run.summary.items() if k not in row and _is_number(v)}
+        row |= {k: repr(v) for k, v in run.summary.items() if k not in row and is_number(v)}
         rows.append(row)
     buffer = io.StringIO()
     names = list(dict.fromkeys([*names, *(key for row in rows for key in row)]))
@@ -188,7 +188,3 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
     left, right = found
     keys = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
     return [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -156,6 +156,11 @@ class Settings:
         return [ANSWERS, *sets, *others, *TABLE]
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; a switch is not one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def show(value: Any) -> str:
     """A config value as typed on the command line."""
     if isinstance(value, bool):
@@ -171,6 +176,6 @@ def order(value: Any) -> tuple[int, float, str]:
     """A sort key: None first, then numbers by size, then other values by name."""
     if value is None or value == "none":
         return (-1, 0.0, "")
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return (0, float(value), "")
     return (1, 0.0, show(value))
