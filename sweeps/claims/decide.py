@@ -92,11 +92,11 @@ def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
 def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
     """The compute-equivalent gain of an arm's run over plain runs of its seed, or the reason why it
     has none."""
-    runs = [arms[name].get(seed) for name in (arm, *measure.curve_of(arm))]
-    spent = [_spent(run, measure) for run in runs if run is not None]
-    if len(spent) < len(runs) or None in spent:
+    names = (arm, *measure.curve_of(arm))
+    spent = [found for name in names if (found := _spent(arms[name].get(seed), measure))]
+    if len(spent) < len(names):
         return "a run of the plain curve is not finished"
-    own, *plain = (each for each in spent if each is not None)
+    own, *plain = spent
     try:
         curve = PlainCurve(plain)
     except ValueError as error:
@@ -107,9 +107,11 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
     return gain.total if measure.part == "total" else gain.effect
 
 
-def _spent(run: Seed, measure: Measure) -> Spent | None:
+def _spent(run: Seed | None, measure: Measure) -> Spent | None:
     name = key(measure)
-    if not run.done or name not in run.values or not {"flops", "step"} <= run.costs.keys():
+    if run is None or not run.done or name not in run.values:
+        return None
+    if not {"flops", "step"} <= run.costs.keys():
         return None
     return Spent(flops=run.costs["flops"], loss=run.values[name], steps=run.costs["step"])
 
