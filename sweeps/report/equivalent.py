@@ -195,5 +195,6 @@ def _gain(own: Spent, seed: Any, family: Family, tag: str) -> Gain | str:
 
 def _spent(run: Run, tag: str) -> Spent | None:
     flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
-    numbers = flops and steps and loss is not None and math.isfinite(loss)
-    return Spent(flops=flops, loss=loss, steps=steps) if numbers else None  # type: ignore[arg-type]
+    if not flops or not steps or loss is None or not math.isfinite(loss):
+        return None
+    return Spent(flops=flops, loss=loss, steps=steps)
