@@ -72,12 +72,11 @@ def share_interval(values: Sequence[float]) -> Interval:
 def ratio_interval(values: Sequence[float]) -> Interval:
     """Geometric mean of ratios, all above 0, with the t interval of their logarithms."""
     logs = interval([math.log(value) for value in values])
-    ends = None
-    if logs.half is not None:
-        ends = math.exp(logs.mean - logs.half), math.exp(logs.mean + logs.half)
-    return Interval(
-        math.exp(logs.mean), None if ends is None else (ends[1] - ends[0]) / 2, logs.n, ends
-    )
+    mean = math.exp(logs.mean)
+    if logs.half is None:
+        return Interval(mean, None, logs.n)
+    low, high = math.exp(logs.mean - logs.half), math.exp(logs.mean + logs.half)
+    return Interval(mean, (high - low) / 2, logs.n, (low, high))
 
 
 @dataclass(frozen=True)
