@@ -309,10 +309,6 @@ class Drawing:
     chart: Chart | None = None  # the figure; None if data is missing
     why: str = ""  # what is missing
 
-    @property
-    def figure(self) -> Figure | None:
-        return self.chart.figure if self.chart else None
-
     def drawn(self, chart: Chart) -> Drawing:
         return replace(self, chart=chart)
 

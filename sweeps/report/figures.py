@@ -67,7 +67,7 @@ def draw(
 
 
 def _of_several_texts(drawing: Drawing) -> Drawing:
-    if drawing.figure is None:
+    if drawing.chart is None:
         return drawing
     if drawing.name.startswith(_COMPARING):
         return drawing.lacking("it would compare settings with different evaluation data")

@@ -208,7 +208,7 @@ def by_group(settings: Settings) -> list[Drawing]:
 def long_range(settings: Settings) -> list[Drawing]:
     """The curves for which a finished run has numbers; nothing if ``long_range`` was off."""
     curves = (over_places(settings, name, spec) for name, spec in LONG_RANGE.items())
-    return [drawing for drawing in curves if drawing.figure is not None]
+    return [drawing for drawing in curves if drawing.chart is not None]
 
 
 # Of a tag: the figure's name, title and caption, what it counts, and the dotted value at a depth.

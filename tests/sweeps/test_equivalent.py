@@ -131,7 +131,7 @@ def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
     assert beyond.total is None and "seed 0: out of range: its loss of" in beyond.why
     with styled():
         drawing = gains(settings, family)
-    (axes,) = drawing.figure.axes
+    (axes,) = drawing.chart.panels
     assert axes.get_xscale() == "log" and "lower is better" in axes.get_ylabel()
     assert axes.get_xlabel() == "training FLOPs"
     written = {text.get_text() for text in axes.texts}

@@ -92,7 +92,7 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
     drawings = long_range(settings(dict.fromkeys(every, 0.25), dict.fromkeys(every, 0.75)))
     assert [drawing.name for drawing in drawings] == list(tags)
     for drawing in drawings:
-        (container,) = drawing.figure.axes[0].containers
+        (container,) = drawing.chart.axes.containers
         line = container[0]
         assert list(line.get_xdata()) == list(tags[drawing.name].values())
         assert set(line.get_ydata()) == {0.5}
@@ -103,7 +103,7 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
 def test_places_that_double_are_equally_far_apart_and_written_plainly() -> None:
     tags = ["val/loss_position_1", "val/loss_position_2-3", "val/loss_position_512-1023"]
     (drawing,) = long_range(settings(dict.fromkeys(tags, 0.25)))
-    (axes,) = drawing.figure.axes
+    (axes,) = drawing.chart.panels
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "512"]
 

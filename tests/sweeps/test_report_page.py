@@ -104,7 +104,7 @@ def test_curves_are_means_at_common_steps(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"seed": 0}, loss=2.0, curve=(3.0, 2.5))
     write_run(tmp_path / "b", {"seed": 1}, done=False, curve=(3.2, 2.9))
     drawing = drawings(tmp_path)["loss_flops"]
-    (axes,) = drawing.figure.axes
+    (axes,) = drawing.chart.panels
     (bold,) = [line for line in axes.lines if line.get_label() == "all runs"]
     assert list(bold.get_xdata()) == [1e9, 2e9]
     assert list(bold.get_ydata()) == pytest.approx([3.1, 2.7])
@@ -114,15 +114,15 @@ def test_curves_are_means_at_common_steps(tmp_path: Path) -> None:
 
 def test_a_nan_breaks_the_curve(tmp_path: Path) -> None:
     write_run(tmp_path / "a", done=False, curve=(3.0, float("nan"), 2.0))
-    figure = drawings(tmp_path)["loss_tokens"].figure
-    (line,) = figure.axes[0].lines
+    axes = drawings(tmp_path)["loss_tokens"].chart.axes
+    (line,) = axes.lines
     assert [str(y) for y in line.get_ydata()] == ["3.0", "nan", "2.0"]
 
 
 def test_a_heat_map_has_gaps(tmp_path: Path) -> None:
     grid(tmp_path, without=(2, 0.3))
     drawing = drawings(tmp_path)["heat_map"]
-    texts = [text.get_text() for text in drawing.figure.axes[0].texts]
+    texts = [text.get_text() for text in drawing.chart.axes.texts]
     assert texts[:2] == ["2.0150\n± 0.0635", "2.0350\n± 0.0635"]  # t(1) = 12.706, s = 0.01 / sqrt 2
     assert texts[-1] == "–" and len(texts) == 6
 
@@ -146,10 +146,10 @@ def test_the_front_is_filled(tmp_path: Path) -> None:
         ("c", 256, 2.5, 3e9),
     ):
         write_run(tmp_path / name, {"model.d_model": d_model}, loss=loss, summary={"flops": flops})
-    figure = drawings(tmp_path)["pareto_flops"].figure
-    line = figure.axes[0].lines[0]
+    axes = drawings(tmp_path)["pareto_flops"].chart.axes
+    line = axes.lines[0]
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(1e9, 3.0), (2e9, 2.0)]
-    filled = {c.get_label(): c.lines[0].get_markerfacecolor() for c in figure.axes[0].containers}
+    filled = {c.get_label(): c.lines[0].get_markerfacecolor() for c in axes.containers}
     assert [value != "none" for value in filled.values()] == [True, True, False]
 
 

@@ -186,38 +186,38 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
     text = answered(tmp_path)
     assert "different evaluation data" in text and "data.task.*" in text and "beyond" not in text
     assert "different text" not in page_of(tmp_path)
-    axes = drawings(settings)["exact_match"].figure.axes[0]
+    axes = drawings(settings)["exact_match"].chart.axes
     chances = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "chance"]
     assert chances == [1 / 4, 1 / 3]
 
 
 def test_curves_have_means_seeds_and_chance(tmp_path: Path) -> None:
     settings = collected(sweep(tmp_path, {0: (LATE, NEVER)}))
-    figure = drawings(settings)["exact_match"].figure
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    axes = drawings(settings)["exact_match"].chart.axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert lines["all runs"] == pytest.approx([0.35, 0.5, 0.73])
     assert set(lines["chance"]) == {0.5} and set(lines["solved"]) == {0.95}
-    thin = [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_linewidth() == 0.7]
+    thin = [list(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 0.7]
     assert thin == [list(LATE), list(NEVER)]
-    xs = {tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 3}
+    xs = {tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 3}
     assert xs == {(10, 20, 30)}
 
 
 def test_figures_of_shares_and_times(tmp_path: Path) -> None:
     sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, EARLY, LATE, NEVER, FELL)})
     drawn = drawings(tmp_path)
-    figure = drawn["solved"].figure
+    axes = drawn["solved"].chart.axes
     bars = {}
-    for container in figure.axes[0].containers:
+    for container in axes.containers:
         (point, _, (reach,)) = container.lines
         ends = reach.get_segments()[0][:, 0]
         bars[container.get_label()] = (point.get_xdata()[0], *ends)
     assert bars["D = 0"] == pytest.approx((0, 0, 1 - 0.025**0.2))
     assert bars["D = 1"] == pytest.approx((0.6, 0.1466, 0.9473), abs=1e-4)  # a table's
-    ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    ticks = [text.get_text() for text in axes.get_yticklabels()]
     assert ticks == ["D = 1", "D = 0"]
-    figure = drawn["time_to_solve"].figure
-    curve = {line.get_label(): line for line in figure.axes[0].lines}["D = 1"]
+    axes = drawn["time_to_solve"].chart.axes
+    curve = {line.get_label(): line for line in axes.lines}["D = 1"]
     assert list(curve.get_xdata()) == [0, 10, 20, 30]
     assert list(curve.get_ydata()) == pytest.approx([1, 0.6, 0.4, 0.2])
     assert curve.get_drawstyle() == "steps-post"
@@ -254,13 +254,13 @@ def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
         "accuracy_distance": ([16], [0.45]),
     }
     for name, (xs, ys) in wanted.items():
-        figure = drawn[name].figure
-        (container,) = figure.axes[0].containers
+        axes = drawn[name].chart.axes
+        (container,) = axes.containers
         assert list(container.lines[0].get_xdata()) == xs
         assert list(container.lines[0].get_ydata()) == pytest.approx(ys)
         (low, high) = container.lines[2][0].get_segments()[0][:, 1]
         assert (low, high) == pytest.approx(share_interval([ys[0] - 0.05, ys[0] + 0.05]).ends)
-    axes = drawn["accuracy_position"].figure.axes[0]
+    axes = drawn["accuracy_position"].chart.axes
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert list(crosses[0].get_ydata()) == pytest.approx([1.0, 0.9])
     assert axes.get_xscale() == "log"

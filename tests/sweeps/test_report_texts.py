@@ -84,12 +84,12 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
     assert "is averaged, tested or ranked across them" in text
     figures = drawings(settings, compare(settings))
     for name in ("pareto_flops", "speedup"):
-        assert figures[name].figure is None and "different evaluation data" in figures[name].why
+        assert figures[name].chart is None and "different evaluation data" in figures[name].why
     assert figures["differences"].why == (
         "no setting has the same evaluation data as its reference"
     )
     for name in ("loss_tokens", "loss_flops", "loss_depth"):
-        assert figures[name].figure is not None
+        assert figures[name].chart is not None
         assert figures[name].caption.endswith(
             "different evaluation data: compare none across these."
         )
