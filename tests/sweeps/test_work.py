@@ -72,14 +72,13 @@ def own_environment(**values: str) -> dict[str, str]:
     return {**environment(), "PYTHONPATH": str(ROOT), "STUB_SECONDS": "0", **values}
 
 
-def start(folder: Path, *more: str, **values: str) -> subprocess.Popen[str]:
-    own = ["--program", str(folder.parent / "stub.py")] if "--stub" not in more else []
-    command = [sys.executable, "-m", "sweeps.work", str(folder), *own, *more]
+def start(folder: Path, *more: str, stubs: bool = True, **values: str) -> subprocess.Popen[bytes]:
+    """A worker whose jobs are stubs, or real runs."""
+    program = ["--program", str(folder.parent / "stub.py")] if stubs else []
+    command = [sys.executable, "-m", "sweeps.work", str(folder), *program, *more]
+    env = own_environment(**values)
     with (folder.parent / "workers.log").open("ab") as log:
-        return subprocess.Popen(
-            [part for part in command if part != "--stub"], stdout=log, stderr=log,
-            env=own_environment(**values), text=True, cwd=folder.parent,
-        )  # fmt: skip
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=folder.parent)
 
 
 def status_of(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -280,10 +279,10 @@ def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: P
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]
     done = execute([*command, f"sweep_dir={folder}", "hydra/launcher=plan"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    allowed = ("--allow", str(cache))
-    first = start(folder, "--stub", "--n-jobs=1", "--stale=6", *allowed)
+    options = ("--n-jobs=1", "--stale=6", "--allow", str(cache))
+    first = start(folder, *options, stubs=False)
     wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
-    second = start(folder, "--stub", "--n-jobs=1", "--stale=6", *allowed)
+    second = start(folder, *options, stubs=False)
     first.kill()
     first.wait()
     assert second.wait(300) == 0, log_of(folder)
