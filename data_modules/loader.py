@@ -53,7 +53,6 @@ class _Loader:
             batch_size=None,
             sampler=batches,  # type: ignore[arg-type]  # iterated once
             num_workers=self.num_workers,
-            collate_fn=_as_is,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),
             worker_init_fn=partial(_init_worker, os.getpid()),
@@ -212,10 +211,6 @@ def _report_late(kind: type, error: BaseException, trace: Any) -> None:
     if isinstance(error, BrokenPipeError | ConnectionResetError | EOFError):
         time.sleep(1.0)
     sys.__excepthook__(kind, error, trace)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _world() -> tuple[int, int]:
