@@ -19,10 +19,10 @@ class Order(Protocol):
     def __getitem__(self, indices: slice, /) -> np.ndarray: ...
 
 
-def window_order(n: int, *, seed: int, epoch: int, large: int = LARGE) -> Order:
-    """The permutation of an epoch: sorted random keys up to ``large`` windows, a keyed permutation
-    above."""
-    kind = epoch_order if n <= large else FeistelOrder
+def window_order(n: int, *, seed: int, epoch: int) -> Order:
+    """The permutation of an epoch: sorted random keys up to :data:`LARGE` windows, a keyed
+    permutation above."""
+    kind = epoch_order if n <= LARGE else FeistelOrder
     return kind(n, seed=seed, epoch=epoch)
 
 

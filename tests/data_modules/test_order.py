@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_modules import loader as loader_module
+from data_modules import order as order_module
 from data_modules.order import LARGE, FeistelOrder, epoch_order, window_order
 from tests.data_modules.loaders import loader_of, numbers, stream
 
@@ -37,10 +37,11 @@ def test_of_any_size_a_slice_is_its_places(n, seed, data):
     assert order[start + middle : start + middle + 1][0] == found[middle]
 
 
-def test_the_default_order_below_the_threshold_is_the_shuffled_one():
+def test_the_order_up_to_the_threshold_is_the_shuffled_one(monkeypatch):
     assert LARGE == 2**26
+    monkeypatch.setattr(order_module, "LARGE", 999)
     assert np.array_equal(window_order(999, seed=3, epoch=2), epoch_order(999, seed=3, epoch=2))
-    assert isinstance(window_order(999, seed=3, epoch=2, large=998), FeistelOrder)
+    assert isinstance(window_order(1000, seed=3, epoch=2), FeistelOrder)
     # The bits are part of the contract: a run resumed elsewhere sees the same batches.
     assert FeistelOrder(10, seed=0, epoch=0)[:].tolist() == SMALL
     assert FeistelOrder(2**40, seed=0, epoch=0)[:3].tolist() == HUGE
@@ -75,9 +76,7 @@ def test_a_trillion_windows_take_no_memory():
 
 @pytest.mark.parametrize("consumed", [1, 6, 9])
 def test_a_loader_resumes_in_it_exactly(tmp_path, monkeypatch, consumed):
-    monkeypatch.setattr(
-        loader_module, "window_order", lambda n, **keys: window_order(n, **keys, large=0)
-    )
+    monkeypatch.setattr(order_module, "LARGE", 0)
     expected = numbers(stream(loader_of(tmp_path, seed=1), 12))
     flat = sum(expected[:6], [])
     assert len(set(flat)) == 24 and flat != epoch_order(25, seed=1, epoch=0)[:24].tolist()
