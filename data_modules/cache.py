@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
 LEASE = 600.0
 """Seconds without a sign of life after which the remains of a build are removed."""
-_TEMPORARY = re.compile(r"^\..+\.building-.+$")
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
@@ -124,7 +122,7 @@ def _remove_stale(folder: Path) -> None:
     The test asks for neither the host nor the process: containers may share a host name without
     seeing each other's processes.
     """
-    found = [path for path in folder.iterdir() if _TEMPORARY.match(path.name)]
+    found = list(folder.glob(".*.building-*"))
     if not found:
         return
     # The disk's clock: hosts that share a disk may have different clocks.
