@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_modules.claim import alive, claim
+from data_modules.digests import stamp
 from data_modules.seal import require_sealed, seal
 from mtp_lightning.system import sync_file, sync_folder
 
@@ -41,8 +42,7 @@ def state_of(path: Path, known: str) -> str:
     """
     path = path.resolve()
     files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
-    found = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
-    states = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for n, s in found]
+    states = [(str(f.relative_to(path)), *stamp(f.stat())) for f in files if f.is_file()]
     texts = str(path), json.dumps([states, known])
     return "-".join(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 

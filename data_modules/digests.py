@@ -38,22 +38,22 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
         OSError: if the file cannot be read.
     """
     found = path.stat()
-    stamp = _stamp(found)
+    before = stamp(found)
     record = None
     if remember is not None and found.st_size >= LARGE:
         record = remember / f"{digest(path.resolve())}.json"
         with suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(record.read_text(encoding="utf-8"))
-            if known["stamp"] == stamp and len(bytes.fromhex(known["digest"])) == 16:
+            if known["stamp"] == before and len(bytes.fromhex(known["digest"])) == 16:
                 return found.st_size, str(known["digest"])
     with path.open("rb") as file:
         content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         size = file.tell()
     after = path.stat()
     old = max(after.st_mtime_ns, after.st_ctime_ns) < time.time_ns() - _YOUNG
-    if record is not None and old and stamp == _stamp(after) and size == stamp[0]:
+    if record is not None and old and before == stamp(after) and size == before[0]:
         with suppress(OSError):
-            entry = {"path": str(path.resolve()), "stamp": stamp, "digest": content.hexdigest()}
+            entry = {"path": str(path.resolve()), "stamp": before, "digest": content.hexdigest()}
             write_record(record, entry)
     return size, content.hexdigest()
 
@@ -66,5 +66,6 @@ def write_record(file: Path, content: object) -> None:
     temporary.replace(file)
 
 
-def _stamp(found: os.stat_result) -> list[int]:
+def stamp(found: os.stat_result) -> list[int]:
+    """What changes when a file changes; no program can set the third number, its ctime."""
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
