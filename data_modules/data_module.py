@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from data_modules.sources.base import Source
@@ -75,12 +76,11 @@ class TokenDataModule(StoreDataModule):
 
         return cls(TextSource(paths, field=field), tokenizer, **options)
 
-    def _open(self) -> tuple[TokenStore, Tokenizer]:
-        if self._store is None:
-            self._store, self._tokenizer = prepare_store(
-                self._tokenizer, self.split, self.cache_dir, workers=self.build_workers
-            )
-        return self._store, self._tokenizer
+    @cached_property
+    def opened(self) -> tuple[TokenStore, Tokenizer]:
+        return prepare_store(
+            self._tokenizer, self.split, self.cache_dir, workers=self.build_workers
+        )
 
     def summary(self) -> dict[str, Any]:
         split = {key: self.store.meta[key] for key in ("val_fraction", "split_seed")}

@@ -62,15 +62,15 @@ class StoreDataModule(WindowDataModule):
         self.document_mask = document_mask
         self.cache_states = cache_states
         self.cache_dir = cache_folder(cache_dir)
-        self._store: TokenStore | None = None
 
+    @cached_property
     @abstractmethod
-    def _open(self) -> tuple[TokenStore, Tokenizer]:
-        """The store, built or found, and the tokenizer of its ids."""
+    def opened(self) -> tuple[TokenStore, Tokenizer]:
+        """The store, which is built or found here, and the tokenizer of its ids."""
 
     def prepare_data(self) -> None:
         """Lightning's hook, which one process per node calls: builds the store."""
-        self._open()
+        _ = self.opened
 
     def setup(self, stage: str | None = None) -> None:
         """Lightning's hook, which every process calls."""
@@ -79,12 +79,12 @@ class StoreDataModule(WindowDataModule):
     @property
     def store(self) -> TokenStore:
         """The token store, built or opened on first use."""
-        return self._open()[0]
+        return self.opened[0]
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, trained if it needed training."""
-        return self._open()[1]
+        return self.opened[1]
 
     @property
     def masks_targets(self) -> bool:

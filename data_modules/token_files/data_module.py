@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +71,20 @@ class TokenFilesDataModule(StoreDataModule):
         self.dtype = dtype
         self._tokenizer = tokenizer
 
-    def _open(self) -> tuple[TokenStore, Tokenizer]:
-        if self._store is None:
-            train = self._files("data.path", self.path)
-            val = None if self.val_path is None else self._files("data.val_path", self.val_path)
-            both = {file.shard.path for file in train} & {file.shard.path for file in val or ()}
-            if both:
-                raise UserError(
-                    f"{min(both)} is in data.path and in data.val_path: validation must not see "
-                    "what was trained on"
-                )
-            self._store = open_view(
-                train,
-                val,
-                held_out=self.held_out,
-                tokenizer=self._tokenizer,
-                cache=self.cache_dir,
+    @cached_property
+    def opened(self) -> tuple[TokenStore, Tokenizer]:
+        train = self._files("data.path", self.path)
+        val = None if self.val_path is None else self._files("data.val_path", self.val_path)
+        both = {file.shard.path for file in train} & {file.shard.path for file in val or ()}
+        if both:
+            raise UserError(
+                f"{min(both)} is in data.path and in data.val_path: validation must not see "
+                "what was trained on"
             )
-        return self._store, self._tokenizer
+        store = open_view(
+            train, val, held_out=self.held_out, tokenizer=self._tokenizer, cache=self.cache_dir
+        )
+        return store, self._tokenizer
 
     def _files(self, key: str, paths: Paths) -> list[TokenSource]:
         found: dict[Path, None] = {}

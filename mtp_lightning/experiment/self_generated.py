@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,21 +124,21 @@ class SelfGenerated(TokenDataModule):
         """The settings found, including the model's digest: with it the model need not be read."""
         return super().found() | {"weights": self.weights}
 
-    def _open(self) -> tuple[TokenStore, Tokenizer]:
-        if self._store is None:
-            speaker: OpenedModel | None = None
-            if self.weights is None or self._tokenizer.needs_training:
-                speaker = self._read()
-            spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
-            key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
-            texts = self.cache_dir / "texts" / f"{key}.jsonl"  # only who builds opens it
-            self._store = keep_store(
-                self.cache_dir,
-                key,
-                lambda folder: self._write(folder, speaker or self._read(), KeptTexts(texts)),
-            )
-            texts.unlink(missing_ok=True)
-        return self._store, self._tokenizer
+    @cached_property
+    def opened(self) -> tuple[TokenStore, Tokenizer]:
+        speaker: OpenedModel | None = None
+        if self.weights is None or self._tokenizer.needs_training:
+            speaker = self._read()
+        spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
+        key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
+        texts = self.cache_dir / "texts" / f"{key}.jsonl"  # only who builds opens it
+        store = keep_store(
+            self.cache_dir,
+            key,
+            lambda folder: self._write(folder, speaker or self._read(), KeptTexts(texts)),
+        )
+        texts.unlink(missing_ok=True)
+        return store, self._tokenizer
 
     def _settings(self) -> dict[str, Any]:
         """The settings that the generated texts depend on."""
