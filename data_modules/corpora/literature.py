@@ -71,16 +71,14 @@ class LiteratureSource(FileSource):
         """Also the manifest: for every package the version, number of documents, bytes, and SHA-256
         of the concatenated documents."""
         plays, *bibles = self.packages
-        texts = {plays.name: (plays.version, list(self._plays.documents()))}
-        for package in bibles:
-            books = [text for _, text in _books(package.files[0][1])]
-            texts[package.name] = (package.version, books)
+        texts = {plays: self._plays.documents()}
+        texts |= {bible: (text for _, text in _books(bible.files[0][1])) for bible in bibles}
         manifest = {}
-        for name, (version, documents) in texts.items():
+        for package, documents in texts.items():
             entry = Entry()
             for document in documents:
                 entry.add(document.encode("utf-8"))
-            manifest[name] = {"version": version, **entry.facts()}
+            manifest[package.name] = {"version": package.version, **entry.facts()}
         return super().summary() | {"packages": manifest}
 
 
