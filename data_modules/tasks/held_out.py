@@ -2,7 +2,7 @@
 
 A task with short questions soon has asked all of them, and a model that memorized the answers would
 be right. Where questions are so many that none comes twice, nothing needs to be held out;
-``val/seen`` reports which is the case (``baselines.py``).
+``val/seen`` reports which is the case (:func:`~data_modules.tasks.answers.baselines`).
 """
 
 from __future__ import annotations
