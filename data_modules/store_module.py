@@ -14,7 +14,7 @@ from data_modules.cache import cache_folder
 from data_modules.evaluation_text import COMPRESSED, EvaluationWindows, choose, compressors
 from data_modules.token_store import TokenFile, TokenStore
 from data_modules.tokenizers.base import Tokenizer
-from data_modules.window_dataset import WindowDataset, window_count
+from data_modules.window_dataset import WindowDataset
 from data_modules.window_module import WindowDataModule
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
@@ -184,9 +184,7 @@ class StoreDataModule(WindowDataModule):
                 "documents": file.n_documents,
                 "bytes_per_token": self.store.bytes_per_token(split),
             }
-        n_tokens = facts["train"]["tokens"]
-        beyond = self.stride * self.depth + self.extra
-        there = window_count(n_tokens, self.seq_len, beyond)
+        there = len(WindowDataset(self.training_text, **self.cut))
         facts["train"]["windows"] = there if self.train_windows == "all" else self.train_windows
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
