@@ -225,6 +225,4 @@ def _megatron(path: Path) -> TokenSource:
     begins = np.unique(entries[:-1])
     starts = np.unique(pointers[begins[begins < n_sequences]] // dtype.itemsize)
     starts = starts[starts < n_tokens]
-    if n_tokens == 0:
-        raise damaged("it holds no ids")
     return TokenSource("megatron", Shard(path, dtype.str, 0, n_tokens), starts, (path, index))
