@@ -200,7 +200,6 @@ def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Toke
 def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes document starts, validation pieces and tokenizer; returns their ``meta.json``."""
     names = tokenizer.token_bytes()
-    names += [b""] * (tokenizer.vocab_size - len(names))
     names[tokenizer.eot_id] = b""
     lengths = np.fromiter(map(len, names), np.int64, len(names))
     silent = (texts["val"].counts > 0) & (lengths == 0)
@@ -221,7 +220,7 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
             "bytes": int(text.counts @ lengths) if known else None,
             "documents": len(text.starts),
         }
-    rows = _pieces(texts["val"], names if known else None, tokenizer.eot_id)
+    rows = _pieces(texts["val"], names if known else None, lengths, tokenizer.eot_id)
     np.save(folder / "val.pieces.npy", np.array(list(rows), PIECES))
     tokenizer.save(folder)
     return {
@@ -236,7 +235,7 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
 
 
 def _pieces(
-    text: Text, names: Sequence[bytes] | None, eot_id: int
+    text: Text, names: Sequence[bytes] | None, lengths: np.ndarray, eot_id: int
 ) -> Iterator[tuple[int, int, int, bytes]]:
     """Rows of :data:`PIECES` for documents with text.
 
@@ -244,10 +243,10 @@ def _pieces(
         text: the validation text.
         names: bytes of every id. If None, they are unknown: pieces then have a fixed number of
             tokens, and their digest is a digest of the ids.
+        lengths: ``[V]`` int64 number of bytes of every id.
         eot_id: the end-of-text token, which is not text.
     """
     tokens = ShardedTokens(text.shards)
-    lengths = None if names is None else np.fromiter(map(len, names), np.int64, len(names))
     for number, (start, end) in enumerate(
         zip(text.starts, [*text.starts[1:], len(tokens)], strict=True)
     ):
@@ -265,11 +264,11 @@ def _pieces(
 
 
 def _cuts(
-    ids: np.ndarray, names: Sequence[bytes] | None, lengths: np.ndarray | None
+    ids: np.ndarray, names: Sequence[bytes] | None, lengths: np.ndarray
 ) -> Iterator[tuple[int, int]]:
     """(first token, index after the last token) of the pieces of a document. A piece ends with the
     token at which the document's text would be cut."""
-    if names is None or lengths is None:
+    if names is None:
         step = PIECE // UNKNOWN_BYTES
         yield from ((i, min(i + step, len(ids))) for i in range(0, len(ids), step))
         return
