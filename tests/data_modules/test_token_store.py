@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules import cache, claim, encoding
+from data_modules import cache, claim
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import pieces
 from data_modules.sources import SyntheticSource, TextSource
@@ -73,11 +73,10 @@ def test_bpe_is_trained_on_train_documents_only_and_cached(tmp_path, monkeypatch
         prepare_store(BPETokenizer(291), split, tmp_path)
 
 
-def test_long_documents_in_pieces_give_the_ids_of_the_whole(tmp_path, monkeypatch):
+def test_long_documents_in_pieces_give_the_ids_of_the_whole():
     text = "".join(f"def f{i}():\n    return {i}\n\nx = {i}\ny = 1\n" for i in range(400))
     tokenizer = BPETokenizer(300).train([text])
     whole = tokenizer.encode(text).tolist()
-    monkeypatch.setattr(encoding, "PIECE", 1000)
     cut = [piece for piece, _ in pieces(text, 1000)]
     assert len(cut) > 10 and "".join(cut) == text
     assert np.concatenate([tokenizer.encode(piece) for piece in cut]).tolist() == whole
