@@ -1,10 +1,10 @@
 """Who builds a folder of the cache, of all processes of all machines that want it.
 
-A builder makes ``.NAME.building-N``, which one can make, and touches it every few seconds. The
-others wait until the finished folder is there. Where the builder was killed, the next one makes
-``N + 1``. That it was killed is known at once on the same machine, by the system's lock on its
-folder, which ends with it; from elsewhere, or where there are no locks, when its folder has not
-been touched for two minutes.
+A builder makes the folder ``.NAME.building-N``, which only one process can make, and touches it
+every few seconds. The others wait until the finished folder is there. If the builder was killed,
+the next one makes ``N + 1``. Processes of the same machine see this at once, by the system's lock
+on the folder, which ends with the builder. Processes of other machines, and all where there are no
+locks, see it when the folder has not been touched for two minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ BEAT = 15.0
 """Seconds between two signs of life."""
 SILENCE = 8 * BEAT
 """Seconds without one after which another process builds."""
-# In a builder's folder: whose lock on it can be asked for. Gone before the folder gets its name.
+# File in a builder's folder that names the machine, on which the lock can be tested. It is removed
+# before the folder gets its name.
 _MACHINE = ".machine"
 
 
@@ -33,7 +34,7 @@ def claim(target: Path) -> Path | None:
     """A new folder to build ``target`` in, after waiting for whoever builds it already.
 
     Args:
-        target: whose folder exists.
+        target: the folder to build; the folder that it lies in exists.
 
     Returns:
         None when another has built it.
@@ -122,7 +123,7 @@ def _locked(folder: Path) -> int | None:
 
 
 def _was_killed(folder: Path) -> bool:
-    """Whether a builder on this machine has ended without a word."""
+    """Whether a folder's builder ran on this machine and was killed."""
     try:
         if (folder / _MACHINE).read_text() != _machine():
             return False
@@ -132,7 +133,7 @@ def _was_killed(folder: Path) -> bool:
     try:
         # Shared: others may ask at the same time.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # Not where it has just finished: then it has taken this away first.
+        # A builder that has just finished removed this file before it released the lock.
         return (folder / _MACHINE).exists()
     except OSError:
         return False
@@ -141,7 +142,7 @@ def _was_killed(folder: Path) -> bool:
 
 
 def _machine() -> str | None:
-    """This start of this machine's system, whatever containers call it; None where unknown."""
+    """An id of this start of the machine, the same in all its containers; None if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
