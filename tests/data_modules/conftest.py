@@ -1,4 +1,4 @@
-"""What is known of files, and since when."""
+"""Fixtures for files: which of them are read, and how old they look."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def reads(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def later(monkeypatch) -> None:
-    """As though every file had been written long ago."""
+    """Makes every file look as if it had been written long ago."""
     now = time.time_ns
     monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 10_000_000_000)

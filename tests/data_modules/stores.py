@@ -34,7 +34,7 @@ class Listed(Source):
 
 
 def refused(match: str, *paths: object, error: type[Exception] = ValueError, **options) -> None:
-    """Files of text whose documents cannot be read, with the words of the message."""
+    """Checks that reading the documents of these files raises an error with this message."""
     with pytest.raises(error, match=match):
         list(TextSource(list(paths), **options).documents())
 

@@ -1,4 +1,4 @@
-"""One of all that want a folder builds it; who is gone is known to be."""
+"""Of all that want a folder one builds it, and a builder that was killed is replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Lustre without ``-o flock`` has it."""
+    """Makes locks fail, as on Lustre without ``-o flock``."""
 
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -35,7 +35,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_one_of_many_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
-    """For longer than a silence lasts."""
+    """The build takes longer than SILENCE."""
     if not locks:
         without_locks(monkeypatch)
     built = []
@@ -89,7 +89,7 @@ build_once(Path(sys.argv[1]), build)
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """What a builder has left that was killed."""
+    """The temporary folder of a builder that was killed."""
     process = start(BUILDER, tmp_path / "target")
     assert process.stdout is not None and process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGKILL)
@@ -123,5 +123,5 @@ def test_another_builder_is_given_up_when_it_is_silent(
         build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
     assert 1.0 < time.monotonic() - began < 120
     assert caplog.text.count("another process builds") == 1
-    # It may sleep: its folder is left to it, until that is silent for much longer.
+    # That builder may be asleep: its folder stays until it has been silent for much longer.
     assert {path.name for path in tmp_path.iterdir()} == {"target", killed.name}

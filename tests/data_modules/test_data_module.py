@@ -22,7 +22,7 @@ CONF = Path(data_modules.__file__).parents[1] / "conf"
 SOURCES = sorted(
     path.stem
     for path in (CONF / "data").glob("*.yaml")
-    # A model's own texts are tested with the model, in tests/experiment; tokens are no source.
+    # A model's own texts are tested with the model, in tests/experiment; tokens are not a source.
     if path.stem not in ("base", "task", "self_generated", "tokens")
     and "tasks" not in path.read_text(encoding="utf-8")
 )

@@ -1,4 +1,4 @@
-"""Documents encoded by several processes: the bytes of one process's store, and how it ends."""
+"""Documents encoded by several processes: the same store as by one, and what ends them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data_modules.stores import contents
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> DocumentSplit:
-    """Documents short and of several pieces, with lines that recur, and characters of any size."""
+    """Documents of one and several pieces, with repeated lines, and characters of 1 to 4 bytes."""
     folder = tmp_path_factory.mktemp("text")
     shared = "a line of forty characters and some more \u00fc \u4e16\n"
     for i, document in enumerate(SyntheticSource(size=600_000, documents=60).documents()):

@@ -78,7 +78,7 @@ def test_the_same_whatever_reads_it(tmp_path, document_mask):
         facts = data.evaluation_summary()
         assert facts["tokens"] == sum(int(b.counts()[0]) for b in data.val_dataloader())
         found.append((facts["fingerprint"], facts["documents"], sum(data.evaluation.text.bytes)))
-        if document_mask:  # all but what no token of the same document comes before
+        if document_mask:  # without the first token of every document
             pieces = data.tokenizer.token_bytes()
             first = [data.tokenizer.encode(d)[0] for d in documents_whole(data)]
             lost = sum(len(pieces[i]) for i in first)
@@ -137,7 +137,7 @@ def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data
     )
     stream = [9999, *(i for a, b in zip(text.starts, text.ends, strict=True) for i in range(a, b))]
     owner = [-1, *(n for n, i in enumerate(order) for _ in range(lengths[i]))]
-    batch = windows[np.arange(len(windows) + 1)]  # one behind the last: padding
+    batch = windows[np.arange(len(windows) + 1)]  # one after the last: padding
     assert windows.n_targets == int(batch.counts()[0])
     for k in range(depth + 1):
         expected = [

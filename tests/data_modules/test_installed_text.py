@@ -56,7 +56,7 @@ def test_what_people_wrote_is_kept_and_every_rule_leaves_something_out(site):
         "alpha/table.py": b"TABLE = [" + b"0x1f, 0x2e, 37, -4.25,\n" * 50 + b"]\n",
         "alpha/wide.py": b"WORDS = '" + b"word " * 500 + b"'\n",
         "alpha/broken.py": b"# caf\xe9 in a file of UTF-8\n" + code("broken", 3),
-        # More than half of its lines stand in a.py, which comes before.
+        # More than half of its lines occur in a.py, which comes earlier.
         "alpha/copy.py": code("alpha", 9) + code("other", 4),
     }
     site("alpha", "1.0", kept | left_out)

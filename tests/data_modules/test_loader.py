@@ -23,7 +23,7 @@ from data_modules.window_dataset import WindowDataset, window_count
 from tests.data_modules.loaders import T, loader_of, numbers, stream, token_file
 from tests.data_modules.programs import start
 
-# On a machine of one core.
+# torch warns on a machine with one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
@@ -108,7 +108,7 @@ def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
     state = first.state_dict()
     assert {type(value) for value in state.values()} == {int}
     second = loader_of(tmp_path, seed=1, num_workers=workers)
-    iter(second)  # made and dropped, as Lightning does: nothing moves
+    iter(second)  # made and dropped, as Lightning does: the state stays
     second.load_state_dict(state)
     assert second.state_dict() == state and len(second) == 6
     assert numbers(stream(second, 20 - consumed)) == whole[consumed:]
@@ -133,7 +133,7 @@ def test_ranks_together_see_what_one_rank_of_a_larger_batch_sees(tmp_path, monke
         loader = loader_of(tmp_path, batch_size=2, seed=2)
         shards.append(numbers(loader))
         assert len(loader) == len(expected)
-        # The state is the whole job's: a resume with another number of ranks goes on as well.
+        # The state is the whole job's: a resume with another number of ranks continues as well.
         assert loader.state_dict() == one.state_dict()
     assert [sum(parts, []) for parts in zip(*shards, strict=True)] == expected
 
@@ -273,7 +273,7 @@ for batch in WindowLoader(Windows(), batch_size=4, num_workers=2):
 
 
 def test_processes_that_fetch_end_with_the_run_and_not_before() -> None:
-    """A signal to all of it is the run's to act on; a killed run leaves no traceback."""
+    """The main process alone acts on a signal to all; a killed run leaves no traceback."""
     process = start(FETCHING, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGTERM)

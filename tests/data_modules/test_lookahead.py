@@ -29,7 +29,7 @@ def test_text(tmp_path: Path, lookahead: int, held: int) -> None:
     data, plain = text(tmp_path, lookahead=lookahead), text(tmp_path)
     tokens = data.store["train"].tokens()
     dataset, other = data.train_dataloader().dataset, plain.train_dataloader().dataset
-    assert len(dataset) == len(other)  # the same windows, with more behind them
+    assert len(dataset) == len(other)  # the same windows, with more tokens
     numbers = np.array([0, 3, len(dataset) - 1])
     batch, short = dataset[numbers], other[numbers]
     assert batch.seq_len == 8 and batch.tokens.shape == (3, 8 + held)

@@ -27,7 +27,7 @@ def zstd(data: bytes) -> bytes:
 def test_compressed_text_is_the_plain_text(tmp_path, suffix):
     pack = gzip.compress if suffix == ".gz" else zstd
     file = tmp_path / f"rows.jsonl{suffix}"
-    # Two members behind each other are one file, as cat makes it.
+    # Two members one after the other are one file, as cat makes it.
     cut = ROWS.index(b"\n") + 3
     file.write_bytes(pack(ROWS[:cut]) + pack(ROWS[cut:]))
     source = TextSource(file, field="body")

@@ -1,4 +1,4 @@
-"""Prompts of a corpus: which tokens, on which side, and no two the same."""
+"""Prompts of a corpus: which tokens, of which split, and all different."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ FILES = [
 
 
 def flip(file: Path, at: int = -3) -> None:
-    """Another bit, and nothing else."""
+    """Flips one bit of a file."""
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
 
 
 def reopened(folder: Path) -> TokenStore:
-    """The same store by another process, as it finds it in the cache."""
+    """The store as another process finds it in the cache."""
     return store_of(DOCUMENTS, folder)
 
 

@@ -1,4 +1,4 @@
-"""Parts of files that are read as they lie on the disk, while somebody changes them."""
+"""Parts of files that another program changes while they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_modules.shards import Shard, ShardedTokens
 
 @pytest.mark.parametrize("what", ["written to", "cut off", "removed"])
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, what: str) -> None:
-    """Else ids would change under a run, or the system would end it; what is removed is kept."""
+    """Or a run would read other ids, or be killed. A removed file can still be read."""
     file = tmp_path / "ids.bin"
     file.write_bytes(np.arange(4000, dtype="<u2").tobytes())
     tokens = ShardedTokens([Shard(file, "<u2", 0, 4000)])

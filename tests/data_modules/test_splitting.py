@@ -1,4 +1,4 @@
-"""The split: near copies stand on one side, and both sides hold text."""
+"""The split: near copies are in one split, and neither split is empty."""
 
 from __future__ import annotations
 

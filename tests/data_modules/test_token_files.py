@@ -1,4 +1,4 @@
-"""Token files of other programs: what is read of them, where, and what is refused."""
+"""Token files of other programs: the ids that are read, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def module(cache: Path, path, tokenizer=None, **options) -> TokenFilesDataModule
 
 
 def refused(match: str, cache: Path, *given, error=ValueError, **options) -> None:
-    """Files that cannot be used, with the words of the message."""
+    """Checks that these files are refused with this message."""
     with pytest.raises(error, match=match):
         module(cache, *given, **options).prepare()
 
@@ -95,7 +95,7 @@ def test_evaluation_is_that_of_the_same_text(tmp_path):
                 [[*tokenizer.encode(d).tolist(), eot] for d in text.split.documents(name)]
                 for name in ("train", "val")
             )
-            # Not the order of the corpus: the evaluation's own is that of the digests.
+            # Another order than that of the corpus: the evaluation sorts by digests.
             random.Random(0).shuffle(val)
             folder = tmp_path / tokenizer.kind
             folder.mkdir(exist_ok=True)
@@ -213,8 +213,8 @@ def test_sharded_tokens_against_one_array(tmp_path_factory, data):
 @settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory, data):
-    """A document starts at every token that stands behind an end-of-text token, and at the first;
-    end-of-text tokens at the beginning, as llm.c writes one, are no document."""
+    """A document starts at the first token and after end-of-text tokens. Those at the beginning,
+    where llm.c writes one, are not a document."""
     flat = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=30))
     at = sorted({0, len(flat), *data.draw(st.lists(st.integers(0, len(flat)), max_size=3))})
     folder = tmp_path_factory.mktemp("text")
@@ -241,12 +241,12 @@ def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory,
         assert val.starts.tolist() == sorted(
             {0, *(s - train.n_tokens for s in expected if s > train.n_tokens)}
         )
-        behind = [
+        after = [
             s
             for s in expected
             if s >= min(max(1, round(len(flat) * (1 - held_out))), len(flat) - 1)
         ]
-        assert not behind or train.n_tokens == behind[0]
+        assert not after or train.n_tokens == after[0]
 
 
 def test_the_end_is_held_out_in_whole_documents(tmp_path):
@@ -257,7 +257,7 @@ def test_the_end_is_held_out_in_whole_documents(tmp_path):
     assert data.store["val"].tokens()[:].tolist() == sum(documents[n:], [])
     share = data.store["val"].n_tokens / sum(map(len, documents))
     assert 0.15 < share <= 0.2 and data.summary()["held_out"] == 0.2
-    # One document without end: cut there.
+    # One document without an end is cut at that share.
     single = module(tmp_path / "c", nanogpt(tmp_path / "y.bin", [list(range(200)) * 10]))
     assert (single.store["train"].n_tokens, single.store["val"].n_tokens) == (1900, 100)
 
@@ -324,7 +324,7 @@ def test_chunks_of_something_else_are_refused(tmp_path):
 
 
 def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
-    """Its header would be tokens."""
+    """Or its header would be read as ids."""
     index = litdata(tmp_path / "a", ids_of(texts(8)), chunks=2)
     chunk, content = index.parent / "chunk-0-0.bin", index.read_text()
     for damaged in (content[:-20], "[" * 100_000):
@@ -352,7 +352,7 @@ def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):
 
 
 def test_files_that_moved_or_changed(tmp_path):
-    """What was found is kept by content: it is found again elsewhere, and not of other content."""
+    """Results are kept by content: those of a moved file are found, those of a changed one not."""
     documents = ids_of(texts())
     one = module(tmp_path / "c", nanogpt(tmp_path / "x.bin", documents))
     first = one.fingerprint
@@ -449,7 +449,7 @@ def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
-    """Bytes changed, cut off or added: a sentence about the file, or numbers that hold for it."""
+    """Bytes are changed, cut off or added: one sentence refuses the file, or its numbers fit."""
     folder = tmp_path_factory.mktemp("fuzz")
     documents = [[1, 2, 3, 0], [4, 5, 0], [6, 0]]
     kind = data.draw(st.sampled_from(["megatron", "llm.c", "npy", "litdata"]))

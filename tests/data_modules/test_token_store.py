@@ -132,7 +132,7 @@ def test_a_failing_build_leaves_nothing_and_a_full_disk_is_said(tmp_path):
 
 
 def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
-    """The first one was taken for dead, and only slept."""
+    """The first one was taken for dead, and was only asleep."""
     monkeypatch.setattr(claim, "SILENCE", 0.0)
 
     def slower(folder: Path) -> None:
@@ -155,7 +155,7 @@ def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
 
 
 def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
-    """Another host, container or process that looks on leaves it alone."""
+    """Other hosts, containers and processes then leave its folder alone."""
     monkeypatch.setattr(cache, "LEASE", 2.0)
     monkeypatch.setattr(claim, "BEAT", 0.05)
 

@@ -11,7 +11,7 @@ Documents = Sequence[Sequence[int]]
 
 
 def nanogpt(path: Path, documents: Documents, code: str = "H") -> Path:
-    """nanoGPT's data/openwebtext/prepare.py: uint16 ids, each document closed by its eot."""
+    """nanoGPT's data/openwebtext/prepare.py: uint16 ids, each document ended by its eot."""
     ids = [i for document in documents for i in document]
     path.write_bytes(struct.pack(f"<{len(ids)}{code}", *ids))
     return path

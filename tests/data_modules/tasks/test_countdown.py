@@ -1,4 +1,4 @@
-"""Countdown against fractions, over all that could be answered."""
+"""Countdown against an evaluation in fractions, over all possible answers."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from data_modules.tasks.group import ELEMENTS, GENERATORS, PRODUCT
 
 @cache
 def matrix(symbol: str) -> np.ndarray:
-    """That takes the row vector of a place to that of its image."""
+    """The matrix that maps the row vector of a place to that of its image."""
     return np.eye(5, dtype=int)[[int(digit) for digit in symbol]]
 
 

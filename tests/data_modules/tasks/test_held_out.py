@@ -1,4 +1,4 @@
-"""What a model could say of validation by having seen training: nothing, or it is said how much."""
+"""What a model could answer in validation from training alone: nothing, or a reported share."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def expected(task: Task, examples: list[Example], training: list[Example]) -> di
 def test_validation_asks_nothing_that_training_has_answered(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or its share is logged, with the best of the strategies that know no task."""
+    """Or the share is logged, with the best of the strategies that do not know the task."""
     monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 400)
     task = configured(name)
     training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 400)}
@@ -110,7 +110,7 @@ def test_validation_asks_nothing_that_training_has_answered(
     assert found.keys() == {"chance", "seen", "trivial"}
     if name in HELD_OUT:
         assert share == 0 == found["seen"] and found["trivial"] < 0.01
-    elif name in ("hmm", "induction"):  # all have the one prompt, and what is said tells them apart
+    elif name in ("hmm", "induction"):  # all have the same prompt, and only answers differ
         assert share == 1 and found["seen"] < 0.01
     elif name == "sibling":
         assert found["seen"] > 0 and found["trivial"] == 1
@@ -171,7 +171,7 @@ def test_what_cannot_be_shared_is_one_sentence() -> None:
 
 
 def digest(task: Task, seed: int) -> str:
-    """Of the first windows of a run and of its validation."""
+    """Hex digest of the first windows of a run and of its validation."""
     data = TaskDataModule(task, seed=seed, depth=3)
     found = hashlib.sha256()
     for windows in (data.train_dataloader().dataset, data.evaluation):

@@ -37,8 +37,8 @@ def test_names_are_asked_and_always_the_same(task: Induction) -> None:
         mentions = NAME.findall(story)
         assert len(set(mentions)) == len({a for a, _ in mentions}) <= task.names
         assert len(mentions) > len(set(mentions)), "some name is repeated"
-        # Asked are the second tokens of mentions that are not the first, grouped by how far back
-        # the one before lies.
+        # Asked are the second tokens of mentions after the first, grouped by the distance to the
+        # previous mention.
         words = story.split()
         places = [j for j, word in enumerate(words) if re.fullmatch(r"b\d+", word)]
         back = {

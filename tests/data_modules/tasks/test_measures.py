@@ -1,4 +1,4 @@
-"""What tasks report beside exact match, against numpy on everything at once."""
+"""What tasks report besides exact match, against numpy on all examples at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ C, LENGTH = 6, 9
 def outputs(
     task: HMM, numbers: np.ndarray, *, noise: float = 0.3, rank: int = C
 ) -> SimpleNamespace:
-    """States that hold the beliefs, bent and with noise, each example's from its own number."""
+    """States that hold the beliefs nonlinearly, with noise that each example's number seeds."""
     batch = AnswerSet(task, 1000, depth=1).batch(numbers)
     states = []
     for i, row in zip(numbers.tolist(), batch.tokens.numpy(), strict=True):
@@ -75,7 +75,7 @@ def test_the_probe_against_numpy(noise: float, rank: int) -> None:
 
 
 def test_what_varies_as_little_as_rounding_is_not_read() -> None:
-    """Or the probe would be of other bits with every batch size."""
+    """Or the probe would differ with the batch size."""
     task, numbers = HMM(length=LENGTH), np.arange(30)
     exact, rounded = probe(task), probe(task)
     given = outputs(task, numbers, rank=3)

@@ -38,7 +38,7 @@ def test_the_check_agrees_on_all_triples() -> None:
         expected = one != other and {one, other} <= found.get(parent, set())
         assert task.check([], answer) == expected
         right += expected
-    # Of who says any of 9 children twice, and any of 3 parents.
+    # Of two random children of 9, and a random parent of 3.
     assert task.chance == pytest.approx(right / (9 * 9 * 3))
     assert not task.check([], []) and not task.check([], [*task.example(0).answer, 0])
 

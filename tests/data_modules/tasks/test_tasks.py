@@ -150,7 +150,7 @@ CHECKSUMS: dict[Task, int] = {
 }
 
 
-# Independent of the tasks' own checks: from what a person would read.
+# Independent of the tasks' own checks: these tests read what ``show`` writes.
 
 
 def test_star_graphs_against_brute_force() -> None:
@@ -176,7 +176,7 @@ def test_star_graphs_against_brute_force() -> None:
                 ids = [task.symbols.index(name) for name in other]
                 assert task.check(example.prompt, ids) == (other == way)
             first[[b for a, b in edges if a == start].index(way[1])] += 1
-    # Where the right arm's edge stands says nothing: 1,000 draws of one in three.
+    # The right arm's edge is in no preferred place: 1,000 draws of one in three.
     assert all(abs(n / 1000 - 1 / 3) < 0.06 for n in first)
 
 

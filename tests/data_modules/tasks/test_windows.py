@@ -1,4 +1,4 @@
-"""Windows of whole examples: what is a target, who sees whom, and what comes next."""
+"""Windows of whole examples: targets, which tokens see each other, and the order of batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_modules.tasks.data_module import TaskDataModule
 from data_modules.windows import WindowBatch
 from tests.data_modules.loaders import stream
 
-# On a machine of one core.
+# torch warns on a machine with one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 TASKS: list[Task] = [Copy(periods=5), StarGraph(), MQAR(pairs=3, slots=5)]
@@ -45,7 +45,7 @@ def test_targets_against_a_loop(
     assert batch.tokens.shape == (3, seq_len + depth + 1) and batch.depth == depth
     assert (batch.documents is None) == (per_window == 1)
     for row, number in enumerate(numbers):
-        # (token, whose it is, whether it may be a target), side by side.
+        # (token, number of its example, whether it may be a target), in order.
         layout: list[tuple[int, int, bool]] = []
         for i in range(per_window):
             example = task.example(windows.first + int(number) * per_window + i)
@@ -66,7 +66,7 @@ def test_targets_against_a_loop(
 
 
 def test_a_packed_example_sees_itself_alone() -> None:
-    """Other neighbours change nothing of a model's states."""
+    """Examples next to it in the window do not change a model's states."""
     from mtp_lightning.mtp.parallel import ParallelConfig
     from mtp_lightning.nn.config import TrunkConfig
     from tests.models import build
@@ -142,7 +142,7 @@ def test_resumes_with_the_next_batch(examples: int | None) -> None:
     for stop in (1, 6, 7, 8, 13):
         broken = loader(7)
         stream(broken, stop)
-        resumed = loader(0)  # goes on with what it was begun with
+        resumed = loader(0)  # continues with the seed that it began with
         resumed.load_state_dict(broken.state_dict())
         assert same(next(iter(resumed)), batches[stop]), stop
 
