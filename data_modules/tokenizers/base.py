@@ -30,6 +30,8 @@ class Tokenizer(ABC):
     kind: ClassVar[str]
     eot_token: str | None = END_OF_TEXT
     """Name of the end-of-text token."""
+    reads_text: ClassVar[bool] = True
+    """Whether every text has ids, and not only the tokenizer's own symbols."""
 
     @property
     @abstractmethod
@@ -77,11 +79,6 @@ class Tokenizer(ABC):
             "vocab_size": self.vocab_size,
             "eot_id": self.eot_id,
         }
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether every text has ids, and not only the tokenizer's own symbols."""
-        return True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text, in one call of the library where that is faster."""
