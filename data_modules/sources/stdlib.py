@@ -52,7 +52,6 @@ class StdlibSource(FileSource):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        """(relative path, path) of every file, in order."""
         root = Path(sysconfig.get_path("stdlib"))
         found = []
         for folder, below, names in os.walk(root):

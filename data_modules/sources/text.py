@@ -57,7 +57,6 @@ class TextSource(FileSource):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        """(name, path) of every file, in order."""
         found: dict[Path, str] = {}
         for given in self.paths:
             for name, path in expand(given):
