@@ -25,7 +25,7 @@ def test_a_large_file_is_read_once(tmp_path, reads, later):
     assert len(list(memory.iterdir())) == 1
 
 
-def test_any_change_is_seen(tmp_path, reads, later):
+def test_any_change_is_seen(tmp_path, later):
     file, memory = tmp_path / "file", tmp_path / "memory"
     file.write_bytes(b"x" * LARGE)
     first = content_digest(file, memory)

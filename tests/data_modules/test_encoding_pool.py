@@ -49,7 +49,7 @@ def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, token
     assert all(process.returncode is not None for process in pools[0]._processes)
 
 
-def test_results_come_in_order_whoever_is_first(split):
+def test_results_come_in_order_whoever_is_first():
     """Batches of very different sizes, three times as many as may wait."""
     tokenizer, dtype = ByteTokenizer(), np.dtype(np.uint16)
     todo = [[Piece("val", chr(97 + i) * (1 + 200_000 * (i % 2)), True, True)] for i in range(18)]
