@@ -166,6 +166,7 @@ class WindowDataModule(LightningDataModule, ABC):
         end."""
         return None
 
+    @property
     def answer_sets(self) -> dict[str, Any]:
         """Sets of questions to answer and judge at validation, by name; "" is the validation set
         itself."""

@@ -117,7 +117,7 @@ class TaskDataModule(WindowDataModule):
         return TaskWindows(self.task, **self.cut, first=0, examples=self.eval_examples)
 
     @cached_property
-    def _answer_sets(self) -> dict[str, AnswerSet]:
+    def answer_sets(self) -> dict[str, AnswerSet]:
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
@@ -151,15 +151,12 @@ class TaskDataModule(WindowDataModule):
         n = min(self.examples or TRIED, TRIED)
         return [self.task.example(self._first + i) for i in range(n)]
 
-    def answer_sets(self) -> dict[str, AnswerSet]:
-        return self._answer_sets
-
     @property
     def answer_length(self) -> int:
         """Tokens of the longest answer, up to the first given token."""
         if self.task.ends:
             return self.task.longest_answer
-        return max(self._spoken(example) for example in self.answer_sets()[""].examples)
+        return max(self._spoken(example) for example in self.answer_sets[""].examples)
 
     def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
         """Validation prompts whose answers have the full length, each with the given tokens before
@@ -176,7 +173,7 @@ class TaskDataModule(WindowDataModule):
         wanted = self.answer_length
         prompts = [
             torch.tensor(example.prompt + example.answer[: example.asked.index(True)])
-            for example in self.answer_sets()[""].examples
+            for example in self.answer_sets[""].examples
             if self.task.ends or self._spoken(example) == wanted
         ]
         if fewer and prompts:
@@ -197,7 +194,7 @@ class TaskDataModule(WindowDataModule):
 
     def evaluation_summary(self) -> dict[str, Any]:
         """``fingerprint`` of the validation set, its ``examples`` and its asked ``tokens``."""
-        validation = self.answer_sets()[""]
+        validation = self.answer_sets[""]
         return {
             "fingerprint": digest(self.task.fingerprint(), self.eval_examples),
             "examples": self.eval_examples,

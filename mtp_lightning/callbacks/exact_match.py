@@ -30,7 +30,7 @@ class ExactMatch(RunCallback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes, checks and logs; every process does its share."""
-        sets = trainer.datamodule.answer_sets()  # type: ignore[attr-defined]
+        sets = trainer.datamodule.answer_sets  # type: ignore[attr-defined]
         if not sets:
             return
         model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]

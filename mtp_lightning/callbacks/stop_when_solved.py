@@ -43,7 +43,7 @@ class StopWhenSolved(RunCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a run that can never be solved."""
-        if not trainer.datamodule.answer_sets():  # type: ignore[attr-defined]
+        if not trainer.datamodule.answer_sets:  # type: ignore[attr-defined]
             raise UserError(
                 "callbacks=stop_when_solved needs a task (data=star_graph, copy, ..), and this "
                 "run's data has no answers to check: leave it out."

@@ -97,7 +97,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         raise UserError("There is nothing to evaluate: the data gave no batch.")
     metrics = {
         **{f"val/{name}": value for name, value in rates.compute().items()},
-        **answer_all(run.model, data.answer_sets()),
+        **answer_all(run.model, data.answer_sets),
         **evaluate_decoding(run.model, data, cfg.decode),
         **(evaluate_long_range(run, data, cfg) if cfg.long_range and data.has_text else {}),
         "parameters": run.model.config.num_params(),

@@ -231,7 +231,7 @@ def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
     It is computed from ``metrics.csv``, as in the report: that file spans all resumptions of a run
     and includes the validation after the last step, which no checkpoint does.
     """
-    if not data.answer_sets():
+    if not data.answer_sets:
         return {}
     from mtp_lightning.run.solved import time_to_solve
 

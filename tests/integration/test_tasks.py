@@ -242,7 +242,7 @@ def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
     summary = train(composed("config", [*given, f"paths.output_dir={tmp_path}"]))
     assert summary["val/exact_match"] > 0.95 > 0.1 > summary["val/chance"]
     run = open_model(tmp_path)
-    questions = validation_data(run).answer_sets()[""]
+    questions = validation_data(run).answer_sets[""]
     numbers = np.arange(len(questions))
     said_BW = say(run.model, questions.batch(numbers))
     assert float(questions.right(numbers, said_BW).float().mean()) > 0.95

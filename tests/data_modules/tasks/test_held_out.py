@@ -106,7 +106,7 @@ def test_validation_asks_nothing_that_training_has_answered(
     training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 400)}
     asked = {tuple(task.example(i).prompt) for i in range(256)}
     share = len(asked & training) / len(asked)
-    found = TaskDataModule(task).answer_sets()[""].baselines
+    found = TaskDataModule(task).answer_sets[""].baselines
     assert found.keys() == {"chance", "seen", "trivial"}
     if name in HELD_OUT:
         assert share == 0 == found["seen"] and found["trivial"] < 0.01
@@ -121,7 +121,7 @@ def test_validation_asks_nothing_that_training_has_answered(
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
 def test_what_is_logged_is_counted_by_hand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 150)
-    sets = TaskDataModule(task, eval_examples=40, seed=3).answer_sets()
+    sets = TaskDataModule(task, eval_examples=40, seed=3).answer_sets
     by_hand = expected(task, [task.example(i) for i in range(40)], of_seed(task, 3, 150))
     assert sets[""].baselines == {"chance": task.chance, **by_hand}
     assert by_hand["seen"] > 0 or isinstance(task, Induction | Polynomial | Sat)
@@ -131,7 +131,7 @@ def test_what_is_logged_is_counted_by_hand(task: Task, monkeypatch: pytest.Monke
 
 def test_a_fixed_training_set_is_what_is_looked_at() -> None:
     task = Sibling(parents=2, children=3)
-    found = TaskDataModule(task, examples=4, eval_examples=50, seed=3).answer_sets()[""].baselines
+    found = TaskDataModule(task, examples=4, eval_examples=50, seed=3).answer_sets[""].baselines
     by_hand = expected(task, [task.example(i) for i in range(50)], of_seed(task, 0, 4))
     assert {key: found[key] for key in by_hand} == by_hand and 0 < found["seen"] < 1
 

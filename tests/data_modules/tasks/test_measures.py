@@ -143,7 +143,7 @@ def test_the_creativity_of_samples() -> None:
 def test_the_training_set_is_what_the_loader_reads() -> None:
     options = {"hash": 2}
     data = TaskDataModule(Sibling(**options), examples=37, batch_size=4, seq_len=11, seed=5)
-    training = data.answer_sets()[""].training
+    training = data.answer_sets[""].training
     assert training is not None
     read = set()
     for batch in data.train_dataloader():
@@ -152,7 +152,7 @@ def test_the_training_set_is_what_the_loader_reads() -> None:
             read |= {tuple(answers[i : i + 3]) for i in range(0, len(answers), 3)}
     assert read <= {tuple(answer) for answer in training()} and len(training()) == 37
     assert len(read) > 20
-    assert TaskDataModule(Sibling(**options)).answer_sets()[""].training is None
+    assert TaskDataModule(Sibling(**options)).answer_sets[""].training is None
 
 
 def test_numbers_to_draw_by_are_an_examples_own() -> None:

@@ -212,7 +212,7 @@ def test_prompts_to_decode_are_whole_and_their_answers_of_one_length() -> None:
     recall = module(MQAR(pairs=3, slots=5), eval_examples=10)
     assert recall.answer_length == 1
     for prompt, example in zip(
-        recall.held_out_prompts(10), recall.answer_sets()[""].examples, strict=True
+        recall.held_out_prompts(10), recall.answer_sets[""].examples, strict=True
     ):
         # Up to the first query, which is one of the keys.
         assert int(prompt[-1]) in example.prompt[:-1:2] and len(prompt) % 2 == 0
