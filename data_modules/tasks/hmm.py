@@ -137,7 +137,7 @@ class HMM(Task):
         size = len(self.stationary)
         return (
             AffineProbe("belief_r2", self.beliefs, size=size, d_model=d_model),
-            Excess("surprisal", self.surprisals),
+            Excess(self.surprisals),
         )
 
     def _filter(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -152,20 +152,18 @@ class AffineProbe(Measure):
 
 
 class Excess(Measure):
-    """The least possible loss on the scored tokens, and the model's excess over it; both are means
-    in nats. Tokens after the end of an answer do not count.
+    """``surprisal``, the least possible loss on the scored tokens, and ``excess_loss``, the model's
+    excess over it; both are means in nats. Tokens after the end of an answer do not count.
 
     Args:
-        name: name of the least loss.
         least: maps tokens [B, W] to the nats of each token given those before it, under the best
             predictor.
     """
 
     sums: Tensor
 
-    def __init__(self, name: str, least: Callable[[np.ndarray], np.ndarray]) -> None:
+    def __init__(self, least: Callable[[np.ndarray], np.ndarray]) -> None:
         super().__init__()
-        self.name = name
         self.least = least
         self.add_sum("sums", 3)
 
@@ -180,7 +178,7 @@ class Excess(Measure):
 
     def compute(self) -> dict[str, float]:
         least, excess, n = self.sums.tolist()
-        return {self.name: least / n, "excess_loss": excess / n}
+        return {"surprisal": least / n, "excess_loss": excess / n}
 
 
 Training = Callable[[], Sequence[Sequence[int]]]

@@ -187,7 +187,7 @@ class Navigation(Task):
             Walks(self),
             Shortcuts(self),
             BeliefCosine(self, d_model=d_model),
-            Excess("surprisal", self.surprisals),
+            Excess(self.surprisals),
         )
 
     @cached_property
