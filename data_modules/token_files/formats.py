@@ -119,7 +119,7 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
             "data.dtype=uint16 if every second id is really 0"
         )
     kind = np.dtype(dtype or "uint16").newbyteorder("<")
-    n_tokens = _whole(path, path.stat().st_size, kind)
+    n_tokens = _count(path, kind)
     return TokenSource("raw", Shard(path, kind.str, 0, n_tokens), None, (path,))
 
 
@@ -129,7 +129,9 @@ def _looks_wide(head: bytes) -> bool:
     return len(halves) >= 32 and not halves[1::2].any() and bool(halves[::2].any())
 
 
-def _whole(path: Path, n_bytes: int, dtype: np.dtype) -> int:
+def _count(path: Path, dtype: np.dtype) -> int:
+    """The number of ids in a file that holds nothing else."""
+    n_bytes = path.stat().st_size
     n_tokens, rest = divmod(n_bytes, dtype.itemsize)
     if rest:
         raise UserError(
@@ -203,7 +205,7 @@ def _megatron(path: Path) -> TokenSource:
     if size != expected or n_sequences < 1 or n_entries < 2:
         raise damaged(f"its header implies {expected:,} bytes, but it has {size:,}")
     dtype = np.dtype(_MEGATRON_TYPES[code])
-    n_tokens = _whole(path, path.stat().st_size, dtype)
+    n_tokens = _count(path, dtype)
     lengths = np.memmap(index, "<i4", "r", at, (n_sequences,))
     pointers = np.memmap(index, "<i8", "r", at + 4 * n_sequences, (n_sequences,))
     entries = np.memmap(index, "<i8", "r", at + 12 * n_sequences, (n_entries,))
