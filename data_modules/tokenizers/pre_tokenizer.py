@@ -33,8 +33,6 @@ _PYTHON_PATTERN = re.compile(
     rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
 )
 
-_FILE = Path(__file__).with_name(f"_words{SUFFIX}")
-
 
 class PreTokenizer(ABC):
     """Numbers of words, in the order of their first use."""
@@ -102,7 +100,7 @@ class NativePreTokenizer(PreTokenizer):
 
 
 library, _ = open_built(
-    _FILE,
+    Path(__file__).with_name(f"_words{SUFFIX}"),
     Path(__file__).with_name("cpp"),
     {
         "words_new": ((), c_void_p),
