@@ -101,14 +101,17 @@ class AnswerSet:
         """
         held = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in held) + self.task.longest_answer
-        width = longest + self.stride * self.depth
-        batch = lay_out([[e] for e in held], width=width, depth=self.depth, stride=self.stride)
+        tokens, scored, _ = lay_out([[e] for e in held], longest + self.stride * self.depth)
         if self.task.ends:
-            assert batch.scored is not None
             for row, example in enumerate(held):
                 start = len(example.prompt)
-                batch.scored[row, start : start + self.task.longest_answer] = True
-        return batch
+                scored[row, start : start + self.task.longest_answer] = True
+        return WindowBatch(
+            torch.from_numpy(tokens),
+            self.depth,
+            scored=torch.from_numpy(scored),
+            stride=self.stride,
+        )
 
     def answer_positions(self, numbers: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
         """For each token of a :meth:`batch`, its index among the asked tokens of its answer, and

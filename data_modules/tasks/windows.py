@@ -76,37 +76,25 @@ class TaskWindows(Windows):
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         rows = [self.held(number) for number in numbers.tolist()]
-        return lay_out(
-            rows,
-            width=self.width,
-            depth=self.depth,
-            stride=self.stride,
-            train_prompt=self.train_prompt,
-            apart=self.per_window > 1,
-            extra=self.extra,
+        tokens, scored, documents = lay_out(rows, self.width, train_prompt=self.train_prompt)
+        return self.batch(
+            tokens,
+            scored=torch.from_numpy(scored),
+            documents=torch.from_numpy(documents) if self.per_window > 1 else None,
         )
 
 
 def lay_out(
-    rows: Sequence[Sequence[Example]],
-    *,
-    width: int,
-    depth: int,
-    stride: int = 1,
-    train_prompt: bool = False,
-    apart: bool = False,
-    extra: int = 0,
-) -> WindowBatch:
-    """Lays out examples side by side, [B, W].
+    rows: Sequence[Sequence[Example]], width: int, *, train_prompt: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lays out examples side by side: their tokens, int64; which of them may be targets, bool; and
+    the number of each token's example in its row, int64, where the padding is the last one. All
+    three are [B, W].
 
     Args:
         rows: the examples of every window.
         width: W.
-        depth: D.
-        stride: s.
         train_prompt: whether prompts are targets too.
-        apart: whether the batch carries document ids: one per example, and one for the padding.
-        extra: E.
     """
     tokens = np.full((len(rows), width), END, dtype=np.int64)
     scored = np.zeros((len(rows), width), dtype=np.bool_)
@@ -120,16 +108,8 @@ def lay_out(
             scored[number, answer:end] = asked
             scored[number, start:answer] = train_prompt
             documents[number, start:end] = i
-        assert width - end >= stride * depth
         documents[number, end:] = len(row)
-    return WindowBatch(
-        torch.from_numpy(tokens),
-        depth,
-        torch.from_numpy(documents) if apart else None,
-        torch.from_numpy(scored),
-        stride=stride,
-        extra=extra,
-    )
+    return tokens, scored, documents
 
 
 class ExampleLoader(WindowLoader):
