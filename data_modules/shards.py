@@ -69,7 +69,9 @@ class ShardedTokens:
         # Plain arrays of the maps: indexing a np.memmap is slower.
         self._maps = [np.asarray(shard.tokens()) for shard in shards]
         self._stamps = [_stamp(shard.path) for shard in shards]
-        self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)
+        sizes = np.array([shard.n_tokens for shard in shards], np.int64)
+        self._ends = sizes.cumsum()
+        self._begins = self._ends - sizes
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -89,10 +91,7 @@ class ShardedTokens:
     def locate(self, at: int) -> tuple[Path, int]:
         """The file of a token, and the token's index in it."""
         number = int(self._ends.searchsorted(at, side="right"))
-        return self.shards[number].path, at - self._begin(number)
-
-    def _begin(self, number: int) -> int:
-        return int(self._ends[number - 1]) if number else 0
+        return self.shards[number].path, at - int(self._begins[number])
 
     def _require_unchanged(self, number: int) -> None:
         path = self.shards[number].path
@@ -108,7 +107,7 @@ class ShardedTokens:
         found: list[np.ndarray] = []
         while first < last:
             self._require_unchanged(number)
-            begin, end = self._begin(number), int(self._ends[number])
+            begin, end = int(self._begins[number]), int(self._ends[number])
             found.append(self._maps[number][first - begin : min(last, end) - begin])
             first, number = end, number + 1
         if len(found) == 1:
