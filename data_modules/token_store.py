@@ -138,14 +138,12 @@ class TokenStore:
         counts = (facts["tokens"], facts["bytes"], facts["documents"])
         if not all(is_whole(n) or n is None for n in counts):
             raise damaged(self.folder, f"its {name} has {counts}")
-        if shards is not None:
-            return TokenFile(path, dtype.name, *counts, shards)
         expected = facts["tokens"] * dtype.itemsize
-        if path.stat().st_size != expected:
+        if shards is None and path.stat().st_size != expected:
             raise damaged(
                 self.folder, f"{path.name} has {path.stat().st_size} bytes instead of {expected}"
             )
-        return TokenFile(path, dtype.name, *counts)
+        return TokenFile(path, dtype.name, *counts, shards)
 
     def __getitem__(self, split: str) -> TokenFile:
         return self.splits[split]
