@@ -14,7 +14,6 @@ Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -86,7 +85,6 @@ class Session:
             torch.zeros(slots, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
-        self._branch = partial(model.mtp.branch, model.trunk)
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
         self._trunk_gives_branch = max_draft > 0 and not model.mtp.appended
         self._short = None if draft_vocab is None else self._short_head(draft_vocab)
@@ -185,10 +183,8 @@ class Session:
         """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
         catch up when they draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
-        cache = self.trunk_cache.rows(rows)
-        hidden, branch = self._trunk(width, cache, rows, starts)
-        if branch is not None:
-            cache.runs.write(self.states[0][rows], branch)
+        positions = Positions.of_cache(self.trunk_cache.rows(rows), starts, width)
+        hidden = self._trunk(positions, rows)
         self.n[rows] = lengths
         self.trunk_cache.lengths[rows] = lengths
         return hidden
@@ -203,22 +199,20 @@ class Session:
             cache.begin(self.n, width)
             kept = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, kept)
-        hidden, branch = self._trunk(width, cache, slice(None), self.n)
-        if branch is not None:
-            cache.runs.write(self.states[0], branch)
-        return self.model.head(hidden)
+        return self.model.head(self._trunk(Positions.of_cache(cache, self.n, width)))
 
-    def _trunk(
-        self, width: int, cache: KVCache, rows: slice, starts: list[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The head's input [rows, T, C] and, if drafts are made, the stack's branch states."""
+    def _trunk(self, positions: Positions, rows: slice = slice(None)) -> Tensor:
+        """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
+        states if drafts are made. Returns the head's input, [rows, T, C]."""
+        model, runs = self.model, positions.cache.runs
         # Only the trunk must be batch-invariant: it decides the text, drafts do not.
-        with batch_invariant_pass(width, self.tokens_BS.device):
-            positions = Positions.of_cache(cache, starts, width)
-            tokens = cache.runs.read(self.tokens_BS[rows])
-            output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
-            main = self.model.mtp.main_state(output.final)
-        return main, self._branch(output) if self._trunk_gives_branch else None
+        with batch_invariant_pass(runs.width, self.tokens_BS.device):
+            tokens = runs.read(self.tokens_BS[rows])
+            output = model.trunk(model.trunk.embedding(tokens), positions)
+            main = model.mtp.main_state(output.final)
+        if self._trunk_gives_branch:
+            runs.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
+        return main
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date and return its logits [B, V], or with ``draft_vocab`` those

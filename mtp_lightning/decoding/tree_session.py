@@ -24,7 +24,6 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree, ancestor, depth_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
@@ -143,17 +142,9 @@ class TreeSession(Session):
 
     def verify_tree(self) -> Tensor:
         """Read every row's pending token and its tree. Returns logits [B, 1 + nodes, V]."""
-        cache, model = self.trunk_cache, self.model
+        cache, branches = self.trunk_cache, self._branches(self.tree.depth, 1)
         assert isinstance(cache, TreeCache)
-        branches = self._branches(self.tree.depth, 1)
-        with batch_invariant_pass(branches.width, self.tokens_BS.device):
-            positions = Positions.of_tree(cache, self.n, branches)
-            tokens = cache.runs.read(self.tokens_BS)
-            output = model.trunk(model.trunk.embedding(tokens), positions)
-            main = model.mtp.main_state(output.final)
-        if self._trunk_gives_branch:
-            self._branch_BTC = model.mtp.branch(model.trunk, output)
-        return model.head(main)
+        return self.model.head(self._trunk(Positions.of_tree(cache, self.n, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
         """Keep the pending token and a path of the tree in every row.
@@ -164,9 +155,10 @@ class TreeSession(Session):
         """
         assert isinstance(self.trunk_cache, TreeCache)
         self.trunk_cache.settle(path_BE)
-        runs = Runs(self._tables, self.n, path_BE.shape[1])
         if self._trunk_gives_branch:
-            runs.write(self.states[0], along(self._branch_BTC, path_BE))
+            read = self.trunk_cache.runs.read(self.states[0])
+            runs = Runs(self._tables, self.n, path_BE.shape[1])
+            runs.write(self.states[0], along(read, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self.model.mtp.ahead(k)
             # Entries of accepted nodes are not stored at their own positions: recompute them.
