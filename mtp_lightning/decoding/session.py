@@ -87,7 +87,9 @@ class Session:
         ]
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
         self._trunk_gives_branch = max_draft > 0 and not model.mtp.appended
-        self._short = None if draft_vocab is None else self._short_head(draft_vocab)
+        self._draft_head: Head | OwnHead | ShortHead = (
+            model.head_of(1) if draft_vocab is None else self._short_head(draft_vocab)
+        )
         self._fused_trunk: TrunkPass | None = None
         self._fused_drafts: list[DraftPass | None] = [None] * max_draft
         if (passes := fused(model)) is not None:
@@ -300,10 +302,6 @@ class Session:
                 starts = [max(end - width, 0) for end in known[rows]]
                 self._depth(k, width, cache.rows(rows), rows, starts)
                 cache.lengths[rows] = filled[rows] = known[rows]
-
-    @property
-    def _draft_head(self) -> Head | OwnHead | ShortHead:
-        return self.model.head_of(1) if self._short is None else self._short
 
     def _store_draft(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
         """Store a draft's state and confidence, and return its logits [B, P, V]; P is 1, or with a
