@@ -14,7 +14,6 @@ can differ from plain decoding where two tokens' logits agree to about 1e-5.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,11 +229,6 @@ def record(
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
-    def __init__(self, model: MTPModel, *, slots: int, max_draft: int, **room: Any) -> None:
-        assert slots == 1
-        super().__init__(model, slots=slots, max_draft=max_draft, **room)
-        self._width = max_draft + 1
-
     def _run(self, kind: str, number: int, cache: KVCache, *passing: Tensor) -> Sequence[Tensor]:
         """Run a pass: kind ``trunk`` over ``number`` tokens, or kind ``depth`` of depth
         ``number``."""
@@ -270,28 +264,29 @@ class CompiledSession(Session):
 
     def draft(self, k: int) -> Tensor:
         self._append(k)
+        width = self._widest
         end = max(self.n[0], 1)
         held = min(self.filled[k][0], end - 1)
-        if end - held > self._width:
+        if end - held > width:
             return super().draft(k)  # catching up with the prompt
-        start = max(end - self._width, 0)
+        start = max(end - width, 0)
         cache = self.depth_caches[k - 1]
-        branch = self.states[0].narrow(1, start, self._width)
+        branch = self.states[0].narrow(1, start, width)
         first = self.model.mtp.first_token(k)
         logits, hidden, *sure = self._run(
             "depth",
             k,
             cache,
-            self.tokens_BS.narrow(1, start + first, self._width + k - first),
+            self.tokens_BS.narrow(1, start + first, width + k - first),
             branch,
-            branch if k == 1 else self.states[k - 1].narrow(1, start, self._width),
+            branch if k == 1 else self.states[k - 1].narrow(1, start, width),
             self._at(start),
             self._at(end - 1 - start),
         )
         self.confidence_B = sure[0] if sure else None
-        cache.lengths = [start + self._width]
+        cache.lengths = [start + width]
         if k < self.max_draft:
-            self.states[k].narrow(1, start, self._width).copy_(hidden)
+            self.states[k].narrow(1, start, width).copy_(hidden)
         self.filled[k] = [max(0, self.n[0] - k + 1)]
         return logits
 
