@@ -27,6 +27,8 @@ from mtp_lightning.registry import imported
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
+# Samples of a bootstrap.
+_RESAMPLES = 1000
 # Prompts decoded together to measure acceptance, and prompts decoded one by one to measure speed.
 TOGETHER, TIMED = 64, 4
 
@@ -92,9 +94,7 @@ def race(
     return Race(outputs, seconds)
 
 
-def intervals(
-    generations: Sequence[Generation], *, resamples: int = 1000, seed: int = 0
-) -> dict[str, float]:
+def intervals(generations: Sequence[Generation]) -> dict[str, float]:
     """95 % confidence intervals ``NAME_low`` and ``NAME_high`` of the values of :func:`rates`.
 
     By a percentile bootstrap over prompts (Efron 1979), since the tokens of one text depend on one
@@ -102,13 +102,11 @@ def intervals(
 
     Args:
         generations: one per prompt.
-        resamples: number of bootstrap samples.
-        seed: seed of the bootstrap.
     """
     n = len(generations)
     if n < 2:
         return {}
-    drawn_RN = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    drawn_RN = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
     values = {}
     for name, (above_N, below_N) in rate_counts(generations).items():
         above_R, below_R = above_N[drawn_RN].sum(1), below_N[drawn_RN].sum(1)

@@ -22,6 +22,8 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk
 
+_RESAMPLES = 1000  # samples of a bootstrap
+
 
 class DepthRates(Metric):
     """Loss, accuracy, agreement and overlap of every depth, over all ranks and batches.
@@ -226,19 +228,13 @@ def bits_per_byte(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
     return float(nats_N.sum() / math.log(2) / bytes_N.sum())
 
 
-def bits_per_byte_se(
-    nats_N: np.ndarray, bytes_N: np.ndarray, *, resamples: int = 1000, seed: int = 0
-) -> float:
+def bits_per_byte_se(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
     """Standard error of :func:`bits_per_byte` by a bootstrap over documents (Efron 1979): how much
     another sample of as many documents would change it.
 
     It measures how well this text represents its corpus. The difference of two models on the same
     text varies far less.
     """
-    generator = np.random.default_rng(seed)
-    n = len(nats_N)
-    means = np.empty(resamples)
-    for i in range(resamples):
-        drawn = generator.integers(n, size=n)
-        means[i] = bits_per_byte(nats_N[drawn], bytes_N[drawn])
-    return float(means.std(ddof=1))
+    generator, n = np.random.default_rng(0), len(nats_N)
+    draws = (generator.integers(n, size=n) for _ in range(_RESAMPLES))
+    return float(np.std([bits_per_byte(nats_N[drawn], bytes_N[drawn]) for drawn in draws], ddof=1))
