@@ -132,8 +132,7 @@ class PositionLoss(Metric):
     def __init__(self, depth: int, seq_len: int) -> None:
         super().__init__()
         self.buckets = position_buckets(seq_len)
-        index = [i for i, (a, b) in enumerate(self.buckets) for _ in range(a, b + 1)]
-        self.index = index
+        self.index = [i for i, (a, b) in enumerate(self.buckets) for _ in range(a, b + 1)]
         for name in ("count", "loss"):
             zeros = torch.zeros(depth + 1, len(self.buckets), dtype=torch.float64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
@@ -219,16 +218,13 @@ class TruncatedContext(Metric):
             return {}
         mean = self.gain / self.count
         spread = (self.square / self.count - mean.square()).clamp(min=0) / (self.count - 1)
+        gains = dict(zip(self.contexts, mean.tolist(), strict=True))
         values: dict[str, float] = {}
-        for context, gain, se in zip(
-            self.contexts, mean.tolist(), spread.sqrt().tolist(), strict=True
-        ):
+        for (context, gain), se in zip(gains.items(), spread.sqrt().tolist(), strict=True):
             values[f"context_gain_{context}"] = gain
             values[f"context_gain_{context}_se"] = se
         if self.count:
-            values["effective_context"] = effective_context(
-                dict(zip(self.contexts, mean.tolist(), strict=True)), self.seq_len
-            )
+            values["effective_context"] = effective_context(gains, self.seq_len)
         return values
 
 

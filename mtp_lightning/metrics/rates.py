@@ -174,16 +174,15 @@ class DepthRates(Metric):
         ``overlap_depth_k`` for k = 1 .. D, and of a stack that rescores
         ``candidate_recall_depth_k``; NaN without any count. With the bytes also
         ``bits_per_byte`` and, for two documents or more, ``bits_per_byte_se``."""
-        rates: dict[str, float] = {}
-        for name, total in (("loss", self.scored), ("accuracy", self.count)):
-            for k in range(self.depth + 1):
-                rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / total[k])
-        further = [("agreement", self.pairs), ("overlap", self.pairs)]
+        parts = [("loss", self.scored, 0), ("accuracy", self.count, 0)]
+        parts += [("agreement", self.pairs, 1), ("overlap", self.pairs, 1)]
         if self._rescore is not None:
-            further.append(("candidate_recall", self.count))
-        for name, total in further:
-            for k in range(1, self.depth + 1):
-                rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / total[k])
+            parts.append(("candidate_recall", self.count, 1))
+        rates = {
+            f"{name}_depth_{k}": float(getattr(self, name)[k] / total[k])
+            for name, total, first in parts
+            for k in range(first, self.depth + 1)
+        }
         if self.text_bytes is not None:
             nats_N, bytes_N = self.text_loss.cpu().numpy(), np.asarray(self.text_bytes)
             rates["bits_per_byte"] = bits_per_byte(nats_N, bytes_N)
