@@ -241,14 +241,13 @@ class DecodingOptions(TextOptions):
 
     def plain(self) -> Self:
         """The same options without drafts."""
-        known = {field.name: field.default for field in fields(self)}
-        defaults: dict[str, Any] = {name: known[name] for name in _DRAFTING}
+        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING}
         return replace(self, speculative=False, **defaults)
 
     def _asked(self, name: str) -> str | None:
         """``name=value`` as a user types it; None if the option has its default."""
         value = getattr(self, name)
-        if value == self.__dataclass_fields__[name].default:
+        if value == getattr(DecodingOptions, name):  # a dataclass holds its defaults
             return None
         if isinstance(value, Tree):
             value = list(value.widths)
