@@ -1,4 +1,4 @@
-"""From logits to a distribution to a token: temperature, top-k, nucleus.
+"""From logits to a distribution to a token: temperature, top-k, nucleus, random numbers.
 
 Shapes: B rows, V vocabulary, and any dimensions before V.
 """
@@ -142,3 +142,41 @@ class RowSampling:
         for sampling, rows in self._groups.items():
             probs[rows] = sampling.probabilities(logits[rows])
         return probs
+
+
+class Noise:
+    """The uniform random numbers in [0, 1) of a batch whose rows come and go. A row's numbers
+    depend only on its seed, its index and the rounds since it joined.
+
+    Args:
+        per_round: numbers that a row takes per round.
+        device: device of the returned tensors.
+    """
+
+    def __init__(self, per_round: int, device: torch.device | str) -> None:
+        self._per_round, self._device = per_round, device
+        self._generators: list[torch.Generator] = []
+
+    def join(self, streams: Sequence[tuple[int, int]]) -> Tensor:
+        """Append rows, by seed and index; returns their numbers of a first round."""
+        joined = []
+        for seed, index in streams:
+            # Spread out, so that no two small pairs (seed, index) share a stream. The generator
+            # takes a seed of 32 bits.
+            number = (seed * 1_000_003 + index * 2_654_435_761) % 2**32
+            joined.append(torch.Generator().manual_seed(number))
+        self._generators += joined
+        return self._draw(joined)
+
+    def next(self) -> Tensor:
+        """The numbers of every row for the next round, [B, per_round] fp64."""
+        return self._draw(self._generators)
+
+    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        rows = [torch.rand(self._per_round, generator=g, dtype=torch.float64) for g in generators]
+        return torch.stack(rows).to(self._device)
+
+    def drop_row(self, row: int) -> None:
+        """Drop a row; the last row moves to its slot."""
+        self._generators[row] = self._generators[-1]
+        self._generators.pop()

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.noise import Noise
-from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw, over_all
+from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw, over_all
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
 

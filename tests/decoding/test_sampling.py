@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate, speculative
-from mtp_lightning.decoding.noise import Noise
-from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
+from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw
 from mtp_lightning.decoding.verification import accept_or_resample
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.linear import LinearConfig
