@@ -23,7 +23,7 @@ from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import build_model
-from tests.decoding.models import random_prompts, small_model
+from tests.decoding.models import ids_of, random_prompts, small_model
 from tests.kernels import use_library
 
 PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.HALF, "int8": Kind.BYTE, "int4": Kind.BLOCKS4}
@@ -121,7 +121,7 @@ def test_it_decodes_to_the_same_bits(stack, tied):
         ]
     for way in ways:
         expected, found = (generate(m, prompts, max_new_tokens=12, **way) for m in (model, light))
-        assert [g.token_ids for g in found] == [g.token_ids for g in expected], way
+        assert ids_of(found) == ids_of(expected), way
         assert [g.accepted_mask for g in found] == [g.accepted_mask for g in expected], way
 
 
@@ -143,7 +143,7 @@ def test_rounded_weights_are_kept_as_well(precision):
         keep.keep(weight)
     prompts = random_prompts(4, (5, 20), 300)
     expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert ids_of(found) == ids_of(expected)
 
 
 def test_weights_that_are_read_otherwise_stay():
@@ -153,7 +153,7 @@ def test_weights_that_are_read_otherwise_stay():
         assert not any(is_kept(weight) for weight in block.parameters())
     prompts = random_prompts(4, (5, 20))
     expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert ids_of(found) == ids_of(expected)
 
 
 def test_without_the_library_nothing_is_kept(monkeypatch):
@@ -196,9 +196,7 @@ def test_a_second_process_maps_what_the_first_one_packed(cached, monkeypatch, tm
         second = opened()
     prompts = random_prompts(4, (5, 20), 300)
     texts = [generate(m, prompts, max_new_tokens=12) for m in (model, first, second)]
-    assert [[g.token_ids for g in text] for text in texts[1:]] == [
-        [g.token_ids for g in texts[0]]
-    ] * 2
+    assert [ids_of(text) for text in texts[1:]] == [ids_of(texts[0])] * 2
     for (name, weight), (_, other) in zip(
         first.named_parameters(), second.named_parameters(), strict=True
     ):

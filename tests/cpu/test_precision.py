@@ -14,6 +14,7 @@ from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.precision import round_weights, use_precision
 from mtp_lightning.experiment import generating
 from tests.decoding.models import (
+    ids_of,
     random_prompts,
     small_model,
     steer_drafts,
@@ -51,17 +52,17 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
     model = rounded(precision, 4, 2, deepseek=deepseek)
     prompts = random_prompts(4, (5, 1, 13))
     options = {"max_new_tokens": NEW}
-    expected = [g.token_ids for g in generate(model, prompts, speculative=False, **options)]
+    expected = ids_of(generate(model, prompts, speculative=False, **options))
     right = [p + e for p, e in zip(prompts, expected, strict=True)]
-    assert [g.token_ids for g in generate(model, prompts, **options)] == expected
+    assert ids_of(generate(model, prompts, **options)) == expected
     with monkeypatch.context() as patch:
         steer_drafts(patch, right, chance=0.6, seed=1)
         together = generate(model, prompts, **options)
-        assert [g.token_ids for g in together] == expected
+        assert ids_of(together) == expected
         assert any(any(g.accepted_mask) for g in together)
     # The same model by PyTorch's operators in fp32.
     use_library(monkeypatch, None)
-    assert [g.token_ids for g in generate(model, prompts, **options)] == expected
+    assert ids_of(generate(model, prompts, **options)) == expected
 
 
 @ROUNDED
@@ -121,7 +122,7 @@ def test_the_modules_have_a_precision_of_their_own_which_changes_no_text(heads):
     assert {"mtp.depths.0.eh_proj.weight", "mtp.depths.1.eh_proj.weight"} <= other
     assert all(name.startswith("mtp.") for name in other)
     prompts = random_prompts(6, (5, 9))
-    texts = [[g.token_ids for g in generate(m, prompts, max_new_tokens=NEW)] for m in (both, own)]
+    texts = [ids_of(generate(m, prompts, max_new_tokens=NEW)) for m in (both, own)]
     assert texts[0] == texts[1]
 
 

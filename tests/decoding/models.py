@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import Generation
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -49,6 +51,11 @@ def small_model(
 def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def ids_of(generations: Iterable[Generation]) -> list[list[int]]:
+    """The tokens of every text."""
+    return [generation.token_ids for generation in generations]
 
 
 @torch.no_grad()

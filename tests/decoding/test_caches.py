@@ -23,7 +23,7 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.distributions import VOCAB as SAMPLED
 from tests.decoding.distributions import require_the_models_distribution
-from tests.decoding.models import random_prompts, small_model, steer_drafts
+from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 
 DEPTH, CAPACITY, NEW = 3, 40, 14
 ATTENDING: dict[str, dict[str, Any]] = {
@@ -101,10 +101,10 @@ def test_texts_and_drafts_are_those_with_caches(
     monkeypatch.setattr(type(model.mtp), "cached_blocks", 1)
     assert stored(Session(model, slots=1, capacity=8, max_draft=1).depth_caches[0]) > 0
     held = generate(model, prompts, **asked)
-    assert [x.token_ids for x in bare] == [x.token_ids for x in held]
+    assert ids_of(bare) == ids_of(held)
     assert [x.verify_passes for x in bare] == [x.verify_passes for x in held]
     plain = generate(model, prompts, **{**asked, "tree": None, "speculative": False})
-    assert [x.token_ids for x in bare] == [x.token_ids for x in plain]
+    assert ids_of(bare) == ids_of(plain)
 
 
 VOCAB = 4  # random heads are right now and then
@@ -180,7 +180,7 @@ def test_greedy_text_is_that_of_plain_decoding(
                 steer_drafts(patched, right, chance=chance)
             for depth in (3, "auto"):
                 found = generate(model, prompts, draft_depth=depth, **SINGLE, **options)
-                assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+                assert ids_of(found) == ids_of(plain)
 
 
 def test_samples_have_the_models_distribution() -> None:

@@ -17,7 +17,7 @@ from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.experts import Experts, gathered
-from tests.decoding.models import random_prompts, small_model, steer_drafts
+from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 from tests.kernels import use_library
 
 NEW = 14
@@ -100,7 +100,7 @@ def test_passes_are_those_of_eager_decoding(name, chance, how, passes, monkeypat
     # The modules' first pass is wider than a program where the prompt is long.
     prompts = random_prompts(5, (1, 2, 4, 21))
     options = {"max_new_tokens": NEW, "batch_size": 1}
-    expected = [g.token_ids for g in generate(model, prompts, **options)]
+    expected = ids_of(generate(model, prompts, **options))
     right = [p + e for p, e in zip(prompts, expected, strict=True)]
     logits, texts = [], []
     for session, compile in ((Session, False), (CompiledSession, True)):
@@ -108,7 +108,7 @@ def test_passes_are_those_of_eager_decoding(name, chance, how, passes, monkeypat
             logits.append(recorded(patch, session))
             steer_drafts(patch, right, chance=chance, session=session)
             texts.append(generate(model, prompts, compile=compile, **options))
-    assert [[g.token_ids for g in found] for found in texts] == [expected, expected]
+    assert [ids_of(found) for found in texts] == [expected, expected]
     same = logits[0].keys() & logits[1].keys()
     assert {k for _, k, _ in same} == set(range(model.depth + 1))
     for key in same:
@@ -128,7 +128,7 @@ def test_sliding_and_sampling_are_as_without(how, passes):
         {"max_new_tokens": 1},
     ):
         texts = [
-            [g.token_ids for g in generate(model, prompts, batch_size=1, compile=c, **options)]
+            ids_of(generate(model, prompts, batch_size=1, compile=c, **options))
             for c in (False, True)
         ]
         assert texts[0] == texts[1], options
@@ -149,11 +149,11 @@ def test_recorded_passes_are_compiled_once(name, monkeypatch):
     settings = dict(VARIANTS[name])
     model = small_model(5, settings.pop("depth"), **settings)
     prompts = random_prompts(5, (1, 4, 21))
-    expected = [g.token_ids for g in generate(model, prompts, max_new_tokens=NEW)]
+    expected = ids_of(generate(model, prompts, max_new_tokens=NEW))
     for again in (False, True):
         with torch._dynamo.config.patch(error_on_recompile=again):
             found = generate(model, prompts, max_new_tokens=NEW, compile=True)
-        assert [g.token_ids for g in found] == expected
+        assert ids_of(found) == expected
 
 
 def test_gathered_experts_are_experts():
@@ -204,12 +204,12 @@ def test_compiled_for_real(mtp, tmp_path, monkeypatch):
     expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
     for way in ({"speculative": False}, {}):
         found = generate(model, prompts, max_new_tokens=NEW, compile=True, **way)
-        assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+        assert ids_of(found) == ids_of(expected)
     # The weights are read again in every pass.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-1.1)
     expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
     found = generate(model, prompts, max_new_tokens=NEW, compile=True)
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert ids_of(found) == ids_of(expected)
     assert min(pass_costs(model, prompts[2], compile=True, repeats=2).verify) > 0

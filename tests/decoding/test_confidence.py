@@ -13,6 +13,7 @@ from mtp_lightning.decoding.speculative import likeliest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
+from tests.decoding.models import ids_of
 from tests.models import build
 
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -90,7 +91,7 @@ def test_greedy_text_is_that_of_plain_decoding(
     plain = generate(made, PROMPTS, max_new_tokens=30, speculative=False)
     for least in (0.1, 0.3, 0.5):
         found = generate(made, PROMPTS, max_new_tokens=30, min_confidence=least)
-        assert [row.token_ids for row in found] == [row.token_ids for row in plain]
+        assert ids_of(found) == ids_of(plain)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -106,7 +107,7 @@ def test_compiled_passes_stop_where_eager_ones_do(
             generate(made, PROMPTS, max_new_tokens=24, compile=way, **settings)  # type: ignore[arg-type]
             for way in (False, True)
         )
-        assert [row.token_ids for row in found] == [row.token_ids for row in eager]
+        assert ids_of(found) == ids_of(eager)
         assert [r.drafts_accepted for r in found] == [r.drafts_accepted for r in eager]
 
 
@@ -129,7 +130,7 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
     options = {"max_new_tokens": 40, "min_confidence": 0.7}
     plain = generate(made, PROMPTS, max_new_tokens=40, speculative=False)
     found = generate(made, PROMPTS, draft_depth="auto", **options)  # type: ignore[arg-type]
-    assert [row.token_ids for row in found] == [row.token_ids for row in plain]
+    assert ids_of(found) == ids_of(plain)
     assert {m for m, _, _ in rounds} >= {0, 3}
     for m, accepted, reached in rounds:
         # One draft at most is made; the second is the one that was not.

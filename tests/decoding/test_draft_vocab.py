@@ -16,7 +16,7 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.selector import CANDIDATES
 from tests.decoding.distributions import require_the_models_distribution
-from tests.decoding.models import VOCAB, random_prompts, small_model
+from tests.decoding.models import VOCAB, ids_of, random_prompts, small_model
 
 ROWS = 20
 HEADS: list[dict[str, Any]] = [
@@ -64,11 +64,11 @@ def test_drafts_are_of_the_first_tokens_and_change_no_text(
         assert (logits.isfinite().sum(-1) == candidates).all()
     if "temperature" not in way:
         plain = generate(model, prompts, speculative=False, **options)
-        assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+        assert ids_of(found) == ids_of(plain)
     # All of the rows are the whole head's, to the bit.
     whole = generate(model, prompts, **options, **way)
     all_rows = generate(model, prompts, draft_vocab=VOCAB, **options, **way)
-    assert [g.token_ids for g in whole] == [g.token_ids for g in all_rows]
+    assert ids_of(whole) == ids_of(all_rows)
     if way.get("draft_depth") != "auto":
         assert [g.drafts_accepted for g in whole] == [g.drafts_accepted for g in all_rows]
 

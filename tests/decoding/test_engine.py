@@ -18,7 +18,7 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.mtp.parallel import ParallelConfig
-from tests.decoding.models import Letters, random_prompts, small_model, teacher_forced
+from tests.decoding.models import Letters, ids_of, random_prompts, small_model, teacher_forced
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -182,7 +182,7 @@ def test_room_is_made_for_longer_requests():
             engine.step()
         while engine.sequences:
             engine.step()
-    assert [row.token_ids for row in rows] == expected
+    assert ids_of(rows) == expected
 
 
 def test_rows_may_ask_for_fewer_drafts():
@@ -199,7 +199,7 @@ def test_rows_may_ask_for_fewer_drafts():
         rows = engine.add(asked)
         while engine.sequences:
             engine.step()
-    assert [row.token_ids for row in rows] == expected
+    assert ids_of(rows) == expected
     assert [max(row.depths) for row in rows[:3]] == [0, 1, 2]
     with pytest.raises(ValueError, match="draft_depth must be a whole number of at least 0"):
         Request(prompt=[1], draft_depth=-1)
@@ -262,5 +262,5 @@ def test_two_at_a_time_over_one_model(first_goes_first):
             sizes = {parameter.numel() for parameter in model.parameters()}
             taken = [torch.full((n,), torch.nan) for n in sizes for _ in range(20)]
             assert taken
-    assert [row.token_ids for row in rows] == expected
+    assert ids_of(rows) == expected
     assert all(getattr(layer, "packed", None) is None for layer in model.modules())

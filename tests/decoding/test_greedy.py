@@ -16,6 +16,7 @@ from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from tests.decoding.models import (
+    ids_of,
     random_prompts,
     small_model,
     steer_drafts,
@@ -85,14 +86,12 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
     right = [p + e for p, e in zip(prompts, expected, strict=True)]
     depths = [depth, depth + 2] if model.mtp.max_draft_depth is None else [depth]
     for drafted in depths:
-        assert [
-            g.token_ids for g in generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
-        ] == expected
+        assert ids_of(generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)) == expected
         with monkeypatch.context() as patch:
             # Random modules hardly ever agree with the trunk: here they do, half of the time.
             steer_drafts(patch, right, chance=0.6, seed=seed)
             together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
-            assert [g.token_ids for g in together] == expected
+            assert ids_of(together) == expected
             assert any(any(g.accepted_mask) for g in together)
 
 
@@ -227,7 +226,7 @@ def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
     right = [p + e for p, e in zip(prompts, expected, strict=True)]
     steer_drafts(monkeypatch, right, chance=0.0)
     generations = generate(model, prompts, max_new_tokens=NEW)
-    assert [g.token_ids for g in generations] == expected
+    assert ids_of(generations) == expected
     assert all(g.drafts_accepted == [0, 0] and g.drafts_reached[0] > 5 for g in generations)
     assert all(g.tokens_per_step == 1.0 and not any(g.accepted_mask) for g in generations)
 
@@ -238,13 +237,13 @@ def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
     prompts = random_prompts(4, (5, 1, 30))
     options = {"max_new_tokens": 40, "max_context": 16, "long": "slide"}
     expected = [generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts]
-    assert [g.token_ids for g in generate(model, prompts, **options)] == expected
+    assert ids_of(generate(model, prompts, **options)) == expected
     with monkeypatch.context() as patch:
         # Blocks must end where plain decoding slides, however good the drafts.
         right = [p + e for p, e in zip(prompts, expected, strict=True)]
         steer_drafts(patch, right, chance=0.9)
         slid = generate(model, prompts, **options)
-        assert [g.token_ids for g in slid] == expected
+        assert ids_of(slid) == expected
         assert min(g.tokens_per_step for g in slid) > 1.5
     # What the slid context holds is read again: the tokens until the next slide follow from it.
     for prompt, tokens in zip(prompts[:2], expected, strict=False):
@@ -262,9 +261,9 @@ def test_auto_falls_back_to_plain_and_equals_it():
     model = small_model(5, 2)
     prompts = random_prompts(5, LENGTHS)
     long = {"max_new_tokens": 120}
-    expected = [g.token_ids for g in generate(model, prompts, speculative=False, **long)]
+    expected = ids_of(generate(model, prompts, speculative=False, **long))
     generations = generate(model, prompts, draft_depth="auto", **long)
-    assert [g.token_ids for g in generations] == expected
+    assert ids_of(generations) == expected
 
 
 @pytest.mark.parametrize(
@@ -282,7 +281,7 @@ def test_models_of_another_precision(dtype, deepseek, fast, monkeypatch):
     model, prompts = small_model(5, 2, deepseek=deepseek).to(dtype), random_prompts(5, LENGTHS)
     texts = plain(model, prompts)
     drafted = generate(model, prompts, max_new_tokens=NEW)
-    assert [g.token_ids for g in drafted] == texts
+    assert ids_of(drafted) == texts
     exact = model.double()  # of the same numbers
     for prompt, text in zip(prompts, texts, strict=True):
         (logits,) = teacher_forced(exact, prompt + text, 0)[:1]
@@ -297,7 +296,7 @@ def test_batches_keep_the_order_of_prompts():
     expected = plain(model, prompts)
     for size in (1, 2, 5, 9):
         generations = generate(model, prompts, max_new_tokens=NEW, batch_size=size)
-        assert [g.token_ids for g in generations] == expected
+        assert ids_of(generations) == expected
 
 
 def is_as_it_was(model):

@@ -29,7 +29,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
+from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts, teacher_forced
 
 
 def generation(accepted: list[int], reached: list[int], passes: int, new: int) -> Generation:
@@ -92,7 +92,7 @@ def test_acceptance_does_not_depend_on_what_is_decoded_together() -> None:
     found, plain = acceptance(model, prompts, DecodingOptions(max_new_tokens=20))
     alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     assert found == {**rates(alone), **intervals(alone), "n_prompts": 4.0, "new_tokens": 20.0}
-    assert [text.token_ids for text in plain] == [text.token_ids for text in alone]
+    assert ids_of(plain) == ids_of(alone)
     assert found["acceptance_position_1_low"] < found["acceptance_position_1_high"]
 
 
@@ -223,7 +223,7 @@ def test_every_way_of_a_race_decodes_the_same_prompts() -> None:
     run = race(model, prompts, ways, repeats=2)
     assert run.outputs.keys() == run.seconds.keys() == ways.keys()
     assert all(len(seconds) == 2 for seconds in run.seconds.values())
-    texts = [[g.token_ids for g in run.outputs[way]] for way in ways]
+    texts = [ids_of(run.outputs[way]) for way in ways]
     assert texts[0] == texts[1] == texts[2]
 
 

@@ -15,7 +15,7 @@ from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
-from tests.decoding.models import random_prompts, small_model
+from tests.decoding.models import ids_of, random_prompts, small_model
 
 
 def test_processors_by_hand():
@@ -198,12 +198,12 @@ def test_samples_do_not_depend_on_neighbours():
     together = generate(model, prompts, **options)
     for size in (1, 2):
         apart = generate(model, prompts, batch_size=size, **options)
-        assert [g.token_ids for g in apart] == [g.token_ids for g in together]
+        assert ids_of(apart) == ids_of(together)
     # More tokens than a pass reads at once, prompts longer and shorter than that.
     many = random_prompts(12, (60, 41, 3, 530, 2) * 6)
     few = {**options, "max_new_tokens": 6}
-    alone = [g.token_ids for g in generate(model, many, batch_size=1, **few)]
-    assert [g.token_ids for g in generate(model, many, batch_size=30, **few)] == alone
+    alone = ids_of(generate(model, many, batch_size=1, **few))
+    assert ids_of(generate(model, many, batch_size=30, **few)) == alone
     changed = generate(model, [[1], prompts[1], [2, 2]], **options)
     assert changed[1].token_ids == together[1].token_ids
     assert generate(model, prompts, **{**options, "seed": 4})[0].token_ids != together[0].token_ids

@@ -23,7 +23,7 @@ from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from tests.decoding.distributions import chi_square, require_the_models_distribution
-from tests.decoding.models import random_prompts, small_model, teacher_forced
+from tests.decoding.models import ids_of, random_prompts, small_model, teacher_forced
 
 VOCAB = 5  # random heads are right now and then
 VARIANTS = [
@@ -110,7 +110,7 @@ def test_greedy_text_is_that_of_plain_decoding(mtp):
     options = {"max_new_tokens": 20, "batch_size": 3}
     plain = generate(model, prompts, speculative=False, **options)
     found = generate(model, prompts, tree=[3, 2, 1], **options)
-    assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+    assert ids_of(found) == ids_of(plain)
     for g in found:
         assert sum(g.drafts_accepted) == sum(g.accepted_mask)
         assert g.drafts_reached[1] <= g.drafts_accepted[0] <= g.drafts_reached[0]
@@ -135,7 +135,7 @@ def test_a_chain_of_one_candidate_is_the_chain():
             generate(model, prompts, max_new_tokens=30, **options, **way)
             for way in ({}, {"tree": [1, 1, 1]})
         )
-        assert [g.token_ids for g in tree] == [g.token_ids for g in chain]
+        assert ids_of(tree) == ids_of(chain)
         assert [g.drafts_accepted for g in tree] == [g.drafts_accepted for g in chain]
         assert [g.drafts_reached for g in tree] == [g.drafts_reached for g in chain]
 
@@ -152,7 +152,7 @@ def test_ends_are_met_and_contexts_slide():
     slide = {"max_new_tokens": 60, "max_context": 24, "long": "slide"}
     expected = generate(model, prompts, speculative=False, **slide)
     found = generate(model, prompts, tree=[3, 2], **slide)
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert ids_of(found) == ids_of(expected)
 
 
 def rule(p: list[Fraction], q: list[Fraction], width: int) -> tuple[list[Fraction], Fraction]:

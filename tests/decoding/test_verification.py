@@ -15,7 +15,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sampling import draw
 from mtp_lightning.decoding.verification import RULES, accept_block, accept_or_resample
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
-from tests.decoding.models import random_prompts, small_model
+from tests.decoding.models import ids_of, random_prompts, small_model
 
 V, D = 3, 2
 ZERO, ONE = Fraction(0), Fraction(1)
@@ -278,7 +278,7 @@ def test_greedy_text_is_the_same_and_so_are_its_passes() -> None:
         assert token.drafts_accepted == block.drafts_accepted
     # At a tiny temperature, the rule itself judges the same drafts.
     cold = generate(model, prompts, max_new_tokens=40, verify="block", temperature=1e-6)
-    assert [g.token_ids for g in cold] == [g.token_ids for g in found[0]]
+    assert ids_of(cold) == ids_of(found[0])
 
 
 def test_the_loop_keeps_more_drafts() -> None:

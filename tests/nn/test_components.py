@@ -22,7 +22,7 @@ from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from tests import deepseek
-from tests.decoding.models import random_prompts, steer_drafts, teacher_forced
+from tests.decoding.models import ids_of, random_prompts, steer_drafts, teacher_forced
 from tests.interop import folders
 from tests.losses import mtp_loss
 
@@ -143,15 +143,15 @@ def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())
     prompts = random_prompts(0, (2, 9, 21))
     options = {"max_new_tokens": 14}
-    plain = [g.token_ids for g in generate(model, prompts, speculative=False, **options)]
+    plain = ids_of(generate(model, prompts, speculative=False, **options))
     for prompt, tokens in zip(prompts, plain, strict=True):
         (logits,) = teacher_forced(model, prompt + tokens, 0)
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
     steer_drafts(monkeypatch, [p + t for p, t in zip(prompts, plain, strict=True)], chance=0.7)
-    assert [g.token_ids for g in generate(model, prompts, **options)] == plain
+    assert ids_of(generate(model, prompts, **options)) == plain
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
     one_by_one = generate(model, prompts, compile=True, batch_size=1, **options)
-    assert [g.token_ids for g in one_by_one] == plain
+    assert ids_of(one_by_one) == plain
 
 
 def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:
