@@ -84,17 +84,19 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
 
 def steer_drafts(
     monkeypatch: pytest.MonkeyPatch,
-    right: list[list[int]],
+    prompts: list[list[int]],
+    continuations: list[list[int]],
     *,
     chance: float,
     seed: int = 0,
     session: type[Session] = Session,
 ) -> None:
-    """Make drafts agree with ``right`` (prompt and continuation of every row) that often.
+    """Make the drafts of every prompt agree with its continuation that often.
 
     Rows are told apart by the tokens they hold, a slid row's too. The modules run as ever: only
     the logits they end in are replaced.
     """
+    right = [[*p, *c] for p, c in zip(prompts, continuations, strict=True)]
     original = session.draft
     generator = torch.Generator().manual_seed(seed)
 

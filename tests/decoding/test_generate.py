@@ -21,7 +21,7 @@ def known(monkeypatch):
     model = small_model(21, 3)
     (prompt,) = random_prompts(21, (5,))
     tokens = generate(model, [prompt], max_new_tokens=60, speculative=False)[0].token_ids
-    steer_drafts(monkeypatch, [prompt + tokens], chance=0.67)
+    steer_drafts(monkeypatch, [prompt], [tokens], chance=0.67)
     return model, prompt, tokens
 
 
@@ -69,7 +69,7 @@ def test_drafts_behind_the_end_are_not_counted(monkeypatch, ends_by):
     model = small_model(21, 3)
     (prompt,) = random_prompts(21, (5,))
     tokens = generate(model, [prompt], max_new_tokens=60, speculative=False)[0].token_ids
-    steer_drafts(monkeypatch, [prompt + tokens], chance=1.0)
+    steer_drafts(monkeypatch, [prompt], [tokens], chance=1.0)
     cut = 0
     for n in range(2, 20):
         end = {"max_new_tokens": 40, "eot_id": -1}

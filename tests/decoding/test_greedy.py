@@ -46,12 +46,9 @@ VARIANTS = [
 ]
 
 
-def plain(model, prompts, **options):
+def plain(model, prompts, n_new=NEW):
     """Every prompt by itself, one token at a time."""
-    return [
-        generate(model, [p], max_new_tokens=NEW, speculative=False, **options)[0].token_ids
-        for p in prompts
-    ]
+    return ids_of(generate(model, [p], max_new_tokens=n_new, speculative=False)[0] for p in prompts)
 
 
 def uncached(model, prompt, n_new):
@@ -83,13 +80,12 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
     prompts = random_prompts(seed, LENGTHS)
     expected = plain(model, prompts)
     assert max(len(set(tokens)) for tokens in expected) > 3  # no trivial text
-    right = [p + e for p, e in zip(prompts, expected, strict=True)]
     depths = [depth, depth + 2] if model.mtp.max_draft_depth is None else [depth]
     for drafted in depths:
         assert ids_of(generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)) == expected
         with monkeypatch.context() as patch:
             # Random modules hardly ever agree with the trunk: here they do, half of the time.
-            steer_drafts(patch, right, chance=0.6, seed=seed)
+            steer_drafts(patch, prompts, expected, chance=0.6, seed=seed)
             together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
             assert ids_of(together) == expected
             assert any(any(g.accepted_mask) for g in together)
@@ -125,9 +121,9 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
     """Of the trunk and of every module, at every position whose tokens were accepted."""
     model = small_model(1, depth, **mtp)
     prompts = random_prompts(1, LENGTHS)
-    texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
-    seen = passes_checked(model, texts, drafted, monkeypatch)
-    steer_drafts(monkeypatch, texts, chance=0.7)
+    expected = plain(model, prompts)
+    seen = passes_checked(model, prompts, expected, drafted, monkeypatch)
+    steer_drafts(monkeypatch, prompts, expected, chance=0.7)
     generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
     assert all(seen.values()), seen
 
@@ -147,12 +143,9 @@ def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeyp
     go meanwhile."""
     model, new = small_model(1, 2, **mtp), 45
     prompts = random_prompts(1, (5, 1, 13, 9))
-    texts = [
-        p + generate(model, [p], max_new_tokens=new, speculative=False)[0].token_ids
-        for p in prompts
-    ]
-    seen = passes_checked(model, texts, 2, monkeypatch)
-    steer_drafts(monkeypatch, texts, chance=0.7)
+    expected = plain(model, prompts, new)
+    seen = passes_checked(model, prompts, expected, 2, monkeypatch)
+    steer_drafts(monkeypatch, prompts, expected, chance=0.7)
     rounds, real = [0], Decoder.round
 
     def now_and_then(decoder, n_drafts, caps):
@@ -160,14 +153,14 @@ def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeyp
         return real(decoder, n_drafts if rounds[0] % 13 < 2 else 0, caps)
 
     monkeypatch.setattr(Decoder, "round", now_and_then)
-    found = generate(model, prompts, max_new_tokens=new, batch_size=places)
-    assert [p + g.token_ids for p, g in zip(prompts, found, strict=True)] == texts
+    assert ids_of(generate(model, prompts, max_new_tokens=new, batch_size=places)) == expected
     assert all(seen.values()), seen
 
 
-def passes_checked(model, texts, drafted, monkeypatch):
+def passes_checked(model, prompts, continuations, drafted, monkeypatch):
     """Hold the logits of every pass whose tokens are those of a text against teacher forcing, and
     count them by depth."""
+    texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
     expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
     seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
     kind = Session
@@ -210,10 +203,10 @@ def passes_checked(model, texts, drafted, monkeypatch):
 def test_perfect_drafts_are_all_accepted(monkeypatch):
     model = small_model(2, 2)
     (prompt,) = random_prompts(2, (6,))
-    right = [prompt + generate(model, [prompt], max_new_tokens=40)[0].token_ids]
-    steer_drafts(monkeypatch, right, chance=1.0)
+    right = ids_of(generate(model, [prompt], max_new_tokens=40))
+    steer_drafts(monkeypatch, [prompt], right, chance=1.0)
     (g,) = generate(model, [prompt], max_new_tokens=13)
-    assert g.token_ids == right[0][6:19]
+    assert g.token_ids == right[0][:13]
     assert g.acceptance == [1.0, 1.0]
     assert g.verify_passes == 4 and g.tokens_per_step == 3.0
     assert g.accepted_mask == [False] + [True, True, False] * 4
@@ -223,8 +216,7 @@ def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
     model = small_model(2, 2)
     prompts = random_prompts(2, LENGTHS)
     expected = plain(model, prompts)
-    right = [p + e for p, e in zip(prompts, expected, strict=True)]
-    steer_drafts(monkeypatch, right, chance=0.0)
+    steer_drafts(monkeypatch, prompts, expected, chance=0.0)
     generations = generate(model, prompts, max_new_tokens=NEW)
     assert ids_of(generations) == expected
     assert all(g.drafts_accepted == [0, 0] and g.drafts_reached[0] > 5 for g in generations)
@@ -240,8 +232,7 @@ def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
     assert ids_of(generate(model, prompts, **options)) == expected
     with monkeypatch.context() as patch:
         # Blocks must end where plain decoding slides, however good the drafts.
-        right = [p + e for p, e in zip(prompts, expected, strict=True)]
-        steer_drafts(patch, right, chance=0.9)
+        steer_drafts(patch, prompts, expected, chance=0.9)
         slid = generate(model, prompts, **options)
         assert ids_of(slid) == expected
         assert min(g.tokens_per_step for g in slid) > 1.5
@@ -262,8 +253,7 @@ def test_auto_falls_back_to_plain_and_equals_it():
     prompts = random_prompts(5, LENGTHS)
     long = {"max_new_tokens": 120}
     expected = ids_of(generate(model, prompts, speculative=False, **long))
-    generations = generate(model, prompts, draft_depth="auto", **long)
-    assert ids_of(generations) == expected
+    assert ids_of(generate(model, prompts, draft_depth="auto", **long)) == expected
 
 
 @pytest.mark.parametrize(
@@ -280,8 +270,7 @@ def test_models_of_another_precision(dtype, deepseek, fast, monkeypatch):
     use_library(monkeypatch, LIBRARY if fast else None)
     model, prompts = small_model(5, 2, deepseek=deepseek).to(dtype), random_prompts(5, LENGTHS)
     texts = plain(model, prompts)
-    drafted = generate(model, prompts, max_new_tokens=NEW)
-    assert ids_of(drafted) == texts
+    assert ids_of(generate(model, prompts, max_new_tokens=NEW)) == texts
     exact = model.double()  # of the same numbers
     for prompt, text in zip(prompts, texts, strict=True):
         (logits,) = teacher_forced(exact, prompt + text, 0)[:1]
@@ -295,8 +284,7 @@ def test_batches_keep_the_order_of_prompts():
     prompts = random_prompts(6, (4, 9, 2, 7, 1))
     expected = plain(model, prompts)
     for size in (1, 2, 5, 9):
-        generations = generate(model, prompts, max_new_tokens=NEW, batch_size=size)
-        assert ids_of(generations) == expected
+        assert ids_of(generate(model, prompts, max_new_tokens=NEW, batch_size=size)) == expected
 
 
 def is_as_it_was(model):

@@ -269,7 +269,7 @@ def test_against_the_loops_own_counts(
     prompts = random_prompts(0, (3, 5, 9))
     plain = generate(model, prompts, max_new_tokens=NEW, speculative=False)
     texts = [[*p, *g.token_ids] for p, g in zip(prompts, plain, strict=True)]
-    steer_drafts(monkeypatch, texts, chance=chance)
+    steer_drafts(monkeypatch, prompts, ids_of(plain), chance=chance)
     found = generate(model, prompts, max_new_tokens=NEW)
     drafts = [first_drafts(g, NEW) for g in found]
     for generation, places in zip(found, drafts, strict=True):
@@ -318,7 +318,7 @@ def test_against_the_loops_own_counts(
 def test_one_text_has_a_slope_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = small_model(0, 1), random_prompts(0, (5,))
     plain = generate(model, prompts, max_new_tokens=NEW, speculative=False)
-    steer_drafts(monkeypatch, [[*prompts[0], *plain[0].token_ids]], chance=0.5)
+    steer_drafts(monkeypatch, prompts, ids_of(plain), chance=0.5)
     found = generate(model, prompts, max_new_tokens=NEW)
     values = acceptance_by(model, prompts, found, max_new_tokens=NEW)
     assert "acceptance_slope_position" in values
