@@ -9,6 +9,7 @@ from torch import Tensor
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu import packed as packing
 from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
+from tests.kernels import threads
 
 GROUP = 32
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 32), (257, 160)]
@@ -118,8 +119,5 @@ def test_inputs_that_fill_no_block_stay_as_they_are():
 def test_threads_change_no_bit():
     product, x = packed(blocks_of((4096, 128), 16, 1, symmetric=False)), torch.randn(3, 128)
     alone = product.linear(x)
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert torch.equal(product.linear(x), alone)
-    finally:
-        torch.set_num_threads(1)

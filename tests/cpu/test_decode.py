@@ -15,7 +15,7 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from mtp_lightning.nn.trunk import Trunk
-from tests.kernels import prepared
+from tests.kernels import prepared, threads
 from tests.models import PARENTS, PATHS
 
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
@@ -124,11 +124,8 @@ def test_what_is_not_finite_is_not_lost(value, row):
 def test_threads_change_no_bit(kind):
     product, x = packed(rounded(torch.randn(4096, 128), kind)), torch.randn(3, 128)
     alone = product.linear(x)
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert torch.equal(product.linear(x), alone)
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_only_matrices_are_rounded():

@@ -22,6 +22,7 @@ from mtp_lightning.nn.ops import linear
 from mtp_lightning.nn.weight_scales import WeightScales
 from tests.cpu.test_blocks import blocks_of
 from tests.decoding.models import random_prompts, small_model
+from tests.kernels import threads
 
 pytestmark = pytest.mark.skipif(
     native.library is None or not native.lib().multiplies_bytes(),
@@ -77,12 +78,8 @@ def test_sums_of_integers_against_float64(kind: Kind, shape: tuple[int, int]) ->
         for part in x.split(rows):
             at = int((x == part[0]).all(-1).nonzero()[0, 0])
             assert torch.equal(found.linear(part), product[at : at + len(part)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         assert torch.equal(found.linear(x.repeat(40, 1))[: len(x)], product)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:

@@ -17,6 +17,7 @@ from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.ops import attention, exp_, log_softmax_, rms_norm, rotary_attention
 from mtp_lightning.nn.rope import rope_table
 from tests import reference
+from tests.kernels import threads
 
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 1), (1, 16, 4, 4), (2, 65, 4, 2), (1, 130, 2, 1)]
 
@@ -111,15 +112,11 @@ def test_attention_is_the_same_on_any_number_of_threads() -> None:
     qkv = torch.randn(3, 40, 6, 16).requires_grad_()
     cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(40), 16, 100.0))
     gain, found = torch.randn(96).requires_grad_(), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for n in (1, 2):
+        with threads(n):
             out = rotary_attention(qkv, cos, sin, None, 2, 2)
             normed = rms_norm(qkv.flatten(2).flatten(0, 1), gain, 1e-6)
             found.append((out, normed, *torch.autograd.grad(out.sum() + normed.sum(), [qkv, gain])))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -256,15 +253,12 @@ def test_dense_layer(rows: tuple[int, ...], width: int, inner: int) -> None:
 
 def test_experts_are_the_same_on_any_number_of_threads() -> None:
     x, chosen, gates, gate_up, down = mixture(500, 3, 7, 64, 48)
-    layer, before, found = FeedForward(64, 208), torch.get_num_threads(), []
+    layer, found = FeedForward(64, 208), []
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for n in (1, 2):
+        with threads(n):
             out = routed_experts(x, chosen, gates, gate_up, down) + layer(x)
             leaves = [x, gates, gate_up, down, *layer.parameters()]
             found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

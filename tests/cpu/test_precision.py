@@ -65,13 +65,13 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
 
 
 @ROUNDED
-@pytest.mark.parametrize(("deepseek", "threads", "rows"), [(False, 1, 7), (True, 2, 1)])
-def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows, precision):
+@pytest.mark.parametrize(("deepseek", "n_threads", "rows"), [(False, 1, 7), (True, 2, 1)])
+def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, n_threads, rows, precision):
     model = rounded(precision, 3, 2, deepseek=deepseek)
     with fused_passes(model):
         weights = model.head.weight, model.mtp.module(1).eh_proj.weight
         assert tuple(packed_copy(weight).kind for weight in weights) == KINDS[precision]
-    verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
+    verify_passes_give_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
 
 
 @ROUNDED

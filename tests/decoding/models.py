@@ -18,6 +18,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.deepseek import trunk as deepseek_trunk
+from tests.kernels import threads
 from tests.models import build
 
 VOCAB = 37
@@ -123,26 +124,20 @@ def steer_drafts(
     monkeypatch.setattr(session, "draft", draft)
 
 
-def verify_passes_give_the_bits_of_single_ones(model, *, threads, rows):
+def verify_passes_give_the_bits_of_single_ones(model, *, n_threads, rows):
     """Of a text that is read in passes of three tokens, and again one by one."""
     (tokens,) = random_prompts(3, (40,))
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode(), fused_passes(model):
-            together, single = (
-                Session(model, slots=rows, capacity=48, max_draft=2) for _ in range(2)
-            )
-            for session in (together, single):
-                session.join([tokens[:10]] * rows)
-                session.tokens_BS[:, : len(tokens)] = torch.tensor(tokens)
-            for start in range(10, 34, 3):
-                wide = together.verify(2)
-                together.accept([2] * rows, 0)
-                for j in range(3):
-                    assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
-                    single.accept([0] * rows, 0)
-    finally:
-        torch.set_num_threads(1)
+    with threads(n_threads), torch.inference_mode(), fused_passes(model):
+        together, single = (Session(model, slots=rows, capacity=48, max_draft=2) for _ in range(2))
+        for session in (together, single):
+            session.join([tokens[:10]] * rows)
+            session.tokens_BS[:, : len(tokens)] = torch.tensor(tokens)
+        for start in range(10, 34, 3):
+            wide = together.verify(2)
+            together.accept([2] * rows, 0)
+            for j in range(3):
+                assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
+                single.accept([0] * rows, 0)
 
 
 class Letters:

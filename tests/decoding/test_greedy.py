@@ -92,13 +92,13 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
 
 
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-@pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 24)])
-def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
+@pytest.mark.parametrize(("n_threads", "rows"), [(1, 1), (2, 1), (1, 24)])
+def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, deepseek):
     """So no near-tie can ever be decided otherwise than by plain decoding."""
     if not BATCH_INVARIANT:
         pytest.skip("needs oneDNN's AVX-512 kernels")
     model = small_model(3, 2, deepseek=deepseek)
-    verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
+    verify_passes_give_the_bits_of_single_ones(model, n_threads=n_threads, rows=rows)
 
 
 @pytest.mark.parametrize(
