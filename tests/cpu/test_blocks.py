@@ -6,18 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu import packed as packing
 from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
 from tests.kernels import threads
 
+pytestmark = pytest.mark.usefixtures("own")
+
 GROUP = 32
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 32), (257, 160)]
-
-
-@pytest.fixture(autouse=True)
-def own(library, monkeypatch):
-    monkeypatch.setattr(native, "library", library)
 
 
 def packed(weight: Tensor) -> PackedWeight:

@@ -18,12 +18,9 @@ from mtp_lightning.nn.trunk import Trunk
 from tests.kernels import prepared, threads
 from tests.models import PARENTS, PATHS
 
+pytestmark = pytest.mark.usefixtures("own")
+
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
-
-
-@pytest.fixture(autouse=True)
-def own(library, monkeypatch):
-    monkeypatch.setattr(native, "library", library)
 
 
 def packed(weight: torch.Tensor) -> PackedWeight:

@@ -26,12 +26,9 @@ from mtp_lightning.opening import build_model
 from tests.decoding.models import ids_of, random_prompts, small_model
 from tests.kernels import use_library
 
+pytestmark = pytest.mark.usefixtures("own")
+
 PRECISIONS = {"fp32": Kind.FULL, "bf16": Kind.HALF, "int8": Kind.BYTE, "int4": Kind.BLOCKS4}
-
-
-@pytest.fixture(autouse=True)
-def own(library, monkeypatch):
-    use_library(monkeypatch, library)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,12 +17,9 @@ from mtp_lightning.nn.rope import rope_table
 from tests import reference
 from tests.kernels import threads
 
+pytestmark = pytest.mark.usefixtures("own")
+
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 1), (1, 16, 4, 4), (2, 65, 4, 2), (1, 130, 2, 1)]
-
-
-@pytest.fixture(autouse=True)
-def own(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", library)
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -22,12 +22,9 @@ from tests.decoding.models import (
 )
 from tests.kernels import use_library
 
+pytestmark = pytest.mark.usefixtures("own")
+
 NEW = 14
-
-
-@pytest.fixture(autouse=True)
-def own(library, monkeypatch):
-    use_library(monkeypatch, library)
 
 
 # Of the head and of a projection of 64 inputs.
