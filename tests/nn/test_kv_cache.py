@@ -150,9 +150,7 @@ def test_masks_are_causal(tiny_trunk):
 )  # fmt: skip
 def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
     config = deepseek_trunk(d_model=32) if latent else tiny_trunk
-    layer, rows = config.attention.build(config, 0), len(starts)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    layer, rows = attention(config), len(starts)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 40, config.d_model, generator=generator)
     new = torch.randn(rows, len(PARENTS), config.d_model, generator=generator)
