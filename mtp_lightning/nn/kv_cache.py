@@ -120,16 +120,21 @@ class KVCache:
         self.runs = Runs(self.tables, starts, n_new)
         self._width = round_up(longest)
 
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the open pass's tokens, [1 | B, T]."""
+        return self.runs.positions
+
     def angles(self) -> tuple[Tensor, Tensor]:
         """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
-        return self.tables.at_each(self.runs.positions)
+        return self.tables.at_each(self.positions)
 
     def mask(self) -> Tensor | None:
         """The open pass's mask for :meth:`attend`, [1 | B, T, P]."""
         runs = self.runs
         if runs.uniform and runs.starts[0] == 0 and runs.width > FEW:
             return None
-        return self.tables.mask_of(runs.positions, self._width)
+        return self.tables.mask_of(self.positions, self._width)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
@@ -156,7 +161,7 @@ class KVCache:
     def distances(self) -> Tensor:
         """Distance from every stored position to every query of the open pass, [B, T, P]; negative
         if the stored position comes later. For layers with a limited window."""
-        positions_BT = self.runs.positions.expand(self.batch_size, -1)
+        positions_BT = self.positions.expand(self.batch_size, -1)
         return positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:

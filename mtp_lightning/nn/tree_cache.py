@@ -82,13 +82,11 @@ class TreeCache(KVCache):
     def _starts_B1(self) -> Tensor:
         return torch.tensor(self.runs.starts, device=self.tables.device).unsqueeze(1)
 
-    def _positions_BT(self, branches: Branches) -> Tensor:
-        return self._starts_B1() + branches.offsets_T
-
-    def angles(self) -> tuple[Tensor, Tensor]:
+    @property
+    def positions(self) -> Tensor:
         if self._branches is None:
-            return super().angles()
-        return self.tables.at_each(self._positions_BT(self._branches))
+            return super().positions
+        return self._starts_B1() + self._branches.offsets_T
 
     def mask(self) -> Tensor | None:
         branches, tables = self._branches, self.tables
@@ -99,7 +97,7 @@ class TreeCache(KVCache):
                 (Runs(tables, [start + first for start in self.runs.starts], len(index)), index)
                 for first, index in branches.tails
             ]
-            return tables.mask_of(self._positions_BT(branches), self._width)
+            return tables.mask_of(self.positions, self._width)
         places = tables.columns_S[: self._width] - self._starts_B1() + 1
         sees_BTP = branches.sees_TW[:, places.clamp_(0, branches.width + 1)].transpose(0, 1)
         return torch.where(sees_BTP, tables.before, tables.behind)
@@ -131,13 +129,6 @@ class TreeCache(KVCache):
             mixed.index_copy_(1, index, found)
         assert mixed is not None
         return mixed
-
-    def distances(self) -> Tensor:
-        if self._branches is None:
-            return super().distances()
-        return (
-            self._positions_BT(self._branches).unsqueeze(-1) - self.tables.columns_S[: self._width]
-        )
 
     def settle(self, path_BE: Tensor) -> None:
         """Keep one path of the last pass's tree in every row.
