@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +51,7 @@ class Paths:
     weight_N: Tensor
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Means over continuations of a prompt.
 
     Attributes:
@@ -132,8 +132,7 @@ class Floors:
             found, likely = self._of(prompt_T, Paths(tokens_NK, hidden.weight_N), k, m)
             # The weights sum to the probability of what is seen.
             scale = 1.0 if share is None else share / likely if likely else 0.0
-            each = (found.floor, found.rejection, found.recall)
-            totals = [total + scale * value for total, value in zip(totals, each, strict=True)]
+            totals = [total + scale * value for total, value in zip(totals, found, strict=True)]
         return Found(*totals)
 
     def _seen(
@@ -247,11 +246,8 @@ def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:
     """The values to log, without ``val/``, from those of all prompts; see docs/logged.md."""
     values: dict[str, float] = {}
     for k, m in found[0]:
-        of_all = [one[k, m] for one in found]
-        floor, rejection, recall = (
-            math.fsum(getattr(one, name) for one in of_all) / len(of_all)
-            for name in ("floor", "rejection", "recall")
-        )
+        of_all = zip(*(one[k, m] for one in found), strict=True)
+        floor, rejection, recall = (math.fsum(values) / len(found) for values in of_all)
         if m == 0:
             values[f"rejection_depth_{k}"] = rejection
             values[f"recall_{RECALL}_depth_{k}"] = recall
