@@ -157,9 +157,7 @@ class _Rounds:
     _FIRST, _MOST = 256, 1024  # rounds until the first probe of plain decoding, and at most
     _HOPELESS = 4096  # the same if drafts would not pay even if all were accepted
 
-    def __init__(
-        self, max_draft: int, last: _Rounds | None, measured: Payoff | None = None
-    ) -> None:
+    def __init__(self, max_draft: int, last: _Rounds | None, measured: Payoff | None) -> None:
         # For every number of drafts: the last rounds' times, and their ratios to plain rounds.
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
         self._ratios: list[deque[float]] = [deque(maxlen=3) for _ in range(max_draft + 1)]

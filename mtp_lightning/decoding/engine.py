@@ -83,7 +83,7 @@ class Engine:
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
         self._auto, known = depths, options.measured
-        if depths is None and options.auto and self.max_draft:
+        if depths is None and options.draft_depth == "auto" and self.max_draft:
             kind = imported(f"{_PACKAGE}.adaptive.AutoDepth")
             self._auto = kind(self.max_draft, None if known is None else known.greedy)
         self._inside = ExitStack()
@@ -236,10 +236,9 @@ class Engine:
 
     def _with_room(self, tokens: int) -> Decoder:
         """The decoder, with room for sequences of ``tokens`` tokens."""
-        if self._decoder is not None:
-            self._decoder.session.reserve(tokens)
-            return self._decoder
-        self._decoder = self._new_decoder(tokens)
+        if self._decoder is None:
+            self._decoder = self._new_decoder(tokens)
+        self._decoder.session.reserve(tokens)
         return self._decoder
 
     def _new_decoder(self, capacity: int) -> Decoder:
@@ -285,7 +284,8 @@ class Engine:
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps)
         if auto is not None and n_drafts == wanted:
-            seconds, reached_by = time.perf_counter() - start, outcome.reached
+            seconds = time.perf_counter() - start
+            reached_by = [step.reached for step in outcome.steps]
             if self.options.min_confidence:  # count a draft that was not made as a failed one
                 reached_by = [
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)

@@ -229,11 +229,6 @@ class DecodingOptions(TextOptions):
         return self.batch_size
 
     @property
-    def auto(self) -> bool:
-        """Whether the number of drafts is chosen by measuring."""
-        return self.speculative and self.draft_depth == "auto"
-
-    @property
     def drafts_as_trained(self) -> bool:
         """Whether no option of drafting is set: drafts are then made as in training, and teacher
         forcing predicts their acceptance."""

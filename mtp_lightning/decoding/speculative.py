@@ -65,11 +65,6 @@ class Round:
         """Number of accepted drafts of every row."""
         return [step.accepted for step in self.steps]
 
-    @property
-    def reached(self) -> list[int]:
-        """Number of verified drafts of every row."""
-        return [step.reached for step in self.steps]
-
 
 class Decoder:
     """Chooses the tokens of a session; holds the random numbers and sampling settings of its rows.
