@@ -142,8 +142,7 @@ class DepthRates(Metric):
             valid_P = target_P >= 0
             scored_P = valid_P if not k or own is None else own.rows_of(target_P) >= 0
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            # Masked by a product with zeros instead of an index, whose length the host would have
-            # to wait for the device to know.
+            # Masked by zeros instead of an index, whose length the host would wait for.
             nll_P = exact(-log_target_P).where(scored_P, 0)
             if k and self._rescore is not None:
                 # Before a depth's target is the target of the depth before.
