@@ -54,7 +54,7 @@ def test_a_packed_weight_has_every_bit(shape, precision):
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (5, 32), (6, 16)])
 def test_a_weight_is_packed_by_given_scales(bits, group):
-    """As K-quants: steps and offsets are products of an fp16 number and a small integer."""
+    """Steps and offsets are products of an fp16 number and a small integer, as in K-quants."""
     rows, blocks = 70, 128 // group
     factors = (torch.rand(2, rows, 1) * 1e-3).half().float()
     steps, offsets = factors * torch.randint(1, 64, (2, rows, blocks))

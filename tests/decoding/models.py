@@ -125,7 +125,7 @@ def steer_drafts(
 
 
 def verify_passes_give_the_bits_of_single_ones(model, *, n_threads, rows):
-    """Of a text that is read in passes of three tokens, and again one by one."""
+    """Reads a text in passes of three tokens, and again one by one, and compares the logits."""
     (tokens,) = random_prompts(3, (40,))
     with threads(n_threads), torch.inference_mode(), fused_passes(model):
         together, single = (Session(model, slots=rows, capacity=48, max_draft=2) for _ in range(2))

@@ -62,7 +62,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def logits_after(model: MTPModel, tokens: list[int]) -> torch.Tensor:
-    """By a pass over all of the text."""
+    """The logits of a pass over the whole text."""
     rows = torch.tensor([tokens + [0] * (model.depth + 1)])
     scored = torch.zeros_like(rows, dtype=torch.bool)  # what a model that needs a task is told
     batch = WindowBatch(rows, model.depth, scored=scored)
@@ -122,7 +122,7 @@ def test_drafts_give_the_same_answers(task: Task, stack: type) -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_what_is_scored_is_not_read(task: Task) -> None:
-    """Neither to decode greedily nor to sample: other true answers, the same said ones."""
+    """Greedy and sampled answers stay the same if the true answers change."""
     model, questions = model_for(task), AnswerSet(task, 30, depth=D)
     numbers = np.arange(30)
     batch = questions.batch(numbers)
@@ -201,7 +201,7 @@ def test_nats_and_states_against_a_loop(task: Task) -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_rates_against_a_loop(task: Task) -> None:
-    """Of a model that is right two times in three."""
+    """The model is right two times in three."""
     questions, random = AnswerSet(task, 40, depth=D), np.random.default_rng(0)
     rates = AnswerRates(questions.n_positions, questions.group_names)
     counts: dict[str, list[bool]] = {}

@@ -71,7 +71,7 @@ def test_targets_draft_nothing_and_store_nothing() -> None:
 
 @pytest.mark.parametrize("head", ATTENDING)
 def test_depths_that_attend_back_write_what_they_have(head: str) -> None:
-    """So that none is given a cache, or denied one, for nothing."""
+    """A depth has a cache if and only if it writes to it."""
     model = small_model(0, DEPTH, **ATTENDING[head])
     with decoding_passes(model):
         session = Session(model, slots=2, capacity=CAPACITY, max_draft=DEPTH)
@@ -120,7 +120,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 @torch.no_grad()
 def drafts_of(model: MTPModel, text: list[int], n_drafts: int) -> list[int]:
-    """Without a cache: the module over all true states, and after them over its own."""
+    """Drafts without a cache: the module reads all true states, and after them its own."""
     positions = Positions.of_window(
         model.config.trunk, len(text) - 1, device="cpu", dtype=torch.float32
     )

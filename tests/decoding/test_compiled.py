@@ -137,7 +137,7 @@ def test_sliding_and_sampling_are_as_without(how, passes):
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
 @pytest.mark.parametrize("name", ["deepseek", "linear, markov"])
 def test_recorded_passes_are_compiled_once(name, monkeypatch):
-    """By the compiler's front end alone, whole, and for every session of the model."""
+    """The compiler's front end traces each pass as a whole, once for all sessions of a model."""
     use_library(monkeypatch, None)
     play_recordings(monkeypatch)
     compile = torch.compile

@@ -114,7 +114,7 @@ def test_compiled_passes_stop_where_eager_ones_do(
 def test_auto_takes_what_is_not_believed_for_what_fails(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the tokens it expects of a number of drafts are those that come."""
+    """It then expects as many tokens of a number of drafts as come."""
     rounds: list[tuple[int, list[int], list[int]]] = []
 
     def record(

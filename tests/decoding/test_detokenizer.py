@@ -22,7 +22,7 @@ TOKENIZERS = {
 @settings(max_examples=30)
 @given(data=strategies.data())
 def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> None:
-    """For any ids, of which few are characters; an end that never became whole is left out."""
+    """Any ids are joined, of which few are characters; an incomplete end is left out."""
     tokenizer = TOKENIZERS[name]
     ids = data.draw(strategies.lists(strategies.integers(0, tokenizer.vocab_size - 1)))
     if data.draw(strategies.booleans()) and tokenizer.reads_text:

@@ -186,7 +186,7 @@ def test_room_is_made_for_longer_requests():
 
 
 def test_rows_may_ask_for_fewer_drafts():
-    """Among rows that draft more, a row's text is its own, and no more drafts are accepted."""
+    """A row keeps its own text and number of drafts among rows that draft more."""
     model = small_model(21, 3)
     prompts = random_prompts(21, (5, 5, 5, 5))
     options = {"temperature": 1.0, "max_new_tokens": 30, "eot_id": -1}
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("first_goes_first", [True, False])
 def test_two_at_a_time_over_one_model(first_goes_first):
-    """Whichever of two threads' engines ends first: no packed weight is gone too soon."""
+    """Packed weights last until the later of two threads' engines ends."""
     model = small_model(7, depth=2)
     requests = requests_of(7, 2)
     expected = [by_itself(model, request) for request in requests]

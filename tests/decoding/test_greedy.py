@@ -94,7 +94,7 @@ def test_speculative_equals_plain(number, deepseek, monkeypatch):
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
 @pytest.mark.parametrize(("n_threads", "rows"), [(1, 1), (2, 1), (1, 24)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, deepseek):
-    """So no near-tie can ever be decided otherwise than by plain decoding."""
+    """Near-ties are then decided as in plain decoding."""
     if not BATCH_INVARIANT:
         pytest.skip("needs oneDNN's AVX-512 kernels")
     model = small_model(3, 2, deepseek=deepseek)
@@ -118,7 +118,7 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, deepseek
     ],
 )
 def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatch):
-    """Of the trunk and of every module, at every position whose tokens were accepted."""
+    """Compares the trunk and every module at every position whose tokens were accepted."""
     model = small_model(1, depth, **mtp)
     prompts = random_prompts(1, LENGTHS)
     expected = plain(model, prompts)
@@ -139,8 +139,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
     ],
 )
 def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
-    """As ``draft_depth="auto"`` has it: a few rounds with drafts, many without, rows that come and
-    go meanwhile."""
+    """A few rounds draft and many do not, as with draft_depth="auto", while rows come and go."""
     model, new = small_model(1, 2, **mtp), 45
     prompts = random_prompts(1, (5, 1, 13, 9))
     expected = plain(model, prompts, new)
@@ -288,7 +287,7 @@ def test_batches_keep_the_order_of_prompts():
 
 
 def is_as_it_was(model):
-    """Without packed weights, and with the layers' own forward passes."""
+    """Whether no weight is packed and every layer has its own forward pass."""
     replaced = [m for m in model.modules() if "forward" in vars(m)]
     return not replaced and all(not vars(p) for p in model.parameters())
 

@@ -57,7 +57,7 @@ def test_rates_are_pooled_not_averaged() -> None:
 
 
 def test_intervals_are_those_of_a_bootstrap_over_prompts() -> None:
-    """Against one prompt at a time, drawn with the same seed."""
+    """The reference draws one prompt at a time, with the same seed."""
     texts = [
         generation([n, n // 2], [n + 2, n], n + 2, 2 * n + 3 + n % 3) for n in (4, 1, 9, 7, 3, 12)
     ]
@@ -114,8 +114,8 @@ def test_costs_bound_the_speedup() -> None:
 
 @pytest.mark.parametrize("share_layers", [False, True])
 def test_teacher_forced_rates_are_those_of_drafting_everywhere(share_layers: bool) -> None:
-    """Against drafting from every position by itself, without a cache; three tokens in all, so that
-    random modules are often right."""
+    """The reference drafts from every position by itself, without a cache. The vocabulary has three
+    tokens, so that random modules are often right."""
     model = small_model(3, 3, vocab=3, share_layers=share_layers)
     prompts = random_prompts(3, (4, 1, 9), vocab=3)
     texts = generate(model, prompts, max_new_tokens=30, speculative=False)
@@ -146,7 +146,7 @@ def test_nothing_is_expected_of_texts_that_are_too_short() -> None:
 
 
 def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
-    """And shifting the drafts' targets by one makes both collapse."""
+    """Both collapse if the drafts' targets are shifted by one."""
     options = DecodingOptions(max_new_tokens=40)
     found = decoding_report(trained(shift=0), counting_prompts(), options, repeats=1)
     assert found["acceptance_position_1"] > 0.9

@@ -31,7 +31,7 @@ SHARE = st.floats(0, 1)
 
 @given(st.lists(SHARE, max_size=4), st.data())
 def test_the_payoff_is_that_of_all_outcomes(accepted: list[float], data: st.DataObject) -> None:
-    """Against the mean over every pattern of right and wrong drafts."""
+    """The reference is the mean over every pattern of right and wrong drafts."""
     costs = [1.0, *(data.draw(st.floats(1, 5)) for _ in accepted)]
     payoff = Payoff(tuple(costs), tuple(accepted))
     for m, cost in enumerate(costs):
@@ -215,7 +215,7 @@ MEASURED = Measured(
 
 
 def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
-    """So that they depend on their seed and the measurement, and not on the clock."""
+    """Samples depend on their seed and the measurement, and not on the clock."""
     model, prompts = small_model(3, 2), random_prompts(3, (4, 6, 3, 5))
     assert (MEASURED.greedy.best, MEASURED.sampled.best) == (2, 1)
     options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=4)

@@ -55,8 +55,8 @@ def kept_one_by_one(probs: list[float], top_k: int | None, top_p: float | None) 
 
 @pytest.mark.parametrize("vocab", [7, 60, 700, 1500])
 def test_the_largest_are_kept_as_one_by_one(vocab):
-    """Also where many are equal, where some cannot be drawn, and where more are kept than are
-    sorted first."""
+    """Some have many equal logits, some have tokens that cannot be drawn, and some keep more tokens
+    than are sorted first."""
     generator = torch.Generator().manual_seed(vocab)
     for trial in range(24):
         logits = (0.1, 1.0, 4.0)[trial % 3] * torch.randn(2, vocab, generator=generator)
@@ -92,7 +92,7 @@ def test_draw_inverts_the_distribution():
 
 
 def test_every_row_is_sampled_by_its_own_settings():
-    """To the last bit, whichever rows are in the batch."""
+    """A row has the same bits in any batch."""
     settings = [
         Sampling(temperature=1.0),
         Sampling(),

@@ -64,7 +64,7 @@ def test_nodes_are_numbered_by_depth():
     ids=str,
 )
 def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch):
-    """Of the trunk and of every depth, over the text and the node's path, round after round."""
+    """Compares the trunk and every depth over the text and the node's path, round after round."""
     model = small_model(1, 3, vocab=VOCAB, **mtp)
     prompts = random_prompts(1, lengths, VOCAB)
     seen = dict.fromkeys(range(4), 0)
@@ -195,7 +195,7 @@ def test_the_rule_is_exact_in_fractions(width):
 
 @pytest.mark.parametrize("widths", [(3,), (2, 2), (3, 2, 1)])
 def test_what_is_accepted_has_the_trunks_distribution(widths):
-    """Of every token given its path, with distributions that differ from node to node."""
+    """Counts every token given its path; the distributions differ from node to node."""
     tree, vocab, n = Tree(widths), 6, 60_000
     generator = torch.Generator().manual_seed(len(widths))
     # Keyed by the tokens before, so that a path's distribution is known whichever node it is.

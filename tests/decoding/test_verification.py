@@ -122,7 +122,7 @@ def written(rule: str, p: Table, q: Table, depth: int = D) -> tuple[dict[Text, F
 
 
 def test_in_fractions_it_is_lossless_and_keeps_no_fewer() -> None:
-    """And most pairs of models keep more."""
+    """Most pairs of models keep more drafts by blocks."""
     assert sum(gained(*tables(seed)) > 0 for seed in range(12)) > 6
 
 

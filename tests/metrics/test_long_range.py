@@ -91,7 +91,7 @@ def test_truncated_context_against_brute_force(documents: bool) -> None:
     values = metric.compute()
 
     def loss(row: int, context: int) -> float:
-        """Of the last target, by a model that has nothing but these tokens."""
+        """The loss of the last target, by a model that reads only these tokens."""
         start = 40 - context
         ids = None if batch.documents is None else batch.documents[row : row + 1, start:]
         alone = WindowBatch(batch.tokens[row : row + 1, start:], 2, ids)

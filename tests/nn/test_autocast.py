@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
 
 
 def gradients(model: MTPModel, batch: WindowBatch, *, autocast: bool) -> torch.Tensor:
-    """Of every parameter, in one vector. As in a run, the backward pass is inside too."""
+    """The gradients of all parameters, in one vector. The backward pass is under autocast, as in a
+    run."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         states = model(batch)

@@ -138,7 +138,8 @@ def trained() -> MTPModel:
 
 
 def test_a_users_layers_train_and_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the cache, drafts, rows together, a prompt wider than the window; all teacher-forced."""
+    """Cache, drafts and several rows together give what teacher forcing gives; one prompt is wider
+    than the window."""
     model = trained()
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())
     prompts = random_prompts(0, (2, 9, 21))
@@ -176,7 +177,7 @@ def test_what_is_no_layer_is_named(value: object) -> None:
 
 
 def test_a_users_layer_is_not_exported(tmp_path: Path) -> None:
-    """Not even one that has the weights of a known layout."""
+    """A layer with the weights of a known layout is not exported either."""
     assert isinstance(LATENT, LatentAttentionConfig)
     model = deepseek.build(own_trunk(feed_forward=DenseConfig()), depth=1)
     with pytest.raises(ValueError, match="model.attention=test_window .* cannot be exported"):

@@ -75,7 +75,7 @@ def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_part_of_each_head_is_turned(tiny_trunk: TrunkConfig, masked: bool) -> None:
-    """Against loops in double precision, and not at all like heads that are turned whole."""
+    """The reference is loops in double precision; heads that are turned whole differ from it."""
     trunk = replace(tiny_trunk, attention=HALF_TURNED, d_head=8)
     attention = deepseek.build(trunk).trunk.blocks[0].attention
     x_BTC = torch.randn(1, 9, trunk.d_model)
