@@ -13,40 +13,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from data_modules.windows import WindowBatch
+
 
 class LookAhead:
     """The tokens ahead of every position of some windows.
 
     Args:
-        tokens_BW: token ids of whole windows.
-        seq_len: T.
-        documents_BW: ids of the documents that they belong to; None for no document mask.
-        scored_BW: which of them may be targets; None for all.
+        batch: whole windows.
         first: how far ahead the nearest token is; 1 is the next one.
         last: offset of the farthest token; less at the window's end.
     """
 
-    def __init__(
-        self,
-        tokens_BW: Tensor,
-        seq_len: int,
-        *,
-        documents_BW: Tensor | None,
-        scored_BW: Tensor | None,
-        first: int,
-        last: int,
-    ) -> None:
+    def __init__(self, batch: WindowBatch, *, first: int, last: int) -> None:
+        tokens_BW, documents_BW, seq_len = batch.tokens, batch.documents, batch.seq_len
         width = tokens_BW.shape[1]
         self.seq_len, self.first = seq_len, first
         self.last = min(last, width - 1)
-        self.tokens_BW, self.scored_BW = tokens_BW, scored_BW
+        self.tokens_BW, self.scored_BW = tokens_BW, batch.scored
         places_T = torch.arange(seq_len, device=tokens_BW.device)
         # The farthest token that each position looks at.
         self.stop_BT = (places_T + self.last).clamp(max=width - 1).expand(len(tokens_BW), -1)
         if documents_BW is not None:
             ends_BW = _last_of_document(documents_BW)
             self.stop_BT = torch.minimum(self.stop_BT, ends_BW[:, :seq_len])
-        self.before_BW = _before(tokens_BW, scored_BW)
+        self.before_BW = _before(tokens_BW, batch.scored)
 
     def valid(self) -> Tensor:
         """Which positions have a token ahead that counts: bool [B, T]."""

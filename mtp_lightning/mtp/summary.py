@@ -71,14 +71,7 @@ class Summary(TrainingOnly):
 
     def ahead_of(self, batch: WindowBatch) -> LookAhead:
         """The tokens ahead that the head predicts."""
-        return LookAhead(
-            batch.tokens,
-            batch.seq_len,
-            documents_BW=batch.documents,
-            scored_BW=batch.scored,
-            first=self.config.first_ahead,
-            last=self.config.lookahead,
-        )
+        return LookAhead(batch, first=self.config.first_ahead, last=self.config.lookahead)
 
 
 class SummaryLoss(OwnLoss):

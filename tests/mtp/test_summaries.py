@@ -25,17 +25,6 @@ from mtp_lightning.nn.config import TrunkConfig
 from tests.mtp.summaries import ahead_windows, nearest
 
 
-def look_ahead(batch: WindowBatch, first: int, last: int) -> LookAhead:
-    return LookAhead(
-        batch.tokens,
-        batch.seq_len,
-        documents_BW=batch.documents,
-        scored_BW=batch.scored,
-        first=first,
-        last=last,
-    )
-
-
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
@@ -61,7 +50,7 @@ def test_it_finds_what_a_search_finds(
     batch = ahead_windows(
         rows, seq_len, last, ids=ids, documents=documents, scored=scored, seed=seed
     )
-    ahead_of = look_ahead(batch, first, last)
+    ahead_of = LookAhead(batch, first=first, last=last)
     valid = ahead_of.valid()
     assert valid.shape == (rows, seq_len)
     total = rows * seq_len
@@ -83,7 +72,7 @@ def test_documents_are_told_apart_by_their_own_ids() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
     batch = WindowBatch(tokens, 1, documents, extra=2)
     assert batch.seq_len == 3
-    tokens_RS, counts_RS = look_ahead(batch, 1, 4).rows(slice(0, 3))
+    tokens_RS, counts_RS = LookAhead(batch, first=1, last=4).rows(slice(0, 3))
     seen = [t[c].tolist() for t, c in zip(tokens_RS, counts_RS, strict=True)]
     assert seen == [[1], [], [2, 7]]
 
@@ -92,7 +81,7 @@ def test_documents_are_told_apart_by_their_own_ids() -> None:
 def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
     """T = 5: from W = 7 on the far end is cut for the last positions, by 2 places of 7 .. ."""
     batch = ahead_windows(1, 5, lookahead)
-    found = look_ahead(batch, 1, lookahead)
+    found = LookAhead(batch, first=1, last=lookahead)
     reach = (found.stop_BT - torch.arange(5)).flatten().tolist()
     held = batch.tokens.shape[1] - 5
     assert held == max(2, min(lookahead, 6))
