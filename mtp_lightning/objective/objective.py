@@ -28,7 +28,7 @@ from mtp_lightning.objective.targets import DepthTarget, PositionCounts, targets
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.registry import imported
-from mtp_lightning.settings import require, require_whole
+from mtp_lightning.settings import require_bool, require_whole
 
 _MAIN_TERM = CrossEntropy()
 # Imported on demand: the term that trains a stack's rescorer.
@@ -84,11 +84,11 @@ class Objective:
         confidence: bool = False,
         draft_vocab: int | None = None,
     ) -> None:
-        for name, value in (("train_head", train_head), ("confidence", confidence)):
-            require(isinstance(value, bool), f"objective.{name}", value, "true or false")
+        self.train_head = require_bool("objective.train_head", train_head)
+        require_bool("objective.confidence", confidence)
         if draft_vocab is not None:
             require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
-        self.term, self.train_head, self.draft_vocab = term, train_head, draft_vocab
+        self.term, self.draft_vocab = term, draft_vocab
         self.parts = list(term.parts())
         self.rules: list[Rule] = [
             *chosen("confidence", "learned" if confidence else "none", _CONFIDENCE),

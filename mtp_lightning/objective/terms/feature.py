@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.objective.terms.base import Chunk, Term
-from mtp_lightning.settings import require
+from mtp_lightning.settings import require_bool
 
 _EPS = 1e-6
 
@@ -31,8 +31,7 @@ class Feature(Term):
     of_state = True
 
     def __init__(self, normalise: bool = True) -> None:
-        require(isinstance(normalise, bool), "feature.normalise", normalise, "true or false")
-        self.normalise = normalise
+        self.normalise = require_bool("feature.normalise", normalise)
 
     def value(self, chunk: Chunk) -> Tensor:
         assert chunk.hidden_RC is not None
