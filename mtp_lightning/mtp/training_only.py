@@ -6,15 +6,14 @@ is always 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.settings import require_whole
 
 
@@ -47,15 +46,8 @@ class TrainingOnly(MTPStack):
 
     config: TrainingOnlyConfig
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        for k in active:
-            yield k, at.hidden
-
-    def depth_state(self, *read: Any) -> Tensor:
-        self.require_drafts()
-        raise AssertionError
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+        return at.hidden
 
     @property
     def max_draft_depth(self) -> int | None:
