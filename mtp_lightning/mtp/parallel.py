@@ -85,15 +85,12 @@ class ParallelMTP(SideBySide):
         corrections, rescorer = config.build_corrections(trunk), config.build_rescorer(trunk)
         super().__init__(config, heads, corrections, rescorer)
 
-    @property
-    def _built(self) -> list[ParallelHead]:
-        return cast(list[ParallelHead], list(self.depths))
-
     @torch.no_grad()
     def begin(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
-        for module in (self._built[i] for i in fresh):
+        for i in fresh:
+            module = cast(ParallelHead, self.depths[i])
             module.norm.load_state_dict(trunk.norm.state_dict())
             if self.config.init == "last_block":
                 copy_last_blocks([module.block], trunk)

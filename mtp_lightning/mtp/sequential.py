@@ -155,25 +155,22 @@ class SequentialMTP(Chain):
             # A matrix, so that it is initialized like an embedding.
             self.blank = nn.Parameter(torch.empty(1, trunk.d_model))
 
-    @property
-    def _built(self) -> list[SequentialModule]:
-        return cast(list[SequentialModule], list(self.depths))
-
     @torch.no_grad()
     def begin(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
         for i in fresh:
-            self._built[i].norm.load_state_dict(trunk.norm.state_dict())
+            self.module(i + 1).norm.load_state_dict(trunk.norm.state_dict())
         if self.config.init == "random":
             return
         assert text is not None
         hidden = text.at.hidden
-        for i, module in enumerate(self._built):  # a shared module is fitted as depth 1
-            tokens = self.tokens_of(i + 1, text.at.embedded_at(i + 1), None)
-            if i in fresh:
+        for k in range(1, len(self.depths) + 1):  # a shared module is fitted as depth 1
+            module = self.module(k)
+            tokens = self.tokens_of(k, text.at.embedded_at(k), None)
+            if k - 1 in fresh:
                 copy_last_blocks(module.blocks, trunk)
-                x, y = text.wanted(i + 1, module.joined(hidden, tokens))
+                x, y = text.wanted(k, module.joined(hidden, tokens))
                 module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
             hidden = module(hidden, tokens, text.at.positions)
 
