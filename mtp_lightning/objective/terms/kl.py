@@ -35,12 +35,12 @@ class KL(Term):
         self.beta = require_number("objective.beta (0 is objective=ce)", beta, above=0, most=1)
 
     def value(self, chunk: Chunk) -> Tensor:
-        return _divergence(chunk.tempered(self.temperature))
+        return divergence(chunk.tempered(self.temperature))
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         # (q - p) / temperature, written over the log-probabilities.
         chunk = chunk.tempered(self.temperature)
-        value_R = _divergence(chunk)
+        value_R = divergence(chunk)
         d_logits_RV = chunk.log_probs_RV.exp_().sub_(chunk.teacher.probs_RV)
         return value_R, d_logits_RV if self.temperature == 1 else d_logits_RV / self.temperature
 
@@ -50,6 +50,7 @@ class KL(Term):
             yield 1 - self.beta, CrossEntropy()
 
 
-def _divergence(chunk: Chunk) -> Tensor:
+def divergence(chunk: Chunk) -> Tensor:
+    """``KL(sg p || q)`` of every position [R], in nats."""
     log_p_RV, p_RV = chunk.teacher.log_probs_RV, chunk.teacher.probs_RV
     return (log_p_RV - chunk.log_probs_RV).mul_(p_RV).sum(-1)

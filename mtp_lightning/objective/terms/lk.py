@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mtp_lightning.objective.terms.base import Chunk, Term
+from mtp_lightning.objective.terms.kl import divergence
 from mtp_lightning.objective.terms.tv import acceptance, tv_gradient
 from mtp_lightning.settings import require_number
 
@@ -28,11 +29,9 @@ class LK(Term):
         self.rate = require_number("objective.rate", rate, least=0)
 
     def value(self, chunk: Chunk) -> Tensor:
-        p_RV = chunk.teacher.probs_RV
-        kl_R = ((chunk.teacher.log_probs_RV - chunk.log_probs_RV) * p_RV).sum(-1)
-        alpha_R = acceptance(p_RV, chunk.log_probs_RV.exp())
+        alpha_R = acceptance(chunk.teacher.probs_RV, chunk.log_probs_RV.exp())
         w_R = (-self.rate * alpha_R.detach()).exp()
-        return w_R * kl_R + (1 - w_R) * (1 - alpha_R)
+        return w_R * divergence(chunk) + (1 - w_R) * (1 - alpha_R)
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         value_R = self.value(chunk)
