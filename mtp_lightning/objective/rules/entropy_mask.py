@@ -26,6 +26,7 @@ from mtp_lightning.settings import require_number
 
 # Changes of entropy are counted in bins of 1/16 nat; they are smaller than ln V.
 _BINS, _REACH = 512, 16.0
+_DECAY = 0.99  # of the counts, per optimizer step
 
 
 class Entropy(Measure):
@@ -48,7 +49,6 @@ class EntropyMask(Rule):
     Args:
         tau: threshold of a jump, in nats; None for the running quantile.
         quantile: share of the changes between adjacent positions that are not jumps; None for 0.95.
-        decay: decay of the counts per optimizer step.
 
     Raises:
         UserError: tau is not a number, the quantile is outside of (0, 1), or both are given.
@@ -57,9 +57,7 @@ class EntropyMask(Rule):
     asked = "objective.mask=entropy"
     measures = (Entropy(),)
 
-    def __init__(
-        self, tau: float | None = None, quantile: float | None = None, *, decay: float = 0.99
-    ) -> None:
+    def __init__(self, tau: float | None = None, quantile: float | None = None) -> None:
         if tau is not None and tau != math.inf:
             require_number("objective.tau (null for a running quantile)", tau)
         if tau is not None and quantile is not None:
@@ -70,7 +68,6 @@ class EntropyMask(Rule):
         self.fixed = tau
         quantile = 0.95 if quantile is None else quantile
         self.quantile = require_number("objective.quantile", quantile, above=0, below=1)
-        self.decay = decay
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
         # Of the current step: counts of changes by bin, then for every depth the number of valid
         # positions and of those that are kept.
@@ -133,7 +130,7 @@ class EntropyMask(Rule):
         tau = self.tau
         counts = sum_over_ranks(self._pending).cpu()
         self._pending = None
-        self._counts = self.decay * self._counts + counts[:_BINS].double()
+        self._counts = _DECAY * self._counts + counts[:_BINS].double()
         valid, kept = counts[_BINS::2].tolist(), counts[_BINS + 1 :: 2].tolist()
         values = {f"objective/kept_depth_{k}": kept[k] / n for k, n in enumerate(valid) if n}
         return values | ({"objective/tau": tau} if math.isfinite(tau) else {})
