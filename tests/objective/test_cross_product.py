@@ -230,10 +230,8 @@ def test_a_step_in_bf16_is_near_one_in_fp32(name: str) -> None:
                 break
             step.model.float()
             step.cost = lambda *_, **__: 0  # type: ignore[assignment]
-            batch, optimizer = (
-                drawn_batch(step.model.config.mtp, draw),
-                Kept(step.model.parameters(), lr=1.0),
-            )
+            batch = drawn_batch(step.model.config.mtp, draw)
+            optimizer = Kept(step.model.parameters(), lr=1.0)
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
                 loss = step(batch, Progress(now, STEPS), optimizer).loss
             found.append((float(loss), torch.cat([g.flatten() for g in optimizer.found])))

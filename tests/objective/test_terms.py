@@ -31,7 +31,7 @@ from mtp_lightning.objective.terms.nla import NLA
 from mtp_lightning.objective.terms.reverse_kl import ReverseKL
 from mtp_lightning.objective.terms.tv import TV
 from mtp_lightning.objective.terms.wtv import WTV
-from tests.losses import mtp_loss
+from tests.losses import gradients, mtp_loss
 from tests.models import build, windows
 from tests.objective.whole import ACCEPTED, FORMULAS, At
 
@@ -57,9 +57,7 @@ def test_a_term_trains_the_depths_of_every_stack(tiny_trunk: TrunkConfig, varian
     counts, weights = batch.counts().tolist(), [0.5, 0.25]
     total, sums = mtp_loss(model, batch, weights, counts, term=Focal(1.5))
     total.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-
+    found = gradients(model)
     expected = torch.zeros((), dtype=torch.float64)
     for k, hidden in model(batch).items():
         log_q = torch.log_softmax(model.head(hidden), -1)
@@ -71,9 +69,8 @@ def test_a_term_trains_the_depths_of_every_stack(tiny_trunk: TrunkConfig, varian
         expected = expected + [1.0, *weights][k] * value[valid].sum() / counts[k]
     expected.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 TAUGHT: dict[str, Term] = {
