@@ -36,9 +36,9 @@ def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> StoredModel:
     )
 
 
-def text(depth: int, *, rows: int = 12, seq_len: int = 20, documents: bool = False) -> WindowBatch:
+def text(depth: int, *, documents: bool = False) -> WindowBatch:
     generator = torch.Generator().manual_seed(2)
-    shape = (rows, seq_len + depth + 1)
+    shape = (12, 20 + depth + 1)
     tokens = torch.randint(0, 37, shape, generator=generator)
     ids = (torch.arange(shape[1]) // 7).expand(shape) if documents else None
     return WindowBatch(tokens, depth, ids)

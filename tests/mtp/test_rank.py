@@ -29,10 +29,10 @@ from tests.objective.memory import LiveMemory
 from tests.reference import branch_point
 
 
-def of_rank(trunk: TrunkConfig, rank: int, depth: int, seed: int = 0) -> MTPModel:
+def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
     """In float64, with components that all differ and say something."""
-    model = build(trunk, LinearConfig(depth=depth, rank=rank), seed).double()
-    generator = torch.Generator().manual_seed(seed)
+    model = build(trunk, LinearConfig(depth=depth, rank=rank)).double()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.mtp.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -75,13 +75,13 @@ def trunk_of(name: str) -> TrunkConfig:
     return TrunkConfig(**{**sizes, "d_ff": 48, **TRUNKS[name]})
 
 
-def configs(head: str, depth: int = 3, *, all_switches: bool = True) -> list[MTPConfig]:
+def configs(head: str, *, all_switches: bool = True) -> list[MTPConfig]:
     """The head with every switch that it has, or with those of its first variant alone."""
     found = []
     for number, own in enumerate(HEADS[head]):
         for switches in SWITCHES if all_switches or number == 0 else SWITCHES[:1]:
             kind = MTPConfig.find(head)
-            for given in ({"depth": depth}, {}):  # a head of one depth has no setting for it
+            for given in ({"depth": 3}, {}):  # a head of one depth has no setting for it
                 try:
                     found.append(kind(**own, **switches, **given))
                 except (UserError, TypeError):

@@ -18,7 +18,7 @@ from mtp_lightning.nn.moe import MoE, Router, routers_of
 from mtp_lightning.objective.expert_balance import balance_experts, label
 from tests import deepseek
 from tests.integration.helpers import checkpoint, command, execute, rows, train_here, weights
-from tests.losses import mtp_loss, reported_loss
+from tests.losses import gradients, mtp_loss, reported_loss
 
 GAMMA = 0.001
 
@@ -153,7 +153,7 @@ def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
         assert torch.equal(router.expert_bias, before[name]) == (".depths.1." in name)
 
 
-def train_router(rate: float, steps: int = 300) -> float:
+def train_router(rate: float) -> float:
     """MaxVio at the end of a stream that loves two experts."""
     torch.manual_seed(0)
     config = deepseek.trunk(
@@ -165,7 +165,7 @@ def train_router(rate: float, steps: int = 300) -> float:
             parameter.normal_(0, 0.1)
         layer.router.weight[:2, 0] += 1.0  # tokens all have a large first feature
     violations = []
-    for _ in range(steps):
+    for _ in range(300):
         x = torch.randn(1, 256, 32)
         x[..., 0] += 3.0
         auxiliary = AuxiliaryOutputs()
@@ -184,7 +184,7 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
     """Two micro-batches make the gradient of one batch; heads' own experts are reached."""
     config = deepseek.trunk(experts={"sequence_loss": 0.5}, recompute=recompute)
 
-    def gradients(parts: int, config: Any = config) -> dict[str, Tensor]:
+    def gradients_of(parts: int, config: Any = config) -> dict[str, Tensor]:
         if head == "sequential":
             model = deepseek.build(config, depth=1)
         else:
@@ -194,10 +194,10 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
         tokens = torch.randint(0, 37, (4, 18), generator=torch.Generator().manual_seed(0))
         for micro in WindowBatch(tokens, 1).micro_batches(parts):
             mtp_loss(model, micro, [0.3], [64, 64], windows=4)[0].backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return gradients(model)
 
-    whole, halves = gradients(1), gradients(2)
-    without = gradients(1, deepseek.trunk(experts={"sequence_loss": 0.0}))
+    whole, halves = gradients_of(1), gradients_of(2)
+    without = gradients_of(1, deepseek.trunk(experts={"sequence_loss": 0.0}))
     assert whole.keys() == halves.keys() == without.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], halves[name], rtol=1e-9, atol=1e-12)

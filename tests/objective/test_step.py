@@ -87,10 +87,10 @@ class Trained:
         return self.step(batch, progress, self.optimizer)
 
 
-def documents_of(length: int, *, windows: int = 2, seq_len: int = 12) -> WindowBatch:
+def documents_of(length: int, *, windows: int = 2) -> WindowBatch:
     """Windows of documents of ``length`` tokens."""
     generator = torch.Generator().manual_seed(length)
-    shape = (windows, seq_len + DEPTH + 1)
+    shape = (windows, 12 + DEPTH + 1)
     tokens = torch.randint(0, 37, shape, generator=generator)
     return WindowBatch(tokens, DEPTH, (torch.arange(shape[1]) // length).expand(shape))
 

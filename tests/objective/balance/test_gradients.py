@@ -64,18 +64,18 @@ MODELS = {
 }
 
 
-def make(trunk: TrunkConfig, name: str, depth: int = 3) -> MTPModel:
+def make(trunk: TrunkConfig, name: str) -> MTPModel:
     variant, switches, changes = MODELS[name]
-    model = build(replace(trunk, **changes), MTPConfig.find(variant)(depth=depth, **switches))
+    model = build(replace(trunk, **changes), MTPConfig.find(variant)(depth=3, **switches))
     return model.double()
 
 
-def masked(batch_size: int = 4, seq_len: int = 10, depth: int = 3) -> WindowBatch:
+def masked() -> WindowBatch:
     generator = torch.Generator().manual_seed(3)
-    shape = (batch_size, seq_len + depth + 1)
+    shape = (4, 14)
     tokens = torch.randint(0, 37, shape, generator=generator)
     borders = torch.rand(shape, generator=generator) < 0.15
-    return WindowBatch(tokens, depth, borders.long().cumsum(1))
+    return WindowBatch(tokens, 3, borders.long().cumsum(1))
 
 
 def brute_force(

@@ -36,20 +36,13 @@ def feed(
     *,
     base: list[float] = BASE,
     gradients: TaskGradients | None = None,
-    max_steps: int = 100,
 ) -> dict[str, float]:
-    factors = rule.factors(base, at(step, max_steps))
+    factors = rule.factors(base, at(step))
     if gradients is not None:
         rule.gate(base, gradients)
     seen = real([x if f else 0.0 for x, f in zip(losses, factors, strict=True)])
     return rule.update(
-        Observed(
-            progress=at(step, max_steps),
-            base=base,
-            factors=factors,
-            losses=seen,
-            gradients=gradients,
-        )
+        Observed(progress=at(step), base=base, factors=factors, losses=seen, gradients=gradients)
     )
 
 
