@@ -13,7 +13,6 @@ from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.objective import Objective
-from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep, StepPlan
 from mtp_lightning.objective.targets import PositionCounts, count_taught
@@ -60,7 +59,6 @@ def reported_loss(
     factors = [main, *weights]
     seen = count_taught(batch, model.mtp, key or RandomKey(0, 0)).tolist()
     plan = StepPlan(
-        progress=Progress(step=0, max_steps=1),
         base=factors,
         factors=factors,
         counts=PositionCounts(list(counts), list(taught or seen)),

@@ -45,7 +45,6 @@ class StepPlan:
     """The plan of an optimizer step; the same on every rank, except for the micro-batches.
 
     Attributes:
-        progress: progress before the step.
         base: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
         factors: [D + 1], the factors of the losses. A loss of factor 0 is not computed.
         counts: positions that count in the whole step.
@@ -53,7 +52,6 @@ class StepPlan:
         micro_batches: this rank's, each with the key of its random choices.
     """
 
-    progress: Progress
     base: Sequence[float]
     factors: Sequence[float]
     counts: PositionCounts
@@ -163,7 +161,6 @@ class OptimizerStep:
             micro_batches.append((micro, key))
             key = replace(key, first_row=key.first_row + len(micro))
         return StepPlan(
-            progress=progress,
             base=base,
             factors=[main if self._computes_main else 0.0, *_where(usable, factors)],
             counts=counts,
