@@ -54,19 +54,18 @@ class LossTarget(Protocol):
         """Add the losses to the step's sums, weighted by ``counts_R`` (default: its own)."""
 
 
-class Loss(Protocol):
+class Loss(ABC):
     """A loss that the stack computes and adds to the sums itself.
 
     Attributes:
         width: numbers per position that it needs besides the logits, to size the chunks.
+        weight: the matrix [V', C] that gives its logits; None for the shared head's.
     """
 
-    width: int
+    width: int = 1
+    weight: Tensor | None = None
 
-    @property
-    def weight(self) -> Tensor | None:
-        """The matrix [V', C] that gives its logits; None for the shared head's."""
-
+    @abstractmethod
     def __call__(
         self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
@@ -255,7 +254,7 @@ class OneState(Feed):
         return [added(prediction.gradient for prediction in predictions)]
 
 
-class OwnLoss(ABC):
+class OwnLoss(Loss):
     """A stack's own loss, computed from logits of its own matrix.
 
     A subclass defines :meth:`value`, and may override :meth:`gradient` with a closed form.
@@ -263,12 +262,9 @@ class OwnLoss(ABC):
     Args:
         weight: the matrix, [V', C].
         valid_BT: bool [B, T], which positions count.
-
-    Attributes:
-        width: numbers per position that the loss needs besides the logits.
     """
 
-    width = 1
+    weight: Tensor
 
     def __init__(self, weight: Tensor, valid_BT: Tensor) -> None:
         self.weight, self.valid_BT = weight, valid_BT
@@ -295,7 +291,7 @@ class OwnLoss(ABC):
     def __call__(
         self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """See :class:`Loss`. Only the coefficient of the target is used."""
+        # Only the coefficient of the target is used.
         (target,) = asked
         valid_R = self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))

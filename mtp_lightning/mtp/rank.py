@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.feed import Feed, LossRequest, LossTarget, Prediction, ThroughHead
+from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
 from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
@@ -198,7 +198,7 @@ class JointFeed(Feed):
         return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]
 
 
-class JointLoss:
+class JointLoss(Loss):
     """The losses of all depths, from the logits of their components.
 
     Args:
@@ -209,8 +209,6 @@ class JointLoss:
     Attributes:
         d_log_weights_MA: the gradient with respect to ``log_weights_MA``.
     """
-
-    weight, width = None, 1
 
     def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:
         self.log_weights_MA, self.between = log_weights_MA.detach(), between
