@@ -10,9 +10,7 @@ depth is still trained to draft.
 The training pass is unchanged; afterwards ``lambda_k g_k`` of the gated depths is subtracted from
 the trunk's gradients, before they are clipped. Under bf16-mixed this is exact up to rounding.
 
-Cost, in every step: a forward pass of trunk and depths, and for every task one backward pass
-through its modules, two products with the head, and the whole shared trunk
-(:func:`task_gradients`); memory of one vector of the trunk's size per task.
+Cost: that of :func:`task_gradients` on the whole shared trunk, in every step.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ gradient descent. Weights are clamped to at least 0.01 before they are renormali
 formula alone lets them become negative. ``G_k`` does not include lambda_k: the rule balances the
 unweighted losses, and lambda_k multiplies the result. ``L_k(0)`` is the first loss observed.
 
-Cost, in a step that measures: a forward pass of trunk and depths, and for every task one backward
-pass through its modules, two products with the head, and the last block (:func:`task_gradients`).
+Cost: that of :func:`task_gradients` on the last block, in a step that measures.
 """
 
 from __future__ import annotations

@@ -8,9 +8,7 @@ starts from the schedule's weight in the first step that computes it. From then 
 later changes of the schedule are ignored, except that 0 still switches the depth off. The moving
 average starts from the first ratio. Lambdas are fixed in the last 5 % of the run.
 
-Cost, in a step that measures: a forward pass of trunk and depths, and for every task one backward
-pass through its modules, two products with the head, and the whole shared trunk
-(:func:`task_gradients`); memory of one vector of the trunk's size per task.
+Cost: that of :func:`task_gradients` on the whole shared trunk, in a step that measures.
 """
 
 from __future__ import annotations
