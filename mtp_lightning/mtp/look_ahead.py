@@ -2,8 +2,8 @@
 
 A position looks at the tokens ``first`` to ``last`` positions ahead, up to the end of its window
 and, with a document mask, of its document. Tokens that may not be targets (the prompts of a task,
-padding) do not count. If an id occurs several
-times, only its nearest occurrence that may be a target counts.
+padding) do not count. If an id occurs several times, only its nearest occurrence that may be a
+target counts.
 
 Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S tokens ahead.
 """
@@ -46,7 +46,7 @@ class LookAhead:
             return self.stop_BT >= start_T
         n_scored_BW = self.scored_BW.cumsum(1)
         until_start_BT = n_scored_BW[:, start_T - 1]
-        return n_scored_BW.gather(1, self.stop_BT.clamp(min=0)) > until_start_BT
+        return n_scored_BW.gather(1, self.stop_BT) > until_start_BT
 
     def rows(self, place: slice) -> tuple[Tensor, Tensor]:
         """The tokens ahead of the positions ``place`` among the B x T, the nearest first.
