@@ -150,9 +150,8 @@ def through_head(
         found: Iterable[_HeadPass] = passes()
         if main_MC is not None:
             found = list(found)
-            taught = [one for one in found if one.prediction.loss is None]
-            _with_teacher(main_MC, weight, taught)
-            found = [one for one in found if one not in taught]
+            _with_teacher(main_MC, weight, [one for one in found if one.prediction.loss is None])
+            found = [one for one in found if one.prediction.loss is not None]
         for one in found:
             one.go_alone(main_MC, compiled=compiled)
 
@@ -218,7 +217,7 @@ class _HeadPass:
         """Whether it is trained on a single target by cross-entropy."""
         return self.learns and len(self.targets) == 1 and self.targets[0].term.of_token
 
-    def go_alone(self, main_MC: Tensor | None, *, compiled: bool = False) -> None:
+    def go_alone(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
         own, states = self.prediction.loss, self.prediction.states
         width = max(self.weight.shape[0], 1 if own is None else own.width)
