@@ -172,11 +172,12 @@ class HeadByHead(Feed):
     """
 
     def __init__(self, stack: SideBySide, inputs: FeedInputs) -> None:
-        self.stack, self.key = stack, inputs.key
-        self.at, self.depths = at, depths = inputs.at, inputs.depths
+        self.stack, self.key, self.at, self.depths = stack, inputs.key, inputs.at, inputs.depths
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
-        self.common = [at.hidden, at.embedded] if stack.reads_ahead and depths else [at.hidden]
-        used = [p for k in depths for p in stack.parameters_of(k)]
+        self.common = [self.at.hidden]
+        if stack.reads_ahead and self.depths:
+            self.common.append(self.at.embedded)
+        used = [p for k in self.depths for p in stack.parameters_of(k)]
         super().__init__([inputs.final_BTC, *self.common, *used])
 
     def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:

@@ -59,7 +59,7 @@ def check_rank(config: MTPConfig) -> None:
     require_whole("mtp.rank", config.rank, least=1)
     if config.rank == 1:
         return
-    usual, joined = Switches, f"mtp.rank={config.rank}"
+    joined = f"mtp.rank={config.rank}"
     for name, why in (
         ("branch", "whose next token is predicted from the whole trunk"),
         ("detach", "whose depths share their components' weights with the next token"),
@@ -67,7 +67,7 @@ def check_rank(config: MTPConfig) -> None:
         ("stride", "which reads the tokens between"),
         ("correction", "which lets the heads know the tokens before theirs in its own way"),
     ):
-        default = getattr(usual, name, "none")
+        default = getattr(Switches, name, "none")
         if getattr(config, name) != default:
             raise UserError(
                 f"mtp.{name}={_word(getattr(config, name))} has no meaning with {joined}, {why}: "
