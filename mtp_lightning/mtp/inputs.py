@@ -32,10 +32,11 @@ class RandomKey:
     step: int
     first_row: int = 0
 
-    def generator(self, what: str, row: int) -> torch.Generator:
-        """A generator for one window and one purpose; ``what`` names the purpose and the step."""
-        name = f"{what}:{self.first_row + row}"
-        return torch.Generator().manual_seed(parameter_seed(self.seed, name))
+    def generators(self, what: str, k: int, rows: int) -> list[torch.Generator]:
+        """A generator for each of the micro-batch's windows; ``what`` names the purpose, ``k`` the
+        depth that it is for."""
+        names = (f"{what}:{self.step}:{k}:{self.first_row + row}" for row in range(rows))
+        return [torch.Generator().manual_seed(parameter_seed(self.seed, name)) for name in names]
 
 
 @dataclass(frozen=True)

@@ -230,24 +230,17 @@ def _sent(drawn: Tensor, device: torch.device) -> Tensor:
 
 
 def draw_dropped(k: int, p: float, batch: int, seq_len: int, key: RandomKey) -> Tensor:
-    """Which positions of depth k read no token: bool [B, T] on the CPU.
-
-    Every window of a step draws from its own stream of random numbers.
-    """
-    rows = [key.generator(f"token_dropout:{key.step}:{k}", row) for row in range(batch)]
+    """Which positions of depth k read no token: bool [B, T] on the CPU."""
+    rows = key.generators("token_dropout", k, batch)
     return torch.stack([torch.rand(seq_len, generator=generator) for generator in rows]) < p
 
 
 def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor:
     """How many depths before k - 1 every position's input is taken from: int64 [B, T] on the CPU.
 
-    Uniform in 0 .. k - 1, and 0 if the window holds no such state. Every window of a step draws
-    from its own stream of random numbers.
+    Uniform in 0 .. k - 1, and 0 if the window holds no such state.
     """
-    rows = []
-    for row in range(batch):
-        generator = key.generator(f"hidden_state_mixing:{key.step}:{k}", row)
-        rows.append(torch.randint(0, k, (seq_len,), generator=generator))
-    back_BT = torch.stack(rows)
+    rows = key.generators("hidden_state_mixing", k, batch)
+    back_BT = torch.stack([torch.randint(0, k, (seq_len,), generator=g) for g in rows])
     exists_BT = torch.arange(seq_len) + back_BT < seq_len
     return back_BT.where(exists_BT, torch.zeros_like(back_BT))
