@@ -52,12 +52,11 @@ class SampledDepths(Balance):
         super().__init__(depth)
         wanted = f"uniform, loss_ratio, or a list of mtp.depth={depth} numbers above 0"
         if isinstance(probabilities, str):
-            known = probabilities in ("uniform", "loss_ratio")
-            require(known, "balance.probabilities", probabilities, wanted)
+            fits = probabilities in ("uniform", "loss_ratio")
         else:
             listed = isinstance(probabilities, Sequence) and len(probabilities) == depth
             fits = listed and all(is_number(p) and p > 0 for p in probabilities)
-            require(fits, "balance.probabilities", probabilities, wanted)
+        require(fits, "balance.probabilities", probabilities, wanted)
         self.seed = seed
         self.probabilities = probabilities
         # L_k(0), and the moving average of L_k; NaN before a depth was drawn.
