@@ -1,5 +1,5 @@
-"""What is tried of every head by every objective: the axes of conf/, and models and windows that
-are drawn for a case."""
+"""Cases of the cross product of heads and objectives: its axes, read from conf/, and the random
+models and windows of a case."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONF = Path(__file__).parents[2] / "conf"
 TRUNK = TrunkConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=12)
 SEQ_LEN, STEPS = 6, 12
 
-# A switch of the heads -> its values. Those of SORTS stand in the product, the others are drawn.
+# A head's switch -> its values. The product covers those of SORTS; the others are drawn at random.
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "correction": ("none", "mlp", "markov", "selector"),
     "stride": (1, 2),
@@ -52,7 +52,7 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "consistency": (1.0, 0.0),
 }
 SORTS = ("correction", "stride", "rank", "draft_vocab")
-# An objective -> settings of its own, and the formulas that they stand for, with their weights.
+# An objective -> some of its settings, and the formulas with weights that they select.
 OBJECTIVES: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = {
     **{w: [({}, {w: 1.0})] for w in ("ce", "reverse_kl", "js", "tv", "nla", "lk", "e2e_tv", "eal")},
     "wtv": [({"temperature": 0.6}, {"wtv at temperature 0.6": 1.0}), ({}, {"wtv": 1.0})],
@@ -80,20 +80,20 @@ OBJECTIVES: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = {
 }
 WEIGHTS, MASKS = ("none", "exp_decay", "acceptance"), ("none", "entropy")
 ACTIVE = ("none", "some", "all")
-# Schedules of one depth alone, and settings that they do not have from conf/.
+# Schedules that need a certain depth, and settings that conf/ leaves to the user.
 DEPTHS = {"modded_nanogpt": 2, "knots": 3}
 KNOTS = {"knots": {"knots": {0: 0, 0.4: [0, 1, 0], 0.6: [1, 0, 1]}}}
 
 
 @cache
 def listed(group: str) -> dict[str, dict[str, Any]]:
-    """Words of a group of conf/, and what their files say."""
+    """The options of a group of conf/: name -> the settings in its file."""
     files = sorted((CONF / group).glob("*.yaml"))
     return {file.stem: _settings(file) for file in files if file.stem != "base"}
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What a file says where no preset says otherwise: of ``oc.select`` the default."""
+    """The settings of a file without a preset; an ``oc.select`` of one gives its default."""
     said = OmegaConf.create(yaml.safe_load(file.read_text()))
     settings: dict[str, Any] = {}
     for key, value in OmegaConf.to_container(said).items():  # type: ignore[union-attr]
@@ -103,20 +103,21 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def target(said: dict[str, Any]) -> Any:
-    """What a file names."""
+    """The class or function that a file names as ``_target_``."""
     module, _, name = said["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def built(said: dict[str, Any], **given: Any) -> Any:
-    """What it makes of the file's settings and of those that are given."""
+    """The object that it makes of the file's settings, replaced by those that are given."""
     settings = {k: v for k, v in said.items() if k not in ("_target_", "defaults")}
     return target(said)(**settings | given)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What stands in the product; everything else is drawn by the number ``draw``."""
+    """An element of the product. Everything else is drawn at random; ``draw`` tells repetitions
+    apart."""
 
     head: str
     sort: tuple[tuple[str, Any], ...]
@@ -128,7 +129,8 @@ class Case:
 
     @property
     def takes_all(self) -> bool:
-        """Whether no objective is refused: every depth predicts the next token of a draft."""
+        """Whether no objective is refused: its depths predict tokens in a row, each over the whole
+        vocabulary."""
         predicts = target(listed("mtp")[self.head]).predicts_tokens
         asked = dict(self.sort)
         plain = asked.get("stride", 1) == asked.get("rank", 1) == 1
@@ -137,7 +139,7 @@ class Case:
 
 
 def sorts() -> Iterator[tuple[str, tuple[tuple[str, Any], ...]]]:
-    """Heads, each with every value of one of the switches that make another head of it."""
+    """Every head, with each value of at most one of its switches in SORTS."""
     for head, said in listed("mtp").items():
         names = [name for name in SORTS if name in said]
         for values in itertools.product(*(SWITCHES[name] for name in names)):
@@ -159,7 +161,7 @@ def product(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
 
 
 def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """Every objective, with kinds of weights, mask and schedule that the name draws."""
+    """Every objective, each with one choice of weights, mask and schedule."""
     objectives = list(listed("objective"))
     random.Random(str((head, sort))).shuffle(objectives)
     rest = zip((*WEIGHTS, "acceptance"), MASKS * 2, ("all", "some", "all", "none"), strict=True)
@@ -172,7 +174,7 @@ def some_of(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
 
 
 def plain(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
-    """What every head takes, more often for the heads that refuse most of the rest."""
+    """Cross-entropy, which every head takes: more often for heads that refuse other objectives."""
     case = Case(head, sort, "ce", "none", "none", "all")
     for draw in range(1, 2 if case.takes_all else 5):
         yield replace(case, draw=draw)
@@ -180,7 +182,7 @@ def plain(head: str, sort: tuple[tuple[str, Any], ...]) -> Iterator[Case]:
 
 @cache
 def schedules(depth: int) -> dict[str, list[tuple[LambdaSchedule, int]]]:
-    """Every schedule and step, by which depths are active then."""
+    """Every schedule and step, grouped by whether no, some or all depths are active there."""
     found: dict[str, list[tuple[LambdaSchedule, int]]] = {active: [] for active in ACTIVE}
     for word, said in listed("lambda_schedule").items():
         if DEPTHS.get(word, depth) != depth:
@@ -194,7 +196,7 @@ def schedules(depth: int) -> dict[str, list[tuple[LambdaSchedule, int]]]:
 
 
 def drawn_head(case: Case, draw: random.Random, *, confidence: bool) -> MTPConfig:
-    """A config with what the case says, of the drawn ones the first that is not refused."""
+    """A config of the case's head with random switches: the first draw that is not refused."""
     said = listed("mtp")[case.head]
     depth = said["depth"] if said["depth"] < 2 else draw.choice((2, 3))
     names = [name for name in said if name in SWITCHES and name not in SORTS]
@@ -207,7 +209,7 @@ def drawn_head(case: Case, draw: random.Random, *, confidence: bool) -> MTPConfi
 
 
 def drawn_model(config: MTPConfig, seed: int) -> MTPModel:
-    """In float64, with every weight drawn."""
+    """A model in float64 whose weights are all random, also those that usually start at 0."""
     model = MTPModel(ModelConfig(trunk=TRUNK, mtp=config)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -222,7 +224,7 @@ def drawn_model(config: MTPConfig, seed: int) -> MTPModel:
 
 
 def drawn_batch(config: MTPConfig, draw: random.Random) -> WindowBatch:
-    """Windows, in documents or not, with prompts that are not scored or not."""
+    """Random windows: some with documents, and some with prompts that are not scored."""
     generator = torch.Generator().manual_seed(draw.randrange(2**30))
     extra = max(config.places_ahead - config.depth - 1, 0)
     shape = (2, SEQ_LEN + config.stride * config.depth + 1 + extra)
@@ -230,7 +232,7 @@ def drawn_batch(config: MTPConfig, draw: random.Random) -> WindowBatch:
     ids = TRUNK.vocab_size - 1
     tokens = torch.randint(1, ids, shape, generator=generator).cumsum(1) % ids + 1
     starts, prompts = torch.rand(2, *shape, generator=generator)
-    starts[0, :3] = prompts[0, :3] = 1  # the main prediction has a target there
+    starts[0, :3] = prompts[0, :3] = 1  # so that the main prediction has a target
     return WindowBatch(
         tokens,
         config.depth,

@@ -1,4 +1,4 @@
-"""How much memory tensors take while a pass runs."""
+"""Measures the memory of tensors during a pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveMemory(TorchDispatchMode):
-    """The largest tensor that a pass makes, and the most bytes of large ones alive at once."""
+    """Records what the tensors of a pass take.
+
+    Attributes:
+        least: numbers from which on a tensor is recorded.
+        largest: numbers of the largest tensor.
+        peak: the most bytes of recorded tensors that exist at once.
+    """
 
     def __init__(self, least: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every head's hidden states and predictions from the definitions, in float64.
+"""Hidden states and predictions of every head, computed from the definitions in float64.
 
 Shapes: B windows, T positions, C d_model, V vocabulary.
 """
@@ -23,12 +23,12 @@ from tests.reference import rms_norm
 
 
 def said(log_probs: Tensor, token: Tensor) -> Tensor:
-    """What is said of a token [..]."""
+    """The log-probability of a token [..]."""
     return log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def rotated(x: Tensor, places: Tensor, theta: float) -> Tensor:
-    """[.., T, N, H] by the places [T]: pairs (j, j + H/2)."""
+    """The rotary embedding of [.., T, N, H] at the positions [T], which pairs j with j + H/2."""
     half = x.shape[-1] // 2
     angle = places.double().view(-1, 1, 1) * theta ** (-torch.arange(half).double() / half)
     a, b = x.split(half, dim=-1)
@@ -40,8 +40,8 @@ class Forward:
 
     Attributes:
         final: h [B, T, C].
-        states: depth -> [B, T, C], of those that predict a token through the shared head.
-        consistency: the loss of ``masked`` on its masks' states; None of other heads.
+        states: depth -> [B, T, C], of depths that predict a token.
+        consistency: the consistency loss of ``masked``; None for other heads.
         embedding, head: [V, C].
     """
 
@@ -50,7 +50,7 @@ class Forward:
         self.config: Any = model.config.mtp
         self.batch, self.key, self.seq_len = batch, key, batch.seq_len
         self.consistency: Tensor | None = None
-        # Which positions of a pass have updates of their linear layers, [T, 1].
+        # Which positions of a pass use the updates of linear layers, [T, 1]; None for none.
         self.gate: Tensor | None = None
         self.embedding = self.w["trunk.embedding.weight"]
         self.head = self.w.get("head.weight", self.embedding)
@@ -84,12 +84,12 @@ class Forward:
         return torch.where(self.gate, y + x @ down.T @ up.T, y)
 
     def read(self, k: int) -> Tensor:
-        """The embeddings of the tokens k places on."""
+        """The embeddings of the tokens k positions ahead."""
         embedded = self.embedding[self.batch.tokens[:, k : self.seq_len + k]]
         return embedded.detach() if self.config.detach == "all" else embedded
 
     def trunk(self, x: Tensor, places: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
-        """Before the last block, and after it."""
+        """The states before the last block and after it."""
         before_last, self.after = x, [x]
         for layer in range(self.c.n_layers):
             before_last, x = x, self.block(x, f"trunk.blocks.{layer}", places, sees)
@@ -104,7 +104,7 @@ class Forward:
         return x + self.linear(F.silu(gate) * up, f"{name}.feed_forward.down")
 
     def attention(self, x: Tensor, name: str, places: Tensor, sees: Tensor) -> Tensor:
-        """x [.., T, C], by queries [.., T] of keys."""
+        """Attention over [.., T, C]; ``sees`` [.., T, T] is True where a query attends to a key."""
         n, m, size = self.c.n_heads, self.c.n_kv_heads, self.c.d_head
         assert size is not None
         qkv = self.linear(x, f"{name}.qkv").unflatten(-1, (-1, size))
@@ -133,7 +133,7 @@ class Forward:
         return dict(enumerate(history[1:], start=1))
 
     def drawn(self, k: int, history: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens and hidden state that a module reads in training."""
+        """The token inputs and the hidden states that a module reads in training."""
         tokens, previous, size = self.read(k), history[-1], (len(self.batch), self.seq_len)
         if self.config.token_dropout:
             dropped = draw_dropped(k, self.config.token_dropout, *size, self.key)
@@ -163,7 +163,7 @@ class Forward:
 
     def correction(self, k: int) -> Tensor:
         p, kind = f"mtp.corrections.{k - 1}", self.config.correction
-        if kind in ("none", "selector"):  # a selector changes what is drafted, and no state
+        if kind in ("none", "selector"):  # a selector changes drafts and no state
             return torch.zeros(())
         if kind == "mlp":
             parts = [self.branch, *(self.read(j) for j in range(1, k + 1))]
@@ -192,7 +192,7 @@ class Forward:
         return found
 
     def eagle(self) -> dict[int, Tensor]:
-        """Every query alone, over the keys that its draft would find in the cache."""
+        """One query at a time, over the keys that the cache would hold for its draft."""
         p, n, m = "mtp.depths.0", self.c.n_heads, self.c.n_kv_heads
         layers, size = self.config.layers or default_layers(self.c.n_layers), self.c.d_head
         read = torch.cat([self.after[layer] for layer in layers], -1)
@@ -220,7 +220,7 @@ class Forward:
         return found
 
     def registers(self) -> dict[int, Tensor]:
-        """After the tokens; a register sees the tokens up to its own, and itself."""
+        """Registers follow the tokens; each attends to the tokens up to its own and to itself."""
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
         both = torch.cat((tokens, self.w["mtp.register"].expand_as(tokens)), 1)
         places = torch.cat((self.places, self.places + self.mtp.offset(self.key) - 1))
@@ -231,7 +231,7 @@ class Forward:
         return {1: self.norm(last[:, self.seq_len :], "trunk.norm")}
 
     def masked(self) -> dict[int, Tensor]:
-        """One token at a time: the trunk reads the text up to it again, and the masks."""
+        """One token at a time: the trunk reads the text up to it and the masks."""
         depth, size = self.config.depth, len(self.batch)
         tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
         states, apart = [], [[] for _ in range(size)]
@@ -278,7 +278,7 @@ class Forward:
         return {0: torch.log_softmax(self.final @ self.head.T, -1), **found}
 
     def over_all(self, log_q: Tensor) -> Tensor:
-        """Tokens that a head of the stack's own leaves out have probability 0."""
+        """Log q over all tokens; those without a row in the stack's own head have probability 0."""
         if self.mtp.own_head is None:
             return log_q
         wide = log_q.new_full((*log_q.shape[:-1], self.c.vocab_size), -math.inf)
@@ -286,7 +286,7 @@ class Forward:
         return wide
 
     def of_components(self) -> dict[int, Tensor]:
-        """Of a mixture, whose weights rest on what its components said of the tokens before."""
+        """Log q of a mixture, weighted by what its components predicted of the tokens before."""
         h, found = self.final, {}
         log_w = torch.log_softmax(self.linear(h, "mtp.weigh"), -1)
         for k in range(self.config.depth + 1):
@@ -318,6 +318,6 @@ HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
     "eagle": Forward.eagle,
     "registers": Forward.registers,
     "masked": Forward.masked,
-    "top": lambda forward: {},  # what they say goes through a head of their own
+    "top": lambda forward: {},  # their predictions come from a matrix of their own
     "bag": lambda forward: {},
 }

@@ -1,7 +1,7 @@
 """Parameters and FLOPs that the product measures on the meta device, against closed forms.
 
-That an optimizer step's FLOPs are those of the operators that it calls is tested with the steps
-(``test_cross_product.py``, ``test_step.py``, ``balance/test_gradients.py``).
+``test_cross_product.py``, ``test_step.py`` and ``balance/test_gradients.py`` compare the FLOPs of a
+step with those of the operators that it calls.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def trunk_of(name: str) -> TrunkConfig:
 
 
 def configs(head: str, *, all_switches: bool = True) -> list[MTPConfig]:
-    """The head with every switch that it has, or with those of its first variant alone."""
+    """The head's variants, with all switches; unless ``all_switches``, the first one's only."""
     found = []
     for number, own in enumerate(HEADS[head]):
         for switches in SWITCHES if all_switches or number == 0 else SWITCHES[:1]:
             kind = MTPConfig.find(head)
-            for given in ({"depth": 3}, {}):  # a head of one depth has no setting for it
+            for given in ({"depth": 3}, {}):  # a head of a fixed depth takes no depth
                 try:
                     found.append(kind(**own, **switches, **given))
                 except (UserError, TypeError):
@@ -91,7 +91,7 @@ def configs(head: str, *, all_switches: bool = True) -> list[MTPConfig]:
 
 
 def test_every_head_is_among_them() -> None:
-    assert all(configs(head) for head in HEADS)  # which imports them
+    assert all(configs(head) for head in HEADS)  # configs() imports them
     own = {k for k, v in MTPConfig._variants.items() if v.__module__.startswith("mtp_lightning.")}
     assert own == HEADS.keys()
 
@@ -126,7 +126,7 @@ def test_flops_of_a_step_are_those_of_the_closed_form(head: str) -> None:
             assert cost.per_token(T, active) == expected, (mtp, active)
             assert cost(T, active, main=mtp.trains_trunk) == T * expected
         if number == 0 and head in ("sequential", "joint", "registers", "masked"):
-            # With another length of the window, attention has another share.
+            # The share of attention grows with the window.
             assert cost.per_token(2 * T) == closed_forms.training(config, 2 * T, depths)
 
 

@@ -1,8 +1,8 @@
-"""Every head by every objective, weights, mask and schedule: a step is what ``whole.py`` says, or
-one sentence says why not.
+"""Every head with every objective, weights, mask and schedule: a step equals the one that
+``whole.py`` computes, or is refused with one sentence.
 
-The axes are read from conf/. A head, a switch, an objective or a schedule that ``whole.py`` and the
-tables here do not know fails the test. All weights are drawn, those too that start at 0.
+The axes are read from conf/. A head, switch, objective or schedule that ``whole.py`` and the tables
+of ``draws.py`` lack fails the test. All weights are random, also those that start at 0.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CE = CrossEntropy()
 
 
 class Kept(torch.optim.SGD):
-    """An optimizer that keeps the gradients, and leaves the weights as they are."""
+    """An optimizer that keeps the gradients and does not change the weights."""
 
     def step(self, closure: Any = None) -> None:
         parameters = self.param_groups[0]["params"]
@@ -71,10 +71,10 @@ class Kept(torch.optim.SGD):
 def begun(
     case: Case, draw: random.Random, rule: Callable[[int], Balance] = NoBalance
 ) -> tuple[OptimizerStep, Asked, int]:
-    """A step, what it asks of the depths, and when it is.
+    """An optimizer step, what its depths are trained on, and its number in the run.
 
     Raises:
-        UserError: of what makes no sense together, with the options that are drawn and without.
+        UserError: the case is refused, with random further options and without.
     """
     settings, mixture = draw.choice(OBJECTIVES[case.objective])
     said = listed("objective")[case.objective]
@@ -92,7 +92,7 @@ def begun(
         if options is not own and not config.trains_trunk and draw.random() < 0.7:
             options = {**options, "draft_vocab": draw.choice((2, 7))}
         model, balance = drawn_model(config, draw.randrange(2**30)), rule(config.depth)
-        # A single depth is all that there are, or none.
+        # With a single depth, "some" is none.
         places = schedules(config.depth)[case.active] or schedules(config.depth)["none"]
         schedule, now = draw.choice(places)
         try:
@@ -112,7 +112,7 @@ def begun(
 
 
 def check(case: Case) -> str | None:
-    """A step against the definitions; the sentence of a refusal, or None."""
+    """Compare a step with the definitions; return the message of a refusal, or None."""
     draw = random.Random(str(case))
     try:
         step, asked, now = begun(case, draw)
@@ -121,7 +121,7 @@ def check(case: Case) -> str | None:
     model, progress = step.model, Progress(now, STEPS)
     batch = drawn_batch(model.config.mtp, draw)
     optimizer = Kept(model.parameters(), lr=1.0)
-    counts = draw.random() < 0.5  # which takes as long as all the rest
+    counts = draw.random() < 0.5  # counting takes as long as everything else
     if not counts:
         step.cost = lambda *_, **__: 0  # type: ignore[assignment]
     with counted_flops() if counts else nullcontext() as counted:
@@ -129,27 +129,27 @@ def check(case: Case) -> str | None:
     want = Step(model, batch, RandomKey(step.seed, now), step.schedule.weights(progress), asked)
     found = {tag: float(value) for tag, value in result.log_values().items()}
     assert found == pytest.approx(want.logged, rel=1e-9)
-    # Where no position of a depth has a teacher, a step computes less than is counted.
+    # If no position of a depth has a teacher, a step computes less than it counts.
     if counted is not None and all(want.taught[k].any() for k in result.plan.active):
         assert result.flops == counted.total
     for k, hidden in model(batch, result.plan.active, key=RandomKey(step.seed, now)).items():
         if k in want.log_q:
             log_q = torch.log_softmax(model.head_of(k)(hidden), -1)
             torch.testing.assert_close(log_q, want.log_q[k], rtol=1e-9, atol=1e-9)
-        else:  # a summary's state is for a head of its own
+        else:  # a summary has a matrix of its own
             values, valid = own_values(model.mtp, k, hidden, batch)
             mean = float((values * valid).sum() / valid.sum())
             assert mean == pytest.approx(want.logged[f"train/loss_depth_{k}"], rel=1e-9)
     wanted = gradients(want.total, list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
     for name, gradient, other in zip(names, optimizer.found, wanted, strict=True):
-        # Masks and coefficients are of single precision.
+        # Masks and coefficients have single precision.
         assert (gradient - other).abs().max() <= 1e-6 * other.abs().max() + 1e-9, name
     return None
 
 
 def gradients(total: Tensor, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """Zeros where there is none."""
+    """The gradients of ``total``; zeros for a parameter without one."""
     wanted = [p for p in parameters if p.requires_grad and total.requires_grad]
     found = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
     known = {id(p): g for p, g in zip(wanted, found, strict=True) if g is not None}
@@ -157,15 +157,15 @@ def gradients(total: Tensor, parameters: list[torch.nn.Parameter]) -> list[Tenso
 
 
 def require_sentence(said: str | None, *named: str) -> None:
-    """One sentence that names what was asked for."""
+    """Check that a refusal is one sentence and has one of the words ``named``."""
     if said is not None:
         assert "\n" not in said and said.endswith(".") and len(said) < 400, said
         assert any(name in said for name in named), said
 
 
 def check_all(cases: Iterator[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some are not refused; of heads that take everything, all."""
-    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: 7)  # chunks that straddle windows
+    """Check all cases. At least four must not be refused; of heads that take everything, none."""
+    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: 7)  # chunks that cross windows
     monkeypatch.setattr(selector, "CANDIDATES", 4)
     monkeypatch.setattr(selector, "_NUMEL", 40)
     trained = 0
@@ -182,7 +182,7 @@ def check_all(cases: Iterator[Case], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_tables_know_all_that_there_is() -> None:
-    """And that every value of a switch is tried."""
+    """Every option and every value of a switch occurs in the cases."""
     assert HEADS.keys() == listed("mtp").keys()
     for said in listed("mtp").values():
         config = target(said)
@@ -239,14 +239,14 @@ def test_a_step_in_bf16_is_near_one_in_fp32(name: str) -> None:
             (loss, gradient), (low_loss, low_gradient) = found
             assert low_loss == pytest.approx(loss, rel=0.1, abs=0.05), case
             near.append(float(torch.cosine_similarity(gradient, low_gradient, dim=0)))
-    # Some of the models, drawn with large weights, are too steep for bf16.
+    # Some of the models have weights that are too large for bf16.
     assert near and sorted(near)[len(near) // 4] > 0.98
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", HEADS_BY_NAME)
 def test_every_rule(name: str) -> None:
-    """With drawn switches, it trains, or one sentence says why not."""
+    """With random switches it trains, or is refused with one sentence."""
     for rule, objective, draw in itertools.product(RULES, ("kl", "e2e_tv", "ce"), range(4)):
         case = Case(*HEADS_BY_NAME[name], objective, "none", "none", "all", draw)
         drawn = random.Random(str(case))

@@ -1,4 +1,4 @@
-"""The bias that balances experts: by how much it moves, when, and what it achieves."""
+"""The biases that balance experts: how far they move, when, and the balance that they reach."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moves(bias: Tensor) -> Tensor:
-    """In units of gamma."""
+    """Biases in units of gamma."""
     return bias.double() / GAMMA
 
 
@@ -62,7 +62,7 @@ def test_a_run_moves_trunk_and_modules_and_logs(plain: Path) -> None:
     assert len(found) == 2 and any(".mtp." in name for name in found)
     for name, bias in found.items():
         steps = moves(bias)
-        # Three steps of -1, 0 or +1 each, of which validation in between is none.
+        # Three steps of -1, 0 or +1 each; the validation between them moves nothing.
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3, msg=name)
         assert 0 < steps.abs().max() <= 3.001
     for row in rows(plain):
@@ -131,7 +131,7 @@ def test_one_update_by_hand() -> None:
     values = balance_experts(router, auxiliary, done=0.0)
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
     assert values["moe/max_violation"].item() == pytest.approx(0.25)
-    # An unused router stays as it is, and so does every one at the end.
+    # An unused router keeps its biases, and so do all routers at the end of the run.
     assert balance_experts(router, AuxiliaryOutputs(), done=0.0) == {}
     assert balance_experts(router, auxiliary, done=0.9).keys() == values.keys()
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
@@ -154,7 +154,7 @@ def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
 
 
 def train_router(rate: float) -> float:
-    """MaxVio at the end of a stream that loves two experts."""
+    """MaxVio at the end of a stream whose tokens prefer two experts."""
     torch.manual_seed(0)
     config = deepseek.trunk(
         experts={"n_routed": 8, "n_groups": 1, "top_groups": 1, "bias_rate": rate}
@@ -181,7 +181,7 @@ def test_bias_balances_a_skewed_stream() -> None:
 
 @pytest.mark.parametrize(("head", "recompute"), [("sequential", True), ("parallel", False)])
 def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> None:
-    """Two micro-batches make the gradient of one batch; heads' own experts are reached."""
+    """Two micro-batches give the gradient of one batch, also for the experts of heads."""
     config = deepseek.trunk(experts={"sequence_loss": 0.5}, recompute=recompute)
 
     def gradients_of(parts: int, config: Any = config) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
 
 @pytest.mark.slow
 def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path) -> None:
-    """One layer of the trunk and one head have experts; 1e-4 is its value at perfect balance."""
+    """One layer of the trunk and one head have experts; each adds 1e-4 at perfect balance."""
     on = RUN | {"mtp": "parallel", "model.feed_forward.sequence_loss": 1e-4}
     train_here(tmp_path / "whole", cache, on | {"data.batch_size": 8})
     found = [row["moe/sequence_loss"] for row in rows(tmp_path / "whole")]

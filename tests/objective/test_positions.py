@@ -1,5 +1,5 @@
-"""What rests on all depths of a position, at its ends, and what it has no meaning for. The steps
-themselves are in ``test_cross_product.py``."""
+"""Rules and terms over all depths of a position: their limits, and the settings that they refuse.
+``test_cross_product.py`` tests their losses and gradients."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_infinite_jump_masks_nothing(tiny_trunk: TrunkConfig, variant: str) -
     for objective in (
         Objective(term=KL()),
         Objective(term=KL(), mask="entropy", tau=math.inf),
-        Objective(term=KL(), mask="entropy"),  # a running quantile that knows nothing yet
+        Objective(term=KL(), mask="entropy"),  # a running quantile before its first step
     ):
         total, sums = mtp_loss(model, batch, [0.5, 0.25, 0.125], counts, term=objective)
         total.backward()
@@ -61,7 +61,7 @@ def test_the_running_quantile_learns_where_no_depth_does(tiny_trunk: TrunkConfig
     objective = Objective(term=KL(), mask="entropy")
     mtp_loss(model, batch, [0.0], [18, 18], term=objective)
     objective.learn()
-    assert sum(objective.state_dict()["counts"]) == 2 * 8  # steps between positions
+    assert sum(objective.state_dict()["counts"]) == 2 * 8  # changes between adjacent positions
 
 
 def test_the_running_quantile_is_one() -> None:
@@ -74,7 +74,7 @@ def test_the_running_quantile_is_one() -> None:
         values = mask.learn()
     exact = torch.randn(100_000, generator=generator) * math.sqrt(2)
     assert mask.tau == pytest.approx(exact.quantile(0.9).item(), abs=0.15)
-    # Of two steps between positions neither may be a jump.
+    # Depth 1 counts where neither of two changes is a jump.
     assert 0.7 < values["objective/kept_depth_1"] < 0.9
     other = EntropyMask(None, quantile=0.9)
     other.load_state_dict(mask.state_dict())

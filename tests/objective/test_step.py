@@ -1,4 +1,4 @@
-"""One optimizer step: what it computes and counts, and what the balance rules change of it."""
+"""One optimizer step: what it computes and counts, and what the balance rules change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RULES: dict[str, Callable[[int], Balance]] = {
 
 
 class Trained:
-    """A small model in float64, and what trains it.
+    """A small model in float64, with a rule, an optimizer and a step that train it.
 
     Attributes:
         gradients: those of the model's parameters in the last step, by name.
@@ -74,7 +74,7 @@ class Trained:
         self.step = OptimizerStep(
             self.model, schedule=schedule, balance=rule, clip_norm=clip_norm, accumulate=accumulate
         )
-        if not counts:  # FLOPs, which takes longer than the step
+        if not counts:  # counting FLOPs takes longer than the step
             self.step.cost = lambda *_, **__: 0  # type: ignore[assignment]
 
     def _look(self) -> None:
@@ -101,14 +101,14 @@ def documents_of(length: int, *, windows: int = 2) -> WindowBatch:
 def test_a_depth_without_a_target_is_not_computed(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
-    """In documents of three tokens depth 2 has no target, in those of two depth 1 has none."""
+    """Depth 2 has no target in documents of three tokens, depth 1 none in those of two."""
     trained = Trained(tiny_trunk, variant, RULES[rule](DEPTH))
     for length, with_targets in ((5, {1, 2}), (3, {1}), (2, set()), (3, {1}), (5, {1, 2})):
         batch = documents_of(length)
         assert {k for k in (1, 2) if batch.counts()[k]} == with_targets
         result = trained(batch)
         assert set(result.plan.active) <= with_targets
-        if rule != "sampled_depths":  # which computes one of them
+        if rule != "sampled_depths":  # this rule computes one of them
             assert set(result.plan.active) == with_targets
         elif with_targets:
             assert len(result.plan.active) == 1
@@ -146,7 +146,7 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
 def test_flops_of_the_depths_that_have_a_target_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, own: dict[str, Any]
 ) -> None:
-    """With targets for all depths, ``test_cross_product.py`` compares every head."""
+    """``test_cross_product.py`` compares every head where all depths have targets."""
     trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), counts=True, **own)
     for length, active in ((3, [1]), (2, [])):
         with counted_flops() as counted:
@@ -159,7 +159,8 @@ def test_flops_of_the_depths_that_have_a_target_are_those_of_pytorchs_operators(
 def test_nothing_is_computed_for_a_frozen_trunk(
     tiny_trunk: TrunkConfig, variant: str, rule: str
 ) -> None:
-    """Its main prediction, but where a rule looks at it; the modules learn the same."""
+    """Its main prediction is computed only for a rule that reads its loss; the modules learn the
+    same."""
     found = {}
     for frozen in (True, False):
         switches = {"freeze_trunk": True} if frozen else {"detach": "all"}
@@ -174,7 +175,7 @@ def test_nothing_is_computed_for_a_frozen_trunk(
 
 
 def uneven() -> WindowBatch:
-    """Documents of uneven lengths: every micro-batch has counts of its own."""
+    """Windows of documents of uneven lengths, so that the counts of micro-batches differ."""
     batch = documents_of(99, windows=4)
     borders = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.15
     return WindowBatch(batch.tokens, DEPTH, borders.long().cumsum(1))
@@ -218,7 +219,7 @@ def test_measuring_rules_log_norms_and_count_their_cost(
     batch = WindowBatch(documents_of(5).tokens, DEPTH)
     results = [trained(batch) for _ in range(10)]
     tags = [f"grad/{where}norm_depth_{k}" for k in range(3)]
-    last = 9 if rule.name == "trunk_ratio" else 10  # at rest in the last tenth
+    last = 9 if rule.name == "trunk_ratio" else 10  # it measures nothing in the last tenth
     assert [[tag in result.log_values() for tag in tags] for result in results] == [
         [step % every == 0 and step <= last] * 3 for step in range(1, 11)
     ]
@@ -238,7 +239,7 @@ def test_a_rule_that_never_measures_is_training_with_fixed_weights(tiny_trunk: T
 def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gate that is always shut, the trunk trains as though detached; modules still learn."""
+    """With a gate that is always closed, the trunk trains as if detached; modules still learn."""
     monkeypatch.setattr(CosineGate, "is_open", lambda self, k: False)
     # The gradients are not clipped: their norm would join what the gate separates.
     shut, plain, fixed = (

@@ -1,4 +1,4 @@
-"""Terms of the objective: value and gradient, alone and through every kind of stack."""
+"""Terms of the objective: value and gradient, alone and through several kinds of stack."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.objective.whole import ACCEPTED, FORMULAS, At
 
 @dataclass
 class Focal(Term):
-    """``-(1 - q)^gamma log q``, of which nothing but the value is written down."""
+    """``-(1 - q)^gamma log q``, with the gradient of autograd."""
 
     name = "focal"
     gamma: float = 2.0
@@ -84,7 +84,7 @@ TAUGHT: dict[str, Term] = {
     "e2e_tv": E2ETV(),
     "wtv at temperature 0.6": WTV(0.6),
 }
-# Zero only where both are sure of one token.
+# These are 0 only if both distributions have all mass on one token.
 GREEDY: dict[str, Term] = {"eal": EAL(), "ce": CrossEntropy()}
 
 
@@ -104,7 +104,7 @@ def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
 def test_a_distance_is_its_formula(
     name: str, seed: int, rows: int, vocab: int, sharp: float
 ) -> None:
-    """Value and gradient, written down and made by autograd, against the definition."""
+    """Value and gradient, in closed form and by autograd, against the definition."""
     generator = torch.Generator().manual_seed(seed)
     logits_q, logits_p = sharp * torch.randn(
         2, rows, vocab, generator=generator, dtype=torch.float64
@@ -122,7 +122,7 @@ def test_a_distance_is_its_formula(
         value, d_logits = gradient(chunk)
         torch.testing.assert_close(value, want.detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(d_logits, leaf.grad, rtol=1e-9, atol=1e-12)
-        # What the next depth reads has not been written on.
+        # The teacher, which the next depth reads too, is not overwritten.
         assert torch.equal(chunk.teacher.log_probs_RV, log_p)
         assert torch.equal(chunk.teacher.probs_RV, log_p.exp())
     assert torch.equal(term.value(chunk_of(logits_q, logits_p, tokens)), value)
@@ -167,7 +167,7 @@ def test_where_the_teacher_is_sure_of_the_target_it_is_cross_entropy() -> None:
         value, gradient = term.gradient(chunk_of(logits, sure, tokens))
         torch.testing.assert_close(value, want_value)
         torch.testing.assert_close(gradient, want)
-    # The chance to be rejected is that of another token, and an unlikely target teaches nothing.
+    # TV is the probability of the other tokens; NLA has no gradient below its floor.
     value, _ = TV().gradient(chunk_of(logits, sure, tokens))
     torch.testing.assert_close(value, 1 - (-want_value).exp())
     far = torch.zeros(1, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The chunked head against float64 logits, and what it must not hold in memory."""
+"""The chunked head against float64 logits, and its limits on memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def weighted(
 def expected(
     weight: Tensor, depths: Depths, *, train_head: bool = True
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """Total, sums and gradients from whole float64 logits."""
+    """Total, sums and gradients from all logits at once, in float64."""
     w = weight.detach().double().requires_grad_()
     hidden = [h.detach().double().requires_grad_() for h, _ in depths]
     total = torch.zeros((), dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_bfloat16_autocast_stays_close() -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_kernel(dtype: torch.dtype) -> None:
-    """With chunks of two lengths, as a GPU gets them."""
+    """With chunks of two lengths, as on a GPU."""
     weight = torch.randn(300, 16).to(dtype).requires_grad_()
     tokens = torch.randint(0, 300, (2, 400))
     tokens[:, ::3] = -100
@@ -192,7 +192,7 @@ def test_the_compiled_kernel(dtype: torch.dtype) -> None:
 def test_terms_with_a_teacher_hold_a_few_chunks_of_logits(
     tiny_trunk: TrunkConfig, variant: str, term: Term, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the forward and in the backward pass, whatever the number of depths and positions."""
+    """In the forward and the backward pass, for any number of depths and positions."""
     rows, vocab = 16, 20_000
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
     trunk = replace(tiny_trunk, vocab_size=vocab)
@@ -207,5 +207,5 @@ def test_terms_with_a_teacher_hold_a_few_chunks_of_logits(
         assert memory.largest <= max(rows * vocab, head) < 512 * vocab
         peaks.append(memory.peak)
     assert peaks[1] <= peaks[0] + 4 * rows * vocab
-    # Two of the head's: its gradient, and a chunk's part of it.
+    # Two of the size of the head: its gradient, and the part of one chunk.
     assert peaks[1] <= 4 * (7 * rows * vocab + 2 * head) < 4 * 512 * vocab

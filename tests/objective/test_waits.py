@@ -1,8 +1,9 @@
-"""A training step and a validation look at nothing of the device: the host runs ahead of it.
+"""A training step and a validation never wait for the device.
 
-On the device "meta" tensors have shapes and no numbers, so every look at a number fails by itself
-(``item``, ``tolist``, ``nonzero``, a mask as an index, ``bincount``). What remains is numbers on
-their way from the host: copied from pageable memory, they stop the queue as well.
+The tests run on the device "meta", whose tensors have no values. There, every operation that reads
+a value fails (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bincount``). Copies from the
+host do not fail there, but wait for a real device if they come from pageable memory: the tests
+record them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "registers": ("registers", {"depth": 1, "lookahead": 3}),
 }
 OBJECTIVES = {"ce": Objective(term=CrossEntropy()), "kl": Objective(term=KL())}
-# With documents or without.
+# A stack, an objective, and whether the windows have documents.
 CASES = [
     ("none", "ce", True),
     ("sequential", "ce", False),
@@ -69,9 +70,9 @@ _INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 class HostCopies(TorchFunctionMode):
-    """Takes down every call that brings numbers of the host to the device.
+    """Records every call that copies numbers from the host to the device.
 
-    A number alone, without dimensions, goes along as an argument of the kernel.
+    A tensor without dimensions does not count: it is passed as an argument of the kernel.
 
     Attributes:
         found: function and the line of the project that called it.
@@ -103,7 +104,7 @@ class HostCopies(TorchFunctionMode):
 
 
 def _has_list(index: Any) -> bool:
-    """Whether an index holds positions written out, which become a tensor of their own."""
+    """Whether an index has a list of positions, which becomes a tensor."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, (list, tuple, range)) for part in parts)
 
@@ -114,7 +115,7 @@ def _caller() -> str:
 
 
 def masked(batch: WindowBatch) -> WindowBatch:
-    """The batch with documents of five tokens, evaluated as one text."""
+    """The batch with documents of five tokens, as one text of an evaluation."""
     shape = batch.tokens.shape
     documents = (torch.arange(shape[1]) // 5).expand(shape)
     texts = torch.zeros(shape, dtype=torch.int64)
@@ -122,7 +123,7 @@ def masked(batch: WindowBatch) -> WindowBatch:
 
 
 def copies_of_a_step(model: MTPModel, batch: WindowBatch, objective: Objective) -> list[str]:
-    """What one optimizer step of two micro-batches copies from the host."""
+    """The copies from the host in one optimizer step of two micro-batches."""
     model = model.to("meta").train()
     step = OptimizerStep(
         model,
@@ -153,7 +154,7 @@ def test_a_step_copies_nothing_from_the_host(
 
 
 def test_experts_copy_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16, where one grouped product takes all experts."""
+    """In bfloat16, one grouped product computes all experts."""
     monkeypatch.setattr(experts, "fits_grouped", lambda x_MC, down: True)
     model = deepseek.build(deepseek.TRUNK, depth=2).to(torch.bfloat16)
     assert copies_of_a_step(model, windows(4, 12, 2), OBJECTIVES["ce"]) == []
@@ -162,7 +163,7 @@ def test_experts_copy_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_validation_copies_nothing_from_the_host(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # PyTorch's autocast does not know the device "meta".
+    # PyTorch's autocast does not support the device "meta".
     monkeypatch.setattr(torch, "autocast", lambda device, **_: nullcontext())
     model = build(tiny_trunk, MTPConfig.find("sequential")(depth=2)).to("meta").eval()
     batch = masked(windows(4, 12, 2)).to("meta")
@@ -176,7 +177,7 @@ def test_a_validation_copies_nothing_from_the_host(
 def test_a_mask_in_blocks_copies_nothing_from_the_host(
     tiny_trunk: TrunkConfig, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For compiled blocks on a GPU, and for nothing else."""
+    """A mask in blocks is used for compiled blocks on a GPU only."""
     trunk = replace(tiny_trunk, d_head=16)
     model = build(trunk, MTPConfig.find("none")(depth=0)).to(device)
     model.compiled = compiled
@@ -195,7 +196,7 @@ def test_a_mask_in_blocks_copies_nothing_from_the_host(
 
 
 def test_what_waits_is_found() -> None:
-    """The instrument itself: numbers written out, lists as indices, tensors of the host."""
+    """The recorder finds written numbers, lists as indices, and tensors of the host."""
     x = torch.empty(4, 3, device="meta")
     with HostCopies() as copies:
         x.new_tensor([1.0, 2.0])

@@ -1,4 +1,4 @@
-"""An optimizer step in float64, from the definitions: whole logits [B, T, V], autograd.
+"""An optimizer step from the definitions, in float64, with all logits [B, T, V] and autograd.
 
 Shapes: B windows, T positions, D depths, C d_model, V vocabulary.
 """
@@ -24,15 +24,15 @@ from tests.objective.states import Forward, said
 
 @dataclass(frozen=True)
 class At:
-    """Positions of a depth: log q and log p [.., V], targets [..], h^k_t and h_{t+k} [.., C]."""
+    """Some positions of a depth: log q, log p [.., V], targets [..], h^k_t and h_{t+k} [.., C]."""
 
     log_q: Tensor
     log_p: Tensor
     target: Tensor
     hidden: Tensor
     main: Tensor
-    embedded: Tensor | None = None  # of the target
-    padded: Tensor | None = None  # of the target, of token 0 where there is none
+    embedded: Tensor | None = None  # the target's
+    padded: Tensor | None = None  # the target's, or token 0's where there is no target
 
 
 def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -96,14 +96,14 @@ FORMULAS: dict[str, Callable[[At], Tensor]] = {
     "anchor_semantic": lambda at: distance(at.hidden, at.embedded),
     "padded semantic": lambda at: distance(at.hidden, at.padded),
 }
-# Of terms that look at all depths of a position together: how likely one draft is accepted.
+# For terms over all depths of a position: the probability that a draft is accepted.
 ACCEPTED: dict[str, Callable[[At], Tensor]] = {
     "e2e_tv": alpha,
     "wtv": alpha,
     "wtv at temperature 0.6": warm_alpha,
     "eal": of_greedy,
 }
-# Formulas of a term at settings of its own, and the name of the term in the log.
+# A formula for certain settings of a term -> the name of the term in the log.
 LOGGED = {
     "kl at temperature 2": "kl",
     "raw feature": "feature",
@@ -114,7 +114,7 @@ LOGGED = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What the depths are trained on: formulas and their weights, and options of the objective."""
+    """The objective of the depths: formulas with their weights, and its options."""
 
     mixture: Mapping[str, float]
     train_head: bool = True
@@ -131,15 +131,15 @@ class Step:
     """One optimizer step.
 
     Args:
-        model: in float64.
-        batch: the whole step's, of one rank.
-        key: of the random choices.
-        lambdas: of D depths, as the schedule says.
-        asked: what the depths are trained on.
+        model: the model, in float64.
+        batch: the batch of the whole step, on one rank.
+        key: key of the random choices.
+        lambdas: the schedule's, for D depths.
+        asked: the objective of the depths.
 
     Attributes:
         total: L, differentiable.
-        logged: by tag, what the step says of itself.
+        logged: the values that the step logs, by tag.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Step:
         self.forward = Forward(model, batch, key)
         self.log_q = self.forward.log_probs(train_head=asked.train_head)
         self.log_p = self.log_q[0].detach()
-        # How many places on from the next token a depth's target stands.
+        # depth -> how far its target is beyond the next token
         self.on = {k: batch.stride * k for k in range(model.depth + 1)}
         if model.config.mtp.variant == "registers":
             self.on[1] = model.mtp.offset(key) - 1
@@ -184,12 +184,12 @@ class Step:
         if (consistency := self.forward.consistency) is not None and weights.keys() - {0}:
             if config.consistency:
                 self.logged["train/consistency_loss"] = consistency
-            self.total = self.total + consistency  # logged apart
+            self.total = self.total + consistency  # it is logged separately
         for tag, value in self.logged.items():
             self.logged[tag] = value.item() if isinstance(value, Tensor) else value
 
     def _valid(self, on: int) -> Tensor:
-        """[B, T]: the target ``on`` places beyond the next token may be one, in one document."""
+        """[B, T]: the token ``on`` beyond the next may be a target, and is in the same document."""
         batch, width = self.batch, self.seq_len
         found = torch.ones(len(batch), width, dtype=torch.bool)
         if batch.scored is not None:
@@ -199,7 +199,7 @@ class Step:
         return found
 
     def _on(self, k: int) -> Tensor:
-        """[T]: where the main prediction of depth k's target stands."""
+        """[T]: the position of the main prediction of depth k's target."""
         return torch.arange(self.seq_len) + self.on[k]
 
     def _at(self, k: int) -> At:
@@ -212,7 +212,7 @@ class Step:
         padded = embedding[target.where(self.valid[k], torch.tensor(0))]
         embedded = embedding[target]
         log_q, log_p = self.log_q[k], self.log_p[:, teacher]
-        if k and self.rows is not None:  # among the tokens that can be drafted
+        if k and self.rows is not None:  # over the tokens that can be drafted
             log_q, log_p = (log[..., self.rows].log_softmax(-1) for log in (log_q, log_p))
             target = (target.unsqueeze(-1) == self.rows).long().argmax(-1)
         return At(log_q, log_p, target, hidden, main, embedded, padded)
@@ -223,7 +223,7 @@ class Step:
 
     @staticmethod
     def _mean(value_BT: Tensor, counts: Tensor, kept: Tensor | float = 1.0) -> Tensor:
-        """Over the positions that count; those that are not kept add nothing."""
+        """The mean over the positions that count; a position that is not kept adds 0."""
         total = (torch.where(counts, value_BT, 0) * kept).sum()
         return total / max(int(counts.sum()), 1)
 
@@ -339,7 +339,7 @@ class Step:
         return at.hidden @ row[0] + row[1]
 
     def _of_summary(self, lambdas: Collection[int]) -> dict[int, Tensor]:
-        """What lies ahead, by a head of its own, looked for one position at a time."""
+        """The loss of ``top`` or ``bag``, one position at a time."""
         config: Any = self.model.config.mtp
         logits_BTV = self.forward.linear(self.forward.branch, "mtp.head")
         first, losses = 1 if config.variant == "top" else 2, []
