@@ -1,4 +1,4 @@
-"""Windows with tokens ahead, and what lies ahead of a position, found by looking."""
+"""Windows with tokens ahead, and a plain search for the tokens ahead of a position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def ahead_windows(
     scored: bool = False,
     seed: int = 1,
 ) -> WindowBatch:
-    """Random tokens below ``ids``, as many as a data module gives a head of this reach."""
+    """Random tokens below ``ids``, in windows as long as a data module makes them for this
+    look-ahead."""
     generator = torch.Generator().manual_seed(seed)
     extra = max(min(lookahead, seq_len + 1) - 2, 0)
     shape = (rows, seq_len + 2 + extra)
@@ -32,7 +33,7 @@ def ahead_windows(
 
 
 def nearest(batch: WindowBatch, row: int, i: int, first: int, last: int) -> dict[int, int]:
-    """Id -> places ahead of its nearest occurrence that counts, looked for one by one."""
+    """Id -> how far ahead its nearest occurrence that counts is; one token at a time."""
     found: dict[int, int] = {}
     for ahead in range(first, last + 1):
         at = i + ahead

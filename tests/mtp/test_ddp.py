@@ -12,7 +12,7 @@ from tests.integration.several import run_all
 
 COMMON = {
     "mtp.depth": 3,
-    # Documents of about 50 bytes: every rank and micro-batch has counts of its own.
+    # Documents of about 50 bytes, so that the counts of ranks and micro-batches differ.
     "data.document_mask": "true",
     "data.source.documents": 1200,
     "trainer.max_steps": 5,
@@ -21,7 +21,7 @@ COMMON = {
 
 
 HEADS: dict[str, dict[str, object]] = {
-    # One block of the trunk is left for the heads to branch from.
+    # The heads branch off before the last block, so that one block is shared.
     "parallel": {"mtp": "parallel", "model.n_layers": 2},
     "linear_selector": {"mtp": "linear", "mtp.correction": "selector", "mtp.correction_rank": 8},
     "nextlat": {"mtp": "nextlat"},

@@ -1,7 +1,7 @@
-"""EAGLE-3's layer beyond what the tests of all heads say: states, steps, draft vocabulary.
+"""What is particular to EAGLE-3's layer: its states, its steps, its draft vocabulary.
 
-Its equations are in ``tests/objective/states.py``, query by query in float64, and losses and
-gradients are compared with them by ``tests/objective/test_cross_product.py``.
+``tests/objective/test_cross_product.py`` compares losses and gradients with the equations, which
+``tests/objective/states.py`` computes query by query in float64.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRUNK = TrunkConfig(
 
 
 def drafting(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
-    """In float64, with tokens of the draft vocabulary that are not the first ones."""
+    """A model in float64 whose draft vocabulary is not the first tokens."""
     model = build(trunk, EagleConfig(**{"depth": 3, **switches})).double().eval()
     assert isinstance(model.mtp, EagleMTP)
     generator = torch.Generator().manual_seed(7)
@@ -49,7 +49,7 @@ def drafting(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
 
 @pytest.mark.parametrize("draft_vocab", [None, 11])
 def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None) -> None:
-    """Step k at a position is draft k there, also past the trained steps."""
+    """Step k at a position equals draft k there, also beyond the trained steps."""
     model, depth, n = drafting(draft_vocab=draft_vocab), 5, 9
     tokens = windows(1, 2 * n, 3).tokens
     deep = MTPModel(replace(model.config, mtp=replace(model.config.mtp, depth=depth))).double()
@@ -69,7 +69,7 @@ def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None)
 
 
 def test_the_states_are_those_of_three_blocks() -> None:
-    """And of the served layers of Llama 3.1 8B."""
+    """Among them the layers of Llama 3.1 8B in servers."""
     assert default_layers(32) == (2, 16, 29)
     assert [default_layers(n) for n in (1, 2, 4, 7)] == [(0, 0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4)]
 
@@ -115,7 +115,7 @@ def test_targets_without_a_row_are_left_out() -> None:
 
 
 def test_floors_see_the_whole_distribution() -> None:
-    """A draft of a token that has no row is never made, so the head rejects more."""
+    """A token without a row is never drafted, so more drafts are rejected."""
     prompt = torch.tensor([3, 5, 2])
     trunk = replace(TRUNK, vocab_size=7, n_layers=2)
     found = [

@@ -1,4 +1,5 @@
-"""Gloeckle's memory order: the joint backward's gradients, one head's activations at a time."""
+"""Gloeckle's memory order: it gives the gradients of a joint backward pass, and holds one head's
+activations at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def joint(
     counts: list[int],
     auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same objective with all heads forward before any backward."""
+    """The same objective, with a joint backward pass after the forward passes of all heads."""
     factors = [1.0, *weights]
     depths = depths_of(factors)
     final, at = model.run_trunk(batch, depths, auxiliary=auxiliary)
@@ -101,7 +102,7 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
     (total + sum(auxiliary.losses) / 6).backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
-    # Without the balance losses the routers' gradients are others.
+    # Without the balance losses the routers' gradients differ.
     joint(model, batch, weights, counts)[0].backward()
     name = "mtp.depths.1.block.feed_forward.router.weight"
     assert not torch.allclose(gradients(model)[name], found[name], rtol=1e-3)
@@ -119,7 +120,7 @@ def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig, correcti
 
 
 class _Saved:
-    """A saved tensor that tells when autograd releases it."""
+    """A saved tensor that is counted until autograd releases it."""
 
     def __init__(self, tensor: Tensor, live: dict[str, int]) -> None:
         self.tensor, self.live = tensor, live
@@ -132,7 +133,7 @@ class _Saved:
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Bytes that autograd holds at once for backward passes, parameters left out."""
+    """Counts the bytes that autograd saves for backward passes, without parameters."""
     live = {"now": 0, "peak": 0}
 
     def pack(tensor: Tensor) -> object:
@@ -162,18 +163,18 @@ def test_saved_activations_do_not_grow_with_depth(
         return live["peak"]
 
     in_turn = [peak(depth, mtp_loss) for depth in (1, 2, 6)]
-    # Of a token more that is read, its id is kept.
+    # Each further token that is read has its id saved.
     ids = 0 if correction == "none" else 4 * 8
     assert in_turn[0] == in_turn[1] - ids == in_turn[2] - 5 * ids
     together = [peak(depth, joint) for depth in (1, 2, 6)]
-    # What the order saves: the same count, of the joint backward pass, does grow.
+    # The same count grows for a joint backward pass: the order saves the difference.
     assert together[2] > together[1] > together[0]
     per_head = together[1] - together[0]
     assert together[2] - in_turn[2] >= 4 * per_head
 
 
 class ParallelWithOwnHead(ParallelMTP):
-    """Parallel heads whose logits come from a matrix of their own, as a user may write them."""
+    """A user's parallel heads with an output matrix of their own."""
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
         super().__init__(config, trunk)

@@ -1,7 +1,7 @@
-"""What is asked of every head: the tokens that a depth reads, where gradients end, how it starts.
+"""Every head: the tokens that a depth reads, where gradients stop, how it is initialized.
 
-That states, losses and gradients are those of the definitions is tested in
-``tests/objective/test_cross_product.py``.
+``tests/objective/test_cross_product.py`` compares states, losses and gradients with the
+definitions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ HEADS: dict[str, Callable[..., MTPConfig]] = {
     "linear selector": partial(LinearConfig, **SELECTOR),
     "masked": partial(MaskedConfig, lora_rank=4),
 }
-# Heads whose states depend on none of the tokens ahead, or on the last one alone.
+# Heads whose states depend on no token ahead, or only on the last one.
 READS_NONE = ("parallel", "linear", "parameter_free", "linear selector")
 READS_LAST = ("parallel markov", "masked")
 # Variants of one depth, or of none.
@@ -71,7 +71,7 @@ every_head = pytest.mark.parametrize("head", HEADS)
 def test_a_depth_sees_the_true_tokens_up_to_its_own_and_no_further(
     head: str, row: int, at: int, ahead: int, active: set[int]
 ) -> None:
-    """Another token ``ahead`` places on changes depth k at ``at`` just if k reads that far."""
+    """A change of the token ``ahead`` of ``at`` changes depth k there only if k reads that far."""
     trunk = TrunkConfig(vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
     model = build(trunk, HEADS[head](depth=3)).double()
     batch = windows(2, 6, 3)
@@ -82,7 +82,7 @@ def test_a_depth_sees_the_true_tokens_up_to_its_own_and_no_further(
     assert list(before) == [0, *wanted]
     whole = model(batch)
     for k in wanted:
-        torch.testing.assert_close(before[k], whole[k])  # whatever else is wanted
+        torch.testing.assert_close(before[k], whole[k])  # for any set of active depths
         unseen = head in READS_NONE or ahead > k or (head in READS_LAST and ahead < k)
         assert torch.equal(before[k][row, at], after[k][row, at]) == unseen
         assert torch.equal(before[k][1 - row], after[k][1 - row])
@@ -94,13 +94,13 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     tiny_trunk: TrunkConfig, head: str
 ) -> None:
     if head in ("sequential", "parallel", "joint", "eagle", "parameter_free"):
-        return  # their layers start at random, as blocks do, or there is none
+        return  # their layers start at random, or they have none
     model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=2)))
     model.initialize(0)
     found = model(windows(1, 8, 2))
     if head in ("nextlat", "linear"):
         expected = {k: found[0] for k in range(3)}
-    elif head == "masked":  # as the trunk's own states at the masks
+    elif head == "masked":  # the sampler and the updates start at zero
         _, at = model.run_trunk(windows(1, 8, 2), [1, 2])
         expected = dict(enumerate([found[0], *at.hidden.chunk(2, -1)]))
     else:
@@ -118,7 +118,7 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
         zero = [layer.weight for layer in (model.mtp.sampler.down, *up)]
     elif head == "linear":  # SiLU's slope at zero is a half
         zero = list(model.mtp.parameters())
-    elif head == "linear selector":  # what multiplies it learns once it is not zero
+    elif head == "linear selector":  # its factors get a gradient once it is not zero
         zero = [model.mtp.rescorer.embedding["after"].weight]
         assert not model.mtp.rescorer.gate.weight.grad.any()
     else:
@@ -145,18 +145,18 @@ def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, head
 
 @every_head
 def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
-    """The first block's, the head's and the embedding's part of the depths' gradient."""
+    """The depths' gradient on the first block, on the head and on the embedding."""
     if head in ("masked", "parameter_free"):
-        return  # the trunk itself makes their states
+        return  # the trunk computes their states
     trunk = replace(tiny_trunk, tie_embeddings=False)
-    # Tokens are read by another table, or not at all.
+    # Heads that read no embedding: they have a table of their own, or read no token.
     no_token = head in READS_NONE or "markov" in head
     for detach, cuts in (
         ("none", (False, False, False)),
         ("trunk", (True, False, no_token)),
         ("all", (True, True, True)),
     ):
-        if head == "eagle":  # whose head is its own
+        if head == "eagle":  # it has a head of its own
             cuts = (cuts[0], True, cuts[2])
         model = build(trunk, HEADS[head](depth=2, detach=detach))
         found = []
@@ -189,7 +189,7 @@ def test_a_token_of_the_next_document_reaches_no_position_that_counts(
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
 def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
-    """Sequential modules need the shallower ones, and heads side by side no other."""
+    """A sequential module needs the shallower ones; heads side by side need no other."""
     model, batch = build(tiny_trunk, MTPConfig.find(variant)(depth=3)), windows(1, 8, 3)
     calls: list[int] = []
     for k, module in enumerate(model.mtp.depths, start=1):

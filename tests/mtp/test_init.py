@@ -1,4 +1,4 @@
-"""``mtp.init``: modules that begin on a finished trunk."""
+"""``mtp.init``: new modules on a trained trunk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.models import build
 
 
 def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> StoredModel:
-    """A trunk with random weights, gains and biases among them."""
+    """A trunk whose weights are all random, also gains and biases."""
     model = build(trunk, mtp or NoMTPConfig(), seed=5)
     return StoredModel(
         path=Path("old.ckpt"), config=model.config, weights=model.state_dict(), tokenizer_state={}
@@ -52,7 +52,7 @@ def begun(start: StoredModel, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
 
 
 def reference(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
-    """The projection by a solver for least squares, on rows and on rows for the ridge."""
+    """The projection by a least-squares solver, with further rows for the ridge."""
     root = 1 / np.sqrt((y**2).mean(axis=1, keepdims=True) * len(x))
     x, y = x * root, y * root
     h = x[:, hidden]
@@ -89,7 +89,7 @@ def test_every_weight_of_a_module(
     for name, tensor in start.weights.items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
-    # The trunk over windows that are longer by the depths, for what lies ahead.
+    # The trunk over windows that are longer by D tokens, for the states ahead.
     plain = build(start.config.trunk, NoMTPConfig(), seed=5)
     states: dict[str, torch.Tensor] = {}
     blocks = list(plain.trunk.blocks)
@@ -174,7 +174,7 @@ def test_parallel_heads_are_the_main_prediction_at_first(
 def test_random_modules_have_the_trunks_norm(
     tiny_trunk: TrunkConfig, config: type[MTPConfig], tied: bool
 ) -> None:
-    """A head that was trained with other gains would turn gains of 1 into logits of any size."""
+    """A head trained with other gains would give logits of any size for gains of 1."""
     start = start_of(replace(tiny_trunk, tie_embeddings=tied))
     model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=config(depth=2)))
     model.initialize(0)

@@ -1,8 +1,8 @@
-"""``mtp=masked`` beyond what the tests of all heads say: the trunk is left as it is, what a mask
-attends to, training and drafting compute the same, a finished trunk.
+"""What is particular to ``mtp=masked``: the main prediction and a frozen trunk do not change, and
+training and drafting compute the same.
 
-Its equations are in ``tests/objective/states.py``, one token at a time in float64; losses and
-gradients are compared with them by ``tests/objective/test_cross_product.py``.
+``tests/objective/test_cross_product.py`` compares losses and gradients with the equations, which
+``tests/objective/states.py`` computes one token at a time in float64.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def in_documents(batch: WindowBatch) -> WindowBatch:
 def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
     trunk: str, low: bool, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every weight of the head drawn, in training and in evaluation, with documents too."""
+    """For random weights of the head, in training and in evaluation, also with documents."""
     use_library(monkeypatch, library)
     model = masked(TRUNKS[trunk])
     plain = MTPModel(ModelConfig(trunk=TRUNKS[trunk], mtp=NoMTPConfig()))
@@ -80,7 +80,7 @@ def test_the_main_prediction_has_the_bits_of_a_model_without_masks(
     ("trunk", "drafts"), [*((trunk, DEPTH) for trunk in TRUNKS), ("plain", 1), ("experts", 2)]
 )
 def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int) -> None:
-    """After the prompt, and after a verify pass over the places where the masks stood."""
+    """After the prompt, and after a verify pass over the positions of the masks."""
     model, n = masked(TRUNKS[trunk]).double().eval(), 9
     tokens = windows(1, 3 * n, DEPTH).tokens
     expected = model(WindowBatch(tokens, DEPTH))
@@ -114,9 +114,9 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_give_the_same_gradients() -> None:
-    """Within rounding; and the blocks share one program, whose passes differ by layer."""
+    """Within rounding. All blocks share one program, though their updates differ."""
     found = []
     for compiled in (False, True):
         model = masked().train()
@@ -157,7 +157,7 @@ def test_masks_do_not_count_for_the_balance_of_experts() -> None:
 
 @pytest.mark.parametrize("consistency", [0.0, 1.0])
 def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
-    """The masks learn a text that repeats: the loss falls, and no bit of the trunk changes."""
+    """The masks learn a repeating text: the loss falls, and no bit of the trunk changes."""
     config = MaskedConfig(depth=2, lora_rank=4, freeze_trunk=True, consistency=consistency)
     model = MTPModel(ModelConfig(trunk=TRUNK, mtp=config))
     model.initialize(0)

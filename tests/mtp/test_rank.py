@@ -30,7 +30,7 @@ from tests.reference import branch_point
 
 
 def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
-    """In float64, with components that all differ and say something."""
+    """A model in float64 with random weights, so that all components differ."""
     model = build(trunk, LinearConfig(depth=depth, rank=rank)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
 def components(
     window: Tensor, w: dict[str, Tensor], trunk: TrunkConfig, rank: int, depth: int
 ) -> tuple[Tensor, Tensor]:
-    """By loops: ``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window (arXiv 2410.17765)."""
+    """In loops: ``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window (arXiv 2410.17765)."""
     _, h = branch_point(window, w, trunk, depth, "final", "post")
     head = w.get("head.weight", w["trunk.embedding.weight"])
     shares, probs = [], []
@@ -60,7 +60,7 @@ def components(
 
 
 def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkConfig) -> None:
-    """``q^k`` is a quotient of sums over all texts, and the next token's the marginal."""
+    """``q^k`` is a quotient of sums over all texts; the next token's prediction is the marginal."""
     trunk = replace(tiny_trunk, vocab_size=4)
     model = of_rank(trunk, 3, 2)
     generator = torch.Generator().manual_seed(1)
@@ -86,7 +86,7 @@ def test_components_start_apart_and_the_first_as_the_main_prediction(
         assert torch.equal(states[..., 0, :], parts[0][0][..., 0, :])
         assert not torch.equal(states[..., 1, :], states[..., 2, :])
         torch.testing.assert_close(log_weights.exp().sum(-1), torch.ones(1, 8))
-    assert not torch.equal(parts[1][1], parts[0][1])  # one token is known by then
+    assert not torch.equal(parts[1][1], parts[0][1])  # depth 1 knows one token more
 
 
 @given(rank=st.integers(1, 4), d_model=st.integers(1, 5), seed=st.integers(0, 9))

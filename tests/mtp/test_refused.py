@@ -1,4 +1,4 @@
-"""Settings of heads that make no sense, and the sentence that says so."""
+"""Settings of heads that are refused, and the messages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Register tokens: what they change, what they see, how far ahead each step looks.
+"""Register tokens: they change no token's state, and only the step decides how far ahead they look.
 
-Their states, one register at a time in float64, are in ``tests/objective/states.py``; losses and
-gradients are compared with them by ``tests/objective/test_cross_product.py``.
+``tests/objective/test_cross_product.py`` compares losses and gradients with the definitions in
+``tests/objective/states.py``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ TRUNKS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: torch.dtype) -> None:
-    """To the bit whatever they hold and mean (with experts, whose products round by how many
-    tokens they get, within rounding); within rounding of a pass without them."""
+    """The tokens' states have the same bits for any contents and offset of the registers, and are
+    within rounding of a pass without registers. With experts, whose products round by their number
+    of tokens, both hold within rounding."""
     bound = 1e-12 if dtype == torch.float64 else 1e-4
     model = build(replace(tiny_trunk, **TRUNKS[trunk]), RegistersConfig(lookahead=5)).to(dtype)
     for documents in (False, True):

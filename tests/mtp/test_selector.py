@@ -1,7 +1,7 @@
-"""DFlash 2's candidate selector against its definition: scores, what it sees, its drafts.
+"""DFlash 2's candidate selector against its definition: scores, what they depend on, drafts.
 
-That an optimizer step's losses and gradients are those of the definition, with every objective, is
-tested in ``tests/objective/test_cross_product.py``.
+``tests/objective/test_cross_product.py`` compares the losses and gradients of a step with the
+definition, for every objective.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def trunk() -> TrunkConfig:
 
 
 def model_of(trunk: TrunkConfig, head: str = "parallel", **switches: Any) -> MTPModel:
-    """In float64, with every weight drawn."""
+    """A model in float64 with random weights."""
     config = HEADS[head](depth=DEPTH, **{**SELECTOR, **switches})
     return build(trunk, config).double().eval()
 
@@ -129,8 +129,8 @@ def test_it_starts_as_the_head_without_it(trunk: TrunkConfig, head: str) -> None
 
 
 def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
-    """What the loss computes of the last position of a text whose target of depth k is not known:
-    the scores [V] of its candidates, up to a constant, -inf elsewhere."""
+    """The scores [V] that the loss computes for depth k's target after a text, up to a constant;
+    -inf for a token that is not a candidate."""
     n = len(text) - k  # tokens that the trunk has read
     window = torch.tensor([[*text, *[0] * (model.depth + 1)]])[:, : n + model.depth + 1]
     hidden_C = model(WindowBatch(window, model.depth))[k][0, -1]
@@ -147,7 +147,7 @@ def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
 @pytest.mark.parametrize("tree", [None, Tree((2, 2, 1))], ids=["chain", "tree"])
 @torch.no_grad()
 def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None) -> None:
-    """Of rows of different lengths, drafting after tokens of any kind."""
+    """For rows of different lengths, and drafts of any tokens."""
     model = small_model(3, DEPTH, stack=HEADS[head], **SELECTOR)
     prompts = random_prompts(3, (9, 12))
     size: dict[str, int] = {"slots": 2, "capacity": 24}
@@ -218,7 +218,7 @@ def test_rates_are_those_of_what_is_drafted(trunk: TrunkConfig) -> None:
             ("accuracy", drafted.argmax(-1) == target),
             ("agreement", agreed),
             ("overlap", shared),
-            ("loss", loss),  # of the head alone, since a target may be no candidate
+            ("loss", loss),  # of the head's logits, since a target may not be a candidate
         ):
             expected = float(value.double().mean())
             assert found[f"{name}_depth_{k}"] == pytest.approx(expected, rel=1e-6), name

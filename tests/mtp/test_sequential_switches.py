@@ -1,5 +1,4 @@
-"""Switches of the sequential stack that draw: hidden states of other depths, and modules that are
-given no token."""
+"""Random switches of the sequential stack: ``hidden_state_mixing`` and ``token_dropout``."""
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
     # 20,000 draws: three standard deviations are 0.01.
     torch.testing.assert_close(share, torch.full((k,), 1 / 3), atol=0.01, rtol=0)
     assert back[:, -1].eq(0).all(), "the window's end has no shallower state to offer"
-    # Rows, steps, depths and seeds have streams of their own.
+    # Rows, steps and seeds have streams of their own.
     assert not torch.equal(back[0], back[1])
     for other in (RandomKey(seed=1, step=1), RandomKey(seed=2, step=0)):
         assert not torch.equal(draw_states_back(k, batch, seq_len, other), back)
 
 
 def test_the_draw_depends_on_the_window_alone() -> None:
-    """Not on how the step is split into micro-batches or ranks."""
+    """It does not depend on how the step is split into micro-batches or ranks."""
     whole = draw_states_back(3, 6, 20, RandomKey(seed=1, step=7))
     parts = [draw_states_back(3, 2, 20, RandomKey(seed=1, step=7, first_row=r)) for r in (0, 2, 4)]
     assert torch.equal(torch.cat(parts), whole)
@@ -50,7 +49,7 @@ def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None
     drawn = mixing(batch, key=RandomKey(seed=0, step=0))
     assert torch.equal(drawn[0], plain(batch)[0]) and torch.equal(drawn[1], plain(batch)[1])
     assert not torch.allclose(drawn[2], plain(batch)[2])
-    # A plain stack has no use for a draw.
+    # A plain stack draws nothing.
     assert torch.equal(plain(batch, key=RandomKey(seed=0, step=0))[3], plain(batch)[3])
 
 
@@ -81,7 +80,7 @@ def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, cache: Pat
         "trainer.accumulate_grad_batches": 2,
         "data.batch_size": 2,
         "callbacks.checkpoints.every_n_steps": 3,
-        # A constant rate and weight: so a run of 3 steps is the first half of one of 6.
+        # Constant rate and weights, so that a run of 3 steps is the first half of one of 6.
         "lambda_schedule": "constant",
         "optimizer.schedule.kind": "constant",
         "optimizer.schedule.warmup_steps": 0,
@@ -111,7 +110,7 @@ def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkCo
     in_training = model(batch, key=KEY)
     assert torch.equal(in_training[0], as_used[0])
     assert not torch.equal(in_training[1], as_used[1])
-    # Whatever micro-batch or rank a row is in.
+    # In any micro-batch and on any rank.
     half = model(WindowBatch(batch.tokens[2:], 2), key=replace(KEY, first_row=2))
     for k in (1, 2):
         torch.testing.assert_close(half[k], in_training[k][2:])
@@ -123,7 +122,7 @@ def test_at_one_modules_are_blind_to_tokens(tiny_trunk: TrunkConfig) -> None:
     batch = windows(2, 9, 3)
     before = model(batch)
     tokens = batch.tokens.clone()
-    tokens[:, 9:] = (tokens[:, 9:] + 1) % 37  # what only depths would have read
+    tokens[:, 9:] = (tokens[:, 9:] + 1) % 37  # tokens that only depths could read
     after = model(WindowBatch(tokens, 3))
     for k in range(4):
         assert torch.equal(before[k], after[k])

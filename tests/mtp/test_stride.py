@@ -1,4 +1,4 @@
-"""Heads that leap: depth k predicts the token s k places beyond the next."""
+"""``mtp.stride``: depth k predicts the token s k positions beyond the next."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def leaping(rows: int, seq_len: int, depth: int, stride: int) -> WindowBatch:
 
 
 def pair(trunk: TrunkConfig, variant: str) -> tuple[MTPModel, MTPModel]:
-    """Two heads that leap by 3, and six that do not, of which the third and sixth are the same."""
+    """Two heads of stride 3, and six of stride 1, of which the third and sixth are the same."""
     kind = MTPConfig.find(variant)
     leaps, walks = build(trunk, kind(depth=2, stride=3)), build(trunk, kind(depth=6))
     state = walks.state_dict()

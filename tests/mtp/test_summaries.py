@@ -1,8 +1,7 @@
-"""What lies ahead of a position, in order or as a bag: the search for it, the ends of ``mtp=top``,
+"""Heads that summarize the tokens ahead: the search for these tokens, the limits of ``mtp=top``,
 and the weights of ``mtp=bag``.
 
-That their losses and gradients are those of the definitions is tested in
-``tests/objective/test_cross_product.py``.
+``tests/objective/test_cross_product.py`` compares losses and gradients with the definitions.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def test_it_finds_what_a_search_finds(
 
 
 def test_documents_are_told_apart_by_their_own_ids() -> None:
-    """The same token stands in three documents, and is near in one alone."""
+    """A token that occurs in three documents counts only in the position's own."""
     tokens = torch.tensor([[7, 1, 7, 2, 7, 3, 7]])
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
     batch = WindowBatch(tokens, 1, documents, extra=2)
@@ -79,7 +78,8 @@ def test_documents_are_told_apart_by_their_own_ids() -> None:
 
 @pytest.mark.parametrize("lookahead", [1, 2, 5, 6, 7, 100])
 def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
-    """T = 5: from W = 7 on the far end is cut for the last positions, by 2 places of 7 .. ."""
+    """T = 5: windows hold at most T + 1 = 6 tokens ahead, so that from W = 7 on the last positions
+    see less than W."""
     batch = ahead_windows(1, 5, lookahead)
     found = LookAhead(batch, first=1, last=lookahead)
     reach = (found.stop_BT - torch.arange(5)).flatten().tolist()
@@ -91,8 +91,8 @@ def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10_000), tau=st.floats(0.1, 30), rows=st.integers(1, 6))
 def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, rows: int) -> None:
-    """At logits that are the target's own logarithm, the loss is its entropy, the least there is,
-    and nothing is left to learn."""
+    """At the logarithm of the target, the loss has its minimum, the target's entropy, and the
+    gradient is 0."""
     batch = ahead_windows(rows, 5, 8, ids=12, seed=seed)
     model = stack_of(TopConfig(lookahead=8, tau=tau))
     loss, every = model.own_loss(1, batch), slice(0, rows * 5)
@@ -117,7 +117,7 @@ def stack_of(config: TopConfig) -> torch.nn.Module:
 
 
 def test_distances_beyond_float16_are_told_apart() -> None:
-    """Two ids 3,000 and 3,001 places ahead, and nothing else that counts."""
+    """Two ids, 3,000 and 3,001 tokens after the next, and nothing else that counts."""
     tokens = torch.zeros(1, 3004, dtype=torch.int64)
     tokens[0, 3001], tokens[0, 3002] = 1, 2
     scored = tokens > 0

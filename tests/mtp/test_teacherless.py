@@ -1,4 +1,4 @@
-"""A model that is not shown the answer that it learns to give."""
+"""``mtp=teacherless``: a model that does not read the answers that it learns to give."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_reads_a_dummy_where_it_is_to_speak(tiny_trunk: TrunkConfig) -> None:
     for row, i in batch.scored.nonzero().tolist():
         shown[row, i] = DUMMY
     assert torch.equal(hidden, plain(WindowBatch(shown, 0))[0])
-    # No leak: whatever the answer is, nothing that predicts it has seen it.
+    # No leak: no state depends on the answer.
     other = batch.tokens.masked_fill(batch.scored, 5)
     assert torch.equal(hidden, model(WindowBatch(other, 0, None, batch.scored))[0])
     # The targets are the true ones.

@@ -1,4 +1,4 @@
-"""The learning-rate multiplier, and groups of parameters with algorithms and rates of their own."""
+"""Learning-rate schedules, and groups of parameters with their own algorithms and rates."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_every_parameter_has_one_group(tiny_trunk: TrunkConfig, tmp_path: Path) 
 
 
 def test_steps_are_those_of_its_optimizers(tiny_trunk: TrunkConfig) -> None:
-    """Against two optimizers of PyTorch by hand, at the scheduled rates."""
+    """The same as two optimizers of PyTorch at the scheduled rates."""
     model, twin = (build(tiny_trunk, SequentialConfig(depth=1)) for _ in range(2))
     combined = grouped(
         heads={"parameters": r"^mtp\.", "lr": 0.1, "algorithm": partial(SGD, momentum=0.9)},
@@ -161,7 +161,7 @@ def test_state_survives_saving(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
     weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
     again.load_state_dict(weights)
     resumed.load_state_dict(state)
-    # The groups that a schedule sets are still those that the optimizers step by.
+    # A schedule still sets the groups that the optimizers read.
     for group in resumed.param_groups:
         assert any(group is g for o in resumed.optimizers.values() for g in o.param_groups)
     stepped(again, resumed, 2)
@@ -207,7 +207,7 @@ def test_mistakes_of_groups_are_named(
 
 @pytest.mark.slow
 def test_a_run_with_muon_resumes_exactly(tmp_path: Path, cache: Path) -> None:
-    """A balance rule's own parameters are among those that are trained."""
+    """Also the parameters of a balance rule."""
     settings = {
         "optimizer": "muon",
         "optimizer.lr": None,

@@ -1,4 +1,4 @@
-"""g_k against autograd on the whole graph, in float64, one depth at a time."""
+"""The gradients g_k against autograd on the whole graph, in float64, one depth at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEY = RandomKey(seed=7, step=3)
 
 
 def keyed(micro_batches: list[WindowBatch]) -> list[tuple[WindowBatch, RandomKey]]:
-    """Micro-batches of a step with the keys that training gives them."""
+    """A step's micro-batches with their keys, as in training."""
     rows = [sum(map(len, micro_batches[:i])) for i in range(len(micro_batches))]
     return [
         (micro, replace(KEY, first_row=row)) for micro, row in zip(micro_batches, rows, strict=True)
@@ -211,7 +211,7 @@ def test_refuses_where_no_depth_reaches_the_trunk(
 def test_flops_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, branch: str, scope: Scope
 ) -> None:
-    """Of experts too, whose products are a node of our own."""
+    """Also for experts, whose products are this project's own autograd node."""
     switches = {} if variant == "parameter_free" else {"branch": branch}
     variant, _, correction = variant.partition(" ")
     switches |= {"correction": correction} if correction else {}
@@ -240,8 +240,8 @@ SUMMARIES: dict[str, MTPConfig] = {
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, name: str) -> None:
-    """``g_0 + lambda g_1`` is what training accumulates on the trunk; what rules measure is counted
-    in FLOPs."""
+    """``g_0 + lambda g_1`` is the gradient that training accumulates on the trunk, and the FLOPs of
+    a rule's measurement are counted."""
     trunk = replace(tiny_trunk, tie_embeddings=False)
     model = build(trunk, SUMMARIES[name]).double()
     options: dict[str, Any] = {"schedule": Piecewise(1, 0.3), "accumulate": 2}

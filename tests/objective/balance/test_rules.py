@@ -1,4 +1,4 @@
-"""Every rule against its paper's formula, in Python's float64, and what it leaves alone."""
+"""Every rule against its paper's formula in float64, and what it must not change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_none_is_the_schedule() -> None:
 def test_dwa() -> None:
     rule = DWA(2, temperature=2.0, window_steps=2)
     stream = [loss for loss in LOSSES for _ in range(2)]
-    # Another value in the window's second step: it is the mean that counts.
+    # Another value in the window's second step: the rule uses the mean.
     stream[1] = [5.0, 9.0, 7.0]
     for step, losses in enumerate(stream):
         window = step // 2
@@ -162,7 +162,7 @@ def test_gradnorm_keeps_weights_positive_and_measures_when_told() -> None:
     feed(rule, 2, [5.0, 5.0], base=[1.0, 1.0], gradients=vectors([9.0], [0.1]))
     weights = rule.factors([1.0, 1.0], at(3))
     assert min(weights) > 0 and sum(weights) == pytest.approx(2)
-    # A depth that is off keeps its weight, and the others add up to their own number.
+    # A depth that is off keeps its weight, and the others' weights sum to their number.
     wide = GradNorm(2)
     feed(wide, 0, LOSSES[0], base=[1.0, 0.3, 0.0], gradients=vectors([2.0], [0.5]))
     found = wide.factors([1.0, 1.0, 1.0], at(1))
@@ -179,7 +179,7 @@ def test_cosine_gate_takes_an_opposing_depth_out_of_the_trunk() -> None:
     torch.testing.assert_close(parameter.grad, g[0] + 0.1 * g[2])
     assert values["balance/gate_depth_1"] == 0 and values["balance/gate_depth_2"] == 1
     assert values["balance/cosine_depth_1"] == pytest.approx(-0.5 / math.hypot(0.5, 2.0))
-    # The losses' factors stay: the modules keep learning.
+    # The factors of the losses do not change, so that the modules keep learning.
     assert rule.factors(BASE, at(1)) == BASE
 
 
@@ -262,7 +262,7 @@ def test_sampled_depths_trains_one_and_makes_up_for_it() -> None:
     assert {draw[2] for draw in draws} == {0.0, 0.1 / 0.25}
     share = sum(draw[1] != 0 for draw in draws) / 4000
     assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
-    # Where the schedule leaves one depth, it is always trained, at its own weight.
+    # If the schedule leaves one depth, it is trained in every step, at its own weight.
     assert rule.factors([1.0, 0.0, 0.1], at(0)) == [1.0, 0.0, 0.1]
     assert rule.factors([1.0, 0.0, 0.0], at(0)) == [1.0, 0.0, 0.0]
     assert rule.skips and not SampledDepths(1, seed=1).skips
@@ -314,7 +314,7 @@ def test_state_goes_on_where_it_was(name: str) -> None:
     run(rule, range(3))
     require_plain(rule.state_dict())
     other.load_state_dict(rule.state_dict())
-    if name != "uncertainty":  # the optimizer's moments are not the rule's to keep
+    if name != "uncertainty":  # the optimizer's moments are not part of the rule's state
         assert run(other, range(3, 5)) == run(rule, range(3, 5))
     assert other.factors(BASE, at(4)) == rule.factors(BASE, at(4)) or name == "uncertainty"
 

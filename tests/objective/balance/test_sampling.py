@@ -1,4 +1,4 @@
-"""Sampled depths on real models: the expected gradient is the full one, and the rest is skipped."""
+"""Sampled depths on real models: the expected gradient is that of all depths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASE = [1.0, 0.3, 0.2, 0.1]
 def gradients(model: MTPModel, factors: Sequence[float]) -> dict[str, Tensor]:
     batch = windows(3, 10, 3)
     mtp_loss(model, batch, factors[1:], [30] * 4, main=factors[0])[0].backward()
-    # A part that the drawn depth does not use gets no gradient, which is none.
+    # A parameter that the drawn depth does not use gets no gradient.
     grads = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
     }

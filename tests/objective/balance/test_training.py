@@ -1,5 +1,5 @@
-"""The rules in real runs: what they change, what they must not, and that nothing depends on how a
-step is split or on where a run was interrupted."""
+"""The rules in real runs: what they change and what they must not. Nothing depends on how a step is
+split, or on where a run was interrupted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fixed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def continue_from_the_middle(whole: Path, folder: Path) -> None:
-    """``folder`` as ``whole`` was when half of its steps were done."""
+    """Fill ``folder`` with the files of ``whole`` after half of its steps."""
     (folder / "checkpoints").mkdir(parents=True)
     middle = whole / "checkpoints" / "previous.ckpt"
     assert checkpoint(whole, "previous.ckpt")["global_step"] == 5
@@ -56,12 +56,12 @@ def continue_from_the_middle(whole: Path, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["uncertainty", "gradnorm", "sampled_depths"])
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, cache: Path, fixed: Path, rule: str) -> None:
-    """Every rule's state is stored and read again in ``test_rules.py``."""
+    """``test_rules.py`` tests the stored state of every rule."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     chosen = settings(rule) | {"callbacks.checkpoints.every_n_steps": 5}
     train_here(whole, cache, chosen)
     found = rows(whole)
-    # The rule was at work: the run is another than with fixed weights.
+    # The rule has an effect: the run differs from that with fixed weights.
     assert (
         found != rows(fixed) and column(whole, "train/loss")[10] != column(fixed, "train/loss")[10]
     )
@@ -117,7 +117,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
 
 
 def test_matched_flops_know_what_a_rule_costs(tmp_path: Path, cache: Path) -> None:
-    """The steps that are taken away pay for the measurements and give back what sampling saves."""
+    """A rule that measures gets fewer steps, and one that skips depths more."""
     from mtp_lightning.experiment.build import match_reference
 
     def steps(rule: str) -> int:
