@@ -29,7 +29,7 @@ computed, A components (r), C d_model, V vocabulary, X width of a packed mixture
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,11 +110,8 @@ class JointLinearMTP(MTPStack):
 
     @torch.no_grad()
     def initialize_own(self) -> None:
-        for components in self.depths:
-            assert isinstance(components, nn.ModuleList)
-            first = components[0]
-            assert isinstance(first, Linear)
-            first.weight.zero_()
+        for components in cast("list[nn.ModuleList]", list(self.depths)):
+            cast(Linear, components[0]).weight.zero_()
 
     def components(self, k: int, hidden_BTC: Tensor) -> Tensor:
         """The hidden states [B, T, A, C] of depth ``k``, 0 for the next token."""
