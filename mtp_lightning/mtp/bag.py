@@ -48,7 +48,6 @@ class BagConfig(SummaryConfig, variant="bag"):
 
     meaning: ClassVar[tuple[str, ...]] = ("weights",)
     first_ahead: ClassVar[int] = 2
-    least_lookahead: ClassVar[int] = 2
 
     lookahead: int = 12
     weights: Weights = "idf"

@@ -38,8 +38,6 @@ class SummaryConfig(TrainingOnlyConfig):
     """
 
     brings_loss: ClassVar[bool] = True
-    # How far ahead the nearest token of the summary is: 1 is the next one.
-    first_ahead: ClassVar[int] = 1
 
     detach: Detach = "none"
     freeze_trunk: bool = False

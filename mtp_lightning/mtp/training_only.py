@@ -27,14 +27,15 @@ class TrainingOnlyConfig(MTPConfig):
 
     fixed_depth: ClassVar[int] = 1
     predicts_tokens: ClassVar[bool] = False
-    least_lookahead: ClassVar[int] = 1
+    # How far ahead the nearest token is that the stack looks at: 1 is the next one.
+    first_ahead: ClassVar[int] = 1
 
     depth: int = 1
     lookahead: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_whole("mtp.lookahead", self.lookahead, least=self.least_lookahead)
+        require_whole("mtp.lookahead", self.lookahead, least=self.first_ahead)
 
     @property
     def places_ahead(self) -> int:
