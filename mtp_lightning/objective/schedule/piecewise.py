@@ -78,8 +78,6 @@ class Piecewise(LambdaSchedule):
 
     def weights(self, progress: Progress) -> list[float]:
         """The D effective multipliers of L_1 .. L_D at this progress."""
-        if self.depth == 0:
-            return []
         now = self._position(progress)
         if now <= self.positions[0]:
             return list(self.knot_weights[0])
