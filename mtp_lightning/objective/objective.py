@@ -31,10 +31,10 @@ from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_bool, require_whole
 
 _MAIN_TERM = CrossEntropy()
-# Imported on demand: the term that trains a stack's rescorer.
+# Imported on demand: the term that trains a stack's rescorer, and the rule of `confidence`.
 _RESCORING = "mtp_lightning.objective.terms.rescoring.RescoringTerm"
+_CONFIDENCE = "mtp_lightning.objective.rules.confidence.ConfidenceRule"
 # The rules of a setting by its words: their class in rules/, and the settings that they read.
-_CONFIDENCE = {"learned": ("confidence.ConfidenceRule", ())}
 _MASKS = {"entropy": ("entropy_mask.EntropyMask", ("tau", "quantile"))}
 _WEIGHTS = {
     "exp_decay": ("position_weights.ExpDecay", ("decay",)),
@@ -91,7 +91,7 @@ class Objective:
         self.term, self.draft_vocab = term, draft_vocab
         self.parts = list(term.parts())
         self.rules: list[Rule] = [
-            *chosen("confidence", "learned" if confidence else "none", _CONFIDENCE),
+            *([imported(_CONFIDENCE)()] if confidence else []),
             *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
             *(rule for _, part in self.parts for rule in part.rules(self.asked)),
