@@ -40,11 +40,6 @@ VOCAB, DEPTH, SEQ_LEN = 37, 3, 7
 every_head = pytest.mark.parametrize("head", HEADS)
 
 
-@pytest.fixture
-def trunk() -> TrunkConfig:
-    return TrunkConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
-
-
 def model_of(trunk: TrunkConfig, head: str = "parallel", **switches: Any) -> MTPModel:
     """A model in float64 with random weights."""
     config = HEADS[head](depth=DEPTH, **{**SELECTOR, **switches})
@@ -68,8 +63,8 @@ def scores_of(model: MTPModel, logits_V: Tensor, hidden_C: Tensor, a: int) -> di
 
 @every_head
 @torch.no_grad()
-def test_scores_are_those_of_the_definition(trunk: TrunkConfig, head: str) -> None:
-    model, batch = model_of(trunk, head), windows(2, SEQ_LEN, DEPTH)
+def test_scores_are_those_of_the_definition(tiny_trunk: TrunkConfig, head: str) -> None:
+    model, batch = model_of(tiny_trunk, head), windows(2, SEQ_LEN, DEPTH)
     for k, hidden_BTC in list(model(batch).items())[1:]:
         logits_BTV = model.head(hidden_BTC)
         drafted_BTV = model.draft_logits(k, hidden_BTC, batch.tokens[:, k : k + SEQ_LEN])
@@ -84,9 +79,9 @@ def test_scores_are_those_of_the_definition(trunk: TrunkConfig, head: str) -> No
 @every_head
 @torch.no_grad()
 def test_a_draft_depends_on_the_token_before_it_and_on_none_that_follows(
-    trunk: TrunkConfig, head: str
+    tiny_trunk: TrunkConfig, head: str
 ) -> None:
-    model, batch = model_of(trunk, head), windows(1, SEQ_LEN, DEPTH)
+    model, batch = model_of(tiny_trunk, head), windows(1, SEQ_LEN, DEPTH)
 
     def drafted(tokens: Tensor) -> dict[int, Tensor]:
         found = model(WindowBatch(tokens, DEPTH))
@@ -108,10 +103,10 @@ def test_a_draft_depends_on_the_token_before_it_and_on_none_that_follows(
 
 @every_head
 @torch.no_grad()
-def test_it_starts_as_the_head_without_it(trunk: TrunkConfig, head: str) -> None:
+def test_it_starts_as_the_head_without_it(tiny_trunk: TrunkConfig, head: str) -> None:
     switches = {"depth": DEPTH, **SELECTOR}
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=HEADS[head](**switches)))
-    plain = MTPModel(ModelConfig(trunk=trunk, mtp=HEADS[head](depth=DEPTH)))
+    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](**switches)))
+    plain = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=DEPTH)))
     for started in (model, plain):
         started.initialize(2)
     batch = windows(3, SEQ_LEN, DEPTH)
@@ -198,8 +193,8 @@ def test_samples_have_the_models_distribution_where_few_tokens_are_candidates(
 
 
 @torch.no_grad()
-def test_rates_are_those_of_what_is_drafted(trunk: TrunkConfig) -> None:
-    model, batch = model_of(trunk), windows(2, 12, DEPTH)
+def test_rates_are_those_of_what_is_drafted(tiny_trunk: TrunkConfig) -> None:
+    model, batch = model_of(tiny_trunk), windows(2, 12, DEPTH)
     rates = rates_of(model)
     rates.update(model(batch), model.head.weight, batch)
     found = rates.compute()
@@ -226,7 +221,7 @@ def test_rates_are_those_of_what_is_drafted(trunk: TrunkConfig) -> None:
 
 
 @torch.no_grad()
-def test_the_measured_rejection_is_that_of_what_is_drafted(trunk: TrunkConfig) -> None:
+def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
     model = small_model(1, 2, vocab=20, stack=LinearConfig, **SELECTOR)
     prompt, k = torch.tensor([3, 1, 2]), 1
     found = Floors(model, rollouts=1, seen=1).of_prompt(prompt, torch.Generator().manual_seed(0))
@@ -243,12 +238,12 @@ def test_the_measured_rejection_is_that_of_what_is_drafted(trunk: TrunkConfig) -
 
 
 def test_its_products_grow_with_the_candidates_alone(
-    trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flops(vocab: int, candidates: int) -> int:
         monkeypatch.setattr(selector, "CANDIDATES", candidates)
-        own = selector.Selector(replace(trunk, vocab_size=vocab), 5)
-        ids, width = torch.arange(6), trunk.d_model
+        own = selector.Selector(replace(tiny_trunk, vocab_size=vocab), 5)
+        ids, width = torch.arange(6), tiny_trunk.d_model
         forced = Forced(1, torch.randn(6, vocab).log_softmax(-1), torch.randn(6, width), ids, ids)
         with counted_flops() as counted:
             own(1, forced.hidden_RC, forced.log_q_RV, ids)
