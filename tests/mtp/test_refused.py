@@ -131,9 +131,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)))
-def test_what_makes_no_sense_is_refused(number: int) -> None:
-    make, message = REFUSED[number]
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_makes_no_sense_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         make()
 
