@@ -40,7 +40,7 @@ class Way:
     decode: Callable[[Prompts, int], Sequence[Any]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Count:
     """The texts of a way that equal plain decoding by the same program.
 
@@ -51,8 +51,8 @@ class Count:
     """
 
     way: Way
-    texts: int = 0
-    equal: int = 0
+    texts: int
+    equal: int
 
 
 def compare_others(

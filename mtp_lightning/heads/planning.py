@@ -276,7 +276,7 @@ def _switches(mtp: MTPConfig) -> list[str]:
     return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
 
 
-def _reads(run: OpenedModel, window: int, *, half: bool = False) -> float:
+def _reads(run: OpenedModel, window: int, *, half: bool) -> float:
     """FLOP/s of reading windows, in fp32 or in bf16."""
     depth = run.model.depth
     device = run.model.head.weight.device

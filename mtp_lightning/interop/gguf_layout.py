@@ -204,7 +204,7 @@ def entries(layout: Layout) -> Iterator[Entry]:
     """All tensors of a file."""
     for place in weight_map(layout.config):
         if place.stacked is not None:
-            yield from _experts(layout, place)
+            yield from _experts(place)
             continue
         for name, shape in place.parts:
             for entry in _entry(layout, name, shape):
@@ -267,7 +267,7 @@ def _up(trunk: TrunkConfig, block: str, name: str) -> Iterator[Entry]:
     )
 
 
-def _experts(layout: Layout, place: MappedWeight) -> Iterator[Entry]:
+def _experts(place: MappedWeight) -> Iterator[Entry]:
     """A mixture's matrices of one kind, stacked."""
     kinds: dict[str, list[str]] = {}
     shapes = dict(place.parts)

@@ -70,10 +70,10 @@ class Loaded:
                 raise UserError(f"transformers cannot load {folder}: {error}") from error
             self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             self.unexpected = sorted(info["unexpected_keys"])
-            self.mtp = self._load_mtp(folder) if depth else None
+            self.mtp = self._load_mtp() if depth else None
         self.model.eval()
 
-    def _load_mtp(self, folder: Path) -> Any:
+    def _load_mtp(self) -> Any:
         try:
             from transformers.modeling_layers import MtpModel
         except ImportError as error:

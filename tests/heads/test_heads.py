@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_hours_are_divided(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda run, window, half=False: 1e9 if half else 1e8)
+    monkeypatch.setattr(planning, "_reads", lambda run, window, half: 1e9 if half else 1e8)
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
     monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
@@ -77,7 +77,7 @@ def test_the_model_is_measured_where_it_is_trained(
         used.append(device)
         return open_model(path)
 
-    def reads(run: Any, window: int, half: bool = False) -> float:
+    def reads(run: Any, window: int, half: bool) -> float:
         used.append(half)
         return 1e8
 
@@ -100,7 +100,7 @@ def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
 def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
     monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
-    monkeypatch.setattr(planning, "_reads", lambda run, window, half=False: 1e8)
+    monkeypatch.setattr(planning, "_reads", lambda run, window, half: 1e8)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
     # A window fills the context of 48 tokens: there is no room for the format.
     alone = planning.plan(model, hours=1.0, files=[], overrides=[])
