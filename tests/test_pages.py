@@ -22,7 +22,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
 from mtp_lightning.decoding import Generation
-from mtp_lightning.interop import card
+from mtp_lightning.interop import card, heads
 from mtp_lightning.interop.writing import Contents
 from mtp_lightning.notebook import Run, Sweep
 from mtp_lightning.notebook.text import Text
@@ -90,7 +90,7 @@ def of_a_card(folder: Path, sweep: Path) -> Path:
     text = card.render(
         MARKS[0],
         small_model(1, 2, vocab=64).config,
-        Contents(layer_depths=0, heads=True, parameters=9, shards=1),
+        Contents(layer_depths=0, heads=heads.FILE, parameters=9, shards=1),
         model_type="llama",
         dtype="float32",
         step=6,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtp_lightning.interop import engines, heads, speculators
+from mtp_lightning.interop import eagle3, engines, heads, speculators
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.gguf_writing import Written
 from mtp_lightning.interop.names import is_mimo
@@ -140,14 +140,15 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
             "`enorm`, `hnorm`, `eh_proj`, the block, `shared_head.norm`, and copies of the "
             "embedding and the head, which all depths share."
         )
-    elif contents.heads and (place := heads.where(config)) != heads.FILE:
+    elif contents.heads == eagle3.FOLDER:
         yield (
-            f"It was trained with EAGLE-3's layer, which is in the folder `{place}` in the layout "
-            "that SGLang (`--speculative-algorithm EAGLE3 --speculative-draft-model-path`) and "
-            'vLLM (`"method": "eagle3"`) read; neither was tried with this folder. mtp-lightning '
+            "It was trained with EAGLE-3's layer, which is in the folder "
+            f"`{eagle3.FOLDER}` in the layout that SGLang "
+            "(`--speculative-algorithm EAGLE3 --speculative-draft-model-path`) and vLLM "
+            '(`"method": "eagle3"`) read; neither was tried with this folder. mtp-lightning '
             "reads it, too; transformers only sees the trunk."
         )
-    elif contents.heads:
+    elif contents.heads == heads.FILE:
         yield (
             f"It was trained with {config.mtp.depth} MTP head(s) of the variant "
             f"`{config.mtp.variant}`, which no layout of transformers, vLLM or SGLang has. They "
@@ -155,7 +156,7 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
             "and in the file's metadata under `mtp_lightning` the JSON of their switches. "
             "mtp-lightning reads them; other programs only see the trunk."
         )
-    elif contents.beside:
+    elif contents.heads == speculators.FOLDER:
         yield (
             f"It was trained with `mtp={config.mtp.variant}`, whose heads are in the folder "
             f"`{speculators.FOLDER}` in the layout of vLLM's library speculators "
@@ -183,8 +184,8 @@ def _count(config: ModelConfig, contents: Contents) -> str:
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
     depth, layers = contents.layer_depths, config.trunk.n_layers
-    in_file = contents.heads and heads.where(config) == heads.FILE
-    others = list(engines.of_folder(model_type, depth, extra=heads.FILE if in_file else ""))
+    extra = heads.FILE if contents.heads == heads.FILE else ""
+    others = list(engines.of_folder(model_type, depth, extra=extra))
     if depth and model_type in STANDS_FOR:
         yield (
             "The MTP layers are read by mtp-lightning. transformers has no class for this model "

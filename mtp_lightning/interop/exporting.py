@@ -18,7 +18,6 @@ from mtp_lightning.interop import (
     engines,
     gguf_verify,
     gguf_writing,
-    heads,
     speculators,
 )
 from mtp_lightning.interop.names import has_layout
@@ -122,9 +121,9 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         shard_bytes=int(cfg.shard_gb * 1e9),
     )
     whole = model
-    if cfg.layout == speculators.LAYOUT:
+    if apart := cfg.layout == speculators.LAYOUT:
         whole = run.model
-        beside = speculators.write(
+        more = speculators.write(
             partial,
             whole,
             verifier=folder.resolve(),
@@ -132,9 +131,11 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             max_positions=max_positions,
             eot_id=run.tokenizer.eot_id,
         )
-        contents = replace(contents, beside=True, parameters=contents.parameters + beside)
+        parameters = contents.parameters + more
+        contents = replace(contents, heads=speculators.FOLDER, parameters=parameters)
+    kind = config_json.model_type(model.config)
     old_card = Path(cfg.checkpoint) / card.FILE
-    kept = cfg.depth is None and not contents.beside
+    kept = cfg.depth is None and not apart
     if kept and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
         shutil.copyfile(old_card, partial / card.FILE)
     else:
@@ -142,26 +143,24 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             folder.name,
             whole.config,
             contents,
-            model_type=config_json.model_type(model.config),
+            model_type=kind,
             dtype=cfg.dtype,
             **_training(run),
         )
         (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
-    where = heads.where(model.config) if contents.heads else ""
-    if where:
+    extra = "" if apart else contents.heads
+    if extra:
         print(
             f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
-            f"knows: the trunk is exported plainly, the heads in {where} next to it."
+            f"knows: the trunk is exported plainly, the heads in {extra} next to it."
         )
-    if contents.beside:
+    if apart:
         print(
             f"the heads are in {speculators.FOLDER} inside it, which names {folder.resolve()} as "
             "its verifier: change that in its config.json when the folder moves."
         )
-    for sentence in engines.of_folder(
-        config_json.model_type(model.config), contents.layer_depths, extra=where
-    ):
+    for sentence in engines.of_folder(kind, contents.layer_depths, extra=extra):
         print(sentence)
     if cfg.verify:
         _say_trained(run, whole)

@@ -28,17 +28,16 @@ class Contents:
 
     Attributes:
         layer_depths: MTP depths among the layers, which transformers and servers read.
-        heads: whether the stack is next to them instead (``heads.py``).
-        beside: whether it is in a folder for another program (``speculators.py``).
+        heads: the file or folder next to them that holds the stack instead (``heads.py``,
+            ``speculators.py``); empty if there is none.
         parameters: number of values in the folder's tensors, including copies.
         shards: number of weight files.
     """
 
     layer_depths: int
-    heads: bool
+    heads: str
     parameters: int
     shards: int
-    beside: bool = False
 
 
 def write_folder(
@@ -87,7 +86,7 @@ def write_folder(
     _write_json(folder / "generation_config.json", generation)
     return Contents(
         layer_depths=depth,
-        heads=extra,
+        heads=heads.where(config) if extra else "",
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         shards=n_shards,
     )

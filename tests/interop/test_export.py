@@ -99,7 +99,7 @@ def test_the_card(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = card.render(
         "x",
         deepseek.build(folders.DENSE, depth=1).config,
-        writing.Contents(layer_depths=1, heads=False, parameters=9, shards=1),
+        writing.Contents(layer_depths=1, heads="", parameters=9, shards=1),
         model_type="llama",
         dtype="float32",
         step=6,
