@@ -40,18 +40,20 @@ class Part:
     formats: Mapping[str, Callable[[Path], bool]] = field(default_factory=dict)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, by its name."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
 PARTS = {
     "cpu": Part(module="mtp_lightning.cpu", brings="C++ for layers on a CPU"),
-    "distributed": Part(
-        module="mtp_lightning.distributed",
-        brings="training by several processes",
-    ),
+    "distributed": Part(module="mtp_lightning.distributed", brings="training by several processes"),
     "interop": Part(
         module="mtp_lightning.interop",
         brings="models of other programs",
         formats={
             "a folder in Hugging Face's layout": lambda path: (path / "config.json").is_file(),
-            "a GGUF file": lambda path: path.suffix == ".gguf" and path.is_file(),
+            "a GGUF file": is_gguf,
         },
     ),
     "serving": Part(module="mtp_lightning.serving", brings="answers over HTTP"),
@@ -99,10 +101,7 @@ PARTS = {
         brings="the report on runs",
         command=("report", "sweeps.report.__main__", "compare the runs of one or more sweeps"),
     ),
-    "claims": Part(
-        module="sweeps.claims",
-        brings="claims and their verdicts",
-    ),
+    "claims": Part(module="sweeps.claims", brings="claims and their verdicts"),
 }
 
 

@@ -18,6 +18,7 @@ import torch
 
 from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
+from mtp_lightning.parts import is_gguf
 
 Prompts = Sequence[Sequence[int]]
 _BATCH, _DRAFTS = 8, 4
@@ -141,7 +142,7 @@ def _opened(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    if not _is_gguf(path):
+    if not is_gguf(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         return model.eval()
     # from_pretrained needs one more package for a GGUF file.
@@ -192,10 +193,6 @@ def _llama_cpp(path: Path) -> Iterator[list[Way]]:
     ]
 
 
-def _is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
-
-
 @dataclass(frozen=True)
 class Program:
     """Another program.
@@ -219,9 +216,9 @@ PROGRAMS = {
     "transformers": Program(
         "transformers",
         "hf",
-        lambda path: _is_gguf(path) or (path / "config.json").is_file(),
+        lambda path: is_gguf(path) or (path / "config.json").is_file(),
         "a GGUF file or a Hugging Face folder, which python export.py makes",
         _transformers,
     ),
-    "llama.cpp": Program("xllamacpp", "engines", _is_gguf, "a GGUF file", _llama_cpp),
+    "llama.cpp": Program("xllamacpp", "engines", is_gguf, "a GGUF file", _llama_cpp),
 }

@@ -36,12 +36,6 @@ _EXACT = ("F32", "F16", "BF16")
 _SAID: set[tuple[Path, int]] = set()
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path is a GGUF file."""
-    path = Path(path)
-    return path.suffix == ".gguf" and path.is_file()
-
-
 def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
     """The fields of a config.json, the model, and its tensors by Hugging Face's names, unread.
 

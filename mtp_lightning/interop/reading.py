@@ -22,6 +22,7 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import Stored, StoredModel, pretrained_state, require_held
+from mtp_lightning.parts import is_gguf
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,7 +45,7 @@ def describe(
         FileNotFoundError: config.json or a file of weights is missing.
         UserError: a model or tensor that does not fit, pickled or damaged weights.
     """
-    if gguf_file.is_gguf(path):
+    if is_gguf(path):
         fields, config, tensors = gguf_file.read(path)
     else:
         fields, tensors = contents(path)
@@ -68,7 +69,7 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
     arguments and errors as :func:`describe`."""
     fields, config, weights = describe(path, allow=allow)
     state = None
-    if gguf_file.is_gguf(path):
+    if is_gguf(path):
         state = gguf_file.tokenizer_state(path)
     elif (path / "tokenizer.json").is_file():
         state = pretrained_state(path)

@@ -21,12 +21,13 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_to_decode
-from mtp_lightning.interop import gguf_blocks, gguf_file, gguf_tokenizer
+from mtp_lightning.interop import gguf_blocks, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
+from mtp_lightning.parts import is_gguf
 from tests import fetch_smollm2
 from tests.interop import folders
 from tests.interop.folders import read_folder
@@ -187,7 +188,7 @@ def test_another_version(version: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + version + b"\0" * 40)
     with pytest.raises(UserError, match=rf"x.gguf is damaged or not a GGUF file: it {message}"):
         read_folder(tmp_path / "x.gguf")
-    assert not gguf_file.is_gguf(tmp_path / "none.gguf")
+    assert not is_gguf(tmp_path / "none.gguf")
 
 
 def test_a_file_that_was_cut(tmp_path: Path) -> None:
