@@ -112,20 +112,19 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
         said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
         return Diagnosis(folder=path, layout=None, verdict=said)
     require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), parts, source=str(path))
-    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
-    layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
-    named = f"{layout} ({mtp_prefix(config, 0)}* ..)"
     if not stored:
         said = (
             f"{path} declares {declared} MTP layer(s) and holds none of their tensors: they were "
             "lost when it was written."
         )
         return Diagnosis(folder=path, layout=None, verdict=said)
+    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
     modules = take_inventory(config, {name: part.read() for name, part in parts.items()})
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
-    complete = not any(m.named("missing") or m.named("misshapen") for m in modules[:1])
+    layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
+    named = f"{layout} ({mtp_prefix(config, 0)}* ..)"
     found = Diagnosis(folder=path, layout=named, modules=modules)
-    if complete:
+    if not modules[0].lost.keys() & {"missing", "misshapen"}:  # depth 1 can be built
         found = _measured(found, config, parts, new_tokens, whole=lost is None)
     return _concluded(found, *_judged(found, declared, stored, lost))
 

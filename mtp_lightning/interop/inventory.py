@@ -43,10 +43,6 @@ class Module:
     depth: int
     states: dict[str, State]
 
-    def named(self, state: State) -> list[str]:
-        """The tensors in a state."""
-        return [name for name, found in self.states.items() if found == state]
-
     @property
     def lost(self) -> dict[State, list[str]]:
         """The tensors that are not as training leaves them, by their state.

@@ -20,6 +20,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, eagle3, tensor_files
 from mtp_lightning.interop.names import MIMO, module_weights, pieces, plain
+from mtp_lightning.interop.reading import SINGLE
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -28,7 +29,6 @@ from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 
 FOLDER, LAYOUT, VERSION = "speculator", "speculators", "0.9.0"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _CLASSES = {"mtp": "MTPDraftModel", "eagle3": "Eagle3DraftModel"}
 # Fields of a trunk's config.json about MTP layers next to it.
 _OF_MODULES = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types")
@@ -126,7 +126,7 @@ def write(
 
 def is_models(folder: Path, model: MTPModel, dtype: torch.dtype) -> bool:
     """Whether the tensors of the folder inside ``folder`` are a model's, each rounded once."""
-    found, wanted = tensor_files.parts(folder / FOLDER / WEIGHTS)[0], tensors(model, dtype)
+    found, wanted = tensor_files.parts(folder / FOLDER / SINGLE)[0], tensors(model, dtype)
     return found.keys() == wanted.keys() and all(
         torch.equal(found[name].read(), tensor) for name, tensor in wanted.items()
     )
