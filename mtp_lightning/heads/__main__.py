@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_number
+from mtp_lightning.stored import read_json
 
 PLAN, RUN, CERTIFICATE, EXPORT = "plan.json", "run", "certificate", "model"
 SPEED = "speed.json"
@@ -189,17 +190,15 @@ def say(name: str, text: str) -> None:
 
 
 def _say_result(folder: Path, plan: Any) -> None:
-    summary = json.loads((folder / RUN / "summary.json").read_text(encoding="utf-8"))
-    certificate = json.loads((folder / CERTIFICATE / "certificate.json").read_text("utf-8"))
-    rows: list[tuple[str, str, Callable[[float], str]]] = [
-        ("agreement", "val/agreement_depth_1", lambda x: f"{x:.1%} of tokens are the trunk's own"),
-        ("tokens", "decode/tokens_per_step", lambda x: f"{x:.2f} per pass"),
-    ]
-    for name, tag, shown in rows:
+    summary = read_json(folder / RUN / "summary.json")
+    for name, tag, form in (
+        ("agreement", "val/agreement_depth_1", "{:.1%} of tokens are the trunk's own"),
+        ("tokens", "decode/tokens_per_step", "{:.2f} per pass"),
+    ):
         if isinstance(summary.get(tag), int | float):
-            say(name, shown(summary[tag]))
-    say("speed", json.loads((folder / SPEED).read_text(encoding="utf-8"))["said"])
-    say("certificate", certificate["verdict"])
+            say(name, form.format(summary[tag]))
+    say("speed", read_json(folder / SPEED)["said"])
+    say("certificate", read_json(folder / CERTIFICATE / "certificate.json")["verdict"])
     say("written to", str(folder / EXPORT))
     way = "" if plan.draft_vocab is None else f" draft_vocab={plan.draft_vocab}"
     way += "" if plan.activations == "fp32" else f" activations={plan.activations}"

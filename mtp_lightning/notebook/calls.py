@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime
@@ -13,6 +12,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
 from mtp_lightning.paths import app
+from mtp_lightning.stored import read_json
 
 
 def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
         # Hydra takes the last of two values.
         output = Path(_value("output", overrides) or f"{folder}/metrics.json")
         start([*app("evaluate"), *overrides, f"output={output}"], quiet=quiet)
-        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(output)
     return found
 
 
