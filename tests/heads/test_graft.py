@@ -11,7 +11,6 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor
 from mtp_lightning.heads import graft
-from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model, read_model
@@ -44,8 +43,7 @@ def tuned(base: Path, folder: Path, *, by: float) -> Path:
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(by * parameter.std() * noise)
-    write_folder(folder, trunk, run.tokenizer, dtype="float32", max_positions=64,
-                 shard_bytes=10**9)  # fmt: skip
+    folders.write(folder, trunk, run.tokenizer)
     return folder
 
 

@@ -71,6 +71,12 @@ QUICK = {
     "callbacks.throughput.measure_matmul": "false",
 }
 
+# Leaves out what a run takes from the folder that it starts from (``init_from``).
+FROM_FOLDER: dict[str, Any] = {
+    **dict.fromkeys(key for key in QUICK if key.startswith("model.")),
+    "tokenizer": None,
+}
+
 # A learning rate and lambdas that rest.
 CONSTANT = {
     "lambda_schedule": "constant",

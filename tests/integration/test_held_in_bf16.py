@@ -24,8 +24,7 @@ from tests.kernels import LIBRARY, prepared
 pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
 SETTINGS: dict[str, Any] = {
-    **dict.fromkeys([key for key in helpers.QUICK if key.startswith("model.")]),
-    "tokenizer": None, "mtp.freeze_trunk": "true", "trainer.max_steps": 4,
+    **helpers.FROM_FOLDER, "mtp.freeze_trunk": "true", "trainer.max_steps": 4,
     "trainer.val_check_interval": 4, "data.seq_len": 24,
 }  # fmt: skip
 

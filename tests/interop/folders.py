@@ -79,10 +79,10 @@ TRUNKS = {
 }  # fmt: skip
 
 
-def write(folder: Path, model: MTPModel, **changes: Any) -> Contents:
-    """A folder of a model, in small shards."""
+def write(folder: Path, model: MTPModel, tokenizer: Any = None, **changes: Any) -> Contents:
+    """A folder of a model, in small shards; without a tokenizer, it gets that of bytes."""
     options = {"dtype": "float32", "max_positions": 64, "shard_bytes": 20_000, **changes}
-    return write_folder(folder, model, ByteTokenizer(), **options)
+    return write_folder(folder, model, tokenizer or ByteTokenizer(), **options)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor as apps_doctor
 from mtp_lightning.interop import agreement, doctor
 from mtp_lightning.interop.inventory import has_initial_size, is_fresh
-from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -42,8 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def written(run: Path, folder: Path, change: Callable[[Tensors], None] | None = None) -> Path:
     """A run as a folder of one file, with a change to its tensors."""
     loaded = open_model(run)
-    write_folder(folder, loaded.model, loaded.tokenizer, dtype="float32", max_positions=512,
-                 shard_bytes=10**9)  # fmt: skip
+    folders.write(folder, loaded.model, loaded.tokenizer, max_positions=512)
     if change is not None:
         folders.merge(folder, change)
     return folder

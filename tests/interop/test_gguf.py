@@ -23,7 +23,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_to_decode
 from mtp_lightning.interop import gguf_blocks, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
-from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
@@ -152,10 +151,9 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     tokenizer = tokenizer_from_state(state)
     assert tokenizer.encode("<|im_start|>").tolist() != [1], "in a text, names are text"
     assert tokenizer.encode_specials("<|im_start|>a").tolist()[0] == 1
-    options: dict[str, Any] = {"dtype": "float32", "max_positions": 128, "shard_bytes": 10**6}
-    write_folder(tmp_path / "one", run.model, tokenizer, **options)
+    folders.write(tmp_path / "one", run.model, tokenizer, max_positions=128)
     again = open_model(tmp_path / "one")
-    write_folder(tmp_path / "two", again.model, again.tokenizer, **options)
+    folders.write(tmp_path / "two", again.model, again.tokenizer, max_positions=128)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
     said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)

@@ -36,8 +36,7 @@ def status(key):
 
 def train(folder):
     settings = {
-        **dict.fromkeys([key for key in helpers.QUICK if key.startswith("model.")]),
-        "tokenizer": None, "init_from": folder, "mtp.freeze_trunk": "true", "mtp.depth": 1,
+        **helpers.FROM_FOLDER, "init_from": folder, "mtp.freeze_trunk": "true", "mtp.depth": 1,
         "trainer.max_steps": 3, "trainer.val_check_interval": 3, "data.batch_size": 1,
         "data.eval_batch_size": 1, **json.loads(more),
     }

@@ -14,7 +14,7 @@ from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
-from mtp_lightning.interop.writing import Contents, write_folder
+from mtp_lightning.interop.writing import Contents
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -42,12 +42,7 @@ def round_trip(
     if dtype == "float32":
         for found, wanted in zip(folders.logits(built), folders.logits(model), strict=True):
             torch.testing.assert_close(found, wanted, rtol=apart, atol=apart)
-    options = {
-        "dtype": dtype,
-        "max_positions": folder.fields["max_position_embeddings"],
-        "shard_bytes": 20_000,
-    }
-    write_folder(path / "two", built, PretrainedTokenizer(str(path / "one")), **options)
+    folders.write(path / "two", built, PretrainedTokenizer(str(path / "one")), dtype=dtype)
     assert folders.files(path / "one") == folders.files(path / "two")
     return contents, folder
 

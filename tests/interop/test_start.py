@@ -27,11 +27,7 @@ from tests.integration import helpers
 from tests.interop import folders
 from tests.interop.folders import read_folder
 
-# The folder brings these; a run need not name them.
-WITHOUT: dict[str, Any] = dict.fromkeys(
-    [key for key in helpers.QUICK if key.startswith("model.")] + ["tokenizer"]
-)
-SHORT = {**WITHOUT, "trainer.max_steps": 4, "trainer.val_check_interval": 2}
+SHORT = {**helpers.FROM_FOLDER, "trainer.max_steps": 4, "trainer.val_check_interval": 2}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +148,7 @@ def test_another_model_on_the_command_line_is_refused(
 ) -> None:
     monkeypatch.setattr(command_line, "HydraConfig", CommandLine([override, "seed=1"]))
     key, value = override.split("=")
-    settings = {**WITHOUT, "init_from": base / "llama", key: value}
+    settings = {**helpers.FROM_FOLDER, "init_from": base / "llama", key: value}
     with pytest.raises(ValueError, match=message):
         helpers.train_here(tmp_path / "run", base / "cache", settings)
     assert not (tmp_path / "run").exists()
@@ -160,7 +156,7 @@ def test_another_model_on_the_command_line_is_refused(
 
 @pytest.mark.slow
 def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
-    settings = {**WITHOUT, "init_from": base / "llama", "model.n_kv_heads": 4}
+    settings = {**helpers.FROM_FOLDER, "init_from": base / "llama", "model.n_kv_heads": 4}
     done = helpers.execute(helpers.command(tmp_path / "run", base / "cache", settings))
     assert done.returncode == 1 and "with model.n_kv_heads=2: leave" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "checkpoints").exists()

@@ -64,8 +64,7 @@ def test_modules_for_their_model(name: str, tmp_path: Path, cache: Path) -> None
     write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
     theirs = read_folder(tmp_path / "theirs")
     settings = {
-        **dict.fromkeys([key for key in helpers.QUICK if key.startswith("model.")]),
-        "tokenizer": None, "init_from": tmp_path / "theirs", "mtp.freeze_trunk": "true",
+        **helpers.FROM_FOLDER, "init_from": tmp_path / "theirs", "mtp.freeze_trunk": "true",
         "mtp.depth": 1, "trainer.max_steps": 6, "trainer.val_check_interval": 3,
     }  # fmt: skip
     helpers.train_here(tmp_path / "run", cache, settings)
