@@ -6,5 +6,5 @@ a prefix that is read again. Greedy texts are compared token by token and their 
 (``greedy.py``); sampled tokens are tested against the trunk's distribution (``sampled.py``).
 ``certificate.py`` shows the results as a table, as JSON and as a badge.
 
-This folder comes off: the core does not import it.
+This folder is optional: the core does not import it.
 """

@@ -4,5 +4,5 @@
 phases one after the other, each by the app that does it alone: train, certify, export. A folder
 keeps the plan and what every phase left, so that the same command continues where it was stopped.
 
-This folder comes off, and the core knows nothing of it.
+This folder is optional: the core does not import it.
 """

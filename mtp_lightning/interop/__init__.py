@@ -1,8 +1,7 @@
 """Models of other programs: Hugging Face folders and GGUF files, read, written and examined.
 
-This folder comes off: runs of this project train, evaluate and draft without it.
-``mtp_lightning/parts.py`` names what it brings: two formats of ``open_model``, ``export.py`` and
-``doctor.py``.
+This folder is optional: runs of this project train, evaluate and draft without it. It adds two
+formats to ``open_model`` (``mtp_lightning/parts.py``), ``export.py`` and ``doctor.py``.
 """
 
 from __future__ import annotations

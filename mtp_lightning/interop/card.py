@@ -173,13 +173,14 @@ def _count(config: ModelConfig, contents: Contents) -> str:
     told = f"{contents.parameters:,} values are stored: {trunk:,} of the trunk and its head"
     if whole > trunk:
         told += f", {whole - trunk:,} of the MTP modules"
-    if (beyond := contents.parameters - whole) > 0:
+    beyond = contents.parameters - whole
+    if beyond > 0:
         told += (
             f", {beyond:,} that repeat others (each module's embedding and head) or balance experts"
         )
-    return told + (
-        f", without {-beyond:,} that only training or min_confidence needs" if beyond < 0 else ""
-    )
+    elif beyond < 0:
+        told += f", without {-beyond:,} that only training or min_confidence needs"
+    return told
 
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:

@@ -212,7 +212,7 @@ def _stack(
 
 
 def _weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
-    """All tensors with numbers to train."""
+    """The trained tensors of the layer."""
     trunk, mtp = config.trunk, config.mtp
     assert isinstance(mtp, EagleConfig)
     width, size = trunk.d_model, trunk.d_head

@@ -109,8 +109,8 @@ def _remove(path: Path) -> None:
 
 
 def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
-    """Write and verify what is to be ``folder``: ``model``, and with ``layout=speculators``, where
-    that is the trunk alone, the heads of ``run``."""
+    """Write and verify ``folder`` under its temporary name ``partial``. With ``layout=speculators``
+    ``model`` is the trunk alone, and the heads of ``run`` go into a folder inside."""
     max_positions = cfg.max_positions or run.seq_len
     contents = write_folder(
         partial,
@@ -170,7 +170,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
 
 
 def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
-    """Write and verify what is to be ``file``, and write the card next to it."""
+    """Write and verify ``file`` under its temporary name ``partial``, and write its card."""
     options = {"dtype": cfg.dtype, "max_positions": cfg.max_positions or run.seq_len}
     partial.parent.mkdir(parents=True, exist_ok=True)
     written = gguf_writing.write_file(partial, model, run.tokenizer, name=file.stem, **options)
@@ -219,7 +219,7 @@ def _trunk_alone(model: MTPModel) -> MTPModel:
 
 
 def _dtype(path: str) -> str | None:
-    """Of the tensors of a Hugging Face folder; None of a run."""
+    """The dtype of a Hugging Face folder's tensors; None for a run."""
     file = Path(path) / CONFIG
     if not file.is_file():
         return None
@@ -228,7 +228,7 @@ def _dtype(path: str) -> str | None:
 
 
 def _training(run: OpenedModel) -> dict[str, Any]:
-    """What a card says of the training; the summary.json is of the checkpoint's run."""
+    """The card's facts about the training; the summary.json is that of the checkpoint's run."""
     files = [folder / "summary.json" for folder in (run.path.parent, run.path.parent.parent)]
     summary = next((read_json(file) for file in files if file.is_file()), None)
     return {"step": run.step, "run_config": run.config, "summary": summary}

@@ -135,9 +135,9 @@ def _portions(file: Path, tensor: FileTensor, i: int | None) -> Iterator[tuple[i
 def steps_and_offsets(stored: Any, kind: Any) -> tuple[Any, Any]:
     """The steps and offsets of K-quants, whose numbers are ``step x q + offset``.
 
-    A super-block holds them as products of an fp16 number and a small integer, so that they cannot
-    be found in the numbers as those of Q4_0, Q4_1 and Q8_0 can. gguf's own dequantization tells
-    them, of super-blocks in which every q is 0, or 1.
+    A super-block holds them as products of an fp16 number and a small integer, so they cannot be
+    derived from the numbers as those of Q4_0, Q4_1 and Q8_0 can. They are computed with gguf's own
+    dequantization, from super-blocks in which every q is 0, or 1.
 
     Args:
         stored: bytes [N, ..] of rows of K numbers.

@@ -28,11 +28,11 @@ from mtp_lightning.stored import brief
 
 log = logging.getLogger(__name__)
 
-# A tensor of GGUF that holds no weight and replaces what follows from the config.
+# A tensor without weights: rotary frequencies that replace those that the config gives.
 _FREQUENCIES = "rope_freqs.weight"
 # Types of tensors whose numbers float32 holds exactly.
 _EXACT = ("F32", "F16", "BF16")
-# The files, and when they were written, of which this process has said that they are dequantized.
+# Files, with their times of modification, whose dequantization this process has logged.
 _SAID: set[tuple[Path, int]] = set()
 
 

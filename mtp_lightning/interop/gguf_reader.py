@@ -1,8 +1,8 @@
 """The header of a GGUF file: the fields, and where the tensors are.
 
-gguf's own reader believes the counts in a file, and makes several array views for each of a
-vocabulary's tokens, which takes seconds. Here every count and length is compared with the size of
-the file before anything is made of it.
+gguf's own reader trusts the counts in a file, and makes several array views for each token of a
+vocabulary, which takes seconds. This reader compares every count and length with the size of the
+file before it allocates memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A tokenizer in a GGUF file: byte-level BPE, as llama.cpp knows it, and the whole tokenizer.json.
 
-llama.cpp splits a text into words by rules of its own, which a file can only name. The rule that
-gives this tokenizer's ids for the most sample texts is named, and the difference is told.
+llama.cpp splits a text into words by its own rules, and a file only names one of them. The writer
+names the rule that gives this tokenizer's ids for the most sample texts, and reports the
+difference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A GGUF file in llama.cpp itself, by the package xllamacpp: its choices, and its drafts.
 
-llama.cpp continues prompts greedily and says how likely it took every token for; a model of this
-project reads the same texts. A file whose arithmetic is another fails here, whatever its tensors
-say.
+llama.cpp continues prompts greedily and reports the log-probability of every token; a model of this
+project reads the same texts. A file with other arithmetic fails this check even if its tensors are
+right.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Continued:
 
     Attributes:
         ids: the new tokens.
-        logprobs: the log-probability of each; None if that of some is not told.
+        logprobs: the log-probability of each; None if some are not reported.
         drafted: drafts that were made.
         accepted: drafts that were accepted.
     """
@@ -188,8 +188,9 @@ def _prompts(model: MTPModel, length: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _compared(model: MTPModel, prompt: Sequence[int], said: Continued) -> tuple[Tensor, Tensor]:
-    """For each new token: by how much its log-probability differs, or where that is not told how
-    much likelier another token is; and the standard deviation of the logits."""
+    """For each new token, the larger of two differences in log-probability: llama.cpp's to the
+    model's, if reported, and the token's to the model's most likely one; and the standard deviation
+    of the logits."""
     read = [*prompt, *said.ids, *[0] * model.depth]  # the last ones are only predicted
     batch = WindowBatch(torch.tensor([read]), model.depth)
     logits: Tensor = model.head(model(batch)[0])[0, len(prompt) - 1 :]

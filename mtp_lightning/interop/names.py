@@ -7,9 +7,9 @@ feed-forward layers list their own tensors (``hf_weights``).
 The layouts are Llama's (also Qwen2's and Qwen3's, with biases or norms on heads), DeepSeek-V3's and
 GLM-4.5's, which combines Llama's attention with DeepSeek's experts. MTP depth k is layer L + k - 1
 of each, as in README_WEIGHTS of DeepSeek-V3's release: the two norms, the projection, the block,
-the output norm, and copies of embedding and head. MiMo has its own names for them, on a Qwen2
-trunk: ``model.mtp_layers.{k - 1}``, which reads the state before the final norm, and reads it
-first.
+the output norm, and copies of embedding and head. MiMo, on a Qwen2 trunk, has its own names:
+``model.mtp_layers.{k - 1}``. Its modules read the state before the final norm, and their projection
+reads the state before the embedding.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
 def in_layers(
     config: ModelConfig, weights: dict[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """What of a model a folder holds in its layers, by :func:`plain`: the trunk alone where the
-    stack has no layout."""
+    """The part of a model that a folder's layers hold, in the form of :func:`plain`: only the trunk
+    if the stack has no layout."""
     found, weights = plain(config, weights)
     if has_layout(config):
         return found, weights
@@ -186,10 +186,10 @@ def to_folder(
     config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`in_layers`."""
-    # Of a tied head, the folder's config says that it is.
-    tied = {"lm_head.weight"}
-    places = (p for p in weight_map(config) if not (p.copy and p.parts[0][0] in tied))
-    return pieces(places, weights, dtype)
+    # A tied head is left out: the folder's config says that it is tied.
+    places = weight_map(config)
+    held = (p for p in places if not (p.copy and p.parts[0][0] == "lm_head.weight"))
+    return pieces(held, weights, dtype)
 
 
 def pieces(

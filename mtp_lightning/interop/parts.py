@@ -38,8 +38,8 @@ class Assembled(Stored):
     """A tensor of this project, assembled from those of a layout.
 
     Attributes:
-        mapped: which parts are where.
-        parts: in the place's order, with its shapes.
+        mapped: the names and shapes of the parts, and how they are stacked.
+        parts: the tensors of the layout, in that order.
     """
 
     mapped: MappedWeight

@@ -4,7 +4,7 @@ A request passes through ``app`` (HTTP), ``schemas`` (the fields of a body), ``p
 request to the engine), ``worker`` (the thread that owns the engine) and ``responses`` (objects of
 OpenAI's shape), back to ``app``. ``start`` and ``server`` start and stop the server.
 
-This folder comes off: ``generate.py`` works without it.
+This folder is optional: ``generate.py`` works without it.
 """
 
 from __future__ import annotations
