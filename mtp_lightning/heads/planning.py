@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -317,4 +318,4 @@ def _seconds(work: Callable[[], None]) -> float:
         return time.perf_counter() - began
 
     once()
-    return sorted(once() for _ in range(3))[1]
+    return median(once() for _ in range(3))

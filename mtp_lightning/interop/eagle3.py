@@ -152,7 +152,7 @@ def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> d
     trunk, mtp = config.trunk, config.mtp
     assert isinstance(mtp, EagleConfig)
     layers = mtp.layers_of(trunk.n_layers)
-    fields: dict[str, Any] = {
+    return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "hidden_size": trunk.d_model,
@@ -181,7 +181,6 @@ def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> d
         },
         _OWN: mtp.to_dict(),
     }
-    return fields
 
 
 def _stack(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ DENSE = TrunkConfig(
 
 def dense(**changes: Any) -> TrunkConfig:
     """:data:`DENSE` with changes."""
-    fields = {name: getattr(DENSE, name) for name in DENSE.__dataclass_fields__}
-    return TrunkConfig(**{**fields, "d_head": None, **changes})
+    return replace(DENSE, **{"d_head": None, **changes})
 
 
 STRETCHED = RopeScaling(
