@@ -143,18 +143,11 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
     Hydra composes every config twice, the first time to see whether it sets ``hydra.mode``. Only
     the command line or a config from elsewhere can do that.
     """
-
-    def unreported(func: Any) -> Any:
-        return func()
-
-    def unset(*_: Any, **__: Any) -> None:
-        return None
-
     foreign = any(word.startswith(("hydra.mode=", "--config-", "-cd", "-cn")) for word in arguments)
     before = utils.run_and_report, Hydra.get_mode
-    utils.run_and_report = unreported
+    utils.run_and_report = lambda func: func()
     if not foreign:
-        Hydra.get_mode = unset  # type: ignore[method-assign]
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
