@@ -64,7 +64,7 @@ def add_options(parser: Parser, *, output: str, hours: str) -> None:
     """The options of the two commands that train heads for a finished model.
 
     Args:
-        parser: of the command.
+        parser: the command's parser.
         output: name of the folder if none is given.
         hours: what the hours are for.
     """

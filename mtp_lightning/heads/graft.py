@@ -45,7 +45,7 @@ class Agreement:
     """How often each depth's choice is the trunk's.
 
     Attributes:
-        rights: for each depth, which positions, bool [N].
+        rights: for each depth, the positions at which it is, bool [N].
         constant: the share that the trunk's most common choice would get everywhere.
     """
 

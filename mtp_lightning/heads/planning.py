@@ -35,8 +35,8 @@ _TEXTS, _TRAINING = 0.45, 0.35
 _BATCH = 8
 _PROMPT, _NEW, _WINDOW = 32, 88, 128
 _FEWEST = 64  # texts, of which some are held out
-# The module is trained on so many of the first token ids, unless there are fewer than four times as
-# many: the head of a small model is most of a step's work.
+# Number of first token ids that the modules are trained on, if the vocabulary has at least four
+# times as many: the head of a small model is most of a step's work.
 _VOCAB = 4096
 # Share of the texts of a chat model that are chats, and the temperature of all.
 _CHATS, _TEMPERATURE = 0.6, 0.8
@@ -48,22 +48,22 @@ class Plan:
 
     Attributes:
         model: path of the model, absolute.
-        hours: of this machine.
+        hours: hours of this machine, for everything.
         window: tokens of a training window, which a generated text fills.
-        texts: to generate; 0 if files of text are given.
+        texts: number of texts to generate; 0 if files of text are given.
         files: the user's text files, instead of generated texts.
-        steps: of training.
+        steps: optimizer steps.
         tokens_per_second: measured generation speed; 0 with files.
         flops_per_second: measured FLOP/s of the forward pass in ``precision``.
-        weights: of the model.
-        head_weights: of the module.
+        weights: number of the model's weights.
+        head_weights: number of the modules' weights.
         overrides: further settings of training, as typed.
-        depth: modules that are trained.
-        switches: of the modules, which say how to read them.
-        precision: of training.
-        activations: with which the model writes texts.
-        draft_vocab: the module is trained on so many of the first token ids; None for all.
-        state_bytes: of the trunk's states of the texts.
+        depth: number of modules that are trained.
+        switches: the settings of modules that the model has; empty for new ones.
+        precision: of training, as in ``trainer.precision``.
+        activations: precision of the activations while the model writes texts.
+        draft_vocab: number of first token ids that the modules are trained on; None for all.
+        state_bytes: size of the trunk's states of all texts.
         chat: the chat format's texts before a question, and between it and the answer; empty for a
             model without one.
     """
@@ -168,8 +168,8 @@ def plan(
     """Look at the model and the machine for some seconds, and divide the hours.
 
     Args:
-        path: of the model.
-        hours: of this machine, for everything.
+        path: path of the model.
+        hours: hours of this machine, for everything.
         files: text to train on instead of the model's own.
         overrides: further settings of training.
         further: train the sequential modules on that the model has.

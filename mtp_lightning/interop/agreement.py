@@ -69,8 +69,8 @@ def agreements(model: MTPModel, texts: Sequence[Tensor]) -> tuple[dict[Conventio
     convention.
 
     Returns:
-        By convention the positions, bool [N]; and the share that the trunk's most common choice
-        would get everywhere.
+        For each convention, the positions of equal choices, bool [N]; and the share that the
+        trunk's most common choice would get everywhere.
     """
     stacks, trunk = {}, model.config.trunk
     for input_norm, concat in _CONVENTIONS:

@@ -23,12 +23,12 @@ _BLOCK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a file holds.
+    """The contents of a written file.
 
     Attributes:
-        layout: of its tensors.
-        parameters: numbers in them.
-        said: what is left out, how llama.cpp drafts, and what differs there, in sentences.
+        layout: the layout of its tensors.
+        parameters: number of values in the tensors.
+        said: sentences about what is left out, how llama.cpp drafts, and what differs there.
     """
 
     layout: Layout
@@ -48,12 +48,12 @@ def write_file(
     """Write a model and its tokenizer.
 
     Args:
-        file: where to.
+        file: the path of the new file.
         model: any variant; heads that llama.cpp does not read are left out.
         tokenizer: as for a folder (``writing.py``).
         dtype: a name of :data:`TYPES`.
         max_positions: the context length that the file states.
-        name: of the model.
+        name: the model's name in the file.
 
     Raises:
         UserError: a trunk or a tokenizer that llama.cpp does not compute, or a missing package.

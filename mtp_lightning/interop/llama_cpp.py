@@ -39,8 +39,8 @@ class Continued:
     Attributes:
         ids: the new tokens.
         logprobs: the log-probability of each; None if some are not reported.
-        drafted: drafts that were made.
-        accepted: drafts that were accepted.
+        drafted: number of drafts.
+        accepted: number of accepted drafts.
     """
 
     ids: list[int]
@@ -63,7 +63,7 @@ def continued(
         file: a GGUF file.
         prompts: token ids.
         lengths: new tokens of each.
-        drafts: of a round, by the file's MTP module; 0 for none.
+        drafts: drafts per round, by the file's MTP module; 0 for none.
     """
     import xllamacpp
 
