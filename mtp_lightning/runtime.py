@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 
 import torch
 
@@ -20,24 +21,20 @@ _CORES = torch.get_num_threads()
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library keep the memory that a training step frees, for the next step.
+def keep_freed_memory() -> None:
+    """On Linux with glibc, keep the memory that a training step frees for the next step.
 
     By default, glibc returns every large block to the system. Each step then has all its
     activations mapped and zeroed page by page again, which takes up to a third of a step on a CPU
     (``python -m benchmarks.train_step memory``).
-
-    Returns:
-        Whether the setting applied, as on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
-        return False
-    try:
+        return
+    with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
-    return all([bool(mallopt(name, value)) for name, value in settings])
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def pick_accelerator(name: str) -> str:
