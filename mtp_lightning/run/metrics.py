@@ -29,7 +29,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: has the run logged anything yet?")
-    rows = (_numbers(row) for row in _whole_rows(_whole_lines(path.read_bytes())))
+    rows = (_numbers(row) for row in _whole_rows(path.read_bytes()))
     return [row for row in rows if row is not None]
 
 
@@ -54,10 +54,10 @@ def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] 
             start = file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - tail))
             if start > len(head):
                 file.readline()  # the rest of a row
-            lines = _whole_lines(head + file.read())
+            rows = _whole_rows(head + file.read())
     except OSError:
         return None
-    for text in reversed(_whole_rows(lines)):
+    for text in reversed(rows):
         row = _numbers(text)
         if row is not None and tag in row:
             return int(row[STEP]), row[tag]
@@ -116,7 +116,7 @@ class MetricsFile:
         self._rewrite(rows)
 
     def _rows(self) -> list[Row]:
-        return _whole_rows(_whole_lines(self.path.read_bytes())) if self.path.exists() else []
+        return _whole_rows(self.path.read_bytes()) if self.path.exists() else []
 
     def _rewrite(self, rows: list[Row]) -> None:
         lines = [_line(row.get(tag, "") for tag in self._columns) for row in rows]
@@ -142,13 +142,9 @@ class MetricsFile:
         self._row = row
 
 
-def _whole_lines(content: bytes) -> list[str]:
-    """Split into lines, without a last one that has no newline yet."""
-    return content.decode("utf-8", errors="replace").split("\n")[:-1]
-
-
-def _whole_rows(lines: list[str]) -> list[Row]:
-    table = list(csv.reader(lines))
+def _whole_rows(content: bytes) -> list[Row]:
+    """The rows of a file, without a last line that has no newline yet."""
+    table = list(csv.reader(content.decode("utf-8", errors="replace").split("\n")[:-1]))
     if not table or table[0][:1] != [STEP]:
         return []
     head = table[0]
