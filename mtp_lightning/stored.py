@@ -150,13 +150,13 @@ def targets_of(file: Path) -> list[str]:
 def require_target(
     target: str, allow: Collection[str], *, groups: Sequence[str] = (), how: str
 ) -> None:
-    """Refuse a foreign class of a stored config.
+    """Refuse a foreign class of a stored config, and one that uses the network.
 
     Args:
         target: the value of ``_target_``.
-        allow: packages whose own classes may be built.
+        allow: packages whose own classes may be built, and names of :data:`NETWORK`.
         groups: groups of conf/ whose classes may be built; empty for all groups.
-        how: the setting that allows a package, with ``{}`` for its name.
+        how: the setting that allows a name, with ``{}`` for it.
 
     Raises:
         UserError: the class is not allowed.
@@ -166,6 +166,7 @@ def require_target(
             f"_target_={target} is refused: a stored config may only build what this platform's "
             f"own conf/ builds. If you trust its package, say {how.format(target.split('.')[0])}."
         )
+    require_network(target, allow, how=how)
 
 
 def _defined_in(target: str, allow: Collection[str]) -> bool:
@@ -196,12 +197,8 @@ def targets(node: Any) -> list[str]:
 
 
 def require_network(target: str, allow: Collection[str], *, how: str) -> None:
-    """Refuse a class that uses the network, unless the user allows it.
-
-    Args:
-        target: the value of ``_target_``.
-        allow: the names that the user allows.
-        how: the setting that allows a name, with ``{}`` for it.
+    """Refuse a class that uses the network, unless ``allow`` has its name in :data:`NETWORK`;
+    arguments as for :func:`require_target`.
 
     Raises:
         UserError: the class is not allowed.

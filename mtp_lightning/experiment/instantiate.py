@@ -17,14 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import vetting
 from mtp_lightning.errors import UserError
-from mtp_lightning.stored import (
-    DATA,
-    not_importable,
-    own_targets,
-    require_network,
-    require_target,
-    targets,
-)
+from mtp_lightning.stored import DATA, not_importable, own_targets, require_target, targets
 
 
 def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
@@ -82,7 +75,6 @@ def rebuild(
     node: Any = OmegaConf.to_container(config, resolve=True)
     for target in targets({key: node[key] for key in node if key not in arguments}):
         require_target(target, allow, groups=groups, how="allow=[{}]")
-        require_network(target, allow, how="allow=[{}]")
     return instantiate(config, kind=kind, **arguments)
 
 
