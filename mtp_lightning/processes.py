@@ -8,8 +8,8 @@ implemented here and the part is not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,9 @@ class Peers:
         """
         return decide()
 
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def in_turn(self) -> AbstractContextManager[None]:
         """Run a block in the first process before the others, which then find its files."""
-        yield
+        return nullcontext()
 
     def check(self, trainer: Mapping[str, Any]) -> None:
         """Refuse a number of processes that differs from the group ``trainer``."""
@@ -56,15 +55,13 @@ class Peers:
     def require_shared(self, folder: Path) -> None:
         """Refuse a run folder that some processes cannot see."""
 
-    @contextmanager
-    def watched(self, folder: Path) -> Iterator[None]:
+    def watched(self, folder: Path) -> AbstractContextManager[None]:
         """End a block with an error if another process of the run has ended early."""
-        yield
+        return nullcontext()
 
-    @contextmanager
-    def handing_on(self, folder: Path) -> Iterator[None]:
+    def handing_on(self, folder: Path) -> AbstractContextManager[None]:
         """During a block, hand the decisions to every process that is started."""
-        yield
+        return nullcontext()
 
 
 class Tensors:

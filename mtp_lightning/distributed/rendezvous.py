@@ -21,7 +21,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -165,11 +165,9 @@ class Rendezvous(Peers):
                     "that all machines share."
                 )
 
-    @contextmanager
-    def watched(self, folder: Path) -> Iterator[None]:
+    def watched(self, folder: Path) -> AbstractContextManager[None]:
         """See :func:`~mtp_lightning.distributed.liveness.errors_of_lost_peers`."""
-        with errors_of_lost_peers(folder):
-            yield
+        return errors_of_lost_peers(folder)
 
     def check(self, trainer: Mapping[str, Any]) -> None:
         """Check the number of processes against the config.
