@@ -144,8 +144,6 @@ def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def sweep(folder: Path) -> None:
     """Remove the shards that belong to no checkpoint of a folder: those of replaced checkpoints and
     of unfinished saves."""
-    if not (folder / SHARDS).is_dir():
-        return
     wanted: set[Path] = set()
     for index in folder.glob("*.ckpt"):
         try:
