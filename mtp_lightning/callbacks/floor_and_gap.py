@@ -1,4 +1,4 @@
-"""How much of a head's rejection no head could avoid, at each validation."""
+"""The share of a head's rejections that no head could avoid, at each validation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class FloorAndGap(SpeculativeEval):
     """Logs ``val/rejection_depth_k``, ``val/recall_16_depth_k``, and for every order m < k
     ``val/floor_depth_k_order_m`` and ``val/gap_depth_k_order_m``: metrics/floor.py.
 
-    They are of the text that the model itself would write after held-out prompts. Every prompt has
-    a stream of random numbers of its own, the same at every validation. A model whose depths do
-    not predict a token each, or skip some (``mtp.stride``), logs nothing.
+    They are measured on text that the model itself writes after held-out prompts. Every prompt has
+    its own random stream, the same at every validation. A model whose depths do not predict one
+    token each, or skip tokens (``mtp.stride``), logs nothing.
 
     Args:
-        n_prompts: held-out prompts, >= 1; fewer where there are not so many.
-        prompt_tokens: their length, >= 1; less where a window has not so much room.
-        rollouts: continuations sampled of each, >= 1.
+        n_prompts: number of held-out prompts, >= 1; fewer if there are fewer.
+        prompt_tokens: tokens of each, >= 1; fewer if a window has less room.
+        rollouts: sampled continuations of each prompt, >= 1.
         seen: samples of the tokens that a head of order m > 0 sees, >= 1.
     """
 
@@ -40,7 +40,7 @@ class FloorAndGap(SpeculativeEval):
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
     ) -> dict[str, float]:
-        """Continue every prompt and return the means over all, by tag."""
+        """Continue every prompt, and return the means over all prompts by tag."""
         if model.token_depth == 0 or model.config.mtp.stride != 1:
             return {}
         measure = Floors(model, rollouts=self.rollouts, seen=self.seen)

@@ -22,17 +22,17 @@ class SampledAcceptance(SpeculativeEval):
     """Logs ``decode/sampled/acceptance_position_j`` and ``decode/sampled/tokens_per_step``, each
     with ``_low`` and ``_high``, and ``decode/sampled/n_prompts``.
 
-    They are the rates of ``speculative_eval``, of text that is sampled at a temperature by
-    speculative sampling (Leviathan et al. 2023). Greedy text of a small model repeats itself, and
-    drafts of repeated text are easy; sampled text does not. Every prompt has a stream of random
-    numbers of its own, the same at every validation. A model without drafts logs nothing.
+    They are the rates of ``speculative_eval`` for text from speculative sampling (Leviathan et al.
+    2023). Greedy text of a small model repeats itself, which makes drafting easy; sampled text does
+    not. Every prompt has its own random stream, the same at every validation. A model without
+    drafts logs nothing.
 
     Args:
-        n_prompts: held-out prompts, >= 1; fewer where there are not so many.
-        prompt_tokens: their length, >= 1; less where a window has not so much room.
+        n_prompts: number of held-out prompts, >= 1; fewer if there are fewer.
+        prompt_tokens: tokens of each, >= 1; fewer if a window has less room.
         new_tokens: tokens to add to each, >= 2.
-        temperature: of the samples, > 0.
-        verify: which drafts are kept, a rule of ``decoding/verification.py``.
+        temperature: sampling temperature, > 0.
+        verify: the rule of ``decoding/verification.py`` that accepts drafts.
     """
 
     NAME = "sampled_acceptance"
@@ -57,7 +57,7 @@ class SampledAcceptance(SpeculativeEval):
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
     ) -> dict[str, float]:
-        """Sample from the prompts with drafts and return their rates, by tag."""
+        """Continue the prompts by speculative sampling, and return the rates by tag."""
         if model.mtp.max_draft_depth == 0:
             return {}
         options = DecodingOptions(
