@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a misspelt one is most like; None if it is like none."""
+    """The known word that is most similar to a misspelt one; None if none is similar."""
     from difflib import get_close_matches
 
     found = get_close_matches(word.lower(), list(known), n=1, cutoff=0.65)
@@ -24,9 +24,9 @@ def suggestion(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """The remedy for an unknown word, with a period: ``did you mean sequential?``
 
     Args:
-        word: as it was typed.
-        known: the words that there are.
-        otherwise: the remedy if none is like it; without one, all are listed.
+        word: the unknown word.
+        known: the known words.
+        otherwise: the remedy if no known word is similar; empty lists all of them.
     """
     known = list(known)
     if near := nearest(word, known):

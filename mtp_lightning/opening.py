@@ -1,12 +1,11 @@
-"""From a path to a model: a run, a checkpoint, a Hugging Face folder or a GGUF file, one way.
+"""Opens the model at a path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
 
     opened = open_model("runs/mine")
     opened.model, opened.tokenizer, opened.seq_len
 
-``run/loading.py`` reads the runs of this project. Every other kind of path has its reader in a part
-that comes off: ``parts.py`` names it, and it is imported when such a path is opened. A reader
-describes a model and hands over its weights unread (:func:`read_model`, from which a new run can
-start); :func:`open_model` builds the model from them.
+``run/loading.py`` reads this project's runs. An optional part reads every other kind of path
+(``parts.py``), and is imported when such a path is opened. A reader returns the model's config and
+its weights, which may be unread (:func:`read_model`). :func:`open_model` builds the model.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ class Stored(ABC):
     @property
     @abstractmethod
     def shape(self) -> torch.Size:
-        """Its shape in the model."""
+        """The shape in the model."""
 
     @abstractmethod
     def copy_to(self, target: torch.Tensor) -> None:
-        """Write it into memory of its shape and of any dtype."""
+        """Read the weight into a tensor of its shape and of any dtype."""
 
     def scales(self) -> WeightScales | None:
-        """The scales of its blocks, where they cannot be found in its numbers."""
+        """The scales of the weight's blocks; None if they can be found from its values."""
         return None
 
     def numel(self) -> int:
-        """How many numbers it has."""
+        """The number of values."""
         return self.shape.numel()
 
     def tensor(self) -> torch.Tensor:
-        """Its numbers in new memory, float32."""
+        """Read the weight into a new float32 tensor."""
         found = torch.empty(self.shape)
         self.copy_to(found)
         return found
@@ -65,19 +64,19 @@ class Stored(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A model as a reader found it: described, and not built yet.
+    """A model that a reader has found and that is not built yet.
 
     Attributes:
-        path: the file or folder that holds the weights.
-        config: of the model.
-        weights: by the model's own names; those from elsewhere are unread.
-        tokenizer_state: the tokenizer as plain data; None where there is no tokenizer.
-        brings_trunk: whether a run that starts from it takes its trunk's shape from here rather
-            than from the config: a model from elsewhere, or a run that began with one.
-        run_config: the composed config that it was trained with, plain containers; of a model from
-            elsewhere only ``data.seq_len``.
+        path: the file or folder with the weights.
+        config: the model's config.
+        weights: the weights by the model's own names. Those of an imported model are unread.
+        tokenizer_state: the tokenizer as plain data; None without a tokenizer.
+        brings_trunk: whether a run that starts from this model takes the trunk's shape from here
+            rather than from its config: for an imported model, or a run that began with one.
+        run_config: the composed config of the training, in plain containers. For an imported model
+            it has ``data.seq_len`` only.
         step: optimizer steps trained.
-        threads: of the CPU that it was trained with; None if unknown.
+        threads: CPU threads of the training; None if unknown.
     """
 
     path: Path
@@ -90,21 +89,17 @@ class StoredModel:
     threads: int | None = None
 
     def build(self, keeper: Callable[[MTPModel], Keeper | None] | None = None) -> MTPModel:
-        """The model, as :func:`build_model` makes it; arguments and errors as there."""
+        """See :func:`build_model`."""
         return build_model(self.config, self.weights, source=str(self.path), keeper=keeper)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A trained model and what is needed to use it.
+    """A trained model with its tokenizer and config.
 
     Attributes:
-        model: in evaluation mode.
-        tokenizer_state: the tokenizer as plain data; :attr:`tokenizer` revives it.
-        config: the ``run_config`` of :class:`StoredModel`.
-        step: optimizer steps trained.
-        path: the file or folder that it was read from.
-        threads: of the CPU that it was trained with; None if unknown.
+        model: the model in evaluation mode.
+        config: the ``run_config`` of :class:`StoredModel`, which explains the other attributes too.
     """
 
     model: MTPModel
@@ -143,13 +138,14 @@ class Keeper(Protocol):
     memory."""
 
     def keep(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
-        """Pack a weight of the model, which has its numbers, if it can be packed."""
+        """Pack a loaded weight of the model, if it can be packed."""
 
     def restore(self) -> frozenset[str]:
-        """Take what an earlier process packed of the same files; returns the parameters' names."""
+        """Take the weights that an earlier process packed from the same files; return their
+        names."""
 
     def remember(self) -> None:
-        """Store what is packed for later processes, where that pays."""
+        """Store the packed weights for later processes, if that saves time."""
 
 
 def open_model(
@@ -164,14 +160,14 @@ def open_model(
     Args:
         path: a run folder (its best checkpoint), a .ckpt file, a folder in Hugging Face's layout,
             or a GGUF file.
-        device: where the model goes.
-        allow: packages whose variants the path may ask for.
-        keeper: for a model that only decodes, ``decoding/fused.py``'s.
+        device: the model's device.
+        allow: packages whose variants the model may use.
+        keeper: ``keeper`` of ``decoding/fused.py`` for a model that only decodes.
 
     Raises:
-        FileNotFoundError: nothing there.
-        UserError: it is damaged, does not fit its config, needs a package that is not allowed, or
-            holds no tokenizer; or the part of this package that reads it is missing.
+        FileNotFoundError: the path does not exist.
+        UserError: the model is damaged, does not fit its config, needs a package that is not
+            allowed, or has no tokenizer; or the part that reads it is missing.
     """
     found = read_model(path, allow=allow)
     if found.tokenizer_state is None:
@@ -188,17 +184,17 @@ def open_model(
 
 
 def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
-    """Read what :func:`open_model` would build; arguments and errors as there, but that a model
-    from elsewhere may have no tokenizer."""
+    """Read a model without building it; arguments and errors as for :func:`open_model`, except that
+    an imported model may have no tokenizer."""
     found: StoredModel = parts.reader(Path(path))(Path(path), allow=allow)
     return found
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:
-    """The state of the tokenizer whose tokenizer.json lies in a folder.
+    """The state of the tokenizer in a folder with a tokenizer.json.
 
     Raises:
-        UserError: it cannot be read, or has no end-of-text token.
+        UserError: the tokenizer cannot be read, or has no end-of-text token.
     """
     from data_modules.tokenizers import PretrainedTokenizer
 
@@ -208,11 +204,11 @@ def pretrained_state(folder: str | Path) -> dict[str, Any]:
 def require_held(
     config: ModelConfig, weights: Mapping[str, torch.Tensor | Stored], *, source: str
 ) -> None:
-    """Refuse a config that asks for more than the file's tensors hold, before anything is built:
-    a few bytes of it could take all memory, or hours.
+    """Refuse a config that asks for more weights than the file's tensors hold. Building the model
+    of a forged config could take all memory, or hours.
 
     Raises:
-        UserError: with what is asked for and what is there.
+        UserError: the message has both numbers.
     """
     asked_for = {
         "layers": config.trunk.n_layers,
@@ -220,7 +216,7 @@ def require_held(
         "components": config.mtp.rank,
     }
     for what, asked in asked_for.items():
-        # Each has a tensor of its own, but for depths that share one or have none.
+        # Each has a tensor of its own, except for depths that share one or have none.
         if asked > max(len(weights), _FREE_DEPTHS):
             raise UserError(
                 f"{source} is damaged or forged: its config asks for {asked:,} {what}, and it "
@@ -244,13 +240,13 @@ def require_fitting(
     """Refuse tensors that are missing, unknown or of another shape.
 
     Args:
-        needed: shapes by name.
-        held: the shapes of the tensors that are there.
+        needed: the shapes that are needed, by name.
+        held: the shapes that there are, by name.
         optional: names that may be missing.
-        message: its first words, which name the file.
+        message: the first words of the error message, which name the file.
 
     Raises:
-        UserError: naming the tensors.
+        UserError: the message names the tensors.
     """
     known = {*held, *optional}
     problems = [f"{name} is missing" for name in needed if name not in known]
@@ -272,21 +268,21 @@ def build_model(
     source: str,
     keeper: Callable[[MTPModel], Keeper | None] | None = None,
 ) -> MTPModel:
-    """The model in evaluation mode, on the CPU, filled one tensor at a time.
+    """Build a model in evaluation mode on the CPU, and load its weights one at a time.
 
     Args:
-        config: of the model.
-        weights: by the model's names. Tensors in float64 make it a model in float64.
-        source: for messages.
-        keeper: see :func:`open_model`, of the same path.
+        config: the model's config.
+        weights: the weights by the model's names. With float64 tensors the model is in float64.
+        source: the weights' origin, for messages.
+        keeper: see :func:`open_model`. It is called with the model alone.
 
     Raises:
-        UserError: as :func:`load_weights`.
+        UserError: see :func:`load_weights`.
     """
     with torch.device("meta"):
         model = MTPModel(config)
     parameters = len(list(model.parameters()))
-    # As to_empty, whose empty_like imports sympy for tensors without memory: half a second.
+    # Not to_empty, whose empty_like imports sympy for meta tensors, which takes half a second.
     model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
     if config.trunk.tie_embeddings:
         model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
@@ -298,7 +294,7 @@ def build_model(
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         model.double()
     keep = None if keeper is None else keeper(model)
-    if keep is not None:  # memory is taken for one weight at a time
+    if keep is not None:  # load_weights allocates memory for one weight at a time
         for parameter in model.parameters():
             parameter.data.untyped_storage().resize_(0)
     load_weights(model, weights, source=source, keep=keep)
@@ -318,13 +314,14 @@ def load_weights(
     """Load all weights or none, one at a time.
 
     Args:
-        model: of the same names and shapes.
-        weights: by the model's names; where the model holds bf16, they are rounded, which is said.
-        source: for messages.
-        keep: keeps the parameters, those that it restores and those that are loaded.
+        model: the model.
+        weights: the weights by the model's names. For bf16 parameters they are rounded, and a
+            warning says so.
+        source: the weights' origin, for messages.
+        keep: packs the loaded parameters, and restores those that are packed already.
 
     Raises:
-        UserError: names or shapes differ, or numbers are not finite; the message names them.
+        UserError: names or shapes differ, or values are not finite; the message names them.
     """
     own, parameters = model.state_dict(), dict(model.named_parameters())
     needed, held = ({n: t.shape for n, t in found.items()} for found in (own, weights))
@@ -362,6 +359,6 @@ def load_weights(
 
 
 def _is_finite(x: torch.Tensor) -> bool:
-    """Whether all numbers are finite. Their sum tells it in a fraction of the time of copying them,
-    unless the sum itself overflows."""
+    """Whether all values are finite. The sum is checked first, which is much faster; it may also
+    overflow for finite values."""
     return not x.is_floating_point() or bool(x.sum().isfinite()) or bool(x.isfinite().all())

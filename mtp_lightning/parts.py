@@ -1,8 +1,8 @@
-"""Optional packages: folders and files that the core works without.
+"""Optional parts: folders and files of this project that the core works without.
 
-The core finds them by looking for them and imports none of them unasked. Removing a part's folder
-takes away what it brings, and nothing else: whoever asks for it is told so in one sentence. This
-file alone names them.
+This file alone names them. The core looks whether a part's folder exists, and imports the part when
+its function is needed. Without the folder, an error of one sentence says that the part is missing,
+and everything else works.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from mtp_lightning.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part.
+    """An optional part.
 
     Attributes:
-        module: its package, or the module of a part of one file.
-        brings: what nobody has without it.
-        extends: a package of the core whose names it adds to; empty if it adds to none.
-        command: of ``mtp-lightning``, where its ``main`` is, and what it does; empty without one.
-        formats: the kinds of paths that its ``read`` opens as a model (see ``opening.py``), by the
-            name of each: whether a path is of that kind, told without opening a file.
+        module: the part's package, or its module if it is one file.
+        brings: the part's function, for messages.
+        extends: the package of the core to which the part adds names; empty if it adds none.
+        command: the part's command of ``mtp-lightning``: its name, the module of its ``main`` and
+            its help; empty without a command.
+        formats: the kinds of paths that the part's ``read`` opens as a model (``opening.py``): for
+            each name, a function that says whether a path is of that kind, without opening a file.
     """
 
     module: str
@@ -107,34 +108,33 @@ PARTS = {
 
 @cache
 def load() -> None:
-    """Import the part with faster layers, which registers them with the core, if it is here. Cheap
-    after the first call."""
+    """Import the part ``cpu``, which registers its layers with the core, if it is installed."""
     if is_there("cpu"):
         importlib.import_module(PARTS["cpu"].module)
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """The commands of all parts, here or not: each with its module and what it does."""
+    """The commands of all parts, installed or not: the module of each, and its help."""
     return {part.command[0]: part.command[1:] for part in PARTS.values() if part.command}
 
 
 @cache
 def is_there(name: str) -> bool:
-    """Whether a part is here; it is looked for, and not imported."""
+    """Whether a part is installed. The part is not imported."""
     spec = importlib.util.find_spec(PARTS[name].module)
     # A folder from which all files were removed is still a namespace to Python.
     return spec is not None and spec.origin is not None
 
 
 def need(name: str, what: str) -> ModuleType:
-    """A part, imported.
+    """Import a part.
 
     Args:
-        name: of the part.
-        what: asks for it, as a person would type it.
+        name: the part's name.
+        what: the setting, command or file that needs the part, for the message.
 
     Raises:
-        UserError: the part is not here.
+        UserError: the part is not installed.
     """
     if not is_there(name):
         raise UserError(missing(name, what))
@@ -142,11 +142,11 @@ def need(name: str, what: str) -> ModuleType:
 
 
 def reader(path: Path) -> Callable[..., Any]:
-    """What reads a path as a model: the part that knows its kind, or what reads runs, which says of
-    any other path what is missing there.
+    """The function that reads the model at a path: that of the part for this kind of path, or else
+    that for runs, which refuses other paths.
 
     Raises:
-        UserError: that part is not here.
+        UserError: the part is not installed.
     """
     for name, part in PARTS.items():
         for kind, fits in part.formats.items():
@@ -156,7 +156,7 @@ def reader(path: Path) -> Callable[..., Any]:
 
 
 def missing(name: str, what: str) -> str:
-    """The sentence about a part that is not here; arguments as :func:`need`."""
+    """The message about a part that is not installed; arguments as for :func:`need`."""
     part = PARTS[name]
     folder = part.module.replace(".", "/")
     return (
@@ -166,7 +166,7 @@ def missing(name: str, what: str) -> str:
 
 
 def absent(target: str) -> str | None:
-    """The part that would bring a ``_target_`` or a module, where it is not here; else None."""
+    """The missing part that a ``_target_`` or a module belongs to; None if none is missing."""
     package, _, name = target.rpartition(".")
     for part, of in PARTS.items():
         inside = f"{target}.".startswith(f"{of.module}.")
@@ -177,11 +177,11 @@ def absent(target: str) -> str | None:
 
 
 def on_demand(package: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package whose names are imported when they are asked for.
+    """The ``__getattr__`` of a package whose names are imported on first use.
 
     Args:
-        package: whose file imports its names for the type checker alone; parts that extend it add
-            theirs.
+        package: the package. Its file imports its names for the type checker only, and parts that
+            extend it add theirs.
     """
 
     def find(name: str) -> Any:
@@ -196,7 +196,8 @@ def on_demand(package: str) -> Callable[[str], Any]:
 
 @cache
 def homes(package: str) -> dict[str, str]:
-    """Where the names of a package of :func:`on_demand` are defined, its parts' names included."""
+    """The dotted path of each name in a package of :func:`on_demand`, including names that parts
+    add."""
     packages = [package]
     packages += [p.module for n, p in PARTS.items() if p.extends == package and is_there(n)]
     found: dict[str, str] = {}
