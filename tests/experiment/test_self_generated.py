@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -276,7 +275,7 @@ def test_from_the_command_line(base: Path, tmp_path: Path) -> None:
     done = helpers.execute(helpers.command(tmp_path / "run", tmp_path / "cache", settings))
     assert done.returncode == 0, done.stderr
     assert " tokens/s]" in done.stderr and "texts of" in done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = helpers.summary_of(tmp_path / "run")
     assert summary["data"]["source"]["n_prompts"] == 40
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import shutil
 import signal
@@ -245,6 +246,12 @@ def rows(run_dir: Path, *, timing: bool = False) -> list[dict[str, float]]:
 def column(run_dir: Path, tag: str) -> dict[int, float]:
     """One column of ``metrics.csv`` by step."""
     return {int(row["step"]): row[tag] for row in rows(run_dir, timing=True) if tag in row}
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's ``summary.json``."""
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return summary
 
 
 def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:

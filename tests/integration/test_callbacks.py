@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtp_lightning.callbacks.base import RunCallback
-from mtp_lightning.run.metrics import read_column
 from sweeps.report.read import read_run
 from tests.integration.conftest import Once
-from tests.integration.helpers import rows, train_here, train_with, weights
+from tests.integration.helpers import column, rows, summary_of, train_here, train_with, weights
 
 
 @pytest.mark.parametrize("monitor", ["train/loss_depth_2", "val/accuracy_depth_1"])
@@ -57,16 +55,16 @@ def test_a_value_that_is_monitored_is_that_of_the_newest_step(
 
     settings = {"trainer.log_every_n_steps": 7}
     train_with(tmp_path, cache, [Looks("train/loss"), Counts()], settings)
-    losses = read_column(finished / "metrics.csv", "train/loss")
+    losses = column(finished, "train/loss")
     assert seen == {step: losses[step] for step in (5, 10)}
-    assert json.loads((tmp_path / "summary.json").read_text())["mine/pauses"] >= 1
+    assert summary_of(tmp_path)["mine/pauses"] >= 1
 
 
 def test_learning_rates(tmp_path: Path, cache: Path, finished: Path) -> None:
     train_here(tmp_path, cache, {"callbacks": "[learning_rate,early_stopping]"})
     (tag,) = [tag for tag in rows(tmp_path)[0] if tag.startswith("lr-") and tag.endswith("pg1")]
-    logged = read_column(tmp_path / "metrics.csv", tag)
-    rates = read_column(tmp_path / "metrics.csv", "train/lr")
+    logged = column(tmp_path, tag)
+    rates = column(tmp_path, "train/lr")
     for step in range(1, 10):
         assert logged[step] == pytest.approx(rates[step], rel=1e-6)  # Lightning's log is float32
     kept = [{t: v for t, v in row.items() if not t.startswith("lr-")} for row in rows(tmp_path)]
@@ -127,5 +125,5 @@ def test_floors_of_a_run(tmp_path: Path, cache: Path, finished: Path) -> None:
     for k, m in ((1, 0), (2, 0), (2, 1)):
         floor, gap = (summary[f"val/{n}_depth_{k}_order_{m}"] for n in ("floor", "gap"))
         assert 0 <= floor <= 1 and gap >= -floor
-    a, b = (read_column(folder / "metrics.csv", "train/loss") for folder in (tmp_path, finished))
+    a, b = (column(folder, "train/loss") for folder in (tmp_path, finished))
     assert a == b

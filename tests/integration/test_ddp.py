@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.integration.helpers import (
     evaluated,
     kill_at,
     rows,
+    summary_of,
     train_apart,
     train_here,
     weights,
@@ -78,9 +78,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name in right_weights:
         torch.testing.assert_close(left_weights[name], right_weights[name], rtol=1e-6, atol=1e-8)
-    left_summary, right_summary = (
-        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")
-    )
+    left_summary, right_summary = (summary_of(tmp_path / name) for name in ("two", "one"))
     for key in ("tokens", "flops", "step", "parameters"):
         assert left_summary[key] == right_summary[key] > 0, key
     assert left_summary["world_size"] == 2

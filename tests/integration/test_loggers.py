@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from mtp_lightning.experiment import build
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
-from mtp_lightning.run.metrics import read_column, read_metrics
-from tests.integration.helpers import config, rows, train_here
+from mtp_lightning.run.metrics import read_metrics
+from tests.integration.helpers import column, config, rows, summary_of, train_here
 
 
 class Witness(RunLogger):
@@ -95,8 +94,8 @@ def test_the_end_is_told_after_the_summary(
     assert seen.final["val/loss_depth_0"] == summary["val/loss_depth_0"]
     assert len(seen.texts) == 2 and seen.resumed is None
     # metrics.csv is there without being asked for.
-    assert read_column(tmp_path / "metrics.csv", "train/loss").keys() == set(range(1, 8))
-    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 7
+    assert column(tmp_path, "train/loss").keys() == set(range(1, 8))
+    assert summary_of(tmp_path)["step"] == 7
 
 
 @pytest.mark.parametrize("fails", ["log_metrics", "finalize success"])

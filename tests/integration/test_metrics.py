@@ -22,6 +22,7 @@ from tests.integration.helpers import (
     evaluated,
     execute,
     rows,
+    summary_of,
     train_here,
 )
 from tests.reference import sequential
@@ -153,7 +154,7 @@ def test_bits_per_byte_by_hand(run: Run, bpe: Run) -> None:
 
 
 def test_summary_and_csv_agree(run: Run) -> None:
-    stored = json.loads((run.folder / "summary.json").read_text())
+    stored = summary_of(run.folder)
     assert stored == run.summary
     last = rows(run.folder)[-1]
     for tag in (tag for tag in last if tag.startswith("val/")):

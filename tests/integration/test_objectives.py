@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tests.integration.helpers import (
     column,
     evaluated,
     rows,
+    summary_of,
     train_here,
     weights,
 )
@@ -107,7 +107,7 @@ def test_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
 
 
 def test_evaluate_repeats_its_validation(run: Path) -> None:
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     found = evaluated(run / "checkpoints" / "last.ckpt")
     assert found["val/loss_depth_1"] == summary["val/loss_depth_1"]
 

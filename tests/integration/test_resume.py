@@ -28,6 +28,7 @@ from tests.integration.helpers import (
     rows,
     start,
     stop_after,
+    summary_of,
     train_apart,
     train_here,
     wait_for_step,
@@ -152,7 +153,7 @@ def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, short:
 def test_a_finished_run_started_again_trains_no_more(
     tmp_path: Path, cache: Path, copied: Path
 ) -> None:
-    first = json.loads((tmp_path / "summary.json").read_text())
+    first = summary_of(tmp_path)
     before = rows(tmp_path)
     again = train_here(tmp_path, cache)
     assert rows(tmp_path) == before

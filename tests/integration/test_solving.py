@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.integration.helpers import (
     config,
     execute,
     rows,
+    summary_of,
     train_apart,
     train_here,
 )
@@ -57,11 +57,6 @@ def stops_at(found: dict[int, float], level: float = 0.98, count: int = 2) -> in
     return None
 
 
-def stored(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
-
-
 def said(summary: dict[str, Any]) -> dict[str, Any]:
     """Without how fast this machine was just now, and the texts of speculative decoding's clock."""
     timed = ("perf/", "decode/speedup", "decode/tokens_per_second")
@@ -78,7 +73,7 @@ def test_it_stops_is_finished_and_says_what_it_took(
     tmp_path: Path, cache: Path, solved: Path
 ) -> None:
     shutil.copytree(solved, tmp_path, dirs_exist_ok=True)
-    summary = stored(tmp_path)
+    summary = summary_of(tmp_path)
     step = summary["step"]
     assert step == stops_at(rights(tmp_path)) and 10 <= step < 60
     assert summary["solved"] is True and summary["stopped_early"] is True
@@ -97,7 +92,7 @@ def test_it_stops_is_finished_and_says_what_it_took(
     again = train_here(tmp_path, cache, EASY)
     assert rows(tmp_path) == before
     assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == weights_before
-    assert said(again) == said(summary) == said(stored(tmp_path))
+    assert said(again) == said(summary) == said(summary_of(tmp_path))
     # Asked for more, it goes on.
     more = train_here(tmp_path, cache, EASY | {"callbacks.stop_when_solved.validations": 4})
     assert more["step"] > step and more["solved"]
@@ -106,7 +101,7 @@ def test_it_stops_is_finished_and_says_what_it_took(
 def test_it_survives_an_interruption_between_the_two(
     tmp_path: Path, cache: Path, solved: Path
 ) -> None:
-    summary, again = stored(solved), tmp_path / "again"
+    summary, again = summary_of(solved), tmp_path / "again"
     as_it_was_before(solved, again)
     resumed = train_here(again, cache, EASY)
     assert_same_run(solved, again)
@@ -120,7 +115,7 @@ def test_what_is_never_solved_is_null(tmp_path: Path, cache: Path) -> None:
     summary = train_here(tmp_path, cache, EASY | hard)
     assert summary["solved"] is False and "stopped_early" not in summary
     assert summary["solved_at"] is None and summary["time_to_solve"] is None
-    assert stored(tmp_path)["time_to_solve"] is None
+    assert summary_of(tmp_path)["time_to_solve"] is None
     assert wait_of(read_run(tmp_path), 0.95) == Wait(10, False)
 
 
@@ -128,7 +123,7 @@ def test_a_validation_behind_the_last_step_counts(
     tmp_path: Path, cache: Path, solved: Path
 ) -> None:
     """That at the end of training, where the interval does not divide it."""
-    step = stored(solved)["step"]
+    step = summary_of(solved)["step"]
     late = {
         "trainer.max_steps": step - 2,
         "lambda_schedule": "constant",
@@ -153,7 +148,7 @@ def test_without_the_callback_the_time_is_told_all_the_same(
     shutil.move(tmp_path / "checkpoints" / "previous.ckpt", tmp_path / "checkpoints" / "last.ckpt")
     again = train_here(tmp_path, cache, EASY | plain)
     assert {**again["time_to_solve"], "seconds": 0} == {**summary["time_to_solve"], "seconds": 0}
-    assert "time_to_solve" not in stored(finished), "of a text"
+    assert "time_to_solve" not in summary_of(finished), "of a text"
 
 
 def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
@@ -169,12 +164,12 @@ def test_two_processes_stop_together(tmp_path: Path, cache: Path, restart: bool)
     common = EASY | {"trainer.precision": "64-true"}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
     train_apart(tmp_path / "two", cache, common | two)
-    alone, together = train_here(tmp_path / "one", cache, common), stored(tmp_path / "two")
+    alone, together = train_here(tmp_path / "one", cache, common), summary_of(tmp_path / "two")
     for key in ("solved_at", "time_to_solve"):
         assert {**together[key], "seconds": 0} == {**alone[key], "seconds": 0}
     if restart:
         train_apart(tmp_path / "two", cache, common | two)
-        assert stored(tmp_path / "two")["solved_at"] == together["solved_at"]
+        assert summary_of(tmp_path / "two")["solved_at"] == together["solved_at"]
 
 
 def test_a_matched_run_counts_what_it_used(tmp_path: Path, cache: Path) -> None:
@@ -197,6 +192,6 @@ def test_a_sweep_takes_it_for_done(tmp_path: Path, cache: Path) -> None:
     assert done.returncode == 0 and "all 2 jobs done" in done.stdout, done.stderr
     folders = [path for path in (tmp_path / "s").iterdir() if (path / "config.yaml").exists()]
     assert [state_of(folder) for folder in folders] == ["done", "done"]
-    assert all(stored(folder)["solved"] for folder in folders)
+    assert all(summary_of(folder)["solved"] for folder in folders)
     again = execute(args)
     assert "2 done before" in again.stdout, again.stdout

@@ -3,7 +3,6 @@ exported."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tests.integration.helpers import (
     evaluated,
     resume_from_previous,
     rows,
+    summary_of,
     train_here,
 )
 from tests.integration.several import run_all
@@ -63,7 +63,7 @@ def run(once: Once, cache: Path, head: str) -> Path:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     table = rows(run)
     assert all(row["train/loss_depth_1"] > 0 and row["train/lambda_depth_1"] > 0 for row in table)
     for row in table:
