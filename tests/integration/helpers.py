@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from tests.warm import HEAVY, Done, warm
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -252,6 +254,14 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
     """The content of a run's ``summary.json``."""
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     return summary
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    """A run's events, read by TensorBoard itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of TensorBoard's imports
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
 def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tests.integration.helpers import (
     checkpoint,
     column,
     evaluated,
+    events,
     execute,
     rows,
     summary_of,
@@ -259,10 +259,7 @@ def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> 
 
 
 def test_every_tag_reaches_tensorboard(run: Run) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    logged = events(run.folder)
     each, further = range(DEPTH + 1), range(1, DEPTH + 1)
     expected = {"train/loss", "val/bits_per_byte", "perf/tokens_per_second", "perf/of_matmul"}
     expected |= {f"{tag}_depth_{k}" for k in each for tag in ("train/loss", "val/loss")}
@@ -274,16 +271,16 @@ def test_every_tag_reaches_tensorboard(run: Run) -> None:
     }
     expected |= {"decode/tokens_per_step", "decode/speedup", "decode/acceptance_position_1"}
     expected |= {"decode/tokens_per_second", "progress/tokens", "progress/seconds"}
-    assert expected <= set(events.Tags()["scalars"])
+    assert expected <= set(logged.Tags()["scalars"])
     for tag in expected:
-        seen = {event.step: event.value for event in events.Scalars(tag)}
+        seen = {event.step: event.value for event in logged.Scalars(tag)}
         assert seen == pytest.approx(column(run.folder, tag), rel=1e-5), tag
     # The run is a row of the HPARAMS tab, from its start and again when it was done.
     assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(
-        events.summary_metadata
+        logged.summary_metadata
     )
     # The chart that groups all depths.
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert "custom_scalars__config__" in logged.Tags()["tensors"]
 
 
 def test_the_run_folder_is_whole(run: Run, bpe: Run) -> None:

@@ -23,6 +23,7 @@ from tests.integration.helpers import (
     checkpoint,
     column,
     command,
+    events,
     kill_at,
     resume_from_previous,
     rows,
@@ -127,16 +128,13 @@ def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) ->
 @pytest.mark.slow
 def test_events_have_no_double_steps(killed: Killed) -> None:
     """As TensorBoard itself reads the folder, with the events of both processes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert len(list(killed.folder.glob("events.out.tfevents.*"))) >= 2
-    events = EventAccumulator(str(killed.folder), size_guidance={"scalars": 0}).Reload()
-    shared = set(events.Tags()["scalars"]) & set(rows(killed.folder)[-1])
+    logged = events(killed.folder)
+    shared = set(logged.Tags()["scalars"]) & set(rows(killed.folder)[-1])
     assert "train/loss_depth_2" in shared and "val/loss_depth_0" in shared
     for tag in shared - {"step"}:
-        scalars = {event.step: event.value for event in events.Scalars(tag)}
-        assert len(events.Scalars(tag)) == len(scalars), f"double steps of {tag}"
+        scalars = {event.step: event.value for event in logged.Scalars(tag)}
+        assert len(logged.Scalars(tag)) == len(scalars), f"double steps of {tag}"
         assert scalars == pytest.approx(column(killed.folder, tag), rel=1e-6)
 
 

@@ -10,16 +10,11 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TensorBoard's imports
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
     from mtp_lightning.loggers.tensorboard import RunTensorBoard
 
-
-def read(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return accumulator
+from tests.integration.helpers import events
 
 
 def test_events_lie_in_the_run_folder(tmp_path: Path) -> None:
@@ -27,7 +22,7 @@ def test_events_lie_in_the_run_folder(tmp_path: Path) -> None:
     logger.log_metrics({"train/loss_depth_0": 1.5}, 3)
     logger.save()
     assert all(path.name.startswith("events.out.tfevents") for path in tmp_path.iterdir())
-    (event,) = read(tmp_path).Scalars("train/loss_depth_0")
+    (event,) = events(tmp_path).Scalars("train/loss_depth_0")
     assert (event.step, event.value) == (3, 1.5)
     logger.finalize("success")
 
@@ -37,7 +32,7 @@ def charts_of_a_run(folder: Path, depth: int) -> dict[str, list[str]]:
     for step in range(2):
         logger.log_metrics({"train/loss": 1.0}, step)
     logger.finalize("success")
-    (event,) = read(folder).Tensors(metadata.CONFIG_SUMMARY_TAG)
+    (event,) = events(folder).Tensors(metadata.CONFIG_SUMMARY_TAG)
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
 
@@ -64,8 +59,7 @@ def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path) -> None:
     second.resume_from(3)
     second.log_metrics({"train/loss": 40.0}, 4)
     second.finalize("success")
-    events = read(tmp_path).Scalars("train/loss")
-    found = [(event.step, event.value) for event in events]
+    found = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
     assert found == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
 
 
