@@ -1,4 +1,4 @@
-"""A library in C++ is opened if it was built from the sources beside it, and else named."""
+"""A C++ library is opened if it was built from these sources; otherwise a warning names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""conf/'s comments as help: a group's options, an option's keys; and the quiet mode beside it."""
+"""conf/'s comments as help: a group's options, an option's keys; and the quiet mode."""
 
 from __future__ import annotations
 

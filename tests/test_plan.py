@@ -81,7 +81,7 @@ def test_time_by_hand() -> None:
 @pytest.mark.parametrize("kind", ["dense", "latent dense", "latent experts"])
 def test_what_a_block_keeps(kind: str) -> None:
     """In fp32 on this machine, whose attention keeps no [T, T] either: twice the bf16 numbers, and
-    what eager kernels keep beside."""
+    the further tensors of eager kernels."""
     trunk = TrunkConfig(**{**SIZES, **(LATENT if "latent" in kind else {})})
     layer = 0 if "dense" in kind else 2
     block = Block(trunk, layer)

@@ -1,4 +1,4 @@
-"""How many threads a process has."""
+"""The number of CPU threads of a process."""
 
 from __future__ import annotations
 

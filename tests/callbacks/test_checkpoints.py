@@ -62,7 +62,7 @@ def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
     for step in kept[:-1]:
         run = tmp_path / f"from_{step}"
         run.mkdir()
-        # the killed process had gone on after its checkpoint: all rows up to the end are there
+        # The killed process continued after its checkpoint: all rows up to the end are there.
         shutil.copy(whole_dir / "metrics.csv", run / "metrics.csv")
         logger = MetricsCSV(run)
         logger.resume_from(step - 1)

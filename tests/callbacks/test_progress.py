@@ -63,7 +63,7 @@ def test_how_long_the_rest_takes() -> None:
     progress = StepProgressBar()
     progress._began = (100, 1000.0)
     assert progress._left(109, 350, 1009.0) == "" != progress._left(110, 350, 1010.0)
-    assert progress._left(150, 350, 1050.0) == "3 min left"  # 200 steps at one a second
+    assert progress._left(150, 350, 1050.0) == "3 min left"  # 200 steps of a second each
     assert progress._left(150, 180, 1050.0) == "30 s left"
     assert progress._left(100, 350, 1000.0) == progress._left(350, 350, 1250.0) == ""
 

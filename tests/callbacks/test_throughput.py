@@ -41,7 +41,8 @@ def clock(monkeypatch) -> Clock:
 
 
 def rates(fastest: float, *typical: float):
-    """A stand-in for measuring: the median as given, one after another, the last one for ever."""
+    """A stand-in for measuring that returns the given medians one after another, and repeats the
+    last one."""
     left = list(typical or [fastest])
 
     def measure(*_args, **_settings) -> MatmulRate:

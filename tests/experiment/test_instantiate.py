@@ -75,10 +75,10 @@ FOREIGN = [
     "subprocess.run",
     "builtins.exec",
     "shutil.rmtree",
-    # The platform's own name is no guard,
+    # Targets that begin with this project's name are refused too,
     "mtp_lightning.run.atomic.os.replace",
     "data_modules.cache.os.system",
-    # nor is being the platform's own: conf/ builds no such thing.
+    # and so are this project's functions that conf/ does not build.
     "mtp_lightning.run.checkpoints.save",
     "torch.load",
 ]

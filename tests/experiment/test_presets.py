@@ -1,4 +1,4 @@
-"""Every stack goes beside every preset: ``experiment=NAME mtp=WORD``."""
+"""Every stack works with every preset: ``experiment=NAME mtp=WORD``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TASKS = [preset for preset in PRESETS if (CONF / "data" / f"{preset}.yaml").exis
 # nothing to do with the stack.
 KINDS = ("main_job", "deepseek", "smollm2_heads", TASKS[0])
 PAIRS = [(preset, word) for preset in KINDS for word in WORDS]
-# The control beside presets of every kind, and every word and preset together at least once.
+# The control with presets of every kind, and each word and each preset at least once.
 FAST = {(preset, "none") for preset in PRESETS if preset not in TASKS[2:]} | {
     (preset, WORDS[i % len(WORDS)]) for i, preset in enumerate(PRESETS)
 }

@@ -49,7 +49,7 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained trunk, and the cache beside it."""
+    """A folder with a trained trunk and a cache."""
     folder = tmp_path_factory.mktemp("self_generated")
     helpers.train_here(folder / "trunk", folder / "cache", TRUNK)
     return folder
@@ -81,7 +81,7 @@ def documents(store: TokenStore) -> dict[str, list[list[int]]]:
 
 
 def test_texts_are_the_prompts_and_what_the_trunk_says(base: Path, tmp_path: Path) -> None:
-    """Greedy ones by a loop that reads everything anew for every token."""
+    """Greedy texts are compared with a loop that computes the whole text again for every token."""
     data = corpus(base, tmp_path, temperature=0.0)
     model = open_model(base / "trunk").model
     found = documents(data.store)
@@ -206,7 +206,7 @@ def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> No
     shutil.rmtree(cache)
     assert evaluated()["evaluation"] == summary["evaluation"]
 
-    # A run goes on, and is evaluated, without what it started from.
+    # A run continues, and is evaluated, without the model that it started from.
     shutil.rmtree(base / "gone")
     more = helpers.train_here(tmp_path / "run", cache, {**settings, "trainer.max_steps": 6})
     assert more["step"] == 6 and more["evaluation"] == summary["evaluation"]
@@ -280,7 +280,7 @@ def test_from_the_command_line(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_forged_checkpoint_brings_no_package(base: Path, tmp_path: Path) -> None:
-    """Whom the model may import is the caller's to say, whatever a stored config has."""
+    """The caller decides which packages the model may import, whatever a stored config says."""
     assert corpus(base, tmp_path).allow == ()
     with pytest.raises(TypeError, match="allow"):
         corpus(base, tmp_path, allow=["evil"])

@@ -161,7 +161,7 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run's process: one thread, and nothing that a test left behind."""
+    """The environment of a run's process: one thread, and no variables of other tests."""
     leaks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_", "PL_GLOBAL_SEED", "HYDRA_FULL")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
     return {**kept, "OMP_NUM_THREADS": "1"}

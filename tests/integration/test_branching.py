@@ -64,7 +64,7 @@ def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_
     assert summary["flops"] == checkpoint(direct)["progress"]["flops"]
     best = tmp_path / "branch" / "checkpoints" / "best.ckpt"
     assert checkpoints.stored_step(best) > AT  # its own, not the one of the run before
-    # Its folder is a run like any other: it goes on.
+    # Its folder is a run like any other, which continues.
     more = {**DIRECT, "branch_from": f"{long}@{AT}", "trainer.max_steps": LENGTH + 5}
     assert train_here(tmp_path / "branch", cache, more)["step"] == LENGTH + 5
 

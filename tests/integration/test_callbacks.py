@@ -1,4 +1,4 @@
-"""Lightning's own callbacks in a real run, as conf/callbacks builds them or beside it."""
+"""Lightning's own callbacks in a real run, built from conf/callbacks or added to the trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs whose output nobody reads any more, as behind ``| head -1``: a real pipe, closed by its
+"""Programs whose output nobody reads any more, as with ``| head -1``: a real pipe, closed by its
 reader before anything is written."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ with readable_errors(ends_with_reader=sys.argv[1] == "ends"):
         open(sys.argv[2], "w").close()
         if sys.argv[1] == "fails":
             raise UserError("a sentence")
-print("behind it")
+print("after it")
 """
 
 

@@ -81,7 +81,7 @@ def test_the_page_has_a_recipe_for_everything() -> None:
     assert [w for w in wanted if not any(w in name.lower() for name in RECIPES)] == []
     assert all(RECIPES.values())
     for name, content in FILES.items():
-        assert len(content.splitlines()) <= 60, f"{name} is no recipe any more"
+        assert len(content.splitlines()) <= 60, f"{name} is too long for a recipe"
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != CLAIM])
@@ -96,7 +96,7 @@ def test_a_recipe(name: str, mine: Path, cache: Path) -> None:
             if goes_on and any(word.startswith("run_dir=") for word in command):
                 done = run([*command, "trainer.max_steps=12"], mine)
                 assert done.returncode == 0, f"again: {line}\n{done.stdout}\n{done.stderr}"
-                assert "from step 10" in done.stdout + done.stderr, "it goes on where it was"
+                assert "from step 10" in done.stdout + done.stderr, "the run continues"
 
 
 def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ends a run, or keeps it from going on, is one line, and what it had saved stays."""
+"""A run that ends early, or cannot continue, says so in one line and keeps what it has saved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFi
     assert step is not None and 5 <= int(step[1]) <= 8, error
     assert f"{last} (step 4)" in error
     assert all(torch.equal(good[name], t) for name, t in weights(tmp_path).items())
-    # Mended, the run goes on from there.
+    # With a good setting, the run continues from there.
     assert train_here(tmp_path, cache)["step"] == 10
 
 

@@ -62,7 +62,7 @@ def train_with(
     loggers: dict[str, Any],
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A quick run with loggers that are no part of conf/; an error in their place is raised."""
+    """A quick run with loggers that conf/ does not have; an error in place of one is raised."""
     from mtp_lightning.experiment.training import train
 
     others = build.instantiate

@@ -85,7 +85,7 @@ def bpe(once: Once, cache: Path) -> Run:
 
 def recomputed(content: dict[str, Any], ids: list[int]) -> dict[str, float]:
     """The rates of docs/semantics.md in float64, position by position, from stored weights: of a
-    text's tokens, in windows that start T apart behind an end of text."""
+    text's tokens, in windows that start T apart and follow an end of text."""
     trunk = TrunkConfig(**content["model_config"]["trunk"])
     weights = {
         name.removeprefix("model."): tensor.double()
@@ -129,7 +129,7 @@ def test_validation_against_the_equations(run: Run) -> None:
     for name, value in expected.items():
         assert run.summary[f"val/{name}"] == pytest.approx(value, rel=2e-5), name
         assert column(run.folder, f"val/{name}")[20] == pytest.approx(value, rel=2e-5), name
-    # Every depth has learnt something: else these could be anybody's numbers.
+    # Every depth has learned something. Otherwise, many models would have these numbers.
     assert max(expected[f"loss_depth_{k}"] for k in range(3)) < 4 < math.log(257)
 
 
@@ -296,7 +296,7 @@ def test_the_run_folder_is_whole(run: Run, bpe: Run) -> None:
 
 
 def test_a_depth_that_is_switched_off_leaves_the_log(tmp_path: Path, cache: Path) -> None:
-    """Lightning would go on with its newest value."""
+    """Lightning would repeat its newest value."""
     stages = {"lambda_schedule": "reverse_curriculum", "trainer.max_steps": 9}
     train_here(tmp_path, cache, stages)
     for k, last in ((0, 9), (1, 6), (2, 3)):
@@ -304,7 +304,7 @@ def test_a_depth_that_is_switched_off_leaves_the_log(tmp_path: Path, cache: Path
 
 
 def test_plain_decoding_has_a_speed_too(tmp_path: Path, cache: Path) -> None:
-    """A model without drafts has no acceptance and no speed-up, but tokens a second."""
+    """A model without drafts has no acceptance and no speed-up, but tokens per second."""
     more = {"mtp.depth": 0, "callbacks.speculative_eval.new_tokens": 8, "trainer.max_steps": 2}
     summary = train_here(tmp_path, cache, more)
     decoding = {tag: value for tag, value in summary.items() if tag.startswith("decode/")}

@@ -97,7 +97,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
 
 
 def test_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
-    """The running quantile goes on from where it was."""
+    """The running quantile continues from its stored state."""
     train_here(tmp_path, cache, {**LONG, "trainer.max_steps": 6})
     assert sum(checkpoint(tmp_path)["objective"]["counts"]) > 0
     train_here(tmp_path, cache, LONG)

@@ -242,7 +242,7 @@ def test_a_signal_after_the_step_was_logged(
 def test_sigterm_in_a_step_that_is_validated(
     tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning would leave its validation out, and the run that goes on would miss it."""
+    """Lightning would leave its validation out, and the resumed run would miss it."""
     step_of = MTPModule.training_step
 
     def step_and_kill(self: MTPModule, batch: Any, batch_idx: int) -> Any:

@@ -34,7 +34,7 @@ IN_PARTS = {"trainer.split_checkpoint_gb": 0}
 ALONE = {"data.batch_size": 8}
 COMMON = {
     "trainer.max_steps": 4,
-    "trainer.val_check_interval": 2,  # and steps behind a validation with decoding
+    "trainer.val_check_interval": 2,  # so that steps follow a validation with decoding
     "model.n_layers": 2,
     "callbacks.speculative_eval.n_prompts": 1,
     "callbacks.speculative_eval.new_tokens": 8,
@@ -117,7 +117,7 @@ def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache
 
 @pytest.mark.slow
 def test_checkpoints_in_parts_are_the_same_ones(tmp_path: Path, cache: Path) -> None:
-    """Written beside the training at every step, and read by every app."""
+    """Checkpoints are written at every step while training continues, and every app reads them."""
     common = COMMON | TWO | {"callbacks.checkpoints.every_n_steps": 1}
     runs = {"parts": common | IN_PARTS, "files": common}
     run_all(tmp_path, cache, runs, processes=2)

@@ -93,7 +93,7 @@ def test_it_stops_is_finished_and_says_what_it_took(
     assert rows(tmp_path) == before
     assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == weights_before
     assert said(again) == said(summary) == said(summary_of(tmp_path))
-    # Asked for more, it goes on.
+    # With a higher count, the run continues.
     more = train_here(tmp_path, cache, EASY | {"callbacks.stop_when_solved.validations": 4})
     assert more["step"] > step and more["solved"]
 

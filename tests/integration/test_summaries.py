@@ -83,7 +83,7 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
     assert not any(tag.startswith("decode/acceptance") for tag in summary)
     again = evaluated(run / "checkpoints" / "last.ckpt")
     assert {tag: again[tag] for tag in measured} == measured
-    # How far back the main prediction looks is measured all the same.
+    # Evaluation still measures how far back the main prediction looks.
     assert "val/loss_position_1" in again and "val/loss_position_1_depth_1" not in again
     if head == "bag":
         weights_V = checkpoint(run)["state_dict"]["model.mtp.weights_V"]

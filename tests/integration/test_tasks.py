@@ -1,4 +1,4 @@
-"""Runs on a task: what they log, go on from, are evaluated to, and learn."""
+"""Runs on a task: what they log, how they resume and are evaluated, and what they learn."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WINDOWS = {
     "copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30, "sibling": 5, "hmm": 6,
     "navigation": 12,
 }  # fmt: skip
-# What they report beside.
+# What they report in addition.
 BESIDE = {
     "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
     "hmm": {"val/belief_r2", "val/surprisal", "val/excess_loss", "val/longer/belief_r2"},
@@ -89,7 +89,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
     # The window that the data have found is the run's from then on.
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["seq_len"]
     assert stored == WINDOWS[case]
-    if case == "hmm":  # the floor stands beside the loss, and is of the same tokens
+    if case == "hmm":  # the floor is logged with the loss, and is of the same tokens
         above = measured["val/loss_depth_0"] - measured["val/surprisal"]
         assert measured["val/excess_loss"] == pytest.approx(above, abs=1e-5) and above > 0
     again = evaluated(tmp_path / "checkpoints" / "last.ckpt")

@@ -1,4 +1,4 @@
-"""Any of Lightning's loggers works behind the guard, and one that fails is one warning."""
+"""The guard works with any of Lightning's loggers; a logger that fails costs one warning."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]
-# Python's own sockets refuse, and say whom they were to reach. The proxy of the environment, by
-# which wandb's other process goes, refuses too.
+# Python's own sockets refuse to connect, and print the address. The environment's proxy, which
+# wandb's other process uses, refuses too.
 LIFE = """
 import importlib, socket, sys, time
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_no_logger_reaches_anybody(logger: str, proxy: str, tmp_path: Path) -> N
         if not key.startswith(left_out) and not key.lower().endswith("_proxy")
     }
     more = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "WANDB_SILENT": "true"}
-    if module == "wandb":  # has a process that is no Python; it goes by the proxy
+    if module == "wandb":  # has a process outside Python, which uses the proxy
         more |= {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
         more |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     done = subprocess.run(

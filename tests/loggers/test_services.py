@@ -77,7 +77,7 @@ def wandb_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
 
 
 def mlflow_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
-    """The same of the database beside the run folder."""
+    """The same from the database next to the run folder."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")

@@ -15,7 +15,7 @@ def test_it_is_made_and_stays(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "run"
     with claimed(folder):
         (folder / "metrics.csv").write_text("step\n")
-    with claimed(folder):  # let go of, it can be had again
+    with claimed(folder):  # once released, it is free again
         pass
     assert (folder / "metrics.csv").exists()
 
