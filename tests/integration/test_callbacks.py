@@ -7,13 +7,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtp_lightning.callbacks.base import RunCallback
 from sweeps.report.read import read_run
 from tests.integration.conftest import Once
-from tests.integration.helpers import column, rows, summary_of, train_here, train_with, weights
+from tests.integration.helpers import (
+    assert_equal,
+    column,
+    rows,
+    summary_of,
+    train_here,
+    train_with,
+    weights,
+)
 
 
 @pytest.mark.parametrize("monitor", ["train/loss_depth_2", "val/accuracy_depth_1"])
@@ -108,8 +115,7 @@ def test_what_is_kept_of_a_run_that_has_ended_well(
         assert set(files) == {"last.ckpt", "best.ckpt"}
         assert files["last.ckpt"] < 0.6 * (whole / "checkpoints" / "last.ckpt").stat().st_size
         for name in files:
-            a, b = weights(whole, name), weights(small, name)
-            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+            assert_equal(weights(whole, name), weights(small, name))
         same = [(run / "checkpoints" / name) for run in (whole, small) for name in files]
         assert same[0].samefile(same[1]) == same[2].samefile(same[3])
         told = "holds the weights alone"

@@ -76,8 +76,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     assert_near_rows(tmp_path / "two", tmp_path / "one")
     assert len(rows(tmp_path / "one")) == common["trainer.max_steps"]
     left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
-    for name in right_weights:
-        torch.testing.assert_close(left_weights[name], right_weights[name], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(left_weights, right_weights, rtol=1e-6, atol=1e-8)
     left_summary, right_summary = (summary_of(tmp_path / name) for name in ("two", "one"))
     for key in ("tokens", "flops", "step", "parameters"):
         assert left_summary[key] == right_summary[key] > 0, key

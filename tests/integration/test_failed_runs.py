@@ -10,13 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.helpers import (
-    checkpoint,
-    fails,
-    rows,
-    train_here,
-    weights,
-)
+from tests.integration.helpers import assert_equal, checkpoint, fails, rows, train_here, weights
 
 
 def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +27,7 @@ def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFi
     step = re.search(r"not finite at optimizer step (\d+): depth 0", error)
     assert step is not None and 5 <= int(step[1]) <= 8, error
     assert f"{last} (step 4)" in error
-    assert all(torch.equal(good[name], t) for name, t in weights(tmp_path).items())
+    assert_equal(weights(tmp_path), good)
     # With a good setting, the run continues from there.
     assert train_here(tmp_path, cache)["step"] == 10
 

@@ -75,8 +75,7 @@ def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> 
     helpers.train_here(tmp_path / "one", cache, settings)
     assert first_losses(tmp_path / "two") == pytest.approx(first_losses(tmp_path / "one"), rel=2e-6)
     left, right = (helpers.weights(tmp_path / name) for name in ("two", "one"))
-    for name, tensor in right.items():
-        torch.testing.assert_close(left[name], tensor, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 def test_of_a_task_the_examples_are_looked_at(cache: Path, tmp_path: Path) -> None:

@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.opening import open_model
-from tests.integration.helpers import (
-    TASK,
-    resume_from_previous,
-    train_here,
-)
+from tests.integration.helpers import TASK, assert_equal, resume_from_previous, train_here
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +56,7 @@ def test_eagle_leaves_a_frozen_trunk_as_it_is(tmp_path: Path, cache: Path) -> No
     base, model = (open_model(tmp_path / name).model for name in ("base", "heads"))
     expected = base.trunk.state_dict() | {"head": base.head.weight}
     found = model.trunk.state_dict() | {"head": model.head.weight}
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_equal(found, expected)
     assert (model.mtp.own_head.weight != 0).any()
 
 

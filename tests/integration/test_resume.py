@@ -19,6 +19,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.nn import ops
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
+    assert_equal,
     assert_same_run,
     checkpoint,
     column,
@@ -112,8 +113,7 @@ def test_the_kill_came_in_the_middle(killed: Killed) -> None:
 def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) -> None:
     assert [row["step"] for row in rows(killed.folder)] == list(range(1, STEPS + 1))
     assert_same_run(killed.folder, whole)
-    best, best_whole = (weights(folder, "best.ckpt") for folder in (killed.folder, whole))
-    assert all(torch.equal(best[name], best_whole[name]) for name in best_whole)
+    assert_equal(weights(killed.folder, "best.ckpt"), weights(whole, "best.ckpt"))
     for tag in ("train/lr", "train/lambda_depth_1", "train/lambda_depth_2"):
         values = set(column(killed.folder, tag).values())
         assert len(values) > STEPS // 2, f"{tag} rests: the test shows nothing"

@@ -17,6 +17,7 @@ from mtp_lightning.opening import open_model
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
     TASK,
+    assert_equal,
     assert_near_rows,
     checkpoint,
     composed,
@@ -153,7 +154,7 @@ def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
     before, after = (
         open_model(tmp_path / name).model.trunk.state_dict() for name in ("plain", "probe")
     )
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal(before, after)
     assert (
         summary["parameters_trained"]
         == 32 * open_model(tmp_path / "plain").model.config.trunk.vocab_size
