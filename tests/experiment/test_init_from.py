@@ -208,10 +208,7 @@ def test_a_resumed_run_goes_on_and_does_not_start_again(base: Path) -> None:
     settings = {
         "init_from": base / "gone",
         "mtp.depth": 1,
-        "lambda_schedule": "constant",
-        "optimizer.schedule.kind": "constant",
-        "optimizer.schedule.warmup_steps": 0,
-        "optimizer.schedule.warmup_fraction": "null",
+        **helpers.CONSTANT,
         "callbacks.checkpoints.every_n_steps": 2,
     }
     shutil.copytree(base / "base", base / "gone")

@@ -252,8 +252,7 @@ def test_a_run_without_init_from_takes_the_models_tokenizer(base: Path, tmp_path
 def test_what_cannot_speak(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model to generate its texts: set init_from"):
         corpus(base, tmp_path, model=None).prepare()
-    task = {"data": "star_graph", "data.seq_len": None, "data.eval_examples": 8,
-            "data.val_fraction": None, "data.eval_bytes": None, "tokenizer": None,
+    task = {"data": "star_graph", "data.eval_examples": 8, **helpers.NO_TEXT,
             "trainer.max_steps": 1, "trainer.val_check_interval": 1}  # fmt: skip
     helpers.train_here(base / "task", base / "cache", task)
     with pytest.raises(ValueError, match="was trained on a task, whose symbols are not text"):
