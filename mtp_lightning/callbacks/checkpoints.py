@@ -38,7 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Check for damage, then load plain values only."""
-        return checkpoints.load(path, map_location or "cpu")
+        return checkpoints.load(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the file where it exists."""

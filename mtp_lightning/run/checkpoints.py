@@ -55,21 +55,14 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
         torch.save(checkpoint, file)
 
 
-def load(
-    path: str | Path,
-    map_location: Any = "cpu",
-    *,
-    mapped: bool = False,
-    optimizer: bool = True,
-) -> dict[str, Any]:
-    """Check a checkpoint for damage and read it, including the shards of a sharded one.
+def load(path: str | Path, *, mapped: bool = False, optimizer: bool = True) -> dict[str, Any]:
+    """Check a checkpoint for damage and read it onto the CPU, with the shards of a sharded one.
 
     Args:
         path: the file.
-        map_location: the device of its tensors.
-        mapped: whether to skip the check and to leave the tensors in the file, on the CPU, until
-            they are used. This is for a file that :func:`newest_intact` has just checked. Of a
-            sharded checkpoint it reads the index only.
+        mapped: whether to skip the check and to leave the tensors in the file until they are used.
+            This is for a file that :func:`newest_intact` has just checked. Of a sharded checkpoint
+            it reads the index only.
         optimizer: whether to read the optimizer's state; otherwise it is empty.
 
     Raises:
@@ -86,7 +79,7 @@ def load(
             f"{PREVIOUS} or {BEST} in the same folder."
         )
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if mapped or not isinstance(content, dict):
             return content
         if not optimizer and "optimizer_states" in content:
