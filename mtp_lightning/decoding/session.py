@@ -76,7 +76,8 @@ class Session:
         self.trunk_cache = self._cache(tables, trunk.n_layers, slots)
         self._one_cache = one_cache or model.mtp.one_cache
         kept = min(max_draft, 1) if self._one_cache else max_draft
-        self.depth_caches = [self._cache(tables, model.mtp.cached_blocks, slots) for _ in range(kept)]
+        blocks = model.mtp.cached_blocks
+        self.depth_caches = [self._cache(tables, blocks, slots) for _ in range(kept)]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
         branch = model.config.mtp.n_states * trunk.d_model

@@ -14,7 +14,6 @@ divergence between the head's two predictions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
