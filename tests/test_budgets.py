@@ -26,7 +26,7 @@ LINES = {
     "mtp_lightning/decoding": 4_460,
     "mtp_lightning/distributed": 1_325,
     "mtp_lightning/experiment": 2_630,
-    "mtp_lightning/heads": 775,
+    "mtp_lightning/heads": 780,
     "mtp_lightning/interop": 5_095,
     "mtp_lightning/loggers": 670,
     "mtp_lightning/metrics": 1_080,

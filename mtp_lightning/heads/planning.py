@@ -38,6 +38,9 @@ _FEWEST = 64  # texts, of which some are held out
 # Number of first token ids that the modules are trained on, if the vocabulary has at least four
 # times as many: the head of a small model is most of a step's work.
 _VOCAB = 4096
+# Peak learning rate of new modules (the claim heads_rate) up to a width of the trunk; above it, the
+# rate falls as 1 / d_model (Yang et al. 2022, arXiv 2203.03466). Trained modules have a quarter.
+_RATE, _WIDTH = 0.004, 576
 # Share of the texts of a chat model that are chats, and the temperature of all.
 _CHATS, _TEMPERATURE = 0.6, 0.8
 
@@ -60,6 +63,7 @@ class Plan:
         overrides: further settings of training, as typed.
         depth: number of modules that are trained.
         switches: the settings of modules that the model has; empty for new ones.
+        rate: peak learning rate.
         precision: of training, as in ``trainer.precision``.
         activations: precision of the activations while the model writes texts.
         draft_vocab: number of first token ids that the modules are trained on; None for all.
@@ -81,6 +85,7 @@ class Plan:
     overrides: list[str]
     depth: int = 1
     switches: list[str] = field(default_factory=list)
+    rate: float = 0.001
     precision: str = "32-true"
     activations: str = "fp32"
     draft_vocab: int | None = None
@@ -105,7 +110,7 @@ class Plan:
         yield (
             f"training   {self.steps:,} steps of {_BATCH * self.window:,} tokens, about "
             f"{_minutes(hours)} at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
-            f"{self.precision}"
+            f"{self.precision}, at a rate of {self.rate:.2g}"
             + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
         # The model, its packed copy while it writes, and the module with gradients and two moments.
@@ -144,7 +149,7 @@ class Plan:
             *data,
             f"data.seq_len={self.window}",
             f"data.batch_size={_BATCH}",
-            "optimizer.lr=0.001",
+            f"optimizer.lr={self.rate:.2g}",
             f"trainer.max_steps={self.steps}",
             f"trainer.val_check_interval={max(self.steps // 4, 1)}",
             f"trainer.precision={self.precision}",
@@ -254,6 +259,7 @@ def _plan(
         overrides=overrides,
         depth=depth,
         switches=_switches(mtp) if further else [],
+        rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),
         precision=precision,
         activations="int8" if integers else "fp32",
         draft_vocab=draft_vocab,
