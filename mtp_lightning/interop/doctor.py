@@ -119,7 +119,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
         )
         return Diagnosis(folder=path, layout=None, verdict=said)
     config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
-    modules = take_inventory(config, {name: part.read() for name, part in parts.items()})
+    modules = take_inventory(config, parts)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
     layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
     named = f"{layout} ({mtp_prefix(config, 0)}* ..)"

@@ -8,13 +8,14 @@ training does not leave it that way.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mtp_lightning.interop.names import weight_map
+from mtp_lightning.interop.parts import Part, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.config import TrunkConfig
 
@@ -66,12 +67,12 @@ class Module:
         return ", ".join(f"{count} {state}" for state, count in counts.most_common())
 
 
-def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Module]:
+def take_inventory(config: ModelConfig, parts: Mapping[str, Part]) -> list[Module]:
     """The modules of a layout, and the states of all their tensors.
 
     Args:
         config: config of the model, with as many depths as the folder has or declares.
-        tensors: tensors of the folder, by its names.
+        parts: tensors of the folder, by its names. Those that are needed are read one at a time.
     """
     places, prefix = list(weight_map(config)), f"trunk.blocks.{config.trunk.n_layers - 1}."
     last = {p.own.removeprefix(prefix): p.parts for p in places if p.own.startswith(prefix)}
@@ -84,28 +85,29 @@ def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Modu
             if len(twins) != len(place.parts):  # the trunk's layer is of another kind
                 twins = [""] * len(place.parts)
             for (name, shape), twin in zip(place.parts, twins, strict=True):
-                state = modules[depth][name] = _state(name, tensors.get(name), shape, config.trunk)
-                comparable = state == "trained" and len(shape) > 1 and twin in tensors
-                if comparable and torch.equal(tensors[name], tensors[twin]):
+                tensor = parts[name].read() if name in parts else None
+                state = modules[depth][name] = _state(name, tensor, shape, config.trunk)
+                comparable = state == "trained" and len(shape) > 1 and twin in parts
+                if comparable and equal(parts[name], parts[twin]):
                     copied_blocks[depth].append(name)
         elif place.copy and not place.parts[0][0].startswith("lm_head"):
             # Copies of embedding and head may be left out.
             name, _ = place.parts[0]
-            own = tensors.get(_source(place.own, tensors))
+            own = parts.get(_source(place.own, parts))
             depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
-            if name in tensors and own is not None and not torch.equal(tensors[name], own):
+            if name in parts and own is not None and not equal(parts[name], own):
                 modules[depth][name] = "different"
     for depth, names in copied_blocks.items():
         block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]
-        matrices = [n for n in block if n in tensors and tensors[n].dim() > 1]
+        matrices = [n for n in block if n in parts and len(parts[n].shape) > 1]
         if names and len(names) == len(matrices):  # a whole block that was never trained
             modules[depth] |= dict.fromkeys(names, "copied")
     return [Module(depth=k, states=states) for k, states in modules.items()]
 
 
-def _source(own: str, tensors: dict[str, Tensor]) -> str:
+def _source(own: str, names: Container[str]) -> str:
     """The trunk's tensor that is copied; a tied head is the embedding."""
-    head = own == "head.weight" and "lm_head.weight" in tensors
+    head = own == "head.weight" and "lm_head.weight" in names
     return "lm_head.weight" if head else "model.embed_tokens.weight"
 
 
