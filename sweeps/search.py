@@ -159,7 +159,7 @@ class Search:
 
 
 def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Task], int]:
-    """Tasks with every choice and every lower bound, and the optimizer steps of a trial.
+    """Tasks with every choice and both bounds of every range, and the optimizer steps of a trial.
 
     Raises:
         UserError: an override does not match the config.

@@ -26,10 +26,10 @@ Space = dict[str, Range]
 
 
 def examples(of: Range) -> Sequence[Any]:
-    """Values to compose a config with, representing all others."""
+    """Values to compose a config with, representing all others: the choices, or both bounds."""
     from optuna.distributions import CategoricalDistribution
 
-    return of.choices if isinstance(of, CategoricalDistribution) else [of.low]
+    return of.choices if isinstance(of, CategoricalDistribution) else [of.low, of.high]
 
 
 def shown(of: Range) -> str:

@@ -223,6 +223,7 @@ def test_another_search_in_the_folder_is_refused(
         ("mtp.depht=1,2", "mtp.depht"),
         ("mtp=sequential,sequentail", "sequentail"),
         ("trainer.devices=-1", "not -1"),
+        ("mtp.depth=int(1,300)", "mtp.depth=300"),
         ("model.d_ff=interval(4,1)", "the lower bound must come first"),
         ("model.d_ff=interval(0,1,log)", "above 0"),
         ("model.d_ff=int(1.5,4)", "must be numbers"),
