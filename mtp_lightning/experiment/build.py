@@ -15,6 +15,7 @@ from data_modules.tokenizers import tokenizer_from_state
 from mtp_lightning import processes
 from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from mtp_lightning.callbacks.ended_early import EndedEarly
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
@@ -360,8 +361,11 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             enable_model_summary=False,
             logger=build_loggers(cfg, resume_step=resume_step),
             callbacks=[
-                instantiate(node, kind=pl.Callback)
-                for node in (cfg.get("callbacks") or {}).values()
+                *(
+                    instantiate(node, kind=pl.Callback)
+                    for node in (cfg.get("callbacks") or {}).values()
+                ),
+                EndedEarly(),
             ],
             plugins=plugins,
         )

@@ -38,6 +38,11 @@ def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
     assert summary["step"] == 6 and summary["stopped_early"]
     run = read_run(tmp_path)
     assert (run.state, run.reason) == ("done", "")
+    before = rows(tmp_path)
+    assert train_here(tmp_path, cache, settings)["step"] == 6, "it has ended"
+    assert rows(tmp_path) == before
+    more = train_here(tmp_path, cache, settings | {"callbacks.early_stopping.patience": 3})
+    assert more["step"] == 8
 
 
 def test_a_value_that_is_monitored_is_that_of_the_newest_step(
