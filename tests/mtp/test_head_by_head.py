@@ -189,6 +189,7 @@ class ParallelWithOwnHead(ParallelMTP):
 def test_heads_with_a_matrix_of_their_own_train_it(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, ParallelConfig(depth=2)).double()
     model.mtp = ParallelWithOwnHead(ParallelConfig(depth=2), tiny_trunk).double()
+    model.initialize(0)  # a new layer's weights are whatever its memory held
     batch, own = windows(2, seq_len=9, depth=2), model.mtp.own
     rows = {k: own.rows_of(batch.targets(k)) for k in (1, 2)}
     final, at = model.run_trunk(batch, [1, 2])
