@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -73,6 +74,17 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
     wanted = "a whole number of at least 1, or null for all cores but one"
     require(is_whole(n) and n >= 1, "num_threads", n, wanted)
     torch.set_num_threads(n)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Let PyTorch compute on ``n`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def quiet_lightning() -> None:

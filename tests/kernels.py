@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,6 @@ def prepared(module: nn.Module) -> AbstractContextManager[Any]:
     if not HAS_CPU:
         return nullcontext()
     return closing(importlib.import_module("mtp_lightning.cpu.fused").Prepared(module))
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Computes on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

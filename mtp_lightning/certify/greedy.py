@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mtp_lightning.certify.cells import RESUMED, Cell
-from mtp_lightning.certify.texts import Text, decode, threads
+from mtp_lightning.certify.texts import Text, decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runtime import threads
 
 
 @dataclass

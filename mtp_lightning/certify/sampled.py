@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.certify.cells import Cell
-from mtp_lightning.certify.texts import decode, threads
+from mtp_lightning.certify.texts import decode
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runtime import threads
 
 _BINS = 16
 

@@ -6,8 +6,7 @@ Shapes: T tokens of a text, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -117,14 +116,3 @@ def decode(
         for sequence in engine.run(requests):
             found[sequence.request.index - first].ids = sequence.token_ids
     return found
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    """Let PyTorch compute on ``n`` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

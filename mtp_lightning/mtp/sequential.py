@@ -148,6 +148,7 @@ class SequentialMTP(Chain):
 
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
+        self.cached_blocks = config.blocks
         self.depths = nn.ModuleList(
             SequentialModule(config, trunk) for _ in range(config.n_modules)
         )
@@ -173,10 +174,6 @@ class SequentialMTP(Chain):
                 x, y = text.wanted(k, module.joined(hidden, tokens))
                 module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
             hidden = module(hidden, tokens, text.at.positions)
-
-    @property
-    def cached_blocks(self) -> int:  # type: ignore[override]
-        return self.config.blocks
 
     @property
     def max_draft_depth(self) -> int | None:

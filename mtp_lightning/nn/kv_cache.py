@@ -16,6 +16,7 @@ from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ops import attention
 from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
+from mtp_lightning.runtime import threads
 
 
 class KVCache:
@@ -211,12 +212,8 @@ def attend_by_query(
         query = query_BTNH.transpose(1, 2).reshape(batch, 1, n_heads * n_new, d_head)
         mask_BNTP = mask.expand(batch, n_new, -1).unsqueeze(1).expand(-1, n_heads, -1, -1)
         mask = mask_BNTP.reshape(batch, n_heads * n_new, 1, -1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         mixed = attention.plain(query, key_BMPH.transpose(1, 2), value_BMPH.transpose(1, 2), mask)
-    finally:
-        torch.set_num_threads(threads)
     if batch == 1:
         return mixed.transpose(0, 1)
     return mixed.reshape(batch, n_heads, n_new, -1).transpose(1, 2)

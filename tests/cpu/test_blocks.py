@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_lightning.cpu import packed as packing
 from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
-from tests.kernels import threads
+from mtp_lightning.runtime import threads
 
 pytestmark = pytest.mark.usefixtures("own")
 

@@ -15,7 +15,8 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from mtp_lightning.nn.trunk import Trunk
-from tests.kernels import prepared, threads
+from mtp_lightning.runtime import threads
+from tests.kernels import prepared
 from tests.models import PARENTS, PATHS
 
 pytestmark = pytest.mark.usefixtures("own")

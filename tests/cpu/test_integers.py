@@ -20,9 +20,9 @@ from mtp_lightning.experiment import generating
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import linear
 from mtp_lightning.nn.weight_scales import WeightScales
+from mtp_lightning.runtime import threads
 from tests.cpu.test_blocks import blocks_of
 from tests.decoding.models import random_prompts, small_model
-from tests.kernels import threads
 
 pytestmark = pytest.mark.skipif(
     native.library is None or not native.lib().multiplies_bytes(),

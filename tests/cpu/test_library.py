@@ -14,8 +14,8 @@ from mtp_lightning.nn.experts import routed_experts
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.ops import attention, exp_, log_softmax_, rms_norm, rotary_attention
 from mtp_lightning.nn.rope import rope_table
+from mtp_lightning.runtime import threads
 from tests import reference
-from tests.kernels import threads
 
 pytestmark = pytest.mark.usefixtures("own")
 

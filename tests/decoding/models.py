@@ -17,8 +17,8 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.runtime import threads
 from tests.deepseek import trunk as deepseek_trunk
-from tests.kernels import threads
 from tests.models import build
 
 VOCAB = 37
