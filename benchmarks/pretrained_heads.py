@@ -3,7 +3,8 @@
     python -m benchmarks.pretrained_heads runs/smollm2 [--output FILE.json] [--llama-cpp FILE.gguf]
 
 Prompts of three kinds are decoded one at a time, greedily and at temperature 1, with fixed numbers
-of drafts and with the number that pays (``drafts_that_pay``, the default of generate.py). All ways
+of drafts, with the number that pays (``drafts_that_pay``, the default of generate.py), with drafts
+that are looked up in the text, and with both (``drafts_of_both``). All ways
 take turns at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy
 texts with and without drafts must be the same, token for token; how many of them are transformers',
 too, is counted. ``benchmarks.rounds`` has the cost of single passes, which bounds the speed-up.
@@ -254,6 +255,7 @@ def pretrained_heads(
     prompts: int = 12,
     drafts: Sequence[int] = (1, 2),
     draft_vocab: Sequence[int] = (8192,),
+    lookup: int = 8,
     head_precision: str = "fp32",
     activations: str = "fp32",
     llama_cpp: str = "",
@@ -266,6 +268,7 @@ def pretrained_heads(
         prompts: prompts of each kind, up to 12.
         drafts: drafts a round.
         draft_vocab: sizes of the vocabulary that drafts are also chosen from.
+        lookup: drafts a round that are looked up in the text, alone and besides the fastest drafts.
         head_precision: of the modules' own matrices.
         activations: of products with weights in blocks; int8 makes them of integers.
         llama_cpp: the trunk as a GGUF file, which llama.cpp decodes as well.
@@ -284,9 +287,12 @@ def pretrained_heads(
     short = draft_vocab[0] if draft_vocab else None
     asked = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
     settled = settle_drafts(asked, opened, rows=1, on=[head_precision, activations])
-    options["drafts_that_pay"] = {
+    options["drafts_that_pay"] = pay = {
         "draft_depth": settled.draft_depth, "measured": settled.measured, "draft_vocab": short
     }  # fmt: skip
+    if lookup:
+        options["drafts_of_the_text"] = {"speculative": False, "lookup": lookup}
+        options["drafts_of_both"] = pay | {"lookup": lookup}
     ways = {name: of_model(opened.model, way) for name, way in options.items()}
     ways["transformers"] = timed(theirs)
     sizes = {"new_tokens": new_tokens, "n_prompts": prompts}

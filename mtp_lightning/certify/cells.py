@@ -49,11 +49,12 @@ def ways(model: MTPModel) -> dict[str, DecodingOptions]:
         "short head": DecodingOptions(draft_vocab=max(vocab // 4, 1)),
         **{rule: DecodingOptions(verify=rule) for rule in RULES if rule != "token"},
         "confident": DecodingOptions(min_confidence=0.5),
+        "looked up": DecodingOptions(lookup=6),
     }
     found: dict[str, DecodingOptions] = {}
     for name, options in asked.items():
         try:
-            drafted = options.max_draft(model)
+            drafted = options.max_draft(model) or options.lookup
         except UserError:  # this model cannot draft that way
             continue
         # "deeper" may equal one of the depths before it.

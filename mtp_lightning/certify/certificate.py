@@ -107,7 +107,7 @@ class Certificate:
             told += ", all logits to the last bit where prompts are read alone and whole"
         if ps:
             told += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
-        if all(row.cell.drafts == "none" for row in self.rows):
+        if all(row.cell.drafts in ("none", "looked up") for row in self.rows):
             told += "; the model has no heads that draft"
         return f"{'BROKEN' if self.broken() else 'lossless'}: {told}."
 

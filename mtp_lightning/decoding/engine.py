@@ -35,6 +35,7 @@ from mtp_lightning.settings import is_whole
 
 if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
+    from mtp_lightning.decoding.lookup import Lookup
 
 
 _PACKAGE = "mtp_lightning.decoding"
@@ -170,7 +171,9 @@ class Engine:
             windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
-        sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
+        sequences = [
+            TextSequence(r, self.max_draft, self.tokenizer, self._lookup(r)) for r in requests
+        ]
         tokens, logits_BV = decoder.join(
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
         )
@@ -230,6 +233,12 @@ class Engine:
             )
         self._drop(self._sequences.index(sequence))
 
+    def _lookup(self, request: Request) -> Lookup | None:
+        if not self.options.lookup:
+            return None
+        kind = imported(f"{_PACKAGE}.lookup.Lookup")
+        return kind(request.prompt, request.max_new_tokens, sampled=not request.greedy)
+
     def _report_logits(self, sequence: TextSequence, logits_TV: Tensor) -> None:
         if self._on_logits is not None:
             self._on_logits(sequence.request.index, logits_TV)
@@ -251,7 +260,7 @@ class Engine:
             return decoder(session(self._model, tree=options.tree, **room))
         kind = imported(f"{_PACKAGE}.compiled.CompiledSession") if options.compile else Session
         return Decoder(
-            kind(self._model, max_draft=self.max_draft, **room),
+            kind(self._model, max_draft=self.max_draft, lookup=options.lookup, **room),
             min_confidence=options.min_confidence,
             verify=RULES[options.verify],
         )
@@ -270,6 +279,8 @@ class Engine:
         if limit is not None:
             lengths = decoder.session.n
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
+        rooms = [min(cap, self.options.lookup) for cap in caps]
+        known = [s.looked_up(room) for s, room in zip(self._sequences, rooms, strict=True)]
         auto = self._auto
         wanted = self.max_draft
         if auto is not None:
@@ -278,11 +289,13 @@ class Engine:
             chosen = auto.depth(len(own)) if alike else auto.best
             each = [chosen if depth is None else depth for depth in own]
             caps, wanted = [min(cap, m) for cap, m in zip(caps, each, strict=True)], max(each)
-            auto = auto if alike else None  # rounds that mix numbers of drafts are not timed
+            # Rounds that mix numbers of drafts are not timed.
+            auto = auto if alike and not any(known) else None
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
+        caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
         start = time.perf_counter()
-        outcome = decoder.round(n_drafts, caps)
+        outcome = decoder.round(n_drafts, caps, known)
         if auto is not None and n_drafts == wanted:
             seconds = time.perf_counter() - start
             reached_by = [step.reached for step in outcome.steps]

@@ -287,9 +287,9 @@ def decoding_report(
         repeats: number of times that the timed prompts are decoded.
 
     Returns:
-        The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
-        over plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
-        :func:`pass_costs`).
+        The values of :func:`acceptance`, :func:`~mtp_lightning.decoding.lookup.lookups_alone` and
+        :func:`teacher_forced_rates`, ``speedup`` (wall-clock over plain decoding) and
+        ``expected_speedup`` (from ``expected_tokens_per_step`` and :func:`pass_costs`).
 
     Raises:
         RuntimeError: drafts changed a text.
@@ -297,6 +297,8 @@ def decoding_report(
     """
     model.mtp.require_drafts()
     values, plain = acceptance(model, prompts, options, tokenizer=tokenizer)
+    lookups_alone = imported("mtp_lightning.decoding.lookup.lookups_alone")
+    values |= lookups_alone(prompts, plain)
     timed, alone = prompts[:TIMED], replace(options, batch_size=1)
     ways = {"plain": alone.plain(), "drafted": alone}
     run = race(model, timed, ways, tokenizer=tokenizer, repeats=repeats)

@@ -21,6 +21,7 @@ from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.settings import (
     is_whole,
     require_bool,
@@ -37,7 +38,10 @@ Prompt = Sequence[int] | np.ndarray | Tensor
 # Texts decoded together if batch_size is None.
 _TOGETHER = 8
 # Options of how drafts are made and judged.
-_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify")
+_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify", "lookup")
+MOST_LOOKUPS = FEW - 1
+"""Most drafts that are looked up: a pass over them and the pending token has the bits of single
+passes."""
 # An option, and the options that may not be set together with it.
 _NOT_TOGETHER = {
     "draft_vocab": ("speculative", "compile"),
@@ -45,6 +49,7 @@ _NOT_TOGETHER = {
     "min_confidence": ("speculative",),
     "cache": ("speculative", "compile"),
     "verify": ("speculative", "tree"),
+    "lookup": ("tree", "compile"),
 }
 
 
@@ -151,6 +156,9 @@ class DecodingOptions(TextOptions):
             after each of them and one after each of these, and verifies all in one pass; None
             drafts a chain.
         verify: which sampled drafts of a chain are kept: a rule of ``verification.py``.
+        lookup: the most drafts of a round that are looked up in the text itself (``lookup.py``),
+            with or without ``speculative``; up to 15, 0 for none. Where the text has stood before,
+            the modules do not draft.
         compile: run compiled passes (``compiled.py``): several times as fast once built, which
             takes about ten seconds per program. One text at a time; greedy texts can differ from
             plain decoding where two tokens' logits agree to about 1e-5.
@@ -170,6 +178,7 @@ class DecodingOptions(TextOptions):
     cache: Literal["per_depth", "single"] = "per_depth"
     tree: Tree | None = None
     verify: str = "token"
+    lookup: int = 0
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -187,6 +196,8 @@ class DecodingOptions(TextOptions):
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
         require_choice("verify", self.verify, list(RULES))
+        self._settle_whole("lookup", least=0)
+        require_number("lookup", self.lookup, most=MOST_LOOKUPS)
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._settle("tree", Tree(self.tree))
         least = 1 if self.tree is None else max(self.tree.widths)

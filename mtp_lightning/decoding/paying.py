@@ -57,7 +57,7 @@ def settle_drafts(
     able = options.speculative and not options.compile and options.tree is None
     if not (drafts and able) or model.mtp.max_draft_depth == 0:
         return options
-    asked = replace(options, draft_depth="auto", measured=None, batch_size=rows)
+    asked = replace(options, draft_depth="auto", measured=None, batch_size=rows, lookup=0)
     known = {name: getattr(asked, name) for name in ("draft_vocab", "min_confidence", "cache")}
     known |= {"verify": asked.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
     known |= {"on": [str(model.head.weight.device), processor(), torch.__version__]}

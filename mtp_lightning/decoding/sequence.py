@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.speculative import Step
+
+if TYPE_CHECKING:
+    from mtp_lightning.decoding.lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Generation:
         logprobs: one per token if the request asked for them, else None.
         drafts: number of drafts made, accepted or not; every candidate of a tree counts. Drafts
             beyond ``max_new_tokens`` are left out.
+        lookups: number of those that were looked up in the text; ``acceptance`` is of the others.
+        lookups_accepted: number of those that were accepted.
         rejected: the drafts that were not accepted.
     """
 
@@ -111,6 +116,8 @@ class Generation:
     accepted_mask: list[bool]
     logprobs: list[LogProb] | None = None
     drafts: int = 0
+    lookups: int = 0
+    lookups_accepted: int = 0
     rejected: list[Rejected] = field(default_factory=list)
 
 
@@ -149,6 +156,7 @@ class TextSequence:
         request: the request.
         max_draft: number of draft positions to count acceptance for.
         tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
+        lookup: proposes drafts from the text, or None.
 
     Attributes:
         token_ids: tokens so far; the last ones may turn out to belong to a stop string, see
@@ -156,7 +164,9 @@ class TextSequence:
         finish_reason: ``length``, ``eot`` or ``stop``; None before the end.
     """
 
-    def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
+    def __init__(
+        self, request: Request, max_draft: int, tokenizer: Any, lookup: Lookup | None = None
+    ) -> None:
         self.request = request
         self.token_ids: list[int] = []
         self.depths: list[int] = []
@@ -166,6 +176,8 @@ class TextSequence:
         own = request.eot_id
         self.eot_id = getattr(tokenizer, "eot_id", None) if own is None else own
         self._tokenizer = tokenizer
+        self._lookup = lookup
+        self._looked_up: list[int] = []  # the drafts of this round that the text itself has given
         self._began = time.perf_counter()
         self._seconds = 0.0
         self._shown = 0
@@ -173,6 +185,7 @@ class TextSequence:
         self._passes = 0
         self._emitted = 0
         self._drafted = 0
+        self._lookups = [0, 0]  # accepted, made
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
         # A token is at least one byte, so the last `_stop_bytes` tokens cover any stop string.
@@ -189,6 +202,11 @@ class TextSequence:
         room, asked = self.remaining - 1, self.request.draft_depth
         return room if asked is None else min(room, asked)
 
+    def looked_up(self, most: int) -> list[int]:
+        """Drafts of the next round from the text itself, up to ``most``; none without lookups."""
+        self._looked_up = [] if self._lookup is None else self._lookup.drafts(most)
+        return self._looked_up
+
     def take(self, step: Step, logits_TV: Tensor) -> None:
         """Take the result of one verify pass up to the text's end, and count its drafts.
 
@@ -203,6 +221,10 @@ class TextSequence:
         self._emitted += kept
         self._drafted += step.accepted + len(step.rejected)
         self.rejected += [Rejected(before + step.accepted, *draft) for draft in step.rejected]
+        if self._looked_up:
+            self._lookups[0] += min(step.accepted, kept)
+            self._lookups[1] += step.accepted + len(step.rejected)
+            return
         for j in range(min(step.reached, kept)):
             self._reached[j] += 1
             self._accepted[j] += j < step.accepted
@@ -216,6 +238,8 @@ class TextSequence:
         before = len(self.token_ids)
         self.token_ids += tokens
         self.depths += [j + 1 if j < accepted else 0 for j in range(len(tokens))]
+        if self._lookup is not None:
+            self._lookup.add(tokens)
         if self.request.stop:
             self._look_for_stop(before)
         if self.finish_reason is None and self.remaining <= 0:
@@ -299,6 +323,8 @@ class TextSequence:
             accepted_mask=[depth > 0 for depth in self.depths],
             logprobs=self.logprobs if self.request.logprobs is not None else None,
             drafts=self._drafted,
+            lookups_accepted=self._lookups[0],
+            lookups=self._lookups[1],
             rejected=self.rejected,
         )
 

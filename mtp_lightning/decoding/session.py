@@ -47,10 +47,12 @@ class Session:
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
         one_cache: all drafts use the first depth's cache, also where the stack does not need that.
+        lookup: most drafts of a round that are not made by depths.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
         n: for each row, the number of tokens that the trunk has read.
+        most_drafts: most drafts of a round.
         confidence_B: the model's estimate of the probability that each row's newest draft is
             accepted; None without ``objective.confidence``.
         newest_B1C: the hidden state that each row's newest draft was predicted from.
@@ -65,11 +67,13 @@ class Session:
         max_draft: int,
         draft_vocab: int | None = None,
         one_cache: bool = False,
+        lookup: int = 0,
     ) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
         self.max_draft = max_draft
+        self.most_drafts = max(max_draft, lookup)
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
@@ -127,7 +131,7 @@ class Session:
     @property
     def _widest(self) -> int:
         """Number of tokens in a round's widest pass."""
-        return self.max_draft + 1
+        return self.most_drafts + 1
 
     @property
     def capacity(self) -> int:
@@ -286,7 +290,7 @@ class Session:
         open are read by the next :meth:`draft`.
         """
         filled, cache = self.filled[k], self.depth_caches[k - 1]
-        usual = k + self.max_draft + 1  # most open positions of a row that drafted last round
+        usual = k + self.most_drafts + 1  # most open positions of a row that drafted last round
         late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
         if not any(late):
             return

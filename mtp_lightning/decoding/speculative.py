@@ -19,6 +19,7 @@ from torch import Tensor
 from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw, over_all
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
+from mtp_lightning.registry import imported
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Step:
             for depth, token in list(enumerate(drafts, start=1))[accepted:]
         ]
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
+
+
+Draft = tuple[int, Tensor, Tensor | None]
+"""A depth, its logits [B, V], and which rows draft at it, bool [B]; None is all."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Decoder:
         self.min_confidence = min_confidence
         self._verify = verify
         self._most = self._most_drafts()
+        self._made = 0  # depths that have drafted in this round
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
         self._noise = Noise(2 * self._most + 1, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
@@ -97,7 +103,7 @@ class Decoder:
 
     def _most_drafts(self) -> int:
         """The most drafts of a round."""
-        return self.session.max_draft
+        return self.session.most_drafts
 
     def join(
         self,
@@ -142,25 +148,34 @@ class Decoder:
             self._row_sampling = RowSampling(self._samplings)
         return self._row_sampling
 
-    def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
+    def round(
+        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+    ) -> Round:
         """Draft, verify, accept.
 
         Args:
-            n_drafts: M, the number of drafts of every row.
+            n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
+            known: for each row, drafts that take the place of the modules', if there are any.
         """
+        caps, tokens_BS = list(caps), self.session.tokens_BS
+        drafts = self._drafts(0 if known and all(known) else n_drafts)
+        if any(known):
+            vocab = self.session.model.config.trunk.vocab_size
+            with_lookups = imported("mtp_lightning.decoding.lookup.with_lookups")
+            drafts = with_lookups(drafts, known, caps, n_tokens=vocab, device=tokens_BS.device)
         choose = self._greedy if self._sampling.greedy else self._sample
-        done = choose(n_drafts, caps)
-        self.session.accept(done.accepted, done.logits_BTV.shape[1] - 1)
+        done = choose(drafts, caps)
+        self.session.accept(done.accepted, self._made)
         return done
 
-    def _drafts(self, n_drafts: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yields each depth, its logits [B, V] and which rows are confident enough to draft at it,
-        bool [B] or None for all; ends when no row is."""
+    def _drafts(self, n_drafts: int) -> Iterator[Draft]:
+        """The modules' drafts; they end when no row is confident enough."""
         product_B: Tensor | None = None
+        self._made = 0
         for k in range(1, n_drafts + 1):
             logits_BV = self.session.draft(k)
-            believed_B = None
+            self._made, believed_B = k, None
             if self.min_confidence:
                 sure_B = self.session.confidence_B
                 if sure_B is None:
@@ -171,10 +186,10 @@ class Decoder:
                     return
             yield k, logits_BV, believed_B
 
-    def _greedy(self, n_drafts: int, caps: Sequence[int]) -> Round:
+    def _greedy(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
         session = self.session
         drafts = []
-        for k, logits_BV, _ in self._drafts(n_drafts):
+        for k, logits_BV, _ in made:
             draft_B1 = logits_BV.argmax(dim=-1, keepdim=True)
             session.put(draft_B1, k)
             drafts.append(draft_B1)
@@ -195,21 +210,21 @@ class Decoder:
             steps.append(Step.of_chain(choice[: a + 1], a, draft))
         return Round(steps, logits_BTV)
 
-    def _sample(self, n_drafts: int, caps: Sequence[int]) -> Round:
+    def _sample(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
         session = self.session
         noise_BR = self._noise.next()
-        limit_B = torch.tensor(caps, device=noise_BR.device)
+        sure_B = torch.full((len(caps),), self._most, device=noise_BR.device)
         drafts, proposals = [], []
-        for k, logits_BV, believed_B in self._drafts(n_drafts):
+        for k, logits_BV, believed_B in made:
             q_BV = self._sampling.probabilities(logits_BV)
             draft_B1 = draw(q_BV, noise_BR[:, k - 1]).unsqueeze(1)
             session.put(draft_B1, k)
             drafts.append(draft_B1)
             proposals.append(q_BV)
             if believed_B is not None:
-                limit_B = torch.where(believed_B, limit_B, limit_B.clamp(max=k - 1))
+                sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
         n_drafts = len(drafts)
-        limit_B = limit_B.clamp(max=n_drafts)
+        limit_B = sure_B.minimum(torch.tensor(caps, device=sure_B.device)).clamp(max=n_drafts)
         logits_BTV = session.verify(n_drafts)
         p_BTV = self._sampling.probabilities(logits_BTV)
         if not n_drafts:

@@ -44,7 +44,9 @@ class TreeDecoder(Decoder):
     def _most_drafts(self) -> int:
         return len(self.tree)
 
-    def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
+    def round(
+        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+    ) -> Round:
         """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""
         short = [self.session.is_short(row) for row in range(len(caps))]
         depth = self.tree.depth

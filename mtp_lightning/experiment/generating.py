@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,8 +91,9 @@ def generate_text(cfg: Any) -> list[Generation]:
     if cfg.output == "json":
         for generation in generations:
             print(json.dumps(_reported(generation, drafts=cfg.show_drafts)))
-    if marks is not None and streams and run.model.mtp.max_draft_depth != 0:
-        print(marks.legend(len(generations[0].drafts_reached)), file=sys.stderr)
+    deepest = max(len(generations[0].drafts_reached), cfg.lookup)
+    if marks is not None and streams and deepest:
+        print(marks.legend(deepest), file=sys.stderr)
     if not alone:
         print(job_line(generations, seconds), file=sys.stderr)
     elif streams:
@@ -213,7 +215,7 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     measured = settled.measured
     if rows is not None and measured is not None and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
-        return options.plain()
+        return replace(options.plain(), lookup=options.lookup)
     return settled
 
 

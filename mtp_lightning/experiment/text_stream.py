@@ -117,7 +117,10 @@ def told(generation: Generation) -> str:
     if not generation.drafts:
         return line
     accepted = _count(sum(generation.accepted_mask), "draft")
-    return f"{line}, {tokens / passes:.2f} per pass; {accepted} accepted of {generation.drafts}"
+    line += f", {tokens / passes:.2f} per pass; {accepted} accepted of {generation.drafts}"
+    if not generation.lookups:
+        return line
+    return f"{line}; {generation.lookups_accepted} of {generation.lookups} looked up in the text"
 
 
 def ends_at_once(generation: Generation) -> str | None:

@@ -36,6 +36,7 @@ _NUMBERS = (
     ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),
     ("tokens per pass", "decode/tokens_per_step", "{:.2f}"),
     ("  expected from agreement in own text", "decode/expected_tokens_per_step", "{:.2f}"),
+    ("  by looking the drafts up in the text instead", "decode/lookup_tokens_per_step", "{:.2f}"),
     ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
     ("  expected from that and the cost of passes", "decode/expected_speedup", "{:.2f}"),
     ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),

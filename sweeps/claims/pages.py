@@ -43,6 +43,8 @@ _SIZES = {
 # per pass: from all tokens, or from the 4096 most frequent.
 _SPEED = "benchmarks/results/pretrained_heads*.json"
 _WAYS = ("drafts_1", "drafts_1_of_4096")
+# The way that looks drafts up in the text as well.
+_LOOKUP = "drafts_of_both"
 
 Pair = tuple[Claim, Result | None]
 
@@ -275,7 +277,7 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
     decoding with its interval over texts, and tokens per CPU second where they are stored. Each
-    processor shows the way of drafting with the best mean ratio."""
+    processor shows the way of drafting with the best mean ratio, and the one with lookups."""
     found = []
     for file in sorted(root.glob(_SPEED)):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -284,21 +286,24 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
         if not rows or not ways:
             continue
         best = max(ways, key=lambda way: sum(row[way]["over_plain_cpu"] for row in rows))
-        texts = [
-            {
-                "kind": row["kind"],
-                "ratio": row[best]["over_plain_cpu"],
-                "ends": row[best].get("over_plain_cpu_interval"),
-                "plain": row.get("plain", {}).get("tokens_per_cpu_second"),
-                "drafted": row[best].get("tokens_per_cpu_second"),
-                "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_cpu_second"),
-                "tokens": row["tokens"],
-            }
-            for row in rows
-        ]
+        processor, options = content.get("processor", "one processor"), content.get("options", {})
+        shown = {best: processor}
+        if all(_LOOKUP in row for row in rows):
+            shown[_LOOKUP] = f"{processor}, lookup={options['lookup']}"
         # Texts of each kind, all of which have the same length.
-        n = rows[0]["tokens"] // content.get("options", {}).get("new_tokens", 64)
-        processor = content.get("processor", "one processor")
-        head = content.get("head")
-        found.append({"processor": processor, "texts": texts, "n": n, "head": head})
+        n = rows[0]["tokens"] // options.get("new_tokens", 64)
+        for way, named in shown.items():
+            texts = [
+                {
+                    "kind": row["kind"],
+                    "ratio": row[way]["over_plain_cpu"],
+                    "ends": row[way].get("over_plain_cpu_interval"),
+                    "plain": row.get("plain", {}).get("tokens_per_cpu_second"),
+                    "drafted": row[way].get("tokens_per_cpu_second"),
+                    "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_cpu_second"),
+                    "tokens": row["tokens"],
+                }
+                for row in rows
+            ]
+            found.append({"processor": named, "texts": texts, "n": n, "head": content.get("head")})
     return found or None

@@ -85,11 +85,11 @@ def test_sound_decoding(certify: Any) -> None:
 def test_cells_are_those_that_a_model_is_capable_of() -> None:
     assert list(ways(small_model(0, 1))) == [
         *("none", "depth 1", "depth 2", "depth 4", "deeper", "one cache", "auto", "tree"),
-        *("short head", "block", "confident"),
+        *("short head", "block", "confident", "looked up"),
     ]
     assert "deeper" not in ways(small_model(0, 3)) and "depth 3" in ways(small_model(0, 3))
     few, all_ = (list(cells(small_model(0, 1), (1, 2), few=few)) for few in (True, False))
-    assert len(all_) == 11 * 8 - 1 and len(few) == 11 * 4 - 1
+    assert len(all_) == 12 * 8 - 1 and len(few) == 12 * 4 - 1
     assert len(set(map(repr, all_))) == len(all_)
 
 
@@ -315,5 +315,5 @@ def test_mistakes(
 
 def test_a_model_without_heads_is_tried_in_batches_and_on_threads(certify: Any) -> None:
     found = certify(small_model(0, 0), count=8, few=False)
-    assert {row.cell.drafts for row in found.rows} == {"none"} and not found.broken()
+    assert {row.cell.drafts for row in found.rows} == {"none", "looked up"} and not found.broken()
     assert found.verdict().endswith("; the model has no heads that draft.")

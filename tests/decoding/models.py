@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding import Generation
+from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -22,6 +22,7 @@ from tests.deepseek import trunk as deepseek_trunk
 from tests.models import build
 
 VOCAB = 37
+NEW = 14  # tokens of a text
 
 
 def small_model(
@@ -59,6 +60,11 @@ def ids_of(generations: Iterable[Generation]) -> list[list[int]]:
     return [generation.token_ids for generation in generations]
 
 
+def plain(model, prompts, n_new=NEW):
+    """Every prompt by itself, one token at a time."""
+    return ids_of(generate(model, [p], max_new_tokens=n_new, speculative=False)[0] for p in prompts)
+
+
 @torch.no_grad()
 def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tensor]:
     """Logits [T, V] of depths 0 .. ``depth`` over a window that reads all ``tokens``, as rescored
@@ -81,6 +87,49 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
         model.draft_logits(k, hidden[k], window[:, k : seq_len + k]) for k in range(1, depth + 1)
     ]
     return [model.head(hidden[0])[0], *(logits[0] for logits in depths)]
+
+
+def passes_checked(model, prompts, continuations, drafted, monkeypatch):
+    """Hold the logits of every pass whose tokens are those of a text against teacher forcing, and
+    count them by depth."""
+    texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
+    expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
+    seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
+    kind = Session
+    draft, verify = kind.draft, kind.verify
+
+    def text_of(session, row):
+        held = session.tokens_BS[row, : session.n[row] + 1].tolist()
+        (text,) = {tuple(t) for t in texts if t[: len(held)] == held}
+        return text
+
+    def check(logits, text, depth, position):
+        torch.testing.assert_close(logits, expected[text][depth][position], rtol=1e-4, atol=1e-4)
+
+    def checked_draft(session, k):
+        logits = draft(session, k)
+        for row, n in enumerate(session.n):
+            text = text_of(session, row)
+            # Depth k at n - 1 has read tokens up to n - 1 + k, drafts if k > 1.
+            read = session.tokens_BS[row, : n + k].tolist()
+            if list(text[: n + k]) == read:
+                check(logits[row], text, k, n - 1)
+                seen[k] += 1
+        return logits
+
+    def checked_verify(session, n_drafts):
+        logits = verify(session, n_drafts)
+        for row, n in enumerate(session.n):
+            text = text_of(session, row)
+            for j in range(n_drafts + 1):
+                if list(text[: n + j + 1]) == session.tokens_BS[row, : n + j + 1].tolist():
+                    check(logits[row, j], text, 0, n + j)
+                    seen["trunk"] += 1
+        return logits
+
+    monkeypatch.setattr(kind, "draft", checked_draft)
+    monkeypatch.setattr(kind, "verify", checked_verify)
+    return seen
 
 
 def steer_drafts(

@@ -16,7 +16,10 @@ from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from tests.decoding.models import (
+    NEW,
     ids_of,
+    passes_checked,
+    plain,
     random_prompts,
     small_model,
     steer_drafts,
@@ -26,7 +29,6 @@ from tests.decoding.models import (
 from tests.kernels import BATCH_INVARIANT, LIBRARY, use_library
 
 LENGTHS = (5, 1, 13)
-NEW = 14
 VARIANTS = [
     {},
     {"share_layers": True},
@@ -44,11 +46,6 @@ VARIANTS = [
     {"blocks": 2},
     {"share_layers": True, "blocks": 3},
 ]
-
-
-def plain(model, prompts, n_new=NEW):
-    """Every prompt by itself, one token at a time."""
-    return ids_of(generate(model, [p], max_new_tokens=n_new, speculative=False)[0] for p in prompts)
 
 
 def uncached(model, prompt, n_new):
@@ -147,56 +144,13 @@ def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeyp
     steer_drafts(monkeypatch, prompts, expected, chance=0.7)
     rounds, real = [0], Decoder.round
 
-    def now_and_then(decoder, n_drafts, caps):
+    def now_and_then(decoder, n_drafts, *asked):
         rounds[0] += 1
-        return real(decoder, n_drafts if rounds[0] % 13 < 2 else 0, caps)
+        return real(decoder, n_drafts if rounds[0] % 13 < 2 else 0, *asked)
 
     monkeypatch.setattr(Decoder, "round", now_and_then)
     assert ids_of(generate(model, prompts, max_new_tokens=new, batch_size=places)) == expected
     assert all(seen.values()), seen
-
-
-def passes_checked(model, prompts, continuations, drafted, monkeypatch):
-    """Hold the logits of every pass whose tokens are those of a text against teacher forcing, and
-    count them by depth."""
-    texts = [p + c for p, c in zip(prompts, continuations, strict=True)]
-    expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
-    seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
-    kind = Session
-    draft, verify = kind.draft, kind.verify
-
-    def text_of(session, row):
-        held = session.tokens_BS[row, : session.n[row] + 1].tolist()
-        (text,) = {tuple(t) for t in texts if t[: len(held)] == held}
-        return text
-
-    def check(logits, text, depth, position):
-        torch.testing.assert_close(logits, expected[text][depth][position], rtol=1e-4, atol=1e-4)
-
-    def checked_draft(session, k):
-        logits = draft(session, k)
-        for row, n in enumerate(session.n):
-            text = text_of(session, row)
-            # Depth k at n - 1 has read tokens up to n - 1 + k, drafts if k > 1.
-            read = session.tokens_BS[row, : n + k].tolist()
-            if list(text[: n + k]) == read:
-                check(logits[row], text, k, n - 1)
-                seen[k] += 1
-        return logits
-
-    def checked_verify(session, n_drafts):
-        logits = verify(session, n_drafts)
-        for row, n in enumerate(session.n):
-            text = text_of(session, row)
-            for j in range(n_drafts + 1):
-                if list(text[: n + j + 1]) == session.tokens_BS[row, : n + j + 1].tolist():
-                    check(logits[row, j], text, 0, n + j)
-                    seen["trunk"] += 1
-        return logits
-
-    monkeypatch.setattr(kind, "draft", checked_draft)
-    monkeypatch.setattr(kind, "verify", checked_verify)
-    return seen
 
 
 def test_perfect_drafts_are_all_accepted(monkeypatch):

@@ -82,6 +82,19 @@ def test_how_fast_a_real_model_writes(tmp_path: Path, llama: float | None) -> No
     assert f"code 1.36 × (47.0 tokens per CPU second, plain 34.5{said}) {of}." in text
 
 
+def test_drafts_of_the_text_are_a_line_of_their_own(tmp_path: Path) -> None:
+    ways = {"plain": 1.0, "drafts_1": 1.2, "drafts_of_both": 1.45}
+    row: dict[str, Any] = {"kind": "code", "temperature": 0.0, "tokens": 128}
+    row |= {way: {"tokens_per_cpu_second": 30.0, "over_plain_cpu": x} for way, x in ways.items()}
+    found = {"processor": "One", "options": {"new_tokens": 64, "lookup": 8}, "rows": [row]}
+    file = tmp_path / "benchmarks" / "results" / "pretrained_heads.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(found))
+    text = answers([], tmp_path)
+    assert "One: code 1.20 ×" in text and "One, lookup=8: code 1.45 ×" in text
+    assert text.count("(2 texts of a kind, no interval)") == 2
+
+
 def test_nothing_is_said_without_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

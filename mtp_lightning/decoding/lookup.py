@@ -1,0 +1,160 @@
+"""Drafts that are looked up in the text itself: what followed the same words before.
+
+Prompt lookup (Saxena 2023; LLMA, arXiv 2304.04487) needs no model: the longest end of the text that
+has stood in it before proposes the tokens that followed it there. The number of drafts follows from
+how often proposals after an equally long match were right (as SuffixDecoding's, arXiv 2411.04975,
+follows from the match), so that a text that does not repeat itself is hardly ever drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, count, takewhile
+from operator import mul
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mtp_lightning.decoding.options import MOST_LOOKUPS, Prompt
+from mtp_lightning.decoding.sequence import Generation
+from mtp_lightning.decoding.speculative import Draft
+
+# Longest match that is looked for.
+_LONGEST = 16
+# A proposal after a match of l tokens counts as right with probability l / (l + 3) at first; this
+# guess weighs as much as so many proposals.
+_GUESS = 4.0
+# Tokens are proposed while all of them are right with at least this probability: in greedy texts,
+# and in samples, where texts repeat less and judging a draft costs more. Counted in texts of
+# SmolLM2, none is slower by more than 1 % where a verified token costs 0.3 plain passes.
+_WORTH, _WORTH_IN_SAMPLES = 0.3, 0.5
+
+
+class Lookup:
+    """A growing text, and what it proposes to follow.
+
+    Args:
+        prompt: the token ids that it begins with.
+        room: the most tokens that are added.
+        sampled: whether they are drawn.
+    """
+
+    def __init__(self, prompt: Sequence[int], room: int, *, sampled: bool = False) -> None:
+        self._ids = np.empty(len(prompt) + room, np.int64)
+        self._n = 0
+        length = np.arange(_LONGEST + 1)
+        # By length of the match: proposals that were right, and all of them.
+        self._right = _GUESS * length / (length + 3)
+        self._judged = np.full(_LONGEST + 1, _GUESS)
+        self._worth = _WORTH_IN_SAMPLES if sampled else _WORTH
+        self._length, self._proposed = 0, self._ids[:0]
+        self.add(prompt)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the text; they judge what it has proposed."""
+        judged = zip(count(self._length), self._proposed, tokens, strict=False)
+        for length, proposed, token in judged:
+            length = min(length, _LONGEST)
+            self._judged[length] += 1
+            if proposed != token:
+                break
+            self._right[length] += 1
+        end = self._n + len(tokens)
+        self._ids[self._n : end] = tokens
+        self._n = end
+        self._length, start = longest_match(self._ids[:end])
+        # A proposal that reaches the text's end goes on with its own beginning.
+        self._proposed = np.resize(self._ids[start:end], MOST_LOOKUPS if self._length else 0)
+
+    def drafts(self, most: int) -> list[int]:
+        """The tokens that are proposed to follow, up to ``most``."""
+        lengths = np.minimum(self._length + np.arange(len(self._proposed)), _LONGEST)
+        shares = self._right[lengths] / self._judged[lengths]
+        worth = sum(all_right >= self._worth for all_right in accumulate(shares[:most], mul))
+        return self._proposed[:worth].tolist()
+
+
+def longest_match(ids: np.ndarray) -> tuple[int, int]:
+    """Where the end of a text stands in it before: the length of the longest such end, up to 16,
+    and the place after its last such occurrence; length 0 if even the last token is new."""
+    n, length, start = len(ids), 0, len(ids)
+    ends = np.flatnonzero(ids[: n - 1] == ids[n - 1])
+    while len(ends) and length < _LONGEST:
+        start, length = int(ends[-1]) + 1, length + 1
+        ends = ends[ends >= length]
+        ends = ends[ids[ends - length] == ids[n - 1 - length]]
+    return length, start
+
+
+def lookups_alone(
+    prompts: Sequence[Prompt], generations: Sequence[Generation], most: int = 8
+) -> dict[str, float]:
+    """What drafts from the text alone would have made of greedy texts, without a model.
+
+    Args:
+        prompts: token ids.
+        generations: their greedy continuations.
+        most: drafts per round.
+
+    Returns:
+        ``lookup_tokens_per_step``, the tokens per verify pass; empty without a pass.
+    """
+    tokens = passes = 0
+    for prompt, generation in zip(prompts, generations, strict=True):
+        ids = generation.token_ids
+        text = Lookup(list(map(int, prompt)), len(ids))
+        text.add(ids[:1])  # by the prompt's pass
+        at = 1
+        while at < len(ids):
+            drafts = text.drafts(min(most, len(ids) - at - 1))
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(drafts, ids[at:], strict=False))
+            end = at + len(list(same)) + 1
+            text.add(ids[at:end])
+            passes, at = passes + 1, end
+        tokens += len(ids) - 1
+    return {"lookup_tokens_per_step": tokens / passes} if passes else {}
+
+
+def with_lookups(
+    drafts: Iterator[Draft],
+    known: Sequence[Sequence[int]],
+    caps: list[int],
+    *,
+    n_tokens: int,
+    device: torch.device,
+) -> Iterator[Draft]:
+    """The drafts of a round, with those that were looked up in the place of the modules'.
+
+    The modules read them like their own, so their caches stay true.
+
+    Args:
+        drafts: the modules' drafts; none if all rows have looked theirs up.
+        known: the drafts of every row; without any, the row takes the modules'.
+        caps: for each row, the most drafts that it may accept; lowered to those that it has.
+        n_tokens: size of the vocabulary.
+        device: device of the logits if no module drafts.
+    """
+    caps[:] = [min(cap, len(own) or cap) for cap, own in zip(caps, known, strict=True)]
+    for k in count(1):
+        made = next(drafts, None)
+        if made is None:
+            caps[:] = [
+                cap if own else min(cap, k - 1) for cap, own in zip(caps, known, strict=True)
+            ]
+            if all(k > len(own) for own in known):
+                return
+            logits_BV, sure_B = torch.full((len(known), n_tokens), -torch.inf, device=device), None
+        else:
+            _, logits_BV, sure_B = made
+            logits_BV = F.pad(
+                logits_BV, (0, n_tokens - logits_BV.shape[1]), value=-torch.inf
+            ).clone()
+        for row, own in enumerate(known):
+            if own or made is None:
+                logits_BV[row] = -torch.inf
+                # Beyond a row's drafts any token will do: it is not accepted.
+                logits_BV[row, own[k - 1] if k <= len(own) else 0] = 0.0
+                if sure_B is not None:
+                    sure_B[row] = True
+        yield k, logits_BV, sure_B

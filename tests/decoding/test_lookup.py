@@ -1,0 +1,200 @@
+"""Drafts that are looked up in the text itself."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtp_lightning.decoding import generate, lookup
+from mtp_lightning.decoding.lookup import Lookup, longest_match, lookups_alone
+from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.masked import MaskedConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from tests.decoding.distributions import VOCAB as SAMPLED
+from tests.decoding.distributions import require_the_models_distribution
+from tests.decoding.models import (
+    ids_of,
+    passes_checked,
+    plain,
+    random_prompts,
+    small_model,
+    steer_drafts,
+)
+
+NEW = 40
+# Texts of few tokens repeat themselves.
+VOCAB = 5
+LENGTHS = (5, 1, 13)
+
+
+def by_search(ids: list[int]) -> tuple[int, int]:
+    """:func:`longest_match` by trying all ends and all places."""
+    n = len(ids)
+    for length in range(min(16, n - 1), 0, -1):
+        for end in range(n - 1, length - 1, -1):
+            if ids[end - length : end] == ids[n - length :]:
+                return length, end
+    return 0, n
+
+
+def test_the_longest_match_is_that_of_a_search() -> None:
+    chance = random.Random(0)
+    lengths = set()
+    for _ in range(600):
+        ids = chance.choices(range(chance.randint(1, 6)), k=chance.randint(1, 20)) * chance.randint(
+            1, 3
+        )
+        found = longest_match(np.array(ids))
+        assert found == by_search(ids), ids
+        lengths.add(found[0])
+    assert lengths == set(range(17))
+
+
+def test_a_text_proposes_what_followed_before() -> None:
+    text = Lookup([7, 1, 2, 3, 4, 5, 1, 2], room=20)
+    assert text.drafts(15) == [3]
+    assert text.drafts(0) == []
+    assert Lookup([1, 2, 3], room=5).drafts(15) == []
+    # A match of one token is too little, and a repeated text goes on beyond its end.
+    assert Lookup([1, 2, 3, 1], room=5).drafts(15) == []
+    assert Lookup([1, 2, 3] * 7, room=5).drafts(7) == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_the_number_of_drafts_follows_what_was_right() -> None:
+    text = Lookup([1, 2, 3, 4] * 2, room=100)
+    before = len(text.drafts(15))
+    for token in [1, 2, 3, 4] * 5:
+        text.add([token])
+    assert before < len(text.drafts(15)) == 15
+    # After the same words comes something else, again and again.
+    text = Lookup([1, 2], room=400)
+    drafted = []
+    for token in range(3, 100):
+        text.add([token, 1, 2])
+        drafted.append(len(text.drafts(15)))
+    assert drafted[0] > 0 == drafted[-1]
+
+
+@pytest.mark.parametrize(
+    ("depth", "mtp", "options"),
+    [
+        (0, {}, {}),
+        (2, {}, {}),
+        (2, {}, {"speculative": False}),
+        (2, {}, {"draft_depth": 1, "min_confidence": 0.3}),
+        (2, {"deepseek": True}, {}),
+        (1, {"share_layers": True}, {"draft_depth": 3, "cache": "single"}),
+        (3, {"stack": ParallelConfig}, {"draft_vocab": 3}),
+        (3, {"stack": LinearConfig}, {"draft_depth": "auto"}),
+        (3, {"stack": MaskedConfig}, {}),
+    ],
+    ids=str,
+)
+def test_greedy_text_is_that_of_plain_decoding(
+    depth: int, mtp: dict[str, Any], options: dict[str, Any]
+) -> None:
+    model = small_model(1, depth, vocab=VOCAB, **mtp)
+    prompts = random_prompts(1, LENGTHS, VOCAB)
+    expected = plain(model, prompts, NEW)
+    for batch_size in (1, 2):
+        asked = {"max_new_tokens": NEW, "lookup": 6, "batch_size": batch_size, **options}
+        found = generate(model, prompts, **asked)
+        assert ids_of(found) == expected
+        assert all(0 < g.lookups_accepted <= g.lookups <= g.drafts for g in found)
+        assert sum(g.verify_passes for g in found) < len(prompts) * (NEW - 1)
+    # Read in a window that slides, too.
+    asked |= {"max_context": 16, "long": "slide"}
+    alone = {**asked, "lookup": 0, "speculative": False}
+    for name in ("draft_depth", "min_confidence", "cache", "draft_vocab"):
+        alone.pop(name, None)
+    assert ids_of(generate(model, prompts, **asked)) == ids_of(generate(model, prompts, **alone))
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        {},
+        {"share_layers": True, "deepseek": True},
+        {"stack": LinearConfig},
+        {"stack": MaskedConfig},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_modules_read_looked_up_drafts_like_their_own(
+    mtp: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass, before and after lookups, gives the logits of teacher forcing."""
+    model = small_model(1, 2, vocab=VOCAB, **mtp)
+    prompts = random_prompts(2, LENGTHS, VOCAB)
+    expected = plain(model, prompts, NEW)
+    seen = passes_checked(model, prompts, expected, 2, monkeypatch)
+    steer_drafts(monkeypatch, prompts, expected, chance=0.7)
+    found = generate(model, prompts, max_new_tokens=NEW, lookup=5, batch_size=batch_size)
+    assert ids_of(found) == expected
+    assert all(seen.values()), seen
+    assert sum(g.lookups_accepted for g in found) > 10
+    assert sum(g.drafts_accepted[0] for g in found) > 1
+
+
+@pytest.mark.parametrize("verify", ["token", "block"])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_samples_have_the_models_distribution(
+    depth: int, verify: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.02)  # draft whatever is found
+    model = small_model(11, depth, vocab=SAMPLED)
+    options: dict[str, Any] = {"temperature": 1.0, "lookup": 4, "verify": verify}
+    require_the_models_distribution(model, options, None, prompt_length=30)
+    if verify == "token":
+        cut = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "lookup": 2}
+        require_the_models_distribution(model, cut, None, prompt_length=30)
+
+
+def test_a_sample_depends_on_no_other_text() -> None:
+    model = small_model(4, 2, vocab=VOCAB)
+    prompts = random_prompts(4, (9, 20, 3, 12), VOCAB)
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.8, "lookup": 5}
+    together = generate(model, prompts, batch_size=4, **asked)
+    assert ids_of(generate(model, prompts, batch_size=1, **asked)) == ids_of(together)
+    assert all(g.lookups for g in together)
+
+
+def test_lookups_are_counted_apart() -> None:
+    model = small_model(1, 2, vocab=VOCAB)
+    prompts = random_prompts(1, LENGTHS, VOCAB)
+    found = generate(model, prompts, max_new_tokens=NEW, lookup=6)
+    for g in found:
+        assert g.lookups_accepted + sum(g.drafts_accepted) == sum(g.accepted_mask)
+        modules = g.drafts - g.lookups  # which draft two tokens, at the end fewer
+        assert 0 <= 2 * g.drafts_reached[0] - modules <= 2
+    assert rates(found)["tokens_per_step"] > 1.2
+
+
+def test_what_lookups_alone_would_give_is_what_they_give() -> None:
+    model = small_model(1, 2, vocab=VOCAB)
+    prompts = random_prompts(1, LENGTHS, VOCAB)
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "speculative": False}
+    found = generate(model, prompts, lookup=8, **asked)
+    expected = lookups_alone(prompts, generate(model, prompts, **asked))
+    assert expected == {"lookup_tokens_per_step": pytest.approx(rates(found)["tokens_per_step"])}
+    assert lookups_alone(prompts, generate(model, prompts, max_new_tokens=1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lookup": -1}, "lookup must be a whole number of at least 0, not -1"),
+        ({"lookup": 16}, "lookup must be a number of at most 15, not 16"),
+        ({"lookup": 2, "tree": [2, 1]}, r"lookup=2 does not go together with tree=\[2, 1\]"),
+        ({"lookup": 2, "compile": True}, "lookup=2 does not go together with compile=true"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(small_model(0, 2), [[1]], max_new_tokens=2, **options)
