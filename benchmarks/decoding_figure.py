@@ -23,7 +23,7 @@ WAYS = {
     "llama.cpp": ("llama.cpp", COLORS[4]),
     "plain": ("here, plain", COLORS[0]),
     "drafts": ("here, with drafts", COLORS[2]),
-    "drafts_of_both": ("and drafts from the text itself", COLORS[1]),
+    "drafts_of_both": ("here, with lookups, too", COLORS[1]),
 }
 
 

@@ -64,7 +64,7 @@ class Lookup:
         self._ids[self._n : end] = tokens
         self._n = end
         self._length, start = longest_match(self._ids[:end])
-        # A proposal that reaches the text's end goes on with its own beginning.
+        # A proposal that reaches the text's end continues with its own beginning.
         self._proposed = np.resize(self._ids[start:end], MOST_LOOKUPS if self._length else 0)
 
     def drafts(self, most: int) -> list[int]:

@@ -60,7 +60,7 @@ def test_a_text_proposes_what_followed_before() -> None:
     assert text.drafts(15) == [3]
     assert text.drafts(0) == []
     assert Lookup([1, 2, 3], room=5).drafts(15) == []
-    # A match of one token is too little, and a repeated text goes on beyond its end.
+    # A match of one token is too little, and a repeated text continues beyond its end.
     assert Lookup([1, 2, 3, 1], room=5).drafts(15) == []
     assert Lookup([1, 2, 3] * 7, room=5).drafts(7) == [1, 2, 3, 1, 2, 3, 1]
 
