@@ -1,5 +1,5 @@
-"""Shared by all tests: one thread a worker, so that workers do not fight, seeds, and nothing that
-is left behind."""
+"""Shared by all tests: one thread per worker, so that workers do not fight, seeds, and a check that
+tests leave nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's layers once more, in float64, written from the report's equations with loops."""
+"""DeepSeek-V3's layers again, in float64, written from the report's equations with loops."""
 
 from __future__ import annotations
 

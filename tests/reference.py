@@ -1,4 +1,4 @@
-"""The model once more, in float64, from the papers' equations with loops and no shortcuts."""
+"""The model again, in float64, from the papers' equations with loops and no shortcuts."""
 
 from __future__ import annotations
 

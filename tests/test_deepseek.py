@@ -165,7 +165,7 @@ def test_qk_norm_equals_the_equations() -> None:
 @pytest.mark.parametrize("trunk", ["deepseek", "qk_norm"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_speculative_decoding_equals_plain(trunk: str, depth: int) -> None:
-    untied = {"tie_embeddings": False, "init_std": 0.4}  # tied, it would repeat itself for ever
+    untied = {"tie_embeddings": False, "init_std": 0.4}  # tied, it would repeat itself forever
     config = (
         deepseek.trunk(**untied)
         if trunk == "deepseek"

@@ -1,4 +1,4 @@
-"""What tests leave behind fails them, with one process of pytest and with several."""
+"""What tests leave fails them, with one process of pytest and with several."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def test_the_notebook_was_executed_as_it_stands() -> None:
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert {"image/png", "text/html"} <= kinds, "a picture, a table and coloured text"
+    assert {"image/png", "text/html"} <= kinds, "a picture, a table and colored text"
 
 
 @pytest.mark.long

@@ -70,7 +70,7 @@ SHARED_WITH_SWEEPS = (
     ),
 )
 
-# What claims may ask beside, late: it reads weights, or counts FLOPs with torch.
+# What claims may import besides, late: it reads weights, or counts FLOPs with torch.
 WEIGHTS = ("mtp_lightning.run.checkpoints", "mtp_lightning.run.loading", "mtp_lightning.plan")
 
 LIGHTNING = tuple(
@@ -138,7 +138,7 @@ def test_who_may_import_what() -> None:
                 assert own or not file.startswith("data_modules/"), where
             if takes(name, "data_modules") and not file.startswith("data_modules/"):
                 # The batch is all that models and data share. experiment/ and certify/ bring the
-                # two together, opening.py hands out the tokenizer stored beside a model's weights,
+                # two together, opening.py hands out the tokenizer stored next to a model's weights,
                 # and programs, packed weights and measurements lie in the cache folder, too.
                 stored = file == "mtp_lightning/opening.py" and takes(
                     name, "data_modules.tokenizers"
@@ -274,7 +274,7 @@ def test_every_key_is_explained() -> None:
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(key, line from 0) of every value that is no mapping of further keys."""
+    """(key, line from 0) of every value that is not a mapping of further keys."""
     for key, value in node.value:
         name = key.value
         if name in ("defaults", "hydra", "_target_", "_convert_", "_partial_"):

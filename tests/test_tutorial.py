@@ -23,7 +23,7 @@ COMMANDS = {
     ]
     for name, page in PAGES.items()
 }
-# What a chapter goes on from.
+# The chapter that a chapter continues.
 BEFORE = {"drafting": "first_run", "depths": "first_run"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

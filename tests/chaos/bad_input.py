@@ -36,7 +36,7 @@ from tests.chaos.jobs import TASK
 from tests.chaos.processes import Ended, run
 from tests.integration.helpers import CONF, overrides
 
-# What an option needs beside its name to be a sound run; None for one that is not tried here, for
+# What an option needs besides its name to be a sound run; None for one that is not tried here, as
 # it needs a package, a network or a model.
 _NEEDS: dict[str, dict[str, Any] | None] = {
     "data/huggingface": None,
@@ -269,7 +269,7 @@ FILES: dict[str, Make] = {
     "a list": _changed(lambda c: c.update(model_config=[1, 2])),
     "weights that are words": _changed(lambda c: c.update(state_dict={"a": "b"})),
     "an unknown family": _hugging_face({**LLAMA, "model_type": "nobody"}),
-    "a config that is no JSON": _hugging_face("{"),
+    "a config that is not JSON": _hugging_face("{"),
     "a config that is a list": _hugging_face([1]),
     "a config without a family": _hugging_face({"hidden_size": 8}),
     "a config without a width": _hugging_face(

@@ -36,7 +36,7 @@ def cases(folder: Path) -> list[Case]:
     generate, start = {"generate of": app("generate")}, {"init_from": train("init_from", cache)}
     read: list[tuple[dict[str, Make], dict[str, Command]]] = [
         (CHECKPOINTS, apps | start),
-        (RUNS, {"going on with": train("run_dir", cache)} | generate),
+        (RUNS, {"continuing": train("run_dir", cache)} | generate),
         (FOLDERS, generate | start),
         (TEXTS, {"a text of": train("data.paths", cache, AS_TEXT)}),
         (TOKENS, {"tokens of": train("data.path", cache, AS_TOKENS)}),

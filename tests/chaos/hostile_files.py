@@ -186,7 +186,7 @@ FOLDERS: dict[str, Make] = {
             {_EMBEDDING: {"dtype": "F32", "shape": [10**12, 8], "data_offsets": [0, 4]}}, bytes(4)
         )
     ),
-    "offsets behind the end": _folder(
+    "offsets after the end": _folder(
         model__safetensors=safetensors(
             {_EMBEDDING: {"dtype": "F32", "shape": [257, 8], "data_offsets": [0, 10**9]}}, bytes(4)
         )
@@ -230,7 +230,7 @@ def _with_tokenizer(place: Place, content: bytes) -> Path:
 
 
 def _slow_tokenizer(place: Place) -> Path:
-    """One that splits texts by a pattern that backtracks for ever."""
+    """One that splits texts by a pattern that backtracks forever."""
     folder = _with_tokenizer(place, b"")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -250,7 +250,7 @@ def _compressed(place: Place) -> Path:
 
 
 def _link(place: Place) -> Path:
-    """A pipe without a writer, which a reader would wait for for ever."""
+    """A pipe without a writer, which a reader would wait for forever."""
     file = place.given / "pipe.txt"
     os.mkfifo(file)
     return file

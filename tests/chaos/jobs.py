@@ -40,7 +40,7 @@ TASK: dict[str, Any] = {
     "tokenizer": None,
 }
 _MODEL = {f"model.{key}": None for key in ("n_heads", "n_kv_heads", "d_ff")}
-# Every head, objective, rule and source that has a state of its own to go on from.
+# Every head, objective, rule and source that has a state of its own to continue from.
 RUNS: dict[str, dict[str, Any]] = {
     "sequential": {"lambda_schedule": "linear_decay"},
     "shared": {"mtp.share_layers": "true"},

@@ -1,8 +1,8 @@
-"""Kills and full disks: what is ended at any moment goes on as though nothing had been.
+"""Kills and full disks: what is ended at any moment continues as if nothing had happened.
 
 Every job is done once without a fault. Then it is started in another folder, ended by a signal or
-by a disk that is full, looked at, in one case of three ended once more, and started again by the
-same command. What it leaves must equal what the first one left, to the last bit.
+by a full disk, examined, in one case of three ended again, and started again by the same
+command. What it leaves must equal what the first one left, to the last bit.
 """
 
 from __future__ import annotations
@@ -152,13 +152,13 @@ def _killed(
         hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
         process.alone(seconds=20)
         whole_files(folder)
-    # What starts others goes on when one of them is killed, and calls it failed.
+    # What starts others continues when one of them is killed, and calls it failed.
     return _again(job, whole, folder, told, given=job.again if anyone else ())
 
 
 def _killed_beside(job: Job, whole: Whole, number: int, folder: Path, chance: random.Random) -> str:
     """Two processes do it in the same folders but for their runs, and one of them is ended: the
-    other goes on as though it had been alone."""
+    other continues as if it had been alone."""
     kept, reference = whole.of(job)
     (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
     beside = [part for part in job.arguments(folder) if part != run_dir]
@@ -182,7 +182,7 @@ def _killed_beside(job: Job, whole: Whole, number: int, folder: Path, chance: ra
 def _at_operation(
     job: Job, whole: Whole, code: int | None, folder: Path, chance: random.Random
 ) -> str:
-    """Killed just before, in, or just behind its n-th operation on a file, or told there that the
+    """Killed just before, in, or just after its n-th operation on a file, or told there that the
     disk is full."""
     n = chance.randint(1, whole.operations(job))
     after = chance.random() < 0.5

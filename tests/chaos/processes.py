@@ -62,7 +62,7 @@ class Process:
     """A command that runs.
 
     Args:
-        arguments: the app (``train.py``) and what it is given; a module behind ``-m``.
+        arguments: the app (``train.py``) and what it is given; a module after ``-m``.
         log: the file that both outputs go to.
         folder: where it is started.
         change: done in the process before its command begins.

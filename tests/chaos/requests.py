@@ -1,4 +1,4 @@
-"""Requests to a server: fields of wrong kinds, bytes that are no JSON, clients that hang up.
+"""Requests to a server: fields of wrong kinds, bytes that are not JSON, clients that hang up.
 
 Each is answered in a sentence with a code of HTTP, and the server lives.
 """
@@ -81,7 +81,7 @@ def cases(folder: Path) -> list[Case]:
     ]
     for name, attempt in {
         "a client that hangs up": partial(_sent, served, _part_of_a_request, "its rows are free"),
-        "bytes that are no HTTP": partial(_sent, served, _random_bytes, "it answers others"),
+        "bytes that are not HTTP": partial(_sent, served, _random_bytes, "it answers others"),
         "many at once": partial(_many, served),
     }.items():
         found.append(Case("requests", name, attempt, timed=True))
