@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.fused import decoding_passes
@@ -172,7 +173,7 @@ class Engine:
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
         sequences = [
-            TextSequence(r, self.max_draft, self.tokenizer, self._lookup(r)) for r in requests
+            TextSequence(r, self.max_draft, self.tokenizer, self._lookup_of(r)) for r in requests
         ]
         tokens, logits_BV = decoder.join(
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
@@ -233,7 +234,7 @@ class Engine:
             )
         self._drop(self._sequences.index(sequence))
 
-    def _lookup(self, request: Request) -> Lookup | None:
+    def _lookup_of(self, request: Request) -> Lookup | None:
         if not self.options.lookup:
             return None
         kind = imported(f"{_PACKAGE}.lookup.Lookup")
@@ -279,8 +280,7 @@ class Engine:
         if limit is not None:
             lengths = decoder.session.n
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
-        rooms = [min(cap, self.options.lookup) for cap in caps]
-        known = [s.looked_up(room) for s, room in zip(self._sequences, rooms, strict=True)]
+        known = [s.looked_up(n) for s, n in zip(self._sequences, self._lookups(caps), strict=True)]
         auto = self._auto
         wanted = self.max_draft
         if auto is not None:
@@ -306,6 +306,21 @@ class Engine:
             auto.record(n_drafts, seconds, outcome.accepted, reached_by)
         return outcome
 
+    def _lookups(self, caps: Sequence[int]) -> list[int]:
+        """The most drafts of every row that its own text may give.
+
+        Where reading a further token for several rows costs as much as a pass, only a row that is
+        alone has them; a sample, which depends on its drafts, only if no row can join it.
+        """
+        if pays_for_many(self._model.head.weight.device):
+            shared = alone = True
+        else:
+            shared, alone = len(caps) == 1, self.slots == 1
+        requests = [sequence.request for sequence in self._sequences]
+        allowed = [shared if request.greedy else alone for request in requests]
+        most = self.options.lookup
+        return [min(cap, most) if ok else 0 for cap, ok in zip(caps, allowed, strict=True)]
+
     def _own_depth(self, request: Request) -> int | None:
         """The number of drafts that a request asks for, or that samples keep; None if it is free
         to change, as greedy text does not depend on it."""
@@ -325,6 +340,12 @@ class Engine:
         self._sequences[i] = self._sequences[-1]
         self._sequences.pop()
         self._decoder.drop_row(i)
+
+
+def pays_for_many(device: torch.device) -> bool:
+    """Whether drafts that only some rows have pay in passes over several rows: those of a CPU take
+    time by the token, those of a GPU hardly."""
+    return device.type != "cpu"
 
 
 def _kept(limit: int) -> int:

@@ -158,7 +158,8 @@ class DecodingOptions(TextOptions):
         verify: which sampled drafts of a chain are kept: a rule of ``verification.py``.
         lookup: the most drafts of a round that are looked up in the text itself (``lookup.py``),
             with or without ``speculative``; up to 15, 0 for none. Where the text has stood before,
-            the modules do not draft.
+            the modules do not draft. On a CPU a text must be decoded alone to have them, and a
+            sample with ``batch_size=1``.
         compile: run compiled passes (``compiled.py``): several times as fast once built, which
             takes about ten seconds per program. One text at a time; greedy texts can differ from
             plain decoding where two tokens' logits agree to about 1e-5.

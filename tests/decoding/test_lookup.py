@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_lightning.decoding import generate, lookup
+from mtp_lightning.decoding import engine, generate, lookup
 from mtp_lightning.decoding.lookup import Lookup, longest_match, lookups_alone
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
@@ -30,6 +30,13 @@ NEW = 40
 # Texts of few tokens repeat themselves.
 VOCAB = 5
 LENGTHS = (5, 1, 13)
+
+
+@pytest.fixture(params=[1, 3])
+def batch_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Texts that are decoded together, and all have lookups, as on a GPU."""
+    monkeypatch.setattr(engine, "pays_for_many", lambda device: True)
+    return int(request.param)
 
 
 def by_search(ids: list[int]) -> tuple[int, int]:
@@ -96,17 +103,16 @@ def test_the_number_of_drafts_follows_what_was_right() -> None:
     ids=str,
 )
 def test_greedy_text_is_that_of_plain_decoding(
-    depth: int, mtp: dict[str, Any], options: dict[str, Any]
+    depth: int, mtp: dict[str, Any], options: dict[str, Any], batch_size: int
 ) -> None:
     model = small_model(1, depth, vocab=VOCAB, **mtp)
     prompts = random_prompts(1, LENGTHS, VOCAB)
     expected = plain(model, prompts, NEW)
-    for batch_size in (1, 2):
-        asked = {"max_new_tokens": NEW, "lookup": 6, "batch_size": batch_size, **options}
-        found = generate(model, prompts, **asked)
-        assert ids_of(found) == expected
-        assert all(0 < g.lookups_accepted <= g.lookups <= g.drafts for g in found)
-        assert sum(g.verify_passes for g in found) < len(prompts) * (NEW - 1)
+    asked = {"max_new_tokens": NEW, "lookup": 6, "batch_size": batch_size, **options}
+    found = generate(model, prompts, **asked)
+    assert ids_of(found) == expected
+    assert all(0 < g.lookups_accepted <= g.lookups <= g.drafts for g in found)
+    assert sum(g.verify_passes for g in found) < len(prompts) * (NEW - 1)
     # Read in a window that slides, too.
     asked |= {"max_context": 16, "long": "slide"}
     alone = {**asked, "lookup": 0, "speculative": False}
@@ -125,7 +131,6 @@ def test_greedy_text_is_that_of_plain_decoding(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("batch_size", [1, 3])
 def test_modules_read_looked_up_drafts_like_their_own(
     mtp: dict[str, Any], batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +153,7 @@ def test_samples_have_the_models_distribution(
     depth: int, verify: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.02)  # draft whatever is found
+    monkeypatch.setattr(engine, "pays_for_many", lambda device: True)
     model = small_model(11, depth, vocab=SAMPLED)
     options: dict[str, Any] = {"temperature": 1.0, "lookup": 4, "verify": verify}
     require_the_models_distribution(model, options, None, prompt_length=30)
@@ -156,19 +162,35 @@ def test_samples_have_the_models_distribution(
         require_the_models_distribution(model, cut, None, prompt_length=30)
 
 
-def test_a_sample_depends_on_no_other_text() -> None:
+def test_a_sample_depends_on_no_other_text(batch_size: int) -> None:
     model = small_model(4, 2, vocab=VOCAB)
     prompts = random_prompts(4, (9, 20, 3, 12), VOCAB)
     asked: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.8, "lookup": 5}
     together = generate(model, prompts, batch_size=4, **asked)
-    assert ids_of(generate(model, prompts, batch_size=1, **asked)) == ids_of(together)
+    assert ids_of(generate(model, prompts, batch_size=batch_size, **asked)) == ids_of(together)
     assert all(g.lookups for g in together)
+
+
+def test_on_a_cpu_only_a_text_alone_is_looked_up() -> None:
+    model = small_model(1, 2, vocab=VOCAB)
+    prompts = random_prompts(1, LENGTHS, VOCAB)
+
+    def lookups(n: int, batch_size: int, temperature: float = 0.0) -> list[int]:
+        options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature}
+        found = generate(model, prompts[:n], max_new_tokens=NEW, lookup=6, **options)
+        return [g.lookups for g in found]
+
+    assert all(lookups(1, 3)) and all(lookups(3, 1))
+    # Drafts of the modules end texts in different rounds, and the last one is alone for a while.
+    assert sorted(map(bool, lookups(3, 3))) == [False, False, True]
+    # A sample's drafts must not depend on others that may join.
+    assert all(lookups(3, 1, 1.0)) and not any(lookups(3, 3, 1.0))
 
 
 def test_lookups_are_counted_apart() -> None:
     model = small_model(1, 2, vocab=VOCAB)
     prompts = random_prompts(1, LENGTHS, VOCAB)
-    found = generate(model, prompts, max_new_tokens=NEW, lookup=6)
+    found = generate(model, prompts, max_new_tokens=NEW, lookup=6, batch_size=1)
     for g in found:
         assert g.lookups_accepted + sum(g.drafts_accepted) == sum(g.accepted_mask)
         modules = g.drafts - g.lookups  # which draft two tokens, at the end fewer
@@ -179,7 +201,7 @@ def test_lookups_are_counted_apart() -> None:
 def test_what_lookups_alone_would_give_is_what_they_give() -> None:
     model = small_model(1, 2, vocab=VOCAB)
     prompts = random_prompts(1, LENGTHS, VOCAB)
-    asked: dict[str, Any] = {"max_new_tokens": NEW, "speculative": False}
+    asked: dict[str, Any] = {"max_new_tokens": NEW, "speculative": False, "batch_size": 1}
     found = generate(model, prompts, lookup=8, **asked)
     expected = lookups_alone(prompts, generate(model, prompts, **asked))
     assert expected == {"lookup_tokens_per_step": pytest.approx(rates(found)["tokens_per_step"])}
