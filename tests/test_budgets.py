@@ -23,7 +23,7 @@ LINES = {
     "mtp_lightning/callbacks": 1_715,
     "mtp_lightning/certify": 1_075,
     "mtp_lightning/cpu": 1_645,
-    "mtp_lightning/decoding": 4_715,
+    "mtp_lightning/decoding": 4_720,
     "mtp_lightning/distributed": 1_325,
     "mtp_lightning/experiment": 2_640,
     "mtp_lightning/heads": 780,

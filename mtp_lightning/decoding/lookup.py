@@ -113,7 +113,8 @@ def lookups_alone(
             text.add(ids[at:end])
             passes, at = passes + 1, end
         tokens += len(ids) - 1
-    return {"lookup_tokens_per_step": tokens / passes} if passes else {}
+    # fp32, the precision that loggers store.
+    return {"lookup_tokens_per_step": float(np.float32(tokens / passes))} if passes else {}
 
 
 def with_lookups(

@@ -20,6 +20,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.generate import generate
+from mtp_lightning.decoding.lookup import lookups_alone
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.model import MTPModel
@@ -124,7 +125,8 @@ def acceptance(
     *,
     tokenizer: Any = None,
 ) -> tuple[dict[str, float], list[Generation]]:
-    """:func:`rates` of greedy drafting and their :func:`intervals`; also checks that plain decoding
+    """:func:`rates` of greedy drafting, their :func:`intervals`, and what
+    :func:`~mtp_lightning.decoding.lookup.lookups_alone` would give; also checks that plain decoding
     gives the same texts.
 
     Args:
@@ -144,7 +146,9 @@ def acceptance(
     drafted = generate(model, prompts, options, tokenizer=tokenizer)
     require_same_greedy(model, prompts, plain, drafted)
     setting = {"n_prompts": float(len(prompts)), "new_tokens": float(options.max_new_tokens)}
-    return {**rates(drafted), **intervals(drafted), **setting}, plain
+    return {
+        **rates(drafted), **intervals(drafted), **lookups_alone(prompts, plain), **setting
+    }, plain  # fmt: skip
 
 
 @torch.inference_mode()
@@ -287,9 +291,9 @@ def decoding_report(
         repeats: number of times that the timed prompts are decoded.
 
     Returns:
-        The values of :func:`acceptance`, :func:`~mtp_lightning.decoding.lookup.lookups_alone` and
-        :func:`teacher_forced_rates`, ``speedup`` (wall-clock over plain decoding) and
-        ``expected_speedup`` (from ``expected_tokens_per_step`` and :func:`pass_costs`).
+        The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
+        over plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
+        :func:`pass_costs`).
 
     Raises:
         RuntimeError: drafts changed a text.
@@ -297,8 +301,6 @@ def decoding_report(
     """
     model.mtp.require_drafts()
     values, plain = acceptance(model, prompts, options, tokenizer=tokenizer)
-    lookups_alone = imported("mtp_lightning.decoding.lookup.lookups_alone")
-    values |= lookups_alone(prompts, plain)
     timed, alone = prompts[:TIMED], replace(options, batch_size=1)
     ways = {"plain": alone.plain(), "drafted": alone}
     run = race(model, timed, ways, tokenizer=tokenizer, repeats=repeats)
