@@ -29,7 +29,8 @@ WAYS = {
 
 def best_of(rows: list[Row]) -> str:
     """The way of drafting by heads whose mean speed over plain decoding is the highest."""
-    ways = [name for name in rows[0] if name.startswith("drafts") and "_of_both" not in name]
+    others = ("drafts_of_the_text", "drafts_of_both")
+    ways = [name for name in rows[0] if name.startswith("drafts") and name not in others]
     return max(ways, key=lambda way: sum(row[way]["over_plain_cpu"] for row in rows))
 
 

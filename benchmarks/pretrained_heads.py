@@ -268,7 +268,7 @@ def pretrained_heads(
         prompts: prompts of each kind, up to 12.
         drafts: drafts a round.
         draft_vocab: sizes of the vocabulary that drafts are also chosen from.
-        lookup: drafts a round that are looked up in the text, alone and besides the fastest drafts.
+        lookup: drafts a round that are looked up in the text, alone and with the drafts that pay.
         head_precision: of the modules' own matrices.
         activations: of products with weights in blocks; int8 makes them of integers.
         llama_cpp: the trunk as a GGUF file, which llama.cpp decodes as well.

@@ -8,8 +8,8 @@
 
 A text depends on its own request alone, not on the other sequences of the batch. Greedy text equals
 that of plain decoding token for token; a sample is determined by ``seed`` and ``index``. With
-``draft_depth="auto"`` and no measurement a sample also depends on timing, but its distribution
-remains the trunk's.
+``draft_depth="auto"`` and no measurement a sample also depends on timing, and with ``lookup`` on
+whether the engine has one slot, but its distribution remains the trunk's.
 """
 
 from __future__ import annotations
@@ -275,12 +275,15 @@ class Engine:
                 session.slide(i, _kept(limit))
 
     def _round(self, decoder: Decoder) -> Round:
-        caps = [sequence.most_drafts for sequence in self._sequences]
+        # After the accepted drafts comes a token of the trunk's own.
+        rooms = [sequence.remaining - 1 for sequence in self._sequences]
         limit = self.options.max_context
         if limit is not None:
             lengths = decoder.session.n
-            caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
-        known = [s.looked_up(n) for s, n in zip(self._sequences, self._lookups(caps), strict=True)]
+            rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
+        known = [s.looked_up(n) for s, n in zip(self._sequences, self._lookups(rooms), strict=True)]
+        asked = [sequence.request.draft_depth for sequence in self._sequences]
+        caps = [r if a is None else min(r, a) for r, a in zip(rooms, asked, strict=True)]
         auto = self._auto
         wanted = self.max_draft
         if auto is not None:
@@ -306,20 +309,18 @@ class Engine:
             auto.record(n_drafts, seconds, outcome.accepted, reached_by)
         return outcome
 
-    def _lookups(self, caps: Sequence[int]) -> list[int]:
+    def _lookups(self, rooms: Sequence[int]) -> list[int]:
         """The most drafts of every row that its own text may give.
 
-        Where reading a further token for several rows costs as much as a pass, only a row that is
-        alone has them; a sample, which depends on its drafts, only if no row can join it.
+        On a CPU a greedy row has lookups only while it is alone, and a sampled row only in an
+        engine of one slot, since its text depends on its drafts.
         """
-        if pays_for_many(self._model.head.weight.device):
-            shared = alone = True
-        else:
-            shared, alone = len(caps) == 1, self.slots == 1
+        for_many = pays_for_many(self._model.head.weight.device)
+        shared, alone = for_many or len(rooms) == 1, for_many or self.slots == 1
         requests = [sequence.request for sequence in self._sequences]
-        allowed = [shared if request.greedy else alone for request in requests]
+        allowed = [(shared if r.greedy else alone) and r.draft_depth != 0 for r in requests]
         most = self.options.lookup
-        return [min(cap, most) if ok else 0 for cap, ok in zip(caps, allowed, strict=True)]
+        return [min(room, most) if ok else 0 for room, ok in zip(rooms, allowed, strict=True)]
 
     def _own_depth(self, request: Request) -> int | None:
         """The number of drafts that a request asks for, or that samples keep; None if it is free
@@ -343,8 +344,8 @@ class Engine:
 
 
 def pays_for_many(device: torch.device) -> bool:
-    """Whether drafts that only some rows have pay in passes over several rows: those of a CPU take
-    time by the token, those of a GPU hardly."""
+    """Whether drafts that only some rows have pay in a pass over several: a pass on a CPU takes
+    time for every token, one on a GPU hardly more for several."""
     return device.type != "cpu"
 
 

@@ -113,8 +113,8 @@ class Request(TextOptions):
         prompt: token ids, at least one; kept as a list.
         index: number of the prompt among those with the same seed; each has its own stream of
             random numbers.
-        draft_depth: drafts of its rounds, at most the engine's; 0 is plain decoding, None is as
-            many as the engine drafts.
+        draft_depth: drafts that the modules make in its rounds, at most the engine's; 0 is plain
+            decoding, None is as many as the engine drafts.
     """
 
     prompt: Prompt
@@ -157,9 +157,9 @@ class DecodingOptions(TextOptions):
             drafts a chain.
         verify: which sampled drafts of a chain are kept: a rule of ``verification.py``.
         lookup: the most drafts of a round that are looked up in the text itself (``lookup.py``),
-            with or without ``speculative``; up to 15, 0 for none. Where the text has stood before,
-            the modules do not draft. On a CPU a text must be decoded alone to have them, and a
-            sample with ``batch_size=1``.
+            with or without ``speculative``; up to 15, 0 for none. They replace the modules' drafts
+            of a row whose last tokens have stood in its text before. On a CPU a greedy text has
+            them while it is decoded alone, a sample if the engine has one slot.
         compile: run compiled passes (``compiled.py``): several times as fast once built, which
             takes about ten seconds per program. One text at a time; greedy texts can differ from
             plain decoding where two tokens' logits agree to about 1e-5.
@@ -197,7 +197,7 @@ class DecodingOptions(TextOptions):
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
         require_choice("verify", self.verify, list(RULES))
-        self._settle_whole("lookup", least=0)
+        require_whole("lookup", self.lookup, least=0)
         require_number("lookup", self.lookup, most=MOST_LOOKUPS)
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._settle("tree", Tree(self.tree))
@@ -211,7 +211,8 @@ class DecodingOptions(TextOptions):
         for option, others in _NOT_TOGETHER.items():
             asked = self._asked(option)
             for other in filter(None, map(self._asked, others)) if asked else ():
-                raise _not_together(str(asked), other)
+                if (option, other, self.lookup > 0) != ("verify", "speculative=false", True):
+                    raise _not_together(str(asked), other)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any], **known: Any) -> Self:

@@ -196,12 +196,6 @@ class TextSequence:
         """Number of tokens left to generate."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    @property
-    def most_drafts(self) -> int:
-        """Drafts that the next pass may accept: after them comes a token of the trunk's own."""
-        room, asked = self.remaining - 1, self.request.draft_depth
-        return room if asked is None else min(room, asked)
-
     def looked_up(self, most: int) -> list[int]:
         """Drafts of the next round from the text itself, up to ``most``; none without lookups."""
         self._looked_up = [] if self._lookup is None else self._lookup.drafts(most)

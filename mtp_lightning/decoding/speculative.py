@@ -49,8 +49,9 @@ class Step:
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
 
 
-Draft = tuple[int, Tensor, Tensor | None]
-"""A depth, its logits [B, V], and which rows draft at it, bool [B]; None is all."""
+Draft = tuple[int, Tensor | None, Tensor | None, Tensor | None]
+"""A depth; its logits [B, V], None if no module drafts; the rows that are confident enough to draft
+at it, bool [B], None for all; and tokens [B] that are drafted instead, -1 for a row without one."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,11 @@ class Decoder:
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
             known: for each row, drafts that take the place of the modules', if there are any.
         """
-        caps, tokens_BS = list(caps), self.session.tokens_BS
+        caps = list(caps)
         drafts = self._drafts(0 if known and all(known) else n_drafts)
         if any(known):
-            vocab = self.session.model.config.trunk.vocab_size
             with_lookups = imported("mtp_lightning.decoding.lookup.with_lookups")
-            drafts = with_lookups(drafts, known, caps, n_tokens=vocab, device=tokens_BS.device)
+            drafts = with_lookups(drafts, known, caps, self.session.tokens_BS.device)
         choose = self._greedy if self._sampling.greedy else self._sample
         done = choose(drafts, caps)
         self.session.accept(done.accepted, self._made)
@@ -184,15 +184,18 @@ class Decoder:
                 believed_B = product_B >= self.min_confidence
                 if not bool(believed_B.any()):
                     return
-            yield k, logits_BV, believed_B
+            yield k, logits_BV, believed_B, None
 
     def _greedy(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
         session = self.session
         drafts = []
-        for k, logits_BV, _ in made:
-            draft_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-            session.put(draft_B1, k)
-            drafts.append(draft_B1)
+        for k, logits_BV, _, own_B in made:
+            draft_B = own_B if logits_BV is None else logits_BV.argmax(dim=-1)
+            assert draft_B is not None
+            if own_B is not None:
+                draft_B = torch.where(own_B < 0, draft_B, own_B).clamp(min=0)
+            drafts.append(draft_B.unsqueeze(1))
+            session.put(drafts[-1], k)
         n_drafts = len(drafts)
         logits_BTV = session.verify(n_drafts)
         choice_BT = logits_BTV.argmax(dim=-1)
@@ -215,12 +218,24 @@ class Decoder:
         noise_BR = self._noise.next()
         sure_B = torch.full((len(caps),), self._most, device=noise_BR.device)
         drafts, proposals = [], []
-        for k, logits_BV, believed_B in made:
-            q_BV = self._sampling.probabilities(logits_BV)
-            draft_B1 = draw(q_BV, noise_BR[:, k - 1]).unsqueeze(1)
-            session.put(draft_B1, k)
-            drafts.append(draft_B1)
-            proposals.append(q_BV)
+        vocab = session.model.config.trunk.vocab_size
+        for k, logits_BV, believed_B, own_B in made:
+            if logits_BV is None:
+                assert own_B is not None
+                draft_B = own_B.clamp(min=0)
+                q_BV = torch.zeros(len(caps), vocab, device=own_B.device)
+                q_BV.scatter_(1, draft_B.unsqueeze(1), 1.0)
+            else:
+                q_BV = self._sampling.probabilities(logits_BV)
+                draft_B = draw(q_BV, noise_BR[:, k - 1])
+                if own_B is not None:  # its probability is 1
+                    draft_B = torch.where(own_B < 0, draft_B, own_B)
+                    certain_BV = torch.zeros(len(caps), vocab, device=q_BV.device)
+                    certain_BV.scatter_(1, draft_B.unsqueeze(1), 1.0)
+                    q_BV = torch.where(own_B.unsqueeze(1) < 0, over_all(q_BV, vocab), certain_BV)
+            drafts.append(draft_B.unsqueeze(1))
+            session.put(drafts[-1], k)
+            proposals.append(over_all(q_BV, vocab) if own_B is not None else q_BV)
             if believed_B is not None:
                 sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
         n_drafts = len(drafts)

@@ -42,6 +42,8 @@ _REPORTED = (
     "verify_passes",
     "tokens_per_step",
     "acceptance",
+    "lookups",
+    "lookups_accepted",
     "finish_reason",
 )
 
@@ -215,7 +217,8 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     measured = settled.measured
     if rows is not None and measured is not None and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
-        return replace(options.plain(), lookup=options.lookup)
+        verify = options.verify if options.lookup else "token"
+        return replace(options.plain(), lookup=options.lookup, verify=verify)
     return settled
 
 

@@ -120,7 +120,8 @@ def told(generation: Generation) -> str:
     line += f", {tokens / passes:.2f} per pass; {accepted} accepted of {generation.drafts}"
     if not generation.lookups:
         return line
-    return f"{line}; {generation.lookups_accepted} of {generation.lookups} looked up in the text"
+    kept = generation.lookups_accepted
+    return f"{line}; {kept} of the {generation.lookups} looked up in the text were accepted"
 
 
 def ends_at_once(generation: Generation) -> str | None:

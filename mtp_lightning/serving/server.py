@@ -59,6 +59,7 @@ class Server(uvicorn.Server):
         )
         facts = {
             "draft_depth": engine.max_draft,
+            "lookup": engine.options.lookup,
             "tree": None if options.tree is None else list(options.tree.widths),
             "chat": parser.template is not None,
             "max_tokens": cfg.max_new_tokens,

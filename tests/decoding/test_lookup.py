@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mtp_lightning.decoding import engine, generate, lookup
 from mtp_lightning.decoding.lookup import Lookup, longest_match, lookups_alone
+from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import VOCAB as SAMPLED
-from tests.decoding.distributions import require_the_models_distribution
+from tests.decoding.distributions import chi_square, require_the_models_distribution
 from tests.decoding.models import (
     ids_of,
     passes_checked,
@@ -24,6 +28,7 @@ from tests.decoding.models import (
     random_prompts,
     small_model,
     steer_drafts,
+    teacher_forced,
 )
 
 NEW = 40
@@ -162,6 +167,50 @@ def test_samples_have_the_models_distribution(
         require_the_models_distribution(model, cut, None, prompt_length=30)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"verify": "token"},
+        {"verify": "block"},
+        {"verify": "block", "speculative": False},
+        {"min_confidence": 0.4, "draft_vocab": 3},
+    ],
+    ids=str,
+)
+def test_chains_of_lookups_leave_the_distribution_as_it_is(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of four tokens, next to greedy ones and ones of another temperature."""
+    monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.005)
+    monkeypatch.setattr(engine, "pays_for_many", lambda device: True)
+    vocab, length, n = 4, 4, 1500
+    model = small_model(11, 2, vocab=vocab)
+    prompt, other = random_prompts(11, (30, 23), vocab)
+    probs = torch.zeros(vocab**length)
+    for before in itertools.product(range(vocab), repeat=length - 1):
+        (logits,) = teacher_forced(model, [*prompt, *before], 0)
+        p = logits[-length:].softmax(-1)
+        start = math.prod(float(p[i, token]) for i, token in enumerate(before))
+        place = sum(token * vocab ** (length - 1 - i) for i, token in enumerate(before))
+        probs[place : place + vocab] = start * p[-1]
+    requests = []
+    for i in range(n):
+        asked: dict[str, Any] = {"index": i, "seed": 3, "max_new_tokens": length}
+        requests.append(Request(prompt=prompt, temperature=1.0, **asked))
+        if i % 4 == 0:
+            requests.append(Request(prompt=other, temperature=0.6 * (i % 8 == 0), max_new_tokens=9))
+    counts, longest = torch.zeros_like(probs), 0
+    drafting = DecodingOptions(batch_size=150, lookup=3, **options)
+    with engine.Engine(model, drafting) as running:
+        for text in running.run(requests):
+            if text.finish_reason and text.request.temperature == 1:
+                ids = text.token_ids
+                counts[sum(t * vocab ** (length - 1 - i) for i, t in enumerate(ids))] += 1
+                longest = max(longest, text.generation().lookups_accepted)
+    assert longest >= 2 and counts.sum() == n
+    assert chi_square(counts, probs) < 4
+
+
 def test_a_sample_depends_on_no_other_text(batch_size: int) -> None:
     model = small_model(4, 2, vocab=VOCAB)
     prompts = random_prompts(4, (9, 20, 3, 12), VOCAB)
@@ -206,6 +255,19 @@ def test_what_lookups_alone_would_give_is_what_they_give() -> None:
     expected = lookups_alone(prompts, generate(model, prompts, **asked))
     assert expected == {"lookup_tokens_per_step": pytest.approx(rates(found)["tokens_per_step"])}
     assert lookups_alone(prompts, generate(model, prompts, max_new_tokens=1)) == {}
+
+
+def test_a_request_can_switch_lookups_off() -> None:
+    model = small_model(1, 2, vocab=VOCAB)
+    (prompt,) = random_prompts(1, (5,), VOCAB)
+    found = {}
+    with engine.Engine(model, DecodingOptions(batch_size=1, lookup=6)) as running:
+        for depth in (None, 0, 1):
+            asked = Request(prompt=prompt, max_new_tokens=NEW, draft_depth=depth)
+            *_, text = running.run([asked])
+            found[depth] = text.generation()
+    assert found[0].drafts == 0 < found[1].lookups <= found[1].drafts
+    assert found[None].lookups > 0 and len(set(map(tuple, ids_of(found.values())))) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import Generation, generate, measure
 from mtp_lightning.decoding.acceptance import acceptance_by, first_drafts
+from mtp_lightning.decoding.lookup import lookups_alone
 from mtp_lightning.decoding.measure import (
     PassCosts,
     Race,
@@ -91,7 +92,8 @@ def test_acceptance_does_not_depend_on_what_is_decoded_together() -> None:
     prompts = random_prompts(3, (4, 1, 9, 6), vocab=3)
     found, plain = acceptance(model, prompts, DecodingOptions(max_new_tokens=20))
     alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
-    assert found == {**rates(alone), **intervals(alone), "n_prompts": 4.0, "new_tokens": 20.0}
+    setting = {"n_prompts": 4.0, "new_tokens": 20.0}
+    assert found == rates(alone) | intervals(alone) | lookups_alone(prompts, alone) | setting
     assert ids_of(plain) == ids_of(alone)
     assert found["acceptance_position_1_low"] < found["acceptance_position_1_high"]
 
