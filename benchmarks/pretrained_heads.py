@@ -4,10 +4,10 @@
 
 Prompts of three kinds are decoded one at a time, greedily and at temperature 1, with fixed numbers
 of drafts, with the number that pays (``drafts_that_pay``, the default of generate.py), with drafts
-that are looked up in the text, and with both (``drafts_of_both``). All ways
-take turns at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy
-texts with and without drafts must be the same, token for token; how many of them are transformers',
-too, is counted. ``benchmarks.rounds`` has the cost of single passes, which bounds the speed-up.
+that are looked up in the text, and with both (``drafts_of_both``). All ways take turns at every
+prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts with and without
+drafts must be the same, token for token; how many of them are transformers', too, is counted.
+``benchmarks.rounds`` has the cost of single passes, which bounds the speed-up.
 ``python -m benchmarks.decoding_figure FILE.svg`` draws the stored results of all processors.
 """
 

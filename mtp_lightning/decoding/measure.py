@@ -146,9 +146,8 @@ def acceptance(
     drafted = generate(model, prompts, options, tokenizer=tokenizer)
     require_same_greedy(model, prompts, plain, drafted)
     setting = {"n_prompts": float(len(prompts)), "new_tokens": float(options.max_new_tokens)}
-    return {
-        **rates(drafted), **intervals(drafted), **lookups_alone(prompts, plain), **setting
-    }, plain  # fmt: skip
+    alone = lookups_alone(prompts, plain)
+    return {**rates(drafted), **intervals(drafted), **alone, **setting}, plain
 
 
 @torch.inference_mode()

@@ -190,11 +190,8 @@ class Decoder:
         session = self.session
         drafts = []
         for k, logits_BV, _, own_B in made:
-            draft_B = own_B if logits_BV is None else logits_BV.argmax(dim=-1)
-            assert draft_B is not None
-            if own_B is not None:
-                draft_B = torch.where(own_B < 0, draft_B, own_B).clamp(min=0)
-            drafts.append(draft_B.unsqueeze(1))
+            best_B = None if logits_BV is None else logits_BV.argmax(dim=-1)
+            drafts.append(_drafted(best_B, own_B).unsqueeze(1))
             session.put(drafts[-1], k)
         n_drafts = len(drafts)
         logits_BTV = session.verify(n_drafts)
@@ -220,22 +217,19 @@ class Decoder:
         drafts, proposals = [], []
         vocab = session.model.config.trunk.vocab_size
         for k, logits_BV, believed_B, own_B in made:
-            if logits_BV is None:
-                assert own_B is not None
-                draft_B = own_B.clamp(min=0)
-                q_BV = torch.zeros(len(caps), vocab, device=own_B.device)
-                q_BV.scatter_(1, draft_B.unsqueeze(1), 1.0)
-            else:
-                q_BV = self._sampling.probabilities(logits_BV)
-                draft_B = draw(q_BV, noise_BR[:, k - 1])
-                if own_B is not None:  # its probability is 1
-                    draft_B = torch.where(own_B < 0, draft_B, own_B)
-                    certain_BV = torch.zeros(len(caps), vocab, device=q_BV.device)
-                    certain_BV.scatter_(1, draft_B.unsqueeze(1), 1.0)
-                    q_BV = torch.where(own_B.unsqueeze(1) < 0, over_all(q_BV, vocab), certain_BV)
-            drafts.append(draft_B.unsqueeze(1))
-            session.put(drafts[-1], k)
-            proposals.append(over_all(q_BV, vocab) if own_B is not None else q_BV)
+            q_BV = None if logits_BV is None else self._sampling.probabilities(logits_BV)
+            drawn_B = None if q_BV is None else draw(q_BV, noise_BR[:, k - 1])
+            draft_B1 = _drafted(drawn_B, own_B).unsqueeze(1)
+            if own_B is not None:  # a row's own token has probability 1
+                one_BV = torch.zeros(len(caps), vocab, device=own_B.device)
+                one_BV.scatter_(1, draft_B1, 1.0)
+                if q_BV is not None:
+                    one_BV = torch.where(own_B.unsqueeze(1) < 0, over_all(q_BV, vocab), one_BV)
+                q_BV = one_BV
+            assert q_BV is not None
+            session.put(draft_B1, k)
+            drafts.append(draft_B1)
+            proposals.append(q_BV)
             if believed_B is not None:
                 sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
         n_drafts = len(drafts)
@@ -260,6 +254,14 @@ class Decoder:
             draft, tokens = row[:limit], row[n_drafts:]
             steps.append(Step.of_chain(tokens[: accepted + 1], accepted, draft))
         return Round(steps, logits_BTV)
+
+
+def _drafted(drawn_B: Tensor | None, own_B: Tensor | None) -> Tensor:
+    """The drafts [B]: a row's own token, else the modules', else 0, which is not accepted."""
+    if drawn_B is None:
+        assert own_B is not None
+        return own_B.clamp(min=0)
+    return drawn_B if own_B is None else torch.where(own_B < 0, drawn_B, own_B)
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:
