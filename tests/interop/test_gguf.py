@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from data_modules.corpora import smollm2
 from data_modules.tokenizers import BPETokenizer, PretrainedTokenizer, tokenizer_from_state
 from data_modules.windows import WindowBatch
 from mtp_lightning.cpu import library as native
@@ -27,7 +28,6 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.parts import is_gguf
-from tests import fetch_smollm2
 from tests.interop import folders
 from tests.interop.folders import read_folder
 from tests.interop.gguf_files import (
@@ -220,11 +220,11 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (fetch_smollm2.FOLDER / fetch_smollm2.MODEL).is_file(),
-    reason="python tests/fetch_smollm2.py",
+    not (smollm2.FOLDER / smollm2.MODEL).is_file(),
+    reason="python -m data_modules.corpora.smollm2",
 )
 def test_greedy_texts_of_a_real_model_do_not_change() -> None:
-    run = open_model(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
+    run = open_model(smollm2.FOLDER / smollm2.MODEL)
     config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
     model = MTPModel(config)
     model.initialize(0)
@@ -233,7 +233,7 @@ def test_greedy_texts_of_a_real_model_do_not_change() -> None:
     plain = generate(model, prompts, max_new_tokens=24, speculative=False)
     drafted = generate(model, prompts, max_new_tokens=24)
     require_same_greedy(model, prompts, plain, drafted)
-    theirs = loaded(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
+    theirs = loaded(smollm2.FOLDER / smollm2.MODEL)
     with torch.no_grad():
         expected = theirs(torch.tensor([prompts[0]])).logits
         batch = WindowBatch(torch.tensor([[*prompts[0], 0, 0]]), 1)
