@@ -27,7 +27,6 @@ from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.metrics.long_range import LongRange
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
-from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import key_of
@@ -102,7 +101,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         **(evaluate_long_range(run, data, cfg) if cfg.long_range and data.has_text else {}),
         "parameters": run.model.config.num_params(),
         "parameters_trunk": run.model.config.num_trunk_params(),
-        "flops_per_token": StepCost(run.model.config).per_token(data.seq_len),
         "step": run.step,
         "checkpoint": str(run.path),
         "evaluation": data.evaluation_summary(),
