@@ -261,8 +261,9 @@ def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def consistency(z_BTDC: Tensor, target_BTC: Tensor, sees: Tensor | None) -> Tensor:
-    """The consistency loss, summed over the windows; for each window, the mean over the
-    masks whose target position lies in the window and in the same document.
+    """The consistency loss, summed over the windows; for each window, the mean over k of the mean
+    over the k-th masks whose target position lies in the window and in the same document (0 if none
+    does).
 
     Args:
         z_BTDC: the masks' states.
