@@ -140,6 +140,12 @@ class OptimizerStep:
         balance.check(model.config)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
+        asked = [r.asked for r in self.objective.rules if any(not m.of_main for m in r.measures)]
+        if balance.skips and asked:
+            raise UserError(
+                f"balance={balance.name} leaves depths out of a step, but {asked[0]} needs all of "
+                "them in every step: leave one of the two out."
+            )
         self.seed = seed
         self.accumulate = accumulate
         self.clip_norm = clip_norm
@@ -211,10 +217,8 @@ class OptimizerStep:
 
         gradients = None
         if self.balance.scope is not None and self.balance.measures_at(progress):
-            group: dict[str, list[nn.Parameter]] = {
-                self.balance.scope: shared_parameters(self.model, self.balance.scope)
-            }
-            (gradients,) = self.task_gradients(plan, plan.active, group).values()
+            shared = shared_parameters(self.model, self.balance.scope)
+            (gradients,) = self.task_gradients(plan, plan.active, {"shared": shared}).values()
             self.balance.gate(plan.base, gradients)
         values: dict[str, Tensor | float] = {}
         if self.clip_norm is not None:
@@ -307,10 +311,8 @@ class OptimizerStep:
     ) -> dict[str, TaskGradients]:
         """The separate gradients of the main prediction and of ``depths`` in a planned step; see
         :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
-        micro_batches = plan.micro_batches
-        return task_gradients(
-            self.model, micro_batches, depths, plan.counts, groups, self.objective
-        )
+        planned = plan.micro_batches, depths, plan.counts
+        return task_gradients(self.model, *planned, groups, self.objective)
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         batch, _ = plan.micro_batches[0]

@@ -100,6 +100,8 @@ objective.confidence=true mtp.depth=0 => confidence=true has nothing to act on
 objective.tau=1 => read by objective.mask=entropy alone
 objective=e2e_tv balance=gradnorm =>
     balance=gradnorm measures one depth after another, but objective=e2e_tv
+objective=eal mtp.depth=2 balance=sampled_depths =>
+    balance=sampled_depths leaves depths out of a step, but objective=eal
 # tasks
 STAR data.task.nodes=6 => data.task.nodes=6 | 7 nodes
 STAR data.seq_len=3 => data.seq_len=3 | 25 tokens | 24

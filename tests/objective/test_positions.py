@@ -12,8 +12,11 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.rules.entropy_mask import EntropyMask
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.objective.terms.kl import KL
@@ -124,3 +127,23 @@ def test_depths_that_leap_have_no_drafts_to_look_at(tiny_trunk: TrunkConfig, nam
     with pytest.raises(ValueError, match="objective.confidence=true depends on every token"):
         step_of(model, Objective(term=KL(), confidence=True))
     step_of(model, Objective(term=KL(), weights="exp_decay"))
+
+
+def test_depths_that_depend_on_one_another_are_not_sampled(tiny_trunk: TrunkConfig) -> None:
+    """Their expected gradient would not be that of all depths. Masks depend on no depth, and a
+    single depth is in every step."""
+
+    def sampled(depth: int, **settings: Any) -> None:
+        model = build(tiny_trunk, MTPConfig.find("sequential")(depth=depth))
+        OptimizerStep(
+            model,
+            schedule=Piecewise(depth, 1.0),
+            balance=SampledDepths(depth, seed=0),
+            objective=Objective(**settings),
+        )
+
+    for name in ("e2e_tv", "weights"):
+        with pytest.raises(ValueError, match="balance=sampled_depths leaves depths out of a step"):
+            sampled(2, **OBJECTIVES[name])
+        sampled(1, **OBJECTIVES[name])
+    sampled(2, term=KL(), mask="entropy")
