@@ -311,8 +311,10 @@ class OptimizerStep:
     ) -> dict[str, TaskGradients]:
         """The separate gradients of the main prediction and of ``depths`` in a planned step; see
         :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
-        planned = plan.micro_batches, depths, plan.counts
-        return task_gradients(self.model, *planned, groups, self.objective)
+        micro_batches = plan.micro_batches
+        return task_gradients(
+            self.model, micro_batches, depths, plan.counts, groups, self.objective
+        )
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         batch, _ = plan.micro_batches[0]
