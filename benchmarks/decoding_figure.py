@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Row
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims.figure import digest
 from sweeps.report.chart import COLORS, INK, QUIET, Chart, Look, styled

@@ -273,7 +273,7 @@ def _serve(name: str, task: str) -> None:
 
 def compose_config(overrides: Sequence[str]) -> Any:
     """The config of ``train.py`` with these overrides."""
-    from mtp_lightning.experiment.command_line import compose_config
+    from mtp_lightning.experiment.compose import compose_config
 
     return compose_config("config", overrides)
 

@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mtp_lightning.explained import Option, groups  # noqa: E402
+from mtp_lightning.command_line.explained import Option, groups  # noqa: E402
 from mtp_lightning.markdown import plain  # noqa: E402
 
 # Modules that a user of the library, or somebody who extends it, imports from.

@@ -8,7 +8,7 @@ import runpy
 import sys
 
 from mtp_lightning import parts
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import suggestion
 
 _NAME = "mtp-lightning"

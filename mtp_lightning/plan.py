@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel, n_weights
 from mtp_lightning.nn.attention import GroupedQueryConfig, qkv_width
@@ -313,7 +313,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
         UserError: a value is not a number, or settings do not fit together.
     """
     from mtp_lightning.experiment.build import build_model_config
-    from mtp_lightning.experiment.command_line import compose_config
+    from mtp_lightning.experiment.compose import compose_config
 
     own = {"devices": "8", "tokens": "1e11", "vocab_size": "32768"}
     own |= {field.name: str(field.default) for field in fields(Machines)}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
+from mtp_lightning.command_line.misspelt import sentence
 from mtp_lightning.errors import UserError
-from mtp_lightning.misspelt import sentence
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
 

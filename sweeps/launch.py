@@ -17,9 +17,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from mtp_lightning import vetting
-from mtp_lightning.cli import program as typed
-from mtp_lightning.cli import readable_errors, this_program
+from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line.shell import program as typed
+from mtp_lightning.command_line.shell import readable_errors, this_program
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE

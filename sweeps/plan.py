@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mtp_lightning.cli import this_program
+from mtp_lightning.command_line.shell import this_program
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import app
 from mtp_lightning.run.atomic import write_json

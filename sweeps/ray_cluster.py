@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from mtp_lightning.cli import require_package
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices

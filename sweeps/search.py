@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_lightning import vetting
-from mtp_lightning.cli import Parser, readable_errors, require_package
+from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line.literal import literal
+from mtp_lightning.command_line.shell import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.literal import literal
 from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_column

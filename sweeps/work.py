@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of

@@ -23,15 +23,13 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 # A room imports itself and rooms of a lower number, never one of the same number or higher.
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
 RANK = {
-    # what the apps say and read before anything else is imported
-    "errors": -1.5,
-    **dict.fromkeys(["paths", "literal", "settings", "built", "system"], -1),
-    **dict.fromkeys(["explained", "parts", "stored"], -0.5),
-    **dict.fromkeys(["keys", "misspelt"], -0.4),
     # tools that know nothing of models
-    **dict.fromkeys(["chat_template", "cli", "hosts", "markdown"], 0),
+    "errors": -1.5,
+    **dict.fromkeys(["paths", "settings", "built", "system"], -1),
+    **dict.fromkeys(["parts", "stored"], -0.5),
+    **dict.fromkeys(["chat_template", "hosts", "markdown"], 0),
     **dict.fromkeys(["processes", "registry", "runtime"], 0),
-    "vetting": 0.1,
+    "command_line": 0.1,
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
     "model": 2,
@@ -60,8 +58,8 @@ SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
         for name in (
-            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "parts", "paths"),
-            *("stored", "system", "vetting"),
+            *("command_line", "errors", "hosts", "markdown"),
+            *("parts", "paths", "stored", "system"),
         )
     ),
     *(
@@ -79,7 +77,8 @@ LIGHTNING = tuple(
 EXPERIMENT = "mtp_lightning/experiment/"
 CONFIGURED = (
     EXPERIMENT,
-    *(f"mtp_lightning/{n}" for n in ("apps/", "interop/exporting.py", "literal.py", "plan.py")),
+    *(f"mtp_lightning/{name}" for name in ("apps/", "interop/exporting.py", "plan.py")),
+    "mtp_lightning/command_line/literal.py",
 )
 LAZY = (
     "tokenizers",
@@ -208,7 +207,7 @@ def test_apps_wait_with_slow_imports() -> None:
         for name in (name for file in files for name in imports(file, top_only=True)):
             allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
             assert allowed or _standard(name), (app, name)
-        for file in ("cli", "literal", "paths", "errors", "console"):
+        for file in ("command_line/shell", "command_line/literal", "paths", "errors", "console"):
             for name in imports(f"mtp_lightning/{file}.py", top_only=True):
                 assert takes(name, *SHARED_WITH_SWEEPS) or _standard(name), (app, name)
 

@@ -27,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtp_lightning import parts
-from mtp_lightning.cli import QUIET, VERBOSE, program, readable_errors
+from mtp_lightning.command_line.literal import literal, require_utf8
+from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.literal import literal, require_utf8
 from mtp_lightning.paths import CONF
 
 _QUIET, _VERBOSE, _DRY_RUN = "--quiet", "--verbose", "--dry-run"
@@ -53,7 +53,7 @@ def start(
     Args:
         config_name: the app's config in conf/.
         task: the app's function. Hydra takes the app's name from the module that defines it.
-        ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
+        ends_with_reader: see :func:`~mtp_lightning.command_line.shell.readable_errors`.
         trains: whether the app has ``--verbose``, and sweeps with ``--dry-run``, which lists jobs.
     """
     # A traceback of logging, for example on a full disk, would hide the message itself.
@@ -94,7 +94,7 @@ def app(
         work: the dotted name of the function that is called with the config. It is imported only
             then, so that --help does not wait for torch.
         part: the part that has the function; empty for the core.
-        ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
+        ends_with_reader: see :func:`~mtp_lightning.command_line.shell.readable_errors`.
     """
 
     def task(cfg: DictConfig) -> None:
@@ -112,7 +112,7 @@ class Check(Callback):
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
         """Check the config; Hydra calls this before the app's task."""
         with readable_errors():
-            from mtp_lightning import vetting
+            from mtp_lightning.command_line import vetting
 
             plain = OmegaConf.to_container(config)
             vetting.check(
@@ -130,7 +130,7 @@ def _explain(arguments: list[str]) -> None:
     parser.add_argument("--config-dir", "-cd", type=Path)
     known, _ = parser.parse_known_args(["--help" if w == "help" else w for w in arguments])
     if known.word:
-        from mtp_lightning.explained import help_for
+        from mtp_lightning.command_line.explained import help_for
 
         print(help_for(known.word, known.config_dir))
         sys.exit(0)
@@ -151,7 +151,7 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        from mtp_lightning.misspelt import sentence
+        from mtp_lightning.command_line.misspelt import sentence
 
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from mtp_lightning import parts
-from mtp_lightning.cli import Parser, readable_errors
-from mtp_lightning.cli import program as typed
+from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.command_line.shell import program as typed
 from mtp_lightning.errors import UserError
 
 

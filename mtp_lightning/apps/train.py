@@ -8,7 +8,7 @@ import sys
 from omegaconf import DictConfig
 
 from mtp_lightning.apps import start
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import end_with_starter
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from mtp_lightning.callbacks.base import run_callbacks
-from mtp_lightning.cli import QUIET
+from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.settings import require_number
 
 _WIDE = 120  # columns of a terminal in which the bar has room for a schedule's name

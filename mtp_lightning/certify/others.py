@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.cli import require_package
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.parts import is_gguf
 

@@ -17,8 +17,9 @@ from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from mtp_lightning.callbacks.ended_early import EndedEarly
 from mtp_lightning.callbacks.termination import stop_together
+from mtp_lightning.command_line.vetting import require_reach
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.device import MIXED, holds_in_bf16
 from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
 from mtp_lightning.loggers.csv import MetricsCSV
@@ -34,7 +35,6 @@ from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.run.layout import METRICS_FILE
-from mtp_lightning.vetting import require_reach
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule

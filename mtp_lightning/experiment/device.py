@@ -8,7 +8,7 @@ import shutil
 import torch
 from omegaconf import DictConfig
 
-from mtp_lightning.cli import QUIET
+from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn import ops
 from mtp_lightning.runtime import pick_accelerator

@@ -12,16 +12,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.window_module import WindowDataModule
-from mtp_lightning import vetting
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
+from mtp_lightning.command_line import vetting
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.held_out import prompts_that_fit
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.device import MIXED, kernels_told
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.metrics.long_range import LongRange

@@ -11,7 +11,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from mtp_lightning import literal
+from mtp_lightning.command_line import literal
+from mtp_lightning.command_line.explained import value_at
+from mtp_lightning.command_line.vetting import require_prompts
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import keeper
 from mtp_lightning.decoding.generate import OnTokens
@@ -27,11 +29,9 @@ from mtp_lightning.experiment.text_stream import (
     ends_at_once,
     told,
 )
-from mtp_lightning.explained import value_at
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
-from mtp_lightning.vetting import require_prompts
 
 _REPORTED = (
     "text",

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.experiment.starting import Origin
 from mtp_lightning.model import ModelConfig, MTPModel

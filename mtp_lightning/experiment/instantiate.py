@@ -15,7 +15,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning import vetting
+from mtp_lightning.command_line import vetting
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import DATA, not_importable, own_targets, require_target, targets
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from mtp_lightning.cli import printable
+from mtp_lightning.command_line.shell import printable
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.options import Prompt
 from mtp_lightning.decoding.sequence import Fresh

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TextIO
 
-from mtp_lightning.cli import printable
+from mtp_lightning.command_line.shell import printable
 from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.sequence import Fresh, Generation
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning import processes, vetting
+from mtp_lightning import processes
 from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
-from mtp_lightning.cli import VERBOSE, Stopped
+from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line.shell import VERBOSE, Stopped
 from mtp_lightning.experiment.build import (
     build_data,
     build_model_config,
@@ -27,7 +28,7 @@ from mtp_lightning.experiment.build import (
     match_reference,
     settle_data,
 )
-from mtp_lightning.experiment.command_line import hyperparameters
+from mtp_lightning.experiment.compose import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
 from mtp_lightning.experiment.starting import begin_module, find_origin, recall_data
 from mtp_lightning.loggers.guard import GuardedLogger

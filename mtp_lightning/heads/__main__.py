@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_number
 from mtp_lightning.stored import read_json

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads.__main__ import (
     EXPORT,

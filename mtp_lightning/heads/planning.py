@@ -16,10 +16,10 @@ import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.chat_template import ChatTemplate
+from mtp_lightning.command_line.literal import quoted
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
-from mtp_lightning.literal import quoted
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig

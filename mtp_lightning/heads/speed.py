@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.paying import settle_drafts, told
 from mtp_lightning.experiment.generating import open_to_decode

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mtp_lightning import vetting
+from mtp_lightning.command_line import vetting
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import (
     card,

@@ -43,7 +43,7 @@ def generate(*overrides: str) -> Text:
         UserError: for a missing prompt, a damaged or unknown checkpoint, or an option out of range.
         OSError: if there is no such checkpoint.
     """
-    from mtp_lightning.experiment.command_line import compose_config
+    from mtp_lightning.experiment.compose import compose_config
     from mtp_lightning.experiment.generating import continue_prompts, open_for
 
     cfg = compose_config("generate", overrides)

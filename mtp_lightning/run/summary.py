@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.cli import program
+from mtp_lightning.command_line.shell import program
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.cli import Parser, readable_errors, require_package
+from mtp_lightning.command_line.shell import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF, ROOT
 from sweeps.claims import words

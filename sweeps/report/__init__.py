@@ -6,7 +6,7 @@ and findings.py, to page.py and events.py. The report trains nothing and writes 
 folder.
 """
 
-from mtp_lightning.cli import require_package
+from mtp_lightning.command_line.shell import require_package
 
 
 def require_packages(what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report import require_packages

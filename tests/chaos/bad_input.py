@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.explained import read_option
+from mtp_lightning.command_line.explained import read_option
 from tests.chaos.cases import Case, hold
 from tests.chaos.given import (
     AS_TEXT,

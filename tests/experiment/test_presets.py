@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning import vetting
+from mtp_lightning.command_line import vetting
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment import build
 from mtp_lightning.experiment.instantiate import instantiate

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from mtp_lightning.chat_template import ChatTemplate
+from mtp_lightning.command_line.literal import literal
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning
 from mtp_lightning.heads.__main__ import PLAN, main, run_phase
-from mtp_lightning.literal import literal
 from mtp_lightning.opening import open_model
 from tests.heads.conftest import Refused
 from tests.integration import helpers

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.command_line.shell import readable_errors
 from tests.integration.helpers import checkpoint, evaluated, fails, overrides, the_error
 
 

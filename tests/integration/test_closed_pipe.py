@@ -39,7 +39,7 @@ def unread(args: list[str], *, both: bool = False) -> tuple[int, str]:
 
 WORKS = """
 import os, sys
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
 
 with readable_errors(ends_with_reader=sys.argv[1] == "ends"):

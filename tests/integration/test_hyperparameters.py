@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from mtp_lightning.experiment.command_line import hyperparameters
+from mtp_lightning.experiment.compose import hyperparameters
 from tests.integration.helpers import CONF, composed
 
 

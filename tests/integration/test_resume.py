@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_lightning.cli import Stopped
+from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn import ops
 from tests.integration.conftest import Once

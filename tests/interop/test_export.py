@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, exporting, writing
 from mtp_lightning.interop.verify import CheckFailed, check_trained

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
-from mtp_lightning.experiment import command_line
+from mtp_lightning.experiment import compose
 from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.moe import ExpertsConfig
@@ -62,7 +62,7 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
     """The command line may name the same model, and how it is computed."""
     given = {"model.d_ff": 48, "model.recompute": "true", "model.init_std": 0.1}
     overrides = [f"{key}={value}" for key, value in given.items()]
-    monkeypatch.setattr(command_line, "HydraConfig", CommandLine(overrides))
+    monkeypatch.setattr(compose, "HydraConfig", CommandLine(overrides))
     settings = {**SHORT, **given, "init_from": base / "llama", "mtp.freeze_trunk": "true"}
     settings |= {"mtp.depth": 2}
     with caplog.at_level(logging.INFO):
@@ -146,7 +146,7 @@ def test_a_folder_without_a_tokenizer(base: Path, caplog: pytest.LogCaptureFixtu
 def test_another_model_on_the_command_line_is_refused(
     base: Path, override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_line, "HydraConfig", CommandLine([override, "seed=1"]))
+    monkeypatch.setattr(compose, "HydraConfig", CommandLine([override, "seed=1"]))
     key, value = override.split("=")
     settings = {**helpers.FROM_FOLDER, "init_from": base / "llama", key: value}
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning import cli
+from mtp_lightning.command_line import shell
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.mlflow import RunMLflow
@@ -167,7 +167,7 @@ def test_an_interrupted_run_is_one_run(
 def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shell.importlib.util, "find_spec", lambda name: None)
     for name, (kind, _) in SERVICES.items():
         message = rf"^logger={name} needs the package {name}: pip install -e '.\[{name}\]'.$"
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning import cli
+from mtp_lightning.command_line import shell
 from mtp_lightning.errors import UserError
 from mtp_lightning.serving import start
 from tests.integration.helpers import ROOT, environment, execute
@@ -141,7 +141,7 @@ def test_an_address_that_is_taken() -> None:
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: name if name != "uvicorn" else None
+        shell.importlib.util, "find_spec", lambda name: name if name != "uvicorn" else None
     )
     with pytest.raises(UserError, match=r"package uvicorn: pip install -e '\.\[serve\]'"):
         start.serve(config())

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.literal import quoted
+from mtp_lightning.command_line.literal import quoted
 from tests.integration import helpers
 from tests.integration.helpers import ROOT, overrides
 from tests.warm import LIGHT

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning import keys
+from mtp_lightning.command_line import keys
+from mtp_lightning.command_line.explained import groups
 from mtp_lightning.errors import UserError
-from mtp_lightning.explained import groups
 
 
 def says(app: str, key: str) -> str:

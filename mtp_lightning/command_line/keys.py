@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.explained import Option, groups, included, value_at
+from mtp_lightning.command_line.explained import Option, groups, included, value_at
 from mtp_lightning.settings import (
     require,
     require_bool,

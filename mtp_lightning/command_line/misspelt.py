@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line.explained import groups, included
 from mtp_lightning.errors import nearest, suggestion
-from mtp_lightning.explained import groups, included
 
 # Files that options include, and that are not options themselves.
 _PARTS = ("base", "task", "deepseek_base")

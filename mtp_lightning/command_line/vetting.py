@@ -12,11 +12,12 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning import keys, parts
-from mtp_lightning.cli import require_package
+from mtp_lightning import parts
+from mtp_lightning.command_line import keys
+from mtp_lightning.command_line.explained import groups, value_at
+from mtp_lightning.command_line.literal import INPUTS, LISTS
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.explained import groups, value_at
-from mtp_lightning.literal import INPUTS, LISTS
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import BYTES_OF_LAYER, require_fits
 
@@ -100,7 +101,7 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
 
 
 def _unknown(name: str, known: Collection[str]) -> UserError:
-    from mtp_lightning.misspelt import unknown_key
+    from mtp_lightning.command_line.misspelt import unknown_key
 
     return UserError(unknown_key(name, known))
 

@@ -12,7 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mtp_lightning.literal import INPUTS, LISTS, MAPPINGS, PLACES, TEXTS, literal, quoted
+from mtp_lightning.command_line.literal import (
+    INPUTS,
+    LISTS,
+    MAPPINGS,
+    PLACES,
+    TEXTS,
+    literal,
+    quoted,
+)
 from mtp_lightning.run.config import flatten
 from tests.integration.helpers import composed
 

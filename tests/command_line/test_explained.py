@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.callbacks.progress import StepProgressBar
-from mtp_lightning.cli import QUIET
-from mtp_lightning.explained import Key, groups, help_for, read_option
+from mtp_lightning.command_line.explained import Key, groups, help_for, read_option
+from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.paths import CONF
 from tests.integration.helpers import ROOT, execute
 from tests.warm import LIGHT, Done

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mtp_lightning.cli import Stopped, readable_errors
+from mtp_lightning.command_line.shell import Stopped, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.paths import ROOT
