@@ -200,7 +200,7 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
         yield "# transformers knows the MTP layers of other models; this line names this one's:"
         yield one_line(model_type, layers, depth)
     yield "model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
-    yield "tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)"
+    yield "tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(FOLDER)"
     yield 'inputs = tokenizer("text", return_tensors="pt")'
     mtp = ", use_mtp=True" if depth else ""
     yield f"model.generate(**inputs, max_new_tokens=100{mtp})"

@@ -153,9 +153,8 @@ def _deepseek_shape(
         },
     }
     dense = _given(fields, "first_k_dense_replace", 3)
-    if dense >= fields["num_hidden_layers"] and depth == 0:
-        return shape
-    shape["feed_forward"] = _deepseek_experts(fields, need, dense)
+    if dense < fields["num_hidden_layers"] or depth:
+        shape["feed_forward"] = _deepseek_experts(fields, need, dense)
     return shape
 
 
@@ -258,18 +257,15 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
         if kind == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor")
             scaling = {name: rope.get(name) for name in names}
-            positions = fields.get("max_position_embeddings")
-            original = _given(rope, "original_max_position_embeddings", positions)
-            scaling["original_positions"] = original
+            original = rope.get("original_max_position_embeddings")
+            scaling["original_positions"] = original or fields.get("max_position_embeddings")
     return float(10_000.0 if theta is None else theta), scaling
 
 
 def _turned_share(fields: Mapping[str, Any]) -> float:
     """Rotated share of each head of GLM-4.5; transformers 5 has it in the rotary parameters."""
-    rope = fields.get("rope_parameters") or {}
-    return float(
-        _given(rope, "partial_rotary_factor", _given(fields, "partial_rotary_factor", 0.5))
-    )
+    rope, name = fields.get("rope_parameters") or {}, "partial_rotary_factor"
+    return float(_given(rope, name, _given(fields, name, 0.5)))
 
 
 def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:

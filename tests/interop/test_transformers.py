@@ -15,6 +15,7 @@ from mtp_lightning.interop import check, tensor_files
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
+    TEXT,
     CheckFailed,
     check_bytes,
     check_tokenizer,
@@ -22,6 +23,7 @@ from mtp_lightning.interop.verify import (
     rounded,
 )
 from mtp_lightning.interop.writing import write_tokenizer
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
@@ -205,3 +207,14 @@ def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
     if kind == "bpe":
         with pytest.raises(CheckFailed, match="gives other ids"):
             check_tokenizer(tmp_path, tokenizer)
+
+
+def test_a_tokenizer_next_to_qwen2s_layout_is_read_by_the_class_that_is_named(
+    tmp_path: Path,
+) -> None:
+    """AutoTokenizer splits text by Qwen2's own rule there, whatever tokenizer.json says."""
+    model = folders.trained(folders.TRUNKS["qwen2"], SequentialConfig(depth=1))
+    tokenizer: Any = BPETokenizer(vocab_size=300).train([TEXT * 20])
+    folders.write(tmp_path / "one", model, tokenizer)
+    told = check_tokenizer(tmp_path / "one", tokenizer)
+    assert told.endswith("in PreTrainedTokenizerFast, but not in AutoTokenizer")
