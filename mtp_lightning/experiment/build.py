@@ -293,7 +293,8 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
     built: dict[str, Any] = {}
     for key, node in (cfg.get("logger") or {}).items():
         try:
-            built[str(key)] = instantiate(node, kind=Logger)
+            if node is not None:
+                built[str(key)] = instantiate(node, kind=Logger)
         except ValueError:
             raise
         except Exception as error:
@@ -363,7 +364,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             callbacks=[
                 *(
                     instantiate(node, kind=pl.Callback)
-                    for node in (cfg.get("callbacks") or {}).values()
+                    for node in filter(None, (cfg.get("callbacks") or {}).values())
                 ),
                 EndedEarly(),
             ],

@@ -4,6 +4,7 @@ refuse settings out of range."""
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mtp_lightning.callbacks.nan_guard import NanGuard
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
 from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.experiment.build import build_trainer
 from tests.integration.helpers import composed
 
 DEFAULT = {
@@ -46,6 +48,15 @@ def test_composes(overrides: list[str], callbacks: set[str], loggers: set[str]) 
     for group, classes in (("callbacks", callbacks), ("logger", loggers)):
         nodes = (cfg.get(group) or {}).values()
         assert {node._target_.split(".")[-1] for node in nodes} == classes
+
+
+def test_what_is_null_is_left_out(tmp_path: Path) -> None:
+    null = ["callbacks.speculative_eval=null", "logger.tensorboard=null"]
+    settings = ["trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=1"]
+    cfg = composed("config", [*null, *settings, f"paths.output_dir={tmp_path}"])
+    trainer = build_trainer(cfg, resume_step=None, may_skip=False)
+    assert not any(isinstance(callback, SpeculativeEval) for callback in trainer.callbacks)
+    assert len(trainer.loggers) == 1
 
 
 def test_loggers_beside_the_default_ones() -> None:
