@@ -284,8 +284,7 @@ class Engine:
         known = [s.looked_up(n) for s, n in zip(self._sequences, self._lookups(rooms), strict=True)]
         asked = [sequence.request.draft_depth for sequence in self._sequences]
         caps = [r if a is None else min(r, a) for r, a in zip(rooms, asked, strict=True)]
-        auto = self._auto
-        wanted = self.max_draft
+        auto, wanted = self._auto, self.max_draft
         if auto is not None:
             own = [self._own_depth(sequence.request) for sequence in self._sequences]
             alike = all(depth is None for depth in own)

@@ -44,6 +44,7 @@ MOST_LOOKUPS = FEW - 1
 passes."""
 # An option, and the options that may not be set together with it.
 _NOT_TOGETHER = {
+    "draft_depth": ("speculative",),
     "draft_vocab": ("speculative", "compile"),
     "tree": ("speculative", "draft_depth", "min_confidence", "cache", "compile"),
     "min_confidence": ("speculative",),

@@ -68,6 +68,7 @@ TREE = {"tree": [2, 1]}
         ({**TREE, "compile": True}, "tree=[2, 1] does not go together with compile=true"),
         ({"draft_vocab": 3, "compile": True}, "draft_vocab=3 does not go together with compile="),
         ({"draft_vocab": 3, "speculative": False}, "with speculative=false"),
+        ({"draft_depth": 1, "speculative": False}, "with speculative=false"),
         ({"cache": "single", "compile": True}, "cache=single does not go together with compile="),
         ({"min_confidence": 0.5, "speculative": False}, "with speculative=false"),
         ({"verify": "block", "speculative": False}, "verify=block does not go together with spec"),
