@@ -28,6 +28,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import open_model
 from mtp_lightning.parts import is_gguf
+from tests.integration.helpers import ROOT, execute
 from tests.interop import folders
 from tests.interop.folders import read_folder
 from tests.interop.gguf_files import (
@@ -52,6 +53,15 @@ def test_logits_are_transformers(
     model = read_folder(file).build()
     assert "is dequantized to float32 (tensors: " in caplog.text and "of Q4_1" in caplog.text
     folders.assert_equal_logits(model, theirs, rows=len(SPECIALS) + len(WORDS))
+
+
+def test_messages_of_a_command_are_not_in_its_json(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    asked = ["prompt=a", "max_new_tokens=2", "output=json"]
+    generate_py = str(ROOT / "generate.py")
+    done = execute([sys.executable, generate_py, f"checkpoint={file}", *asked])
+    assert json.loads(done.stdout)["new_tokens"] == 2
+    assert "is dequantized to float32" in done.stderr
 
 
 @pytest.mark.parametrize("alignment", [None, 128])
