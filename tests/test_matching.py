@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning import matching, vetting
+from mtp_lightning import matching
+from mtp_lightning.command_line import vetting
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
