@@ -166,7 +166,8 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}"
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
     if isinstance(value, list):
         return "[" + ",".join(show(v) for v in value) + "]"
     return "null" if value is None else str(value)

@@ -9,7 +9,7 @@ import pytest
 
 from sweeps.report.compare import FACT, compare, pareto, references
 from sweeps.report.metrics import LOSS, number, p_value
-from tests.sweeps.fixture_runs import depth_sweep, write_run
+from tests.sweeps.fixture_runs import depth_sweep, write_plan, write_run
 from tests.sweeps.reported import answered, collected, csv_rows
 
 
@@ -114,6 +114,21 @@ def test_runs_csv_has_every_number_to_the_last_bit(tmp_path: Path) -> None:
     assert by_name["depth-1_seed-0"]["mtp.depth"] == "1" and by_name["late"]["seed"] == "5"
     late = by_name["late"]
     assert (late["state"], late["counted"], late[LOSS]) == ("unfinished", "0", "")
+
+
+def test_values_of_a_search_are_told_to_the_last_bit(tmp_path: Path) -> None:
+    rates = (0.0012345678901, 0.0012345678902)
+    jobs = {
+        f"{i}_{s}": [f"optimizer.lr={rate}", f"seed={s}"]
+        for i, rate in enumerate(rates)
+        for s in (0, 1)
+    }
+    for i, rate in enumerate(rates):
+        write_run(tmp_path / f"{i}_0", {"optimizer.lr": rate})
+    write_plan(tmp_path, jobs, ["optimizer.lr", "seed"])
+    labels = [f"optimizer.lr={rate}" for rate in rates]
+    assert [(s.label, s.planned) for s in collected(tmp_path).all] == [(of, 2) for of in labels]
+    assert {float(row["optimizer.lr"]) for row in csv_rows(tmp_path)} == {*rates}
 
 
 @pytest.mark.parametrize(
