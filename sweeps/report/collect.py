@@ -203,6 +203,7 @@ def _count_planned(settings: list[Setting], unconfigured: list[Run]) -> None:
 
 def _same(text: str | None, shown: str) -> bool:
     try:
-        return text is not None and (text == shown or float(text) == float(shown))
+        # Hydra writes a sweep's switches as True and False.
+        return text is not None and (text.lower() == shown.lower() or float(text) == float(shown))
     except ValueError:
         return False

@@ -173,7 +173,8 @@ def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:
     for shared in ("true", "false"):
         for seed in (0, 1):
             name = f"{shared}_{seed}"
-            jobs[name] = [f"mtp.share_layers={shared}", f"seed={seed}"]
+            # A sweep of true,false has its jobs' overrides as Hydra writes them.
+            jobs[name] = [f"mtp.share_layers={shared.title()}", f"seed={seed}"]
             if seed == 0:
                 write_run(tmp_path / name, {"mtp.share_layers": shared == "true"})
     write_plan(tmp_path, jobs, ["mtp.share_layers", "seed"])
