@@ -28,7 +28,7 @@ from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import FLOPS
 from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
-from sweeps.report.statistics import Interval, interval, ratio_interval
+from sweeps.report.statistics import Interval, ratio_interval
 
 # Keys of the budget: an arm and its curve agree in all others but these and those of the depths.
 _BUDGET = (
@@ -121,8 +121,8 @@ class Valued:
 
     @property
     def price(self) -> Interval | None:
-        """FLOPs of a plain step divided by those of the arm's step."""
-        return None if self.why else interval([gain.price for gain in self.gains.values()])
+        """FLOPs of a plain step divided by those of the arm's step, averaged as :attr:`total`."""
+        return None if self.why else ratio_interval([gain.price for gain in self.gains.values()])
 
     @property
     def effect(self) -> Interval | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -192,3 +193,16 @@ def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Pat
         write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
     (family,) = families(collected(tmp_path / "b"))
     assert len(family.plain) == 2
+
+
+def test_gain_is_price_times_effect_where_seeds_differ_in_price(tmp_path: Path) -> None:
+    """As with ``balance=sampled_depths``, whose draws decide what a step costs."""
+    priced_sweep(tmp_path)
+    for seed, factor in enumerate((1.0, 1.5, 3.0)):
+        summary = tmp_path / f"sequential-{seed}" / "summary.json"
+        content = json.loads(summary.read_text("utf-8"))
+        summary.write_text(json.dumps({**content, "flops": factor * content["flops"]}))
+    (family,) = families(collected(tmp_path))
+    (arm,) = (arm for arm in family.arms if "sequential" in arm.setting.label)
+    assert arm.price.mean == pytest.approx(PRICE / 4.5 ** (1 / 3))
+    assert arm.total.mean == pytest.approx(arm.price.mean * arm.effect.mean)
