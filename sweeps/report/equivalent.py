@@ -152,6 +152,8 @@ def families(settings: Settings) -> list[Family]:
     for group in groups.values():
         plain = [s for s in group if is_plain(s.depth, s.config.get("mtp._target_"))]
         arms = [s for s in group if s not in plain]
+        # The rate of a run that stopped early has not decayed.
+        plain = [s for s in plain if not any(run.fact("stopped_early") for run in s.done)]
         plain = [s for s in plain if may_compare(s, plain[0])]
         flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
         plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])

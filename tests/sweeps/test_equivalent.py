@@ -191,6 +191,10 @@ def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Pat
     constant = {**other, "model.d_model": 128, "optimizer.schedule.kind": "constant"}
     for name, config in (("small", other), ("constant", constant)):
         write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
+    # Nor are lengths at which a run stopped early.
+    stopped = {**other, "model.d_model": 128, "trainer.max_steps": 900}
+    early = {"stopped_early": True, "step": 800, "flops": 2e12, **evaluated("a" * 32)}
+    write_run(tmp_path / "b" / "stopped", stopped, loss=2.0, summary=early)
     (family,) = families(collected(tmp_path / "b"))
     assert len(family.plain) == 2
 
