@@ -28,7 +28,7 @@ from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Seed, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import with_stored
-from sweeps.claims.result import Result, in_order, is_stale, minutes_of, state
+from sweeps.claims.result import Result, in_order, is_stale, minutes_of, own, state
 from sweeps.claims.words import aligned
 from sweeps.report.equivalent import OF_DEPTHS
 
@@ -95,8 +95,8 @@ def left_of(
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
-    own = [seed for seed in finished if seed.machine == this_machine()]
-    here, measured = (own, MEASURED) if own else (finished, ELSEWHERE)
+    local = [seed for seed in finished if seed.machine == this_machine()]
+    here, measured = (local, MEASURED) if local else (finished, ELSEWHERE)
     rates = [
         s.costs["flops"] / (minutes_of(s) * 60)
         for s in here
@@ -150,9 +150,10 @@ def _seeds(
         preregistration.runs if preregistration is not None and preregistration.is_of(claim) else {}
     )
     try:
-        return with_stored(observe(claim, runs, started), claim, results)
+        arms = with_stored(observe(claim, runs, started), claim, results)
     except UserError:  # the folder has runs of other configs: use the stored ones
-        return with_stored(observe(claim, runs, {}), claim, results)
+        arms = with_stored(observe(claim, runs, {}), claim, results)
+    return {arm: {n: own(claim, arm, seed) for n, seed in of.items()} for arm, of in arms.items()}
 
 
 def flops_of(job: ClaimJob) -> float | None:

@@ -7,13 +7,14 @@ they can be made again after the runs are deleted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.config import key_of
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
@@ -52,7 +53,7 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
     """A claim's result as plain data; ``began`` says when its first run was asked for, and the
     prediction's commit then."""
     findings = decide(claim, arms)
-    seeds = [seed for of_arm in arms.values() for seed in of_arm.values()]
+    seeds = [own(claim, arm, seed) for arm, of_arm in arms.items() for seed in of_arm.values()]
     ended = sorted(seed.ended for seed in seeds if seed.done and seed.ended)
     return {
         "version": VERSION,
@@ -171,6 +172,16 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
                 "censored": list(curve.censored),
             }
     return found
+
+
+def own(claim: Claim, arm: str, seed: Seed) -> Seed:
+    """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
+    begun = [o.rpartition("@")[2] for o in claim.overrides(arm) if key_of(o) == "branch_from"]
+    if not (seed.done and begun and begun[-1].isdecimal()):
+        return seed
+    share = 1 - int(begun[-1]) / seed.costs["step"]
+    spent = {name: seed.costs[name] * share for name in ("flops", "seconds")}
+    return replace(seed, costs=seed.costs | spent)
 
 
 def minutes_of(seed: Seed) -> float:

@@ -118,11 +118,7 @@ def _data_name(run: Run) -> str:
 
 def _drop_repeats(setting: Setting) -> list[Run]:
     """Keep one run per seed, the newest finished one: a repeated seed is not a second sample."""
-    best: dict[Any, Run] = {}
-    for run in setting.runs:
-        other = best.get(run.seed)
-        if other is None or _rank(run) >= _rank(other):
-            best[run.seed] = run
+    best = {run.seed: run for run in sorted(setting.runs, key=_rank)}
     dropped = [run for run in setting.runs if best[run.seed] is not run]
     setting.runs = sorted(best.values(), key=lambda run: order(run.seed))
     return dropped

@@ -45,12 +45,12 @@ SMALL = ["experiment=small_text"]
 
 
 def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Result:
-    """A result whose runs took so many minutes on some machine, 1e12 FLOPs each."""
+    """A result whose runs took so many minutes on some machine, 500 steps and 1e12 FLOPs each."""
     arms = observed(claim, {arm: ["missing"] * len(claim.scale.seeds) for arm in claim.arms})
     for arm, of_arm in done.items():
         for seed, (minutes, machine) in of_arm.items():
             made = observed(claim, {arm: [1.0]})[arm][0]
-            costs = {"flops": 1e12, "seconds": minutes * 60}
+            costs = {"step": 500.0, "flops": 1e12, "seconds": minutes * 60}
             arms[arm][seed] = replace(
                 made, folder=f"{arm}-{seed}", costs=costs, machine=machine, ended=None
             )
@@ -94,6 +94,25 @@ def test_an_arm_without_a_finished_seed_costs_its_flops(
     assert {c.source for c in quick.costs if c.arm == "mtp"} == {EXPECTED}
     (left,) = left_of([claim], tmp_path / "runs", {})
     assert {c.source for c in left.costs} == {EXPECTED} and left.hours == pytest.approx(10)
+
+
+def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seconds and FLOPs count those of the run that it continues."""
+    monkeypatch.setattr("sweeps.claims.hours.flops_of", lambda job: 2e12)
+    arms = {
+        "long": [],
+        "short": ["trainer.max_steps=500", "branch_from=long@400"],
+        "next": ["trainer.max_steps=1000", "branch_from=long@800"],
+    }
+    predictions = [{"arm": "long", "against": "short", "side": "below", "by": 1}]
+    asked = {"arms": arms, "seeds": [0, 1], "minimum": 2, "predictions": predictions}
+    claim = claim_of(tmp_path, shared=SMALL, **asked)
+    result = finished(claim, {"short": {0: (100.0, HERE)}})
+    (left,) = left_of([claim], tmp_path / "runs", {"mine": result})
+    of = {cost.arm: cost.hours for cost in left.costs if cost.seed == 1}
+    # A fifth of 1e12 FLOPs took a fifth of 100 minutes.
+    assert of["short"] == pytest.approx(20 / 60) and of["next"] == pytest.approx(200 / 60)
+    assert result["minutes"] == 20
 
 
 def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
