@@ -38,7 +38,7 @@ from sweeps.search_space import Space, examples, parse, shown
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import Trial
 
 STUDY_FILE = "study.db"
 
@@ -138,7 +138,8 @@ class Search:
         if folder in self._trials:
             self._trials[folder].append(trial)
             return
-        twin = self._finished_twin(trial, job.folder)
+        over = (other for other in self.study.trials if other.state.is_finished())
+        twin = next((other for other in over if other.user_attrs.get("folder") == job.folder), None)
         if twin is not None:
             # A pruned trial's value is its last one in training, which only a new trial reports.
             value = twin.value if twin.state == TrialState.COMPLETE else None
@@ -146,16 +147,11 @@ class Search:
             return
         self._plan.write(self.command)
         self._trials[folder] = [trial]
-        labels = [f"{key}={_short(value)}" for key, value in values.items()]
+        labels = [
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items()
+        ]
         task, _ = _task(folder, overrides, labels)
         yield replace(task, overrides=job.overrides)
-
-    def _finished_twin(self, trial: Trial, folder: str) -> FrozenTrial | None:
-        for other in self.study.trials:
-            same = other.user_attrs.get("folder") == folder and other.number != trial.number
-            if same and other.state.is_finished():
-                return other
-        return None
 
 
 def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Task], int]:
@@ -181,14 +177,6 @@ def _task(folder: Path, overrides: Sequence[str], labels: Sequence[str] = ()) ->
     vetting.check(settled, "config")
     task = Recipe.of(settled).task(folder, overrides, labels=labels, program=app(TRAIN))
     return task, settled["trainer"]["max_steps"]
-
-
-def _short(value: str) -> str:
-    """Few digits, for a line on the terminal."""
-    try:
-        return f"{float(value):.4g}"
-    except ValueError:
-        return value
 
 
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Union
@@ -10,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.run.config import key_of
 
 if TYPE_CHECKING:
     from optuna.distributions import (
@@ -78,6 +80,8 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         raise UserError(
             "There is nothing to search: give a range, as optimizer.lr='interval(1e-4,1e-2,log)'."
         )
+    if twice := [argument for argument in fixed if key_of(argument) in space]:
+        raise UserError(f"{twice[0]} fixes a key that is searched: give its range or its value.")
     return space, fixed
 
 
@@ -90,8 +94,8 @@ def _interval(argument: str, form: re.Match[str]) -> Range:
         low, high = number(first), number(last)
     except ValueError:
         raise UserError(f"{argument}: the bounds of {kind}() must be numbers.") from None
-    if not low < high:
-        raise UserError(f"{argument}: the lower bound must come first.")
+    if not -math.inf < low < high < math.inf:
+        raise UserError(f"{argument}: both bounds must be finite, and the lower one come first.")
     if log and low <= 0:
         raise UserError(f"{argument}: with log the lower bound must be above 0.")
     made = IntDistribution if kind == "int" else FloatDistribution

@@ -177,19 +177,21 @@ def test_values_whose_trial_was_pruned_are_pruned_again(
     folder = tmp_path / "search"
     assert run(folder, "optimizer.lr=0.01", "--trials", "1") == 0
     (done,) = study(folder).trials
+    # The other depth's trial, in the folder that it would get.
+    other = {"1": "2", "2": "1"}[done.params["mtp.depth"]]
+    named = done.user_attrs["folder"].replace(f"depth-{done.params['mtp.depth']}", f"depth-{other}")
     study(folder).add_trial(
         optuna.trial.create_trial(
             state=optuna.trial.TrialState.PRUNED,
-            params=done.params,
+            params={"mtp.depth": other},
             distributions=done.distributions,
             intermediate_values={5: 3.0},
+            user_attrs={"folder": named},
         )
     )
-    monkeypatch.setattr(
-        search_module.Search, "_finished_twin", lambda self, *_: self.study.trials[1]
-    )
-    assert run(folder, "optimizer.lr=0.01", "--trials", "3") == 0
-    assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert run(folder, "optimizer.lr=0.01", "--trials", "8") == 0
+    states = {(t.params["mtp.depth"], t.state.name) for t in study(folder).trials}
+    assert states == {(done.params["mtp.depth"], "COMPLETE"), (other, "PRUNED")}
 
 
 @pytest.mark.parametrize("fixed", ["seed=13", "mtp_lambda=nan"])
@@ -224,7 +226,9 @@ def test_another_search_in_the_folder_is_refused(
         ("mtp=sequential,sequentail", "sequentail"),
         ("trainer.devices=-1", "not -1"),
         ("mtp.depth=int(1,300)", "mtp.depth=300"),
-        ("model.d_ff=interval(4,1)", "the lower bound must come first"),
+        ("model.d_ff=interval(4,1)", "both bounds must be finite, and the lower one come first"),
+        ("mtp_lambda=interval(0.1,inf)", "both bounds must be finite"),
+        ("optimizer.lr=0.5", "optimizer.lr=0.5 fixes a key that is searched"),
         ("model.d_ff=interval(0,1,log)", "above 0"),
         ("model.d_ff=int(1.5,4)", "must be numbers"),
         ("model.d_ff=interval(1,2", "neither an override nor a range"),
