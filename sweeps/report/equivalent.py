@@ -165,9 +165,9 @@ def families(settings: Settings) -> list[Family]:
 
 
 def _rest(setting: Setting) -> str:
-    """A key that an arm and the plain runs of its curve share."""
+    """A key that an arm and the plain runs of its curve share; ``data.depth`` is ``mtp.depth``."""
     config = setting.config.items()
-    shared = {k: v for k, v in config if not lies_in(k, (*_BUDGET, *OF_DEPTHS))}
+    shared = {k: v for k, v in config if not lies_in(k, (*_BUDGET, *OF_DEPTHS, "data.depth"))}
     return json.dumps(shared, sort_keys=True, default=str)
 
 

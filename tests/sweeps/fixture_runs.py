@@ -62,7 +62,8 @@ def write_run(
 
     Args:
         folder: made here.
-        config: over BASE, by dotted key; ``data.seed`` follows ``seed``, as in training.
+        config: over BASE, by dotted key; ``data.seed`` follows ``seed``, and ``data.depth``
+            ``mtp.depth``, as in training.
         loss: final ``val/loss_depth_0``; None leaves it out.
         summary: more of it, over what is made up here; a value of None takes the key away.
         status: of the launcher; None for a run that was started by hand.
@@ -72,7 +73,7 @@ def write_run(
     folder.mkdir(parents=True)
     settings = {**BASE, **(config or {}), "paths.output_dir": str(folder)}
     settings.setdefault("run_dir", str(folder))
-    settings["data.seed"] = settings["seed"]
+    settings["data.seed"], settings["data.depth"] = settings["seed"], settings["mtp.depth"]
     (folder / "config.yaml").write_text(yaml.safe_dump(nested(settings)))
     losses = [*curve, *([loss] if done and loss is not None else [])]
     lines = ["step,train/loss,val/loss_depth_0,progress/tokens,progress/flops,progress/seconds"]

@@ -237,7 +237,7 @@ def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
     """data.seed=0 in one of two runs whose seed is 1."""
     write_run(tmp_path / "a", {"seed": 1})
     file = write_run(tmp_path / "b", {"seed": 1}) / "config.yaml"
-    file.write_text(file.read_text().replace("data:\n  seed: 1", "data:\n  seed: 0"))
+    file.write_text(file.read_text().replace("  seed: 1", "  seed: 0"))
     settings, _ = of(tmp_path)
     assert [s.label for s in settings.all] == ["data.seed=0", "data.seed=1"]
 

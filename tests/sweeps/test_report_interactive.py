@@ -81,12 +81,14 @@ def test_legends_are_switches_of_all_figures(page: str) -> None:
 def test_configs_are_compared(
     data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert all(set(c) <= {"mtp.depth", "seed", "data.seed"} for c in data["configs"].values())
+    assert all(
+        set(c) <= {"mtp.depth", "data.depth", "seed", "data.seed"} for c in data["configs"].values()
+    )
     assert len(data["configs"]) == 9
     for name, changes in (("a", {"mtp.depth": 1}), ("b", {"mtp.depth": 2, "x": "<b>"})):
         write_run(tmp_path / name, {"seed": 0, "run_dir": name, **changes}, loss=2.0)
     main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert capsys.readouterr().out == "mtp.depth: 1 | 2\nx: – | <b>\n"
+    assert capsys.readouterr().out == "data.depth: 1 | 2\nmtp.depth: 1 | 2\nx: – | <b>\n"
     main(["--diff", str(tmp_path / "a"), str(tmp_path / "a")])
     assert capsys.readouterr().out == "no difference\n"
     for wrong, said in (
