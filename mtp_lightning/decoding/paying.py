@@ -91,18 +91,12 @@ def measure(model: MTPModel, options: DecodingOptions, prompts: Sequence[Prompt]
 def _payoff(
     model: MTPModel, options: DecodingOptions, prompts: Sequence[Prompt], *, temperature: float
 ) -> Payoff:
-    turns = _Turns(options.max_draft(model))
     room = _TOKENS if options.max_context is None else options.max_context // 2
-    options = replace(
-        options,
-        max_new_tokens=max(2, min(_TOKENS, room)),
-        temperature=temperature,
-        top_k=None,
-        top_p=None,
-        stop=(),
-        eot_id=-1,
-        seed=0,
-    )
+    n_new, n_drafts = max(2, min(_TOKENS, room)), options.max_draft(model)
+    # A text's first and last tokens come from the trunk, so a round has at most n_new - 2 drafts.
+    turns = _Turns(min(n_drafts, n_new - 2))
+    plain: dict[str, Any] = {"top_k": None, "top_p": None, "stop": (), "eot_id": -1, "seed": 0}
+    options = replace(options, max_new_tokens=n_new, temperature=temperature, **plain)
     end, begun = time.perf_counter() + _SECONDS, 0
     with Engine(model, options, depths=turns) as engine:
         while not turns.enough(late=time.perf_counter() > end):
@@ -110,7 +104,8 @@ def _payoff(
             engine.add([options.request(prompt, index) for index, prompt in new])
             begun += len(new)
             engine.step()
-    return turns.payoff()
+    found, missing = turns.payoff(), n_drafts - turns.max_draft
+    return Payoff(found.costs + found.costs[-1:] * missing, found.accepted + (0.0,) * missing)
 
 
 class _Turns(AutoDepth):

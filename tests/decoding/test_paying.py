@@ -209,6 +209,18 @@ def test_every_number_is_timed_and_counted(monkeypatch: pytest.MonkeyPatch) -> N
         assert first > second >= 0  # a draft is judged only after a right one
 
 
+@pytest.mark.parametrize("max_context", [2, 4, 8])
+def test_drafts_beyond_a_short_window_are_not_measured(
+    max_context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paying, "_SECONDS", 0.0)
+    options = DecodingOptions(draft_depth="auto", batch_size=1, max_context=max_context)
+    measured = measure(small_model(2, 3), options, [[0]])  # three of them never fit
+    for payoff in (measured.greedy, measured.sampled):
+        assert len(payoff.costs) == 4 and len(payoff.accepted) == 3
+        assert payoff.accepted[2] == 0 and payoff.best < 3
+
+
 MEASURED = Measured(
     greedy=Payoff((1.0, 1.0, 1.0), (0.9, 0.9)), sampled=Payoff((1.0, 1.0, 9.0), (0.9, 0.9))
 )
