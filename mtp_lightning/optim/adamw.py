@@ -51,5 +51,5 @@ class AdamWConfig(OptimizerConfig):
         if others:
             groups.append({"params": list(others), "weight_decay": 0.0})
         fused = trained[0].device.type in ("cpu", "cuda")
-        betas = (self.betas[0], self.betas[1])
+        betas = (float(self.betas[0]), float(self.betas[1]))  # a 0 may be typed as int
         return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=fused)

@@ -14,6 +14,7 @@ from torch import nn
 
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.optim.adamw import AdamWConfig
 from mtp_lightning.optim.base import LearningRates
 from mtp_lightning.optim.groups import Combined, GroupedConfig
 from mtp_lightning.optim.lr_schedule import KINDS, LRSchedule
@@ -203,6 +204,13 @@ def test_mistakes_of_groups_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         grouped(**groups).build(build(tiny_trunk, SequentialConfig(depth=1)))
+
+
+def test_a_decay_rate_of_0_may_be_a_whole_number(tiny_trunk: TrunkConfig) -> None:
+    schedule = LRSchedule(kind="constant")
+    adamw = AdamWConfig(lr=0.1, betas=[0, 0.9], eps=1e-8, weight_decay=0.1, schedule=schedule)
+    optimizer = adamw.build(build(tiny_trunk, SequentialConfig(depth=1)))
+    assert optimizer.defaults["betas"] == (0.0, 0.9)
 
 
 @pytest.mark.slow
