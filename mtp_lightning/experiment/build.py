@@ -98,7 +98,8 @@ def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[s
         stored = {k: v for k, v in state.items() if k not in _LONG}
         raise UserError(
             f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
-            "run's tokenizer settings do not ask for: its weights mean nothing with another."
+            "run's tokenizer settings do not ask for: set tokenizer= to that one, since the "
+            "weights mean nothing with another."
         )
 
 

@@ -61,7 +61,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
             trunk's last block and fits the projection before it to some text (``starting.py``).
     """
 
-    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat")
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat", "blocks")
 
     branch: Branch = "final"
     input_norm: InputNorm = "post"

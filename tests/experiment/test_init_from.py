@@ -118,6 +118,8 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
         start_from(model, start_of(other, depth=1))
     with pytest.raises(ValueError, match=r"mtp.concat=hidden_first.*set mtp.concat=hidden_first"):
         start_from(model, start_of(tiny_trunk, depth=1, concat="hidden_first"))
+    with pytest.raises(ValueError, match=r"with mtp.blocks=2, .*: set mtp.blocks=2"):
+        start_from(model, start_of(tiny_trunk, depth=1, blocks=2))
     good = start_of(tiny_trunk, depth=1)
     for name, change, message in (
         ("mtp.depths.0.norm.weight", None, "mtp.depths.0.norm.weight is missing"),
@@ -250,7 +252,7 @@ def test_what_cannot_be_started_from(base: Path, tmp_path: Path) -> None:
     refuse(
         {"init_from": base / "base", "tokenizer": "bpe", "tokenizer.vocab_size": 300},
         ValueError,
-        "trained with the tokenizer {'kind': 'byte'}",
+        "trained with the tokenizer {'kind': 'byte'}.*: set tokenizer= to that one",
     )
     refuse({"mtp.freeze_trunk": "true", "mtp_lambda": 0}, ValueError, "nothing to train")
     foreign = tmp_path / "foreign.ckpt"
