@@ -168,6 +168,6 @@ class WindowBatch:
             )
         if self.stride != stride:
             raise UserError(
-                f"the batch was built for mtp.stride={self.stride} but the model predicts every "
-                f"{stride}th token: give data and model the same mtp.stride"
+                f"the batch was built for mtp.stride={self.stride} but the model's is "
+                f"{stride}: give data and model the same mtp.stride"
             )

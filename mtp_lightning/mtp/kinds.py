@@ -156,8 +156,8 @@ class SideBySide(MTPStack):
     def require_drafts(self) -> None:
         if self.config.stride > 1:
             raise UserError(
-                f"a model of mtp.stride={self.config.stride} predicts every "
-                f"{self.config.stride}th token and leaves those between out, so it cannot draft: "
+                f"a model of mtp.stride={self.config.stride} predicts one token in "
+                f"{self.config.stride} and leaves those between out, so it cannot draft: "
                 "decode it without drafts, or train one with mtp.stride=1."
             )
         super().require_drafts()
