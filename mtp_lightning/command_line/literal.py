@@ -66,7 +66,7 @@ _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 
 
 def literal(arguments: Sequence[str]) -> list[str]:
-    """Quote the texts and paths of a command line for Hydra. Quoting the result changes nothing."""
+    """Quote texts and paths for Hydra; refuse an empty path. Quoting the result changes nothing."""
     multirun = any(arg in ("-m", "--multirun", "hydra.mode=MULTIRUN") for arg in arguments)
     return [_literal(argument, multirun=multirun) for argument in arguments]
 
@@ -101,6 +101,8 @@ def _literal(argument: str, *, multirun: bool) -> str:
         return f"{plus}{key}={_value(key, value, quoted)}"
     if key not in PLACES | INPUTS or value.lower() == "null":
         return argument
+    if value in ("", '""', "''"):  # often an unset variable of the shell
+        raise UserError(f"{key} has no value: give it as {key}=...")
     if multirun and key in INPUTS and "," in value and not os.path.exists(value):
         kind = _kind(value)
         if kind == "none" and value[:1] != "[":
