@@ -114,13 +114,14 @@ class Check(Callback):
         with readable_errors():
             from mtp_lightning.command_line import vetting
 
-            plain = OmegaConf.to_container(config)
-            vetting.check(
-                plain,  # type: ignore[arg-type]
-                str(config.hydra.job.config_name),
-                list(config.hydra.overrides.task),
-                folder=str(config.hydra.run.dir),
-            )
+            plain, typed = OmegaConf.to_container(config), list(config.hydra.overrides.task)
+            # A sweep's own job types a value of each of its keys.
+            chosen = {override.lstrip("+").partition("=")[0] for override in typed}
+            if swept := (config.hydra.sweeper.get("params") or {}).keys() - chosen:
+                keys = ", ".join(sorted(swept))
+                raise UserError(f"+sweeps=... varies {keys}: add -m for a run with each value.")
+            name, folder = str(config.hydra.job.config_name), str(config.hydra.run.dir)
+            vetting.check(plain, name, typed, folder=folder)  # type: ignore[arg-type]
 
 
 def _explain(arguments: list[str]) -> None:
