@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -117,8 +118,11 @@ def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        utf_16 = offset == 0 and data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
+        remedy = f"`iconv -f {'UTF-16' if utf_16 else 'LATIN1'} -t UTF-8` converts a text"
+        if b"\0" in data and not utf_16:
+            remedy = "it holds zero bytes, which no text has: leave it out"
         raise UserError(
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset "
-            f"{offset + error.start} ({error.reason}); convert the file, for example with "
-            f"`iconv -f LATIN1 -t UTF-8`"
+            f"{offset + error.start} ({error.reason}); {remedy}"
         ) from None

@@ -91,10 +91,10 @@ class TextSource(FileSource):
                     # RecursionError: a deeply nested list
                     raise UserError(f"{path}, line {number}, is not JSON ({error})") from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
-                    has = sorted(row) if isinstance(row, dict) else type(row).__name__
+                    kinds = isinstance(row, dict) and {k: type(v).__name__ for k, v in row.items()}
                     raise UserError(
                         f"{path}, line {number}, has no string under {self.field!r} "
-                        f"(it has {has}): set data.field to the name of the text"
+                        f"(it has {kinds or type(row).__name__}): set data.field to a text's name"
                     )
                 yield row[self.field]
 

@@ -64,9 +64,11 @@ def test_text_reads_json_lines(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"body": "one\\ntwo"}\n\n{"body": "three", "n": 1}\n')
     assert list(TextSource(file, field="body").documents()) == ["one\ntwo", "three"]
-    refused(r"x\.jsonl, line 1, has no string under 'text'.*body", file)
+    refused(r"x\.jsonl, line 1, has no string under 'text'.*'body': 'str'", file)
     file.write_text('{"text": "one"}\n{"text": \n')
     refused("line 2, is not JSON", file)
+    file.write_text('{"text": 5}\n')
+    refused("no string under 'text' .it has {'text': 'int'}", file)
     file.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
     refused("not UTF-8: byte 0xe9 at byte offset 29", file)
 
@@ -79,7 +81,9 @@ def test_text_refuses_bad_input_by_name(tmp_path):
     (tmp_path / "none").mkdir()
     refused("holds no files", tmp_path / "none", error=missing)
     latin.write_bytes(b"caf\xe9 au lait")
-    refused(r"latin\.txt is not UTF-8: byte 0xe9 at byte offset 3", tmp_path)
+    refused(r"latin\.txt is not UTF-8: byte 0xe9 at byte offset 3.*-f LATIN1", tmp_path)
+    latin.write_bytes("as Windows writes".encode("utf-16"))
+    refused(r"latin\.txt is not UTF-8: byte 0xff at byte offset 0.*-f UTF-16", latin)
     latin.write_bytes(b"")
     refused(r"latin\.txt is empty", tmp_path / "*.txt")
     for nothing in ([], "", [""], None, [3]):
@@ -97,7 +101,7 @@ def test_a_folder_is_read_without_what_is_not_text(tmp_path, caplog):
     assert list(TextSource(tmp_path).documents()) == ["first", "second\0"]
     assert "left out 1 hidden files, and 2 that are empty or of another kind" in caplog.text
     # A file that was named itself is never left out.
-    refused(r"logo\.png is not UTF-8", tmp_path / "logo.png")
+    refused(r"logo\.png is not UTF-8.*zero bytes.*leave it out", tmp_path / "logo.png")
 
 
 def test_text_fingerprint_follows_content_not_place(tmp_path):

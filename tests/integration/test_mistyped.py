@@ -150,7 +150,7 @@ evaluate.py checkpoint=FOLDER  [15 s] => FOLDER holds no intact checkpoint: give
 train.py data=text run_dir=run data.paths=FOLDER/empty  [15 s] =>
     FOLDER/empty | check data.paths
 train.py data=text run_dir=run data.paths=FOLDER/latin1 tokenizer=byte  [15 s] =>
-    FOLDER/latin1 is not UTF-8 | offset 3 | iconv
+    FOLDER/latin1 is not UTF-8 | offset 3 | `iconv -f LATIN1 -t UTF-8` converts
 # the tools
 mtp-lightning trian  [*] => trian is not a command: did you mean train?
 doctor.py  [code 2] => required: folder | --help
