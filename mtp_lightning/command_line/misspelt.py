@@ -32,7 +32,7 @@ def sentence(error: Exception) -> str:
         if not equals and ("/" in key or Path(key).exists()):
             return f"{key} has no key: give it as checkpoint={key} (train.py: run_dir={key})."
         if not equals:
-            return f"{key} has no value: give it as {key}=..."
+            return f"{key} has no value: give it as {key.partition(':')[0]}=..."
         return (
             f"{override} cannot be read: put the value in quotes of its own, "
             f"""'{key}="{value}"'."""
