@@ -130,12 +130,12 @@ def _options_with(name: str) -> list[str]:
 
 
 def _elsewhere(key: str) -> str | None:
-    """A dotted key that ends in this name: ``optimizer.lr`` for ``lr``."""
+    """A dotted key that ends in this name (``optimizer.lr`` for ``lr``) and follows no other."""
     roots = ("", "mtp", "model", "data", "optimizer", "trainer", "objective")
     for path in roots:
         options = groups().get(path, [])
-        names = [k.name for o in options for k in o.keys if path or o.name == "config"]
-        if key in names:
+        keys = [k for o in options for k in o.keys if path or o.name == "config"]
+        if any(k.name == key and not k.default.startswith("${") for k in keys):
             return f"{path}.{key}" if path else key
     return None
 

@@ -45,6 +45,11 @@ def check(
     for override in typed:
         if override.startswith("+"):
             _require_read(override, config, app)
+        if override.lstrip("+").startswith("data.tokenizer="):
+            raise UserError(
+                f"{override} does not set the tokenizer: train.py has tokenizer=..., and a trained "
+                "model has its own."
+            )
     # init_from may bring another kind of trunk than ``model`` describes, with other keys.
     brought = config.get("init_from") is not None
     for path, node in _nodes(config, ""):

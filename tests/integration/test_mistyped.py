@@ -69,6 +69,7 @@ train.py +mtp.dept=4  [*] => mtp.dept is not a key: did you mean mtp.depth? (--h
 train.py +mtp.depth=4 => mtp.depth is a key already | mtp.depth=...
 train.py modle=nano => modle is not a key: did you mean model?
 train.py lr=0.1 => lr is not a key: did you mean optimizer.lr?
+train.py data.tokenizer=bpe => data.tokenizer=bpe does not set the tokenizer
 train.py +foo=1 => foo is not a key | --cfg job
 train.py data.paths=x => data.paths is a key of data=text: add that
 train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
