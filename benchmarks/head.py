@@ -23,7 +23,7 @@ from benchmarks import cli, harness
 from benchmarks.harness import Row
 from data_modules.windows import WindowBatch
 from mtp_lightning.experiment.build import build_objective
-from mtp_lightning.mtp.feed import Prediction, Together
+from mtp_lightning.mtp.feed import HeadWeight, Prediction, Together
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head as loss_module
@@ -31,7 +31,7 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.stream import prepass, stream_loss
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts, by_depth, count_taught
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import HeadWeight, through_head
+from mtp_lightning.objective.through_head import through_head
 from mtp_lightning.runtime import keep_freed_memory
 
 # Powers of 2: numbers in a chunk of logits.

@@ -14,10 +14,10 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.rates import DepthRates, exact
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import HeadWeight, through_head
+from mtp_lightning.objective.through_head import through_head
 
 
 class OwnLossRates(DepthRates):

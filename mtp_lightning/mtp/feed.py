@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.nn.ops import weight_gradient
 
 
 class LossTarget(Protocol):
@@ -59,11 +60,9 @@ class Loss(ABC):
 
     Attributes:
         width: numbers per position that it needs besides the logits, to size the chunks.
-        weight: the matrix [V', C] that gives its logits; None for the shared head's.
     """
 
     width: int = 1
-    weight: Tensor | None = None
 
     @abstractmethod
     def __call__(
@@ -83,6 +82,32 @@ class Loss(ABC):
         """
 
 
+class HeadWeight:
+    """A head's weight and its accumulated gradient.
+
+    Args:
+        weight_VC: the weight.
+        needs_gradient: whether it gets a gradient.
+        own: the stack's own head, if the weight is of one.
+
+    Attributes:
+        gradient: the gradient so far; None before the first chunk.
+    """
+
+    def __init__(
+        self, weight_VC: Tensor, *, needs_gradient: bool = False, own: OwnHead | None = None
+    ) -> None:
+        self.weight_VC, self.needs_gradient, self.own = weight_VC, needs_gradient, own
+        self.gradient: Tensor | None = None
+
+    def add(self, d_logits_NV: Tensor, h_NC: Tensor, factor: float = 1.0) -> None:
+        """``gradient += factor * d_logits.T @ h``."""
+        if self.gradient is None:
+            # In the layout of weight_gradient's results: adding across layouts is slow.
+            self.gradient = self.weight_VC.new_zeros(self.weight_VC.shape[::-1]).t()
+        self.gradient.add_(weight_gradient(d_logits_NV, h_NC), alpha=factor)
+
+
 @dataclass(eq=False)
 class Prediction:
     """A hidden state on its way through a head.
@@ -91,25 +116,22 @@ class Prediction:
         hidden: [..., C], ready for the head.
         targets: the targets that share its logits: those of a depth, one per term; with
             ``parameter_free`` those of all depths.
-        train_head: whether the head's weight gets a gradient from it.
+        train_head: whether a head that needs a gradient gets one from it.
         needs_gradient: whether the hidden state gets a gradient.
-        head: the stack's own head, which the targets are rows of; None for the shared head.
+        head: the head, which the targets are rows of; None for the shared one.
         loss: computes the loss instead of the targets' terms.
         states: number of hidden states per position in ``hidden``.
         gradient: with respect to ``hidden``, once known.
-        weight_gradient: with respect to the loss's matrix, once known; for ``head``, of all
-            predictions that go through it together.
     """
 
     hidden: Tensor
     targets: Sequence[Any]
     train_head: bool = True
     needs_gradient: bool = True
-    head: OwnHead | None = None
+    head: HeadWeight | None = None
     loss: Loss | None = None
     states: int = 1
     gradient: Tensor | None = None
-    weight_gradient: Tensor | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -150,7 +172,7 @@ class Feed(ABC):
         head: the depths' own head; None for the shared head.
     """
 
-    head: OwnHead | None = None
+    head: HeadWeight | None = None
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
@@ -187,37 +209,36 @@ class Together(Feed):
         own: Mapping[int, OwnLoss],
         head: OwnHead | None = None,
     ) -> None:
-        self.depths, self.own, self.head = depths, own, head
-        weights = [loss.weight for loss in own.values()]
-        if depths and head is not None:
-            weights.append(head.weight)
+        self.depths, self.own = depths, own
+        # The heads of depths that do not go through the shared one.
+        self.heads = {k: HeadWeight(loss.weight) for k, loss in own.items()}
+        if head is not None:
+            self.head = HeadWeight(head.weight, own=head)
+            self.heads |= {k: self.head for k, _ in depths}
+        self.weights = list(dict.fromkeys(self.heads.values()))
+        weights = [weight.weight_VC for weight in self.weights]
         super().__init__([final, *(hidden for _, hidden in depths), *weights])
 
     def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield self.depths
 
     def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
-        states = {0: self.main, **dict(self.depths)}
-        needs_state, needs_weight = request.needs[: len(states)], request.needs[len(states) :]
-        shared_head = self.head is None or not self.depths
-        trained = dict.fromkeys(states, request.train_head if shared_head else needs_weight[-1])
-        trained |= {0: True, **dict(zip(self.own, needs_weight, strict=False))}
-        predictions = {
-            k: Prediction(
+        states = [(0, self.main), *self.depths]
+        for weight, needed in zip(self.weights, request.needs[len(states) :], strict=True):
+            weight.needs_gradient = needed
+        predictions = [
+            Prediction(
                 hidden,
                 request.targets[k],
-                train_head=trained[k],
+                train_head=k == 0 or k in self.heads or request.train_head,
                 needs_gradient=needed,
-                head=self.head if k else None,
+                head=self.heads.get(k),
                 loss=self.own.get(k),
             )
-            for (k, hidden), needed in zip(states.items(), needs_state, strict=True)
-        }
-        through_head(list(predictions.values()))
-        of_weights = [predictions[k].weight_gradient for k in self.own]
-        if not shared_head:
-            of_weights.append(predictions[max(states)].weight_gradient)
-        return [*(p.gradient for p in predictions.values()), *of_weights]
+            for (k, hidden), needed in zip(states, request.needs, strict=False)
+        ]
+        through_head(predictions)
+        return [*(p.gradient for p in predictions), *(w.gradient for w in self.weights)]
 
 
 class OneState(Feed):

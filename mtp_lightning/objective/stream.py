@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.feed import Feed, LossRequest, Prediction
+from mtp_lightning.mtp.feed import Feed, HeadWeight, LossRequest, Prediction
 from mtp_lightning.nn.ops import compute_dtype
 from mtp_lightning.objective.rules.base import Measure, Seen
 from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
-from mtp_lightning.objective.through_head import HeadWeight, through_head
+from mtp_lightning.objective.through_head import through_head
 
 
 @torch.no_grad()
@@ -55,8 +55,8 @@ def prepass(
             found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
             seen[measure.name][k] = found
             asked.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
-        own = feed.head if k else None
-        return Prediction(hidden, asked, train_head=False, needs_gradient=False, head=own)
+        head = feed.head if k else None
+        return Prediction(hidden, asked, train_head=False, needs_gradient=False, head=head)
 
     due = [(0, feed.main)] if of_main else []
     for group in itertools.chain(feed.prepass_states() if of_depths else (), [()]):

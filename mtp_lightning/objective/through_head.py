@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.mixture import mixed_log_probs
 from mtp_lightning.nn.ops import (
@@ -32,7 +32,6 @@ from mtp_lightning.nn.ops import (
     log_softmax_,
     matmul_transposed,
     no_autocast,
-    weight_gradient,
 )
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
 from mtp_lightning.objective.terms.base import Teacher
@@ -41,26 +40,6 @@ from mtp_lightning.objective.terms.base import Teacher
 # large enough to fill the device. Measured by benchmarks/head.py.
 _CHUNK_NUMEL = {"cpu": 2**21, "cuda": 2**27}
 _MIN_CHUNK_ROWS = 256
-
-
-class HeadWeight:
-    """A head's weight and its accumulated gradient.
-
-    Attributes:
-        gradient: the gradient so far; None before the first chunk.
-    """
-
-    def __init__(self, weight_VC: Tensor, *, needs_gradient: bool = False) -> None:
-        self.weight_VC = weight_VC
-        self.needs_gradient = needs_gradient
-        self.gradient: Tensor | None = None
-
-    def add(self, d_logits_NV: Tensor, h_NC: Tensor, factor: float = 1.0) -> None:
-        """``gradient += factor * d_logits.T @ h``."""
-        if self.gradient is None:
-            # In the layout of weight_gradient's results: adding across layouts is slow.
-            self.gradient = self.weight_VC.new_zeros(self.weight_VC.shape[::-1]).t()
-        self.gradient.add_(weight_gradient(d_logits_NV, h_NC), alpha=factor)
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -135,13 +114,10 @@ def through_head(
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
     def passes() -> Iterator[_HeadPass]:
-        done, own = 0, None
+        done = 0
         for prediction in predictions:
             end = done + len(prediction.targets)
-            if prediction.head is not None and own is None:  # all such predictions share one
-                own = HeadWeight(prediction.head.weight, needs_gradient=prediction.train_head)
-            its_head = head if own is None or prediction.head is None else own
-            one = _HeadPass(its_head, weight, prediction, sums[done:end], of_terms)
+            one = _HeadPass(head, weight, prediction, sums[done:end], of_terms)
             if one.learns or any(target.coefficient for target in one.targets):
                 yield one
             done = end
@@ -181,26 +157,23 @@ def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
 
 class _HeadPass:
     """Computes one prediction, chunk by chunk: adds the losses of its targets to ``sums``, and the
-    gradients to those of ``head`` and of the terms' own parameters. ``weight`` is the shared head's
-    in the dtype of the products."""
+    gradients to those of its head and of the terms' own parameters. ``shared`` is the shared head,
+    ``weight`` its weight in the dtype of the products."""
 
     def __init__(
         self,
-        head: HeadWeight,
+        shared: HeadWeight,
         weight: Tensor,
         prediction: Prediction,
         sums: Tensor,
         of_terms: dict[nn.Parameter, Tensor] | None,
     ) -> None:
-        self.head, self.weight, self.prediction, self.sums = head, weight, prediction, sums
-        self.of_terms = of_terms
-        self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
-        matrix = None if prediction.loss is None else prediction.loss.weight
-        if matrix is not None:
-            self.head = HeadWeight(matrix, needs_gradient=prediction.train_head)
-        self.is_own = matrix is not None or prediction.head is not None
-        if self.is_own:
+        self.prediction, self.sums, self.of_terms = prediction, sums, of_terms
+        self.head, self.weight = shared, weight
+        if prediction.head is not None:
+            self.head = prediction.head
             self.weight = self.head.weight_VC.detach().to(weight.dtype)
+        self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
         h, needed = prediction.hidden, prediction.needs_gradient
         self.trains_weight = self.head.needs_gradient and prediction.train_head
         self.learns = needed or self.trains_weight
@@ -232,15 +205,13 @@ class _HeadPass:
         self.finish()
 
     def finish(self) -> None:
-        """Set the prediction's gradients."""
+        """Set the prediction's gradient."""
         if self.d_h is not None:
             self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
-        if self.is_own:
-            self.prediction.weight_gradient = self.head.gradient
 
     def teacher_of_head(self, teacher: Teacher) -> Teacher:
         """The teacher over the tokens that the prediction's own head has rows for."""
-        own = self.prediction.head
+        own = self.head.own
         if own is None or own.is_whole:
             return teacher
         return Teacher(own.conditional(teacher.log_probs_RV), teacher.hidden_RC)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.targets import PositionCounts, by_depth
-from mtp_lightning.objective.through_head import HeadWeight, through_head
+from mtp_lightning.objective.through_head import through_head
 
 Scope = Literal["trunk", "last_block"]
 """The parameters that gradients are measured on: the whole shared trunk, or its last block."""
@@ -216,11 +216,15 @@ def add_gradients(
         targets = objective.targets(stack, batch, factors, counts, key)
         of_task = by_depth(objective.settle(targets, {}))
         final, at = model.run_trunk(batch, tasks[1:], key=key)
-        shared_head = HeadWeight(model.head.weight)
+        shared, own = HeadWeight(model.head.weight), stack.own_head
         for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
-            head, loss = (stack.own_head, stack.own_loss(k, batch)) if k else (None, None)
+            head, loss = None, stack.own_loss(k, batch) if k else None
+            if loss is not None:
+                head = HeadWeight(loss.weight)
+            elif k and own is not None:
+                head = HeadWeight(own.weight, own=own)
             prediction = Prediction(hidden, of_task[k], train_head=False, head=head, loss=loss)
-            through_head(shared_head, [prediction], unused, main_hidden=final)
+            through_head(shared, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
