@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,15 +32,11 @@ from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.registry import imported
 from mtp_lightning.settings import is_whole
 
 if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
     from mtp_lightning.decoding.lookup import Lookup
-
-
-_PACKAGE = "mtp_lightning.decoding"
 
 
 class Engine:
@@ -86,8 +83,9 @@ class Engine:
         self._decoder: Decoder | None = None
         self._auto, known = depths, options.measured
         if depths is None and options.draft_depth == "auto" and self.max_draft:
-            kind = imported(f"{_PACKAGE}.adaptive.AutoDepth")
-            self._auto = kind(self.max_draft, None if known is None else known.greedy)
+            from mtp_lightning.decoding.adaptive import AutoDepth
+
+            self._auto = AutoDepth(self.max_draft, None if known is None else known.greedy)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -171,7 +169,11 @@ class Engine:
             # `check` lets a longer prompt pass only with long="slide".
             windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
-        decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
+        room = max(needed) if limit is None else min(max(needed), limit)
+        if self._decoder is None:
+            self._decoder = self._new_decoder(room)
+        decoder = self._decoder
+        decoder.session.reserve(room)
         sequences = [
             TextSequence(r, self.max_draft, self.tokenizer, self._lookup_of(r)) for r in requests
         ]
@@ -237,29 +239,28 @@ class Engine:
     def _lookup_of(self, request: Request) -> Lookup | None:
         if not self.options.lookup:
             return None
-        kind = imported(f"{_PACKAGE}.lookup.Lookup")
-        return kind(request.prompt, request.max_new_tokens, sampled=not request.greedy)
+        from mtp_lightning.decoding.lookup import Lookup
+
+        return Lookup(list(request.prompt), request.max_new_tokens, sampled=not request.greedy)
 
     def _report_logits(self, sequence: TextSequence, logits_TV: Tensor) -> None:
         if self._on_logits is not None:
             self._on_logits(sequence.request.index, logits_TV)
-
-    def _with_room(self, tokens: int) -> Decoder:
-        """The decoder, with room for sequences of ``tokens`` tokens."""
-        if self._decoder is None:
-            self._decoder = self._new_decoder(tokens)
-        self._decoder.session.reserve(tokens)
-        return self._decoder
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options
         room: dict[str, Any] = {"slots": self.slots, "capacity": capacity}
         room |= {"draft_vocab": options.draft_vocab, "one_cache": options.cache == "single"}
         if options.tree is not None:
-            session = imported(f"{_PACKAGE}.tree_session.TreeSession")
-            decoder = imported(f"{_PACKAGE}.tree_speculative.TreeDecoder")
-            return decoder(session(self._model, tree=options.tree, **room))
-        kind = imported(f"{_PACKAGE}.compiled.CompiledSession") if options.compile else Session
+            from mtp_lightning.decoding.tree_session import TreeSession
+            from mtp_lightning.decoding.tree_speculative import TreeDecoder
+
+            return TreeDecoder(TreeSession(self._model, tree=options.tree, **room))
+        kind = Session
+        if options.compile:
+            from mtp_lightning.decoding.compiled import CompiledSession
+
+            kind = CompiledSession
         return Decoder(
             kind(self._model, max_draft=self.max_draft, lookup=options.lookup, **room),
             min_confidence=options.min_confidence,
@@ -281,24 +282,18 @@ class Engine:
         if limit is not None:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
-        known = [s.looked_up(n) for s, n in zip(self._sequences, self._lookups(rooms), strict=True)]
-        asked = [sequence.request.draft_depth for sequence in self._sequences]
-        caps = [r if a is None else min(r, a) for r, a in zip(rooms, asked, strict=True)]
-        auto, wanted = self._auto, self.max_draft
-        if auto is not None:
-            own = [self._own_depth(sequence.request) for sequence in self._sequences]
-            alike = all(depth is None for depth in own)
-            chosen = auto.depth(len(own)) if alike else auto.best
-            each = [chosen if depth is None else depth for depth in own]
-            caps, wanted = [min(cap, m) for cap, m in zip(caps, each, strict=True)], max(each)
-            # Rounds that mix numbers of drafts are not timed.
-            auto = auto if alike and not any(known) else None
-        # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
-        n_drafts = wanted if self.options.compile else min(wanted, max(caps))
-        caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
+        n_drafts, caps, auto = self._planned(rooms)
+        known = self._looked_up(rooms)
+        replace = None
+        if any(known):
+            from mtp_lightning.decoding.lookup import with_lookups
+
+            replace = partial(with_lookups, known=known, model=self._model)
+            caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
+            n_drafts, auto = 0 if all(known) else n_drafts, None
         start = time.perf_counter()
-        outcome = decoder.round(n_drafts, caps, known)
-        if auto is not None and n_drafts == wanted:
+        outcome = decoder.round(n_drafts, caps, replace)
+        if auto is not None:
             seconds = time.perf_counter() - start
             reached_by = [step.reached for step in outcome.steps]
             if self.options.min_confidence:  # count a draft that was not made as a failed one
@@ -308,18 +303,36 @@ class Engine:
             auto.record(n_drafts, seconds, outcome.accepted, reached_by)
         return outcome
 
-    def _lookups(self, rooms: Sequence[int]) -> list[int]:
-        """The most drafts of every row that its own text may give.
+    def _planned(self, rooms: Sequence[int]) -> tuple[int, list[int], AutoDepth | None]:
+        """The number of drafts that the modules make in the next round, the most of them that every
+        row accepts, of ``rooms``, and what the round's time is recorded by; None if it does not
+        tell what that number costs."""
+        auto, usual = self._auto, self.max_draft
+        asked = [self._own_depth(sequence.request) for sequence in self._sequences]
+        alike = all(depth is None for depth in asked)
+        if auto is not None:
+            usual = auto.depth(len(asked)) if alike else auto.best
+        each = [usual if depth is None else depth for depth in asked]
+        wanted = usual if auto is None else max(each)
+        caps = [min(room, depth) for room, depth in zip(rooms, each, strict=True)]
+        # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
+        n_drafts = wanted if self.options.compile else min(wanted, max(caps))
+        return n_drafts, caps, auto if alike and n_drafts == wanted else None
+
+    def _looked_up(self, rooms: Sequence[int]) -> list[list[int]]:
+        """The drafts of every row that its own text gives.
 
         On a CPU a greedy row has lookups only while it is alone, and a sampled row only in an
         engine of one slot, since its text depends on its drafts.
         """
         for_many = pays_for_many(self._model.head.weight.device)
         shared, alone = for_many or len(rooms) == 1, for_many or self.slots == 1
-        requests = [sequence.request for sequence in self._sequences]
-        allowed = [(shared if r.greedy else alone) and r.draft_depth != 0 for r in requests]
-        most = self.options.lookup
-        return [min(room, most) if ok else 0 for room, ok in zip(rooms, allowed, strict=True)]
+        found = []
+        for sequence, room in zip(self._sequences, rooms, strict=True):
+            request = sequence.request
+            allowed = (shared if request.greedy else alone) and request.draft_depth != 0
+            found.append(sequence.looked_up(min(room, self.options.lookup) if allowed else 0))
+        return found
 
     def _own_depth(self, request: Request) -> int | None:
         """The number of drafts that a request asks for, or that samples keep; None if it is free

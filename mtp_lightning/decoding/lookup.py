@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from mtp_lightning.decoding.options import MOST_LOOKUPS, Prompt
+from mtp_lightning.decoding.sampling import certain, over_all
 from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.decoding.speculative import Draft
+from mtp_lightning.model import MTPModel
 
 # Longest match that is looked for.
 _LONGEST = 16
@@ -118,10 +120,7 @@ def lookups_alone(
 
 
 def with_lookups(
-    drafts: Iterator[Draft],
-    known: Sequence[Sequence[int]],
-    caps: list[int],
-    device: torch.device,
+    drafts: Iterator[Draft], caps: list[int], *, known: Sequence[Sequence[int]], model: MTPModel
 ) -> Iterator[Draft]:
     """Replace the modules' drafts in the rows that have looked theirs up, and continue after the
     modules' last draft.
@@ -130,23 +129,23 @@ def with_lookups(
 
     Args:
         drafts: the modules' drafts; none if all rows have looked theirs up.
-        known: the drafts of every row; a row without any takes the modules'.
         caps: for each row, the most drafts that it may accept. Those of rows without drafts of
             their own are lowered to the modules'; they are final when the iterator has ended.
-        device: device of the tokens.
+        known: the drafts of every row; a row without any takes the modules'.
+        model: the model.
     """
-    most = max(map(len, known))
+    most, n_tokens = max(map(len, known)), model.config.trunk.vocab_size
     # Beyond a row's own drafts any token will do: it is not accepted.
     padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
-    own_BM = torch.tensor(padded, device=device)
-    for k in count(1):
-        made = next(drafts, None)
-        if made is None:
-            caps[:] = [
-                cap if own else min(cap, k - 1) for cap, own in zip(caps, known, strict=True)
-            ]
-            if k > most:
-                return
-        _, logits_BV, sure_B, _ = made or (k, None, None, None)
+    own_BM = torch.tensor(padded, device=model.head.weight.device)
+    k = 0
+    for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
         own_B = own_BM[:, min(k, most) - 1]
-        yield k, logits_BV, None if sure_B is None else sure_B | (own_B >= 0), own_B
+        token_B = torch.where(own_B < 0, token_B, own_B)
+        if q_BV is not None:
+            q_BV, own_BV = over_all(q_BV, n_tokens), certain(token_B, n_tokens)
+            q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
+        yield Draft(token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0))
+    caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
+    for own_B in own_BM.unbind(1)[k:]:
+        yield Draft(own_B.clamp(min=0))

@@ -60,8 +60,7 @@ class Sampling:
         """
         logits = logits.float()
         if self.greedy:
-            best = logits.argmax(dim=-1, keepdim=True)
-            return torch.zeros_like(logits).scatter_(-1, best, 1.0)
+            return certain(logits.argmax(dim=-1), logits.shape[-1])
         if self.temperature != 1:
             # Subtract the maximum before dividing: a tiny temperature would overflow large logits.
             logits = logits - logits.amax(dim=-1, keepdim=True)
@@ -113,6 +112,12 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     aim = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
     found = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
     return found.clamp_(max=probs.shape[-1] - 1)
+
+
+def certain(tokens: Tensor, n_tokens: int) -> Tensor:
+    """The distributions [..., V] that give tokens [...] a probability of 1."""
+    zeros = torch.zeros(*tokens.shape, n_tokens, device=tokens.device)
+    return zeros.scatter_(-1, tokens.unsqueeze(-1), 1.0)
 
 
 def over_all(probs: Tensor, n_tokens: int) -> Tensor:

@@ -10,16 +10,16 @@ Shapes: B rows, M drafts, T = M + 1 verified tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw, over_all
+from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, certain, draw, over_all
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
-from mtp_lightning.registry import imported
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,22 @@ class Step:
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
 
 
-Draft = tuple[int, Tensor | None, Tensor | None, Tensor | None]
-"""A depth; its logits [B, V], None if no module drafts; the rows that are confident enough to draft
-at it, bool [B], None for all; and tokens [B] that are drafted instead, -1 for a row without one."""
+class Draft(NamedTuple):
+    """The drafts of one depth.
+
+    Attributes:
+        tokens_B: the drafts.
+        q_BV: the distributions that they were drawn from; None if each had probability 1.
+        believed_B: the rows that are confident enough to draft at this depth; None for all.
+    """
+
+    tokens_B: Tensor
+    q_BV: Tensor | None = None
+    believed_B: Tensor | None = None
+
+
+Replace = Callable[[Iterator[Draft], list[int]], Iterator[Draft]]
+"""Replaces drafts, and may lower the most that every row accepts until its iterator has ended."""
 
 
 @dataclass(frozen=True)
@@ -149,28 +162,28 @@ class Decoder:
             self._row_sampling = RowSampling(self._samplings)
         return self._row_sampling
 
-    def round(
-        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
-    ) -> Round:
+    def round(self, n_drafts: int, caps: Sequence[int], replace: Replace | None = None) -> Round:
         """Draft, verify, accept.
 
         Args:
             n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
-            known: for each row, drafts that take the place of the modules', if there are any.
+            replace: replaces the modules' drafts; None keeps them.
         """
-        caps = list(caps)
-        drafts = self._drafts(0 if known and all(known) else n_drafts)
-        if any(known):
-            with_lookups = imported("mtp_lightning.decoding.lookup.with_lookups")
-            drafts = with_lookups(drafts, known, caps, self.session.tokens_BS.device)
-        choose = self._greedy if self._sampling.greedy else self._sample
-        done = choose(drafts, caps)
+        caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
+        drafts = self._drafts(n_drafts, noise_BR)
+        if replace is not None:
+            drafts = replace(drafts, caps)
+        if noise_BR is None:
+            done = self._greedy(drafts, caps)
+        else:
+            done = self._sample(drafts, caps, noise_BR)
         self.session.accept(done.accepted, self._made)
         return done
 
-    def _drafts(self, n_drafts: int) -> Iterator[Draft]:
-        """The modules' drafts; they end when no row is confident enough."""
+    def _drafts(self, n_drafts: int, noise_BR: Tensor | None) -> Iterator[Draft]:
+        """The modules' drafts, greedy without random numbers; they end when no row is confident
+        enough."""
         product_B: Tensor | None = None
         self._made = 0
         for k in range(1, n_drafts + 1):
@@ -184,14 +197,17 @@ class Decoder:
                 believed_B = product_B >= self.min_confidence
                 if not bool(believed_B.any()):
                     return
-            yield k, logits_BV, believed_B, None
+            if noise_BR is None:
+                yield Draft(logits_BV.argmax(dim=-1), None, believed_B)
+            else:
+                q_BV = self._sampling.probabilities(logits_BV)
+                yield Draft(draw(q_BV, noise_BR[:, k - 1]), q_BV, believed_B)
 
     def _greedy(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
         session = self.session
         drafts = []
-        for k, logits_BV, _, own_B in made:
-            best_B = None if logits_BV is None else logits_BV.argmax(dim=-1)
-            drafts.append(_drafted(best_B, own_B).unsqueeze(1))
+        for k, (token_B, *_) in enumerate(made, start=1):
+            drafts.append(token_B.unsqueeze(1))
             session.put(drafts[-1], k)
         n_drafts = len(drafts)
         logits_BTV = session.verify(n_drafts)
@@ -210,26 +226,15 @@ class Decoder:
             steps.append(Step.of_chain(choice[: a + 1], a, draft))
         return Round(steps, logits_BTV)
 
-    def _sample(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
+    def _sample(self, made: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
         session = self.session
-        noise_BR = self._noise.next()
         sure_B = torch.full((len(caps),), self._most, device=noise_BR.device)
         drafts, proposals = [], []
         vocab = session.model.config.trunk.vocab_size
-        for k, logits_BV, believed_B, own_B in made:
-            q_BV = None if logits_BV is None else self._sampling.probabilities(logits_BV)
-            drawn_B = None if q_BV is None else draw(q_BV, noise_BR[:, k - 1])
-            draft_B1 = _drafted(drawn_B, own_B).unsqueeze(1)
-            if own_B is not None:  # a row's own token has probability 1
-                one_BV = torch.zeros(len(caps), vocab, device=own_B.device)
-                one_BV.scatter_(1, draft_B1, 1.0)
-                if q_BV is not None:
-                    one_BV = torch.where(own_B.unsqueeze(1) < 0, over_all(q_BV, vocab), one_BV)
-                q_BV = one_BV
-            assert q_BV is not None
-            session.put(draft_B1, k)
-            drafts.append(draft_B1)
-            proposals.append(q_BV)
+        for k, (token_B, q_BV, believed_B) in enumerate(made, start=1):
+            drafts.append(token_B.unsqueeze(1))
+            proposals.append(certain(token_B, vocab) if q_BV is None else q_BV)
+            session.put(drafts[-1], k)
             if believed_B is not None:
                 sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
         n_drafts = len(drafts)
@@ -254,14 +259,6 @@ class Decoder:
             draft, tokens = row[:limit], row[n_drafts:]
             steps.append(Step.of_chain(tokens[: accepted + 1], accepted, draft))
         return Round(steps, logits_BTV)
-
-
-def _drafted(drawn_B: Tensor | None, own_B: Tensor | None) -> Tensor:
-    """The drafts [B]: a row's own token, else the modules', else 0, which is not accepted."""
-    if drawn_B is None:
-        assert own_B is not None
-        return own_B.clamp(min=0)
-    return drawn_B if own_B is None else torch.where(own_B < 0, drawn_B, own_B)
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:

@@ -21,42 +21,31 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.sampling import draw, over_all
-from mtp_lightning.decoding.speculative import Decoder, Round, Step
+from mtp_lightning.decoding.speculative import Decoder, Replace, Round, Step
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.nn.tree_cache import along
 
 
 class TreeDecoder(Decoder):
-    """A :class:`Decoder` that drafts trees.
-
-    Args:
-        session: the decoding state, still without rows.
-    """
+    """A :class:`Decoder` that drafts trees."""
 
     session: TreeSession
 
-    @property
-    def tree(self) -> Tree:
-        """The shape of every round's drafts."""
-        return self.session.tree
-
     def _most_drafts(self) -> int:
-        return len(self.tree)
+        return len(self.session.tree)
 
-    def round(
-        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
-    ) -> Round:
+    def round(self, n_drafts: int, caps: Sequence[int], replace: Replace | None = None) -> Round:
         """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""
         short = [self.session.is_short(row) for row in range(len(caps))]
-        depth = self.tree.depth
+        depth = self.session.tree.depth
         limits = [0 if s else min(cap, depth) for s, cap in zip(short, caps, strict=True)]
         if self._sampling.greedy:
             return self._greedy_tree(limits)
         return self._sample_tree(limits)
 
     def _greedy_tree(self, limits: list[int]) -> Round:
-        session, tree = self.session, self.tree
+        session, tree = self.session, self.session.tree
         drafts = []
         for k in range(1, tree.depth + 1):
             best_BPW = session.draft_tree(k).topk(tree.widths[k - 1], dim=-1).indices
@@ -85,7 +74,7 @@ class TreeDecoder(Decoder):
         return Round(steps, along(logits_BTV, path_BE))
 
     def _sample_tree(self, limits: list[int]) -> Round:
-        session, tree = self.session, self.tree
+        session, tree = self.session, self.session.tree
         noise_BR = self._noise.next()
         drafts, proposals = [], []
         for k in range(1, tree.depth + 1):
