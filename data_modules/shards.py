@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from mtp_lightning.errors import UserError
 
@@ -113,6 +114,13 @@ class ShardedTokens:
         if len(found) == 1:
             return found[0]
         return np.concatenate(found) if found else np.empty(0, self._maps[0].dtype)
+
+
+def windows_at(tokens: np.ndarray | ShardedTokens, first: np.ndarray, length: int) -> np.ndarray:
+    """``[B, length]`` ids from each of the indices ``first`` [B] on."""
+    if isinstance(tokens, ShardedTokens):
+        return tokens.windows(first, length)
+    return sliding_window_view(tokens, length)[first]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import Dataset
 
 from data_modules.order import window_order
-from data_modules.shards import ShardedTokens
+from data_modules.shards import ShardedTokens, windows_at
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
@@ -155,22 +154,13 @@ class WindowDataset(Windows):
         states = None if self.states is None else self._states(numbers)
         if self._chosen is not None:
             numbers = self._chosen[numbers]
-        windows = self._windows
-        if isinstance(windows, ShardedTokens):
-            found = windows.windows(numbers * self.seq_len, self.width)
-        else:
-            found = windows[numbers]
+        found = windows_at(self._tokens, numbers * self.seq_len, self.width)
         documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
         return self.batch(found, documents=documents, states=states)
 
     @cached_property
-    def _windows(self) -> np.ndarray | ShardedTokens:
-        """The windows of one file, or the tokens of several."""
-        tokens = self.file.tokens()
-        if isinstance(tokens, ShardedTokens):
-            return tokens
-        # A view: row i is window i, and rows overlap by D + E + 1 tokens.
-        return sliding_window_view(tokens, self.width)[:: self.seq_len]
+    def _tokens(self) -> np.ndarray | ShardedTokens:
+        return self.file.tokens()
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -199,5 +189,5 @@ class WindowDataset(Windows):
         return documents
 
     def __getstate__(self) -> dict[str, object]:
-        opened = ("_windows", "_starts", "_kept")
+        opened = ("_tokens", "_starts", "_kept")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
