@@ -128,7 +128,7 @@ class Registered:
 
 
 def imported(name: str) -> Any:
-    """The object of a dotted name, imported on demand: for code that only one option needs."""
+    """The object of a dotted name, imported on demand: for tables of an option's words."""
     module, _, found = name.rpartition(".")
     return getattr(importlib.import_module(module), found)
 

@@ -23,8 +23,8 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.lookup import lookups_alone
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
+from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
-from mtp_lightning.registry import imported
 
 # Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
@@ -232,8 +232,11 @@ def pass_costs(
         repeats: timed calls of each pass.
         clock: see :func:`race`.
     """
-    name = "compiled.CompiledSession" if compile else "session.Session"
-    kind = imported(f"mtp_lightning.decoding.{name}")
+    kind = Session
+    if compile:
+        from mtp_lightning.decoding.compiled import CompiledSession
+
+        kind = CompiledSession
     with decoding_passes(model):
         capacity = len(prompt) + 64
         session = kind(model, slots=batch, capacity=capacity, max_draft=model.depth)

@@ -27,13 +27,9 @@ from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts, targets_of
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.registry import imported
 from mtp_lightning.settings import require_bool, require_whole
 
 _MAIN_TERM = CrossEntropy()
-# Imported on demand: the term that trains a stack's rescorer, and the rule of `confidence`.
-_RESCORING = "mtp_lightning.objective.terms.rescoring.RescoringTerm"
-_CONFIDENCE = "mtp_lightning.objective.rules.confidence.ConfidenceRule"
 # The rules of a setting by its words: their class in rules/, and the settings that they read.
 _MASKS = {"entropy": ("entropy_mask.EntropyMask", ("tau", "quantile"))}
 _WEIGHTS = {
@@ -90,8 +86,12 @@ class Objective:
             require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
         self.term, self.draft_vocab = term, draft_vocab
         self.parts = list(term.parts())
-        self.rules: list[Rule] = [
-            *([imported(_CONFIDENCE)()] if confidence else []),
+        self.rules: list[Rule] = []
+        if confidence:
+            from mtp_lightning.objective.rules.confidence import ConfidenceRule
+
+            self.rules.append(ConfidenceRule())
+        self.rules += [
             *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
             *(rule for _, part in self.parts for rule in part.rules(self.asked)),
@@ -117,7 +117,9 @@ class Objective:
         bound = copy(self)
         own = [part for rule in self.rules for part in rule.parts(model.mtp)]
         if model.mtp.rescorer is not None:
-            own.append((1.0, imported(_RESCORING)(model.mtp.rescorer)))
+            from mtp_lightning.objective.terms.rescoring import RescoringTerm
+
+            own.append((1.0, RescoringTerm(model.mtp.rescorer)))
         bound.parts = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
         return bound
 
