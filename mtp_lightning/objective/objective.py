@@ -59,7 +59,7 @@ class Objective:
             positions with another target add nothing. None for all tokens.
 
     Attributes:
-        parts: the terms that are computed, each with its weight.
+        terms: those that are computed, each with its weight.
         rules: the rules, in the order in which they change the targets.
 
     Raises:
@@ -85,7 +85,7 @@ class Objective:
         if draft_vocab is not None:
             require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
         self.term, self.draft_vocab = term, draft_vocab
-        self.parts = list(term.parts())
+        self.terms = list(term.parts())
         self.rules: list[Rule] = []
         if confidence:
             from mtp_lightning.objective.rules.confidence import ConfidenceRule
@@ -94,7 +94,7 @@ class Objective:
         self.rules += [
             *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
-            *(rule for _, part in self.parts for rule in part.rules(self.asked)),
+            *(rule for _, one in self.terms for rule in one.rules(self.asked)),
         ]
 
     @classmethod
@@ -115,18 +115,18 @@ class Objective:
         """
         self._check_draft_vocab(model)
         bound = copy(self)
-        own = [part for rule in self.rules for part in rule.parts(model.mtp)]
+        own = [weighted for rule in self.rules for weighted in rule.terms(model.mtp)]
         if model.mtp.rescorer is not None:
             from mtp_lightning.objective.terms.rescoring import RescoringTerm
 
             own.append((1.0, RescoringTerm(model.mtp.rescorer)))
-        bound.parts = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
+        bound.terms = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
         return bound
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with the main prediction."""
-        return any(term.needs_teacher for _, term in self.parts)
+        return any(term.needs_teacher for _, term in self.terms)
 
     @property
     def measures(self) -> list[Measure]:
@@ -155,7 +155,7 @@ class Objective:
         main = factors[0] / counts.valid[0]
         found = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
         for k in (k for k, factor in enumerate(factors) if k and factor):
-            for part, (weight, term) in enumerate(self.parts):
+            for index, (weight, term) in enumerate(self.terms):
                 count = counts.of(k, term)
                 if not count:
                     continue
@@ -165,7 +165,7 @@ class Objective:
                 coefficient, stride = factors[k] * weight / count, batch.stride
                 found.append(
                     DepthTarget(
-                        k, tokens_BT, coefficient, term, part, stride=stride, before=before_BT
+                        k, tokens_BT, coefficient, term, index, stride=stride, before=before_BT
                     )
                 )
         return found
@@ -214,15 +214,15 @@ class Objective:
         losses_KP = sums_KP.clone()
         losses_KP[0, 0] /= max(counts.valid[0], 1)
         for k in range(1, len(counts.valid)):
-            for part, (_, term) in enumerate(self.parts):
-                losses_KP[k, part] /= max(counts.of(k, term), 1)
+            for index, (_, term) in enumerate(self.terms):
+                losses_KP[k, index] /= max(counts.of(k, term), 1)
         return losses_KP
 
     def mixed(self, losses_KP: Tensor) -> Tensor:
         """The loss of every depth [D + 1]: the weighted sum of its terms."""
-        if len(self.parts) == 1 and self.parts[0][0] == 1:
+        if len(self.terms) == 1 and self.terms[0][0] == 1:
             return losses_KP[:, 0]
-        weighted = [losses_KP[1:, part] * weight for part, (weight, _) in enumerate(self.parts)]
+        weighted = [losses_KP[1:, i] * weight for i, (weight, _) in enumerate(self.terms)]
         return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))
 
     def check(self, mtp: MTPConfig) -> None:
@@ -241,7 +241,7 @@ class Objective:
                 f"{asked[0]} is for depths that predict a token, and mtp={mtp.variant} has its own "
                 "loss: leave it out."
             )
-        apart = [self.asked for _, part in self.parts if part.of_state] + head
+        apart = [self.asked for _, term in self.terms if term.of_state] + head
         mtp.check_objective([rule.asked for rule in self.rules if rule.of_drafts], apart)
         if mtp.depth == 0 and self.rules:
             raise UserError(

@@ -158,7 +158,7 @@ class OptimizerStep:
         counts = step_counts(batch, self.model.mtp, key, taught=self.objective.needs_teacher)
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
-        terms = [term for _, term in self.objective.parts if not term.counts_padding]
+        terms = [term for _, term in self.objective.terms if not term.counts_padding]
         usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
         base = [1.0, *_where(usable, self.schedule.weights(progress))]
         main, *factors = self.balance.factors(base, progress)
@@ -199,7 +199,7 @@ class OptimizerStep:
             UserError: the batch was built for another depth, or has no valid target.
         """
         plan = self.plan(batch, progress)
-        shape = (self.model.depth + 1, len(self.objective.parts))
+        shape = (self.model.depth + 1, len(self.objective.terms))
         sums = torch.zeros(shape, dtype=torch.float64, device=batch.device)
         auxiliary = AuxiliaryOutputs()
         for index, (micro, key) in enumerate(plan.micro_batches):
@@ -245,11 +245,11 @@ class OptimizerStep:
         for tag, of_tag in auxiliary.by_tag.items():
             values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
-        if len(self.objective.parts) > 1:
+        if len(self.objective.terms) > 1:
             values |= {
                 term.tag(k): losses_KP[k, index].to(dtype)
                 for k in plan.active
-                for index, (_, term) in enumerate(self.objective.parts)
+                for index, (_, term) in enumerate(self.objective.terms)
             }
         further = sum(plan.factors[k] * losses[k] for k in plan.active)
         return StepResult(
@@ -301,9 +301,9 @@ class OptimizerStep:
         for loss in auxiliary.losses:
             if loss.requires_grad:  # the losses of heads side by side are already backpropagated
                 total = total + factor * loss
-        all_sums = sums.new_zeros(model.depth + 1, len(objective.parts))
+        all_sums = sums.new_zeros(model.depth + 1, len(objective.terms))
         for target, own_sum in zip(targets, sums, strict=True):
-            all_sums[target.depth, target.part] = own_sum
+            all_sums[target.depth, target.index] = own_sum
         return total, all_sums, auxiliary
 
     def task_gradients(

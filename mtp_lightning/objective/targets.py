@@ -29,7 +29,7 @@ class DepthTarget:
         coefficient: factor of the term's summed loss: its weight / number of positions that count
             in the step. A loss of coefficient 0 is at most logged.
         term: the term.
-        part: index of the term in the objective.
+        index: of the term in the objective.
         weights: [...] weights of the positions, which multiply loss and gradient; None is 1.
         values: [...] the losses, if they depend on other depths and are known from a prepass;
             ``weights`` then multiply only the gradient.
@@ -42,7 +42,7 @@ class DepthTarget:
     tokens: Tensor
     coefficient: float
     term: Term
-    part: int = 0
+    index: int = 0
     weights: Tensor | None = None
     values: Tensor | None = None
     stride: int = 1

@@ -209,7 +209,7 @@ def add_gradients(
 ) -> None:
     """Add one micro-batch's part of every task's gradient to the task's row of ``total_KP``;
     arguments as in :func:`task_gradients`."""
-    unused = total_KP.new_zeros(1 + len(objective.parts), dtype=torch.float64)
+    unused = total_KP.new_zeros(1 + len(objective.terms), dtype=torch.float64)
     with torch.enable_grad(), _only(model, parameters):
         stack = model.mtp
         factors = [float(k in tasks) for k in range(model.depth + 1)]

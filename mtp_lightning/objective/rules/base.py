@@ -50,7 +50,7 @@ class Rule(ABC):
     of_drafts: ClassVar[bool] = True
     measures: tuple[Measure, ...] = ()
 
-    def parts(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
+    def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
         """Additional terms that every depth is trained on, each with its weight."""
         return ()
 

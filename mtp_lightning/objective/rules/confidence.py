@@ -20,7 +20,7 @@ class ConfidenceRule(Rule):
 
     asked = "objective.confidence=true"
 
-    def parts(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
+    def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
         if stack.confidence is None:
             return []
         return [(1.0, ConfidenceTerm(stack)), (0.0, ConfidenceError(stack))]
