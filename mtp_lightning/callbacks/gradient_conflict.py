@@ -14,6 +14,7 @@ from mtp_lightning.objective.balance.gradients import (
     require_separable,
     require_trunk_gradients,
     shared_parameters,
+    task_gradients,
 )
 from mtp_lightning.settings import require_whole
 
@@ -67,13 +68,16 @@ class GradientConflict(RunCallback):
         step = trainer.global_step
         if (step + 1) % self.every_n_steps:
             return
-        model = module.model
+        model, objective = module.model, module.step.objective
         plan = module.step.plan(batch, module.progress(step))
         groups = {
             "last_block": shared_parameters(model, "last_block"),
             "embedding": [model.trunk.embedding.weight],
         }
         with trainer.precision_plugin.train_step_context():
-            measured = module.step.task_gradients(plan, depths_of(plan.base), groups)
+            depths = depths_of(plan.base)
+            measured = task_gradients(
+                model, plan.micro_batches, depths, plan.counts, groups, objective
+            )
         for group, gradients in measured.items():
             module.log_here(gradients.log_values(group), step + 1, always=True)

@@ -25,11 +25,11 @@ from torch.utils.flop_counter import flop_registry
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.balance.gradients import Scope, add_gradients, shared_parameters
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
-from mtp_lightning.objective.stream import prepass, stream_loss
-from mtp_lightning.objective.targets import PositionCounts, by_depth
+from mtp_lightning.objective.stream import micro_batch_loss
+from mtp_lightning.objective.targets import PositionCounts
 
 
 class FlopCount(TorchDispatchMode):
@@ -170,15 +170,7 @@ class StepCost:
         batch = window_on_meta(self.config, seq_len, stored=stored)
         factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
         counts = PositionCounts([1] * len(factors), [1] * len(factors), 1)
-        targets = objective.targets(model.mtp, batch, factors, counts, key)
-        final, at = model.run_trunk(batch, active, key=key)
-        depths = [k for k in by_depth(targets) if k]
-        feed = model.mtp.feed(FeedInputs(final, at, batch, depths, key))
-        weight_VC = objective.head_rows(model.head.weight)
-        prepass(weight_VC, feed, targets, objective.measures)
-        # The rules change targets by their values, and no matrix product.
-        train_head = objective.trains_head(self.config.mtp)
-        loss, _ = stream_loss(weight_VC, feed, targets, train_head=train_head)
+        loss, _ = micro_batch_loss(model, objective, batch, factors, counts, key)
         if loss.requires_grad:
             loss.backward()
         if scope is not None:

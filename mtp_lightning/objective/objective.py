@@ -171,18 +171,10 @@ class Objective:
         return found
 
     def _kept(self, tokens_BT: Tensor) -> Tensor:
-        """Targets that have a row of :meth:`head_rows`; -100 for others."""
+        """Targets among the first ``draft_vocab`` ids; -100 for others."""
         if self.draft_vocab is None:
             return tokens_BT
         return tokens_BT.masked_fill(tokens_BT >= self.draft_vocab, IGNORE_INDEX)
-
-    def head_rows(self, weight_VC: Tensor) -> Tensor:
-        """The rows of the shared head that a step computes."""
-        return weight_VC[: self.draft_vocab]
-
-    def trains_head(self, mtp: MTPConfig) -> bool:
-        """Whether the depths' losses train the shared head."""
-        return self.train_head and mtp.detach != "all"
 
     def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         """The targets after all rules have changed them; ``seen`` holds :attr:`measures`."""

@@ -22,11 +22,10 @@ from data_modules.windows import WindowBatch
 from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
 from mtp_lightning.objective.balance.gradients import (
-    TaskGradients,
     require_separable,
     shared_parameters,
     task_gradients,
@@ -36,8 +35,8 @@ from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.objective.stream import prepass, stream_loss
-from mtp_lightning.objective.targets import PositionCounts, by_depth, step_counts
+from mtp_lightning.objective.stream import micro_batch_loss
+from mtp_lightning.objective.targets import PositionCounts, step_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +214,12 @@ class OptimizerStep:
         losses_KP = self.objective.losses(sum_over_ranks(sums), plan.counts)
         losses = self.objective.mixed(losses_KP)
 
-        gradients = None
-        if self.balance.scope is not None and self.balance.measures_at(progress):
-            shared = shared_parameters(self.model, self.balance.scope)
-            (gradients,) = self.task_gradients(plan, plan.active, {"shared": shared}).values()
+        gradients, scope = None, self.balance.scope
+        if scope is not None and self.balance.measures_at(progress):
+            group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
+            gradients = task_gradients(
+                self.model, plan.micro_batches, plan.active, plan.counts, group, self.objective
+            )[scope]
             self.balance.gate(plan.base, gradients)
         values: dict[str, Tensor | float] = {}
         if self.clip_norm is not None:
@@ -264,57 +265,17 @@ class OptimizerStep:
     def loss(
         self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None = None
     ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
-        """One micro-batch's part of the step's loss.
-
-        The backward passes of heads side by side have already run when this returns (see
-        ``mtp/kinds.py``); ``backward()`` on the loss goes through the trunk and distributes all
-        gradients.
-
-        Returns:
-            - the micro-batch's part of what is differentiated: L plus the experts' balance losses;
-              the parts of all micro-batches and ranks add up to it;
-            - the summed losses of this micro-batch by depth and term, [D + 1, P] fp64: 0 where not
-              computed, the main prediction's in the first column;
-            - the layers' auxiliary outputs.
-        """
+        """One micro-batch through :func:`micro_batch_loss`, and the layers' auxiliary outputs."""
         if plan.counts.valid[0] == 0:
             raise UserError(
                 "The batch holds no valid target: every position crosses a document border. "
                 "Use longer documents, or data.document_mask=false."
             )
-        model, objective = self.model, self.objective
-        targets = objective.targets(model.mtp, micro, plan.factors, plan.counts, key)
-        depths = [k for k in by_depth(targets) if k]
-        auxiliary, factor = AuxiliaryOutputs(), 1 / plan.windows
-        final, at = model.run_trunk(micro, plan.active, auxiliary=auxiliary, key=key)
-        feed = model.mtp.feed(FeedInputs(final, at, micro, depths, key))
-        weight_VC = objective.head_rows(model.head.weight)
-        seen = prepass(weight_VC, feed, targets, objective.measures)
-        total, sums = stream_loss(
-            weight_VC,
-            feed,
-            objective.settle(targets, seen),
-            train_head=objective.trains_head(model.config.mtp),
-            auxiliary=factor,
-            compiled=model.has_compiled_kernels,
+        model, objective, auxiliary = self.model, self.objective, AuxiliaryOutputs()
+        total, sums_KP = micro_batch_loss(
+            model, objective, micro, plan.factors, plan.counts, key, auxiliary, plan.windows
         )
-        for loss in auxiliary.losses:
-            if loss.requires_grad:  # the losses of heads side by side are already backpropagated
-                total = total + factor * loss
-        all_sums = sums.new_zeros(model.depth + 1, len(objective.terms))
-        for target, own_sum in zip(targets, sums, strict=True):
-            all_sums[target.depth, target.index] = own_sum
-        return total, all_sums, auxiliary
-
-    def task_gradients(
-        self, plan: StepPlan, depths: Sequence[int], groups: Mapping[str, list[nn.Parameter]]
-    ) -> dict[str, TaskGradients]:
-        """The separate gradients of the main prediction and of ``depths`` in a planned step; see
-        :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
-        micro_batches = plan.micro_batches
-        return task_gradients(
-            self.model, micro_batches, depths, plan.counts, groups, self.objective
-        )
+        return total, sums_KP, auxiliary
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         batch, _ = plan.micro_batches[0]

@@ -1,4 +1,4 @@
-"""``sum_k coefficient_k * loss_k`` of all depths as one node of the autograd graph.
+"""From a micro-batch to ``sum_k coefficient_k * loss_k`` of all depths, as one autograd node.
 
 Every kind of stack uses the same node: its feed (``mtp/feed.py``) sends hidden states through the
 head (``through_head.py``) and propagates their gradients to its inputs. All of that happens in the
@@ -16,11 +16,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed, HeadWeight, LossRequest, Prediction
+from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
+from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.ops import compute_dtype
+from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.rules.base import Measure, Seen
-from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
+from mtp_lightning.objective.targets import DepthTarget, PositionCounts, by_depth, tokens_of
 from mtp_lightning.objective.through_head import through_head
+
+
+def micro_batch_loss(
+    model: MTPModel,
+    objective: Objective,
+    batch: WindowBatch,
+    factors: Sequence[float],
+    counts: PositionCounts,
+    key: RandomKey | None,
+    auxiliary: AuxiliaryOutputs | None = None,
+    windows: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """One micro-batch's part of what a step differentiates; the parts of all micro-batches and
+    ranks add up to it. Also its summed losses by depth and term, [D + 1, P] fp64: 0 where not
+    computed, the main prediction's in the first column.
+
+    The backward passes of heads side by side have already run when this returns (see
+    ``mtp/kinds.py``); ``backward()`` on the part goes through the trunk and distributes all
+    gradients.
+
+    Args:
+        model, objective: the model in training mode, and the objective bound to it.
+        batch, factors, counts, key: see :meth:`Objective.targets`.
+        auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
+        windows: number of windows in the whole step, which those losses are divided by.
+    """
+    targets = objective.targets(model.mtp, batch, factors, counts, key)
+    depths = [k for k in by_depth(targets) if k]
+    active = [k for k, factor in enumerate(factors) if k and factor]
+    final, at = model.run_trunk(batch, active, auxiliary=auxiliary, key=key)
+    feed = model.mtp.feed(FeedInputs(final, at, batch, depths, key))
+    weight_VC = model.head.weight[: objective.draft_vocab]
+    seen = prepass(weight_VC, feed, targets, objective.measures)
+    # Without values (meta device), rules have nothing to change targets by.
+    settled = targets if weight_VC.is_meta else objective.settle(targets, seen)
+    total, sums = stream_loss(
+        weight_VC,
+        feed,
+        settled,
+        train_head=objective.train_head and model.config.mtp.detach != "all",
+        auxiliary=1 / windows,
+        compiled=model.has_compiled_kernels,
+    )
+    for loss in () if auxiliary is None else auxiliary.losses:
+        if loss.requires_grad:  # the losses of heads side by side are already backpropagated
+            total = total + 1 / windows * loss
+    sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
+    for target, own_sum in zip(targets, sums, strict=True):
+        sums_KP[target.depth, target.index] = own_sum
+    return total, sums_KP
 
 
 @torch.no_grad()

@@ -250,7 +250,9 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
     begin = Progress(step=0, max_steps=10, tokens=0)
     plan = step.plan(batch, begin)
     parameters = list(model.trunk.blocks.parameters())
-    (measured,) = step.task_gradients(plan, [1], {"trunk": parameters}).values()
+    (measured,) = task_gradients(
+        model, plan.micro_batches, [1], plan.counts, {"trunk": parameters}, step.objective
+    ).values()
     for micro, key in plan.micro_batches:
         loss, _, _ = step.loss(plan, micro, key)
         loss.backward()
