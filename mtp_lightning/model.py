@@ -6,7 +6,7 @@ Shapes: B batch, T positions, C d_model, D depths, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -187,7 +187,6 @@ class MTPModel(nn.Module):
         """
         active = range(1, self.depth + 1) if active is None else active
         final_BTC, at = self.run_trunk(batch, active, key=key)
-        at = replace(at, head=self.head)
         main = self.mtp.main_state(final_BTC)
         return {0: main, **dict(self.mtp.states(at, active, key))}
 
@@ -270,14 +269,13 @@ class MTPModel(nn.Module):
         tokens = tokens[:, : seq_len + self.mtp.ahead(max(active, default=0))]
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
-            kept = [state.contiguous() for state in batch.states.unbind(1)]
-            branch = kept[-1] if len(kept) <= 2 else torch.cat(kept[1:], dim=-1)
-            return kept[0], BranchPoint(branch, tokens, embedded, positions)
-        if active:
+            final, *kept = (state.contiguous() for state in batch.states.unbind(1))
+            branch = torch.cat(kept, dim=-1) if len(kept) > 1 else (final, *kept)[-1]
+        elif active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], positions, key
             )
+            final = output.final
         else:
-            output = self.trunk(embedded[:, :seq_len], positions)
-            branch = output.final
-        return output.final, BranchPoint(branch, tokens, embedded, positions)
+            final = branch = self.trunk(embedded[:, :seq_len], positions).final
+        return final, BranchPoint(branch, tokens, embedded, positions, head=self.head)

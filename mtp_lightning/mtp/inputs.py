@@ -52,8 +52,7 @@ class BranchPoint:
         first: how far ahead of the first position the first of ``tokens`` is.
         stride: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1 in a
             text, and T if ``tokens`` holds a separate list of T tokens for every k.
-        head: the shared head, for depths that depend on the probability of a token; None in
-            training.
+        head: the shared head, for depths that depend on the probability of a token.
     """
 
     hidden: Tensor
