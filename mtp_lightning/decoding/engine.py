@@ -262,7 +262,7 @@ class Engine:
 
             kind = CompiledSession
         return Decoder(
-            kind(self._model, max_draft=self.max_draft, lookup=options.lookup, **room),
+            kind(self._model, max_draft=self.max_draft, most_drafts=options.lookup, **room),
             min_confidence=options.min_confidence,
             verify=RULES[options.verify],
         )

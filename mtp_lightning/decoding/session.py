@@ -47,7 +47,7 @@ class Session:
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
         one_cache: all drafts use the first depth's cache, also where the stack does not need that.
-        lookup: most drafts of a round that are not made by depths.
+        most_drafts: most drafts of a round, if more than ``max_draft``.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
@@ -67,13 +67,13 @@ class Session:
         max_draft: int,
         draft_vocab: int | None = None,
         one_cache: bool = False,
-        lookup: int = 0,
+        most_drafts: int = 0,
     ) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
         self.max_draft = max_draft
-        self.most_drafts = max(max_draft, lookup)
+        self.most_drafts = max(max_draft, most_drafts)
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
