@@ -91,8 +91,7 @@ def quiet_lightning() -> None:
     """Silence Lightning's greetings, tips and own deprecations."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    # A window is read from a memory map in microseconds, so worker processes would not help.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # A run need not be started by Slurm, even where Slurm is installed.
-    warnings.filterwarnings("ignore", message=".*srun. command is available")
+    # A window is read from a memory map in microseconds, so worker processes would not help; a run
+    # need not be started by Slurm where that is installed; logged rates are those of all processes.
+    noise = ("LeafSpec.*is deprecated", "not have many workers", "srun. command", "sync_dist=True")
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(noise)})")

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from mtp_lightning.errors import UserError, suggestion
+
 
 class RunCallback(Callback):
     """Lightning's hooks and four more of a run; the defaults do nothing.
@@ -45,6 +47,20 @@ def run_callbacks(trainer: pl.Trainer) -> Iterator[RunCallback]:
     """The trainer's callbacks of this class."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return (callback for callback in callbacks if isinstance(callback, RunCallback))
+
+
+def monitored(trainer: pl.Trainer, group: str, tag: str) -> float:
+    """A logged value, for all processes that of the first one, where alone some callbacks log.
+
+    Raises:
+        UserError: no validation logged the tag that ``group.monitor`` names.
+    """
+    values = trainer.callback_metrics
+    value = trainer.strategy.broadcast(float(values[tag]) if tag in values else None)
+    if value is None:
+        said = f"{group}.monitor={tag} was not logged by the validation"
+        raise UserError(f"{said}: {suggestion(tag, sorted(values))}")
+    return float(value)
 
 
 @runtime_checkable

@@ -15,9 +15,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from mtp_lightning.callbacks.base import RunCallback, WritesBeside, run_callbacks
+from mtp_lightning.callbacks.base import RunCallback, WritesBeside, monitored, run_callbacks
 from mtp_lightning.callbacks.termination import termination_of
-from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, kept_at
@@ -244,14 +243,8 @@ class Checkpoints(RunCallback, Checkpoint):
     def _update_best(self, trainer: pl.Trainer) -> bool:
         if self.monitor is None:
             return False
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise UserError(
-                f"callbacks.checkpoints.monitor={self.monitor} was not logged by the validation "
-                f"(logged: {known}): name one of those, or set it to null."
-            )
         # Rank 0 decides for all processes: in a save of its own, a process would wait forever.
-        score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        score = monitored(trainer, "callbacks.checkpoints", self.monitor)
         if not math.isfinite(score):
             return False
         sign = 1.0 if self.mode == "min" else -1.0

@@ -1,13 +1,16 @@
-"""Keeps a run that Lightning's EarlyStopping has ended from training on."""
+"""Checks what Lightning's EarlyStopping monitors, and keeps an ended run from training on."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
+import torch
+
+from mtp_lightning.callbacks.base import monitored
 
 
 class EndedEarly(pl.Callback):
-    """Ends a run that is started again after ``callbacks=early_stopping`` has ended it, unless
-    ``patience`` is larger now.
+    """Gives EarlyStopping, which comes later, its value in every process, and ends a run that is
+    started again after ``callbacks=early_stopping`` has ended it, unless ``patience`` is larger.
 
     EarlyStopping itself trains such a run until its next validation, and takes the former patience
     from the checkpoint.
@@ -22,3 +25,10 @@ class EndedEarly(pl.Callback):
         for rule, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
             rule.patience = patience
             trainer.should_stop = trainer.should_stop or rule.wait_count >= patience
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a value that the validation did not log."""
+        for rule in trainer.early_stopping_callbacks if trainer.state.fn == "fit" else ():
+            if rule.strict:
+                value = torch.tensor(monitored(trainer, "callbacks.early_stopping", rule.monitor))
+                trainer.callback_metrics.setdefault(rule.monitor, value)

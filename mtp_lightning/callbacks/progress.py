@@ -92,9 +92,8 @@ class StepProgressBar(ProgressBar):
         """Shows the step when due."""
         if not self._enabled:
             return
-        step = trainer.global_step
+        step, now = trainer.global_step, time.monotonic()
         last = step == trainer.max_steps
-        now = time.monotonic()
         if self._bar is not None:
             if last or now - self._shown_at >= self.refresh_seconds:
                 self._text = self._describe(trainer, outputs)
@@ -131,11 +130,10 @@ class StepProgressBar(ProgressBar):
         """Prints the validation loss of every depth."""
         if not self._enabled or trainer.state.fn != "fit":
             return
-        losses = {}
-        for tag, value in trainer.callback_metrics.items():
-            if found := re.fullmatch(r"val/loss_depth_(\d+)", tag):
-                losses[int(found[1])] = float(value)
-        text = "  ".join(f"L{k} {losses[k]:.3f}" for k in sorted(losses))
+        logged = trainer.callback_metrics.items()
+        found = ((re.fullmatch(r"val/loss_depth_(\d+)", tag), loss) for tag, loss in logged)
+        losses = sorted((int(tag[1]), float(loss)) for tag, loss in found if tag)
+        text = "  ".join(f"L{k} {loss:.3f}" for k, loss in losses)
         self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
         if self._bar is not None:
             self._bar.set_postfix_str(self._text, refresh=True)

@@ -363,11 +363,11 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             enable_model_summary=False,
             logger=build_loggers(cfg, resume_step=resume_step),
             callbacks=[
+                EndedEarly(),
                 *(
                     instantiate(node, kind=pl.Callback)
                     for node in filter(None, (cfg.get("callbacks") or {}).values())
                 ),
-                EndedEarly(),
             ],
             plugins=plugins,
         )

@@ -222,5 +222,5 @@ def test_a_damaged_last_does_not_push_out_the_intact_previous(tmp_path: Path) ->
 
 
 def test_a_monitor_that_nobody_logs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="val/loss_depth_9 was not logged.*val/loss_depth_0"):
+    with pytest.raises(ValueError, match="val/loss_depth_9 was not logged.*mean val/loss_depth_1"):
         fit(TinyModule(), [Checkpoints(tmp_path, monitor="val/loss_depth_9")])

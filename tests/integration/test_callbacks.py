@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.errors import UserError
 from sweeps.report.read import read_run
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
@@ -17,6 +18,7 @@ from tests.integration.helpers import (
     column,
     rows,
     summary_of,
+    train_apart,
     train_here,
     train_with,
     weights,
@@ -43,6 +45,30 @@ def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
     assert rows(tmp_path) == before
     more = train_here(tmp_path, cache, settings | {"callbacks.early_stopping.patience": 3})
     assert more["step"] == 8
+
+
+@pytest.mark.parametrize("group", ["early_stopping", "checkpoints"])
+def test_a_monitor_that_no_validation_logs(tmp_path: Path, cache: Path, group: str) -> None:
+    settings = {"callbacks": "early_stopping", f"callbacks.{group}.monitor": "val/accuracy_depth_9"}
+    said = f"callbacks.{group}.monitor=val/accuracy_depth_9 was not logged .* val/accuracy_depth_0?"
+    with pytest.raises(UserError, match=said):
+        train_here(tmp_path, cache, settings)
+
+
+@pytest.mark.slow
+def test_a_value_of_the_first_process_alone_is_monitored_by_all(
+    tmp_path: Path, cache: Path
+) -> None:
+    tag = "decode/tokens_per_step"
+    settings = {
+        **{"trainer.devices": 2, "trainer.strategy": "ddp", "callbacks": "early_stopping"},
+        **{"callbacks.early_stopping.monitor": tag, "callbacks.checkpoints.monitor": tag},
+        **{"callbacks.early_stopping.min_delta": 1000, "callbacks.early_stopping.patience": 1},
+        **{"trainer.val_check_interval": 2, "data.seq_len": 32},
+        **{"callbacks.speculative_eval.new_tokens": 8, "callbacks.speculative_eval.n_prompts": 2},
+    }
+    assert "Warning" not in train_apart(tmp_path, cache, settings).stderr
+    assert summary_of(tmp_path)["step"] == 4 and (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
 def test_a_value_that_is_monitored_is_that_of_the_newest_step(
