@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 from mtp_lightning.command_line import vetting
 from mtp_lightning.command_line.literal import literal
 from mtp_lightning.command_line.shell import Parser, readable_errors, require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
-from mtp_lightning.run.metrics import read_column
+from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, settle
 from sweeps.devices import typed_devices
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 STUDY_FILE = "study.db"
+LOSS = "val/loss_depth_0"  # that every validation logs
 
 
 class Search:
@@ -69,17 +70,16 @@ class Search:
         command: Sequence[str] = (),
     ) -> None:
         self.folder, self.space, self.fixed = folder, space, list(fixed)
-        self.command = list(command)
-        self.metric, self.n_trials = metric, n_trials
+        self.metric, self.n_trials, self.command = metric, n_trials, list(command)
         self.study = _open_study(folder, warmup=warmup, seed=seed)
         ranges = {key: shown(of) for key, of in space.items()}
         told = {"space": ranges, "fixed": self.fixed, "metric": metric}
         before = self.study.user_attrs.get("search", told)
+        if not any(trial.state.is_finished() for trial in self.study.trials):
+            before = {**before, "metric": metric}  # a misspelled one may be mended
         if before != told:
-            raise UserError(
-                f"{folder} holds another search ({json.dumps(before)}): give this one its own "
-                "folder."
-            )
+            held = f"{folder} holds another search ({json.dumps(before)})"
+            raise UserError(f"{held}: give this one its own folder.")
         self.study.set_user_attr("search", told)
         self._plan = Plan(folder)
         self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
@@ -102,7 +102,14 @@ class Search:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
         trial = self._trials[task.folder][0]
         reported = self.study.trials[trial.number].intermediate_values
-        for step, value in read_column(task.folder / METRICS_FILE, self.metric).items():
+        file = task.folder / METRICS_FILE
+        rows = [row for row in read_metrics(file) if LOSS in row] if file.is_file() else []
+        known = sorted(tag for tag in rows[0] if not tag.startswith("train/")) if rows else []
+        if rows and self.metric not in known:
+            said = f"--metric {self.metric} was not logged by the first validation"
+            raise UserError(f"{said}: {suggestion(self.metric, known)}")
+        for row in rows:
+            step, value = int(row["step"]), row.get(self.metric, math.nan)
             if step in reported or not math.isfinite(value):
                 continue
             trial.report(value, step)
@@ -180,21 +187,16 @@ def _task(folder: Path, overrides: Sequence[str], labels: Sequence[str] = ()) ->
 
 
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
-    """The study in the folder; ``warmup`` is the step before which no trial is pruned, or None for
-    no pruning."""
+    """The study in the folder; no trial is pruned before step ``warmup``, or none if it is None."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    pruners = optuna.pruners
     study = optuna.create_study(
         storage=f"sqlite:///{folder / STUDY_FILE}",
         study_name=folder.name,
-        direction="minimize",
         load_if_exists=True,
-        pruner=(
-            optuna.pruners.NopPruner()
-            if warmup is None
-            else optuna.pruners.MedianPruner(n_warmup_steps=warmup)
-        ),
+        pruner=pruners.NopPruner() if warmup is None else pruners.MedianPruner(5, warmup),
     )
     # A sampler that starts again must not repeat its first values. Running trials count as bad, so
     # that parallel trials explore elsewhere.
@@ -264,14 +266,13 @@ def main(
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    assert __doc__ is not None
-    about = __doc__.replace("python -m sweeps.search", program)
-    parser = Parser(prog=program, description=about)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    about = (__doc__ or "").replace("python -m sweeps.search", program)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=program, description=about, formatter_class=form)
     parser.add_argument("folder", help="folder of the search; an existing search continues")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")
     parser.add_argument("--trials", type=int, default=20, help="total number (default 20)")
-    parser.add_argument("--metric", default="val/loss_depth_0", help="to minimize")
+    parser.add_argument("--metric", default=LOSS, help="to minimize")
     parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")
     gpus = "auto, cpu or GPUs: 0,1"
     parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)

@@ -70,8 +70,8 @@ def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.status"
 ) -> None:
     """The command line."""
-    assert __doc__ is not None
-    parser = Parser(prog=program, description=__doc__.replace("python -m sweeps.status", program))
+    about = (__doc__ or "").replace("python -m sweeps.status", program)
+    parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)

@@ -229,8 +229,7 @@ def _say_end(worker: Worker) -> None:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    assert __doc__ is not None
-    about = __doc__.replace("python -m sweeps.work", program)
+    about = (__doc__ or "").replace("python -m sweeps.work", program)
     parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="folder of a sweep that was planned or started")

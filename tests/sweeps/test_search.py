@@ -98,6 +98,18 @@ def test_finds_the_better_half(
     assert stored["varied"] == ["optimizer.lr", "mtp.depth"] and len(stored["jobs"]) == 9
 
 
+@pytest.mark.parametrize("metric, meant", [("val/los_depth_0", METRIC), ("train/loss", METRIC)])
+def test_a_metric_that_no_validation_logs_stops_the_search(
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], metric: str, meant: str
+) -> None:
+    folder, slow = tmp_path / "search", "data.val_fraction=0.5"
+    assert run(folder, slow, "--trials", "4", "--n-jobs", "1", "--metric", metric) == 1
+    error = capsys.readouterr().err
+    assert f"--metric {metric} was not logged by the first validation" in error and meant in error
+    assert len(study(folder).trials) == 1
+    assert run(folder, slow, "--trials", "1") == 0, "the same folder, with the right one"
+
+
 def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
     folder = tmp_path / "search"
     # Slow enough to be seen, and too short for the default's warm-up of a quarter of 3500 steps.
