@@ -19,6 +19,14 @@ log = logging.getLogger(__name__)
 
 # Two names of one number: DeepSeek's, and transformers' for models without their own field.
 _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
+# transformers' values for fields that are missing, and those of single kinds of models.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 128},
+    "deepseek_v3": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
+    "glm4_moe": {"first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5,
+                 "partial_rotary_factor": 0.5},
+}  # fmt: skip
 
 
 def require_known(fields: Mapping[str, Any], *, source: str) -> None:
@@ -78,10 +86,12 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
 
 def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]:
     kind = fields["model_type"]
+    given = {name: value for name, value in fields.items() if value is not None}
+    fields = _DEFAULTS | _DEFAULTS_OF.get(kind, {}) | given
     theta, scaling = _rope(fields, source)
 
     def need(name: str) -> Any:
-        if fields.get(name) is None:
+        if name not in fields:
             raise UserError(f"{source} has no {name}: the trunk's shape is unknown without it.")
         return fields[name]
 
@@ -94,9 +104,9 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
         "d_ff": need("intermediate_size"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "norm_eps": float(_given(fields, "rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
-        "init_std": float(_given(fields, "initializer_range", 0.02)),
+        "norm_eps": float(fields["rms_norm_eps"]),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings")),
+        "init_std": float(fields["initializer_range"]),
     }
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
@@ -106,20 +116,21 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
             "qkv_bias": kind in ("qwen2", "mimo"),
         }
         shape |= {
-            "n_kv_heads": _given(fields, "num_key_value_heads", n_heads),
-            "d_head": _given(fields, "head_dim", 128 if kind == "qwen3" else None),
+            "n_kv_heads": fields.get("num_key_value_heads", n_heads),
+            "d_head": fields.get("head_dim"),
             "attention": {"variant": "grouped_query", **switches},
         }
         if kind == "qwen3_moe":
             shape["feed_forward"] = _mixture(fields, need, source)
         if kind == "glm4_moe":
-            dense = _given(fields, "first_k_dense_replace", 1)
-            shape["feed_forward"] = _deepseek_experts(fields, need, dense)
-            d_head = _given(shape, "d_head", shape["d_model"] // n_heads)
-            turned = int(d_head * _turned_share(fields))  # as transformers rounds
+            shape["feed_forward"] = _deepseek_experts(fields, need)
+            d_head = fields.get("head_dim", shape["d_model"] // n_heads)
+            name = "partial_rotary_factor"  # transformers 5 has it in the rotary parameters
+            share = _given(_rotary(fields)[1], name, fields[name])
+            turned = int(d_head * float(share))  # as transformers rounds
             shape["attention"] |= {
-                "qk_norm": bool(fields.get("use_qk_norm", False)),
-                "qkv_bias": bool(fields.get("attention_bias", False)),
+                "qk_norm": bool(fields.get("use_qk_norm")),
+                "qkv_bias": bool(fields.get("attention_bias")),
                 "d_rope": None if turned == d_head else turned,
             }
     return shape
@@ -142,7 +153,7 @@ def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
 def _deepseek_shape(
     fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
 ) -> dict[str, Any]:
-    eps = float(_given(fields, "rms_norm_eps", 1e-6))
+    eps = float(fields["rms_norm_eps"])
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
         "attention": {
@@ -152,21 +163,15 @@ def _deepseek_shape(
             "norm_eps": None if eps == LATENT_EPS else LATENT_EPS,
         },
     }
-    dense = _given(fields, "first_k_dense_replace", 3)
-    if dense < fields["num_hidden_layers"] or depth:
-        shape["feed_forward"] = _deepseek_experts(fields, need, dense)
+    if fields["first_k_dense_replace"] < fields["num_hidden_layers"] or depth:
+        shape["feed_forward"] = _deepseek_experts(fields, need)
     return shape
 
 
-def _deepseek_experts(
-    fields: Mapping[str, Any], need: Callable[[str], Any], dense: int
-) -> dict[str, Any]:
-    optional = {
-        "first_k_dense": min(dense, fields["num_hidden_layers"]),
-        "scaling": float(_given(fields, "routed_scaling_factor", 1.0)),
-    }
-    needed = {own: need(theirs) for own, theirs in EXPERTS.items() if own not in optional}
-    return {"variant": "experts", **needed, **optional}
+def _deepseek_experts(fields: Mapping[str, Any], need: Callable[[str], Any]) -> dict[str, Any]:
+    shape = {own: need(theirs) for own, theirs in EXPERTS.items()}
+    shape["first_k_dense"] = min(shape["first_k_dense"], fields["num_hidden_layers"])
+    return {"variant": "experts", **shape, "scaling": float(shape["scaling"])}
 
 
 def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
@@ -205,14 +210,19 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,),
     "moe_layer_freq": (1,),
     "decoder_sparse_step": (1,),
-    "rope_interleave": (True, None),
+    "rope_interleave": (True,),
     "partial_rotary_factor": (1.0, None),
     "mtp_hidden_states_first": (False, None),
 }
 
 
-# Those of them that a kind of model has a switch for.
-_SWITCHES = {"glm4_moe": {"attention_bias", "partial_rotary_factor"}}
+# Those of them that a kind of model has a switch for, or that its class does not look at: Qwen2's
+# layers always have biases.
+_SWITCHES = {
+    "glm4_moe": {"attention_bias", "partial_rotary_factor"},
+    "qwen2": {"attention_bias"},
+    "mimo": {"attention_bias"},
+}
 
 
 def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> None:
@@ -231,55 +241,44 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
         raise UserError(f"{source} has {what}: only full attention can be imported.")
 
 
+def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The rotary parameters, and their field: transformers 5's, or transformers 4's before it."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    return name, fields.get(name) or {}
+
+
 def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary frequencies, from transformers 5's field or the older two."""
-    theta, scaling = fields.get("rope_theta"), None
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if not rope:
-            continue
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3", "yarn"):
-            raise UserError(
-                f"{source} has {name} of type {kind}, which this project does not compute: only "
-                "plain rotary positions and those of type llama3 or yarn can be imported."
-            )
-        switches = _SWITCHES.get(fields["model_type"], ())
-        turned = rope.get("partial_rotary_factor")
-        if turned not in (None, 1.0) and "partial_rotary_factor" not in switches:
-            raise UserError(
-                f"{source} has {name} with a partial_rotary_factor: heads of "
-                f"{fields['model_type']} can only be imported if they are rotated whole."
-            )
-        theta = _given(rope, "rope_theta", theta)
-        if kind == "yarn":
-            scaling = _yarn(rope, fields, source)
-        if kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor")
-            scaling = {name: rope.get(name) for name in names}
-            original = rope.get("original_max_position_embeddings")
-            scaling["original_positions"] = original or fields.get("max_position_embeddings")
-    return float(10_000.0 if theta is None else theta), scaling
-
-
-def _turned_share(fields: Mapping[str, Any]) -> float:
-    """Rotated share of each head of GLM-4.5; transformers 5 has it in the rotary parameters."""
-    rope, name = fields.get("rope_parameters") or {}, "partial_rotary_factor"
-    return float(_given(rope, name, _given(fields, name, 0.5)))
-
-
-def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:
-    original = rope.get("original_max_position_embeddings")
-    positions = fields.get("max_position_embeddings")
-    if original is None:
+    """Base and scaling of the rotary frequencies."""
+    name, rope = _rotary(fields)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3", "yarn"):
         raise UserError(
-            f"{source} has rotary positions of type yarn without original_max_position_embeddings: "
-            "their scaling is unknown without it."
+            f"{source} has {name} of type {kind}, which this project does not compute: only "
+            "plain rotary positions and those of type llama3 or yarn can be imported."
         )
-    factor = rope.get("factor")
+    switches = _SWITCHES.get(fields["model_type"], ())
+    turned = rope.get("partial_rotary_factor")
+    if turned not in (None, 1.0) and "partial_rotary_factor" not in switches:
+        raise UserError(
+            f"{source} has {name} with a partial_rotary_factor: heads of "
+            f"{fields['model_type']} can only be imported if they are rotated whole."
+        )
+    # transformers prefers the field, and takes the whole context where both are missing.
+    key, positions = "original_max_position_embeddings", fields.get("max_position_embeddings")
+    original = _given(fields, key, _given(rope, key, positions))
+    scaling = None
+    if kind == "yarn":
+        scaling = _yarn(rope, original, positions)
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        scaling = {**{name: rope.get(name) for name in names}, "original_positions": original}
+    return float(_given(rope, "rope_theta", _given(fields, "rope_theta", 10_000.0))), scaling
+
+
+def _yarn(rope: Mapping[str, Any], original: Any, positions: Any) -> dict[str, Any]:
     optional = ("mscale", "mscale_all_dim", "attention_factor")
     return {
-        "factor": positions / original if factor is None and positions else factor,
+        "factor": _given(rope, "factor", positions / original if positions else None),
         "original_positions": original,
         "beta_fast": float(rope.get("beta_fast") or 32),
         "beta_slow": float(rope.get("beta_slow") or 1),

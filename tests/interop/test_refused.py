@@ -83,6 +83,12 @@ def test_null_is_the_default(llama: Path) -> None:
     assert (trunk.norm_eps, trunk.init_std) == (1e-6, 0.02)
 
 
+def test_a_switch_that_qwen2s_layers_do_not_look_at(tmp_path: Path) -> None:
+    folders.write(tmp_path, deepseek.build(folders.TRUNKS["qwen2"], depth=1))
+    folders.change_config(tmp_path, attention_bias=True)
+    assert read_folder(tmp_path).config.trunk.attention == folders.TRUNKS["qwen2"].attention
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_whose_weights_are_not_finite(tmp_path: Path, dtype: str) -> None:
     model = deepseek.build(folders.dense(), depth=1)

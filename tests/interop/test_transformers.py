@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from mtp_lightning.decoding import generate
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import check, tensor_files
+from mtp_lightning.interop.config_reading import from_json, require_known
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
@@ -24,12 +27,13 @@ from mtp_lightning.interop.verify import (
 )
 from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
 from tests.interop.folders import read_folder
-from tests.interop.theirs import THEIRS, THERE, make, transformers
+from tests.interop.theirs import LLAMA3, THEIRS, THERE, YARN, make, transformers
 
 pytestmark = [
     pytest.mark.extras,
@@ -46,6 +50,45 @@ def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
     model = folder.build()
     assert model.depth == 0
     folders.assert_equal_logits(model, theirs, rows=folders.ROWS)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_missing_field_has_their_value(name: str) -> None:
+    kind, sizes = THEIRS[name]
+    config = getattr(transformers, f"{kind}Config")
+
+    def trunk(fields: dict[str, Any]) -> TrunkConfig:
+        require_known(fields, source="x")
+        return from_json(fields, depth=0, source="x")
+
+    whole = config(**sizes).to_dict()
+    # Tensors of other shapes show these.
+    for missing in whole.keys() - {"model_type", "num_key_value_heads", "q_lora_rank"}:
+        fields = {field: value for field, value in whole.items() if field != missing}
+        try:
+            found = trunk(fields)
+        except UserError:  # refused by its name
+            continue
+        assert found == trunk(config(**copy.deepcopy(fields)).to_dict()), missing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": YARN, "rope_parameters": LLAMA3},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": YARN, "rope_theta": 1e6},
+        {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 32},
+    ],
+)
+def test_rotary_parameters_are_found_where_they_find_them(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    make(tmp_path, "llama")
+    folders.change_config(tmp_path, **changes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    here = read_folder(tmp_path).build()
+    folders.assert_equal_logits(here, model, rows=folders.ROWS)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek", "glm4_moe"])
