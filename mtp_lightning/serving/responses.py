@@ -132,8 +132,11 @@ class Completion:
     def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
         text, offsets = self._token_texts.text, []
         for logprob in logprobs:
-            offsets.append(self._offset)
-            self._offset += len(self._characters.decode(self._token_texts.raw(logprob.token)))
+            raw, begin = self._token_texts.raw(logprob.token), self._offset
+            self._offset += len(self._characters.decode(raw))
+            # A character that earlier tokens left incomplete comes before this token's text.
+            alone = type(self._characters)("replace").decode(raw)
+            offsets.append(max(begin, self._offset - len(alone)))
         return {
             "tokens": [text(logprob.token) for logprob in logprobs],
             "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],

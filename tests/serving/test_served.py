@@ -123,6 +123,8 @@ def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Ser
     # Part of a character is told by its bytes.
     named = {bytes([b]).decode() if b < 128 else f"bytes:\\x{b:02x}" for b in wanted.token_ids}
     assert set(found.tokens) == named and len(named) > 10
+    for token, begin in zip(found.tokens, found.text_offset, strict=True):
+        assert token.startswith("bytes:") or choice.text.startswith(token, begin)
     ids = served.client().completions.create(
         model=NAME, **{**fields, "prompt": list(b"import os")}, logprobs=0
     )
