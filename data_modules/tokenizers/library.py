@@ -22,8 +22,8 @@ from mtp_lightning.stored import LARGEST_VOCAB
 # How many times longer a text may become before it is split, or a token when it is decoded: the
 # largest of Unicode's own compositions is 18.
 LARGEST_GROWTH = 256
-# JSON of tokenizers that were checked before, so that copies are not checked again.
-_WRITTEN: deque[str] = deque(maxlen=2)
+# Tokenizers with their JSON, so that a copy is not built again.
+_WRITTEN: deque[tuple[str, Any]] = deque(maxlen=2)
 
 
 def library_tokenizer(text: str, *, source: object) -> Any:
@@ -39,9 +39,11 @@ def library_tokenizer(text: str, *, source: object) -> Any:
     from tokenizers import Tokenizer
 
     quiet_forks()
+    for known, built in _WRITTEN:
+        if text == known:
+            return built
     try:
-        if text not in _WRITTEN:
-            _check(json.loads(text))
+        _check(json.loads(text))
         library = Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
@@ -56,7 +58,7 @@ def library_tokenizer(text: str, *, source: object) -> Any:
 def written(library: Any) -> str:
     """The content of a ``tokenizer.json`` for a tokenizer of :func:`library_tokenizer`."""
     text = str(library.to_str())
-    _WRITTEN.append(text)
+    _WRITTEN.append((text, library))
     return text
 
 

@@ -153,14 +153,13 @@ def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
 def _deepseek_shape(
     fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
 ) -> dict[str, Any]:
-    eps = float(fields["rms_norm_eps"])
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
         "attention": {
             "variant": "latent",
             "q_rank": fields.get("q_lora_rank"),
             **{own: need(theirs) for own, theirs in LATENT.items() if own != "q_rank"},
-            "norm_eps": None if eps == LATENT_EPS else LATENT_EPS,
+            "norm_eps": None if fields["rms_norm_eps"] == LATENT_EPS else LATENT_EPS,
         },
     }
     if fields["first_k_dense_replace"] < fields["num_hidden_layers"] or depth:
@@ -186,10 +185,9 @@ def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str)
             f"{source} has norm_topk_prob={fields['norm_topk_prob']}, which this project does not "
             "compute: it can import only norm_topk_prob=True."
         )
-    many = fields.get("num_experts", fields.get("num_local_experts"))
     return {
         "variant": "experts",
-        "n_routed": need("num_experts") if many is None else many,
+        "n_routed": fields.get("num_local_experts") or need("num_experts"),
         "n_shared": 0,
         "top_k": need("num_experts_per_tok"),
         "d_expert": need("moe_intermediate_size"),

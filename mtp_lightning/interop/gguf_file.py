@@ -17,7 +17,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
 from mtp_lightning.interop.gguf_layout import Entry, Layout, entries
-from mtp_lightning.interop.gguf_reader import FileTensor, Header, read_header
+from mtp_lightning.interop.gguf_reader import FileTensor, Header
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -36,14 +36,13 @@ _EXACT = ("F32", "F16", "BF16")
 _SAID: set[tuple[Path, int]] = set()
 
 
-def read(path: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
+def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
     """The fields of a config.json, the model, and its tensors by Hugging Face's names, unread.
 
     Raises:
         UserError: for a damaged file, an architecture that is not read, or tensors that do not
             belong to it.
     """
-    header = read_header(path)
     _refuse_stretched(path, header)
     fields, layout = _described(path, header)
     held = Counter(tensor.kind.name for tensor in header.tensors.values())
@@ -112,14 +111,14 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
     return {name: Blocks(path, tuple(found), shapes[name]) for name, found in held.items()}
 
 
-def tokenizer_state(path: Path) -> dict[str, Any]:
+def tokenizer_state(path: Path, header: Header) -> dict[str, Any]:
     """The tokenizer in a GGUF file, with its special tokens and chat template.
 
     Raises:
         UserError: if it holds no tokenizer that can be read.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if not gguf_tokenizer.unpack(read_header(path).fields.get, Path(folder)):
+        if not gguf_tokenizer.unpack(header.fields.get, Path(folder)):
             _tokenizer_of_transformers(path, folder)
         return pretrained_state(folder) | {"path": str(path)}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtp_lightning.interop import gguf_file, llama_cpp
 from mtp_lightning.interop.gguf_layout import entries
+from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.gguf_writing import Written, kind_of, layout_tensors
 from mtp_lightning.interop.verify import TEXT, CheckFailed
 from mtp_lightning.model import MTPModel
@@ -52,7 +53,7 @@ def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> 
         CheckFailed: one is not.
     """
     own = layout_tensors(written.layout, model)
-    fields, _, parts = gguf_file.read(file)
+    fields, _, parts = gguf_file.read(file, read_header(file))
     found = {name: part.read() for name, part in parts.items()}
     held = [entry for entry in entries(written.layout) if entry.parts and not entry.copy]
     names = {name for entry in held for name in entry.parts}

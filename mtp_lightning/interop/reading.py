@@ -15,6 +15,7 @@ from torch import Tensor
 from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
+from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.names import from_folder, mimo_stack, weight_map
 from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig
@@ -29,12 +30,13 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(
-    path: Path, *, allow: Collection[str] = ()
+    path: Path, *, allow: Collection[str] = (), header: Header | None = None
 ) -> tuple[dict[str, Any], ModelConfig, dict[str, Stored | Tensor]]:
     """Read the description of a model from elsewhere.
 
     Args:
         path: the folder, or a GGUF file, which is dequantized.
+        header: of a GGUF file, if it was read.
         allow: packages whose variants its file of heads may ask for.
 
     Returns:
@@ -46,7 +48,7 @@ def describe(
         UserError: a model or tensor that does not fit, pickled or damaged weights.
     """
     if is_gguf(path):
-        fields, config, tensors = gguf_file.read(path)
+        fields, config, tensors = gguf_file.read(path, header or read_header(path))
     else:
         fields, tensors = contents(path)
         depth = _mtp_layers(fields, tensors)
@@ -67,10 +69,11 @@ def describe(
 def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
     """The reader of folders and GGUF files, see :func:`~mtp_lightning.opening.open_model`;
     arguments and errors as :func:`describe`."""
-    fields, config, weights = describe(path, allow=allow)
+    header = read_header(path) if is_gguf(path) else None
+    fields, config, weights = describe(path, allow=allow, header=header)
     state = None
-    if is_gguf(path):
-        state = gguf_file.tokenizer_state(path)
+    if header is not None:
+        state = gguf_file.tokenizer_state(path, header)
     elif (path / "tokenizer.json").is_file():
         state = pretrained_state(path)
     return StoredModel(

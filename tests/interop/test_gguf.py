@@ -22,7 +22,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_to_decode
-from mtp_lightning.interop import gguf_blocks, gguf_tokenizer
+from mtp_lightning.interop import gguf_blocks, gguf_reader, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -151,6 +151,18 @@ def test_a_tokenizer_of_a_file_splits_by_the_rule_that_the_file_names(
     assert library.encode("a").ids == [0, *library.encode("a", add_special_tokens=False).ids]
     for other in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
         assert not gguf_tokenizer.unpack((fields | other).get, tmp_path)
+
+
+def test_a_file_is_opened_without_reading_or_building_anything_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read = write_gguf(tmp_path / "tiny.gguf"), []
+    header = gguf_reader._Reader.header
+    monkeypatch.setattr(gguf_reader._Reader, "header", lambda r: read.append(0) or header(r))
+    run = open_model(file)
+    assert len(read) == 1
+    first = PretrainedTokenizer.from_state(run.tokenizer_state)
+    assert first._library is run.tokenizer._library  # type: ignore[attr-defined]
 
 
 def test_template_and_special_tokens_survive(tmp_path: Path) -> None:

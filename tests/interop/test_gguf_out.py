@@ -17,7 +17,7 @@ from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_file, gguf_tokenizer, gguf_verify, llama_cpp
+from mtp_lightning.interop import gguf_tokenizer, gguf_verify, llama_cpp, reading
 from mtp_lightning.interop.gguf_layout import layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
@@ -305,7 +305,7 @@ def test_descriptions_that_lie(
         header = read_header(file)
         return Header({**header.fields, key: value}, header.tensors)
 
-    monkeypatch.setattr(gguf_file, "read_header", lying)
+    monkeypatch.setattr(reading, "read_header", lying)
     with pytest.raises(UserError, match=said):
         read_folder(tmp_path / "m.gguf")
 
