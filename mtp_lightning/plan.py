@@ -238,16 +238,17 @@ class Plan:
 
     @torch.no_grad()
     def _stack_in_blocks(self) -> float:
-        """FLOPs of the stack's forward pass, as a multiple of those of a module's block."""
-        trunk, depths = self.model.trunk, range(1, self.model.mtp.depth + 1)
-        with torch.device("meta"):
-            block = Block(trunk)
-        _, at = self._on_meta.run_trunk(window_on_meta(self.model, self.seq_len), depths)
-        with counted_flops() as of_block:
-            block(at.hidden, at.positions)
-        with counted_flops() as of_stack:
-            list(self._on_meta.mtp.states(replace(at, head=self._on_meta.head), depths))
-        return of_stack.total / of_block.total
+        """FLOPs that the stack adds to a forward pass, as a multiple of a module's block's."""
+        trunk, depths, meta = self.model.trunk, range(1, self.model.mtp.depth + 1), self._on_meta
+        window = window_on_meta(self.model, self.seq_len)
+        with counted_flops() as of_trunk:
+            meta.run_trunk(window, ())
+        with counted_flops() as of_all:
+            _, at = meta.run_trunk(window, depths)
+            list(meta.mtp.states(replace(at, head=meta.head), depths))
+        with torch.device("meta"), counted_flops() as of_block:
+            Block(trunk)(at.hidden[..., : trunk.d_model], at.positions)
+        return (of_all.total - of_trunk.total) / of_block.total
 
     @cached_property
     def cost(self) -> StepCost:
@@ -272,8 +273,7 @@ def describe(plans: Sequence[Plan], tokens: float) -> list[str]:
         plans: plans of one model, one per number of devices.
         tokens: the length of the training.
     """
-    first, machines = plans[0], plans[0].machines
-    model = first.model
+    first, machines, model = plans[0], plans[0].machines, plans[0].model
     flops = first.cost.per_token(first.seq_len)
     head = [
         f"{model.num_params() / 1e9:.3f}B parameters, {model.num_active_params() / 1e9:.3f}B for a "

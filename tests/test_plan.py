@@ -14,6 +14,7 @@ from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.plan import STRATEGIES, Machines, Plan, describe, kept_bytes, main, plans_of
 from tests import closed_forms
+from tests.integration.helpers import CONF
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100, "d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 160,
@@ -120,6 +121,16 @@ def test_deepseek_v3_as_published() -> None:
     assert tokens == 14.8e12 and plan.devices == 2048
     lines = describe(plans, tokens)
     assert "estimated, not run" in lines[1] and len(lines) == 3 + len(STRATEGIES)
+
+
+@pytest.mark.parametrize("head", sorted(file.stem for file in (CONF / "mtp").glob("*.yaml")))
+def test_every_head_can_be_planned(head: str) -> None:
+    given = ["model=pico", "data.seq_len=32", f"mtp={head}"]
+    ((plan,), _), ((plain,), _) = plans_of(given), plans_of([*given[:2], "mtp=none"])
+    more = plan.memory("ddp").activations - plain.memory("ddp").activations
+    assert more >= 0
+    if head == "masked":  # the trunk reads its masks, too
+        assert more > 2 * plain.memory("ddp").activations - 2 * 4 * 32 * 4 * 64
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
