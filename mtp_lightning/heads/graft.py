@@ -126,8 +126,8 @@ def _run(args: Any, output: Path) -> None:
     if found.shares[0] <= found.constant + ABOVE:
         raise UserError(
             f"the layers of {args.base} do not agree with the trunk of {args.tuned} "
-            f"({found.shares[0]:.1%}; {found.constant:.1%} with one token everywhere), so nothing "
-            "is written: give more --hours, or train new ones with mtp-lightning heads."
+            f"({found.shares[0]:.1%}; {found.constant:.1%} with one token everywhere): nothing "
+            "is exported; give more --hours and another --output, or try mtp-lightning heads."
         )
     run_export(chosen, output)
     say("written to", str(output / EXPORT))

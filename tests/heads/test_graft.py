@@ -118,6 +118,9 @@ def test_models_that_do_not_fit(base: Path, tmp_path: Path, refused: Refused) ->
     assert "do not fit the trunk of" in said and "n_heads: 2 -> 4" in said
     said = refused(command, base, tmp_path / "wide", *out)
     assert "mtp.depths.0.block.attention.qkv.weight has the shape" in said
+    far = tuned(base, tmp_path / "far", by=5.0)
+    said = refused(command, base, far, "--hours", "0", *out)
+    assert "nothing is exported; give more --hours and another --output" in said
     other = read_model(base).config
     changed = folders.dense(rope_theta=7.0)
     lines = graft.differences(other, ModelConfig(trunk=changed, mtp=other.mtp))
