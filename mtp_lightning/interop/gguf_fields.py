@@ -164,12 +164,11 @@ def to_json(
             "qk_nope_head_dim": need("attention.key_length_mla") - turned,
             "v_head_dim": need("attention.value_length_mla"),
         }
+    else:
+        fields["partial_rotary_factor"] = need("rope.dimension_count", size) / max(size, 1)
     if kind == "glm4_moe":
-        fields |= {
-            "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
-            "attention_bias": "blk.0.attn_q.bias" in tensors,
-            "partial_rotary_factor": need("rope.dimension_count", size) / max(size, 1),
-        }
+        fields["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
+        fields["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if kind in ("glm4_moe", "deepseek_v3", "qwen3_moe"):
         fields |= _experts_json(need, kind)
     return fields, bool(dense)

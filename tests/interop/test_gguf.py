@@ -187,6 +187,15 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     assert set(first.state()["beside"]) == {"tokenizer_config.json", "chat_template.jinja"}
 
 
+def test_heads_that_are_turned_in_part_are_refused(tmp_path: Path) -> None:
+    def in_part(writer: Any) -> None:
+        writer.add_rope_dimension_count(8)
+
+    file = write_gguf(tmp_path / "tiny.gguf", kind="qwen2", extra=in_part)
+    with pytest.raises(UserError, match="has partial_rotary_factor=0.5, which this project"):
+        read_folder(file)
+
+
 def frequencies(writer: Any) -> None:
     writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
 
