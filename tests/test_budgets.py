@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/decoding": 4_725,
     "mtp_lightning/distributed": 1_325,
     "mtp_lightning/experiment": 2_645,
-    "mtp_lightning/heads": 780,
+    "mtp_lightning/heads": 785,
     "mtp_lightning/interop": 5_095,
     "mtp_lightning/loggers": 670,
     "mtp_lightning/metrics": 1_080,

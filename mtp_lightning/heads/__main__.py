@@ -80,14 +80,18 @@ def require_inputs(args: Any, *models: Path) -> None:
     """Refuse what cannot be settings of training, and paths that are not there.
 
     Raises:
-        UserError: naming the word or the path.
+        UserError: naming the word, the key or the path.
     """
+    from mtp_lightning.experiment.compose import compose_config
+
     for word in args.overrides:
         if "=" not in word:
             raise UserError(f"{word} is not a setting: give KEY=VALUE, as train.py takes it.")
     for file in (*models, *map(Path, args.text)):
         if not file.exists():
             raise UserError(f"{file} does not exist (looked from {Path.cwd()}): check the path.")
+    data = "data=text" if args.text else "data=self_generated"
+    compose_config("config", ["experiment=posthoc_heads", data, *args.overrides])
 
 
 def output_of(args: Any, model: Path, ending: str) -> Path:

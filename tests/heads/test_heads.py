@@ -160,6 +160,7 @@ def test_mistakes(
         told = f"--hours must be a number above 0, not {hours if hours != '0' else '0.0'}"
         assert told in refused(main, model, "--hours", hours)
     assert "deeper is not a setting" in refused(main, model, "deeper")
+    assert "output is not a key" in refused(main, model, "output=out")
     assert "nowhere does not exist" in refused(main, "nowhere")
     assert "gone does not exist" in refused(main, model, "--text", "gone")
     assert "is a run of this project" in refused(main, model.parent / "run")
