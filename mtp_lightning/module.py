@@ -183,7 +183,8 @@ class MTPModule(pl.LightningModule):
         return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        self(lambda: self.rates.update(self.model(batch), self.model.head.weight, batch))
+        model = self.model
+        self(lambda: self.rates.update(model(batch), model.head.weight, batch, model.mtp))
 
     def on_validation_epoch_end(self) -> None:
         rates = {f"val/{name}": value for name, value in self.rates.compute().items()}

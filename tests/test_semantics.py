@@ -13,8 +13,10 @@ from mtp_lightning.interop.names import weight_map
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 
@@ -104,7 +106,7 @@ def test_agreement_compares_the_positions_said() -> None:
             chosen = [0 if cell == "-" else (int(cell) + shift) % vocab for cell in row]
             hidden[k] = torch.eye(vocab)[chosen].unsqueeze(0)
         rates = DepthRates(D)
-        rates.update(hidden, weight, window())
+        rates.update(hidden, weight, window(), Targets(ParameterFreeConfig(depth=D)))
         assert rates.pairs[1:].tolist() == [
             sum(cell != "-" for cell in row) for row in cells.values()
         ]

@@ -322,7 +322,7 @@ class DecodingOptions(TextOptions):
             )
         if rank > 1:
             raise _not_together(f"draft_vocab={tokens}", f"mtp.rank={rank}")
-        if model.mtp.own_head is not None:
+        if model.head_of(1) is not model.head:
             raise UserError(
                 f"draft_vocab={tokens} shortens the trunk's head, and mtp="
                 f"{model.config.mtp.variant} drafts by a head of its own: leave it out."

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass, read_together
-from mtp_lightning.nn.head import Head, ShortHead
+from mtp_lightning.nn.head import OutputHead, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 
@@ -92,7 +91,7 @@ class Session:
         ]
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
         self._trunk_gives_branch = max_draft > 0 and not model.mtp.appended
-        self._draft_head: Head | OwnHead | ShortHead = (
+        self._draft_head: OutputHead = (
             model.head_of(1) if draft_vocab is None else self._short_head(draft_vocab)
         )
         self._fused_trunk: TrunkPass | None = None

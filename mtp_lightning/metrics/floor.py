@@ -27,7 +27,6 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.objective.through_head import log_probs
 
 RECALL = 16
 """Number of a head's first choices among which recall looks for the target."""
@@ -223,13 +222,10 @@ class Floors:
             assert batch.seq_len == n + width
             states = model(batch, [k] if k else [])
             main_MC = states[0][:, n - 1 :].flatten(0, 1)
-            own_NC, own_head = states[k][:, n - 1], model.mtp.own_head if k else None
+            own_NC = states[k][:, n - 1].to(weight_VC.dtype)
             with torch.autocast(weight_VC.device.type, enabled=False):
-                own_NC = own_NC.to(weight_VC.dtype)
-                p_MV = log_probs(main_MC.to(weight_VC.dtype), weight_VC)
-                q_NV = (
-                    log_probs(own_NC, weight_VC) if own_head is None else own_head.log_probs(own_NC)
-                )
+                p_MV = model.mtp.log_probs(0, main_MC.to(weight_VC.dtype), weight_VC)
+                q_NV = model.mtp.log_probs(k, own_NC, weight_VC)
                 if k:
                     q_NV = model.mtp.rescore(k, own_NC, q_NV, batch.tokens[:, n - 1 + k])
             p_NKV = _probabilities(p_MV).unflatten(0, (rows, width + 1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.through_head import log_probs_by_chunk
 
 _EARLY = 50  # Olsson et al. 2022 subtract the loss of the 50th token from that of the 500th
@@ -58,27 +58,26 @@ def read(model: MTPModel, batch: WindowBatch, *, depths: bool = True) -> Reading
     right_BT = torch.empty(0)
     for k, h_BTC in hidden.items():
         target_BT = batch.targets(k)
-        own, target_M = model.mtp.own_head if k else None, target_BT.reshape(-1)
-        valid_M = (target_M if own is None else own.rows_of(target_M)) >= 0
-        loss_M, choice_M = _through_head(model, h_BTC, target_M.clamp(min=0), own)
-        losses.append(loss_M.where(valid_M, 0).view_as(target_BT))
-        valid.append(valid_M.view_as(target_BT))
+        valid_BT = model.mtp.targets(k, batch) >= 0
+        loss_M, choice_M = _through_head(model, k, h_BTC, target_BT.reshape(-1).clamp(min=0))
+        losses.append(loss_M.view_as(target_BT).where(valid_BT, 0))
+        valid.append(valid_BT)
         if k == 0:
             right_BT = choice_M.view_as(target_BT) == target_BT
     return Reading(torch.stack(losses), torch.stack(valid), right_BT)
 
 
 def _through_head(
-    model: MTPModel, h_BTC: Tensor, target_M: Tensor, own: OwnHead | None
+    model: MTPModel, k: int, h_BTC: Tensor, target_M: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss and first choice of every position, [M] each."""
+    """Depth ``k``'s loss and first choice of every position, [M] each."""
     weight_VC = model.head.weight
     h_MC = h_BTC.reshape(-1, h_BTC.shape[-1]).to(weight_VC.dtype)
     loss_M = torch.empty(len(h_MC), dtype=torch.float64, device=h_MC.device)
     choice_M = torch.empty_like(target_M)
     # In the weight's precision, as DepthRates computes it.
     with torch.autocast(weight_VC.device.type, enabled=False):
-        for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC, own):
+        for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC, partial(model.mtp.log_probs, k)):
             found_R1 = chunk_RV.gather(-1, target_M[rows].unsqueeze(-1))
             loss_M[rows] = -found_R1.squeeze(-1).double()
             choice_M[rows] = chunk_RV.argmax(-1)

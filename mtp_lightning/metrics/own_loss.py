@@ -6,7 +6,6 @@ Shapes: B batch, T positions, C d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,26 +24,27 @@ class OwnLossRates(DepthRates):
     of their own: the mean over the positions that count. Other rates they have none.
 
     Args:
-        stack: its depths.
+        depth: D.
         text_bytes: as for :class:`DepthRates`.
     """
 
     own_count: Tensor
     own_loss: Tensor
 
-    def __init__(self, stack: MTPStack, text_bytes: Sequence[int] | None = None) -> None:
+    def __init__(self, depth: int, text_bytes: Sequence[int] | None = None) -> None:
         super().__init__(0, text_bytes)
-        self._values = partial(own_values, stack)
         for name in ("own_count", "own_loss"):
-            zeros = torch.zeros(stack.depth, dtype=torch.float64)
+            zeros = torch.zeros(depth, dtype=torch.float64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch) -> None:
+    def update(
+        self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch, stack: MTPStack
+    ) -> None:
         """As :meth:`DepthRates.update`."""
-        super().update(hidden, weight_VC, batch)
+        super().update(hidden, weight_VC, batch, stack)
         for k in range(1, len(self.own_loss) + 1):
-            value_BT, valid_BT = self._values(k, hidden[k], batch)
+            value_BT, valid_BT = own_values(stack, k, hidden[k], batch)
             self.own_count[k - 1] += valid_BT.sum()
             self.own_loss[k - 1] += exact(value_BT).where(valid_BT, 0).sum()
 

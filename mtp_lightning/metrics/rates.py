@@ -10,7 +10,8 @@ Shapes: B batch, T positions, K depths (0 .. D), V vocabulary, P positions of on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk
 
 _RESAMPLES = 1000  # samples of a bootstrap
@@ -60,8 +61,7 @@ class DepthRates(Metric):
     Args:
         depth: D.
         text_bytes: evaluated UTF-8 bytes of every document of the text.
-        own_head: the depths' head; None for the shared one.
-        rescore: ``MTPStack.rescore`` of a stack that has a rescorer; None for others.
+        rescores: whether the stack has a rescorer.
     """
 
     full_state_update = False
@@ -77,35 +77,32 @@ class DepthRates(Metric):
     text_loss: Tensor
 
     def __init__(
-        self,
-        depth: int,
-        text_bytes: Sequence[int] | None = None,
-        *,
-        own_head: OwnHead | None = None,
-        rescore: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+        self, depth: int, text_bytes: Sequence[int] | None = None, *, rescores: bool = False
     ) -> None:
         super().__init__()
         self.depth = depth
-        self._own = (own_head,)  # in a tuple, since the head is not a part of the metric
         self.text_bytes = text_bytes
-        self._rescore = rescore
+        self.rescores = rescores
         zeros = torch.zeros(len(text_bytes or ()), dtype=torch.float64)
         self.add_state("text_loss", default=zeros, dist_reduce_fx="sum")
         counted = ("count", "scored", "loss", "accuracy", "pairs", "agreement", "overlap")
-        for name in (*counted, *(["candidate_recall"] if rescore else [])):
+        for name in (*counted, *(["candidate_recall"] if rescores else [])):
             zeros = torch.zeros(depth + 1, dtype=torch.float64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch) -> None:
+    def update(
+        self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch, stack: MTPStack
+    ) -> None:
         """Counts one batch.
 
         Args:
             hidden: hidden states of every depth 0 .. D, [B, T, C], from :class:`MTPModel`.
             weight_VC: the shared head's weight.
             batch: the windows.
+            stack: the depths' stack.
         """
-        targets = [batch.targets(k) for k in range(self.depth + 1)]
+        targets = [(batch.targets(k), stack.targets(k, batch) >= 0) for k in range(self.depth + 1)]
         width = chunk_rows(weight_VC.shape[0], weight_VC.device)
         with torch.autocast(weight_VC.device.type, enabled=False):
             for row in range(batch.batch_size):
@@ -114,7 +111,7 @@ class DepthRates(Metric):
                     texts_T = batch.shifted(batch.texts, 0)[row]
                 for start in range(0, batch.seq_len, width):
                     chunk = slice(start, min(start + width, batch.seq_len))
-                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, chunk, batch)
+                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, chunk, batch, stack)
                     if texts_T is not None:
                         self.text_loss.index_add_(0, texts_T[chunk], nll_P)
 
@@ -122,32 +119,32 @@ class DepthRates(Metric):
         self,
         hidden: dict[int, Tensor],
         weight_VC: Tensor,
-        targets: list[Tensor],
+        targets: list[tuple[Tensor, Tensor]],
         row: int,
         chunk: slice,
         batch: WindowBatch,
+        stack: MTPStack,
     ) -> Tensor:
         """Returns depth 0's losses [P], 0 where a position does not count."""
         start, end, stride = chunk.start, chunk.stop, batch.stride
         # Depth k is compared with the main prediction k strides later.
-        main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
+        main = _log_probs(stack, 0, hidden[0][row, start : end + stride * self.depth], weight_VC)
         main_choice = main.argmax(-1)
         main_probs = main.exp()
-        (own,) = self._own
         for k in range(self.depth + 1):
             log_q = main[: end - start]
             if k > 0:
-                log_q = _log_probs(hidden[k][row, start:end], weight_VC, own)
-            target_P = targets[k][row, start:end]
+                log_q = _log_probs(stack, k, hidden[k][row, start:end], weight_VC)
+            target_P, scored_P = (found[row, start:end] for found in targets[k])
             valid_P = target_P >= 0
-            scored_P = valid_P if not k or own is None else own.rows_of(target_P) >= 0
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             # Masked by zeros instead of an index, whose length the host would wait for.
             nll_P = exact(-log_target_P).where(scored_P, 0)
-            if k and self._rescore is not None:
+            if k and self.rescores:
                 # Before a depth's target is the target of the depth before.
                 before_P = batch.shifted(batch.tokens, k - 1)[row, start:end]
-                log_q = self._rescore(k, hidden[k][row, start:end], log_q, before_P).log_softmax(-1)
+                logits = stack.rescore(k, hidden[k][row, start:end], log_q, before_P)
+                log_q = logits.log_softmax(-1)
                 drafted = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
                 self.candidate_recall[k] += (drafted.isfinite() & valid_P).sum()
             choice_P = log_q.argmax(-1)
@@ -175,7 +172,7 @@ class DepthRates(Metric):
         ``bits_per_byte`` and, for two documents or more, ``bits_per_byte_se``."""
         parts = [("loss", self.scored, 0), ("accuracy", self.count, 0)]
         parts += [("agreement", self.pairs, 1), ("overlap", self.pairs, 1)]
-        if self._rescore is not None:
+        if self.rescores:
             parts.append(("candidate_recall", self.count, 1))
         rates = {
             f"{name}_depth_{k}": float(getattr(self, name)[k] / total[k])
@@ -200,10 +197,9 @@ def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthR
     if model.config.mtp.brings_loss:
         from mtp_lightning.metrics.own_loss import OwnLossRates
 
-        return OwnLossRates(model.mtp, text_bytes)
-    rescore = None if model.mtp.rescorer is None else model.mtp.rescore
-    own_head = model.mtp.own_head
-    return DepthRates(model.token_depth, text_bytes, own_head=own_head, rescore=rescore)
+        return OwnLossRates(model.depth, text_bytes)
+    rescores = model.mtp.rescorer is not None
+    return DepthRates(model.token_depth, text_bytes, rescores=rescores)
 
 
 def exact(values: Tensor) -> Tensor:
@@ -211,8 +207,9 @@ def exact(values: Tensor) -> Tensor:
     return (values.double() * 2.0**30).round_() / 2.0**30
 
 
-def _log_probs(h_PC: Tensor, weight_VC: Tensor, own: OwnHead | None = None) -> Tensor:
-    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, own)
+def _log_probs(stack: MTPStack, k: int, h_PC: Tensor, weight_VC: Tensor) -> Tensor:
+    of_depth = partial(stack.log_probs, k)
+    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, of_depth)
     return torch.cat([chunk for _, chunk in chunks])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
-from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
+from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
 from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
@@ -26,7 +26,7 @@ from mtp_lightning.mtp.starting import TrunkText
 from mtp_lightning.mtp.switches import Switches, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.head import Head, log_probs
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require, require_whole
@@ -211,12 +211,12 @@ class MTPStack(nn.Module, ABC):
     def valid(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor | None:
         """Which positions count for depth ``k``, bool [B, T], or None for all; arguments as in
         :meth:`target_depth`."""
-        own = self.own_loss(k, batch) if k else None
-        if own is not None:
-            return own.valid_BT
-        if k and self.own_head is not None and not self.own_head.is_whole:
+        if k and self.leaves_tokens_out:
             return self.targets(k, batch, key) != IGNORE_INDEX
-        return batch.valid(self.target_depth(k, key))
+        if batch.every_target_counts:  # known without computing a loss's mask
+            return None
+        own = self.own_loss(k, batch) if k else None
+        return batch.valid(self.target_depth(k, key)) if own is None else own.valid_BT
 
     def targets(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor:
         """The targets of depth ``k``, [B, T], as rows of its head: token ids for the shared one;
@@ -229,10 +229,27 @@ class MTPStack(nn.Module, ABC):
         stacks without ``config.brings_loss``."""
         return None
 
+    # Its head.
     @property
     def own_head(self) -> OwnHead | None:
         """The head that projects the depths' hidden states; None for the shared head."""
         return None
+
+    @property
+    def leaves_tokens_out(self) -> bool:
+        """Whether the depths' head has no row for some tokens, which are then never predicted."""
+        return self.own_head is not None and not self.own_head.is_whole
+
+    def tokens_of_rows(self, rows: Tensor) -> Tensor:
+        """The tokens that some rows of the depths' head stand for."""
+        return rows if self.own_head is None else self.own_head.tokens[rows]
+
+    def log_probs(self, k: int, h_RC: Tensor, weight_VC: Tensor) -> Tensor:
+        """Log-probabilities of all tokens [R, V] by the head of depth ``k``, in at least fp32,
+        without autograd; ``weight_VC`` is the shared head's."""
+        if not k or self.own_head is None:
+            return log_probs(h_RC, weight_VC)
+        return self.own_head.log_probs(h_RC)
 
     def feed(self, inputs: FeedInputs) -> Feed:
         """How the stack is trained on a micro-batch: which states go through the head, in which
@@ -240,7 +257,11 @@ class MTPStack(nn.Module, ABC):
         losses = {k: self.own_loss(k, inputs.batch) for k in inputs.depths}
         own = {k: loss for k, loss in losses.items() if loss is not None}
         states = list(self.states(inputs.at, inputs.depths, inputs.key))
-        return Together(inputs.final_BTC, states, own, self.own_head)
+        head = self.own_head
+        if head is None:
+            return Together(inputs.final_BTC, states, own)
+        tokens_N = head.tokens if self.leaves_tokens_out else None
+        return Together(inputs.final_BTC, states, own, HeadWeight(head.weight, tokens_N=tokens_N))
 
     # Its states over whole windows.
     def states(

@@ -27,7 +27,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.ops import weight_gradient
 
 
@@ -88,16 +87,16 @@ class HeadWeight:
     Args:
         weight_VC: the weight.
         needs_gradient: whether it gets a gradient.
-        own: the stack's own head, if the weight is of one.
+        tokens_N: int64, the token of each row; None if row i is token i.
 
     Attributes:
         gradient: the gradient so far; None before the first chunk.
     """
 
     def __init__(
-        self, weight_VC: Tensor, *, needs_gradient: bool = False, own: OwnHead | None = None
+        self, weight_VC: Tensor, *, needs_gradient: bool = False, tokens_N: Tensor | None = None
     ) -> None:
-        self.weight_VC, self.needs_gradient, self.own = weight_VC, needs_gradient, own
+        self.weight_VC, self.needs_gradient, self.tokens_N = weight_VC, needs_gradient, tokens_N
         self.gradient: Tensor | None = None
 
     def add(self, d_logits_NV: Tensor, h_NC: Tensor, factor: float = 1.0) -> None:
@@ -207,14 +206,14 @@ class Together(Feed):
         final: Tensor,
         depths: Sequence[tuple[int, Tensor]],
         own: Mapping[int, OwnLoss],
-        head: OwnHead | None = None,
+        head: HeadWeight | None = None,
     ) -> None:
         self.depths, self.own = depths, own
         # The heads of depths that do not go through the shared one.
         self.heads = {k: HeadWeight(loss.weight) for k, loss in own.items()}
         if head is not None:
-            self.head = HeadWeight(head.weight, own=head)
-            self.heads |= {k: self.head for k, _ in depths}
+            self.head = head
+            self.heads |= {k: head for k, _ in depths}
         self.weights = list(dict.fromkeys(self.heads.values()))
         weights = [weight.weight_VC for weight in self.weights]
         super().__init__([final, *(hidden for _, hidden in depths), *weights])

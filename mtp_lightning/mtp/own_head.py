@@ -100,10 +100,3 @@ class OwnHead(nn.Module):
             return values
         wide = values.new_full((*values.shape[:-1], self.vocab_size), -float("inf"))
         return wide.index_copy_(-1, self.tokens, values)
-
-    def conditional(self, log_probs_RV: Tensor) -> Tensor:
-        """Log-probabilities over all tokens [R, V] -> of the rows, given that it is one of them,
-        [R, N]."""
-        if self.is_whole:
-            return log_probs_RV
-        return log_probs_RV.index_select(-1, self.tokens).log_softmax(-1)

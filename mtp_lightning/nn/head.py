@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.mixture import mixed_log_probs
-from mtp_lightning.nn.ops import linear
+from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
+
+
+class OutputHead(Protocol):
+    """Turns hidden states into logits."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def __call__(self, hidden: Tensor, /) -> Tensor: ...
 
 
 class Head(nn.Module):
@@ -28,6 +39,17 @@ class Head(nn.Module):
         """Log-probabilities [..., V] of states [..., C], in at least fp32."""
         logits = linear(h_BTC.to(self.weight.dtype), self.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
+    """``log_softmax(h @ weight.T)`` [R, V] of one chunk, in at least fp32, without autograd; for a
+    packed mixture (``mixture.py``), the mixture's log-probabilities."""
+    d_model = weight_VC.shape[1]
+    if h_RC.shape[1] != d_model:
+        return mixed_log_probs(h_RC, d_model, lambda h: log_probs(h, weight_VC))
+    logits_RV = matmul_transposed(h_RC, weight_VC)
+    dtype = torch.promote_types(logits_RV.dtype, torch.float32)
+    return log_softmax_(logits_RV, dtype)
 
 
 class ShortHead:

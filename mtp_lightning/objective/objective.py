@@ -249,7 +249,7 @@ class Objective:
             reason = "leaves out what the trunk is trained on: set mtp.freeze_trunk=true"
         elif mtp.rank > 1:
             reason = f"leaves out tokens that mtp.rank={mtp.rank} depends on: set mtp.rank=1"
-        elif model.mtp.own_head is not None:
+        elif model.head_of(1) is not model.head:
             reason = f"shortens the shared head, and mtp={mtp.variant} has one of its own"
         elif self.draft_vocab > vocab:
             reason = f"is more than the model's {vocab} tokens: use at most that many"

@@ -156,15 +156,15 @@ def step_counts(
         key: key of its random choices in training.
         taught: whether to count the positions with a teacher too.
     """
-    own, every = stack.own_head, len(batch) * batch.seq_len * world_size()
-    if batch.every_target_counts and (own is None or own.is_whole):
+    every = len(batch) * batch.seq_len * world_size()
+    masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
+    masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
+    if all(mask is None for mask in masks):
         # Known from the sizes, which are the same on all ranks.
         windows, depths = len(batch) * world_size(), range(batch.depth + 1)
         seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
         valid = [windows * batch.seq_len for _ in depths]
         return PositionCounts(valid, seen if taught else None, every)
-    masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
-    masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
     whole = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
     counts_K = torch.stack([whole if mask is None else mask.sum() for mask in masks])
     counts_NK = torch.stack([counts_K, *([count_taught(masked, stack, key)] if taught else [])])

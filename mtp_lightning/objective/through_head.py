@@ -17,19 +17,17 @@ states (R, or several for each position).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.feed import HeadWeight, Prediction
-from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.nn.mixture import mixed_log_probs
+from mtp_lightning.nn.head import log_probs
 from mtp_lightning.nn.ops import (
     compute_dtype,
     cross_entropy,
     exp_,
-    log_softmax_,
     matmul_transposed,
     no_autocast,
 )
@@ -55,35 +53,23 @@ def chunks(total: int, rows: int) -> Iterator[slice]:
 
 
 def log_probs_by_chunk(
-    h_MC: Tensor, weight_VC: Tensor, own: OwnHead | None = None
+    h_MC: Tensor, weight_VC: Tensor, of: Callable[[Tensor, Tensor], Tensor] = log_probs
 ) -> Iterator[tuple[slice, Tensor]]:
     """``log_softmax(h @ weight.T)`` in chunks of positions, in at least fp32, without autograd.
 
     Args:
         h_MC: the states.
         weight_VC: the shared head's weight.
-        own: the head of the states, if they are not the shared head's.
+        of: computes one chunk [R, V] from its states and the weight (:meth:`MTPStack.log_probs`).
 
     Yields:
         The chunk's rows among the M, and its log-probabilities [R, V], which the caller may
         overwrite.
     """
     for rows in chunks(h_MC.shape[0], chunk_rows(weight_VC.shape[0], h_MC.device)):
-        h_RC = h_MC[rows]
-        chunk_RV = log_probs(h_RC, weight_VC) if own is None else own.log_probs(h_RC)
+        chunk_RV = of(h_MC[rows], weight_VC)
         yield rows, chunk_RV
         del chunk_RV
-
-
-def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
-    """``log_softmax(h @ weight.T)`` [R, V] of one chunk, in at least fp32; for a packed mixture
-    (``nn/mixture.py``), the mixture's log-probabilities."""
-    d_model = weight_VC.shape[1]
-    if h_RC.shape[1] != d_model:
-        return mixed_log_probs(h_RC, d_model, lambda h: log_probs(h, weight_VC))
-    logits_RV = matmul_transposed(h_RC, weight_VC)
-    dtype = torch.promote_types(logits_RV.dtype, torch.float32)
-    return log_softmax_(logits_RV, dtype)
 
 
 @torch.no_grad()
@@ -139,7 +125,7 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) 
         for one in passes:
             if one.depth:
                 left = rows_left(rows, one.depth * one.targets[0].stride, main_MC)
-                one.go(left, log_probs(one.h_NC[left], one.weight), one.teacher_of_head(teacher))
+                one.go(left, log_probs(one.h_NC[left], one.weight), one.teacher_of_rows(teacher))
         del teacher
         for one in passes:  # last, since it overwrites the teacher's log-probabilities
             if not one.depth:
@@ -209,12 +195,12 @@ class _HeadPass:
         if self.d_h is not None:
             self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
 
-    def teacher_of_head(self, teacher: Teacher) -> Teacher:
-        """The teacher over the tokens that the prediction's own head has rows for."""
-        own = self.head.own
-        if own is None or own.is_whole:
+    def teacher_of_rows(self, teacher: Teacher) -> Teacher:
+        """The teacher, given that the token is one of those that the head has rows for."""
+        if self.head.tokens_N is None:
             return teacher
-        return Teacher(own.conditional(teacher.log_probs_RV), teacher.hidden_RC)
+        log_p_RN = teacher.log_probs_RV.index_select(-1, self.head.tokens_N).log_softmax(-1)
+        return Teacher(log_p_RN, teacher.hidden_RC)
 
     def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
         """Losses and gradients at the positions ``rows``.

@@ -171,6 +171,7 @@ class _Copies(torch.nn.Module):
         torch.nn.init.eye_(self.head.weight)
         trunk = TrunkConfig(**{**TRUNK, "vocab_size": vocab})  # type: ignore[arg-type]
         self.config = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
+        self.mtp = self.config.mtp.build(trunk)
 
     def forward(self, batch: WindowBatch, active: object = None) -> dict[int, Tensor]:
         read_BT = batch.tokens[:, : batch.seq_len]

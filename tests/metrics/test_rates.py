@@ -12,7 +12,21 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics import rates as rates_file
 from mtp_lightning.metrics.rates import DepthRates, bits_per_byte, bits_per_byte_se
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.mtp.own_head import OwnHead
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
+
+
+class Stack(Targets):
+    """Depths that have a head of their own, or the shared one."""
+
+    def __init__(self, own: OwnHead | None = None) -> None:
+        super().__init__(ParameterFreeConfig(depth=1))
+        self.own = own
+
+    @property
+    def own_head(self) -> OwnHead | None:
+        return self.own
 
 
 def brute_force(
@@ -60,14 +74,14 @@ def test_against_brute_force(
         own = OwnHead(13, 8, rows)
         torch.nn.init.normal_(own.weight)
         own.choose(torch.randint(0, 99, (13,)))
-    metric = DepthRates(depth, own_head=own)
+    metric = DepthRates(depth)
     batches, hiddens = [], []
     for _ in range(2):
         tokens = torch.randint(0, 13, (3, seq_len + depth + 1))
         documents = (torch.rand(tokens.shape) < 0.2).long().cumsum(1) if masked else None
         batches.append(WindowBatch(tokens, depth, documents))
         hiddens.append({k: torch.randn(3, seq_len, 8) for k in range(depth + 1)})
-        metric.update(hiddens[-1], weight, batches[-1])
+        metric.update(hiddens[-1], weight, batches[-1], Stack(own))
     whole = WindowBatch(
         torch.cat([b.tokens for b in batches]),
         depth,
@@ -88,7 +102,7 @@ def test_perfect_drafts_agree_and_shifted_ones_do_not() -> None:
     results = []
     for hidden in (right, shifted):
         metric = DepthRates(depth)
-        metric.update(hidden, weight, batch)
+        metric.update(hidden, weight, batch, Stack())
         results.append(metric.compute())
     for k in (1, 2):
         assert results[0][f"agreement_depth_{k}"] == 1.0
@@ -139,7 +153,7 @@ def test_losses_go_to_the_documents_of_their_targets() -> None:
     metric = DepthRates(1, text_bytes)
     nats = [0.0] * 3
     for hidden, batch in given:
-        metric.update(hidden, weight, batch)
+        metric.update(hidden, weight, batch, Stack())
         log_q = torch.log_softmax(hidden[0].double() @ weight.double().T, -1)
         for row in range(3):
             for i in range(10):
@@ -163,7 +177,7 @@ def test_sums_are_the_same_to_the_last_bit_in_any_order() -> None:
     for order in (given, given[::-1], given[4:] + given[:4]):
         metric = DepthRates(2, [50, 20, 70])
         for hidden, batch in order:
-            metric.update(hidden, weight, batch)
+            metric.update(hidden, weight, batch, Stack())
         found.append(metric.compute())
     assert found[0] == found[1] == found[2]
 
@@ -176,6 +190,6 @@ def test_the_head_is_computed_in_the_weights_precision() -> None:
     for enabled in (False, True):
         metric = DepthRates(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            metric.update(hidden, weight, batch)
+            metric.update(hidden, weight, batch, Stack())
         found.append(metric.compute())
     assert found[0] == found[1]

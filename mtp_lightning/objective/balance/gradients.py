@@ -222,7 +222,9 @@ def add_gradients(
             if loss is not None:
                 head = HeadWeight(loss.weight)
             elif k and own is not None:
-                head = HeadWeight(own.weight, own=own)
+                head = HeadWeight(
+                    own.weight, tokens_N=own.tokens if stack.leaves_tokens_out else None
+                )
             prediction = Prediction(hidden, of_task[k], train_head=False, head=head, loss=loss)
             through_head(shared, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from copy import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.settings import require_bool, require_number
 
@@ -82,27 +81,23 @@ class Semantic(Term):
 
     def __init__(self, padded: bool) -> None:
         self.counts_padding = padded
-        self._embedding: nn.Module | None = None
-        self._own_head: OwnHead | None = None
+        self._model: MTPModel | None = None
 
     def for_model(self, model: MTPModel) -> Semantic:
-        own_head = model.mtp.own_head
-        if self.counts_padding and own_head is not None and not own_head.is_whole:
+        if self.counts_padding and model.mtp.leaves_tokens_out:
             raise UserError(
                 "objective.terms.anchor.padded=true counts positions without a target, and "
                 "mtp.draft_vocab leaves targets out: set one of the two to its default."
             )
         bound = copy(self)
-        bound._embedding, bound._own_head = model.trunk.embedding, model.mtp.own_head
+        bound._model = model
         return bound
 
     def value(self, chunk: Chunk) -> Tensor:
-        assert self._embedding is not None
-        ids_R = chunk.targets_R
-        if self._own_head is not None:  # whose targets are its rows
-            ids_R = self._own_head.tokens[ids_R]
+        assert self._model is not None
+        ids_R = self._model.mtp.tokens_of_rows(chunk.targets_R)
         with torch.no_grad():
-            embedded_RC = self._embedding(ids_R)
+            embedded_RC = self._model.trunk.embedding(ids_R)
         return _distance(chunk, embedded_RC)
 
 
