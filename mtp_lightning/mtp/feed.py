@@ -166,12 +166,7 @@ class Feed(ABC):
         inputs: tensors of the autograd graph, parameters included, that receive gradients.
             Parameters that this pass does not use are left out, so that autograd and DDP see no
             path to them.
-
-    Attributes:
-        head: the depths' own head; None for the shared head.
     """
-
-    head: HeadWeight | None = None
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
@@ -181,10 +176,14 @@ class Feed(ABC):
         """The main prediction's hidden state [..., C], from which teachers are computed."""
         return self.inputs[0]
 
-    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        """For a prepass: the hidden states (k, [B, T, C]) that :meth:`learn` will train, in groups
-        of states that exist at the same time."""
+    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+        """The depths' hidden states (k, [B, T, C]) that :meth:`learn` trains, in groups of states
+        that exist at the same time: for a prepass, and for the gradient of each depth alone."""
         yield from ()
+
+    def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
+        """A hidden state of depth ``k`` on its way through its head, which gets no gradient."""
+        return Prediction(hidden, targets, train_head=False)
 
     @abstractmethod
     def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
@@ -212,30 +211,28 @@ class Together(Feed):
         # The heads of depths that do not go through the shared one.
         self.heads = {k: HeadWeight(loss.weight) for k, loss in own.items()}
         if head is not None:
-            self.head = head
             self.heads |= {k: head for k, _ in depths}
         self.weights = list(dict.fromkeys(self.heads.values()))
         weights = [weight.weight_VC for weight in self.weights]
         super().__init__([final, *(hidden for _, hidden in depths), *weights])
 
-    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield self.depths
+
+    def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
+        head, loss = self.heads.get(k), self.own.get(k)
+        return Prediction(hidden, targets, train_head=False, head=head, loss=loss)
 
     def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
         states = [(0, self.main), *self.depths]
         for weight, needed in zip(self.weights, request.needs[len(states) :], strict=True):
             weight.needs_gradient = needed
-        predictions = [
-            Prediction(
-                hidden,
-                request.targets[k],
-                train_head=k == 0 or k in self.heads or request.train_head,
-                needs_gradient=needed,
-                head=self.heads.get(k),
-                loss=self.own.get(k),
-            )
-            for (k, hidden), needed in zip(states, request.needs, strict=False)
-        ]
+        predictions = []
+        for (k, hidden), needed in zip(states, request.needs, strict=False):
+            prediction = self.prediction(k, hidden, request.targets[k])
+            prediction.train_head = k == 0 or k in self.heads or request.train_head
+            prediction.needs_gradient = needed
+            predictions.append(prediction)
         through_head(predictions)
         return [*(p.gradient for p in predictions), *(w.gradient for w in self.weights)]
 
@@ -256,7 +253,7 @@ class OneState(Feed):
         super().__init__([final])
         self.depths = depths
 
-    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield [(k, self.main) for k in self.depths]
 
     def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:

@@ -180,7 +180,7 @@ class HeadByHead(Feed):
         used = [p for k in self.depths for p in stack.parameters_of(k)]
         super().__init__([inputs.final_BTC, *self.common, *used])
 
-    def prepass_states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+    def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # A second forward pass of each head, which reports no router loads: learn() does.
         silent = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
         for state in self.stack.states(silent, self.depths, self.key):

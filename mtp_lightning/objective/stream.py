@@ -28,6 +28,24 @@ from mtp_lightning.objective.targets import DepthTarget, PositionCounts, by_dept
 from mtp_lightning.objective.through_head import through_head
 
 
+def begin(
+    model: MTPModel,
+    objective: Objective,
+    batch: WindowBatch,
+    factors: Sequence[float],
+    counts: PositionCounts,
+    key: RandomKey | None,
+    auxiliary: AuxiliaryOutputs | None = None,
+) -> tuple[Feed, list[DepthTarget]]:
+    """A micro-batch's pass through the trunk: the feed of its hidden states, and their targets
+    before the rules. Arguments as in :func:`micro_batch_loss`."""
+    targets = objective.targets(model.mtp, batch, factors, counts, key)
+    depths = [k for k in by_depth(targets) if k]
+    active = [k for k, factor in enumerate(factors) if k and factor]
+    final, at = model.run_trunk(batch, active, auxiliary=auxiliary, key=key)
+    return model.mtp.feed(FeedInputs(final, at, batch, depths, key)), targets
+
+
 def micro_batch_loss(
     model: MTPModel,
     objective: Objective,
@@ -52,11 +70,7 @@ def micro_batch_loss(
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
         windows: number of windows in the whole step, which those losses are divided by.
     """
-    targets = objective.targets(model.mtp, batch, factors, counts, key)
-    depths = [k for k in by_depth(targets) if k]
-    active = [k for k, factor in enumerate(factors) if k and factor]
-    final, at = model.run_trunk(batch, active, auxiliary=auxiliary, key=key)
-    feed = model.mtp.feed(FeedInputs(final, at, batch, depths, key))
+    feed, targets = begin(model, objective, batch, factors, counts, key, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
     seen = prepass(weight_VC, feed, targets, objective.measures)
     # Without values (meta device), rules have nothing to change targets by.
@@ -110,11 +124,12 @@ def prepass(
             found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
             seen[measure.name][k] = found
             asked.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
-        head = feed.head if k else None
-        return Prediction(hidden, asked, train_head=False, needs_gradient=False, head=head)
+        prediction = feed.prediction(k, hidden, asked)
+        prediction.needs_gradient = False
+        return prediction
 
     due = [(0, feed.main)] if of_main else []
-    for group in itertools.chain(feed.prepass_states() if of_depths else (), [()]):
+    for group in itertools.chain(feed.states() if of_depths else (), [()]):
         predictions = [measured(k, hidden) for k, hidden in (*due, *group)]
         due = []
         if predictions:

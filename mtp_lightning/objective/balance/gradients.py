@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.feed import HeadWeight, Prediction
+from mtp_lightning.mtp.feed import HeadWeight
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
+from mtp_lightning.objective.stream import begin
 from mtp_lightning.objective.targets import PositionCounts, by_depth
 from mtp_lightning.objective.through_head import through_head
 
@@ -210,23 +211,15 @@ def add_gradients(
     """Add one micro-batch's part of every task's gradient to the task's row of ``total_KP``;
     arguments as in :func:`task_gradients`."""
     unused = total_KP.new_zeros(1 + len(objective.terms), dtype=torch.float64)
+    shared = HeadWeight(model.head.weight)
     with torch.enable_grad(), _only(model, parameters):
-        stack = model.mtp
         factors = [float(k in tasks) for k in range(model.depth + 1)]
-        targets = objective.targets(stack, batch, factors, counts, key)
+        feed, targets = begin(model, objective, batch, factors, counts, key)
         of_task = by_depth(objective.settle(targets, {}))
-        final, at = model.run_trunk(batch, tasks[1:], key=key)
-        shared, own = HeadWeight(model.head.weight), stack.own_head
-        for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
-            head, loss = None, stack.own_loss(k, batch) if k else None
-            if loss is not None:
-                head = HeadWeight(loss.weight)
-            elif k and own is not None:
-                head = HeadWeight(
-                    own.weight, tokens_N=own.tokens if stack.leaves_tokens_out else None
-                )
-            prediction = Prediction(hidden, of_task[k], train_head=False, head=head, loss=loss)
-            through_head(shared, [prediction], unused, main_hidden=final)
+        groups = itertools.chain([[(0, feed.main)]], feed.states())
+        for k, hidden in itertools.chain.from_iterable(groups):
+            prediction = feed.prediction(k, hidden, of_task[k])
+            through_head(shared, [prediction], unused, main_hidden=feed.main)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
