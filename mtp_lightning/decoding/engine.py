@@ -237,7 +237,13 @@ class Engine:
         self._drop(self._sequences.index(sequence))
 
     def _lookup_of(self, request: Request) -> Lookup | None:
-        if not self.options.lookup:
+        """What proposes drafts from a request's own text; None if none are made.
+
+        On a CPU a sample has them only in an engine of one slot, since its text depends on its
+        drafts.
+        """
+        alike = request.greedy or self.slots == 1 or pays_for_many(self._model.head.weight.device)
+        if not (self.options.lookup and alike) or request.draft_depth == 0:
             return None
         from mtp_lightning.decoding.lookup import Lookup
 
@@ -322,17 +328,12 @@ class Engine:
     def _looked_up(self, rooms: Sequence[int]) -> list[list[int]]:
         """The drafts of every row that its own text gives.
 
-        On a CPU a greedy row has lookups only while it is alone, and a sampled row only in an
-        engine of one slot, since its text depends on its drafts.
+        On a CPU it gives none while rows are decoded together.
         """
-        for_many = pays_for_many(self._model.head.weight.device)
-        shared, alone = for_many or len(rooms) == 1, for_many or self.slots == 1
-        found = []
-        for sequence, room in zip(self._sequences, rooms, strict=True):
-            request = sequence.request
-            allowed = (shared if request.greedy else alone) and request.draft_depth != 0
-            found.append(sequence.looked_up(min(room, self.options.lookup) if allowed else 0))
-        return found
+        allowed = len(rooms) == 1 or pays_for_many(self._model.head.weight.device)
+        most = self.options.lookup if allowed else 0
+        rows = zip(self._sequences, rooms, strict=True)
+        return [sequence.looked_up(min(room, most)) for sequence, room in rows]
 
     def _own_depth(self, request: Request) -> int | None:
         """The number of drafts that a request asks for, or that samples keep; None if it is free

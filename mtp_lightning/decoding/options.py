@@ -49,7 +49,7 @@ _NOT_TOGETHER = {
     "tree": ("speculative", "draft_depth", "min_confidence", "cache", "compile"),
     "min_confidence": ("speculative",),
     "cache": ("speculative", "compile"),
-    "verify": ("speculative", "tree"),
+    "verify": ("tree",),
     "lookup": ("tree", "compile"),
 }
 
@@ -212,8 +212,9 @@ class DecodingOptions(TextOptions):
         for option, others in _NOT_TOGETHER.items():
             asked = self._asked(option)
             for other in filter(None, map(self._asked, others)) if asked else ():
-                if (option, other, self.lookup > 0) != ("verify", "speculative=false", True):
-                    raise _not_together(str(asked), other)
+                raise _not_together(str(asked), other)
+        if (verify := self._asked("verify")) and not (self.speculative or self.lookup):
+            raise _not_together(verify, "speculative=false")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any], **known: Any) -> Self:
@@ -248,9 +249,10 @@ class DecodingOptions(TextOptions):
         forcing predicts their acceptance."""
         return not any(map(self._asked, _DRAFTING))
 
-    def plain(self) -> Self:
-        """The same options without drafts."""
-        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING}
+    def plain(self, *, but_lookups: bool = False) -> Self:
+        """The same options without drafts, or with none but those that are looked up."""
+        kept = ("lookup", "verify") if but_lookups and self.lookup else ()
+        defaults = {name: getattr(DecodingOptions, name) for name in _DRAFTING if name not in kept}
         return replace(self, speculative=False, **defaults)
 
     def _asked(self, name: str) -> str | None:

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
@@ -217,8 +216,7 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     measured = settled.measured
     if rows is not None and measured is not None and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
-        verify = options.verify if options.lookup else "token"
-        return replace(options.plain(), lookup=options.lookup, verify=verify)
+        return options.plain(but_lookups=True)
     return settled
 
 

@@ -236,6 +236,15 @@ def test_on_a_cpu_only_a_text_alone_is_looked_up() -> None:
     assert all(lookups(3, 1, 1.0)) and not any(lookups(3, 3, 1.0))
 
 
+def test_texts_that_never_look_up_are_not_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "Lookup", None)
+    model, prompts = small_model(1, 2, vocab=VOCAB), random_prompts(1, LENGTHS, VOCAB)
+    options: dict[str, Any] = {"max_new_tokens": 4, "lookup": 6, "batch_size": 3}
+    generate(model, prompts, temperature=1.0, **options)
+    with engine.Engine(model, DecodingOptions(**options)) as running:
+        running.add([Request(prompt=prompts[0], draft_depth=0)])
+
+
 def test_lookups_are_counted_apart() -> None:
     model = small_model(1, 2, vocab=VOCAB)
     prompts = random_prompts(1, LENGTHS, VOCAB)
