@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Environment variable for a process that Lightning starts: the decisions made before.
-TOLD = "MTP_LIGHTNING_TOLD"
+DECISIONS = "MTP_LIGHTNING_DECISIONS"
 _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
@@ -35,7 +35,7 @@ class Peers:
     rank: int = 0
     leads: bool = True
 
-    def told(self, key: str, decide: Callable[[], Any]) -> Any:
+    def broadcast(self, key: str, decide: Callable[[], Any]) -> Any:
         """Return the first process's decision in all processes.
 
         Args:
@@ -185,7 +185,7 @@ def _asks_for_several(trainer: Mapping[str, Any] | None) -> str:
             if trainer[key] not in alone:
                 return f"trainer.{key}={trainer[key]}"
     env = os.environ
-    for name in (TOLD, "TORCHELASTIC_RUN_ID", "NODE_RANK"):
+    for name in (DECISIONS, "TORCHELASTIC_RUN_ID", "NODE_RANK"):
         if name in env:
             return name
     for name in ("WORLD_SIZE", *(["SLURM_NTASKS"] if "SLURM_STEP_NUM_TASKS" in env else [])):

@@ -46,7 +46,7 @@ def prepared(module: nn.Module) -> AbstractContextManager[Any]:
     """Any module as a model is while it decodes."""
     if not HAS_CPU:
         return nullcontext()
-    return closing(importlib.import_module("mtp_lightning.cpu.fused").Prepared(module))
+    return closing(importlib.import_module("mtp_lightning.cpu.prepared").Prepared(module))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def task(cfg: DictConfig) -> float:
 
     peers = processes.find(cfg.trainer)
     if peers.rank == 0:  # the others have received it before composing their config
-        peers.told(_RUN_DIR, lambda: cfg.run_dir)
+        peers.broadcast(_RUN_DIR, lambda: cfg.run_dir)
     return train(cfg)["val/loss_depth_0"]
 
 
@@ -46,7 +46,7 @@ def _take_run_dir() -> None:
 
     peers = processes.find()
     if peers.rank:
-        run_dir = peers.told(_RUN_DIR, lambda: None)
+        run_dir = peers.broadcast(_RUN_DIR, lambda: None)
         sys.argv += [f"run_dir={run_dir}"]
 
 

@@ -5,8 +5,8 @@ fused passes (``decoding/fused.py``); no file of the core except ``parts.py`` na
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear
-from mtp_lightning.cpu.fused import CPUPasses, multiply_integers
 from mtp_lightning.cpu.kept import Keeper
+from mtp_lightning.cpu.prepared import CPUPasses, multiply_integers
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
 

@@ -38,7 +38,7 @@ from mtp_lightning.distributed.liveness import (
     looking_after_children,
 )
 from mtp_lightning.errors import UserError
-from mtp_lightning.processes import TOLD, Peers
+from mtp_lightning.processes import DECISIONS, Peers
 from mtp_lightning.settings import require_whole
 from mtp_lightning.system import STARTER, end_with_starter
 
@@ -73,22 +73,22 @@ class Rendezvous(Peers):
         self.local_rank, self.node = local_rank, node
         self._store = store
         # The decisions of the process that started this one.
-        self._told: dict[str, Any] = json.loads(os.environ.get(TOLD, "{}"))
-        self.leads = rank == 0 and not self._told
+        self._received: dict[str, Any] = json.loads(os.environ.get(DECISIONS, "{}"))
+        self.leads = rank == 0 and not self._received
         self._decided: dict[str, Any] = {}
         # The uses of each key so far, since a process may train one run after another.
         self._uses: Counter[str] = Counter()
         self.pulse: Pulse | None = None
 
-    def told(self, key: str, decide: Callable[[], Any]) -> Any:
+    def broadcast(self, key: str, decide: Callable[[], Any]) -> Any:
         """Return the first process's decision in all processes; within :meth:`handing_on`, also in
         those that Lightning starts. Arguments as for :class:`Peers`.
 
         Raises:
             UserError: the first process failed.
         """
-        if key in self._told:
-            return self._told[key]
+        if key in self._received:
+            return self._received[key]
         place = self._place(key)
         if self.rank == 0:
             with self._failing_for_all():
@@ -103,7 +103,7 @@ class Rendezvous(Peers):
     def handing_on(self, folder: Path) -> Iterator[None]:
         """Pass the decisions so far to the processes that Lightning starts during a block. All
         processes connect in this block."""
-        os.environ[TOLD] = json.dumps({**self._told, **self._decided})
+        os.environ[DECISIONS] = json.dumps({**self._received, **self._decided})
         os.environ[STARTER] = str(os.getpid())
         if self.pulse is not None:
             self.pulse.waits_in = folder
@@ -111,7 +111,7 @@ class Rendezvous(Peers):
             with looking_after_children(folder):
                 yield
         finally:
-            del os.environ[TOLD], os.environ[STARTER]
+            del os.environ[DECISIONS], os.environ[STARTER]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -139,7 +139,7 @@ class Rendezvous(Peers):
         """
         if self._store is None:
             return
-        name = self.told("witness", lambda: f".seen_by_all_{uuid.uuid4().hex}")
+        name = self.broadcast("witness", lambda: f".seen_by_all_{uuid.uuid4().hex}")
         if self.rank == 0:
             with self._failing_for_all():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,9 @@ class Rendezvous(Peers):
                     "trainer.devices to the processes of a machine, trainer.num_nodes to the "
                     "machines, and trainer.strategy=ddp or fsdp."
                 )
-        elif nodes > 1 and not (_by_hand() or TOLD in os.environ or "LOCAL_RANK" in os.environ):
+        elif nodes > 1 and not (
+            _by_hand() or DECISIONS in os.environ or "LOCAL_RANK" in os.environ
+        ):
             raise UserError(
                 f"trainer.num_nodes={nodes}, and nothing says where the other machines are: start "
                 "it by torchrun or srun, or on every machine with MASTER_ADDR, MASTER_PORT and "
@@ -242,7 +244,7 @@ def find_peers() -> Rendezvous:
     Raises:
         UserError: another process has ended, or has not started in time.
     """
-    if TOLD in os.environ:
+    if DECISIONS in os.environ:
         if not end_with_starter():
             raise gone_peer("the process that started this one")
     elif (ranks := _of_all()) is not None:

@@ -24,7 +24,7 @@ from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.experiment.starting import Origin
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.starting import read_text
+from mtp_lightning.mtp.last_block import read_text
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import Stored, StoredModel, load_weights, read_model
 from mtp_lightning.run.config import describe_differences

@@ -69,7 +69,7 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
         UserError: the folder's run has removed its checkpoints, or the start cannot be used.
         OSError: the start does not exist.
     """
-    name = peers.told("resume", lambda: _newest(folder))
+    name = peers.broadcast("resume", lambda: _newest(folder))
     if name != LAST and _kept_none(folder):  # a kept step is not the run's end
         raise UserError(
             f"{folder} holds a finished run that kept no checkpoint to continue from: take another "
@@ -80,7 +80,7 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     if branches:
         from mtp_lightning.experiment.branching import branch_point
 
-        checkpoint = Path(peers.told("branch", lambda: str(branch_point(config.branch_from))))
+        checkpoint = Path(peers.broadcast("branch", lambda: str(branch_point(config.branch_from))))
     # mapped skips the checksums, which _newest or branch_point has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
     found = Origin(checkpoint=checkpoint, content=content, branches=branches)

@@ -20,9 +20,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
 from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
+from mtp_lightning.mtp.last_block import TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.mtp.starting import TrunkText
 from mtp_lightning.mtp.switches import Switches, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig

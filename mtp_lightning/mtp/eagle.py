@@ -32,8 +32,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import Chain
+from mtp_lightning.mtp.last_block import TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.mtp.starting import TrunkText
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig

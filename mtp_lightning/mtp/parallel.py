@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.starting import TrunkText, copy_last_blocks
+from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks
 from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block

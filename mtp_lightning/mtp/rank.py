@@ -23,7 +23,7 @@ memory than those of one depth elsewhere.
 
 Shapes: B batch, T positions, M = B x T, R of them in a chunk, K depths 0 .. the deepest that is
 computed, A components (r), C d_model, V vocabulary, X width of a packed mixture
-(``nn/mixture.py``).
+(``nn/mixture_of_softmaxes.py``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.mixture import pack, unpack
+from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
 from mtp_lightning.nn.ops import exp_, log_softmax_
 from mtp_lightning.settings import require_whole
 

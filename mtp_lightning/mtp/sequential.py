@@ -20,7 +20,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.starting import TrunkText, copy_last_blocks, fit_projection
+from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks, fit_projection
 from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -58,7 +58,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
         freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
         init: initialization of modules that ``init_from`` does not provide. ``random`` draws a
             module at random and copies the trunk's final norm; ``last_block`` also copies the
-            trunk's last block and fits the projection before it to some text (``starting.py``).
+            trunk's last block and fits the projection before it to some text (``last_block.py``).
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat", "blocks")

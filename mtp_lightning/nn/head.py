@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.mixture import mixed_log_probs
+from mtp_lightning.nn.mixture_of_softmaxes import mixed_log_probs
 from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
 
 
@@ -28,7 +28,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied
 
     def forward(self, h_BTC: Tensor) -> Tensor:
-        """Logits [..., V] of states [..., C]; for a packed mixture [..., X] (``mixture.py``),
+        """Logits [..., V] of states [..., C]; for a packed mixture of softmaxes [..., X],
         log-probabilities. Training goes through ``objective/through_head.py`` instead."""
         d_model = self.weight.shape[1]
         if h_BTC.shape[-1] == d_model:
@@ -43,7 +43,7 @@ class Head(nn.Module):
 
 def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
     """``log_softmax(h @ weight.T)`` [R, V] of one chunk, in at least fp32, without autograd; for a
-    packed mixture (``mixture.py``), the mixture's log-probabilities."""
+    packed mixture of softmaxes, the mixture's."""
     d_model = weight_VC.shape[1]
     if h_RC.shape[1] != d_model:
         return mixed_log_probs(h_RC, d_model, lambda h: log_probs(h, weight_VC))

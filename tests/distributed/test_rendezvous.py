@@ -50,8 +50,8 @@ def together(work: Callable[[Rendezvous], Any]) -> list[Any]:
 def test_one_decides_for_all_each_time_anew() -> None:
     def work(peers: Rendezvous) -> tuple[Any, Any]:
         return (
-            peers.told("resume", lambda: {"from": peers.rank}),
-            peers.told("resume", lambda: None),
+            peers.broadcast("resume", lambda: {"from": peers.rank}),
+            peers.broadcast("resume", lambda: None),
         )
 
     assert together(work) == [({"from": 0}, None)] * 4
@@ -108,16 +108,16 @@ def test_processes_that_lightning_starts_are_told(
         module, "end_with_starter", lambda: parents.append(os.environ[module.STARTER]) or True
     )
     first = Rendezvous()
-    assert first.told("resume", lambda: "last.ckpt") == "last.ckpt"
-    assert first.told("resume", lambda: None) is None  # alone, nothing is remembered
+    assert first.broadcast("resume", lambda: "last.ckpt") == "last.ckpt"
+    assert first.broadcast("resume", lambda: None) is None  # alone, nothing is remembered
     with first.handing_on(tmp_path):
         second = find_peers()
-        assert second.told("resume", lambda: "another") is None and not second.leads
+        assert second.broadcast("resume", lambda: "another") is None and not second.leads
         assert parents == [str(os.getpid())], "it ends with the one that has started it"
         monkeypatch.setattr(module, "end_with_starter", lambda: False)
         with pytest.raises(UserError, match="another process of this run has ended"):
             find_peers()
-    assert find_peers().told("resume", lambda: "another") == "another"
+    assert find_peers().broadcast("resume", lambda: "another") == "another"
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
     second = Rendezvous(1, 2, local_rank=1, store=store)
     del first
     with pytest.raises(UserError, match="another process of this run has ended"):
-        second.told("run_dir", lambda: None)  # before there is a folder
+        second.broadcast("run_dir", lambda: None)  # before there is a folder
     gone = pytest.raises(UserError, match="another process of this run has ended")
     with gone, errors_of_lost_peers(tmp_path):
-        second.told("resume", lambda: None)
+        second.broadcast("resume", lambda: None)
 
 
 @pytest.mark.parametrize(

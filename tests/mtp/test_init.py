@@ -17,10 +17,10 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.experiment.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.last_block import RIDGE, fit_projection
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.mtp.starting import RIDGE, fit_projection
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig, MoE
 from mtp_lightning.opening import StoredModel

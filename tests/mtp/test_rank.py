@@ -17,7 +17,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
-from mtp_lightning.nn.mixture import pack, unpack
+from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy

@@ -1,4 +1,5 @@
-"""Mixture predictions: several hidden states per position, each with a weight.
+"""Mixtures of softmaxes (Yang et al. 2018, arXiv 1711.03953): several hidden states per position,
+each with a weight.
 
     q = sum_a w_a softmax(U h_a),    a = 1 .. r
 
