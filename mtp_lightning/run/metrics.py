@@ -33,12 +33,6 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return [row for row in rows if row is not None]
 
 
-def read_column(path: str | Path, tag: str) -> dict[int, float]:
-    """Read one column by step, without empty cells; empty if the file does not exist."""
-    rows = read_metrics(path) if Path(path).is_file() else []
-    return {int(row[STEP]): row[tag] for row in rows if tag in row}
-
-
 def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] | None:
     """Read step and value of the newest row that has a tag, from the file's first line and its last
     bytes; None if there is no such row or file.
