@@ -20,6 +20,7 @@ from mtp_lightning import processes
 from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
 from mtp_lightning.command_line import vetting
 from mtp_lightning.command_line.shell import VERBOSE, Stopped
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.build import (
     build_data,
     build_model_config,
@@ -41,7 +42,7 @@ from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.summary import environment, print_answer, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
 from mtp_lightning.settings import is_whole
-from mtp_lightning.stored import require_memory
+from mtp_lightning.stored import read_json, require_memory
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -203,6 +204,11 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
         summary["compare"] = reached.to_dict()
     if trainer.is_global_zero:
         summary |= solving(data, folder)
+        # A finished run that is started again trains nothing, and keeps the speeds that it had.
+        with suppress(OSError, UserError):
+            former = read_json(folder / SUMMARY_FILE)
+            if isinstance(former, dict) and former.get("step") == summary["step"]:
+                summary = {k: v for k, v in former.items() if k.startswith("perf/")} | summary
         write_json(summary, folder / SUMMARY_FILE)
     final = {tag: value for tag, value in summary.items() if "/" in tag}
     for logger in trainer.loggers:

@@ -71,6 +71,14 @@ def test_a_value_of_the_first_process_alone_is_monitored_by_all(
     assert summary_of(tmp_path)["step"] == 4 and (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
+def test_a_finished_run_that_is_started_again_keeps_its_speed(tmp_path: Path, cache: Path) -> None:
+    settings = {"callbacks.throughput.measure_matmul": True}
+    before = train_here(tmp_path, cache, settings)
+    after = train_here(tmp_path, cache, settings)
+    for tag in ("perf/tokens_per_second", "perf/of_matmul", "perf/matmul_drift"):
+        assert after[tag] == before[tag] > 0
+
+
 def test_a_value_that_is_monitored_is_that_of_the_newest_step(
     tmp_path: Path, cache: Path, finished: Path
 ) -> None:
