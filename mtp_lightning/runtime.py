@@ -91,7 +91,10 @@ def quiet_lightning() -> None:
     """Silence Lightning's greetings, tips and own deprecations."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # A window is read from a memory map in microseconds, so worker processes would not help; a run
-    # need not be started by Slurm where that is installed; logged rates are those of all processes.
-    noise = ("LeafSpec.*is deprecated", "not have many workers", "srun. command", "sync_dist=True")
-    warnings.filterwarnings("ignore", message=f".*({'|'.join(noise)})")
+    for message in (
+        "LeafSpec.*is deprecated",
+        "does not have many workers",  # a window is read in microseconds: they would not help
+        "srun. command is available",  # a run need not be started by Slurm where it is installed
+        "sync_dist=True",  # logged rates are those of all processes
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")

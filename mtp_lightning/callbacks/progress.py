@@ -130,10 +130,11 @@ class StepProgressBar(ProgressBar):
         """Prints the validation loss of every depth."""
         if not self._enabled or trainer.state.fn != "fit":
             return
-        logged = trainer.callback_metrics.items()
-        found = ((re.fullmatch(r"val/loss_depth_(\d+)", tag), loss) for tag, loss in logged)
-        losses = sorted((int(tag[1]), float(loss)) for tag, loss in found if tag)
-        text = "  ".join(f"L{k} {loss:.3f}" for k, loss in losses)
+        losses = {}
+        for tag, value in trainer.callback_metrics.items():
+            if found := re.fullmatch(r"val/loss_depth_(\d+)", tag):
+                losses[int(found[1])] = float(value)
+        text = "  ".join(f"L{k} {losses[k]:.3f}" for k in sorted(losses))
         self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
         if self._bar is not None:
             self._bar.set_postfix_str(self._text, refresh=True)
