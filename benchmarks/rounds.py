@@ -36,9 +36,9 @@ from mtp_lightning.system import processor
 # What people call the parts, and the methods that they are, in the order of the table.
 PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "verify: the trunk and the head": ((Session, "verify"),),
-    "draft: the module and its head": ((Session, "draft"),),
+    "draft: the module and its head": ((Session, "_newest"),),
     "catching up with tokens not drafted at": ((Session, "catch_up"),),
-    "states and logits of a draft": ((Session, "_store_draft"),),
+    "states and logits of a draft": ((Session, "draft"),),
     "token buffer": ((Session, "put"), (Session, "accept")),
     "choosing, comparing, copying": ((Decoder, "round"),),
     "text, stop strings, counts": ((TextSequence, "take"), (Engine, "step")),

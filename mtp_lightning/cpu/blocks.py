@@ -49,33 +49,50 @@ class _PassStruct(ctypes.Structure):
     )
 
 
-class OpenPass:
-    """A cache's open pass as ``Pass`` of decode.cpp, valid while this object lives.
+class _Passes:
+    """The passes of a cache over some blocks as ``Pass`` of decode.cpp, one at a time.
 
     Args:
-        cache: a cache with an open pass.
+        cache: the cache, whose storage does not move while this object lives.
         layer: index of the first block in it.
         n: number of blocks.
     """
 
     def __init__(self, cache: KVCache, layer: int, n: int) -> None:
-        tables, starts = cache.tables, cache.runs.starts
-        stored = cache.entries_L_BSMH[layer : layer + n]
-        self._entries = (c_void_p * n)(*[x.data_ptr() for x in stored])
-        self._starts = (c_int64 * len(starts))(*starts)
-        parents = cache.parents
-        self._parents = None if parents is None else (c_int64 * len(parents))(*parents)
+        tables, stored = cache.tables, cache.entries_L_BSMH[layer : layer + n]
+        self._alive = tables, (c_void_p * n)(*[x.data_ptr() for x in stored])
+        self._starts = (c_int64 * cache.batch_size)()
         self._struct = _PassStruct(
-            len(starts),
-            cache.runs.width,
+            cache.batch_size,
+            0,
             tables.capacity,
             ctypes.addressof(self._starts),
-            None if self._parents is None else ctypes.addressof(self._parents),
+            None,
             tables.cos_S1H.data_ptr(),
             tables.sin_S1H.data_ptr(),
-            ctypes.addressof(self._entries),
+            ctypes.addressof(self._alive[1]),
         )
-        self.address = ctypes.addressof(self._struct)
+        self._address = ctypes.addressof(self._struct)
+
+    def open(self, cache: KVCache) -> int:
+        """The address of the open pass, until the next call."""
+        self._starts[:] = cache.runs.starts  # type: ignore[assignment]
+        self._struct.length = cache.runs.width
+        self._struct.parents = None
+        if (parents := cache.parents) is not None:
+            self._parents = (c_int64 * len(parents))(*parents)
+            self._struct.parents = ctypes.addressof(self._parents)
+        return self._address
+
+
+def open_pass(cache: KVCache, layer: int, n: int) -> int:
+    """The address of a cache's open pass over ``n`` blocks from ``layer`` on, as ``Pass`` of
+    decode.cpp; valid until the next such call."""
+    key = "passes", layer, n
+    passes = cache.derived.get(key)
+    if passes is None:
+        passes = cache.derived[key] = _Passes(cache, layer, n)
+    return passes.open(cache)
 
 
 class FusedBlocks:
@@ -133,10 +150,9 @@ class FusedBlocks:
         """The same, overwriting ``h_BTC``."""
         cache = positions.cache
         assert isinstance(cache, KVCache)
-        over = OpenPass(cache, layer, self.n)
         normed = h_BTC if self.gain is None else torch.empty_like(h_BTC)
         native.lib().decode_blocks(
-            self.array, self.n, over.address, h_BTC.data_ptr(), self.gain,
+            self.array, self.n, open_pass(cache, layer, self.n), h_BTC.data_ptr(), self.gain,
             normed.data_ptr(), self.eps,
         )  # fmt: skip
         return h_BTC, normed

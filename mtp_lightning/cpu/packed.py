@@ -236,16 +236,24 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
     if not native.fits(weight_NK) or not weight_NK.is_contiguous() or not weight_NK.numel():
         return None
     outputs, inputs = weight_NK.shape
+    lib, address = native.lib(), weight_NK.data_ptr()
 
     def attempt(kind: Kind, pack: str, *given: Tensor) -> PackedWeight | None:
         """The packed weight; the attempt ends at the first number that does not fit."""
-        numbers = torch.empty(native.lib().packed_size(outputs, inputs, kind), dtype=torch.uint8)
+        numbers = torch.empty(lib.packed_size(outputs, inputs, kind), dtype=torch.uint8)
         fits = native.call(pack, weight_NK, *given, numbers, outputs, inputs, kind)
         return PackedWeight(numbers, outputs, inputs, kind) if fits else None
 
-    for kind in _SMALL:
-        if found := attempt(kind, "pack_weight"):
-            return found
+    def detected(kinds: Iterable[Kind]) -> PackedWeight | None:
+        for kind in kinds:
+            if not lib.pack_weight(address, None, outputs, inputs, kind):
+                continue  # the first numbers do not fit
+            if found := attempt(kind, "pack_weight"):
+                return found
+        return None
+
+    if found := detected(_SMALL):
+        return found
     if scales is not None:
         kind = Kind.BLOCKS4_FULL if (scales.bits, scales.group) == (4, 32) else Kind.BLOCKS8_FULL
         scales = scales if kind == Kind.BLOCKS4_FULL else scales.of_groups(16)
@@ -253,7 +261,4 @@ def packed_weight(weight_NK: Tensor, scales: WeightScales | None = None) -> Pack
         assert steps.shape == offsets.shape == (outputs, inputs // scales.group)
         if found := attempt(kind, "pack_scaled", steps, offsets):
             return found
-    for kind in _LARGE:
-        if found := attempt(kind, "pack_weight"):
-            return found
-    raise AssertionError("fp32 represents all numbers")
+    return detected(_LARGE)

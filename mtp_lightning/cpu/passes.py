@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, OpenPass, is_plain
+from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, is_plain, open_pass
 from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import Positions
@@ -149,11 +149,10 @@ class FusedTrunk:
         self._address = ctypes.addressof(self._trunk)
 
     def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
-        over = OpenPass(cache, 0, self._n)
         logits_BTV = self._alive[-1].new_empty(ids_BS.shape[0], cache.runs.width, self._outputs)
         native.lib().decode_trunk(
             self._address,
-            over.address,
+            open_pass(cache, 0, self._n),
             ids_BS.data_ptr(),
             None if states_BSC is None else states_BSC.data_ptr(),
             logits_BTV.data_ptr(),
@@ -177,6 +176,7 @@ class FusedDraft:
         self._alive = module, head, embedding
         self._outputs = head.outputs
         blocks = module.blocks
+        self._blocks = blocks.n
         self._draft = _DraftStruct(
             ahead, blocks.n, head.outputs, blocks.eps, ctypes.addressof(module.join),
             ctypes.addressof(blocks.array), blocks.gain, _embedding(embedding), head.struct,
@@ -191,13 +191,13 @@ class FusedDraft:
         after_BSC: Tensor | None,
         newest: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        batch, over = len(newest), OpenPass(cache, 0, self._draft.blocks)
+        batch = len(newest)
         indices = (c_int64 * batch)(*newest)
         state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
         logits_BV = before_BSC.new_empty(batch, self._outputs)
         native.lib().decode_draft(
             self._address,
-            over.address,
+            open_pass(cache, 0, self._blocks),
             ids_BS.data_ptr(),
             before_BSC.data_ptr(),
             None if after_BSC is None else after_BSC.data_ptr(),

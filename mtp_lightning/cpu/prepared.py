@@ -10,8 +10,10 @@ their own forward passes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
@@ -44,7 +46,9 @@ class Prepared:
         self._weights = [m.weight for m in layers if isinstance(m, Linear | Head)]
         for weight in self._weights:
             pack(weight)
-        self._replaced = [layer for layer in layers if _replace_forward(layer)]
+        self._replaced = [layer for layer in layers if type(layer) in _STEPS]
+        for layer in self._replaced:
+            vars(layer)["forward"] = _forward(layer)
 
     def close(self) -> None:
         """Restore the module, except for weights that are kept packed."""
@@ -112,61 +116,70 @@ def _of_trunk(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
     return None if shared is None or own is None else (shared, own)
 
 
-def _replace_forward(layer: nn.Module) -> bool:
-    """Replace the forward pass of a layer that decode.cpp supports; returns whether it did."""
-    make = _FORWARD.get(type(layer))
-    if make is None or (forward := make(layer)) is None:
-        return False
-    vars(layer)["forward"] = forward
-    return True
+def _forward(layer: nn.Module) -> Callable[..., Any]:
+    """A layer's forward pass, which takes the layer's fused step where it can. The step is made at
+    the first pass: most layers have none of their own, since one around them is fused."""
+    made = cache(partial(fused_step, layer))
+
+    def forward(*given: Any) -> Any:
+        step = None if torch.compiler.is_compiling() else made()
+        found = None if step is None else step(*given)
+        return type(layer).forward(layer, *given) if found is None else found
+
+    return forward
 
 
-def _block_forward(block: Block) -> Callable[..., Tensor] | None:
+# A layer's fused step: what its forward pass returns, or None for a pass of many tokens.
+_Step = Callable[..., Any]
+
+
+def fused_step(layer: nn.Module) -> _Step | None:
+    """The step of a layer; None if decode.cpp does not support it, or a weight is not packed."""
+    return _STEPS[type(layer)](layer)
+
+
+def _block_step(block: Block) -> _Step | None:
     fused = FusedBlocks.of([block])
     if fused is None:
         return None
 
-    def forward(x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        if fused.fits(x_BTC, positions):
-            return fused(x_BTC, positions, layer)[0]
-        return Block.forward(block, x_BTC, positions, layer)
+    def step(x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor | None:
+        return fused(x_BTC, positions, layer)[0] if fused.fits(x_BTC, positions) else None
 
-    return forward
+    return step
 
 
-def _module_forward(module: SequentialModule) -> Callable[..., Tensor] | None:
+def _module_step(module: SequentialModule) -> _Step | None:
     fused = FusedModule.of(module)
     if fused is None:
         return None
 
-    def forward(hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
-        if fused.fits(hidden_BTC, embedded_BTC, positions):
-            return fused(hidden_BTC, embedded_BTC, positions)
-        return SequentialModule.forward(module, hidden_BTC, embedded_BTC, positions)
+    def step(hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor | None:
+        given = hidden_BTC, embedded_BTC, positions
+        return fused(*given) if fused.fits(*given) else None
 
-    return forward
+    return step
 
 
-def _trunk_forward(trunk: Trunk) -> Callable[..., TrunkOutput] | None:
+def _trunk_step(trunk: Trunk) -> _Step | None:
     # Fused as a whole, it would not return the states between its blocks.
     blocks = None if trunk.kept else _of_trunk(trunk)
     if blocks is None:
         return None
     before, last = blocks
 
-    def forward(embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
+    def step(embedded_BTC: Tensor, positions: Positions) -> TrunkOutput | None:
         if not before.fits(embedded_BTC, positions):
-            return Trunk.forward(trunk, embedded_BTC, positions)
+            return None
         before_last, _ = before(embedded_BTC, positions)
         h_BTC, final_BTC = last(before_last, positions, before.n)
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
-    return forward
+    return step
 
 
-# By class: what makes the forward pass of one such layer, or None.
-_FORWARD: dict[type[nn.Module], Callable[[Any], Callable[..., Any] | None]] = {
-    Trunk: _trunk_forward,
-    SequentialModule: _module_forward,
-    Block: _block_forward,
+_STEPS: dict[type[nn.Module], Callable[[Any], _Step | None]] = {
+    Trunk: _trunk_step,
+    SequentialModule: _module_step,
+    Block: _block_step,
 }

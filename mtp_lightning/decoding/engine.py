@@ -17,12 +17,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.options import DecodingOptions, Request
@@ -90,8 +90,7 @@ class Engine:
 
     def __enter__(self) -> Engine:
         with ExitStack() as inside:
-            inside.callback(self._model.train, self._model.training)
-            self._model.eval()
+            inside.enter_context(_eval_mode(self._model))
             inside.enter_context(decoding_passes(self._model))
             self._inside = inside.pop_all()
         return self
@@ -181,9 +180,9 @@ class Engine:
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
         )
         self._sequences += sequences
-        for sequence, token, logits_V in zip(sequences, tokens, logits_BV, strict=True):
-            sequence.extend([token], 0, logits_V.unsqueeze(0))
-            self._report_logits(sequence, logits_V.unsqueeze(0))
+        logits_BTV = logits_BV.unsqueeze(1)
+        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            self._report_logits(sequence, sequence.extend([token], 0, logits_BTV, i), logits_BTV, i)
         self._free_finished()
         return sequences
 
@@ -202,9 +201,8 @@ class Engine:
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
         for i, sequence in enumerate(sequences):
-            before = len(sequence.token_ids)
-            sequence.take(outcome.steps[i], outcome.logits_BTV[i])
-            self._report_logits(sequence, outcome.logits_BTV[i, : len(sequence.token_ids) - before])
+            kept = sequence.take(outcome.steps[i], outcome.logits_BTV, i)
+            self._report_logits(sequence, kept, outcome.logits_BTV, i)
         self._free_finished()
         return sequences
 
@@ -249,9 +247,9 @@ class Engine:
 
         return Lookup(list(request.prompt), request.max_new_tokens, sampled=not request.greedy)
 
-    def _report_logits(self, sequence: TextSequence, logits_TV: Tensor) -> None:
+    def _report_logits(self, text: TextSequence, kept: int, logits_BTV: Tensor, row: int) -> None:
         if self._on_logits is not None:
-            self._on_logits(sequence.request.index, logits_TV)
+            self._on_logits(text.request.index, logits_BTV[row, :kept])
 
     def _new_decoder(self, capacity: int) -> Decoder:
         options = self.options
@@ -289,7 +287,7 @@ class Engine:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
         n_drafts, caps, auto = self._planned(rooms)
-        known = self._looked_up(rooms)
+        known = self._looked_up(rooms) if self.options.lookup else []
         replace = None
         if any(known):
             from mtp_lightning.decoding.lookup import with_lookups
@@ -354,6 +352,19 @@ class Engine:
         self._sequences[i] = self._sequences[-1]
         self._sequences.pop()
         self._decoder.drop_row(i)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts modules that are in training mode into eval mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def pays_for_many(device: torch.device) -> bool:

@@ -63,8 +63,7 @@ def generate(
     done: dict[int, Generation] = {}
     with engine:
         for sequence in engine.run(requests):
-            fresh = sequence.fresh()
-            if on_tokens is not None and fresh.token_ids:
+            if on_tokens is not None and (fresh := sequence.fresh()).token_ids:
                 on_tokens(sequence.request.index, fresh)
             if sequence.finish_reason is not None:
                 found = done[sequence.request.index] = sequence.generation()

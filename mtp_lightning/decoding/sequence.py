@@ -56,8 +56,7 @@ class Rejected(NamedTuple):
     after: int | None
 
 
-@dataclass(frozen=True)
-class Fresh:
+class Fresh(NamedTuple):
     """The new tokens of a sequence since the last call of :meth:`TextSequence.fresh`.
 
     Attributes:
@@ -201,16 +200,19 @@ class TextSequence:
         self._looked_up = [] if self._lookup is None else self._lookup.drafts(most)
         return self._looked_up
 
-    def take(self, step: Step, logits_TV: Tensor) -> None:
+    def take(self, step: Step, logits_BTV: Tensor, row: int) -> int:
         """Take the result of one verify pass up to the text's end, and count its drafts.
 
         Args:
             step: the result of the pass for this row.
-            logits_TV: the trunk's logits, at least one row per token.
+            logits_BTV: the trunk's logits, of at least as many tokens.
+            row: this row.
+
+        Returns:
+            The number of tokens that the text has kept.
         """
         before = len(self.token_ids)
-        self.extend(step.tokens, step.accepted, logits_TV)
-        kept = len(self.token_ids) - before
+        kept = self.extend(step.tokens, step.accepted, logits_BTV, row)
         self._passes += 1
         self._emitted += kept
         self._drafted += step.accepted + len(step.rejected)
@@ -218,13 +220,15 @@ class TextSequence:
         if self._looked_up:
             self._lookups[0] += min(step.accepted, kept)
             self._lookups[1] += step.accepted + len(step.rejected)
-            return
+            return kept
         for j in range(min(step.reached, kept)):
             self._reached[j] += 1
             self._accepted[j] += j < step.accepted
+        return kept
 
-    def extend(self, tokens: list[int], accepted: int, logits_TV: Tensor) -> None:
-        """Append a round's tokens up to the text's end; the first ``accepted`` were drafts."""
+    def extend(self, tokens: list[int], accepted: int, logits_BTV: Tensor, row: int) -> int:
+        """Append a round's tokens up to the text's end; the first ``accepted`` were drafts.
+        Returns the number of tokens that the text has kept."""
         tokens = tokens[: self.remaining]
         if self.eot_id in tokens:
             tokens = tokens[: tokens.index(self.eot_id) + 1]
@@ -239,9 +243,11 @@ class TextSequence:
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
         if self.request.logprobs is not None:
-            self.logprobs += _logprobs(logits_TV, self.token_ids[before:], self.request.logprobs)
+            new = self.token_ids[before:]
+            self.logprobs += _logprobs(logits_BTV[row], new, self.request.logprobs)
         if self.finish_reason is not None:
             self._seconds = time.perf_counter() - self._began
+        return len(self.token_ids) - before
 
     def _decode(self, ids: list[int]) -> str:
         ids = [token for token in ids if token != self.eot_id]

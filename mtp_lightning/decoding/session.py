@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from operator import sub
 
 import torch
 import torch.nn.functional as F
@@ -71,26 +72,29 @@ class Session:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
+        self._stack = stack = model.mtp
+        # Whether a draft depends on its state in other ways than through the head.
+        self._reads_newest = stack.confidence is not None or stack.rescorer is not None
         self.max_draft = max_draft
         self.most_drafts = max(max_draft, most_drafts)
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
         self.trunk_cache = self._cache(tables, trunk.n_layers, slots)
-        self._one_cache = one_cache or model.mtp.one_cache
+        self._one_cache = one_cache or stack.one_cache
         kept = min(max_draft, 1) if self._one_cache else max_draft
-        blocks = model.mtp.cached_blocks
+        blocks = stack.cached_blocks
         self.depth_caches = [self._cache(tables, blocks, slots) for _ in range(kept)]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
         branch = model.config.mtp.n_states * trunk.d_model
-        widths = [branch, *[model.mtp.state_width(trunk.d_model)] * max_draft]
+        widths = [branch, *[stack.state_width(trunk.d_model)] * max_draft]
         self._states = [
             torch.zeros(slots, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
-        self._trunk_gives_branch = max_draft > 0 and not model.mtp.appended
+        self._trunk_gives_branch = max_draft > 0 and not stack.appended
         self._draft_head: OutputHead = (
             model.head_of(1) if draft_vocab is None else self._short_head(draft_vocab)
         )
@@ -227,12 +231,25 @@ class Session:
         They predict the token ``k`` positions after the pending one. The shallower depths must be
         up to date, and their drafts in the token buffer.
         """
-        return self._draft(k)[:, 0]
+        newest_B1C, logits_BV = self._newest(k)
+        self.newest_B1C = newest_B1C
+        if logits_BV is not None and not self._reads_newest:
+            return logits_BV
+        state_BC = self._stack.head_input(newest_B1C)[:, 0]
+        if self._stack.confidence is not None:
+            self.confidence_B = self._stack.confidence(k, state_BC).sigmoid()
+        if logits_BV is None:
+            logits_BV = self._draft_head(state_BC)
+        if self._stack.rescorer is None:
+            return logits_BV
+        before_B1 = Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
+        return self._stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
 
-    def _draft(self, k: int) -> Tensor:
-        """:meth:`draft`, [B, P, V]; see :meth:`_store_draft`."""
+    def _newest(self, k: int) -> tuple[Tensor, Tensor | None]:
+        """Bring depth ``k`` up to date. Returns every row's state [B, 1, C] that its draft is
+        predicted from, and the draft head's logits [B, V] if a fused pass has computed them."""
         if self._one_cache and k > 1:
-            return self._draft_on(k)
+            return self._next(k), None
         self._append(k)
         self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid to its
@@ -250,24 +267,21 @@ class Session:
         if fused_draft is not None:
             cache.begin(starts, width)
             after = self.states[k] if k < len(self.states) else None
-            newest, logits = fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
-            return self._store_draft(k, newest, logits)
+            return fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
         hidden = self._depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):
-            newest = hidden[:, index[0]].unsqueeze(1)
-        else:
-            at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
-            newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
-        return self._store_draft(k, newest)
+            return hidden[:, index[0]].unsqueeze(1), None
+        at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
+        return hidden.gather(1, at.expand(-1, 1, hidden.shape[-1])), None
 
-    def _draft_on(self, k: int) -> Tensor:
-        """:meth:`_draft` from the draft before, in the first depth's cache."""
+    def _next(self, k: int) -> Tensor:
+        """The states [B, 1, C] after those of the draft before, in the first depth's cache."""
         newest = self.newest_B1C
         assert newest is not None
         cache = self.depth_caches[0]
         positions = Positions.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
         tokens = cache.runs.read(self.tokens_BS, 1)
-        return self._store_draft(k, self.model.depth_state(1, newest, newest, tokens, positions))
+        return self.model.depth_state(1, newest, newest, tokens, positions)
 
     def _append(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
@@ -275,7 +289,7 @@ class Session:
         if self._trunk_gives_branch or k > 1:
             return
         positions = Positions.of_cache(self.trunk_cache, self.n, self.max_draft)
-        branch = self.model.mtp.append(self.model.trunk, positions)
+        branch = self._stack.append(self.model.trunk, positions)
         newest = [max(n - 1, 0) for n in self.n]
         Runs(self._tables, newest, 1).write(self.states[0], branch)
         # Drafts are made at the newest position alone.
@@ -290,9 +304,9 @@ class Session:
         """
         filled, cache = self.filled[k], self.depth_caches[k - 1]
         usual = k + self.most_drafts + 1  # most open positions of a row that drafted last round
-        late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
-        if not any(late):
+        if max(map(sub, self.n, filled)) <= usual:
             return
+        late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
         known = [n - k for n in self.n]
         for is_late, places in groupby(range(len(late)), key=late.__getitem__):
             if not is_late:
@@ -307,28 +321,9 @@ class Session:
                 self._depth(k, width, cache.rows(rows), rows, starts)
                 cache.lengths[rows] = filled[rows] = known[rows]
 
-    def _store_draft(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
-        """Store a draft's state and confidence, and return its logits [B, P, V]; P is 1, or with a
-        stack's rescorer the number of tokens that the draft may follow.
-
-        ``logits_BV`` are the draft head's logits if a fused pass has computed them.
-        """
-        self.newest_B1C = last_B1C
-        last_B1C = self.model.mtp.head_input(last_B1C)
-        if self.model.mtp.confidence is not None:
-            self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
-        logits_B1V = self._draft_head(last_B1C) if logits_BV is None else logits_BV[:, None]
-        if self.model.mtp.rescorer is None:
-            return logits_B1V
-        return self.model.mtp.rescore(k, last_B1C, logits_B1V, self._before(k))
-
-    def _before(self, k: int) -> Tensor:
-        """The tokens [B, P] that the drafts of depth ``k`` follow."""
-        return Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
-
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         positions, runs = Positions.of_cache(cache, starts, width), cache.runs
-        first = self.model.mtp.first_token(k)
+        first = self._stack.first_token(k)
         read = runs if first == k else Runs(self._tables, starts, width + k - first)
         tokens = read.read(self.tokens_BS[rows], first)
         branch = runs.read(self.states[0][rows])
@@ -346,7 +341,7 @@ class Session:
             n_drafted: number of depths that have drafted since the last call.
         """
         for k in range(1, n_drafted + 1):
-            ahead = self.model.mtp.ahead(k)
+            ahead = self._stack.ahead(k)
             filled = self.filled[k]
             for row, a in enumerate(accepted):
                 # Entries that depend on accepted drafts are now true.

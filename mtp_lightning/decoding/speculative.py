@@ -11,7 +11,6 @@ Shapes: B rows, M drafts, T = M + 1 verified tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,8 +21,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The result of one round for one row.
 
     Attributes:
@@ -44,7 +42,7 @@ class Step:
         """The result of a chain of drafts; ``drafts`` are those that could be accepted."""
         rejected = [
             (depth, token, depth - accepted - 2 if depth > accepted + 1 else None)
-            for depth, token in list(enumerate(drafts, start=1))[accepted:]
+            for depth, token in enumerate(drafts[accepted:], start=accepted + 1)
         ]
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
 
@@ -67,8 +65,7 @@ Replace = Callable[[Iterator[Draft], list[int]], Iterator[Draft]]
 """Replaces drafts, and may lower the most that every row accepts until its iterator has ended."""
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """The result of one round.
 
     Attributes:

@@ -72,7 +72,7 @@ class TreeSession(Session):
             return self._draft_tree_on(k)
         nodes = self.tree.level(k - 1)
         if not self.model.mtp.reads_ahead:  # reads no drafts, so all nodes have the same state
-            return self._draft(k).expand(-1, len(nodes), -1)
+            return self._rescored(k, nodes).expand(-1, len(nodes), -1)
         self._append(k)
         self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
@@ -101,6 +101,13 @@ class TreeSession(Session):
         if k < len(self.states):
             cache.runs.write(self.states[k], hidden)
         return self._drafted(k, hidden)
+
+    def _rescored(self, k: int, nodes: range) -> Tensor:
+        """:meth:`draft_tree` of a stack that reads no drafts: one state for all nodes."""
+        state_B1C = self.model.mtp.head_input(self._newest(k)[0])
+        before_BP = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
+        logits_B1V = self._draft_head(state_B1C)
+        return self.model.mtp.rescore(k, state_B1C, logits_B1V, before_BP)
 
     def _drafted(self, k: int, hidden: Tensor) -> Tensor:
         """The logits [B, P, V] after the nodes of depth ``k - 1``, whose states are the last of
@@ -131,10 +138,6 @@ class TreeSession(Session):
         tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
         hidden = self.model.depth_state(1, before, before, tokens, positions)
         return self._drafted(k, hidden)
-
-    def _before(self, k: int) -> Tensor:
-        nodes = self.tree.level(k - 1)
-        return Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
 
     def put_nodes(self, tokens_BP: Tensor, k: int) -> None:
         """Write the candidates [B, P] of depth ``k`` into the token buffer."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -80,7 +79,7 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
 
     def add(i: int, fresh: Fresh) -> None:
         # Rejected drafts would make the text hard to read; generate.py show_drafts=true shows them.
-        streams[i].add(replace(fresh, rejected=[[] for _ in fresh.token_ids]))
+        streams[i].add(fresh._replace(rejected=[[] for _ in fresh.token_ids]))
 
     made = generate(
         model,

@@ -6,7 +6,8 @@ M vectors of an entry, or its key heads, H head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class KVCache:
 
     Attributes:
         runs: the positions of the open pass.
+        derived: for users of the storage, what they keep about it; emptied when it moves.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.runs = Runs(tables, [0] * batch_size, 0)
         self._width = 0
-        self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        self.derived: dict[Hashable, Any] = {}
 
     @property
     def batch_size(self) -> int:
@@ -73,7 +75,7 @@ class KVCache:
         view.__dict__.update(self.__dict__)
         view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
         view.lengths = self.lengths[rows]
-        view._views = {}
+        view.derived = {}
         return view
 
     def resize(self, batch_size: int) -> None:
@@ -83,7 +85,7 @@ class KVCache:
         whole = batch_size == slots
         self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
         self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
-        self._views = {}
+        self.derived = {}
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
@@ -145,10 +147,10 @@ class KVCache:
         """Views of keys and values [B, M, P, H]; for a single row in a batch-invariant pass,
         expanded to [T, M, P, H]. They are cached by width."""
         copies = n_queries if self.batch_size == 1 and is_batch_invariant() else 1
-        key = (self._width, copies)
-        if key not in self._views:
-            if len(self._views) > 2 * FEW:
-                self._views.clear()
+        key = ("views", self._width, copies)
+        if key not in self.derived:
+            if len(self.derived) > 2 * FEW:
+                self.derived.clear()
             views = []
             for entries in self.entries_L_BSMH:
                 used = entries.narrow(1, 0, self._width).transpose(1, 2)
@@ -156,8 +158,8 @@ class KVCache:
                 if copies > 1:
                     keys, values = (x.expand(copies, -1, -1, -1) for x in (keys, values))
                 views.append((keys, values))
-            self._views[key] = views
-        return self._views[key][layer]
+            self.derived[key] = views
+        return self.derived[key][layer]
 
     def distances(self) -> Tensor:
         """Distance from every stored position to every query of the open pass, [B, T, P]; negative

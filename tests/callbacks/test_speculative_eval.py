@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
@@ -22,7 +23,7 @@ from tests.decoding.models import random_prompts, small_model
 
 def test_a_run_and_evaluate_decode_the_same_by_default() -> None:
     conf = ROOT / "conf"
-    run = yaml.safe_load((conf / "callbacks/speculative_eval.yaml").read_text())["speculative_eval"]
+    run = OmegaConf.load(conf / "callbacks/speculative_eval.yaml").speculative_eval
     evaluate = yaml.safe_load((conf / "evaluate.yaml").read_text())["decode"]
     parameters = inspect.signature(SpeculativeEval).parameters
     assert list(parameters) == ["n_prompts", "prompt_tokens", "new_tokens"]

@@ -248,13 +248,15 @@ def is_as_it_was(model):
 
 def test_the_model_is_left_as_it_was():
     model = small_model(7, 1).train()
+    model.trunk.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
     generate(model, [[1, 2]], max_new_tokens=3)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert is_as_it_was(model)
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "verify", lambda *_: (_ for _ in ()).throw(RuntimeError()))
         generate(model, [[1, 2]], max_new_tokens=3)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert is_as_it_was(model)
 
 

@@ -40,6 +40,7 @@ static void for_panels(char* packed, int64_t outputs, int64_t inputs, Body body)
 
 // Packs weight[N, K] in fp32.
 static bool pack(Full, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
+    if (!packed) return true;
     for_panels<Full>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
         pack_panel(weight, (float*)panel, outputs, inputs, at, width);
     });
@@ -60,7 +61,8 @@ static bool halves(const float* numbers, int64_t n) {
 
 // Packs in bf16, if bf16 represents all numbers exactly.
 static bool pack(Half16, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
-    if (!halves(weight, outputs * inputs)) return false;
+    if (!halves(weight, packed ? outputs * inputs : inputs)) return false;
+    if (!packed) return true;
     const Whole upper = (int32_t)0xffff0000 - (Whole){};
     for_panels<Half16>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
         for (int64_t j = 0; j < width; j += 2 * LANES)
@@ -96,8 +98,9 @@ static float step_of(const float* numbers, int64_t n) {
 // Packs in int8, if every output has a step that represents its numbers exactly.
 static bool pack(Byte, const float* weight, char* packed, int64_t outputs, int64_t inputs) {
     std::vector<float> steps(padded(outputs));
-    for (int64_t o = 0; o < outputs; o++)
+    for (int64_t o = 0; o < (packed ? outputs : 1); o++)
         if ((steps[o] = step_of(weight + o * inputs, inputs)) < 0.0f) return false;
+    if (!packed) return true;
     for_panels<Byte>(packed, outputs, inputs, [&](char* panel, int64_t at, int64_t width) {
         memcpy(panel, &steps[at], width * sizeof(float));
         int8_t* to = (int8_t*)(panel + width * sizeof(float));
@@ -160,6 +163,7 @@ struct Fitted {
             return false;
         }
         // An extreme, or with 4 bits a level beyond it, is the offset; not all levels are used.
+        if (BITS == 8 && low != as_fp16(low) && high != as_fp16(high)) return false;
         for (int n = TOP; n > 0; n--) {
             float given = as_fp16((high - low) / n);
             for (int beyond = 0; beyond <= (BITS == 4 ? TOP - n : 0); beyond++) {
@@ -219,6 +223,7 @@ static bool pack(Blocks<BITS, 32, HalfScales>, const float* weight, char* packed
     using Format = Blocks<BITS, 32, HalfScales>;
     Fitted<Format> first;
     if (inputs % Format::GROUP || !first.find(weight)) return false;
+    if (!packed) return true;
     return pack_blocks<Format>(packed, outputs, inputs, [&](auto& block, int64_t o, int64_t k) {
         return block.find(weight + o * inputs + k);
     });
@@ -231,7 +236,8 @@ static bool pack(Blocks<BITS, GROUP, FullScales>, const float*, char*, int64_t, 
 }
 
 // Packs weight[N, K] in a format. Returns 0, with unusable content in `packed`, if the format does not
-// represent all numbers exactly.
+// represent all numbers exactly. Without `packed` it only looks at the numbers of the first output or
+// block: most weights do not fit most formats, which is known before memory for one is taken.
 extern "C" int64_t pack_weight(const float* weight, char* packed, int64_t outputs, int64_t inputs,
                                int64_t kind) {
     return as_format(kind,

@@ -36,22 +36,21 @@ static inline Vector load_fp16(const char* from) {
 }
 
 // A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
-// each<V>(panel, inputs, ahead, body), which calls body(k, weight[V]) for every input k, and asks for
-// memory ahead where `ahead` or where it always pays. Where it is SCALED, weight is to be multiplied by
-// scale<V>(panel, v).
+// each<V>(panel, inputs, body), which calls body(k, weight[V]) for every input k. Where it is SCALED,
+// weight is to be multiplied by scale<V>(panel, v).
 
 struct Full {
     static constexpr int UNIT = 1;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
-    template <int V, typename Body>
-    INLINE void each(const char* panel, int64_t inputs, bool ahead, Body body) {
+    template <int V, bool AHEAD_TOO = false, typename Body>
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
             Vector weight[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                if (ahead) ask_ahead(panel + v * sizeof(Vector));
-                weight[v] = (Vector)load_whole(panel + v * sizeof(Vector));
+                if (AHEAD_TOO) ask_ahead(panel + v * sizeof(Vector));
+                weight[v] = load((const float*)panel + v * LANES);
             }
             body(k, weight);
         }
@@ -65,7 +64,7 @@ struct Half16 {
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * 2; }
     template <int V, typename Body>
-    INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector) / 2) {
             Vector weight[V];
 #pragma GCC unroll 2
@@ -86,7 +85,7 @@ struct Byte {
     static int64_t bytes(int64_t width, int64_t inputs) { return width * (inputs + sizeof(float)); }
     INLINE Vector scale(const char* panel, int v) { return load((const float*)panel + v * LANES); }
     template <int V, typename Body>
-    INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
         panel += V * sizeof(Vector);
         for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
             Vector weight[V];
@@ -141,7 +140,7 @@ struct Blocks {
         return (Vector)_mm512_ternarylogic_epi32((__m512i)moved, mask, one, 0xea);  // (a & b) | c
     }
     template <int V, typename Body>
-    INLINE void each(const char* panel, int64_t inputs, bool, Body body) {
+    INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k += GROUP) {
             Vector step[V], offset[V];
 #pragma GCC unroll 4
@@ -204,6 +203,29 @@ INLINE void store_sum(float* to, Vector sum, int64_t left, bool add) {
         store_some(to, add ? load_some(to, left) + sum : sum, left);
 }
 
+// R rows of x[M, K] times a panel, into (or added to) `left` outputs of R rows of out[M, N].
+template <typename Format, int R, int V>
+static void rows_of_panel(const float* x, int64_t inputs, const char* panel, float* out,
+                          int64_t outputs, int64_t left, bool add) {
+    Vector sum[R][V];
+    each_vector<R, V>(BODY(int r, int v) { sum[r][v] = all(0.0f); });
+    auto product = BODY(int64_t k, auto& weight) {
+        add_products<R, V>(BODY(int r) { return x[r * inputs + k]; }, weight, sum);
+    };
+    if constexpr (R > 1 && std::is_same_v<Format, Full>) {
+        if (AHEAD)
+            Full::each<V, true>(panel, inputs, product);
+        else
+            Full::each<V>(panel, inputs, product);
+    } else {
+        Format::template each<V>(panel, inputs, product);
+    }
+    each_vector<R, V>(BODY(int r, int v) {
+        if constexpr (Format::SCALED) sum[r][v] *= Format::scale(panel, v);
+        store_sum(out + r * outputs + v * LANES, sum[r][v], left - v * LANES, add);
+    });
+}
+
 // out[M, N] (+)= x[M, K] weight.T of a packed weight.
 template <typename Format>
 static void skinny(const float* x, const char* weight, float* out, int64_t rows, int64_t outputs,
@@ -211,25 +233,13 @@ static void skinny(const float* x, const char* weight, float* out, int64_t rows,
     int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
-        int64_t at = p * PANEL, n = outputs - at, width = panel_width<Format>(n);
+        int64_t at = p * PANEL, left = outputs - at, width = panel_width<Format>(left);
         for (int64_t i = 0; i < rows; i += HIGH)
             sized(rows - i, width, [&](auto r, auto v) {
-                constexpr int R = r.value, V = v.value;
-                if constexpr (V % Format::UNIT == 0) {
-                    Vector sum[R][V];
-                    each_vector<R, V>(BODY(int j, int u) { sum[j][u] = all(0.0f); });
-                    const char* panel = weight + p * size;
-                    const float* from = x + i * inputs;
-                    // One row of fp32 is faster without asking ahead.
-                    Format::template each<V>(panel, inputs, R > 1, BODY(int64_t k, auto& numbers) {
-                        add_products<R, V>(BODY(int j) { return from[j * inputs + k]; }, numbers, sum);
-                    });
-                    each_vector<R, V>(BODY(int j, int u) {
-                        if constexpr (Format::SCALED) sum[j][u] *= Format::scale(panel, u);
-                        float* to = out + (i + j) * outputs + at + u * LANES;
-                        store_sum(to, sum[j][u], n - u * LANES, add);
-                    });
-                }
+                if constexpr (v.value % Format::UNIT == 0)
+                    rows_of_panel<Format, r.value, v.value>(
+                        x + i * inputs, inputs, weight + p * size, out + i * outputs + at, outputs,
+                        left, add);
             });
     }
 }

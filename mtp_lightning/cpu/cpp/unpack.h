@@ -11,7 +11,7 @@ static inline void unpack_panel(const char* panel, int64_t left, int64_t inputs,
         constexpr int V = v.value;
         if constexpr (V % Format::UNIT == 0) {
             Vector rows[V][LANES];
-            Format::template each<V>(panel, inputs, true, BODY(int64_t k, auto& weight) {
+            Format::template each<V>(panel, inputs, BODY(int64_t k, auto& weight) {
                 for (int u = 0; u < V; u++) {
                     rows[u][k % LANES] = weight[u];
                     if constexpr (Format::SCALED) rows[u][k % LANES] *= Format::scale(panel, u);
