@@ -7,7 +7,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from mtp_lightning.apps import start
+from mtp_lightning.apps import imports, start
 from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.system import end_with_starter
@@ -18,8 +18,9 @@ _RUN_DIR = "run_dir"
 def task(cfg: DictConfig) -> float:
     """Hydra calls this with the composed config."""
     # Imported here, so that --help does not wait for torch.
-    from mtp_lightning import processes
-    from mtp_lightning.experiment.training import train
+    with imports():
+        from mtp_lightning import processes
+        from mtp_lightning.experiment.training import train
 
     peers = processes.find(cfg.trainer)
     if peers.rank == 0:  # the others have received it before composing their config

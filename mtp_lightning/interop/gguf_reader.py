@@ -20,6 +20,7 @@ from mtp_lightning.stored import LARGEST_VOCAB
 _STRING, _ARRAY = 8, 9
 # struct's letter for a number, by its type in the file.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_SIZE = struct.Struct("<Q")  # before a text
 # Entries of all arrays: tokens, their types and scores, and merges.
 _LARGEST_ARRAYS = 4 * LARGEST_VOCAB
 _LARGEST_COUNT = 1 << 20
@@ -142,9 +143,22 @@ class _Reader:
         if self._entries > _LARGEST_ARRAYS:
             raise ValueError(f"its arrays have more than {_LARGEST_ARRAYS:,} entries")
         if kind == _STRING:
-            return [self._text() for _ in range(count)]
+            return self._texts(count)
         form = f"<{count}{_letter(kind)}"
         return list(struct.unpack(form, self._take(struct.calcsize(form))))
+
+    def _texts(self, count: int) -> list[str]:
+        """As many texts: a tokenizer's tokens and merges, a hundred thousand in a small model."""
+        content, at, end, size_at = self._content, self._at, len(self._content), _SIZE.unpack_from
+        texts = []
+        for _ in range(count):
+            (size,) = size_at(content, at)
+            begin, at = at + _SIZE.size, at + _SIZE.size + size
+            if at > end:
+                raise ValueError(f"it states {size:,} more bytes than it has")
+            texts.append(content[begin:at].decode())
+        self._at = at
+        return texts
 
     def _text(self) -> str:
         return self._take(self._number("Q")).decode()
