@@ -8,7 +8,7 @@ import runpy
 import sys
 
 from mtp_lightning import parts
-from mtp_lightning.command_line.shell import readable_errors
+from mtp_lightning.command_line.shell import readable_errors, version
 from mtp_lightning.errors import suggestion
 
 _NAME = "mtp-lightning"
@@ -47,6 +47,8 @@ def main() -> None:
     elif command in ("-h", "--help", "help"):
         with readable_errors(ends_with_reader=True):
             print(_help())
+    elif command == "--version":
+        print(version())
     else:
         remedy = suggestion(command, [*APPS, *TOOLS])
         sys.exit(f"error: {command} is not a command: {remedy} ({_NAME} --help)")

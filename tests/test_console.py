@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def test_help_lists_the_commands_at_once(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 0 and done.stdout.endswith("LOADED []\n"), done.stderr
     for command in (*APPS, *TOOLS):
         assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("train",)])
+def test_the_version(arguments: tuple[str, ...]) -> None:
+    done = console(*arguments, "--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"mtp-lightning {metadata.version('mtp-lightning')}\n")
 
 
 @pytest.mark.parametrize("command", ["train", "serve"])

@@ -29,7 +29,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtp_lightning import parts
 from mtp_lightning.command_line.literal import literal, require_utf8
-from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors
+from mtp_lightning.command_line.shell import (
+    QUIET,
+    VERBOSE,
+    program,
+    readable_errors,
+    version,
+)
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
@@ -67,6 +73,7 @@ def start(
 
     errors = readable_errors(ends_with_reader=ends_with_reader)
     with errors, _hydra_as_ours(sys.argv[1:]):
+        sys.argv[1:] = ["--help" if word == "help" else word for word in sys.argv[1:]]
         _explain(sys.argv[1:])
         if _QUIET in sys.argv:
             sys.argv.remove(_QUIET)
@@ -140,11 +147,12 @@ class Check(Callback):
 
 
 def _explain(arguments: list[str]) -> None:
-    """Answer ``--help WORD``, with or without ``--config-dir FOLDER``, and exit."""
+    """Answer ``--version``, or ``--help WORD`` [``--config-dir FOLDER``], and exit."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", dest="word", nargs="?")
     parser.add_argument("--config-dir", "-cd", type=Path)
-    known, _ = parser.parse_known_args(["--help" if w == "help" else w for w in arguments])
+    parser.add_argument("--version", action="version", version=version())
+    known, _ = parser.parse_known_args(arguments)
     if known.word:
         from mtp_lightning.command_line.explained import help_for
 

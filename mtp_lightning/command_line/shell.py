@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
@@ -144,6 +145,11 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
         finally:
             with suppress(SystemExit):  # the exit code is already decided
                 out.flush()
+
+
+def version() -> str:
+    """What ``--version`` prints."""
+    return f"mtp-lightning {metadata.version('mtp-lightning')}"
 
 
 @contextmanager

@@ -72,6 +72,7 @@ def test_the_command_line_helps(tmp_path: Path) -> None:
     whole = typed("--help")
     assert whole.returncode == 0 and len(whole.stdout.splitlines()) <= 55, "one screen"
     assert "--help GROUP" in whole.stdout
+    assert typed("help").stdout == whole.stdout
     assert typed("--help", "mtp").stdout.strip() == help_for("mtp")
     told = "mtp=mine\n\nMine.\n\n  stretch = 2\n      how far\n"
     assert typed("--config-dir", str(tmp_path), "--help", "mtp=mine").stdout == told
