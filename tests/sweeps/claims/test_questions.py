@@ -78,7 +78,7 @@ def test_how_fast_a_real_model_writes(tmp_path: Path, llama: float | None) -> No
     file.write_text(json.dumps({"rows": [row, {**row, "temperature": 1.0}]}))
     text = answers([], tmp_path)
     said = ", llama.cpp 60.5" if llama else ""
-    of = "(4 texts of a kind, no interval)"
+    of = "(4 texts per kind, no interval)"
     assert f"code 1.36 × (47.0 tokens per CPU second, plain 34.5{said}) {of}." in text
 
 
@@ -92,7 +92,7 @@ def test_drafts_of_the_text_are_a_line_of_their_own(tmp_path: Path) -> None:
     file.write_text(json.dumps(found))
     text = answers([], tmp_path)
     assert "One: code 1.20 ×" in text and "One, lookup=8: code 1.45 ×" in text
-    assert text.count("(2 texts of a kind, no interval)") == 2
+    assert text.count("(2 texts per kind, no interval)") == 2
 
 
 def test_nothing_is_said_without_numbers(

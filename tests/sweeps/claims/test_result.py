@@ -389,7 +389,7 @@ def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
         (folder / f"pretrained_heads{name}.json").write_text(text)
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
     assert (
-        "| processor | head | code | texts of a kind |\n|---|---|---|---|\n"
+        "| processor | head | code | texts per kind |\n|---|---|---|---|\n"
         "| P |  | 1.36 × | 3, no interval |\n"
         "| P_other | 2,100 steps, 48 % agreement | 0.90 × [0.80, 1.01] | 3, 95 % intervals |\n"
         in english
