@@ -130,46 +130,43 @@ def over_places(settings: Settings, name: str, spec: Places) -> Drawing:
     ]
     marked = [_line(setting, crosses) for setting in settings.all] if crosses else ()
     apart = 0.3 if spec.of_depths else 0.0
-    drawing = _draw_lines(drawing, settings, lines, spec.names, apart=apart, crosses=marked)
-    if drawing.chart is not None:
-        places = sorted({place for place, _ in tags})
-        if spec.share:
-            drawing.chart.percent("y", whole=False)
-        if spec.axis == "few" and places[-1] > 16:  # later buckets double: 17-32, 33-64, ..
-            drawing.chart.doubling_axis([x for x in places if x in (1, 2, 4, 8) or x > 16])
-        elif spec.axis == "double":
-            drawing.chart.doubling_axis(places)
-        elif spec.axis:
-            drawing.chart.axes.set_xticks(places)
-    return drawing
+    chart = _chart_of(settings, lines, spec.names, apart=apart, crosses=marked)
+    if chart is None:
+        return drawing.lacking("no finished run measured it")
+    places = sorted({place for place, _ in tags})
+    if spec.share:
+        chart.percent("y", whole=False)
+    if spec.axis == "few" and places[-1] > 16:  # later buckets double: 17-32, 33-64, ..
+        chart.doubling_axis([x for x in places if x in (1, 2, 4, 8) or x > 16])
+    elif spec.axis == "double":
+        chart.doubling_axis(places)
+    elif spec.axis:
+        chart.axes.set_xticks(places)
+    return drawing.drawn(chart)
 
 
-def _draw_lines(
-    drawing: Drawing,
+def _chart_of(
     settings: Settings,
     lines: Sequence[tuple[Setting, Line]],
     names: tuple[str, str],
     *,
     apart: float = 0.0,
     crosses: Sequence[Line] = (),
-    lacking: str = "no finished run measured it",
-) -> Drawing:
-    """Draw one line per setting.
+) -> Chart | None:
+    """A chart with one line per setting; None if all lines are empty.
 
     Args:
-        drawing: the drawing that gets the chart.
         settings: the settings of the report.
         lines: all settings, or stand-ins for families of them, with their lines, which may be
             empty.
         names: names of the x and y axes.
         apart: width over which settings are spread, so that equal values do not hide each other.
         crosses: means that are marked by crosses, per setting.
-        lacking: the reason given if all lines are empty.
     """
     every = [setting for setting, _ in lines]
     shown = [setting for setting, line in lines if line]
     if not shown:
-        return drawing.lacking(lacking)
+        return None
     chart = Chart(key_to(every, shown), names=settings.names)
     look_of = looks(every)
     for at, (setting, line) in enumerate(lines):
@@ -182,7 +179,7 @@ def _draw_lines(
             xs, ys = [x + aside for x in crosses[at]], [f.mean for f in crosses[at].values()]
             chart.axes.plot(xs, ys, "x", color=look.color)
     chart.axes.set(xlabel=names[0], ylabel=names[1])
-    return drawing.drawn(chart)
+    return chart
 
 
 def by_group(settings: Settings) -> list[Drawing]:
@@ -239,17 +236,18 @@ def against_depth(settings: Settings, tag: str) -> Drawing:
     places = {show(s.depth): s.depth for s in settings.all if s.depth}
     axis_names = ("D", f"{what} (more is better)")
     drawing = Drawing(name, title, caption)
-    drawing = _against(drawing, settings, "mtp.depth", tag, places, axis_names)
-    if drawing.chart is not None:
-        axes = drawing.chart.axes
-        deepest = max(s.depth for s in settings.all if s.depth and s.estimate(tag).interval)
-        depths = range(deepest + 1)
-        axes.plot(depths, [dotted(depth) for depth in depths], ":", color=QUIET, linewidth=1.2)
-        if any(setting.depth == 0 for setting in settings.all):
-            axes.plot(0, 1, "o", color=QUIET, markerfacecolor="none")
-        drawing.chart.keep_within(math.inf)
-        axes.set_xticks(depths)
-    return drawing
+    chart = _against(settings, "mtp.depth", tag, places, axis_names)
+    if chart is None:
+        return drawing.lacking(f"no finished run has {tag}")
+    deepest = max(s.depth for s in settings.all if s.depth and s.estimate(tag).interval)
+    depths = range(deepest + 1)
+    dots = [dotted(depth) for depth in depths]
+    chart.axes.plot(depths, dots, ":", color=QUIET, linewidth=1.2)
+    if any(setting.depth == 0 for setting in settings.all):
+        chart.axes.plot(0, 1, "o", color=QUIET, markerfacecolor="none")
+    chart.keep_within(math.inf)
+    chart.axes.set_xticks(depths)
+    return drawing.drawn(chart)
 
 
 def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
@@ -265,20 +263,16 @@ def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
         return drawing.lacking("mtp_lambda is not varied")
     numbers = all(isinstance(value, int | float) for value in weights.values())
     places = {text: value if numbers else i for i, (text, value) in enumerate(weights.items())}
-    drawing = _against(drawing, settings, "mtp_lambda", tag, places, ("lambda", NATS))
-    if drawing.chart is not None:
-        drawing.chart.axes.set_xticks(list(places.values()), list(places))
-    return drawing
+    chart = _against(settings, "mtp_lambda", tag, places, ("lambda", NATS))
+    if chart is None:
+        return drawing.lacking(f"no finished run has {tag}")
+    chart.axes.set_xticks(list(places.values()), list(places))
+    return drawing.drawn(chart)
 
 
 def _against(
-    drawing: Drawing,
-    settings: Settings,
-    key: str,
-    tag: str,
-    places: Mapping[str, Any],
-    names: tuple[str, str],
-) -> Drawing:
+    settings: Settings, key: str, tag: str, places: Mapping[str, Any], names: tuple[str, str]
+) -> Chart | None:
     """A metric over one key, one line per family of settings that differ in nothing else.
     ``places`` has x coordinates by the key's values; settings of other values are left out."""
     families: dict[str, tuple[Setting, dict[Any, Interval]]] = {}
@@ -290,7 +284,7 @@ def _against(
         if place is not None and (found := setting.estimate(tag).interval):
             line[place] = found
     lines = [(standin, dict(sorted(line.items()))) for standin, line in families.values()]
-    return _draw_lines(drawing, settings, lines, names, lacking=f"no finished run has {tag}")
+    return _chart_of(settings, lines, names)
 
 
 def of_depths(settings: Settings) -> list[Drawing]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sweeps.report.chart import MANY, QUIET, Chart, Drawing, key_to, looks
 from sweeps.report.compare import time_to_solve
@@ -27,18 +27,20 @@ def curve(settings: Settings, axis: str) -> Drawing:
         + " Seconds are the mean over seeds, and those of a shared machine."
         * (axis == "seconds"),
     )
-    drawing, places = _over_training(drawing, settings, tag, metric.tag)
-    if drawing.chart is None:
+    lines = _lines(settings, tag, metric.tag)
+    places = [place for runs in lines for points in runs for place in points.values()]
+    if not places:
         return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
+    chart = _over_training(settings, lines)
     furthest = max(x for x, _ in places)
     late = [y for x, y in places if x >= furthest / 4 and math.isfinite(y)]
     if late and max(late) > min(late):
         margin = 0.08 * (max(late) - min(late))
-        drawing.chart.axes.set_ylim(min(late) - margin, max(late) + margin)
-    drawing.chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
+        chart.axes.set_ylim(min(late) - margin, max(late) + margin)
+    chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     if axis != "seconds":
-        drawing.chart.si_axis()
-    return drawing
+        chart.si_axis()
+    return drawing.drawn(chart)
 
 
 def exact_match(settings: Settings) -> Drawing:
@@ -50,33 +52,38 @@ def exact_match(settings: Settings) -> Drawing:
         "validations that all of them have reached. Thin: single seeds, running ones too. Dotted: "
         f"chance. Dashed: a seed solves above {settings.level:g}.",
     )
-    drawing, _ = _over_training(drawing, settings, "step", EXACT)
-    if drawing.chart is None:
+    lines = _lines(settings, "step", EXACT)
+    if not any(lines):
         return drawing.lacking(f"no run has logged {EXACT}")
-    axes = drawing.chart.axes
+    chart = _over_training(settings, lines)
+    axes = chart.axes
     rows = [row for setting in settings.all for run in setting.runs for row in run.rows]
     for chance in sorted({row[CHANCE] for row in rows if CHANCE in row}):
         axes.axhline(chance, linestyle=":", color=QUIET, linewidth=1.2, label="chance")
     axes.axhline(settings.level, linestyle="--", color=QUIET, linewidth=0.8, label="solved")
-    drawing.chart.percent("y")
+    chart.percent("y")
     axes.set(xlabel="optimizer steps", ylabel="right answers (more is better)")
-    drawing.chart.si_axis()
-    return drawing
+    chart.si_axis()
+    return drawing.drawn(chart)
 
 
-def _over_training(
-    drawing: Drawing, settings: Settings, x_tag: str, y_tag: str
-) -> tuple[Drawing, list[tuple[float, float]]]:
+def _lines(settings: Settings, x_tag: str, y_tag: str) -> list[list[Points]]:
+    """The points of the runs that have some, for every setting."""
+    every = ([_logged(run, x_tag, y_tag) for run in setting.runs] for setting in settings.all)
+    return [[points for points in runs if points] for runs in every]
+
+
+def _logged(run: Run, x_tag: str, y_tag: str) -> Points:
+    rows = (row for row in run.rows if x_tag in row and y_tag in row)
+    return {row["step"]: (row[x_tag], row[y_tag]) for row in rows}
+
+
+def _over_training(settings: Settings, lines: Sequence[Sequence[Points]]) -> Chart:
     """Draw each setting's mean in bold, at the validations that all of its runs have reached, and
-    its single runs thin, unless there are too many lines. Returns the drawing, and all points."""
-    lines = [[_logged(run, x_tag, y_tag) for run in setting.runs] for setting in settings.all]
-    places = [place for runs in lines for points in runs for place in points.values()]
-    if not places:
-        return drawing, []
+    its single runs thin, unless there are too many lines."""
     many = len(settings.all) > MANY
     chart = Chart(key_to(settings.all, settings.all), names=settings.names)
-    for (setting, look), every in zip(looks(settings.all).items(), lines, strict=True):
-        runs = [points for points in every if points]
+    for (setting, look), runs in zip(looks(settings.all).items(), lines, strict=True):
         for points in runs if len(runs) > 1 and not many else ():
             thin = {"linestyle": look.dash, "marker": "", "linewidth": 0.7, "alpha": 0.45}
             own = zip(*points.values(), strict=True)
@@ -89,12 +96,7 @@ def _over_training(
         marker = look.marker if many or len(common) == 1 else ""
         bold = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
         chart.draw(setting.name, look, xs, ys, **bold)
-    return drawing.drawn(chart), places
-
-
-def _logged(run: Run, x_tag: str, y_tag: str) -> Points:
-    rows = (row for row in run.rows if x_tag in row and y_tag in row)
-    return {row["step"]: (row[x_tag], row[y_tag]) for row in rows}
+    return chart
 
 
 def times(settings: Settings) -> Drawing:
