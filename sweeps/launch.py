@@ -138,10 +138,8 @@ def _checked(
         own_paths, run_folder = paths[frozenset(job.overrides)], plan.folder / job.folder
         own = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
         vetting.check(own, "config", [*own_paths, *job.overrides])
-        plan.recipes[job.folder] = recipe = Recipe.of(
-            own, program=program, options=[*options, *own_paths]
-        )
-        task = recipe.task(
+        job.recipe = Recipe.of(own, program=program, options=[*options, *own_paths])
+        task = job.recipe.task(
             run_folder, job.overrides, labels=labels[job.folder], program=this_program()
         )
         settled[task] = own

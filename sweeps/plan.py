@@ -31,14 +31,6 @@ T = TypeVar("T")
 _LONGEST = 80  # characters of a folder's name; TensorBoard shows it at every curve
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep."""
-
-    folder: str  # the name of its folder in the sweep's folder
-    overrides: tuple[str, ...]  # those that determine its results, without housekeeping
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to run a job: everything about it except its folder and its overrides."""
@@ -121,6 +113,16 @@ class Recipe:
         return cls(**{**values, "options": tuple(values["options"])})
 
 
+@dataclass
+class Job:
+    """One run of a sweep."""
+
+    folder: str  # the name of its folder in the sweep's folder
+    overrides: tuple[str, ...]  # those that determine its results, without housekeeping
+    # How to run it; None if this is not known, as of the jobs of claims.
+    recipe: Recipe | None = None
+
+
 def count_processes(settled: dict[str, Any]) -> int:
     """Number of processes of a job that train together on each of its machines.
 
@@ -157,14 +159,16 @@ def _job(stored: dict[str, Any]) -> Job:
     """A job from ``sweep.json``.
 
     Raises:
-        ValueError: for a folder outside the sweep's, or overrides that are not strings.
+        KeyError: if a value is missing.
+        ValueError: for a folder outside the sweep's, or values of other types.
     """
     folder, overrides = stored["folder"], stored["overrides"]
     if not component(folder):
         raise ValueError(f"{folder!r} is not a job's folder")
     if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
         raise ValueError(f"{folder} has no list of overrides")
-    return Job(folder, tuple(overrides))
+    recipe = Recipe.from_dict(stored["run"]) if "run" in stored else None
+    return Job(folder, tuple(overrides), recipe)
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
@@ -242,9 +246,6 @@ def read_versioned(
 class Plan:
     """The jobs of a sweep's folder, read from and written to ``sweep.json``.
 
-    Attributes:
-        recipes: how to run the jobs, by folder; claims, which run their own jobs, have none.
-
     Args:
         folder: folder of the sweep; it need not exist.
 
@@ -255,14 +256,11 @@ class Plan:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.jobs: list[Job] = []
-        self.recipes: dict[str, Recipe] = {}
         remedy = "give the sweep another folder"
         read_versioned(folder / SWEEP_FILE, VERSION, self._read, remedy=remedy)
 
     def _read(self, stored: dict[str, Any]) -> None:
         self.jobs = [_job(job) for job in stored["jobs"]]
-        runs = {job["folder"]: job["run"] for job in stored["jobs"] if "run" in job}
-        self.recipes = {folder: Recipe.from_dict(run) for folder, run in runs.items()}
 
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
@@ -277,7 +275,7 @@ class Plan:
         taken = {job.folder for job in self.jobs}
         wanted = [without_housekeeping(overrides) for overrides in batch]
         varied = varied_keys(wanted) if varied is None else varied
-        asked: dict[Job, None] = {}
+        asked: dict[str, Job] = {}
         for overrides in wanted:
             job = known.get(frozenset(overrides))
             if job is None:
@@ -285,8 +283,8 @@ class Plan:
                 taken.add(job.folder)
                 known[frozenset(overrides)] = job
                 self.jobs.append(job)
-            asked[job] = None
-        return list(asked)
+            asked[job.folder] = job
+        return list(asked.values())
 
     def write(self, command: Sequence[str]) -> None:
         """Stores all jobs, including those of earlier calls, and this call's command line."""
@@ -296,7 +294,7 @@ class Plan:
             "varied": varied_keys([job.overrides for job in self.jobs]),
             "jobs": [
                 {"folder": job.folder, "overrides": list(job.overrides)}
-                | ({"run": asdict(self.recipes[job.folder])} if job.folder in self.recipes else {})
+                | ({} if job.recipe is None else {"run": asdict(job.recipe)})
                 for job in self.jobs
             ],
         }

@@ -41,8 +41,7 @@ def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
         counts[state] += 1
         if state in ("running", _FREE):
             step, loss = newest(plan.folder / job.folder)
-            recipe = plan.recipes.get(job.folder)
-            of = f" of {recipe.max_steps}" if recipe is not None and recipe.max_steps else ""
+            of = f" of {job.recipe.max_steps}" if job.recipe and job.recipe.max_steps else ""
             name = " ".join(labels[job.folder]) or job.folder
             shown = f", loss {loss}" if loss else ""
             line = f"  {name} on {status['device']}: step {step}{of}{shown}"

@@ -146,7 +146,7 @@ def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) 
 def _task(
     plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str], allow: Collection[str]
 ) -> Task:
-    folder, recipe = plan.folder, plan.recipes.get(job.folder)
+    folder, recipe = plan.folder, job.recipe
     if recipe is None:
         raise UserError(
             f"{folder}/sweep.json does not say how to run {job.folder}: start the sweep's own "
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         plan = Plan(folder)
         if not plan.jobs:
             raise UserError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
-        queue = _queue(args, on_cpu=all(recipe.on_cpu for recipe in plan.recipes.values()))
+        queue = _queue(args, on_cpu=all(job.recipe.on_cpu for job in plan.jobs if job.recipe))
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
         beat = args.stale / _BEATS
         try:

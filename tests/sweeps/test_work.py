@@ -142,8 +142,8 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
         program="sh", options=(), cwd="/", processes=1, nodes=1, max_steps=1, on_cpu=True
     )  # fmt: skip
     laid = Plan(tmp_path)
-    laid.add([["seed=0"], ["seed=1"]])
-    laid.recipes = {job.folder: recipe for job in laid.jobs}
+    for job in laid.add([["seed=0"], ["seed=1"]]):
+        job.recipe = recipe
     leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
     queue = DeviceQueue(n_jobs=2)
     worker = Worker(laid, leases=leases, queue=queue, look_seconds=0, program=["x"])
@@ -178,16 +178,14 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     laid = Plan(tmp_path)
     laid.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
     facts = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
-    laid.recipes = {
-        job.folder: Recipe(
+    for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True):
+        job.recipe = Recipe(
             program="train", options=(), cwd="/", processes=n, nodes=m,
             max_steps=n - 1 or None, on_cpu=cpu,
-        )
-        for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True)
-    }  # fmt: skip
+        )  # fmt: skip
     laid.write([])
     stored = Plan(tmp_path)
-    assert stored.recipes == laid.recipes
+    assert stored.jobs == laid.jobs
     leases = Leases(tmp_path, owner="a")
     queue = DeviceQueue(gpus=["0", "1"])
     worker = Worker(stored, leases=leases, queue=queue, look_seconds=0)
