@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from sweeps.claims.claim import Claim, Measure, Prediction
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.report.compare import FACT
-from sweeps.report.equivalent import PlainCurve, Spent
+from sweeps.report.equivalent import Spent, gain_over
 from sweeps.report.statistics import LEVEL, Share, holm, paired, share, unpaired
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
@@ -97,11 +97,7 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
     if len(spent) < len(names):
         return "a run of the plain curve is not finished"
     own, *plain = spent
-    try:
-        curve = PlainCurve(plain)
-    except ValueError as error:
-        return str(error)
-    gain = curve.gain(own)
+    gain = gain_over(plain, own)
     if isinstance(gain, str):
         return gain
     return gain.total if measure.part == "total" else gain.effect

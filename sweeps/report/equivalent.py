@@ -20,13 +20,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mtp_lightning.run.config import is_plain, lies_in
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import FLOPS
-from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import Interval, ratio_interval
 
@@ -105,6 +104,15 @@ class PlainCurve:
         return Gain(total=flops / run.flops, price=plain / (run.flops / run.steps))
 
 
+def gain_over(plain: Sequence[Spent], run: Spent) -> Gain | str:
+    """The gain of a run over plain runs, or the reason why it has none."""
+    try:
+        curve = PlainCurve(plain)
+    except ValueError as error:
+        return str(error)
+    return curve.gain(run)
+
+
 @dataclass(frozen=True)
 class Valued:
     """An arm compared with the plain curves of its seeds."""
@@ -117,27 +125,30 @@ class Valued:
     @property
     def total(self) -> Interval | None:
         """Geometric mean of the gain over seeds, with the t interval of the logarithms."""
-        return None if self.why else ratio_interval([gain.total for gain in self.gains.values()])
+        return self._mean("total")
 
     @property
     def price(self) -> Interval | None:
         """FLOPs of a plain step divided by those of the arm's step, averaged as :attr:`total`."""
-        return None if self.why else ratio_interval([gain.price for gain in self.gains.values()])
+        return self._mean("price")
 
     @property
     def effect(self) -> Interval | None:
         """The number of plain steps that a step is worth, averaged as :attr:`total`."""
-        return None if self.why else ratio_interval([gain.effect for gain in self.gains.values()])
+        return self._mean("effect")
+
+    def _mean(self, part: str) -> Interval | None:
+        gains = self.gains.values()
+        return None if self.why else ratio_interval([getattr(gain, part) for gain in gains])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Family:
     """Plain settings that differ only in budget, and arms that differ from them only in budget and
     modules."""
 
-    plain: list[Setting] = field(default_factory=list)  # the curve's settings, ordered by FLOPs
-    arms: list[Valued] = field(default_factory=list)  # the arms with their gains
-    curves: dict[Any, PlainCurve] = field(default_factory=dict)  # the plain curves, by seed
+    plain: list[Setting]  # the curve's settings, ordered by FLOPs
+    arms: list[Valued]  # the arms with their gains
 
 
 def families(settings: Settings) -> list[Family]:
@@ -158,9 +169,8 @@ def families(settings: Settings) -> list[Family]:
         flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
         plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])
         if len(set(flops.values())) > 1 and arms:
-            family = Family(plain=plain)
-            family.arms = [_valued(arm, family, tag) for arm in arms if may_compare(arm, plain[0])]
-            found.append(family)
+            valued = [_valued(arm, plain, tag) for arm in arms if may_compare(arm, plain[0])]
+            found.append(Family(plain, valued))
     return found
 
 
@@ -171,10 +181,10 @@ def _rest(setting: Setting) -> str:
     return json.dumps(shared, sort_keys=True, default=str)
 
 
-def _valued(arm: Setting, family: Family, tag: str) -> Valued:
-    spent = {run.seed: own for run in arm.done if (own := _spent(run, tag))}
-    found: dict[Any, Gain | str] = {
-        run.seed: _gain(spent[run.seed], run.seed, family, tag)
+def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
+    spent, *curve = (_spent(setting, tag) for setting in (arm, *plain))
+    found = {
+        run.seed: gain_over([of[run.seed] for of in curve if run.seed in of], spent[run.seed])
         if run.seed in spent
         else "it has no FLOPs or no finite loss"
         for run in arm.done
@@ -184,19 +194,11 @@ def _valued(arm: Setting, family: Family, tag: str) -> Valued:
     return Valued(arm, spent, gains, next(missing, ""))
 
 
-def _gain(own: Spent, seed: Any, family: Family, tag: str) -> Gain | str:
-    if seed not in family.curves:
-        runs = [run for setting in family.plain for run in setting.done if run.seed == seed]
-        spent = [found for run in runs if (found := _spent(run, tag))]
-        try:
-            family.curves[seed] = PlainCurve(spent)
-        except ValueError as error:
-            return str(error)
-    return family.curves[seed].gain(own)
-
-
-def _spent(run: Run, tag: str) -> Spent | None:
-    flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
-    if not flops or not steps or loss is None or not math.isfinite(loss):
-        return None
-    return Spent(flops=flops, loss=loss, steps=steps)
+def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:
+    """What the runs of a setting spent and reached, by seed."""
+    found = {}
+    for run in setting.done:
+        flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
+        if flops and steps and loss is not None and math.isfinite(loss):
+            found[run.seed] = Spent(flops=flops, loss=loss, steps=steps)
+    return found
