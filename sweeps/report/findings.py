@@ -16,9 +16,9 @@ from sweeps.report.metrics import BITS, EXACT, SPEEDUP, ends, plural
 from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
-from sweeps.report.templates import sentences
+from sweeps.report.templates import environment
 
-# The names that both templates use.
+# The names that the templates use.
 _WORDS = {
     "equals": metrics.equals,
     "number": metrics.number,
@@ -45,10 +45,8 @@ def answer(
     compared = [c for c in comparisons if not c.refused]
     tested = [c for c in compared if c.adjusted is not None]
     counts = Counter(run.state for run in runs)
-    return sentences(
-        "sweeps.report",
+    return _sentences(
         "answer.jinja",
-        **_WORDS,
         settings=settings.all,
         seeds=len({run.seed for run in runs if run.seed is not None}),
         runs=len(runs),
@@ -71,6 +69,14 @@ def answer(
         sparse=any(r.p is not None and r.difference.n < 5 for c in comparisons if (r := c.paired)),
         least=smallest_p(tested),
     )
+
+
+def _sentences(template: str, **facts: Any) -> list[str]:
+    """The lines of a rendered template, one sentence each, without empty lines."""
+    made = environment("sweeps.report")
+    made.finalize = lambda value: " ".join(str(value).splitlines())  # a name may have several lines
+    text = made.get_template(template).render(**_WORDS, **facts)
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict[str, Any]:
@@ -133,10 +139,8 @@ def caveats(settings: Settings) -> list[str]:
                 gaps[-1][1].setdefault(gap, []).append(metric.tag)
     counted = [(s, run) for s in settings.all for run in s.done if settings.is_task and s.answers]
     others = [s.label for s in settings.all if settings.is_task and s.done and not s.answers]
-    return sentences(
-        "sweeps.report",
+    return _sentences(
         "caveats.jinja",
-        **_WORDS,
         refusal=refusal(settings.all),
         contexts=contexts(settings.all),
         done=done,
