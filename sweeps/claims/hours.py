@@ -24,7 +24,7 @@ from mtp_lightning.run.config import key_of, lies_in
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
-from sweeps.claims.jobs import ClaimJob, jobs
+from sweeps.claims.jobs import ClaimJob, branch_step, jobs
 from sweeps.claims.observe import Seed, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import with_stored
@@ -179,8 +179,7 @@ def flops_of(job: ClaimJob) -> float | None:
     data, steps = config.data, config.trainer.max_steps
     tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * steps
     whole = plan.cost.per_token(data.seq_len) * tokens
-    branch = [o.rpartition("@")[2] for o in job.overrides if key_of(o) == "branch_from"]
-    return float(whole * (1 - int(branch[0]) / steps if branch else 1))
+    return float(whole * (1 - (branch_step(job.overrides) or 0) / steps))
 
 
 def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Left, list[int]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,12 @@ def digest(config: Mapping[str, Any]) -> str:
         flat = {key: value for key, value in flat.items() if not lies_in(key, OF_DEPTHS)}
     text = json.dumps(flat, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def branch_step(overrides: Iterable[str]) -> int | None:
+    """The optimizer step at which a run branches from another; None if it does not."""
+    steps = [o.rpartition("@")[2] for o in overrides if key_of(o) == _BRANCH]
+    return int(steps[-1]) if steps and steps[-1].isdecimal() else None
 
 
 class _Arm:

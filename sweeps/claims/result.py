@@ -14,9 +14,9 @@ from typing import Any
 
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_json
-from mtp_lightning.run.config import key_of
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
+from sweeps.claims.jobs import branch_step
 from sweeps.claims.observe import Arms, Seed, key, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import beginning, with_stored
@@ -176,10 +176,10 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
 
 def own(claim: Claim, arm: str, seed: Seed) -> Seed:
     """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
-    begun = [o.rpartition("@")[2] for o in claim.overrides(arm) if key_of(o) == "branch_from"]
-    if not (seed.done and begun and begun[-1].isdecimal()):
+    begun = branch_step(claim.overrides(arm))
+    if begun is None or not seed.done:
         return seed
-    share = 1 - int(begun[-1]) / seed.costs["step"]
+    share = 1 - begun / seed.costs["step"]
     spent = {name: seed.costs[name] * share for name in ("flops", "seconds")}
     return replace(seed, costs=seed.costs | spent)
 
