@@ -43,7 +43,8 @@ from sweeps.claims.result import (
     state,
     write_result,
 )
-from sweeps.claims.run import run, write_weights
+from sweeps.claims.run import run
+from sweeps.claims.weights import write_weights
 from sweeps.report import require_packages
 
 

@@ -1,5 +1,4 @@
-"""Runs the missing jobs of claims like those of a sweep, so that they can be resumed; writes
-the final weights of runs."""
+"""Runs the missing jobs of claims like those of a sweep, so that they can be resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ from mtp_lightning.run.status import describe_failure, read_status, state_of, wr
 from sweeps import pool
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
-from sweeps.claims.observe import Seed
 from sweeps.claims.preregistration import (
     Preregistration,
     read_preregistration,
@@ -18,7 +16,6 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
-from sweeps.claims.weights import digest_of, last_weights
 from sweeps.plan import Job, Plan, must_run
 
 
@@ -137,55 +134,3 @@ def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
     known = {job.folder for job in plan.jobs}
     plan.jobs += [Job(job.folder, job.overrides) for job in todo if job.folder not in known]
     plan.write(command)
-
-
-def write_weights(
-    claim: Claim,
-    runs: Path,
-    to: Path,
-    *,
-    seeds: Sequence[int],
-    arms: Collection[str],
-    stored: Mapping[str, Mapping[int, Seed]],
-) -> tuple[list[str], int]:
-    """Write ``ARM_seed-S.safetensors`` of finished runs to a folder, and compare their digests with
-    those of the runs in the stored result. The same config on the same commit, with one thread of
-    the same kind of processor, gives the same weights to the last bit.
-
-    Returns:
-        One line per run, with its file and whether the result has the same digest, or saying that
-        the run keeps no weights; and the number of runs that keep none.
-
-    Raises:
-        UserError: an arm does not compose.
-        OSError: a file cannot be written, for example because the disk is full.
-    """
-    from safetensors.torch import save_file
-
-    lines, gone = [], 0
-    for job in jobs(claim, seeds, runs):
-        if job.arm not in arms:
-            continue
-        run, file = runs / job.folder, to / f"{job.arm}_seed-{job.seed}.safetensors"
-        weights = last_weights(run)
-        if weights is None:
-            gone += 1
-            lines.append(f"{run} has no weights left: delete the folder to train it again")
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # Copies, since the library refuses tensors that share memory, as tied ones do.
-            apart = {name: tensor.clone() for name, tensor in weights.items()}
-            save_file(apart, file, {"run": run.name})
-            known = stored.get(job.arm, {}).get(job.seed)
-            lines.append(f"{file}: {_compared(digest_of(weights), known)}")
-    return lines, gone
-
-
-def _compared(digest: str, known: Seed | None) -> str:
-    said = f"weights {digest[:12]}"
-    if known is None or known.weights is None:
-        return f"{said}; the result has no digest of this run"
-    if known.weights == digest:
-        return f"{said}, those of the result"
-    of = f"{(known.commit or 'unknown')[:8]} on {known.machine or 'an unknown machine'}"
-    return f"{said}; the result's are {known.weights[:12]}, made by commit {of}"
