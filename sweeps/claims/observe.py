@@ -29,8 +29,8 @@ class Seed:
     state: str  # as in the report; only a `done` run counts
     reason: str = ""  # why it is not done
     values: dict[str, float] = field(default_factory=dict)  # finite values, by `key` of the measure
-    # (optimizer step, whether it was solved then), by `key` of the measure.
-    waits: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    # Optimizer steps until it solved the task, by `key` of the measure; none without a validation.
+    waits: dict[str, Wait] = field(default_factory=dict)
     # Planned steps (`steps`), done steps, FLOPs, parameters, seconds, tokens.
     costs: dict[str, float] = field(default_factory=dict)
     # (FLOPs, training loss of the next token) from `curve_of`, where the claim's arms have the same
@@ -48,11 +48,6 @@ class Seed:
     @property
     def done(self) -> bool:
         return self.state == "done"
-
-    def wait(self, measure: Measure) -> Wait | None:
-        """Steps until the run solved the task; None without a validation."""
-        found = self.waits.get(key(measure))
-        return None if found is None else Wait(*found)
 
 
 Arms = Mapping[str, Mapping[int, Seed]]
@@ -90,7 +85,7 @@ def _seed(run: Run, claim: Claim) -> Seed:
         ended=status.get("ended"),
     )
     waits = {key(m): wait_of(run, m.solved, m.tag) for m in measures if m.solved is not None}
-    seed.waits = {name: (wait.time, wait.ended) for name, wait in waits.items() if wait}
+    seed.waits = {name: wait for name, wait in waits.items() if wait}
     if run.state != "done":
         return seed
     values = {key(m): _value(run, m) for m in measures}

@@ -16,6 +16,7 @@ from sweeps.claims.claim import Claim, Measure
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.claims.preregistration import Preregistration
+from sweeps.report.statistics import Wait
 
 
 def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, dict[int, Seed]]:
@@ -124,7 +125,7 @@ def beginning(
 
 
 def _seed(run: Mapping[str, Any]) -> Seed:
-    waits = {name: (float(at), bool(solved)) for name, (at, solved) in run["waits"].items()}
+    waits = {name: Wait(float(at), bool(solved)) for name, (at, solved) in run["waits"].items()}
     # Older results have no curves.
     curve = [(float(x), float(y)) for x, y in run.get("curve", [])]
     return Seed(**{**run, "waits": waits, "curve": curve})

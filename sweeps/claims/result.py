@@ -161,7 +161,7 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
     for measure in claim.measures:
         if measure.solved is None:
             continue
-        curve = survival([wait for seed in seeds if (wait := seed.wait(measure))])
+        curve = survival([wait for seed in seeds if (wait := seed.waits.get(key(measure)))])
         if curve is not None:
             found[key(measure)] = {
                 "median_steps": curve.median,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 CONFIDENCE = 0.95
 LEVEL = 0.05  # significance level of the tests
@@ -182,8 +182,7 @@ def _fisher(a: int, n_a: int, b: int, n_b: int) -> float:
     return float(stats.fisher_exact([[a, n_a - a], [b, n_b - b]]).pvalue)
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """One seed's time until something happens."""
 
     time: float  # when it happened, or when it was last checked and had not happened

@@ -18,6 +18,7 @@ from sweeps.claims.preregistration import write_preregistration
 from sweeps.claims.read import names, read_claim
 from sweeps.claims.result import is_stale, judge, make_result, read_result, write_result
 from sweeps.claims.words import beside
+from sweeps.report.statistics import Wait
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
     PLAIN,
@@ -59,7 +60,7 @@ def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
 def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, measure=SOLVED, minimum=2)
     arms = observed(claim, {"plain": rights(0, 3), "mtp": rights(3, 3)})
-    steps = {"plain": [(100, False)] * 3, "mtp": [(10, True), (20, True), (30, True)]}
+    steps = {"plain": [Wait(100, False)] * 3, "mtp": [Wait(at, True) for at in (10, 20, 30)]}
     with_waits = {
         arm: {s: replace(seed, waits={"val/exact_match": steps[arm][s]}) for s, seed in of.items()}
         for arm, of in arms.items()
