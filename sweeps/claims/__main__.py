@@ -61,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.root = args.root or default
     args.results = args.root / "results"
     with readable_errors():
-        seeds = getattr(args, "seeds", None) or [0]
-        if min(seeds) < 0:
-            raise UserError(f"--seeds {min(seeds)}: give whole numbers >= 0.")
+        if args.seeds and min(args.seeds) < 0:
+            raise UserError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
         sys.exit(_ACTIONS[args.action][0](args))
 
 
@@ -225,9 +224,9 @@ def _say(result: Result) -> None:
 
 def _claims(args: argparse.Namespace, wanted: Sequence[str]) -> list[Claim]:
     claims = [read_claim(name, args.claims, allow=args.allow) for name in wanted]
-    if getattr(args, "gpu", False) and getattr(args, "all", False):
+    if args.gpu and args.all:
         claims = [claim for claim in claims if claim.gpu]
-    return [claim.on_gpu() for claim in claims] if getattr(args, "gpu", False) else claims
+    return [claim.on_gpu() for claim in claims] if args.gpu else claims
 
 
 _ACTIONS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
@@ -247,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(all=False, gpu=False, seeds=None)  # of actions without these options
     actions = parser.add_subparsers(dest="action", required=True)
     parsers = {name: actions.add_parser(name, help=said) for name, (_, said) in _ACTIONS.items()}
 
