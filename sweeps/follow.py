@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.display import make_display
-from sweeps.pool import interrupts
+from sweeps.interrupts import interrupts
 from sweeps.process import Task
 
 _LOOK_SECONDS = 1.0

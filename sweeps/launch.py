@@ -25,6 +25,7 @@ from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.compose import Composer, settle
+from sweeps.interrupts import alone
 from sweeps.lease import live
 from sweeps.plan import (
     Plan,
@@ -34,7 +35,6 @@ from sweeps.plan import (
     varied_labels,
     without_housekeeping,
 )
-from sweeps.pool import alone
 from sweeps.process import Task
 
 Run = Callable[[list[Task]], None]

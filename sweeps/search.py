@@ -31,8 +31,9 @@ from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, settle
 from sweeps.devices import typed_devices
+from sweeps.interrupts import alone
 from sweeps.plan import TRAIN, Plan, Recipe
-from sweeps.pool import alone, make_pool
+from sweeps.pool import make_pool
 from sweeps.process import Task
 from sweeps.search_space import Space, examples, parse, shown
 

@@ -24,10 +24,11 @@ from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
 from sweeps.display import Lines
+from sweeps.interrupts import exit_if_interrupted, interrupts
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
 from sweeps.machine import MemoryUse
 from sweeps.plan import TRAIN, Job, Plan, must_run, varied_labels
-from sweeps.pool import LOST, Pool, exit_if_interrupted, interrupts
+from sweeps.pool import LOST, Pool
 from sweeps.process import Task
 from sweeps.trust import require_harmless
 

@@ -16,6 +16,7 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
+from sweeps.interrupts import alone
 from sweeps.plan import Job, Plan, must_run
 
 
@@ -58,7 +59,7 @@ def run(
     }
     shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims}
     busy = f"Claims are being run in {runs}: wait for that, or stop it."
-    with pool.alone(runs, busy, "The same command continues."):
+    with alone(runs, busy, "The same command continues."):
         for claim in claims:
             _register(claim, asked[claim.label], runs, commits[claim.label])
         todo = _in_turn(
