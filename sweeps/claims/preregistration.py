@@ -90,6 +90,20 @@ def write_preregistration(preregistration: Preregistration, claim: Claim, runs: 
     write_json(content, _file(claim, runs))
 
 
+def register(claim: Claim, jobs: Sequence[ClaimJob], runs: Path, *, commit: str | None) -> None:
+    """Store that jobs are about to run; ``commit`` has the prediction of a claim without any run.
+
+    Raises:
+        UserError: the claim or the config of a job was changed after runs began, or the file is
+            damaged.
+    """
+    found = read_preregistration(claim, runs)
+    found = found or Preregistration(digest=claim.digest, commit=commit)
+    found.require(claim, runs)
+    found.add(claim, jobs)
+    write_preregistration(found, claim, runs)
+
+
 def predicted_in(
     file: Path, claim: Claim, stored: Mapping[str, Any] | None, *, unpredicted: bool = False
 ) -> str | None:

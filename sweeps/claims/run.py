@@ -9,11 +9,7 @@ from mtp_lightning.run.status import describe_failure, read_status, state_of, wr
 from sweeps import pool
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
-from sweeps.claims.preregistration import (
-    Preregistration,
-    read_preregistration,
-    write_preregistration,
-)
+from sweeps.claims.preregistration import register
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
 from sweeps.interrupts import alone
@@ -61,7 +57,7 @@ def run(
     busy = f"Claims are being run in {runs}: wait for that, or stop it."
     with alone(runs, busy, "The same command continues."):
         for claim in claims:
-            _register(claim, asked[claim.label], runs, commits[claim.label])
+            register(claim, asked[claim.label], runs, commit=commits[claim.label])
         todo = _in_turn(
             [[job for job in of if job.folder not in shared[label]] for label, of in asked.items()]
         )
@@ -83,15 +79,6 @@ def run(
     if any(state_of(folder) == "failed" for folder in bad):
         print("--retry-failed starts failed runs again, from what they have saved.", flush=True)
     return len(bad)
-
-
-def _register(claim: Claim, asked: Sequence[ClaimJob], runs: Path, commit: str | None) -> None:
-    preregistration = read_preregistration(claim, runs) or Preregistration(
-        digest=claim.digest, commit=commit
-    )
-    preregistration.require(claim, runs)
-    preregistration.add(claim, asked)
-    write_preregistration(preregistration, claim, runs)
 
 
 def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
