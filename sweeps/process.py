@@ -138,6 +138,11 @@ class JobProcess:
         self._write(state, ended=now(), exit_code=code, reason=reason)
         return True
 
+    def wait(self) -> None:
+        """Waits until it has ended."""
+        while not self.ended():
+            time.sleep(0.2)
+
     def stop(self, reason: str) -> None:
         """Asks all of its processes to save and end, with a reason for its status; :meth:`ended`
         kills those that are too slow."""

@@ -7,7 +7,6 @@ the cores and GPUs. All machines must see the sweep's folder.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,12 +24,10 @@ def run_remotely(task: Task, threads: int) -> None:
     name = f"ray:{os.uname().nodename}" + (f":cuda:{gpus}" if gpus else "")
     process = JobProcess(task, Devices(gpus=None, threads=threads, name=name))
     try:
-        while not process.ended():
-            time.sleep(0.2)
+        process.wait()
     except KeyboardInterrupt:
         process.stop("cancelled")
-        while not process.ended():
-            time.sleep(0.1)
+        process.wait()
 
 
 def run(

@@ -60,16 +60,14 @@ class SlurmRun:
             return
         # Slurm ends jobs that exceed their time.
         self._process = JobProcess(task, devices, ignore_usr2=True, grace_seconds=3600)
-        while not self._process.ended():
-            time.sleep(0.2)
+        self._process.wait()
 
     def checkpoint(self) -> DelayedSubmission:
         """Lets the run save and end, and requeues the job; submitit calls this at SIGUSR2."""
         from submitit.helpers import DelayedSubmission
 
         self._process.stop("Slurm ends the job; it is queued again")
-        while not self._process.ended():
-            time.sleep(0.1)
+        self._process.wait()
         return DelayedSubmission(SlurmRun(self.task, self.threads))
 
 
