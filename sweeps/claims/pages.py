@@ -23,6 +23,7 @@ from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, is_stale, read_result, state
 from sweeps.report.metrics import plural
+from sweeps.report.templates import environment
 
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
 READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
@@ -106,8 +107,6 @@ def _by_name(found: Sequence[Pair]) -> dict[str, Pair]:
 
 
 def _render(template: str, facts: Mapping[str, Any]) -> str:
-    from sweeps.report.templates import environment
-
     made = environment("sweeps.claims")
     made.filters["plain"] = lambda text: plain(str(text))
     text = made.get_template(template).render(words=words, plural=plural, **facts)
