@@ -227,16 +227,12 @@ def _text(text: str) -> Cell:
     return Cell(text, kind="text")
 
 
-def _number(
-    value: float | None, form: str | int, *, half: str = "", beside: str = "", gap: str = ""
-) -> Cell:
+def _number(value: float | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
     """A number in its form; a dash for None."""
-    if value is None:
-        return Cell("–", "", beside=beside, gap=gap)
-    return Cell(number(value, form), repr(value), half, beside, gap)
+    text, sort = ("–", "") if value is None else (number(value, form), repr(value))
+    return Cell(text, sort, beside=beside, gap=gap)
 
 
 def _interval(found: Interval | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
-    if found is None:
-        return _number(None, form, beside=beside, gap=gap)
-    return _number(found.mean, form, half=spread(found, form) if found.half else "", beside=beside)
+    cell = _number(found.mean if found else None, form, beside=beside, gap=gap)
+    return replace(cell, half=spread(found, form)) if found and found.half else cell
