@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from mtp_lightning.errors import UserError
 from sweeps.machine import cores
 
-# Variables that a launcher, another job or a cluster's step may leave; with them a run takes
-# itself for a part of another one (Lightning issue 11300).
+# Variables that a launcher, another job or a cluster's step may leave in the environment. A run
+# that sees them takes itself for a process of another run (Lightning issue 11300).
 _LEAKS = re.compile(
     r"((LOCAL|GLOBAL|NODE|GROUP)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
     r"|PL_(GLOBAL_SEED|SEED_WORKERS)|SLURM_(NTASKS|PROCID|LOCALID|NODEID)"

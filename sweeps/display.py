@@ -24,7 +24,7 @@ _MOST_ENDED = 6  # most rows of ended jobs in the live table
 
 @dataclass
 class Watched:
-    """A running job, and what its speed is measured from."""
+    """A running job and its progress, from which its speed is estimated."""
 
     task: Task
     device: str
@@ -55,7 +55,7 @@ class Watched:
 
 @dataclass
 class Display:
-    """The state that both displays keep, and what a pool tells them."""
+    """What both displays have in common: the state of the jobs, as a pool reports it."""
 
     n_tasks: int
     seconds: float  # between two looks at the running jobs
@@ -71,11 +71,11 @@ class Display:
     def __exit__(self, *args: Any) -> None: ...
 
     def started(self, task: Task, device: str) -> None:
-        """Takes note that a job has started."""
+        """Records that a job has started."""
         self.running[task] = Watched(task, device)
 
     def ended(self, task: Task) -> None:
-        """Takes note that a job has ended; its status file says how."""
+        """Records that a job has ended; its status file says how."""
         self.running.pop(task, None)
         self.counts[state_of(task.folder)] += 1
 

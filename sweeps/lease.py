@@ -73,7 +73,7 @@ class Leases:
         return found
 
     def owner(self, lease: Lease) -> str:
-        """Who has it, for people; empty while it is just being made."""
+        """The name of the worker that has the job; empty while its lease is being written."""
         try:
             file = self._folder / f"{lease.job}.{lease.number}"
             return str(json.loads(file.read_text(encoding="utf-8"))["owner"])
@@ -101,8 +101,8 @@ class Leases:
         return True
 
     def beat(self) -> list[str]:
-        """Touch all leases of this worker; returns the jobs that it has no more, because another
-        worker took them over while this one did not beat."""
+        """Touch all leases of this worker; returns the jobs that it has lost to other workers since
+        it touched them last."""
         with self._lock:
             lost = []
             for job, number in list(self._held.items()):
@@ -134,11 +134,11 @@ class Leases:
         return self._folder / f"clock-{self._owner}"
 
     def _now(self) -> float:
-        """The time by the clock that the leases' times are of."""
+        """The current time by the file server's clock, which also sets the leases' times."""
         try:
             self._clock.touch()
             return self._clock.stat().st_mtime
-        except OSError:  # a folder that may only be read, by who looks at it
+        except OSError:  # this process may only read the folder
             return time.time()
 
 

@@ -43,7 +43,7 @@ def groups_around(root: Path) -> Iterator[Path]:
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             if line.startswith("0::"):
                 group = line[3:].strip("/")
-    # A container names the group as its machine sees it, but its own top is the container's.
+    # In a container this may be the name on the host; the container's own group is then the root.
     parts = [part for part in group.split("/") if part not in ("", "..")]
     for n in range(len(parts), -1, -1):
         yield mounted.joinpath(*parts[:n])
