@@ -244,10 +244,7 @@ def read_versioned(
 
 
 class Plan:
-    """The jobs of a sweep's folder, read from and written to ``sweep.json``.
-
-    Args:
-        folder: folder of the sweep; it need not exist.
+    """The jobs of a sweep's folder, which need not exist, read from and written to ``sweep.json``.
 
     Raises:
         UserError: if its ``sweep.json`` is damaged or has another version.

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def last_weights(run: Path) -> dict[str, Tensor] | None:
-    """The final weights, by the model's own names; None if they are not kept.
-
-    Args:
-        run: the run's folder.
-    """
+    """The final weights in a run's folder, by the model's own names; None if they are not kept."""
     from mtp_lightning.run.checkpoints import intact
     from mtp_lightning.run.loading import model_weights, read_checkpoint
 

@@ -10,10 +10,7 @@ from mtp_lightning.command_line.shell import require_package
 
 
 def require_packages(what: str) -> None:
-    """Check that the packages of the extra ``report`` are installed.
-
-    Args:
-        what: what needs them, for the message.
+    """Check that the packages of the extra ``report`` are installed, which ``what`` needs.
 
     Raises:
         UserError: one is missing.

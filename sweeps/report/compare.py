@@ -75,11 +75,8 @@ class Comparison:
 
 
 def compare(settings: Settings, *, reference: str | None = None) -> list[Comparison]:
-    """Test every setting against its reference, with Holm's correction over all of them.
-
-    Args:
-        settings: the settings of the report.
-        reference: see :func:`references`.
+    """Test every setting against its reference (:func:`references`), with Holm's correction over
+    all of them.
 
     Raises:
         UserError: ``reference`` names no setting, or several.

@@ -156,10 +156,9 @@ def _chart_of(
     """A chart with one line per setting; None if all lines are empty.
 
     Args:
-        settings: the settings of the report.
         lines: all settings, or stand-ins for families of them, with their lines, which may be
             empty.
-        names: names of the x and y axes.
+        names: of the x and y axes.
         apart: width over which settings are spread, so that equal values do not hide each other.
         crosses: means that are marked by crosses, per setting.
     """

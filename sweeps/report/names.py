@@ -49,12 +49,8 @@ def in_words(tag: str) -> tuple[str, str]:
 
 
 def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Readable names of a claim's arms, by the first keys that tell each from all others; where the
-    named keys do not, the arm's own name.
-
-    Args:
-        arms: each arm's overrides.
-    """
+    """Readable names of a claim's arms, of which the overrides are given, by the first keys that
+    tell each from all others; where the named keys do not, the arm's own name."""
     given = {
         arm: {key_of(o): o.partition("=")[2] for o in overrides} for arm, overrides in arms.items()
     }

@@ -117,11 +117,8 @@ class Sweep:
 
 
 def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
-    """Read all runs directly below a folder, or the folder itself if it is a run.
-
-    Args:
-        folder: a folder of a sweep or of runs.
-        name: the sweep's name, put before its runs' names.
+    """Read all runs directly below a folder, or the folder itself if it is a run. A ``name`` is put
+    before its runs' names.
 
     Raises:
         FileNotFoundError: there is no such folder, or no run in it.
