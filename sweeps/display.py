@@ -58,7 +58,7 @@ class Display:
     """What both displays have in common: the state of the jobs, as a pool reports it."""
 
     n_tasks: int
-    seconds: float  # between two looks at the running jobs
+    seconds: float = 30.0  # between two looks at the running jobs
     running: dict[Task, Watched] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # of ended jobs, by state
     began: float = field(default_factory=lambda: time.monotonic())
@@ -107,9 +107,6 @@ class Display:
 
 class Lines(Display):
     """One line for every start and end, and now and then one for each running job."""
-
-    def __init__(self, n_tasks: int, *, seconds: float = 30.0) -> None:
-        super().__init__(n_tasks, seconds)
 
     def started(self, task: Task, device: str) -> None:
         super().started(task, device)
