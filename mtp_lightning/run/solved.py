@@ -14,6 +14,11 @@ _COST = ("tokens", "flops", "seconds")
 _ROUNDING = 1e-7  # Lightning logs in single precision, in which 0.98 is above 0.98
 
 
+def is_above(value: float, level: float) -> bool:
+    """Whether a share of right answers, as it was logged, is above a level; NaN never is."""
+    return value - level > _ROUNDING
+
+
 def first_above(
     rows: Iterable[Mapping[str, float]], level: float = SOLVED, tag: str = EXACT
 ) -> Mapping[str, float] | None:
@@ -25,8 +30,7 @@ def first_above(
         level: the level, 0 to 1.
         tag: the log tag of exact match; other test sets have other tags.
     """
-    # NaN never counts as solved.
-    return next((row for row in rows if row.get(tag, math.nan) - level > _ROUNDING), None)
+    return next((row for row in rows if is_above(row.get(tag, math.nan), level)), None)
 
 
 def time_to_solve(

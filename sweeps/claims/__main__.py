@@ -172,7 +172,7 @@ def _verdict(args: argparse.Namespace) -> int:
         claims = [claim for pair in pairs for claim in pair]
     code = max(_judge(args, claim) for claim in claims)
     if args.all and args.has_pages:
-        for page in write_pages(args.root, args.claims):
+        for page in write_pages(args.root, args.claims, allow=args.allow):
             print(f"wrote {page}")
     return code
 
@@ -201,7 +201,7 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
 
 
 def _questions(args: argparse.Namespace) -> int:
-    told = block(args.root, args.claims)
+    told = block(args.root, args.claims, allow=args.allow)
     if not told.strip():
         raise UserError(
             f"No claim in {args.claims} that answers one of the three questions has a result in "

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mtp_lightning.run.solved import is_above
 from sweeps.claims.claim import Claim, Measure, Prediction
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.report.compare import FACT
@@ -72,7 +73,7 @@ def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
     values = _read(seeds, measure)
     if not values:
         return None
-    return share(sum(value > measure.solved for value in values.values()), len(values))
+    return share(sum(is_above(value, measure.solved) for value in values.values()), len(values))
 
 
 def _read(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +50,29 @@ _LOOKUP = "drafts_of_both"
 Pair = tuple[Claim, Result | None]
 
 
-def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
-    """Replace the text between the markers of the pages, and return the changed pages. ``root`` has
-    ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
+def write_pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> list[Path]:
+    """Replace the text between the markers of the pages, and return the changed pages.
+
+    Args:
+        root: has ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
+        claims: the folder of the claims.
+        allow: packages whose classes arms may name.
 
     Raises:
         OSError: a page is missing.
         UserError: a page has no markers, or a package is missing.
     """
     changed = []
-    for page, text in pages(root, claims).items():
+    for page, text in pages(root, claims, allow=allow).items():
         if page.read_text(encoding="utf-8") != text:
             write_bytes(text.encode(), page)
             changed.append(page)
     return changed
 
 
-def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
+def pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
-    found = _found(root, claims)
+    found = _found(root, claims, allow)
     facts = {**_results(found), "questions": answers(found, root, to="../")}
     texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
     for name in READMES:
@@ -77,9 +81,10 @@ def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
     return {page: _between(page, text) for page, text in texts.items()}
 
 
-def block(root: Path, claims: Path = FOLDER) -> str:
-    """The answers to the three questions for a page in the checkout's root, such as README.md."""
-    return answers(_found(root, claims), root)
+def block(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> str:
+    """The answers to the three questions for a page in the checkout's root, such as README.md;
+    arguments and errors as in :func:`write_pages`."""
+    return answers(_found(root, claims, allow), root)
 
 
 def answers(found: Sequence[Pair], root: Path, *, to: str = "") -> str:
@@ -95,8 +100,8 @@ def part(found: Sequence[Pair], name: str, root: Path) -> str:
     return _render(READMES[name], {**_readme(found), "speed": _speeds(root)})
 
 
-def _found(root: Path, claims: Path) -> list[Pair]:
-    read = [read_claim(name, claims) for name in names(claims)]
+def _found(root: Path, claims: Path, allow: Collection[str]) -> list[Pair]:
+    read = [read_claim(name, claims, allow=allow) for name in names(claims)]
     # A claim with a published scale comes twice, at both scales.
     every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
     return [(claim, read_result(claim.label, root / "results")) for claim in every]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.solved import first_above
+from mtp_lightning.run.solved import first_above, is_above
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import Run
@@ -179,7 +179,7 @@ def solved_share(setting: Setting, level: float) -> Share | None:
     found = setting.estimate(EXACT)
     if found.interval is None:
         return None
-    return share(sum(value > level for value in found.values.values()), len(found.values))
+    return share(sum(is_above(value, level) for value in found.values.values()), len(found.values))
 
 
 def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sweeps.report.__main__ import main, report
@@ -58,6 +59,11 @@ def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
     # The level itself is not above the level.
     assert [s.count for one in settings.all if (s := solved_share(one, 0.96))] == [0, 1]
     assert [s.count for one in settings.all if (s := solved_share(one, 0.5))] == [1, 2]
+    # Nor is it in single precision, in which runs log it.
+    logged = float(np.float32(0.98))
+    (single,) = collected(sweep(tmp_path / "single", {0: ((logged, logged, logged),)})).all
+    share = solved_share(single, 0.98)
+    assert logged > 0.98 and share and share.count == 0
 
 
 def test_time_to_solve_is_the_first_validation_above(tmp_path: Path) -> None:

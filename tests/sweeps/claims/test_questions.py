@@ -100,6 +100,6 @@ def test_nothing_is_said_without_numbers(
 ) -> None:
     assert answers([(claim_of(tmp_path), None)], tmp_path) == ""
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sweeps.claims.__main__.block", lambda *_: "\n")
+        patch.setattr("sweeps.claims.__main__.block", lambda *_, **_options: "\n")
         main(["questions", "--root", str(tmp_path)])
     assert "answers one of the three questions has a result" in capsys.readouterr().err

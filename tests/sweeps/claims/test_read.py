@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.errors import UserError
+from sweeps.claims.__main__ import main
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.words import entries, quantity, subject
 from sweeps.report.names import arm_names
@@ -135,9 +136,16 @@ def test_the_claims_that_there_are(name: str) -> None:
         assert not re.search(r"[=/]\S|\w_\w", said), f"{said} has a raw key"
 
 
-def test_classes_of_other_packages_are_allowed_by_name(tmp_path: Path) -> None:
+def test_classes_of_other_packages_are_allowed_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arms = {"plain": ["mtp=none"], "mtp": [f"mtp._target_={write_claim.__module__}._NoAlias"]}
     write_claim(tmp_path, arms=arms)
     with pytest.raises(UserError, match="--allow tests"):
         read_claim("mine", tmp_path)
     assert read_claim("mine", tmp_path, allow=["tests"]).arms["mtp"] == tuple(arms["mtp"])
+    for allow in ([], ["--allow", "tests"]):
+        with pytest.raises(SystemExit):
+            main(["questions", "--claims", str(tmp_path), "--root", str(tmp_path), *allow])
+        said = capsys.readouterr().err
+        assert ("has a result" if allow else "--allow tests") in said
