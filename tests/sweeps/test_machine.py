@@ -12,7 +12,7 @@ import pytest
 from sweeps import devices
 from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
 from sweeps.display import Lines
-from sweeps.machine import UNKNOWN_BYTES, MemoryUse, available, cores, cpu_quota, taken_by_groups
+from sweeps.machine import MemoryUse, available, cores, cpu_quota, taken_by_groups
 from sweeps.pool import Pool
 from sweeps.process import Task
 
@@ -280,7 +280,3 @@ def test_a_pool_starts_no_more_than_memory_holds(
     most = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
     assert most == at_once
     assert ("jobs run at once, to fit in memory" in capsys.readouterr().out) == (at_once < 4)
-
-
-def test_what_has_not_been_measured_takes_a_gigabyte(machine: Machine) -> None:
-    assert MemoryUse(machine.root).of_one == UNKNOWN_BYTES

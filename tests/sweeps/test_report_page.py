@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -297,14 +295,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     main([str(tmp_path), "--reference", "mtp.depth=1"])
     said = capsys.readouterr().out
     assert "mtp.depth=0 is worse than mtp.depth=1" in said and f"{tmp_path}/report.html" in said
-
-
-def test_command_line_errors(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sweeps.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path} holds no runs")
-    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
