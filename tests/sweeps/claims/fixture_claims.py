@@ -17,6 +17,13 @@ from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import read_claim
 from sweeps.claims.result import Result, make_result
 
+
+def predict(arm: str, side: str, by: float | None = None, **more: Any) -> dict[str, Any]:
+    """A prediction in a claim's file; None leaves a key out."""
+    given = {"arm": arm, "side": side, "by": by, **more}
+    return {key: value for key, value in given.items() if value is not None}
+
+
 CONTENT: dict[str, Any] = {
     "sentence": "MTP helps.",
     "source": "Somebody 2024, arXiv 2404.00000",
@@ -27,7 +34,7 @@ CONTENT: dict[str, Any] = {
     "shared": ["mtp.depth=2"],
     "arms": {"plain": ["mtp=none", "mtp.depth=0"], "mtp": ["mtp=sequential"]},
     "measure": {"tag": "val/bits_per_byte"},
-    "predictions": [{"arm": "mtp", "against": "plain", "side": "below"}],
+    "predictions": [predict("mtp", "below", against="plain")],
 }
 PLAIN = (2.00, 2.10, 1.95, 2.05, 2.02)
 NOISE = (0.000, 0.004, -0.003, 0.002, -0.001)
@@ -51,10 +58,10 @@ def write_claim(folder: Path, name: str = "mine", **changes: Any) -> Path:
     return file
 
 
-def claim_of(folder: Path, **changes: Any) -> Claim:
+def claim_of(folder: Path, name: str = "mine", **changes: Any) -> Claim:
     """The claim that such a file gives."""
-    write_claim(folder, **changes)
-    return read_claim("mine", folder)
+    write_claim(folder, name, **changes)
+    return read_claim(name, folder)
 
 
 def observed(

@@ -15,7 +15,7 @@ import pytest
 from sweeps.claims.__main__ import main
 from sweeps.claims.pages import BEGIN, END
 from tests.integration.helpers import ROOT, environment, overrides
-from tests.sweeps.claims.fixture_claims import commit, write_claim
+from tests.sweeps.claims.fixture_claims import commit, predict, write_claim
 
 
 def command(*arguments: object) -> list[str]:
@@ -58,7 +58,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(
         seeds=[0, 1],
         minimum=2,
         shared=shared,
-        predictions=[{"arm": "mtp", "against": "plain", "side": "within", "by": 5}],
+        predictions=[predict("mtp", "within", 5, against="plain")],
     )
     where = ["--claims", claims, "--runs", runs]
     commit(claims)
@@ -105,7 +105,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(
         minimum=2,
         shared=shared,
         arms={"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]},
-        predictions=[{"arm": "heads", "against": "control", "side": "below"}],
+        predictions=[predict("heads", "below", against="control")],
     )
     commit(claims)
     done = execute("run", "mine", "yours", *where, "--seeds", 0, 1, "--root", tmp_path / "none")

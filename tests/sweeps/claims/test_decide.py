@@ -21,7 +21,15 @@ from sweeps.claims.decide import (
     decide,
     overall,
 )
-from tests.sweeps.claims.fixture_claims import PLAIN, SOLVED, claim_of, moved, observed, rights
+from tests.sweeps.claims.fixture_claims import (
+    PLAIN,
+    SOLVED,
+    claim_of,
+    moved,
+    observed,
+    predict,
+    rights,
+)
 
 
 def one(claim: Claim, values: dict[str, Any], **options: Any) -> Finding:
@@ -29,9 +37,14 @@ def one(claim: Claim, values: dict[str, Any], **options: Any) -> Finding:
     return finding
 
 
-def predicting(folder: Path, **prediction: Any) -> Claim:
-    given = {"arm": "mtp", "against": "plain", "side": "below", **prediction}
-    return claim_of(folder, predictions=[{k: v for k, v in given.items() if v is not None}])
+def predicting(
+    folder: Path,
+    side: str = "below",
+    by: float | None = None,
+    against: str | None = "plain",
+    **changes: Any,
+) -> Claim:
+    return claim_of(folder, predictions=[predict("mtp", side, by, against=against)], **changes)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +101,8 @@ def test_an_arm_alone_against_a_threshold(tmp_path: Path) -> None:
     assert one(claim, {"plain": PLAIN, "mtp": (0.9, 0.8, 0.86, 0.83, 0.88)}).verdict == UNDECIDED
 
 
-def solving(folder: Path, n: int = 8, **prediction: Any) -> Claim:
-    given = {"arm": "mtp", "against": "plain", "side": "above", **prediction}
-    kept = {k: v for k, v in given.items() if v is not None}
-    return claim_of(folder, measure=SOLVED, seeds=list(range(n)), predictions=[kept])
+def solving(folder: Path, side: str = "above", **prediction: Any) -> Claim:
+    return predicting(folder, side, measure=SOLVED, seeds=list(range(8)), **prediction)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,7 @@ def test_the_binomials_p_agrees_with_clopper_and_pearson(
 
 def test_holm_is_over_the_claims_predictions(tmp_path: Path) -> None:
     arms = {"plain": [], "mtp": ["mtp_lambda=1"], "b": ["mtp_lambda=2"], "c": ["mtp_lambda=3"]}
-    pairs = [{"arm": a, "against": "plain", "side": "below"} for a in ("mtp", "b", "c")]
+    pairs = [predict(a, "below", against="plain") for a in ("mtp", "b", "c")]
     claim = claim_of(tmp_path, arms=arms, predictions=pairs)
     values = {"plain": PLAIN, "mtp": moved(-0.05), "b": moved(-0.012, 2.8), "c": moved(0.0, 2.0)}
     first, second, third = decide(claim, observed(claim, values))
@@ -176,8 +187,7 @@ def test_other_texts_and_unequal_costs_are_not_compared(tmp_path: Path) -> None:
     claim = predicting(tmp_path)
     assert "different texts" in one(claim, values, texts={"mtp": "f" * 32}).why
     assert "5.0% in steps" in one(claim, values, costs={"mtp": 1050.0}).why
-    given = {"arm": "mtp", "against": "plain", "side": "below"}
-    claim = claim_of(tmp_path, equal="flops", predictions=[given])
+    claim = predicting(tmp_path, equal="flops")
     assert one(claim, values, costs={"mtp": 1010.0}).verdict == HOLDS
     assert one(claim, values, costs={"mtp": 1050.0}).verdict == UNDECIDED
 

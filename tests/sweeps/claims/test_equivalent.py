@@ -18,7 +18,7 @@ from sweeps.claims.observe import Arms, Seed
 from sweeps.claims.recall import shared_seeds
 from sweeps.claims.result import make_result
 from sweeps.claims.run import _batches, _with_parents
-from tests.sweeps.claims.fixture_claims import BEGAN, claim_of
+from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, predict
 
 TAG = "val/bits_per_byte"
 PLAIN = {"short": 0.5, "middle": 1.0, "long": 2.0}
@@ -75,10 +75,10 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     claim = gain_claim(
         tmp_path,
         [
-            {"arm": "heads", "side": "below", "by": 1, "expected": 0.8},
-            {"arm": "heads", "side": "above", "by": 0.9, "measure": EFFECT},
-            {"arm": "heads", "side": "below", "by": 0.9, "measure": EFFECT},
-            {"arm": "large", "against": "heads", "side": "above", "by": 1},
+            predict("heads", "below", 1, expected=0.8),
+            predict("heads", "above", 0.9, measure=EFFECT),
+            predict("heads", "below", 0.9, measure=EFFECT),
+            predict("large", "above", 1, against="heads"),
         ],
     )
     effects = {"heads": list(NOISE), "large": [1.3 * n**2 for n in NOISE]}
@@ -101,7 +101,7 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
 
 def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
     wide = {f"wide_{name}": length for name, length in PLAIN.items()}
-    grows = [{"arm": "large", "against": "heads", "side": "above", "by": 1}]
+    grows = [predict("large", "above", 1, against="heads")]
     arms: dict[str, Any] = {"heads": ["mtp=sequential"], "large": ["mtp=sequential"]}
     arms |= {name: ["mtp=none", f"trainer.max_steps={i}"] for i, name in enumerate([*PLAIN, *wide])}
     claim = gain_claim(
@@ -127,7 +127,7 @@ def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
 
 
 def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_path):
-    claim = gain_claim(tmp_path, [{"arm": "heads", "side": "below", "by": 1}])
+    claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
     (found,) = decide(claim, arms_of({"heads": [1.0, 1.0, 0.4], "large": [1.0] * 3}))
     assert found.verdict == UNDECIDED and found.why.startswith("heads at seed 2: out of range")
     arms = arms_of({"heads": [1.0] * 3, "large": [1.0] * 3})
@@ -137,7 +137,7 @@ def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_pa
 
 
 def test_its_numbers_for_people_and_in_the_result(tmp_path):
-    claim = gain_claim(tmp_path, [{"arm": "large", "against": "heads", "side": "above", "by": 1}])
+    claim = gain_claim(tmp_path, [predict("large", "above", 1, against="heads")])
     arms = arms_of({"heads": list(NOISE), "large": [1.3 * n for n in NOISE]})
     result = make_result(claim, arms, BEGAN)
     (entry,) = result["predictions"]
@@ -175,7 +175,7 @@ def test_what_is_no_gain_is_one_sentence(tmp_path, measure, prediction, says):
 
 
 def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
-    claim = gain_claim(tmp_path, [{"arm": "heads", "side": "below", "by": 1}])
+    claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
     found = jobs(claim, [3, 1], RUNS)
     trunks = {job.seed: job.folder for job in found if job.arm == "trunk"}
     for job in found:
@@ -197,7 +197,7 @@ def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
 
 def test_a_branch_of_no_arm_is_one_sentence(tmp_path):
     arms = {"late": ["branch_from=trunk@9"], "trunk": ["mtp=none"]}
-    claim = claim_of(tmp_path, arms=arms, predictions=[{"arm": "late", "side": "below", "by": 1}])
+    claim = claim_of(tmp_path, arms=arms, predictions=[predict("late", "below", 1)])
     with pytest.raises(UserError, match="branch_from=trunk@9: name an arm that is listed before"):
         jobs(claim, [0], RUNS)
 
@@ -209,9 +209,7 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
         "heads": ["mtp=linear", "mtp.freeze_trunk=true", "init_from=long"],
         "other": ["mtp=linear", "mtp.freeze_trunk=true", "init_from=runs/somewhere"],
     }
-    claim = claim_of(
-        tmp_path, arms=arms, predictions=[{"arm": "heads", "side": "below", "by": 1}], shared=[]
-    )
+    claim = claim_of(tmp_path, arms=arms, predictions=[predict("heads", "below", 1)], shared=[])
     trunk, long, heads, other = jobs(claim, [3], RUNS)
     assert heads.parent == long.folder and long.parent == trunk.folder and other.parent is None
     assert f"init_from={RUNS / long.folder}" in heads.overrides
@@ -222,6 +220,6 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
     assert [job.arm for job in again] == ["trunk", "long", "heads"]
     assert [len(batch) for batch in _batches(again)] == [1, 1, 1]
     arms = {"heads": ["init_from=trunk"], "trunk": ["mtp=none"]}
-    claim = claim_of(tmp_path / "b", arms=arms, predictions=[{"arm": "heads", "side": "below"}])
+    claim = claim_of(tmp_path / "b", arms=arms, predictions=[predict("heads", "below")])
     with pytest.raises(UserError, match="init_from=trunk: name an arm that is listed before it"):
         jobs(claim, [0], RUNS)

@@ -34,6 +34,7 @@ from tests.sweeps.claims.fixture_claims import (
     SOLVED,
     claim_of,
     observed,
+    predict,
     result_of,
     rights,
     root,
@@ -104,7 +105,7 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
         "short": ["trainer.max_steps=500", "branch_from=long@400"],
         "next": ["trainer.max_steps=1000", "branch_from=long@800"],
     }
-    predictions = [{"arm": "long", "against": "short", "side": "below", "by": 1}]
+    predictions = [predict("long", "below", 1, against="short")]
     asked = {"arms": arms, "seeds": [0, 1], "minimum": 2, "predictions": predictions}
     claim = claim_of(tmp_path, shared=SMALL, **asked)
     result = finished(claim, {"short": {0: (100.0, HERE)}})
@@ -123,8 +124,8 @@ def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
         "heads": ["mtp=sequential", "mtp.depth=1", "compare.match=flops"],
         "deep": ["mtp=sequential", "mtp.depth=2"],
     }
-    predictions = [{"arm": "plain", "side": "below", "by": 1}]
-    claim = claim_of(tmp_path, arms=arms, shared=[*SMALL], predictions=predictions)
+    predictions = [predict("plain", "below", 1)]
+    claim = claim_of(tmp_path, arms=arms, shared=SMALL, predictions=predictions)
     found = {job.arm: flops_of(job) for job in jobs(claim, [0], tmp_path)}
     assert found["plain"] == found["heads"] == pytest.approx(1736835072000, rel=0.01)
     assert found["deep"] == pytest.approx(2857500672000, rel=0.01)
@@ -132,7 +133,7 @@ def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
 
 def test_flops_are_unknown_where_the_trunk_is_that_of_another_model(tmp_path: Path) -> None:
     arms = {"base": ["objective=kl"], "next": ["objective=tv", "init_from=base"]}
-    predictions = [{"arm": "next", "against": "base", "side": "below", "by": 1}]
+    predictions = [predict("next", "below", 1, against="base")]
     shared = ["experiment=smollm2_heads"]
     claim = claim_of(tmp_path, arms=arms, shared=shared, predictions=predictions)
     assert [flops_of(job) for job in jobs(claim, [0], tmp_path)] == [None, None]
@@ -203,7 +204,7 @@ def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -
     effect, deviation = by - 0.02, 0.05
     plain = [2.0 + 0.1 * i for i in range(8)]
     moved = [p + effect + deviation * n for p, n in zip(plain, noise, strict=True)]
-    predictions = [{"arm": "mtp", "against": "plain", "side": "below", "by": by}]
+    predictions = [predict("mtp", "below", by, against="plain")]
     (entry,) = entries_of(tmp_path, {"plain": plain, "mtp": moved}, predictions=predictions)
     assert entry["verdict"] == "undecided"
     (number,) = seeds_enough([entry], 3)
@@ -233,8 +234,8 @@ def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
     few = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
     assert few[0]["why"].startswith("n = 2") and seeds_enough(few, 5) == [5]
     # After the correction for the claim's other predictions more are needed than alone.
-    one = [{"arm": "mtp", "against": "plain", "side": "below"}]
-    both = [*one, {"arm": "mtp", "against": "plain", "side": "above", "by": 0.3}]
+    one = [predict("mtp", "below", against="plain")]
+    both = [*one, predict("mtp", "above", 0.3, against="plain")]
     values = {"plain": plain, "mtp": noisy}
     (alone,) = seeds_enough(entries_of(tmp_path, values, predictions=one), 3)
     corrected = seeds_enough(entries_of(tmp_path, values, predictions=both), 3)
@@ -244,10 +245,7 @@ def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
 
 def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     claims = tmp_path / "claims"
-    more = [
-        {"arm": "mtp", "against": "plain", "side": "above"},
-        {"arm": "mtp", "side": "above", "by": 0.4},
-    ]
+    more = [predict("mtp", "above", against="plain"), predict("mtp", "above", 0.4)]
     claim = claim_of(claims, measure=SOLVED, minimum=3, predictions=more, seeds=list(range(10)))
     values = {"plain": rights(3), "mtp": rights(5)}
     result = result_of(claim, values)

@@ -16,14 +16,14 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.read import names, read_claim
 from sweeps.compose import compose_run
-from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.claims.fixture_claims import claim_of, predict
 
 RUNS = Path("/nowhere/runs")
 
 
 def folders(folder: Path, arms: dict[str, list[str]], **changes: object) -> dict[str, str]:
     """By arm, at seed 0."""
-    pairs = [{"arm": arm, "side": "below", "by": 1} for arm in arms]
+    pairs = [predict(arm, "below", 1) for arm in arms]
     claim = claim_of(folder, arms=arms, predictions=pairs, **changes)
     return {job.arm: job.folder for job in jobs(claim, [0], RUNS)}
 
@@ -92,9 +92,7 @@ def test_a_claim_asks_for_acceptance_on_many_prompts(tmp_path: Path) -> None:
     assert len(asked) == 3
     measures = ("decode/tokens_per_step", "decode/sampled/tokens_per_step", "val/overlap_depth_1")
     assert all(f"{tag}" in said for tag in measures)
-    predictions = [
-        {"arm": "mtp", "side": "above", "by": 1, "measure": {"tag": tag}} for tag in measures
-    ]
+    predictions = [predict("mtp", "above", 1, measure={"tag": tag}) for tag in measures]
     claim = claim_of(tmp_path, shared=asked, predictions=predictions)
     assert [measure.tag for measure in claim.measures] == list(measures)
     config = OmegaConf.to_container(compose_run(jobs(claim, [0], RUNS)[1].overrides))

@@ -12,7 +12,7 @@ from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import answers
 from sweeps.claims.read import read_claim
-from tests.sweeps.claims.fixture_claims import claim_of, write_claim
+from tests.sweeps.claims.fixture_claims import claim_of
 
 GAIN = "equivalent_gain_600k"
 
@@ -52,8 +52,7 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
 
 
 def test_whether_it_teaches_to_plan(tmp_path: Path) -> None:
-    write_claim(tmp_path, "planning_seeds")
-    claim = read_claim("planning_seeds", tmp_path)
+    claim = claim_of(tmp_path, "planning_seeds")
     share = {"count": 4, "n": 4, "low": 0.4, "high": 1.0, "rate": 1.0}
     none = {"count": 0, "n": 5, "low": 0.0, "high": 0.5, "rate": 0.0}
     solved = {**entry("mtp", 1)["measure"], "solved": 0.95, "curve": []}

@@ -13,10 +13,10 @@ from sweeps.claims.__main__ import main
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.words import entries, quantity, subject
 from sweeps.report.names import arm_names
-from tests.sweeps.claims.fixture_claims import CONTENT, SOLVED, claim_of, write_claim
+from tests.sweeps.claims.fixture_claims import CONTENT, SOLVED, claim_of, predict, write_claim
 
 ARMS = CONTENT["arms"]
-PREDICTION = {"arm": "mtp", "against": "plain", "side": "below"}
+PREDICTION = predict("mtp", "below", against="plain")
 
 
 def predicted(**changes: Any) -> dict[str, Any]:
@@ -25,13 +25,11 @@ def predicted(**changes: Any) -> dict[str, Any]:
 
 def test_what_a_file_says(tmp_path: Path) -> None:
     own = {"tag": "decode/tokens_per_step", "last": 0.5}
-    claim = claim_of(
-        tmp_path,
-        predictions=[
-            {**PREDICTION, "by": -0.1, "expected": -0.2, "published": "2.1"},
-            {"arm": "mtp", "side": "above", "by": 1, "measure": own},
-        ],
-    )
+    predictions = [
+        {**PREDICTION, "by": -0.1, "expected": -0.2, "published": "2.1"},
+        predict("mtp", "above", 1, measure=own),
+    ]
+    claim = claim_of(tmp_path, predictions=predictions)
     assert claim.name == claim.label == "mine" and claim.scale.seeds == (0, 1, 2, 3, 4)
     assert claim.overrides("plain") == ("mtp.depth=2", "mtp=none", "mtp.depth=0")
     first, second = claim.predictions

@@ -12,7 +12,6 @@ import pytest
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
 from sweeps.claims.preregistration import Preregistration
-from sweeps.claims.read import read_claim
 from sweeps.claims.recall import beginning, left_to_run, shared_seeds, with_stored
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
 from sweeps.claims.run import run
@@ -23,8 +22,8 @@ from tests.sweeps.claims.fixture_claims import (
     claim_of,
     moved,
     observed,
+    predict,
     register,
-    write_claim,
 )
 from tests.sweeps.fixture_runs import evaluated, write_run
 
@@ -124,9 +123,8 @@ def of_another(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:
     """A result in ``folder`` of a claim that has the arm ``plain`` under another name, done at
     seeds 0 to 2."""
     arms = {"control": claim.arms["plain"], "parallel": ["mtp=parallel"]}
-    predictions = [{"arm": "control", "against": "parallel", "side": "above"}]
-    write_claim(folder / "claims", "other", arms=arms, predictions=predictions, **changes)
-    other = read_claim("other", folder / "claims")
+    predictions = [predict("control", "above", against="parallel")]
+    other = claim_of(folder / "claims", "other", arms=arms, predictions=predictions, **changes)
     found = observed(other, {"control": PLAIN[:3], "parallel": []})
     named = {job.seed: job.folder for job in jobs(other, range(3), runs) if job.arm == "control"}
     seeds = {n: replace(seed, folder=named[n]) for n, seed in found["control"].items()}
@@ -168,7 +166,7 @@ def test_an_arm_of_which_something_else_was_measured_is_not(
 
 def test_what_is_shared_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arms = {"plain": ["mtp=none", "mtp.depth=0"], "again": ["mtp=none", "mtp.depth=0"]}
-    predictions = [{"arm": "again", "against": "plain", "side": "within", "by": 1}]
+    predictions = [predict("again", "within", 1, against="plain")]
     claim = claim_of(tmp_path / "claims", arms=arms, predictions=predictions, seeds=[0, 1, 2])
     runs = tmp_path / "runs"
     of_another(claim, runs, tmp_path)

@@ -26,6 +26,7 @@ from tests.sweeps.claims.fixture_claims import (
     claim_of,
     moved,
     observed,
+    predict,
     register,
     result_of,
     rights,
@@ -75,13 +76,8 @@ def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
 
 def test_what_is_read_of_runs(tmp_path: Path) -> None:
     own = {"tag": "moe/max_violation", "last": 0.5}
-    claim = claim_of(
-        tmp_path,
-        predictions=[
-            {"arm": "mtp", "against": "plain", "side": "below"},
-            {"arm": "mtp", "side": "below", "measure": own},
-        ],
-    )
+    predictions = [predict("mtp", "below", against="plain"), predict("mtp", "below", measure=own)]
+    claim = claim_of(tmp_path, predictions=predictions)
     runs = tmp_path / "runs"
     for seed, bits in enumerate(PLAIN):
         write_run(runs / f"p{seed}", {"seed": seed}, loss=2 * bits, summary=evaluated("a" * 32))
@@ -133,8 +129,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
     )
     before = (tmp_path / "results" / "mine.json").read_bytes()
     # The threshold moves to where the result would no longer hold.
-    moved_to = [{"arm": "mtp", "against": "plain", "side": "below", "by": -0.06}]
-    changed = claim_of(claims, predictions=moved_to)
+    changed = claim_of(claims, predictions=[predict("mtp", "below", -0.06, against="plain")])
     stored = read_result("mine", tmp_path / "results")
     assert is_stale(stored, changed)
     assert run("verdict", "mine", "--runs", runs, *where) == 1
@@ -152,9 +147,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
 def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claims = tmp_path / "claims"
     gpu = {"seeds": [0, 1], "minimum": 2, "minutes": 900}
-    published = [
-        {"arm": "mtp", "against": "plain", "side": "below", "expected": -0.1, "published": "2.1"}
-    ]
+    published = [predict("mtp", "below", against="plain", expected=-0.1, published="2.1")]
     claim = claim_of(claims, gpu=gpu, predictions=published)
     write_claim(claims, "other", note="Nobody knows.")
     where = ["--claims", claims, "--root", root(tmp_path), "--runs", tmp_path / "none"]
@@ -247,8 +240,8 @@ def test_an_installed_copy_keeps_results_where_it_is_run(
 def test_figures_by_measure(tmp_path: Path) -> None:
     own = {"tag": "decode/tokens_per_step"}
     more = [
-        {"arm": "mtp", "against": "plain", "side": "within", "by": 0.1},
-        {"arm": "mtp", "side": "above", "by": 1, "measure": own},
+        predict("mtp", "within", 0.1, against="plain"),
+        predict("mtp", "above", 1, measure=own),
     ]
     claim = claim_of(tmp_path, predictions=more)
     result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
@@ -285,10 +278,8 @@ def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
     assert "one seed" in beside(one, committed)[0]
     assert "not to be compared yet" in beside(one, committed)[0]
     assert "not to be compared yet" in beside(none, committed)[0]
-    solved = claim_of(
-        tmp_path / "claims", measure=SOLVED,
-        predictions=[{"arm": "mtp", "against": "plain", "side": "above"}],
-    )  # fmt: skip
+    predictions = [predict("mtp", "above", against="plain")]
+    solved = claim_of(tmp_path / "claims", measure=SOLVED, predictions=predictions)
     few, many = (
         result_of(solved, {"plain": rights(0), "mtp": rights(n)}) for n in (0, len(rights(0)))
     )
@@ -296,13 +287,11 @@ def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
 
 
 def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path) -> None:
-    claims = tmp_path / "claims"
     more = [
-        {"arm": "mtp", "against": "plain", "side": "above", "expected": 0.1},
-        {"arm": "mtp", "against": "plain", "side": "below", "by": -0.2},
+        predict("mtp", "above", against="plain", expected=0.1),
+        predict("mtp", "below", -0.2, against="plain"),
     ]
-    write_claim(claims, QUESTION, predictions=more)
-    claim = read_claim(QUESTION, claims)
+    claim = claim_of(tmp_path, QUESTION, predictions=more)
     for readme, waits in ((ENGLISH, "?** Not judged yet"), (CHINESE, "？** 尚无结论")):
         text = part([(claim, None)], readme, tmp_path)
         assert waits in text and claim.command in text
@@ -333,13 +322,8 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
 
 
 def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
-    claims = tmp_path / "claims"
-    more = [
-        {"arm": "plain", "side": "below", "by": 0.5},
-        {"arm": "mtp", "against": "plain", "side": "above"},
-    ]
-    write_claim(claims, PLANNING, measure=SOLVED, predictions=more)
-    claim = read_claim(PLANNING, claims)
+    more = [predict("plain", "below", 0.5), predict("mtp", "above", against="plain")]
+    claim = claim_of(tmp_path, PLANNING, measure=SOLVED, predictions=more)
     for count, told in (
         (7, ("Some heads do, beyond noise: sequential modules.", "超出噪声：串行模块。")),
         (2, ("No head does, beyond noise.", "没有预测头超出噪声。")),
@@ -356,13 +340,11 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
 
 
 def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
-    claims = tmp_path / "claims"
     found = []
     for name, arm, count in ((PLANNING, "top", 0), (MORE_PLANNING, "bag", 7)):
         arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: [f"mtp={arm}"]}
-        more = [{"arm": arm, "against": "plain", "side": "above"}]
-        write_claim(claims, name, measure=SOLVED, arms=arms, predictions=more)
-        claim = read_claim(name, claims)
+        more = [predict(arm, "above", against="plain")]
+        claim = claim_of(tmp_path, name, measure=SOLVED, arms=arms, predictions=more)
         found.append((claim, result_of(claim, {"plain": rights(0), arm: rights(count)})))
     n = len(rights(0))
     text = part(found, ENGLISH, tmp_path)
