@@ -6,16 +6,15 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from sweeps.claims.__main__ import main
-from sweeps.claims.pages import BEGIN, END
 from tests.integration.helpers import ROOT, environment, overrides
-from tests.sweeps.claims.fixture_claims import commit, predict, write_claim
+from tests.sweeps.claims.fixture_claims import commit, predict, root, write_claim
+from tests.sweeps.typed import wait_until
 
 
 def command(*arguments: object) -> list[str]:
@@ -70,16 +69,14 @@ def test_a_claim_is_run_interrupted_continued_and_judged(
         cwd=ROOT,
         env=environment(),
     )
+
+    def one_is_done_and_the_next_trains() -> bool:
+        assert started.poll() is None, started.communicate()
+        found = sorted(status["state"] for status in states(runs).values())
+        return found[:3] == ["done", "pending", "pending"]
+
     try:
-        # Until one run is done and the next one trains.
-        began = time.monotonic()
-        while sorted(s["state"] for s in states(runs).values())[:3] != [
-            "done",
-            "pending",
-            "pending",
-        ]:
-            assert time.monotonic() - began < 480 and started.poll() is None, started.communicate()
-            time.sleep(0.1)
+        wait_until(one_is_done_and_the_next_trains)
         started.send_signal(signal.SIGINT)
         said, _ = started.communicate(timeout=480)
     finally:
@@ -89,11 +86,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(
     first = {name: s for name, s in states(runs).items() if s["state"] == "done"}
     assert len(first) == 1 and len(states(runs)) == 4
 
-    page = f"{BEGIN}\n{END}\n"
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "results.md").write_text(page)
-    (tmp_path / "README.md").write_text(page)
-    judged = execute("verdict", "mine", *where, "--root", tmp_path)
+    judged = execute("verdict", "mine", *where, "--root", root(tmp_path))
     assert judged.returncode == 0, judged.stderr
     assert "mine: undecided." in judged.stdout and "unfinished: mtp: 0 of 2" in judged.stdout
 
@@ -155,13 +148,3 @@ def test_a_claim_is_run_interrupted_continued_and_judged(
     assert "2 runs in" in weights.stdout and "2 ended before" in weights.stdout
     assert weights.stdout.count("the result has no digest of this run") == 2
     assert len(list((tmp_path / "w" / "yours").glob("heads_seed-*.safetensors"))) == 2
-    unknown = execute("weights", "yours", *where, "--arms", "none")
-    assert unknown.returncode == 1 and "--arms none: choose from control, heads" in unknown.stderr
-
-    refused = execute("run", "nope", *where)
-    assert refused.returncode == 1 and "choose one of mine, yours" in refused.stderr
-    neither = execute("verdict", *where)
-    assert (
-        neither.returncode == 1
-        and "verdict needs either names of claims or --all" in neither.stderr
-    )

@@ -14,7 +14,7 @@ import pytest
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
-from sweeps.claims.pages import BEGIN, END, QUESTION, part
+from sweeps.claims.pages import QUESTION, READMES, part
 from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
 from sweeps.claims.result import make_result
 from sweeps.process import Task
@@ -25,6 +25,7 @@ from tests.sweeps.claims.fixture_claims import (
     moved,
     observed,
     register,
+    root,
     run,
     write_claim,
 )
@@ -65,11 +66,9 @@ def test_the_verdict_of_a_trial_says_so_everywhere(
 ) -> None:
     claims, runs = tmp_path / "claims", tmp_path / "runs"
     write_claim(claims)
-    (tmp_path / "docs").mkdir()
-    pages = [tmp_path / "docs" / "results.md", tmp_path / "README.md", tmp_path / "README.zh-CN.md"]
-    for page in pages:
-        page.write_text(f"{BEGIN}\n{END}\n")
-    where = ["--claims", claims, "--runs", runs, "--root", tmp_path]
+    where = ["--claims", claims, "--runs", runs, "--root", root(tmp_path)]
+    shutil.copy(tmp_path / "README.md", tmp_path / "README.zh-CN.md")
+    pages = [tmp_path / name for name in ("docs/results.md", *READMES)]
     assert run("run", "mine", *where, "--unpredicted") == 0
     # It was begun as a trial, and a commit that comes later does not change that.
     commit(claims)

@@ -215,6 +215,8 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         (["run", "mine", "--gpu"], "has no gpu setting"),
         (["run", "yours"], "choose one of mine"),
         (["verdict", "mine", "--all"], "needs either names of claims or --all"),
+        (["verdict"], "needs either names of claims or --all"),
+        (["weights", "mine", "--arms", "none"], "--arms none: choose from plain, mtp"),
     ):
         assert run(*arguments, *where) == 1
         assert said in capsys.readouterr().err
