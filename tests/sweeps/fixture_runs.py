@@ -33,7 +33,15 @@ def asked(fingerprint: str | None = "e" * 32) -> Any:
     return {"evaluation": {"fingerprint": fingerprint, "examples": 512, "tokens": 2048}}
 
 
+def trained_on(data: str = "d", tokenizer: str = "t", **more: Any) -> dict[str, Any]:
+    """What a summary says about its data: the letters of their fingerprint and the tokenizer's."""
+    of_tokenizer = {"fingerprint": tokenizer * 32}
+    return {"data": {"fingerprint": data * 32, "tokenizer": of_tokenizer, **more}}
+
+
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
+# What a run without MTP has in its config.
+NONE = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def write_run(
             "seconds": 1.5,
             "seed": settings["seed"],
             "world_size": 1,
-            "data": {"fingerprint": "d" * 32, "tokenizer": {"fingerprint": "t" * 32}},
+            **trained_on(),
             "versions": VERSIONS,
             "machine": "Linux x86_64, 2 cores",
             "git_commit": "a" * 40,

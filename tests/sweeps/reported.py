@@ -20,9 +20,11 @@ from sweeps.report.settings import Settings
 from sweeps.report.tables import Cell, of_settings
 
 
-def collected(folder: Path, **options: Any) -> Settings:
-    """The settings of a folder's runs."""
-    return collect([read_sweep(folder)], **options)
+def collected(*folders: Path, **options: Any) -> Settings:
+    """The settings of the runs in folders, which name them where there are several."""
+    names = [folder.name if len(folders) > 1 else "" for folder in folders]
+    sweeps = [read_sweep(folder, name=name) for folder, name in zip(folders, names, strict=True)]
+    return collect(sweeps, **options)
 
 
 def drawings(of: Path | Settings, comparisons: Sequence[Comparison] = ()) -> dict[str, Drawing]:

@@ -15,7 +15,7 @@ from sweeps.report.__main__ import report
 from sweeps.report.chart import styled
 from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
 from sweeps.report.figures import gains
-from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.fixture_runs import NONE, evaluated, write_run
 from tests.sweeps.reported import collected, drawings, table_of
 
 BUDGETS = (0.3, 0.5, 0.75, 1.0, 1.35)
@@ -102,8 +102,7 @@ def priced_sweep(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = B
     for seed in range(seeds):
         for budget in budgets:
             flops = budget * FULL
-            plain = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
-            run(f"none_{budget}", seed, law(flops, seed), flops, budget * steps, **plain)
+            run(f"none_{budget}", seed, law(flops, seed), flops, budget * steps, **NONE)
         for head, effect in EFFECTS.items():
             own = {"mtp._target_": f"mtp_lightning.mtp.{head}.Config"}
             loss = law(effect * NOISE[seed] * FULL, seed)
@@ -187,12 +186,12 @@ def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Pat
     }
     # Runs that have not annealed, or of another size, are on no arm's curve.
     priced_sweep(tmp_path / "b", budgets=(0.3, 1.35))
-    other = {"model.d_model": 64, "mtp._target_": "x.none.NoMTPConfig", "mtp.depth": 0}
-    constant = {**other, "model.d_model": 128, "optimizer.schedule.kind": "constant"}
+    other = {"model.d_model": 64, **NONE}
+    constant = {"optimizer.schedule.kind": "constant", **NONE}
     for name, config in (("small", other), ("constant", constant)):
         write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
     # Nor are lengths at which a run stopped early.
-    stopped = {**other, "model.d_model": 128, "trainer.max_steps": 900}
+    stopped = {"trainer.max_steps": 900, **NONE}
     early = {"stopped_early": True, "step": 800, "flops": 2e12, **evaluated("a" * 32)}
     write_run(tmp_path / "b" / "stopped", stopped, loss=2.0, summary=early)
     (family,) = families(collected(tmp_path / "b"))

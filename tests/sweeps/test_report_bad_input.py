@@ -13,22 +13,12 @@ from typing import Any
 import pytest
 
 from mtp_lightning.run.lock import Lock
-from sweeps.report.collect import collect
 from sweeps.report.compare import compare
-from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import Run, read_run, read_sweep
-from sweeps.report.settings import Settings
 from sweeps.status import main as status_of
-from tests.sweeps.fixture_runs import VERSIONS, depth_sweep, write_plan, write_run
-from tests.sweeps.reported import answered
-
-
-def of(*folders: Path) -> tuple[Settings, str]:
-    """The settings, and all caveats as one text."""
-    names = [folder.name if len(folders) > 1 else "" for folder in folders]
-    settings = collect([read_sweep(path, name=n) for path, n in zip(folders, names, strict=True)])
-    return settings, "\n".join(caveats(settings))
+from tests.sweeps.fixture_runs import NONE, VERSIONS, depth_sweep, trained_on, write_plan, write_run
+from tests.sweeps.reported import answered, collected, noted
 
 
 def states(folder: Path) -> dict[str, tuple[str, str]]:
@@ -91,8 +81,7 @@ def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
 
 def test_only_half_written_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a", done=False)
-    settings, _ = of(tmp_path)
-    text = " ".join(answer(settings, compare(settings)))
+    text = answered(tmp_path)
     assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
 
 
@@ -105,7 +94,7 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: object) -> None:
     if value is not None:
         content[LOSS] = value
     file.write_text(json.dumps(content))
-    settings, notes = of(tmp_path)
+    settings, notes = collected(tmp_path), noted(tmp_path)
     zero, one = settings.all
     assert zero.estimate(LOSS).interval is not None
     found = one.estimate(LOSS)
@@ -134,7 +123,7 @@ def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> N
     assert found["seed-2"] == ("running", "")
     assert found["seed-3"][0] == "unfinished" and "though its job ended well" in found["seed-3"][1]
     assert found["seed-4"][0] == "pending" and found["seed-5"][0] == "missing"
-    settings, notes = of(tmp_path)
+    settings, notes = collected(tmp_path), noted(tmp_path)
     (setting,) = settings.all
     assert setting.estimate(LOSS).values == {0: 2.0}
     # Four have a config. Nothing tells the two others apart yet: their folders are empty.
@@ -146,7 +135,7 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 2: (1.9,)})
     jobs = {f"depth-{d}_seed-{s}": [f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)}
     write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
-    settings, notes = of(tmp_path)
+    settings, notes = collected(tmp_path), noted(tmp_path)
     assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
         ("mtp.depth=0", 2, 2),
         ("mtp.depth=2", 1, 2),
@@ -165,7 +154,7 @@ def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:
             if seed == 0:
                 write_run(tmp_path / name, {"mtp.share_layers": shared == "true"})
     write_plan(tmp_path, jobs, ["mtp.share_layers", "seed"])
-    settings, _ = of(tmp_path)
+    settings = collected(tmp_path)
     assert [(s.label, s.name, s.planned) for s in settings.all] == [
         ("mtp.share_layers=false", "shared: false", 2),
         ("mtp.share_layers=true", "one for all depths", 2),
@@ -203,7 +192,7 @@ def test_a_damaged_plan_and_a_damaged_status_are_noted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", status={"state": "done"})
     (tmp_path / "sweep.json").write_text("{")
     (folder / "status.json").write_text("")
-    settings, notes = of(tmp_path)
+    settings, notes = collected(tmp_path), noted(tmp_path)
     assert len(settings.all) == 1 and "sweep.json is damaged" in notes
     assert "a: status.json is damaged." in notes
 
@@ -212,7 +201,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path: Pat
     write_run(tmp_path / "a", {"seed": 0})
     write_run(tmp_path / "b", {"seed": 1, "model.d_model": 256})
     write_run(tmp_path / "c", {"seed": 2, "data.split_seed": 7})
-    settings, _ = of(tmp_path)
+    settings = collected(tmp_path)
     assert sorted(s.label for s in settings.all) == [
         "model.d_model=128, data.split_seed=0",
         "model.d_model=128, data.split_seed=7",
@@ -225,20 +214,14 @@ def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"seed": 1})
     file = write_run(tmp_path / "b", {"seed": 1}) / "config.yaml"
     file.write_text(file.read_text().replace("  seed: 1", "  seed: 0"))
-    settings, _ = of(tmp_path)
+    settings = collected(tmp_path)
     assert [s.label for s in settings.all] == ["data.seed=0", "data.seed=1"]
-
-
-NONE = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (
-            {"logger.csv.folder": "/a", "run_dir": "/a"},
-            {"logger.csv.folder": "/b", "run_dir": "/b"},
-        ),
+        *[({key: "/a"}, {key: "/b"}) for key in ("logger.csv.folder", "run_dir")],
         (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, however it is typed
     ],
 )
@@ -247,7 +230,7 @@ def test_what_changes_nothing_is_no_setting(
 ) -> None:
     write_run(tmp_path / "a", one)
     write_run(tmp_path / "b", {**other, "seed": 1})
-    (setting,) = of(tmp_path)[0].all
+    (setting,) = collected(tmp_path).all
     assert len(setting.done) == 2
 
 
@@ -257,7 +240,7 @@ def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
     write_run(tmp_path / "late", done=False)
     os.utime(old / "summary.json", (1, 1))
     os.utime(new / "summary.json", (2, 2))
-    settings, notes = of(tmp_path)
+    settings, notes = collected(tmp_path), noted(tmp_path)
     assert settings.all[0].estimate(LOSS).values == {0: 2.0}
     assert "old repeats a seed of its setting and is left out" in notes
     assert "late repeats a seed" in notes and "new repeats" not in notes
@@ -273,7 +256,7 @@ def test_versions_commits_and_machines_that_differ_are_noted(tmp_path: Path) -> 
     }
     write_run(tmp_path / "b", {"seed": 1}, summary=other)
     write_run(tmp_path / "c", {"seed": 2}, summary={"versions": None, "git_commit": None})
-    _, notes = of(tmp_path)
+    notes = noted(tmp_path)
     assert "version of torch: 2.13.0 (1), 2.11.0 (1), unknown (1)" in notes
     assert f"git commit: {'a' * 40} (1); {'b' * 40} (1); unknown (1)." in notes
     assert "64 cores (1). Seconds and speeds do not compare." in notes
@@ -283,10 +266,9 @@ def test_versions_commits_and_machines_that_differ_are_noted(tmp_path: Path) -> 
 def test_other_data_is_another_setting(tmp_path: Path) -> None:
     """Two runs with equal configs, whose text file was changed in between."""
     write_run(tmp_path / "a", loss=2.0)
-    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "t" * 32}}
-    write_run(tmp_path / "b", {"seed": 1}, loss=3.0, summary={"data": data})
+    write_run(tmp_path / "b", {"seed": 1}, loss=3.0, summary=trained_on("e"))
     write_run(tmp_path / "c", {"seed": 2}, done=False)
-    settings, notes = of(tmp_path)
+    settings, notes = collected(tmp_path), noted(tmp_path)
     assert [(s.label, len(s.done)) for s in settings.all] == [
         ("data.fingerprint=dddddddd", 1),
         ("data.fingerprint=eeeeeeee", 1),
@@ -298,12 +280,11 @@ def test_other_data_is_another_setting(tmp_path: Path) -> None:
 
 def test_data_that_follow_from_the_config_split_nothing(tmp_path: Path) -> None:
     """Each vocabulary has its own tokens; the run that has not ended will have its setting's."""
-    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
-    for size, summary in ((300, {}), (999, {"data": data})):
+    for size, summary in ((300, {}), (999, trained_on("e", "u"))):
         vocabulary = {"tokenizer.vocab_size": size}
         write_run(tmp_path / f"{size}_a", {**vocabulary, "seed": 0}, summary=summary)
         write_run(tmp_path / f"{size}_b", {**vocabulary, "seed": 1}, done=False)
-    settings, _ = of(tmp_path)
+    settings = collected(tmp_path)
     assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
         ("tokenizer.vocab_size=300", 1, 2),
         ("tokenizer.vocab_size=999", 1, 2),
@@ -312,9 +293,9 @@ def test_data_that_follow_from_the_config_split_nothing(tmp_path: Path) -> None:
 
 def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"tokenizer.vocab_size": 300})
-    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
-    write_run(tmp_path / "b", {"tokenizer.vocab_size": 999}, loss=1.9, summary={"data": data})
-    settings, notes = of(tmp_path)
+    other = {"tokenizer.vocab_size": 999}
+    write_run(tmp_path / "b", other, loss=1.9, summary=trained_on("e", "u"))
+    settings, notes = collected(tmp_path), noted(tmp_path)
     assert settings.headline.tag == BITS
     assert "compare bits per byte" in notes
     text = answered(settings)
@@ -324,7 +305,7 @@ def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
 def test_two_folders_are_told_apart(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "before", {0: (2.0, 2.1), 1: (1.9, 2.0)})
     depth_sweep(tmp_path / "after", {0: (2.0, 2.1), 1: (1.7, 1.8)})
-    settings, _ = of(tmp_path / "before", tmp_path / "after")
+    settings = collected(tmp_path / "before", tmp_path / "after")
     assert settings.varied == ["folder", "mtp.depth"]
     means = {s.label: s.estimate(LOSS).interval for s in settings.all}
     assert {k: round(v.mean, 9) for k, v in means.items() if v} == {
@@ -351,7 +332,7 @@ def test_overrides_name_a_setting_that_configs_do_not(tmp_path: Path) -> None:
     other = write_run(tmp_path / "b", {"lambda_schedule.length": 3})
     (other / ".hydra").mkdir()
     (other / ".hydra" / "hydra.yaml").write_text(choices)
-    settings, _ = of(tmp_path)
+    settings = collected(tmp_path)
     labels = [s.label for s in settings.all]
     assert labels == [
         "lambda_schedule=constant, lambda_schedule.unit=fraction",
@@ -375,13 +356,13 @@ def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
     """Neither has a depth. A sweep names the group, whose choice is shown, or else the class."""
     write_run(tmp_path / "own" / "a")
     write_run(tmp_path / "own" / "b", NONE)
-    assert [s.label for s in of(tmp_path / "own")[0].all] == ["mtp=none", "mtp=sequential"]
+    assert [s.label for s in collected(tmp_path / "own").all] == ["mtp=none", "mtp=sequential"]
     for name in ("none", "teacherless"):
         target = f"mtp_lightning.mtp.{name}.{'NoMTP' if name == 'none' else 'Teacherless'}Config"
         for seed in (0, 1):
             config = {"seed": seed, "mtp._target_": target, "mtp.depth": 0}
             asked = {"state": "done", "overrides": [f"mtp={name}", f"seed={seed}"]}
             write_run(tmp_path / f"{name}{seed}", config, status=asked)
-    settings, _ = of(tmp_path)
+    settings = collected(tmp_path)
     assert [s.label for s in settings.all] == ["mtp=none", "mtp=teacherless"]
     assert [len(s.done) for s in settings.all] == [2, 2]

@@ -9,7 +9,7 @@ from sweeps.report.metrics import is_share
 from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.tables import of_floors, of_settings
-from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.fixture_runs import write_run
 from tests.sweeps.reported import collected
 
 VALUES = {
@@ -33,9 +33,8 @@ def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
             shift = 0.02 * seed
             own = {tag: value + shift for tag, value in VALUES.items() if f"depth_{depth}" in tag}
             own |= {"val/context_score": -0.5 - shift, "val/effective_context": 64.0}
-            summary = {**evaluated("f" * 32), **own}
             folder = tmp_path / f"{depth}_{seed}"
-            write_run(folder, {"mtp.depth": depth, "seed": seed}, summary=summary)
+            write_run(folder, {"mtp.depth": depth, "seed": seed}, summary=own)
     settings = collected(tmp_path)
     table = of_floors(settings)
     rows = [[cell.text for cell in row] for row in table.rows]
@@ -56,7 +55,7 @@ def test_shares_are_known_and_differences_are_none() -> None:
 
 
 def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", summary=evaluated("f" * 32))
+    write_run(tmp_path / "a")
     settings = collected(tmp_path)
     assert of_floors(settings).rows == []
     assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]

@@ -15,7 +15,7 @@ from sweeps.report.findings import answer
 from sweeps.report.metrics import BITS_ERROR, SPEEDUP
 from sweeps.report.settings import Settings
 from sweeps.report.tables import of_settings
-from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.fixture_runs import evaluated, trained_on, write_run
 from tests.sweeps.reported import answered, cells, collected, csv_rows, drawings, noted, page_of
 
 A, B = "a1" * 16, "b2" * 16
@@ -193,8 +193,7 @@ def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> Non
 
 def tokenized(name: str, rate: float | None = None) -> dict[str, Any]:
     """The data of a run: its tokenizer, and bytes per token of the validation split."""
-    split = {} if rate is None else {"val": {"bytes_per_token": rate}}
-    return {"data": {"fingerprint": name * 32, "tokenizer": {"fingerprint": name * 32}, **split}}
+    return trained_on(name, name, **({} if rate is None else {"val": {"bytes_per_token": rate}}))
 
 
 def contexts_of(folder: Path, *runs: tuple[str, int | None, dict[str, Any]]) -> list[str]:
@@ -296,8 +295,7 @@ def test_the_table_has_both_errors_apart(tmp_path: Path) -> None:
 
 def test_the_answer_in_bits_has_it_too(tmp_path: Path) -> None:
     with_errors(tmp_path, {0: (0.01, 0.01)})
-    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
-    with_errors(tmp_path, {3: (0.02, 0.02)}, data=data)
+    with_errors(tmp_path, {3: (0.02, 0.02)}, **trained_on("e", "u"))
     settings = collected(tmp_path)
     told = answer(settings, compare(settings))
     (best,) = [text for text in told if "has the lowest" in text]

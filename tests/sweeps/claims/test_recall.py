@@ -25,7 +25,7 @@ from tests.sweeps.claims.fixture_claims import (
     predict,
     register,
 )
-from tests.sweeps.fixture_runs import evaluated, write_run
+from tests.sweeps.fixture_runs import write_run
 
 
 def elsewhere(claim: Claim, runs: Path) -> Result:
@@ -67,10 +67,7 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
     here = {a: {s: f"{a}{s}" for s in (3, 4)} for a in claim.arms}
     for seed in (3, 4):
         for arm, less in (("plain", 0.0), ("mtp", 0.1)):
-            summary = evaluated("e" * 32)
-            write_run(
-                runs / f"{arm}{seed}", {"seed": seed}, loss=2 * PLAIN[seed] - less, summary=summary
-            )
+            write_run(runs / f"{arm}{seed}", {"seed": seed}, loss=2 * PLAIN[seed] - less)
     register(claim, runs, here, commit="a" * 40)
     results = tmp_path / "results"
     write_result(stored, claim.label, results)
@@ -144,10 +141,7 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
     for (arm, seed), folder in named.items():
         here.setdefault(arm, {})[seed] = folder
     for seed in range(3):
-        summary = evaluated("e" * 32)
-        write_run(
-            runs / named["mtp", seed], {"seed": seed}, loss=2 * PLAIN[seed] - 0.1, summary=summary
-        )
+        write_run(runs / named["mtp", seed], {"seed": seed}, loss=2 * PLAIN[seed] - 0.1)
     register(claim, runs, here, commit="a" * 40)
     alone, both = judge(claim, runs), judge(claim, runs, results)
     assert (alone["predictions"][0]["n"], both["predictions"][0]["n"]) == (0, 3)
