@@ -196,12 +196,12 @@ def train_apart(run_dir: Path, cache: Path, settings: dict[str, Any] | None = No
     return done
 
 
-def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a command in the background; both of its outputs go to ``log``."""
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            args, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT
-        )
+def start(args: list[str], log: Path, *, cwd: Path = ROOT, **more: str) -> subprocess.Popen[bytes]:
+    """Start a command in the background; both of its outputs are appended to ``log``. ``more`` is
+    of its environment."""
+    env = {**environment(), **more}
+    with log.open("ab") as file:
+        return subprocess.Popen(args, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=cwd)
 
 
 def kill_at(args: list[str], run_dir: Path, step: int) -> None:

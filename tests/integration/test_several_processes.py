@@ -225,11 +225,7 @@ def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     place |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     settings = DDP | {"trainer.devices": 1, "trainer.num_nodes": 2}
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            lightning(cache, settings, run),
-            stdout=log, stderr=subprocess.STDOUT, env=environment() | place, cwd=ROOT,
-        )  # fmt: skip
+    process = start(lightning(cache, settings, run), tmp_path / "log", **place)
     tcp = dist.TCPStore(
         "127.0.0.1", port, timeout=timedelta(minutes=2), wait_for_workers=False, multi_tenant=True
     )

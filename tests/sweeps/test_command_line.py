@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import ROOT, environment, rows, train_here
+from tests.integration.helpers import ROOT, rows, start, train_here
 from tests.sweeps.typed import command, execute, plan, states, wait_until
 
 
@@ -25,8 +25,7 @@ def test_two_by_two_killed_in_the_middle_and_resumed(tmp_path: Path, cache: Path
         "callbacks.checkpoints.every_n_steps": 10,
     }
     args = command(folder, cache, settings)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    process = start(args, tmp_path / "log", cwd=tmp_path)
 
     def in_the_middle() -> bool:
         assert process.poll() is None, (tmp_path / "log").read_text()
@@ -159,8 +158,7 @@ def test_a_second_one_is_refused_and_ctrl_c_ends_the_first(
     # Each process of a data-parallel job takes a place.
     places = settings["trainer.devices"] * 2
     args = command(folder, cache, settings, f"hydra.launcher.n_jobs={places}")
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    process = start(args, tmp_path / "log", cwd=tmp_path)
     wait_until(lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)
     second = execute(args, tmp_path)
     assert second.returncode == 1 and "Another sweep is at work" in second.stderr

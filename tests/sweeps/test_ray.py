@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.helpers import ROOT, environment, overrides
+from tests.integration.helpers import ROOT, overrides, start
 from tests.sweeps.typed import execute, plan, states, wait_until
 
 pytestmark = [
@@ -51,8 +51,7 @@ def test_interrupted_and_continued(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     settings = {"seed": "0,1,2", "trainer.max_steps": 300}
     args = command(folder, cache, settings)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    process = start(args, tmp_path / "log", cwd=tmp_path)
     wait_until(lambda: list(folder.glob("*/metrics.csv")))
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.helpers import ROOT, environment, overrides
+from tests.integration.helpers import ROOT, overrides, start
 from tests.sweeps.typed import execute, plan, states, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -72,8 +72,7 @@ def test_requeued_jobs_continue(tmp_path: Path, cache: Path, strategy: str) -> N
         "trainer.devices": 1 if strategy == "auto" else 2,
     }
     args = command(folder, cache, settings)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    process = start(args, tmp_path / "log", cwd=tmp_path)
     wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
     (job,) = plan(folder).values()
     number = json.loads((job / "status.json").read_text())["device"].removeprefix("slurm:")
@@ -99,8 +98,7 @@ def test_ctrl_c_empties_the_queue(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     settings = {"seed": "0,1,2,3", "trainer.max_steps": 3000}
     args = command(folder, cache, settings, "hydra.launcher.n_jobs=2")
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    process = start(args, tmp_path / "log", cwd=tmp_path)
     wait_until(lambda: len(list(folder.glob("*/metrics.csv"))) == 2)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130, (tmp_path / "log").read_text()

@@ -24,7 +24,7 @@ from sweeps.pool import Pool
 from sweeps.process import Task
 from sweeps.work import Worker
 from tests.integration import helpers
-from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
+from tests.integration.helpers import ROOT, overrides, rows, train_here
 from tests.sweeps.typed import execute, plan, states, wait_until
 from tests.warm import LIGHT
 
@@ -68,17 +68,16 @@ def planned(tmp_path: Path, seeds: str) -> Path:
     return folder
 
 
-def own_environment(**values: str) -> dict[str, str]:
-    return {**environment(), "PYTHONPATH": str(ROOT), "STUB_SECONDS": "0", **values}
+# The environment of a worker and its stubs.
+WORKER = {"PYTHONPATH": str(ROOT), "STUB_SECONDS": "0"}
 
 
 def start(folder: Path, *more: str, stubs: bool = True, **values: str) -> subprocess.Popen[bytes]:
     """A worker whose jobs are stubs, or real runs."""
     program = ["--program", str(folder.parent / "stub.py")] if stubs else []
     command = [sys.executable, "-m", "sweeps.work", str(folder), *program, *more]
-    env = own_environment(**values)
-    with (folder.parent / "workers.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=folder.parent)
+    own = {**WORKER, **values}
+    return helpers.start(command, folder.parent / "workers.log", cwd=folder.parent, **own)
 
 
 def status_of(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -197,10 +196,9 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
 def test_a_program_may_lie_at_a_path_with_spaces(tmp_path: Path) -> None:
     (there := tmp_path / "my programs").mkdir()
     folder = planned(there, "0")
-    program = ["-m", "sweeps.work", str(folder), f"--program='{there / 'stub.py'}'"]
-    done = helpers.execute(
-        [sys.executable, *program], tmp_path, imported=LIGHT, **own_environment()
-    )
+    program = [sys.executable, "-m", "sweeps.work", str(folder)]
+    program += [f"--program='{there / 'stub.py'}'"]
+    done = helpers.execute(program, tmp_path, imported=LIGHT, **WORKER)
     assert done.returncode == 0 and "1 of 1 jobs done" in done.stdout, done.stdout + done.stderr
 
 
