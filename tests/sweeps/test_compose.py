@@ -57,6 +57,10 @@ def by_hydra(sweep: Sweep, job: list[str]) -> DictConfig:
     return composed
 
 
+def settled(sweep: Sweep, *overrides: str) -> dict[str, Any]:
+    return settle(sweep[2].compose(overrides), Path("/x"))
+
+
 def test_random_jobs_are_what_hydra_composes(sweep: Sweep) -> None:
     chance = random.Random(0)
     for _ in range(4):
@@ -89,29 +93,26 @@ def test_what_hydra_refuses_is_refused_in_its_words(sweep: Sweep, wrong: str) ->
 def test_a_value_that_is_missing_is_named(sweep: Sweep) -> None:
     for overrides in (["data=text"], ["data=text", "seed='${data.paths}'"]):
         with pytest.raises(ValueError, match=r"data\.paths has no value"):
-            settle(sweep[2].compose(overrides), Path("/x"))
+            settled(sweep, *overrides)
 
 
 def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
-    def of(*overrides: str) -> int:
-        return count_processes(settle(sweep[2].compose(overrides), Path("/x")))
-
-    assert of("trainer.devices=2", "trainer.strategy=ddp") == 2
+    two = settled(sweep, "trainer.devices=2", "trainer.strategy=ddp")
+    assert count_processes(two) == 2
     for key in ("devices", "num_nodes"):
         said = rf"trainer.{key}=2 in a sweep needs trainer.strategy=ddp or fsdp"
         with pytest.raises(UserError, match=said):
-            of(f"trainer.{key}=2")
+            count_processes(settled(sweep, f"trainer.{key}=2"))
     with pytest.raises(UserError, match=r"trainer.devices=-1 in a sweep: give a number"):
-        of("trainer.devices=-1")
+        count_processes(settled(sweep, "trainer.devices=-1"))
 
 
-def test_steps_that_the_run_chooses_are_unknown(sweep: Sweep) -> None:
-    def of(*overrides: str) -> int | None:
-        return known_steps(settle(sweep[2].compose(overrides), Path("/x")))
-
-    assert of("trainer.max_steps=7") == 7
-    assert of("trainer.max_steps=7", "compare.match=parameters") == 7
-    assert of("trainer.max_steps=7", "compare.match=flops") is None
+@pytest.mark.parametrize(("match", "steps"), [("none", 7), ("parameters", 7), ("flops", None)])
+def test_steps_that_the_run_chooses_are_unknown(
+    sweep: Sweep, match: str, steps: int | None
+) -> None:
+    job = settled(sweep, "trainer.max_steps=7", f"compare.match={match}")
+    assert known_steps(job) == steps
 
 
 def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,7 @@ def pool(n_tasks: int, *, n_jobs: int = 2, grace_seconds: float = 120.0, **queue
 
 
 def status(task: Task) -> dict[str, Any]:
-    found = read_status(task.folder)
-    return found
+    return read_status(task.folder)
 
 
 def wait_for(file: Path) -> str:

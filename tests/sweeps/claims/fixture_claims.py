@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,13 @@ def root(folder: Path) -> Path:
     for page in (folder / "docs" / "results.md", folder / "README.md"):
         page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     return folder
+
+
+def measured_speeds(folder: Path, rows: list[dict[str, Any]], name: str = "", **more: Any) -> None:
+    """Write what ``benchmarks.pretrained_heads`` measures into a checkout's folder."""
+    file = folder / "benchmarks" / "results" / f"pretrained_heads{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"rows": rows, **more}))
 
 
 def commit(folder: Path) -> str:

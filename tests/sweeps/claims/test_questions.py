@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import answers
 from sweeps.claims.read import read_claim
-from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.claims.fixture_claims import claim_of, measured_speeds
 
 GAIN = "equivalent_gain_600k"
 
@@ -72,9 +71,7 @@ def test_how_fast_a_real_model_writes(tmp_path: Path, llama: float | None) -> No
     row |= {"drafts_1_of_4096": {"tokens_per_cpu_second": 47.0, "over_plain_cpu": 1.362}}
     if llama:
         row["llama.cpp"] = {"tokens_per_cpu_second": llama}
-    file = tmp_path / "benchmarks" / "results" / "pretrained_heads.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"rows": [row, {**row, "temperature": 1.0}]}))
+    measured_speeds(tmp_path, [row, {**row, "temperature": 1.0}])
     text = answers([], tmp_path)
     said = ", llama.cpp 60.5" if llama else ""
     of = "(4 texts per kind, no interval)"
@@ -85,10 +82,8 @@ def test_drafts_of_the_text_are_a_line_of_their_own(tmp_path: Path) -> None:
     ways = {"plain": 1.0, "drafts_1": 1.2, "drafts_of_both": 1.45}
     row: dict[str, Any] = {"kind": "code", "temperature": 0.0, "tokens": 128}
     row |= {way: {"tokens_per_cpu_second": 30.0, "over_plain_cpu": x} for way, x in ways.items()}
-    found = {"processor": "One", "options": {"new_tokens": 64, "lookup": 8}, "rows": [row]}
-    file = tmp_path / "benchmarks" / "results" / "pretrained_heads.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(found))
+    options = {"new_tokens": 64, "lookup": 8}
+    measured_speeds(tmp_path, [row], processor="One", options=options)
     text = answers([], tmp_path)
     assert "One: code 1.20 ×" in text and "One, lookup=8: code 1.45 ×" in text
     assert text.count("(2 texts per kind, no interval)") == 2

@@ -24,6 +24,7 @@ from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     SOLVED,
     claim_of,
+    measured_speeds,
     moved,
     observed,
     predict,
@@ -358,8 +359,6 @@ def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
 
 
 def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
-    folder = tmp_path / "benchmarks" / "results"
-    folder.mkdir(parents=True)
     head = {"steps": 2100, "agreement": 0.479}
     for name, ratio, ends, said in (
         ("", 1.36, None, {}),
@@ -370,8 +369,7 @@ def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
             "drafts_1": {"over_plain_cpu": ratio, "over_plain_cpu_interval": ends},
             "drafts_1_of_4096": {"over_plain_cpu": ratio - 0.1},
         }
-        text = json.dumps({"processor": f"P{name}", "rows": [row], **said})
-        (folder / f"pretrained_heads{name}.json").write_text(text)
+        measured_speeds(tmp_path, [row], name, processor=f"P{name}", **said)
     english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
     assert (
         "| processor | head | code | texts per kind |\n|---|---|---|---|\n"
