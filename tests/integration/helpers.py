@@ -171,6 +171,7 @@ def execute(
     args: list[str],
     cwd: Path | None = None,
     *,
+    code: int | None = None,
     imported: tuple[str, ...] = HEAVY,
     seconds: float = 480,
     **more: str,
@@ -180,20 +181,23 @@ def execute(
     Args:
         args: the command.
         cwd: where it runs; by default in the checkout.
+        code: of its exit, without a traceback; None for a test that looks itself.
         imported: modules that it finds imported.
         seconds: that it may take.
         more: of its environment.
     """
     assert args[0] == sys.executable
     env = {**environment(), **more}
-    return warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
+    done = warm(imported).run(args, cwd=cwd or ROOT, env=env, seconds=seconds)
+    if code is not None:
+        said = f"{args}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code and "Traceback" not in said, said
+    return done
 
 
 def train_apart(run_dir: Path, cache: Path, settings: dict[str, Any] | None = None) -> Done:
     """A quick run by the command line, to its end."""
-    done = execute(command(run_dir, cache, settings))
-    assert done.returncode == 0, done.stderr
-    return done
+    return execute(command(run_dir, cache, settings), code=0)
 
 
 def start(args: list[str], log: Path, *, cwd: Path = ROOT, **more: str) -> subprocess.Popen[bytes]:

@@ -188,10 +188,8 @@ def test_a_matched_run_counts_what_it_used(tmp_path: Path, cache: Path) -> None:
 def test_a_sweep_takes_it_for_done(tmp_path: Path, cache: Path) -> None:
     python, app, *given, _ = command(tmp_path / "unused", cache, EASY)
     args = [python, app, "-m", *given, f"sweep_dir={tmp_path / 's'}", "seed=0,1"]
-    done = execute(args)
-    assert done.returncode == 0 and "all 2 jobs done" in done.stdout, done.stderr
+    assert "all 2 jobs done" in execute(args, code=0).stdout
     folders = [path for path in (tmp_path / "s").iterdir() if (path / "config.yaml").exists()]
     assert [state_of(folder) for folder in folders] == ["done", "done"]
     assert all(summary_of(folder)["solved"] for folder in folders)
-    again = execute(args)
-    assert "2 done before" in again.stdout, again.stdout
+    assert "2 done before" in execute(args, code=0).stdout

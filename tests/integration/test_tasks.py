@@ -169,15 +169,13 @@ def test_long_range_says_that_it_does_not_apply(
 def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     tmp_path: Path, cache: Path, copying: Path
 ) -> None:
-    refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}))
-    assert refused.returncode == 1
+    refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}), code=1)
     assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
     program = command(tmp_path, cache, app="generate.py")[:2]
     given = [f"checkpoint={copying}", "max_new_tokens=2", "num_threads=1"]
-    done = execute([*program, *given, "prompt=s0 s3 ="])
-    assert done.returncode == 0, done.stderr
+    done = execute([*program, *given, "prompt=s0 s3 ="], code=0)
     assert done.stdout.startswith("s0 s3 = ")
-    done = execute([*program, *given, "prompt=hello"])
+    done = execute([*program, *given, "prompt=hello"], code=1)
     assert "error: 'hello' is not a symbol" in done.stderr
 
 
@@ -223,8 +221,8 @@ def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path, copying: 
     program = command(tmp_path, cache, app="export.py")[:2]
     folder = tmp_path / "folder"
     last = copying / "checkpoints" / "last.ckpt"
-    done = execute([*program, f"checkpoint={last}", f"output={folder}"])
-    assert done.returncode == 0 and "verified" in done.stdout, done.stderr
+    done = execute([*program, f"checkpoint={last}", f"output={folder}"], code=0)
+    assert "verified" in done.stdout
     options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
     found = evaluated(folder, "data=copy", *options)
     assert found["val/exact_match"] == evaluated(last)["val/exact_match"]

@@ -36,8 +36,7 @@ def test_jobs_fail_alone_and_train_with_the_processes_asked_for(
 ) -> None:
     folder = tmp_path / "sweep"
     settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp", "seed": "-1,0"}
-    done = execute(command(folder, cache, settings), tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
+    execute(command(folder, cache, settings), tmp_path, code=1)
     assert sorted(states(folder).values()) == ["done", "done", "failed", "failed"]
     for name, job in plan(folder).items():
         status = json.loads((job / "status.json").read_text())
@@ -58,14 +57,11 @@ def test_interrupted_and_continued(tmp_path: Path, cache: Path) -> None:
     assert set(states(folder).values()) == {"interrupted"}
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(folder) not in left
-    done = execute(args, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    execute(args, tmp_path)
     assert set(states(folder).values()) == {"done"}
     assert "Continuing" in "".join((job / "job.log").read_text() for job in plan(folder).values())
 
 
 def test_more_than_there_is_is_refused(tmp_path: Path, cache: Path) -> None:
     args = command(tmp_path / "sweep", cache, {}, "hydra.launcher.cpus_per_process=999")
-    done = execute(args, tmp_path)
-    assert done.returncode == 1
-    assert "999 cores" in done.stderr and "Traceback" not in done.stderr
+    assert "999 cores" in execute(args, tmp_path, code=1).stderr

@@ -304,9 +304,7 @@ def test_real_runs(tmp_path: Path, cache: Path) -> None:
     settings = {"optimizer.lr": "interval(1e-4,3e-2,log)", "mtp.depth": "0,1"}
     command = [sys.executable, "-m", "sweeps.search", str(tmp_path / "search")]
     command += ["--trials", "2", "--n-jobs", "2", *overrides(cache, settings)]
-    done = execute(command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 trials: 2 complete" in done.stdout
+    assert "2 trials: 2 complete" in execute(command, code=0).stdout
     for trial in study(tmp_path / "search").trials:
         job = tmp_path / "search" / trial.user_attrs["folder"]
         assert json.loads((job / "summary.json").read_text())[METRIC] == trial.value

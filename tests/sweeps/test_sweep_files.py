@@ -13,8 +13,7 @@ import yaml
 
 from mtp_lightning.errors import UserError
 from sweeps.compose import compose_run
-from tests.integration.helpers import execute
-from tests.warm import LIGHT
+from tests.sweeps.typed import execute
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -53,7 +52,7 @@ def test_every_value_composes(file: Path) -> None:
 
 def test_help_lists_them_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), "--help"]
-    done = execute(command, tmp_path, imported=LIGHT)
+    done = execute(command, tmp_path)
     (group,) = [line for line in done.stdout.splitlines() if line.startswith("sweeps: ")]
     assert set(group.removeprefix("sweeps: ").split(", ")) >= NAMES
     assert "tests" not in done.stdout.split("Overrides used most")[0]

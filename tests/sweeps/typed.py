@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from mtp_lightning.command_line.literal import quoted
 from tests.integration import helpers
 from tests.integration.helpers import ROOT, overrides
-from tests.warm import LIGHT
+from tests.warm import LIGHT, Done
 
 
 def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
@@ -20,8 +19,8 @@ def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> 
     return [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings), *own]
 
 
-def execute(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return helpers.execute(args, cwd, imported=LIGHT)
+def execute(args: list[str], cwd: Path, *, code: int = 0, **more: str) -> Done:
+    return helpers.execute(args, cwd, code=code, imported=LIGHT, **more)
 
 
 def plan(folder: Path) -> dict[str, Path]:
