@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_lightning.command_line.shell import readable_errors
-from tests.integration.helpers import checkpoint, evaluated, fails, overrides, the_error
+from tests.integration.helpers import checkpoint, evaluated, fails, the_error
 
 
 def write(folder: Path, content: bytes | str, name: str = "text.txt") -> Path:
@@ -168,15 +168,3 @@ def test_evaluate_refuses_what_it_cannot_load(
     content["config"]["data"]["source"]["_target_"] = "os.system"
     torch.save(content, tmp_path / "foreign.ckpt")
     assert "os.system is refused" in refused(tmp_path / "foreign.ckpt")
-
-
-def test_defects_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError), readable_errors():
-        _ = 1 / 0
-    assert "error:" not in capsys.readouterr().err
-
-
-def test_overrides_are_what_the_helpers_say(cache: Path) -> None:
-    """The settings above reach Hydra: a misspelt one would fail for another reason."""
-    given = overrides(cache, {"mtp.depth": 3, "data": "text", "data.paths": "x"})
-    assert "mtp.depth=3" in given and not any("source" in part for part in given)
