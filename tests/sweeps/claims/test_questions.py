@@ -64,29 +64,11 @@ def test_whether_it_teaches_to_plan(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("llama", [None, 60.5])
-def test_how_fast_a_real_model_writes(tmp_path: Path, llama: float | None) -> None:
-    row: dict[str, Any] = {"kind": "code", "temperature": 0.0, "tokens": 256}
-    row |= {"plain": {"tokens_per_cpu_second": 34.51}}
-    row |= {"drafts_1_of_4096": {"tokens_per_cpu_second": 47.0, "over_plain_cpu": 1.362}}
-    if llama:
-        row["llama.cpp"] = {"tokens_per_cpu_second": llama}
-    measured_speeds(tmp_path, [row, {**row, "temperature": 1.0}])
-    text = answers([], tmp_path)
-    said = ", llama.cpp 60.5" if llama else ""
-    of = "(4 texts per kind, no interval)"
-    assert f"code 1.36 × (47.0 tokens per CPU second, plain 34.5{said}) {of}." in text
-
-
-def test_drafts_of_the_text_are_a_line_of_their_own(tmp_path: Path) -> None:
-    ways = {"plain": 1.0, "drafts_1": 1.2, "drafts_of_both": 1.45}
-    row: dict[str, Any] = {"kind": "code", "temperature": 0.0, "tokens": 128}
-    row |= {way: {"tokens_per_cpu_second": 30.0, "over_plain_cpu": x} for way, x in ways.items()}
-    options = {"new_tokens": 64, "lookup": 8}
-    measured_speeds(tmp_path, [row], processor="One", options=options)
-    text = answers([], tmp_path)
-    assert "One: code 1.20 ×" in text and "One, lookup=8: code 1.45 ×" in text
-    assert text.count("(2 texts per kind, no interval)") == 2
+def test_how_fast_a_real_model_writes(tmp_path: Path) -> None:
+    """Where little is stored: test_result.py compares docs/results.md with all that is."""
+    row = {"kind": "code", "temperature": 0.0, "tokens": 96, "drafts_1": {"over_plain_cpu": 1.2}}
+    measured_speeds(tmp_path, [row], options={"new_tokens": 32})
+    assert "one processor: code 1.20 × (3 texts per kind, no interval)." in answers([], tmp_path)
 
 
 def test_nothing_is_said_without_numbers(
