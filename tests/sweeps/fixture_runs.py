@@ -147,22 +147,15 @@ def depth_sweep(
     """A sweep over the depth: for every depth the final losses of seeds 0, 1, ..."""
     made = {}
     for depth, values in losses.items():
+        speed = {"decode/tokens_per_step": 1 + 0.5 * depth, "decode/speedup": 1 + 0.1 * depth}
         for seed, loss in enumerate(values):
-            extra = {
-                "decode/tokens_per_step": 1.0 + 0.5 * depth,
-                "decode/speedup": 1.0 + 0.1 * depth,
-            }
-            made[depth, seed] = write_run(
-                folder / f"depth-{depth}_seed-{seed}",
-                {"mtp.depth": depth, "seed": seed},
-                loss=loss,
-                summary={
-                    **(extra if depth else {}),
-                    **{f"val/loss_depth_{k}": loss + 0.1 * k for k in range(1, depth + 1)},
-                    **{f"val/agreement_depth_{k}": 0.9 - 0.1 * k for k in range(1, depth + 1)},
-                },
-                **options,
-            )
+            summary = speed if depth else {}
+            for k in range(1, depth + 1):
+                rates = {f"val/agreement_depth_{k}": 0.9 - 0.1 * k}
+                summary = {**summary, f"val/loss_depth_{k}": loss + 0.1 * k, **rates}
+            config = {"mtp.depth": depth, "seed": seed}
+            run = folder / f"depth-{depth}_seed-{seed}"
+            made[depth, seed] = write_run(run, config, loss=loss, summary=summary, **options)
     return made
 
 

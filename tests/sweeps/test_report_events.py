@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,10 @@ def test_final_metrics_are_not_drawn_twice(tmp_path: Path) -> None:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two settings with events, and the report of them."""
     folder = tmp_path_factory.mktemp("sweep")
-    for depth in (0, 1):
-        for seed in (0, 1):
-            run = write_run(
-                folder / f"mtp.depth-{depth}_seed-{seed}",
-                {"mtp.depth": depth, "seed": seed},
-                loss=2.0 - depth + 0.1 * seed,
-            )
-            log_run(run, depth, seed=seed)
+    for depth, seed in product((0, 1), (0, 1)):
+        name, config = f"mtp.depth-{depth}_seed-{seed}", {"mtp.depth": depth, "seed": seed}
+        run = write_run(folder / name, config, loss=2.0 - depth + 0.1 * seed)
+        log_run(run, depth, seed=seed)
     with svg_once():
         report([folder])
         report([folder])  # which must not double anything

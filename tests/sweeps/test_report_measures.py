@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 from sweeps.report.lines import long_range
@@ -28,13 +29,12 @@ VALUES = {
 
 
 def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
-    for depth in (1, 2):
-        for seed in (0, 1):
-            shift = 0.02 * seed
-            own = {tag: value + shift for tag, value in VALUES.items() if f"depth_{depth}" in tag}
-            own |= {"val/context_score": -0.5 - shift, "val/effective_context": 64.0}
-            folder = tmp_path / f"{depth}_{seed}"
-            write_run(folder, {"mtp.depth": depth, "seed": seed}, summary=own)
+    for depth, seed in product((1, 2), (0, 1)):
+        shift = 0.02 * seed
+        own = {tag: value + shift for tag, value in VALUES.items() if f"depth_{depth}" in tag}
+        own |= {"val/context_score": -0.5 - shift, "val/effective_context": 64.0}
+        config = {"mtp.depth": depth, "seed": seed}
+        write_run(tmp_path / f"{depth}_{seed}", config, summary=own)
     settings = collected(tmp_path)
     table = of_floors(settings)
     rows = [[cell.text for cell in row] for row in table.rows]

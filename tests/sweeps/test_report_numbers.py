@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -75,9 +76,8 @@ def test_one_seed_is_not_tested(tmp_path: Path) -> None:
 
 
 def test_a_grid_is_compared_at_equal_lambda(tmp_path: Path) -> None:
-    for depth in (0, 1):
-        for weight in (0.1, 0.3):
-            write_run(tmp_path / f"{depth}{weight}", {"mtp.depth": depth, "mtp_lambda": weight})
+    for depth, weight in product((0, 1), (0.1, 0.3)):
+        write_run(tmp_path / f"{depth}{weight}", {"mtp.depth": depth, "mtp_lambda": weight})
     settings = collected(tmp_path)
     labels = [r.label for r in references(settings)]
     assert labels == ["mtp.depth=0, mtp_lambda=0.1", "mtp.depth=0, mtp_lambda=0.3"] * 2

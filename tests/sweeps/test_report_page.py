@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,21 +23,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def grid(folder: Path, *, without: tuple[int, float] | None = None) -> None:
-    for depth in (0, 1, 2):
-        for weight in (0.1, 0.3):
-            for seed in (0, 1):
-                if (depth, weight) != without:
-                    loss = 2.0 - 0.1 * depth + weight * 0.1 + 0.01 * seed
-                    write_run(
-                        folder / f"d{depth}_l{weight}_s{seed}",
-                        {"mtp.depth": depth, "mtp_lambda": weight, "seed": seed},
-                        loss=loss,
-                        summary={
-                            "flops": 1e9 * (1 + depth),
-                            "decode/tokens_per_second": 100.0 + depth,
-                            **{f"val/loss_depth_{k}": loss for k in range(1, depth + 1)},
-                        },
-                    )
+    for depth, weight, seed in product((0, 1, 2), (0.1, 0.3), (0, 1)):
+        if (depth, weight) == without:
+            continue
+        loss = 2.0 - 0.1 * depth + weight * 0.1 + 0.01 * seed
+        summary = {"flops": 1e9 * (1 + depth), "decode/tokens_per_second": 100.0 + depth}
+        summary |= {f"val/loss_depth_{k}": loss for k in range(1, depth + 1)}
+        config = {"mtp.depth": depth, "mtp_lambda": weight, "seed": seed}
+        write_run(folder / f"d{depth}_l{weight}_s{seed}", config, loss=loss, summary=summary)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +70,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     grid(tmp_path)
     report([tmp_path])
     before = (tmp_path / "runs.csv").read_bytes()
-    for run in tmp_path.glob("d2*"):
-        for file in run.iterdir():
-            file.unlink()
-    for run in tmp_path.glob("*_l0.3_*"):
+    for run in {*tmp_path.glob("d2*"), *tmp_path.glob("*_l0.3_*")}:
         for file in run.iterdir():
             file.unlink()
     path, sentences, _ = report([tmp_path])
@@ -126,11 +117,9 @@ def test_a_heat_map_has_gaps(tmp_path: Path) -> None:
 
 
 def test_a_grid_of_three_keys_has_a_map_for_each_size(tmp_path: Path) -> None:
-    for size in (64, 128):
-        for depth in (1, 2):
-            for weight in (0.1, 0.3):
-                config = {"model.d_model": size, "mtp.depth": depth, "mtp_lambda": weight}
-                write_run(tmp_path / f"{size}{depth}{weight}", config)
+    for size, depth, weight in product((64, 128), (1, 2), (0.1, 0.3)):
+        config = {"model.d_model": size, "mtp.depth": depth, "mtp_lambda": weight}
+        write_run(tmp_path / f"{size}{depth}{weight}", config)
     maps = [d for name, d in drawings(tmp_path).items() if name.startswith("heat_map")]
     titles = [d.title for d in maps]
     assert titles == [f"D by lambda at model.d_model={n}" for n in (64, 128)]
@@ -162,21 +151,14 @@ def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
 
 
 def test_many_settings_keep_their_looks_apart() -> None:
-    made = []
-    for depth in range(4):
-        for weight in (0.1, 0.2, 0.3):
-            values = {"mtp.depth": depth, "mtp_lambda": weight}
-            made.append(type("S", (), {"values": values})())
-    assert len({(look.color, look.dash) for look in looks(made).values()}) == 12
+    grid = product(range(4), (0.1, 0.2, 0.3))
+    every = [Setting(values={"mtp.depth": d, "mtp_lambda": w}, config={}) for d, w in grid]
+    assert len({(look.color, look.dash) for look in looks(every).values()}) == 12
 
 
 def test_a_legend_of_many_settings_is_by_key() -> None:
-    every = [
-        Setting(values={"a": a, "b": b, "c": c}, config={})
-        for a in (0, 1, 2)
-        for b in range(9)
-        for c in "xy"
-    ]
+    grid = product((0, 1, 2), range(9), "xy")
+    every = [Setting(values={"a": a, "b": b, "c": c}, config={}) for a, b, c in grid]
     assert len({(o.color, o.dash, o.marker) for o in looks(every).values()}) == len(every)
     key = [label for label, _ in key_to(every, every)]
     assert key[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(key) == 3 + 18
