@@ -6,7 +6,6 @@ from itertools import product
 from pathlib import Path
 
 from sweeps.report.lines import long_range
-from sweeps.report.metrics import is_share
 from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.tables import of_floors, of_settings
@@ -46,12 +45,6 @@ def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:
     assert all(cell.half for row in table.rows for cell in row[3:])
     head = [name for name, _ in of_settings(settings, []).head]
     assert {"Loss, late − early", "Effective context"} <= set(head)
-
-
-def test_shares_are_known_and_differences_are_none() -> None:
-    for tag in VALUES:
-        assert is_share(tag) == ("gap" not in tag)
-    assert not is_share("val/context_score")
 
 
 def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:

@@ -224,8 +224,10 @@ def test_what_is_shown_in_percent_is_a_share() -> None:
         assert is_share(metric.tag) == (metric.form == "%"), metric.tag
     shares = ["val/longer/exact_match", "val/forced_accuracy_position_17-32", "val/overlap_depth_2"]
     shares += ["decode/acceptance_entropy_4-up", "decode/acceptance_at_8-15"]
-    assert all(map(is_share, shares))
-    assert not any(map(is_share, ["val/context_gain_8", "decode/tokens_per_step", "accuracy"]))
+    shares += ["val/rejection_depth_1", "val/recall_16_depth_1", "val/floor_depth_2_order_1"]
+    assert all(map(is_share, [*shares, "val/floor_share_depth_2_order_1"]))
+    others = ["val/context_gain_8", "val/context_score", "val/gap_depth_1_order_0"]
+    assert not any(map(is_share, [*others, "decode/tokens_per_step", "accuracy"]))
 
 
 def test_the_report_shows_its_ends(tmp_path: Path) -> None:
