@@ -239,32 +239,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "parts4": COPIES | IN_PARTS,
 }
 PROCESSES = {name: int(name[-1]) if name != "one" else 1 for name in KINDS}
-WAYS = [
-    ("one", "fsdp2"),
-    ("ddp2", "fsdp2"),
-    ("fsdp2", "fsdp2"),
-    ("fsdp4", "fsdp2"),
-    ("fsdp2", "ddp2"),
-    ("hsdp4", "ddp2"),
-    ("one", "fsdp4"),
-    ("fsdp2", "fsdp4"),
-    ("hsdp4", "fsdp4"),
-    ("one", "hsdp4"),
-    ("fsdp4", "hsdp4"),
-    ("hsdp4", "hsdp4"),
-    ("fsdp2", "one"),
-    ("fsdp4", "one"),
-    ("hsdp4", "one"),
-    ("parts2", "one"),
-    ("parts2", "ddp2"),
-    ("parts2", "fsdp2"),
-    ("parts2", "parts2"),
-    ("parts4", "parts2"),
-    ("parts2", "fsdp4"),
-    ("parts2", "parts4"),
-    ("parts4", "parts4"),
-    ("one", "parts4"),
-]
+# The kinds whose first halves each kind continues.
+CONTINUES = {
+    "one": "fsdp2 fsdp4 hsdp4 parts2",
+    "ddp2": "fsdp2 hsdp4 parts2",
+    "fsdp2": "one ddp2 fsdp2 fsdp4 parts2",
+    "fsdp4": "one fsdp2 hsdp4 parts2",
+    "hsdp4": "one fsdp4 hsdp4",
+    "parts2": "parts2 parts4",
+    "parts4": "one parts2 parts4",
+}
+WAYS = [(before, after) for after, kinds in CONTINUES.items() for before in kinds.split()]
 
 
 @pytest.fixture(scope="session")

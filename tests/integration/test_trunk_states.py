@@ -37,31 +37,22 @@ def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
     return {**HEADS, "model.n_layers": 2, "init_from": trunk, **changes}
 
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "final": {},
+    "two states": {"mtp.input_norm": "pre", "data.document_mask": "true"},
+    "taught": {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
+    "few": {"data.train_windows": 9, "data.document_mask": "true", "trainer.precision": "64-true"},
+    "side by side": {"mtp": "parallel"},
+    "three states": {"mtp": "eagle", "mtp.draft_vocab": 60},
+}
+FAST = ("taught", "few")
+
+
 @pytest.mark.parametrize(
-    "switches",
-    [
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param(
-            {"mtp.input_norm": "pre", "data.document_mask": "true"}, marks=pytest.mark.slow
-        ),
-        {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
-        {"data.train_windows": 9, "data.document_mask": "true", "trainer.precision": "64-true"},
-        pytest.param({"mtp": "parallel"}, marks=pytest.mark.slow),
-        pytest.param({"mtp": "eagle", "mtp.draft_vocab": 60}, marks=pytest.mark.slow),
-    ],
-    ids=[
-        "final",
-        "two-states-and-a-mask",
-        "taught",
-        "chosen-windows",
-        "side-by-side",
-        "three-states",
-    ],
+    "case", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in SWITCHES]
 )
-def test_read_states_train_as_computed_ones(
-    trunk: Path, tmp_path: Path, switches: dict[str, Any]
-) -> None:
-    settings = heads(trunk, **switches)
+def test_read_states_train_as_computed_ones(trunk: Path, tmp_path: Path, case: str) -> None:
+    settings = heads(trunk, **SWITCHES[case])
     plain = helpers.train_here(tmp_path / "computed", tmp_path / "cache", settings)
     kept = helpers.train_here(tmp_path / "read", tmp_path / "cache", {**settings, **CACHED})
     helpers.assert_same_weights(tmp_path / "computed", tmp_path / "read")
