@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
-# Lines of every room's Python files.
+# Lines of every package's Python files.
 LINES = {
     "data_modules": 9_075,
     "hydra_plugins": 135,

@@ -1,4 +1,4 @@
-"""The parts that come off: taken out one by one and all at once, the core works without them."""
+"""The optional parts: the core works without each of them, and without all of them."""
 
 from __future__ import annotations
 

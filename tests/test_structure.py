@@ -20,8 +20,8 @@ from tests.warm import LIGHT
 CONF = ROOT / "conf"
 APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 
-# A room imports itself and rooms of a lower number, never one of the same number or higher.
-# Files of mtp_lightning/ that are not in a folder are rooms of their own.
+# A package imports itself and packages of a lower number, never one of the same number or higher.
+# Files of mtp_lightning/ that are not in a folder count as packages of their own.
 RANK = {
     # tools that know nothing of models
     "errors": -1.5,
@@ -114,7 +114,7 @@ def test_import_direction() -> None:
             assert list(imports(file, top_only=True)) == []
             assert all(takes(name, "mtp_lightning.parts") for name in imports(file))
             continue
-        assert own in RANK, f"give {own} a place in RANK, and in the rooms of CONTRIBUTING.md"
+        assert own in RANK, f"give {own} a place in RANK, and in the tables of CONTRIBUTING.md"
         for name in imports(file):
             if takes(name, "mtp_lightning"):
                 other = room(name.split("."))
