@@ -15,16 +15,16 @@ _NAME = "mtp-lightning"
 # Hydra apps, which are modules of mtp_lightning.apps.
 APPS = {
     "train": "train a model with multi-token prediction; -m for sweeps",
-    "evaluate": "the metrics of a trained model",
-    "generate": "text from a trained model",
-    "serve": "text from a trained model for programs that speak OpenAI's HTTP",
-    "export": "a trained model as a Hugging Face folder",
+    "evaluate": "compute the metrics of a trained model",
+    "generate": "generate text with a trained model",
+    "serve": "serve a trained model over OpenAI's HTTP interface",
+    "export": "write a trained model as a Hugging Face folder",
 }
 # Programs with their own options: the module of their main(), and their help.
 TOOLS = {
     "work": ("sweeps.work", "run the jobs of a planned sweep; start as many workers as you like"),
-    "status": ("sweeps.status", "the states of a sweep's jobs"),
-    "doctor": ("mtp_lightning.apps.doctor", "are the MTP layers of a folder whole and trained"),
+    "status": ("sweeps.status", "show the states of a sweep's jobs"),
+    "doctor": ("mtp_lightning.apps.doctor", "check the MTP layers of a folder"),
     **parts.commands(),
 }
 

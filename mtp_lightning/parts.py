@@ -60,11 +60,11 @@ PARTS = {
     "serving": Part(module="mtp_lightning.serving", brings="answers over HTTP"),
     "certify": Part(
         module="mtp_lightning.certify",
-        brings="the proof that drafts change no text",
+        brings="the test whether drafts change a text",
         command=(
             "certify",
             "mtp_lightning.certify.__main__",
-            "prove that drafts change no text of a model",
+            "test whether drafts change a model's text",
         ),
     ),
     "heads": Part(
@@ -81,7 +81,7 @@ PARTS = {
         brings="runs in a notebook",
         extends="mtp_lightning",
     ),
-    "plan": Part(module="mtp_lightning.plan", brings="estimates for machines that are not here"),
+    "plan": Part(module="mtp_lightning.plan", brings="estimates for other machines"),
     "token_files": Part(
         module="data_modules.token_files",
         brings="token files that other programs wrote",
@@ -89,13 +89,13 @@ PARTS = {
     ),
     "corpora": Part(
         module="data_modules.corpora",
-        brings="corpora of others",
+        brings="corpora from other packages",
         extends="data_modules.sources",
     ),
     "search": Part(
         module="sweeps.search",
-        brings="the search for good settings",
-        command=("search", "sweeps.search", "look for good settings with Optuna"),
+        brings="hyperparameter search",
+        command=("search", "sweeps.search", "search for good hyperparameters with Optuna"),
     ),
     "report": Part(
         module="sweeps.report",

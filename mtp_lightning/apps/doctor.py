@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
         return
     parser = Parser(
         prog=program,
-        description="Are a checkpoint's MTP layers whole, trained, and read as they were meant?",
-        epilog="exit code: 0 sound, 2 not sound, 1 cannot be examined; the layers of one model are "
-        f"put on a tuned trunk by: {program} graft BASE TUNED",
+        description="Check that a model's MTP layers are complete, trained and read correctly.",
+        epilog="exit code: 0 sound, 2 not sound, 1 cannot be examined; to put the layers of a base "
+        f"model on a tuned copy of its trunk: {program} graft BASE TUNED",
     )
     parser.add_argument("folder", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument(

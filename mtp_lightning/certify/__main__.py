@@ -1,6 +1,6 @@
 """``mtp-lightning certify MODEL``; ``--help`` explains it.
 
-The exit code is 0 if every promise was kept, 2 if one was broken, 1 for a user's mistake.
+The exit code is 0 if every guarantee held, 2 if one was broken, 1 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ def main(
     """The command line."""
     parser = Parser(
         prog=program,
-        description="Do drafts change a model's text? Tried in every way of decoding.",
-        epilog="exit code: 0 lossless, 2 a promise was broken, 1 nothing could be tried",
+        description="Test in every decoding configuration whether drafts change a model's text.",
+        epilog="exit code: 0 lossless, 2 a guarantee was broken, 1 nothing could be tested",
     )
     parser.add_argument("model", type=Path, help="a run, a Hugging Face folder or a GGUF file")
     parser.add_argument("--prompts", type=int, default=1000, help="number of prompts (1000)")
     parser.add_argument("--new-tokens", type=int, default=16, help="new tokens per prompt (16)")
     parser.add_argument(
         "--weights",
-        help="fp32,bf16,int8,int4: precisions of the weights (those that this machine has); "
-        "int4/int8 adds activations=int8",
+        help="fp32,bf16,int8,int4: precisions of the weights (default: those that this machine "
+        "has); int4/int8 adds activations=int8",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer ways, and as many prompts as a minute takes, eight at least",
+        help="fewer configurations, and as many prompts as fit into a minute, at least eight",
     )
-    parser.add_argument("--minutes", type=float, help="stop taking prompts after this time")
+    parser.add_argument("--minutes", type=float, help="start no prompt after this time")
     parser.add_argument("--text", type=Path, help="take the prompts from this file")
     parser.add_argument(
         "--against",
-        help="transformers,llama.cpp: also count texts of these that differ from their plain ones",
+        help="transformers,llama.cpp: also count their texts that differ from their plain decoding",
     )
     parser.add_argument("--output", type=Path, help="folder for certificate.json and badge.svg")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and samples (0)")
     parser.add_argument(
-        "--allow", default="", help="packages that the model may name, as generate.py's allow"
+        "--allow", default="", help="packages that the model may use, as generate.py's allow"
     )
     args = parser.parse_args(argv)
     with readable_errors():

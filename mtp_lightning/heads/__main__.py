@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
         epilog="The same command continues where it was stopped.",
     )
     parser.add_argument("model", type=Path, help="a Hugging Face folder or a GGUF file")
-    add_options(parser, output="MODEL_heads", hours="of this machine (1)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    add_options(parser, output="MODEL_heads", hours="hours on this machine (1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     args = parser.parse_intermixed_args(argv)
     with readable_errors():
         require_number("--hours", args.hours, above=0)
@@ -68,8 +68,8 @@ def add_options(parser: Parser, *, output: str, hours: str) -> None:
         output: name of the folder if none is given.
         hours: what the hours are for.
     """
-    parser.add_argument("overrides", nargs="*", help="settings of training, as train.py takes them")
-    parser.add_argument("--output", type=Path, help=f"folder for all of it ({output})")
+    parser.add_argument("overrides", nargs="*", help="settings of training, as for train.py")
+    parser.add_argument("--output", type=Path, help=f"folder of all results ({output})")
     parser.add_argument("--hours", type=float, default=1.0, help=hours)
     parser.add_argument(
         "--text", nargs="+", default=[], help="train on these files, not on the model's own texts"
@@ -183,7 +183,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
             result.replace(result.with_name(f"failed_{result.name}"))
         raise UserError(
             f"the {name} ended with code {code} after {time.monotonic() - began:.0f} s; once that "
-            "is mended, the same command continues here."
+            "is fixed, the same command continues here."
         )
     say(name, f"took {(time.monotonic() - began) / 60:.1f} minutes")
 

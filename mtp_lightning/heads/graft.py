@@ -76,7 +76,7 @@ def main(argv: list[str], *, program: str) -> None:
     )
     parser.add_argument("base", type=Path, help="the model that has MTP layers")
     parser.add_argument("tuned", type=Path, help="the model that gets them, with its own trunk")
-    add_options(parser, output="TUNED_graft", hours="of training on, if needed (1)")
+    add_options(parser, output="TUNED_graft", hours="hours of further training, if needed (1)")
     parser.add_argument(
         "--new-tokens", type=int, default=256, help="tokens of each of four test texts (256)"
     )

@@ -231,9 +231,9 @@ def _claims(args: argparse.Namespace, wanted: Sequence[str]) -> list[Claim]:
 
 _ACTIONS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
     "list": (_list, "all claims with their verdicts"),
-    "hours": (_hours, "what missing runs cost on this machine, and what fits"),
+    "hours": (_hours, "the cost of missing runs on this machine, and which fit"),
     "run": (_run, "start missing runs, seed by seed"),
-    "verdict": (_verdict, "decide from finished runs"),
+    "verdict": (_verdict, "decide from finished runs whether predictions hold"),
     "questions": (_questions, "the README's three questions, answered from results, as Markdown"),
     "replicate": (_replicate, "run a claim again, and compare with its stored result"),
     "weights": (_weights, "train runs again, and write their weights as safetensors"),
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     option("run", "names", nargs="+", metavar="NAME", help="claims")
     option("verdict", "names", nargs="*", metavar="NAME", help="claims")
     option(anew, "name", metavar="NAME", help="a claim")
-    option("hours", "--hours", type=float, help="wall time: plan what fits into it")
+    option("hours", "--hours", type=float, help="wall time: list the runs that fit into it")
     cores = "jobs at once, one per core (default 1)"
     option("hours", "--cores", type=int, default=1, help=cores)
     option("weights", "--arms", nargs="+", metavar="ARM", help="arms (default all)")
@@ -270,8 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     option(running, "--retry-failed", action="store_true", help="start failed runs again")
     trial = "run a claim that no commit contains; its verdict is then marked"
     option(running, "--unpredicted", action="store_true", help=trial)
-    option("verdict", "--all", action="store_true", help="all claims, and the pages")
-    option(f"verdict {running}", "--gpu", action="store_true", help="at the published scale")
+    option("verdict", "--all", action="store_true", help="all claims; also update the pages")
+    option(f"verdict {running}", "--gpu", action="store_true", help="use the published scale")
     # Repeated runs must not count in the verdict on the original ones.
     for wanted, folder in (("list hours run verdict", "runs/claims"), (anew, "runs/replicated")):
         option(wanted, "--runs", type=Path, default=Path(folder), help=f"folder of runs ({folder})")

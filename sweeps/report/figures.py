@@ -220,7 +220,7 @@ def front(settings: Settings, tag: str) -> Drawing:
         name,
         title,
         "Filled points, joined by the line, are those that no other setting beats in both "
-        "(by their means: whether two points differ at all, the table of differences says). "
+        "(by their means; the table of differences says whether two points differ). "
         + caption
         + SEEDS
         + _text_error(settings.all, metric),

@@ -61,10 +61,10 @@ DEPTHS = {
 }
 BY_POSITION = Places(
     "Accuracy by position",
-    "Decoded tokens that are the example's own, by their place in the answer, those that share a "
-    "bucket at its first. Crosses: the same with the example's own tokens before them. ",
+    "Decoded tokens that equal the example's, by their position in the answer; a bucket of "
+    "positions is drawn at its first. Crosses: the same after the example's own tokens. ",
     r"val/accuracy_position_(\d+)(?:-\d+)?",
-    ("place in the answer", RIGHT),
+    ("position in the answer", RIGHT),
     axis="few",
     share=True,
     crosses=r"val/forced_accuracy_position_(\d+)(?:-\d+)?",
@@ -72,7 +72,7 @@ BY_POSITION = Places(
 LONG_RANGE = {
     "loss_position": Places(
         "Loss by position in the window",
-        "Validation loss of depth 0 over buckets of positions that double, at each one's first. ",
+        "Validation loss of depth 0 in buckets of positions that double, drawn at their first. ",
         r"val/loss_position_(\d+)(?:-\d+)?",
         ("tokens read", "nats per token"),
     ),
@@ -81,13 +81,13 @@ LONG_RANGE = {
         "Loss of the same targets when the last c tokens are all that the model reads, minus that "
         "with the whole window. ",
         r"val/context_gain_(\d+)",
-        ("c, tokens", "nats per token (the more, the more context helps)"),
+        ("c, tokens", "nats per token (higher: context helps more)"),
     ),
     "natural_repeats": Places(
         "Accuracy on repeats",
         "Depth 0, on targets whose preceding 8 bytes occurred before in the window, by the "
-        "distance of the last occurrence, at each class's largest; at 1 the control, whose bytes "
-        "did not occur. ",
+        "distance of the last occurrence, drawn at the largest of each class. At 1: the control, "
+        "targets whose bytes did not occur before. ",
         r"val/accuracy_(?:no_repeat|repeat_\d+-(\d+))",
         ("tokens back", RIGHT),
     ),
@@ -100,14 +100,14 @@ LONG_RANGE = {
     "acceptance_position": Places(
         "Acceptance by position",
         "First drafts of a pass that the greedy verify loop accepts, by the draft's position in "
-        "the text, at each bucket's first. ",
+        "the text, drawn at the first of each bucket. ",
         r"decode/acceptance_at_(\d+)-\d+",
         ("tokens read", "accepted drafts (more is better)"),
     ),
     "acceptance_entropy": Places(
         "Acceptance by entropy",
         "First drafts of a pass that the greedy verify loop accepts, by the entropy of the main "
-        "prediction that judges them, at each bin's lower end. ",
+        "prediction that verifies them, drawn at the lower end of each bin. ",
         r"decode/acceptance_entropy_([\d.]+)-\S+",
         ("nats", "accepted drafts (more is better)"),
         axis="",
@@ -184,7 +184,7 @@ def _chart_of(
 def by_group(settings: Settings) -> list[Drawing]:
     """Accuracy by each quantity that the task groups tokens by, such as a distance."""
     names = dict.fromkeys(match[1] for match in _matches(settings, _GROUPS))
-    caption = "Decoded tokens that are the example's own, over buckets that double, at each one's "
+    caption = "Decoded tokens that equal the example's, in buckets that double, drawn at their "
     return [
         over_places(
             settings,
@@ -220,8 +220,8 @@ _AGAINST_DEPTH: dict[str, tuple[str, str, str, str, Callable[[int], int]]] = {
     SPEEDUP: (
         "speedup",
         "Speed-up against D",
-        "Wall clock of plain over that of speculative greedy decoding, one prompt at a time, on "
-        "the machine of the run at that moment. Dotted: no gain. ",
+        "Wall-clock time of plain divided by that of speculative greedy decoding, one prompt at a "
+        "time, on the machine of the run at that moment. Dotted: no gain. ",
         "times as fast",
         lambda depth: 1,
     ),
