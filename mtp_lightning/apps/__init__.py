@@ -28,14 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtp_lightning import parts
+from mtp_lightning.command_line import shell
 from mtp_lightning.command_line.literal import literal, require_utf8
-from mtp_lightning.command_line.shell import (
-    QUIET,
-    VERBOSE,
-    program,
-    readable_errors,
-    version,
-)
+from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
@@ -117,9 +112,8 @@ def app(
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """For a task's imports: Python collects no garbage meanwhile, and leaves what they made out of
-    later collections. torch makes half a million objects that live as long as the process; looking
-    through them took an eighth of the time to the first token."""
+    """For a task's imports: no garbage is collected meanwhile, and later collections leave out what
+    they made. Looking through torch's objects took an eighth of the time to a first token."""
     gc.disable()
     try:
         yield
@@ -151,7 +145,7 @@ def _explain(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", dest="word", nargs="?")
     parser.add_argument("--config-dir", "-cd", type=Path)
-    parser.add_argument("--version", action="version", version=version())
+    parser.add_argument("--version", action="version", version=shell.version())
     known, _ = parser.parse_known_args(arguments)
     if known.word:
         from mtp_lightning.command_line.explained import help_for

@@ -181,8 +181,9 @@ class Engine:
         )
         self._sequences += sequences
         logits_BTV = logits_BV.unsqueeze(1)
-        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            self._report_logits(sequence, sequence.extend([token], 0, logits_BTV, i), logits_BTV, i)
+        for i, sequence in enumerate(sequences):
+            kept = sequence.extend([tokens[i]], 0, logits_BTV, i)
+            self._report_logits(sequence, kept, logits_BTV, i)
         self._free_finished()
         return sequences
 

@@ -201,15 +201,12 @@ class TextSequence:
         return self._looked_up
 
     def take(self, step: Step, logits_BTV: Tensor, row: int) -> int:
-        """Take the result of one verify pass up to the text's end, and count its drafts.
+        """Take the result of a verify pass up to the text's end, and count its drafts. Returns how
+        many tokens the text has kept.
 
         Args:
             step: the result of the pass for this row.
-            logits_BTV: the trunk's logits, of at least as many tokens.
-            row: this row.
-
-        Returns:
-            The number of tokens that the text has kept.
+            logits_BTV: the trunk's logits of all rows, of at least as many tokens; ``row`` is ours.
         """
         before = len(self.token_ids)
         kept = self.extend(step.tokens, step.accepted, logits_BTV, row)
@@ -227,8 +224,7 @@ class TextSequence:
         return kept
 
     def extend(self, tokens: list[int], accepted: int, logits_BTV: Tensor, row: int) -> int:
-        """Append a round's tokens up to the text's end; the first ``accepted`` were drafts.
-        Returns the number of tokens that the text has kept."""
+        """Append a round's tokens, the first ``accepted`` being drafts; otherwise as `take`."""
         tokens = tokens[: self.remaining]
         if self.eot_id in tokens:
             tokens = tokens[: tokens.index(self.eot_id) + 1]

@@ -73,8 +73,8 @@ class Session:
         trunk = model.config.trunk
         self.model = model
         self._stack = stack = model.mtp
-        # Whether a draft depends on its state in other ways than through the head.
-        self._reads_newest = stack.confidence is not None or stack.rescorer is not None
+        # Whether the head's logits alone make a draft.
+        self._only_head = stack.confidence is None and stack.rescorer is None
         self.max_draft = max_draft
         self.most_drafts = max(max_draft, most_drafts)
         self.n: list[int] = []
@@ -233,7 +233,7 @@ class Session:
         """
         newest_B1C, logits_BV = self._newest(k)
         self.newest_B1C = newest_B1C
-        if logits_BV is not None and not self._reads_newest:
+        if logits_BV is not None and self._only_head:
             return logits_BV
         state_BC = self._stack.head_input(newest_B1C)[:, 0]
         if self._stack.confidence is not None:
@@ -246,8 +246,8 @@ class Session:
         return self._stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
 
     def _newest(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """Bring depth ``k`` up to date. Returns every row's state [B, 1, C] that its draft is
-        predicted from, and the draft head's logits [B, V] if a fused pass has computed them."""
+        """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and
+        the draft head's logits [B, V] if a fused pass has computed them."""
         if self._one_cache and k > 1:
             return self._next(k), None
         self._append(k)
