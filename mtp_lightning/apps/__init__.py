@@ -28,9 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtp_lightning import parts
-from mtp_lightning.command_line import shell
 from mtp_lightning.command_line.literal import literal, require_utf8
-from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors
+from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors, version
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
@@ -145,8 +144,11 @@ def _explain(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", dest="word", nargs="?")
     parser.add_argument("--config-dir", "-cd", type=Path)
-    parser.add_argument("--version", action="version", version=shell.version())
+    parser.add_argument("--version", action="store_true")
     known, _ = parser.parse_known_args(arguments)
+    if known.version:
+        print(version())
+        sys.exit(0)
     if known.word:
         from mtp_lightning.command_line.explained import help_for
 

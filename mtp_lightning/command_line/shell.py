@@ -11,7 +11,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
@@ -149,6 +148,8 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
 
 def version() -> str:
     """What ``--version`` prints."""
+    from importlib import metadata
+
     return f"mtp-lightning {metadata.version('mtp-lightning')}"
 
 
