@@ -178,7 +178,7 @@ def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
     path, sentences, _ = report([tmp_path])
     assert sentences[0] == "2 settings, 2 seeds, 4 runs: 2 done, 1 running, 1 missing."
     html = path.read_text()
-    assert "jobs were still running" in html and "0 of 2" in html
+    assert "made while jobs were running" in html and "0 of 2" in html
     assert re.search(r'>next</th>\s*<td class="text state">missing', html)
     write_run(tmp_path / "x", {"mtp.depth": 1, "seed": 2}, loss=1.5)
     assert report([tmp_path])[1][0].startswith("2 settings, 3 seeds, 5 runs: 3 done")
