@@ -19,7 +19,7 @@ LINES = {
     "data_modules": 9_080,
     "hydra_plugins": 135,
     "mtp_lightning": 3_050,
-    "mtp_lightning/apps": 365,
+    "mtp_lightning/apps": 360,
     "mtp_lightning/callbacks": 1_735,
     "mtp_lightning/certify": 1_075,
     "mtp_lightning/command_line": 1_180,

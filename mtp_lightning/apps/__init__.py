@@ -146,13 +146,10 @@ def _explain(arguments: list[str]) -> None:
     parser.add_argument("--config-dir", "-cd", type=Path)
     parser.add_argument("--version", action="store_true")
     known, _ = parser.parse_known_args(arguments)
-    if known.version:
-        print(version())
-        sys.exit(0)
-    if known.word:
+    if known.word or known.version:
         from mtp_lightning.command_line.explained import help_for
 
-        print(help_for(known.word, known.config_dir))
+        print(version() if known.version else help_for(known.word, known.config_dir))
         sys.exit(0)
 
 
