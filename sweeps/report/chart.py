@@ -163,7 +163,10 @@ class Chart:
         rows += math.ceil(len(entries) / columns)
         size = (5.2, 3.3 + 0.2 * rows) if panels == 1 else (4.6 * wide, 3.9 * high + 0.2 * rows)
         self.figure: Figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
-        self.panels = self.figure.subplots(high, wide, squeeze=False).ravel()[:panels]
+        every = self.figure.subplots(high, wide, squeeze=False).ravel()
+        for spare in every[panels:]:
+            spare.remove()
+        self.panels = every[:panels]
         self.axes = self.panels[0]
         for axes in self.panels:
             axes.set_facecolor("none")
