@@ -272,7 +272,7 @@ class CompiledSession(Session):
         start = max(end - width, 0)
         cache = self.depth_caches[k - 1]
         branch = self.states[0].narrow(1, start, width)
-        first = self.model.mtp.first_token(k)
+        first = self._stack.first_token(k)
         logits, hidden, *sure = self._run(
             "depth",
             k,

@@ -71,7 +71,7 @@ class TreeSession(Session):
         if self._one_cache and k > 1:
             return self._draft_tree_on(k)
         nodes = self.tree.level(k - 1)
-        if not self.model.mtp.reads_ahead:  # reads no drafts, so all nodes have the same state
+        if not self._stack.reads_ahead:  # reads no drafts, so all nodes have the same state
             return self._rescored(k, nodes).expand(-1, len(nodes), -1)
         self._append(k)
         self.catch_up(k)
@@ -92,7 +92,7 @@ class TreeSession(Session):
             column_BT = (n_B1 + self._columns(what, k, caught_up, j)).clamp_(min=0)
             return along(buffer, column_BT)
 
-        first = self.model.mtp.first_token(k)
+        first = self._stack.first_token(k)
         tokens = torch.cat([read(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
         branch = read(self.states[0], "positions")
         previous = branch if k == 1 else read(self.states[k - 1], "before")
@@ -104,10 +104,10 @@ class TreeSession(Session):
 
     def _rescored(self, k: int, nodes: range) -> Tensor:
         """:meth:`draft_tree` of a stack that reads no drafts: one state for all nodes."""
-        state_B1C = self.model.mtp.head_input(self._newest(k)[0])
+        state_B1C = self._stack.head_input(self._newest(k)[0])
         before_BP = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, nodes.start)
         logits_B1V = self._draft_head(state_B1C)
-        return self.model.mtp.rescore(k, state_B1C, logits_B1V, before_BP)
+        return self._stack.rescore(k, state_B1C, logits_B1V, before_BP)
 
     def _drafted(self, k: int, hidden: Tensor) -> Tensor:
         """The logits [B, P, V] after the nodes of depth ``k - 1``, whose states are the last of
@@ -116,7 +116,7 @@ class TreeSession(Session):
             outputs = hidden[:, -1:] if k == 1 else torch.cat((self._outputs[:, :1], hidden), 1)
             self._outputs = outputs
         newest = hidden[:, -len(self.tree.level(k - 1)) :]
-        return self._draft_head(self.model.mtp.head_input(newest))
+        return self._draft_head(self._stack.head_input(newest))
 
     def _draft_tree_on(self, k: int) -> Tensor:
         """:meth:`draft_tree` from the drafts before, in the first depth's cache (EAGLE-2, arXiv
@@ -163,7 +163,7 @@ class TreeSession(Session):
             runs = Runs(self._tables, self.n, path_BE.shape[1])
             runs.write(self.states[0], along(read, path_BE))
         for k in range(1, self.tree.depth + 1):
-            ahead = self.model.mtp.ahead(k)
+            ahead = self._stack.ahead(k)
             # Entries of accepted nodes are not stored at their own positions: recompute them.
             self.filled[k] = [
                 0 if ahead and self.is_short(row) else max(0, min(n, n - ahead + 1))

@@ -43,13 +43,13 @@ struct Full {
     static constexpr int UNIT = 1;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
     static int64_t bytes(int64_t width, int64_t inputs) { return width * inputs * sizeof(float); }
-    template <int V, bool AHEAD_TOO = false, typename Body>
+    template <int V, bool ASKS = false, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
             Vector weight[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                if (AHEAD_TOO) ask_ahead(panel + v * sizeof(Vector));
+                if (ASKS) ask_ahead(panel + v * sizeof(Vector));
                 weight[v] = load((const float*)panel + v * LANES);
             }
             body(k, weight);
@@ -212,6 +212,7 @@ static void rows_of_panel(const float* x, int64_t inputs, const char* panel, flo
     auto product = BODY(int64_t k, auto& weight) {
         add_products<R, V>(BODY(int r) { return x[r * inputs + k]; }, weight, sum);
     };
+    // In fp32, asking ahead slows one row down, and also several rows where there is nothing to ask for.
     if constexpr (R > 1 && std::is_same_v<Format, Full>) {
         if (AHEAD)
             Full::each<V, true>(panel, inputs, product);
