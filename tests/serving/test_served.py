@@ -171,12 +171,14 @@ def test_no_chat_without_a_template(served: Serving) -> None:
         )
 
 
-def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: OpenedModel) -> None:
+def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(
+    run: OpenedModel, gate: threading.Event
+) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 1000, "temperature": 0}
     gone = 'mtp_requests_total{status="499"}'
     with serving(run, batch_size=1) as found, found.client() as api, found.client() as other:
         running = api.completions.create(**fields, stream=True)
-        next(iter(running))
+        found.wait_for("mtp_rows", 1)
         waiting = threading.Thread(target=_ask_and_drop, args=(found, fields))
         waiting.start()  # it waits for the row, and goes before it has it
         found.wait_for("mtp_queue_length", 1)
@@ -184,8 +186,9 @@ def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: OpenedModel) -> 
         found.wait_for("mtp_queue_length", 0)
         assert found.meter("mtp_rows") == 1
         running.close()
-        found.wait_for("mtp_rows", 0)
         found.wait_for(gone, 2)
+        gate.set()
+        found.wait_for("mtp_rows", 0)
         answer = other.completions.create(**{**fields, "max_tokens": 5})
         assert answer.choices[0].text == expected(run, "a", 5).text
         assert found.meter("mtp_tokens_total") < 1000
