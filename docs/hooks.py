@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mtp_lightning.command_line.explained import Option, groups  # noqa: E402
-from mtp_lightning.markdown import plain  # noqa: E402
 
 # Modules that a user of the library, or somebody who extends it, imports from.
 DOORS = (
@@ -84,8 +82,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Make links of the repository work on the site; a link without a page becomes plain text."""
     up = "../" * page.file.src_uri.count("/")
-    markdown = markdown.replace("<!-- verdicts -->", verdicts())
-    markdown = markdown.replace("<!-- questions -->", questions_zh())
+    readme = ROOT / ("README.zh-CN.md" if page.file.src_uri.startswith("zh/") else "README.md")
+    markdown = markdown.replace("<!-- questions -->", questions(readme))
 
     def link(found: re.Match[str]) -> str:
         bang, text, target = found.groups()
@@ -104,42 +102,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return re.sub(outward, link, markdown)
 
 
-# The questions of the front page, and the claims that answer them.
-QUESTIONS = {
-    "Is the main prediction better, at equal training compute?": "text_equal_flops",
-    "Does MTP teach a model to plan?": "star_graph_heads_5000",
-    "Are the drafts of sequential modules the best ones?": "drafts_best",
-}
-
-
-def verdicts() -> str:
-    """Three claims with their verdicts, as ``results/`` has them."""
-    said = {"holds": "**holds**", "does not hold": "**does not hold**"}
-    said["undecided"] = "is **undecided**"
-    verbs = {
-        "holds": ("holds", "hold"),
-        "does not hold": ("does not hold", "do not hold"),
-        "undecided": ("is undecided", "are undecided"),
-    }
-    parts = []
-    for question, claim in QUESTIONS.items():
-        result = json.loads((ROOT / "results" / f"{claim}.json").read_text(encoding="utf-8"))
-        counts = Counter(entry["verdict"] for entry in result["predictions"])
-        counted = ", ".join(f"{counts[v]} {verbs[v][counts[v] > 1]}" for v in verbs if counts[v])
-        parts.append(
-            f"**{question}** The claim: *{plain(result['sentence'])}* "
-            f"It {said[result['verdict']]}; "
-            f"of its {sum(counts.values())} predictions {counted}."
-        )
-    return "\n\n".join(parts)
-
-
-def questions_zh() -> str:
-    """The three questions and their answers, as the Chinese README has them."""
-    readme = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
-    block = re.split(r"<!-- /?claims.*?-->", readme)[1]
-    paragraphs = [part for part in block.strip().split("\n\n") if part.startswith("**")]
-    return "\n\n".join(paragraphs).replace("](docs/", "](../")
+def questions(readme: Path) -> str:
+    """The three questions with their answers and tables, as a README has them."""
+    block = re.split(r"<!-- /?claims.*?-->", readme.read_text(encoding="utf-8"))[1]
+    kept = [part for part in block.strip().split("\n\n") if part.startswith(("**", "|"))]
+    return "\n\n".join(kept).replace("](docs/", "](../")
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

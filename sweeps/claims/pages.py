@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
-from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
+from sweeps.claims.decide import FAILS, HOLDS
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
@@ -28,9 +28,6 @@ from sweeps.report.templates import environment
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
 READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
 
-# The claim of the README's first answer, quality at equal compute, and the one whose picture is
-# shown while it has no numbers.
-QUESTION, INSTEAD = "text_equal_flops", "drafts_best"
 # Groups of claims about the star graph; the first group with numbers is shown.
 PLANNING, MORE_PLANNING = "star_graph_heads_5000", "star_graph_summaries"
 _PLANNING = (("planning_seeds",), (PLANNING, MORE_PLANNING))
@@ -73,7 +70,7 @@ def write_pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = (
 def pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
     found = _found(root, claims, allow)
-    facts = {**_results(found), "questions": answers(found, root, to="../")}
+    facts = {**_results(found), "questions": answers(found, root, page="docs/results.md")}
     texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
@@ -87,17 +84,15 @@ def block(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> 
     return answers(_found(root, claims, allow), root)
 
 
-def answers(found: Sequence[Pair], root: Path, *, to: str = "") -> str:
+def answers(found: Sequence[Pair], root: Path, *, page: str = "README.md") -> str:
     """What a module is worth, whether it teaches to plan, and how much faster a real model writes,
-    in Markdown; ``to`` is the path from the page to the root."""
-    by_name = _by_name(found)
-    facts = {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
-    return _render("questions.jinja", {**facts, "to": to})
+    in Markdown, with links that work on ``page``."""
+    return _render("questions.jinja", _answers(found, root, page))
 
 
 def part(found: Sequence[Pair], name: str, root: Path) -> str:
     """The text between the markers of the README of that file name."""
-    return _render(READMES[name], {**_readme(found), "speed": _speeds(root)})
+    return _render(READMES[name], {**_answers(found, root, name), **_counts(found)})
 
 
 def _found(root: Path, claims: Path, allow: Collection[str]) -> list[Pair]:
@@ -168,50 +163,22 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     }
 
 
-def _readme(found: Sequence[Pair]) -> dict[str, Any]:
-    """The facts of a README: its answers, its pictures, and how many claims hold."""
-    by_name = {n: pair for n, pair in _by_name(found).items() if not pair[0].superseded_by}
-    run = [state(claim, result) for claim, result in by_name.values() if result is not None]
+def _answers(found: Sequence[Pair], root: Path, page: str) -> dict[str, Any]:
+    """The facts of the three questions, and the paths of ``results/`` and ``docs/`` as seen from
+    the page."""
+    by_name = _by_name(found)
+    facts = {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
+    results, docs = ("../results/", "") if page.startswith("docs/") else ("results/", "docs/")
+    return {**facts, "results": results, "docs": docs}
+
+
+def _counts(found: Sequence[Pair]) -> dict[str, Any]:
+    """How many claims hold, without those that another one supersedes."""
+    shown = [pair for pair in _by_name(found).values() if not pair[0].superseded_by]
+    run = [state(claim, result) for claim, result in shown if result is not None]
     holds, fails = (sum(word.startswith(verdict) for word in run) for verdict in (HOLDS, FAILS))
     counts = {"all": len(run), "holds": holds, "fails": fails, "open": len(run) - holds - fails}
-    return {
-        "question": _question(by_name),
-        "plans": _plans(by_name),
-        "pictures": list(_pictures(by_name)),
-        "counts": counts if run else None,
-        "missing": [name for name, (_, result) in by_name.items() if result is None],
-    }
-
-
-def _question(found: Mapping[str, Pair]) -> dict[str, Any] | None:
-    """The first answer: counts of verdicts, and the smallest and the largest effect."""
-    if QUESTION not in found:
-        return None
-    claim, result = found[QUESTION]
-    entries = [] if result is None else [e for e in words.entries(result) if e["low"] is not None]
-    facts: dict[str, Any] = {"entries": entries, "command": claim.command}
-    if entries:
-        verdicts = [entry["verdict"] for entry in entries]
-        by_size = sorted(entries, key=lambda entry: float(entry["effect"]))
-        facts |= {"state": state(claim, result), "ends": (by_size[0], by_size[-1])}
-        facts |= {"worse": verdicts.count(HOLDS), "better": verdicts.count(FAILS)}
-        facts["open"] = verdicts.count(UNDECIDED)
-        alike = [word for word in ("worse", "better") if facts[word] == len(entries)]
-        facts["answer"] = alike[0] if alike else "mixed"
-    return facts
-
-
-def _pictures(found: Mapping[str, Pair]) -> Iterator[dict[str, Any]]:
-    """The first figure with numbers of each group: its file, what it shows, and of how much."""
-    for group in ({QUESTION: "question", INSTEAD: "drafts"}, {PLANNING: "planning"}):
-        for name, kind in group.items():
-            claim, result = found.get(name, (None, None))
-            if claim and result and (files := files_of(result, claim.label, Path("results"))):
-                file = files[-1] if name == QUESTION else files[0]
-                kind = "curve" if file.stem.endswith(CURVE) else kind
-                seeds, size = seeds_and_size(result)
-                yield {"file": file.as_posix(), "kind": kind, "seeds": seeds, "size": size}
-                break
+    return {"counts": counts if run else None, "missing": len(shown) - len(run)}
 
 
 def _has_numbers(claim: Claim, result: Result | None) -> bool:
@@ -221,37 +188,42 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
 
 
 def _worth(found: Mapping[str, Pair]) -> dict[str, Any] | None:
-    """Every head's gain by size, where it was measured."""
-    sizes: dict[str, list[str]] = {}
-    figure = None
+    """Every head's gain and effect by size, where they were measured."""
+    sizes: dict[str, dict[str, dict[str, Any]]] = {}
+    waiting, picture = [], None
     for size, claims in _SIZES.items():
         there = [found[name] for name in claims if name in found]
-        if there:
-            sizes[size] = []
-        for claim, result in [pair for pair in there if _has_numbers(*pair)][:1]:
-            assert result is not None
-            sizes[size] = [_worth_of(e, claim) for e in words.entries(result, claim) if _is_gain(e)]
-            figure = files_of(result, claim.label, Path("results"))[0].as_posix()
-    return {"sizes": sizes, "figure": figure} if sizes else None
+        measured = [(claim, result) for claim, result in there if _has_numbers(claim, result)]
+        if not measured:
+            waiting += [size] if there else []
+            continue
+        claim, result = measured[0]
+        assert result is not None
+        heads = sizes.setdefault(size, {})
+        for entry in words.entries(result, claim):
+            if entry["measure"].get("curve") and entry["against"] is None:
+                heads.setdefault(entry["arm"], {})[entry["measure"]["part"]] = {
+                    "number": _number(entry),
+                    "out_of_range": "out of range" in entry["why"],
+                    "verdict": entry["verdict"],
+                    "n": entry["n"],
+                    "planned": len(claim.scale.seeds),
+                }
+        seeds, parameters = seeds_and_size(result)
+        file = files_of(result, claim.label, Path())[0].name
+        picture = {"file": file, "seeds": seeds, "size": parameters}
+    if not sizes:
+        return None
+    gains = [of["total"]["verdict"] for heads in sizes.values() for of in heads.values()]
+    costs = {HOLDS: "more", FAILS: "less"}.get(gains[0]) if len(set(gains)) == 1 else None
+    return {"sizes": sizes, "costs": costs, "waiting": waiting, "picture": picture}
 
 
-def _is_gain(entry: words.Entry) -> bool:
-    measure = entry["measure"]
-    return bool(measure.get("curve")) and measure["part"] == "total" and entry["against"] is None
-
-
-def _worth_of(entry: words.Entry, claim: Claim) -> str:
-    """``parallel heads 0.777 × (undecided, 1 seed of 5)``."""
+def _number(entry: words.Entry) -> str | None:
+    """A gain with its interval; that of one seed has none, and the cell says how many there are."""
     if entry["effect"] is None:
-        number = "out of range" if "out of range" in entry["why"] else "no number"
-    elif entry["low"] is None:  # of one seed, as the parenthesis says
-        number = words.show(entry, entry["effect"])
-    else:
-        number = words.measured(entry)
-    seeds = plural(entry["n"], "seed")
-    if entry["verdict"] == UNDECIDED:
-        seeds = f"undecided, {seeds} of {len(claim.scale.seeds)}"
-    return f"{entry['arm']} {number} ({seeds})"
+        return None
+    return words.show(entry, entry["effect"]) if entry["low"] is None else words.measured(entry)
 
 
 def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
@@ -260,12 +232,10 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
         if group[0] not in found or not _has_numbers(*found[group[0]]):
             continue
         arms: dict[str, dict[str, Any]] = {}
-        beyond, figure = [], None
+        beyond = []
         for claim, result in (found[name] for name in group if name in found):
             if result is None or is_stale(result, claim):
                 continue
-            files = files_of(result, claim.label, Path("results"))
-            figure = figure or (files[0].as_posix() if files else None)
             for entry in words.entries(result, claim):
                 for arm, share in (("against", "other"), ("arm", "own")):
                     if entry[share] is not None:
@@ -274,7 +244,7 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
                 if entry["own"] and entry["against"] and entry["verdict"] == HOLDS:
                     beyond.append(entry["arm"])
         if arms:
-            return {"arms": arms, "beyond": beyond, "figure": figure}
+            return {"arms": arms, "beyond": beyond}
     return None
 
 

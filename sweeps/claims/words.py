@@ -77,7 +77,7 @@ def measured(entry: Entry) -> str:
     effect = show(entry, entry["effect"])
     if entry["low"] is None:
         return f"{effect}, one seed"
-    low, high = (show(entry, entry[name]) for name in ("low", "high"))
+    low, high = (show(entry, entry[name]).removesuffix(" ×") for name in ("low", "high"))
     return f"{effect} [{low}, {high}]"
 
 

@@ -143,7 +143,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
     (entry,) = result["predictions"]
     assert words.subject(entry) == "large / heads"
     assert words.quantity(entry["measure"]) == "compute-equivalent gain, by loss in bits per byte"
-    assert words.measured(entry).startswith("1.302 × [1.302 ×, ")
+    assert words.measured(entry).startswith("1.302 × [1.302, ")
     # Its runs serve a claim that reads the same of them, gain or not.
     plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
     assert shared_seeds(plain, [result]).keys() == {"x"}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ import pytest
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
-from sweeps.claims.pages import QUESTION, READMES, part
+from sweeps.claims.pages import READMES
 from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
-from sweeps.claims.result import make_result
+from sweeps.claims.result import make_result, state
 from sweeps.process import Task
 from tests.sweeps.claims.fixture_claims import (
     PLAIN,
@@ -94,10 +93,10 @@ def test_the_verdict_of_a_trial_says_so_everywhere(
 
 
 def test_a_result_from_before_trials_were_told_apart_says_so_too(tmp_path: Path) -> None:
-    claim = replace(claim_of(tmp_path), name=QUESTION)
+    claim = claim_of(tmp_path)
     arms = observed(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
     result = {**make_result(claim, arms, ("2026-11-25T09:00:00+00:00", None)), "verdict": "holds"}
-    assert "成立 (预测不在任何提交中)" in part([(claim, result)], "README.zh-CN.md", tmp_path)
+    assert state(claim, result) == f"holds ({TRIAL})"
 
 
 def test_what_came_out_of_ones_own_claims_lies_beside_them(

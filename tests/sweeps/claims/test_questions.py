@@ -9,9 +9,9 @@ import pytest
 
 from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
-from sweeps.claims.pages import answers
+from sweeps.claims.pages import answers, part
 from sweeps.claims.read import read_claim
-from tests.sweeps.claims.fixture_claims import claim_of, measured_speeds
+from tests.sweeps.claims.fixture_claims import claim_of
 
 GAIN = "equivalent_gain_600k"
 
@@ -24,7 +24,8 @@ def entry(arm: str, effect: float | None, **more: Any) -> dict[str, Any]:
 
 
 def result(claim: Claim, predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"digest": claim.digest, "predictions": predictions, "arms": {}}
+    made = {"digest": claim.digest, "predictions": predictions, "arms": {}}
+    return {**made, "verdict": "undecided", "predicted_in": "d" * 40, "unfinished": []}
 
 
 def test_what_a_module_is_worth(tmp_path: Path) -> None:
@@ -33,42 +34,29 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
         entry("sequential", None, why="sequential at seed 1: out of range: its loss"),
         entry("parallel", 0.8125, n=1),
         entry("top", 0.75, low=0.7, high=0.8, n=5, verdict="holds"),
-        entry("top", 0.9, measure={**entry("top", 1)["measure"], "part": "effect"}),
     ]
+    effect = {**entry("top", 1)["measure"], "part": "effect"}
+    found += [{**of, "measure": effect, "effect": 0.9, "low": 0.8, "high": 1.1} for of in found]
     small = read_claim("equivalent_gain_200k_long")
-    text = answers([(small, None), (claim, result(claim, found))], tmp_path, to="../")
+    pairs = [(small, None), (claim, result(claim, found))]
+    text = answers(pairs, tmp_path, page="docs/results.md")
+    assert "main prediction?** It depends on the head." in text
     assert (
-        "0.2 M: not run yet; 0.6 M: sequential modules out of range (undecided, 0 seeds of 5), "
+        "\n| weights | | sequential modules | parallel heads | top head |\n|---|---|---|---|---|\n"
+        "| 0.6 M | gain | out of range (0 of 5 seeds) | 0.812 × (1 of 5 seeds) "
+        "| 0.750 × [0.700, 0.800] |\n|  | effect of a step | 0.900 × [0.800, 1.100] (0 of 5 seeds) "
         in text
     )
-    assert "parallel heads 0.812 × (undecided, 1 seed of 5), " in text
-    assert "top head 0.750 × [0.700 ×, 0.800 ×] (5 seeds)." in text
+    assert "over seeds; 0.2 M is predicted and not measured yet):" in text
     assert f"](../results/{GAIN}.svg)" in text and "plan?" not in text
+    chinese = part(pairs, "README.zh-CN.md", tmp_path)
+    assert "| 0.6 M | 增益 | 超出范围（0/5 个种子） | 0.812 ×" in chinese
+    assert f"](results/{GAIN}.svg)" in chinese and "（0.2 M 已写下预测" in chinese
+    for verdict, told in (("holds", "Less than it costs"), ("does not hold", "More than")):
+        alike = [{**of, "verdict": verdict} for of in found]
+        assert f"?** {told}" in answers([(claim, result(claim, alike))], tmp_path)
     # What was changed since has no numbers.
-    stale = {**result(claim, found), "digest": "other"}
-    text = answers([(claim, stale)], tmp_path)
-    assert "0.6 M: not run yet." in text and "svg" not in text
-
-
-def test_whether_it_teaches_to_plan(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path, "planning_seeds")
-    share = {"count": 4, "n": 4, "low": 0.4, "high": 1.0, "rate": 1.0}
-    none = {"count": 0, "n": 5, "low": 0.0, "high": 0.5, "rate": 0.0}
-    solved = {**entry("mtp", 1)["measure"], "solved": 0.95, "curve": []}
-    entries = [entry("mtp", 1, against="plain", own=share, other=none, measure=solved)]
-    text = answers([(claim, result(claim, entries))], tmp_path)
-    planned = f", {len(claim.scale.seeds)} planned" if len(claim.scale.seeds) > 4 else ""
-    assert (
-        f"no MTP 0 of 5 seeds [0 %, 50 %]; sequential modules 4 of 4 seeds [40 %, 100 %]{planned}."
-        in text
-    )
-
-
-def test_how_fast_a_real_model_writes(tmp_path: Path) -> None:
-    """Where little is stored: test_result.py compares docs/results.md with all that is."""
-    row = {"kind": "code", "temperature": 0.0, "tokens": 96, "drafts_1": {"over_plain_cpu": 1.2}}
-    measured_speeds(tmp_path, [row], options={"new_tokens": 32})
-    assert "one processor: code 1.20 × (3 texts per kind, no interval)." in answers([], tmp_path)
+    assert answers([(claim, {**result(claim, found), "digest": "other"})], tmp_path) == ""
 
 
 def test_nothing_is_said_without_numbers(
