@@ -268,8 +268,10 @@ class MTPModel(nn.Module):
         tokens = tokens[:, : seq_len + self.mtp.ahead(max(active, default=0))]
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
-            final, *kept = (state.contiguous() for state in batch.states.unbind(1))
-            branch = torch.cat(kept, dim=-1) if len(kept) > 1 else (final, *kept)[-1]
+            final, *others = (state.contiguous() for state in batch.states.unbind(1))
+            branch = others[0] if len(others) == 1 else final  # without a copy
+            if len(others) > 1:
+                branch = torch.cat(others, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], positions, key

@@ -41,7 +41,7 @@ _NAMED = re.compile(r"\+([\w.]+)=")
 
 
 @dataclass
-class Said:
+class KeyRules:
     """The rules in ``conf/`` for the keys of a class, or of a node without a class.
 
     Attributes:
@@ -62,30 +62,30 @@ class Said:
         return {*self.keys, *self.named}
 
 
-def of_class(target: str) -> Said | None:
+def of_class(target: str) -> KeyRules | None:
     """The rules for the keys of a class; None for a class that ``conf/`` does not build."""
-    return _said()[0].get(target)
+    return _read_conf()[0].get(target)
 
 
-def of_node(path: str, app: str) -> Said:
+def of_node(path: str, app: str) -> KeyRules:
     """The rules for the keys of a node without a class.
 
     Args:
         path: the node's dotted path in the config; empty for the root.
         app: the app's root config in conf/.
     """
-    by_path = _said()[1]
-    found = by_path.get(f"{app}:{path}") or by_path.get(path, Said())
+    by_path = _read_conf()[1]
+    found = by_path.get(f"{app}:{path}") or by_path.get(path, KeyRules())
     if path == "trainer":
-        return Said(found.keys, found.named | _trainer_arguments(), found.open, found.needs)
+        return KeyRules(found.keys, found.named | _trainer_arguments(), found.open, found.needs)
     return found
 
 
 @cache
-def _said() -> tuple[dict[str, Said], dict[str, Said]]:
+def _read_conf() -> tuple[dict[str, KeyRules], dict[str, KeyRules]]:
     """The rules by class, and of nodes without one by path: ``trainer``, ``evaluate:decode``."""
-    by_target: dict[str, Said] = {}
-    by_path: dict[str, Said] = {}
+    by_target: dict[str, KeyRules] = {}
+    by_path: dict[str, KeyRules] = {}
     for group, options in groups().items():
         if group.partition("/")[0] in _ELSEWHERE:
             continue
@@ -98,7 +98,7 @@ def _said() -> tuple[dict[str, Said], dict[str, Said]]:
                     path = ".".join(filter(None, [group.replace("/", "."), owner]))
                     path = path if group else f"{option.name}:{owner}"
                     home, at = (by_target, target) if target else (by_path, path)
-                    said = home.setdefault(at, Said())
+                    said = home.setdefault(at, KeyRules())
                     if says is None:
                         said.named.add(name)
                     else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import PackedStruct, packed_of
 from mtp_lightning.nn.attention import Attention, Positions
-from mtp_lightning.nn.batch_invariant import AT_ONCE, FEW
+from mtp_lightning.nn.batch_invariant import MAX_INVARIANT_POSITIONS, MAX_VERIFY_WIDTH
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.kv_cache import KVCache
@@ -126,7 +126,7 @@ class FusedBlocks:
         cache = positions.cache
         batch, n_new, _ = x_BTC.shape
         return (
-            (n_new <= FEW or batch * n_new <= AT_ONCE)
+            (n_new <= MAX_VERIFY_WIDTH or batch * n_new <= MAX_INVARIANT_POSITIONS)
             and isinstance(cache, KVCache)
             and positions.updates is None
             and native.fits(x_BTC, cache.tables.cos_S1H)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, is_batch_invariant
 from mtp_lightning.nn.experts import routed_experts
 
 # With fewer tokens, packing the weights costs more than it saves.
@@ -47,7 +47,7 @@ def mix_experts(
 ) -> Tensor:
     """``nn.experts.routed_experts``."""
     given = x_MC, chosen_MK, gates_MK, gate_up, down
-    if not torch.is_grad_enabled() and (x_MC.shape[0] <= FEW or is_batch_invariant()):
+    if not torch.is_grad_enabled() and (x_MC.shape[0] <= MAX_VERIFY_WIDTH or is_batch_invariant()):
         return _one_by_one(*given)
     if fits(x_MC, gate_up, down):
         return _NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mtp_lightning.cpu.library import ONEDNN
 from mtp_lightning.cpu.packed import numbers_of, packed_copy
 from mtp_lightning.nn import ops
-from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, is_batch_invariant
 
 # With fewer rows (decoding a few tokens) a product only reads the weights, and setting up a oneDNN
 # primitive costs more than it saves.
@@ -103,7 +103,12 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
             return linear(x.float(), weight_NK).to(x.dtype)
         if isinstance(packed, Tensor):
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        if packed.integers or is_batch_invariant() or x.dim() < 2 or x.shape[-2] <= FEW:
+        if (
+            packed.integers
+            or is_batch_invariant()
+            or x.dim() < 2
+            or x.shape[-2] <= MAX_VERIFY_WIDTH
+        ):
             return packed.linear(x)
         weight_NK = numbers_of(weight_NK)
     x_MK = x.reshape(-1, x.shape[-1])

@@ -46,7 +46,7 @@ class Prepared:
         self._weights = [m.weight for m in layers if isinstance(m, Linear | Head)]
         for weight in self._weights:
             pack(weight)
-        self._replaced = [layer for layer in layers if type(layer) in _STEPS]
+        self._replaced = [layer for layer in layers if type(layer) in _FUSED]
         for layer in self._replaced:
             vars(layer)["forward"] = _forward(layer)
 
@@ -97,7 +97,7 @@ class CPUPasses(Prepared):
             and type(stack).main_state is MTPStack.main_state
             and type(stack).branch is MTPStack.branch
         )
-        blocks, found = _of_trunk(trunk) if plain else None, self._ends(self._model.head.weight)
+        blocks, found = _trunk_blocks(trunk) if plain else None, self._ends(self._model.head.weight)
         if blocks is None or found is None:
             return None
         return FusedTrunk(*blocks, *found, kept=stack.config.branch_from)
@@ -110,76 +110,77 @@ class CPUPasses(Prepared):
         return head, embedding
 
 
-def _of_trunk(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
+def _trunk_blocks(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
     *before, last = trunk.blocks
     shared, own = FusedBlocks.of(before), FusedBlocks.of([last], trunk.norm)
     return None if shared is None or own is None else (shared, own)
 
 
 def _forward(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward pass, which takes the layer's fused step where it can. The step is made at
-    the first pass: most layers have none of their own, since one around them is fused."""
-    made = cache(partial(fused_step, layer))
+    """A layer's forward pass, which is fused where it can be. The fused one is made at the first
+    pass: most layers need none of their own, since a layer around them is fused."""
+    made = cache(partial(fused_forward, layer))
 
     def forward(*given: Any) -> Any:
-        step = None if torch.compiler.is_compiling() else made()
-        found = None if step is None else step(*given)
+        fused = None if torch.compiler.is_compiling() else made()
+        found = None if fused is None else fused(*given)
         return type(layer).forward(layer, *given) if found is None else found
 
     return forward
 
 
-# A layer's fused step: what its forward pass returns, or None for a pass of many tokens.
-_Step = Callable[..., Any]
+# A layer's fused forward pass. It returns None for a pass of many tokens.
+_Forward = Callable[..., Any]
 
 
-def fused_step(layer: nn.Module) -> _Step | None:
-    """The step of a layer; None if decode.cpp does not support it, or a weight is not packed."""
-    return _STEPS[type(layer)](layer)
+def fused_forward(layer: nn.Module) -> _Forward | None:
+    """A layer's fused forward pass; None if decode.cpp does not support it, or a weight is not
+    packed."""
+    return _FUSED[type(layer)](layer)
 
 
-def _block_step(block: Block) -> _Step | None:
+def _of_block(block: Block) -> _Forward | None:
     fused = FusedBlocks.of([block])
     if fused is None:
         return None
 
-    def step(x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor | None:
+    def forward(x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor | None:
         return fused(x_BTC, positions, layer)[0] if fused.fits(x_BTC, positions) else None
 
-    return step
+    return forward
 
 
-def _module_step(module: SequentialModule) -> _Step | None:
+def _of_module(module: SequentialModule) -> _Forward | None:
     fused = FusedModule.of(module)
     if fused is None:
         return None
 
-    def step(hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor | None:
+    def forward(hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor | None:
         given = hidden_BTC, embedded_BTC, positions
         return fused(*given) if fused.fits(*given) else None
 
-    return step
+    return forward
 
 
-def _trunk_step(trunk: Trunk) -> _Step | None:
+def _of_whole_trunk(trunk: Trunk) -> _Forward | None:
     # Fused as a whole, it would not return the states between its blocks.
-    blocks = None if trunk.kept else _of_trunk(trunk)
+    blocks = None if trunk.kept else _trunk_blocks(trunk)
     if blocks is None:
         return None
     before, last = blocks
 
-    def step(embedded_BTC: Tensor, positions: Positions) -> TrunkOutput | None:
+    def forward(embedded_BTC: Tensor, positions: Positions) -> TrunkOutput | None:
         if not before.fits(embedded_BTC, positions):
             return None
         before_last, _ = before(embedded_BTC, positions)
         h_BTC, final_BTC = last(before_last, positions, before.n)
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
-    return step
+    return forward
 
 
-_STEPS: dict[type[nn.Module], Callable[[Any], _Step | None]] = {
-    Trunk: _trunk_step,
-    SequentialModule: _module_step,
-    Block: _block_step,
+_FUSED: dict[type[nn.Module], Callable[[Any], _Forward | None]] = {
+    Trunk: _of_whole_trunk,
+    SequentialModule: _of_module,
+    Block: _of_block,
 }

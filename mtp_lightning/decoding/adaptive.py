@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-# Smallest gain over plain decoding at which drafts are used: while decoding, since timings scatter,
-# and after a short measurement, since other texts also differ in acceptance.
-MARGIN, SURE = 1.03, 1.1
+# The smallest gain over plain decoding at which drafts are used: while decoding, since timings
+# scatter, and after a short measurement, since other texts also differ in acceptance.
+MIN_GAIN, MIN_GAIN_MEASURED = 1.03, 1.1
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Payoff:
     @property
     def best(self) -> int:
         """The number of drafts with the most tokens per second; 0 if that gains little."""
-        return fastest(self.gains(), SURE)
+        return fastest(self.gains(), MIN_GAIN_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -218,10 +218,10 @@ class _Rounds:
         if len(costs) == 1:
             return
         gains = [tokens / cost for tokens, cost in zip(expected, costs, strict=False)]
-        before, self.best = self.best, fastest(gains, MARGIN)
+        before, self.best = self.best, fastest(gains, MIN_GAIN)
         if before and not self.best:
             self._wait = self._FIRST
-        if max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1)) < MARGIN:
+        if max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1)) < MIN_GAIN:
             self._wait = self._HOPELESS
 
     def _cost(self, m: int, known: list[int]) -> float:

@@ -117,7 +117,7 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
                 break
             session.put(token_B1, 0)
             logits_BV = session.verify(0)[:, 0]
-            session.accept([0] * batch.batch_size, 0)
+            session.accept([0] * batch.batch_size)
     return said_BW[:, : batch.tokens.shape[1]]
 
 

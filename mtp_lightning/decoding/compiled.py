@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.decoding.programs import program, require_compiler
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import DepthDraft, Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import CacheEntry
@@ -262,7 +262,7 @@ class CompiledSession(Session):
             self.states[0].narrow(1, n, width).copy_(branch[0])
         return logits
 
-    def draft(self, k: int) -> Tensor:
+    def draft(self, k: int) -> DepthDraft:
         self._append(k)
         width = self._widest
         end = max(self.n[0], 1)
@@ -283,12 +283,11 @@ class CompiledSession(Session):
             self._at(start),
             self._at(end - 1 - start),
         )
-        self.confidence_B = sure[0] if sure else None
+        self._n_drafted = k
         cache.lengths = [start + width]
         if k < self.max_draft:
             self.states[k].narrow(1, start, width).copy_(hidden)
-        self.filled[k] = [max(0, self.n[0] - k + 1)]
-        return logits
+        return DepthDraft(logits, *sure)
 
     def _at(self, position: int) -> Tensor:
         # torch.tensor would copy from the host, which waits for a GPU.

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,21 @@ from mtp_lightning.settings import is_whole
 if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
     from mtp_lightning.decoding.lookup import Lookup
+
+
+class RoundPlan(NamedTuple):
+    """The plan of a round.
+
+    Attributes:
+        n_drafts: number of drafts that the modules make for every row.
+        caps: for each row, the most drafts that it accepts.
+        recorder: records the round's time; None if the time does not show what that number of
+            drafts costs.
+    """
+
+    n_drafts: int
+    caps: list[int]
+    recorder: AutoDepth | None
 
 
 class Engine:
@@ -202,7 +217,7 @@ class Engine:
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
         for i, sequence in enumerate(sequences):
-            kept = sequence.take(outcome.steps[i], outcome.logits_BTV, i)
+            kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i)
             self._report_logits(sequence, kept, outcome.logits_BTV, i)
         self._free_finished()
         return sequences
@@ -287,7 +302,7 @@ class Engine:
         if limit is not None:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
-        n_drafts, caps, auto = self._planned(rooms)
+        n_drafts, caps, recorder = self._plan(rooms)
         known = self._looked_up(rooms) if self.options.lookup else []
         replace = None
         if any(known):
@@ -295,34 +310,32 @@ class Engine:
 
             replace = partial(with_lookups, known=known, model=self._model)
             caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
-            n_drafts, auto = 0 if all(known) else n_drafts, None
+            n_drafts, recorder = 0 if all(known) else n_drafts, None
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps, replace)
-        if auto is not None:
+        if recorder is not None:
             seconds = time.perf_counter() - start
-            reached_by = [step.reached for step in outcome.steps]
+            reached_by = [row.reached for row in outcome.rows]
             if self.options.min_confidence:  # count a draft that was not made as a failed one
                 reached_by = [
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
                 ]
-            auto.record(n_drafts, seconds, outcome.accepted, reached_by)
+            recorder.record(n_drafts, seconds, outcome.accepted, reached_by)
         return outcome
 
-    def _planned(self, rooms: Sequence[int]) -> tuple[int, list[int], AutoDepth | None]:
-        """The number of drafts that the modules make in the next round, the most of them that every
-        row accepts, of ``rooms``, and what the round's time is recorded by; None if it does not
-        tell what that number costs."""
+    def _plan(self, rooms: Sequence[int]) -> RoundPlan:
+        """Plan the next round; ``rooms`` are the most drafts that fit into every row."""
         auto, usual = self._auto, self.max_draft
-        asked = [self._own_depth(sequence.request) for sequence in self._sequences]
-        alike = all(depth is None for depth in asked)
+        fixed = [self._fixed_depth(sequence.request) for sequence in self._sequences]
+        free = all(depth is None for depth in fixed)
         if auto is not None:
-            usual = auto.depth(len(asked)) if alike else auto.best
-        each = [usual if depth is None else depth for depth in asked]
+            usual = auto.depth(len(fixed)) if free else auto.best
+        each = [usual if depth is None else depth for depth in fixed]
         wanted = usual if auto is None else max(each)
         caps = [min(room, depth) for room, depth in zip(rooms, each, strict=True)]
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
-        return n_drafts, caps, auto if alike and n_drafts == wanted else None
+        return RoundPlan(n_drafts, caps, auto if free and n_drafts == wanted else None)
 
     def _looked_up(self, rooms: Sequence[int]) -> list[list[int]]:
         """The drafts of every row that its own text gives.
@@ -334,9 +347,9 @@ class Engine:
         rows = zip(self._sequences, rooms, strict=True)
         return [sequence.looked_up(min(room, most)) for sequence, room in rows]
 
-    def _own_depth(self, request: Request) -> int | None:
-        """The number of drafts that a request asks for, or that samples keep; None if it is free
-        to change, as greedy text does not depend on it."""
+    def _fixed_depth(self, request: Request) -> int | None:
+        """The number of drafts that must not change between rounds: the request's own, or the
+        measured one for samples, whose text depends on it; None for any number."""
         known = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)

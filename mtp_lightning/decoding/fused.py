@@ -29,15 +29,40 @@ if TYPE_CHECKING:
     from mtp_lightning.opening import Keeper
 
 
-# The trunk from token ids to logits [B, T, V]. It is given the trunk's cache, opened for the pass,
-# the token buffer [B, S], and the states [B, S, C] to write the stack's branch states to; None
-# without drafts.
-TrunkPass = Callable[[KVCache, Tensor, Tensor | None], Tensor]
+class TrunkPass(Protocol):
+    """A pass of the trunk, from token ids to logits."""
 
-# One depth from token ids to the state [B, 1, C] of one token a row, and its logits [B, V]. It is
-# given the depth's cache, opened for the pass, the token buffer, the states [B, S, C] that the
-# depth reads, those to write its own to (None for the deepest), and each row's index of that token.
-DraftPass = Callable[[KVCache, Tensor, Tensor, Tensor | None, Sequence[int]], tuple[Tensor, Tensor]]
+    def __call__(self, cache: KVCache, tokens_BS: Tensor, branch_BSC: Tensor | None, /) -> Tensor:
+        """The logits [B, T, V] of the pass that is open in the trunk's cache.
+
+        Args:
+            cache: the trunk's cache.
+            tokens_BS: the token buffer.
+            branch_BSC: where to write the stack's branch states; None without drafts.
+        """
+
+
+class DraftPass(Protocol):
+    """A pass of one depth, from token ids to logits."""
+
+    def __call__(
+        self,
+        cache: KVCache,
+        tokens_BS: Tensor,
+        previous_BSC: Tensor,
+        own_BSC: Tensor | None,
+        index: Sequence[int],
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """The state [B, 1, C] of one token per row, and its logits [B, V].
+
+        Args:
+            cache: the depth's cache, with an open pass.
+            tokens_BS: the token buffer.
+            previous_BSC: the states that the depth reads.
+            own_BSC: where to write its own states; None for the deepest.
+            index: each row's index of that token in the pass.
+        """
 
 
 class FusedPasses(Protocol):

@@ -1,9 +1,10 @@
 """Drafts that are looked up in the text itself: what followed the same words before.
 
 Prompt lookup (Saxena 2023; LLMA, arXiv 2304.04487) needs no model: the longest end of the text that
-has stood in it before proposes the tokens that followed it there. The number of drafts follows from
-how often proposals after an equally long match were right (as SuffixDecoding's, arXiv 2411.04975,
-follows from the match), so that a text that does not repeat itself is hardly ever drafted.
+has stood in it before proposes the tokens that followed it there. The number of drafts depends on
+how often proposals after an equally long match were right, so that a text that does not repeat
+itself is hardly ever drafted. (In SuffixDecoding, arXiv 2411.04975, it depends on the length of the
+match.)
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _LONGEST = 16
 # many judged proposals this first guess counts as.
 _GUESS = 4.0
 # Tokens are proposed while the product of their estimated probabilities is at least this: in greedy
-# texts, and in samples, which repeat themselves less. Counted in texts of SmolLM2, where a verified
-# token costs 0.3 plain passes lookups make no text slower by more than 1 %, apart from the cost of
-# making the drafts.
+# texts, and in samples, which repeat themselves less. Measured on texts of SmolLM2: if verifying a
+# token costs 0.3 plain passes, lookups slow no text by more than 1 %, not counting the time to make
+# the drafts.
 _WORTH, _WORTH_IN_SAMPLES = 0.3, 0.5
 
 

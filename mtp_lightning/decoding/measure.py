@@ -248,7 +248,7 @@ def pass_costs(
         def draft(k: int) -> None:
             # As after a round that accepted about half of its drafts: two positions to catch up.
             session.filled[k] = [max(0, n - max(2, k)) for n in session.n]
-            chosen = session.draft(k).argmax(-1, keepdim=True)
+            chosen = session.draft(k).logits_BV.argmax(-1, keepdim=True)
             session.put(chosen, k)
             chosen.tolist()  # waits for a GPU
 

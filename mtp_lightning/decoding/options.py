@@ -21,7 +21,7 @@ from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH
 from mtp_lightning.settings import (
     is_whole,
     require_bool,
@@ -39,7 +39,7 @@ Prompt = Sequence[int] | np.ndarray | Tensor
 _TOGETHER = 8
 # Options of how drafts are made and judged.
 _DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify", "lookup")
-MOST_LOOKUPS = FEW - 1
+MOST_LOOKUPS = MAX_VERIFY_WIDTH - 1
 """Most drafts that are looked up: a pass over them and the pending token has the bits of single
 passes."""
 # An option, and the options that may not be set together with it.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.options import Request
-from mtp_lightning.decoding.speculative import Step
+from mtp_lightning.decoding.speculative import RowResult
 
 if TYPE_CHECKING:
     from mtp_lightning.decoding.lookup import Lookup
@@ -200,27 +200,27 @@ class TextSequence:
         self._looked_up = [] if self._lookup is None else self._lookup.drafts(most)
         return self._looked_up
 
-    def take(self, step: Step, logits_BTV: Tensor, row: int) -> int:
+    def take(self, result: RowResult, logits_BTV: Tensor, row: int) -> int:
         """Take the result of a verify pass up to the text's end, and count its drafts. Returns how
         many tokens the text has kept.
 
         Args:
-            step: the result of the pass for this row.
+            result: the result of the pass for this row.
             logits_BTV: the trunk's logits of all rows, of at least as many tokens; ``row`` is ours.
         """
         before = len(self.token_ids)
-        kept = self.extend(step.tokens, step.accepted, logits_BTV, row)
+        kept = self.extend(result.tokens, result.accepted, logits_BTV, row)
         self._passes += 1
         self._emitted += kept
-        self._drafted += step.accepted + len(step.rejected)
-        self.rejected += [Rejected(before + step.accepted, *draft) for draft in step.rejected]
+        self._drafted += result.accepted + len(result.rejected)
+        self.rejected += [Rejected(before + result.accepted, *draft) for draft in result.rejected]
         if self._looked_up:
-            self._lookups[0] += min(step.accepted, kept)
-            self._lookups[1] += step.accepted + len(step.rejected)
+            self._lookups[0] += min(result.accepted, kept)
+            self._lookups[1] += result.accepted + len(result.rejected)
             return kept
-        for j in range(min(step.reached, kept)):
+        for j in range(min(result.reached, kept)):
             self._reached[j] += 1
-            self._accepted[j] += j < step.accepted
+            self._accepted[j] += j < result.accepted
         return kept
 
     def extend(self, tokens: list[int], accepted: int, logits_BTV: Tensor, row: int) -> int:

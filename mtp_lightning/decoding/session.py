@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from operator import sub
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,24 @@ from torch import Tensor
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass, read_together
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, read_together
 from mtp_lightning.nn.head import OutputHead, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
+
+
+class DepthDraft(NamedTuple):
+    """What one depth drafts from.
+
+    Attributes:
+        logits_BV: the logits of the draft, with ``draft_vocab`` those of the tokens that can be
+            drafted.
+        confidence_B: the model's estimate of the probability that the draft is accepted; None
+            without ``objective.confidence``.
+    """
+
+    logits_BV: Tensor
+    confidence_B: Tensor | None = None
 
 
 class Session:
@@ -53,8 +68,6 @@ class Session:
         tokens_BS: int64 token ids: read, pending and drafted.
         n: for each row, the number of tokens that the trunk has read.
         most_drafts: most drafts of a round.
-        confidence_B: the model's estimate of the probability that each row's newest draft is
-            accepted; None without ``objective.confidence``.
         newest_B1C: the hidden state that each row's newest draft was predicted from.
     """
 
@@ -104,7 +117,7 @@ class Session:
             weight = self._draft_head.weight
             self._fused_trunk = passes.trunk
             self._fused_drafts = [passes.draft(k, weight) for k in range(1, max_draft + 1)]
-        self.confidence_B: Tensor | None = None
+        self._n_drafted = 0  # depths that have drafted since the last `accept`
         self.newest_B1C: Tensor | None = None
         self._resize()
 
@@ -205,8 +218,8 @@ class Session:
         :meth:`accept` decides how much of it is kept.
         """
         cache, width = self.trunk_cache, n_drafts + 1
-        if self._fused_trunk is not None and width <= FEW:
-            cache.begin(self.n, width)
+        if self._fused_trunk is not None and width <= MAX_VERIFY_WIDTH:
+            cache.open(self.n, width)
             kept = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, kept)
         return self.model.head(self._trunk(Positions.of_cache(cache, self.n, width)))
@@ -224,26 +237,23 @@ class Session:
             runs.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
         return main
 
-    def draft(self, k: int) -> Tensor:
-        """Bring depth ``k`` up to date and return its logits [B, V], or with ``draft_vocab`` those
-        of the tokens that can be drafted.
+    def draft(self, k: int) -> DepthDraft:
+        """Bring depth ``k`` up to date and predict the token ``k`` positions after the pending one.
 
-        They predict the token ``k`` positions after the pending one. The shallower depths must be
-        up to date, and their drafts in the token buffer.
+        The shallower depths must be up to date, and their drafts in the token buffer.
         """
         newest_B1C, logits_BV = self._newest(k)
-        self.newest_B1C = newest_B1C
+        self.newest_B1C, self._n_drafted = newest_B1C, k
         if logits_BV is not None and self._only_head:
-            return logits_BV
-        state_BC = self._stack.head_input(newest_B1C)[:, 0]
-        if self._stack.confidence is not None:
-            self.confidence_B = self._stack.confidence(k, state_BC).sigmoid()
+            return DepthDraft(logits_BV)
+        stack, state_BC = self._stack, self._stack.head_input(newest_B1C)[:, 0]
+        sure_B = None if stack.confidence is None else stack.confidence(k, state_BC).sigmoid()
         if logits_BV is None:
             logits_BV = self._draft_head(state_BC)
-        if self._stack.rescorer is None:
-            return logits_BV
-        before_B1 = Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
-        return self._stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
+        if stack.rescorer is not None:
+            before_B1 = Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
+            logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
+        return DepthDraft(logits_BV, sure_B)
 
     def _newest(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and
@@ -261,11 +271,9 @@ class Session:
         last = self._tables.capacity - self._widest - width
         starts = [min(start, last) for start in starts]
         index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
-        # Entries whose tokens are all known; the last k - 1 depend on drafts.
-        self.filled[k] = [max(0, n - k + 1) for n in self.n]
         cache, fused_draft = self.depth_caches[k - 1], self._fused_drafts[k - 1]
         if fused_draft is not None:
-            cache.begin(starts, width)
+            cache.open(starts, width)
             after = self.states[k] if k < len(self.states) else None
             return fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
         hidden = self._depth(k, width, cache, slice(None), starts)
@@ -333,19 +341,16 @@ class Session:
             runs.write(self.states[k][rows], hidden)
         return hidden
 
-    def accept(self, accepted: Sequence[int], n_drafted: int) -> None:
-        """Keep the pending token and the first ``accepted`` drafts of every row.
-
-        Args:
-            accepted: one number per row.
-            n_drafted: number of depths that have drafted since the last call.
-        """
-        for k in range(1, n_drafted + 1):
+    def accept(self, accepted: Sequence[int]) -> None:
+        """Keep the pending token and the first ``accepted`` drafts of every row, one number per
+        row."""
+        for k in range(1, self._n_drafted + 1):
             ahead = self._stack.ahead(k)
             filled = self.filled[k]
             for row, a in enumerate(accepted):
                 # Entries that depend on accepted drafts are now true.
                 filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
+        self._n_drafted = 0
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
 
     def put_pending(self, token_B: Tensor) -> None:

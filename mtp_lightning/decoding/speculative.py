@@ -21,7 +21,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.verification import Verification, accept_or_resample
 
 
-class Step(NamedTuple):
+class RowResult(NamedTuple):
     """The result of one round for one row.
 
     Attributes:
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     rejected: list[tuple[int, int, int | None]]
 
     @classmethod
-    def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> Step:
+    def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> RowResult:
         """The result of a chain of drafts; ``drafts`` are those that could be accepted."""
         rejected = [
             (depth, token, depth - accepted - 2 if depth > accepted + 1 else None)
@@ -69,17 +69,17 @@ class Round(NamedTuple):
     """The result of one round.
 
     Attributes:
-        steps: the result of every row.
+        rows: the result of every row.
         logits_BTV: the trunk's logits at the pending token and at every draft.
     """
 
-    steps: list[Step]
+    rows: list[RowResult]
     logits_BTV: Tensor
 
     @property
     def accepted(self) -> list[int]:
         """Number of accepted drafts of every row."""
-        return [step.accepted for step in self.steps]
+        return [row.accepted for row in self.rows]
 
 
 class Decoder:
@@ -106,7 +106,6 @@ class Decoder:
         self.min_confidence = min_confidence
         self._verify = verify
         self._most = self._most_drafts()
-        self._made = 0  # depths that have drafted in this round
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
         self._noise = Noise(2 * self._most + 1, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
@@ -175,19 +174,17 @@ class Decoder:
             done = self._greedy(drafts, caps)
         else:
             done = self._sample(drafts, caps, noise_BR)
-        self.session.accept(done.accepted, self._made)
+        self.session.accept(done.accepted)
         return done
 
     def _drafts(self, n_drafts: int, noise_BR: Tensor | None) -> Iterator[Draft]:
         """The modules' drafts, greedy without random numbers; they end when no row is confident
         enough."""
         product_B: Tensor | None = None
-        self._made = 0
         for k in range(1, n_drafts + 1):
-            logits_BV = self.session.draft(k)
-            self._made, believed_B = k, None
+            logits_BV, sure_B = self.session.draft(k)
+            believed_B = None
             if self.min_confidence:
-                sure_B = self.session.confidence_B
                 if sure_B is None:
                     sure_B = likeliest(logits_BV)
                 product_B = sure_B if product_B is None else product_B * sure_B
@@ -214,14 +211,14 @@ class Decoder:
         session.put(choice_BT, 1)
         # The round's only device-to-host synchronization.
         host = torch.cat((*drafts, choice_BT), dim=1).tolist()
-        steps = []
+        rows = []
         for row, cap in zip(host, caps, strict=True):
             draft, choice = row[: min(n_drafts, cap)], row[n_drafts:]
             a = 0
             while a < len(draft) and draft[a] == choice[a]:
                 a += 1
-            steps.append(Step.of_chain(choice[: a + 1], a, draft))
-        return Round(steps, logits_BTV)
+            rows.append(RowResult.of_chain(choice[: a + 1], a, draft))
+        return Round(rows, logits_BTV)
 
     def _sample(self, made: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
         session = self.session
@@ -241,7 +238,7 @@ class Decoder:
         if not n_drafts:
             tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
             session.put(tokens_B1, 1)
-            return Round([Step.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
+            return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(drafts, dim=1)
         q_BMV = over_all(torch.stack(proposals, dim=1), p_BTV.shape[-1])
         half = self._most
@@ -251,11 +248,11 @@ class Decoder:
         session.put(tokens_BT, 1)
         counts_B2 = torch.stack((accepted_B, limit_B), dim=1)
         host = torch.cat((counts_B2, draft_BM, tokens_BT), dim=1).tolist()
-        steps = []
+        rows = []
         for accepted, limit, *row in host:
             draft, tokens = row[:limit], row[n_drafts:]
-            steps.append(Step.of_chain(tokens[: accepted + 1], accepted, draft))
-        return Round(steps, logits_BTV)
+            rows.append(RowResult.of_chain(tokens[: accepted + 1], accepted, draft))
+        return Round(rows, logits_BTV)
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:

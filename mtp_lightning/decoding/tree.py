@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH
 from mtp_lightning.settings import is_whole
 
 
@@ -36,10 +36,11 @@ class Tree:
                 "[3,2]."
             )
         object.__setattr__(self, "widths", tuple(shown))
-        if len(self) >= FEW:
+        if len(self) >= MAX_VERIFY_WIDTH:
             raise UserError(
-                f"tree={shown} drafts {len(self)} tokens a round: use one of at most {FEW - 1}, "
-                f"as a pass of more than {FEW} tokens would not give plain decoding's text."
+                f"tree={shown} drafts {len(self)} tokens a round: use one of at most "
+                f"{MAX_VERIFY_WIDTH - 1}, as a pass of more than {MAX_VERIFY_WIDTH} tokens would "
+                "not give plain decoding's text."
             )
 
     def __len__(self) -> int:

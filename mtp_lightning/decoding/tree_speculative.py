@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.sampling import draw, over_all
-from mtp_lightning.decoding.speculative import Decoder, Replace, Round, Step
+from mtp_lightning.decoding.speculative import Decoder, Replace, Round, RowResult
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.nn.tree_cache import along
@@ -53,7 +53,7 @@ class TreeDecoder(Decoder):
             session.put_nodes(drafts[-1], k)
         logits_BTV = session.verify_tree()
         host = torch.cat((*drafts, logits_BTV.argmax(dim=-1)), dim=1).tolist()
-        paths, steps = [], []
+        paths, results = [], []
         for row, limit in zip(host, limits, strict=True):
             draft, choice = [-1, *row[: len(tree)]], row[len(tree) :]
             path = [0]
@@ -64,14 +64,14 @@ class TreeDecoder(Decoder):
                     break
                 path.append(right[0])
             paths.append(path)
-            steps.append(_step(tree, [choice[node] for node in path], path, draft, limit))
+            results.append(_result(tree, [choice[node] for node in path], path, draft, limit))
         pad = tree.depth + 1
         device = logits_BTV.device
         path_BE = torch.tensor([p + [0] * (pad - len(p)) for p in paths], device=device)
-        tokens = [step.tokens + [0] * (pad - len(step.tokens)) for step in steps]
+        tokens = [of.tokens + [0] * (pad - len(of.tokens)) for of in results]
         session.put(torch.tensor(tokens, device=device), 1)
-        session.accept_path(path_BE, [step.accepted for step in steps])
-        return Round(steps, along(logits_BTV, path_BE))
+        session.accept_path(path_BE, [of.accepted for of in results])
+        return Round(results, along(logits_BTV, path_BE))
 
     def _sample_tree(self, limits: list[int]) -> Round:
         session, tree = self.session, self.session.tree
@@ -100,16 +100,18 @@ class TreeDecoder(Decoder):
         )
         session.put(tokens_BE, 1)
         host = torch.cat((accepted_B.unsqueeze(1), tokens_BE, path_BE, draft_BN), dim=1).tolist()
-        steps, width = [], tree.depth + 1
+        results, width = [], tree.depth + 1
         for (accepted, *row), limit in zip(host, limits, strict=True):
             tokens, path, draft = row[:width], row[width : 2 * width], [-1, *row[2 * width :]]
             kept = slice(accepted + 1)
-            steps.append(_step(tree, tokens[kept], path[kept], draft, limit))
-        session.accept_path(path_BE, [step.accepted for step in steps])
-        return Round(steps, along(logits_BTV, path_BE))
+            results.append(_result(tree, tokens[kept], path[kept], draft, limit))
+        session.accept_path(path_BE, [of.accepted for of in results])
+        return Round(results, along(logits_BTV, path_BE))
 
 
-def _step(tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int) -> Step:
+def _result(
+    tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int
+) -> RowResult:
     """The result of a round for one row.
 
     Args:
@@ -123,7 +125,7 @@ def _step(tree: Tree, tokens: list[int], path: list[int], draft: list[int], limi
     left = {node: depth for depth, node in levels if node not in path}
     number, parents = {node: i for i, node in enumerate(left)}, tree.parents
     rejected = [(depth, draft[node], number.get(parents[node])) for node, depth in left.items()]
-    return Step(tokens, len(path) - 1, min(len(path), limit), rejected)
+    return RowResult(tokens, len(path) - 1, min(len(path), limit), rejected)
 
 
 def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, Tensor]:

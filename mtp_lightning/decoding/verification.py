@@ -7,11 +7,12 @@ algorithm 2). With ``p_0 = 1`` and, for every draft x_i,
     p_i = min(p_(i-1) p(x_i) / q(x_i), 1),   S_i = sum_v max(p_i p(v | x_1 .. x_i) - q(v | ..), 0)
     h_i = S_i / (S_i + 1 - p_i),             h_M = p_M of the last draft
 
-draft i ends the text with probability h_i, each decided by a random number of its own, and the last
-i that does is taken: all drafts up to it are kept. The token after it is drawn from
-``max(p_i p - q, 0)`` renormalized, after the last draft from p. The text has the trunk's
-distribution, and the expected number of kept drafts is the largest of all rules that see no more
-(theorem 2). A rejected draft can be kept after all where later ones are likelier than was drafted.
+h_i is the probability that draft i is the last one kept. A random number of its own decides for
+each draft, the largest i that succeeds wins, and all drafts up to it are kept. The next token is
+drawn from ``max(p_i p - q, 0)`` renormalized, after the last draft from p. The text has the trunk's
+distribution, and no rule that uses only these probabilities keeps more drafts on average (theorem
+2). Unlike ``token``, it can keep a draft that ``token`` rejects, if later drafts are more likely
+under p than under q.
 
 Greedily both rules keep the same drafts: all probabilities are then 0 or 1.
 
@@ -120,7 +121,7 @@ def accept_block(
         joint_B = (joint_B * p_B / q_B).clamp(max=1)
         joints.append(joint_B)
     joint_BT = torch.stack(joints, dim=1)
-    # How likely a draft is the last one that is kept, for those before which there is a next one.
+    # The probability that a draft is the last one kept, for all drafts but the last.
     inner_BM = joint_BT[:, 1:n_drafts]
     rest_BMV = p_BTV[:, 1:n_drafts] * inner_BM.unsqueeze(-1).to(p_BTV.dtype) - q_BMV[:, 1:]
     rest_BM = rest_BMV.clamp_(min=0).sum(-1, dtype=torch.float64)

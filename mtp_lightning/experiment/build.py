@@ -164,44 +164,25 @@ def build_objective(cfg: DictConfig) -> Objective:
     return Objective(term=term, **options)
 
 
-def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) -> MTPModule:
+def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig) -> MTPModule:
     """Build the LightningModule with fresh weights.
 
     Args:
         data: the data module, for its vocabulary and for the tokenizer that checkpoints hold.
-        asked: the config before matching, which checkpoints hold. Matching it again gives the same
+        stored: the config before matching, which checkpoints hold. Matching it again gives the same
             layers and steps.
 
     Raises:
         UserError: settings do not fit together.
     """
     model_config = build_model_config(cfg, data.tokenizer.vocab_size)
-    if not model_config.mtp.trains_trunk:
-        weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
-        if not any(weights if isinstance(weights, list) else [weights]):
-            raise UserError(
-                "mtp.freeze_trunk=true with mtp_lambda=0 leaves nothing to train: "
-                "set mtp_lambda above 0."
-            )
-        if cfg.init_from is None:
-            log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
-    if model_config.mtp.init != "random" and cfg.init_from is None:
-        raise UserError(
-            f"mtp.init={model_config.mtp.init} has no trunk to begin from: set init_from, or leave "
-            "mtp.init out."
-        )
-    if model_config.mtp.answers_at_once and not data.scores_answers:
-        raise UserError(
-            f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
-            "(data=star_graph, copy, ..) without data.train_prompt."
-        )
+    _refuse_unfit(cfg, model_config.mtp, data)
     balance = build_balance(cfg)
     if balance.scope is not None:
         processes.require_whole_gradients(cfg.trainer, f"balance={balance.name}")
     objective = build_objective(cfg)
     if model_config.mtp.depth == 0 and objective.needs_teacher:
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
-    model_config.mtp.check_window(data.seq_len)
     model, deferred = new_model(
         model_config,
         cfg.seed,
@@ -224,7 +205,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
         text_bytes=data.evaluated_bytes,
         extra={
             "tokenizer": data.tokenizer.state(),
-            "config": OmegaConf.to_container(asked, resolve=True),
+            "config": OmegaConf.to_container(stored, resolve=True),
         },
     )
     module.model.mtp.look_at(data)
@@ -234,6 +215,33 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     if cfg.trainer.compile is True:
         module.model.compile_blocks()
     return module
+
+
+def _refuse_unfit(cfg: DictConfig, mtp: MTPConfig, data: WindowDataModule) -> None:
+    """Refuse a stack that the data or the settings do not fit.
+
+    Raises:
+        UserError: naming both, and the remedy.
+    """
+    if not mtp.trains_trunk:
+        weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
+        if not any(weights if isinstance(weights, list) else [weights]):
+            raise UserError(
+                "mtp.freeze_trunk=true with mtp_lambda=0 leaves nothing to train: "
+                "set mtp_lambda above 0."
+            )
+        if cfg.init_from is None:
+            log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
+    if mtp.init != "random" and cfg.init_from is None:
+        raise UserError(
+            f"mtp.init={mtp.init} has no trunk to begin from: set init_from, or leave mtp.init out."
+        )
+    if mtp.answers_at_once and not data.scores_answers:
+        raise UserError(
+            f"mtp={mtp.variant} is not shown what it is to say, so it needs a task "
+            "(data=star_graph, copy, ..) without data.train_prompt."
+        )
+    mtp.check_window(data.seq_len)
 
 
 def build_schedule(cfg: DictConfig) -> LambdaSchedule:

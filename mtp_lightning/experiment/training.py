@@ -127,7 +127,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
     stored = settle_data(config, data)
     config, matched = match_reference(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
-    module = build_module(config, data, asked=stored)
+    module = build_module(config, data, stored=stored)
     step = begin_module(module, data, origin, stored, folder)
     if data.cache_states:
         from data_modules.store_module import StoreDataModule

@@ -90,8 +90,10 @@ def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
     embedded = trunk.embedding(tokens)
     own, before = trunk.kept, max(len(trunk.blocks) - stack.config.blocks, 0)
     trunk.kept = {*own, before}
-    output = trunk(embedded, positions(end))
-    trunk.kept = own
+    try:
+        output = trunk(embedded, positions(end))
+    finally:
+        trunk.kept = own
     hidden = stack.branch(trunk, output)[:, :seq_len]
     at = BranchPoint(hidden, tokens, embedded, positions(seq_len))
     return TrunkText(at, output.after[before], documents)

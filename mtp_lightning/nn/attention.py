@@ -98,13 +98,13 @@ class Positions:
 
         Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
         """
-        cache.begin(starts, n_new)
+        cache.open(starts, n_new)
         return _OpenPass(cache)
 
     @staticmethod
     def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
         """Open a pass of ``cache`` over a tree in every row, its first token at ``starts``."""
-        cache.begin_tree(starts, branches)
+        cache.open_tree(starts, branches)
         return _OpenPass(cache)
 
     def dense_mask(self) -> Tensor | None:

@@ -18,10 +18,9 @@ from torch import Tensor
 
 # A pass of at most this many positions per row is a verify pass or a plain one. A wider pass reads
 # a prompt, which is never read again with another width.
-FEW = 16
-# A wider pass over at most this many positions in all is batch-invariant too where a part has code
-# for it, and at least as fast there as layer by layer.
-AT_ONCE = 512
+MAX_VERIFY_WIDTH = 16
+# Fused code keeps wider passes batch-invariant, too, up to this many positions in all.
+MAX_INVARIANT_POSITIONS = 512
 
 _invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 
@@ -29,7 +28,7 @@ _invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 @contextmanager
 def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
     """Makes a pass over ``width`` positions of every row batch-invariant if it is narrow."""
-    token = _invariant.set(device.type == "cpu" and width <= FEW)
+    token = _invariant.set(device.type == "cpu" and width <= MAX_VERIFY_WIDTH)
     try:
         yield
     finally:
@@ -38,12 +37,17 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
 
 def read_together(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
     """Split rows with so many tokens to read into passes. On a CPU a pass has at most
-    :data:`AT_ONCE` positions or one row, so that the bits of a row depend on its own length only.
+    :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that the bits of a row depend on its
+    own length only.
     """
     start = widest = 0
     for row, length in enumerate(lengths):
         widest = max(widest, length)
-        if device.type == "cpu" and row > start and widest * (row + 1 - start) > AT_ONCE:
+        if (
+            device.type == "cpu"
+            and row > start
+            and widest * (row + 1 - start) > MAX_INVARIANT_POSITIONS
+        ):
             yield slice(start, row)
             start, widest = row, length
     yield slice(start, len(lengths))

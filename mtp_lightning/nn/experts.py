@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.auxiliary import loads
-from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH
 from mtp_lightning.nn.ops import Op, compute_dtype, gated, no_autocast
 
 
@@ -30,7 +30,7 @@ def routed_experts(
         gate_up: [E, 2F, C], the gate's matrix first.
         down: [E, C, F].
     """
-    few = not torch.is_grad_enabled() and x_MC.shape[0] <= FEW
+    few = not torch.is_grad_enabled() and x_MC.shape[0] <= MAX_VERIFY_WIDTH
     if few and torch.compiler.is_compiling():
         return gathered(x_MC, chosen_MK, gates_MK, gate_up, down)
     top_k = chosen_MK.shape[1]

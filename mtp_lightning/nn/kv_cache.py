@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
+from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, is_batch_invariant
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ops import attention
 from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
@@ -34,7 +34,7 @@ class KVCache:
 
     Attributes:
         runs: the positions of the open pass.
-        derived: for users of the storage, what they keep about it; emptied when it moves.
+        derived: what a fused pass keeps about the storage; emptied when the storage moves.
     """
 
     def __init__(
@@ -56,7 +56,12 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.runs = Runs(tables, [0] * batch_size, 0)
         self._width = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is kept about the storage of the rows in use."""
         self.derived: dict[Hashable, Any] = {}
+        self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -75,7 +80,7 @@ class KVCache:
         view.__dict__.update(self.__dict__)
         view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
         view.lengths = self.lengths[rows]
-        view.derived = {}
+        view._forget()
         return view
 
     def resize(self, batch_size: int) -> None:
@@ -85,7 +90,7 @@ class KVCache:
         whole = batch_size == slots
         self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
         self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
-        self.derived = {}
+        self._forget()
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
@@ -105,7 +110,7 @@ class KVCache:
         self.tables = tables
         self.resize(self.batch_size)
 
-    def begin(self, starts: list[int], n_new: int) -> None:
+    def open(self, starts: list[int], n_new: int) -> None:
         """Open a pass over ``n_new`` positions of every row, the first of them at ``starts``.
 
         Raises:
@@ -135,7 +140,7 @@ class KVCache:
     def mask(self) -> Tensor | None:
         """The open pass's mask for :meth:`attend`, [1 | B, T, P]."""
         runs = self.runs
-        if runs.uniform and runs.starts[0] == 0 and runs.width > FEW:
+        if runs.uniform and runs.starts[0] == 0 and runs.width > MAX_VERIFY_WIDTH:
             return None
         return self.tables.mask_of(self.positions, self._width)
 
@@ -147,10 +152,10 @@ class KVCache:
         """Views of keys and values [B, M, P, H]; for a single row in a batch-invariant pass,
         expanded to [T, M, P, H]. They are cached by width."""
         copies = n_queries if self.batch_size == 1 and is_batch_invariant() else 1
-        key = ("views", self._width, copies)
-        if key not in self.derived:
-            if len(self.derived) > 2 * FEW:
-                self.derived.clear()
+        key = self._width, copies
+        if key not in self._views:
+            if len(self._views) > 2 * MAX_VERIFY_WIDTH:
+                self._views.clear()
             views = []
             for entries in self.entries_L_BSMH:
                 used = entries.narrow(1, 0, self._width).transpose(1, 2)
@@ -158,8 +163,8 @@ class KVCache:
                 if copies > 1:
                     keys, values = (x.expand(copies, -1, -1, -1) for x in (keys, values))
                 views.append((keys, values))
-            self.derived[key] = views
-        return self.derived[key][layer]
+            self._views[key] = views
+        return self._views[key][layer]
 
     def distances(self) -> Tensor:
         """Distance from every stored position to every query of the open pass, [B, T, P]; negative

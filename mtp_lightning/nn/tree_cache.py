@@ -68,14 +68,14 @@ class TreeCache(KVCache):
     def parents(self) -> Sequence[int] | None:
         return None if self._branches is None else self._branches.parents
 
-    def begin(self, starts: list[int], n_new: int) -> None:
+    def open(self, starts: list[int], n_new: int) -> None:
         self._branches = None
-        super().begin(starts, n_new)
+        super().open(starts, n_new)
 
-    def begin_tree(self, starts: list[int], branches: Branches) -> None:
+    def open_tree(self, starts: list[int], branches: Branches) -> None:
         """Open a pass over the same tree in every row, its first token at ``starts``; see
         :meth:`begin`."""
-        super().begin(starts, branches.width)
+        super().open(starts, branches.width)
         self._branches = branches
         self._kept: dict[int, Tensor] = {}
 

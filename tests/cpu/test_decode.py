@@ -140,9 +140,9 @@ def test_only_matrices_are_rounded():
 
 def fused(layer: torch.nn.Module) -> bool:
     """Whether a layer has a forward pass in one call."""
-    from mtp_lightning.cpu.prepared import fused_step
+    from mtp_lightning.cpu.prepared import fused_forward
 
-    return "forward" in vars(layer) and fused_step(layer) is not None
+    return "forward" in vars(layer) and fused_forward(layer) is not None
 
 
 def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:

@@ -44,7 +44,7 @@ def drafts_and_verifies(whole: Session, layers: Session, drafts: int, seed: int)
     for _ in range(6):
         n_drafts = chance.choice((drafts, drafts, 1, 0))
         for k in range(1, n_drafts + 1):
-            found, expected = (session.draft(k) for session in pair)
+            found, expected = (session.draft(k).logits_BV for session in pair)
             assert torch.equal(found, expected)
             assert torch.equal(whole.newest_B1C, layers.newest_B1C)
             for session in pair:
@@ -54,7 +54,7 @@ def drafts_and_verifies(whole: Session, layers: Session, drafts: int, seed: int)
         accepted = [chance.randint(0, n_drafts) for _ in range(rows)]
         for session in pair:
             session.put(expected.argmax(-1), 1)
-            session.accept(accepted, n_drafts)
+            session.accept(accepted)
         for a, b in zip(whole.states, layers.states, strict=True):
             assert torch.equal(a, b)
         for a, b in zip(

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import fused_passes
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import DepthDraft, Session
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -107,15 +107,15 @@ def passes_checked(model, prompts, continuations, drafted, monkeypatch):
         torch.testing.assert_close(logits, expected[text][depth][position], rtol=1e-4, atol=1e-4)
 
     def checked_draft(session, k):
-        logits = draft(session, k)
+        drafted = draft(session, k)
         for row, n in enumerate(session.n):
             text = text_of(session, row)
             # Depth k at n - 1 has read tokens up to n - 1 + k, drafts if k > 1.
             read = session.tokens_BS[row, : n + k].tolist()
             if list(text[: n + k]) == read:
-                check(logits[row], text, k, n - 1)
+                check(drafted.logits_BV[row], text, k, n - 1)
                 seen[k] += 1
-        return logits
+        return drafted
 
     def checked_verify(session, n_drafts):
         logits = verify(session, n_drafts)
@@ -150,8 +150,8 @@ def steer_drafts(
     original = session.draft
     generator = torch.Generator().manual_seed(seed)
 
-    def draft(self: Session, k: int) -> Tensor:
-        logits = original(self, k)
+    def draft(self: Session, k: int) -> DepthDraft:
+        logits, confidence = original(self, k)
         steered = torch.zeros_like(logits)
         for row, n in enumerate(self.n):
             held = self.tokens_BS[row, : n + 1].tolist()
@@ -168,7 +168,7 @@ def steer_drafts(
             if torch.rand((), generator=generator) >= chance:
                 best = (best + 1) % logits.shape[-1]
             steered[row, best] = 10.0
-        return steered
+        return DepthDraft(steered, confidence)
 
     monkeypatch.setattr(session, "draft", draft)
 
@@ -183,10 +183,10 @@ def verify_passes_give_the_bits_of_single_ones(model, *, n_threads, rows):
             session.tokens_BS[:, : len(tokens)] = torch.tensor(tokens)
         for start in range(10, 34, 3):
             wide = together.verify(2)
-            together.accept([2] * rows, 0)
+            together.accept([2] * rows)
             for j in range(3):
                 assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
-                single.accept([0] * rows, 0)
+                single.accept([0] * rows)
 
 
 class Letters:

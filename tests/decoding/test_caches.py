@@ -78,7 +78,7 @@ def test_depths_that_attend_back_write_what_they_have(head: str) -> None:
         logits = session.join(random_prompts(0, (6, 9)))
         session.put_pending(logits.argmax(-1))
         for k in range(1, DEPTH + 1):
-            session.put(session.draft(k).argmax(-1, keepdim=True), k)
+            session.put(session.draft(k).logits_BV.argmax(-1, keepdim=True), k)
     for cache in session.depth_caches:
         (entries,) = cache.entries_L_BSMH
         assert bool(entries.any())

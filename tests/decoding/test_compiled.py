@@ -72,7 +72,9 @@ def recorded(monkeypatch, session):
 
     def recording_draft(self, k):
         found = draft(self, k)
-        logits[self.n[0], k, tuple(self.tokens_BS[0, : self.n[0] + k].tolist())] = found[0]
+        logits[self.n[0], k, tuple(self.tokens_BS[0, : self.n[0] + k].tolist())] = found.logits_BV[
+            0
+        ]
         return found
 
     def recording_verify(self, n_drafts):

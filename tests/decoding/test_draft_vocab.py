@@ -35,10 +35,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     for kind, name in ((Session, "draft"), (TreeSession, "draft_tree")):
         real = getattr(kind, name)
 
-        def draft(self: Session, k: int, real: Any = real) -> torch.Tensor:
-            logits = real(self, k)
-            seen.append(logits)
-            return logits
+        def draft(self: Session, k: int, real: Any = real) -> Any:
+            drafted = real(self, k)
+            seen.append(getattr(drafted, "logits_BV", drafted))
+            return drafted
 
         monkeypatch.setattr(kind, name, draft)
     return seen

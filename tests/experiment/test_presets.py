@@ -82,9 +82,9 @@ def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Pa
     with torch.device("meta"):
         if own_loss or latent or (word == "teacherless" and preset not in TASKS):
             with pytest.raises(UserError, match=IMPOSSIBLE[word]):
-                build.build_module(cfg, data, asked=cfg)
+                build.build_module(cfg, data, stored=cfg)
             return
-        module = build.build_module(cfg, data, asked=cfg)
+        module = build.build_module(cfg, data, stored=cfg)
     stack = module.model.config.mtp
     assert stack.variant == word
     fixed = {"none": 0, "teacherless": 0, "bag": 1, "registers": 1, "top": 1}

@@ -109,7 +109,7 @@ def test_drafts_are_those_of_the_published_forward_pass(
         session.put_pending(torch.tensor(tokens[-1:]))
         states = session.states[0][0, : len(tokens) - 1]
         for k, wanted in enumerate(theirs.drafts(states, embedding, tokens, 5), start=1):
-            logits = session.draft(k)[0]
+            logits = session.draft(k).logits_BV[0]
             torch.testing.assert_close(logits[own.tokens], wanted, rtol=1e-4, atol=1e-4)
             session.put(logits.argmax().view(1, 1), k)
 

@@ -61,7 +61,7 @@ def test_training_and_drafting_agree_to_the_last_digits(draft_vocab: int | None)
         session.join([tokens[0, :n].tolist()])
         session.put_pending(tokens[0, n : n + 1])
         for k in range(1, depth + 1):
-            logits = session.draft(k)[0]
+            logits = session.draft(k).logits_BV[0]
             session.put(tokens[:, n + k : n + k + 1], k)
             torch.testing.assert_close(
                 logits, model.head_of(k)(expected[k][0, n - 1]), rtol=1e-12, atol=1e-12

@@ -157,7 +157,7 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
         paths: list[list[list[int]]] = [[[p]] for p in pending.tolist()]
         for k in range(1, DEPTH + 1):
             if tree is None:
-                logits_BPV, width = session.draft(k).unsqueeze(1), 1
+                logits_BPV, width = session.draft(k).logits_BV.unsqueeze(1), 1
             else:
                 assert isinstance(session, TreeSession)
                 logits_BPV, width = session.draft_tree(k), tree.widths[k - 1]

@@ -131,9 +131,9 @@ def test_rows_come_back_and_storage_grows(trunk):
 
 def test_a_full_cache_names_the_numbers(tiny_trunk):
     cache = cache_of(tiny_trunk, 1, capacity=16)
-    cache.begin([0], 16)
+    cache.open([0], 16)
     with pytest.raises(ValueError, match="17 tokens do not fit into a cache of 16"):
-        cache.begin([16], 1)
+        cache.open([16], 1)
 
 
 def test_masks_are_causal(tiny_trunk):
