@@ -7,16 +7,15 @@ It draws the results of ``benchmarks.pretrained_heads`` in ``benchmarks/results`
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from benchmarks.harness import ROOT, Row
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims.figure import digest
+from sweeps.claims.pages import measured_heads
 from sweeps.report.chart import COLORS, INK, QUIET, Chart, Look, styled
 
-RESULTS = ROOT / "benchmarks" / "results"
 # The ways in the order of their bars, and what people call them.
 WAYS = {
     "transformers": ("transformers", QUIET),
@@ -25,6 +24,8 @@ WAYS = {
     "drafts": ("here, with drafts", COLORS[2]),
     "drafts_of_both": ("here, with lookups, too", COLORS[1]),
 }
+# Behind a label, so that no line crosses it.
+_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 
 def best_of(rows: list[Row]) -> str:
@@ -39,6 +40,8 @@ def draw(results: list[Row]) -> bytes:
     with styled():
         there = {name for result in results for name in result["rows"][0]} | {"drafts"}
         key = [(name, Look(color, "", "s")) for way, (name, color) in WAYS.items() if way in there]
+        if any(result.get("memory_limit") for result in results):
+            key.append(("reading the weights once a token", Look(INK, ":", "")))
         chart = Chart(key, panels=len(results))
         for axes, result in zip(chart.panels, results, strict=True):
             rows = [row for row in result["rows"] if row["temperature"] == 0]
@@ -50,12 +53,10 @@ def draw(results: list[Row]) -> bytes:
                 found = [row[own.get(way, way)]["tokens_per_cpu_second"] for row in rows]
                 axes.bar(at, found, 0.92 * width, color=WAYS[way][1])
                 for x, y in zip(at, found, strict=True):
-                    axes.annotate(f"{y:.0f}", (x, y), ha="center", va="bottom", fontsize=8)
+                    axes.text(x, y, f"{y:.0f}", ha="center", va="bottom", fontsize=8, bbox=_PAPER)
             if limit := result.get("memory_limit"):
-                axes.axhline(limit, color=INK, linestyle=":", linewidth=1.2)
-                said = "reading the weights once a token"
-                place = axes.get_yaxis_transform()
-                axes.text(0.01, limit, said, transform=place, va="bottom", fontsize=8)
+                axes.axhline(limit, color=INK, linestyle=":", linewidth=1.2, zorder=0.5)
+            axes.margins(y=0.1)
             axes.set_xticks(range(len(rows)), [row["kind"] for row in rows])
             axes.grid(visible=False, axis="x")
             gains = [row[own["drafts"]]["over_plain_cpu"] for row in rows]
@@ -67,19 +68,13 @@ def draw(results: list[Row]) -> bytes:
         return chart.svg(of=digest(results))
 
 
-def stored() -> list[Row]:
-    """The results of all processors."""
-    files = sorted(RESULTS.glob("pretrained_heads*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-
 def main() -> None:
     """The command line."""
     parser = Parser(prog="python -m benchmarks.decoding_figure", description=__doc__)
     parser.add_argument("figure", type=Path, help="the SVG file that is written")
     args = parser.parse_args()
     with readable_errors():
-        write_bytes(draw(stored()), args.figure)
+        write_bytes(draw(measured_heads(ROOT)), args.figure)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ _SIZES = {
     "0.6 M": ("equivalent_gain_600k",),
     "2 M": ("equivalent_gain_2m",),
 }
-# One file per processor, written by benchmarks.pretrained_heads, and its ways of drafting one token
-# per pass: from all tokens, or from the 4096 most frequent.
+# The results of benchmarks.pretrained_heads, and their ways of drafting one token per pass: from
+# all tokens, or from the 4096 most frequent.
 _SPEED = "benchmarks/results/pretrained_heads*.json"
 _WAYS = ("drafts_1", "drafts_1_of_4096")
 # The way that looks drafts up in the text as well.
@@ -248,13 +248,21 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
     return None
 
 
+def measured_heads(root: Path) -> list[dict[str, Any]]:
+    """The results of ``benchmarks.pretrained_heads``, one per processor: the head that was trained
+    for the most steps."""
+    contents = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(root.glob(_SPEED))]
+    contents.sort(key=lambda content: content.get("head", {}).get("steps", 0))
+    by_processor = {content.get("processor", "one processor"): content for content in contents}
+    return [by_processor[name] for name in sorted(by_processor)]
+
+
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
     decoding with its interval over texts, and tokens per CPU second where they are stored. Each
     processor shows the way of drafting with the best mean ratio, and the one with lookups."""
     found = []
-    for file in sorted(root.glob(_SPEED)):
-        content = json.loads(file.read_text(encoding="utf-8"))
+    for content in measured_heads(root):
         rows = [row for row in content["rows"] if row["temperature"] == 0]
         ways = [way for way in _WAYS if all(way in row for row in rows)]
         if not rows or not ways:

@@ -6,14 +6,15 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.decoding_figure import best_of, digest, draw, stored
+from benchmarks.decoding_figure import best_of, digest, draw
 from mtp_lightning.paths import ROOT
+from sweeps.claims.pages import measured_heads
 
 pytest.importorskip("matplotlib")
 
 
-def test_every_stored_result_is_drawn() -> None:
-    results = stored()
+def test_every_processor_is_drawn() -> None:
+    results = measured_heads(ROOT)
     said = " ".join(ElementTree.fromstring(draw(results)).itertext())
     for result in results:
         rows = [row for row in result["rows"] if row["temperature"] == 0]
@@ -25,7 +26,9 @@ def test_every_stored_result_is_drawn() -> None:
 
 
 def test_the_page_shows_the_stored_results() -> None:
-    assert digest(stored()) in (ROOT / "docs/images/smollm2_heads.svg").read_text("utf-8")
+    assert digest(measured_heads(ROOT)) in (ROOT / "docs/images/smollm2_heads.svg").read_text(
+        "utf-8"
+    )
 
 
 def test_a_side_that_was_not_measured_has_no_bar_and_no_name() -> None:
