@@ -18,10 +18,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from mtp_lightning.decoding.fused import decoding_passes
@@ -36,7 +34,7 @@ from mtp_lightning.settings import is_whole
 
 if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
-    from mtp_lightning.decoding.lookup import Lookup
+    from mtp_lightning.decoding.lookup import Lookups
 
 
 class RoundPlan(NamedTuple):
@@ -101,6 +99,11 @@ class Engine:
             from mtp_lightning.decoding.adaptive import AutoDepth
 
             self._auto = AutoDepth(self.max_draft, None if known is None else known.greedy)
+        self._lookups: Lookups | None = None
+        if options.lookup:
+            from mtp_lightning.decoding.lookup import Lookups
+
+            self._lookups = Lookups(model, most=options.lookup, slots=self.slots)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -188,9 +191,7 @@ class Engine:
             self._decoder = self._new_decoder(room)
         decoder = self._decoder
         decoder.session.reserve(room)
-        sequences = [
-            TextSequence(r, self.max_draft, self.tokenizer, self._lookup_of(r)) for r in requests
-        ]
+        sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
         tokens, logits_BV = decoder.join(
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
         )
@@ -215,9 +216,9 @@ class Engine:
             return []
         assert self._decoder is not None
         self._slide(self._decoder.session)
-        outcome = self._round(self._decoder)
+        outcome, looked_up = self._round(self._decoder)
         for i, sequence in enumerate(sequences):
-            kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i)
+            kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i, looked_up=looked_up[i])
             self._report_logits(sequence, kept, outcome.logits_BTV, i)
         self._free_finished()
         return sequences
@@ -249,19 +250,6 @@ class Engine:
                 f"the sequence of prompt {sequence.request.index} is not in this engine."
             )
         self._drop(self._sequences.index(sequence))
-
-    def _lookup_of(self, request: Request) -> Lookup | None:
-        """What proposes drafts from a request's own text; None if none are made.
-
-        On a CPU a sample has them only in an engine of one slot, since its text depends on its
-        drafts.
-        """
-        alike = request.greedy or self.slots == 1 or pays_for_many(self._model.head.weight.device)
-        if not (self.options.lookup and alike) or request.draft_depth == 0:
-            return None
-        from mtp_lightning.decoding.lookup import Lookup
-
-        return Lookup(list(request.prompt), request.max_new_tokens, sampled=not request.greedy)
 
     def _report_logits(self, text: TextSequence, kept: int, logits_BTV: Tensor, row: int) -> None:
         if self._on_logits is not None:
@@ -295,7 +283,9 @@ class Engine:
             if n >= limit:
                 session.slide(i, _kept(limit))
 
-    def _round(self, decoder: Decoder) -> Round:
+    def _round(self, decoder: Decoder) -> tuple[Round, list[bool]]:
+        """Decode a round; returns its result, and for each row whether its drafts were looked up in
+        its text."""
         # After the accepted drafts comes a token of the trunk's own.
         rooms = [sequence.remaining - 1 for sequence in self._sequences]
         limit = self.options.max_context
@@ -303,12 +293,10 @@ class Engine:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
         n_drafts, caps, recorder = self._plan(rooms)
-        known = self._looked_up(rooms) if self.options.lookup else []
+        known: list[list[int]] = [[] for _ in rooms]
         replace = None
-        if any(known):
-            from mtp_lightning.decoding.lookup import with_lookups
-
-            replace = partial(with_lookups, known=known, model=self._model)
+        if self._lookups is not None and any(known := self._lookups.drafts(self._sequences, rooms)):
+            replace = self._lookups.replacing(known)
             caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
             n_drafts, recorder = 0 if all(known) else n_drafts, None
         start = time.perf_counter()
@@ -321,7 +309,7 @@ class Engine:
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
                 ]
             recorder.record(n_drafts, seconds, outcome.accepted, reached_by)
-        return outcome
+        return outcome, [bool(own) for own in known]
 
     def _plan(self, rooms: Sequence[int]) -> RoundPlan:
         """Plan the next round; ``rooms`` are the most drafts that fit into every row."""
@@ -336,16 +324,6 @@ class Engine:
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
         return RoundPlan(n_drafts, caps, auto if free and n_drafts == wanted else None)
-
-    def _looked_up(self, rooms: Sequence[int]) -> list[list[int]]:
-        """The drafts of every row that its own text gives.
-
-        On a CPU it gives none while rows are decoded together.
-        """
-        allowed = len(rooms) == 1 or pays_for_many(self._model.head.weight.device)
-        most = self.options.lookup if allowed else 0
-        rows = zip(self._sequences, rooms, strict=True)
-        return [sequence.looked_up(min(room, most)) for sequence, room in rows]
 
     def _fixed_depth(self, request: Request) -> int | None:
         """The number of drafts that must not change between rounds: the request's own, or the
@@ -379,12 +357,6 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def pays_for_many(device: torch.device) -> bool:
-    """Whether drafts that only some rows have pay in a pass over several: a pass on a CPU takes
-    time for every token, one on a GPU hardly more for several."""
-    return device.type != "cpu"
 
 
 def _kept(limit: int) -> int:

@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count, takewhile
 from operator import mul
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from mtp_lightning.decoding.options import MOST_LOOKUPS, Prompt
 from mtp_lightning.decoding.sampling import certain, over_all
-from mtp_lightning.decoding.sequence import Generation
-from mtp_lightning.decoding.speculative import Draft
+from mtp_lightning.decoding.sequence import Generation, TextSequence
+from mtp_lightning.decoding.speculative import Draft, Replace
 from mtp_lightning.model import MTPModel
 
 # Longest match that is looked for.
@@ -120,33 +121,88 @@ def lookups_alone(
     return {"lookup_tokens_per_step": float(np.float32(tokens / passes))} if passes else {}
 
 
-def with_lookups(
-    drafts: Iterator[Draft], caps: list[int], *, known: Sequence[Sequence[int]], model: MTPModel
-) -> Iterator[Draft]:
-    """Replace the modules' drafts in the rows that have looked theirs up, and continue after the
-    modules' last draft.
-
-    The modules read these drafts like their own, so their caches stay true.
+class Lookups:
+    """The lookups of a decoding engine's texts.
 
     Args:
-        drafts: the modules' drafts; none if all rows have looked theirs up.
-        caps: for each row, the most drafts that it may accept. Those of rows without drafts of
-            their own are lowered to the modules'; they are final when the iterator has ended.
-        known: the drafts of every row; a row without any takes the modules'.
         model: the model.
+        most: most drafts of a round.
+        slots: most texts that are decoded together.
     """
-    most, n_tokens = max(map(len, known)), model.config.trunk.vocab_size
-    # Beyond a row's own drafts any token will do: it is not accepted.
-    padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
-    own_BM = torch.tensor(padded, device=model.head.weight.device)
-    k = 0
-    for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
-        own_B = own_BM[:, min(k, most) - 1]
-        token_B = torch.where(own_B < 0, token_B, own_B)
-        if q_BV is not None:
-            q_BV, own_BV = over_all(q_BV, n_tokens), certain(token_B, n_tokens)
-            q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
-        yield Draft(token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0))
-    caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
-    for own_B in own_BM.unbind(1)[k:]:
-        yield Draft(own_B.clamp(min=0))
+
+    def __init__(self, model: MTPModel, *, most: int, slots: int) -> None:
+        self._model = model
+        self._most = most
+        self._slots = slots
+        self._texts = WeakKeyDictionary[TextSequence, tuple[Lookup, int]]()
+
+    def drafts(self, sequences: Sequence[TextSequence], rooms: Sequence[int]) -> list[list[int]]:
+        """The drafts of the next round from every sequence's own text.
+
+        On a CPU there are none while texts are decoded together, since a pass takes time for every
+        token. A sample then has none in an engine of several slots at all, since its text depends
+        on its drafts.
+
+        Args:
+            sequences: the sequences.
+            rooms: for each, the most drafts that fit.
+        """
+        many = pays_for_many(self._model.head.weight.device)
+        if len(sequences) > 1 and not many:
+            return [[] for _ in sequences]
+        return [
+            self._of(sequence).drafts(min(room, self._most))
+            if sequence.request.draft_depth != 0
+            and (sequence.request.greedy or self._slots == 1 or many)
+            else []
+            for sequence, room in zip(sequences, rooms, strict=True)
+        ]
+
+    def _of(self, sequence: TextSequence) -> Lookup:
+        """The lookup of a sequence, with all its tokens so far."""
+        request, ids = sequence.request, sequence.token_ids
+        text, known = self._texts.get(sequence) or (
+            Lookup(list(request.prompt), request.max_new_tokens, sampled=not request.greedy),
+            0,
+        )
+        text.add(ids[known:])
+        self._texts[sequence] = text, len(ids)
+        return text
+
+    def replacing(self, known: Sequence[Sequence[int]]) -> Replace:
+        """What replaces the modules' drafts in the rows that have looked theirs up, and continues
+        after the modules' last draft.
+
+        The modules read these drafts like their own, so their caches stay true. The caps of rows
+        without drafts of their own are lowered to the modules'.
+
+        Args:
+            known: the drafts of every row; a row without any takes the modules'.
+        """
+
+        def replace(drafts: Iterator[Draft], caps: list[int]) -> Iterator[Draft]:
+            most, n_tokens = max(map(len, known)), self._model.config.trunk.vocab_size
+            # Beyond a row's own drafts any token will do: it is not accepted.
+            padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
+            own_BM = torch.tensor(padded, device=self._model.head.weight.device)
+            k = 0
+            for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
+                own_B = own_BM[:, min(k, most) - 1]
+                token_B = torch.where(own_B < 0, token_B, own_B)
+                if q_BV is not None:
+                    q_BV, own_BV = over_all(q_BV, n_tokens), certain(token_B, n_tokens)
+                    q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
+                yield Draft(
+                    token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0)
+                )
+            caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
+            for own_B in own_BM.unbind(1)[k:]:
+                yield Draft(own_B.clamp(min=0))
+
+        return replace
+
+
+def pays_for_many(device: torch.device) -> bool:
+    """Whether drafts that only some rows have pay in a pass over several: a pass on a CPU takes
+    time for every token, one on a GPU hardly more for several."""
+    return device.type != "cpu"

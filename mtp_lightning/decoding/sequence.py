@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.speculative import RowResult
-
-if TYPE_CHECKING:
-    from mtp_lightning.decoding.lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,6 @@ class TextSequence:
         request: the request.
         max_draft: number of draft positions to count acceptance for.
         tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
-        lookup: proposes drafts from the text, or None.
 
     Attributes:
         token_ids: tokens so far; the last ones may turn out to belong to a stop string, see
@@ -163,9 +159,7 @@ class TextSequence:
         finish_reason: ``length``, ``eot`` or ``stop``; None before the end.
     """
 
-    def __init__(
-        self, request: Request, max_draft: int, tokenizer: Any, lookup: Lookup | None = None
-    ) -> None:
+    def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
         self.request = request
         self.token_ids: list[int] = []
         self.depths: list[int] = []
@@ -175,8 +169,6 @@ class TextSequence:
         own = request.eot_id
         self.eot_id = getattr(tokenizer, "eot_id", None) if own is None else own
         self._tokenizer = tokenizer
-        self._lookup = lookup
-        self._looked_up: list[int] = []  # the drafts of this round that the text itself has given
         self._began = time.perf_counter()
         self._seconds = 0.0
         self._shown = 0
@@ -195,18 +187,16 @@ class TextSequence:
         """Number of tokens left to generate."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    def looked_up(self, most: int) -> list[int]:
-        """Drafts of the next round from the text itself, up to ``most``; none without lookups."""
-        self._looked_up = [] if self._lookup is None else self._lookup.drafts(most)
-        return self._looked_up
-
-    def take(self, result: RowResult, logits_BTV: Tensor, row: int) -> int:
+    def take(
+        self, result: RowResult, logits_BTV: Tensor, row: int, *, looked_up: bool = False
+    ) -> int:
         """Take the result of a verify pass up to the text's end, and count its drafts. Returns how
         many tokens the text has kept.
 
         Args:
             result: the result of the pass for this row.
             logits_BTV: the trunk's logits of all rows, of at least as many tokens; ``row`` is ours.
+            looked_up: whether the drafts were looked up in the text.
         """
         before = len(self.token_ids)
         kept = self.extend(result.tokens, result.accepted, logits_BTV, row)
@@ -214,7 +204,7 @@ class TextSequence:
         self._emitted += kept
         self._drafted += result.accepted + len(result.rejected)
         self.rejected += [Rejected(before + result.accepted, *draft) for draft in result.rejected]
-        if self._looked_up:
+        if looked_up:
             self._lookups[0] += min(result.accepted, kept)
             self._lookups[1] += result.accepted + len(result.rejected)
             return kept
@@ -232,8 +222,6 @@ class TextSequence:
         before = len(self.token_ids)
         self.token_ids += tokens
         self.depths += [j + 1 if j < accepted else 0 for j in range(len(tokens))]
-        if self._lookup is not None:
-            self._lookup.add(tokens)
         if self.request.stop:
             self._look_for_stop(before)
         if self.finish_reason is None and self.remaining <= 0:

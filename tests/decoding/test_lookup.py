@@ -40,7 +40,7 @@ LENGTHS = (5, 1, 13)
 @pytest.fixture(params=[1, 3])
 def batch_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Texts that are decoded together, and all have lookups, as on a GPU."""
-    monkeypatch.setattr(engine, "pays_for_many", lambda device: True)
+    monkeypatch.setattr(lookup, "pays_for_many", lambda device: True)
     return int(request.param)
 
 
@@ -158,7 +158,7 @@ def test_samples_have_the_models_distribution(
     depth: int, verify: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.02)  # draft whatever is found
-    monkeypatch.setattr(engine, "pays_for_many", lambda device: True)
+    monkeypatch.setattr(lookup, "pays_for_many", lambda device: True)
     model = small_model(11, depth, vocab=SAMPLED)
     options: dict[str, Any] = {"temperature": 1.0, "lookup": 4, "verify": verify}
     require_the_models_distribution(model, options, None, prompt_length=30)
@@ -182,7 +182,7 @@ def test_chains_of_lookups_leave_the_distribution_as_it_is(
 ) -> None:
     """Texts of four tokens, next to greedy ones and ones of another temperature."""
     monkeypatch.setattr(lookup, "_WORTH_IN_SAMPLES", 0.005)
-    monkeypatch.setattr(engine, "pays_for_many", lambda device: True)
+    monkeypatch.setattr(lookup, "pays_for_many", lambda device: True)
     vocab, length, n = 4, 4, 1500
     model = small_model(11, 2, vocab=vocab)
     prompt, other = random_prompts(11, (30, 23), vocab)
