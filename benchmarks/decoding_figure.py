@@ -24,7 +24,7 @@ WAYS = {
     "drafts": ("here, with drafts", COLORS[2]),
     "drafts_of_both": ("here, with lookups, too", COLORS[1]),
 }
-# Behind a label, so that no line crosses it.
+# The ground of a label, so that no line crosses it.
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 

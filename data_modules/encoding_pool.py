@@ -23,6 +23,7 @@ import numpy as np
 from data_modules.encoding import Encoded, Piece, encode_batch
 from data_modules.overlap import LineOverlap
 from data_modules.tokenizers.base import Tokenizer, class_of, tokenizer_from_state
+from mtp_lightning.system import cores
 
 LARGE = 1 << 26
 """Bytes from which several processes encode a corpus."""
@@ -42,7 +43,7 @@ def pick_workers(asked: int | None, tokenizer: Tokenizer, total_bytes: int | Non
         return asked
     if total_bytes is not None and total_bytes < LARGE:
         return 0
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = cores()
     return own if own > 1 else 0
 
 

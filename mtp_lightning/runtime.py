@@ -14,9 +14,10 @@ import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole, require
+from mtp_lightning.system import cores
 
-# PyTorch's default number of threads, read before anyone changes it.
-_CORES = torch.get_num_threads()
+# PyTorch's default number of threads, read before anyone changes it; PyTorch knows no quota.
+_CORES = min(torch.get_num_threads(), cores())
 
 # mallopt's parameters, from malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

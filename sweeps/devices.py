@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from sweeps.machine import cores
+from mtp_lightning.system import cores
 
 # Variables that a launcher, another job or a cluster's step may leave in the environment. A run
 # that sees them takes itself for a process of another run (Lightning issue 11300).

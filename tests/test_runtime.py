@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -40,6 +43,18 @@ def test_a_limit_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.get_num_threads() == 3
     set_threads(5)
     assert torch.get_num_threads() == 5
+
+
+def test_a_container_with_a_quota_has_so_many_cores() -> None:
+    """PyTorch counts the machine's cores, of which a container may use fewer."""
+    code = (
+        "import os; os.sched_getaffinity = lambda _: range(8)\n"
+        "from mtp_lightning import system; system.cpu_quota = lambda: 2.5\n"
+        "from mtp_lightning import runtime; print(runtime._CORES)"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "8"}
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert said == "2\n"
 
 
 def test_no_thread_is_refused() -> None:

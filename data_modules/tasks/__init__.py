@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from data_modules.tasks.hmm import HMM
     from data_modules.tasks.induction import Induction
     from data_modules.tasks.mqar import MQAR
+    from data_modules.tasks.navigation import Navigation
     from data_modules.tasks.polynomial import Polynomial
     from data_modules.tasks.sat import Sat
     from data_modules.tasks.sibling import Sibling
@@ -27,6 +28,7 @@ __all__ = [
     "Example",
     "Group",
     "Induction",
+    "Navigation",
     "Polynomial",
     "Sat",
     "Sibling",

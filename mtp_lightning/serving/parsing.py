@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-from dataclasses import replace
 from typing import Any
 
 from mtp_lightning.chat_template import ChatTemplate
@@ -54,15 +53,15 @@ class Parser:
     ) -> None:
         self.name = name
         self.template = ChatTemplate.of(run.tokenizer_state)
-        # A separate tokenizer: encode_specials changes its state, while the worker decodes.
-        self._tokenizer = replace(run).tokenizer
+        self._tokenizer = run.tokenizer
         self._vocab = run.model.config.trunk.vocab_size
         self._completion = limited(CompletionBody, max_tokens, max_draft)
         self._chat = limited(ChatBody, max_tokens, max_draft)
         self._max_tokens = max_tokens
         self._max_prompt = max_prompt
         self._room = room
-        # For the same reason, one thread encodes at a time.
+        # encode_specials sets a switch of the tokenizer for a moment, which decoding does not read:
+        # one thread encodes at a time.
         self._encoding = threading.Lock()
 
     def parse(self, sent: bytes, *, chat: bool) -> tuple[Body, Request]:

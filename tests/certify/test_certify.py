@@ -132,8 +132,9 @@ def test_a_rejected_drafts_cache_entry_that_stays_is_found(
     verify, accept = Session.verify, Session.accept
     stale: dict[int, bool] = {}
 
-    def noticing(session: Session, accepted: Sequence[int], n_drafted: int) -> None:
-        accept(session, accepted, n_drafted)
+    def noticing(session: Session, accepted: Sequence[int]) -> None:
+        n_drafted = session._n_drafted
+        accept(session, accepted)
         stale[id(session)] = n_drafted > accepted[0]
 
     def keeping(session: Session, n_drafts: int) -> Tensor:

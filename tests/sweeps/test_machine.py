@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.system import cores, cpu_quota
 from sweeps import devices
 from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
 from sweeps.display import Lines
-from sweeps.machine import MemoryUse, available, cores, cpu_quota, taken_by_groups
+from sweeps.machine import MemoryUse, available, taken_by_groups
 from sweeps.pool import Pool
 from sweeps.process import Task
 
@@ -141,7 +142,7 @@ def test_the_quota_of_control_groups(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cpu_quota(tmp_path) == quota
-    monkeypatch.setattr("sweeps.machine.cpu_quota", lambda: quota)
+    monkeypatch.setattr("mtp_lightning.system.cpu_quota", lambda: quota)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     assert cores() == (16 if quota is None else max(1, int(quota)))
 
