@@ -32,9 +32,9 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 
 
 def state_of(path: Path, known: str) -> str:
-    """The name of what is kept about a file, or a folder's files and those of the folders in it, in
-    their present state: ``PATH-STATE``, two hex digests. A change of a file changes its time ctime,
-    which no program can set.
+    """The cache key of a file, or of a folder and the folders in it: two hex digests,
+    ``PATH-STATE``. The state has the files' names, sizes and times. Any change of a file changes
+    its time ctime, which no program can set.
 
     Args:
         path: the file or folder.

@@ -1,4 +1,4 @@
-"""Who builds a folder of the cache, of all processes of all machines that want it.
+"""Lets one process build a folder of the cache, of all processes on all machines that need it.
 
 A builder makes the folder ``.NAME.building-N``, which only one process can make, and touches it
 every few seconds. The others wait until the finished folder is there. If the builder was killed,

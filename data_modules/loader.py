@@ -192,7 +192,7 @@ def _init_worker(parent: int, _: int) -> None:
     end as a failure, and nothing is saved.
     """
     end_with(parent)
-    sys.excepthook = _report_late
+    sys.excepthook = _print_unless_killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -205,9 +205,9 @@ def _exit_on_sigterm_of(parent: int) -> None:
     os._exit(0)
 
 
-def _report_late(kind: type, error: BaseException, trace: Any) -> None:
-    """A hook for errors. The pipes of a killed parent close shortly before its workers are killed,
-    and the thread of multiprocessing that hands out tensors would print a traceback."""
+def _print_unless_killed(kind: type, error: BaseException, trace: Any) -> None:
+    """A ``sys.excepthook`` that waits before it prints a broken pipe. The pipes of a killed parent
+    close shortly before its workers are killed, too, which then print nothing."""
     if isinstance(error, BrokenPipeError | ConnectionResetError | EOFError):
         time.sleep(1.0)
     sys.__excepthook__(kind, error, trace)

@@ -1,6 +1,7 @@
 """Corpora of others: sources that need a package or another program's installation.
 
-This folder comes off. ``data_modules.sources`` hands these classes out under its own name.
+This folder can be deleted as a whole. ``data_modules.sources`` hands its classes out under its own
+name.
 """
 
 from __future__ import annotations

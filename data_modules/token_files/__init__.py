@@ -1,4 +1,4 @@
-"""Token files of other programs, read where they lie. This folder comes off."""
+"""Token files of other programs, read where they lie. This folder can be deleted as a whole."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Fast code for CPUs: C++ for AVX-512, oneDNN's products, and fused decode steps.
 
-This part comes off: importing it registers its functions with the core's ops (``nn/ops.py``) and
-fused passes (``decoding/fused.py``); no file of the core except ``parts.py`` names it.
+This part can be deleted as a whole. Importing it registers its functions with the core's ops
+(``nn/ops.py``) and fused passes (``decoding/fused.py``); no file of the core except ``parts.py``
+names it.
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear

@@ -21,7 +21,7 @@ from mtp_lightning.nn.config import TrunkConfig
 
 State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
 # With a tensor in one of these states a module cannot be used, or has not been trained.
-LOST: tuple[State, ...] = ("missing", "misshapen", "zero", "fresh", "copied", "different")
+UNUSABLE: tuple[State, ...] = ("missing", "misshapen", "zero", "fresh", "copied", "different")
 # Smaller matrices prove nothing.
 _FEWEST_ROWS, _FEWEST = 16, 2048
 # Kurtosis of the two initial distributions, and its variance times n over n values.
@@ -56,7 +56,7 @@ class Module:
         if experts and all(state == "fresh" for state in experts.values()):
             counted |= experts
         found: dict[State, list[str]] = {}
-        for state in LOST:
+        for state in UNUSABLE:
             names = [name for name, own in counted.items() if own == state]
             if names:
                 found[state] = names
