@@ -12,6 +12,7 @@ should be on this machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -254,7 +255,8 @@ def objective_pass(
     head, total = HeadWeight(weight_VC, needs_gradient=True), 0.0
     for k, own in by_depth(targets).items():
         sums = torch.zeros(len(own), dtype=torch.float64)
-        through_head(head, [Prediction(states[k], own)], sums, main_hidden=states[0])
+        own = [replace(target, total=part) for target, part in zip(own, sums, strict=True)]
+        through_head(head, [Prediction(states[k], own)], main_hidden=states[0])
         total += float(sum(t.coefficient * s for t, s in zip(own, sums, strict=True)))
     return total
 

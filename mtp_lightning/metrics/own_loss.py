@@ -71,5 +71,5 @@ def own_values(
     hidden_BTC = hidden_BTC.to(weight.dtype)
     prediction = Prediction(hidden_BTC, [target], train_head=False, needs_gradient=False, loss=loss)
     with torch.autocast(weight.device.type, enabled=False):
-        through_head(HeadWeight(weight), [prediction], values_BT.new_zeros(1, dtype=torch.float64))
+        through_head(HeadWeight(weight), [prediction])
     return values_BT, loss.valid_BT

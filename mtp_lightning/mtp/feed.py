@@ -51,11 +51,11 @@ class LossTarget(Protocol):
         """The term's loss at every position [R], differentiable with respect to ``log_q_RV``."""
 
     def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
-        """Add the losses to the step's sums, weighted by ``counts_R`` (default: its own)."""
+        """Add the losses to the target's total, weighted by ``counts_R`` (default: its own)."""
 
 
 class Loss(ABC):
-    """A loss that the stack computes and adds to the sums itself.
+    """A loss that the stack computes and adds to its targets' totals itself.
 
     Attributes:
         width: numbers per position that it needs besides the logits, to size the chunks.

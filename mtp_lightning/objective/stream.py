@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def micro_batch_loss(
         if loss.requires_grad:  # the losses of heads side by side are already backpropagated
             total = total + 1 / windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
-    for target, own_sum in zip(targets, sums, strict=True):
+    for target, own_sum in zip(settled, sums, strict=True):
         sums_KP[target.depth, target.index] = own_sum
     return total, sums_KP
 
@@ -133,8 +133,7 @@ def prepass(
         predictions = [measured(k, hidden) for k, hidden in (*due, *group)]
         due = []
         if predictions:
-            unused = weight_VC.new_zeros(len(predictions) * len(measures), dtype=torch.float64)
-            through_head(HeadWeight(weight_VC), predictions, unused, main_hidden=feed.main)
+            through_head(HeadWeight(weight_VC), predictions, main_hidden=feed.main)
     return seen
 
 
@@ -188,28 +187,24 @@ class _Call:
 class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_VC: Tensor, call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        feed, targets = call.feed, call.targets
+        feed = call.feed
         needs_weight, _, *needs = (wanted and call.learns for wanted in ctx.needs_input_grad)
         head = HeadWeight(weight_VC, needs_gradient=needs_weight)
-        sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
+        sums = torch.zeros(len(call.targets), dtype=torch.float64, device=weight_VC.device)
+        targets = [replace(one, total=part) for one, part in zip(call.targets, sums, strict=True)]
         of_terms: dict[nn.Parameter, Tensor] = {}
         request = LossRequest(
             by_depth(targets), needs[: len(feed.inputs)], call.train_head, call.auxiliary
         )
-        done = 0
 
         def send(predictions: Sequence[Prediction]) -> None:
-            nonlocal done
-            count = sum(len(prediction.targets) for prediction in predictions)
             through_head(
                 head,
                 predictions,
-                sums[done : done + count],
                 main_hidden=feed.main if any(p.needs_teacher for p in predictions) else None,
                 compiled=call.compiled,
                 of_terms=of_terms,
             )
-            done += count
 
         gradients = feed.learn(request, send)
         ctx.gradients = (head.gradient, *gradients, *(of_terms.get(p) for p in call.of_terms))

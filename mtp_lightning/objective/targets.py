@@ -35,6 +35,7 @@ class DepthTarget:
             ``weights`` then multiply only the gradient.
         stride: s; the main prediction of the same token is s k positions to the right.
         record: [...] a tensor that receives the loss of every position; None for none.
+        total: fp64 scalar that the summed loss is added to; None for none.
         before: [...] ids of the tokens before the targets; None unless the term reads them.
     """
 
@@ -47,6 +48,7 @@ class DepthTarget:
     values: Tensor | None = None
     stride: int = 1
     record: Tensor | None = None
+    total: Tensor | None = None
     before: Tensor | None = None
 
     @property
@@ -61,7 +63,6 @@ class ChunkTarget:
     Args:
         target: the target at all positions.
         rows: the chunk's rows.
-        total: fp64 scalar that the losses are added to.
 
     Attributes:
         tokens_R: target ids; 0 at positions that do not count.
@@ -69,7 +70,7 @@ class ChunkTarget:
         counts_R: mask times weights.
     """
 
-    def __init__(self, target: DepthTarget, rows: slice | Tensor, total: Tensor) -> None:
+    def __init__(self, target: DepthTarget, rows: slice | Tensor) -> None:
         tokens_R = target.tokens.reshape(-1)[rows]
         self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
         self.of_token = target.term.of_token
@@ -80,7 +81,7 @@ class ChunkTarget:
         self.teacher: Teacher | None = None
         self._values_R = None if target.values is None else target.values.reshape(-1)[rows]
         self._before_R = None if target.before is None else target.before.reshape(-1)[rows]
-        self._record, self._rows, self._total = target.record, rows, total
+        self._record, self._rows, self._total = target.record, rows, target.total
 
     def scale_R1(self, dtype: torch.dtype) -> Tensor:
         """Mask, weights and coefficient."""
@@ -95,9 +96,12 @@ class ChunkTarget:
         return self.term.value(self.chunk(log_q_RV, h_RC))
 
     def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
-        """Add the losses to the sum, weighted by ``counts_R`` (default: mask times weights)."""
+        """Add the losses to the target's total, weighted by ``counts_R`` (default: mask times
+        weights)."""
         if self._record is not None:
             self._record.view(-1)[self._rows] = value_R
+        if self._total is None:
+            return
         counts_R = self.counts_R if counts_R is None else counts_R
         if self._values_R is not None:
             value_R, counts_R = self._values_R, self.valid_R

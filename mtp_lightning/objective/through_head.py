@@ -76,19 +76,17 @@ def log_probs_by_chunk(
 def through_head(
     head: HeadWeight,
     predictions: Sequence[Prediction],
-    sums: Tensor,
     *,
     main_hidden: Tensor | None = None,
     compiled: bool = False,
     of_terms: dict[nn.Parameter, Tensor] | None = None,
 ) -> None:
-    """The losses of hidden states, and the gradients of ``sum_k coefficient_k * loss_k``.
+    """The losses of hidden states, added to their targets' totals, and the gradients of
+    ``sum_k coefficient_k * loss_k``.
 
     Args:
         head: the shared head; its gradient is accumulated in place.
         predictions: their gradients are set where they are needed.
-        sums: fp64, one number per target of all predictions in order; each target's summed loss is
-            added in place.
         main_hidden: the main prediction's hidden state [..., C], from which teachers are computed.
         compiled: whether plain cross-entropy uses one compiled kernel.
         of_terms: accumulates the gradients of the terms' own parameters; None to drop them.
@@ -100,13 +98,10 @@ def through_head(
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
     def passes() -> Iterator[_HeadPass]:
-        done = 0
         for prediction in predictions:
-            end = done + len(prediction.targets)
-            one = _HeadPass(head, weight, prediction, sums[done:end], of_terms)
+            one = _HeadPass(head, weight, prediction, of_terms)
             if one.learns or any(target.coefficient for target in one.targets):
                 yield one
-            done = end
 
     with no_autocast(weight):
         found: Iterable[_HeadPass] = passes()
@@ -142,7 +137,7 @@ def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
 
 
 class _HeadPass:
-    """Computes one prediction, chunk by chunk: adds the losses of its targets to ``sums``, and the
+    """Computes one prediction, chunk by chunk: adds the losses to its targets' totals, and the
     gradients to those of its head and of the terms' own parameters. ``shared`` is the shared head,
     ``weight`` its weight in the dtype of the products."""
 
@@ -151,10 +146,9 @@ class _HeadPass:
         shared: HeadWeight,
         weight: Tensor,
         prediction: Prediction,
-        sums: Tensor,
         of_terms: dict[nn.Parameter, Tensor] | None,
     ) -> None:
-        self.prediction, self.sums, self.of_terms = prediction, sums, of_terms
+        self.prediction, self.of_terms = prediction, of_terms
         self.head, self.weight = shared, weight
         if prediction.head is not None:
             self.head = prediction.head
@@ -270,9 +264,7 @@ class _HeadPass:
             target.teacher = found[k]
 
     def _chunk_targets(self, rows: slice | Tensor) -> list[ChunkTarget]:
-        return [
-            ChunkTarget(target, rows, self.sums[index]) for index, target in enumerate(self.targets)
-        ]
+        return [ChunkTarget(target, rows) for target in self.targets]
 
     def _learn(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from unittest import mock
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.feed import Together
+from mtp_lightning.mtp.feed import LossRequest, ThroughHead, Together
 from mtp_lightning.nn import ops as kernel
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head
@@ -103,6 +104,25 @@ def test_values_and_gradients(
     torch.testing.assert_close(weight.grad.double(), 3 * want_weight, rtol=1e-4, atol=1e-4)
     for (hidden, _), want in zip(depths, want_hidden, strict=True):
         torch.testing.assert_close(hidden.grad.double(), 3 * want, rtol=1e-4, atol=1e-4)
+
+
+class DeepestFirst(Together):
+    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+        return super().learn(request, lambda predictions: through_head(predictions[::-1]))
+
+
+def test_a_feed_may_send_its_depths_in_any_order() -> None:
+    weight = torch.randn(50, 8, requires_grad=True)
+    states = [torch.randn(2, 9, 8) for _ in range(3)]
+    targets = [target(k, torch.randint(0, 50, (2, 9)), 0.1 * (k + 1)) for k in range(3)]
+    results = []
+    for feed in (Together, DeepestFirst):
+        inputs = [h.clone().requires_grad_() for h in states]
+        one = feed(inputs[0], list(enumerate(inputs))[1:], {})
+        total, sums = stream_loss(weight, one, targets)
+        results.append((total, sums, *torch.autograd.grad(total, [weight, *inputs])))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_chunks_give_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,6 @@ def add_gradients(
 ) -> None:
     """Add one micro-batch's part of every task's gradient to the task's row of ``total_KP``;
     arguments as in :func:`task_gradients`."""
-    unused = total_KP.new_zeros(1 + len(objective.terms), dtype=torch.float64)
     shared = HeadWeight(model.head.weight)
     with torch.enable_grad(), _only(model, parameters):
         factors = [float(k in tasks) for k in range(model.depth + 1)]
@@ -219,7 +218,7 @@ def add_gradients(
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):
             prediction = feed.prediction(k, hidden, of_task[k])
-            through_head(shared, [prediction], unused, main_hidden=feed.main)
+            through_head(shared, [prediction], main_hidden=feed.main)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
