@@ -26,6 +26,7 @@ from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
 from mtp_lightning.objective.balance.gradients import (
+    TaskGradients,
     require_separable,
     shared_parameters,
     task_gradients,
@@ -198,35 +199,13 @@ class OptimizerStep:
             UserError: the batch was built for another depth, or has no valid target.
         """
         plan = self.plan(batch, progress)
-        shape = (self.model.depth + 1, len(self.objective.terms))
-        sums = torch.zeros(shape, dtype=torch.float64, device=batch.device)
-        auxiliary = AuxiliaryOutputs()
-        for index, (micro, key) in enumerate(plan.micro_batches):
-            last = index == len(plan.micro_batches) - 1
-            with nullcontext() if last else no_sync():
-                loss, micro_sums, reported = run(self.loss, plan, micro, key)
-                # A frozen trunk with all weights at 0 trains nothing.
-                if loss.requires_grad:
-                    # Data-parallel ranks average their gradients; here they must add up.
-                    backward(loss * world_size())
-            sums += micro_sums
-            auxiliary.add(reported)
-        losses_KP = self.objective.losses(sum_over_ranks(sums), plan.counts)
+        sums, auxiliary = self._forward_backward(plan, run, backward, no_sync)
+        losses_KP = self.objective.losses(sums, plan.counts)
         losses = self.objective.mixed(losses_KP)
-
-        gradients, scope = None, self.balance.scope
-        if scope is not None and self.balance.measures_at(progress):
-            group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
-            gradients = task_gradients(
-                self.model, plan.micro_batches, plan.active, plan.counts, group, self.objective
-            )[scope]
+        gradients = self._measure(plan, progress)
+        if gradients is not None:
             self.balance.gate(plan.base, gradients)
-        values: dict[str, Tensor | float] = {}
-        if self.clip_norm is not None:
-            # A balance rule's parameters have no gradient yet, so the norm leaves them out.
-            clipped = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
-            values["train/grad_norm"] = processes.tensors().whole(norm)
+        values = self._clip(optimizer)
         if self.balance.observes:
             values |= self.balance.learn(
                 Observed(
@@ -238,14 +217,14 @@ class OptimizerStep:
                 )
             )
         values |= self.objective.learn()
-        if self.balance.weighs_main:
-            values["balance/main_factor"] = plan.factors[0]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if self.balance.weighs_main:
+            values["balance/main_factor"] = plan.factors[0]
         values |= balance_experts(self.model, auxiliary, done=progress.fraction)
+        dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         for tag, of_tag in auxiliary.by_tag.items():
             values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
-        dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         if len(self.objective.terms) > 1:
             values |= {
                 term.tag(k): losses_KP[k, index].to(dtype)
@@ -261,6 +240,50 @@ class OptimizerStep:
             dtype=dtype,
             values=values,
         )
+
+    def _forward_backward(
+        self,
+        plan: StepPlan,
+        run: Callable[..., tuple[Tensor, Tensor, AuxiliaryOutputs]],
+        backward: Callable[[Tensor], None],
+        no_sync: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[Tensor, AuxiliaryOutputs]:
+        """All micro-batches: the summed losses [D + 1, P] over all ranks, and the auxiliary outputs
+        of this rank."""
+        batch, _ = plan.micro_batches[0]
+        shape = (self.model.depth + 1, len(self.objective.terms))
+        sums = torch.zeros(shape, dtype=torch.float64, device=batch.device)
+        auxiliary = AuxiliaryOutputs()
+        for index, (micro, key) in enumerate(plan.micro_batches):
+            last = index == len(plan.micro_batches) - 1
+            with nullcontext() if last else no_sync():
+                loss, micro_sums, reported = run(self.loss, plan, micro, key)
+                # A frozen trunk with all weights at 0 trains nothing.
+                if loss.requires_grad:
+                    # Data-parallel ranks average their gradients; here they must add up.
+                    backward(loss * world_size())
+            sums += micro_sums
+            auxiliary.add(reported)
+        return sum_over_ranks(sums), auxiliary
+
+    def _measure(self, plan: StepPlan, progress: Progress) -> TaskGradients | None:
+        """The gradients that the balance rule measures in this step; None if it measures none."""
+        scope = self.balance.scope
+        if scope is None or not self.balance.measures_at(progress):
+            return None
+        group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
+        return task_gradients(
+            self.model, plan.micro_batches, plan.active, plan.counts, group, self.objective
+        )[scope]
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
+        """Clip the gradients; returns their norm to log."""
+        if self.clip_norm is None:
+            return {}
+        # A balance rule's parameters have no gradient yet, so the norm leaves them out.
+        clipped = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
+        return {"train/grad_norm": processes.tensors().whole(norm)}
 
     def loss(
         self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None = None
