@@ -160,7 +160,7 @@ class OptimizerStep:
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
         usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
-        base = [1.0, *_where(usable, self.schedule.weights(progress))]
+        base = [1.0, *_zero_without_targets(self.schedule.weights(progress), usable)]
         main, *factors = self.balance.factors(base, progress)
         micro_batches = []
         for micro in batch.micro_batches(self.accumulate):
@@ -168,7 +168,7 @@ class OptimizerStep:
             key = replace(key, first_row=key.first_row + len(micro))
         return StepPlan(
             base=base,
-            factors=[main if self._computes_main else 0.0, *_where(usable, factors)],
+            factors=[main if self._computes_main else 0.0, *_zero_without_targets(factors, usable)],
             counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
@@ -312,5 +312,5 @@ class OptimizerStep:
         return plan.windows * per_window
 
 
-def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
+def _zero_without_targets(factors: Sequence[float], counts: Sequence[int]) -> list[float]:
     return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
