@@ -144,6 +144,7 @@ class SideBySide(MTPStack):
         return hidden + self.corrections[k - 1](k, at)
 
     def feed(self, inputs: FeedInputs) -> Feed:
+        # The variants here use the shared head; heads of yours with their own are trained together.
         return HeadByHead(self, inputs) if self.own_head is None else super().feed(inputs)
 
     def first_token(self, k: int) -> int:
