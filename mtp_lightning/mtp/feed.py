@@ -1,9 +1,10 @@
 """How a stack is trained: its hidden states go through a head and come back with gradients.
 
-:meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. :meth:`Feed.learn` passes each
-hidden state, with its targets, to the objective (:data:`ThroughHead`), which sends it through a
-head, chunk by chunk, and sets its gradient. All of this happens in the forward pass of one autograd
-node (``objective/stream.py``), whose backward pass hands the gradients on to the feed's inputs.
+:meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. :meth:`Feed.input_gradients`
+passes each hidden state, with its targets, to the objective (:data:`ThroughHead`), which sends it
+through a head, chunk by chunk, and sets its gradient. All of this happens in the forward pass of
+one autograd node (``objective/stream.py``), whose backward pass hands the gradients on to the
+feed's inputs.
 
 ====================  =========================================================================
 feed                  order
@@ -65,7 +66,7 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], needs_gradient: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """The loss at one chunk.
 
@@ -73,7 +74,7 @@ class Loss(ABC):
             rows: the chunk's positions among the B x T.
             logits_NV: the logits of all their hidden states, which it may overwrite.
             asked: the prediction's targets at these rows.
-            learns: whether a gradient is needed.
+            needs_gradient: whether a gradient is needed.
 
         Returns:
             The gradient with respect to the logits [N, V], and a factor of its rows that is still
@@ -177,8 +178,9 @@ class Feed(ABC):
         return self.inputs[0]
 
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        """The depths' hidden states (k, [B, T, C]) that :meth:`learn` trains, in groups of states
-        that exist at the same time: for a prepass, and for the gradient of each depth alone."""
+        """The depths' hidden states (k, [B, T, C]) that :meth:`input_gradients` trains, in groups
+        of states that exist at the same time: for a prepass, and for the gradient of each depth
+        alone."""
         yield from ()
 
     def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
@@ -186,7 +188,9 @@ class Feed(ABC):
         return Prediction(hidden, targets, train_head=False)
 
     @abstractmethod
-    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+    def input_gradients(
+        self, request: LossRequest, through_head: ThroughHead
+    ) -> Sequence[Tensor | None]:
         """Train the hidden states on their targets; return the gradients of the inputs."""
 
 
@@ -223,7 +227,9 @@ class Together(Feed):
         head, loss = self.heads.get(k), self.own.get(k)
         return Prediction(hidden, targets, train_head=False, head=head, loss=loss)
 
-    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+    def input_gradients(
+        self, request: LossRequest, through_head: ThroughHead
+    ) -> Sequence[Tensor | None]:
         states = [(0, self.main), *self.depths]
         for weight, needed in zip(self.weights, request.needs[len(states) :], strict=True):
             weight.needs_gradient = needed
@@ -256,7 +262,9 @@ class OneState(Feed):
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         yield [(k, self.main) for k in self.depths]
 
-    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+    def input_gradients(
+        self, request: LossRequest, through_head: ThroughHead
+    ) -> Sequence[Tensor | None]:
         parts: list[tuple[bool, Sequence[Any]]]
         targets = [target for own in request.targets.values() for target in own]
         if any(target.needs_teacher for target in targets) or not request.train_head:
@@ -306,13 +314,13 @@ class OwnLoss(Loss):
         return value_R.detach(), d_logits_RV
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], needs_gradient: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         # Only the coefficient of the target is used.
         (target,) = asked
         valid_R = self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        if not learns:
+        if not needs_gradient:
             target.note(self.value(rows, logits_RV), valid_R)
             return None
         value_R, d_logits_RV = self.gradient(rows, logits_RV)

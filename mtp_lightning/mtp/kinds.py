@@ -182,12 +182,14 @@ class HeadByHead(Feed):
         super().__init__([inputs.final_BTC, *self.common, *used])
 
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        # A second forward pass of each head, which reports no router loads: learn() does.
+        # A second forward pass of each head, which reports no router loads: input_gradients() does.
         silent = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
         for state in self.stack.states(silent, self.depths, self.key):
             yield [state]
 
-    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+    def input_gradients(
+        self, request: LossRequest, through_head: ThroughHead
+    ) -> Sequence[Tensor | None]:
         main = Prediction(self.main, request.targets[0], needs_gradient=request.needs[0])
         through_head([main])
         of_common: list[Tensor | None] = [None] * len(self.common)

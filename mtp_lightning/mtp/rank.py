@@ -181,7 +181,9 @@ class JointFeed(Feed):
         parts_MKAC, log_weights_MA = self.inputs
         return pack(parts_MKAC[:, 0], log_weights_MA)
 
-    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
+    def input_gradients(
+        self, request: LossRequest, through_head: ThroughHead
+    ) -> Sequence[Tensor | None]:
         parts_MKAC, log_weights_MA = self.inputs
         loss = JointLoss(log_weights_MA, self.between, parts_MKAC.shape[1])
         prediction = Prediction(
@@ -213,7 +215,7 @@ class JointLoss(Loss):
         self.d_log_weights_MA = torch.empty_like(self.log_weights_MA)
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], needs_gradient: bool
     ) -> tuple[Tensor, None]:
         log_w_RA = self.log_weights_MA[rows]
         between_R = [token_M[rows] for token_M in self.between]

@@ -77,7 +77,7 @@ class Rescorer(nn.Module, ABC):
         """The loss of every position [R], in nats."""
 
     @abstractmethod
-    def learn(
+    def state_gradient(
         self, said: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
         """:meth:`value` and its gradient.

@@ -80,7 +80,7 @@ class Selector(Rescorer):
         return torch.cat([self._part(part)[0] for part, _ in self._parts(said)])
 
     @torch.no_grad()
-    def learn(
+    def state_gradient(
         self, said: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
         for weight in self._weights:
@@ -122,8 +122,8 @@ class Selector(Rescorer):
             said.hidden_RC,
             gate,
         )
-        learns = torch.is_grad_enabled()
-        leaves = [tensor.detach().requires_grad_(learns) for tensor in read]
+        needs_gradient = torch.is_grad_enabled()
+        leaves = [tensor.detach().requires_grad_(needs_gradient) for tensor in read]
         log_p_RK = _scores(*leaves).log_softmax(-1)
         return -(log_p_RK * (ids_RK == target_R1)).sum(-1), ids_RK, leaves
 

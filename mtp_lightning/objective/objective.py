@@ -183,9 +183,9 @@ class Objective:
             targets = rule.apply(targets, seen)
         return targets
 
-    def learn(self) -> dict[str, float]:
-        """Let the rules learn from the optimizer step that is over; returns values to log."""
-        return {tag: value for rule in self.rules for tag, value in rule.learn().items()}
+    def after_backward(self) -> dict[str, float]:
+        """Let the rules learn from an optimizer step; returns values to log."""
+        return {tag: value for rule in self.rules for tag, value in rule.after_backward().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all rules, in plain containers."""

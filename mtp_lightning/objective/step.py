@@ -207,7 +207,7 @@ class OptimizerStep:
             self.balance.gate(plan.base, gradients)
         values = self._clip(optimizer)
         if self.balance.observes:
-            values |= self.balance.learn(
+            values |= self.balance.after_backward(
                 Observed(
                     progress=progress,
                     base=plan.base,
@@ -216,7 +216,7 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
-        values |= self.objective.learn()
+        values |= self.objective.after_backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.balance.weighs_main:

@@ -176,7 +176,7 @@ class _Call:
     auxiliary: float
     compiled: bool
     # Read before the node's forward pass, in which autograd is always off.
-    learns: bool = field(default_factory=torch.is_grad_enabled)
+    needs_gradient: bool = field(default_factory=torch.is_grad_enabled)
 
     @property
     def of_terms(self) -> list[nn.Parameter]:
@@ -188,7 +188,9 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_VC: Tensor, call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         feed = call.feed
-        needs_weight, _, *needs = (wanted and call.learns for wanted in ctx.needs_input_grad)
+        needs_weight, _, *needs = (
+            wanted and call.needs_gradient for wanted in ctx.needs_input_grad
+        )
         head = HeadWeight(weight_VC, needs_gradient=needs_weight)
         sums = torch.zeros(len(call.targets), dtype=torch.float64, device=weight_VC.device)
         targets = [replace(one, total=part) for one, part in zip(call.targets, sums, strict=True)]
@@ -206,7 +208,7 @@ class _Stream(torch.autograd.Function):
                 of_terms=of_terms,
             )
 
-        gradients = feed.learn(request, send)
+        gradients = feed.input_gradients(request, send)
         ctx.gradients = (head.gradient, *gradients, *(of_terms.get(p) for p in call.of_terms))
         ctx.mark_non_differentiable(sums)
         # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.

@@ -100,7 +100,7 @@ def through_head(
     def passes() -> Iterator[_HeadPass]:
         for prediction in predictions:
             one = _HeadPass(head, weight, prediction, of_terms)
-            if one.learns or any(target.coefficient for target in one.targets):
+            if one.needs_gradient or any(target.coefficient for target in one.targets):
                 yield one
 
     with no_autocast(weight):
@@ -156,7 +156,7 @@ class _HeadPass:
         self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
         h, needed = prediction.hidden, prediction.needs_gradient
         self.trains_weight = self.head.needs_gradient and prediction.train_head
-        self.learns = needed or self.trains_weight
+        self.needs_gradient = needed or self.trains_weight
         self.h_NC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
         self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if needed else None
 
@@ -168,7 +168,7 @@ class _HeadPass:
     @property
     def is_plain(self) -> bool:
         """Whether it is trained on a single target by cross-entropy."""
-        return self.learns and len(self.targets) == 1 and self.targets[0].term.of_token
+        return self.needs_gradient and len(self.targets) == 1 and self.targets[0].term.of_token
 
     def go_alone(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
@@ -205,7 +205,7 @@ class _HeadPass:
         targets = self._chunk_targets(rows)
         for target in targets:
             target.teacher = main
-        if not self.learns:
+        if not self.needs_gradient:
             for target in targets:
                 target.note(target.value(chunk_RV, h_RC))
             return
@@ -223,7 +223,7 @@ class _HeadPass:
         for ids_RK, d_some_RK in d_some:
             d_logits_RV.scatter_add_(1, ids_RK, d_some_RK)
         d_logits_RV = d_logits_RV.to(self.weight.dtype)
-        self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
+        self._propagate(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
 
     def _go_compiled(self, rows: slice) -> None:
         """:meth:`go` with one compiled kernel from logits to their gradient."""
@@ -233,7 +233,7 @@ class _HeadPass:
         value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
         del logits_RV
         target.note(value_R)
-        self._learn(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
+        self._propagate(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
 
     def _go_own(self, rows: slice, main_MC: Tensor | None) -> None:
         """:meth:`go` with a loss that the stack computes."""
@@ -244,11 +244,11 @@ class _HeadPass:
         if main_MC is not None:
             self._teach(targets, rows, main_MC)
         logits_NV = matmul_transposed(h_NC, self.weight)
-        learned = loss(rows, logits_NV, targets, self.learns)
+        learned = loss(rows, logits_NV, targets, self.needs_gradient)
         del logits_NV
         if learned is not None:
             d_logits_NV, scale_N1 = learned
-            self._learn(inner, h_NC, d_logits_NV.to(self.weight.dtype), scale_N1)
+            self._propagate(inner, h_NC, d_logits_NV.to(self.weight.dtype), scale_N1)
 
     def _teach(self, targets: Sequence[ChunkTarget], rows: slice, main_MC: Tensor) -> None:
         """Set the targets' teachers; those of one depth share a teacher."""
@@ -266,7 +266,7 @@ class _HeadPass:
     def _chunk_targets(self, rows: slice | Tensor) -> list[ChunkTarget]:
         return [ChunkTarget(target, rows) for target in self.targets]
 
-    def _learn(
+    def _propagate(
         self,
         rows: slice | Tensor,
         h_NC: Tensor,

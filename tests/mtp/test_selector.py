@@ -247,7 +247,7 @@ def test_its_products_grow_with_the_candidates_alone(
         forced = Forced(1, torch.randn(6, vocab).log_softmax(-1), torch.randn(6, width), ids, ids)
         with counted_flops() as counted:
             own(1, forced.hidden_RC, forced.log_q_RV, ids)
-            own.learn(forced, torch.ones(6), {})
+            own.state_gradient(forced, torch.ones(6), {})
         return counted.total
 
     assert flops(40, 16) == flops(4000, 16) > flops(4000, 8) > 0

@@ -63,7 +63,7 @@ def test_the_running_quantile_learns_where_no_depth_does(tiny_trunk: TrunkConfig
     model, batch = build(tiny_trunk, MTPConfig.find("sequential")(depth=1)), windows(2, 9, 1)
     objective = Objective(term=KL(), mask="entropy")
     mtp_loss(model, batch, [0.0], [18, 18], term=objective)
-    objective.learn()
+    objective.after_backward()
     assert sum(objective.state_dict()["counts"]) == 2 * 8  # changes between adjacent positions
 
 
@@ -74,7 +74,7 @@ def test_the_running_quantile_is_one() -> None:
     tokens = {0: torch.zeros(8, 500).long(), 1: torch.zeros(8, 500).long()}
     for _ in range(3):
         mask.keep(torch.randn(8, 500, generator=generator), tokens)
-        values = mask.learn()
+        values = mask.after_backward()
     exact = torch.randn(100_000, generator=generator) * math.sqrt(2)
     assert mask.tau == pytest.approx(exact.quantile(0.9).item(), abs=0.15)
     # Depth 1 counts where neither of two changes is a jump.

@@ -107,8 +107,10 @@ def test_values_and_gradients(
 
 
 class DeepestFirst(Together):
-    def learn(self, request: LossRequest, through_head: ThroughHead) -> Sequence[Tensor | None]:
-        return super().learn(request, lambda predictions: through_head(predictions[::-1]))
+    def input_gradients(
+        self, request: LossRequest, through_head: ThroughHead
+    ) -> Sequence[Tensor | None]:
+        return super().input_gradients(request, lambda predictions: through_head(predictions[::-1]))
 
 
 def test_a_feed_may_send_its_depths_in_any_order() -> None:

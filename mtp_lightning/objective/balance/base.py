@@ -99,7 +99,7 @@ class Balance(ABC):
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
         """Change the accumulated gradients before they are clipped."""
 
-    def learn(self, step: Observed) -> dict[str, float]:
+    def after_backward(self, step: Observed) -> dict[str, float]:
         """Learn from a step; called after clipping, before the optimizer's update.
 
         Returns:
@@ -111,7 +111,7 @@ class Balance(ABC):
         return values
 
     def update(self, step: Observed) -> dict[str, float]:
-        """The rule's own part of :meth:`learn`."""
+        """The rule's own part of :meth:`after_backward`."""
         return {}
 
     def check(self, config: ModelConfig) -> None:

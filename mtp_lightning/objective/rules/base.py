@@ -63,8 +63,8 @@ class Rule(ABC):
         """
         return list(targets)
 
-    def learn(self) -> dict[str, float]:
-        """Learn from the optimizer step that is over; returns values to log."""
+    def after_backward(self) -> dict[str, float]:
+        """Learn from an optimizer step, after its backward passes; returns values to log."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

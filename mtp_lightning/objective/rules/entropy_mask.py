@@ -124,7 +124,7 @@ class EntropyMask(Rule):
             counts[_BINS + 2 * k + 1] = (valid_BT & kept_BT).sum()
         self._pending = counts if self._pending is None else self._pending + counts
 
-    def learn(self) -> dict[str, float]:
+    def after_backward(self) -> dict[str, float]:
         if self._pending is None:
             return {}
         tau = self.tau

@@ -34,7 +34,7 @@ class RescoringTerm(Term):
     def state_gradient(
         self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
-        return self.rescorer.learn(_forced(chunk), factor_R, into)
+        return self.rescorer.state_gradient(_forced(chunk), factor_R, into)
 
 
 def _forced(chunk: Chunk) -> Forced:
