@@ -98,7 +98,7 @@ def bare_loop(cfg: Any, run: Any) -> Callable[[int], float]:
     model.initialize(cfg.seed)
     optimizer = instantiate(cfg.optimizer).build(model)
     parameters = list(model.parameters())
-    weights = [1.0, *run.module.schedule.weights(Progress(step=0, max_steps=1))]
+    weights = [1.0, *run.module.schedule.lambdas(Progress(step=0, max_steps=1))]
     batches = iter(run.data.train_dataloader())
 
     def steps(n: int) -> float:

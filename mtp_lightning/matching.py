@@ -179,7 +179,7 @@ def total_flops(
         step = (2 * sample + 1) * steps // (2 * samples) if samples < steps else sample
         tokens = step * length.tokens_per_step
         progress = Progress(step=step, max_steps=steps, tokens=tokens)
-        base = [1.0, *schedule.weights(progress)]
+        base = [1.0, *schedule.lambdas(progress)]
         rests = balance.rests_at(progress)
         kind = tuple(depths_of(base)), rests
         if kind not in costs:

@@ -124,7 +124,7 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
                 "that begins later."
             )
         weights = [
-            schedule.weights(Progress(step=at, max_steps=length, tokens=at * tokens_per_step))
+            schedule.lambdas(Progress(step=at, max_steps=length, tokens=at * tokens_per_step))
             for schedule, length in zip(lambdas, lengths, strict=True)
         ]
         if weights[0] != weights[1]:

@@ -160,7 +160,7 @@ class OptimizerStep:
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
         usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
-        base = [1.0, *_zero_without_targets(self.schedule.weights(progress), usable)]
+        base = [1.0, *_zero_without_targets(self.schedule.lambdas(progress), usable)]
         main, *factors = self.balance.factors(base, progress)
         micro_batches = []
         for micro in batch.micro_batches(self.accumulate):

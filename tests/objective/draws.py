@@ -190,7 +190,7 @@ def schedules(depth: int) -> dict[str, list[tuple[LambdaSchedule, int]]]:
         given = {"depth": depth, "mtp_lambda": [0.5, 0.3, 0.2][:depth], **KNOTS.get(word, {})}
         schedule = built(said, **given)
         for step in range(STEPS):
-            n = sum(weight > 0 for weight in schedule.weights(Progress(step, STEPS)))
+            n = sum(weight > 0 for weight in schedule.lambdas(Progress(step, STEPS)))
             found["none" if n == 0 else "all" if n == depth else "some"].append((schedule, step))
     return found
 

@@ -126,7 +126,7 @@ def check(case: Case) -> str | None:
         step.cost = lambda *_, **__: 0  # type: ignore[assignment]
     with counted_flops() if counts else nullcontext() as counted:
         result = step(batch, progress, optimizer)
-    want = Step(model, batch, RandomKey(step.seed, now), step.schedule.weights(progress), asked)
+    want = Step(model, batch, RandomKey(step.seed, now), step.schedule.lambdas(progress), asked)
     found = {tag: float(value) for tag, value in result.log_values().items()}
     assert found == pytest.approx(want.logged, rel=1e-9)
     # If no position of a depth has a teacher, a step computes less than it counts.

@@ -70,28 +70,28 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
 )
 def test_hand_computed_points(schedule: Piecewise, expected: dict[float, list[float]]) -> None:
     for fraction, weights in expected.items():
-        got = schedule.weights(at(fraction, max_steps=600_000))
+        got = schedule.lambdas(at(fraction, max_steps=600_000))
         assert got == pytest.approx(weights, abs=1e-12), fraction
         assert [w == 0.0 for w in got] == [w == 0 for w in weights], "zeros are exact"
 
 
 def test_one_number_is_divided_by_the_depth_and_a_list_is_not() -> None:
-    assert published.constant(4, 0.3).weights(at(0)) == [0.3 / 4] * 4
-    assert Piecewise(4, 0.3, {0: [1, 1, 1, 1]}).weights(at(0)) == [0.3] * 4
-    assert Piecewise(2, [0.3, 0.1], {0: [2, 3]}).weights(at(0)) == pytest.approx([0.6, 0.3])
+    assert published.constant(4, 0.3).lambdas(at(0)) == [0.3 / 4] * 4
+    assert Piecewise(4, 0.3, {0: [1, 1, 1, 1]}).lambdas(at(0)) == [0.3] * 4
+    assert Piecewise(2, [0.3, 0.1], {0: [2, 3]}).lambdas(at(0)) == pytest.approx([0.6, 0.3])
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
 def test_units(unit: str) -> None:
     def weights(amount: int) -> list[float]:
         where = {"steps": Progress(amount, 10**9), "tokens": Progress(0, 10**9, amount)}
-        return Piecewise(1, 1.0, {0: 1, 100: 0}, unit=unit).weights(where[unit])
+        return Piecewise(1, 1.0, {0: 1, 100: 0}, unit=unit).lambdas(where[unit])
 
     assert [weights(a)[0] for a in (0, 25, 100, 1000)] == [1.0, 0.75, 0.0, 0.0]
     v3 = published.deepseek_v3(1, 0.3, unit=unit, length=14.8)
     place = {"steps": Progress(10, 15), "tokens": Progress(0, 15, 10)}[unit]
     before = {"steps": Progress(9, 15), "tokens": Progress(0, 15, 9)}[unit]
-    assert (v3.weights(before)[0], v3.weights(place)[0]) == (0.3, pytest.approx(0.1))
+    assert (v3.lambdas(before)[0], v3.lambdas(place)[0]) == (0.3, pytest.approx(0.1))
 
 
 def test_stages_change_at_whole_steps() -> None:
@@ -99,7 +99,7 @@ def test_stages_change_at_whole_steps() -> None:
         curriculum.forward_curriculum(2, 1.0),
         curriculum.forward_curriculum(2, 1.0, unit="steps", length=300),
     ):
-        seen = [schedule.weights(Progress(step, 300)) for step in (99, 100, 199, 200)]
+        seen = [schedule.lambdas(Progress(step, 300)) for step in (99, 100, 199, 200)]
         assert seen == [[0, 0], [0.5, 0], [0.5, 0], [0.5, 0.5]]
 
 
@@ -153,7 +153,7 @@ knot_lists = st.dictionaries(
 def test_weights_lie_between_their_neighbours(knots, interpolation: str, step: int) -> None:
     schedule = Piecewise(3, 1.0, knots, interpolation=interpolation)
     progress = Progress(step, 1000)
-    weights = schedule.weights(progress)
+    weights = schedule.lambdas(progress)
     left = [p for p in schedule.positions if p <= progress.fraction] or [schedule.positions[0]]
     right = [p for p in schedule.positions if p >= progress.fraction] or [schedule.positions[-1]]
     for k, weight in enumerate(weights):
@@ -167,9 +167,9 @@ def test_weights_lie_between_their_neighbours(knots, interpolation: str, step: i
 @given(knot_lists, st.lists(st.integers(0, 1000), min_size=2, max_size=20))
 def test_a_schedule_has_no_memory(knots, steps: list[int]) -> None:
     used = Piecewise(3, 0.3, knots)
-    in_order = {step: used.weights(Progress(step, 1000)) for step in steps}
+    in_order = {step: used.lambdas(Progress(step, 1000)) for step in steps}
     for step in reversed(steps):  # as after a resume: a new object, asked only about the later step
-        assert Piecewise(3, 0.3, knots).weights(Progress(step, 1000)) == in_order[step]
+        assert Piecewise(3, 0.3, knots).lambdas(Progress(step, 1000)) == in_order[step]
 
 
 @settings(max_examples=40)
@@ -182,8 +182,8 @@ def test_weights_scale_with_mtp_lambda(scale: float, step: int) -> None:
         curriculum.forward_curriculum,
         published.modded_nanogpt,
     ):
-        one = preset(2, 1.0).weights(Progress(step, 100))
-        assert preset(2, scale).weights(Progress(step, 100)) == pytest.approx(
+        one = preset(2, 1.0).lambdas(Progress(step, 100))
+        assert preset(2, scale).lambdas(Progress(step, 100)) == pytest.approx(
             [scale * w for w in one]
         )
 
@@ -211,24 +211,24 @@ def test_every_preset_has_a_yaml() -> None:
 def test_every_yaml_builds_and_takes_every_unit(name: str) -> None:
     cfg = composed(name, mtp_lambda="[0.3,0.1]").lambda_schedule
     by_fraction = instantiate(cfg)
-    assert isinstance(by_fraction, Piecewise) and len(by_fraction.weights(at(0.5))) == 2
+    assert isinstance(by_fraction, Piecewise) and len(by_fraction.lambdas(at(0.5))) == 2
     with pytest.raises(Exception, match="unknown_key"):
         instantiate(cfg, unknown_key=1)
     for unit in () if name == "knots" else ("steps", "tokens"):
         by_unit = instantiate(cfg, unit=unit, length=1000)
         for amount in range(0, 1200, 7):
             progress = Progress(amount, 1000, amount)
-            wanted = by_fraction.weights(progress)
-            assert by_unit.weights(progress) == pytest.approx(wanted, abs=1e-6)
+            wanted = by_fraction.lambdas(progress)
+            assert by_unit.lambdas(progress) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_knots_on_the_command_line() -> None:
     cfg = composed("knots", "lambda_schedule.knots={0: [0.3,0.1], 0.5: 0.1}", mtp_lambda="1")
     assert OmegaConf.to_container(cfg.lambda_schedule.knots) == {0: [0.3, 0.1], 0.5: 0.1}
     schedule = instantiate(cfg.lambda_schedule)
-    assert schedule.weights(at(0)) == [0.3, 0.1]
-    assert schedule.weights(at(0.5)) == [0.05, 0.05]
-    assert schedule.weights(at(0.25)) == pytest.approx([0.175, 0.075])
+    assert schedule.lambdas(at(0)) == [0.3, 0.1]
+    assert schedule.lambdas(at(0.5)) == [0.05, 0.05]
+    assert schedule.lambdas(at(0.25)) == pytest.approx([0.175, 0.075])
     # They replace the default ones.
     cfg = composed("knots", "lambda_schedule.knots={0.25: 0.5}", mtp_lambda="1", depth=1)
-    assert instantiate(cfg.lambda_schedule).weights(at(0)) == [0.5]
+    assert instantiate(cfg.lambda_schedule).lambdas(at(0)) == [0.5]

@@ -1,11 +1,11 @@
-"""The interface of lambda schedules: the weight of every MTP depth by training progress.
+"""The interface of lambda schedules: the lambda of every MTP depth by training progress.
 
-The weights are the factors of ``L_k`` in
+The lambdas are the factors of ``L_k`` in
 
-    L = L_0 + sum_k weight_k L_k,    k = 1 .. D
+    L = L_0 + sum_k lambda_k L_k,    k = 1 .. D
 
 A schedule is a pure function of checkpointed progress, not of the clock or of Lightning's epoch
-counter, so that a resumed run has the same weights at the same step.
+counter, so that a resumed run has the same lambdas at the same step.
 
 The files of this folder need neither torch nor Lightning.
 """
@@ -51,16 +51,16 @@ class LambdaSchedule(ABC):
         self.name = ""
 
     @abstractmethod
-    def weights(self, progress: Progress) -> list[float]:
+    def lambdas(self, progress: Progress) -> list[float]:
         """The factors of L_1 .. L_D in the next step; 0 switches a depth off."""
 
     @property
     def moves(self) -> bool:
-        """Whether the weights of two steps of a run can differ; where in doubt, yes."""
+        """Whether the lambdas of two steps of a run can differ; where in doubt, yes."""
         return True
 
     @property
     def depth_ever_skipped(self) -> bool:
-        """Whether a depth's weight can be exactly 0 in some step, so that its parameters get no
+        """Whether a depth's lambda can be exactly 0 in some step, so that its parameters get no
         gradient. Data parallelism needs to know; True if in doubt."""
         return True

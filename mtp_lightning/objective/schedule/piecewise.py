@@ -76,7 +76,7 @@ class Piecewise(LambdaSchedule):
     def depth_ever_skipped(self) -> bool:
         return any(weight == 0.0 for values in self.knot_weights for weight in values)
 
-    def weights(self, progress: Progress) -> list[float]:
+    def lambdas(self, progress: Progress) -> list[float]:
         """The D effective multipliers of L_1 .. L_D at this progress."""
         now = self._position(progress)
         if now <= self.positions[0]:
