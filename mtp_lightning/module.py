@@ -153,7 +153,7 @@ class MTPModule(pl.LightningModule):
             "loss": result.loss,
             "losses": result.losses,
             "lambdas": result.plan.factors[1:],
-            "active": [k in result.plan.computed for k in range(self.model.depth + 1)],
+            "active": [k in result.plan.tasks for k in range(self.model.depth + 1)],
             "tokens": result.tokens,
             "flops": result.flops,
         }

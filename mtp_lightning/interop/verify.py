@@ -52,7 +52,8 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
     """
     fresh = MTPModel(model.config)
     fresh.initialize(seed)
-    steps = {0, *model.mtp.computed([k for k, weight in enumerate(weights, start=1) if weight])}
+    active = [k for k, weight in enumerate(weights, start=1) if weight]
+    steps = {0, *model.mtp.with_prerequisites(active)}
     start = dict(fresh.named_parameters())
     trained = 0
     for name, parameter in model.named_parameters():

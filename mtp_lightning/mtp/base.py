@@ -277,15 +277,15 @@ class MTPStack(nn.Module, ABC):
             active: depths in 1 .. D.
             key: key of the random choices in training; None for no random choices.
         """
-        for k in self.computed(active):
+        for k in self.with_prerequisites(active):
             yield k, self.depth_state(k, at, at.hidden)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
         return hidden
 
-    def computed(self, active: Sequence[int]) -> list[int]:
-        """The depths that must be computed to get the ``active`` ones, in order."""
+    def with_prerequisites(self, active: Sequence[int]) -> list[int]:
+        """The ``active`` depths and those that they are computed from, in order."""
         return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
 
     def ahead(self, k: int) -> int:

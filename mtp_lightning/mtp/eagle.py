@@ -333,7 +333,7 @@ class EagleMTP(Chain):
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         hidden, entries = at.hidden, list[Entry]()
-        for k in self.computed(active):
+        for k in self.with_prerequisites(active):
             tokens = self.tokens_of(k, at.embedded_at(k), key)
             hidden, entry = self.layer.step(hidden, tokens, self._moved(at.positions, k), entries)
             entries.append(entry)

@@ -58,7 +58,7 @@ class JointMTP(MTPStack):
     ) -> Iterator[tuple[int, Tensor]]:
         if active:
             hidden_BTJC = self._read(at, max(active) + 1)
-            for k in self.computed(active):
+            for k in self.with_prerequisites(active):
                 yield k, hidden_BTJC[:, :, k]
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:

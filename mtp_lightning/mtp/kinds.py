@@ -81,7 +81,7 @@ class Chain(MTPStack):
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         history = [at.hidden]
-        for k in self.computed(active):
+        for k in self.with_prerequisites(active):
             previous = self.input_of(k, history, key)
             tokens = self.tokens_of(k, at.embedded_at(k), key)
             history.append(self.step(k, previous, tokens, at.positions))

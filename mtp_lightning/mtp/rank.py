@@ -132,7 +132,7 @@ class JointLinearMTP(MTPStack):
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         before = at.hidden
-        for k in self.computed(active):
+        for k in self.with_prerequisites(active):
             before = self.depth_state(k, at, before)
             if k in active:
                 yield k, before

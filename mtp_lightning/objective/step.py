@@ -64,8 +64,8 @@ class StepPlan:
         return depths_of(self.factors)
 
     @property
-    def computed(self) -> list[int]:
-        """The depths whose losses are computed, 0 included if the main prediction's is."""
+    def tasks(self) -> list[int]:
+        """The tasks whose losses are computed: the depths, and 0 if the main prediction's is."""
         return tasks_of(self.factors)
 
 
@@ -98,7 +98,7 @@ class StepResult:
         """All values to log, by tag; losses without their factors."""
         plan = self.plan
         values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
-        values |= {f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in plan.computed}
+        values |= {f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in plan.tasks}
         lambdas = enumerate(plan.factors[1:], start=1)
         return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
 

@@ -41,8 +41,7 @@ def begin(
     before the rules. Arguments as in :func:`micro_batch_loss`."""
     targets = objective.targets(model.mtp, batch, factors, counts, key)
     depths = [k for k in by_depth(targets) if k]
-    active = [k for k, factor in enumerate(factors) if k and factor]
-    final, at = model.run_trunk(batch, active, auxiliary=auxiliary, key=key)
+    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary, key=key)
     return model.mtp.feed(FeedInputs(final, at, batch, depths, key)), targets
 
 

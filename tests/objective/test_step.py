@@ -169,7 +169,7 @@ def test_nothing_is_computed_for_a_frozen_trunk(
         assert ("train/loss_depth_0" in result.log_values()) == (not frozen or rule == "dwa")
     assert torch.equal(found[True].losses[1:], found[False].losses[1:])
     if rule == "none":
-        assert found[True].losses[0] == 0 and found[True].plan.computed == [1, 2]
+        assert found[True].losses[0] == 0 and found[True].plan.tasks == [1, 2]
         total = sum(found[True].plan.factors[k] * found[True].losses[k] for k in (1, 2))
         assert float(found[True].loss) == pytest.approx(float(total))
 
