@@ -155,7 +155,7 @@ class OptimizerStep:
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``."""
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
-        counts = step_counts(batch, self.model.mtp, key, taught=self.objective.needs_teacher)
+        counts = step_counts(batch, self.model.mtp, key, with_taught=self.objective.needs_teacher)
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]

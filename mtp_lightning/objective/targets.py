@@ -150,7 +150,7 @@ class PositionCounts:
 
 
 def step_counts(
-    batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None, *, taught: bool = False
+    batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None, *, with_taught: bool = False
 ) -> PositionCounts:
     """Count the positions of every depth that count in the whole step, over all ranks.
 
@@ -158,7 +158,7 @@ def step_counts(
         batch: this rank's batch; all ranks' have the same size.
         stack: the stack that is trained.
         key: key of its random choices in training.
-        taught: whether to count the positions with a teacher too.
+        with_taught: whether to count the positions with a teacher too.
     """
     every = len(batch) * batch.seq_len * world_size()
     masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
@@ -166,16 +166,17 @@ def step_counts(
     if all(mask is None for mask in masks):
         # Known from the sizes, which are the same on all ranks.
         windows, depths = len(batch) * world_size(), range(batch.depth + 1)
-        seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
+        n_taught = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
         valid = [windows * batch.seq_len for _ in depths]
-        return PositionCounts(valid, seen if taught else None, every)
+        return PositionCounts(valid, n_taught if with_taught else None, every)
     whole = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
     counts_K = torch.stack([whole if mask is None else mask.sum() for mask in masks])
-    counts_NK = torch.stack([counts_K, *([count_taught(masked, stack, key)] if taught else [])])
+    taught = [count_taught(masked, stack, key)] if with_taught else []
+    counts_NK = torch.stack([counts_K, *taught])
     if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
     found: list[list[int]] = counts_NK.tolist()
-    return PositionCounts(found[0], found[1] if taught else None, every)
+    return PositionCounts(found[0], found[1] if with_taught else None, every)
 
 
 def targets_of(
