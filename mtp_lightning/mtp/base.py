@@ -94,12 +94,13 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
             UserError: naming the setting and the window's length.
         """
 
-    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
+    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
         """Refuse settings of the objective that have no meaning for the stack.
 
         Args:
-            of_drafts: settings of rules about drafts, such as ``objective.mask=entropy``.
-            apart: settings that train a depth's state or head apart from the main prediction's.
+            draft_rules: settings of rules about drafts, such as ``objective.mask=entropy``.
+            separate_training: settings that train a depth's state or head apart from the main
+                prediction's.
 
         Raises:
             UserError: naming the setting, the switch of the stack and the remedy.

@@ -89,10 +89,10 @@ class SideBySideConfig(MTPConfig):
                 "default."
             )
 
-    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
-        if self.stride > 1 and of_drafts:
+    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
+        if self.stride > 1 and draft_rules:
             raise UserError(
-                f"{of_drafts[0]} depends on every token up to a depth's, and mtp.stride="
+                f"{draft_rules[0]} depends on every token up to a depth's, and mtp.stride="
                 f"{self.stride} skips some: leave it out, or set mtp.stride=1."
             )
 

@@ -89,15 +89,15 @@ class EagleConfig(MTPConfig, variant="eagle"):
             )
         object.__setattr__(self, "layers", layers)
 
-    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
-        if "objective.train_head=false" in apart:
+    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
+        if "objective.train_head=false" in separate_training:
             raise UserError(
                 "objective.train_head=false keeps the depths from training the trunk's head, which "
                 "mtp=eagle never does, as it has its own: leave it out."
             )
-        if of_drafts and self.draft_vocab is not None:
+        if draft_rules and self.draft_vocab is not None:
             raise UserError(
-                f"{of_drafts[0]} follows a draft from token to token, and mtp.draft_vocab="
+                f"{draft_rules[0]} follows a draft from token to token, and mtp.draft_vocab="
                 f"{self.draft_vocab} leaves out the tokens that have no draft: set "
                 "mtp.draft_vocab=null, or leave it out."
             )

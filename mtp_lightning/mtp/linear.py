@@ -51,9 +51,9 @@ class LinearConfig(SideBySideConfig, variant="linear"):
         super().__post_init__()
         check_rank(self)
 
-    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
-        super().check_objective(of_drafts, apart)
-        if self.rank > 1 and (asked := [*of_drafts, *apart]):
+    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
+        super().check_objective(draft_rules, separate_training)
+        if self.rank > 1 and (asked := [*draft_rules, *separate_training]):
             raise UserError(
                 f"{asked[0]} has no meaning with mtp.rank={self.rank}, whose depths and next token "
                 "are one mixture and learn together: leave it out, or set mtp.rank=1."

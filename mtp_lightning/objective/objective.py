@@ -233,8 +233,9 @@ class Objective:
                 f"{asked[0]} is for depths that predict a token, and mtp={mtp.variant} has its own "
                 "loss: leave it out."
             )
-        apart = [self.asked for _, term in self.terms if term.of_state] + head
-        mtp.check_objective([rule.asked for rule in self.rules if rule.of_drafts], apart)
+        draft_rules = [rule.asked for rule in self.rules if rule.of_drafts]
+        separate_training = [self.asked for _, term in self.terms if term.of_state] + head
+        mtp.check_objective(draft_rules, separate_training)
         if mtp.depth == 0 and self.rules:
             raise UserError(
                 f"{self.rules[0].asked} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
