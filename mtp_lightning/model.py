@@ -19,11 +19,12 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.head import Head, OutputHead
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialize
 from mtp_lightning.nn.trunk import Trunk
 
@@ -138,7 +139,7 @@ class MTPModel(nn.Module):
         """Number of depths that predict one token each: D, or 0 for other kinds of stacks."""
         return self.depth if self.config.mtp.predicts_tokens else 0
 
-    def head_of(self, k: int) -> OutputHead:
+    def head_of(self, k: int) -> Head | OwnHead:
         """The head that projects the hidden states of depth ``k``."""
         own = self.mtp.own_head if k else None
         return self.head if own is None else own

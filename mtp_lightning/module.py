@@ -184,7 +184,7 @@ class MTPModule(pl.LightningModule):
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
         model = self.model
-        self(lambda: self.rates.update(model(batch), model.head.weight, batch, model.mtp))
+        self(lambda: self.rates.update(model, batch, model(batch)))
 
     def on_validation_epoch_end(self) -> None:
         rates = {f"val/{name}": value for name, value in self.rates.compute().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from mtp_lightning.interop.names import weight_map
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
@@ -93,11 +93,13 @@ def test_a_prediction_depends_on_the_tokens_said_and_no_later_one(
         assert newest[k] == [reads_and_targets(cell)[0] for cell in row], k  # type: ignore[index]
 
 
-def test_agreement_compares_the_positions_said() -> None:
+def test_agreement_compares_the_positions_said(tiny_trunk: TrunkConfig) -> None:
     """A depth that copies what the table points at agrees everywhere; one place off, nowhere."""
     _, cells = table("agreement")
     vocab = 2 * T
-    weight = torch.eye(vocab)
+    trunk = replace(tiny_trunk, vocab_size=vocab, d_model=vocab)
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=ParameterFreeConfig(depth=D)))
+    torch.nn.init.eye_(model.head.weight)
     main = torch.eye(vocab)[:T].unsqueeze(0)  # position i chooses token i
 
     def agreement(shift: int) -> list[float]:
@@ -106,7 +108,7 @@ def test_agreement_compares_the_positions_said() -> None:
             chosen = [0 if cell == "-" else (int(cell) + shift) % vocab for cell in row]
             hidden[k] = torch.eye(vocab)[chosen].unsqueeze(0)
         rates = DepthRates(D)
-        rates.update(hidden, weight, window(), Targets(ParameterFreeConfig(depth=D)))
+        rates.update(model, window(), hidden)
         assert rates.pairs[1:].tolist() == [
             sum(cell != "-" for cell in row) for row in cells.values()
         ]

@@ -91,7 +91,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     with precision_of(run), as_decoded, torch.inference_mode():
         for batch in data.val_dataloader():
             moved = batch.to(weight.device)
-            rates.update(run.model(moved), weight, moved, run.model.mtp)
+            rates.update(run.model, moved, run.model(moved))
     if not rates.update_called:
         raise UserError("There is nothing to evaluate: the data gave no batch.")
     metrics = {

@@ -224,8 +224,8 @@ class Floors:
             main_MC = states[0][:, n - 1 :].flatten(0, 1)
             own_NC = states[k][:, n - 1].to(weight_VC.dtype)
             with torch.autocast(weight_VC.device.type, enabled=False):
-                p_MV = model.mtp.log_probs(0, main_MC.to(weight_VC.dtype), weight_VC)
-                q_NV = model.mtp.log_probs(k, own_NC, weight_VC)
+                p_MV = model.head.log_probs(main_MC.to(weight_VC.dtype))
+                q_NV = model.head_of(k).log_probs(own_NC)
                 if k:
                     q_NV = model.mtp.rescore(k, own_NC, q_NV, batch.tokens[:, n - 1 + k])
             p_NKV = _probabilities(p_MV).unflatten(0, (rows, width + 1))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -77,7 +76,7 @@ def _through_head(
     choice_M = torch.empty_like(target_M)
     # In the weight's precision, as DepthRates computes it.
     with torch.autocast(weight_VC.device.type, enabled=False):
-        for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC, partial(model.mtp.log_probs, k)):
+        for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC, model.head_of(k).log_probs):
             found_R1 = chunk_RV.gather(-1, target_M[rows].unsqueeze(-1))
             loss_M[rows] = -found_R1.squeeze(-1).double()
             choice_M[rows] = chunk_RV.argmax(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.rates import DepthRates, exact
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.objective.targets import DepthTarget
@@ -38,13 +39,11 @@ class OwnLossRates(DepthRates):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(
-        self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch, stack: MTPStack
-    ) -> None:
+    def update(self, model: MTPModel, batch: WindowBatch, hidden: dict[int, Tensor]) -> None:
         """As :meth:`DepthRates.update`."""
-        super().update(hidden, weight_VC, batch, stack)
+        super().update(model, batch, hidden)
         for k in range(1, len(self.own_loss) + 1):
-            value_BT, valid_BT = own_values(stack, k, hidden[k], batch)
+            value_BT, valid_BT = own_values(model.mtp, k, batch, hidden[k])
             self.own_count[k - 1] += valid_BT.sum()
             self.own_loss[k - 1] += exact(value_BT).where(valid_BT, 0).sum()
 
@@ -57,7 +56,7 @@ class OwnLossRates(DepthRates):
 
 @torch.no_grad()
 def own_values(
-    stack: MTPStack, k: int, hidden_BTC: Tensor, batch: WindowBatch
+    stack: MTPStack, k: int, batch: WindowBatch, hidden_BTC: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Depth ``k``'s own loss at every position [B, T], in the weight's precision whatever the
     autocast around, and which positions count, bool [B, T]."""

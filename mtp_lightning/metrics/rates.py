@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk
 
 _RESAMPLES = 1000  # samples of a bootstrap
@@ -91,18 +89,18 @@ class DepthRates(Metric):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(
-        self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch, stack: MTPStack
-    ) -> None:
+    def update(self, model: MTPModel, batch: WindowBatch, hidden: dict[int, Tensor]) -> None:
         """Counts one batch.
 
         Args:
-            hidden: hidden states of every depth 0 .. D, [B, T, C], from :class:`MTPModel`.
-            weight_VC: the shared head's weight.
+            model: the model.
             batch: the windows.
-            stack: the depths' stack.
+            hidden: the model's hidden states of every depth 0 .. D, [B, T, C].
         """
-        targets = [(batch.targets(k), stack.targets(k, batch) >= 0) for k in range(self.depth + 1)]
+        targets = [
+            (batch.targets(k), model.mtp.targets(k, batch) >= 0) for k in range(self.depth + 1)
+        ]
+        weight_VC = model.head.weight
         width = chunk_rows(weight_VC.shape[0], weight_VC.device)
         with torch.autocast(weight_VC.device.type, enabled=False):
             for row in range(batch.batch_size):
@@ -111,30 +109,29 @@ class DepthRates(Metric):
                     texts_T = batch.shifted(batch.texts, 0)[row]
                 for start in range(0, batch.seq_len, width):
                     chunk = slice(start, min(start + width, batch.seq_len))
-                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, chunk, batch, stack)
+                    nll_P = self._update_chunk(model, batch, hidden, targets, row, chunk)
                     if texts_T is not None:
                         self.text_loss.index_add_(0, texts_T[chunk], nll_P)
 
     def _update_chunk(
         self,
+        model: MTPModel,
+        batch: WindowBatch,
         hidden: dict[int, Tensor],
-        weight_VC: Tensor,
         targets: list[tuple[Tensor, Tensor]],
         row: int,
         chunk: slice,
-        batch: WindowBatch,
-        stack: MTPStack,
     ) -> Tensor:
         """Returns depth 0's losses [P], 0 where a position does not count."""
         start, end, stride = chunk.start, chunk.stop, batch.stride
         # Depth k is compared with the main prediction k strides later.
-        main = _log_probs(stack, 0, hidden[0][row, start : end + stride * self.depth], weight_VC)
+        main = _log_probs(model, 0, hidden[0][row, start : end + stride * self.depth])
         main_choice = main.argmax(-1)
         main_probs = main.exp()
         for k in range(self.depth + 1):
             log_q = main[: end - start]
             if k > 0:
-                log_q = _log_probs(stack, k, hidden[k][row, start:end], weight_VC)
+                log_q = _log_probs(model, k, hidden[k][row, start:end])
             target_P, scored_P = (found[row, start:end] for found in targets[k])
             valid_P = target_P >= 0
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -143,7 +140,7 @@ class DepthRates(Metric):
             if k and self.rescores:
                 # Before a depth's target is the target of the depth before.
                 before_P = batch.shifted(batch.tokens, k - 1)[row, start:end]
-                logits = stack.rescore(k, hidden[k][row, start:end], log_q, before_P)
+                logits = model.mtp.rescore(k, hidden[k][row, start:end], log_q, before_P)
                 log_q = logits.log_softmax(-1)
                 drafted = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
                 self.candidate_recall[k] += (drafted.isfinite() & valid_P).sum()
@@ -207,9 +204,9 @@ def exact(values: Tensor) -> Tensor:
     return (values.double() * 2.0**30).round_() / 2.0**30
 
 
-def _log_probs(stack: MTPStack, k: int, h_PC: Tensor, weight_VC: Tensor) -> Tensor:
-    of_depth = partial(stack.log_probs, k)
-    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, of_depth)
+def _log_probs(model: MTPModel, k: int, h_PC: Tensor) -> Tensor:
+    weight_VC = model.head.weight
+    chunks = log_probs_by_chunk(h_PC.to(weight_VC.dtype), weight_VC, model.head_of(k).log_probs)
     return torch.cat([chunk for _, chunk in chunks])
 
 

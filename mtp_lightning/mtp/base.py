@@ -26,7 +26,7 @@ from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.mtp.switches import Switches, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.head import Head, log_probs
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require, require_whole
@@ -212,7 +212,7 @@ class MTPStack(nn.Module, ABC):
     def valid(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor | None:
         """Which positions count for depth ``k``, bool [B, T], or None for all; arguments as in
         :meth:`target_depth`."""
-        if k and self.leaves_tokens_out:
+        if k and self.own_head is not None and not self.own_head.is_whole:
             return self.targets(k, batch, key) != IGNORE_INDEX
         if batch.every_target_counts:  # known without computing a loss's mask
             return None
@@ -236,22 +236,6 @@ class MTPStack(nn.Module, ABC):
         """The head that projects the depths' hidden states; None for the shared head."""
         return None
 
-    @property
-    def leaves_tokens_out(self) -> bool:
-        """Whether the depths' head has no row for some tokens, which are then never predicted."""
-        return self.own_head is not None and not self.own_head.is_whole
-
-    def tokens_of_rows(self, rows: Tensor) -> Tensor:
-        """The tokens that some rows of the depths' head stand for."""
-        return rows if self.own_head is None else self.own_head.tokens[rows]
-
-    def log_probs(self, k: int, h_RC: Tensor, weight_VC: Tensor) -> Tensor:
-        """Log-probabilities of all tokens [R, V] by the head of depth ``k``, in at least fp32,
-        without autograd; ``weight_VC`` is the shared head's."""
-        if not k or self.own_head is None:
-            return log_probs(h_RC, weight_VC)
-        return self.own_head.log_probs(h_RC)
-
     def feed(self, inputs: FeedInputs) -> Feed:
         """How the stack is trained on a micro-batch: which states go through the head, in which
         order."""
@@ -261,7 +245,7 @@ class MTPStack(nn.Module, ABC):
         head = self.own_head
         if head is None:
             return Together(inputs.final_BTC, states, own)
-        tokens_N = head.tokens if self.leaves_tokens_out else None
+        tokens_N = None if head.is_whole else head.tokens
         return Together(inputs.final_BTC, states, own, HeadWeight(head.weight, tokens_N=tokens_N))
 
     # Its states over whole windows.

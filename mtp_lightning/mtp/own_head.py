@@ -68,6 +68,10 @@ class OwnHead(nn.Module):
                 f"the head one of {self.vocab_size:,} tokens of its own, ascending."
             )
 
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """The tokens that some rows stand for."""
+        return self.tokens[rows]
+
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The row of every token, in the same shape; -100 for tokens without a row."""
         known_N = self._tokens_on(tokens.device)
@@ -89,7 +93,7 @@ class OwnHead(nn.Module):
         return self.over_all(linear(hidden, self.weight))
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities [..., V] of states [..., C], in at least fp32."""
+        """Log-probabilities of all tokens [..., V] of states [..., C], in at least fp32."""
         logits = linear(hidden.to(self.weight.dtype), self.weight)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return self.over_all(logits.to(dtype).log_softmax(-1))

@@ -159,7 +159,7 @@ def _token_log_probs(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) ->
     rows = max(1, _CHUNK_NUMEL // (vocab * rank))
     found = []
     for h_RAC, token_R in zip(hidden_MAC.split(rows), token_M.split(rows), strict=True):
-        log_p_RAV = at.head.log_probs(h_RAC)
+        log_p_RAV = at.head.differentiable_log_probs(h_RAC)
         found.append(_at_token(log_p_RAV, token_R))
     return torch.cat(found).unflatten(0, tokens_BT.shape)
 

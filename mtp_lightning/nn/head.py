@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class OutputHead(Protocol):
 class Head(nn.Module):
     """``logits = hidden @ weight.T``; a tied head is given the embedding's parameter."""
 
+    # Whether every token has a row.
+    is_whole: ClassVar[bool] = True
+
     def __init__(self, vocab_size: int, d_model: int, *, tied: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied
@@ -33,10 +36,18 @@ class Head(nn.Module):
         d_model = self.weight.shape[1]
         if h_BTC.shape[-1] == d_model:
             return linear(h_BTC, self.weight)
-        return mixed_log_probs(h_BTC, d_model, self.log_probs)
+        return mixed_log_probs(h_BTC, d_model, self.differentiable_log_probs)
 
-    def log_probs(self, h_BTC: Tensor) -> Tensor:
-        """Log-probabilities [..., V] of states [..., C], in at least fp32."""
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """The tokens that some rows stand for."""
+        return rows
+
+    def log_probs(self, h_RC: Tensor) -> Tensor:
+        """Log-probabilities of all tokens [R, V] of one chunk, as :func:`log_probs`."""
+        return log_probs(h_RC, self.weight)
+
+    def differentiable_log_probs(self, h_BTC: Tensor) -> Tensor:
+        """Log-probabilities [..., V] of states [..., C], in at least fp32, with autograd."""
         logits = linear(h_BTC.to(self.weight.dtype), self.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

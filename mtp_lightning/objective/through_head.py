@@ -53,21 +53,21 @@ def chunks(total: int, rows: int) -> Iterator[slice]:
 
 
 def log_probs_by_chunk(
-    h_MC: Tensor, weight_VC: Tensor, of: Callable[[Tensor, Tensor], Tensor] = log_probs
+    h_MC: Tensor, weight_VC: Tensor, of: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """``log_softmax(h @ weight.T)`` in chunks of positions, in at least fp32, without autograd.
 
     Args:
         h_MC: the states.
         weight_VC: the shared head's weight.
-        of: computes one chunk [R, V] from its states and the weight (:meth:`MTPStack.log_probs`).
+        of: computes one chunk [R, V] from its states, by another head; None for the shared one.
 
     Yields:
         The chunk's rows among the M, and its log-probabilities [R, V], which the caller may
         overwrite.
     """
     for rows in chunks(h_MC.shape[0], chunk_rows(weight_VC.shape[0], h_MC.device)):
-        chunk_RV = of(h_MC[rows], weight_VC)
+        chunk_RV = log_probs(h_MC[rows], weight_VC) if of is None else of(h_MC[rows])
         yield rows, chunk_RV
         del chunk_RV
 

@@ -28,6 +28,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
 from tests.models import build, windows
 
 TRUNK = {"vocab_size": 37, "d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24}
@@ -163,11 +164,12 @@ class _Copies(torch.nn.Module):
     nothing where it has not read that far: its effective context is known."""
 
     depth = token_depth = 0
+    head_of = MTPModel.head_of
 
     def __init__(self, lag: int, vocab: int) -> None:
         super().__init__()
         self.lag, self.vocab = lag, vocab
-        self.head = torch.nn.Linear(vocab, vocab, bias=False)
+        self.head = Head(vocab, vocab)
         torch.nn.init.eye_(self.head.weight)
         trunk = TrunkConfig(**{**TRUNK, "vocab_size": vocab})  # type: ignore[arg-type]
         self.config = ModelConfig(trunk=trunk, mtp=NoMTPConfig())

@@ -12,9 +12,11 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics import rates as rates_file
 from mtp_lightning.metrics.rates import DepthRates, bits_per_byte, bits_per_byte_se
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
+from mtp_lightning.nn.head import Head
 
 
 class Stack(Targets):
@@ -27,6 +29,15 @@ class Stack(Targets):
     @property
     def own_head(self) -> OwnHead | None:
         return self.own
+
+
+class Model(MTPModel):
+    """The head and the stack alone."""
+
+    def __init__(self, weight: Tensor, own: OwnHead | None = None) -> None:
+        torch.nn.Module.__init__(self)
+        self.head = Head(*weight.shape, tied=torch.nn.Parameter(weight))
+        self.mtp = Stack(own)
 
 
 def brute_force(
@@ -81,7 +92,7 @@ def test_against_brute_force(
         documents = (torch.rand(tokens.shape) < 0.2).long().cumsum(1) if masked else None
         batches.append(WindowBatch(tokens, depth, documents))
         hiddens.append({k: torch.randn(3, seq_len, 8) for k in range(depth + 1)})
-        metric.update(hiddens[-1], weight, batches[-1], Stack(own))
+        metric.update(Model(weight, own), batches[-1], hiddens[-1])
     whole = WindowBatch(
         torch.cat([b.tokens for b in batches]),
         depth,
@@ -102,7 +113,7 @@ def test_perfect_drafts_agree_and_shifted_ones_do_not() -> None:
     results = []
     for hidden in (right, shifted):
         metric = DepthRates(depth)
-        metric.update(hidden, weight, batch, Stack())
+        metric.update(Model(weight), batch, hidden)
         results.append(metric.compute())
     for k in (1, 2):
         assert results[0][f"agreement_depth_{k}"] == 1.0
@@ -153,7 +164,7 @@ def test_losses_go_to_the_documents_of_their_targets() -> None:
     metric = DepthRates(1, text_bytes)
     nats = [0.0] * 3
     for hidden, batch in given:
-        metric.update(hidden, weight, batch, Stack())
+        metric.update(Model(weight), batch, hidden)
         log_q = torch.log_softmax(hidden[0].double() @ weight.double().T, -1)
         for row in range(3):
             for i in range(10):
@@ -177,7 +188,7 @@ def test_sums_are_the_same_to_the_last_bit_in_any_order() -> None:
     for order in (given, given[::-1], given[4:] + given[:4]):
         metric = DepthRates(2, [50, 20, 70])
         for hidden, batch in order:
-            metric.update(hidden, weight, batch, Stack())
+            metric.update(Model(weight), batch, hidden)
         found.append(metric.compute())
     assert found[0] == found[1] == found[2]
 
@@ -190,6 +201,6 @@ def test_the_head_is_computed_in_the_weights_precision() -> None:
     for enabled in (False, True):
         metric = DepthRates(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            metric.update(hidden, weight, batch, Stack())
+            metric.update(Model(weight), batch, hidden)
         found.append(metric.compute())
     assert found[0] == found[1]

@@ -196,7 +196,7 @@ def test_samples_have_the_models_distribution_where_few_tokens_are_candidates(
 def test_rates_are_those_of_what_is_drafted(tiny_trunk: TrunkConfig) -> None:
     model, batch = model_of(tiny_trunk), windows(2, 12, DEPTH)
     rates = rates_of(model)
-    rates.update(model(batch), model.head.weight, batch, model.mtp)
+    rates.update(model, batch, model(batch))
     found = rates.compute()
     main = model.head(model(batch)[0])
     for k, hidden_BTC in list(model(batch).items())[1:]:

@@ -68,7 +68,7 @@ def test_rates_compare_the_same_token(tiny_trunk: TrunkConfig, variant: str) -> 
     for model, windows in ((leaps, batch), (walks, deep)):
         rates = DepthRates(model.depth)
         with torch.no_grad():
-            rates.update(model(windows), model.head.weight, windows, model.mtp)
+            rates.update(model, windows, model(windows))
         found[model] = rates.compute()
     for name in ("loss", "accuracy", "agreement", "overlap"):
         for k in (1, 2):

@@ -137,7 +137,7 @@ def check(case: Case) -> str | None:
             log_q = torch.log_softmax(model.head_of(k)(hidden), -1)
             torch.testing.assert_close(log_q, want.log_q[k], rtol=1e-9, atol=1e-9)
         else:  # a summary has a matrix of its own
-            values, valid = own_values(model.mtp, k, hidden, batch)
+            values, valid = own_values(model.mtp, k, batch, hidden)
             mean = float((values * valid).sum() / valid.sum())
             assert mean == pytest.approx(want.logged[f"train/loss_depth_{k}"], rel=1e-9)
     wanted = gradients(want.total, list(model.parameters()))

@@ -169,7 +169,7 @@ def test_a_validation_copies_nothing_from_the_host(
     batch = masked(windows(4, 12, 2)).to("meta")
     rates = rates_of(model, [60]).to("meta")
     with HostCopies() as copies, torch.no_grad():
-        rates.update(model(batch), model.head.weight, batch, model.mtp)
+        rates.update(model, batch, model(batch))
     assert copies.found == []
 
 

@@ -84,7 +84,7 @@ class Semantic(Term):
         self._model: MTPModel | None = None
 
     def for_model(self, model: MTPModel) -> Semantic:
-        if self.counts_padding and model.mtp.leaves_tokens_out:
+        if self.counts_padding and not model.head_of(1).is_whole:
             raise UserError(
                 "objective.terms.anchor.padded=true counts positions without a target, and "
                 "mtp.draft_vocab leaves targets out: set one of the two to its default."
@@ -95,7 +95,7 @@ class Semantic(Term):
 
     def value(self, chunk: Chunk) -> Tensor:
         assert self._model is not None
-        ids_R = self._model.mtp.tokens_of_rows(chunk.targets_R)
+        ids_R = self._model.head_of(chunk.depth).tokens_of(chunk.targets_R)
         with torch.no_grad():
             embedded_RC = self._model.trunk.embedding(ids_R)
         return _distance(chunk, embedded_RC)
