@@ -120,7 +120,7 @@ class Prediction:
         needs_gradient: whether the hidden state gets a gradient.
         head: the head, which the targets are rows of; None for the shared one.
         loss: computes the loss instead of the targets' terms.
-        states: number of hidden states per position in ``hidden``.
+        states_per_position: number of hidden states per position in ``hidden``.
         gradient: with respect to ``hidden``, once known.
     """
 
@@ -130,7 +130,7 @@ class Prediction:
     needs_gradient: bool = True
     head: HeadWeight | None = None
     loss: Loss | None = None
-    states: int = 1
+    states_per_position: int = 1
     gradient: Tensor | None = None
 
     @property

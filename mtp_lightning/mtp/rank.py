@@ -191,7 +191,7 @@ class JointFeed(Feed):
             [target for own in request.targets.values() for target in own],
             needs_gradient=request.needs[0],
             loss=loss,
-            states=parts_MKAC.shape[1] * parts_MKAC.shape[2],
+            states_per_position=parts_MKAC.shape[1] * parts_MKAC.shape[2],
         )
         through_head([prediction])
         return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]

@@ -172,7 +172,7 @@ class _HeadPass:
 
     def go_alone(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
-        own, states = self.prediction.loss, self.prediction.states
+        own, states = self.prediction.loss, self.prediction.states_per_position
         width = max(self.weight.shape[0], 1 if own is None else own.width)
         rows = max(1, chunk_rows(width, self.h_NC.device) // states)
         for place in chunks(self.h_NC.shape[0] // states, rows):
@@ -237,7 +237,7 @@ class _HeadPass:
 
     def _go_own(self, rows: slice, main_MC: Tensor | None) -> None:
         """:meth:`go` with a loss that the stack computes."""
-        states, loss = self.prediction.states, self.prediction.loss
+        states, loss = self.prediction.states_per_position, self.prediction.loss
         assert loss is not None
         inner = slice(rows.start * states, rows.stop * states)
         h_NC, targets = self.h_NC[inner], self._chunk_targets(rows)
