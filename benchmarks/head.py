@@ -243,9 +243,9 @@ def objective_pass(
         vocab_size=vocab_size, d_model=d_model, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=d_model
     )
     stack = LinearConfig(depth=batch.depth).build(trunk)
-    counts = PositionCounts(batch.counts().tolist(), count_taught(batch, stack).tolist())
+    counts = PositionCounts(batch.counts().tolist(), count_taught(stack, batch).tolist())
     factors = [1.0, *[0.1] * batch.depth]
-    targets = objective.targets(stack, batch, factors, counts, None)
+    targets = objective.targets(stack, batch, factors=factors, counts=counts, key=None)
     feed = Together(states[0], list(enumerate(states))[1:], {})
     targets = objective.settle(targets, prepass(weight_VC, feed, targets, objective.measures))
     if not alone:

@@ -57,7 +57,7 @@ def reported_loss(
     layers reported. Unless ``taught`` says otherwise, the micro-batch is the whole step to terms
     that have a teacher."""
     factors = [main, *weights]
-    seen = count_taught(batch, model.mtp, key or RandomKey(0, 0)).tolist()
+    seen = count_taught(model.mtp, batch, key=key or RandomKey(0, 0)).tolist()
     plan = StepPlan(
         base=factors,
         factors=factors,

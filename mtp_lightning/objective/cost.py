@@ -170,13 +170,22 @@ class StepCost:
         batch = window_on_meta(self.config, seq_len, stored=stored)
         factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
         counts = PositionCounts([1] * len(factors), [1] * len(factors), 1)
-        loss, _ = micro_batch_loss(model, objective, batch, factors, counts, key)
+        loss, _ = micro_batch_loss(model, objective, batch, factors=factors, counts=counts, key=key)
         if loss.requires_grad:
             loss.backward()
         if scope is not None:
             asked = shared_parameters(model, scope)
             rows = torch.empty(1 + len(active), sum(p.numel() for p in asked), device="meta")
-            add_gradients(model, batch, [0, *active], counts, asked, rows, key, objective)
+            add_gradients(
+                model,
+                objective,
+                batch,
+                tasks=[0, *active],
+                counts=counts,
+                parameters=asked,
+                total_KP=rows,
+                key=key,
+            )
 
 
 @torch.no_grad()

@@ -138,6 +138,7 @@ class Objective:
         self,
         stack: MTPStack,
         batch: WindowBatch,
+        *,
         factors: Sequence[float],
         counts: PositionCounts,
         key: RandomKey | None,

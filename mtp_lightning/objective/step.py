@@ -155,7 +155,9 @@ class OptimizerStep:
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``."""
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
-        counts = step_counts(batch, self.model.mtp, key, with_taught=self.objective.needs_teacher)
+        counts = step_counts(
+            self.model.mtp, batch, key=key, with_taught=self.objective.needs_teacher
+        )
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
@@ -273,7 +275,12 @@ class OptimizerStep:
             return None
         group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
         return task_gradients(
-            self.model, plan.micro_batches, plan.active, plan.counts, group, self.objective
+            self.model,
+            self.objective,
+            plan.micro_batches,
+            depths=plan.active,
+            counts=plan.counts,
+            groups=group,
         )[scope]
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
@@ -296,7 +303,14 @@ class OptimizerStep:
             )
         model, objective, auxiliary = self.model, self.objective, AuxiliaryOutputs()
         total, sums_KP = micro_batch_loss(
-            model, objective, micro, plan.factors, plan.counts, key, auxiliary, plan.windows
+            model,
+            objective,
+            micro,
+            factors=plan.factors,
+            counts=plan.counts,
+            key=key,
+            auxiliary=auxiliary,
+            windows=plan.windows,
         )
         return total, sums_KP, auxiliary
 

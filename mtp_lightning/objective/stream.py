@@ -32,6 +32,7 @@ def begin(
     model: MTPModel,
     objective: Objective,
     batch: WindowBatch,
+    *,
     factors: Sequence[float],
     counts: PositionCounts,
     key: RandomKey | None,
@@ -39,7 +40,7 @@ def begin(
 ) -> tuple[Feed, list[DepthTarget]]:
     """A micro-batch's pass through the trunk: the feed of its hidden states, and their targets
     before the rules. Arguments as in :func:`micro_batch_loss`."""
-    targets = objective.targets(model.mtp, batch, factors, counts, key)
+    targets = objective.targets(model.mtp, batch, factors=factors, counts=counts, key=key)
     depths = [k for k in by_depth(targets) if k]
     final, at = model.run_trunk(batch, depths, auxiliary=auxiliary, key=key)
     return model.mtp.feed(FeedInputs(final, at, batch, depths, key)), targets
@@ -49,6 +50,7 @@ def micro_batch_loss(
     model: MTPModel,
     objective: Objective,
     batch: WindowBatch,
+    *,
     factors: Sequence[float],
     counts: PositionCounts,
     key: RandomKey | None,
@@ -69,7 +71,9 @@ def micro_batch_loss(
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
         windows: number of windows in the whole step, which those losses are divided by.
     """
-    feed, targets = begin(model, objective, batch, factors, counts, key, auxiliary)
+    feed, targets = begin(
+        model, objective, batch, factors=factors, counts=counts, key=key, auxiliary=auxiliary
+    )
     weight_VC = model.head.weight[: objective.draft_vocab]
     seen = prepass(weight_VC, feed, targets, objective.measures)
     # Without values (meta device), rules have nothing to change targets by.

@@ -150,14 +150,14 @@ class PositionCounts:
 
 
 def step_counts(
-    batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None, *, with_taught: bool = False
+    stack: MTPStack, batch: WindowBatch, *, key: RandomKey | None = None, with_taught: bool = False
 ) -> PositionCounts:
     """Count the positions of every depth that count in the whole step, over all ranks.
 
     Args:
-        batch: this rank's batch; all ranks' have the same size.
         stack: the stack that is trained.
-        key: key of its random choices in training.
+        batch: this rank's batch; all ranks' have the same size.
+        key: key of the stack's random choices in training.
         with_taught: whether to count the positions with a teacher too.
     """
     every = len(batch) * batch.seq_len * world_size()
@@ -171,7 +171,7 @@ def step_counts(
         return PositionCounts(valid, n_taught if with_taught else None, every)
     whole = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
     counts_K = torch.stack([whole if mask is None else mask.sum() for mask in masks])
-    taught = [count_taught(masked, stack, key)] if with_taught else []
+    taught = [count_taught(stack, masked, key=key)] if with_taught else []
     counts_NK = torch.stack([counts_K, *taught])
     if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
@@ -199,7 +199,7 @@ def taught_targets(
     return targets_BT
 
 
-def count_taught(batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None) -> Tensor:
+def count_taught(stack: MTPStack, batch: WindowBatch, *, key: RandomKey | None = None) -> Tensor:
     """``[D + 1]`` int64, the number of positions of every depth that count and have a teacher."""
     targets = [taught_targets(stack, k, batch, key) for k in range(batch.depth + 1)]
     return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])

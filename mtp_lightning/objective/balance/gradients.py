@@ -24,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.feed import HeadWeight
 from mtp_lightning.mtp.inputs import RandomKey
-from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
+from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.stream import begin
 from mtp_lightning.objective.targets import PositionCounts, by_depth
@@ -142,11 +142,12 @@ def require_separable(objective: Objective, *, what: str) -> None:
 
 def task_gradients(
     model: MTPModel,
+    objective: Objective,
     micro_batches: Sequence[tuple[WindowBatch, RandomKey]],
+    *,
     depths: Sequence[int],
     counts: PositionCounts,
     groups: Mapping[str, list[nn.Parameter]],
-    objective: Objective = CROSS_ENTROPY,
 ) -> dict[str, TaskGradients]:
     """``g_k`` of the main prediction and of ``depths``, over all micro-batches and ranks.
 
@@ -157,12 +158,12 @@ def task_gradients(
 
     Args:
         model: the model.
+        objective: the objective of the depths.
         micro_batches: this rank's part of the step, with the keys of the training pass.
         depths: MTP depths to measure.
         counts: positions that count in the whole step.
         groups: groups of parameters, by any name. For a tied embedding only the gradient of the
             input side is included.
-        objective: the objective of the depths.
 
     Returns:
         The gradients of every group.
@@ -173,7 +174,16 @@ def task_gradients(
     size = sum(p.numel() for p in parameters)
     total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
     for micro, key in micro_batches:
-        add_gradients(model, micro, tasks, counts, parameters, total_KP, key, objective)
+        add_gradients(
+            model,
+            objective,
+            micro,
+            tasks=tasks,
+            counts=counts,
+            parameters=parameters,
+            total_KP=total_KP,
+            key=key,
+        )
     total_KP = sum_over_ranks(total_KP)
     found, start = {}, 0
     for name, group in groups.items():
@@ -200,20 +210,21 @@ def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]
 
 def add_gradients(
     model: MTPModel,
+    objective: Objective,
     batch: WindowBatch,
+    *,
     tasks: Sequence[int],
     counts: PositionCounts,
     parameters: list[nn.Parameter],
     total_KP: Tensor,
     key: RandomKey,
-    objective: Objective,
 ) -> None:
     """Add one micro-batch's part of every task's gradient to the task's row of ``total_KP``;
     arguments as in :func:`task_gradients`."""
     shared = HeadWeight(model.head.weight)
     with torch.enable_grad(), _only(model, parameters):
         factors = [float(k in tasks) for k in range(model.depth + 1)]
-        feed, targets = begin(model, objective, batch, factors, counts, key)
+        feed, targets = begin(model, objective, batch, factors=factors, counts=counts, key=key)
         of_task = by_depth(objective.settle(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):

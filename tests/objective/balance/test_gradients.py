@@ -97,10 +97,11 @@ def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) 
     }
     found = task_gradients(
         model,
+        CROSS_ENTROPY,
         keyed(batch.micro_batches(3)),
-        [1, 3],
-        PositionCounts(batch.counts().tolist()),
-        groups,
+        depths=[1, 3],
+        counts=PositionCounts(batch.counts().tolist()),
+        groups=groups,
     )
     for group, parameters in groups.items():
         assert list(found[group].vectors) == [0, 1, 3]
@@ -126,7 +127,8 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
     counted = [load.clone() for load in loads]
     state = torch.get_rng_state()
     group = {"trunk": shared_parameters(model, "trunk")}
-    task_gradients(model, [(batch, KEY)], [1, 2, 3], PositionCounts(counts), group)
+    given: dict[str, Any] = {"depths": [1, 2, 3], "counts": PositionCounts(counts)}
+    task_gradients(model, CROSS_ENTROPY, [(batch, KEY)], **given, groups=group)
     assert torch.equal(state, torch.get_rng_state())
     for n, p in model.named_parameters():
         assert (p.grad is None) == (n not in before)
@@ -141,10 +143,13 @@ def test_what_depths_learn_of_their_confidence_is_measured(
     model = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=True)).double()
     batch, weights = windows(4, 10, 3), [0.3, 0.2, 0.1]
     step = step_of(model, Objective(term=CrossEntropy(), confidence=True))
-    counts = PositionCounts(batch.counts().tolist(), count_taught(batch, model.mtp).tolist())
+    counts = PositionCounts(batch.counts().tolist(), count_taught(model.mtp, batch).tolist())
     mtp_loss(model, batch, weights, counts.valid, term=step.objective)[0].backward()
     group = {"": shared_parameters(model, "trunk")}
-    found = task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, group, step.objective)[""]
+    micro_batches = [(batch, KEY)]
+    found = task_gradients(
+        model, step.objective, micro_batches, depths=[1, 2, 3], counts=counts, groups=group
+    )[""]
     for k, factor in enumerate([1.0, *weights]):
         found.subtract(k, factor)
     assert all(p.grad is not None and p.grad.abs().max() < 1e-7 for p in found.parameters)
@@ -226,7 +231,9 @@ def test_flops_are_those_of_pytorchs_operators(
         cost = StepCost(model.config)
         for active in ([1, 2, 3], [2]) if trunk is experts else ([1, 3],):
             with counted_flops() as counted:
-                task_gradients(model, [(batch, KEY)], active, counts, group, objective)
+                task_gradients(
+                    model, objective, [(batch, KEY)], depths=active, counts=counts, groups=group
+                )
             expected = cost(batch.seq_len, active, scope=scope) - cost(batch.seq_len, active)
             assert counted.total == len(batch) * expected
 
@@ -251,7 +258,12 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
     plan = step.plan(batch, begin)
     parameters = list(model.trunk.blocks.parameters())
     (measured,) = task_gradients(
-        model, plan.micro_batches, [1], plan.counts, {"trunk": parameters}, step.objective
+        model,
+        step.objective,
+        plan.micro_batches,
+        depths=[1],
+        counts=plan.counts,
+        groups={"trunk": parameters},
     ).values()
     for micro, key in plan.micro_batches:
         loss, _, _ = step.loss(plan, micro, key)
