@@ -41,7 +41,7 @@ class WindowBatch:
             ``None`` in training. Unlike ``documents`` it masks nothing.
         stride: s, tokens from one depth's target to the next one's. Where it is not 1, all fields
             are ``[B, T+sD+1]``.
-        extra: E, tokens of every window, and entries of the other fields, after its T+sD+1.
+        extra: E more tokens at the end of every window; all fields are E wider.
         states: ``[B, S, T, C]`` output of a frozen trunk for the windows, if it was cached: its
             final state, and with S > 1 also the S - 1 states that the depths start from.
         host: the batch on the CPU that this one was copied from. Masks are counted there, without

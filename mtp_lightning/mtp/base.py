@@ -134,8 +134,8 @@ class MTPStack(nn.Module, ABC):
 
     # How many blocks of a depth attend to earlier positions, so that decoding keeps their entries.
     cached_blocks: int = 1
-    # Whether each draft attends to the entries of the drafts before it, as in training, so that all
-    # drafts must use the first depth's cache.
+    # Whether drafts attend to the cache entries of earlier drafts, so that all depths share the
+    # first depth's cache.
     one_cache: ClassVar[bool] = False
     # Whether depths are trained one after another.
     in_turn: ClassVar[bool] = False
@@ -279,8 +279,8 @@ class MTPStack(nn.Module, ABC):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether depths read the true tokens ahead, as in teacher forcing. Depth k then predicts
-        the token after the last one that it has read; else it predicts k tokens beyond the next."""
+        """Whether depth k is given the true tokens up to k positions ahead (teacher forcing). If
+        not, it predicts k tokens beyond the next without seeing those between."""
         return self.rescorer is not None or self.ahead(self.depth) > 0
 
     def state_width(self, d_model: int) -> int:
@@ -290,8 +290,8 @@ class MTPStack(nn.Module, ABC):
     # Drafting.
     @abstractmethod
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        """Depth ``k`` at the newest positions of decoding, [B, T, C]: the state that the next depth
-        reads. :meth:`head_input` of it is the same function of its inputs as in :meth:`states`.
+        """Depth ``k`` while decoding, at the newest positions, [B, T, C]: the state that the next
+        depth reads. :meth:`head_input` of it must equal what :meth:`states` yields in training.
 
         Args:
             k: the depth.
