@@ -75,13 +75,9 @@ class GradientConflict(RunCallback):
             "embedding": [model.trunk.embedding.weight],
         }
         with trainer.precision_plugin.train_step_context():
+            depths = depths_of(plan.base)
             measured = task_gradients(
-                model,
-                objective,
-                plan.micro_batches,
-                depths=depths_of(plan.base),
-                counts=plan.counts,
-                groups=groups,
+                model, objective, plan.micro_batches, depths, counts=plan.counts, groups=groups
             )
         for group, gradients in measured.items():
             module.log_here(gradients.log_values(group), step + 1, always=True)

@@ -215,10 +215,7 @@ class MaskedMTP(MTPStack):
             *rope_table(places.flatten(), **self.trunk_config.rotary, dtype=positions.cos.dtype)
         )
         after = Positions(
-            cos.unsqueeze(-2),
-            sin.unsqueeze(-2),
-            cache=cache,
-            updates=self._updates(trunk),
+            cos.unsqueeze(-2), sin.unsqueeze(-2), cache=cache, updates=self._updates(trunk)
         )
         with eager_blocks(trunk):
             z_BPC = trunk(masks_BPC, after).final

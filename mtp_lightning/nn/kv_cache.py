@@ -38,12 +38,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: TrunkConfig,
-        tables: PositionTables,
-        *,
-        n_layers: int,
-        batch_size: int,
+        self, config: TrunkConfig, tables: PositionTables, *, n_layers: int, batch_size: int
     ) -> None:
         self.tables = tables
         self.entry = config.attention.cache_entry(config)

@@ -102,10 +102,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @Op
 def attention(
-    query_BTNH: Tensor,
-    key_BSMH: Tensor,
-    value_BSMH: Tensor,
-    mask: Tensor | BlockMask | None,
+    query_BTNH: Tensor, key_BSMH: Tensor, value_BSMH: Tensor, mask: Tensor | BlockMask | None
 ) -> Tensor:
     """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads head n // (N / M).
 

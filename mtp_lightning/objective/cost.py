@@ -175,16 +175,10 @@ class StepCost:
             loss.backward()
         if scope is not None:
             asked = shared_parameters(model, scope)
-            rows = torch.empty(1 + len(active), sum(p.numel() for p in asked), device="meta")
+            size = sum(p.numel() for p in asked)
+            totals = {k: torch.empty(size, device="meta") for k in (0, *active)}
             add_gradients(
-                model,
-                objective,
-                batch,
-                tasks=[0, *active],
-                counts=counts,
-                parameters=asked,
-                total_KP=rows,
-                key=key,
+                model, objective, batch, counts=counts, parameters=asked, totals=totals, key=key
             )
 
 

@@ -155,9 +155,7 @@ class OptimizerStep:
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``."""
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
-        counts = step_counts(
-            self.model.mtp, batch, key=key, with_taught=self.objective.needs_teacher
-        )
+        counts = step_counts(self.model.mtp, batch, key=key, teachers=self.objective.needs_teacher)
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
@@ -209,7 +207,7 @@ class OptimizerStep:
             self.balance.gate(plan.base, gradients)
         values = self._clip(optimizer)
         if self.balance.observes:
-            values |= self.balance.after_backward(
+            values |= self.balance.update(
                 Observed(
                     progress=progress,
                     base=plan.base,
@@ -218,6 +216,8 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
+        if gradients is not None and self.balance.scope is not None:
+            values |= gradients.log_values(self.balance.scope)
         values |= self.objective.after_backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -252,9 +252,7 @@ class OptimizerStep:
     ) -> tuple[Tensor, AuxiliaryOutputs]:
         """All micro-batches: the summed losses [D + 1, P] over all ranks, and the auxiliary outputs
         of this rank."""
-        batch, _ = plan.micro_batches[0]
-        shape = (self.model.depth + 1, len(self.objective.terms))
-        sums = torch.zeros(shape, dtype=torch.float64, device=batch.device)
+        sums: list[Tensor] = []
         auxiliary = AuxiliaryOutputs()
         for index, (micro, key) in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
@@ -264,9 +262,9 @@ class OptimizerStep:
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; here they must add up.
                     backward(loss * world_size())
-            sums += micro_sums
+            sums.append(micro_sums)
             auxiliary.add(reported)
-        return sum_over_ranks(sums), auxiliary
+        return sum_over_ranks(sum(sums[1:], sums[0])), auxiliary
 
     def _measure(self, plan: StepPlan, progress: Progress) -> TaskGradients | None:
         """The gradients that the balance rule measures in this step; None if it measures none."""
@@ -274,13 +272,9 @@ class OptimizerStep:
         if scope is None or not self.balance.measures_at(progress):
             return None
         group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
+        model, micro_batches = self.model, plan.micro_batches
         return task_gradients(
-            self.model,
-            self.objective,
-            plan.micro_batches,
-            depths=plan.active,
-            counts=plan.counts,
-            groups=group,
+            model, self.objective, micro_batches, plan.active, counts=plan.counts, groups=group
         )[scope]
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
@@ -301,10 +295,10 @@ class OptimizerStep:
                 "The batch holds no valid target: every position crosses a document border. "
                 "Use longer documents, or data.document_mask=false."
             )
-        model, objective, auxiliary = self.model, self.objective, AuxiliaryOutputs()
+        auxiliary = AuxiliaryOutputs()
         total, sums_KP = micro_batch_loss(
-            model,
-            objective,
+            self.model,
+            self.objective,
             micro,
             factors=plan.factors,
             counts=plan.counts,
@@ -316,13 +310,9 @@ class OptimizerStep:
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         batch, _ = plan.micro_batches[0]
-        per_window = self.cost(
-            batch.seq_len,
-            plan.active,
-            main=plan.factors[0] != 0,
-            stored=batch.states is not None,
-            scope=self.balance.scope if measured else None,
-        )
+        main, stored = plan.factors[0] != 0, batch.states is not None
+        scope = self.balance.scope if measured else None
+        per_window = self.cost(batch.seq_len, plan.active, main=main, stored=stored, scope=scope)
         return plan.windows * per_window
 
 

@@ -97,10 +97,7 @@ def micro_batch_loss(
 
 @torch.no_grad()
 def prepass(
-    weight_VC: Tensor,
-    feed: Feed,
-    targets: Sequence[DepthTarget],
-    measures: Collection[Measure],
+    weight_VC: Tensor, feed: Feed, targets: Sequence[DepthTarget], measures: Collection[Measure]
 ) -> Seen:
     """Compute the rules' measures of all hidden states before any of them learns.
 
@@ -203,12 +200,9 @@ class _Stream(torch.autograd.Function):
         )
 
         def send(predictions: Sequence[Prediction]) -> None:
+            main = feed.main if any(p.needs_teacher for p in predictions) else None
             through_head(
-                head,
-                predictions,
-                main_hidden=feed.main if any(p.needs_teacher for p in predictions) else None,
-                compiled=call.compiled,
-                of_terms=of_terms,
+                head, predictions, main_hidden=main, compiled=call.compiled, of_terms=of_terms
             )
 
         gradients = feed.input_gradients(request, send)

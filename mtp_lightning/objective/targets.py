@@ -96,16 +96,14 @@ class ChunkTarget:
         return self.term.value(self.chunk(log_q_RV, h_RC))
 
     def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
-        """Add the losses to the target's total, weighted by ``counts_R`` (default: mask times
-        weights)."""
+        """Add the losses to the total, weighted by ``counts_R`` (default: mask times weights)."""
         if self._record is not None:
             self._record.view(-1)[self._rows] = value_R
-        if self._total is None:
-            return
         counts_R = self.counts_R if counts_R is None else counts_R
         if self._values_R is not None:
             value_R, counts_R = self._values_R, self.valid_R
-        self._total += (value_R * counts_R).double().sum()
+        if self._total is not None:
+            self._total += (value_R * counts_R).double().sum()
 
 
 def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
@@ -150,7 +148,7 @@ class PositionCounts:
 
 
 def step_counts(
-    stack: MTPStack, batch: WindowBatch, *, key: RandomKey | None = None, with_taught: bool = False
+    stack: MTPStack, batch: WindowBatch, *, key: RandomKey | None = None, teachers: bool = False
 ) -> PositionCounts:
     """Count the positions of every depth that count in the whole step, over all ranks.
 
@@ -158,7 +156,7 @@ def step_counts(
         stack: the stack that is trained.
         batch: this rank's batch; all ranks' have the same size.
         key: key of the stack's random choices in training.
-        with_taught: whether to count the positions with a teacher too.
+        teachers: whether to count the positions with a teacher too.
     """
     every = len(batch) * batch.seq_len * world_size()
     masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
@@ -168,15 +166,15 @@ def step_counts(
         windows, depths = len(batch) * world_size(), range(batch.depth + 1)
         n_taught = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
         valid = [windows * batch.seq_len for _ in depths]
-        return PositionCounts(valid, n_taught if with_taught else None, every)
+        return PositionCounts(valid, n_taught if teachers else None, every)
     whole = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
     counts_K = torch.stack([whole if mask is None else mask.sum() for mask in masks])
-    taught = [count_taught(stack, masked, key=key)] if with_taught else []
+    taught = [count_taught(stack, masked, key=key)] if teachers else []
     counts_NK = torch.stack([counts_K, *taught])
     if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
     found: list[list[int]] = counts_NK.tolist()
-    return PositionCounts(found[0], found[1] if with_taught else None, every)
+    return PositionCounts(found[0], found[1] if teachers else None, every)
 
 
 def targets_of(

@@ -24,13 +24,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.feed import HeadWeight, Prediction
 from mtp_lightning.nn.head import log_probs
-from mtp_lightning.nn.ops import (
-    compute_dtype,
-    cross_entropy,
-    exp_,
-    matmul_transposed,
-    no_autocast,
-)
+from mtp_lightning.nn.ops import compute_dtype, cross_entropy, exp_, matmul_transposed, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
 from mtp_lightning.objective.terms.base import Teacher
 
@@ -81,8 +75,7 @@ def through_head(
     compiled: bool = False,
     of_terms: dict[nn.Parameter, Tensor] | None = None,
 ) -> None:
-    """The losses of hidden states, added to their targets' totals, and the gradients of
-    ``sum_k coefficient_k * loss_k``.
+    """Add losses to the targets' totals, and compute the gradients of their weighted sum.
 
     Args:
         head: the shared head; its gradient is accumulated in place.
@@ -97,14 +90,13 @@ def through_head(
         assert main_hidden is not None
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
-    def passes() -> Iterator[_HeadPass]:
-        for prediction in predictions:
-            one = _HeadPass(head, weight, prediction, of_terms)
-            if one.needs_gradient or any(target.coefficient for target in one.targets):
-                yield one
-
+    passes = (_HeadPass(head, weight, prediction, of_terms) for prediction in predictions)
     with no_autocast(weight):
-        found: Iterable[_HeadPass] = passes()
+        found: Iterable[_HeadPass] = (
+            one
+            for one in passes
+            if one.needs_gradient or any(target.coefficient for target in one.targets)
+        )
         if main_MC is not None:
             found = list(found)
             _with_teacher(main_MC, weight, [one for one in found if one.prediction.loss is None])

@@ -19,11 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.objective.balance.gradients import (
-    Scope,
-    TaskGradients,
-    require_trunk_gradients,
-)
+from mtp_lightning.objective.balance.gradients import Scope, TaskGradients, require_trunk_gradients
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import require_whole
 
@@ -99,19 +95,9 @@ class Balance(ABC):
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
         """Change the accumulated gradients before they are clipped."""
 
-    def after_backward(self, step: Observed) -> dict[str, float]:
-        """Learn from a step; called after clipping, before the optimizer's update.
-
-        Returns:
-            Values to log: the rule's own, and the measured norms before clipping.
-        """
-        values = self.update(step)
-        if step.gradients is not None and self.scope is not None:
-            values |= step.gradients.log_values(self.scope)
-        return values
-
     def update(self, step: Observed) -> dict[str, float]:
-        """The rule's own part of :meth:`after_backward`."""
+        """Learn from a step, after clipping and before the optimizer's update; returns values to
+        log."""
         return {}
 
     def check(self, config: ModelConfig) -> None:

@@ -144,8 +144,8 @@ def task_gradients(
     model: MTPModel,
     objective: Objective,
     micro_batches: Sequence[tuple[WindowBatch, RandomKey]],
-    *,
     depths: Sequence[int],
+    *,
     counts: PositionCounts,
     groups: Mapping[str, list[nn.Parameter]],
 ) -> dict[str, TaskGradients]:
@@ -173,24 +173,17 @@ def task_gradients(
     tasks = [0, *depths]
     size = sum(p.numel() for p in parameters)
     total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
+    totals = dict(zip(tasks, total_KP, strict=True))
     for micro, key in micro_batches:
         add_gradients(
-            model,
-            objective,
-            micro,
-            tasks=tasks,
-            counts=counts,
-            parameters=parameters,
-            total_KP=total_KP,
-            key=key,
+            model, objective, micro, counts=counts, parameters=parameters, totals=totals, key=key
         )
     total_KP = sum_over_ranks(total_KP)
-    found, start = {}, 0
-    for name, group in groups.items():
-        end = start + sum(p.numel() for p in group)
-        vectors = {k: total_KP[row, start:end] for row, k in enumerate(tasks)}
-        found[name], start = TaskGradients(vectors, group), end
-    return found
+    sizes = [sum(p.numel() for p in group) for group in groups.values()]
+    return {
+        name: TaskGradients(dict(zip(tasks, part_KP, strict=True)), group)
+        for (name, group), part_KP in zip(groups.items(), total_KP.split(sizes, 1), strict=True)
+    }
 
 
 @contextmanager
@@ -213,17 +206,16 @@ def add_gradients(
     objective: Objective,
     batch: WindowBatch,
     *,
-    tasks: Sequence[int],
     counts: PositionCounts,
     parameters: list[nn.Parameter],
-    total_KP: Tensor,
+    totals: Mapping[int, Tensor],
     key: RandomKey,
 ) -> None:
-    """Add one micro-batch's part of every task's gradient to the task's row of ``total_KP``;
+    """Add one micro-batch's part of every task's gradient to ``totals``, task -> flat [P]; other
     arguments as in :func:`task_gradients`."""
     shared = HeadWeight(model.head.weight)
     with torch.enable_grad(), _only(model, parameters):
-        factors = [float(k in tasks) for k in range(model.depth + 1)]
+        factors = [float(k in totals) for k in range(model.depth + 1)]
         feed, targets = begin(model, objective, batch, factors=factors, counts=counts, key=key)
         of_task = by_depth(objective.settle(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
@@ -233,8 +225,7 @@ def add_gradients(
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
-            row_P, start = total_KP[tasks.index(k)], 0
-            for parameter, grad in zip(parameters, grads, strict=True):
+            parts = totals[k].split([p.numel() for p in parameters])
+            for part, grad in zip(parts, grads, strict=True):
                 if grad is not None:
-                    row_P[start : start + parameter.numel()] += grad.flatten()
-                start += parameter.numel()
+                    part.add_(grad.flatten())

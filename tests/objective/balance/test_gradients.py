@@ -99,7 +99,7 @@ def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) 
         model,
         CROSS_ENTROPY,
         keyed(batch.micro_batches(3)),
-        depths=[1, 3],
+        [1, 3],
         counts=PositionCounts(batch.counts().tolist()),
         groups=groups,
     )
@@ -127,8 +127,10 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
     counted = [load.clone() for load in loads]
     state = torch.get_rng_state()
     group = {"trunk": shared_parameters(model, "trunk")}
-    given: dict[str, Any] = {"depths": [1, 2, 3], "counts": PositionCounts(counts)}
-    task_gradients(model, CROSS_ENTROPY, [(batch, KEY)], **given, groups=group)
+    counted_positions = PositionCounts(counts)
+    task_gradients(
+        model, CROSS_ENTROPY, [(batch, KEY)], [1, 2, 3], counts=counted_positions, groups=group
+    )
     assert torch.equal(state, torch.get_rng_state())
     for n, p in model.named_parameters():
         assert (p.grad is None) == (n not in before)
@@ -148,7 +150,7 @@ def test_what_depths_learn_of_their_confidence_is_measured(
     group = {"": shared_parameters(model, "trunk")}
     micro_batches = [(batch, KEY)]
     found = task_gradients(
-        model, step.objective, micro_batches, depths=[1, 2, 3], counts=counts, groups=group
+        model, step.objective, micro_batches, [1, 2, 3], counts=counts, groups=group
     )[""]
     for k, factor in enumerate([1.0, *weights]):
         found.subtract(k, factor)
@@ -232,7 +234,7 @@ def test_flops_are_those_of_pytorchs_operators(
         for active in ([1, 2, 3], [2]) if trunk is experts else ([1, 3],):
             with counted_flops() as counted:
                 task_gradients(
-                    model, objective, [(batch, KEY)], depths=active, counts=counts, groups=group
+                    model, objective, [(batch, KEY)], active, counts=counts, groups=group
                 )
             expected = cost(batch.seq_len, active, scope=scope) - cost(batch.seq_len, active)
             assert counted.total == len(batch) * expected
@@ -261,7 +263,7 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
         model,
         step.objective,
         plan.micro_batches,
-        depths=[1],
+        [1],
         counts=plan.counts,
         groups={"trunk": parameters},
     ).values()
