@@ -148,7 +148,7 @@ class MTPModel(nn.Module):
         """Initialize all weights."""
         assert self.config.trunk.init_std is not None
         initialize(self, std=self.config.trunk.init_std, seed=seed)
-        self.mtp.initialize_own()
+        self.mtp.reset_own_weights()
 
     @property
     def has_compiled_kernels(self) -> bool:

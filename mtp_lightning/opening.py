@@ -349,7 +349,7 @@ def load_weights(
             f"{source} holds NaN or infinity in {broken[0]}{more}: the model is unusable; use an "
             "earlier checkpoint, or fetch the file again."
         )
-    model.mtp.check_loaded(source)
+    model.mtp.validate_loaded(source)
     if rounded:
         log.warning(
             "%d matrices of %s are rounded to bf16: the model uses the rounded values.",

@@ -90,20 +90,11 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
             f"changes {'; '.join(differences)}. Start a new run, or use the weights by init_from."
         )
     step = int(stored["global_step"])
-    done = np.linspace(0, step - 1, min(step, _COMPARED)).astype(int).tolist()
     lengths = before.trainer.max_steps, cfg.trainer.max_steps
     if lengths[1] <= step:
         raise UserError(
             f"{begin} with trainer.max_steps={lengths[1]}: step {step} is done, so give more."
         )
-    rates = (
-        rebuild(before.optimizer.schedule, allow=allow, groups=_SCHEDULES),
-        instantiate(cfg.optimizer.schedule),
-    )
-    lambdas: tuple[LambdaSchedule, LambdaSchedule] = (
-        rebuild(before.lambda_schedule, allow=allow, groups=_SCHEDULES),
-        instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
-    )
     settings = flatten(now)  # type: ignore[arg-type]
     for key in ("balance.frozen", "model.feed_forward.bias_frozen"):
         share = settings.get(key) or 0
@@ -113,23 +104,53 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
                 f"{lengths[1]} steps in all, steps before {step} would be frozen in one alone. "
                 "Branch from an earlier step."
             )
-    tokens_per_step = stored["progress"]["tokens"] // max(step, 1)
-    for at in done:
-        there, here = (rate(at, length) for rate, length in zip(rates, lengths, strict=True))
+    _require_same_schedules(before, cfg, step, stored["progress"]["tokens"], allow, begin)
+
+
+def _require_same_schedules(
+    before: DictConfig,
+    cfg: DictConfig,
+    done: int,
+    tokens: int,
+    allow: Collection[str],
+    begin: str,
+) -> None:
+    """Refuse schedules that give other values than the stored ones in the steps that are done.
+
+    Args:
+        before: the stored config.
+        cfg: the branch's config.
+        done: number of steps done.
+        tokens: number of tokens read in them.
+        allow: packages whose classes the stored schedules may use.
+        begin: how a message begins.
+    """
+    rates = (
+        rebuild(before.optimizer.schedule, allow=allow, groups=_SCHEDULES),
+        instantiate(cfg.optimizer.schedule),
+    )
+    lambdas: tuple[LambdaSchedule, LambdaSchedule] = (
+        rebuild(before.lambda_schedule, allow=allow, groups=_SCHEDULES),
+        instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
+    )
+    lengths = before.trainer.max_steps, cfg.trainer.max_steps
+    for step in np.linspace(0, done - 1, min(done, _COMPARED)).astype(int).tolist():
+        there, here = (rate(step, length) for rate, length in zip(rates, lengths, strict=True))
         if there != here:
             raise UserError(
-                f"{begin}: the learning rate of step {at} was {there:.6g} of its peak, and under "
+                f"{begin}: the learning rate of step {step} was {there:.6g} of its peak, and under "
                 f"this run's schedule it would have been {here:.6g}. Give a schedule that agrees "
                 "up to there: optimizer.schedule.warmup_steps rather than a fraction, and a decay "
                 "that begins later."
             )
-        weights = [
-            schedule.lambdas(Progress(step=at, max_steps=length, tokens=at * tokens_per_step))
+        read = step * (tokens // max(done, 1))
+        old, new = (
+            schedule.lambdas(Progress(step=step, max_steps=length, tokens=read))
             for schedule, length in zip(lambdas, lengths, strict=True)
-        ]
-        if weights[0] != weights[1]:
+        )
+        if old != new:
             raise UserError(
-                f"{begin}: the lambdas of step {at} were {weights[0]}, and under this run's "
-                f"schedule they would have been {weights[1]}. Give a schedule that agrees up to "
-                "there, such as lambda_schedule=knots in steps."
+                f"{begin}: the lambdas of step {step} were {old}, and under this run's schedule "
+                f"they would have been {new}. Give a schedule that agrees up to there, such as "
+                "lambda_schedule=knots in steps."
             )

@@ -208,7 +208,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
             "config": OmegaConf.to_container(stored, resolve=True),
         },
     )
-    module.model.mtp.look_at(data)
+    module.model.mtp.observe_training_text(data)
     if cfg.trainer.precision == "64-true":
         # Lightning does it only after loading a checkpoint, whose weights it would round.
         module.double()

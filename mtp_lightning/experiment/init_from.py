@@ -162,7 +162,7 @@ def start_from(
         assert windows is not None
         text = read_text(model.trunk, model.mtp, windows)
     fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
-    model.mtp.begin(fresh, model.trunk, model.head, text)
+    model.mtp.init_from_trunk(fresh, model.trunk, model.head, text)
     return {"kept": kept, "new": new, "dropped": [m for m in old_modules if m not in kept]}
 
 

@@ -71,7 +71,7 @@ class BagMTP(Summary):
         super().__init__(config, trunk)
         self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
 
-    def look_at(self, data: Any) -> None:
+    def observe_training_text(self, data: Any) -> None:
         """Count document frequencies for ``weights=idf``."""
         if self.config.weights != "idf":
             return

@@ -345,7 +345,7 @@ class MTPStack(nn.Module, ABC):
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
 
     # Initialization.
-    def look_at(self, data: Any) -> None:
+    def observe_training_text(self, data: Any) -> None:
         """Read statistics of the training documents that the loss needs, before the first step.
 
         Args:
@@ -355,17 +355,17 @@ class MTPStack(nn.Module, ABC):
             UserError: a task has no such text.
         """
 
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         """Set weights that do not keep their random initialization; called after it."""
 
-    def check_loaded(self, source: str) -> None:
+    def validate_loaded(self, source: str) -> None:
         """Refuse what no training could have stored, after weights were loaded from ``source``.
 
         Raises:
             UserError: naming the source.
         """
 
-    def begin(
+    def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
         """Initialize new modules from a trained trunk, where ``mtp.init`` asks for it.

@@ -131,7 +131,7 @@ class Correction(nn.Module):
         self.down = Linear(width, trunk.d_model)
 
     @torch.no_grad()
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         """Start at zero."""
         self.down.weight.zero_()
 

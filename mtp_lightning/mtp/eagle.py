@@ -294,7 +294,7 @@ class EagleMTP(Chain):
     def own_head(self) -> OwnHead | None:
         return self.layer.head if self.depth else None
 
-    def check_loaded(self, source: str) -> None:
+    def validate_loaded(self, source: str) -> None:
         if self.own_head is not None:
             self.own_head.require_sound(source)
 
@@ -302,7 +302,7 @@ class EagleMTP(Chain):
     def blocks_kept(self) -> Collection[int]:
         return self.config.layers_of(self.trunk_config.n_layers) if self.depth else ()
 
-    def look_at(self, data: Any) -> None:
+    def observe_training_text(self, data: Any) -> None:
         """Choose the draft vocabulary."""
         if self.config.draft_vocab is None:
             return
@@ -317,7 +317,7 @@ class EagleMTP(Chain):
         self.layer.head.choose(torch.from_numpy(counts))
 
     @torch.no_grad()
-    def begin(
+    def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
         """A new layer's norm is the trunk's final one, and its head the trunk's rows."""

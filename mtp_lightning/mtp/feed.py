@@ -66,14 +66,14 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], needs_gradient: bool
+        self, rows: slice, logits_NV: Tensor, targets: Sequence[LossTarget], needs_gradient: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         """The loss at one chunk.
 
         Args:
             rows: the chunk's positions among the B x T.
             logits_NV: the logits of all their hidden states, which it may overwrite.
-            asked: the prediction's targets at these rows.
+            targets: the prediction's targets at these rows.
             needs_gradient: whether a gradient is needed.
 
         Returns:
@@ -314,10 +314,10 @@ class OwnLoss(Loss):
         return value_R.detach(), d_logits_RV
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], needs_gradient: bool
+        self, rows: slice, logits_NV: Tensor, targets: Sequence[LossTarget], needs_gradient: bool
     ) -> tuple[Tensor, Tensor | None] | None:
         # Only the coefficient of the target is used.
-        (target,) = asked
+        (target,) = targets
         valid_R = self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         if not needs_gradient:

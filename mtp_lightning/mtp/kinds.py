@@ -129,11 +129,11 @@ class SideBySide(MTPStack):
         modules = (self.depths, self.corrections) if self.corrections else (self.depths,)
         return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
 
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         for correction in cast("list[Correction]", list(self.corrections)):
-            correction.initialize_own()
+            correction.reset_own_weights()
         if self.rescorer is not None:
-            self.rescorer.initialize_own()
+            self.rescorer.reset_own_weights()
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, at.hidden, at.positions)
@@ -235,11 +235,11 @@ class HeadByHead(Feed):
             outer.add(reported)  # detached: their backward pass is the one below
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(own)
-        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        needing = [leaf for leaf in leaves if leaf.requires_grad]
         # The balance losses of the head's own experts share this backward pass.
         grads = torch.autograd.grad(
             [hidden, *auxiliary],
-            [*asked, *own],
+            [*needing, *own],
             [
                 prediction.gradient,
                 *(torch.full_like(loss, request.auxiliary) for loss in auxiliary),
@@ -248,7 +248,7 @@ class HeadByHead(Feed):
         )
         of_common = iter(grads)
         d_common = [next(of_common) if leaf.requires_grad else None for leaf in leaves]
-        return d_common, list(grads[len(asked) :])
+        return d_common, list(grads[len(needing) :])
 
 
 @dataclass(frozen=True, kw_only=True)

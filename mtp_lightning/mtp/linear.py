@@ -53,10 +53,10 @@ class LinearConfig(SideBySideConfig, variant="linear"):
 
     def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
         super().check_objective(draft_rules, separate_training)
-        if self.rank > 1 and (asked := [*draft_rules, *separate_training]):
+        if self.rank > 1 and (settings := [*draft_rules, *separate_training]):
             raise UserError(
-                f"{asked[0]} has no meaning with mtp.rank={self.rank}, whose depths and next token "
-                "are one mixture and learn together: leave it out, or set mtp.rank=1."
+                f"{settings[0]} has no meaning with mtp.rank={self.rank}, whose depths and next "
+                "token are one mixture and learn together: leave it out, or set mtp.rank=1."
             )
 
     def export_obstacle(self) -> str:
@@ -78,8 +78,8 @@ class LinearMTP(SideBySide):
         super().__init__(config, heads, corrections, rescorer)
 
     @torch.no_grad()
-    def initialize_own(self) -> None:
-        super().initialize_own()
+    def reset_own_weights(self) -> None:
+        super().reset_own_weights()
         for parameter in self.depths.parameters():
             parameter.zero_()
 

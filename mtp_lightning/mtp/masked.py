@@ -191,7 +191,7 @@ class MaskedMTP(MTPStack):
         self.sampler = Sampler(trunk)
 
     @torch.no_grad()
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, Update):
                 module.up.weight.zero_()

@@ -60,7 +60,7 @@ class NextLatMTP(Chain):
         self.depths = nn.ModuleList(StateModel(trunk) for _ in range(min(config.depth, 1)))
 
     @torch.no_grad()
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         for module in self.depths:
             assert isinstance(module, StateModel)
             module.last.weight.zero_()

@@ -86,7 +86,7 @@ class ParallelMTP(SideBySide):
         super().__init__(config, heads, corrections, rescorer)
 
     @torch.no_grad()
-    def begin(
+    def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
         for i in fresh:

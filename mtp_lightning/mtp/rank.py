@@ -109,7 +109,7 @@ class JointLinearMTP(MTPStack):
         self.weigh = Linear(trunk.d_model, config.rank)
 
     @torch.no_grad()
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         for components in cast("list[nn.ModuleList]", list(self.depths)):
             cast(Linear, components[0]).weight.zero_()
 
@@ -215,21 +215,21 @@ class JointLoss(Loss):
         self.d_log_weights_MA = torch.empty_like(self.log_weights_MA)
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[LossTarget], needs_gradient: bool
+        self, rows: slice, logits_NV: Tensor, targets: Sequence[LossTarget], needs_gradient: bool
     ) -> tuple[Tensor, None]:
         log_w_RA = self.log_weights_MA[rows]
         between_R = [token_M[rows] for token_M in self.between]
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         shape = (-1, self.depths, log_w_RA.shape[1], logits_NV.shape[1])
         log_p_RKAV = log_softmax_(logits_NV, dtype).view(shape)
-        learn = _cross_entropy if all(target.of_token for target in asked) else _by_autograd
-        d_logits_RKAV, d_log_w_RA = learn(log_p_RKAV, log_w_RA, between_R, asked)
+        learn = _cross_entropy if all(target.of_token for target in targets) else _by_autograd
+        d_logits_RKAV, d_log_w_RA = learn(log_p_RKAV, log_w_RA, between_R, targets)
         self.d_log_weights_MA[rows] = d_log_w_RA.to(self.d_log_weights_MA.dtype)
         return d_logits_RKAV.flatten(0, 2), None
 
 
 def _cross_entropy(
-    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[LossTarget]
+    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], targets: Sequence[LossTarget]
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy alone, which depends only on each component's probability of single tokens.
 
@@ -239,7 +239,7 @@ def _cross_entropy(
     """
     depths = log_p_RKAV.shape[1]
     # The tokens between are also the shallower depths' targets, at positions that count.
-    deepest_R = [target.tokens_R for target in asked if target.depth == depths - 1]
+    deepest_R = [target.tokens_R for target in targets if target.depth == depths - 1]
     tokens = [*between_R, *deepest_R][:depths]
     with torch.enable_grad():
         found = [_at_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
@@ -247,7 +247,7 @@ def _cross_entropy(
         start_RA = log_w_RA.detach().requires_grad_()
         weights = _weights_after(start_RA, held_RKA[:, :-1].unbind(1))
         loss = held_RKA.new_zeros(())
-        for target in asked:
+        for target in targets:
             k = target.depth
             value_R = -(weights[k] + held_RKA[:, k]).logsumexp(-1)
             loss = loss + _counted(value_R, target)
@@ -261,7 +261,7 @@ def _cross_entropy(
 
 
 def _by_autograd(
-    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[LossTarget]
+    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], targets: Sequence[LossTarget]
 ) -> tuple[Tensor, Tensor]:
     """Terms of whole distributions; arguments and result as in :func:`_cross_entropy`."""
     with torch.enable_grad():
@@ -271,7 +271,7 @@ def _by_autograd(
         weights = _weights_after(start_RA, held)
         loss = log_p.new_zeros(())
         mixed: dict[int, Tensor] = {}
-        for target in asked:
+        for target in targets:
             k = target.depth
             if k not in mixed:
                 mixed[k] = (weights[k].unsqueeze(-1) + log_p[:, k]).logsumexp(1)

@@ -88,5 +88,5 @@ class Rescorer(nn.Module, ABC):
             into: receives the gradients of the rescorer's own parameters, which are added.
         """
 
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         """Set weights that do not keep their random initialization; called after it."""

@@ -62,7 +62,7 @@ class Selector(Rescorer):
         return before, after, self.gate.weight  # type: ignore[return-value]
 
     @torch.no_grad()
-    def initialize_own(self) -> None:
+    def reset_own_weights(self) -> None:
         self._weights[1].zero_()
 
     def forward(self, k: int, hidden: Tensor, logits: Tensor, before: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class SequentialMTP(Chain):
             self.blank = nn.Parameter(torch.empty(1, trunk.d_model))
 
     @torch.no_grad()
-    def begin(
+    def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
         for i in fresh:

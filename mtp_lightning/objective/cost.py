@@ -174,11 +174,11 @@ class StepCost:
         if loss.requires_grad:
             loss.backward()
         if scope is not None:
-            asked = shared_parameters(model, scope)
-            size = sum(p.numel() for p in asked)
+            shared = shared_parameters(model, scope)
+            size = sum(p.numel() for p in shared)
             totals = {k: torch.empty(size, device="meta") for k in (0, *active)}
             add_gradients(
-                model, objective, batch, counts=counts, parameters=asked, totals=totals, key=key
+                model, objective, batch, counts=counts, parameters=shared, totals=totals, key=key
             )
 
 

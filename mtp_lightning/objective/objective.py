@@ -94,7 +94,7 @@ class Objective:
         self.rules += [
             *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
-            *(rule for _, one in self.terms for rule in one.rules(self.asked)),
+            *(rule for _, one in self.terms for rule in one.rules(self.setting)),
         ]
 
     @classmethod
@@ -103,7 +103,7 @@ class Objective:
         return [name for name in inspect.signature(cls).parameters if name != "term"]
 
     @property
-    def asked(self) -> str:
+    def setting(self) -> str:
         """The setting that selects its term, for messages."""
         return f"objective={self.term.name}"
 
@@ -225,21 +225,21 @@ class Objective:
             UserError: naming both, and the remedy.
         """
         head = [] if self.train_head else ["objective.train_head=false"]
-        asked = ([] if self.term.of_token else [self.asked]) + head
-        asked += [rule.asked for rule in self.rules]
+        settings = ([] if self.term.of_token else [self.setting]) + head
+        settings += [rule.setting for rule in self.rules]
         if self.draft_vocab is not None:
-            asked.append(f"objective.draft_vocab={self.draft_vocab}")
-        if mtp.depth and not mtp.predicts_tokens and asked:
+            settings.append(f"objective.draft_vocab={self.draft_vocab}")
+        if mtp.depth and not mtp.predicts_tokens and settings:
             raise UserError(
-                f"{asked[0]} is for depths that predict a token, and mtp={mtp.variant} has its own "
-                "loss: leave it out."
+                f"{settings[0]} is for depths that predict a token, and mtp={mtp.variant} has its "
+                "own loss: leave it out."
             )
-        draft_rules = [rule.asked for rule in self.rules if rule.of_drafts]
-        separate_training = [self.asked for _, term in self.terms if term.of_state] + head
+        draft_rules = [rule.setting for rule in self.rules if rule.of_drafts]
+        separate_training = [self.setting for _, term in self.terms if term.of_state] + head
         mtp.check_objective(draft_rules, separate_training)
         if mtp.depth == 0 and self.rules:
             raise UserError(
-                f"{self.rules[0].asked} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
+                f"{self.rules[0].setting} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
                 "or more, or leave it out."
             )
 

@@ -140,11 +140,13 @@ class OptimizerStep:
         balance.check(model.config)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
-        asked = [r.asked for r in self.objective.rules if any(not m.of_main for m in r.measures)]
-        if balance.skips and asked:
+        settings = [
+            r.setting for r in self.objective.rules if any(not m.of_main for m in r.measures)
+        ]
+        if balance.skips and settings:
             raise UserError(
-                f"balance={balance.name} leaves depths out of a step, but {asked[0]} needs all of "
-                "them in every step: leave one of the two out."
+                f"balance={balance.name} leaves depths out of a step, but {settings[0]} needs all "
+                "of them in every step: leave one of the two out."
             )
         self.seed = seed
         self.accumulate = accumulate

@@ -28,7 +28,7 @@ from mtp_lightning.objective.targets import DepthTarget, PositionCounts, by_dept
 from mtp_lightning.objective.through_head import through_head
 
 
-def begin(
+def feed_and_targets(
     model: MTPModel,
     objective: Objective,
     batch: WindowBatch,
@@ -71,7 +71,7 @@ def micro_batch_loss(
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
         windows: number of windows in the whole step, which those losses are divided by.
     """
-    feed, targets = begin(
+    feed, targets = feed_and_targets(
         model, objective, batch, factors=factors, counts=counts, key=key, auxiliary=auxiliary
     )
     weight_VC = model.head.weight[: objective.draft_vocab]
@@ -119,12 +119,12 @@ def prepass(
     tokens = tokens_of(targets)
 
     def measured(k: int, hidden: Tensor) -> Prediction:
-        asked = []
+        measured_targets = []
         for measure in of_depths if k else of_main:
             found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
             seen[measure.name][k] = found
-            asked.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
-        prediction = feed.prediction(k, hidden, asked)
+            measured_targets.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
+        prediction = feed.prediction(k, hidden, measured_targets)
         prediction.needs_gradient = False
         return prediction
 

@@ -135,13 +135,13 @@ def test_the_vocabulary_is_chosen_from_the_training_text() -> None:
     text = SimpleNamespace(token_frequency=lambda V: np.arange(V)[::-1].copy() % 7)
     data = SimpleNamespace(training_text=text)
     model = drafting(draft_vocab=5)
-    model.mtp.look_at(data)
+    model.mtp.observe_training_text(data)
     assert model.mtp.layer.head.tokens.tolist() == [2, 9, 16, 23, 30]
     large = MTPModel(replace(model.config, mtp=EagleConfig(depth=2, draft_vocab=38)))
     with pytest.raises(UserError, match="mtp.draft_vocab=38, but the model has 37 tokens"):
-        large.mtp.look_at(data)
+        large.mtp.observe_training_text(data)
     with pytest.raises(UserError, match="a task makes its examples as it trains"):
-        model.mtp.look_at(SimpleNamespace(training_text=None))
+        model.mtp.observe_training_text(SimpleNamespace(training_text=None))
 
 
 def test_what_does_not_go_together_is_refused() -> None:
@@ -168,6 +168,6 @@ def test_what_does_not_go_together_is_refused() -> None:
 def test_a_new_layer_starts_with_the_trunks_norm_and_rows() -> None:
     model = drafting(draft_vocab=11)
     layer = model.mtp.layer
-    model.mtp.begin([0], model.trunk, model.head, None)
+    model.mtp.init_from_trunk([0], model.trunk, model.head, None)
     assert torch.equal(layer.norm.weight, model.trunk.norm.weight)
     assert torch.equal(layer.head.weight, model.head.weight[layer.head.tokens])

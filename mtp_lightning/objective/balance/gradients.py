@@ -26,7 +26,7 @@ from mtp_lightning.mtp.feed import HeadWeight
 from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.stream import begin
+from mtp_lightning.objective.stream import feed_and_targets
 from mtp_lightning.objective.targets import PositionCounts, by_depth
 from mtp_lightning.objective.through_head import through_head
 
@@ -135,8 +135,8 @@ def require_separable(objective: Objective, *, what: str) -> None:
     for rule in objective.rules:
         if rule.measures:
             raise UserError(
-                f"{what} measures one depth after another, but {rule.asked} needs all of them, or "
-                "the main prediction's entropy, beforehand: leave one of the two out."
+                f"{what} measures one depth after another, but {rule.setting} needs all of them, "
+                "or the main prediction's entropy, beforehand: leave one of the two out."
             )
 
 
@@ -216,7 +216,9 @@ def add_gradients(
     shared = HeadWeight(model.head.weight)
     with torch.enable_grad(), _only(model, parameters):
         factors = [float(k in totals) for k in range(model.depth + 1)]
-        feed, targets = begin(model, objective, batch, factors=factors, counts=counts, key=key)
+        feed, targets = feed_and_targets(
+            model, objective, batch, factors=factors, counts=counts, key=key
+        )
         of_task = by_depth(objective.settle(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):

@@ -41,12 +41,12 @@ class Rule(ABC):
     """A rule.
 
     Attributes:
-        asked: the setting that selects it, for messages: ``objective.mask=entropy``.
+        setting: the setting that selects it, for messages: ``objective.mask=entropy``.
         of_drafts: whether it depends on every token up to a depth's, like drafts.
         measures: the measures that it needs.
     """
 
-    asked: str
+    setting: str
     of_drafts: ClassVar[bool] = True
     measures: tuple[Measure, ...] = ()
 

@@ -18,7 +18,7 @@ from mtp_lightning.objective.terms.tv import acceptance
 class ConfidenceRule(Rule):
     """``objective.confidence=true``: adds a term, and one that is only logged."""
 
-    asked = "objective.confidence=true"
+    setting = "objective.confidence=true"
 
     def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
         if stack.confidence is None:

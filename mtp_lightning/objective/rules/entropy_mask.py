@@ -54,7 +54,7 @@ class EntropyMask(Rule):
         UserError: tau is not a number, the quantile is outside of (0, 1), or both are given.
     """
 
-    asked = "objective.mask=entropy"
+    setting = "objective.mask=entropy"
     measures = (Entropy(),)
 
     def __init__(self, tau: float | None = None, quantile: float | None = None) -> None:

@@ -63,7 +63,7 @@ class ExpDecay(PositionWeights):
         decay: g, in depths.
     """
 
-    asked = "objective.weights=exp_decay"
+    setting = "objective.weights=exp_decay"
     of_drafts = False
 
     def __init__(self, decay: float = 4.0) -> None:
@@ -89,7 +89,7 @@ class Acceptance(PositionWeights):
         smoothing: a, the smallest acceptance ``s_k``.
     """
 
-    asked = "objective.weights=acceptance"
+    setting = "objective.weights=acceptance"
     measures = (TargetProb(),)
 
     def __init__(self, smoothing: float = 0.5) -> None:

@@ -155,11 +155,11 @@ class Term(ABC):
         state returns a copy of itself that holds that part."""
         return self
 
-    def rules(self, asked: str) -> Sequence[Rule]:
+    def rules(self, setting: str) -> Sequence[Rule]:
         """The rules that the term needs, by default none.
 
         Args:
-            asked: the setting that selects the term, for messages.
+            setting: the setting that selects the term, for messages.
         """
         return ()
 

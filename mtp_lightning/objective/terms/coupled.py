@@ -28,8 +28,8 @@ class Coupled(Term):
 
     needs_teacher = True
 
-    def rules(self, asked: str) -> Sequence[Rule]:
-        return [Coupling(self, asked)]
+    def rules(self, setting: str) -> Sequence[Rule]:
+        return [Coupling(self, setting)]
 
     @abstractmethod
     def accepted(self, chunk: Chunk) -> Tensor:
@@ -91,8 +91,8 @@ class Coupling(Rule):
     """Computes the losses and gradient scales of a coupled term from all depths together; targets
     of other terms stay as they are."""
 
-    def __init__(self, term: Coupled, asked: str) -> None:
-        self.term, self.asked = term, asked
+    def __init__(self, term: Coupled, setting: str) -> None:
+        self.term, self.setting = term, setting
         self.measures = (Accepted(term),)
 
     def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:

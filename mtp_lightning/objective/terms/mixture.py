@@ -38,8 +38,8 @@ class Mixture(Term):
                 "'objective.terms={ce: 0.1, tv: 0.9}'."
             )
         self._parts: dict[str, tuple[float, Term]] = {}
-        for word, asked in terms.items():
-            weight, term = _term(str(word), asked)
+        for word, given in terms.items():
+            weight, term = _term(str(word), given)
             for share, part in term.parts():
                 if part.name in self._parts:
                     raise UserError(
@@ -75,9 +75,9 @@ def _subclasses(kind: type[Term]) -> Iterator[type[Term]]:
         yield from _subclasses(sub)
 
 
-def _term(word: str, asked: Any) -> tuple[float, Term]:
+def _term(word: str, given: Any) -> tuple[float, Term]:
     """A term and its weight, from an entry of the config."""
-    settings = dict(asked) if isinstance(asked, Mapping) else {"weight": asked}
+    settings = dict(given) if isinstance(given, Mapping) else {"weight": given}
     weight = settings.pop("weight", None)
     weight = require_number(f"the weight of {word} in objective.terms", weight, above=0)
     own = settings.pop("term", None)
