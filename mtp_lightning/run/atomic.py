@@ -8,8 +8,9 @@ over the old file.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,5 +49,15 @@ def write_bytes(content: bytes, path: Path, *, shared: bool = False) -> None:
 
 
 def write_json(content: dict[str, Any], path: Path, *, shared: bool = False) -> None:
-    """Replace a file by indented JSON. NaN and infinity are written as Python's json reads them."""
-    write_bytes((json.dumps(content, indent=2) + "\n").encode(), path, shared=shared)
+    """Replace a file by indented JSON. NaN and infinity, which JSON does not have, are null in it."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False)
+    write_bytes(f"{text}\n".encode(), path, shared=shared)
+
+
+def _finite(node: Any) -> Any:
+    """Nested plain containers with None in place of numbers that are not finite."""
+    if isinstance(node, Mapping):
+        return {key: _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node

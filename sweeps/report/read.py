@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -206,7 +207,9 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
     if steps != wanted and "compare" not in summary and not summary.get("stopped_early"):
         run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
         return run
-    run.state, run.summary = "done", summary
+    # A log tag has a number: null stands for one that is not finite.
+    numbers = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
+    run.state, run.summary = "done", numbers
     return run
 
 

@@ -40,10 +40,12 @@ def test_several_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
         temporary.write_bytes(b"")
 
 
-def test_json_keeps_what_python_has(tmp_path: Path) -> None:
-    write_json({"a": math.inf, "b": [1, None], "c": "漢"}, tmp_path / "a.json")
+def test_json_is_standard(tmp_path: Path) -> None:
+    content = {"a": math.inf, "b": [1, None, math.nan], "c": "漢", "d": {"e": -0.5, "f": True}}
+    write_json(content, tmp_path / "a.json")
     text = (tmp_path / "a.json").read_text()
-    assert json.loads(text) == {"a": math.inf, "b": [1, None], "c": "漢"} and text.endswith("}\n")
+    assert json.loads(text) == {**content, "a": None, "b": [1, None, None]}
+    assert text.endswith("}\n") and "Infinity" not in text and "NaN" not in text
 
 
 def test_keys() -> None:

@@ -106,6 +106,16 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: object) -> None:
     assert difference.result is None and difference.adjusted is None
 
 
+def test_null_is_a_number_that_is_not_finite(tmp_path: Path) -> None:
+    """Runs write it, since JSON has no NaN; older runs have NaN."""
+    made = depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.0, 1.1)})
+    for seed in (0, 1):
+        file = made[1, seed] / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {LOSS: None}))
+    assert collected(tmp_path).all[1].estimate(LOSS).gap == "not a number in 2 of 2"
+    assert "mtp.depth=1: no mean of val/loss_depth_0: not a number in 2 of 2" in noted(tmp_path)
+
+
 def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> None:
     jobs = {f"seed-{i}": [f"mtp.depth={d}", f"seed={i}"] for i, d in enumerate([1, 1, 1, 1, 1, 2])}
     write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
