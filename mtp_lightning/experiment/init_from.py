@@ -9,7 +9,7 @@ model lacks are dropped; a log message lists both.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
 _BEGINNING_TOKENS = 8192
+# Keys of a stack that change how many modules it has or how they are trained, not their tensors.
+_TRAINING = ("depth", "init", "freeze_trunk", "detach")
 
 
 def with_model(found: Origin, config: DictConfig) -> Origin:
@@ -144,6 +146,7 @@ def start_from(
     old_modules = _modules(start.weights)
     own_modules = _modules(own)
     kept = [name for name in own_modules if same_stack and name in old_modules]
+    _check_shapes(start, wanted, own, kept)
     new = [name for name in own_modules if name not in kept]
     if wanted.mtp.init != "random" and not new:
         raise UserError(
@@ -188,6 +191,26 @@ def _check_meaning(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
             raise UserError(
                 f"init_from={path} was trained with mtp.{name}={before}, and its modules mean "
                 f"something else under mtp.{name}={now}: set mtp.{name}={before}."
+            )
+
+
+def _check_shapes(
+    start: StoredModel, wanted: ModelConfig, own: Mapping[str, torch.Tensor], kept: Sequence[str]
+) -> None:
+    """Refuse modules that a setting of the stack made of other tensors, with that setting."""
+    differences = describe_differences(
+        start.config.to_dict()["mtp"], wanted.to_dict()["mtp"], ignore=_TRAINING
+    )
+    for module in kept:
+        held, needed = (
+            {name: tensor.shape for name, tensor in weights.items() if _module(name) == module}
+            for weights in (start.weights, own)
+        )
+        if held != needed and differences:
+            told = "; ".join(f"mtp.{difference}" for difference in differences)
+            raise UserError(
+                f"init_from={start.path} has {module} of another form than this run ({told}): "
+                "set these keys as it was trained with."
             )
 
 

@@ -120,6 +120,11 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
         start_from(model, start_of(tiny_trunk, depth=1, concat="hidden_first"))
     with pytest.raises(ValueError, match=r"with mtp.blocks=2, .*: set mtp.blocks=2"):
         start_from(model, start_of(tiny_trunk, depth=1, blocks=2))
+    markov = start_of(tiny_trunk, variant="parallel", depth=1, correction="markov")
+    hydra = fresh(tiny_trunk, "parallel", depth=2, correction="mlp", freeze_trunk=True)
+    told = r"mtp.corrections.0 of another form than this run \(mtp.correction: markov -> mlp\): set"
+    with pytest.raises(ValueError, match=told):
+        start_from(hydra, markov)
     good = start_of(tiny_trunk, depth=1)
     for name, change, message in (
         ("mtp.depths.0.norm.weight", None, "mtp.depths.0.norm.weight is missing"),
