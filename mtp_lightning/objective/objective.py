@@ -105,7 +105,7 @@ class Objective:
     @property
     def setting(self) -> str:
         """The setting that selects its term, for messages."""
-        return f"objective={self.term.name}"
+        return self.term.setting
 
     def for_model(self, model: MTPModel) -> Objective:
         """The objective with the additional terms that train a part of ``model``.

@@ -94,6 +94,7 @@ objective=kl objective.temperature=0 => objective.temperature must be a number
 objective=mix => objective.terms names no term
 objective=mix objective.terms={cee:1} => has cee, which is unknown
 objective=mix objective.terms={feature:1} => does not train what
+mtp=top mtp.depth=1 objective=anchor => objective.terms={ce, anchor} is for depths that predict
 objective=e2e_tv mtp.depth=0 => objective=e2e_tv has nothing to act on
 objective.weights=exp_decay mtp.depth=0 => has nothing to act on at mtp.depth
 objective.confidence=true mtp.depth=0 => confidence=true has nothing to act on

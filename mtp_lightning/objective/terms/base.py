@@ -155,6 +155,11 @@ class Term(ABC):
         state returns a copy of itself that holds that part."""
         return self
 
+    @property
+    def setting(self) -> str:
+        """The setting that selects the term, for messages."""
+        return f"objective={self.name}"
+
     def rules(self, setting: str) -> Sequence[Rule]:
         """The rules that the term needs, by default none.
 

@@ -38,6 +38,7 @@ class Mixture(Term):
                 "'objective.terms={ce: 0.1, tv: 0.9}'."
             )
         self._parts: dict[str, tuple[float, Term]] = {}
+        self._words = ", ".join(map(str, terms))
         for word, given in terms.items():
             weight, term = _term(str(word), given)
             for share, part in term.parts():
@@ -48,9 +49,13 @@ class Mixture(Term):
                 self._parts[part.name] = weight * share, part
         if all(part.of_state for _, part in self._parts.values()):
             raise UserError(
-                f"objective.terms={{{', '.join(map(str, terms))}}} does not train what the depths "
-                "predict: add a term that does, such as ce or kl."
+                f"{self.setting} does not train what the depths predict: add a term that does, such "
+                "as ce or kl."
             )
+
+    @property
+    def setting(self) -> str:
+        return f"objective.terms={{{self._words}}}"  # objective=anchor is a mixture, too
 
     def parts(self) -> Iterator[tuple[float, Term]]:
         yield from self._parts.values()
