@@ -60,10 +60,10 @@ class Option:
 
     @property
     def brief(self) -> str:
-        """The first sentence of the comment."""
+        """The first sentence of the comment, with its mark if it is a question."""
         text = " ".join(self.says.split())
-        found = re.match(r".*?(?<! al)[.:;](?= |$)", text)
-        return (found.group()[:-1] if found else text).strip()
+        found = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
+        return (found.group() if found else text).rstrip(".:; ")
 
 
 def included(option: Option, files: Mapping[str, Option]) -> list[Option]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.callbacks.progress import StepProgressBar
-from mtp_lightning.command_line.explained import Key, groups, help_for, read_option
+from mtp_lightning.command_line.explained import Key, Option, groups, help_for, read_option
 from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.paths import CONF
 from tests.integration.helpers import ROOT, execute
@@ -33,6 +33,18 @@ def test_a_files_comments(tmp_path: Path) -> None:
         Key("second.fourth", "[1, 2]", ""),
         Key("fifth", "${data}", "kept"),
     )
+
+
+@pytest.mark.parametrize(
+    ("says", "brief"),
+    [
+        ("What is it?\n  a command\n\nMore.", "What is it?"),
+        ("1 .. D depths, in stages. More.", "1 .. D depths, in stages"),
+        ("By Liu et al. 2019: more.", "By Liu et al. 2019"),
+    ],
+)
+def test_the_first_sentence_of_a_comment(says: str, brief: str) -> None:
+    assert Option("group", "name", says, (), {}).brief == brief
 
 
 def test_every_option_is_told() -> None:
