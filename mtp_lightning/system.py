@@ -1,4 +1,5 @@
-"""What operating systems do differently: syncing files, ending with the parent, counting cores."""
+"""What operating systems do differently (syncing files, ending with the parent, counting cores), and
+the machine in words."""
 
 from __future__ import annotations
 
@@ -19,6 +20,11 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 # Environment variable: the number of the process that started this one, which ends with it.
 STARTER = "MTP_LIGHTNING_STARTED_BY"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+def this_machine() -> str:
+    """This machine in the few words that a run's summary keeps."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
 
 
 def sync_file(path: Path) -> None:

@@ -49,7 +49,7 @@ def write_bytes(content: bytes, path: Path, *, shared: bool = False) -> None:
 
 
 def write_json(content: dict[str, Any], path: Path, *, shared: bool = False) -> None:
-    """Replace a file by indented JSON. NaN and infinity, which JSON does not have, are null in it."""
+    """Replace a file by indented JSON, where NaN and infinity are null, since JSON has neither."""
     text = json.dumps(_finite(content), indent=2, allow_nan=False)
     write_bytes(f"{text}\n".encode(), path, shared=shared)
 

@@ -13,6 +13,7 @@ from typing import Any
 from mtp_lightning.command_line.shell import program
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
+from mtp_lightning.system import this_machine
 
 # The rows of the short table: name, key, format and meaning.
 _ANSWER = (
@@ -58,7 +59,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "cpu_kernels": ops.code()[0],
         "git_commit": _git_commit(),
     }

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import heapq
 import importlib.util
-import os
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of, lies_in
+from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
@@ -72,11 +71,6 @@ class Left:
         return ", ".join(f"{n} {source}" for source, n in counts.items())
 
 
-def this_machine() -> str:
-    """This machine in the words that runs use."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-
-
 def left_of(
     claims: Sequence[Claim],
     runs: Path,
@@ -97,6 +91,7 @@ def left_of(
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
     local = [seed for seed in finished if seed.machine == this_machine()]
     here, measured = (local, MEASURED) if local else (finished, ELSEWHERE)
+    counts = {id(seed) for seed in here}
     rates = [
         s.costs["flops"] / (minutes_of(s) * 60)
         for s in here
@@ -111,7 +106,7 @@ def left_of(
             (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
         ]
         known = {
-            arm: [minutes_of(s) for s in of.values() if s.done and s in here]
+            arm: [minutes_of(s) for s in of.values() if id(s) in counts]
             for arm, of in arms.items()
         }
         composed: dict[tuple[str, int], ClaimJob] = {}

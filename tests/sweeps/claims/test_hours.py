@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import decide
 from sweeps.claims.enough import seeds_enough
@@ -24,7 +25,6 @@ from sweeps.claims.hours import (
     flops_of,
     left_of,
     makespan,
-    this_machine,
 )
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
