@@ -27,7 +27,7 @@ from mtp_lightning.command_line.shell import Parser, readable_errors, require_pa
 from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
-from mtp_lightning.run.metrics import read_metrics
+from mtp_lightning.run.metrics import read_metrics, read_newest
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, settle
 from sweeps.devices import typed_devices
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 STUDY_FILE = "study.db"
 LOSS = "val/loss_depth_0"  # that every validation logs
+_TAIL = 1 << 16  # bytes at the end of metrics.csv, some hundred rows: the last validation is there
 
 
 class Search:
@@ -85,6 +86,8 @@ class Search:
         self._plan = Plan(folder)
         self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
         self._pruned: set[Path] = set()
+        self._known = False  # whether a validation has logged the metric
+        self._looked: dict[Path, int] = {}  # the step of the newest validation that was reported
 
     def tasks(self) -> Iterator[Task]:
         """Trials, each requested when there is room for it; interrupted ones come first."""
@@ -101,14 +104,16 @@ class Search:
 
     def watch(self, task: Task) -> str | None:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
+        file = task.folder / METRICS_FILE
+        self._known = self._known or self._logged_by_first(file)
+        # Only the end of a file that grows is read at every look.
+        newest = read_newest(file, self.metric, tail=_TAIL) if self._known else None
+        if newest is None or newest[0] == self._looked.get(task.folder):
+            return None
+        self._looked[task.folder] = newest[0]
         trial = self._trials[task.folder][0]
         reported = self.study.trials[trial.number].intermediate_values
-        file = task.folder / METRICS_FILE
-        rows = [row for row in read_metrics(file) if LOSS in row] if file.is_file() else []
-        known = sorted(tag for tag in rows[0] if not tag.startswith("train/")) if rows else []
-        if rows and self.metric not in known:
-            said = f"--metric {self.metric} was not logged by the first validation"
-            raise UserError(f"{said}: {suggestion(self.metric, known)}")
+        rows = [row for row in read_metrics(file) if LOSS in row]
         for row in rows:
             step, value = int(row["step"]), row.get(self.metric, math.nan)
             if step in reported or not math.isfinite(value):
@@ -119,11 +124,30 @@ class Search:
                 return f"pruned: {self.metric} {value:.4f} at step {step} is above the median"
         return None
 
+    def _logged_by_first(self, file: Path, *, ended: bool = False) -> bool:
+        """Whether the first validation has logged the metric; False while it may still do so.
+
+        Raises:
+            UserError: it has not, although the run went on.
+        """
+        rows = read_metrics(file) if file.is_file() else []
+        at = next((i for i, row in enumerate(rows) if LOSS in row), None)
+        if at is None:
+            return False
+        known = sorted(tag for tag in rows[at] if not tag.startswith("train/"))
+        # Callbacks add to the row of a validation after its loss.
+        if self.metric not in known and (ended or at < len(rows) - 1):
+            said = f"--metric {self.metric} was not logged by the first validation"
+            raise UserError(f"{said}: {suggestion(self.metric, known)}")
+        return self.metric in known
+
     def ended(self, task: Task) -> None:
         """Reports a trial's result to the study; an interrupted trial stays open."""
         from optuna.trial import TrialState
 
         state = state_of(task.folder)
+        if state == "done" and not self._known:
+            self._known = self._logged_by_first(task.folder / METRICS_FILE, ended=True)
         for trial in self._trials.pop(task.folder):
             value = _result(task.folder, self.metric) if state == "done" else math.nan
             if math.isfinite(value):

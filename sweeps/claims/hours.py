@@ -106,8 +106,7 @@ def left_of(
             (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
         ]
         known = {
-            arm: [minutes_of(s) for s in of.values() if id(s) in counts]
-            for arm, of in arms.items()
+            arm: [minutes_of(s) for s in of.values() if id(s) in counts] for arm, of in arms.items()
         }
         composed: dict[tuple[str, int], ClaimJob] = {}
         if count_flops and not all(known[arm] for arm, _ in pending):

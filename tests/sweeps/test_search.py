@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from mtp_lightning.run.metrics import MetricsFile, read_metrics
 from mtp_lightning.run.status import read_status
 from sweeps import plan as plan_module
 from sweeps import search as search_module
@@ -108,6 +110,28 @@ def test_a_metric_that_no_validation_logs_stops_the_search(
     assert f"--metric {metric} was not logged by the first validation" in error and meant in error
     assert len(study(folder).trials) == 1
     assert run(folder, slow, "--trials", "1") == 0, "the same folder, with the right one"
+
+
+def test_looks_at_the_end_of_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {"space": {}, "fixed": [], "n_trials": 1, "warmup": None, "seed": 0}
+    search = search_module.Search(tmp_path, metric="val/excess_loss", **told)
+    task: Any = SimpleNamespace(folder=tmp_path / "job")
+    trial = search.study.ask()
+    search._trials[task.folder] = [trial]
+    csv = MetricsFile(task.folder / "metrics.csv")
+    csv.write({METRIC: 2.0}, 5)
+    assert search.watch(task) is None, "a callback adds its number to the row later"
+    csv.write({"val/excess_loss": 1.0}, 5)
+    assert search.watch(task) is None
+    whole = []
+    monkeypatch.setattr(search_module, "read_metrics", lambda f: whole.append(f) or read_metrics(f))
+    for step in (6, 7, 8):
+        csv.write({"train/loss": 1.0}, step)
+        search.watch(task)
+    assert whole == []
+    csv.write({METRIC: 2.0, "val/excess_loss": 0.5}, 10)
+    search.watch(task)
+    assert search.study.trials[trial.number].intermediate_values == {5: 1.0, 10: 0.5}
 
 
 def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
