@@ -385,7 +385,8 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     for callback in run_callbacks(trainer):
         if callback.takes_gradients:
             processes.require_whole_gradients(cfg.trainer, callback.takes_gradients)
-    if trainer.limit_val_batches != 1.0:
+    # 1.0 is the share of all batches, but the whole number 1 is a single batch.
+    if isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches != 1.0:
         raise UserError(
             f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "
             "evaluation text: leave it (and what sets it, fast_dev_run and overfit_batches) out, "

@@ -62,6 +62,8 @@ data.val_fraction=1e-12 data.source.documents=100 =>
     validation split has no document | data.val_fraction
 data.eval_bytes=0 => data.eval_bytes | at least 1, not 0
 +trainer.limit_val_batches=3 => trainer.limit_val_batches=3 | data.eval_bytes
++trainer.limit_val_batches=1 => trainer.limit_val_batches=1 | data.eval_bytes
++trainer.fast_dev_run=true => trainer.limit_val_batches=1 | fast_dev_run
 optimizer.schedule.kind=square => square | cosine
 data.batch_size=64 trainer.accumulate_grad_batches=100 =>
     6400 | data.batch_size | accumulate_grad_batches
