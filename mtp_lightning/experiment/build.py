@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
@@ -379,8 +380,11 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             ],
             plugins=plugins,
         )
-    except TypeError as error:
-        raise UserError(f"The trainer group has a key that Lightning refuses: {error}.") from error
+    except (TypeError, MisconfigurationException) as error:
+        told = str(error).rstrip(".")
+        raise UserError(
+            f"The trainer group has a key that Lightning refuses: {told}: leave it out."
+        ) from error
     stop_together(trainer)
     for callback in run_callbacks(trainer):
         if callback.takes_gradients:

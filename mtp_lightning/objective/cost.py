@@ -90,8 +90,10 @@ def counted_flops() -> Iterator[FlopCount]:
     Raises:
         UserError: on the ``meta`` device, a layer reads a tensor's values.
     """
+    # trainer.detect_anomaly reads the values of every gradient, and meta tensors have none.
+    anomalies = torch.autograd.set_detect_anomaly(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
+        with anomalies, sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
             yield count
     except RuntimeError as error:
         if "meta" not in str(error).lower():

@@ -64,6 +64,7 @@ data.eval_bytes=0 => data.eval_bytes | at least 1, not 0
 +trainer.limit_val_batches=3 => trainer.limit_val_batches=3 | data.eval_bytes
 +trainer.limit_val_batches=1 => trainer.limit_val_batches=1 | data.eval_bytes
 +trainer.fast_dev_run=true => trainer.limit_val_batches=1 | fast_dev_run
++trainer.enable_checkpointing=false => refuses | enable_checkpointing=False | leave it out
 optimizer.schedule.kind=square => square | cosine
 data.batch_size=64 trainer.accumulate_grad_batches=100 =>
     6400 | data.batch_size | accumulate_grad_batches

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from mtp_lightning.errors import UserError
@@ -136,6 +137,13 @@ def test_flops_of_a_forward_pass() -> None:
     blocks = sum(closed_forms.block(trunk, T, layer)[1] for layer in range(trunk.n_layers))
     own, _ = closed_forms.stack_flops(config, T, [1, 2])
     assert forward_flops(config, T) == T * (blocks + own + 3 * 2 * trunk.d_model * trunk.vocab_size)
+
+
+def test_a_count_goes_on_while_gradients_are_watched_for_anomalies() -> None:
+    config = ModelConfig(trunk=trunk_of("dense"), mtp=MTPConfig.find("joint")(depth=2))
+    with torch.autograd.set_detect_anomaly(True):
+        assert StepCost(config).per_token(T) == closed_forms.training(config, T, [1, 2])
+        assert torch.is_anomaly_enabled()
 
 
 def test_a_kind_of_step_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
