@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from mtp_lightning.command_line.misspelt import sentence
+from mtp_lightning.command_line.misspelt import not_a_name, sentence
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
@@ -67,6 +67,10 @@ class Composer:
             self._loader._apply_overrides_to_config(values, composed)
         except HydraException as error:
             raise UserError(sentence(error)) from error
+        except ValueError as error:
+            if told := not_a_name(error, overrides):
+                raise UserError(told) from error
+            raise
         return composed
 
     def _parse(self, text: str) -> tuple[Override, bool]:

@@ -173,6 +173,12 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         raise UserError(sentence(error)) from error
+    except ValueError as error:
+        from mtp_lightning.command_line.misspelt import not_a_name
+
+        if told := not_a_name(error, arguments):
+            raise UserError(told) from error
+        raise
     finally:
         utils.run_and_report, Hydra.get_mode = before  # type: ignore[method-assign]
 

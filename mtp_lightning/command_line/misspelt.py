@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from mtp_lightning.errors import nearest, suggestion
 
 # Files that options include, and that are not options themselves.
 _PARTS = ("base", "task", "deepseek_base")
+# What Hydra does not read as a word.
+_NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
 
 
 def sentence(error: Exception) -> str:
@@ -50,6 +52,21 @@ def sentence(error: Exception) -> str:
             f"'{found[2]}=[{found[3]}]'."
         )
     return _first(error if cause is None else cause, said)
+
+
+def not_a_name(error: ValueError, overrides: Iterable[str]) -> str:
+    """The sentence that refuses a group's value that is no word (``mtp=null``), for which Hydra
+    raises an error without the override; empty for another error."""
+    if not str(error).startswith("Config group override must be"):
+        return ""
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        if group in groups() and any(_NO_WORD.fullmatch(part) for part in value.split(",")):
+            return (
+                f"{override} is not the name of an option: choose one of --help {group}, or leave "
+                f"{group}= out."
+            )
+    return ""
 
 
 def _last_known(name: str, node: Any) -> tuple[str, list[str]]:
