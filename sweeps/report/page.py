@@ -164,8 +164,15 @@ def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 
 def _told(run: Run) -> dict[str, str]:
-    """A run's config as it would be typed, without paths."""
-    return {k: show(v) for k, v in run.config.items() if not lies_in(k, (*PLACES, "stack"))}
+    """A run's config as it would be typed, without paths: those of the run's own files follow from
+    its folder."""
+    home = run.config.get("paths.output_dir") or run.folder
+    return {
+        k: show(v)
+        for k, v in run.config.items()
+        if not lies_in(k, (*PLACES, "stack"))
+        and not (isinstance(v, str) and Path(v).is_relative_to(home))
+    }
 
 
 def differences(folders: Sequence[str | Path]) -> list[str]:

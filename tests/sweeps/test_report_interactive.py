@@ -86,6 +86,7 @@ def test_configs_are_compared(
     )
     assert len(data["configs"]) == 9
     for name, changes in (("a", {"mtp.depth": 1}), ("b", {"mtp.depth": 2, "x": "<b>"})):
+        changes["logger.csv.folder"] = str(tmp_path / name)  # as every run has it
         write_run(tmp_path / name, {"seed": 0, "run_dir": name, **changes}, loss=2.0)
     main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")])
     assert capsys.readouterr().out == "data.depth: 1 | 2\nmtp.depth: 1 | 2\nx: – | <b>\n"
