@@ -119,7 +119,13 @@ def recall_data(config: DictConfig, origin: Origin) -> DictConfig:
 
 
 def begin_module(
-    module: MTPModule, data: WindowDataModule, origin: Origin, stored: DictConfig, folder: Path
+    module: MTPModule,
+    data: WindowDataModule,
+    origin: Origin,
+    stored: DictConfig,
+    folder: Path,
+    *,
+    steps: int,
 ) -> int | None:
     """Load the weights of ``init_from`` into a module, or check that the checkpoint fits it.
 
@@ -127,6 +133,7 @@ def begin_module(
         module: with fresh weights.
         data: the run's data, on which ``mtp.init=last_block`` measures the trunk.
         stored: the config that checkpoints hold.
+        steps: optimizer steps of the run, which ``compare.match`` may have changed.
 
     Returns:
         The optimizer step of the checkpoint, whose weights Lightning loads later; None without a
@@ -148,7 +155,7 @@ def begin_module(
             )
             if changed:
                 log.warning("Continuing with changed settings: %s.", "; ".join(changed))
-            over = step >= stored.trainer.max_steps
+            over = step >= steps
             done = "%s has all its %d steps: evaluating it again."
             log.info(done if over else "Continuing %s from step %d.", folder, step)
         return step

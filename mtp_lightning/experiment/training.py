@@ -128,7 +128,8 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
     config, matched = match_reference(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)
-    step = begin_module(module, data, origin, stored, folder)
+    steps = config.trainer.max_steps
+    step = begin_module(module, data, origin, stored, folder, steps=steps)
     if data.cache_states:
         from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states

@@ -82,8 +82,9 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     data = summary.get("data", {}).get("val", {})
     if "documents" in (text := summary.get("evaluation", {})):
         held = f"{text['bytes']:,} bytes, " if "bytes" in text else ""
+        documents = "1 document" if (n := text["documents"]) == 1 else f"{n:,} documents"
         print(
-            f"evaluated     {text['documents']} documents, {held}"
+            f"evaluated     {documents}, {held}"
             f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
         )
     if "gzip_bits_per_byte" in text:
