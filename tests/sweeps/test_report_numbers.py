@@ -41,6 +41,25 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     assert f"{speed}, at 2.00 ± 0.00 tokens" in text
 
 
+@pytest.mark.parametrize(
+    ("speeds", "told"),
+    [
+        ((1.25, 1.26), "verify pass.\n"),
+        ((1.0, 1.3), "The interval contains 1: neither a gain nor a loss is shown.\n"),
+        ((0.6, 0.9), "The interval contains 1: neither a gain nor a loss is shown.\n"),
+        ((0.8, 0.81), "verify pass: no gain.\n"),
+        ((0.9,), "verify pass: no gain.\n"),
+    ],
+)
+def test_a_speed_is_judged_by_its_interval(
+    tmp_path: Path, speeds: tuple[float, ...], told: str
+) -> None:
+    for seed, speed in enumerate(speeds):
+        decoded = {"decode/tokens_per_step": 1.5, "decode/speedup": speed}
+        write_run(tmp_path / str(seed), {"seed": seed, "mtp.depth": 1}, summary=decoded)
+    assert told in answered(collected(tmp_path)) + "\n"
+
+
 def test_no_gain_is_called_none(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (2.05, 2.0)})
     settings = collected(tmp_path)
