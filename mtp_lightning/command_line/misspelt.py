@@ -118,7 +118,7 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     meant = f"{prefix}{near}" if near else _elsewhere(key)
     group = _group_of(name)
     hint = f"--help {group}" if group else "--help"
-    if meant:
+    if meant and meant != name:  # another program's
         return f"{name} is not a key: did you mean {meant}? ({hint})"
     if parent and told:
         return f"{name} is not a key: choose one of {', '.join(sorted(told))}. ({hint})"

@@ -203,8 +203,10 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
     output = _value(config, "output")
     if app == "config":
         _require_folder("run_dir", Path(folder))
-    elif app == "evaluate" and output is not None and Path(output).is_dir():
-        raise UserError(f"output={output} is a folder: give a file for the metrics.")
+    elif app == "evaluate" and output is not None:
+        if Path(output).is_dir():
+            raise UserError(f"output={output} is a folder: give a file for the metrics.")
+        _require_folder("output", Path(output).parent)
     elif app == "export" and output not in (None, "???"):
         folder_of = Path(output).parent if output.endswith(".gguf") else Path(output)
         _require_folder("output", folder_of)

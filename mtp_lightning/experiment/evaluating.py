@@ -109,6 +109,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     }
     print_summary(metrics, depth=run.model.depth)
     if cfg.output is not None:
+        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(metrics, Path(cfg.output))
     return metrics
 

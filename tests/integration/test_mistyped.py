@@ -75,6 +75,7 @@ train.py data.paths=x => data.paths is a key of data=text: add that
 train.py experiment=smollm2_heads optimizer=muon => optimizer=adamw: add that, or ~optimizer.lr
 train.py ~callbacks.progres => ~callbacks.progres deletes nothing | --cfg job
 evaluate.py checkpoit=x  [*] => did you mean checkpoint?
+evaluate.py checkpoint=x seed=1 => seed is not a key: --help names
 evaluate.py decode.prompts=3 => decode.prompts is not a key | decode.n_prompts
 generate.py promt=hello  [*] => promt is not a key: did you mean prompt?
 serve.py prt=80  [*] => prt is not a key: did you mean port?
@@ -147,6 +148,7 @@ generate.py checkpoint=FOLDER prompts=FOLDER => prompts=FOLDER is a folder: give
 generate.py checkpoint=FOLDER prompts=FOLDER/latin1 => FOLDER/latin1 is not UTF-8 | convert
 generate.py checkpoint=FOLDER 'prompt=caf\udce9' => prompt is not UTF-8 | 0xe9 | convert
 evaluate.py checkpoint=FOLDER output=FOLDER => output=FOLDER is a folder: give a file
+evaluate.py checkpoint=FOLDER output=FOLDER/file/x.json => FOLDER/file is a file: take another
 export.py checkpoint=FOLDER output=FOLDER => output=FOLDER is not empty: choose another
 export.py checkpoint=FOLDER output=FOLDER/file => output=FOLDER/file | take another
 evaluate.py checkpoint=FOLDER/file  [15 s] => FOLDER/file is damaged | use another
