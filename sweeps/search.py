@@ -128,7 +128,7 @@ class Search:
         """Whether the first validation has logged the metric; False while it may still do so.
 
         Raises:
-            UserError: it has not, although the run went on.
+            UserError: it has not, although the run continued.
         """
         rows = read_metrics(file) if file.is_file() else []
         at = next((i for i, row in enumerate(rows) if LOSS in row), None)

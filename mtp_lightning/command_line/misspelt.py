@@ -55,7 +55,7 @@ def sentence(error: Exception) -> str:
 
 
 def not_a_name(error: ValueError, overrides: Iterable[str]) -> str:
-    """The sentence that refuses a group's value that is no word (``mtp=null``), for which Hydra
+    """The sentence that refuses a group's value that is not a word (``mtp=null``), for which Hydra
     raises an error without the override; empty for another error."""
     if not str(error).startswith("Config group override must be"):
         return ""

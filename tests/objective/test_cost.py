@@ -139,7 +139,7 @@ def test_flops_of_a_forward_pass() -> None:
     assert forward_flops(config, T) == T * (blocks + own + 3 * 2 * trunk.d_model * trunk.vocab_size)
 
 
-def test_a_count_goes_on_while_gradients_are_watched_for_anomalies() -> None:
+def test_a_count_works_while_gradients_are_watched_for_anomalies() -> None:
     config = ModelConfig(trunk=trunk_of("dense"), mtp=MTPConfig.find("joint")(depth=2))
     with torch.autograd.set_detect_anomaly(True):
         assert StepCost(config).per_token(T) == closed_forms.training(config, T, [1, 2])
