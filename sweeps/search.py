@@ -217,9 +217,11 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruners = optuna.pruners
+    storage = f"sqlite:///{folder / STUDY_FILE}"
+    held = optuna.get_all_study_names(storage)  # by the folder's name when the search began
     study = optuna.create_study(
-        storage=f"sqlite:///{folder / STUDY_FILE}",
-        study_name=folder.name,
+        storage=storage,
+        study_name=held[0] if held else folder.name,
         load_if_exists=True,
         pruner=pruners.NopPruner() if warmup is None else pruners.MedianPruner(5, warmup),
     )

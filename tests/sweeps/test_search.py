@@ -245,6 +245,15 @@ def fails(capsys: pytest.CaptureFixture[str], call: Callable[[], int]) -> str:
     return capsys.readouterr().err
 
 
+def test_a_moved_folder_keeps_its_search(tmp_path: Path, fake_runs: None) -> None:
+    run(tmp_path / "search", "--trials", "1")
+    (tmp_path / "search").rename(tmp_path / "moved")
+    assert run(tmp_path / "moved", "--trials", "2") == 0
+    (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'moved' / 'study.db'}")
+    assert name == "search"
+    assert run(tmp_path / "moved", "seed=1", "--trials", "3") == 1, "it is another search"
+
+
 def test_another_search_in_the_folder_is_refused(
     tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
