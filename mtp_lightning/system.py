@@ -1,5 +1,5 @@
-"""What operating systems do differently (syncing files, ending with the parent, counting cores), and
-the machine in words."""
+"""What operating systems do differently (syncing files, ending with the parent, counting cores),
+and the machine in words."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class Mixture(Term):
                 self._parts[part.name] = weight * share, part
         if all(part.of_state for _, part in self._parts.values()):
             raise UserError(
-                f"{self.setting} does not train what the depths predict: add a term that does, such "
-                "as ce or kl."
+                f"{self.setting} does not train what the depths predict: add a term that does, "
+                "such as ce or kl."
             )
 
     @property
