@@ -32,8 +32,17 @@ log = logging.getLogger(__name__)
 _FREQUENCIES = "rope_freqs.weight"
 # Types of tensors whose numbers float32 holds exactly.
 _EXACT = ("F32", "F16", "BF16")
-# Files, with their times of modification, whose dequantization this process has logged.
+# Files, with their times of modification, whose dequantization this process does not log (again).
 _SAID: set[tuple[Path, int]] = set()
+
+
+def keep_quiet(path: Path) -> None:
+    """Do not log the dequantization of a file: this process has written it to check it."""
+    _SAID.add(_state(path))
+
+
+def _state(path: Path) -> tuple[Path, int]:
+    return path, path.stat().st_mtime_ns
 
 
 def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
@@ -46,9 +55,8 @@ def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[
     _refuse_stretched(path, header)
     fields, layout = _described(path, header)
     held = Counter(tensor.kind.name for tensor in header.tensors.values())
-    state = path, path.stat().st_mtime_ns
-    if held.keys() - _EXACT and state not in _SAID:
-        _SAID.add(state)
+    if held.keys() - _EXACT and _state(path) not in _SAID:
+        keep_quiet(path)
         kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
         log.warning(
             "%s is dequantized to float32 (tensors: %s): from here on the model has these rounded "

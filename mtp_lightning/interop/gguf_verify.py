@@ -33,6 +33,7 @@ def check_file(
         CheckFailed: a tensor or the tokenizer is not the model's, or llama.cpp computes something
             else.
     """
+    gguf_file.keep_quiet(file)
     yield check_tensors(file, model, written, dtype)
     back = open_model(file)
     text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))

@@ -348,7 +348,11 @@ def test_tokenizers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "q8_0"])
 def test_the_command(
-    finished: Path, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    dtype: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = {"checkpoint": finished, "output": tmp_path / "mine.gguf", "dtype": dtype}
     folders.export_run(**asked)
@@ -357,6 +361,7 @@ def test_the_command(
                  "tensors differ", "read back, are the model's", "ids for a text"):  # fmt: skip
         assert line in shown
     assert shown.endswith("verified\n") and "llama.cpp" in shown
+    assert "is dequantized" not in caplog.text  # the file under its temporary name, for the check
     assert {file.name for file in tmp_path.iterdir()} == {"mine.gguf", "mine.md"}
     text = (tmp_path / "mine.md").read_text()
     assert "module 2 is left out" in text and "after 10 optimizer steps" in text
