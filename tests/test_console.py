@@ -39,7 +39,7 @@ def test_help_lists_the_commands_at_once(arguments: tuple[str, ...]) -> None:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("train",)])
+@pytest.mark.parametrize("arguments", [(), ("train",), ("doctor",), ("doctor", "graft")])
 def test_the_version(arguments: tuple[str, ...]) -> None:
     done = console(*arguments, "--version")
     assert done.returncode == 0, done.stderr

@@ -55,11 +55,25 @@ def require_package(name: str, *, what: str, extra: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser for a tool's options, whose errors have one line like those of the apps."""
+    """A parser for a tool's options, with the apps' ``--version`` and errors of one line."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.add_argument(
+            "--version", action=_ShowVersion, nargs=0, help="show the version and exit"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print the error, and exit with code 2."""
         self.exit(2, f"error: {printable(message)}. ({self.prog} --help)\n")
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when it is asked for, which takes milliseconds."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(version())
+        parser.exit()
 
 
 class Stopped(KeyboardInterrupt):
