@@ -134,7 +134,7 @@ def read(
                 "belongs to another model."
             )
     copy = tensors.pop("embed_tokens.weight", None)
-    if copy is not None and (embedding is None or not equal(copy, embedding)):
+    if copy is not None and (embedding is None or not equal(copy.read(), embedding.read())):
         raise UserError(f"{source} has an embedding of its own: only the trunk's can be used.")
     tensors.pop("t2d", None)
     offsets = tensors.pop("d2t", None)

@@ -88,14 +88,14 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, Part]) -> list[Modul
                 tensor = parts[name].read() if name in parts else None
                 state = modules[depth][name] = _state(name, tensor, shape, config.trunk)
                 comparable = state == "trained" and len(shape) > 1 and twin in parts
-                if comparable and equal(parts[name], parts[twin]):
+                if comparable and tensor is not None and equal(tensor, parts[twin].read()):
                     copied_blocks[depth].append(name)
         elif place.copy and not place.parts[0][0].startswith("lm_head"):
             # Copies of embedding and head may be left out.
             name, _ = place.parts[0]
             own = parts.get(_source(place.own, parts))
             depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
-            if name in parts and own is not None and not equal(parts[name], own):
+            if name in parts and own is not None and not equal(parts[name].read(), own.read()):
                 modules[depth][name] = "different"
     for depth, names in copied_blocks.items():
         block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]

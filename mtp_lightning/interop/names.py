@@ -231,7 +231,7 @@ def from_folder(
         if place.copy:
             own = single.setdefault(place.own, single[_EMBEDDING])  # a tied head
             weights.setdefault(place.own, weights[_EMBEDDING])
-            if parts and not equal(parts[0], own):
+            if parts and not equal(parts[0].read(), own.read()):
                 raise UserError(
                     f"{place.parts[0][0]} in {source} differs from the trunk's, but every "
                     "prediction shares the trunk's embedding and head here."

@@ -13,7 +13,9 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.apps import doctor as apps_doctor
 from mtp_lightning.interop import agreement, doctor
-from mtp_lightning.interop.inventory import has_initial_size, is_fresh
+from mtp_lightning.interop.inventory import has_initial_size, is_fresh, take_inventory
+from mtp_lightning.interop.reading import contents
+from mtp_lightning.interop.tensor_files import FilePart
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -193,6 +195,22 @@ def test_the_command_and_its_exit_codes(
             apps_doctor.main([str(folder)])
         assert stop.value.code == code
     assert "not sound" in capsys.readouterr().out
+
+
+def test_the_inventory_reads_a_modules_tensors_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deepseek.build(folders.dense(tie_embeddings=False), depth=1)
+    folders.write(tmp_path, model)
+    _, parts = contents(tmp_path)
+    reads: list[str] = []
+    read = FilePart.read
+    monkeypatch.setattr(FilePart, "read", lambda part: reads.append(part.name) or read(part))
+    take_inventory(model.config, parts)
+    layer = f"model.layers.{model.config.trunk.n_layers}."
+    assert sorted(n for n in reads if n.startswith(layer)) == sorted(
+        name for name in parts if name.startswith(layer)
+    )
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (576, 1152)])
