@@ -84,6 +84,11 @@ def main(argv: list[str], *, program: str) -> None:
     with readable_errors():
         require_inputs(args, args.base, args.tuned)
         require_number("--hours", args.hours, least=0)
+        unused = [*args.overrides, *(["--text"] if args.text else [])]
+        if unused and not args.hours:
+            raise UserError(
+                f"--hours=0 trains nothing: leave out {' '.join(unused)}, or give hours."
+            )
         if args.new_tokens < 8:
             raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
         output = output_of(args, args.tuned, "graft")

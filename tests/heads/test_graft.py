@@ -110,6 +110,9 @@ def test_models_that_do_not_fit(base: Path, tmp_path: Path, refused: Refused) ->
     assert "has no MTP layers to graft" in refused(command, folder, folder)
     assert "gone does not exist" in refused(command, "gone", folder)
     assert "--new-tokens=2 is too few" in refused(command, base, folder, "--new-tokens", "2")
+    for unused in (["seed=1"], ["--text", folder / "config.json"]):
+        said = refused(command, base, folder, *unused, "--hours", "0")
+        assert f"--hours=0 trains nothing: leave out {unused[0]}, or give hours" in said
     # The same shapes with other heads, and other shapes.
     for name, trunk in (("heads", folders.dense()), ("wide", folders.dense(d_model=64))):
         folders.write(tmp_path / name, models.build(trunk, SequentialConfig(depth=0)))
