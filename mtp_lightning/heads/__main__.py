@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, Stopped, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_number
 from mtp_lightning.stored import read_json
@@ -160,6 +160,7 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
 
     Raises:
         UserError: it failed; it has said why itself.
+        Stopped: SIGTERM ended it.
     """
     if result.is_file():
         say(name, f"done before: {result}")
@@ -170,7 +171,13 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     with subprocess.Popen([sys.executable, "-m", *command], env=environment) as phase:
         # SIGTERM is forwarded to the phase; Ctrl-C reaches both processes.
-        before = signal.signal(signal.SIGTERM, lambda number, _: phase.send_signal(number))
+        forwarded: list[int] = []
+
+        def forward(number: int, _: Any) -> None:
+            forwarded.append(number)
+            phase.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, forward)
         try:
             code = phase.wait()
         except KeyboardInterrupt:
@@ -178,6 +185,8 @@ def run_phase(name: str, result: Path, command: Sequence[str]) -> None:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+    if code and forwarded:
+        raise Stopped(f"the {name} was ended; the same command continues here.", forwarded[0])
     if code:
         if result.is_file():  # such as a certificate that names what it found broken
             result.replace(result.with_name(f"failed_{result.name}"))

@@ -125,8 +125,9 @@ def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
         "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
     )
     code = (
-        "from pathlib import Path; from mtp_lightning.heads.__main__ import run_phase; "
-        "run_phase('training', Path('none'), ['sleeper'])"
+        "from pathlib import Path; from mtp_lightning.heads.__main__ import run_phase\n"
+        "from mtp_lightning.command_line.shell import readable_errors\n"
+        "with readable_errors(): run_phase('training', Path('none'), ['sleeper'])"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{helpers.ROOT}"}
     with subprocess.Popen(
@@ -136,7 +137,8 @@ def test_whoever_ends_the_command_ends_its_phase(tmp_path: Path) -> None:
             time.sleep(0.05)
         command.terminate()
         _, said = command.communicate(timeout=30)
-    assert command.returncode == 1 and b"the training ended with code -15" in said
+    assert command.returncode == 143
+    assert b"the training was ended; the same command continues here." in said
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
