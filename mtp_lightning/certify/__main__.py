@@ -55,6 +55,8 @@ def main(
                 )
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes={args.minutes} must be above 0.")
+        if args.output is not None:  # fails before hours of work
+            args.output.mkdir(parents=True, exist_ok=True)
         minutes = 1.0 if args.quick and args.minutes is None else args.minutes
         # Imported late: --help must not wait for torch.
         from mtp_lightning.certify.run import certify
@@ -75,7 +77,6 @@ def main(
         )
         print("\n".join(found.lines()))
         if args.output is not None:
-            args.output.mkdir(parents=True, exist_ok=True)
             write_json(found.plain(), args.output / "certificate.json")
             write_bytes(found.badge().encode(), args.output / "badge.svg")
             print(f"written to {args.output}: certificate.json, badge.svg")

@@ -282,6 +282,10 @@ def test_the_command(
     with pytest.raises(SystemExit) as ended:
         main(few)
     assert ended.value.code == 2 and "BROKEN" in capsys.readouterr().out
+    monkeypatch.setattr(run, "certify", lambda *_, **__: pytest.fail("it worked for hours"))
+    with pytest.raises(SystemExit) as ended:
+        main([*few, "--output", str(tmp_path / "text")])
+    assert ended.value.code == 1 and "cannot be used (File exists)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
