@@ -32,10 +32,22 @@ class Meters:
         self.prompt_tokens = Counter("mtp_prompt_tokens", "Tokens read.", **every)
         self.tokens = Counter("mtp_tokens", "Tokens emitted.", **every)
         self._accepted = Counter(
-            "mtp_drafts_accepted", "Drafts accepted, of texts that ended.", ["position"], **every
+            "mtp_drafts_accepted",
+            "Modules' drafts accepted, texts that ended.",
+            ["position"],
+            **every,
         )
         self._reached = Counter(
-            "mtp_drafts_reached", "Drafts judged, of texts that ended.", ["position"], **every
+            "mtp_drafts_reached",
+            "Modules' drafts judged, of texts that ended.",
+            ["position"],
+            **every,
+        )
+        self._lookups = Counter(
+            "mtp_lookups", "Drafts looked up in the text, of texts that ended.", **every
+        )
+        self._lookups_accepted = Counter(
+            "mtp_lookups_accepted", "Looked-up drafts accepted, of texts that ended.", **every
         )
         self.round = Histogram("mtp_round_seconds", "A round.", buckets=_ROUNDS, **every)
         self.first_token = Histogram(
@@ -47,11 +59,13 @@ class Meters:
         self._requests.labels(str(status)).inc()
 
     def drafts(self, done: Generation) -> None:
-        """Count a finished text's drafts by position."""
+        """Count a finished text's drafts: the modules' by position, and the looked-up ones."""
         both = zip(done.drafts_accepted, done.drafts_reached, strict=True)
         for position, (accepted, reached) in enumerate(both, start=1):
             self._accepted.labels(str(position)).inc(accepted)
             self._reached.labels(str(position)).inc(reached)
+        self._lookups.inc(done.lookups)
+        self._lookups_accepted.inc(done.lookups_accepted)
 
     def text(self) -> bytes:
         """All metrics as text."""

@@ -107,6 +107,19 @@ def test_by_default_samples_are_the_same_under_any_load(run: OpenedModel) -> Non
     assert set(loaded[1:4]) == {expected(run, **greedy).text}
 
 
+def test_metrics_count_looked_up_drafts_apart(run: OpenedModel) -> None:
+    prompt = PROMPTS[0] * 6
+    wanted = expected(run, prompt, 100, temperature=0.0, lookup=8, draft_depth=2)
+    with serving(run, lookup=8) as served:
+        asked = {"model": NAME, "prompt": prompt, "max_tokens": 100, "temperature": 0}
+        told = served.client().completions.create(**asked).usage.completion_tokens_details
+        meters = [served.meter(f"mtp_lookups{end}_total") for end in ("", "_accepted")]
+        accepted = served.get("metrics").text.split("\nmtp_drafts_accepted_total{")[1:]
+    assert meters == [wanted.lookups, wanted.lookups_accepted] and 0 < meters[1] < meters[0]
+    modules = sum(float(line.split()[1]) for line in accepted)
+    assert modules + meters[1] == told.accepted_prediction_tokens
+
+
 def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "import os", "max_tokens": 30, "temperature": 0.9, "seed": 6}
     answer = served.client().completions.create(model=NAME, logprobs=3, **fields)
