@@ -45,12 +45,14 @@ class Rejected(NamedTuple):
         token: id of the draft.
         after: index among the pass's rejected drafts of the one that it was drafted after; None if
             it follows the accepted drafts.
+        looked_up: whether the text itself gave it, and not the modules.
     """
 
     at: int
     depth: int
     token: int
     after: int | None
+    looked_up: bool
 
 
 class Fresh(NamedTuple):
@@ -60,12 +62,14 @@ class Fresh(NamedTuple):
         token_ids: their ids.
         depths: the depth of each as a draft; 0 where the trunk chose the token itself, which ends
             a pass.
+        looked_up: whether each is a draft that the text itself gave.
         rejected: for each of them, the drafts that were rejected there.
         logprobs: one per token if the request asked for them, else empty.
     """
 
     token_ids: list[int]
     depths: list[int]
+    looked_up: list[bool]
     rejected: list[list[Rejected]]
     logprobs: list[LogProb]
 
@@ -95,6 +99,7 @@ class Generation:
             beyond ``max_new_tokens`` are left out.
         lookups: number of those that were looked up in the text; ``acceptance`` is of the others.
         lookups_accepted: number of those that were accepted.
+        lookup_mask: which of ``token_ids`` were such drafts.
         rejected: the drafts that were not accepted.
     """
 
@@ -114,6 +119,7 @@ class Generation:
     drafts: int = 0
     lookups: int = 0
     lookups_accepted: int = 0
+    lookup_mask: list[bool] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
 
 
@@ -163,6 +169,7 @@ class TextSequence:
         self.request = request
         self.token_ids: list[int] = []
         self.depths: list[int] = []
+        self.lookup_mask: list[bool] = []
         self.logprobs: list[LogProb] = []
         self.rejected: list[Rejected] = []
         self.finish_reason: str | None = None
@@ -199,11 +206,12 @@ class TextSequence:
             looked_up: whether the drafts were looked up in the text.
         """
         before = len(self.token_ids)
-        kept = self.extend(result.tokens, result.accepted, logits_BTV, row)
+        kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
         self._passes += 1
         self._emitted += kept
         self._drafted += result.accepted + len(result.rejected)
-        self.rejected += [Rejected(before + result.accepted, *draft) for draft in result.rejected]
+        at = before + result.accepted
+        self.rejected += [Rejected(at, *draft, looked_up) for draft in result.rejected]
         if looked_up:
             self._lookups[0] += min(result.accepted, kept)
             self._lookups[1] += result.accepted + len(result.rejected)
@@ -213,7 +221,15 @@ class TextSequence:
             self._accepted[j] += j < result.accepted
         return kept
 
-    def extend(self, tokens: list[int], accepted: int, logits_BTV: Tensor, row: int) -> int:
+    def extend(
+        self,
+        tokens: list[int],
+        accepted: int,
+        logits_BTV: Tensor,
+        row: int,
+        *,
+        looked_up: bool = False,
+    ) -> int:
         """Append a round's tokens, the first ``accepted`` being drafts; otherwise as `take`."""
         tokens = tokens[: self.remaining]
         if self.eot_id in tokens:
@@ -222,6 +238,7 @@ class TextSequence:
         before = len(self.token_ids)
         self.token_ids += tokens
         self.depths += [j + 1 if j < accepted else 0 for j in range(len(tokens))]
+        self.lookup_mask += [looked_up and j < accepted for j in range(len(tokens))]
         if self.request.stop:
             self._look_for_stop(before)
         if self.finish_reason is None and self.remaining <= 0:
@@ -245,7 +262,7 @@ class TextSequence:
             return
         for end in range(before + 1, len(self.token_ids) + 1):
             if any(s in self._decode(self.token_ids[first:end]) for s in stop):
-                del self.token_ids[end:], self.depths[end:]
+                del self.token_ids[end:], self.depths[end:], self.lookup_mask[end:]
                 text = self._decode(self.token_ids)
                 ends = [text.find(s) for s in stop if s in text]
                 self._text = text[: min(ends)] if ends else text
@@ -264,6 +281,7 @@ class TextSequence:
         return Fresh(
             self.token_ids[start:end],
             self.depths[start:end],
+            self.lookup_mask[start:end],
             rejected,
             self.logprobs[start:end],
         )
@@ -309,6 +327,7 @@ class TextSequence:
             drafts=self._drafted,
             lookups_accepted=self._lookups[0],
             lookups=self._lookups[1],
+            lookup_mask=self.lookup_mask,
             rejected=self.rejected,
         )
 

@@ -94,7 +94,7 @@ def generate_text(cfg: Any) -> list[Generation]:
             print(json.dumps(_reported(generation, drafts=cfg.show_drafts)))
     deepest = max(len(generations[0].drafts_reached), cfg.lookup)
     if marks is not None and streams and deepest:
-        print(marks.legend(deepest), file=sys.stderr)
+        print(marks.legend(deepest, lookups=cfg.lookup > 0), file=sys.stderr)
     if not alone:
         print(job_line(generations, seconds), file=sys.stderr)
     elif streams:
@@ -110,6 +110,7 @@ def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
     found = {name: getattr(generation, name) for name in _REPORTED}
     if drafts:
         found["accepted_mask"] = generation.accepted_mask
+        found["lookup_mask"] = generation.lookup_mask
         found["rejected"] = [draft._asdict() for draft in generation.rejected]
     return found
 

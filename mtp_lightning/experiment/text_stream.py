@@ -8,41 +8,51 @@ from mtp_lightning.command_line.shell import printable
 from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.sequence import Fresh, Generation
 
+_LOOKED_UP = "looked up in the text"
+
 
 class Colors:
-    """Marks of drafts for a terminal: one color per depth, rejected drafts struck through."""
+    """Marks of drafts for a terminal: one color per depth, rejected drafts struck through, drafts
+    from the text itself underlined."""
 
     _COLORS = (32, 36, 34, 35, 33)  # green, cyan, blue, magenta, yellow
 
-    def accepted(self, depth: int, text: str) -> str:
-        return f"\x1b[{self._color(depth)}m{text}\x1b[0m"
+    def accepted(self, depth: int, text: str, *, looked_up: bool = False) -> str:
+        return f"\x1b[{self._style(depth, looked_up)}m{text}\x1b[0m"
 
-    def rejected(self, depth: int, text: str) -> str:
-        return f"\x1b[{self._color(depth)};9m{text}\x1b[0m"
+    def rejected(self, depth: int, text: str, *, looked_up: bool = False) -> str:
+        return f"\x1b[{self._style(depth, looked_up)};9m{text}\x1b[0m"
 
-    def legend(self, depths: int, *, rejected: bool = True) -> str:
+    def legend(self, depths: int, *, rejected: bool = True, lookups: bool = False) -> str:
         shown = " ".join(self.accepted(k, str(k)) for k in range(1, depths + 1))
         said = f"drafts of depth {shown}"
-        return f"{said}; {self.rejected(1, 'struck through')}: rejected" if rejected else said
+        if rejected:
+            said += f"; {self.rejected(1, 'struck through')}: rejected"
+        if lookups:
+            said += f"; {self.accepted(1, 'underlined', looked_up=True)}: {_LOOKED_UP}"
+        return said
 
-    def _color(self, depth: int) -> int:
-        return self._COLORS[(depth - 1) % len(self._COLORS)]
+    def _style(self, depth: int, looked_up: bool) -> str:
+        color = self._COLORS[(depth - 1) % len(self._COLORS)]
+        return f"{color};4" if looked_up else str(color)
 
 
 class Brackets:
-    """Marks of drafts for a pipe, in wdiff's notation for added and removed text."""
+    """Marks of drafts for a pipe, in wdiff's notation for added and removed text, with a star for
+    drafts from the text itself."""
 
-    def accepted(self, depth: int, text: str) -> str:
-        return f"{{+{depth}:{text}+}}"
+    def accepted(self, depth: int, text: str, *, looked_up: bool = False) -> str:
+        return f"{{+{depth}{'*' if looked_up else ''}:{text}+}}"
 
-    def rejected(self, depth: int, text: str) -> str:
-        return f"[-{depth}:{text}-]"
+    def rejected(self, depth: int, text: str, *, looked_up: bool = False) -> str:
+        return f"[-{depth}{'*' if looked_up else ''}:{text}-]"
 
-    def legend(self, depths: int) -> str:
-        return (
+    def legend(self, depths: int, *, lookups: bool = False) -> str:
+        said = (
             f"{self.accepted(1, 'text')} is an accepted draft of depth 1, "
             f"{self.rejected(depths, 'text')} a rejected one of depth {depths}"
         )
+        return f"{said}; *: {_LOOKED_UP}" if lookups else said
 
 
 class TextStream:
@@ -75,15 +85,18 @@ class TextStream:
 
     def add(self, fresh: Fresh) -> None:
         """Write new tokens. An incomplete character waits for the rest of its bytes."""
-        for token, of, rejected in zip(fresh.token_ids, fresh.depths, fresh.rejected, strict=True):
-            if self._marks is not None:
+        marks = self._marks
+        origins = zip(fresh.depths, fresh.looked_up, strict=True)
+        for token, of, rejected in zip(fresh.token_ids, origins, fresh.rejected, strict=True):
+            if marks is not None:
                 for draft in rejected:
-                    self.write(self._marks.rejected(draft.depth, self._rejected(draft.token)))
-            for text, depth in self._detokenizer.add([token], [of]):
+                    text, looked_up = self._rejected(draft.token), draft.looked_up
+                    self.write(marks.rejected(draft.depth, text, looked_up=looked_up))
+            for text, (depth, looked_up) in self._detokenizer.add([token], [of]):
                 self._length += len(text)
                 shown = self._shown(text)
-                if depth and self._marks is not None:
-                    shown = self._marks.accepted(depth, shown)
+                if depth and marks is not None:
+                    shown = marks.accepted(depth, shown, looked_up=looked_up)
                 self.write(shown)
 
     def end(self, generation: Generation) -> None:

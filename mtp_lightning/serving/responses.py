@@ -107,12 +107,15 @@ class Completion:
     def _drafts(self, news: News) -> dict[str, Any]:
         """Which tokens of a chunk were drafted: an extension of OpenAI's object."""
         fresh, tokens = news.fresh, []
-        for text, depth, rejected in zip(news.pieces, fresh.depths, fresh.rejected, strict=True):
+        told = zip(news.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
+        for text, depth, looked_up, rejected in told:
             left = [
                 {"depth": d.depth, "text": self._token_texts.drafted(d.token), "after": d.after}
+                | _origin(d.looked_up)
                 for d in rejected
             ]
-            tokens.append({"text": text, "depth": depth, **({"rejected": left} if left else {})})
+            token = {"text": text, "depth": depth, **_origin(looked_up)}
+            tokens.append(token | ({"rejected": left} if left else {}))
         return {"seconds": news.seconds, "tokens": tokens}
 
     def _choice(
@@ -169,6 +172,10 @@ class Completion:
             "total_tokens": prompt + new,
             "completion_tokens_details": drafts,
         }
+
+
+def _origin(looked_up: bool) -> dict[str, bool]:
+    return {"looked_up": True} if looked_up else {}
 
 
 def _finite(logprob: float) -> float:

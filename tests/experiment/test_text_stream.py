@@ -94,6 +94,22 @@ def test_marks_tell_every_draft_and_taken_off_leave_the_text(
     assert colored.count(";9m") == len(inside)
 
 
+def test_drafts_from_the_text_have_marks_of_their_own(opened: OpenedModel) -> None:
+    text, done = shown(opened, Brackets(), lookup=8)
+    inside = [draft for draft in done.rejected if draft.at < len(done.token_ids)]
+    assert text.count("*:") == done.lookups - (len(done.rejected) - len(inside))
+    starred = [star == "*" for star in re.findall(r"\{\+\d(\*?):", text)]
+    pairs = zip(done.accepted_mask, done.lookup_mask, strict=True)
+    assert starred == [looked_up for accepted, looked_up in pairs if accepted]
+    assert sum(done.lookup_mask) == done.lookups_accepted > 0
+    assert {draft.looked_up for draft in done.rejected} == {True, False}
+    colored, _ = shown(opened, Colors(), lookup=8)
+    assert len(re.findall(r"\x1b\[\d+;4(?:;9)?m", colored)) == text.count("*:")
+    for marks in (Brackets(), Colors()):
+        assert marks.legend(8, lookups=True).endswith(": looked up in the text")
+        assert "looked up" not in marks.legend(8)
+
+
 def test_drafts_are_those_of_full_passes(opened: OpenedModel) -> None:
     """Each pass drafts as many as it is asked to, but near the end no more than there is room."""
     for way, each in (({}, 2), ({"tree": [3, 2]}, 9), ({"speculative": False}, 0)):
@@ -154,7 +170,7 @@ def test_what_generate_says_at_the_end(
     asked(prompt="ab", output="json", show_drafts=True)
     found = json.loads(capsys.readouterr().out)
     assert len(found["accepted_mask"]) == found["new_tokens"]
-    assert found["rejected"][0].keys() == {"at", "depth", "token", "after"}
+    assert found["rejected"][0].keys() == {"at", "depth", "token", "after", "looked_up"}
     (tmp_path / "prompts").write_text("ab\ncd\n")
     asked(prompts=str(tmp_path / "prompts"), show_drafts=True)
     said = capsys.readouterr()

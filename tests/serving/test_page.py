@@ -85,6 +85,20 @@ def test_a_stream_tells_how_tokens_came(
 
 
 @pytest.mark.extras
+def test_a_stream_tells_what_was_looked_up(run: OpenedModel) -> None:
+    fields = {"prompt": "import os" * 8, "max_tokens": 60, "temperature": 0}
+    with serving(run, lookup=8) as server:
+        chunks = streamed(server, **fields, stream_options={"include_drafts": True})
+    wanted = expected(run, fields["prompt"], 60, temperature=0, lookup=8, draft_depth=2)
+    tokens = [token for c in chunks if "mtp" in c for token in c["mtp"]["tokens"]]
+    assert [t.get("looked_up", False) for t in tokens] == wanted.lookup_mask[: len(tokens)]
+    assert sum(wanted.lookup_mask) == wanted.lookups_accepted > 0
+    left = [draft for t in tokens for draft in t.get("rejected", [])]
+    inside = [draft.looked_up for draft in wanted.rejected if draft.at < len(tokens)]
+    assert [draft.get("looked_up", False) for draft in left] == inside and set(inside) == {0, 1}
+
+
+@pytest.mark.extras
 def test_a_request_may_ask_for_fewer_drafts(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "def main(", "seed": 1, "stream_options": {"include_drafts": True}}
     texts = set()
