@@ -62,7 +62,7 @@ class Server(uvicorn.Server):
             "lookup": engine.options.lookup,
             "tree": None if options.tree is None else list(options.tree.widths),
             "chat": parser.template is not None,
-            "max_tokens": cfg.max_new_tokens,
+            "max_tokens": min(cfg.max_new_tokens, run.seq_len) if refuses else cfg.max_new_tokens,
         }
         meters = Meters()
         self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)

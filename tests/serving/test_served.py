@@ -175,6 +175,17 @@ def test_models_are_listed(served: Serving) -> None:
         api.completions.create(model="gpt-4", prompt="a")
 
 
+@pytest.mark.parametrize(("long", "most"), [("refuse", SEQ_LEN), ("slide", 5000)])
+def test_the_most_tokens_that_are_told_fit_into_the_context(
+    run: OpenedModel, long: str, most: int
+) -> None:
+    with serving(run, max_new_tokens=5000, long=long) as served:
+        (model,) = served.get("v1/models").json()["data"]
+        assert model["mtp"]["max_tokens"] == most
+        told = served.stream(prompt="a", max_tokens=most)
+        assert "error" not in told[0]
+
+
 def test_no_chat_without_a_template(served: Serving) -> None:
     from openai import BadRequestError
 
