@@ -133,10 +133,12 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
             "block, `final_layernorm`. Embedding and head are the trunk's."
         )
     elif contents.layer_depths:
-        last = first + contents.layer_depths - 1
+        layers = f"`model.layers.{first}`"
+        if contents.layer_depths > 1:
+            layers += f" to `model.layers.{first + contents.layer_depths - 1}`"
         yield (
             f"It was trained to predict several tokens. Its {contents.layer_depths} MTP module(s) "
-            f"of DeepSeek-V3's form are `model.layers.{first}` to `model.layers.{last}`: "
+            f"of DeepSeek-V3's form are {layers}: "
             "`enorm`, `hnorm`, `eh_proj`, the block, `shared_head.norm`, and copies of the "
             "embedding and the head, which all depths share."
         )
@@ -176,7 +178,8 @@ def _count(config: ModelConfig, contents: Contents) -> str:
     beyond = contents.parameters - whole
     if beyond > 0:
         told += (
-            f", {beyond:,} that repeat others (each module's embedding and head) or balance experts"
+            f", {beyond:,} that repeat others (each module's embedding and head), balance experts "
+            "or translate token ids"
         )
     elif beyond < 0:
         told += f", without {-beyond:,} that only training or min_confidence needs"
