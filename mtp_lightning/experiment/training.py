@@ -159,6 +159,15 @@ def _require_affordable(config: DictConfig, vocab_size: int) -> None:
     require_memory(build_model_config(config, vocab_size), machines=machines)
 
 
+def _as_trained(run: Run) -> DictConfig:
+    """The config to store: a run that has more steps than are asked for now keeps them."""
+    stored, done = run.stored, run.resume_step or 0
+    if stored.compare.match == "none" and done > stored.trainer.max_steps:
+        stored = stored.copy()
+        stored.trainer.max_steps = done
+    return stored
+
+
 def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
     """Train the run, validate its last step, and return the trainer."""
     use_tensor_cores(run.config)
@@ -172,7 +181,7 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
     )
     if trainer.is_global_zero:
         run.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(run.stored, run.folder / CONFIG_FILE, resolve=True)
+        OmegaConf.save(_as_trained(run), run.folder / CONFIG_FILE, resolve=True)
         data.tokenizer.save(run.folder)
         if told := kernels_told(run.config.trainer.accelerator):
             log.info(told)

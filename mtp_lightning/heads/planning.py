@@ -212,7 +212,8 @@ def _plan(
         )
     window = min(_WINDOW, run.seq_len)
     trunk = run.model.config.trunk
-    depth = max(mtp.depth, 1)
+    typed = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    depth = int(typed.get("mtp.depth", max(mtp.depth, 1)))
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
     on_cpu = device == "cpu"
     # On a GPU, precision=auto is bf16-mixed.

@@ -61,6 +61,9 @@ def test_the_hours_are_divided(
     assert "on the first 16 tokens alone" in "\n".join(short.lines())
     texts = ["/a b", "/it's ${x}.txt"]
     mine = planning.plan(model, hours=1.0, files=texts, overrides=["optimizer.lr=0.1"])
+    two = planning.plan(model, hours=1.0, files=texts, overrides=["mtp.depth=2"])
+    assert two.depth == 2 and "2 sequential modules" in "\n".join(two.lines())
+    assert two.head_weights > mine.head_weights
     (paths,) = (word for word in mine.train() if word.startswith("data.paths="))
     cfg = helpers.composed("config", literal(["data=text", paths]))
     assert mine.texts == 0 and list(cfg.data.paths) == texts

@@ -18,6 +18,7 @@ import torch
 from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn import ops
+from mtp_lightning.run.config import read_yaml
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
     assert_equal,
@@ -160,6 +161,8 @@ def test_a_finished_run_started_again_trains_no_more(
         assert again[key] == first[key], key
     longer = train_here(tmp_path, cache, {"trainer.max_steps": 12})
     assert longer["step"] == 12 and [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    fewer = train_here(tmp_path, cache, {"trainer.max_steps": 5})
+    assert fewer["step"] == 12 and read_yaml(tmp_path / "config.yaml")["trainer"]["max_steps"] == 12
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
