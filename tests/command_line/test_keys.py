@@ -35,7 +35,7 @@ def test_a_word_that_a_comment_only_mentions_is_refused(app: str, key: str, valu
 
 
 def test_a_words_meaning_may_have_a_type() -> None:
-    rules = keys.of_class("data_modules.tasks.navigation.Navigation")
+    rules = keys.of_class("data_modules.tasks.Navigation")
     assert rules is not None
     with pytest.raises(UserError, match="must be a number"):
         keys.require_taken("density", "random", rules.keys["density"])
