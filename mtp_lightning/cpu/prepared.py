@@ -100,7 +100,7 @@ class CPUPasses(Prepared):
         blocks, found = _trunk_blocks(trunk) if plain else None, self._ends(self._model.head.weight)
         if blocks is None or found is None:
             return None
-        return FusedTrunk(*blocks, *found, kept=stack.config.branch_from)
+        return FusedTrunk(*blocks, *found, kept=stack.config.start_state)
 
     def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
         """A head's packed weight and the embedding; None if decode.cpp does not support them."""

@@ -32,7 +32,7 @@ _SCHEDULES = ("optimizer", "lambda_schedule")
 _COMPARED = 10_000
 
 
-def branch_point(branch_from: str) -> Path:
+def branch_checkpoint(branch_from: str) -> Path:
     """Find the checkpoint that ``RUN@STEP`` names.
 
     Raises:

@@ -78,10 +78,12 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
     checkpoint = None if name is None else folder / CHECKPOINTS / name
     branches = name is None and config.branch_from is not None
     if branches:
-        from mtp_lightning.experiment.branching import branch_point
+        from mtp_lightning.experiment.branching import branch_checkpoint
 
-        checkpoint = Path(peers.broadcast("branch", lambda: str(branch_point(config.branch_from))))
-    # mapped skips the checksums, which _newest or branch_point has just compared.
+        checkpoint = Path(
+            peers.broadcast("branch", lambda: str(branch_checkpoint(config.branch_from)))
+        )
+    # mapped skips the checksums, which _newest or branch_checkpoint has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
     found = Origin(checkpoint=checkpoint, content=content, branches=branches)
     if config.init_from is None:

@@ -32,7 +32,7 @@ class Switches:
     n_states: ClassVar[int] = 1
 
     @property
-    def branch_from(self) -> TrunkState:
+    def start_state(self) -> TrunkState:
         """The trunk's hidden state that the stack starts from."""
         return _STATES[self.branch, self.input_norm]
 
