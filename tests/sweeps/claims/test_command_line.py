@@ -6,18 +6,21 @@ import json
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mtp_lightning.run.status import read_status
 from sweeps.claims.result import read_result
 from tests.integration.helpers import overrides, start
 from tests.sweeps.claims.fixture_claims import commit, predict, root, run, write_claim
 from tests.sweeps.typed import wait_until
 
 
-def states(runs: Path) -> dict[str, dict[str, str]]:
-    files = runs.glob("*/status.json")
-    return {file.parent.name: json.loads(file.read_text()) for file in files}
+def states(runs: Path) -> dict[str, dict[str, Any]]:
+    """The status of every run; a file that is being written counts as pending."""
+    folders = [file.parent for file in runs.glob("*/status.json")]
+    return {folder.name: read_status(folder) or {"state": "pending"} for folder in folders}
 
 
 @pytest.mark.slow
