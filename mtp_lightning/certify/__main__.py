@@ -55,8 +55,6 @@ def main(
                 )
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes={args.minutes} must be above 0.")
-        if not args.model.exists():
-            raise UserError(f"{args.model} does not exist (looked from {Path.cwd()}): check MODEL.")
         if args.output is not None:  # fails before hours of work
             args.output.mkdir(parents=True, exist_ok=True)
         minutes = 1.0 if args.quick and args.minutes is None else args.minutes
