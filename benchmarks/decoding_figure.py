@@ -14,7 +14,7 @@ from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims.figure import digest
 from sweeps.claims.pages import measured_heads
-from sweeps.report.chart import COLORS, INK, QUIET, Chart, Look, styled
+from sweeps.report.chart import COLORS, INK, PAPER, QUIET, Chart, Look, styled
 
 # The ways in the order of their bars, and what people call them.
 WAYS = {
@@ -25,7 +25,7 @@ WAYS = {
     "drafts_of_both": ("here, with lookups, too", COLORS[1]),
 }
 # The ground of a label, so that no line crosses it.
-_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}
 
 
 def best_of(rows: list[Row]) -> str:

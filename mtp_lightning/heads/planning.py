@@ -27,6 +27,7 @@ from mtp_lightning.objective.cost import StepCost, forward_flops
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.opening import OpenedModel, open_model, read_model
+from mtp_lightning.run.config import key_of
 from mtp_lightning.runtime import pick_accelerator
 
 # Shares of the hours: texts and the trunk's states of them, and steps. The rest is for start-up,
@@ -212,7 +213,7 @@ def _plan(
         )
     window = min(_WINDOW, run.seq_len)
     trunk = run.model.config.trunk
-    typed = dict(word.lstrip("+").partition("=")[::2] for word in overrides)
+    typed = {key_of(word): word.partition("=")[2] for word in overrides}
     depth = int(typed.get("mtp.depth", max(mtp.depth, 1)))
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
     on_cpu = device == "cpu"

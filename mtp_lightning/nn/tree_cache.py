@@ -74,7 +74,7 @@ class TreeCache(KVCache):
 
     def open_tree(self, starts: list[int], branches: Branches) -> None:
         """Open a pass over the same tree in every row, its first token at ``starts``; see
-        :meth:`begin`."""
+        :meth:`open`."""
         super().open(starts, branches.width)
         self._branches = branches
         self._kept: dict[int, Tensor] = {}

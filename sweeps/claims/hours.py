@@ -89,9 +89,9 @@ def left_of(
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
     finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
-    local = [seed for seed in finished if seed.machine == this_machine()]
+    machine = this_machine()
+    local = [seed for seed in finished if seed.machine == machine]
     here, measured = (local, MEASURED) if local else (finished, ELSEWHERE)
-    counts = {id(seed) for seed in here}
     rates = [
         s.costs["flops"] / (minutes_of(s) * 60)
         for s in here
@@ -106,7 +106,10 @@ def left_of(
             (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
         ]
         known = {
-            arm: [minutes_of(s) for s in of.values() if id(s) in counts] for arm, of in arms.items()
+            arm: [
+                minutes_of(s) for s in of.values() if s.done and (not local or s.machine == machine)
+            ]
+            for arm, of in arms.items()
         }
         composed: dict[tuple[str, int], ClaimJob] = {}
         if count_flops and not all(known[arm] for arm, _ in pending):
