@@ -32,14 +32,19 @@ def _extension(name: str, folder: str, *flags: str) -> Extension:
     )
 
 
-# AVX-512; a CPU without it is asked before the library is loaded. OpenMP is PyTorch's, found when
-# it is loaded, and so not linked.
-_NATIVE = _extension(
-    "mtp_lightning.cpu._native",
-    "mtp_lightning/cpu/cpp",
-    *("-fopenmp", "-march=x86-64-v4", "-mprefer-vector-width=512"),
-    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
-)
+# One library for AVX-512 and one for AVX2; which a CPU has is asked before one is loaded. OpenMP is
+# PyTorch's, found when it is loaded, and so not linked.
+_NATIVE = [
+    _extension(
+        f"mtp_lightning.cpu._{name}",
+        "mtp_lightning/cpu/cpp",
+        *("-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", *machine),
+    )
+    for name, machine in {
+        "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+        "avx2": ("-march=x86-64-v3",),
+    }.items()
+]
 
 # Words of a text, on any CPU; without it Python's re splits them.
 _WORDS = _extension("data_modules.tokenizers._words", "data_modules/tokenizers/cpp")
@@ -55,7 +60,7 @@ setup(
     package_dir={"mtp_lightning.conf": "conf"},
     ext_modules=[
         *([_WORDS] if _LINUX else []),
-        *([_NATIVE] if _LINUX and platform.machine() == "x86_64" else []),
+        *(_NATIVE if _LINUX and platform.machine() == "x86_64" else []),
     ],
     # A file's time does not say of which sources a library is.
     options={"build_ext": {"force": True}},

@@ -238,8 +238,8 @@ class MTPModule(pl.LightningModule):
             log.warning(text, f"{threads} CPU threads", torch.get_num_threads(), same)
         kernels = checkpoint.get("cpu_kernels", "pytorch")
         if kernels != ops.code()[0]:
-            built = "pip install -e . with a C++ compiler"
-            same = built if kernels == "native" else "MTP_LIGHTNING_NATIVE=0"
+            built = "The C++ that pip install builds, on a CPU with the same instructions,"
+            same = "MTP_LIGHTNING_NATIVE=0" if kernels == "pytorch" else built
             log.warning(text, f"the {kernels} layers", f"the {ops.code()[0]} ones", same)
 
     def log_here(

@@ -16,7 +16,7 @@ from hypothesis import settings  # noqa: E402
 
 from mtp_lightning.mtp.sequential import SequentialConfig  # noqa: E402
 from mtp_lightning.nn.config import TrunkConfig  # noqa: E402
-from tests.kernels import kernels, library  # noqa: E402, F401
+from tests.kernels import kernels, libraries, library  # noqa: E402, F401
 from tests.leftovers import Leftovers  # noqa: E402
 
 torch.set_num_threads(1)

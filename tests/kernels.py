@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ def native() -> Any:
     return importlib.import_module("mtp_lightning.cpu.library")
 
 
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
 LIBRARY = native().library if HAS_CPU else None
 # Whether the products of a pass of decoding give a row's bits alone.
-BATCH_INVARIANT = HAS_CPU and importlib.import_module("mtp_lightning.cpu.library").ONEDNN
+BATCH_INVARIANT = LIBRARY is not None or (HAS_CPU and native().ONEDNN)
 
 
 def use_library(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:
@@ -50,31 +52,42 @@ def prepared(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The C++ of this checkout as an installation builds it: the library that it built, or, where
-    there is none or a source is newer, one that is built here."""
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """The C++ of this checkout for some instructions, as an installation builds it: the library
+    that it built, or, where there is none or a source is newer, one that is built here."""
     if not HAS_CPU:
         pytest.skip("needs the part mtp_lightning.cpu")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not shutil.which("g++"):
-        pytest.skip("needs a CPU with AVX-512 and g++")
+    if CAPABILITY not in ("AVX2", "AVX512") or not shutil.which("g++"):
+        pytest.skip("needs a CPU with AVX2 or AVX-512, and g++")
     sources = [ROOT / "setup.py", *(ROOT / "mtp_lightning/cpu/cpp").iterdir()]
     newest = max(source.stat().st_mtime for source in sources)
-    built = native()._FILE
-    if built.is_relative_to(ROOT) and built.is_file() and built.stat().st_mtime > newest:
-        return _loaded(built)
-    folder = tmp_path_factory.mktemp("native")
-    command = [sys.executable, "setup.py", "-q", "build_ext"]
-    places = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    subprocess.run([*command, *places], cwd=ROOT, env=environment, check=True, capture_output=True)
-    (file,) = (folder / "lib").rglob(built.name)
-    return _loaded(file)
+
+    @cache
+    def build() -> Path:
+        folder = tmp_path_factory.mktemp("native")
+        command = [sys.executable, "setup.py", "-q", "build_ext"]
+        places = ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        given = {"cwd": ROOT, "env": environment, "check": True, "capture_output": True}
+        subprocess.run([*command, *places], **given)
+        return folder
+
+    @cache
+    def library_for(instructions: str) -> ctypes.CDLL:
+        file: Path = native().file_for(instructions)
+        if not file.is_relative_to(ROOT) or not file.is_file() or file.stat().st_mtime < newest:
+            (file,) = build().rglob(file.name)
+        found, _ = native().load(file)
+        assert found is not None
+        return found
+
+    return library_for
 
 
-def _loaded(file: Path) -> ctypes.CDLL:
-    found, _ = native().load(file)
-    assert found is not None
-    return found
+@pytest.fixture
+def library(libraries: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
+    """This CPU's library."""
+    return libraries(CAPABILITY)
 
 
 @pytest.fixture(params=["plain", "pytorch", "native"])

@@ -23,7 +23,7 @@ LINES = {
     "mtp_lightning/callbacks": 1_735,
     "mtp_lightning/certify": 1_075,
     "mtp_lightning/command_line": 1_215,
-    "mtp_lightning/cpu": 1_685,
+    "mtp_lightning/cpu": 1_695,
     "mtp_lightning/decoding": 4_810,
     "mtp_lightning/distributed": 1_325,
     "mtp_lightning/experiment": 2_740,

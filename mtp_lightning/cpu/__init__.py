@@ -1,4 +1,4 @@
-"""Fast code for CPUs: C++ for AVX-512, oneDNN's products, and fused decode steps.
+"""Fast code for CPUs: C++ for AVX-512 and AVX2, oneDNN's products, and fused decode steps.
 
 This part can be deleted as a whole. Importing it registers its functions with the core's ops
 (``nn/ops.py``) and fused passes (``decoding/fused.py``); no file of the core except ``parts.py``

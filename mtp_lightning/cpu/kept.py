@@ -99,7 +99,8 @@ class Keeper:
 
 def _folder(path: Path) -> Path:
     """Where the packed weights of a file or folder are kept, in the present state of its files."""
-    return cache_folder() / "packed" / state_of(path, native.lib().built_from().decode())
+    code, sources = native.code()[0], native.lib().built_from().decode()
+    return cache_folder() / "packed" / state_of(path, f"{code} {sources}")
 
 
 def _nothing(folder: Path) -> None:

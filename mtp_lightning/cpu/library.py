@@ -1,10 +1,10 @@
 """The library that ``pip install`` builds from ``cpp/`` if there is a compiler (setup.py).
 
-It is used for fp32 on CPUs with AVX-512. The machine and the installation decide that, never a
-timing, so that the processes of a run agree. It runs on PyTorch's threads, and no result depends on
-their number. The last bits of a run do depend on whether the library is there;
-``MTP_LIGHTNING_NATIVE=0`` in the environment disables it. ``python -m benchmarks.kernels`` measures
-its speed.
+It is used for fp32 on CPUs with AVX-512 or AVX2; there is a library for each. The machine and the
+installation decide that, never a timing, so that the processes of a run agree. It runs on PyTorch's
+threads, and no result depends on their number. The last bits of a run do depend on which library is
+there; ``MTP_LIGHTNING_NATIVE=0`` in the environment disables it. ``python -m benchmarks.kernels``
+measures its speed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from mtp_lightning.built import SUFFIX, Signature, open_built
 
 # Requirements of the library, for error messages.
 NEEDED = (
-    "a CPU with AVX-512 (avx512bw in /proc/cpuinfo), the layers' C++ that pip install builds where "
+    "a CPU with AVX2 or AVX-512 (/proc/cpuinfo), the layers' C++ that pip install builds where "
     "there is g++, and no MTP_LIGHTNING_NATIVE=0"
 )
 
 # Requirements of integer products, for error messages.
-NEEDED_FOR_INTEGERS = "a CPU with AVX-512 VNNI (avx512_vnni in /proc/cpuinfo)"
+NEEDED_FOR_INTEGERS = "a CPU with AVX2, or with AVX-512 VNNI (avx512_vnni in /proc/cpuinfo)"
 
-# Whether oneDNN's AVX-512 code is available inside PyTorch. Decided by the machine, too.
+# The instructions that PyTorch finds on this machine, "AVX512" or "AVX2" or others.
+INSTRUCTIONS = torch.backends.cpu.get_cpu_capability()
+# Name of the code in checkpoints, and in messages.
+_CODE = {"AVX512": ("native", "C++ for AVX-512"), "AVX2": ("native_avx2", "C++ for AVX2")}
+
+# Whether oneDNN's AVX-512 code is available inside PyTorch; with AVX2, MKL's is faster.
 ONEDNN = (
     torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and INSTRUCTIONS == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-
-_FILE = Path(__file__).with_name(f"_native{SUFFIX}")
 
 # Name -> argument types. See cpp/.
 _FUNCTIONS = {
@@ -69,14 +72,20 @@ _NUMBERS = {
 }
 
 
-def load(file: Path = _FILE) -> tuple[ctypes.CDLL | None, str]:
-    """The library in ``file``, or None and the reason."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return None, "this CPU has no AVX-512"
+def file_for(instructions: str) -> Path:
+    """The library's file for some instructions."""
+    return Path(__file__).with_name(f"_{instructions.lower()}{SUFFIX}")
+
+
+def load(file: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
+    """The library in ``file``, by default this CPU's, or None and the reason."""
+    if INSTRUCTIONS not in _CODE:
+        return None, "this CPU has neither AVX2 nor AVX-512"
     signatures: dict[str, Signature] = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
     signatures |= {name: (takes, c_int64) for name, takes in _NUMBERS.items()}
     # The library finds PyTorch's OpenMP and so runs on the same threads.
-    return open_built(file, _FILE.with_name("cpp"), signatures)
+    sources = Path(__file__).with_name("cpp")
+    return open_built(file or file_for(INSTRUCTIONS), sources, signatures)
 
 
 library, _without = load()
@@ -86,7 +95,7 @@ def code() -> tuple[str, str]:
     """The code that computes on a CPU, for ``nn.ops.code``."""
     if library is None:
         return "pytorch", f"PyTorch's operators ({_without})"
-    return "native", "C++ for AVX-512"
+    return _CODE[INSTRUCTIONS]
 
 
 def fits(*tensors: Tensor) -> bool:

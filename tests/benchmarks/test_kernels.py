@@ -62,12 +62,12 @@ def test_kernels(tmp_path: Path) -> None:
         row = layers[name]
         assert row["ours_ms"] > 0 and row["over_ours"] == 1
         assert row["over_pytorch"] == pytest.approx(row["pytorch_ms"] / row["ours_ms"])
-    # Ours keeps its input only.
     swiglu = layers["SwiGLU"]
-    assert swiglu["ours_saved_mb"] == pytest.approx(2 * 32 * 512 * 4 / 1e6)
-    assert swiglu["pytorch_saved_mb"] > swiglu["ours_saved_mb"]
     if native.library is None:
         assert swiglu["ours_saved_mb"] == swiglu["without_saved_mb"]
+    else:  # ours keeps its input only
+        assert swiglu["ours_saved_mb"] == pytest.approx(2 * 32 * 512 * 4 / 1e6)
+        assert swiglu["pytorch_saved_mb"] > swiglu["ours_saved_mb"]
 
 
 def test_sides_that_differ_are_refused() -> None:

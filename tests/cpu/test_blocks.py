@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu import packed as packing
 from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
 from mtp_lightning.runtime import threads
@@ -53,8 +54,9 @@ def test_four_bits_have_the_bits_of_fp32(shape, symmetric, monkeypatch):
     weight = blocks_of(shape, 16, sum(shape), symmetric=symmetric)
     found, full = packed(weight), in_fp32(weight, monkeypatch)
     assert found.kind == Kind.BLOCKS4
-    panels = -(-shape[0] // 16) * 16
-    assert found.numbers.nbytes == panels * shape[1] * 5 // 8
+    lanes = native.lib().packed_size(1, 1, Kind.FULL) // 4
+    outputs = -(-shape[0] // lanes) * lanes
+    assert found.numbers.nbytes == outputs * shape[1] * 5 // 8
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
         x = torch.randn(rows, shape[1])
         product = found.linear(x)

@@ -170,14 +170,15 @@ def test_what_is_not_for_it_goes_elsewhere() -> None:
 
 
 def test_which_is_used_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.code() == ("native", "C++ for AVX-512")
+    own = {"AVX512": ("native", "C++ for AVX-512"), "AVX2": ("native_avx2", "C++ for AVX2")}
+    assert native.code() == own[torch.backends.cpu.get_cpu_capability()]
     monkeypatch.setenv("MTP_LIGHTNING_NATIVE", "0")
     found, why = native.load()
     monkeypatch.setattr(native, "library", found)
     monkeypatch.setattr(native, "_without", why)
     assert native.code() == ("pytorch", "PyTorch's operators (MTP_LIGHTNING_NATIVE=0)")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert native.load() == (None, "this CPU has no AVX-512")
+    monkeypatch.setattr(native, "INSTRUCTIONS", "DEFAULT")
+    assert native.load() == (None, "this CPU has neither AVX2 nor AVX-512")
 
 
 def exact_mixture(

@@ -3,7 +3,7 @@
 // The same arithmetic as cpu/attention.py: probabilities are saved for the backward pass. Here
 // eight queries at a time stay in the L1 cache from scores to output.
 //
-// Shapes: B batch, T positions (P padded to a multiple of 16), N heads, M key-value heads, H head
+// Shapes: B batch, T positions (P padded to whole vectors), N heads, M key-value heads, H head
 // size of queries and keys, D of values, both multiples of 16.
 #include "tile.h"
 
@@ -26,14 +26,16 @@ extern "C" int64_t attention_kept(int64_t length) {
     return block_start(last) + (padded(length) - last * BLOCK) * block_width(last, length);
 }
 
-constexpr int64_t ROWS = 8;  // rows of a tile: 8 x 2 sums leave registers for operands
+// A tile: 8 x 2 sums, or 8 x 1, leave registers for operands.
+constexpr int64_t ROWS = 8;
+constexpr int COLUMNS = WIDE_VECTORS / 2;
 
-// c[8, n] (+)= a[8, k] b[k, n]; n is a multiple of 16; a's element (i, j) is at i * rows + j * columns.
+// c[8, n] (+)= a[8, k] b[k, n]; n is a multiple of LANES; a's element (i, j) is at i * rows + j * columns.
 // Inlined, since one of the two strides is 1 everywhere.
 INLINE void product(const float* a, int64_t rows, int64_t columns, const float* b, int64_t ldb,
                     int64_t k, float* c, int64_t ldc, int64_t n, bool add) {
-    for (int64_t at = 0; at < n; at += 2 * LANES)
-        sized<1, 2>(1, n - at, [&](auto, auto v) {
+    for (int64_t at = 0; at < n; at += COLUMNS * LANES)
+        sized<1, COLUMNS>(1, n - at, [&](auto, auto v) {
             tile<ROWS, v.value>(
                 k, BODY(int r, int64_t j) { return a[r * rows + j * columns]; },
                 BODY(int64_t j) { return b + at + j * ldb; },
@@ -46,7 +48,7 @@ INLINE void product(const float* a, int64_t rows, int64_t columns, const float* 
 static inline void turn(const float* from, float* to, const float* cos, const float* sin,
                         int64_t t, int64_t head, float scale, bool back) {
     int64_t at = t * head / 2;
-    if (cos) return rotate<Half>(from, to, cos + at, sin + at, head, scale, back);
+    if (cos) return rotate<Eight>(from, to, cos + at, sin + at, head, scale, back);
     for (int64_t j = 0; j < head; j += LANES) store(to + j, load(from + j) * all(scale));
 }
 

@@ -55,15 +55,13 @@ static inline Vector folded(Vector a, Vector b) {
     return rows[0] + rows[STEP];
 }
 
-// The sums across the lanes of sixteen vectors, as one vector.
+// The sums across the lanes of 2 STEP vectors, LANES of them, as one vector.
+template <int STEP = LANES / 2>
 static inline Vector sums_of(Vector* rows) {
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) rows[i] = folded<8>(rows[i], rows[i + 8]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) rows[i] = folded<4>(rows[i], rows[i + 4]);
-    rows[0] = folded<2>(rows[0], rows[2]);
-    rows[1] = folded<2>(rows[1], rows[3]);
-    return folded<1>(rows[0], rows[1]);
+    for (int i = 0; i < STEP; i++) rows[i] = folded<STEP>(rows[i], rows[i + STEP]);
+    if constexpr (STEP > 1) return sums_of<STEP / 2>(rows);
+    return rows[0];
 }
 
 // For each new token: the number of new tokens it attends to, then their indices, ending with itself.

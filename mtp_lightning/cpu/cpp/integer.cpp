@@ -9,10 +9,8 @@
 
 #include "skinny.h"
 
-#define VNNI __attribute__((target("avx512vnni")))
-
 // Whether this CPU multiplies bytes.
-extern "C" int64_t multiplies_bytes() { return __builtin_cpu_supports("avx512vnni") != 0; }
+extern "C" int64_t multiplies_bytes() { return has_byte_products(); }
 
 // Rows in int8: for every group of a row the scale s, s x sum(i), and the numbers i, four to a word in
 // the order in which a format's lanes are multiplied.
@@ -45,24 +43,28 @@ static void round_rows(const float* x, int64_t rows, int64_t inputs, Rounded& to
         }
         float size = largest_of(top), inverse = size > 0 ? 127.0f / size : 0.0f;
         float scale = size / 127.0f + sum_of(wrong);
-        __m512i total = _mm512_setzero_si512();
-        for (int64_t k = 0; k < GROUP; k += LANES, bytes += LANES) {
-            __m512i i = _mm512_cvtps_epi32((__m512)(load(x + k) * all(inverse)));
-            total = _mm512_add_epi32(total, i);
-            _mm_storeu_si128((__m128i*)bytes, in_order<Format>(_mm512_cvtsepi32_epi8(i)));
+        Whole total = {};
+        for (int64_t k = 0; k < GROUP; k += 16, bytes += 16) {
+            for (int64_t j = 0; j < 16; j += LANES) {
+                Whole i = integers(load(x + k + j) * all(inverse));
+                total += i;
+                store_bytes(bytes + j, i);
+            }
+            __m128i i = _mm_loadu_si128((const __m128i*)bytes);
+            _mm_storeu_si128((__m128i*)bytes, in_order<Format>(i));
         }
-        to.scale[g] = scale, to.total[g] = scale * (float)_mm512_reduce_add_epi32(total);
+        // Exact, as sums of a few thousand are.
+        to.scale[g] = scale, to.total[g] = scale * sum_of(numbers(total));
     }
 }
 
 // sum[R][V] of R rows and of V vectors of outputs from vector `first` on, of a panel of `vectors`.
 template <typename Format, int R, int V>
-VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const Rounded& x,
+MULTIPLIES_BYTES static void tile(const char* panel, int64_t vectors, int64_t first, const Rounded& x,
                       int64_t row, int64_t groups, float* out) {
     constexpr int64_t WORDS = Format::GROUP / 4;
     constexpr int SIZE = Format::SCALES::SIZE;
-    constexpr int PARTS = 8 / Format::BITS;  // products of a vector of lanes
-    const __m512i low = _mm512_set1_epi8(15);
+    using Sum = Dot<Format::BITS>;
     Vector sum[R][V];
     each_vector<R, V>(BODY(int r, int v) { sum[r][v] = all(0.0f); });
     const int32_t* words = x.words.data() + row * groups * WORDS;
@@ -71,31 +73,27 @@ VNNI static void tile(const char* panel, int64_t vectors, int64_t first, const R
 #pragma GCC unroll 4
         for (int i = 0; i < V * SIZE; i++) ask_ahead(scales + i * sizeof(Vector));
         panel += vectors * SIZE * sizeof(Vector);
-        __m512i dot[R][V];
-        each_vector<R, V>(BODY(int r, int v) { dot[r][v] = _mm512_setzero_si512(); });
+        Sum dot[R][V];
 #pragma GCC unroll 8
         for (int i = 0; i < Format::VECTORS; i++, panel += vectors * sizeof(Vector)) {
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
                 const char* from = panel + (first + v) * sizeof(Vector);
                 ask_ahead(from);
-                __m512i lanes = _mm512_loadu_si512(from);
+                Whole levels = load_whole(from);
 #pragma GCC unroll 2
-                for (int p = 0; p < PARTS; p++) {
-                    __m512i bytes = lanes;
-                    if (PARTS > 1) bytes = _mm512_and_si512(_mm512_srli_epi32(lanes, 4 * p), low);
+                for (int p = 0; p < Sum::PARTS; p++) {
+                    auto part = Sum::part(levels, p);
 #pragma GCC unroll 4
-                    for (int r = 0; r < R; r++) {
-                        __m512i word = _mm512_set1_epi32(words[r * groups * WORDS + i * PARTS + p]);
-                        dot[r][v] = _mm512_dpbusd_epi32(dot[r][v], bytes, word);
-                    }
+                    for (int r = 0; r < R; r++)
+                        dot[r][v].add(part, words[r * groups * WORDS + i * Sum::PARTS + p]);
                 }
             }
         }
         each_vector<R, V>(BODY(int r, int v) {
             int64_t at = (row + r) * groups + g;
             const char* of = scales + v * SIZE * sizeof(Vector);
-            Vector scaled = all(x.scale[at]) * (Vector)_mm512_cvtepi32_ps(dot[r][v]);
+            Vector scaled = all(x.scale[at]) * dot[r][v].total();
             sum[r][v] = multiply_add(Format::SCALES::step(of), scaled, sum[r][v]);
             sum[r][v] = multiply_add(Format::SCALES::offset(of), all(x.total[at]), sum[r][v]);
         });
@@ -119,11 +117,11 @@ static void integer_product(const float* x, const char* weight, float* out, int6
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
         int64_t at = p * PANEL, vectors = panel_width<Format>(outputs - at) / LANES;
-        int64_t most = rows > MANY ? 2 : 4;
+        int64_t most = rows > MANY ? 2 : WIDE_VECTORS;
         for (int64_t i = 0; i < rows; i += TALL)
             for (int64_t first = 0; first < vectors;) {
                 int64_t wide = least(vectors - first, most);
-                sized<TALL, 4>(rows - i, wide * LANES, [&](auto r, auto v) {
+                sized<TALL>(rows - i, wide * LANES, [&](auto r, auto v) {
                     constexpr int R = r.value, V = v.value;
                     float found[R * V * LANES];
                     tile<Format, R, V>(weight + p * size, vectors, first, rounded, i, groups, found);

@@ -1,5 +1,5 @@
 // Packs weights into panels, in the formats of skinny.h, and unpacks them. Packing reads and writes
-// the weights once: tiles of 16 x 16 are transposed in registers.
+// the weights once: tiles of LANES x LANES are transposed in registers.
 #include <sys/mman.h>
 
 #include <atomic>
@@ -110,7 +110,8 @@ static bool pack(Byte, const float* weight, char* packed, int64_t outputs, int64
                 Vector rows[LANES];
                 tile_of(weight, outputs, inputs, at + j, k, rows);
                 for (int64_t i = 0; i < LANES && k + i < inputs; i++)
-                    store_bytes(to + (k + i) * width + j, step > all(0.0f) ? rows[i] / step : step);
+                    store_bytes(to + (k + i) * width + j,
+                                integers(step > all(0.0f) ? rows[i] / step : step));
             }
         }
     });
@@ -137,7 +138,7 @@ struct Fitted {
             lost |= ~(level >= all(0.0f)) | (level >= all(Format::LEVELS));
             Vector fraction = multiply_add(level, all(1 / Format::LEVELS), all(1.0f));
             lost |= multiply_add(a, fraction, b) != number;  // also true for NaN
-            store((float*)q + i, (Vector)_mm512_cvtps_epi32((__m512)level));
+            store((float*)q + i, (Vector)integers(level));
         }
         return !any(lost);
     }
@@ -145,8 +146,12 @@ struct Fitted {
     // Finds a step and an offset in fp16, if there are any. Inlined, it makes packing 5 % slower.
     __attribute__((noinline)) bool find(const float* numbers) {
         constexpr int TOP = (1 << BITS) - 1, ZERO = 1 << (BITS - 1);
-        Vector one = load(numbers), two = load(numbers + LANES);
-        float high = largest_of(larger(one, two)), low = -largest_of(larger(-one, -two));
+        Vector top = load(numbers), bottom = -top;
+        for (int64_t i = LANES; i < Format::GROUP; i += LANES) {
+            top = larger(top, load(numbers + i));
+            bottom = larger(bottom, -load(numbers + i));
+        }
+        float high = largest_of(top), low = -largest_of(bottom);
         float size = -low > high ? -low : high;
         auto fits = [&](float given_step, float given_offset) {
             return this->fits(numbers, as_fp16(given_step), as_fp16(given_offset));

@@ -1,6 +1,6 @@
 // Products of rows given by pointers, so that no rows are gathered.
 //
-// All widths are multiples of 16. The right side is processed 64 columns at a time.
+// All widths are multiples of 16. The right side is processed WIDE columns at a time.
 #pragma once
 
 #include "tile.h"
@@ -9,7 +9,7 @@ static inline int64_t width_at(int64_t at, int64_t all_columns) {
     return least(WIDE, all_columns - at);
 }
 
-// Packs weight[N, K] into panels of 64 outputs: the outputs of one input are adjacent.
+// Packs weight[N, K] into panels of WIDE outputs: the outputs of one input are adjacent.
 static void pack_panels(const float* weight, float* panel, int64_t outputs, int64_t inputs) {
     for (int64_t at = 0; at < outputs; at += WIDE) {
         int64_t width = width_at(at, outputs);
@@ -27,7 +27,7 @@ static void pack_turned(const float* weight, float* panel, int64_t outputs, int6
     }
 }
 
-// out[r][at .. at + 16 V] = x[r][K] panel[K, 16 V] for R rows.
+// out[r][at ..] = x[r][K] panel[K], V vectors each, for R rows.
 template <int R, int V>
 static void rows_product(const float* const* x, const float* panel, float* const* out, int64_t at,
                          int64_t inputs) {
@@ -37,12 +37,12 @@ static void rows_product(const float* const* x, const float* panel, float* const
                BODY(int64_t k) { return panel + k * V * LANES; }, to, false);
 }
 
-// out[R, 16 V] (+)= sum over n rows i of left[i][up .. up + R] right[i][at .. at + 16 V].
+// out[R] (+)= sum over n rows i of left[i][up .. up + R] right[i][at ..], V vectors each.
 template <int R, int V>
 static void sum_of_products(const float* const* left, int64_t up, const float* const* right,
                             int64_t at, int64_t n, float* out, int64_t ld, bool add) {
     auto wide = BODY(int64_t i) {
-        __builtin_prefetch(left[i] + up + LANES);  // needed by the next rows of `out`
+        __builtin_prefetch(left[i] + up + 16);  // needed by the next rows of `out`
         return right[i] + at;
     };
     tile<R, V>(n, BODY(int r, int64_t i) { return left[i][up + r]; }, wide,
@@ -62,7 +62,7 @@ static void product_of_rows(const float* const* x, const float* packed, float* c
     }
 }
 
-// Rows from .. to and columns at .. at + 64 of out[H, N] (+)= left.T right, over n rows of both.
+// Rows from .. to and WIDE columns from `at` on of out[H, N] (+)= left.T right, over n rows of both.
 static void gradient_of_rows(const float* const* left, int64_t from, int64_t to,
                              const float* const* right, int64_t at, int64_t n, float* out,
                              int64_t ld, bool add) {

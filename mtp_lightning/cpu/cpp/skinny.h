@@ -1,6 +1,6 @@
 // Skinny GEMM: products with few rows on the left, limited by reading the weights from memory.
 //
-// Weights are packed in panels of 64 outputs: the numbers of an input, or of a few adjacent ones, are
+// Weights are packed in panels of WIDE outputs: the numbers of an input, or of a few adjacent ones, are
 // together for all outputs, so that a panel is one stream and no sum runs across lanes. Every output
 // is one chain of multiply-adds in the order of its inputs, independent of other rows: one row has the
 // same bits as many, and every format has the bits of fp32, except int8, whose scale multiplies the sum.
@@ -20,8 +20,6 @@ constexpr int64_t INTEGER = 256;
 static inline Vector lower_half(Whole x) { return (Vector)(x << 16); }
 static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff0000); }
 
-typedef int32_t LooseWhole __attribute__((vector_size(64), aligned(4), may_alias));
-
 // Reading a panel is a stream. Intel's prefetcher stops at the end of every page of 4 KB, so memory is
 // asked for so many bytes ahead; on AMD that lost a tenth.
 static const int64_t AHEAD = __builtin_cpu_is("intel") ? 8192 : 0;
@@ -29,11 +27,6 @@ static const int64_t AHEAD = __builtin_cpu_is("intel") ? 8192 : 0;
 static inline void ask_ahead(const char* from) { __builtin_prefetch(from + AHEAD); }
 
 static inline Whole load_whole(const char* from) { return *(const LooseWhole*)from; }
-
-// Sixteen fp16 numbers as fp32.
-static inline Vector load_fp16(const char* from) {
-    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
-}
 
 // A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
 // each<V>(panel, inputs, body), which calls body(k, weight[V]) for every input k. Where it is SCALED,
@@ -57,8 +50,8 @@ struct Full {
     }
 };
 
-// bf16: a vector holds 32 numbers, output i in the lower half and output i + 16 in the upper half of a
-// lane.
+// bf16: a vector holds 2 LANES numbers, output i in the lower half and output i + LANES in the upper half
+// of a lane.
 struct Half16 {
     static constexpr int UNIT = 2;
     static constexpr bool SCALED = false, IN_BLOCKS = false;
@@ -97,7 +90,7 @@ struct Byte {
     }
 };
 
-// The steps and offsets of the blocks of 16 outputs in fp16: one vector.
+// The steps and offsets of the blocks of LANES outputs in fp16: one vector.
 struct HalfScales {
     static constexpr int SIZE = 1;
     INLINE Vector step(const char* from) { return load_fp16(from); }
@@ -113,7 +106,7 @@ struct FullScales {
 
 // Blocks of GROUP inputs of an output: weight = step x q + offset with q of BITS bits. With fp16 scales
 // they are those of GGUF's Q4_0, Q4_1 and Q8_0; with fp32 scales those of Q4_K, Q5_K and Q6_K, whose
-// steps and offsets are products. A block is the scales for every 16 outputs, then GROUP BITS / 32
+// steps and offsets are products. A block is the scales for every LANES outputs, then GROUP BITS / 32
 // times V vectors, whose lanes hold 32 / BITS inputs of one output.
 //
 // q becomes the fraction of 1.q, so that no conversion is needed: with a = 2^BITS step, weight =
@@ -135,9 +128,7 @@ struct Blocks {
     INLINE Vector fraction(Whole lanes, int j) {
         int left = 23 - BITS - j * BITS;
         Whole moved = left > 0 ? lanes << left : lanes >> -left;
-        const __m512i mask = _mm512_set1_epi32(((1 << BITS) - 1) << (23 - BITS));
-        const __m512i one = _mm512_set1_epi32(0x3f800000);
-        return (Vector)_mm512_ternarylogic_epi32((__m512i)moved, mask, one, 0xea);  // (a & b) | c
+        return (Vector)masked_or(moved, ((1 << BITS) - 1) << (23 - BITS), 0x3f800000);
     }
     template <int V, typename Body>
     INLINE void each(const char* panel, int64_t inputs, Body body) {
@@ -195,7 +186,7 @@ static inline int64_t panel_width(int64_t outputs) {
 // With fewer multiply-adds, starting a thread costs more than it saves.
 constexpr int64_t WORTH_THREADS = 1 << 18;
 
-// Stores the sums of up to 16 outputs, of which `left` are there, or adds them.
+// Stores the sums of up to LANES outputs, of which `left` are there, or adds them.
 INLINE void store_sum(float* to, Vector sum, int64_t left, bool add) {
     if (left >= LANES)
         store(to, add ? load(to) + sum : sum);

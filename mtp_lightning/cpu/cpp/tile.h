@@ -7,16 +7,18 @@
 
 #include "vector.h"
 
-constexpr int64_t WIDE = 4 * LANES;  // columns of a register tile
-constexpr int64_t HIGH = 6;  // rows of one: 6 x 4 sums and 4 of the right side fit into the registers
+// A register tile: 6 x 4 sums and 4 vectors of the right side fit into 32 registers, half of it into 16.
+constexpr int64_t HIGH = 6;                     // rows
+constexpr int WIDE_VECTORS = REGISTERS / 8;     // vectors of columns
+constexpr int64_t WIDE = WIDE_VECTORS * LANES;  // columns
 
 #define INLINE static inline __attribute__((always_inline))
 // A lambda that is always inlined.
 #define BODY(...) [&](__VA_ARGS__) __attribute__((always_inline))
 
-// Calls body with the largest R <= rows and V <= columns / 16 as constants:
+// Calls body with the largest R <= rows and V <= columns / LANES as constants:
 // body(std::integral_constant<int, R>, std::integral_constant<int, V>).
-template <int R = HIGH, int V = 4, typename Body>
+template <int R = HIGH, int V = WIDE_VECTORS, typename Body>
 static inline void sized(int64_t rows, int64_t columns, Body body) {
     if (V * LANES > columns) {
         if constexpr (V > 1) sized<R, V - 1>(rows, columns, body);
@@ -44,7 +46,7 @@ INLINE void add_products(Left left, const Vector (&right)[V], Vector (&sum)[R][V
     });
 }
 
-// A register tile: out(r)[16 V] (+)= the sum over k < n of left(r, k) right(k)[16 V], for R rows.
+// A register tile: out(r) (+)= the sum over k < n of left(r, k) right(k), V vectors each, for R rows.
 template <int R, int V, typename Left, typename Right, typename Out>
 INLINE void tile(int64_t n, Left left, Right right, Out out, bool add) {
     Vector sum[R][V];
@@ -61,8 +63,8 @@ INLINE void tile(int64_t n, Left left, Right right, Out out, bool add) {
     each_vector<R, V>(BODY(int r, int v) { store(out(r) + v * LANES, sum[r][v]); });
 }
 
-// Inputs k .. k + 15 of outputs o .. o + 15 of weight[N, K], one vector per input; zeros beyond the
-// weight's end.
+// LANES inputs from k on of LANES outputs from o on of weight[N, K], one vector per input; zeros beyond
+// the weight's end.
 static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs, int64_t o,
                            int64_t k, Vector* rows) {
     int64_t n = least(LANES, inputs - k);

@@ -4,7 +4,7 @@
 #include "skinny.h"
 
 // Calls write(o, k, numbers, n) for the outputs o of a panel, of which `left` are the weight's: the
-// numbers of its inputs k .. k + n - 1, n <= 16.
+// numbers of its inputs k .. k + n - 1, n <= LANES.
 template <typename Format, typename Write>
 static inline void unpack_panel(const char* panel, int64_t left, int64_t inputs, Write write) {
     sized(1, panel_width<Format>(left), [&](auto, auto v) {

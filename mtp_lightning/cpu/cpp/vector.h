@@ -1,54 +1,30 @@
-// Vectors of 16 fp32 numbers.
+// Vectors of fp32 numbers, LANES of them: one register.
 //
-// Uses the compiler's vector types, each one AVX-512 register; setup.py sets the instructions that
-// the compiler may use.
+// Uses the compiler's vector types. setup.py builds all C++ twice, for the instructions of AVX-512
+// and for those of AVX2; what differs is in avx512.h and avx2.h.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
-constexpr int64_t LANES = 16;
+#ifdef __AVX512F__
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // n, rounded up to whole vectors.
 static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(64)));
-
 static inline Vector load(const float* from) { return *(const Loose*)from; }
 static inline void store(float* to, Vector x) { *(Loose*)to = x; }
 static inline Vector all(float x) { return x - (Vector){}; }
 
-// Sixteen int8 numbers as fp32.
-static inline Vector load_bytes(const int8_t* from) {
-    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-}
-
-// Stores integers between -128 and 127 as int8.
-static inline void store_bytes(int8_t* to, Vector x) {
-    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x)));
-}
-
-// Rounds to the nearest integer, ties to even.
-static inline Vector rounded(Vector x) { return (Vector)_mm512_roundscale_ps((__m512)x, 8); }
-
-// Loads the first n of sixteen numbers; the others become `other`.
-static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
-    return (Vector)_mm512_mask_loadu_ps((__m512)all(other), (1 << n) - 1, from);
-}
-
-static inline void store_some(float* to, Vector x, int64_t n) {
-    _mm512_mask_storeu_ps(to, (1 << n) - 1, (__m512)x);
-}
-
-// Calls body(at, n) for all columns, n <= 16 at a time.
+// Calls body(at, n) for all columns, n <= LANES at a time.
 template <typename Body>
 static inline void columns(int64_t width, Body body) {
     int64_t at = 0;
@@ -64,14 +40,12 @@ static inline void put(float* to, Vector x, int64_t n) {
     n == LANES ? store(to, x) : store_some(to, x, n);
 }
 
-// A mask of the lanes `at` .. `at` + 15: all ones for those before `end`.
+// A mask of the lanes from `at` on: all ones for those before `end`.
 static inline Whole before(int64_t at, int64_t end) {
-    const Whole lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Whole lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
     return lanes < (int32_t)(end - at) - (Whole){};
-}
-
-static inline bool any(Whole lanes) {
-    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
 }
 
 // One step of a transposition: exchanges blocks of STEP lanes.
@@ -93,41 +67,36 @@ static inline void exchange(Vector* rows) {
 }
 
 static inline void transpose(Vector* rows) {
-    exchange<8>(rows);
+    if constexpr (LANES == 16) exchange<8>(rows);
     exchange<4>(rows);
     exchange<2>(rows);
     exchange<1>(rows);
 }
 
-// a * b + c, rounded once. Used where a sum must have the same bits in loops of any shape: on its own,
-// the compiler rounds twice in some of them.
-static inline Vector multiply_add(Vector a, Vector b, Vector c) {
-    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector size_of(Vector x) { return x < all(0.0f) ? -x : x; }
 
-typedef float Half __attribute__((vector_size(32)));
-typedef float Quarter __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+
+// The lanes of a vector combined into four, the upper half with the lower one.
+template <typename Combine>
+static inline Four folded_to_four(Vector x, Combine combine) {
+    Eight eights[LANES / 8];
+    Four fours[2];
+    memcpy(eights, &x, sizeof(x));
+    if constexpr (LANES == 16) eights[0] = combine(eights[0], eights[1]);
+    memcpy(fours, eights, sizeof(fours));
+    return combine(fours[0], fours[1]);
+}
 
 static inline float sum_of(Vector x) {
-    Half halves[2];
-    Quarter quarters[2];
-    memcpy(halves, &x, sizeof(x));
-    halves[0] += halves[1];
-    memcpy(quarters, halves, sizeof(quarters));
-    Quarter four = quarters[0] + quarters[1];
+    Four four = folded_to_four(x, [](auto a, auto b) { return a + b; });
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 static inline float largest_of(Vector x) {
-    Half halves[2];
-    Quarter quarters[2];
-    memcpy(halves, &x, sizeof(x));
-    halves[0] = halves[0] > halves[1] ? halves[0] : halves[1];
-    memcpy(quarters, halves, sizeof(quarters));
-    Quarter four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+    Four four = folded_to_four(x, [](auto a, auto b) { return a > b ? a : b; });
     float a = four[0] > four[2] ? four[0] : four[2], b = four[1] > four[3] ? four[1] : four[3];
     return a > b ? a : b;
 }
@@ -164,7 +133,7 @@ static inline Vector gate_gradient(Vector d, Vector g, Vector u, Vector s) {
 }
 
 // Rotates one head by the angles whose cosines and sines [H / 2] are given (back: inversely), and
-// multiplies it by scale; `to` may be `from`. T is float, or Half if H is a multiple of 16.
+// multiplies it by scale; `to` may be `from`. T is float, or Eight if H is a multiple of 16.
 template <typename T>
 static inline void rotate(const float* from, float* to, const float* cos, const float* sin,
                           int64_t head, float scale, bool back) {
