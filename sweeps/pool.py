@@ -198,15 +198,26 @@ def make_pool(
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 
-def run(tasks: list[Task], *, devices_per_job: int | None = None, **settings: Any) -> None:
+def run(
+    tasks: list[Task],
+    *,
+    source: Iterable[Task] | None = None,
+    ended: Ended = _ignore,
+    devices_per_job: int | None = None,
+    **settings: Any,
+) -> None:
     """Runs tasks in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
-    devices, by default its ``trainer.devices``.
+    devices, by default its ``trainer.devices``. See :meth:`Pool.run` for ``ended``.
+
+    Args:
+        source: gives the same tasks one by one, where some can only start after others.
 
     Raises:
         UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
     if devices_per_job is not None:
+        assert source is None, "its tasks would keep their own number of devices"
         for task in tasks:
             if devices_per_job < task.processes:
                 raise UserError(
@@ -214,4 +225,4 @@ def run(tasks: list[Task], *, devices_per_job: int | None = None, **settings: An
                     f"asks for with trainer.devices={task.processes}."
                 )
         tasks = [replace(task, devices=devices_per_job) for task in tasks]
-    make_pool(tasks, **settings).run(tasks)
+    make_pool(tasks, **settings).run(source or tasks, ended=ended)

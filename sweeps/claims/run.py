@@ -14,6 +14,7 @@ from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
 from sweeps.interrupts import alone
 from sweeps.plan import Job, Plan, must_run
+from sweeps.process import Task
 
 
 def run(
@@ -71,8 +72,10 @@ def run(
         for job in waiting:
             if read_status(runs / job.folder) is None:
                 write_status(runs / job.folder, job.overrides, "pending")
-        for batch in _batches(waiting):
-            pool.run([job.task(runs) for job in batch], n_jobs=n_jobs)
+        if waiting:
+            ready = _Ready(waiting, runs)
+            tasks = [job.task(runs) for job in waiting]
+            pool.run(tasks, source=ready, ended=ready.ended, n_jobs=n_jobs)
     bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]
     for folder in bad:
         print(describe_failure(folder), flush=True)
@@ -106,14 +109,27 @@ def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path)
     return list(found.values())
 
 
-def _batches(waiting: Sequence[ClaimJob]) -> list[list[ClaimJob]]:
-    """Split the jobs, in order, wherever one branches from a job of the current batch."""
-    batches: list[list[ClaimJob]] = [[]]
-    for job in waiting:
-        if any(job.parent == other.folder for other in batches[-1]):
-            batches.append([])
-        batches[-1].append(job)
-    return [batch for batch in batches if batch]
+class _Ready:
+    """The tasks of jobs in order; one that branches from another comes once that has ended, and
+    later jobs do not wait for it."""
+
+    def __init__(self, waiting: Sequence[ClaimJob], runs: Path) -> None:
+        self._waiting = list(waiting)
+        self._runs = runs
+        self._unfinished = {job.folder for job in waiting}
+
+    def __iter__(self) -> _Ready:
+        return self
+
+    def __next__(self) -> Task:
+        for job in self._waiting:
+            if job.parent not in self._unfinished:
+                self._waiting.remove(job)
+                return job.task(self._runs)
+        raise StopIteration  # for now: the pool asks again while jobs run
+
+    def ended(self, task: Task) -> None:
+        self._unfinished.discard(task.folder.name)
 
 
 def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from sweeps.claims.jobs import jobs
 from sweeps.claims.observe import Arms, Seed
 from sweeps.claims.recall import shared_seeds
 from sweeps.claims.result import make_result
-from sweeps.claims.run import _batches, _with_parents
+from sweeps.claims.run import _Ready, _with_parents
 from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, predict
 
 TAG = "val/bits_per_byte"
@@ -185,10 +185,16 @@ def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
     # Their names say what they compute, not where.
     elsewhere = jobs(claim, [3, 1], Path("/somewhere/else"))
     assert [job.folder for job in elsewhere] == [job.folder for job in found]
-    assert _batches([job for job in found if job.seed == 3 and job.arm in ("trunk", "long")]) == [
-        [found[0]],
-        [found[3]],
-    ]
+    # A branch waits for its trunk, and nothing waits for a branch.
+    asked = [job for job in found if job.arm in ("trunk", "long")]
+    ready = _Ready(asked, RUNS)
+    first = list(ready)
+    assert [task.folder.name for task in first] == [trunks[3], trunks[1]]
+    assert list(ready) == []
+    ready.ended(first[1])
+    assert [task.folder.name for task in ready] == [asked[3].folder]
+    ready.ended(first[0])
+    assert [task.folder.name for task in ready] == [asked[1].folder]
     # A branch whose run is in a result alone has it run again, for its checkpoints.
     (branch,) = [job for job in found if (job.arm, job.seed) == ("long", 1)]
     again = _with_parents([branch], [claim], tmp_path)
@@ -218,7 +224,11 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
     # The whole line of runs is made again where none of them is here.
     again = _with_parents([heads], [claim], tmp_path)
     assert [job.arm for job in again] == ["trunk", "long", "heads"]
-    assert [len(batch) for batch in _batches(again)] == [1, 1, 1]
+    ready = _Ready(again, RUNS)
+    for job in again:
+        (task,) = ready
+        assert task.folder.name == job.folder
+        ready.ended(task)
     arms = {"heads": ["init_from=trunk"], "trunk": ["mtp=none"]}
     claim = claim_of(tmp_path / "b", arms=arms, predictions=[predict("heads", "below")])
     with pytest.raises(UserError, match="init_from=trunk: name an arm that is listed before it"):
