@@ -96,7 +96,7 @@ struct Dot {
         __m256i sum = _mm256_madd_epi16(pairs[0], one);
         if constexpr (HALVES == 2)
             sum = _mm256_add_epi32(sum, _mm256_slli_epi32(_mm256_madd_epi16(pairs[1], one), 4));
-        return (Vector)_mm256_cvtepi32_ps(sum);
+        return numbers((Whole)sum);
     }
 
    private:

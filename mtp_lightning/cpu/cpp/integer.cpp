@@ -60,8 +60,8 @@ static void round_rows(const float* x, int64_t rows, int64_t inputs, Rounded& to
 
 // sum[R][V] of R rows and of V vectors of outputs from vector `first` on, of a panel of `vectors`.
 template <typename Format, int R, int V>
-MULTIPLIES_BYTES static void tile(const char* panel, int64_t vectors, int64_t first, const Rounded& x,
-                      int64_t row, int64_t groups, float* out) {
+MULTIPLIES_BYTES static void tile(const char* panel, int64_t vectors, int64_t first,
+                                  const Rounded& x, int64_t row, int64_t groups, float* out) {
     constexpr int64_t WORDS = Format::GROUP / 4;
     constexpr int SIZE = Format::SCALES::SIZE;
     using Sum = Dot<Format::BITS>;
