@@ -80,13 +80,22 @@ def _look_after(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def processor() -> str:
-    """The name of this machine's processor; empty where the system does not tell it."""
+# Flags of /proc/cpuinfo, the widest instructions first; in the words of a processor's name.
+_INSTRUCTIONS = {"amx_tile": "AMX", "avx512bw": "AVX-512", "avx2": "AVX2"}
+
+
+def processor(root: Path = Path("/")) -> str:
+    """The name of this machine's processor with its widest instructions, as in "AMD EPYC with
+    AVX2": virtual machines give processors of all generations one name. Empty where the system does
+    not tell it. ``root`` is the root of the file system, for tests."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name, flags = facts.get("model name", ""), facts.get("flags", "").split()
+    widest = next((text for flag, text in _INSTRUCTIONS.items() if flag in flags), None)
+    return f"{name} with {widest}" if name and widest else name
 
 
 def cores() -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from mtp_lightning import runtime
 from mtp_lightning.errors import UserError
 from mtp_lightning.runtime import set_threads
+from mtp_lightning.system import processor
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,23 @@ def test_no_thread_is_refused() -> None:
     wanted = "must be a whole number of at least 1, or null for all cores but one, not -1"
     with pytest.raises(UserError, match=f"num_threads {wanted}"):
         set_threads(-1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("fpu avx2 avx512f avx512bw amx_tile", "AMD EPYC with AMX"),
+        ("avx512bw avx2", "AMD EPYC with AVX-512"),
+        ("sse avx2", "AMD EPYC with AVX2"),
+        ("sse", "AMD EPYC"),
+    ],
+)
+def test_a_processor_is_named_with_its_instructions(tmp_path: Path, flags: str, name: str) -> None:
+    (tmp_path / "proc").mkdir()
+    file = tmp_path / "proc" / "cpuinfo"
+    file.write_text(
+        f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\nprocessor\t: 1\n"
+    )
+    assert processor(tmp_path) == name
+    file.write_text("Processor: some other machine\n")
+    assert processor(tmp_path) == ""
