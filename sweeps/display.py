@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import read_status, state_of
-from sweeps.process import Task
+from sweeps.process import Job
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ _MOST_ENDED = 6  # most rows of ended jobs in the live table
 class Watched:
     """A running job and its progress, from which its speed is estimated."""
 
-    task: Task
+    job: Job
     device: str
     step: int = 0  # optimizer steps done
     loss: str = ""  # at that step
@@ -34,32 +34,32 @@ class Watched:
 
     def look(self) -> None:
         """Reads its newest step."""
-        self.step, self.loss = newest(self.task.folder)
+        self.step, self.loss = newest(self.job.folder)
         if self.first is None and self.step:
             self.first = (time.monotonic(), self.step)
 
     @property
     def steps(self) -> str:
-        total = f"/{self.task.max_steps}" if self.task.max_steps else ""
+        total = f"/{self.job.max_steps}" if self.job.max_steps else ""
         return f"{self.step}{total}"
 
     @property
     def eta(self) -> str:
         """Time that the remaining steps take at the speed seen so far."""
         since, step = self.first or (0.0, self.step)
-        if not self.task.max_steps or self.step <= step:
+        if not self.job.max_steps or self.step <= step:
             return ""
         rate = (self.step - step) / (time.monotonic() - since)
-        return duration(max(0, self.task.max_steps - self.step) / rate)
+        return duration(max(0, self.job.max_steps - self.step) / rate)
 
 
 @dataclass
 class Display:
     """What both displays have in common: the state of the jobs, as a pool reports it."""
 
-    n_tasks: int
+    total: int
     seconds: float = 30.0  # between two looks at the running jobs
-    running: dict[Task, Watched] = field(default_factory=dict)
+    running: dict[Job, Watched] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # of ended jobs, by state
     began: float = field(default_factory=lambda: time.monotonic())
     # When the running jobs were looked at.
@@ -70,21 +70,21 @@ class Display:
 
     def __exit__(self, *args: Any) -> None: ...
 
-    def started(self, task: Task, device: str) -> None:
+    def started(self, job: Job, device: str) -> None:
         """Records that a job has started."""
-        self.running[task] = Watched(task, device)
+        self.running[job] = Watched(job, device)
 
-    def ended(self, task: Task) -> None:
+    def ended(self, job: Job) -> None:
         """Records that a job has ended; its status file says how."""
-        self.running.pop(task, None)
-        self.counts[state_of(task.folder)] += 1
+        self.running.pop(job, None)
+        self.counts[state_of(job.folder)] += 1
 
     def refresh(self) -> None:
         """Shows how far the running jobs are, if the last time was long enough ago."""
         if time.monotonic() - self.shown >= self.seconds:
             self.shown = time.monotonic()
-            for job in self.running.values():
-                job.look()
+            for one in self.running.values():
+                one.look()
             self.show()
 
     def show(self) -> None:
@@ -100,7 +100,7 @@ class Display:
         return self.counts.total()
 
     def summary(self) -> str:
-        parts = [f"{self.n_ended} of {self.n_tasks} ended", f"{len(self.running)} running"]
+        parts = [f"{self.n_ended} of {self.total} ended", f"{len(self.running)} running"]
         parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
         return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
 
@@ -108,21 +108,21 @@ class Display:
 class Lines(Display):
     """One line for every start and end, and now and then one for each running job."""
 
-    def started(self, task: Task, device: str) -> None:
-        super().started(task, device)
-        self.say(f"started {task.label} on {device}")
+    def started(self, job: Job, device: str) -> None:
+        super().started(job, device)
+        self.say(f"started {job.label} on {device}")
 
-    def ended(self, task: Task) -> None:
-        super().ended(task)
+    def ended(self, job: Job) -> None:
+        super().ended(job)
         # A file server may not answer for a moment.
-        reason = (read_status(task.folder) or {}).get("reason")
-        why = f": {reason} (log: {task.folder / LOG_FILE})" if reason else ""
-        self.say(f"{state_of(task.folder)} {task.label} ({self.n_ended} of {self.n_tasks}){why}")
+        reason = (read_status(job.folder) or {}).get("reason")
+        why = f": {reason} (log: {job.folder / LOG_FILE})" if reason else ""
+        self.say(f"{state_of(job.folder)} {job.label} ({self.n_ended} of {self.total}){why}")
 
     def show(self) -> None:
-        for job in self.running.values():
-            eta = f", {job.eta} left" if job.eta else ""
-            self.say(f"  {job.task.label}: step {job.steps}, loss {job.loss or '-'}{eta}")
+        for one in self.running.values():
+            eta = f", {one.eta} left" if one.eta else ""
+            self.say(f"  {one.job.label}: step {one.steps}, loss {one.loss or '-'}{eta}")
         self.say(f"  {self.summary()}")
 
     def say(self, text: str) -> None:
@@ -133,13 +133,13 @@ class LiveTable(Display):
     """The running jobs in a table that is redrawn every second, on the terminal unless a console is
     given."""
 
-    def __init__(self, n_tasks: int, *, console: Console | None = None) -> None:
-        super().__init__(n_tasks, seconds=1.0, shown=-math.inf)
+    def __init__(self, total: int, *, console: Console | None = None) -> None:
+        super().__init__(total, seconds=1.0, shown=-math.inf)
         from rich.live import Live
 
         # Without a thread of its own, since processes are started from this one.
         self._live = Live(console=console, auto_refresh=False)
-        self._ended: list[tuple[Task, dict[str, Any]]] = []
+        self._ended: list[tuple[Job, dict[str, Any]]] = []
 
     def __enter__(self) -> LiveTable:
         self._live.__enter__()
@@ -149,9 +149,9 @@ class LiveTable(Display):
         self.show()
         self._live.__exit__(*args)
 
-    def ended(self, task: Task) -> None:
-        super().ended(task)
-        self._ended.append((task, read_status(task.folder) or {}))
+    def ended(self, job: Job) -> None:
+        super().ended(job)
+        self._ended.append((job, read_status(job.folder) or {}))
         self.shown = -math.inf
 
     def show(self) -> None:
@@ -172,20 +172,20 @@ class LiveTable(Display):
             table.add_column(name, justify="right", no_wrap=True)
         bad = [entry for entry in self._ended if entry[1].get("state") != "done"]
         good = [entry for entry in self._ended if entry[1].get("state") == "done"]
-        for task, status in [*bad[-_MOST_ENDED:], *good[-_MOST_ENDED:]]:
+        for job, status in [*bad[-_MOST_ENDED:], *good[-_MOST_ENDED:]]:
             state = status.get("state", "")
             style = "green" if state == "done" else "red"
-            step, loss = newest(task.folder)
+            step, loss = newest(job.folder)
             cells = (status.get("device") or "", str(step), loss, "")
-            table.add_row(Text(task.label), Text(state, style=style), *cells)
-        for job in self.running.values():
-            table.add_row(Text(job.task.label), "running", job.device, job.steps, job.loss, job.eta)
+            table.add_row(Text(job.label), Text(state, style=style), *cells)
+        for one in self.running.values():
+            table.add_row(Text(one.job.label), "running", one.device, one.steps, one.loss, one.eta)
         return table
 
 
-def make_display(n_tasks: int) -> Display:
+def make_display(total: int) -> Display:
     """The table if stdout is a terminal, else lines."""
-    return LiveTable(n_tasks) if sys.stdout.isatty() else Lines(n_tasks)
+    return LiveTable(total) if sys.stdout.isatty() else Lines(total)
 
 
 def newest(folder: Path) -> tuple[int, str]:

@@ -9,47 +9,47 @@ from collections.abc import Callable, Iterable
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.display import make_display
 from sweeps.interrupts import interrupts
-from sweeps.process import Task
+from sweeps.process import Job
 
 _LOOK_SECONDS = 1.0
 _LOOKS_A_SECOND = 200  # of status files, which may be on a shared file server
 
 
 def follow(
-    tasks: list[Task],
+    jobs: list[Job],
     *,
-    over: Callable[[], dict[Task, str]],
-    cancel: Callable[[Iterable[Task]], None],
+    over: Callable[[], dict[Job, str]],
+    cancel: Callable[[Iterable[Job]], None],
     grace_seconds: float,
 ) -> None:
-    """Waits until the cluster has ended all tasks.
+    """Waits until the cluster has ended all jobs.
 
     Args:
-        over: returns the tasks that the cluster no longer has, with its message about each.
-        cancel: cancels tasks; running ones may save first.
-        grace_seconds: seconds that canceled tasks may take.
+        over: returns the jobs that the cluster no longer has, with its message about each.
+        cancel: cancels jobs; running ones may save first.
+        grace_seconds: seconds that canceled jobs may take.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; all tasks are over or canceled.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; all jobs are over or canceled.
     """
-    left, running = list(tasks), set()
-    before = {task: read_status(task.folder) for task in tasks}
-    with make_display(len(tasks)) as display, interrupts() as check:
+    left, running = list(jobs), set()
+    before = {job: read_status(job.folder) for job in jobs}
+    with make_display(len(jobs)) as display, interrupts() as check:
 
         def look(reason: str | None = None) -> None:
             ended, gone = over(), set()
-            for task in list(left):
-                status = read_status(task.folder) or {}
-                if status.get("state") == "running" and task not in running:
-                    running.add(task)
-                    display.started(task, str(status["device"]))
+            for job in list(left):
+                status = read_status(job.folder) or {}
+                if status.get("state") == "running" and job not in running:
+                    running.add(job)
+                    display.started(job, str(status["device"]))
                 # A job that ended normally says so in its status, sooner than the cluster does.
-                over_itself = status.get("state") in ("done", "failed") and status != before[task]
-                if task in ended or over_itself:
-                    _judge(task, ended.get(task, ""), interrupted=reason)
-                    display.ended(task)
-                    gone.add(task)
-            left[:] = [task for task in left if task not in gone]
+                over_itself = status.get("state") in ("done", "failed") and status != before[job]
+                if job in ended or over_itself:
+                    _judge(job, ended.get(job, ""), interrupted=reason)
+                    display.ended(job)
+                    gone.add(job)
+            left[:] = [job for job in left if job not in gone]
             display.refresh()
 
         try:
@@ -67,16 +67,16 @@ def follow(
             while left and time.monotonic() < until:
                 look(reason)
                 time.sleep(_LOOK_SECONDS)
-            for task in left:
-                _judge(task, "did not end in time", interrupted=reason)
+            for job in left:
+                _judge(job, "did not end in time", interrupted=reason)
             raise
 
 
-def _judge(task: Task, said: str, *, interrupted: str | None) -> None:
+def _judge(job: Job, said: str, *, interrupted: str | None) -> None:
     """Sets the last status of a job that never began, or was killed before it could set it."""
-    if state_of(task.folder) in ("done", "failed", "interrupted"):
+    if state_of(job.folder) in ("done", "failed", "interrupted"):
         return
-    old = read_status(task.folder) or {}
+    old = read_status(job.folder) or {}
     kept = {key: old.get(key) for key in ("device", "pid", "started")}
     state = "failed" if interrupted is None else "interrupted"
-    write_status(task.folder, task.overrides, state, reason=interrupted or said, **kept)
+    write_status(job.folder, job.overrides, state, reason=interrupted or said, **kept)

@@ -28,16 +28,16 @@ from sweeps.compose import Composer, settle
 from sweeps.interrupts import alone
 from sweeps.lease import live
 from sweeps.plan import (
-    Plan,
     Recipe,
+    SweepPlan,
     must_run,
     name_of_program,
     varied_labels,
     without_housekeeping,
 )
-from sweeps.process import Task
+from sweeps.process import Job
 
-Run = Callable[[list[Task]], None]
+RunJobs = Callable[[list[Job]], None]
 
 # Hydra's settings that are about the sweep and not about a job.
 _SWEEP_SETTINGS = (
@@ -52,7 +52,7 @@ _SWEEP_SETTINGS = (
 
 
 def launch(
-    run: Run | None,
+    run: RunJobs | None,
     *,
     config: DictConfig,
     hydra_context: HydraContext,
@@ -62,7 +62,7 @@ def launch(
     """Runs the jobs of a sweep that are not done, and reports the results of all.
 
     Args:
-        run: runs tasks, each to its end; their status files say how they ended. None leaves them to
+        run: runs jobs, each to its end; their status files say how they ended. None leaves them to
             workers.
         config: the sweep's own config.
         hydra_context: composes the jobs' configs.
@@ -77,48 +77,28 @@ def launch(
             signal's number if it was interrupted.
     """
     with readable_errors():
-        folder = Path(config.hydra.sweep.dir).absolute()
-        plan = Plan(folder)
+        plan = SweepPlan(Path(config.hydra.sweep.dir).absolute())
         try:
             settled = _checked(plan, config, hydra_context, batch)
         except UserError:
-            _forget(folder)
+            _forget(plan.folder)
             raise
-        tasks = list(settled)
+        jobs = list(settled)
         if dry_run:
-            _show(folder, tasks)
-            _forget(folder)
+            _show(plan.folder, jobs)
+            _forget(plan.folder)
             return []
-        again = _shown(folder)
-        busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
-        with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
-            if run is not None and live(folder):
-                raise BlockingIOError(
-                    f"Workers are at work in {folder}: wait for them, or plan with "
-                    "hydra/launcher=plan."
-                )
-            plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
-            retry = config.sweep.retry_failed
-            todo = [task for task in tasks if must_run(task.folder, retry_failed=retry)]
-            _say_plan(folder, settled, todo)
-            for task in todo:
-                failed = run is None and state_of(task.folder) == "failed"
-                if failed or read_status(task.folder) is None:
-                    write_status(task.folder, task.overrides, "pending")
-            if run is None:
-                how = f"start any number of workers with python -m sweeps.work {again}"
-                print(f"planned: {how}")
-                return []
-            if todo:
-                run(todo)
-        _say_end(folder, tasks)
-        return [_job_return(task) for task in tasks]
+        _start(run, plan, settled, retry_failed=config.sweep.retry_failed)
+        if run is None:
+            return []
+        _say_end(plan.folder, jobs)
+        return [_job_return(job) for job in jobs]
 
 
 def _checked(
-    plan: Plan, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
-) -> dict[Task, dict[str, Any]]:
-    """Adds a batch of jobs to a plan; returns them as tasks, with their configs.
+    plan: SweepPlan, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
+) -> dict[Job, dict[str, Any]]:
+    """Adds a batch of jobs to a plan; returns them with their configs.
 
     Raises:
         UserError: something is wrong with the sweep, or with the config of a job.
@@ -128,33 +108,61 @@ def _checked(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
             "leave it out; hydra.launcher.n_jobs sets how many run at once."
         )
-    jobs = plan.add(batch)
+    planned_jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
-    labels = varied_labels(jobs)
+    labels = varied_labels(planned_jobs)
     options, program = _options(config), name_of_program()
     composer = Composer(config, hydra_context.config_loader)
-    settled: dict[Task, dict[str, Any]] = {}
-    for job in jobs:
-        own_paths, run_folder = paths[frozenset(job.overrides)], plan.folder / job.folder
-        own = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
-        vetting.check(own, "config", [*own_paths, *job.overrides])
-        job.recipe = Recipe.of(own, program=program, options=[*options, *own_paths])
-        task = job.recipe.task(
-            run_folder, job.overrides, labels=labels[job.folder], program=this_program()
+    settled: dict[Job, dict[str, Any]] = {}
+    for planned in planned_jobs:
+        own_paths, run_folder = paths[frozenset(planned.overrides)], plan.folder / planned.folder
+        own = settle(composer.compose([*own_paths, *planned.overrides]), run_folder)
+        vetting.check(own, "config", [*own_paths, *planned.overrides])
+        planned.recipe = Recipe.of(own, program=program, options=[*options, *own_paths])
+        job = planned.recipe.job(
+            run_folder, planned.overrides, labels=labels[planned.folder], program=this_program()
         )
-        settled[task] = own
+        settled[job] = own
     return settled
 
 
-def _show(folder: Path, tasks: Sequence[Task]) -> None:
+def _start(
+    run: RunJobs | None,
+    plan: SweepPlan,
+    settled: dict[Job, dict[str, Any]],
+    *,
+    retry_failed: bool,
+) -> None:
+    """Stores the plan and runs the jobs that are not done, or leaves them to workers."""
+    folder, again = plan.folder, _shown(plan.folder)
+    busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
+    with alone(folder, busy, f"The same command with sweep_dir={again} continues."):
+        if run is not None and live(folder):
+            raise BlockingIOError(
+                f"Workers are at work in {folder}: wait for them, or plan with hydra/launcher=plan."
+            )
+        plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
+        todo = [job for job in settled if must_run(job.folder, retry_failed=retry_failed)]
+        _say_plan(folder, settled, todo)
+        for job in todo:
+            failed = run is None and state_of(job.folder) == "failed"
+            if failed or read_status(job.folder) is None:
+                write_status(job.folder, job.overrides, "pending")
+        if run is None:
+            print(f"planned: start any number of workers with python -m sweeps.work {again}")
+        elif todo:
+            run(todo)
+
+
+def _show(folder: Path, jobs: Sequence[Job]) -> None:
     """Print every job of a sweep that is not started."""
-    print(f"{len(tasks)} jobs in {_shown(folder)} pass the checks; none is started (--dry-run):")
-    width = max(len(task.folder.name) for task in tasks)
-    for task in tasks:
-        told = [f"{task.max_steps} steps" if task.max_steps else "steps by compare.match"]
-        told += [f"{n} processes" for n in [task.processes * task.nodes] if n > 1]
-        told += [state for state in [state_of(task.folder)] if state != "pending"]
-        print(f"  {task.folder.name:{width}}  {', '.join(told)}")
+    print(f"{len(jobs)} jobs in {_shown(folder)} pass the checks; none is started (--dry-run):")
+    width = max(len(job.name) for job in jobs)
+    for job in jobs:
+        told = [f"{job.max_steps} steps" if job.max_steps else "steps by compare.match"]
+        told += [f"{n} processes" for n in [job.processes * job.nodes] if n > 1]
+        told += [state for state in [state_of(job.folder)] if state != "pending"]
+        print(f"  {job.name:{width}}  {', '.join(told)}")
 
 
 def _forget(folder: Path) -> None:
@@ -183,20 +191,20 @@ def _options(config: DictConfig) -> list[str]:
     return [*options, *own]
 
 
-def _say_plan(folder: Path, settled: dict[Task, dict[str, Any]], todo: Sequence[Task]) -> None:
+def _say_plan(folder: Path, settled: dict[Job, dict[str, Any]], todo: Sequence[Job]) -> None:
     text = f"{len(settled)} jobs in {_shown(folder)}"
     waiting = set(todo)
-    skipped = [task for task in settled if task not in waiting]
+    skipped = [job for job in settled if job not in waiting]
     for state in ("done", "failed"):
-        n = sum(state_of(task.folder) == state for task in skipped)
+        n = sum(state_of(job.folder) == state for job in skipped)
         text += f", {n} {state} before" if n else ""
-    going_on = sum(state_of(task.folder) in ("interrupted", "running") for task in todo)
+    going_on = sum(state_of(job.folder) in ("interrupted", "running") for job in todo)
     text += f", {going_on} to be continued" if going_on else ""
     print(text, flush=True)
-    for task in skipped:
-        changed = _changed_settings(settled[task], task.folder)
+    for job in skipped:
+        changed = _changed_settings(settled[job], job.folder)
         if changed:
-            name = task.folder.name
+            name = job.name
             print(f"warning: {name} finished with other settings: {changed}", flush=True)
 
 
@@ -218,18 +226,18 @@ def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     return "; ".join(sorted(changed))
 
 
-def _say_end(folder: Path, tasks: Sequence[Task]) -> None:
+def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
     """Prints that all is well, or every job that is not done with its log; then exits with 1."""
-    bad = [task for task in tasks if state_of(task.folder) != "done"]
+    bad = [job for job in jobs if state_of(job.folder) != "done"]
     if not bad:
-        print(f"all {len(tasks)} jobs done in {_shown(folder)}", flush=True)
+        print(f"all {len(jobs)} jobs done in {_shown(folder)}", flush=True)
         return
-    failed = any(state_of(task.folder) == "failed" for task in bad)
+    failed = any(state_of(job.folder) == "failed" for job in bad)
     retry = " sweep.retry_failed=true" if failed else ""
     lines = [
-        f"{len(tasks) - len(bad)} of {len(tasks)} jobs done in {_shown(folder)}; "
+        f"{len(jobs) - len(bad)} of {len(jobs)} jobs done in {_shown(folder)}; "
         f"the same command with sweep_dir={_shown(folder)}{retry} tries the others again:",
-        *(describe_failure(task.folder) for task in bad),
+        *(describe_failure(job.folder) for job in bad),
     ]
     print("\n".join(lines), flush=True)
     raise SystemExit(1)
@@ -241,10 +249,10 @@ def _shown(folder: Path) -> str:
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
-def _job_return(task: Task) -> JobReturn:
-    summary = json.loads((task.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+def _job_return(job: Job) -> JobReturn:
+    summary = json.loads((job.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
-        overrides=list(task.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
+        overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
     )
     result.return_value = summary.get("val/loss_depth_0")
     return result

@@ -22,7 +22,7 @@ from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import read_status, state_of
 from mtp_lightning.stored import component, read_json
-from sweeps.process import Task, python_command
+from sweeps.process import Job, python_command
 
 VERSION = 1
 TRAIN = "train"
@@ -33,7 +33,7 @@ _LONGEST = 80  # characters of a folder's name; TensorBoard shows it at every cu
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to run a job: everything about it except its folder and its overrides."""
+    """How to run a planned job: everything about it except its folder and its overrides."""
 
     program: str  # ``train`` for this project's own, else the user's, as it was started
     # Options of its command line before the job's overrides: config and Hydra settings.
@@ -44,28 +44,25 @@ class Recipe:
     max_steps: int | None  # optimizer steps; None if the run chooses them (compare.match=flops)
     on_cpu: bool  # whether it asks for the CPU even if there are GPUs
 
-    def task(
+    def job(
         self,
         folder: Path,
         overrides: Sequence[str],
         *,
         labels: Sequence[str] = (),
-        program: Sequence[str] | None = None,
-    ) -> Task:
-        """The job as a task.
+        program: Sequence[str],
+    ) -> Job:
+        """The job that runs so.
 
         Args:
             folder: folder of the run, absolute.
             labels: the overrides that distinguish it from the others.
-            program: Python's arguments that start it; by default this project's train app.
+            program: Python's arguments that start it.
         """
-        own = app(TRAIN)
-        # ``cwd`` is where relative paths start, but Python must not look for modules there.
-        own = ["-P", *own] if own[0] == "-m" else own
-        return Task(
+        return Job(
             folder=folder,
             overrides=tuple(overrides),
-            command=python_command(program or own, [*self.options, *overrides], folder),
+            command=python_command(program, [*self.options, *overrides], folder),
             processes=self.processes,
             nodes=self.nodes,
             max_steps=self.max_steps,
@@ -114,13 +111,24 @@ class Recipe:
 
 
 @dataclass
-class Job:
-    """One run of a sweep."""
+class PlannedJob:
+    """One run of a sweep, as ``sweep.json`` has it."""
 
     folder: str  # the name of its folder in the sweep's folder
     overrides: tuple[str, ...]  # those that determine its results, without housekeeping
-    # How to run it; None if this is not known, as of the jobs of claims.
+    # How to run it; None if the file does not say, as for the jobs of claims.
     recipe: Recipe | None = None
+
+
+def job_of(
+    settled: dict[str, Any], folder: Path, overrides: Sequence[str], *, labels: Sequence[str] = ()
+) -> Job:
+    """A run of this project's train app with a checked config, in a folder, started from here.
+
+    Raises:
+        UserError: its processes cannot be counted, or would not train together.
+    """
+    return Recipe.of(settled).job(folder, overrides, labels=labels, program=app(TRAIN))
 
 
 def count_processes(settled: dict[str, Any]) -> int:
@@ -155,7 +163,7 @@ def name_of_program() -> str:
     return TRAIN if own else shlex.join(program)
 
 
-def _job(stored: dict[str, Any]) -> Job:
+def _job(stored: dict[str, Any]) -> PlannedJob:
     """A job from ``sweep.json``.
 
     Raises:
@@ -168,7 +176,7 @@ def _job(stored: dict[str, Any]) -> Job:
     if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
         raise ValueError(f"{folder} has no list of overrides")
     recipe = Recipe.from_dict(stored["run"]) if "run" in stored else None
-    return Job(folder, tuple(overrides), recipe)
+    return PlannedJob(folder, tuple(overrides), recipe)
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
@@ -194,7 +202,7 @@ def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [key for key, of in given.items() if len(set(of)) > 1 or len(of) < len(jobs)]
 
 
-def varied_labels(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+def varied_labels(jobs: Sequence[PlannedJob]) -> dict[str, tuple[str, ...]]:
     """By folder, the overrides that distinguish each job from the others."""
     varied = set(varied_keys([job.overrides for job in jobs]))
     return {job.folder: tuple(o for o in job.overrides if key_of(o) in varied) for job in jobs}
@@ -243,7 +251,7 @@ def read_versioned(
         ) from error
 
 
-class Plan:
+class SweepPlan:
     """The jobs of a sweep's folder, which need not exist, read from and written to ``sweep.json``.
 
     Raises:
@@ -252,7 +260,7 @@ class Plan:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.jobs: list[Job] = []
+        self.jobs: list[PlannedJob] = []
         remedy = "give the sweep another folder"
         read_versioned(folder / SWEEP_FILE, VERSION, self._read, remedy=remedy)
 
@@ -261,7 +269,7 @@ class Plan:
 
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
-    ) -> list[Job]:
+    ) -> list[PlannedJob]:
         """The jobs of a call; known jobs keep their folders.
 
         Args:
@@ -272,11 +280,11 @@ class Plan:
         taken = {job.folder for job in self.jobs}
         wanted = [without_housekeeping(overrides) for overrides in batch]
         varied = varied_keys(wanted) if varied is None else varied
-        asked: dict[str, Job] = {}
+        asked: dict[str, PlannedJob] = {}
         for overrides in wanted:
             job = known.get(frozenset(overrides))
             if job is None:
-                job = Job(self._free_name(overrides, varied, taken), overrides)
+                job = PlannedJob(self._free_name(overrides, varied, taken), overrides)
                 taken.add(job.folder)
                 known[frozenset(overrides)] = job
                 self.jobs.append(job)

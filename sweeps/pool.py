@@ -14,22 +14,22 @@ from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display, make_display
 from sweeps.interrupts import Interrupted, interrupts
 from sweeps.machine import MemoryUse
-from sweeps.process import JobProcess, Task, refuse_several_machines
+from sweeps.process import Job, JobProcess, refuse_several_machines
 
 _LOOK_SECONDS = 0.1
 _MEASURE_SECONDS = 2.0
 
-Ended = Callable[[Task], object]
+Ended = Callable[[Job], object]
 
 LOST = "another worker has it"  # a watcher's reason: the job is no longer this pool's
 
 
-def _ignore(task: Task) -> None:
-    """Does nothing: the default watcher of running tasks, and of their ends."""
+def _ignore(job: Job) -> None:
+    """Does nothing: the default watcher of running jobs, and of their ends."""
 
 
 class Pool:
-    """Runs tasks, each in its own process; no task affects another.
+    """Runs jobs, each in its own process; no job affects another.
 
     Args:
         grace_seconds: seconds for jobs to save and end when asked to, before they are killed.
@@ -54,24 +54,24 @@ class Pool:
 
     def run(
         self,
-        tasks: Iterable[Task],
+        jobs: Iterable[Job],
         *,
-        watch: Callable[[Task], str | None] = _ignore,
+        watch: Callable[[Job], str | None] = _ignore,
         ended: Ended = _ignore,
     ) -> None:
-        """Runs all tasks; their status files say how they ended.
+        """Runs all jobs; their status files say how they ended.
 
         Args:
-            tasks: taken one by one, each when there is room for it.
-            watch: called now and then for each running task; a text stops it, and is the reason.
+            jobs: taken one by one, each when there is room for it.
+            watch: called now and then for each running job; a text stops it, and is the reason.
                 At ``LOST`` it is killed and its status left unchanged.
-            ended: called for each task that has ended.
+            ended: called for each job that has ended.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM, after all jobs have ended.
         """
-        waiting: Task | None = None
-        source = iter(tasks)
+        waiting: Job | None = None
+        source = iter(jobs)
         with self._display, interrupts() as check:
             try:
                 while True:
@@ -83,7 +83,7 @@ class Pool:
                     self._collect(ended)
                     self._measure()
                     for process in self._running:
-                        reason = watch(process.task)
+                        reason = watch(process.job)
                         if reason is not None and not process.stopping:
                             process.abandon() if reason is LOST else process.stop(reason)
                     self._display.refresh()
@@ -91,7 +91,7 @@ class Pool:
                 self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
                 raise
 
-    def _fill(self, source: Iterator[Task], waiting: Task | None, ended: Ended) -> Task | None:
+    def _fill(self, source: Iterator[Job], waiting: Job | None, ended: Ended) -> Job | None:
         """Starts jobs while there is room; returns the next job if it has to wait."""
         while True:
             if waiting is None and self.queue.has_room and self._has_memory(1):
@@ -108,18 +108,18 @@ class Pool:
             self._start(waiting, devices, ended)
             waiting = None
 
-    def _start(self, task: Task, devices: Devices, ended: Ended) -> None:
-        self._display.started(task, devices.name)
+    def _start(self, job: Job, devices: Devices, ended: Ended) -> None:
+        self._display.started(job, devices.name)
         try:
-            process = JobProcess(task, devices, grace_seconds=self._grace)
+            process = JobProcess(job, devices, grace_seconds=self._grace)
             self._running.append(process)
             if self._memory is not None:
-                self._memory.begin(process.group, task.processes)
+                self._memory.begin(process.group, job.processes)
         except OSError as error:  # the other jobs continue
-            write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
+            write_status(job.folder, job.overrides, "failed", reason=f"not started: {error}")
             self.queue.give_back(devices)
-            self._display.ended(task)
-            ended(task)
+            self._display.ended(job)
+            ended(job)
 
     def _collect(self, ended: Ended) -> None:
         for process in list(self._running):
@@ -127,11 +127,11 @@ class Pool:
                 self._running.remove(process)
                 if self._memory is not None:
                     self._memory.end(
-                        process.group, succeeded=state_of(process.task.folder) == "done"
+                        process.group, succeeded=state_of(process.job.folder) == "done"
                     )
                 self.queue.give_back(process.devices)
-                self._display.ended(process.task)
-                ended(process.task)
+                self._display.ended(process.job)
+                ended(process.job)
 
     def _measure(self) -> None:
         if self._memory is not None and time.monotonic() - self._measured > _MEASURE_SECONDS:
@@ -169,9 +169,9 @@ class Pool:
 
 
 def make_pool(
-    tasks: Sequence[Task],
+    jobs: Sequence[Job],
     *,
-    n_tasks: int | None = None,
+    total: int | None = None,
     devices: str | Sequence[int | str] = "auto",
     n_jobs: int | None = None,
     threads_per_process: int | str | None = None,
@@ -181,48 +181,48 @@ def make_pool(
     conf/hydra/launcher/local_pool.yaml.
 
     Args:
-        tasks: those that it must be able to run; if all of them ask for the CPU, GPUs are left
+        jobs: those that it must be able to run; if all of them ask for the CPU, GPUs are left
             alone.
-        n_tasks: number of jobs; by default that of the tasks.
+        total: number of jobs that will run, for the display; by default that of ``jobs``.
 
     Raises:
-        UserError: for a task that can never get its devices.
+        UserError: for a job that can never get its devices.
     """
-    gpus = choose_gpus("cpu" if all(task.on_cpu for task in tasks) else devices)
+    gpus = choose_gpus("cpu" if all(job.on_cpu for job in jobs) else devices)
     queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, threads=threads_per_process)
-    for task in tasks:
-        refuse_several_machines(task)
-        queue.check(0 if task.on_cpu else task.devices or task.processes)
+    for job in jobs:
+        refuse_several_machines(job)
+        queue.check(0 if job.on_cpu else job.devices or job.processes)
     memory = MemoryUse() if n_jobs is None else None
-    display = make_display(len(tasks) if n_tasks is None else n_tasks)
+    display = make_display(len(jobs) if total is None else total)
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 
 def run(
-    tasks: list[Task],
+    jobs: Sequence[Job],
     *,
-    source: Iterable[Task] | None = None,
+    source: Iterable[Job] | None = None,
     ended: Ended = _ignore,
     devices_per_job: int | None = None,
     **settings: Any,
 ) -> None:
-    """Runs tasks in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
+    """Runs jobs in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
     devices, by default its ``trainer.devices``. See :meth:`Pool.run` for ``ended``.
 
     Args:
-        source: gives the same tasks one by one, where some can only start after others.
+        source: gives the same jobs one by one, where some can only start after others.
 
     Raises:
         UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
     if devices_per_job is not None:
-        assert source is None, "its tasks would keep their own number of devices"
-        for task in tasks:
-            if devices_per_job < task.processes:
+        assert source is None, "its jobs would keep their own number of devices"
+        for job in jobs:
+            if devices_per_job < job.processes:
                 raise UserError(
-                    f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} "
-                    f"asks for with trainer.devices={task.processes}."
+                    f"hydra.launcher.devices_per_job={devices_per_job} is less than {job.label} "
+                    f"asks for with trainer.devices={job.processes}."
                 )
-        tasks = [replace(task, devices=devices_per_job) for task in tasks]
-    make_pool(tasks, **settings).run(source or tasks, ended=ended)
+        jobs = [replace(job, devices=devices_per_job) for job in jobs]
+    make_pool(jobs, **settings).run(source or jobs, ended=ended)

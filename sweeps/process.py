@@ -23,10 +23,10 @@ _LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """A run to be done."""
 
-    folder: Path  # the run's, absolute
+    folder: Path  # absolute; its name identifies the job in its sweep
     overrides: tuple[str, ...]  # those that determine its results, for its status file
     command: tuple[str, ...]  # the whole command line, including the folder
     processes: int = 1  # that train together on each machine
@@ -38,23 +38,28 @@ class Task:
     cwd: Path = field(default_factory=Path.cwd)  # where relative paths of its overrides start
 
     @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.name
+
+    @property
     def label(self) -> str:
-        """Its name in a line of output."""
-        return " ".join(self.labels) or self.folder.name
+        """How a line of output calls it."""
+        return " ".join(self.labels) or self.name
 
 
-def refuse_several_machines(task: Task) -> None:
-    """Raises a UserError for a task that needs several machines, for launchers that give each job
+def refuse_several_machines(job: Job) -> None:
+    """Raises a UserError for a job that needs several machines, for launchers that give each job
     one machine."""
-    if task.nodes != 1:
+    if job.nodes != 1:
         raise UserError(
-            f"trainer.num_nodes={task.nodes} in a sweep takes hydra/launcher=slurm: elsewhere a "
+            f"trainer.num_nodes={job.nodes} in a sweep takes hydra/launcher=slurm: elsewhere a "
             "job runs on one machine."
         )
 
 
 class JobProcess:
-    """A running task, which ends with this process.
+    """A running job, which ends with this process.
 
     Args:
         ignore_usr2: whether its processes ignore SIGUSR2, which Slurm sends to them too.
@@ -63,29 +68,27 @@ class JobProcess:
 
     def __init__(
         self,
-        task: Task,
+        job: Job,
         devices: Devices,
         *,
         ignore_usr2: bool = False,
         grace_seconds: float = 60.0,
     ) -> None:
-        self.task = task
+        self.job = job
         self.devices = devices
         self._stopping: str | None = None
         self._abandoned = False
         self._grace = grace_seconds
         self._kill_at = math.inf
-        task.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(task.folder / _LOCK_FILE)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(job.folder / _LOCK_FILE)
         # A killed sweep leaves jobs that are still saving.
         if not self._lock.wait(seconds=60):
-            raise BlockingIOError(
-                f"{task.folder} is still in use by a process of an earlier start."
-            )
+            raise BlockingIOError(f"{job.folder} is still in use by a process of an earlier start.")
         # If the job finished after its sweep was killed, run ``true`` in its place, which records
         # it as done.
-        unseen = task.nodes == 1 and _ended_unseen(task.folder)
-        self._command = ("true",) if unseen else task.command
+        unseen = job.nodes == 1 and _ended_unseen(job.folder)
+        self._command = ("true",) if unseen else job.command
         self._started = now()
         self._watchdog = _Watchdog(grace_seconds)
         try:
@@ -97,7 +100,7 @@ class JobProcess:
         self._write("running")
 
     def _start(self, ignore_usr2: bool) -> subprocess.Popen[bytes]:
-        with (self.task.folder / LOG_FILE).open("ab") as log:
+        with (self.job.folder / LOG_FILE).open("ab") as log:
             if log.tell():
                 log.write(f"\n--- started again {self._started}\n".encode())
                 log.flush()
@@ -110,7 +113,7 @@ class JobProcess:
                 pass_fds=(self._lock.file,),
                 process_group=self._watchdog.group,
                 preexec_fn=ignore_signal if ignore_usr2 else None,
-                cwd=self.task.cwd,
+                cwd=self.job.cwd,
             )
 
     @property
@@ -161,7 +164,7 @@ class JobProcess:
         os.killpg(self._watchdog.group, signal.SIGKILL)
 
     def _judge(self, code: int) -> tuple[str, str | None]:
-        if code == 0 and (self.task.folder / SUMMARY_FILE).is_file():
+        if code == 0 and (self.job.folder / SUMMARY_FILE).is_file():
             return "done", None
         if self._stopping is not None:
             return "interrupted", self._stopping
@@ -174,12 +177,12 @@ class JobProcess:
             name = signal.Signals(-code).name
             hint = " (by the system, if its memory was full)" if -code == signal.SIGKILL else ""
             return "failed", f"killed by {name}{hint}"
-        return "failed", f"exit code {code}: {last_words(self.task.folder / LOG_FILE)}"
+        return "failed", f"exit code {code}: {last_words(self.job.folder / LOG_FILE)}"
 
     def _write(self, state: str, **values: object) -> None:
         write_status(
-            self.task.folder,
-            self.task.overrides,
+            self.job.folder,
+            self.job.overrides,
             state,
             device=self.devices.name,
             pid=self._popen.pid,

@@ -15,14 +15,14 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task, refuse_several_machines
+from sweeps.process import Job, JobProcess, refuse_several_machines
 
 
-def run_remotely(task: Task, threads: int) -> None:
-    """Runs a task in a Ray worker; Ray cancels it with a KeyboardInterrupt."""
+def run_remotely(job: Job, threads: int) -> None:
+    """Runs a job in a Ray worker; Ray cancels it with a KeyboardInterrupt."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = f"ray:{os.uname().nodename}" + (f":cuda:{gpus}" if gpus else "")
-    process = JobProcess(task, Devices(gpus=None, threads=threads, name=name))
+    process = JobProcess(job, Devices(gpus=None, threads=threads, name=name))
     try:
         process.wait()
     except KeyboardInterrupt:
@@ -31,14 +31,14 @@ def run_remotely(task: Task, threads: int) -> None:
 
 
 def run(
-    tasks: list[Task],
+    jobs: list[Job],
     *,
     address: str | None,
     cpus_per_process: int,
     gpus_per_process: float,
     grace_seconds: float,
 ) -> None:
-    """Submits tasks to Ray and waits for them; see conf/hydra/launcher/ray.yaml for the settings.
+    """Submits jobs to Ray and waits for them; see conf/hydra/launcher/ray.yaml for the settings.
 
     Raises:
         UserError: if Ray is not installed, or has no cluster at the address.
@@ -61,35 +61,35 @@ def run(
     try:
         # A new worker for every job, and no retry that the status file does not know of.
         remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
-        refs: dict[Task, Any] = {}
-        for task in tasks:
-            refuse_several_machines(task)
-            n = task.processes
-            gpus = 0 if task.on_cpu else gpus_per_process * n
+        refs: dict[Job, Any] = {}
+        for job in jobs:
+            refuse_several_machines(job)
+            n = job.processes
+            gpus = 0 if job.on_cpu else gpus_per_process * n
             _check_room(ray, cpus=cpus_per_process * n, gpus=gpus)
             options = remote.options(num_cpus=cpus_per_process * n, num_gpus=gpus)
-            refs[task] = options.remote(task, cpus_per_process)
+            refs[job] = options.remote(job, cpus_per_process)
 
-        ended: dict[Task, str] = {}
+        ended: dict[Job, str] = {}
 
-        def over() -> dict[Task, str]:
-            left = {ref: task for task, ref in refs.items() if task not in ended}
+        def over() -> dict[Job, str]:
+            left = {ref: job for job, ref in refs.items() if job not in ended}
             if left:
                 done, _ = ray.wait(list(left), num_returns=len(left), timeout=0)
                 ended.update((left[ref], _error(ray, ref)) for ref in done)
             return ended
 
-        def cancel(left: Iterable[Task]) -> None:
-            for task in left:
-                ray.cancel(refs[task], force=False)
+        def cancel(left: Iterable[Job]) -> None:
+            for job in left:
+                ray.cancel(refs[job], force=False)
 
-        follow(tasks, over=over, cancel=cancel, grace_seconds=grace_seconds)
+        follow(jobs, over=over, cancel=cancel, grace_seconds=grace_seconds)
     finally:
         ray.shutdown()
 
 
 def _check_room(ray: Any, *, cpus: float, gpus: float) -> None:
-    """Refuses a task that no machine can ever run, which Ray would let wait forever."""
+    """Refuses a job that no machine can ever run, which Ray would let wait forever."""
     for node in ray.nodes():
         there = node["Resources"]
         if node["Alive"] and there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:

@@ -25,16 +25,15 @@ from mtp_lightning.command_line import vetting
 from mtp_lightning.command_line.literal import literal
 from mtp_lightning.command_line.shell import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError, suggestion
-from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import compose_run, settle
 from sweeps.devices import typed_devices
 from sweeps.interrupts import alone
-from sweeps.plan import TRAIN, Plan, Recipe
+from sweeps.plan import SweepPlan, job_of
 from sweeps.pool import make_pool
-from sweeps.process import Task
+from sweeps.process import Job
 from sweeps.search_space import Space, examples, parse, shown
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ _TAIL = 1 << 16  # bytes at the end of metrics.csv, some hundred rows: the last 
 
 
 class Search:
-    """The study of a folder, and its trials as tasks.
+    """The study of a folder, and its trials as jobs.
 
     Args:
         folder: folder of the search, absolute.
@@ -83,35 +82,35 @@ class Search:
             held = f"{folder} holds another search ({json.dumps(before)})"
             raise UserError(f"{held}: give this one its own folder.")
         self.study.set_user_attr("search", told)
-        self._plan = Plan(folder)
+        self._plan = SweepPlan(folder)
         self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
         self._pruned: set[Path] = set()
         self._known = False  # whether a validation has logged the metric
         self._looked: dict[Path, int] = {}  # the step of the newest validation that was reported
 
-    def tasks(self) -> Iterator[Task]:
+    def jobs(self) -> Iterator[Job]:
         """Trials, each requested when there is room for it; interrupted ones come first."""
         from optuna.trial import Trial, TrialState
 
         for cut_off in self.study.get_trials(states=(TrialState.RUNNING,)):
             trial = Trial(self.study, cut_off._trial_id)
             if trial.params.keys() == self.space.keys():
-                yield from self._task_of(trial)
+                yield from self._job_of(trial)
             else:  # while its values were drawn
                 self.study.tell(trial, state=TrialState.FAIL)
         while len(self.study.trials) < self.n_trials:
-            yield from self._task_of(self.study.ask({**self.space}))
+            yield from self._job_of(self.study.ask({**self.space}))
 
-    def watch(self, task: Task) -> str | None:
+    def watch(self, job: Job) -> str | None:
         """Reports new validations to the study; returns a reason to stop, if there is one."""
-        file = task.folder / METRICS_FILE
+        file = job.folder / METRICS_FILE
         self._known = self._known or self._logged_by_first(file)
         # Only the end of a file that grows is read at every look.
         newest = read_newest(file, self.metric, tail=_TAIL) if self._known else None
-        if newest is None or newest[0] == self._looked.get(task.folder):
+        if newest is None or newest[0] == self._looked.get(job.folder):
             return None
-        self._looked[task.folder] = newest[0]
-        trial = self._trials[task.folder][0]
+        self._looked[job.folder] = newest[0]
+        trial = self._trials[job.folder][0]
         reported = self.study.trials[trial.number].intermediate_values
         rows = [row for row in read_metrics(file) if LOSS in row]
         for row in rows:
@@ -120,7 +119,7 @@ class Search:
                 continue
             trial.report(value, step)
             if trial.should_prune():
-                self._pruned.add(task.folder)
+                self._pruned.add(job.folder)
                 return f"pruned: {self.metric} {value:.4f} at step {step} is above the median"
         return None
 
@@ -141,37 +140,38 @@ class Search:
             raise UserError(f"{said}: {suggestion(self.metric, known)}")
         return self.metric in known
 
-    def ended(self, task: Task) -> None:
+    def ended(self, job: Job) -> None:
         """Reports a trial's result to the study; an interrupted trial stays open."""
         from optuna.trial import TrialState
 
-        state = state_of(task.folder)
+        state = state_of(job.folder)
         if state == "done" and not self._known:
-            self._known = self._logged_by_first(task.folder / METRICS_FILE, ended=True)
-        for trial in self._trials.pop(task.folder):
-            value = _result(task.folder, self.metric) if state == "done" else math.nan
+            self._known = self._logged_by_first(job.folder / METRICS_FILE, ended=True)
+        for trial in self._trials.pop(job.folder):
+            value = _result(job.folder, self.metric) if state == "done" else math.nan
             if math.isfinite(value):
                 self.study.tell(trial, value)
-            elif task.folder in self._pruned:
+            elif job.folder in self._pruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
             elif state != "interrupted":
                 self.study.tell(trial, state=TrialState.FAIL)
 
-    def _task_of(self, trial: Trial) -> Iterator[Task]:
-        """The trial's task; none if the same job has run, or runs, for another trial."""
+    def _job_of(self, trial: Trial) -> Iterator[Job]:
+        """The trial's job; none if the same job has run, or runs, for another trial."""
         from optuna.trial import TrialState
 
         # In the order in which the ranges are typed.
         values = {key: str(trial.params[key]) for key in self.space}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.fixed]
-        (job,) = self._plan.add([overrides], varied=list(self.space))
-        folder = self.folder / job.folder
-        trial.set_user_attr("folder", job.folder)
+        (planned,) = self._plan.add([overrides], varied=list(self.space))
+        folder = self.folder / planned.folder
+        trial.set_user_attr("folder", planned.folder)
         if folder in self._trials:
             self._trials[folder].append(trial)
             return
         over = (other for other in self.study.trials if other.state.is_finished())
-        twin = next((other for other in over if other.user_attrs.get("folder") == job.folder), None)
+        same = (other for other in over if other.user_attrs.get("folder") == planned.folder)
+        twin = next(same, None)
         if twin is not None:
             # A pruned trial's value is its last one in training, which only a new trial reports.
             value = twin.value if twin.state == TrialState.COMPLETE else None
@@ -182,33 +182,32 @@ class Search:
         labels = [
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items()
         ]
-        task, _ = _task(folder, overrides, labels)
-        yield replace(task, overrides=job.overrides)
+        job, _ = _job(folder, overrides, labels)
+        yield replace(job, overrides=planned.overrides)
 
 
-def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Task], int]:
+def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Job], int]:
     """Tasks with every choice and both bounds of every range, and the optimizer steps of a trial.
 
     Raises:
         UserError: an override does not match the config.
     """
-    tasks, steps = [], 0
+    jobs, steps = [], 0
     base = {key: examples(of)[0] for key, of in space.items()}
     for key, of in space.items():
         for example in examples(of):
             values = {**base, key: example}
             overrides = [*(f"{k}={v}" for k, v in values.items()), *fixed]
-            task, steps = _task(folder / "trial", overrides)
-            tasks.append(task)
-    return tasks, steps
+            job, steps = _job(folder / "trial", overrides)
+            jobs.append(job)
+    return jobs, steps
 
 
-def _task(folder: Path, overrides: Sequence[str], labels: Sequence[str] = ()) -> tuple[Task, int]:
-    """A run as a task, and its optimizer steps in the config."""
+def _job(folder: Path, overrides: Sequence[str], labels: Sequence[str] = ()) -> tuple[Job, int]:
+    """A trial's job, and its optimizer steps in the config."""
     settled = settle(compose_run(overrides), folder)
     vetting.check(settled, "config")
-    task = Recipe.of(settled).task(folder, overrides, labels=labels, program=app(TRAIN))
-    return task, settled["trainer"]["max_steps"]
+    return job_of(settled, folder, overrides, labels=labels), settled["trainer"]["max_steps"]
 
 
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
@@ -276,7 +275,7 @@ def main(
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."):
             checked, steps = check(folder, space, fixed)
-            pool = make_pool(checked, n_tasks=args.trials, devices=args.devices, n_jobs=args.n_jobs)
+            pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
             search = Search(
                 folder,
                 space=space,
@@ -287,7 +286,7 @@ def main(
                 seed=args.seed,
                 command=[program, *arguments],
             )
-            pool.run(search.tasks(), watch=search.watch, ended=search.ended)
+            pool.run(search.jobs(), watch=search.watch, ended=search.ended)
         code = report(search)
     sys.exit(code)
 

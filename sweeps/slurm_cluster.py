@@ -24,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task, ignore_signal
+from sweeps.process import Job, JobProcess, ignore_signal
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -37,29 +37,29 @@ class SlurmRun:
     """A Slurm job's work on each of its machines: a run, with some threads for each of its
     processes. submitit stores it in a file, and again when the job is requeued."""
 
-    def __init__(self, task: Task, threads: int) -> None:
-        self.task, self.threads = task, threads
+    def __init__(self, job: Job, threads: int) -> None:
+        self.job, self.threads = job, threads
 
     def __call__(self) -> None:
         number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID", "?"))
         index = os.environ.get("SLURM_ARRAY_TASK_ID")
         name = f"slurm:{number}" if index is None else f"slurm:{number}_{index}"
         devices = Devices(gpus=None, threads=self.threads, name=name)
-        task, node = self.task, int(os.environ.get("SLURM_NODEID", 0))
-        if task.nodes > 1:
-            task = replace(task, command=torchrun(task, node=node))
+        job, node = self.job, int(os.environ.get("SLURM_NODEID", 0))
+        if job.nodes > 1:
+            job = replace(job, command=torchrun(job, node=node))
         if node > 0:  # the first machine's process has the run's lock, log and status
             subprocess.run(
-                task.command,
+                job.command,
                 stdin=subprocess.DEVNULL,
                 env=devices.environment(),
-                cwd=task.cwd,
+                cwd=job.cwd,
                 preexec_fn=ignore_signal,
                 check=True,
             )
             return
         # Slurm ends jobs that exceed their time.
-        self._process = JobProcess(task, devices, ignore_usr2=True, grace_seconds=3600)
+        self._process = JobProcess(job, devices, ignore_usr2=True, grace_seconds=3600)
         self._process.wait()
 
     def checkpoint(self) -> DelayedSubmission:
@@ -68,10 +68,10 @@ class SlurmRun:
 
         self._process.stop("Slurm ends the job; it is queued again")
         self._process.wait()
-        return DelayedSubmission(SlurmRun(self.task, self.threads))
+        return DelayedSubmission(SlurmRun(self.job, self.threads))
 
 
-def torchrun(task: Task, *, node: int) -> tuple[str, ...]:
+def torchrun(job: Job, *, node: int) -> tuple[str, ...]:
     """The command line of a run's processes on one of its machines, which have numbers from 0; the
     first machine is the rendezvous."""
     listed = os.environ["SLURM_JOB_NODELIST"]
@@ -81,21 +81,21 @@ def torchrun(task: Task, *, node: int) -> tuple[str, ...]:
     port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000
     return (
         *(sys.executable, "-m", "torch.distributed.run"),
-        *(f"--nnodes={task.nodes}", f"--node-rank={node}", f"--nproc-per-node={task.processes}"),
+        *(f"--nnodes={job.nodes}", f"--node-rank={node}", f"--nproc-per-node={job.processes}"),
         *(f"--master-addr={hosts[0]}", f"--master-port={port}", "--max-restarts=0"),
-        *task.command[1:],
+        *job.command[1:],
     )
 
 
-def in_arrays(tasks: Sequence[Task], limit: int) -> list[list[Task]]:
-    """The tasks by array: those of an array need the same resources, and no array is longer than
+def in_arrays(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
+    """The jobs by array: those of an array need the same resources, and no array is longer than
     Slurm's limit."""
 
-    def asks_for(task: Task) -> tuple[int, int, bool]:
-        return task.processes, task.nodes, task.on_cpu
+    def asks_for(job: Job) -> tuple[int, int, bool]:
+        return job.processes, job.nodes, job.on_cpu
 
-    arrays: list[list[Task]] = []
-    for _, group in itertools.groupby(sorted(tasks, key=asks_for), asks_for):
+    arrays: list[list[Job]] = []
+    for _, group in itertools.groupby(sorted(jobs, key=asks_for), asks_for):
         same = list(group)
         arrays += [same[i : i + limit] for i in range(0, len(same), limit)]
     return arrays
@@ -114,7 +114,7 @@ def max_array_size() -> int:
 
 
 def run(
-    tasks: list[Task],
+    jobs: list[Job],
     *,
     partition: str | None,
     account: str | None,
@@ -127,7 +127,7 @@ def run(
     max_requeues: int,
     additional: dict[str, Any] | None,
 ) -> None:
-    """Queues tasks and waits for them; see conf/hydra/launcher/slurm.yaml for the settings.
+    """Queues jobs and waits for them; see conf/hydra/launcher/slurm.yaml for the settings.
 
     Raises:
         UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
@@ -136,9 +136,9 @@ def run(
     require_package("submitit", what="hydra/launcher=slurm", extra="slurm")
     import submitit
 
-    folder = tasks[0].folder.parent / ".slurm"
-    ids: dict[Task, str] = {}
-    arrays = in_arrays(tasks, max_array_size())
+    folder = jobs[0].folder.parent / ".slurm"
+    ids: dict[Job, str] = {}
+    arrays = in_arrays(jobs, max_array_size())
     for same in arrays:
         n, nodes, on_cpu = same[0].processes, same[0].nodes, same[0].on_cpu
         try:
@@ -146,7 +146,7 @@ def run(
         except RuntimeError as error:
             raise UserError(f"hydra/launcher=slurm: {error}.") from error
         settings: dict[str, Any] = {
-            "job_name": tasks[0].folder.parent.name,
+            "job_name": jobs[0].folder.parent.name,
             "partition": partition,
             "account": account,
             "time": timeout_min,
@@ -156,7 +156,7 @@ def run(
             "gpus_per_node": 0 if on_cpu else gpus_per_process * n,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
             # Slurm's limit is per array.
-            "array_parallelism": max(1, n_jobs * len(same) // len(tasks)),
+            "array_parallelism": max(1, n_jobs * len(same) // len(jobs)),
             "signal_delay_s": signal_delay_s,
             "stderr_to_stdout": True,
             "additional_parameters": dict(additional or {}),
@@ -165,44 +165,44 @@ def run(
         executor.update_parameters(**{k: v for k, v in settings.items() if v not in (None, 0)})
         try:
             with executor.batch():
-                jobs = [executor.submit(SlurmRun(task, cpus_per_process)) for task in same]
+                submitted = [executor.submit(SlurmRun(job, cpus_per_process)) for job in same]
         except submitit.core.utils.FailedJobError as error:
             raise UserError(f"Slurm refuses the job: {error}.") from error
-        ids |= {task: job.job_id for task, job in zip(same, jobs, strict=True)}
+        ids |= {job: one.job_id for job, one in zip(same, submitted, strict=True)}
 
     queue = _Queue(ids)
     # By default Slurm kills a canceled job after 30 s.
-    follow(tasks, over=queue.over, cancel=queue.cancel, grace_seconds=60.0)
+    follow(jobs, over=queue.over, cancel=queue.cancel, grace_seconds=60.0)
 
 
 class _Queue:
     """The state of ``squeue``; not every cluster has accounting (``sacct``)."""
 
-    def __init__(self, ids: dict[Task, str]) -> None:
+    def __init__(self, ids: dict[Job, str]) -> None:
         self._ids = ids
-        self._missed: dict[Task, int] = dict.fromkeys(ids, 0)
+        self._missed: dict[Job, int] = dict.fromkeys(ids, 0)
         self._asked = -float("inf")
-        self._over: dict[Task, str] = {}
+        self._over: dict[Job, str] = {}
 
-    def over(self) -> dict[Task, str]:
+    def over(self) -> dict[Job, str]:
         if time.monotonic() - self._asked >= _ASK_SECONDS:
             self._asked = time.monotonic()
             self._over = self._ask()
         return self._over
 
-    def _ask(self) -> dict[Task, str]:
+    def _ask(self) -> dict[Job, str]:
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             queued = set(done.stdout.split())
-            for task, number in self._ids.items():
-                self._missed[task] = 0 if number in queued else self._missed[task] + 1
+            for job, number in self._ids.items():
+                self._missed[job] = 0 if number in queued else self._missed[job] + 1
         # Missing twice in a row: a job that is just being requeued or submitted is not over.
         return {
-            task: f"Slurm ended job {self._ids[task]} (its output: {task.folder.parent}/.slurm)"
-            for task, missed in self._missed.items()
+            job: f"Slurm ended job {self._ids[job]} (its output: {job.folder.parent}/.slurm)"
+            for job, missed in self._missed.items()
             if missed >= 2
         }
 
-    def cancel(self, tasks: Iterable[Task]) -> None:
-        subprocess.run(["scancel", *(self._ids[task] for task in tasks)], check=False)
+    def cancel(self, jobs: Iterable[Job]) -> None:
+        subprocess.run(["scancel", *(self._ids[job] for job in jobs)], check=False)

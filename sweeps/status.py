@@ -19,13 +19,13 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import STATES, describe_failure, read_status
 from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, look_at
-from sweeps.plan import Plan, varied_labels
+from sweeps.plan import SweepPlan, varied_labels
 from sweeps.process import is_gone
 
 _FREE = "lost"  # a job whose status is running, but whose process or worker is gone
 
 
-def describe(plan: Plan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
+def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The lines that describe a sweep; ``statuses`` has those of its jobs, by folder."""
     leases, newest_leases = look_at(plan.folder)
     labels = varied_labels(plan.jobs)
@@ -75,7 +75,7 @@ def main(
     parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)
     with readable_errors():
-        plan = Plan(Path(args.folder).absolute())
+        plan = SweepPlan(Path(args.folder).absolute())
         if not plan.jobs:
             raise UserError(f"{plan.folder} holds no sweep (no sweep.json).")
         folders = {job.folder: plan.folder / job.folder for job in plan.jobs}

@@ -29,7 +29,7 @@ from mtp_lightning.stored import (
     targets_of,
     values,
 )
-from sweeps.plan import Job, Plan, Recipe
+from sweeps.plan import PlannedJob, Recipe, SweepPlan
 
 _KEY = re.compile(r"\w+([./]\w+)*")
 _CHOICE = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)*")
@@ -38,7 +38,9 @@ _OTHER_KEY = re.compile(r"\$\{\.*[\w.]+\}")
 _HOW = "--allow {}"
 
 
-def require_harmless(plan: Plan, job: Job, recipe: Recipe, *, allow: Collection[str]) -> None:
+def require_harmless(
+    plan: SweepPlan, job: PlannedJob, recipe: Recipe, *, allow: Collection[str]
+) -> None:
     """Refuses a job that does more than train in its own folder with this platform's own code, and
     with the packages, folders of configs, URLs and services that the user allowed.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
+from mtp_lightning.paths import app
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus, typed_devices
@@ -27,16 +28,16 @@ from sweeps.display import Lines
 from sweeps.interrupts import exit_if_interrupted, interrupts
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
 from sweeps.machine import MemoryUse
-from sweeps.plan import TRAIN, Job, Plan, must_run, varied_labels
+from sweeps.plan import TRAIN, PlannedJob, SweepPlan, must_run, varied_labels
 from sweeps.pool import LOST, Pool
-from sweeps.process import Task
+from sweeps.process import Job
 from sweeps.trust import require_harmless
 
 _BEATS = 8  # per time after which a lease is stale
 
 
-class Worker:
-    """An iterator over the tasks that this worker can get: it may continue after it ended.
+class SweepWorker:
+    """An iterator over the jobs that this worker can get: it may continue after it ended.
 
     Args:
         look_seconds: seconds between two looks at the others' leases.
@@ -49,7 +50,7 @@ class Worker:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SweepPlan,
         *,
         leases: Leases,
         queue: DeviceQueue,
@@ -60,18 +61,19 @@ class Worker:
         self._folder, self._leases, self._look_seconds = plan.folder, leases, look_seconds
         self._lost: set[str] = set()
         labels = varied_labels(plan.jobs)
-        self.tasks = {
-            job.folder: _task(plan, job, labels[job.folder], program, allow) for job in plan.jobs
+        self.jobs = {
+            planned.folder: _job(plan, planned, labels[planned.folder], program, allow)
+            for planned in plan.jobs
         }
-        self.too_large = {n: task for n, task in self.tasks.items() if not _fits(task, queue)}
-        self._left = [name for name in self.tasks if name not in self.too_large]
+        self.too_large = {n: job for n, job in self.jobs.items() if not _fits(job, queue)}
+        self._left = [name for name in self.jobs if name not in self.too_large]
         self._free: deque[tuple[str, Lease | None]] = deque()
         self._looked = -float("inf")
 
-    def __iter__(self) -> Worker:
+    def __iter__(self) -> SweepWorker:
         return self
 
-    def __next__(self) -> Task:
+    def __next__(self) -> Job:
         # A job that was free may be taken by now: only ``take`` decides.
         if not self._free and time.monotonic() - self._looked >= self._look_seconds:
             self._looked = time.monotonic()
@@ -82,7 +84,7 @@ class Worker:
                 continue
             # Checked again: its previous worker may have ended it just before.
             if must_run(self._folder / name):
-                return self.tasks[name]
+                return self.jobs[name]
             self._leases.release(name)
         raise StopIteration
 
@@ -104,18 +106,18 @@ class Worker:
         """Shows the others that this worker lives; called by a thread of its own."""
         self._lost.update(self._leases.beat())
 
-    def watch(self, task: Task) -> str | None:
+    def watch(self, job: Job) -> str | None:
         """Whether a job has to be stopped because another worker has it."""
-        return LOST if task.folder.name in self._lost else None
+        return LOST if job.name in self._lost else None
 
-    def ended(self, task: Task) -> None:
+    def ended(self, job: Job) -> None:
         """Releases a job."""
-        self._lost.discard(task.folder.name)
-        self._leases.release(task.folder.name)
+        self._lost.discard(job.name)
+        self._leases.release(job.name)
 
 
-def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
-    """Runs the tasks of a worker, which beats every ``beat_seconds``, until every job has ended;
+def work(worker: SweepWorker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
+    """Runs the jobs of a worker, which beats every ``beat_seconds``, until every job has ended;
     without ``wait``, until no job is free, though those of others may become so.
 
     Raises:
@@ -144,13 +146,18 @@ def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) 
         thread.join()
 
 
-def _task(
-    plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str], allow: Collection[str]
-) -> Task:
-    folder, recipe = plan.folder, job.recipe
+def _job(
+    plan: SweepPlan,
+    planned: PlannedJob,
+    labels: Sequence[str],
+    program: Sequence[str],
+    allow: Collection[str],
+) -> Job:
+    """A planned job, checked, as this worker runs it."""
+    folder, recipe = plan.folder, planned.recipe
     if recipe is None:
         raise UserError(
-            f"{folder}/sweep.json does not say how to run {job.folder}: start the sweep's own "
+            f"{folder}/sweep.json does not say how to run {planned.folder}: start the sweep's own "
             "command on it, with hydra/launcher=plan."
         )
     if recipe.program != TRAIN and not program:
@@ -163,14 +170,17 @@ def _task(
             f"The sweep was planned in {recipe.cwd}, where the relative paths of its jobs start, "
             "but this machine has no such folder."
         )
-    require_harmless(plan, job, recipe, allow=allow)
-    own = program if recipe.program != TRAIN else None
-    return recipe.task(folder / job.folder, job.overrides, labels=labels, program=own)
+    require_harmless(plan, planned, recipe, allow=allow)
+    if recipe.program == TRAIN:
+        program = app(TRAIN)
+        # ``cwd`` is where relative paths start, but Python must not look for modules there.
+        program = ["-P", *program] if program[0] == "-m" else program
+    return recipe.job(folder / planned.folder, planned.overrides, labels=labels, program=program)
 
 
-def _fits(task: Task, queue: DeviceQueue) -> bool:
+def _fits(job: Job, queue: DeviceQueue) -> bool:
     """Whether this machine can run it at all; otherwise it is left to a larger machine."""
-    return task.nodes == 1 and (not queue.gpus or task.on_cpu or task.processes <= len(queue.gpus))
+    return job.nodes == 1 and (not queue.gpus or job.on_cpu or job.processes <= len(queue.gpus))
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.work") -> None:
@@ -186,23 +196,23 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         if not lock.wait(seconds=60):  # the sweep is being planned
             raise BlockingIOError(f"A sweep is at work in {folder}: wait for it, or stop it.")
         lock.release()
-        plan = Plan(folder)
+        plan = SweepPlan(folder)
         if not plan.jobs:
             raise UserError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
-        queue = _queue(args, on_cpu=all(job.recipe.on_cpu for job in plan.jobs if job.recipe))
+        queue = _queue(args, on_cpu=all(p.recipe.on_cpu for p in plan.jobs if p.recipe))
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
         beat = args.stale / _BEATS
         try:
             own = shlex.split(args.program)
         except ValueError as error:
             raise UserError(f"--program {args.program}: {error}.") from error
-        worker = Worker(
+        worker = SweepWorker(
             plan, leases=leases, queue=queue, look_seconds=beat, program=own, allow=args.allow
         )
-        for name, task in worker.too_large.items():
-            wanted = f"{task.nodes} machines" if task.nodes > 1 else f"{task.processes} GPUs"
+        for name, job in worker.too_large.items():
+            wanted = f"{job.nodes} machines" if job.nodes > 1 else f"{job.processes} GPUs"
             print(f"left to others: {name}, which needs {wanted}", flush=True)
-        display = Lines(len(worker.tasks))
+        display = Lines(len(worker.jobs))
         memory = MemoryUse() if args.n_jobs is None else None
         pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:
@@ -219,14 +229,14 @@ def _queue(args: argparse.Namespace, *, on_cpu: bool) -> DeviceQueue:
     return DeviceQueue(gpus=gpus, n_jobs=args.n_jobs, threads=threads, host=os.uname().nodename)
 
 
-def _say_end(worker: Worker) -> None:
+def _say_end(worker: SweepWorker) -> None:
     """Prints the states of all jobs, whoever ran them. Failed jobs do not fail the worker, since
     its launcher might then start it again."""
-    states = [state_of(task.folder) for task in worker.tasks.values()]
+    states = [state_of(job.folder) for job in worker.jobs.values()]
     print(f"{states.count('done')} of {len(states)} jobs done", flush=True)
-    for task in worker.tasks.values():
-        if state_of(task.folder) == "failed":
-            print(describe_failure(task.folder), flush=True)
+    for job in worker.jobs.values():
+        if state_of(job.folder) == "failed":
+            print(describe_failure(job.folder), flush=True)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

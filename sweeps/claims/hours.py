@@ -120,9 +120,9 @@ def left_of(
         counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
         for arm, number in pending:
             if (job := composed.get((arm, number))) is not None:
-                if job.folder in taken:
+                if job.name in taken:
                     continue
-                taken.add(job.folder)
+                taken.add(job.name)
                 if not known[arm] and rate is not None and arm not in counted:
                     counted[arm] = flops_of(job)
             flops = counted.get(arm)

@@ -17,12 +17,11 @@ from typing import Any
 from omegaconf import open_dict
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.paths import app
 from mtp_lightning.run.config import LATER, flatten, has_bearing, is_plain, key_of, lies_in
 from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, settle
-from sweeps.plan import TRAIN, Recipe
-from sweeps.process import Task
+from sweeps.plan import job_of
+from sweeps.process import Job
 from sweeps.report.equivalent import OF_DEPTHS
 
 # Overrides of every run. With one thread, bits and seconds do not depend on other jobs.
@@ -35,27 +34,19 @@ _BRANCH, _START = "branch_from", "init_from"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClaimJob:
-    """An arm at a seed."""
+class ClaimJob(Job):
+    """An arm at a seed. The name of its folder, in the folder of all runs, ends in the digest of
+    its config."""
 
     arm: str  # the arm's name
     seed: int  # the run's
-    folder: str  # the run's name in the folder of all runs; it ends in the digest of the config
-    overrides: tuple[str, ...]  # those of the command line
-    recipe: Recipe  # how to run it
-    # Folder of the run that it branches or starts from; None for an independent run.
-    parent: str | None = None
-
-    def task(self, runs: Path) -> Task:
-        """The job as a task of a pool, with its folder in ``runs``, which is absolute."""
-        labels = (self.arm, f"seed={self.seed}")
-        return self.recipe.task(
-            runs / self.folder, self.overrides, labels=labels, program=app(TRAIN)
-        )
+    # Name of the job that it branches or starts from; None for an independent run.
+    parent: str | None
 
 
 def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
-    """All arms at all seeds, seed by seed, so that an interruption leaves complete seeds.
+    """All arms at all seeds, seed by seed, so that an interruption leaves complete seeds. ``runs``
+    is the folder of all runs, absolute.
 
     An arm with ``branch_from=ARM@STEP`` continues that arm's run of the same seed, and one with
     ``init_from=ARM`` starts from the weights of that run; both come after it in the list.
@@ -130,20 +121,19 @@ class _Arm:
         with open_dict(composed):
             composed.seed = seed
             if self._parent:
-                parent = before[self._parent].folder
+                parent = before[self._parent].name
                 at = f"@{self._step}" if self._step else ""
                 link = (f"{self._key}={runs / parent}{at}",)
                 # The digest does not depend on where the folder of runs is.
                 composed[self._key] = f"{parent}{at}"
         settled = settle(composed, runs / "run")
-        return ClaimJob(
-            arm=self.name,
-            seed=seed,
-            folder=_folder(settled, seed),
-            overrides=(*self._overrides, *link, f"seed={seed}"),
-            recipe=Recipe.of(settled),
-            parent=parent,
+        job = job_of(
+            settled,
+            runs / _folder(settled, seed),
+            (*self._overrides, *link, f"seed={seed}"),
+            labels=(self.name, f"seed={seed}"),
         )
+        return ClaimJob(**vars(job), arm=self.name, seed=seed, parent=parent)
 
 
 def _folder(settled: dict[str, Any], seed: int) -> str:

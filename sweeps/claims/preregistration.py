@@ -52,11 +52,11 @@ class Preregistration:
                 a change of the code's defaults: an arm would mix old and new runs.
         """
         for job in jobs:
-            known = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.folder)
-            if known != job.folder:
+            known = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.name)
+            if known != job.name:
                 raise UserError(
                     f"{claim.label} has run {job.arm} at seed {job.seed} in {known}, and its "
-                    f"config is now that of {job.folder}: continue from the commit that made those "
+                    f"config is now that of {job.name}: continue from the commit that made those "
                     "runs, or give --runs another folder and run all of it again."
                 )
 

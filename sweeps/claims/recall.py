@@ -70,7 +70,7 @@ def left_to_run(
     left = []
     for job in jobs(claim, list(dict.fromkeys([*seeds, *(n for _, n in known)])), runs):
         done = known.get((job.arm, job.seed))
-        if done is not None and done.folder != job.folder:
+        if done is not None and done.folder != job.name:
             raise UserError(
                 f"{claim.label} was run with another config: the settings of {job.arm} have "
                 f"changed since commit {done.commit}. Check out that commit to continue, or run "

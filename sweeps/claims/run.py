@@ -13,8 +13,8 @@ from sweeps.claims.preregistration import register
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.result import read_results
 from sweeps.interrupts import alone
-from sweeps.plan import Job, Plan, must_run
-from sweeps.process import Task
+from sweeps.plan import PlannedJob, SweepPlan, must_run
+from sweeps.process import Job
 
 
 def run(
@@ -60,28 +60,17 @@ def run(
         for claim in claims:
             register(claim, asked[claim.label], runs, commit=commits[claim.label])
         todo = _in_turn(
-            [[job for job in of if job.folder not in shared[label]] for label, of in asked.items()]
+            [[job for job in of if job.name not in shared[label]] for label, of in asked.items()]
         )
         if not todo:
             print("Nothing to run: every run is done.", flush=True)
             return 0
         todo = _with_parents(todo, claims, runs)
-        _plan(todo, runs, command)
-        waiting = [job for job in todo if must_run(runs / job.folder, retry_failed=retry_failed)]
+        _write_plan(todo, runs, command)
+        waiting = [job for job in todo if must_run(job.folder, retry_failed=retry_failed)]
         print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)
-        for job in waiting:
-            if read_status(runs / job.folder) is None:
-                write_status(runs / job.folder, job.overrides, "pending")
-        if waiting:
-            ready = _Ready(waiting, runs)
-            tasks = [job.task(runs) for job in waiting]
-            pool.run(tasks, source=ready, ended=ready.ended, n_jobs=n_jobs)
-    bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]
-    for folder in bad:
-        print(describe_failure(folder), flush=True)
-    if any(state_of(folder) == "failed" for folder in bad):
-        print("--retry-failed starts failed runs again, from what they have saved.", flush=True)
-    return len(bad)
+        _run(waiting, n_jobs)
+    return _say_unfinished(todo)
 
 
 def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
@@ -89,7 +78,7 @@ def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
     by_seed: dict[int, dict[str, ClaimJob]] = {}
     for claim_jobs in asked:
         for job in claim_jobs:
-            by_seed.setdefault(job.seed, {}).setdefault(job.folder, job)
+            by_seed.setdefault(job.seed, {}).setdefault(job.name, job)
     return [job for of_seed in by_seed.values() for job in of_seed.values()]
 
 
@@ -98,43 +87,62 @@ def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path)
     stored result has a parent's numbers but not its checkpoints."""
     found: dict[str, ClaimJob] = {}
     seeds = list(dict.fromkeys(job.seed for job in todo if job.parent is not None))
-    known = {job.folder: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
+    known = {job.name: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
     for job in todo:
         missing = []
         parent = job.parent
         while parent is not None and parent not in found and state_of(runs / parent) != "done":
             missing.append(known[parent])
             parent = known[parent].parent
-        found |= {of.folder: of for of in (*reversed(missing), job)}
+        found |= {of.name: of for of in (*reversed(missing), job)}
     return list(found.values())
 
 
-class _Ready:
-    """The tasks of jobs in order; one that branches from another comes once that has ended, and
-    later jobs do not wait for it."""
+def _write_plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
+    """Write ``sweep.json``, with which the report reads the folder like any sweep's."""
+    plan = SweepPlan(runs)
+    known = {planned.folder for planned in plan.jobs}
+    plan.jobs += [PlannedJob(job.name, job.overrides) for job in todo if job.name not in known]
+    plan.write(command)
 
-    def __init__(self, waiting: Sequence[ClaimJob], runs: Path) -> None:
+
+def _run(waiting: Sequence[ClaimJob], n_jobs: int) -> None:
+    """Run jobs in a pool."""
+    for job in waiting:
+        if read_status(job.folder) is None:
+            write_status(job.folder, job.overrides, "pending")
+    if waiting:
+        ready = _Ready(waiting)
+        pool.run(waiting, source=ready, ended=ready.ended, n_jobs=n_jobs)
+
+
+class _Ready:
+    """Jobs in order; one that branches from another comes once that has ended, and later jobs do
+    not wait for it."""
+
+    def __init__(self, waiting: Sequence[ClaimJob]) -> None:
         self._waiting = list(waiting)
-        self._runs = runs
-        self._unfinished = {job.folder for job in waiting}
+        self._unfinished = {job.name for job in waiting}
 
     def __iter__(self) -> _Ready:
         return self
 
-    def __next__(self) -> Task:
+    def __next__(self) -> Job:
         for job in self._waiting:
             if job.parent not in self._unfinished:
                 self._waiting.remove(job)
-                return job.task(self._runs)
+                return job
         raise StopIteration  # for now: the pool asks again while jobs run
 
-    def ended(self, task: Task) -> None:
-        self._unfinished.discard(task.folder.name)
+    def ended(self, job: Job) -> None:
+        self._unfinished.discard(job.name)
 
 
-def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
-    """Write ``sweep.json``, with which the report reads the folder like any sweep's."""
-    plan = Plan(runs)
-    known = {job.folder for job in plan.jobs}
-    plan.jobs += [Job(job.folder, job.overrides) for job in todo if job.folder not in known]
-    plan.write(command)
+def _say_unfinished(todo: Sequence[ClaimJob]) -> int:
+    """Print every job that is not done, and return how many these are."""
+    bad = [job.folder for job in todo if state_of(job.folder) != "done"]
+    for folder in bad:
+        print(describe_failure(folder), flush=True)
+    if any(state_of(folder) == "failed" for folder in bad):
+        print("--retry-failed starts failed runs again, from what they have saved.", flush=True)
+    return len(bad)

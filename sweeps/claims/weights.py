@@ -67,7 +67,7 @@ def write_weights(
     for job in jobs(claim, seeds, runs):
         if job.arm not in arms:
             continue
-        run, file = runs / job.folder, to / f"{job.arm}_seed-{job.seed}.safetensors"
+        run, file = job.folder, to / f"{job.arm}_seed-{job.seed}.safetensors"
         weights = last_weights(run)
         if weights is None:
             gone += 1

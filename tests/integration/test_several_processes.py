@@ -23,7 +23,7 @@ from mtp_lightning.run.status import read_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool
-from sweeps.process import Task
+from sweeps.process import Job
 from tests.integration.helpers import (
     ROOT,
     assert_near_rows,
@@ -248,14 +248,14 @@ def test_a_sweep_that_stops_lets_all_processes_save(
     settings = LONG | DDP | {"trainer.strategy": strategy}
     settings["callbacks.checkpoints.every_n_steps"] = 4000
     run = tmp_path / "run"
-    task = Task(folder=run, overrides=(), command=tuple(command(run, cache, settings)), processes=2)
+    job = Job(folder=run, overrides=(), command=tuple(command(run, cache, settings)), processes=2)
 
-    def far(_: Task) -> str | None:
+    def far(_: Job) -> str | None:
         newest = read_newest(run / "metrics.csv", "train/loss")
         return "enough" if newest is not None and newest[0] >= 20 else None
 
     pool = Pool(queue=DeviceQueue(n_jobs=1), display=Lines(1), grace_seconds=240)
-    pool.run([task], watch=far)
+    pool.run([job], watch=far)
     status = read_status(run)
     assert status is not None
     assert (status["state"], status["reason"]) == ("interrupted", "enough")

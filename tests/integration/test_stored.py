@@ -139,8 +139,8 @@ def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
     """A sweep's plan: a worker makes its tasks."""
     from sweeps.devices import DeviceQueue
     from sweeps.lease import Leases
-    from sweeps.plan import Plan
-    from sweeps.work import Worker
+    from sweeps.plan import SweepPlan
+    from sweeps.work import SweepWorker
 
     job = {"folder": "a", "overrides": ["seed=1"], "run": RECIPE}
     plan = {"version": 1, "jobs": [job]}
@@ -150,7 +150,7 @@ def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
     (folder / "sweep.json").write_text(json.dumps(changed))
     queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
     leases = Leases(folder, owner="me", stale_seconds=9)
-    worker = Worker(Plan(folder), leases=leases, queue=queue, look_seconds=0)
+    worker = SweepWorker(SweepPlan(folder), leases=leases, queue=queue, look_seconds=0)
     (task,) = worker.tasks.values()
     assert task.folder.parent == folder and ".." not in task.folder.parts
     return task.command

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mtp_lightning.run.status import last_words, write_status
 from sweeps.display import Lines, LiveTable, duration, make_display
-from sweeps.process import Task
+from sweeps.process import Job
 
 HEAD = "step,train/loss,val/loss_depth_0"
 
@@ -22,17 +22,15 @@ def csv(folder: Path, *rows: str) -> Path:
     return folder
 
 
-def sweep(tmp_path: Path) -> list[Task]:
-    tasks = []
+def sweep(tmp_path: Path) -> list[Job]:
+    jobs = []
     for i, state in enumerate(("running", "done", "failed")):
         folder = csv(tmp_path / f"job{i}", "10,5.5,", "")
         labels = (f"mtp.depth={i}", "mtp_lambda=[0.1,0.2]")
         reason = "exit code 1: error: [bad] value" if state == "failed" else None
         write_status(folder, labels, state, device="cpu:0", reason=reason)
-        tasks.append(
-            Task(folder=folder, overrides=labels, command=(), max_steps=100, labels=labels)
-        )
-    return tasks
+        jobs.append(Job(folder=folder, overrides=labels, command=(), max_steps=100, labels=labels))
+    return jobs
 
 
 def test_live_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,15 +38,15 @@ def test_live_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     out = io.StringIO()
     console = Console(file=out, width=110, force_terminal=True, color_system=None)
-    tasks = sweep(tmp_path)
+    jobs = sweep(tmp_path)
     with LiveTable(3, console=console) as table:
-        for task in tasks:
-            table.started(task, "cpu:0")
-        for task in tasks[1:]:
-            table.ended(task)
+        for job in jobs:
+            table.started(job, "cpu:0")
+        for job in jobs[1:]:
+            table.ended(job)
         table.refresh()  # sees step 10
         clock[0] += 20
-        csv(tasks[0].folder, "10,5.5,", "50,4.25,", "")
+        csv(jobs[0].folder, "10,5.5,", "50,4.25,", "")
         table.refresh()
     lines = out.getvalue().splitlines()
     (running,) = [line for line in lines[-8:] if "mtp.depth=0" in line]
@@ -62,16 +60,16 @@ def test_live_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = sweep(tmp_path)
+    jobs = sweep(tmp_path)
     with Lines(3, seconds=0) as lines:
-        for task in tasks:
-            lines.started(task, "cuda:1")
-        lines.ended(tasks[2])
+        for job in jobs:
+            lines.started(job, "cuda:1")
+        lines.ended(jobs[2])
         lines.refresh()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "started mtp.depth=0 mtp_lambda=[0.1,0.2] on cuda:1"
     assert printed[3].startswith("failed mtp.depth=2") and "error: [bad] value" in printed[3]
-    assert printed[3].endswith(f"(log: {tasks[2].folder / 'job.log'})")
+    assert printed[3].endswith(f"(log: {jobs[2].folder / 'job.log'})")
     assert printed[4] == "  mtp.depth=0 mtp_lambda=[0.1,0.2]: step 10/100, loss 5.500"
     assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, 0:00"
 
@@ -80,7 +78,7 @@ def test_a_status_that_cannot_be_read_stops_no_display(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Lines(1) as lines:
-        lines.ended(Task(folder=tmp_path / "a", overrides=(), command=()))
+        lines.ended(Job(folder=tmp_path / "a", overrides=(), command=()))
     assert capsys.readouterr().out == "pending a (1 of 1)\n"
 
 

@@ -15,7 +15,7 @@ from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
 from sweeps.display import Lines
 from sweeps.machine import MemoryUse, available, taken_by_groups
 from sweeps.pool import Pool
-from sweeps.process import Task
+from sweeps.process import Job
 
 
 @pytest.fixture(autouse=True)
@@ -266,15 +266,15 @@ def test_a_pool_starts_no_more_than_memory_holds(
 ) -> None:
     machine.free(free)
     script = "date +%s%N > a; sleep 0.4; date +%s%N > b; echo '{}' > summary.json"
-    tasks = []
+    jobs = []
     for i in range(2 if at_once == 1 else 4):
         folder = tmp_path / "jobs" / str(i)
         folder.mkdir(parents=True)
         command = ("sh", "-c", f"cd {folder}; {script}")
-        tasks.append(Task(folder=folder, overrides=(str(i),), command=command))
+        jobs.append(Job(folder=folder, overrides=(str(i),), command=command))
     use = MemoryUse(machine.root)
-    Pool(queue=DeviceQueue(n_jobs=4), display=Lines(len(tasks)), memory=use).run(tasks)
-    spans = [[int((t.folder / name).read_text()) for name in "ab"] for t in tasks]
+    Pool(queue=DeviceQueue(n_jobs=4), display=Lines(len(jobs)), memory=use).run(jobs)
+    spans = [[int((t.folder / name).read_text()) for name in "ab"] for t in jobs]
     most = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
     assert most == at_once
     assert ("jobs run at once, to fit in memory" in capsys.readouterr().out) == (at_once < 4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.run.status import read_status, write_status
-from sweeps.plan import Plan, digest, folder_name, varied_keys, without_housekeeping
+from sweeps.plan import SweepPlan, digest, folder_name, varied_keys, without_housekeeping
 
 GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
@@ -39,10 +39,10 @@ def test_names_are_safe(values: list[str], last: str) -> None:
 
 
 def test_a_job_keeps_its_folder_when_values_are_added_or_reordered(tmp_path: Path) -> None:
-    plan = Plan(tmp_path)
+    plan = SweepPlan(tmp_path)
     first = plan.add([[*job, *LONG] for job in GRID[:2]])
     plan.write(["train.py", "-m"])
-    again = Plan(tmp_path)
+    again = SweepPlan(tmp_path)
     second = again.add([[*LONG, *reversed(job)] for job in GRID])
     again.write(["train.py", "-m", "more"])
     assert [job.folder for job in second[:2]] == [job.folder for job in first]
@@ -54,29 +54,29 @@ def test_a_job_keeps_its_folder_when_values_are_added_or_reordered(tmp_path: Pat
 
 
 def test_fewer_values_remove_nothing(tmp_path: Path) -> None:
-    plan = Plan(tmp_path)
+    plan = SweepPlan(tmp_path)
     plan.add(GRID)
     plan.write([])
-    fewer = Plan(tmp_path)
+    fewer = SweepPlan(tmp_path)
     assert len(fewer.add(GRID[:1])) == 1
     fewer.write([])
-    assert len(Plan(tmp_path).jobs) == 4
+    assert len(SweepPlan(tmp_path).jobs) == 4
 
 
 def test_values_that_look_alike_get_folders_of_their_own(tmp_path: Path) -> None:
-    folders = [job.folder for job in Plan(tmp_path).add([["x='a b'"], ["x=a-b"], ["x=a/b"]])]
+    folders = [job.folder for job in SweepPlan(tmp_path).add([["x='a b'"], ["x=a-b"], ["x=a/b"]])]
     assert len(set(folders)) == 3
 
 
 def test_a_folder_that_another_job_has_used_is_not_taken(tmp_path: Path) -> None:
     write_status(tmp_path / "seed-0", ["seed=0", "other=1"], "done")
-    (job,) = Plan(tmp_path).add([["seed=0"]])
+    (job,) = SweepPlan(tmp_path).add([["seed=0"]])
     assert job.folder == f"seed-0_{digest(['seed=0'])}"
 
 
 def test_where_a_job_lives_is_no_part_of_it(tmp_path: Path) -> None:
     batch = [["seed=0", "sweep.retry_failed=true", "sweep_dir=x", "paths.cache_dir=y"], ["seed=0"]]
-    assert [job.overrides for job in Plan(tmp_path).add(batch)] == [("seed=0",)]
+    assert [job.overrides for job in SweepPlan(tmp_path).add(batch)] == [("seed=0",)]
     assert without_housekeeping(["run_dir=a", "+sweeps=depth"]) == ("+sweeps=depth",)
 
 
@@ -89,7 +89,7 @@ def test_varied_keys() -> None:
 def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(ValueError, match=r"sweep\.json cannot be read .* another folder"):
-        Plan(tmp_path)
+        SweepPlan(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{"])

@@ -20,29 +20,29 @@ from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool, run
-from sweeps.process import Task
+from sweeps.process import Job
 from tests.sweeps.typed import wait_until
 
 DONE = "echo '{}' > summary.json"
 
 
-def task(folder: Path, program: str, **values: Any) -> Task:
+def job(folder: Path, program: str, **values: Any) -> Job:
     """A job that runs a shell program in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ("sh", "-c", f"cd {folder}; {program}")
-    return Task(folder=folder, overrides=(f"job={folder.name}",), command=command, **values)
+    return Job(folder=folder, overrides=(f"job={folder.name}",), command=command, **values)
 
 
-def pool(n_tasks: int, *, n_jobs: int = 2, grace_seconds: float = 120.0, **queue: Any) -> Pool:
+def pool(total: int, *, n_jobs: int = 2, grace_seconds: float = 120.0, **queue: Any) -> Pool:
     return Pool(
         queue=DeviceQueue(n_jobs=n_jobs, **queue),
-        display=Lines(n_tasks),
+        display=Lines(total),
         grace_seconds=grace_seconds,
     )
 
 
-def status(task: Task) -> dict[str, Any]:
-    return read_status(task.folder)
+def status(job: Job) -> dict[str, Any]:
+    return read_status(job.folder)
 
 
 def wait_for(file: Path) -> str:
@@ -60,16 +60,16 @@ def gone(pid: int) -> bool:
 def test_what_becomes_of_one_job_touches_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tasks = [
-        task(tmp_path / "good", f"sleep 0.3; {DONE}"),
-        task(tmp_path / "error", "echo 'error: a bad value' >&2; exit 1"),
-        task(tmp_path / "killed", "kill -9 $$"),
-        task(tmp_path / "empty", "true"),
-        task(tmp_path / "told", "exit 143"),
-        task(tmp_path / "last", DONE),
+    jobs = [
+        job(tmp_path / "good", f"sleep 0.3; {DONE}"),
+        job(tmp_path / "error", "echo 'error: a bad value' >&2; exit 1"),
+        job(tmp_path / "killed", "kill -9 $$"),
+        job(tmp_path / "empty", "true"),
+        job(tmp_path / "told", "exit 143"),
+        job(tmp_path / "last", DONE),
     ]
-    pool(len(tasks)).run(tasks)
-    assert {t.folder.name: status(t)["state"] for t in tasks} == {
+    pool(len(jobs)).run(jobs)
+    assert {one.name: status(one)["state"] for one in jobs} == {
         "good": "done",
         "error": "failed",
         "killed": "failed",
@@ -77,11 +77,11 @@ def test_what_becomes_of_one_job_touches_no_other(
         "told": "interrupted",
         "last": "done",
     }
-    assert status(tasks[1])["reason"] == "exit code 1: error: a bad value"
-    assert status(tasks[1])["exit_code"] == 1
-    assert "SIGKILL" in status(tasks[2])["reason"]
-    assert "summary.json" in status(tasks[3])["reason"]
-    good = status(tasks[0])
+    assert status(jobs[1])["reason"] == "exit code 1: error: a bad value"
+    assert status(jobs[1])["exit_code"] == 1
+    assert "SIGKILL" in status(jobs[2])["reason"]
+    assert "summary.json" in status(jobs[3])["reason"]
+    good = status(jobs[0])
     assert good["device"] in ("cpu:0", "cpu:1") and good["overrides"] == ["job=good"]
     assert good["started"] <= good["ended"] and good["reason"] is None
     printed = capsys.readouterr().out
@@ -93,10 +93,10 @@ def test_no_more_at_once_than_allowed_and_all_devices_in_use(tmp_path: Path) -> 
         f'echo "$CUDA_VISIBLE_DEVICES" > gpus; date +%s%N > a; sleep 0.3; date +%s%N > b; {DONE}'
     )
     needs = [1, 2, 1, 1]
-    tasks = [task(tmp_path / str(i), program, processes=n) for i, n in enumerate(needs)]
-    pool(len(tasks), n_jobs=2, gpus=["4", "7"]).run(tasks)
+    jobs = [job(tmp_path / str(i), program, processes=n) for i, n in enumerate(needs)]
+    pool(len(jobs), n_jobs=2, gpus=["4", "7"]).run(jobs)
     spans, gpus = [], []
-    for t in tasks:
+    for t in jobs:
         spans.append(tuple(int((t.folder / name).read_text()) for name in "ab"))
         gpus.append((t.folder / "gpus").read_text().strip().split(","))
     assert [len(names) for names in gpus] == needs
@@ -108,20 +108,20 @@ def test_no_more_at_once_than_allowed_and_all_devices_in_use(tmp_path: Path) -> 
 
 
 def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
-    tasks = [task(tmp_path / "slow", "echo up > up; exec sleep 60"), task(tmp_path / "b", DONE)]
+    jobs = [job(tmp_path / "slow", "echo up > up; exec sleep 60"), job(tmp_path / "b", DONE)]
     ended = []
     pool(2).run(
-        tasks,
+        jobs,
         watch=lambda t: "hopeless" if (t.folder / "up").exists() else None,
         ended=lambda t: ended.append(t.folder.name),
     )
-    assert (status(tasks[0])["state"], status(tasks[0])["reason"]) == ("interrupted", "hopeless")
-    assert state_of(tasks[1].folder) == "done"
+    assert (status(jobs[0])["state"], status(jobs[0])["reason"]) == ("interrupted", "hopeless")
+    assert state_of(jobs[1].folder) == "done"
     assert sorted(ended) == ["b", "slow"]
 
 
 def test_a_watcher_does_not_wait_for_ever(tmp_path: Path) -> None:
-    one = task(tmp_path / "deaf", "trap '' TERM; echo up > up; while true; do sleep 0.05; done")
+    one = job(tmp_path / "deaf", "trap '' TERM; echo up > up; while true; do sleep 0.05; done")
     began = time.monotonic()
     pool(1, grace_seconds=0.5).run(
         [one], watch=lambda t: "hopeless" if (t.folder / "up").exists() else None
@@ -130,7 +130,7 @@ def test_a_watcher_does_not_wait_for_ever(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_job(tmp_path: Path) -> None:
-    one = task(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
+    one = job(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
     pool(1).run([one])
     assert state_of(one.folder) == "done"
     child = int((one.folder / "child").read_text())
@@ -138,9 +138,9 @@ def test_nothing_is_left_of_a_job(tmp_path: Path) -> None:
 
 
 def test_a_log_is_continued(tmp_path: Path) -> None:
-    one = task(tmp_path / "a", "echo 'error: first'; exit 1")
+    one = job(tmp_path / "a", "echo 'error: first'; exit 1")
     pool(1).run([one])
-    two = task(tmp_path / "a", f"echo second; {DONE}")
+    two = job(tmp_path / "a", f"echo second; {DONE}")
     pool(1).run([two])
     log = (tmp_path / "a" / LOG_FILE).read_text()
     assert log.index("first") < log.index("--- started again") < log.index("second")
@@ -153,17 +153,17 @@ from pathlib import Path
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool
-from sweeps.process import Task
+from sweeps.process import Job
 base = Path(sys.argv[1])
 saves = "trap 'echo saved > saved; exit 143' TERM; echo $$ > pid; while true; do sleep 0.05; done"
 deaf = "trap '' TERM; echo $$ > pid; while true; do sleep 0.05; done"
-tasks = []
+jobs = []
 for name, program in (("one", saves), ("two", sys.argv[2] == "deaf" and deaf or saves)):
     (base / name).mkdir()
     command = ("sh", "-c", f"cd {base / name}; {program}")
     n = 2 if sys.argv[2] == "two" else 1
-    tasks.append(Task(folder=base / name, overrides=(name,), command=command, processes=n))
-Pool(queue=DeviceQueue(n_jobs=4), display=Lines(2), grace_seconds=1).run(tasks)
+    jobs.append(Job(folder=base / name, overrides=(name,), command=command, processes=n))
+Pool(queue=DeviceQueue(n_jobs=4), display=Lines(2), grace_seconds=1).run(jobs)
 """
 
 
@@ -211,7 +211,7 @@ def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path, kind: str) ->
 
 
 def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
-    one = task(tmp_path / "a", DONE)
+    one = job(tmp_path / "a", DONE)
     holder = subprocess.Popen(["flock", str(one.folder / ".lock"), "sleep", "1"])
     lock = Lock(one.folder / ".lock")
     until = time.monotonic() + 120
@@ -227,7 +227,7 @@ def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
 def test_what_ended_while_its_sweep_was_dead_is_not_run_again(
     tmp_path: Path, finished: str
 ) -> None:
-    one = task(tmp_path / "a", f"echo x >> begun; {DONE}")
+    one = job(tmp_path / "a", f"echo x >> begun; {DONE}")
     write_status(one.folder, one.overrides, "running")
     if finished != "not":
         (one.folder / "summary.json").write_text("{}")
@@ -240,7 +240,7 @@ def test_what_ended_while_its_sweep_was_dead_is_not_run_again(
 
 
 def test_what_no_device_can_run_is_refused_before_a_job_starts(tmp_path: Path) -> None:
-    far, wide = (task(tmp_path / name, DONE, **{name: 2}) for name in ("nodes", "processes"))
+    far, wide = (job(tmp_path / name, DONE, **{name: 2}) for name in ("nodes", "processes"))
     with pytest.raises(UserError, match="num_nodes=2 in a sweep takes hydra/launcher=slurm"):
         run([wide, far])
     with pytest.raises(UserError, match="devices_per_job=1 is less than processes asks for"):
@@ -252,16 +252,16 @@ def test_jobs_on_the_cpu_run_beside_jobs_on_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    wide = task(tmp_path / "wide", DONE, processes=2, on_cpu=True)
-    other = task(tmp_path / "other", DONE)
+    wide = job(tmp_path / "wide", DONE, processes=2, on_cpu=True)
+    other = job(tmp_path / "other", DONE)
     run([wide, other])
     assert [status(each)["state"] for each in (wide, other)] == ["done", "done"]
     assert status(wide)["device"].startswith("cpu:") and status(other)["device"] == "cuda:0"
 
 
 def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
-    missing = Task(folder=tmp_path / "a", overrides=(), command=("/no/such/program",))
-    good = task(tmp_path / "b", DONE)
+    missing = Job(folder=tmp_path / "a", overrides=(), command=("/no/such/program",))
+    good = job(tmp_path / "b", DONE)
     pool(2).run([missing, good])
     assert state_of(good.folder) == "done"
     assert status(missing)["state"] == "failed" and "/no/such/program" in status(missing)["reason"]

@@ -20,7 +20,7 @@ import pytest
 from mtp_lightning.run.status import state_of, write_status
 from sweeps import slurm_cluster
 from sweeps.follow import follow
-from sweeps.process import Task
+from sweeps.process import Job
 from sweeps.slurm_cluster import _Queue, in_arrays, max_array_size, torchrun
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
 
@@ -31,9 +31,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tasks_of(folder: Path, n: int, **values: Any) -> list[Task]:
+def jobs_of(folder: Path, n: int, **values: Any) -> list[Job]:
     return [
-        Task(folder=folder / f"{i}", overrides=(f"seed={i}",), command=("x",), **values)
+        Job(folder=folder / f"{i}", overrides=(f"seed={i}",), command=("x",), **values)
         for i in range(n)
     ]
 
@@ -53,14 +53,14 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_arrays_are_of_one_kind_and_no_longer_than_slurm_takes(tmp_path: Path) -> None:
-    single, double = tasks_of(tmp_path, 7), tasks_of(tmp_path, 2, processes=2)
-    far, cpu = tasks_of(tmp_path, 1, processes=2, nodes=2), tasks_of(tmp_path, 1, on_cpu=True)
+    single, double = jobs_of(tmp_path, 7), jobs_of(tmp_path, 2, processes=2)
+    far, cpu = jobs_of(tmp_path, 1, processes=2, nodes=2), jobs_of(tmp_path, 1, on_cpu=True)
     given = [*double, *single, *far, *cpu]
     arrays = in_arrays(given, 3)
     assert [len(array) for array in arrays] == [3, 3, 1, 1, 2, 1]
-    assert sorted(map(id, given)) == sorted(id(task) for array in arrays for task in array)
+    assert sorted(map(id, given)) == sorted(id(job) for array in arrays for job in array)
     for array in arrays:
-        assert len({(task.processes, task.nodes, task.on_cpu) for task in array}) == 1
+        assert len({(job.processes, job.nodes, job.on_cpu) for job in array}) == 1
 
 
 def test_the_clusters_limit_is_asked_for(slurm: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_queue_is_asked_at_most_every_fifteen_seconds(
 ) -> None:
     asked = tmp_path / "asked"
     program(slurm, "squeue", f"echo x >> {asked}; echo 5_0")
-    one, two = tasks_of(tmp_path, 2)
+    one, two = jobs_of(tmp_path, 2)
     queue = _Queue({one: "5_0", two: "5_1"})
     clock = [1000.0]
     monkeypatch.setattr(slurm_cluster, "time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -120,11 +120,11 @@ def test_a_thousand_and_more_jobs_are_submitted_in_parts(
     fake = SimpleNamespace(SlurmExecutor=Executor, __spec__="found")
     monkeypatch.setitem(sys.modules, "submitit", fake)
     followed = []
-    monkeypatch.setattr(slurm_cluster, "follow", lambda tasks, **values: followed.append(tasks))
+    monkeypatch.setattr(slurm_cluster, "follow", lambda jobs, **values: followed.append(jobs))
     Executor.asked = []
-    tasks = [*tasks_of(tmp_path, 1500), *tasks_of(tmp_path / "far", 2, processes=4, nodes=2)]
-    slurm_cluster.run(tasks, **SETTINGS)
-    assert followed == [tasks]
+    jobs = [*jobs_of(tmp_path, 1500), *jobs_of(tmp_path / "far", 2, processes=4, nodes=2)]
+    slurm_cluster.run(jobs, **SETTINGS)
+    assert followed == [jobs]
     assert [n for _, n in Executor.asked] == [1001, 499, 2]
     first, second, far = (settings for settings, _ in Executor.asked)
     assert first["array_parallelism"] + second["array_parallelism"] <= 100
@@ -137,25 +137,25 @@ def test_jobs_that_say_how_they_ended_are_not_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor is a failure of an earlier start taken for one of this."""
-    tasks = tasks_of(tmp_path, 3)
-    write_status(tasks[0].folder, (), "failed", reason="before")
-    write_status(tasks[1].folder, (), "pending")
+    jobs = jobs_of(tmp_path, 3)
+    write_status(jobs[0].folder, (), "failed", reason="before")
+    write_status(jobs[1].folder, (), "pending")
     rounds = []
 
-    def over() -> dict[Task, str]:
+    def over() -> dict[Job, str]:
         rounds.append(1)
         if len(rounds) == 1:
-            write_status(tasks[1].folder, (), "done", device="slurm:1")
+            write_status(jobs[1].folder, (), "done", device="slurm:1")
         if len(rounds) == 2:
-            write_status(tasks[0].folder, (), "running", device="slurm:2")
-            return {tasks[2]: "Slurm ended job 3"}
+            write_status(jobs[0].folder, (), "running", device="slurm:2")
+            return {jobs[2]: "Slurm ended job 3"}
         if len(rounds) == 3:
-            write_status(tasks[0].folder, (), "done", device="slurm:2")
+            write_status(jobs[0].folder, (), "done", device="slurm:2")
         return {}
 
-    follow(tasks, over=over, cancel=lambda left: None, grace_seconds=1)
+    follow(jobs, over=over, cancel=lambda left: None, grace_seconds=1)
     assert len(rounds) == 3
-    assert [state_of(task.folder) for task in tasks] == ["done", "done", "failed"]
+    assert [state_of(job.folder) for job in jobs] == ["done", "done", "failed"]
     ended = [line for line in capsys.readouterr().out.splitlines() if " of 3)" in line]
     assert len(ended) == 3
 
@@ -167,8 +167,8 @@ def test_torchrun_on_each_machine(
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     monkeypatch.setenv("SLURM_JOB_ID", "1234567")
     command = ("python", "-m", "mtp_lightning.apps.train", "seed=1")
-    task = Task(folder=tmp_path, overrides=(), command=command, processes=4, nodes=2)
-    told = torchrun(task, node=1)
+    job = Job(folder=tmp_path, overrides=(), command=command, processes=4, nodes=2)
+    told = torchrun(job, node=1)
     assert told[:3] == (sys.executable, "-m", "torch.distributed.run")
     assert told[-3:] == ("-m", "mtp_lightning.apps.train", "seed=1")
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=4"} <= set(told)
@@ -178,10 +178,10 @@ def test_torchrun_on_each_machine(
 MACHINE = """
 import json, sys
 from pathlib import Path
-from sweeps.process import Task
+from sweeps.process import Job
 from sweeps.slurm_cluster import SlurmRun
 folder, command = Path(sys.argv[1]), tuple(json.loads(sys.argv[2]))
-SlurmRun(Task(folder=folder, overrides=("x",), command=command, nodes=2), threads=1)()
+SlurmRun(Job(folder=folder, overrides=("x",), command=command, nodes=2), threads=1)()
 """
 
 

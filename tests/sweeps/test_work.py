@@ -18,10 +18,10 @@ from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.lease import FOLDER, Leases, live
-from sweeps.plan import Plan, Recipe
+from sweeps.plan import Recipe, SweepPlan
 from sweeps.pool import Pool
-from sweeps.process import Task
-from sweeps.work import Worker
+from sweeps.process import Job
+from sweeps.work import SweepWorker
 from tests.integration import helpers
 from tests.integration.helpers import ROOT, overrides, rows, train_here
 from tests.sweeps.typed import execute, plan, states, wait_until
@@ -133,27 +133,27 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
     recipe = Recipe(
         program="sh", options=(), cwd="/", processes=1, nodes=1, max_steps=1, on_cpu=True
     )  # fmt: skip
-    laid = Plan(tmp_path)
+    laid = SweepPlan(tmp_path)
     for job in laid.add([["seed=0"], ["seed=1"]]):
         job.recipe = recipe
     leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
     queue = DeviceQueue(n_jobs=2)
-    worker = Worker(laid, leases=leases, queue=queue, look_seconds=0, program=["x"])
+    worker = SweepWorker(laid, leases=leases, queue=queue, look_seconds=0, program=["x"])
     sleeps = "trap '' TERM; echo > begun; sleep 600"
     programs = {"seed-0": sleeps, "seed-1": "echo {} > summary.json"}
-    for name, task in worker.tasks.items():
-        task.folder.mkdir()
-        command = ("sh", "-c", f"cd {task.folder}; {programs[name]}")
-        worker.tasks[name] = replace(task, command=command)
+    for name, job in worker.jobs.items():
+        job.folder.mkdir()
+        command = ("sh", "-c", f"cd {job.folder}; {programs[name]}")
+        worker.jobs[name] = replace(job, command=command)
     began = time.monotonic()
 
-    def watch(task: Task) -> str | None:
+    def watch(job: Job) -> str | None:
         if (tmp_path / "seed-0" / "begun").exists() and not other.held:
             (lease,) = (found for found in leases.look().values() if found.job == "seed-0")
             assert other.take("seed-0", lease)
             write_status(tmp_path / "seed-0", ["seed=0"], "running", device="other")
             worker.beat()
-        return worker.watch(task)
+        return worker.watch(job)
 
     Pool(queue=queue, display=Lines(2)).run(worker, watch=watch, ended=worker.ended)
     assert time.monotonic() - began < 300
@@ -167,7 +167,7 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
 
 
 def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
-    laid = Plan(tmp_path)
+    laid = SweepPlan(tmp_path)
     laid.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
     facts = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
     for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True):
@@ -176,13 +176,13 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
             max_steps=n - 1 or None, on_cpu=cpu,
         )  # fmt: skip
     laid.write([])
-    stored = Plan(tmp_path)
+    stored = SweepPlan(tmp_path)
     assert stored.jobs == laid.jobs
     leases = Leases(tmp_path, owner="a")
     queue = DeviceQueue(gpus=["0", "1"])
-    worker = Worker(stored, leases=leases, queue=queue, look_seconds=0)
+    worker = SweepWorker(stored, leases=leases, queue=queue, look_seconds=0)
     assert list(worker.too_large) == ["a-2", "a-4"]
-    assert [task.folder.name for task in worker] == ["a-1", "a-3"] == leases.held
+    assert [job.name for job in worker] == ["a-1", "a-3"] == leases.held
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
 def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     began = time.process_time(), time.monotonic()
     folder = planned(tmp_path, "range(1000)")
-    assert len(Plan(folder).jobs) == 1000
+    assert len(SweepPlan(folder).jobs) == 1000
     print(f"planned in {time.monotonic() - began[1]:.1f} s")
     began_work = time.monotonic()
     settings = ("--n-jobs=4", "--stale=5")

@@ -177,24 +177,24 @@ def test_what_is_no_gain_is_one_sentence(tmp_path, measure, prediction, says):
 def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
     claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
     found = jobs(claim, [3, 1], RUNS)
-    trunks = {job.seed: job.folder for job in found if job.arm == "trunk"}
+    trunks = {job.seed: job.name for job in found if job.arm == "trunk"}
     for job in found:
         branches = job.arm in PLAIN
         assert job.parent == (trunks[job.seed] if branches else None)
         assert (f"branch_from={RUNS / trunks[job.seed]}@9" in job.overrides) == branches
     # Their names say what they compute, not where.
     elsewhere = jobs(claim, [3, 1], Path("/somewhere/else"))
-    assert [job.folder for job in elsewhere] == [job.folder for job in found]
+    assert [job.name for job in elsewhere] == [job.name for job in found]
     # A branch waits for its trunk, and nothing waits for a branch.
     asked = [job for job in found if job.arm in ("trunk", "long")]
-    ready = _Ready(asked, RUNS)
+    ready = _Ready(asked)
     first = list(ready)
-    assert [task.folder.name for task in first] == [trunks[3], trunks[1]]
+    assert [job.name for job in first] == [trunks[3], trunks[1]]
     assert list(ready) == []
     ready.ended(first[1])
-    assert [task.folder.name for task in ready] == [asked[3].folder]
+    assert [job.name for job in ready] == [asked[3].name]
     ready.ended(first[0])
-    assert [task.folder.name for task in ready] == [asked[1].folder]
+    assert [job.name for job in ready] == [asked[1].name]
     # A branch whose run is in a result alone has it run again, for its checkpoints.
     (branch,) = [job for job in found if (job.arm, job.seed) == ("long", 1)]
     again = _with_parents([branch], [claim], tmp_path)
@@ -217,18 +217,17 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
     }
     claim = claim_of(tmp_path, arms=arms, predictions=[predict("heads", "below", 1)], shared=[])
     trunk, long, heads, other = jobs(claim, [3], RUNS)
-    assert heads.parent == long.folder and long.parent == trunk.folder and other.parent is None
-    assert f"init_from={RUNS / long.folder}" in heads.overrides
+    assert heads.parent == long.name and long.parent == trunk.name and other.parent is None
+    assert f"init_from={RUNS / long.name}" in heads.overrides
     assert "init_from=runs/somewhere" in other.overrides
-    assert jobs(claim, [3], Path("/somewhere/else"))[2].folder == heads.folder
+    assert jobs(claim, [3], Path("/somewhere/else"))[2].name == heads.name
     # The whole line of runs is made again where none of them is here.
     again = _with_parents([heads], [claim], tmp_path)
     assert [job.arm for job in again] == ["trunk", "long", "heads"]
-    ready = _Ready(again, RUNS)
+    ready = _Ready(again)
     for job in again:
-        (task,) = ready
-        assert task.folder.name == job.folder
-        ready.ended(task)
+        assert list(ready) == [job]
+        ready.ended(job)
     arms = {"heads": ["init_from=trunk"], "trunk": ["mtp=none"]}
     claim = claim_of(tmp_path / "b", arms=arms, predictions=[predict("heads", "below")])
     with pytest.raises(UserError, match="init_from=trunk: name an arm that is listed before it"):

@@ -25,7 +25,7 @@ def folders(folder: Path, arms: dict[str, list[str]], **changes: object) -> dict
     """By arm, at seed 0."""
     pairs = [predict(arm, "below", 1) for arm in arms]
     claim = claim_of(folder, arms=arms, predictions=pairs, **changes)
-    return {job.arm: job.folder for job in jobs(claim, [0], RUNS)}
+    return {job.arm: job.name for job in jobs(claim, [0], RUNS)}
 
 
 def test_seed_by_seed_over_all_arms(tmp_path: Path) -> None:
@@ -35,18 +35,15 @@ def test_seed_by_seed_over_all_arms(tmp_path: Path) -> None:
         (3, "plain"), (3, "mtp"), (1, "plain"), (1, "mtp"),
     ]  # fmt: skip
     job = found[1]
-    assert (
-        job.folder.startswith("sequential_depth-2_seed-3_") and len({j.folder for j in found}) == 4
-    )
+    assert job.name.startswith("sequential_depth-2_seed-3_") and len({j.name for j in found}) == 4
     assert job.overrides[:2] == ("mtp.depth=2", "mtp=sequential") and "seed=3" in job.overrides
-    task = job.task(RUNS)
-    assert task.on_cpu and task.folder == RUNS / job.folder and task.max_steps == 3500
-    assert f"run_dir={task.folder}" in " ".join(task.command).replace("'", "")
+    assert job.on_cpu and job.folder == RUNS / job.name and job.max_steps == 3500
+    assert f"run_dir={job.folder}" in " ".join(job.command).replace("'", "")
 
 
 def test_a_run_asks_for_the_machines_of_its_config(tmp_path: Path) -> None:
     wide = ["trainer.num_nodes=2", "trainer.strategy=ddp"]
-    assert {job.task(RUNS).nodes for job in jobs(claim_of(tmp_path, shared=wide), [0], RUNS)} == {2}
+    assert {job.nodes for job in jobs(claim_of(tmp_path, shared=wide), [0], RUNS)} == {2}
 
 
 def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:
@@ -129,7 +126,7 @@ def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -
     write_preregistration(preregistration, claim, tmp_path)
     again = read_preregistration(claim, tmp_path)
     assert again == preregistration and again.is_of(claim)
-    assert again.runs["mtp"] == {0: found[1].folder, 1: found[3].folder}
+    assert again.runs["mtp"] == {0: found[1].name, 1: found[3].name}
     other = claim_of(tmp_path, shared=["mtp.depth=3"])
     assert not again.is_of(other)
     with pytest.raises(ValueError, match="has run mtp at seed 0 in sequential_depth-2"):
@@ -146,6 +143,6 @@ def test_all_arms_of_the_claims_that_there_are_settle(name: str) -> None:
     claim = read_claim(name)
     found = jobs(claim, claim.scale.seeds[:1], RUNS)
     assert [job.arm for job in found] == list(claim.arms)
-    parents = {job.folder for job in found}
+    parents = {job.name for job in found}
     assert all(job.parent in parents for job in found if job.parent is not None)
     assert len(parents) == len(found), "two arms are the same run"

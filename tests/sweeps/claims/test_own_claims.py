@@ -16,7 +16,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.pages import READMES
 from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
 from sweeps.claims.result import make_result, state
-from sweeps.process import Task
+from sweeps.process import Job
 from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     claim_of,
@@ -33,14 +33,14 @@ from tests.sweeps.fixture_runs import write_run
 TRIAL = "predicted: in no commit"
 
 
-def finish(tasks: Sequence[Task], **_: object) -> None:
+def finish(jobs: Sequence[Job], **_: object) -> None:
     """Stands for a pool: every run is done at once, with MTP a little better."""
-    for task in tasks:
-        shutil.rmtree(task.folder)
-        arm, seed = task.labels[0], int(task.labels[1].removeprefix("seed="))
+    for job in jobs:
+        shutil.rmtree(job.folder)
+        arm, seed = job.labels[0], int(job.labels[1].removeprefix("seed="))
         loss = 2 * PLAIN[seed] - (0.1 + seed / 1000 if arm == "mtp" else 0)
-        write_run(task.folder, {"seed": seed}, loss=loss)
-        write_status(task.folder, task.overrides, "done")
+        write_run(job.folder, {"seed": seed}, loss=loss)
+        write_status(job.folder, job.overrides, "done")
 
 
 @pytest.fixture(autouse=True)

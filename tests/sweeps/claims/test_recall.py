@@ -32,7 +32,7 @@ def elsewhere(claim: Claim, runs: Path) -> Result:
     """Three of five seeds done, one failed and one never begun, with the folders that they have."""
     values = {"plain": PLAIN[:3], "mtp": moved(-0.05)[:3]}
     arms = observed(claim, {arm: [*of, "failed", "missing"] for arm, of in values.items()})
-    folders = {(job.arm, job.seed): job.folder for job in jobs(claim, range(5), runs)}
+    folders = {(job.arm, job.seed): job.name for job in jobs(claim, range(5), runs)}
     named = {
         arm: {n: replace(seed, folder=folders[arm, n]) for n, seed in seeds.items()}
         for arm, seeds in arms.items()
@@ -123,7 +123,7 @@ def of_another(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:
     predictions = [predict("control", "above", against="parallel")]
     other = claim_of(folder / "claims", "other", arms=arms, predictions=predictions, **changes)
     found = observed(other, {"control": PLAIN[:3], "parallel": []})
-    named = {job.seed: job.folder for job in jobs(other, range(3), runs) if job.arm == "control"}
+    named = {job.seed: job.name for job in jobs(other, range(3), runs) if job.arm == "control"}
     seeds = {n: replace(seed, folder=named[n]) for n, seed in found["control"].items()}
     result = make_result(other, {"control": seeds, "parallel": {}}, BEGAN)
     write_result(result, "other", folder / "results")
@@ -132,7 +132,7 @@ def of_another(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:
 def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
     claim, results = claim_of(tmp_path), tmp_path / "results"
     runs = tmp_path / "runs"
-    named = {(job.arm, job.seed): job.folder for job in jobs(claim, range(3), runs)}
+    named = {(job.arm, job.seed): job.name for job in jobs(claim, range(3), runs)}
     of_another(claim, runs, tmp_path)
     assert set(shared_seeds(claim, read_results(results).values())) == {
         named["plain", seed] for seed in range(3)

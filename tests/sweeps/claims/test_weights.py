@@ -62,8 +62,8 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     claim = claim_of(tmp_path / "claims")
     plain, mtp = jobs(claim, [0], tmp_path)[:2]
-    known = digest(finish(tmp_path / plain.folder))
-    finish(tmp_path / mtp.folder, {**STATE, "model.tied": STATE["model.b"]})
+    known = digest(finish(tmp_path / plain.name))
+    finish(tmp_path / mtp.name, {**STATE, "model.tied": STATE["model.b"]})
     done = Seed(folder="x", state="done", weights=known, commit="c" * 40, machine="a machine")
 
     def written(**stored: Seed) -> list[str]:
