@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import importlib.util
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -88,53 +88,87 @@ def left_of(
             otherwise their runs get the time that their claim expects.
     """
     seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
-    finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
-    machine = this_machine()
-    local = [seed for seed in finished if seed.machine == machine]
-    here, measured = (local, MEASURED) if local else (finished, ELSEWHERE)
-    rates = [
-        s.costs["flops"] / (minutes_of(s) * 60)
-        for s in here
-        if s.costs.get("flops") and minutes_of(s) > 0
-    ]
-    rate = median(rates) if rates else None
+    every = [seed for arms in seen.values() for of in arms.values() for seed in of.values()]
+    pace = _Pace.of([seed for seed in every if seed.done])
     taken: set[str] = set()
     found = []
     for claim in claims:
         arms = seen[claim.label]
-        pending = [
-            (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
-        ]
-        known = {
-            arm: [
-                minutes_of(s) for s in of.values() if s.done and (not local or s.machine == machine)
-            ]
-            for arm, of in arms.items()
-        }
-        composed: dict[tuple[str, int], ClaimJob] = {}
-        if count_flops and not all(known[arm] for arm, _ in pending):
-            numbers = list(dict.fromkeys(number for _, number in pending))
-            composed = {(job.arm, job.seed): job for job in jobs(claim, numbers, runs)}
-        expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
-        costs = []
-        counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
-        for arm, number in pending:
-            if (job := composed.get((arm, number))) is not None:
-                if job.name in taken:
-                    continue
-                taken.add(job.name)
-                if not known[arm] and rate is not None and arm not in counted:
-                    counted[arm] = flops_of(job)
-            flops = counted.get(arm)
-            if known[arm]:
-                hours, source = median(known[arm]) / 60, measured
-            elif rate is not None and flops is not None:
-                hours, source = flops / rate / 3600, BY_FLOPS
-            else:
-                hours, source = expected / 60, EXPECTED
-            costs.append(Cost(arm, number, hours, source))
+        costs = _costs(claim, arms, pace, runs, taken, count_flops=count_flops)
         done = sum(seed.done for of in arms.values() for seed in of.values())
         found.append(Left(claim, done, tuple(costs)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How fast the finished runs were: those of this machine, or all if none has finished here."""
+
+    machine: str | None  # whose runs count; None for any machine
+    rate: float | None  # median FLOPs per second; None if unknown
+
+    @classmethod
+    def of(cls, finished: Sequence[Seed]) -> _Pace:
+        machine = this_machine()
+        here = [seed for seed in finished if seed.machine == machine]
+        rates = [
+            seed.costs["flops"] / (minutes_of(seed) * 60)
+            for seed in here or finished
+            if seed.costs.get("flops") and minutes_of(seed) > 0
+        ]
+        return cls(machine if here else None, median(rates) if rates else None)
+
+    def minutes(self, seeds: Iterable[Seed]) -> list[float]:
+        """The wall time of each finished run that counts."""
+        return [
+            minutes_of(seed)
+            for seed in seeds
+            if seed.done and (self.machine is None or seed.machine == self.machine)
+        ]
+
+    def hours(
+        self, minutes: Sequence[float], flops: float | None, expected: float
+    ) -> tuple[float, str]:
+        """The hours of a run and their source, by the minutes of its arm's runs, its FLOPs, or the
+        minutes that its claim expects."""
+        if minutes:
+            return median(minutes) / 60, ELSEWHERE if self.machine is None else MEASURED
+        if self.rate is not None and flops is not None:
+            return flops / self.rate / 3600, BY_FLOPS
+        return expected / 60, EXPECTED
+
+
+def _costs(
+    claim: Claim,
+    arms: Mapping[str, Mapping[int, Seed]],
+    pace: _Pace,
+    runs: Path,
+    taken: set[str],
+    *,
+    count_flops: bool,
+) -> list[Cost]:
+    """The costs of a claim's pending runs, without those ``taken`` by a claim before it, to which
+    the others are added."""
+    pending = [
+        (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
+    ]
+    known = {arm: pace.minutes(of.values()) for arm, of in arms.items()}
+    composed: dict[tuple[str, int], ClaimJob] = {}
+    if count_flops and not all(known[arm] for arm, _ in pending):
+        numbers = list(dict.fromkeys(number for _, number in pending))
+        composed = {(job.arm, job.seed): job for job in jobs(claim, numbers, runs)}
+    expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
+    found = []
+    counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
+    for arm, number in pending:
+        if (job := composed.get((arm, number))) is not None:
+            if job.name in taken:
+                continue
+            taken.add(job.name)
+            if not known[arm] and pace.rate is not None and arm not in counted:
+                counted[arm] = flops_of(job)
+        hours, source = pace.hours(known[arm], counted.get(arm), expected)
+        found.append(Cost(arm, number, hours, source))
     return found
 
 
