@@ -38,6 +38,7 @@ from sweeps.plan import (
 from sweeps.process import Job
 
 RunJobs = Callable[[list[Job]], None]
+Configs = dict[Job, dict[str, Any]]
 
 # Hydra's settings that are about the sweep and not about a job.
 _SWEEP_SETTINGS = (
@@ -97,7 +98,7 @@ def launch(
 
 def _checked(
     plan: SweepPlan, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
-) -> dict[Job, dict[str, Any]]:
+) -> Configs:
     """Adds a batch of jobs to a plan; returns them with their configs.
 
     Raises:
@@ -113,7 +114,7 @@ def _checked(
     labels = varied_labels(planned_jobs)
     options, program = _options(config), name_of_program()
     composer = Composer(config, hydra_context.config_loader)
-    settled: dict[Job, dict[str, Any]] = {}
+    settled: Configs = {}
     for planned in planned_jobs:
         own_paths, run_folder = paths[frozenset(planned.overrides)], plan.folder / planned.folder
         own = settle(composer.compose([*own_paths, *planned.overrides]), run_folder)
@@ -126,13 +127,7 @@ def _checked(
     return settled
 
 
-def _start(
-    run: RunJobs | None,
-    plan: SweepPlan,
-    settled: dict[Job, dict[str, Any]],
-    *,
-    retry_failed: bool,
-) -> None:
+def _start(run: RunJobs | None, plan: SweepPlan, settled: Configs, *, retry_failed: bool) -> None:
     """Stores the plan and runs the jobs that are not done, or leaves them to workers."""
     folder, again = plan.folder, _shown(plan.folder)
     busy = f"Another sweep is at work in {folder}: wait for it, or stop it."
@@ -191,7 +186,7 @@ def _options(config: DictConfig) -> list[str]:
     return [*options, *own]
 
 
-def _say_plan(folder: Path, settled: dict[Job, dict[str, Any]], todo: Sequence[Job]) -> None:
+def _say_plan(folder: Path, settled: Configs, todo: Sequence[Job]) -> None:
     text = f"{len(settled)} jobs in {_shown(folder)}"
     waiting = set(todo)
     skipped = [job for job in settled if job not in waiting]

@@ -208,7 +208,7 @@ def varied_labels(jobs: Sequence[PlannedJob]) -> dict[str, tuple[str, ...]]:
     return {job.folder: tuple(o for o in job.overrides if key_of(o) in varied) for job in jobs}
 
 
-def digest(overrides: Sequence[str]) -> str:
+def overrides_digest(overrides: Sequence[str]) -> str:
     """Eight hexadecimal digits for a job, for any order of its overrides."""
     return hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
 
@@ -222,7 +222,8 @@ def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
     if len(name) <= _LONGEST:
         return name
     shown = "_".join(_item(o) for o in overrides if key_of(o) in varied) or name
-    return "_".join(filter(None, (shown[: _LONGEST - 9].rstrip("_-."), digest(overrides))))
+    shown = shown[: _LONGEST - 9].rstrip("_-.")
+    return "_".join(filter(None, (shown, overrides_digest(overrides))))
 
 
 def _item(override: str) -> str:
@@ -312,5 +313,5 @@ class SweepPlan:
         other = status is not None and set(status["overrides"]) != set(overrides)
         # Two values may become the same name in a path.
         if other or name in taken:
-            name = f"{name}_{digest(overrides)}"
+            name = f"{name}_{overrides_digest(overrides)}"
         return name

@@ -15,7 +15,7 @@ CPU, GPU = "cpu", "gpu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure:
+class ClaimMeasure:
     """The number that is read from a finished run."""
 
     tag: str  # a key of `summary.json`
@@ -33,7 +33,7 @@ class Measure:
     part: str = "total"  # which gain: `total`, or only its `effect`
 
     @property
-    def of_run(self) -> Measure:
+    def of_run(self) -> ClaimMeasure:
         """The same value of each run, without the comparison with a curve."""
         return replace(self, curve=(), own_curves=(), part="total")
 
@@ -48,7 +48,7 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
+class ClaimPrediction:
     """One arm, alone or against another, on one side of a threshold."""
 
     arm: str  # the arm that is measured
@@ -58,7 +58,7 @@ class Prediction:
     by: float = 0.0  # the threshold, in the measure's unit
     expected: float | None = None  # the predicted size; it decides nothing
     published: str = ""  # the source's number, printed next to ours
-    measure: Measure  # the claim's unless the prediction has its own
+    measure: ClaimMeasure  # the claim's unless the prediction has its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class Claim:
     equal: str  # the resource that all arms spend alike; `nothing` if the measure counts the cost
     shared: tuple[str, ...]  # overrides of every arm
     arms: Mapping[str, tuple[str, ...]]  # each arm's overrides, by its name
-    measure: Measure  # the default of the predictions
-    predictions: tuple[Prediction, ...]  # the claim holds if all of them hold
+    measure: ClaimMeasure  # the default of the predictions
+    predictions: tuple[ClaimPrediction, ...]  # the claim holds if all of them hold
     scale: Scale  # seeds and sizes of this setting
     setting: str = CPU  # `cpu` or `gpu`
     digest: str  # SHA-256 of the file's values
@@ -128,6 +128,6 @@ class Claim:
         return replace(self, scale=self.gpu, setting=GPU)
 
     @property
-    def measures(self) -> list[Measure]:
+    def measures(self) -> list[ClaimMeasure]:
         """What the predictions read from runs, in their order, without repetition."""
         return list(dict.fromkeys(prediction.measure.of_run for prediction in self.predictions))

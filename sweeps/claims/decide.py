@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mtp_lightning.run.solved import is_above
-from sweeps.claims.claim import Claim, Measure, Prediction
+from sweeps.claims.claim import Claim, ClaimMeasure, ClaimPrediction
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.report.compare import FACT
 from sweeps.report.equivalent import Spent, gain_over
@@ -36,7 +36,7 @@ _APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
 class Finding:
     """The result of one prediction."""
 
-    prediction: Prediction  # the claim's
+    prediction: ClaimPrediction  # the claim's
     verdict: str = UNDECIDED  # HOLDS, FAILS or UNDECIDED
     why: str = ""  # the reason of UNDECIDED
     test: str | None = None  # its name; None without numbers
@@ -67,7 +67,7 @@ def overall(verdicts: Sequence[str]) -> str:
     return HOLDS if all(verdict == HOLDS for verdict in verdicts) else UNDECIDED
 
 
-def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
+def arm_share(seeds: Mapping[int, Seed], measure: ClaimMeasure) -> Share | None:
     """The share of an arm's finished seeds above the level; None without a finished seed."""
     assert measure.solved is not None
     values = _read(seeds, measure)
@@ -76,13 +76,13 @@ def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
     return share(sum(is_above(value, measure.solved) for value in values.values()), len(values))
 
 
-def _read(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:
+def _read(seeds: Mapping[int, Seed], measure: ClaimMeasure) -> dict[int, float]:
     """The measured value of each finished run of an arm, by seed."""
     name = key(measure)
     return {s: seed.values[name] for s, seed in seeds.items() if seed.done and name in seed.values}
 
 
-def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
+def _values(arms: Arms, arm: str, measure: ClaimMeasure) -> dict[int, float]:
     """The tested values by seed: the measured values, or the logarithms of the gains."""
     if not measure.is_ratio:
         return _read(arms[arm], measure)
@@ -90,7 +90,7 @@ def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
     return {s: math.log(gain) for s, gain in gains.items() if isinstance(gain, float)}
 
 
-def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
+def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | str:
     """The compute-equivalent gain of an arm's run over plain runs of its seed, or the reason why it
     has none."""
     names = (arm, *measure.curve_of(arm))
@@ -104,7 +104,7 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
     return gain.total if measure.part == "total" else gain.effect
 
 
-def _spent(run: Seed | None, measure: Measure) -> Spent | None:
+def _spent(run: Seed | None, measure: ClaimMeasure) -> Spent | None:
     name = key(measure)
     if run is None or not run.done or name not in run.values:
         return None
@@ -127,7 +127,7 @@ def _decided(claim: Claim, arms: Arms, test: Finding, adjusted: float) -> Findin
     return replace(test, verdict=verdict, why=why, adjusted=p)
 
 
-def _inside(prediction: Prediction, effect: float) -> bool:
+def _inside(prediction: ClaimPrediction, effect: float) -> bool:
     if prediction.side == "within":
         return abs(effect) < prediction.by
     return effect > prediction.by if prediction.side == "above" else effect < prediction.by
@@ -138,7 +138,7 @@ def boundary(side: str, by: float, effect: float) -> float:
     return -by if side == "within" and effect < 0 else by
 
 
-def _test(prediction: Prediction, arms: Arms) -> Finding:
+def _test(prediction: ClaimPrediction, arms: Arms) -> Finding:
     """The test of a prediction, not yet decided; without numbers where an arm has no finished seed.
     Its ``why`` says if all seeds have the same difference, which has no noise to test."""
     measure, against = prediction.measure, prediction.against
@@ -164,7 +164,7 @@ def _test(prediction: Prediction, arms: Arms) -> Finding:
 
 
 def _of_values(
-    prediction: Prediction, own: Mapping[int, float], other: Mapping[int, float] | None
+    prediction: ClaimPrediction, own: Mapping[int, float], other: Mapping[int, float] | None
 ) -> Finding:
     """The t-test of an arm's values, or of paired differences, against the nearest boundary."""
     reference = dict.fromkeys(own, 0.0) if other is None else other

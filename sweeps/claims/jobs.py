@@ -64,7 +64,7 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     return found
 
 
-def digest(config: Mapping[str, Any]) -> str:
+def config_digest(config: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that identify what a resolved, nested config computes."""
     flat = {
         key: value
@@ -140,4 +140,4 @@ def _folder(settled: dict[str, Any], seed: int) -> str:
     """``sequential_depth-2_seed-0_0123456789ab``: readable, and unique by its digest."""
     depth, target = settled["mtp"]["depth"], str(settled["mtp"]["_target_"])
     head = "none" if is_plain(depth, target) else f"{target.split('.')[-2]}_depth-{depth}"
-    return f"{head}_seed-{seed}_{digest(settled)}"
+    return f"{head}_seed-{seed}_{config_digest(settled)}"

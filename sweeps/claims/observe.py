@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.run.status import read_status
-from sweeps.claims.claim import Claim, Measure
+from sweeps.claims.claim import Claim, ClaimMeasure
 from sweeps.claims.weights import digest_of, last_weights
 from sweeps.report.compare import wait_of
-from sweeps.report.read import Run, read_run
+from sweeps.report.read import RunRecord, read_run
 from sweeps.report.statistics import Wait
 
 TAG = "train/loss_depth_0"  # the loss of the curves
@@ -53,7 +53,7 @@ class Seed:
 Arms = Mapping[str, Mapping[int, Seed]]
 
 
-def key(measure: Measure) -> str:
+def key(measure: ClaimMeasure) -> str:
     """The key of a measure's values in a result: ``moe/max_violation, last 0.5``."""
     return measure.tag if measure.last is None else f"{measure.tag}, last {measure.last:g}"
 
@@ -74,7 +74,7 @@ def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]
     return arms
 
 
-def _seed(run: Run, claim: Claim) -> Seed:
+def _seed(run: RunRecord, claim: Claim) -> Seed:
     measures = claim.measures
     status = read_status(run.folder) or {}
     seed = Seed(
@@ -103,7 +103,7 @@ def _seed(run: Run, claim: Claim) -> Seed:
     return seed
 
 
-def _value(run: Run, measure: Measure) -> float | None:
+def _value(run: RunRecord, measure: ClaimMeasure) -> float | None:
     if measure.last is None:
         return run.final(measure.tag)
     end = run.final("step") or 0.0
@@ -115,7 +115,7 @@ def _value(run: Run, measure: Measure) -> float | None:
     return math.fsum(rows) / len(rows) if rows else None
 
 
-def curve_of(run: Run) -> list[tuple[float, float]]:
+def curve_of(run: RunRecord) -> list[tuple[float, float]]:
     """(FLOPs up to its middle, mean loss in nats per token) of each part of a finished run; empty
     if a part has no value."""
     steps, flops = run.final("step"), run.final("flops")

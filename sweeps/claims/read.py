@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.run.config import read_yaml
-from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, Measure, Prediction, Scale
+from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, ClaimMeasure, ClaimPrediction, Scale
 
 FOLDER = Path(__file__).parent
 # Keys that may be added after the runs; the digest leaves them out.
@@ -44,11 +44,11 @@ def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ())
     if not file.is_file():
         remedy = suggestion(name, names(folder))
         raise UserError(f"There is no claim {name} in {folder}: {remedy}")
-    found = _Reader(file, allow).claim(name, read_yaml(file))
+    found = _ClaimReader(file, allow).claim(name, read_yaml(file))
     return replace(found, folder="" if own else str(folder))
 
 
-class _Reader:
+class _ClaimReader:
     """Turns parsed YAML into a claim, or raises a UserError that says what is wrong."""
 
     def __init__(self, file: Path, allow: Collection[str]) -> None:
@@ -118,12 +118,12 @@ class _Reader:
             if one is not None
         }
 
-    def _prediction(self, place: str, value: Any, default: Measure) -> Prediction:
-        known = [f.name for f in fields(Prediction)]
-        given = self._record(place, value, known, _needed(Prediction) - {"measure"})
+    def _prediction(self, place: str, value: Any, default: ClaimMeasure) -> ClaimPrediction:
+        known = [f.name for f in fields(ClaimPrediction)]
+        given = self._record(place, value, known, _needed(ClaimPrediction) - {"measure"})
         own = given.get("measure")
         given["measure"] = default if own is None else self._measure(f"{place}.measure", own)
-        found = Prediction(**given)
+        found = ClaimPrediction(**given)
         if found.side == "within" and found.by <= 0:
             self._refuse(f"{place}.by: {found.by:g}", "within needs a threshold above 0")
         said = f"{place}: {found.side} {found.by:g}"
@@ -138,12 +138,12 @@ class _Reader:
             )
         return found
 
-    def _measure(self, place: str, value: Any) -> Measure:
+    def _measure(self, place: str, value: Any) -> ClaimMeasure:
         """``{tag: ..}``, or ``{equivalent: TAG, curve: [ARM, ..], own_curves: {ARM: [ARM, ..]},
         part: effect}``."""
         ratio = isinstance(value, dict) and "equivalent" in value
-        known = [*(f.name for f in fields(Measure)), "equivalent"]
-        given = self._record(place, value, known, {"curve"} if ratio else _needed(Measure))
+        known = [*(f.name for f in fields(ClaimMeasure)), "equivalent"]
+        given = self._record(place, value, known, {"curve"} if ratio else _needed(ClaimMeasure))
         if ratio:
             given["tag"] = self._text(f"{place}.equivalent", given.pop("equivalent"))
             at = f"{place}.own_curves"
@@ -154,7 +154,7 @@ class _Reader:
                 self._refuse(f"{place}.solved", "a gain has no level at which it is solved")
         elif given.keys() & {"curve", "own_curves", "part"}:
             self._refuse(f"{place}.curve", "it belongs to equivalent: TAG")
-        found = Measure(**given)
+        found = ClaimMeasure(**given)
         if found.last is not None and not 0 < found.last <= 1:
             self._refuse(f"{place}.last: {found.last:g}", "give a part of the run, above 0 up to 1")
         return found

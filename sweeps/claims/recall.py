@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from sweeps.claims.claim import Claim, Measure
+from sweeps.claims.claim import Claim, ClaimMeasure
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.claims.preregistration import Preregistration
@@ -31,10 +31,10 @@ def seeds_of(content: Mapping[str, Any]) -> dict[int, Seed]:
     return {int(seed): _seed(run) for seed, run in content["seeds"].items()}
 
 
-def measure_of(entry: Mapping[str, Any]) -> Measure:
+def measure_of(entry: Mapping[str, Any]) -> ClaimMeasure:
     """The measure of a prediction of a stored result."""
     own = tuple((arm, tuple(curve)) for arm, curve in entry.get("own_curves", ()))
-    return Measure(**{**entry, "curve": tuple(entry.get("curve", ())), "own_curves": own})
+    return ClaimMeasure(**{**entry, "curve": tuple(entry.get("curve", ())), "own_curves": own})
 
 
 def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str, Seed]:

@@ -13,7 +13,7 @@ from sweeps.report.collect import collect
 from sweeps.report.compare import compare
 from sweeps.report.equivalent import families
 from sweeps.report.findings import answer
-from sweeps.report.read import Sweep, read_sweep
+from sweeps.report.read import SweepRecord, read_sweep
 from sweeps.report.settings import SOLVED
 from sweeps.report.watch import SECONDS, watch
 
@@ -68,7 +68,7 @@ def report(
     return target / "report.html", answer(settings, comparisons, priced), settings.running
 
 
-def _read(folders: Sequence[str | Path]) -> list[Sweep]:
+def _read(folders: Sequence[str | Path]) -> list[SweepRecord]:
     if len(folders) == 1:
         return [read_sweep(folders[0])]
     paths = [Path(folder) for folder in folders]
@@ -83,7 +83,7 @@ def _read(folders: Sequence[str | Path]) -> list[Sweep]:
     return [read_sweep(path, name=name) for path, name in zip(paths, names, strict=True)]
 
 
-def _default_output(sweeps: Sequence[Sweep]) -> Path:
+def _default_output(sweeps: Sequence[SweepRecord]) -> Path:
     if len(sweeps) == 1:
         return sweeps[0].folder
     names = "_".join(sweep.folder.resolve().name for sweep in sweeps)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_lightning.run.config import has_bearing, is_plain
 from mtp_lightning.run.layout import SUMMARY_FILE
-from sweeps.report.read import Run, Sweep
+from sweeps.report.read import RunRecord, SweepRecord
 from sweeps.report.settings import SOLVED, Setting, Settings, order, show
 
 # Keys that describe a setting best, if the command lines do not name the varied ones.
@@ -30,7 +30,7 @@ DATA = "data.fingerprint"  # of the data that a finished run was trained on
 TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
 
 
-def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
+def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings:
     """Group the runs of one or more sweeps; ``level`` is :attr:`Settings.level`.
 
     A run without a config belongs to no setting; it counts as planned for the one that its
@@ -69,7 +69,7 @@ def ignored(key: str) -> bool:
     return key == "seed" or not has_bearing(key)
 
 
-def _seed_keys(runs: Iterable[Run]) -> set[str]:
+def _seed_keys(runs: Iterable[RunRecord]) -> set[str]:
     """Keys such as data.seed whose value is the run's seed in every run."""
     keys = {key for run in runs for key in run.config if "seed" in key.rpartition(".")[2]}
     return {k for k in keys if all(r.config.get(k, r.seed) == r.seed for r in runs)}
@@ -87,7 +87,10 @@ def _is_plain(config: dict[str, Any]) -> bool:
 
 
 def _apart(
-    settings: list[Setting], key: str, same: Callable[[Run], Any], name: Callable[[Run], str]
+    settings: list[Setting],
+    key: str,
+    same: Callable[[RunRecord], Any],
+    name: Callable[[RunRecord], str],
 ) -> list[Setting]:
     """Split settings whose finished runs differ in ``same``; ``key`` names the parts.
 
@@ -111,12 +114,12 @@ def _apart(
     return parts
 
 
-def _data_name(run: Run) -> str:
+def _data_name(run: RunRecord) -> str:
     digest = run.fact("data", "fingerprint")
     return "unknown" if digest is None else str(digest)[:8]
 
 
-def _drop_repeats(setting: Setting) -> list[Run]:
+def _drop_repeats(setting: Setting) -> list[RunRecord]:
     """Keep one run per seed, the newest finished one: a repeated seed is not a second sample."""
     best = {run.seed: run for run in sorted(setting.runs, key=_rank)}
     dropped = [run for run in setting.runs if best[run.seed] is not run]
@@ -124,7 +127,7 @@ def _drop_repeats(setting: Setting) -> list[Run]:
     return dropped
 
 
-def _rank(run: Run) -> tuple[bool, float]:
+def _rank(run: RunRecord) -> tuple[bool, float]:
     file = run.folder / SUMMARY_FILE
     return run.state == "done", file.stat().st_mtime if file.exists() else 0.0
 
@@ -187,7 +190,7 @@ def _class_name(target: Any) -> Any:
     return parts[-2] if parts[-1][:1].isupper() else parts[-1]
 
 
-def _count_planned(settings: list[Setting], unconfigured: list[Run]) -> None:
+def _count_planned(settings: list[Setting], unconfigured: list[RunRecord]) -> None:
     for setting in settings:
         setting.planned = len(setting.runs)
         own = {key: show(value) for key, value in setting.values.items()}

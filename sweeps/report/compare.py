@@ -14,7 +14,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.solved import first_above, is_above
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import EXACT
-from sweeps.report.read import Run
+from sweeps.report.read import RunRecord
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import (
     LEVEL,
@@ -182,7 +182,7 @@ def solved_share(setting: Setting, level: float) -> Share | None:
     return share(sum(is_above(value, level) for value in found.values.values()), len(found.values))
 
 
-def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:
+def wait_of(run: RunRecord, level: float, tag: str = EXACT) -> Wait | None:
     """Optimizer steps to a run's first validation above the level, or to the last validation if
     none was above; None without a validation."""
     solved = first_above(run.rows, level, tag)

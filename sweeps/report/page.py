@@ -23,7 +23,7 @@ from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.names import joined, question
-from sweeps.report.read import Run, read_sweep
+from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.settings import Settings, is_number, show
 from sweeps.report.templates import environment
 
@@ -154,7 +154,7 @@ def runs_csv(settings: Settings) -> str:
     return buffer.getvalue()
 
 
-def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+def configs(runs: Sequence[RunRecord]) -> dict[str, dict[str, str]]:
     """Every run's values of the keys in which any two runs differ, by run; paths and runs without a
     config are left out."""
     known = {run.name: _told(run) for run in runs if run.config}
@@ -163,7 +163,7 @@ def configs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     return {name: {k: of[k] for k in varied if k in of} for name, of in known.items()}
 
 
-def _told(run: Run) -> dict[str, str]:
+def _told(run: RunRecord) -> dict[str, str]:
     """A run's config as it would be typed, without paths: those of the run's own files follow from
     its folder."""
     home = run.config.get("paths.output_dir") or run.folder

@@ -28,7 +28,7 @@ STATES = ("done", "running", "pending", "interrupted", "failed", "missing", "unf
 
 
 @dataclass(frozen=True)
-class Text:
+class EvaluatedText:
     """The validation documents of a run's final numbers; different texts do not compare."""
 
     # Hex digest of the documents; None if only a part of them was evaluated, or an unknown part.
@@ -54,7 +54,7 @@ class Text:
 
 
 @dataclass(kw_only=True)
-class Run:
+class RunRecord:
     """One job of a sweep, or one run of a plain folder."""
 
     folder: Path  # the folder of its files; it may not exist
@@ -97,27 +97,29 @@ class Run:
         return value
 
     @property
-    def text(self) -> Text:
+    def text(self) -> EvaluatedText:
         """The text that a finished run was evaluated on."""
         digest = self.fact("evaluation", "fingerprint")
         counts = [self.fact("evaluation", name) for name in ("documents", "bytes", "tokens")]
         known = isinstance(digest, str) and digest != ""
-        return Text(digest if known else None, *(c if isinstance(c, int) else None for c in counts))
+        return EvaluatedText(
+            digest if known else None, *(c if isinstance(c, int) else None for c in counts)
+        )
 
 
 @dataclass(kw_only=True)
-class Sweep:
+class SweepRecord:
     """The runs of one folder."""
 
     folder: Path  # the folder as given
-    runs: list[Run]  # the sweep's jobs in its order, then other runs by name
+    runs: list[RunRecord]  # the sweep's jobs in its order, then other runs by name
     # The keys in which the sweep's jobs differ; empty for a plain folder.
     varied: list[str] = field(default_factory=list)
     # Problems that readers of its numbers should know.
     notes: list[str] = field(default_factory=list)
 
 
-def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
+def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     """Read all runs directly below a folder, or the folder itself if it is a run. A ``name`` is put
     before its runs' names.
 
@@ -127,7 +129,7 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give a sweep's, or one with runs.")
-    sweep = Sweep(folder=folder, runs=[])
+    sweep = SweepRecord(folder=folder, runs=[])
     plan, problem = _read_json(folder / SWEEP_FILE)
     if problem and (folder / SWEEP_FILE).exists():
         sweep.notes.append(f"{SWEEP_FILE} {problem}: jobs that have not begun are unknown.")
@@ -165,9 +167,9 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     return sweep
 
 
-def read_run(folder: Path, *, sweep: str = "") -> Run:
+def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     """Read a run from those of its files that exist and are readable."""
-    run = Run(folder=folder, sweep=sweep)
+    run = RunRecord(folder=folder, sweep=sweep)
     if not folder.is_dir():
         run.state, run.reason = "missing", "its folder does not exist: it has not begun"
         return run

@@ -22,7 +22,7 @@ from sweeps.report.metrics import (
     is_share,
 )
 from sweeps.report.names import name_of
-from sweeps.report.read import Run, Sweep, Text
+from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
 from sweeps.report.statistics import Interval, interval, share_interval
 
 
@@ -42,7 +42,7 @@ class Setting:
 
     values: dict[str, Any]  # values of the varied keys
     config: dict[str, Any]  # the first run's config, by dotted key
-    runs: list[Run] = field(default_factory=list)  # one per seed
+    runs: list[RunRecord] = field(default_factory=list)  # one per seed
     planned: int = 0  # number of runs in any state, planned ones included
 
     @property
@@ -56,11 +56,11 @@ class Setting:
         return ", ".join(name_of(k, show(v)) for k, v in self.values.items()) or "all runs"
 
     @property
-    def done(self) -> list[Run]:
+    def done(self) -> list[RunRecord]:
         return [run for run in self.runs if run.state == "done"]
 
     @property
-    def text(self) -> Text | None:
+    def text(self) -> EvaluatedText | None:
         """The text that its finished runs were evaluated on; None if there are none."""
         return self.done[0].text if self.done else None
 
@@ -99,8 +99,8 @@ class Settings:
 
     all: list[Setting]  # the settings, ordered by the varied keys' values
     varied: list[str]  # the keys in which they differ, without the seed
-    left_out: list[Run]  # runs that repeat a seed of their setting
-    sweeps: list[Sweep]  # all runs as they were read
+    left_out: list[RunRecord]  # runs that repeat a seed of their setting
+    sweeps: list[SweepRecord]  # all runs as they were read
     level: float = SOLVED  # a seed solves its task if `val/exact_match` (0 .. 1) is above this
 
     @property
@@ -109,7 +109,7 @@ class Settings:
         return [setting.name for setting in self.all]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunRecord]:
         """All runs, those of no setting included."""
         return [run for sweep in self.sweeps for run in sweep.runs]
 
@@ -119,7 +119,7 @@ class Settings:
         return any(run.state in ("running", "pending") for run in self.runs)
 
     @property
-    def done(self) -> list[Run]:
+    def done(self) -> list[RunRecord]:
         """All finished runs that count."""
         return [run for setting in self.all for run in setting.done]
 

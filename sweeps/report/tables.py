@@ -15,13 +15,13 @@ from sweeps.report.comparable import error_of_text
 from sweeps.report.compare import Comparison, solved_share, time_to_solve
 from sweeps.report.equivalent import Family
 from sweeps.report.metrics import BITS, EXACT, Metric, ends, number, p_value, spread
-from sweeps.report.read import Run
+from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings, show
 from sweeps.report.statistics import Interval
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One cell: its text and what stands around it."""
 
     text: str
@@ -41,7 +41,7 @@ class Table:
     title: str
     caption: list[str]  # paragraphs
     head: list[tuple[str, str | None]]  # (name, unit) of a column; None for one of text
-    rows: list[list[Cell]] = field(default_factory=list)
+    rows: list[list[TableCell]] = field(default_factory=list)
 
 
 def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
@@ -67,7 +67,7 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
         keys = [_text(show(value)) for value in setting.values.values()] or [_text("all runs")]
         done, planned = len(setting.done), setting.planned
         seeds = f"{done} of {planned}" if done < planned else str(done)
-        cells = [*keys, Cell(seeds, str(done), kind="some" * (done < planned))]
+        cells = [*keys, TableCell(seeds, str(done), kind="some" * (done < planned))]
         if settings.is_task:
             share = solved_share(setting, settings.level)
             curve = time_to_solve(setting, settings.level)
@@ -118,7 +118,7 @@ def of_gains(family: Family, number: int = 0) -> Table:
     for arm in family.arms:
         gain = _interval(arm.total, 3, gap=arm.why)
         rest = [_interval(found, 3) for found in (arm.price, arm.effect)]
-        table.rows.append([_text(arm.setting.label), Cell(str(len(arm.gains))), gain, *rest])
+        table.rows.append([_text(arm.setting.label), TableCell(str(len(arm.gains))), gain, *rest])
     return table
 
 
@@ -147,7 +147,7 @@ def of_floors(settings: Settings) -> Table:
         tags = {tag for run in setting.done for tag in run.summary}
         places = (re.fullmatch(r"val/floor_depth_(\d+)_order_(\d+)", tag) for tag in tags)
         for k, m in sorted((int(place[1]), int(place[2])) for place in places if place):
-            row = [_text(setting.label), Cell(str(k)), Cell(str(m))]
+            row = [_text(setting.label), TableCell(str(k)), TableCell(str(m))]
             order = f"depth_{k}_order_{m}"
             of = (f"rejection_depth_{k}", f"floor_{order}", f"gap_{order}", f"recall_16_depth_{k}")
             for name in of:
@@ -184,24 +184,24 @@ def of_differences(
         if settings.is_task:
             shares = [c.solved.own, c.solved.other] if c.solved else []
             numbers = [
-                Cell(f"{x.count} of {x.n}", repr(x.rate), beside=ends(x)) for x in shares
-            ] or 2 * [Cell("–", "")]
+                TableCell(f"{x.count} of {x.n}", repr(x.rate), beside=ends(x)) for x in shares
+            ] or 2 * [TableCell("–", "")]
         else:
             difference = c.paired.difference if c.paired else None
             mean = _interval(difference, 4)
             if c.paired and c.paired.constant:
                 mean = replace(mean, half="")
-            numbers = [Cell(str(difference.n) if difference else "0"), mean]
+            numbers = [TableCell(str(difference.n) if difference else "0"), mean]
         ps = [
-            Cell(p_value(p), "" if p is None else repr(p))
+            TableCell(p_value(p), "" if p is None else repr(p))
             for p in (c.result.p if c.result else None, c.adjusted)
         ]
-        outcome = Cell(c.verdict, kind="text beyond" if c.differs else "text")
+        outcome = TableCell(c.verdict, kind="text beyond" if c.differs else "text")
         table.rows.append([_text(c.setting.label), _text(c.against), *numbers, *ps, outcome])
     return table
 
 
-def of_jobs(runs: Sequence[Run], folder: Path) -> Table:
+def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
     """Jobs that are not done; links to logs are relative to the page's ``folder``."""
     head = [("Job", None), ("State", None), ("Step", ""), ("Why", None), ("Overrides", None)]
     table = Table("jobs", "Jobs that are not done", [], head)
@@ -214,25 +214,27 @@ def of_jobs(runs: Sequence[Run], folder: Path) -> Table:
         table.rows.append(
             [
                 _text(run.name),
-                Cell(run.state, kind="text state"),
-                Cell(str(int(max(steps))) if steps else ""),
-                Cell(run.reason, kind="text wrap", link=link),
-                Cell(overrides, kind="text wrap code"),
+                TableCell(run.state, kind="text state"),
+                TableCell(str(int(max(steps))) if steps else ""),
+                TableCell(run.reason, kind="text wrap", link=link),
+                TableCell(overrides, kind="text wrap code"),
             ]
         )
     return table
 
 
-def _text(text: str) -> Cell:
-    return Cell(text, kind="text")
+def _text(text: str) -> TableCell:
+    return TableCell(text, kind="text")
 
 
-def _number(value: float | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
+def _number(value: float | None, form: str | int, *, beside: str = "", gap: str = "") -> TableCell:
     """A number in its form; a dash for None."""
     text, sort = ("–", "") if value is None else (number(value, form), repr(value))
-    return Cell(text, sort, beside=beside, gap=gap)
+    return TableCell(text, sort, beside=beside, gap=gap)
 
 
-def _interval(found: Interval | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
+def _interval(
+    found: Interval | None, form: str | int, *, beside: str = "", gap: str = ""
+) -> TableCell:
     cell = _number(found.mean if found else None, form, beside=beside, gap=gap)
     return replace(cell, half=spread(found, form)) if found and found.half else cell

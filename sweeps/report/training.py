@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from sweeps.report.chart import MANY, QUIET, Chart, Drawing, key_to, looks
 from sweeps.report.compare import time_to_solve
 from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT
-from sweeps.report.read import Run
+from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings
 
 Points = Mapping[float, tuple[float, float]]
@@ -73,7 +73,7 @@ def _lines(settings: Settings, x_tag: str, y_tag: str) -> list[list[Points]]:
     return [[points for points in runs if points] for runs in every]
 
 
-def _logged(run: Run, x_tag: str, y_tag: str) -> Points:
+def _logged(run: RunRecord, x_tag: str, y_tag: str) -> Points:
     rows = (row for row in run.rows if x_tag in row and y_tag in row)
     return {row["step"]: (row[x_tag], row[y_tag]) for row in rows}
 

@@ -17,7 +17,7 @@ from sweeps.report.findings import answer, caveats
 from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Settings
-from sweeps.report.tables import Cell, of_settings
+from sweeps.report.tables import TableCell, of_settings
 
 
 def collected(*folders: Path, **options: Any) -> Settings:
@@ -81,6 +81,6 @@ def rows_of(table: str) -> list[str]:
     return re.findall(r'<tr>\s*<th scope="row".*?</tr>', table, re.DOTALL)
 
 
-def cells(folder: Path) -> list[Cell]:
+def cells(folder: Path) -> list[TableCell]:
     """All cells of the table of settings."""
     return [cell for row in of_settings(collected(folder), []).rows for cell in row]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_lightning.run.status import read_status, write_status
-from sweeps.plan import SweepPlan, digest, folder_name, varied_keys, without_housekeeping
+from sweeps.plan import SweepPlan, folder_name, overrides_digest, varied_keys, without_housekeeping
 
 GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
@@ -21,7 +21,7 @@ def test_short_names_show_everything_and_long_ones_what_varies() -> None:
     assert folder_name(["mtp.depth=2", "seed=0"], ["seed"]) == "mtp.depth-2_seed-0"
     assert folder_name(["+sweeps=depth", "mtp.depth=0"], []) == "sweeps-depth_mtp.depth-0"
     name = folder_name([*LONG, "seed=3"], ["seed"])
-    assert name == f"seed-3_{digest([*LONG, 'seed=3'])}"
+    assert name == f"seed-3_{overrides_digest([*LONG, 'seed=3'])}"
     assert folder_name([], []) == "default"
 
 
@@ -71,7 +71,7 @@ def test_values_that_look_alike_get_folders_of_their_own(tmp_path: Path) -> None
 def test_a_folder_that_another_job_has_used_is_not_taken(tmp_path: Path) -> None:
     write_status(tmp_path / "seed-0", ["seed=0", "other=1"], "done")
     (job,) = SweepPlan(tmp_path).add([["seed=0"]])
-    assert job.folder == f"seed-0_{digest(['seed=0'])}"
+    assert job.folder == f"seed-0_{overrides_digest(['seed=0'])}"
 
 
 def test_where_a_job_lives_is_no_part_of_it(tmp_path: Path) -> None:

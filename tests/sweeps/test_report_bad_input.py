@@ -15,7 +15,7 @@ import pytest
 from mtp_lightning.run.lock import Lock
 from sweeps.report.compare import compare
 from sweeps.report.metrics import BITS, LOSS
-from sweeps.report.read import Run, read_run, read_sweep
+from sweeps.report.read import RunRecord, read_run, read_sweep
 from sweeps.status import main as status_of
 from tests.sweeps.fixture_runs import NONE, VERSIONS, depth_sweep, trained_on, write_plan, write_run
 from tests.sweeps.reported import answered, collected, noted
@@ -357,9 +357,9 @@ def test_names_are_sorted_as_people_do(tmp_path: Path) -> None:
 
 
 def test_a_run_knows_its_seed(tmp_path: Path) -> None:
-    assert Run(folder=tmp_path, overrides={"seed": "3"}).seed == 3
-    assert Run(folder=tmp_path, overrides={"seed": "x"}).seed == "x"
-    assert Run(folder=tmp_path).seed is None
+    assert RunRecord(folder=tmp_path, overrides={"seed": "3"}).seed == 3
+    assert RunRecord(folder=tmp_path, overrides={"seed": "x"}).seed == "x"
+    assert RunRecord(folder=tmp_path).seed is None
 
 
 def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from sweeps.report.lines import long_range
-from sweeps.report.read import Run
+from sweeps.report.read import RunRecord
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.tables import of_floors, of_settings
 from tests.sweeps.fixture_runs import write_run
@@ -60,7 +60,7 @@ def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
 def settings(*summaries: dict[str, float]) -> Settings:
     """The runs of one setting."""
     runs = [
-        Run(folder=Path(str(i)), state="done", summary=summary, config={"seed": i})
+        RunRecord(folder=Path(str(i)), state="done", summary=summary, config={"seed": i})
         for i, summary in enumerate(summaries)
     ]
     one = Setting(values={"mtp.depth": 2}, config={}, runs=runs)

@@ -21,7 +21,7 @@ from sweeps.report.compare import (
     wait_of,
 )
 from sweeps.report.metrics import EXACT
-from sweeps.report.read import Run, read_sweep
+from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.statistics import Wait, holm, share_interval
 from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
 from tests.sweeps.reported import (
@@ -97,11 +97,18 @@ def test_runs_that_go_on_or_failed_are_censored_and_in_no_share(tmp_path: Path) 
 
 def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
     nan = math.nan
-    run = Run(folder=tmp_path, rows=[{"step": s, EXACT: r} for s, r in ((10, 0.1), (20, nan))])
+    run = RunRecord(
+        folder=tmp_path, rows=[{"step": s, EXACT: r} for s, r in ((10, 0.1), (20, nan))]
+    )
     assert wait_of(run, 0.95) == Wait(10, False)
-    assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, EXACT: nan}]), 0.95) is None
-    assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, EXACT: 0.5}]), 0.5) == Wait(10, False)
-    assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, "val/loss_depth_0": 1.0}]), 0.9) is None
+    assert wait_of(RunRecord(folder=tmp_path, rows=[{"step": 10, EXACT: nan}]), 0.95) is None
+    assert wait_of(RunRecord(folder=tmp_path, rows=[{"step": 10, EXACT: 0.5}]), 0.5) == Wait(
+        10, False
+    )
+    assert (
+        wait_of(RunRecord(folder=tmp_path, rows=[{"step": 10, "val/loss_depth_0": 1.0}]), 0.9)
+        is None
+    )
     settings = collected(sweep(tmp_path, {0: (LATE, NEVER), 1: (LATE, (0.5, nan))}))
     assert [solved_share(s, 0.95) is None for s in settings.all] == [False, True]
     (found,) = compare(settings)

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mtp_lightning.paths import ROOT
-from sweeps.claims.jobs import digest, jobs
+from sweeps.claims.jobs import config_digest, jobs
 from sweeps.claims.preregistration import (
     Preregistration,
     read_preregistration,
@@ -106,7 +106,7 @@ def test_the_digest_leaves_out_where_it_lies() -> None:
     def of(*overrides: str) -> str:
         content = OmegaConf.to_container(compose_run([*overrides, "paths.output_dir=x"]))
         assert isinstance(content, dict)
-        return digest(content)
+        return config_digest(content)
 
     assert of() == of("run_dir=elsewhere", "paths.cache_dir=there", "sweep.retry_failed=true")
     assert of() != of("trainer.num_threads=1") != of("seed=1")
