@@ -49,7 +49,7 @@ class Recipe:
         folder: Path,
         overrides: Sequence[str],
         *,
-        labels: Sequence[str] = (),
+        labels: Sequence[str],
         program: Sequence[str],
     ) -> Job:
         """The job that runs so.

@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Collection, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,7 +30,7 @@ from mtp_lightning.stored import (
     targets_of,
     values,
 )
-from sweeps.plan import PlannedJob, Recipe, SweepPlan
+from sweeps.plan import PlannedJob, Recipe
 
 _KEY = re.compile(r"\w+([./]\w+)*")
 _CHOICE = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)*")
@@ -39,17 +40,18 @@ _HOW = "--allow {}"
 
 
 def require_harmless(
-    plan: SweepPlan, job: PlannedJob, recipe: Recipe, *, allow: Collection[str]
+    sweep: Path, job: PlannedJob, recipe: Recipe, *, allow: Collection[str]
 ) -> None:
     """Refuses a job that does more than train in its own folder with this platform's own code, and
-    with the packages, folders of configs, URLs and services that the user allowed.
+    with the packages, folders of configs, URLs and services that the user allowed. ``sweep`` is the
+    folder of the plan.
 
     Raises:
         UserError: naming what was refused, and the remedy.
     """
-    if (plan.folder / job.folder).is_symlink():
-        raise UserError(f"{plan.folder / job.folder} is a link: a job writes in its own folder.")
-    source, options = f"{plan.folder}/sweep.json", list(recipe.options)
+    if (sweep / job.folder).is_symlink():
+        raise UserError(f"{sweep / job.folder} is a link: a job writes in its own folder.")
+    source, options = f"{sweep}/sweep.json", list(recipe.options)
     while len(options) > 1 and options[0] in ("--config-dir", "--config-name"):
         _require_config(*options[:2], allow=allow, source=source)
         del options[:2]

@@ -62,7 +62,7 @@ class SweepWorker:
         self._lost: set[str] = set()
         labels = varied_labels(plan.jobs)
         self.jobs = {
-            planned.folder: _job(plan, planned, labels[planned.folder], program, allow)
+            planned.folder: _job(plan.folder, planned, labels[planned.folder], program, allow)
             for planned in plan.jobs
         }
         self.too_large = {n: job for n, job in self.jobs.items() if not _fits(job, queue)}
@@ -147,22 +147,22 @@ def work(worker: SweepWorker, pool: Pool, *, beat_seconds: float, wait: bool = T
 
 
 def _job(
-    plan: SweepPlan,
+    sweep: Path,
     planned: PlannedJob,
     labels: Sequence[str],
     program: Sequence[str],
     allow: Collection[str],
 ) -> Job:
     """A planned job, checked, as this worker runs it."""
-    folder, recipe = plan.folder, planned.recipe
+    recipe = planned.recipe
     if recipe is None:
         raise UserError(
-            f"{folder}/sweep.json does not say how to run {planned.folder}: start the sweep's own "
+            f"{sweep}/sweep.json does not say how to run {planned.folder}: start the sweep's own "
             "command on it, with hydra/launcher=plan."
         )
     if recipe.program != TRAIN and not program:
         raise UserError(
-            f"The jobs in {folder} run another program: start this with "
+            f"The jobs in {sweep} run another program: start this with "
             f"--program {shlex.quote(recipe.program)}."
         )
     if not Path(recipe.cwd).is_dir():
@@ -170,12 +170,12 @@ def _job(
             f"The sweep was planned in {recipe.cwd}, where the relative paths of its jobs start, "
             "but this machine has no such folder."
         )
-    require_harmless(plan, planned, recipe, allow=allow)
+    require_harmless(sweep, planned, recipe, allow=allow)
     if recipe.program == TRAIN:
         program = app(TRAIN)
         # ``cwd`` is where relative paths start, but Python must not look for modules there.
         program = ["-P", *program] if program[0] == "-m" else program
-    return recipe.job(folder / planned.folder, planned.overrides, labels=labels, program=program)
+    return recipe.job(sweep / planned.folder, planned.overrides, labels=labels, program=program)
 
 
 def _fits(job: Job, queue: DeviceQueue) -> bool:

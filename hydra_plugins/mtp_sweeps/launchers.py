@@ -50,14 +50,14 @@ class SweepLauncher(Launcher):
         )
 
 
-def _run(module: str, tasks: Any, **settings: Any) -> None:
+def _run(module: str, jobs: Any, **settings: Any) -> None:
     from mtp_lightning.errors import UserError
 
     try:
         run = import_module(module).run
     except (ImportError, AttributeError) as error:
         raise UserError(f"hydra.launcher.module={module} cannot be used: {error}.") from error
-    run(tasks, **settings)
+    run(jobs, **settings)
 
 
 class GridSweeper(BasicSweeper):

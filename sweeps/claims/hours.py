@@ -24,7 +24,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import ClaimJob, branch_step, jobs
-from sweeps.claims.observe import Seed, observe
+from sweeps.claims.observe import Arms, Seed, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import with_stored
 from sweeps.claims.result import Result, in_order, is_stale, minutes_of, own, state
@@ -120,11 +120,8 @@ class _Pace:
 
     def minutes(self, seeds: Iterable[Seed]) -> list[float]:
         """The wall time of each finished run that counts."""
-        return [
-            minutes_of(seed)
-            for seed in seeds
-            if seed.done and (self.machine is None or seed.machine == self.machine)
-        ]
+        counted = (seed for seed in seeds if seed.done and self.machine in (None, seed.machine))
+        return [minutes_of(seed) for seed in counted]
 
     def hours(
         self, minutes: Sequence[float], flops: float | None, expected: float
@@ -139,13 +136,7 @@ class _Pace:
 
 
 def _costs(
-    claim: Claim,
-    arms: Mapping[str, Mapping[int, Seed]],
-    pace: _Pace,
-    runs: Path,
-    taken: set[str],
-    *,
-    count_flops: bool,
+    claim: Claim, arms: Arms, pace: _Pace, runs: Path, taken: set[str], *, count_flops: bool
 ) -> list[Cost]:
     """The costs of a claim's pending runs, without those ``taken`` by a claim before it, to which
     the others are added."""
@@ -172,9 +163,7 @@ def _costs(
     return found
 
 
-def _seeds(
-    claim: Claim, runs: Path, results: Mapping[str, Result]
-) -> Mapping[str, Mapping[int, Seed]]:
+def _seeds(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
     """A claim's runs, from this folder and from the results."""
     preregistration = read_preregistration(claim, runs)
     started = (

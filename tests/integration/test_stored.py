@@ -136,7 +136,7 @@ def of_tokenizer(key: str, finished: Path, value: Any, folder: Path) -> object:
 
 
 def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
-    """A sweep's plan: a worker makes its tasks."""
+    """A sweep's plan: a worker makes its jobs."""
     from sweeps.devices import DeviceQueue
     from sweeps.lease import Leases
     from sweeps.plan import SweepPlan
@@ -151,9 +151,9 @@ def of_sweep(key: str, finished: Path, value: Any, folder: Path) -> object:
     queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
     leases = Leases(folder, owner="me", stale_seconds=9)
     worker = SweepWorker(SweepPlan(folder), leases=leases, queue=queue, look_seconds=0)
-    (task,) = worker.tasks.values()
-    assert task.folder.parent == folder and ".." not in task.folder.parts
-    return task.command
+    (made,) = worker.jobs.values()
+    assert made.folder.parent == folder and ".." not in made.folder.parts
+    return made.command
 
 
 OVERRIDES = {"overrides.0": "data.source.size="}

@@ -115,22 +115,22 @@ def test_a_metric_that_no_validation_logs_stops_the_search(
 def test_looks_at_the_end_of_metrics_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {"space": {}, "fixed": [], "n_trials": 1, "warmup": None, "seed": 0}
     search = search_module.Search(tmp_path, metric="val/excess_loss", **told)
-    task: Any = SimpleNamespace(folder=tmp_path / "job")
+    job: Any = SimpleNamespace(folder=tmp_path / "job")
     trial = search.study.ask()
-    search._trials[task.folder] = [trial]
-    csv = MetricsFile(task.folder / "metrics.csv")
+    search._trials[job.folder] = [trial]
+    csv = MetricsFile(job.folder / "metrics.csv")
     csv.write({METRIC: 2.0}, 5)
-    assert search.watch(task) is None, "a callback adds its number to the row later"
+    assert search.watch(job) is None, "a callback adds its number to the row later"
     csv.write({"val/excess_loss": 1.0}, 5)
-    assert search.watch(task) is None
+    assert search.watch(job) is None
     whole = []
     monkeypatch.setattr(search_module, "read_metrics", lambda f: whole.append(f) or read_metrics(f))
     for step in (6, 7, 8):
         csv.write({"train/loss": 1.0}, step)
-        search.watch(task)
+        search.watch(job)
     assert whole == []
     csv.write({METRIC: 2.0, "val/excess_loss": 0.5}, 10)
-    search.watch(task)
+    search.watch(job)
     assert search.study.trials[trial.number].intermediate_values == {5: 1.0, 10: 0.5}
 
 
@@ -157,10 +157,10 @@ def test_goes_on_with_what_was_cut_off(
     folder = tmp_path / "search"
     begun: set[Path] = set()
 
-    def cut_off(self: Any, task: Any) -> None:
+    def cut_off(self: Any, job: Any) -> None:
         before = len(begun)
-        if (task.folder / "job.log").stat().st_size:
-            begun.add(task.folder)
+        if (job.folder / "job.log").stat().st_size:
+            begun.add(job.folder)
         if before < len(begun) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
