@@ -44,8 +44,12 @@ class Encoded(NamedTuple):
 def encoded(split: str, ids: np.ndarray, text: bytes, last: bool) -> Encoded:
     """A piece with the digest of its text, by which the evaluation text is chosen."""
     # Only the validation text is chosen from, and training may have billions of pieces.
-    name = hashlib.blake2b(text, digest_size=16).hexdigest().encode() if split == "val" else b""
-    return Encoded(split, ids, len(text), name, last)
+    return Encoded(split, ids, len(text), piece_digest(text) if split == "val" else b"", last)
+
+
+def piece_digest(text: bytes) -> bytes:
+    """Hex digest of a piece's text, for ``token_store.PIECES``."""
+    return hashlib.blake2b(text, digest_size=16).hexdigest().encode()
 
 
 def encode_batch(

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_modules.encoding import pieces, require_unicode
 from data_modules.splitting import SPLITS, DocumentSplit
+from data_modules.store_module import parts_in_rounds
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
 
@@ -17,8 +18,7 @@ def take_prompts(
 ) -> list[tuple[str, np.ndarray]]:
     """Takes ``counts`` prompts of each split, all different, across the splits too.
 
-    The first ``length`` tokens of each document come first, in order; if those are too few, the
-    next ``length`` tokens of each, and so on. No prompt crosses the end of a document.
+    Their order is that of :func:`~data_modules.store_module.parts_in_rounds`.
 
     Args:
         split: the corpus; a prompt belongs to the split of its document.
@@ -36,14 +36,11 @@ def take_prompts(
     left: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     seen: set[bytes] = set()
 
-    def take(name: str, ids: np.ndarray) -> None:
-        """Takes the next prompt of a document's tokens if it is new, and keeps the rest."""
-        prompt = ids[:length]
-        if len(taken[name]) < counts[name] and prompt.tobytes() not in seen:
+    def take(name: str, prompt: np.ndarray) -> None:
+        """Takes a prompt if it is new."""
+        if prompt.tobytes() not in seen:
             seen.add(prompt.tobytes())
             taken[name].append(prompt)
-        if len(ids) >= 2 * length:
-            left[name].append(ids[length:])
 
     for number, (name, document) in enumerate(split):
         if all(len(taken[name]) == counts[name] for name in SPLITS):
@@ -52,12 +49,13 @@ def take_prompts(
             require_unicode(document, number, split.source)
             ids = _beginning(document, tokenizer, counts[name] * length)
             if len(ids) >= length:
-                take(name, ids)
+                take(name, ids[:length])
+                left[name].append(ids[length:])
     for name in SPLITS:
-        while left[name] and len(taken[name]) < counts[name]:
-            now, left[name] = left[name], []
-            for ids in now:
-                take(name, ids)
+        for prompt in parts_in_rounds(left[name], length):
+            if len(taken[name]) == counts[name]:
+                break
+            take(name, prompt)
         if len(taken[name]) < counts[name]:
             what = {"train": "training", "val": "validation"}[name]
             raise UserError(

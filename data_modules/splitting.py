@@ -105,6 +105,11 @@ def nonempty(source: Source) -> Iterator[tuple[str, str]]:
 def cut_point(document: str, fraction: float) -> int:
     """Where to cut one document in two: after the last line end before ``fraction`` of it, or
     exactly there if the second half of that part has no line end."""
-    at = min(max(1, round(len(document) * fraction)), max(1, len(document) - 1))
+    at = cut_index(len(document), fraction)
     line_end = document.rfind("\n", at // 2, at)
     return line_end + 1 if line_end >= 0 else at
+
+
+def cut_index(n: int, fraction: float) -> int:
+    """The index nearest to ``fraction`` of n at which neither part is empty."""
+    return min(max(1, round(n * fraction)), max(1, n - 1))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -53,10 +55,9 @@ class StoreDataModule(WindowDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if eval_bytes != "all":
-            require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
-        if train_windows != "all":
-            require_whole("data.train_windows (all for the whole split)", train_windows, least=1)
+        for key, number in (("eval_bytes", eval_bytes), ("train_windows", train_windows)):
+            if number != "all":
+                require_whole(f"data.{key} (all for the whole split)", number, least=1)
         self.eval_bytes = eval_bytes
         self.train_windows = train_windows
         self.document_mask = document_mask
@@ -114,10 +115,7 @@ class StoreDataModule(WindowDataModule):
         """The evaluation text in this model's windows."""
         text = choose(self.store["val"], None if self.eval_bytes == "all" else self.eval_bytes)
         return EvaluationWindows(
-            text,
-            **self.cut,
-            eot_id=self.tokenizer.eot_id,
-            document_mask=self.document_mask,
+            text, **self.cut, eot_id=self.tokenizer.eot_id, document_mask=self.document_mask
         )
 
     @cached_property
@@ -153,14 +151,13 @@ class StoreDataModule(WindowDataModule):
         """The evaluation text's documents in order, up to the bytes that are compressed."""
         text, tokenizer = self.evaluation.text, self.tokenizer
         pieces, tokens = tokenizer.token_bytes(), text.file.tokens()
-        found, held = [], 0
+        found = bytearray()
         for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
             ids = tokens[start:end].tolist()
-            found.append(b"".join(pieces[i] for i in ids if i != tokenizer.eot_id))
-            held += len(found[-1])
-            if held >= COMPRESSED:
+            found += b"".join(pieces[i] for i in ids if i != tokenizer.eot_id)
+            if len(found) >= COMPRESSED:
                 break
-        return b"".join(found)
+        return bytes(found)
 
     def summary(self) -> dict[str, Any]:
         """Plain facts about the data, for the run's summary and checkpoints.
@@ -176,8 +173,7 @@ class StoreDataModule(WindowDataModule):
             "versions": meta["versions"],
             "store": str(self.store.folder),
         }
-        for split in self.store.splits:
-            file = self.store[split]
+        for split, file in self.store.splits.items():
             facts[split] = {
                 "tokens": file.n_tokens,
                 "bytes": file.n_bytes,
@@ -190,34 +186,18 @@ class StoreDataModule(WindowDataModule):
         return facts
 
     def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
-        """Prompts from validation documents, for samples and decoding.
-
-        The first ``length`` tokens of each validation document come first, in order; if there are
-        fewer than n documents, the next ``length`` tokens of each, and so on. No prompt crosses the
-        end of a document.
-
-        Args:
-            n: number of prompts, >= 1.
-            length: tokens of each prompt, >= 1.
-            fewer: accept fewer than n, at least one.
-
-        Returns:
-            n tensors ``[length]`` int64.
-
-        Raises:
-            UserError: if the validation documents do not hold n such prompts.
-        """
+        """Prompts ``[length]`` int64 from validation documents, in the order of
+        :func:`parts_in_rounds`: the beginnings of all documents first. Arguments and errors are
+        those of :class:`WindowDataModule`."""
         file = self.store["val"]
         tokens, starts = file.tokens(), file.starts()
         # Without the end-of-text token that ends each document.
         ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
-        spans = list(zip(starts.tolist(), ends, strict=True))
-        prompts: list[Tensor] = []
-        while spans and len(prompts) < n:
-            spans = [(start, end) for start, end in spans if start + length <= end]
-            for start, _ in spans[: n - len(prompts)]:
-                prompts.append(torch.from_numpy(tokens[start : start + length].astype("int64")))
-            spans = [(start + length, end) for start, end in spans]
+        documents = [range(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
+        prompts = [
+            torch.from_numpy(tokens[part.start : part.stop].astype("int64"))
+            for part in islice(parts_in_rounds(documents, length), n)
+        ]
         if len(prompts) == n or (fewer and prompts):
             return prompts
         raise UserError(
@@ -225,3 +205,13 @@ class StoreDataModule(WindowDataModule):
             f"{n} were asked for: ask for fewer or shorter ones, or hold out more of "
             "the text (data.val_fraction; of token files data.held_out)"
         )
+
+
+def parts_in_rounds(documents: Sequence[Any], length: int) -> Iterator[Any]:
+    """Yields the first ``length`` tokens of each document, in order, then the next ``length`` of
+    each, and so on. No part crosses the end of a document. A document is an array of tokens, or a
+    range of their indices.
+    """
+    while documents := [document for document in documents if len(document) >= length]:
+        yield from (document[:length] for document in documents)
+        documents = [document[length:] for document in documents]

@@ -6,7 +6,6 @@ an evaluation text is chosen from. The ids are memory-mapped in their own files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
@@ -17,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.encoding import PIECE, pieces
+from data_modules.encoding import PIECE, piece_digest, pieces
 from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources.base import digest, digest_files
+from data_modules.splitting import cut_index
 from data_modules.store_builder import keep_store, progress
 from data_modules.token_files.formats import TokenSource
 from data_modules.token_store import FORMAT, PIECES, TokenStore, count_ids
@@ -115,7 +115,7 @@ class Text:
 
     def cut(self, held_out: float) -> tuple[Text, Text]:
         """The text before the held-out part, and that part; see :func:`open_view`."""
-        at = min(max(1, round(self.n_tokens * (1 - held_out))), max(1, self.n_tokens - 1))
+        at = cut_index(self.n_tokens, 1 - held_out)
         n_kept = int(self.starts.searchsorted(at))
         if n_kept < len(self.starts):
             at = int(self.starts[n_kept])
@@ -259,8 +259,7 @@ def _pieces(
             here = ids[first:last]
             data = here.tobytes() if names is None else b"".join(names[i] for i in here.tolist())
             size = UNKNOWN_BYTES * len(here) if names is None else len(data)
-            name = hashlib.blake2b(data, digest_size=16).hexdigest().encode()
-            yield number, start + first, size, name
+            yield number, start + first, size, piece_digest(data)
 
 
 def _cuts(
