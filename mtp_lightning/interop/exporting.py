@@ -4,7 +4,9 @@ checked before it is called done."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,45 +51,11 @@ def export(cfg: Any) -> Path:
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
-    if cfg.depth not in (None, 0):
-        raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
     target = Path(cfg.output)
-    as_file = target.suffix == ".gguf"
-    for file in (target, _card_of(target)) if as_file else ():
-        if file.exists():
-            raise FileExistsError(f"{file} exists: choose another output= or remove it.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"output={target} is not empty: choose another folder or clear it.")
-    if cfg.dtype == "q8_0" and not as_file:
-        raise UserError("dtype=q8_0 is for a GGUF file: give output=NAME.gguf, or another dtype.")
-    apart = cfg.layout == speculators.LAYOUT
-    if apart and (as_file or cfg.depth == 0):
-        other = f"output={target} is a single file" if as_file else "depth=0 leaves the heads out"
-        raise UserError(
-            f"layout={cfg.layout} writes the heads into a folder inside the trunk's, and {other}: "
-            "leave out one of the two."
-        )
-    if cfg.verify and not as_file:
-        import_transformers()  # before anything is written
+    as_file, apart = target.suffix == ".gguf", cfg.layout == speculators.LAYOUT
+    _require_possible(cfg, target, as_file=as_file, apart=apart)
     run = open_model(cfg.checkpoint, allow=cfg.allow)
-    mtp = run.model.config.mtp
-    if why := mtp.export_obstacle():
-        raise UserError(f"a model of mtp={mtp.variant} {why}: it cannot be exported.")
-    model = run.model
-    if apart:
-        speculators.kind(model.config)  # refuses before anything is written
-    if apart or cfg.depth == 0:
-        model = _trunk_alone(model)
-    elif not model.config.mtp.predicts_tokens:
-        model = _trunk_alone(model)
-        print(
-            f"mtp={mtp.variant} shaped the trunk in training and is of no use "
-            "without it: the trunk is exported alone."
-        )
-    if mtp.confidence and cfg.depth is None and (as_file or apart or has_layout(run.model.config)):
-        print(
-            "The estimates of acceptance (objective.confidence) are left out: no layout has them."
-        )
+    model = _model_to_write(run, cfg, as_file=as_file, apart=apart)
     whole = target.resolve()
     partial = whole.with_name(f".{whole.name}.partial{whole.suffix if as_file else ''}")
     _remove(partial)
@@ -100,6 +68,49 @@ def export(cfg: Any) -> Path:
         _remove(partial)
         raise
     return target
+
+
+def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> None:
+    """Refuse what cannot be written, before a model is opened."""
+    if cfg.depth not in (None, 0):
+        raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
+    for file in (target, _card_of(target)) if as_file else ():
+        if file.exists():
+            raise FileExistsError(f"{file} exists: choose another output= or remove it.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"output={target} is not empty: choose another folder or clear it.")
+    if cfg.dtype == "q8_0" and not as_file:
+        raise UserError("dtype=q8_0 is for a GGUF file: give output=NAME.gguf, or another dtype.")
+    if apart and (as_file or cfg.depth == 0):
+        other = f"output={target} is a single file" if as_file else "depth=0 leaves the heads out"
+        raise UserError(
+            f"layout={cfg.layout} writes the heads into a folder inside the trunk's, and {other}: "
+            "leave out one of the two."
+        )
+    if cfg.verify and not as_file:
+        import_transformers()
+
+
+def _model_to_write(run: OpenedModel, cfg: Any, *, as_file: bool, apart: bool) -> MTPModel:
+    """The run's model, or its trunk alone; says what is left out."""
+    model, mtp = run.model, run.model.config.mtp
+    if why := mtp.export_obstacle():
+        raise UserError(f"a model of mtp={mtp.variant} {why}: it cannot be exported.")
+    if apart:
+        speculators.kind(model.config)  # refuses before anything is written
+    if apart or cfg.depth == 0:
+        model = _trunk_alone(model)
+    elif not mtp.predicts_tokens:
+        model = _trunk_alone(model)
+        print(
+            f"mtp={mtp.variant} shaped the trunk in training and is of no use "
+            "without it: the trunk is exported alone."
+        )
+    if mtp.confidence and cfg.depth is None and (as_file or apart or has_layout(run.model.config)):
+        print(
+            "The estimates of acceptance (objective.confidence) are left out: no layout has them."
+        )
+    return model
 
 
 def _remove(path: Path) -> None:
@@ -162,11 +173,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
         )
     for sentence in engines.of_folder(kind, contents.layer_depths, extra=extra):
         print(sentence)
-    if cfg.verify:
-        _say_trained(run, whole)
-        _verify(partial, run, model, dtype=cfg.dtype)
-    else:
-        print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
+    _verify(folder, cfg, _check_seed(run, whole), _check_folder(partial, run, model, cfg.dtype))
 
 
 def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
@@ -177,13 +184,8 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     print(f"{file}: {written.parameters:,} numbers, architecture {written.layout.arch}")
     for sentence in written.said:
         print(sentence)
-    if cfg.verify:
-        _say_trained(run, model)
-        for line in gguf_verify.check_file(partial, model, run.tokenizer, written, cfg.dtype):
-            print(f"  {line}")
-        print("verified")
-    else:
-        print(f"NOT VERIFIED: verify=false left out the check that {file} is the model.")
+    checks = gguf_verify.check_file(partial, model, run.tokenizer, written, cfg.dtype)
+    _verify(file, cfg, _check_seed(run, model), checks)
     text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
     _card_of(file).write_text(text, encoding="utf-8")
 
@@ -192,23 +194,32 @@ def _card_of(file: Path) -> Path:
     return file.with_suffix(".md")
 
 
-def _say_trained(run: OpenedModel, model: MTPModel) -> None:
+def _verify(target: Path, cfg: Any, *checks: Iterator[str]) -> None:
+    """Run checks, which yield their results, and print them."""
+    if not cfg.verify:
+        print(f"NOT VERIFIED: verify=false left out the check that {target} is the model.")
+        return
+    for line in chain(*checks):
+        print(f"  {line}")
+    print("verified")
+
+
+def _check_seed(run: OpenedModel, model: MTPModel) -> Iterator[str]:
+    """Check that training has changed the weights of a run, which are random at first."""
     if run.step and "seed" in run.config:
         lambdas = run.config.get("mtp_lambda", 0)
         listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
-        print(f"  {check_trained(model, run.config['seed'], listed)}")
+        yield check_trained(model, run.config["seed"], listed)
 
 
-def _verify(folder: Path, run: OpenedModel, model: MTPModel, *, dtype: str) -> None:
-    print(f"  {check_bytes(folder, model, dtype=dtype)}")
-    print(f"  {check_tokenizer(folder, run.tokenizer)}")
-    for line in check_with_transformers(folder, rounded(model, dtype)):
-        print(f"  {line}")
+def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -> Iterator[str]:
+    yield check_bytes(folder, model, dtype=dtype)
+    yield check_tokenizer(folder, run.tokenizer)
+    yield from check_with_transformers(folder, rounded(model, dtype))
     if (folder / speculators.FOLDER).is_dir():
         if not speculators.is_models(folder, run.model, DTYPES[dtype]):
             raise CheckFailed(f"{folder / speculators.FOLDER} does not hold the run's heads.")
-        print(f"  {speculators.FOLDER}, read back, holds the heads; speculators was not started")
-    print("verified")
+        yield f"{speculators.FOLDER}, read back, holds the heads; speculators was not started"
 
 
 def _trunk_alone(model: MTPModel) -> MTPModel:
