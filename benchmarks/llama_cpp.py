@@ -18,7 +18,6 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -65,22 +64,24 @@ def theirs(task: Row) -> Iterator[Row]:
 
 def _native(task: Row) -> tuple[Decode, str]:
     """llama-cpp-python, which decodes one text at a time."""
-    import llama_cpp
-
     (prompt,) = task["prompts"]
-    model = llama_cpp.Llama(
-        task["model"],
-        n_ctx=len(prompt) + task["new_tokens"] + 8,
-        n_threads=task["threads"],
-        n_threads_batch=task["threads"],
-        verbose=False,
-    )
+    longest = len(prompt) + task["new_tokens"]
+    model, program = _native_model(task["model"], tokens=longest, threads=task["threads"])
 
     def decode(n: int) -> list[list[int]]:
         model.reset()  # forgets the prompt, which it would not read again
         return [list(islice(model.generate(prompt, temp=0.0, top_k=1), n))]
 
-    return decode, f"llama-cpp-python {llama_cpp.__version__}"
+    return decode, program
+
+
+def _native_model(path: str, *, tokens: int, threads: int) -> tuple[Any, str]:
+    """llama-cpp-python's model for texts of at most some tokens, and the program's name."""
+    import llama_cpp
+
+    size = {"n_ctx": tokens + 8, "n_threads": threads, "n_threads_batch": threads}
+    model = llama_cpp.Llama(path, **size, verbose=False)
+    return model, f"llama-cpp-python {llama_cpp.__version__}"
 
 
 def texts(task: Row) -> Iterator[Row]:
@@ -88,12 +89,9 @@ def texts(task: Row) -> Iterator[Row]:
     its tokens. ``jobs`` are their prompts, numbers of tokens and temperatures, in this order."""
     import time
 
-    import llama_cpp
-
-    length = max(len(prompt) + n for prompt, n, _ in task["jobs"])
-    path = task["model"]
-    model = llama_cpp.Llama(path, n_ctx=length + 8, n_threads=1, n_threads_batch=1, verbose=False)
-    yield {"program": f"llama-cpp-python {llama_cpp.__version__}"}
+    longest = max(len(prompt) + n for prompt, n, _ in task["jobs"])
+    model, program = _native_model(task["model"], tokens=longest, threads=1)
+    yield {"program": program}
     for prompt, n, temperature in task["jobs"]:
         began, cpu_began = time.perf_counter(), time.process_time()
         model.reset()
@@ -107,23 +105,15 @@ def _wheel(task: Row) -> tuple[Decode, str]:
     """xllamacpp's server."""
     import xllamacpp
 
-    params = xllamacpp.CommonParams()
-    params.model.path = task["model"]
-    params.n_parallel = task["batch"]
-    params.n_ctx = task["batch"] * (len(task["prompts"][0]) + task["new_tokens"] + 8)
-    params.warmup = params.cache_prompt = False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = task["threads"]
-    params.verbosity = 0
+    from mtp_lightning import llama_server
+
+    prompts, batch, threads = task["prompts"], task["batch"], task["threads"]
+    longest = len(prompts[0]) + task["new_tokens"]
+    params = llama_server.parameters(task["model"], batch=batch, tokens=longest, threads=threads)
     server = xllamacpp.Server(params)
 
-    def ask(ids: Sequence[int], n: int) -> str:
-        asked = {"prompt": list(ids), "n_predict": n, "temperature": 0.0, "top_k": 1}
-        asked |= {"ignore_eos": True, "cache_prompt": False}
-        return str(server.handle_completions(asked)["choices"][0]["text"])
-
     def decode(n: int) -> list[str]:
-        with ThreadPoolExecutor(task["batch"]) as pool:
-            return list(pool.map(partial(ask, n=n), task["prompts"]))
+        return llama_server.decode(server, prompts, n, batch=batch)
 
     return decode, f"xllamacpp {version('xllamacpp')}"
 

@@ -27,7 +27,7 @@ RANK = {
     "errors": -1.5,
     **dict.fromkeys(["paths", "settings", "built", "system"], -1),
     **dict.fromkeys(["parts", "stored"], -0.5),
-    **dict.fromkeys(["chat_template", "hosts", "markdown"], 0),
+    **dict.fromkeys(["chat_template", "hosts", "llama_server", "markdown"], 0),
     **dict.fromkeys(["processes", "registry", "runtime"], 0),
     "command_line": 0.1,
     "nn": 0.5,

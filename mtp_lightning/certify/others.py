@@ -8,7 +8,6 @@ reads every kind of head. A text counts as equal if all its tokens are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mtp_lightning import llama_server
 from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.parts import is_gguf
@@ -160,29 +160,13 @@ def _llama_cpp(path: Path) -> Iterator[list[Way]]:
     kinds = xllamacpp.common_speculative_type
 
     def decode(prompts: Prompts, length: int, *, batch: int = 1, drafts: Any = None) -> list[str]:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_parallel = batch
-        params.n_ctx = batch * (max(map(len, prompts)) + length + 8)
-        params.warmup = params.cache_prompt = False
-        params.cpuparams.n_threads = torch.get_num_threads()
-        params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.verbosity = 0
+        longest, threads = max(map(len, prompts)) + length, torch.get_num_threads()
+        params = llama_server.parameters(path, batch=batch, tokens=longest, threads=threads)
         if drafts is not None:
             params.speculative.types = [drafts]
             params.speculative.ngram_simple.size_n = 2
             params.speculative.ngram_simple.size_m = _DRAFTS
-        server = xllamacpp.Server(params)
-
-        def ask(ids: Sequence[int]) -> str:
-            asked = {
-                **{"prompt": list(ids), "n_predict": length, "temperature": 0.0, "top_k": 1},
-                **{"ignore_eos": True, "cache_prompt": False},
-            }
-            return str(server.handle_completions(asked)["choices"][0]["text"])
-
-        with ThreadPoolExecutor(batch) as pool:
-            return list(pool.map(ask, prompts))
+        return llama_server.decode(xllamacpp.Server(params), prompts, length, batch=batch)
 
     program, weights = f"llama.cpp (xllamacpp {version('xllamacpp')})", "the file's"
     drafted = kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning import llama_server
 from mtp_lightning.decoding import generate
 from mtp_lightning.interop.agreement import own_texts
 from mtp_lightning.interop.verify import CheckFailed
@@ -67,14 +68,8 @@ def continued(
     """
     import xllamacpp
 
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_parallel = 1
-    params.n_ctx = max(map(len, prompts)) + max(lengths) + drafts + 8
-    params.warmup = params.cache_prompt = False
-    params.verbosity = 0
-    for threads in (params.cpuparams, params.cpuparams_batch):
-        threads.n_threads = torch.get_num_threads()
+    longest, threads = max(map(len, prompts)) + max(lengths) + drafts, torch.get_num_threads()
+    params = llama_server.parameters(file, batch=1, tokens=longest, threads=threads)
     # The default rounds the cache to 16 bits.
     whole = xllamacpp.ggml_type.GGML_TYPE_F32
     params.cache_type_k = params.cache_type_v = whole
@@ -90,10 +85,7 @@ def continued(
 
 
 def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
-    asked = {
-        "prompt": list(ids), "n_predict": length, "temperature": 0.0, "top_k": 1,
-        "ignore_eos": True, "cache_prompt": False, "n_probs": 1, "return_tokens": True,
-    }  # fmt: skip
+    asked = llama_server.request(ids, length) | {"n_probs": 1, "return_tokens": True}
     # Over HTTP, since only this way of asking gives the ids of all tokens.
     request = urllib.request.Request(
         f"{server.listening_address}/completion",
