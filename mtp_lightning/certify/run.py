@@ -26,7 +26,7 @@ from mtp_lightning.decoding.precision import (
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn import ops
-from mtp_lightning.opening import open_model
+from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.system import processor
 
 # Prompts whose logits are in memory at the same time, without a limit of time and with one: a batch
@@ -76,18 +76,11 @@ def certify(
         check_precision(weights, activations=activations)
     require_programs(against, path)
     threads = (1,) if torch.get_num_threads() == 1 else (1, 2)
+    seconds = None if minutes is None else 60 * minutes / len(precisions)
     asked: list[list[int]] = []  # the same for every precision
     result: Certificate | None = None
     for precision in precisions:
-        run = open_model(path, allow=allow)
-        if length >= run.seq_len:
-            raise UserError(
-                f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
-                "trained on: give fewer."
-            )
-        weights, activations = split(precision)
-        use_precision(run.model, weights)
-        use_activations(run.model, activations)
+        run = _opened(path, precision, length, allow)
         longest = run.seq_len - length
         asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
         facts = {"prompts": count, "new_tokens": length, "seed": seed}
@@ -97,13 +90,26 @@ def certify(
             for cell in cells(run.model, threads, few=few)
         ]
         result.rows += rows
-        share = None if minutes is None else 60 * minutes / len(precisions)
-        _run_cells(run.model, rows, asked, length, seed=seed, seconds=share, say=say)
+        _run_cells(run.model, rows, asked, length, seed=seed, seconds=seconds, say=say)
     assert result is not None
     if against:
         read = asked[: max(row.greedy.texts for row in result.rows)]
         result.others = compare_others(against, path, read, length, say)
     return result
+
+
+def _opened(path: Path, precision: str, length: int, allow: Sequence[str]) -> OpenedModel:
+    """The model in a precision, if ``length`` new tokens fit its context."""
+    run = open_model(path, allow=allow)
+    if length >= run.seq_len:
+        raise UserError(
+            f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
+            "trained on: give fewer."
+        )
+    weights, activations = split(precision)
+    use_precision(run.model, weights)
+    use_activations(run.model, activations)
+    return run
 
 
 def _empty_certificate(path: Path, model: MTPModel, asked: dict[str, int]) -> Certificate:
