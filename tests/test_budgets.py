@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/decoding": 4_810,
     "mtp_lightning/distributed": 1_325,
     "mtp_lightning/experiment": 2_740,
-    "mtp_lightning/heads": 800,
+    "mtp_lightning/heads": 810,
     "mtp_lightning/interop": 5_125,
     "mtp_lightning/loggers": 670,
     "mtp_lightning/metrics": 1_070,

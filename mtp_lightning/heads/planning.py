@@ -203,36 +203,24 @@ def _plan(
 ) -> Plan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
-    mtp = run.model.config.mtp
-    if further and not isinstance(mtp, SequentialConfig):
-        raise UserError(f"{path} has heads of mtp={mtp.variant}, which are not trained on here.")
-    if run.model.depth and not further:
-        raise UserError(
-            f"{path} has MTP heads already: examine them with mtp-lightning doctor, or train them "
-            f"further with mtp-lightning train init_from={path}."
-        )
+    trunk, mtp = run.model.config.trunk, run.model.config.mtp
+    _require_trainable(path, mtp, further)
     window = min(_WINDOW, run.seq_len)
-    trunk = run.model.config.trunk
     typed = {key_of(word): word.partition("=")[2] for word in overrides}
     depth = int(typed.get("mtp.depth", max(mtp.depth, 1)))
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
-    on_cpu = device == "cpu"
-    # On a GPU, precision=auto is bf16-mixed.
-    precision, speed = "32-true" if on_cpu else "auto", _reads(run, window, half=not on_cpu)
-    # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
-    if on_cpu and (half := _reads(run, window, half=True)) > speed:
-        precision, speed = "bf16-mixed", half
     draft_vocab = _VOCAB if trunk.vocab_size >= 4 * _VOCAB else None
     cost = StepCost(config, Objective(term=KL(), draft_vocab=draft_vocab))
     with_trunk, alone = (
         cost(window, range(1, depth + 1), main=False, stored=stored) for stored in (False, True)
     )
-    # Afterwards, since it changes the model's products.
-    integers = on_cpu and not files and multiply_integers(run.model) is None
+    precision, speed = _fastest(run, window, on_cpu=device == "cpu")
+    # After the speed is measured, since it changes the model's products.
+    integers = device == "cpu" and not files and multiply_integers(run.model) is None
     written = 0.0 if files else _writes(run)
     seconds, texts, read = 3600 * hours * _TRAINING, 0, float(window)  # tokens read, per text
     chat: list[str] = []
-    if files:  # whose states are computed in every step
+    if files:  # every step computes the trunk's states again
         seconds += 3600 * hours * _TEXTS
     else:
         chat, around = _chat(run, window)
@@ -270,6 +258,17 @@ def _plan(
     )
 
 
+def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:
+    """Refuse a model that has heads, unless they are to be trained further and can be."""
+    if further and not isinstance(mtp, SequentialConfig):
+        raise UserError(f"{path} has heads of mtp={mtp.variant}, which are not trained on here.")
+    if mtp.depth and not further:
+        raise UserError(
+            f"{path} has MTP heads already: examine them with mtp-lightning doctor, or train them "
+            f"further with mtp-lightning train init_from={path}."
+        )
+
+
 def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
     """The texts around a chat's question, and their tokens; none without format or room."""
     template = ChatTemplate.of(run.tokenizer_state)
@@ -283,6 +282,15 @@ def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
 def _switches(mtp: MTPConfig) -> list[str]:
     """Settings of a training that continues with modules that are there."""
     return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
+
+
+def _fastest(run: OpenedModel, window: int, *, on_cpu: bool) -> tuple[str, float]:
+    """The precision to train in, and the FLOP/s of reading windows in it."""
+    if not on_cpu:
+        return "auto", _reads(run, window, half=True)  # bf16-mixed
+    # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
+    fp32, bf16 = _reads(run, window, half=False), _reads(run, window, half=True)
+    return ("bf16-mixed", bf16) if bf16 > fp32 else ("32-true", fp32)
 
 
 def _reads(run: OpenedModel, window: int, *, half: bool) -> float:
