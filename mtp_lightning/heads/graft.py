@@ -8,14 +8,13 @@ trained on by the phases of ``mtp-lightning heads``. The exporter writes the res
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads.__main__ import (
@@ -28,7 +27,13 @@ from mtp_lightning.heads.__main__ import (
     run_training,
     say,
 )
-from mtp_lightning.interop.agreement import ABOVE, clearly_more, own_texts, prompts_of
+from mtp_lightning.interop.agreement import (
+    ABOVE,
+    Agreement,
+    agreement_of_depths,
+    own_texts,
+    prompts_of,
+)
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.opening import OpenedModel, StoredModel, open_model, read_model, require_fitting
@@ -38,33 +43,6 @@ from mtp_lightning.settings import require_number
 GRAFTED = "grafted"
 # Settings of the trunk that decide how a module's weights are read, whatever their shapes.
 _FIXED = ("n_heads:", "n_kv_heads:", "d_head:", "attention.", "feed_forward.")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How often each depth's choice is the trunk's.
-
-    Attributes:
-        rights: for each depth, the positions at which it is, bool [N].
-        constant: the share that the trunk's most common choice would get everywhere.
-    """
-
-    rights: list[Tensor]
-    constant: float
-
-    @property
-    def shares(self) -> list[float]:
-        """The share of positions, by depth."""
-        return [float(right.float().mean()) for right in self.rights]
-
-    def fell_from(self, before: Agreement) -> bool:
-        """Whether a depth is clearly worse than before."""
-        pairs = zip(before.rights, self.rights, strict=True)
-        return any(clearly_more(old, new) for old, new in pairs)
-
-    def __str__(self) -> str:
-        told = [f"{share:.1%} at depth {k}" for k, share in enumerate(self.shares, start=1)]
-        return ", ".join(told)
 
 
 def main(argv: list[str], *, program: str) -> None:
@@ -106,12 +84,12 @@ def _run(args: Any, output: Path) -> None:
     prompts = prompts_of(model, tuned.tokenizer)
     room = max(8, tuned.seq_len - max(map(len, prompts)))
     texts = own_texts(model, prompts, min(args.new_tokens, room))
-    found = agreement(model, texts)
-    say("agreement", f"{found} with the tuned trunk, on its own texts")
+    found = agreement_of_depths(model, texts)
+    say("agreement", f"{_said(found)} with the tuned trunk, on its own texts")
     fell = True
     if max(int(text.max()) for text in texts) < base.config.trunk.vocab_size:
-        before = agreement(base.build(), texts)
-        say("", f"{before} with the base's trunk, on the same texts")
+        before = agreement_of_depths(base.build(), texts)
+        say("", f"{_said(before)} with the base's trunk, on the same texts")
         fell = found.fell_from(before)
     say("", f"{found.constant:.1%} the same token everywhere")
     folder = output / GRAFTED
@@ -128,10 +106,10 @@ def _run(args: Any, output: Path) -> None:
         chosen, found = _trained_on(folder, output, args, texts, found)
     elif fell:
         say("", "it fell, and --hours=0 leaves the layers as they are")
-    if found.shares[0] <= found.constant + ABOVE:
+    if found.shares[1] <= found.constant + ABOVE:
         raise UserError(
             f"the layers of {args.base} do not agree with the trunk of {args.tuned} "
-            f"({found.shares[0]:.1%}; {found.constant:.1%} with one token everywhere): nothing "
+            f"({found.shares[1]:.1%}; {found.constant:.1%} with one token everywhere): nothing "
             "is exported; give more --hours and another --output, or try mtp-lightning heads."
         )
     run_export(chosen, output)
@@ -139,13 +117,13 @@ def _run(args: Any, output: Path) -> None:
 
 
 def _trained_on(
-    folder: Path, output: Path, args: Any, texts: list[Tensor], found: Agreement
-) -> tuple[Path, Agreement]:
+    folder: Path, output: Path, args: Any, texts: list[Tensor], found: Agreement[int]
+) -> tuple[Path, Agreement[int]]:
     """Train the layers on, and choose the better of before and after."""
     run = run_training(make_plan(folder, output, args, keep=True, further=True), output)
-    after = agreement(open_model(run).model, texts)
-    say("agreement", f"{after} after training on")
-    if after.shares[0] <= found.shares[0]:
+    after = agreement_of_depths(open_model(run).model, texts)
+    say("agreement", f"{_said(after)} after training on")
+    if after.shares[1] <= found.shares[1]:
         say("", "training on did not help: the layers stay as they were")
         return folder, found
     return run, after
@@ -173,6 +151,10 @@ def grafted(base: StoredModel, tuned: OpenedModel) -> MTPModel:
     return replace(base, config=config, weights={**trunk, **held}).build()
 
 
+def _said(found: Agreement[int]) -> str:
+    return ", ".join(f"{share:.1%} at depth {k}" for k, share in found.shares.items())
+
+
 def _is_module(name: str) -> bool:
     return name.startswith("mtp.")
 
@@ -185,18 +167,3 @@ def differences(base: ModelConfig, tuned: ModelConfig) -> list[str]:
     """Settings in which the two trunks differ, besides those of their training."""
     free = [*base.trunk.training_keys, *tuned.trunk.training_keys, "init_std"]
     return describe_differences(base.trunk.to_dict(), tuned.trunk.to_dict(), ignore=free)
-
-
-@torch.inference_mode()
-def agreement(model: MTPModel, texts: list[Tensor]) -> Agreement:
-    """Compare each depth's choice with the trunk's choice at the token that it predicts."""
-    rights: list[list[Tensor]] = [[] for _ in range(model.depth)]
-    counts = torch.zeros(model.config.trunk.vocab_size, dtype=torch.long)
-    for text in texts:
-        batch = WindowBatch(text.unsqueeze(0), model.depth)
-        choices = [model.head_of(k)(h_BTC)[0].argmax(-1) for k, h_BTC in model(batch).items()]
-        counts += torch.bincount(choices[0], minlength=len(counts))
-        for k, drafted in enumerate(choices[1:], start=1):
-            rights[k - 1].append(drafted[:-k] == choices[0][k:])
-    constant = float(counts.max() / counts.sum())
-    return Agreement([torch.cat(found) for found in rights], constant)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.inputs import BranchPoint
@@ -37,6 +38,38 @@ _ERRORS = 3.0
 # Useful layers agree with the trunk more often than its most common token would, by this share.
 ABOVE = 0.02
 Convention = tuple[str, str]
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Agreement(Generic[Key]):
+    """How often modules make the trunk's choice.
+
+    Attributes:
+        rights: for each module, the positions at which it does, bool [N].
+        constant: the share that the trunk's most common choice would get everywhere.
+    """
+
+    rights: dict[Key, Tensor]
+    constant: float
+
+    @property
+    def shares(self) -> dict[Key, float]:
+        """The share of positions, by module."""
+        return {key: float(right.float().mean()) for key, right in self.rights.items()}
+
+    def fell_from(self, before: Agreement[Key]) -> bool:
+        """Whether a module is clearly worse than before."""
+        return any(clearly_more(before.rights[key], now) for key, now in self.rights.items())
+
+
+def _joined(texts: Iterable[tuple[Tensor, dict[Key, Tensor]]]) -> Agreement[Key]:
+    """The agreement on several texts: for each, the trunk's choices, ids [T], and the ``rights`` of
+    every module."""
+    chosen, rights = zip(*texts, strict=True)
+    counts = torch.cat(chosen).bincount()
+    found = {key: torch.cat([right[key] for right in rights]) for key in rights[0]}
+    return Agreement(found, int(counts.max()) / int(counts.sum()))
 
 
 def described(convention: Convention) -> str:
@@ -64,37 +97,44 @@ def own_texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int
 
 
 @torch.inference_mode()
-def agreements(model: MTPModel, texts: Sequence[Tensor]) -> tuple[dict[Convention, Tensor], float]:
-    """Where depth 1 and the trunk make the same choice, with a sequential module of each
-    convention.
+def agreement_of_depths(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[int]:
+    """Compare each depth's choice with the trunk's choice at the token that it predicts."""
 
-    Returns:
-        For each convention, the positions of equal choices, bool [N]; and the share that the
-        trunk's most common choice would get everywhere.
-    """
+    def compare(text: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        batch = WindowBatch(text.unsqueeze(0), model.depth)
+        choices = {k: model.head_of(k)(h_BTC)[0].argmax(-1) for k, h_BTC in model(batch).items()}
+        chosen = choices.pop(0)
+        return chosen, {k: drafted[:-k] == chosen[k:] for k, drafted in choices.items()}
+
+    return _joined(map(compare, texts))
+
+
+@torch.inference_mode()
+def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreement[Convention]:
+    """Compare depth 1's choice with the trunk's, as a sequential module of each convention."""
     stacks, trunk = {}, model.config.trunk
     for input_norm, concat in _CONVENTIONS:
         config = SequentialConfig(depth=1, input_norm=input_norm, concat=concat)  # type: ignore[arg-type]
         stack = config.build(trunk)
         stack.load_state_dict(model.mtp.state_dict())
         stacks[input_norm, concat] = stack.eval()
-    rights: dict[Convention, list[Tensor]] = {convention: [] for convention in stacks}
-    choices: Counter[int] = Counter()
-    for text in texts:
+
+    def compare(text: Tensor) -> tuple[Tensor, dict[Convention, Tensor]]:
         tokens = text.unsqueeze(0)
         embedded = model.trunk.embedding(tokens)
         n = len(text) - 1  # the last position has no next token to read
         output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
-        chosen = model.head(output.final)[0].argmax(-1)
-        choices.update(chosen[1:].tolist())
+        chosen = model.head(output.final)[0, 1:].argmax(-1)
+        rights = {}
         for (input_norm, concat), stack in stacks.items():
             hidden = output.final if input_norm == "post" else output.last_block
             positions = Positions.of_window(trunk, n, device=text.device)
             at = BranchPoint(hidden[:, :n], tokens, embedded, positions)
             drafted = model.head(dict(stack.states(at, [1]))[1])[0].argmax(-1)
-            rights[input_norm, concat].append(drafted == chosen[1:])
-    joined = {convention: torch.cat(found) for convention, found in rights.items()}
-    return joined, max(choices.values()) / sum(choices.values())
+            rights[input_norm, concat] = drafted == chosen
+        return chosen, rights
+
+    return _joined(map(compare, texts))
 
 
 def clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:

@@ -25,7 +25,7 @@ from mtp_lightning.interop import config_reading, heads
 from mtp_lightning.interop.agreement import (
     ABOVE,
     Convention,
-    agreements,
+    agreement_of_conventions,
     clearly_best,
     described,
     own_texts,
@@ -162,13 +162,13 @@ def _measured(
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)
     meant = (one.mtp.input_norm, one.mtp.concat)
-    rights, constant = agreements(model, texts)
+    measured = agreement_of_conventions(model, texts)
     return replace(
         found,
         meant=meant,
-        best=clearly_best(rights, meant),
-        agreement={convention: float(x.float().mean()) for convention, x in rights.items()},
-        constant=constant,
+        best=clearly_best(measured.rights, meant),
+        agreement=measured.shares,
+        constant=measured.constant,
         acceptance=_accepted(model, prompts, new_tokens) if whole else None,
     )
 

@@ -85,24 +85,24 @@ def test_agreement_is_each_depths_with_the_trunk(base: Path) -> None:
     """Against the choices computed token by token."""
     model = open_model(base).model
     text = torch.randint(256, (20,), generator=torch.Generator().manual_seed(0))
-    found = graft.agreement(model, [text])
-    assert [len(rights) for rights in found.rights] == [16, 15]
+    found = graft.agreement_of_depths(model, [text])
+    assert [len(rights) for rights in found.rights.values()] == [16, 15]
     with torch.no_grad():
         hidden = model(WindowBatch(text.unsqueeze(0), 2))
         choices = {k: model.head(h)[0].argmax(-1).tolist() for k, h in hidden.items()}
     for k in (1, 2):
         wanted = [choices[k][i] == choices[0][i + k] for i in range(len(choices[0]) - k)]
-        assert found.rights[k - 1].tolist() == wanted
+        assert found.rights[k].tolist() == wanted
 
 
 def test_a_fall_must_be_more_than_chance() -> None:
-    def of(*right: bool) -> graft.Agreement:
-        return graft.Agreement([torch.tensor(right * 10)], 0.1)
+    def of(*right: bool) -> graft.Agreement[int]:
+        return graft.Agreement({1: torch.tensor(right * 10)}, 0.1)
 
     assert of(True, False, False, False).fell_from(of(True, True, False, True))
     assert not of(True, True, False).fell_from(of(True, False, True))
-    one = graft.Agreement([torch.tensor([True] * 39 + [False])], 0.1)
-    assert not one.fell_from(graft.Agreement([torch.tensor([True] * 40)], 0.1))
+    one = graft.Agreement({1: torch.tensor([True] * 39 + [False])}, 0.1)
+    assert not one.fell_from(graft.Agreement({1: torch.tensor([True] * 40)}, 0.1))
 
 
 def test_models_that_do_not_fit(base: Path, tmp_path: Path, refused: Refused) -> None:

@@ -146,7 +146,7 @@ def test_every_convention_is_computed_as_a_model_of_it_would() -> None:
     trunk = folders.dense(tie_embeddings=False)
     model = deepseek.build(trunk, depth=1).eval()
     texts = [torch.randint(folders.ROWS, (40,), generator=torch.Generator().manual_seed(3))]
-    rights, _ = agreement.agreements(model, texts)
+    rights = agreement.agreement_of_conventions(model, texts).rights
     for (norm, order), found in rights.items():
         twin = deepseek.build(trunk, depth=1, input_norm=norm, concat=order).eval()
         twin.load_state_dict(model.state_dict())
