@@ -60,9 +60,9 @@ def draw(results: list[Row]) -> bytes:
             axes.set_xticks(range(len(rows)), [row["kind"] for row in rows])
             axes.grid(visible=False, axis="x")
             gains = [row[own["drafts"]]["over_plain_cpu"] for row in rows]
-            steps = f", head of {result['head']['steps']:,} steps" if "head" in result else ""
+            steps = f"head of {result['head']['steps']:,} steps, " if "head" in result else ""
             gain = f"drafts make {min(gains):.2f} to {max(gains):.2f} x plain"
-            axes.set_title(f"{result['processor']}{steps}\n{gain}", fontsize=10)
+            axes.set_title(f"{result['processor']}\n{steps}{gain}", fontsize=10)
             if axes.get_subplotspec().is_first_col():
                 axes.set_ylabel("tokens per CPU second (higher is better)")
         return chart.svg(of=digest(results))
