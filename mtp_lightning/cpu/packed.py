@@ -52,7 +52,7 @@ class Kind(IntEnum):
 
 # Added to the kind where products are of integers.
 _INTEGER = 256
-# Outputs of a panel.
+# Outputs of whole panels for any instructions; with AVX2 a panel has 16.
 PANEL = 64
 # Formats that packing detects from the weight itself, the smallest first.
 _SMALL, _LARGE = (Kind.BLOCKS4, Kind.BYTE, Kind.BLOCKS8), (Kind.HALF, Kind.FULL)

@@ -1,31 +1,19 @@
-// What differs between instruction sets: here AVX2, with registers of 8 fp32 numbers.
+// What vector.h cannot say in the compiler's vector types: here for AVX2.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-
-constexpr int64_t LANES = 8;
-constexpr int REGISTERS = 16;
-
-typedef float Vector __attribute__((vector_size(32)));
-typedef float Loose __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(32)));
-typedef int32_t LooseWhole __attribute__((vector_size(32), aligned(4), may_alias));
+// The nearest integers, ties to even.
+static inline Whole integers(Vector x) { return (Whole)_mm256_cvtps_epi32((__m256)x); }
+static inline Vector numbers(Whole x) { return (Vector)_mm256_cvtepi32_ps((__m256i)x); }
 
 // int8 numbers as fp32.
 static inline Vector load_bytes(const int8_t* from) {
-    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+    return numbers((Whole)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 }
 
 // fp16 numbers as fp32.
 static inline Vector load_fp16(const char* from) {
     return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
-
-// The nearest integers, ties to even.
-static inline Whole integers(Vector x) { return (Whole)_mm256_cvtps_epi32((__m256)x); }
-static inline Vector numbers(Whole x) { return (Vector)_mm256_cvtepi32_ps((__m256i)x); }
 
 // Stores the low bytes of integers.
 static inline void store_bytes(int8_t* to, Whole x) {
@@ -36,27 +24,19 @@ static inline void store_bytes(int8_t* to, Whole x) {
 // Rounds to the nearest integer, ties to even.
 static inline Vector rounded(Vector x) { return (Vector)_mm256_round_ps((__m256)x, 8); }
 
-// All ones in the first n lanes.
-static inline __m256i first_lanes(int64_t n) {
-    const Whole lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-    return (__m256i)(lanes < (int32_t)n - (Whole){});
-}
-
 // Loads the first n numbers; the others become `other`.
 static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
-    __m256i mask = first_lanes(n);
-    return (Vector)_mm256_blendv_ps(_mm256_set1_ps(other), _mm256_maskload_ps(from, mask),
+    __m256i mask = (__m256i)before(0, n);
+    return (Vector)_mm256_blendv_ps((__m256)all(other), _mm256_maskload_ps(from, mask),
                                     (__m256)mask);
 }
 
 static inline void store_some(float* to, Vector x, int64_t n) {
-    _mm256_maskstore_ps(to, first_lanes(n), (__m256)x);
+    _mm256_maskstore_ps(to, (__m256i)before(0, n), (__m256)x);
 }
 
 static inline bool any(Whole lanes) { return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes); }
 
-// a * b + c, rounded once. Used where a sum must have the same bits in loops of any shape: on its own,
-// the compiler rounds twice in some of them.
 static inline Vector multiply_add(Vector a, Vector b, Vector c) {
     return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }

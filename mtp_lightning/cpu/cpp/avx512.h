@@ -1,31 +1,19 @@
-// What differs between instruction sets: here AVX-512, with registers of 16 fp32 numbers.
+// What vector.h cannot say in the compiler's vector types: here for AVX-512.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-
-constexpr int64_t LANES = 16;
-constexpr int REGISTERS = 32;
-
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(64)));
-typedef int32_t LooseWhole __attribute__((vector_size(64), aligned(4), may_alias));
+// The nearest integers, ties to even.
+static inline Whole integers(Vector x) { return (Whole)_mm512_cvtps_epi32((__m512)x); }
+static inline Vector numbers(Whole x) { return (Vector)_mm512_cvtepi32_ps((__m512i)x); }
 
 // int8 numbers as fp32.
 static inline Vector load_bytes(const int8_t* from) {
-    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+    return numbers((Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
 }
 
 // fp16 numbers as fp32.
 static inline Vector load_fp16(const char* from) {
     return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
-
-// The nearest integers, ties to even.
-static inline Whole integers(Vector x) { return (Whole)_mm512_cvtps_epi32((__m512)x); }
-static inline Vector numbers(Whole x) { return (Vector)_mm512_cvtepi32_ps((__m512i)x); }
 
 // Stores the low bytes of integers.
 static inline void store_bytes(int8_t* to, Whole x) {
@@ -37,7 +25,7 @@ static inline Vector rounded(Vector x) { return (Vector)_mm512_roundscale_ps((__
 
 // Loads the first n numbers; the others become `other`.
 static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
-    return (Vector)_mm512_mask_loadu_ps((__m512)(other - (Vector){}), (1 << n) - 1, from);
+    return (Vector)_mm512_mask_loadu_ps((__m512)all(other), (1 << n) - 1, from);
 }
 
 static inline void store_some(float* to, Vector x, int64_t n) {
@@ -48,8 +36,6 @@ static inline bool any(Whole lanes) {
     return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes);
 }
 
-// a * b + c, rounded once. Used where a sum must have the same bits in loops of any shape: on its own,
-// the compiler rounds twice in some of them.
 static inline Vector multiply_add(Vector a, Vector b, Vector c) {
     return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }

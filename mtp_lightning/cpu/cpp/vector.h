@@ -4,16 +4,25 @@
 // and for those of AVX2; what differs is in avx512.h and avx2.h.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 #ifdef __AVX512F__
-#include "avx512.h"
+constexpr int64_t LANES = 16;
+constexpr int REGISTERS = 32;
 #else
-#include "avx2.h"
+constexpr int64_t LANES = 8;
+constexpr int REGISTERS = 16;
 #endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * LANES)));
+typedef int32_t LooseWhole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -23,6 +32,24 @@ static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES
 static inline Vector load(const float* from) { return *(const Loose*)from; }
 static inline void store(float* to, Vector x) { *(Loose*)to = x; }
 static inline Vector all(float x) { return x - (Vector){}; }
+
+// A mask of the lanes from `at` on: all ones for those before `end`.
+static inline Whole before(int64_t at, int64_t end) {
+    Whole lanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return lanes < (int32_t)(end - at) - (Whole){};
+}
+
+// a * b + c, rounded once. Used where a sum must have the same bits in loops of any shape: on its own,
+// the compiler rounds twice in some of them.
+static inline Vector multiply_add(Vector a, Vector b, Vector c);
+
+#ifdef __AVX512F__
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
 
 // Calls body(at, n) for all columns, n <= LANES at a time.
 template <typename Body>
@@ -38,14 +65,6 @@ static inline Vector take(const float* from, int64_t n) {
 
 static inline void put(float* to, Vector x, int64_t n) {
     n == LANES ? store(to, x) : store_some(to, x, n);
-}
-
-// A mask of the lanes from `at` on: all ones for those before `end`.
-static inline Whole before(int64_t at, int64_t end) {
-    Whole lanes;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) lanes[i] = i;
-    return lanes < (int32_t)(end - at) - (Whole){};
 }
 
 // One step of a transposition: exchanges blocks of STEP lanes.
