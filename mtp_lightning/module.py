@@ -239,7 +239,7 @@ class MTPModule(pl.LightningModule):
         kernels = checkpoint.get("cpu_kernels", "pytorch")
         if kernels != ops.code()[0]:
             built = "The C++ that pip install builds, on a CPU with the same instructions,"
-            same = "MTP_LIGHTNING_NATIVE=0" if kernels == "pytorch" else built
+            same = built if kernels.startswith("native") else "MTP_LIGHTNING_NATIVE=0"
             log.warning(text, f"the {kernels} layers", f"the {ops.code()[0]} ones", same)
 
     def log_here(

@@ -337,3 +337,10 @@ def test_other_kernels_are_said(
     monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
     train_here(tmp_path, cache, {"trainer.max_steps": 3})
     assert "MTP_LIGHTNING_NATIVE=0 would give the same bits" in caplog.text
+    # Without the part for CPUs, the code is PyTorch's, too.
+    monkeypatch.setattr(ops, "code", lambda: ("plain", "PyTorch"))
+    train_here(tmp_path, cache, {"trainer.max_steps": 4})
+    caplog.clear()
+    monkeypatch.setattr(ops, "code", lambda: ("native_avx2", "C++"))
+    train_here(tmp_path, cache, {"trainer.max_steps": 5})
+    assert "MTP_LIGHTNING_NATIVE=0 would give the same bits" in caplog.text
