@@ -89,10 +89,10 @@ def processor(root: Path = Path("/")) -> str:
     AVX2": virtual machines give processors of all generations one name. Empty where the system does
     not tell it. ``root`` is the root of the file system, for tests."""
     try:
-        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        first, _, _ = (root / "proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
     except OSError:
         return platform.processor()
-    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    facts = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
     name, flags = facts.get("model name", ""), facts.get("flags", "").split()
     widest = next((text for flag, text in _INSTRUCTIONS.items() if flag in flags), None)
     return f"{name} with {widest}" if name and widest else name
