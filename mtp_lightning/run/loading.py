@@ -15,6 +15,11 @@ from mtp_lightning.registry import NotAllowed
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
 
+_KINDS = (
+    "a run folder (with checkpoints/), a .ckpt file, a folder in Hugging Face's layout (with "
+    "config.json) or a .gguf file"
+)
+
 
 def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
     """Read a run's model. :func:`~mtp_lightning.opening.open_model` calls this for runs.
@@ -57,9 +62,12 @@ def find_checkpoint(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: the path does not exist, or has no intact checkpoint.
+        UserError: the path is a file of another kind.
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix != ".ckpt":
+            raise UserError(f"{path} is not a checkpoint: give {_KINDS}.")
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"There is no checkpoint or run folder at {path}.")
@@ -70,10 +78,7 @@ def find_checkpoint(path: str | Path) -> Path:
         newest = checkpoints.newest_intact(folder) if folder.is_dir() else None
         if newest is not None:
             return newest
-    raise FileNotFoundError(
-        f"{path} holds no intact checkpoint: give a run folder (with checkpoints/), a .ckpt file, "
-        "a folder in Hugging Face's layout (with config.json) or a .gguf file."
-    )
+    raise FileNotFoundError(f"{path} holds no intact checkpoint: give {_KINDS}.")
 
 
 def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, dict[str, Any]]:

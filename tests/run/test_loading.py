@@ -57,6 +57,9 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"x\.ckpt is not a checkpoint of this platform"):
         loading.read_checkpoint(tmp_path / "x.ckpt", needs=["model_config"])
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    with pytest.raises(UserError, match=r"notes\.txt is not a checkpoint: give a run folder"):
+        open_model(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
