@@ -29,8 +29,9 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head as loss_module
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.plan import StepPlan, step_counts
 from mtp_lightning.objective.stream import prepass, stream_loss
-from mtp_lightning.objective.targets import DepthTarget, PositionCounts, by_depth, count_taught
+from mtp_lightning.objective.targets import DepthTarget, by_depth
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import through_head
 from mtp_lightning.runtime import keep_freed_memory
@@ -243,9 +244,15 @@ def objective_pass(
         vocab_size=vocab_size, d_model=d_model, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=d_model
     )
     stack = LinearConfig(depth=batch.depth).build(trunk)
-    counts = PositionCounts(batch.counts().tolist(), count_taught(stack, batch).tolist())
     factors = [1.0, *[0.1] * batch.depth]
-    targets = objective.targets(stack, batch, factors=factors, counts=counts, key=None)
+    plan = StepPlan(
+        base=factors,
+        factors=factors,
+        counts=step_counts(stack, batch),
+        windows=len(batch),
+        micro_batches=[batch],
+    )
+    targets = objective.targets(stack, plan, batch)
     feed = Together(states[0], list(enumerate(states))[1:], {})
     targets = objective.settle(targets, prepass(weight_VC, feed, targets, objective.measures))
     if not alone:

@@ -12,6 +12,7 @@ unless a comment says otherwise).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,22 @@ from mtp_lightning.errors import UserError
 
 IGNORE_INDEX = -100
 """Target value that does not count, as in ``torch.nn.functional.cross_entropy``."""
+
+
+@dataclass(frozen=True)
+class RandomKey:
+    """Everything that a random choice in training depends on, so that no generator is stored.
+
+    Attributes:
+        seed: seed of the run.
+        step: optimizer step, from 0.
+        first_row: index of the batch's first window in the step's global batch. So the choices do
+            not depend on accumulation or on the number of ranks.
+    """
+
+    seed: int
+    step: int
+    first_row: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +63,7 @@ class WindowBatch:
             final state, and with S > 1 also the S - 1 states that the depths start from.
         host: the batch on the CPU that this one was copied from. Masks are counted there, without
             waiting for the device.
+        key: key of the model's random choices for these windows; ``None`` outside of training.
     """
 
     tokens: Tensor
@@ -57,6 +75,7 @@ class WindowBatch:
     extra: int = 0
     states: Tensor | None = None
     host: WindowBatch | None = None
+    key: RandomKey | None = None
 
     def __post_init__(self) -> None:
         assert min(self.depth, self.extra) >= 0 < self.stride
@@ -138,7 +157,12 @@ class WindowBatch:
         def part(i: int) -> WindowBatch:
             return self._map_rows(lambda field: field.tensor_split(n)[i])
 
-        return [part(i) for i in range(n)]
+        parts = [part(i) for i in range(n)]
+        if self.key is None:
+            return parts
+        firsts = itertools.accumulate(map(len, parts[:-1]), initial=self.key.first_row)
+        keys = [replace(self.key, first_row=first) for first in firsts]
+        return [replace(one, key=key) for one, key in zip(parts, keys, strict=True)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device; Lightning's transfer hook calls this."""

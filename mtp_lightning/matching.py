@@ -17,10 +17,11 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, n_weights
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.objective.balance.base import Balance, NoBalance, depths_of
+from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.gradients import Scope
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
+from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.stored import read_json
 

@@ -18,7 +18,7 @@ from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
@@ -163,20 +163,13 @@ class MTPModel(nn.Module):
             if isinstance(layer, Block):
                 layer.compile()
 
-    def forward(
-        self,
-        batch: WindowBatch,
-        active: Sequence[int] | None = None,
-        *,
-        key: RandomKey | None = None,
-    ) -> dict[int, Tensor]:
+    def forward(self, batch: WindowBatch, active: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Hidden states of depth 0 and of the ``active`` MTP depths, ready for the head.
 
         Args:
             batch: windows built for this model's depth.
             active: depths in 1 .. D whose hidden states are wanted; by default all. Only what they
                 need is computed.
-            key: key of the stack's random choices in training; None for no random choices.
 
         Returns:
             Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
@@ -186,9 +179,9 @@ class MTPModel(nn.Module):
             UserError: the batch was built for another depth.
         """
         active = range(1, self.depth + 1) if active is None else active
-        final_BTC, at = self.run_trunk(batch, active, key=key)
+        final_BTC, at = self.run_trunk(batch, active)
         main = self.mtp.main_state(final_BTC)
-        return {0: main, **dict(self.mtp.states(at, active, key))}
+        return {0: main, **dict(self.mtp.states(at, active))}
 
     def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
         """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
@@ -211,7 +204,7 @@ class MTPModel(nn.Module):
             k: depth in 1 .. D, or any depth of a recursive stack.
             branch_BTC: trunk state that the stack starts from.
             previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
-            tokens: ids [B, at least T]; the first stands ``mtp.first_token(k)`` positions ahead.
+            tokens: ids [B, at least T]; the first stands ``mtp.reads(k).start`` positions ahead.
             positions: of the T positions, with the cache of this depth.
             stride: see :class:`BranchPoint`.
 
@@ -223,7 +216,7 @@ class MTPModel(nn.Module):
             tokens=tokens,
             embedded=self.trunk.embedding(tokens),
             positions=positions,
-            first=self.mtp.first_token(k),
+            first=self.mtp.reads(k).start,
             stride=stride,
             head=self.head,
         )
@@ -235,7 +228,6 @@ class MTPModel(nn.Module):
         active: Sequence[int],
         *,
         auxiliary: AuxiliaryOutputs | None = None,
-        key: RandomKey | None = None,
     ) -> tuple[Tensor, BranchPoint]:
         """The trunk over whole windows, or its states that are stored in the batch.
 
@@ -244,7 +236,6 @@ class MTPModel(nn.Module):
             active: depths that will be computed.
             auxiliary: collects auxiliary outputs of the trunk and, through the branch point, of the
                 stack.
-            key: key of the stack's random choices in training; None for no random choices.
 
         Returns:
             The trunk's output [B, T, C], which the head projects, and the branch point.
@@ -275,9 +266,10 @@ class MTPModel(nn.Module):
                 branch = torch.cat(others, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(
-                self.trunk, embedded[:, :seq_len], positions, key
+                self.trunk, embedded[:, :seq_len], positions, batch.key
             )
             final = output.final
         else:
             final = branch = self.trunk(embedded[:, :seq_len], positions).final
-        return final, BranchPoint(branch, tokens, embedded, positions, head=self.head)
+        at = BranchPoint(branch, tokens, embedded, positions, head=self.head, key=batch.key)
+        return final, at

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.plan import PositionCounts, StepPlan, step_counts
 from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep, StepPlan
-from mtp_lightning.objective.targets import PositionCounts, count_taught
+from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.base import Term
 
 
@@ -57,15 +57,15 @@ def reported_loss(
     layers reported. Unless ``taught`` says otherwise, the micro-batch is the whole step to terms
     that have a teacher."""
     factors = [main, *weights]
-    seen = count_taught(model.mtp, batch, key=key or RandomKey(0, 0)).tolist()
+    seen = step_counts(model.mtp, replace(batch, key=key or RandomKey(0, 0))).taught
     plan = StepPlan(
         base=factors,
         factors=factors,
         counts=PositionCounts(list(counts), list(taught or seen)),
         windows=len(batch) if windows is None else windows,
-        micro_batches=[(batch, key or RandomKey(0, 0))],
+        micro_batches=[batch],
     )
-    total, sums_KP, auxiliary = step_of(model, term).loss(plan, batch, key)
+    total, sums_KP, auxiliary = step_of(model, term).loss(plan, replace(batch, key=key))
     return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, auxiliary
 
 

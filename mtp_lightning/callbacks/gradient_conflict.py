@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.model import MTPModel
-from mtp_lightning.objective.balance.base import depths_of
 from mtp_lightning.objective.balance.gradients import (
     require_separable,
     require_trunk_gradients,
     shared_parameters,
     task_gradients,
 )
+from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.settings import require_whole
 
 
@@ -76,8 +76,6 @@ class GradientConflict(RunCallback):
         }
         with trainer.precision_plugin.train_step_context():
             depths = depths_of(plan.base)
-            measured = task_gradients(
-                model, objective, plan.micro_batches, depths, counts=plan.counts, groups=groups
-            )
+            measured = task_gradients(model, objective, plan, depths, groups)
         for group, gradients in measured.items():
             module.log_here(gradients.log_values(group), step + 1, always=True)

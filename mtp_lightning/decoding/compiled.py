@@ -155,8 +155,8 @@ class _DepthPass(_Pass):
         positions = self._positions(start_B, branch_BTC.shape[1], cos, sin, entries)
         hidden = model.depth_state(k, branch_BTC, previous_BTC, tokens_BS, positions)
         last_B1C = model.mtp.head_input(hidden.index_select(1, last_B))
-        # The first of the tokens stands ``first_token(k)`` positions ahead.
-        before_B1 = tokens_BS.index_select(1, last_B + (k - model.mtp.first_token(k)))
+        # The first of the tokens stands ``reads(k).start`` positions ahead.
+        before_B1 = tokens_BS.index_select(1, last_B + (k - model.mtp.reads(k).start))
         said = model.draft_logits(k, last_B1C, before_B1)[:, 0], hidden
         if model.mtp.confidence is None:
             return said
@@ -272,7 +272,7 @@ class CompiledSession(Session):
         start = max(end - width, 0)
         cache = self.depth_caches[k - 1]
         branch = self.states[0].narrow(1, start, width)
-        first = self._stack.first_token(k)
+        first = self._stack.reads(k).start
         logits, hidden, *sure = self._run(
             "depth",
             k,

@@ -331,7 +331,7 @@ class Session:
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         positions, runs = Positions.of_cache(cache, starts, width), cache.runs
-        first = self._stack.first_token(k)
+        first = self._stack.reads(k).start
         read = runs if first == k else Runs(self._tables, starts, width + k - first)
         tokens = read.read(self.tokens_BS[rows], first)
         branch = runs.read(self.states[0][rows])

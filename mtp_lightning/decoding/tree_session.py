@@ -71,7 +71,7 @@ class TreeSession(Session):
         if self._one_cache and k > 1:
             return self._draft_tree_on(k)
         nodes = self.tree.level(k - 1)
-        if not self._stack.reads_ahead:  # reads no drafts, so all nodes have the same state
+        if not self._stack.reads(k):  # reads no drafts, so all nodes have the same state
             return self._rescored(k, nodes).expand(-1, len(nodes), -1)
         self._append(k)
         self.catch_up(k)
@@ -92,7 +92,7 @@ class TreeSession(Session):
             column_BT = (n_B1 + self._columns(what, k, caught_up, j)).clamp_(min=0)
             return along(buffer, column_BT)
 
-        first = self._stack.first_token(k)
+        first = self._stack.reads(k).start
         tokens = torch.cat([read(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
         branch = read(self.states[0], "positions")
         previous = branch if k == 1 else read(self.states[k - 1], "before")

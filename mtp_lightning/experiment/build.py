@@ -182,7 +182,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
     if balance.scope is not None:
         processes.require_whole_gradients(cfg.trainer, f"balance={balance.name}")
     objective = build_objective(cfg)
-    if model_config.mtp.depth == 0 and objective.needs_teacher:
+    if model_config.mtp.depth == 0 and any(term.needs_teacher for _, term in objective.terms):
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
     model, deferred = new_model(
         model_config,

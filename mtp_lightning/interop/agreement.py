@@ -13,9 +13,9 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.config import Concat, InputNorm
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.mtp.switches import Concat, InputNorm
 from mtp_lightning.nn.attention import Positions
 
 # The trunk continues these texts, and drafts are compared with its continuations.

@@ -1,127 +1,41 @@
-"""The interface of every way of predicting several tokens: a config, and the stack that it builds.
+"""The interface of a stack, which predicts several tokens: what a head of its own may define.
 
 Depth 0 is the next token, the trunk's own prediction; depths 1 .. D are the stack's. Most stacks
-are of one of the three kinds in ``kinds.py``.
+are of one of the kinds in ``kinds.py``. A stack is built by its config (``config.py``).
 
 Shapes: B batch, T positions, C d_model, D depths.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from data_modules.windows import IGNORE_INDEX, WindowBatch
+from data_modules.windows import IGNORE_INDEX, RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
-from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.last_block import TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.mtp.switches import Switches, check_switches
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
-from mtp_lightning.registry import Registered
-from mtp_lightning.settings import require, require_whole
 
-
-@dataclass(frozen=True, kw_only=True)
-class MTPConfig(Switches, Registered, ABC, family="mtp"):
-    """Depth and switches of a stack.
-
-    A variant adds its switches as fields; the others keep the values of
-    :class:`~mtp_lightning.mtp.switches.Switches`.
-
-    Attributes:
-        depth: D, tokens predicted beyond the next one; 0 is plain next-token training.
-        confidence: whether every depth also estimates the acceptance of its drafts
-            (``objective.confidence``).
-
-    Raises:
-        UserError: the depth is not a whole number of at least 0, or a switch of the variant has an
-            unknown value, or no effect.
-    """
-
-    depth: int
-    confidence: bool = False
-
-    # The only depth that the variant has; None for any.
-    fixed_depth: ClassVar[int | None] = None
-    # Settings that change the meaning of the weights: init_from requires them to be equal.
-    meaning: ClassVar[tuple[str, ...]] = ()
-    # Whether the trunk reads windows with their answers hidden. Such a model predicts a task's
-    # whole answer at once and cannot be decoded token by token.
-    answers_at_once: ClassVar[bool] = False
-    # Whether a depth's hidden state predicts one token through the shared head, so that the depth
-    # has an accuracy, an agreement and an overlap. Otherwise it has a loss at most, and no drafts.
-    predicts_tokens: ClassVar[bool] = True
-    # Whether the depths have their own loss, with their own matrix (MTPStack.own_loss).
-    brings_loss: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_whole("mtp.depth", self.depth, least=0)
-        if self.fixed_depth is not None:
-            wanted = f"{self.fixed_depth} with mtp={self.variant}"
-            require(self.depth == self.fixed_depth, "mtp.depth", self.depth, wanted)
-        check_switches(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        data = super().to_dict()
-        # Left out if false, as in checkpoints older than the setting.
-        return data if self.confidence else {k: v for k, v in data.items() if k != "confidence"}
-
-    @property
-    def trains_trunk(self) -> bool:
-        """Whether embedding, trunk and head are trained."""
-        return not self.freeze_trunk
-
-    @property
-    def places_ahead(self) -> int:
-        """How many tokens ahead of a position the stack looks; windows hold at least D + 1."""
-        return self.depth + 1
-
-    def check_window(self, seq_len: int) -> None:
-        """Refuse windows of ``seq_len`` positions that are too short for the targets.
-
-        Raises:
-            UserError: naming the setting and the window's length.
-        """
-
-    def check_objective(self, draft_rules: Sequence[str], separate_training: Sequence[str]) -> None:
-        """Refuse settings of the objective that have no meaning for the stack.
-
-        Args:
-            draft_rules: settings of rules about drafts, such as ``objective.mask=entropy``.
-            separate_training: settings that train a depth's state or head apart from the main
-                prediction's.
-
-        Raises:
-            UserError: naming the setting, the switch of the stack and the remedy.
-        """
-
-    def export_obstacle(self) -> str:
-        """Why no other program computes the next token of a model of this stack, after "a model of
-        mtp=NAME "; empty if one can."""
-        return ""
-
-    @abstractmethod
-    def build(self, trunk: TrunkConfig) -> MTPStack:
-        """The stack, with its weights not yet initialized."""
+NO_DRAFTS = "this model has no MTP depth to draft with: decode it without drafts."
 
 
 class MTPStack(nn.Module, ABC):
     """A stack on a trunk: it turns the trunk's state at the branch point into one hidden state per
     depth.
 
-    A subclass must define :meth:`depth_state`; one of a kind of ``kinds.py`` defines ``step``
-    instead. All else has a default.
+    A stack of a kind of ``kinds.py`` defines ``step``, another one :meth:`depth_state`. All else
+    has a default.
 
     Args:
         config: the variant's.
@@ -141,8 +55,8 @@ class MTPStack(nn.Module, ABC):
     in_turn: ClassVar[bool] = False
     # Whether a depth is computed from the one before it.
     chained: ClassVar[bool] = False
-    # Whether depth k reads true tokens up to k positions ahead.
-    reads_ahead: bool = False
+    # Whether the module of depth 1 computes any depth, so that it drafts any number of tokens.
+    repeats: bool = False
     confidence: Confidence | None
     rescorer: Rescorer | None
 
@@ -165,7 +79,7 @@ class MTPStack(nn.Module, ABC):
         return ()
 
     def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
 
@@ -173,7 +87,7 @@ class MTPStack(nn.Module, ABC):
             trunk: the trunk.
             embedded_BTC: embeddings of the windows' tokens.
             positions: their positions.
-            key: key of the random choices in training.
+            key: key of the random choices in training; None for no random choices.
         """
         output = trunk(embedded_BTC, positions)
         return output, self.branch(trunk, output)
@@ -200,30 +114,19 @@ class MTPStack(nn.Module, ABC):
         """
         return tokens_BW
 
-    def target_depth(self, k: int, key: RandomKey | None = None) -> int:
-        """Depth ``k`` is trained on the tokens ``target_depth + 1`` positions ahead.
+    def targets(self, k: int, batch: WindowBatch) -> Tensor:
+        """The targets of depth ``k``, [B, T], as rows of its head: token ids for the shared one;
+        -100 where none counts. Depth 0 is the main prediction."""
+        tokens_BT = batch.targets(k)
+        return tokens_BT if not k or self.own_head is None else self.own_head.rows_of(tokens_BT)
 
-        Args:
-            k: the depth; 0 is the main prediction.
-            key: key of the random choices in training.
-        """
-        return k
-
-    def valid(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor | None:
-        """Which positions count for depth ``k``, bool [B, T], or None for all; arguments as in
-        :meth:`target_depth`."""
-        if k and self.own_head is not None and not self.own_head.is_whole:
-            return self.targets(k, batch, key) != IGNORE_INDEX
-        if batch.every_target_counts:  # known without computing a loss's mask
+    def valid(self, k: int, batch: WindowBatch) -> Tensor | None:
+        """Which positions count for depth ``k``, bool [B, T]; None for all."""
+        every_token = not k or self.own_head is None or self.own_head.is_whole
+        if batch.every_target_counts and every_token:  # known without reading tensors
             return None
         own = self.own_loss(k, batch) if k else None
-        return batch.valid(self.target_depth(k, key)) if own is None else own.valid_BT
-
-    def targets(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor:
-        """The targets of depth ``k``, [B, T], as rows of its head: token ids for the shared one;
-        -100 where none counts. Arguments as in :meth:`target_depth`."""
-        tokens_BT = batch.targets(self.target_depth(k, key))
-        return tokens_BT if not k or self.own_head is None else self.own_head.rows_of(tokens_BT)
+        return self.targets(k, batch) != IGNORE_INDEX if own is None else own.valid_BT
 
     def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss | None:
         """The loss of depth ``k`` over some windows, used instead of the objective's; None for
@@ -236,34 +139,44 @@ class MTPStack(nn.Module, ABC):
         """The head that projects the depths' hidden states; None for the shared head."""
         return None
 
-    def feed(self, inputs: FeedInputs) -> Feed:
+    def feed(
+        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+    ) -> Feed:
         """How the stack is trained on a micro-batch: which states go through the head, in which
-        order."""
-        losses = {k: self.own_loss(k, inputs.batch) for k in inputs.depths}
+        order.
+
+        Args:
+            final_BTC: the trunk's output.
+            at: the branch point.
+            batch: the windows.
+            depths: the depths that are trained, in order.
+        """
+        losses = {k: self.own_loss(k, batch) for k in depths}
         own = {k: loss for k, loss in losses.items() if loss is not None}
-        states = list(self.states(inputs.at, inputs.depths, inputs.key))
-        head = self.own_head
+        states, head = list(self.states(at, depths)), self.own_head
         if head is None:
-            return Together(inputs.final_BTC, states, own)
+            return Together(final_BTC, states, own)
         tokens_N = None if head.is_whole else head.tokens
-        return Together(inputs.final_BTC, states, own, HeadWeight(head.weight, tokens_N=tokens_N))
+        return Together(final_BTC, states, own, HeadWeight(head.weight, tokens_N=tokens_N))
 
     # Its states over whole windows.
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head; by
-        default each from the branch alone, as :meth:`depth_state` computes it.
+    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
 
         A generator: a depth that no other depth reads is released when the next one is asked for.
 
         Args:
             at: the branch point.
             active: depths in 1 .. D.
-            key: key of the random choices in training; None for no random choices.
         """
+        previous = at.hidden
         for k in self.with_prerequisites(active):
-            yield k, self.depth_state(k, at, at.hidden)
+            hidden = self.depth_state(k, at, previous)
+            if self.chained:
+                previous = hidden
+            if k in active:
+                yield k, self.head_input(hidden)
+            del hidden
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """The head's input for a depth, from its :meth:`depth_state` [..., C]."""
@@ -273,40 +186,42 @@ class MTPStack(nn.Module, ABC):
         """The ``active`` depths and those that they are computed from, in order."""
         return list(range(1, max(active, default=0) + 1)) if self.chained else sorted(active)
 
+    def reads(self, k: int) -> range:
+        """How far ahead of a position the true tokens are that depth ``k`` is given (teacher
+        forcing); ``range(k, k)`` for none."""
+        return range(k, k)
+
     def ahead(self, k: int) -> int:
-        """How many of the tokens ahead of a position depth ``k`` reads."""
-        return k if self.reads_ahead else 0
+        """How far ahead the newest of them is; 0 for none."""
+        return k if self.reads(k) else 0
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether depth k is given the true tokens up to k positions ahead (teacher forcing). If
-        not, it predicts k tokens beyond the next without seeing those between."""
-        return self.rescorer is not None or self.ahead(self.depth) > 0
+        """Whether a depth is given true tokens. If not, depth k predicts k tokens beyond the next
+        without seeing those between."""
+        return self.rescorer is not None or any(map(self.reads, range(1, self.depth + 1)))
 
     def state_width(self, d_model: int) -> int:
         """Width of a depth's hidden state."""
         return d_model
 
-    # Drafting.
-    @abstractmethod
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        """Depth ``k`` while decoding, at the newest positions, [B, T, C]: the state that the next
-        depth reads. :meth:`head_input` of it must equal what :meth:`states` yields in training.
+        """The hidden state of depth ``k``, [B, T, C], over whole windows or at the newest positions
+        of decoding: the state that the next depth reads. By default the branch itself.
 
         Args:
             k: the depth.
-            at: the branch point, with the tokens from ``first_token(k)`` to k positions ahead.
-            previous_BTC: the hidden state of depth ``k - 1``; for depth 1, the branch.
+            at: the branch point, with the tokens of :meth:`reads`.
+            previous_BTC: the hidden state of depth ``k - 1`` if depths are chained; for depth 1,
+                and if not, the branch.
         """
+        return at.hidden
 
+    # Drafting.
     def rescore(self, k: int, hidden: Tensor, logits: Tensor, before: Tensor) -> Tensor:
         """The logits [..., V] that drafts of depth ``k`` are chosen by, from the head's; arguments
         as of :meth:`Rescorer.forward`."""
         return logits if self.rescorer is None else self.rescorer(k, hidden, logits, before)
-
-    def first_token(self, k: int) -> int:
-        """The offset of the first token that depth ``k`` reads."""
-        return k
 
     @property
     def appended(self) -> int:
@@ -324,16 +239,9 @@ class MTPStack(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    @property
-    def max_draft_depth(self) -> int | None:
-        """The most tokens that decoding can draft per round; None for any number."""
-        return self.depth
-
-    @property
-    def is_recursive(self) -> bool:
-        """Whether a single module with a cache reads its own output, so that all its drafts can use
-        one cache."""
-        return self.cached_blocks > 0 and self.max_draft_depth is None
+    def draft_obstacle(self) -> str:
+        """Why the stack cannot draft, and the remedy, as a sentence; empty if it can."""
+        return "" if self.depth else NO_DRAFTS
 
     def require_drafts(self) -> None:
         """Refuse to draft with a stack that cannot.
@@ -341,8 +249,21 @@ class MTPStack(nn.Module, ABC):
         Raises:
             UserError: naming the reason.
         """
-        if self.max_draft_depth == 0:
-            raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
+        if reason := self.draft_obstacle():
+            raise UserError(reason)
+
+    @property
+    def max_draft_depth(self) -> int | None:
+        """The most tokens that decoding can draft per round; None for any number."""
+        if self.draft_obstacle():
+            return 0
+        return None if self.repeats else self.depth
+
+    @property
+    def is_recursive(self) -> bool:
+        """Whether a single module with a cache reads its own output, so that all its drafts can use
+        one cache."""
+        return self.cached_blocks > 0 and self.max_draft_depth is None
 
     # Initialization.
     def observe_training_text(self, data: Any) -> None:

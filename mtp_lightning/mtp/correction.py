@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.config import Detach
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, embedding
 from mtp_lightning.registry import imported

@@ -30,11 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.config import Detach
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.last_block import TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
@@ -276,6 +276,7 @@ class EagleMTP(Chain):
 
     config: EagleConfig
     one_cache: ClassVar[bool] = True
+    repeats = True
 
     def __init__(self, config: EagleConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
@@ -329,13 +330,11 @@ class EagleMTP(Chain):
         states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
         return states if self.config.detach == "none" else states.detach()
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
+    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         hidden, entries = at.hidden, list[Entry]()
         for k in self.with_prerequisites(active):
-            tokens = self.tokens_of(k, at.embedded_at(k), key)
-            hidden, entry = self.layer.step(hidden, tokens, self._moved(at.positions, k), entries)
+            positions = self._moved(at.positions, k)
+            hidden, entry = self.layer.step(hidden, self.tokens_of(k, at), positions, entries)
             entries.append(entry)
             if k in active:
                 yield k, self.head_input(hidden)
@@ -355,7 +354,3 @@ class EagleMTP(Chain):
 
     def head_input(self, hidden: Tensor) -> Tensor:
         return self.layer.norm(hidden)
-
-    @property
-    def max_draft_depth(self) -> int | None:
-        return None if self.depth else 0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import OneModuleConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -42,7 +42,6 @@ class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""
 
     config: JointConfig
-    reads_ahead = True
     cached_blocks = 0  # it attends only over the entries of one position
 
     def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:
@@ -53,9 +52,10 @@ class JointMTP(MTPStack):
             self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
             self.attention = trunk.attention.build(trunk, None)
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
+    def reads(self, k: int) -> range:
+        return range(k + 1)
+
+    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         if active:
             hidden_BTJC = self._read(at, max(active) + 1)
             for k in self.with_prerequisites(active):
@@ -79,6 +79,3 @@ class JointMTP(MTPStack):
             auxiliary=at.positions.auxiliary,
         )
         return branch_BT1C + self.attention(window, positions).view_as(tokens_BTJC)
-
-    def first_token(self, k: int) -> int:
-        return 0

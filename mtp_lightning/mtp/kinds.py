@@ -1,4 +1,4 @@
-"""The three kinds of stack, by what a depth reads.
+"""The kinds of stack, by what a depth reads.
 
 ======================  ==========================================  =======================
 kind                    depth k at position i reads                 variants
@@ -9,11 +9,12 @@ kind                    depth k at position i reads                 variants
                         true tokens up to i + k
 :class:`Targets`        nothing: it is the main prediction          parameter_free, none,
                                                                     teacherless
+:class:`TrainingOnly`   the branch point; it predicts no token and  top, bag, registers
+                        shapes the trunk in training alone
 ======================  ==========================================  =======================
 
-The others are of no kind. ``joint``, ``masked`` and ``linear`` with ``mtp.rank`` above 1 compute
-all depths in one pass; ``top``, ``bag`` and ``registers`` train the trunk without drafting
-(``summary.py``, ``training_only.py``).
+The others are of no kind: ``joint``, ``masked`` and ``linear`` with ``mtp.rank`` above 1 compute
+all depths in one pass.
 
 Shapes: B batch, T positions, C d_model, D depths.
 """
@@ -23,19 +24,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
+from mtp_lightning.mtp.config import Branch, Detach
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
-from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
+from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from mtp_lightning.mtp.correction import Correction
@@ -48,7 +50,9 @@ class Chain(MTPStack):
     """
 
     chained: ClassVar[bool] = True
-    reads_ahead = True
+
+    def reads(self, k: int) -> range:
+        return range(k, k + 1)
 
     @abstractmethod
     def step(
@@ -57,40 +61,14 @@ class Chain(MTPStack):
         """Hidden state [B, T, C] of depth ``k``, from that of depth ``k - 1`` (for depth 1, the
         branch) and from its token input."""
 
-    def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:
-        """The hidden state [B, T, C] that depth ``k`` starts from over whole windows.
-
-        Args:
-            k: the depth.
-            history: the branch, and the hidden states of the depths computed so far.
-            key: key of the random choices in training; None for no random choices.
-        """
-        return history[-1]
-
-    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
-        """The token input [B, T, C] of depth ``k``.
-
-        Args:
-            k: the depth.
-            embedded_BTC: embeddings of the true tokens ``k`` positions ahead.
-            key: key of the random choices in training; None for no random choices.
-        """
+    def tokens_of(self, k: int, at: BranchPoint) -> Tensor:
+        """The token input [B, T, C] of depth ``k``: by default the embeddings of the true tokens
+        ``k`` positions ahead."""
+        embedded_BTC = at.embedded_at(k)
         return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        history = [at.hidden]
-        for k in self.with_prerequisites(active):
-            previous = self.input_of(k, history, key)
-            tokens = self.tokens_of(k, at.embedded_at(k), key)
-            history.append(self.step(k, previous, tokens, at.positions))
-            if k in active:
-                yield k, history[-1]
-
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        tokens = self.tokens_of(k, at.embedded_at(k), None)
-        return self.step(k, previous_BTC, tokens, at.positions)
+        return self.step(k, previous_BTC, self.tokens_of(k, at), at.positions)
 
 
 class SideBySide(MTPStack):
@@ -117,12 +95,14 @@ class SideBySide(MTPStack):
         self.rescorer = rescorer
         self.depths = nn.ModuleList(heads)
         self.corrections = nn.ModuleList(corrections)
-        self.reads_ahead = len(corrections) > 0
 
     @abstractmethod
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
-        """The output of head ``k`` [B, T, C]. :meth:`states` and :meth:`depth_state` add the
-        correction, which gives the depth's hidden state."""
+        """The output of head ``k`` [B, T, C]. :meth:`depth_state` adds the correction, which gives
+        the depth's hidden state."""
+
+    def reads(self, k: int) -> range:
+        return range(1, k + 1) if self.corrections else super().reads(k)
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """The parameters of depth ``k``."""
@@ -143,25 +123,22 @@ class SideBySide(MTPStack):
             at = replace(at, embedded=at.embedded.detach())
         return hidden + self.corrections[k - 1](k, at)
 
-    def feed(self, inputs: FeedInputs) -> Feed:
+    def feed(
+        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+    ) -> Feed:
         # The variants here use the shared head; heads of yours with their own are trained together.
-        return HeadByHead(self, inputs) if self.own_head is None else super().feed(inputs)
+        if self.own_head is not None:
+            return super().feed(final_BTC, at, batch, depths)
+        return HeadByHead(self, final_BTC, at, depths)
 
-    def first_token(self, k: int) -> int:
-        return 1 if self.corrections else k
-
-    @property
-    def max_draft_depth(self) -> int | None:
-        return self.depth if self.config.stride == 1 else 0
-
-    def require_drafts(self) -> None:
-        if self.config.stride > 1:
-            raise UserError(
-                f"a model of mtp.stride={self.config.stride} predicts one token in "
-                f"{self.config.stride} and leaves those between out, so it cannot draft: "
-                "decode it without drafts, or train one with mtp.stride=1."
-            )
-        super().require_drafts()
+    def draft_obstacle(self) -> str:
+        if self.config.stride == 1:
+            return super().draft_obstacle()
+        return (
+            f"a model of mtp.stride={self.config.stride} predicts one token in "
+            f"{self.config.stride} and leaves those between out, so it cannot draft: "
+            "decode it without drafts, or train one with mtp.stride=1."
+        )
 
 
 class HeadByHead(Feed):
@@ -172,19 +149,21 @@ class HeadByHead(Feed):
     through the trunk. Peak memory holds the activations of the trunk and of one head, for any D.
     """
 
-    def __init__(self, stack: SideBySide, inputs: FeedInputs) -> None:
-        self.stack, self.key, self.at, self.depths = stack, inputs.key, inputs.at, inputs.depths
+    def __init__(
+        self, stack: SideBySide, final_BTC: Tensor, at: BranchPoint, depths: Sequence[int]
+    ) -> None:
+        self.stack, self.at, self.depths = stack, at, depths
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
-        self.common = [self.at.hidden]
-        if stack.reads_ahead and self.depths:
-            self.common.append(self.at.embedded)
-        used = [p for k in self.depths for p in stack.parameters_of(k)]
-        super().__init__([inputs.final_BTC, *self.common, *used])
+        self.common = {"hidden": at.hidden}
+        if stack.corrections and depths:
+            self.common["embedded"] = at.embedded
+        used = [p for k in depths for p in stack.parameters_of(k)]
+        super().__init__([final_BTC, *self.common.values(), *used])
 
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # A second forward pass of each head, which reports no router loads: input_gradients() does.
         silent = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
-        for state in self.stack.states(silent, self.depths, self.key):
+        for state in self.stack.states(silent, self.depths):
             yield [state]
 
     def input_gradients(
@@ -208,20 +187,15 @@ class HeadByHead(Feed):
         Returns:
             The gradients of the shared inputs, and those of the head's own parameters.
         """
-        own = self.stack.parameters_of(k)
-        outer = self.at.positions.auxiliary
-        reported = None if outer is None else AuxiliaryOutputs()
+        own, positions = self.stack.parameters_of(k), self.at.positions
+        reported = None if positions.auxiliary is None else AuxiliaryOutputs()
         with torch.set_grad_enabled(any(request.needs)):
-            leaves = [
-                tensor.detach().requires_grad_(wanted)
-                for tensor, wanted in zip(self.common, request.needs[1:], strict=False)
-            ]
-            at = replace(
-                self.at, hidden=leaves[0], positions=replace(self.at.positions, auxiliary=reported)
-            )
-            if len(leaves) > 1:
-                at = replace(at, embedded=leaves[1])
-            ((_, hidden),) = self.stack.states(at, [k], self.key)
+            needs = zip(self.common.items(), request.needs[1:], strict=False)
+            leaves: dict[str, Any] = {
+                name: tensor.detach().requires_grad_(wanted) for (name, tensor), wanted in needs
+            }
+            at = replace(self.at, **leaves, positions=replace(positions, auxiliary=reported))
+            ((_, hidden),) = self.stack.states(at, [k])
         prediction = Prediction(
             hidden,
             request.targets[k],
@@ -229,26 +203,24 @@ class HeadByHead(Feed):
             needs_gradient=hidden.requires_grad,
         )
         through_head([prediction])
-        auxiliary: list[Tensor] = []
-        if outer is not None and reported is not None:
-            auxiliary = reported.losses
-            outer.add(reported)  # detached: their backward pass is the one below
+        losses: list[Tensor] = []
+        if positions.auxiliary is not None and reported is not None:
+            losses = reported.losses
+            positions.auxiliary.add(reported)  # detached: their backward pass is the one below
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(own)
-        needing = [leaf for leaf in leaves if leaf.requires_grad]
         # The balance losses of the head's own experts share this backward pass.
-        grads = torch.autograd.grad(
-            [hidden, *auxiliary],
-            [*needing, *own],
-            [
-                prediction.gradient,
-                *(torch.full_like(loss, request.auxiliary) for loss in auxiliary),
-            ],
-            allow_unused=True,
+        of_losses = [torch.full_like(loss, request.auxiliary) for loss in losses]
+        gradients = iter(
+            torch.autograd.grad(
+                [hidden, *losses],
+                [*(leaf for leaf in leaves.values() if leaf.requires_grad), *own],
+                [prediction.gradient, *of_losses],
+                allow_unused=True,
+            )
         )
-        of_common = iter(grads)
-        d_common = [next(of_common) if leaf.requires_grad else None for leaf in leaves]
-        return d_common, list(grads[len(needing) :])
+        d_common = [next(gradients) if leaf.requires_grad else None for leaf in leaves.values()]
+        return d_common, list(gradients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,12 +246,47 @@ class OneModuleConfig(MTPConfig):
 class Targets(MTPStack):
     """A stack without modules: every depth is the main prediction, with a target further ahead."""
 
-    def feed(self, inputs: FeedInputs) -> Feed:
-        return OneState(inputs.final_BTC, inputs.depths)
+    def feed(
+        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+    ) -> Feed:
+        return OneState(final_BTC, depths)
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        return at.hidden
+    def draft_obstacle(self) -> str:
+        return NO_DRAFTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOnlyConfig(MTPConfig):
+    """The config of a stack whose single depth shapes the trunk in training and is not used after.
+
+    Attributes:
+        lookahead: how many tokens ahead of a position the stack looks, at most.
+    """
+
+    fixed_depth: ClassVar[int] = 1
+    predicts_tokens: ClassVar[bool] = False
+    # How far ahead the nearest token is that the stack looks at: 1 is the next one.
+    first_ahead: ClassVar[int] = 1
+
+    depth: int = 1
+    lookahead: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("mtp.lookahead", self.lookahead, least=self.first_ahead)
 
     @property
-    def max_draft_depth(self) -> int | None:
-        return 0
+    def places_ahead(self) -> int:
+        return self.lookahead
+
+
+class TrainingOnly(MTPStack):
+    """A stack that has nothing to draft with, and no agreement."""
+
+    config: TrainingOnlyConfig
+
+    def draft_obstacle(self) -> str:
+        return (
+            f"mtp={self.config.variant} shapes the trunk in training and has nothing to draft "
+            "with: decode it without drafts, or train another mtp variant."
+        )

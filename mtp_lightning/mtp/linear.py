@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.config import Branch
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
-from mtp_lightning.mtp.switches import Branch
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear

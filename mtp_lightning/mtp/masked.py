@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.nn.attention import KVSink, Positions
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
@@ -169,7 +170,6 @@ class MaskedMTP(MTPStack):
     """The mask tokens, the updates of the trunk's layers, and the sampler."""
 
     config: MaskedConfig
-    reads_ahead = True
     cached_blocks = 0  # the masks read the trunk's own cache
 
     def __init__(self, config: MaskedConfig, trunk: TrunkConfig) -> None:
@@ -199,7 +199,7 @@ class MaskedMTP(MTPStack):
             self.sampler.down.weight.zero_()
 
     def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         batch, seq_len, width = embedded_BTC.shape
         sees = positions.dense_mask()
@@ -243,6 +243,9 @@ class MaskedMTP(MTPStack):
         for block, updates in zip(trunk.blocks, self.updates, strict=True):
             found |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
         return found
+
+    def reads(self, k: int) -> range:
+        return range(k, k + 1)
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         z_BTC = at.hidden.chunk(self.depth, dim=-1)[k - 1]

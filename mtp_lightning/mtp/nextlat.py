@@ -54,6 +54,7 @@ class NextLatMTP(Chain):
 
     config: NextLatConfig
     cached_blocks = 0
+    repeats = True
 
     def __init__(self, config: NextLatConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
@@ -64,10 +65,6 @@ class NextLatMTP(Chain):
         for module in self.depths:
             assert isinstance(module, StateModel)
             module.last.weight.zero_()
-
-    @property
-    def max_draft_depth(self) -> int | None:
-        return None if self.depth else 0
 
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions

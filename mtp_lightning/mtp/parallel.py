@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.config import Branch, Init, InputNorm
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks
-from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
@@ -30,8 +29,8 @@ class ParameterFreeConfig(MTPConfig, variant="parameter_free"):
 class ParameterFreeMTP(Targets):
     """Every depth is the main prediction's hidden state."""
 
-    def require_drafts(self) -> None:
-        raise UserError(
+    def draft_obstacle(self) -> str:
+        return (
             "mtp=parameter_free trains the next token's own logits on further targets and has no "
             "module to draft with: decode it without drafts, or train another mtp variant."
         )

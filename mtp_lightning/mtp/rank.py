@@ -28,18 +28,18 @@ computed, A components (r), C d_model, V vocabulary, X width of a packed mixture
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
-from mtp_lightning.mtp.inputs import BranchPoint, FeedInputs, RandomKey
-from mtp_lightning.mtp.switches import Switches
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
@@ -67,7 +67,7 @@ def check_rank(config: MTPConfig) -> None:
         ("stride", "which reads the tokens between"),
         ("correction", "which lets the heads know the tokens before theirs in its own way"),
     ):
-        default = getattr(Switches, name, "none")
+        default = getattr(MTPConfig, name, "none")
         if getattr(config, name) != default:
             raise UserError(
                 f"mtp.{name}={_word(getattr(config, name))} has no meaning with {joined}, {why}: "
@@ -95,7 +95,6 @@ class JointLinearMTP(MTPStack):
 
     cached_blocks = 0
     chained: ClassVar[bool] = True
-    reads_ahead = True
 
     def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
@@ -128,14 +127,8 @@ class JointLinearMTP(MTPStack):
     def main_state(self, final_BTC: Tensor) -> Tensor:
         return pack(self.components(0, final_BTC), self.log_weights(final_BTC))
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        before = at.hidden
-        for k in self.with_prerequisites(active):
-            before = self.depth_state(k, at, before)
-            if k in active:
-                yield k, before
+    def reads(self, k: int) -> range:
+        return range(k, k + 1)
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         before_BTX = self.main_state(at.hidden) if k == 1 else previous_BTC
@@ -144,8 +137,10 @@ class JointLinearMTP(MTPStack):
         log_weights_BTA = (log_weights_BTA + log_p_BTA).log_softmax(-1)
         return pack(self.components(k, at.hidden), log_weights_BTA)
 
-    def feed(self, inputs: FeedInputs) -> Feed:
-        return JointFeed(self, inputs)
+    def feed(
+        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+    ) -> Feed:
+        return JointFeed(self, final_BTC, at, depths)
 
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
@@ -168,8 +163,10 @@ class JointFeed(Feed):
     """Trains all depths and components of a position, up to the deepest depth, as one
     prediction."""
 
-    def __init__(self, stack: JointLinearMTP, inputs: FeedInputs) -> None:
-        final_BTC, at, deepest = inputs.final_BTC, inputs.at, max(inputs.depths, default=0)
+    def __init__(
+        self, stack: JointLinearMTP, final_BTC: Tensor, at: BranchPoint, depths: Sequence[int]
+    ) -> None:
+        deepest = max(depths, default=0)
         parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]
         parts_MKAC = torch.stack(parts, dim=2).flatten(0, 1)
         super().__init__([parts_MKAC, stack.log_weights(final_BTC).flatten(0, 1)])

@@ -28,9 +28,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
-from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
+from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.kinds import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.init import parameter_seed
@@ -70,11 +71,9 @@ class Registers(TrainingOnly):
         # A matrix, so that it is initialized like an embedding.
         self.register = nn.Parameter(torch.empty(1, trunk.d_model))
 
-    def states(
-        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
+    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         # Without random choices (in validation) there are no registers.
-        return iter(()) if key is None else super().states(at, active, key)
+        return iter(()) if at.key is None else super().states(at, active)
 
     def offset(self, key: RandomKey) -> int:
         """d, the same for all windows of a step, on every rank."""
@@ -82,14 +81,14 @@ class Registers(TrainingOnly):
         generator = torch.Generator().manual_seed(seed)
         return int(torch.randint(1, self.config.lookahead + 1, (), generator=generator))
 
-    def target_depth(self, k: int, key: RandomKey | None = None) -> int:
+    def targets(self, k: int, batch: WindowBatch) -> Tensor:
         if k == 0:
-            return 0
-        assert key is not None, "registers exist only in training, where d is drawn"
-        return self.offset(key) - 1
+            return batch.targets(0)
+        assert batch.key is not None, "registers exist only in training, where d is drawn"
+        return batch.targets(self.offset(batch.key) - 1)
 
     def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         if key is None:
             output = trunk(embedded_BTC, positions)

@@ -8,7 +8,7 @@ Embedding and output head are the trunk's own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -16,16 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.mtp.config import Branch, Concat, Detach, Init, InputNorm
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks, fit_projection
-from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
@@ -148,7 +150,7 @@ class SequentialMTP(Chain):
 
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
-        self.cached_blocks = config.blocks
+        self.cached_blocks, self.repeats = config.blocks, config.n_modules == 1
         self.depths = nn.ModuleList(
             SequentialModule(config, trunk) for _ in range(config.n_modules)
         )
@@ -168,7 +170,7 @@ class SequentialMTP(Chain):
         hidden = text.at.hidden
         for k in range(1, len(self.depths) + 1):  # a shared module is fitted as depth 1
             module = self.module(k)
-            tokens = self.tokens_of(k, text.at.embedded_at(k), None)
+            tokens = self.tokens_of(k, text.at)
             if k - 1 in fresh:
                 copy_last_blocks(module.blocks, trunk)
                 x, y = text.wanted(k, module.joined(hidden, tokens))
@@ -176,23 +178,19 @@ class SequentialMTP(Chain):
             hidden = module(hidden, tokens, text.at.positions)
 
     @property
-    def max_draft_depth(self) -> int | None:
-        return None if len(self.depths) == 1 else self.depth
-
-    @property
     def reads_tokens(self) -> bool:
         return super().reads_tokens and self.config.reads_tokens
 
-    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
-        embedded_BTC = super().tokens_of(k, embedded_BTC, key)
+    def tokens_of(self, k: int, at: BranchPoint) -> Tensor:
+        embedded_BTC = super().tokens_of(k, at)
         p = self.config.token_dropout
-        if p == 0 or (p < 1 and key is None):
+        if p == 0 or (p < 1 and at.key is None):
             return embedded_BTC
         blank_BTC = self.blank.to(embedded_BTC.dtype).expand_as(embedded_BTC)
-        if key is None or p == 1:
+        if at.key is None or p == 1:
             return blank_BTC
         batch, seq_len, _ = embedded_BTC.shape
-        dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, key), embedded_BTC.device)
+        dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, at.key), embedded_BTC.device)
         return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
 
     def module(self, k: int) -> SequentialModule:
@@ -204,19 +202,31 @@ class SequentialMTP(Chain):
     ) -> Tensor:
         return self.module(k)(previous_BTC, embedded_BTC, positions)
 
-    def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:
-        newest = history[-1]
-        if key is None or not self.config.hidden_state_mixing or k == 1:
-            return newest
-        batch, seq_len, _ = newest.shape
-        back_BT = _sent(draw_states_back(k, batch, seq_len, key), newest.device)
-        mixed = newest
-        for back in range(1, k):
-            # Depth k - 1 at i has read the tokens up to i + k - 1, and so has the depth `back`
-            # levels shallower at i + back. Beyond the window's end, the newest state is used.
-            aligned = F.pad(history[k - 1 - back][:, back:], (0, 0, 0, min(back, seq_len)))
-            mixed = torch.where((back_BT == back).unsqueeze(-1), aligned, mixed)
-        return mixed
+    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        if at.key is None or not self.config.hidden_state_mixing:
+            yield from super().states(at, active)
+            return
+        history = [at.hidden]
+        for k in self.with_prerequisites(active):
+            history.append(self.depth_state(k, at, _mixed(k, history, at.key)))
+            if k in active:
+                yield k, history[-1]
+
+
+def _mixed(k: int, history: Sequence[Tensor], key: RandomKey) -> Tensor:
+    """The hidden state [B, T, C] that depth ``k`` reads with ``hidden_state_mixing``, from the
+    branch and the hidden states of the depths before it."""
+    mixed = newest = history[-1]
+    if k == 1:
+        return newest
+    batch, seq_len, _ = newest.shape
+    back_BT = _sent(draw_states_back(k, batch, seq_len, key), newest.device)
+    for back in range(1, k):
+        # Depth k - 1 at i has read the tokens up to i + k - 1, and so has the depth `back` levels
+        # shallower at i + back. Beyond the window's end, the newest state is used.
+        aligned = F.pad(history[k - 1 - back][:, back:], (0, 0, 0, min(back, seq_len)))
+        mixed = torch.where((back_BT == back).unsqueeze(-1), aligned, mixed)
+    return mixed
 
 
 def _sent(drawn: Tensor, device: torch.device) -> Tensor:
@@ -226,9 +236,16 @@ def _sent(drawn: Tensor, device: torch.device) -> Tensor:
     return drawn.to(device, non_blocking=True)
 
 
+def _generators(key: RandomKey, what: str, k: int, rows: int) -> list[torch.Generator]:
+    """A generator for each of the micro-batch's windows; ``what`` names the purpose, ``k`` the
+    depth that it is for."""
+    names = (f"{what}:{key.step}:{k}:{key.first_row + row}" for row in range(rows))
+    return [torch.Generator().manual_seed(parameter_seed(key.seed, name)) for name in names]
+
+
 def draw_dropped(k: int, p: float, batch: int, seq_len: int, key: RandomKey) -> Tensor:
     """Which positions of depth k read no token: bool [B, T] on the CPU."""
-    rows = key.generators("token_dropout", k, batch)
+    rows = _generators(key, "token_dropout", k, batch)
     return torch.stack([torch.rand(seq_len, generator=generator) for generator in rows]) < p
 
 
@@ -237,7 +254,7 @@ def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor
 
     Uniform in 0 .. k - 1, and 0 if the window holds no such state.
     """
-    rows = key.generators("hidden_state_mixing", k, batch)
+    rows = _generators(key, "hidden_state_mixing", k, batch)
     back_BT = torch.stack([torch.randint(0, k, (seq_len,), generator=g) for g in rows])
     exists_BT = torch.arange(seq_len) + back_BT < seq_len
     return back_BT.where(exists_BT, torch.zeros_like(back_BT))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.config import Detach
 from mtp_lightning.mtp.feed import OwnLoss
+from mtp_lightning.mtp.kinds import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.mtp.look_ahead import LookAhead
-from mtp_lightning.mtp.switches import Detach
-from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 

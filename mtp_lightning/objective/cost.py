@@ -22,14 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.balance.gradients import Scope, add_gradients, shared_parameters
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
+from mtp_lightning.objective.plan import PositionCounts, StepPlan
 from mtp_lightning.objective.stream import micro_batch_loss
-from mtp_lightning.objective.targets import PositionCounts
 
 
 class FlopCount(TorchDispatchMode):
@@ -168,20 +167,21 @@ class StepCost:
         self, seq_len: int, active: Sequence[int], main: bool, stored: bool, scope: Scope | None
     ) -> None:
         model = self.config.on_meta()
-        objective, key = self.objective.for_model(model), RandomKey(0, 0)
-        batch = window_on_meta(self.config, seq_len, stored=stored)
+        objective = self.objective.for_model(model)
+        batch = replace(window_on_meta(self.config, seq_len, stored=stored), key=RandomKey(0, 0))
         factors = [float(main), *(float(k in active) for k in range(1, model.depth + 1))]
         counts = PositionCounts([1] * len(factors), [1] * len(factors), 1)
-        loss, _ = micro_batch_loss(model, objective, batch, factors=factors, counts=counts, key=key)
+        plan = StepPlan(
+            base=factors, factors=factors, counts=counts, windows=1, micro_batches=[batch]
+        )
+        loss, _ = micro_batch_loss(model, objective, plan, batch)
         if loss.requires_grad:
             loss.backward()
         if scope is not None:
             shared = shared_parameters(model, scope)
             size = sum(p.numel() for p in shared)
             totals = {k: torch.empty(size, device="meta") for k in (0, *active)}
-            add_gradients(
-                model, objective, batch, counts=counts, parameters=shared, totals=totals, key=key
-            )
+            add_gradients(model, objective, plan, batch, shared, totals)
 
 
 @torch.no_grad()

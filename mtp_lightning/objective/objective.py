@@ -22,9 +22,9 @@ from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.inputs import RandomKey
+from mtp_lightning.objective.plan import PositionCounts, StepPlan
 from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
-from mtp_lightning.objective.targets import DepthTarget, PositionCounts, targets_of
+from mtp_lightning.objective.targets import DepthTarget, targets_of
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.settings import require_bool, require_whole
@@ -124,43 +124,29 @@ class Objective:
         return bound
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether any term compares with the main prediction."""
-        return any(term.needs_teacher for _, term in self.terms)
-
-    @property
     def measures(self) -> list[Measure]:
         """The measures that a prepass computes for the rules, each once."""
         found = {measure.name: measure for rule in self.rules for measure in rule.measures}
         return list(found.values())
 
-    def targets(
-        self,
-        stack: MTPStack,
-        batch: WindowBatch,
-        *,
-        factors: Sequence[float],
-        counts: PositionCounts,
-        key: RandomKey | None,
-    ) -> list[DepthTarget]:
+    def targets(self, stack: MTPStack, plan: StepPlan, batch: WindowBatch) -> list[DepthTarget]:
         """The main prediction's target, then those of every depth with a factor: one for each term
         that has a position in the step.
 
         Args:
             stack: the stack that is trained.
-            batch: a micro-batch.
-            factors: [D + 1], the factors of the losses.
-            counts: positions that count in the whole step.
-            key: key of the stack's random choices in training.
+            plan: the step's plan.
+            batch: one of its micro-batches.
         """
+        factors, counts = plan.factors, plan.counts
         main = factors[0] / counts.valid[0]
         found = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
-        for k in (k for k, factor in enumerate(factors) if k and factor):
+        for k in plan.active:
             for index, (weight, term) in enumerate(self.terms):
                 count = counts.of(k, term)
                 if not count:
                     continue
-                tokens_BT = self._kept(targets_of(term, stack, k, batch, key))
+                tokens_BT = self._kept(targets_of(term, stack, k, batch))
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
                 coefficient, stride = factors[k] * weight / count, batch.stride

@@ -1,9 +1,5 @@
 """One optimizer step on ``L = L_0 + sum_k lambda_k L_k`` (DeepSeek-V3, eq. 24-25).
 
-``L_k`` is the mean over the valid targets of depth k in the whole step, on all ranks and in all
-micro-batches. So a micro-batch divides its sums by the counts of the step, which are known before
-the first backward pass.
-
 The order of a step: progress -> lambdas -> *factors* of the losses, [D + 1] -> micro-batches
 forward and backward -> clipping -> balancing -> optimizer.
 """
@@ -18,13 +14,12 @@ from operator import call
 import torch
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
-from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
+from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import (
     TaskGradients,
     require_separable,
@@ -34,39 +29,10 @@ from mtp_lightning.objective.balance.gradients import (
 from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
+from mtp_lightning.objective.plan import StepPlan, step_counts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stream import micro_batch_loss
-from mtp_lightning.objective.targets import PositionCounts, step_counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """The plan of an optimizer step; the same on every rank, except for the micro-batches.
-
-    Attributes:
-        base: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
-        factors: [D + 1], the factors of the losses. A loss of factor 0 is not computed.
-        counts: positions that count in the whole step.
-        windows: number of windows in the whole step.
-        micro_batches: this rank's, each with the key of its random choices.
-    """
-
-    base: Sequence[float]
-    factors: Sequence[float]
-    counts: PositionCounts
-    windows: int
-    micro_batches: Sequence[tuple[WindowBatch, RandomKey]]
-
-    @property
-    def active(self) -> list[int]:
-        """The MTP depths that are computed."""
-        return depths_of(self.factors)
-
-    @property
-    def tasks(self) -> list[int]:
-        """The tasks whose losses are computed: the depths, and 0 if the main prediction's is."""
-        return tasks_of(self.factors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,23 +123,20 @@ class OptimizerStep:
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """Plan the step over this rank's ``batch``."""
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
-        counts = step_counts(self.model.mtp, batch, key=key, teachers=self.objective.needs_teacher)
+        batch = replace(batch, key=key)
+        counts = step_counts(self.model.mtp, batch)
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
         usable = [max((counts.of(k, t) for t in terms), default=counts.valid[k]) for k in depths]
         base = [1.0, *_zero_without_targets(self.schedule.lambdas(progress), usable)]
         main, *factors = self.balance.factors(base, progress)
-        micro_batches = []
-        for micro in batch.micro_batches(self.accumulate):
-            micro_batches.append((micro, key))
-            key = replace(key, first_row=key.first_row + len(micro))
         return StepPlan(
             base=base,
             factors=[main if self._computes_main else 0.0, *_zero_without_targets(factors, usable)],
             counts=counts,
             windows=len(batch) * world_size(),
-            micro_batches=micro_batches,
+            micro_batches=batch.micro_batches(self.accumulate),
         )
 
     def __call__(
@@ -256,10 +219,10 @@ class OptimizerStep:
         of this rank."""
         sums: list[Tensor] = []
         auxiliary = AuxiliaryOutputs()
-        for index, (micro, key) in enumerate(plan.micro_batches):
+        for index, micro in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
-                loss, micro_sums, reported = run(self.loss, plan, micro, key)
+                loss, micro_sums, reported = run(self.loss, plan, micro)
                 # A frozen trunk with all weights at 0 trains nothing.
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; here they must add up.
@@ -274,10 +237,7 @@ class OptimizerStep:
         if scope is None or not self.balance.measures_at(progress):
             return None
         group: dict[str, list[nn.Parameter]] = {scope: shared_parameters(self.model, scope)}
-        model, micro_batches = self.model, plan.micro_batches
-        return task_gradients(
-            model, self.objective, micro_batches, plan.active, counts=plan.counts, groups=group
-        )[scope]
+        return task_gradients(self.model, self.objective, plan, plan.active, group)[scope]
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
         """Clip the gradients; returns their norm to log."""
@@ -288,9 +248,7 @@ class OptimizerStep:
         norm = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
         return {"train/grad_norm": processes.tensors().whole(norm)}
 
-    def loss(
-        self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None = None
-    ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
+    def loss(self, plan: StepPlan, micro: WindowBatch) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
         """One micro-batch through :func:`micro_batch_loss`, and the layers' auxiliary outputs."""
         if plan.counts.valid[0] == 0:
             raise UserError(
@@ -298,20 +256,11 @@ class OptimizerStep:
                 "Use longer documents, or data.document_mask=false."
             )
         auxiliary = AuxiliaryOutputs()
-        total, sums_KP = micro_batch_loss(
-            self.model,
-            self.objective,
-            micro,
-            factors=plan.factors,
-            counts=plan.counts,
-            key=key,
-            auxiliary=auxiliary,
-            windows=plan.windows,
-        )
+        total, sums_KP = micro_batch_loss(self.model, self.objective, plan, micro, auxiliary)
         return total, sums_KP, auxiliary
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
-        batch, _ = plan.micro_batches[0]
+        batch = plan.micro_batches[0]
         main, stored = plan.factors[0] != 0, batch.states is not None
         scope = self.balance.scope if measured else None
         per_window = self.cost(batch.seq_len, plan.active, main=main, stored=stored, scope=scope)

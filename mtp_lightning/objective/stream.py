@@ -19,43 +19,36 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed, HeadWeight, LossRequest, Prediction
-from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.ops import compute_dtype
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.plan import StepPlan
 from mtp_lightning.objective.rules.base import Measure, Seen
-from mtp_lightning.objective.targets import DepthTarget, PositionCounts, by_depth, tokens_of
+from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
 from mtp_lightning.objective.through_head import through_head
 
 
 def feed_and_targets(
     model: MTPModel,
     objective: Objective,
+    plan: StepPlan,
     batch: WindowBatch,
-    *,
-    factors: Sequence[float],
-    counts: PositionCounts,
-    key: RandomKey | None,
     auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Feed, list[DepthTarget]]:
     """A micro-batch's pass through the trunk: the feed of its hidden states, and their targets
     before the rules. Arguments as in :func:`micro_batch_loss`."""
-    targets = objective.targets(model.mtp, batch, factors=factors, counts=counts, key=key)
+    targets = objective.targets(model.mtp, plan, batch)
     depths = [k for k in by_depth(targets) if k]
-    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary, key=key)
-    return model.mtp.feed(FeedInputs(final, at, batch, depths, key)), targets
+    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary)
+    return model.mtp.feed(final, at, batch, depths), targets
 
 
 def micro_batch_loss(
     model: MTPModel,
     objective: Objective,
+    plan: StepPlan,
     batch: WindowBatch,
-    *,
-    factors: Sequence[float],
-    counts: PositionCounts,
-    key: RandomKey | None,
     auxiliary: AuxiliaryOutputs | None = None,
-    windows: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """One micro-batch's part of what a step differentiates; the parts of all micro-batches and
     ranks add up to it. Also its summed losses by depth and term, [D + 1, P] fp64: 0 where not
@@ -66,14 +59,13 @@ def micro_batch_loss(
     gradients.
 
     Args:
-        model, objective: the model in training mode, and the objective bound to it.
-        batch, factors, counts, key: see :meth:`Objective.targets`.
+        model: in training mode.
+        objective: the objective, bound to the model.
+        plan: the step's plan.
+        batch: one of its micro-batches.
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
-        windows: number of windows in the whole step, which those losses are divided by.
     """
-    feed, targets = feed_and_targets(
-        model, objective, batch, factors=factors, counts=counts, key=key, auxiliary=auxiliary
-    )
+    feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
     seen = prepass(weight_VC, feed, targets, objective.measures)
     # Without values (meta device), rules have nothing to change targets by.
@@ -83,12 +75,12 @@ def micro_batch_loss(
         feed,
         settled,
         train_head=objective.train_head and model.config.mtp.detach != "all",
-        auxiliary=1 / windows,
+        auxiliary=1 / plan.windows,
         compiled=model.has_compiled_kernels,
     )
     for loss in () if auxiliary is None else auxiliary.losses:
         if loss.requires_grad:  # the losses of heads side by side are already backpropagated
-            total = total + 1 / windows * loss
+            total = total + 1 / plan.windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
     for target, own_sum in zip(settled, sums, strict=True):
         sums_KP[target.depth, target.index] = own_sum

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.inputs import RandomKey
-from mtp_lightning.objective.ranks import sum_over_ranks, world_size
 from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
 
 
@@ -122,82 +120,12 @@ def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
     return tokens
 
 
-@dataclass(frozen=True)
-class PositionCounts:
-    """Number of positions that count in an optimizer step, over all ranks.
-
-    Attributes:
-        valid: [D + 1], positions with a valid target.
-        taught: [D + 1], those of them that have a teacher; None if not needed.
-        every: all positions; None if not needed.
-    """
-
-    valid: list[int]
-    taught: list[int] | None = None
-    every: int | None = None
-
-    def of(self, k: int, term: Term) -> int:
-        """Number of positions of depth ``k`` that count for a term."""
-        if term.counts_padding:
-            assert self.every is not None
-            return self.every
-        if not term.needs_teacher:
-            return self.valid[k]
-        assert self.taught is not None
-        return self.taught[k]
-
-
-def step_counts(
-    stack: MTPStack, batch: WindowBatch, *, key: RandomKey | None = None, teachers: bool = False
-) -> PositionCounts:
-    """Count the positions of every depth that count in the whole step, over all ranks.
-
-    Args:
-        stack: the stack that is trained.
-        batch: this rank's batch; all ranks' have the same size.
-        key: key of the stack's random choices in training.
-        teachers: whether to count the positions with a teacher too.
-    """
-    every = len(batch) * batch.seq_len * world_size()
-    masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
-    masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
-    if all(mask is None for mask in masks):
-        # Known from the sizes, which are the same on all ranks.
-        windows, depths = len(batch) * world_size(), range(batch.depth + 1)
-        n_taught = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
-        valid = [windows * batch.seq_len for _ in depths]
-        return PositionCounts(valid, n_taught if teachers else None, every)
-    whole = torch.tensor(masked.batch_size * masked.seq_len, device=masked.device)
-    counts_K = torch.stack([whole if mask is None else mask.sum() for mask in masks])
-    taught = [count_taught(stack, masked, key=key)] if teachers else []
-    counts_NK = torch.stack([counts_K, *taught])
-    if world_size() > 1:  # ranks communicate through their devices
-        counts_NK = sum_over_ranks(counts_NK.to(batch.device))
-    found: list[list[int]] = counts_NK.tolist()
-    return PositionCounts(found[0], found[1] if teachers else None, every)
-
-
-def targets_of(
-    term: Term, stack: MTPStack, k: int, batch: WindowBatch, key: RandomKey | None = None
-) -> Tensor:
-    """``[B, T]`` targets of depth k for a term; -100 where it does not count."""
+def targets_of(term: Term, stack: MTPStack, k: int, batch: WindowBatch) -> Tensor:
+    """``[B, T]`` targets of depth k for a term; -100 where it does not count, such as at the last k
+    positions (s k with a stride of s) of a term whose teacher would lie beyond the window."""
+    targets_BT = stack.targets(k, batch)
     if term.needs_teacher:
-        return taught_targets(stack, k, batch, key)
-    targets_BT = stack.targets(k, batch, key)
+        targets_BT = targets_BT.clone()
+        targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
+        return targets_BT
     return targets_BT.clamp(min=0) if term.counts_padding else targets_BT
-
-
-def taught_targets(
-    stack: MTPStack, k: int, batch: WindowBatch, key: RandomKey | None = None
-) -> Tensor:
-    """``[B, T]`` targets of depth k that have a teacher: -100 also at the last k positions (s k
-    with a stride of s), whose teacher would lie beyond the window."""
-    targets_BT = stack.targets(k, batch, key).clone()
-    targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
-    return targets_BT
-
-
-def count_taught(stack: MTPStack, batch: WindowBatch, *, key: RandomKey | None = None) -> Tensor:
-    """``[D + 1]`` int64, the number of positions of every depth that count and have a teacher."""
-    targets = [taught_targets(stack, k, batch, key) for k in range(batch.depth + 1)]
-    return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])

@@ -15,13 +15,12 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.feed import Together
-from mtp_lightning.mtp.inputs import FeedInputs
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.parallel import ParallelConfig, ParallelMTP
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.objective.balance.base import depths_of
+from mtp_lightning.objective.plan import depths_of
 from mtp_lightning.objective.stream import stream_loss
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -202,6 +201,6 @@ def test_heads_with_a_matrix_of_their_own_train_it(tiny_trunk: TrunkConfig) -> N
     final, at = model.run_trunk(batch, [1, 2])
     targets = [DepthTarget(k, rows[k], 1.0, CrossEntropy()) for k in rows]
     targets = [DepthTarget(0, batch.targets(0), 0.0, CrossEntropy()), *targets]
-    feed = model.mtp.feed(FeedInputs(final, at, batch, [1, 2]))
+    feed = model.mtp.feed(final, at, batch, [1, 2])
     stream_loss(model.head.weight, feed, targets)[0].backward()
     torch.testing.assert_close(own.weight.grad, expected)

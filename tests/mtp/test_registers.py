@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mtp_lightning.mtp.inputs import RandomKey
+from data_modules.windows import RandomKey
 from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
@@ -50,10 +50,10 @@ def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: t
         plain = model(batch)
         assert list(plain) == [0]
         keys = keys_of_every_offset(model, 5)
-        states = [model(batch, key=keys[d]) for d in (1, 5)]
+        states = [model(replace(batch, key=keys[d])) for d in (1, 5)]
         with torch.no_grad():
             model.mtp.register.add_(3.0)
-        states.append(model(batch, key=keys[5]))
+        states.append(model(replace(batch, key=keys[5])))
         for state in states:
             if trunk == "experts":
                 torch.testing.assert_close(state[0], states[0][0], rtol=bound, atol=bound)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed
-from mtp_lightning.mtp.inputs import FeedInputs, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
@@ -46,11 +48,11 @@ def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None
     batch = windows(2, 12, 3)
     for k, hidden in plain(batch).items():
         assert torch.equal(hidden, mixing(batch)[k])
-    drawn = mixing(batch, key=RandomKey(seed=0, step=0))
+    drawn = mixing(replace(batch, key=RandomKey(seed=0, step=0)))
     assert torch.equal(drawn[0], plain(batch)[0]) and torch.equal(drawn[1], plain(batch)[1])
     assert not torch.allclose(drawn[2], plain(batch)[2])
     # A plain stack draws nothing.
-    assert torch.equal(plain(batch, key=RandomKey(seed=0, step=0))[3], plain(batch)[3])
+    assert torch.equal(plain(replace(batch, key=RandomKey(seed=0, step=0)))[3], plain(batch)[3])
 
 
 def test_every_step_and_micro_batch_draws_anew(
@@ -60,10 +62,16 @@ def test_every_step_and_micro_batch_draws_anew(
 
     feed = SequentialMTP.feed
 
-    def recorded(stack: SequentialMTP, inputs: FeedInputs) -> Feed:
-        if not inputs.final_BTC.is_meta:  # a step there is counted, not trained
-            keys.append(inputs.key)
-        return feed(stack, inputs)
+    def recorded(
+        stack: SequentialMTP,
+        final_BTC: Tensor,
+        at: BranchPoint,
+        batch: WindowBatch,
+        depths: Sequence[int],
+    ) -> Feed:
+        if not final_BTC.is_meta:  # a step there is counted, not trained
+            keys.append(at.key)
+        return feed(stack, final_BTC, at, batch, depths)
 
     monkeypatch.setattr(SequentialMTP, "feed", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}
@@ -107,11 +115,11 @@ def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkCo
     plain.load_state_dict(state)
     for k, hidden in plain(batch).items():
         assert torch.equal(hidden, as_used[k])
-    in_training = model(batch, key=KEY)
+    in_training = model(replace(batch, key=KEY))
     assert torch.equal(in_training[0], as_used[0])
     assert not torch.equal(in_training[1], as_used[1])
     # In any micro-batch and on any rank.
-    half = model(WindowBatch(batch.tokens[2:], 2), key=replace(KEY, first_row=2))
+    half = model(WindowBatch(batch.tokens[2:], 2, key=replace(KEY, first_row=2)))
     for k in (1, 2):
         torch.testing.assert_close(half[k], in_training[k][2:])
 
@@ -126,7 +134,7 @@ def test_at_one_modules_are_blind_to_tokens(tiny_trunk: TrunkConfig) -> None:
     after = model(WindowBatch(tokens, 3))
     for k in range(4):
         assert torch.equal(before[k], after[k])
-    blank = model(batch, key=KEY)
+    blank = model(replace(batch, key=KEY))
     assert all(torch.equal(before[k], blank[k]) for k in range(4))
 
 

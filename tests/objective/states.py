@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import default_layers
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.sequential import draw_dropped, draw_states_back
 from tests.reference import rms_norm
 

@@ -11,18 +11,18 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
+from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.own_loss import own_values
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.correction import CORRECTIONS
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
@@ -132,7 +132,8 @@ def check(case: Case) -> str | None:
     # If no position of a depth has a teacher, a step computes less than it counts.
     if counted is not None and all(want.taught[k].any() for k in result.plan.active):
         assert result.flops == counted.total
-    for k, hidden in model(batch, result.plan.active, key=RandomKey(step.seed, now)).items():
+    keyed = replace(batch, key=RandomKey(step.seed, now))
+    for k, hidden in model(keyed, result.plan.active).items():
         if k in want.log_q:
             log_q = torch.log_softmax(model.head_of(k)(hidden), -1)
             torch.testing.assert_close(log_q, want.log_q[k], rtol=1e-9, atol=1e-9)

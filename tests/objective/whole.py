@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp import selector
-from mtp_lightning.mtp.inputs import RandomKey
 from tests.mtp.summaries import nearest
 from tests.objective.states import Forward, said
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.objective.balance.gradients import Scope, TaskGradients, require_trunk_gradients
+from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import require_whole
 
@@ -141,16 +142,6 @@ class NoBalance(Balance):
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         return list(base)
-
-
-def tasks_of(factors: Sequence[float]) -> list[int]:
-    """The tasks whose factor is not 0."""
-    return [k for k, factor in enumerate(factors) if factor != 0.0]
-
-
-def depths_of(factors: Sequence[float]) -> list[int]:
-    """The MTP depths (1 .. D) among them."""
-    return [k for k in tasks_of(factors) if k]
 
 
 def multiplied(base: Sequence[float], weights: Tensor) -> list[float]:

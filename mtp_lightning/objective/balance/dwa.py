@@ -16,13 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.objective.balance.base import (
-    Balance,
-    Observed,
-    multiplied,
-    softmax_weights,
-    tasks_of,
-)
+from mtp_lightning.objective.balance.base import Balance, Observed, multiplied, softmax_weights
+from mtp_lightning.objective.plan import tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import require_number, require_whole
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -23,11 +23,11 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.feed import HeadWeight
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.plan import StepPlan
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.stream import feed_and_targets
-from mtp_lightning.objective.targets import PositionCounts, by_depth
+from mtp_lightning.objective.targets import by_depth
 from mtp_lightning.objective.through_head import through_head
 
 Scope = Literal["trunk", "last_block"]
@@ -143,10 +143,8 @@ def require_separable(objective: Objective, *, what: str) -> None:
 def task_gradients(
     model: MTPModel,
     objective: Objective,
-    micro_batches: Sequence[tuple[WindowBatch, RandomKey]],
+    plan: StepPlan,
     depths: Sequence[int],
-    *,
-    counts: PositionCounts,
     groups: Mapping[str, list[nn.Parameter]],
 ) -> dict[str, TaskGradients]:
     """``g_k`` of the main prediction and of ``depths``, over all micro-batches and ranks.
@@ -159,9 +157,8 @@ def task_gradients(
     Args:
         model: the model.
         objective: the objective of the depths.
-        micro_batches: this rank's part of the step, with the keys of the training pass.
+        plan: the step's plan.
         depths: MTP depths to measure.
-        counts: positions that count in the whole step.
         groups: groups of parameters, by any name. For a tied embedding only the gradient of the
             input side is included.
 
@@ -174,10 +171,8 @@ def task_gradients(
     size = sum(p.numel() for p in parameters)
     total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
     totals = dict(zip(tasks, total_KP, strict=True))
-    for micro, key in micro_batches:
-        add_gradients(
-            model, objective, micro, counts=counts, parameters=parameters, totals=totals, key=key
-        )
+    for micro in plan.micro_batches:
+        add_gradients(model, objective, plan, micro, parameters, totals)
     total_KP = sum_over_ranks(total_KP)
     sizes = [sum(p.numel() for p in group) for group in groups.values()]
     return {
@@ -204,21 +199,17 @@ def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]
 def add_gradients(
     model: MTPModel,
     objective: Objective,
+    plan: StepPlan,
     batch: WindowBatch,
-    *,
-    counts: PositionCounts,
     parameters: list[nn.Parameter],
     totals: Mapping[int, Tensor],
-    key: RandomKey,
 ) -> None:
     """Add one micro-batch's part of every task's gradient to ``totals``, task -> flat [P]; other
     arguments as in :func:`task_gradients`."""
     shared = HeadWeight(model.head.weight)
+    plan = replace(plan, factors=[float(k in totals) for k in range(model.depth + 1)])
     with torch.enable_grad(), _only(model, parameters):
-        factors = [float(k in totals) for k in range(model.depth + 1)]
-        feed, targets = feed_and_targets(
-            model, objective, batch, factors=factors, counts=counts, key=key
-        )
+        feed, targets = feed_and_targets(model, objective, plan, batch)
         of_task = by_depth(objective.settle(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from mtp_lightning.nn.init import parameter_seed
-from mtp_lightning.objective.balance.base import Balance, multiplied, softmax_weights, tasks_of
+from mtp_lightning.objective.balance.base import Balance, multiplied, softmax_weights
+from mtp_lightning.objective.plan import tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 
 

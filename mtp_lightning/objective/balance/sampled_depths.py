@@ -22,8 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
+from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.random_weights import stream
+from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import is_number, require
 

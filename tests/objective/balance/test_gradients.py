@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
+from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -31,10 +31,10 @@ from mtp_lightning.objective.balance.gradients import (
 from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.cost import StepCost, counted_flops
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
+from mtp_lightning.objective.plan import PositionCounts, StepPlan, step_counts
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.objective.targets import PositionCounts, count_taught
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.losses import mtp_loss, reported_loss, step_of
 from tests.models import build, windows
@@ -43,12 +43,26 @@ from tests.mtp.summaries import ahead_windows
 KEY = RandomKey(seed=7, step=3)
 
 
-def keyed(micro_batches: list[WindowBatch]) -> list[tuple[WindowBatch, RandomKey]]:
-    """A step's micro-batches with their keys, as in training."""
+def plan_of(
+    micro_batches: list[WindowBatch], counts: PositionCounts | Sequence[int] | None = None
+) -> StepPlan:
+    """A step over some micro-batches, with the keys of their random choices as in training."""
+    if counts is None:
+        counts = sum(micro.counts() for micro in micro_batches).tolist()
+    if not isinstance(counts, PositionCounts):
+        counts = PositionCounts(counts)
+    factors = [1.0] * len(counts.valid)
     rows = [sum(map(len, micro_batches[:i])) for i in range(len(micro_batches))]
-    return [
-        (micro, replace(KEY, first_row=row)) for micro, row in zip(micro_batches, rows, strict=True)
-    ]
+    return StepPlan(
+        base=factors,
+        factors=factors,
+        counts=counts,
+        windows=sum(map(len, micro_batches)),
+        micro_batches=[
+            replace(micro, key=replace(KEY, first_row=row))
+            for micro, row in zip(micro_batches, rows, strict=True)
+        ],
+    )
 
 
 EXPERTS = ExpertsConfig(n_routed=4, n_shared=1, top_k=2, d_expert=16, sequence_loss=0.5)
@@ -81,7 +95,7 @@ def masked() -> WindowBatch:
 def brute_force(
     model: MTPModel, batch: WindowBatch, k: int, parameters: list[nn.Parameter]
 ) -> list[Tensor]:
-    hidden = model(batch, key=KEY)[k]
+    hidden = model(replace(batch, key=KEY))[k]
     logits = (hidden @ model.head.weight.detach().T).flatten(0, 1)
     loss = F.cross_entropy(logits, batch.targets(k).flatten(), ignore_index=-100)
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
@@ -95,14 +109,8 @@ def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) 
         "last_block": shared_parameters(model, "last_block"),
         "embedding": [model.trunk.embedding.weight],
     }
-    found = task_gradients(
-        model,
-        CROSS_ENTROPY,
-        keyed(batch.micro_batches(3)),
-        [1, 3],
-        counts=PositionCounts(batch.counts().tolist()),
-        groups=groups,
-    )
+    plan = plan_of(batch.micro_batches(3), batch.counts().tolist())
+    found = task_gradients(model, CROSS_ENTROPY, plan, [1, 3], groups)
     for group, parameters in groups.items():
         assert list(found[group].vectors) == [0, 1, 3]
         for k, vector in found[group].vectors.items():
@@ -127,10 +135,7 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
     counted = [load.clone() for load in loads]
     state = torch.get_rng_state()
     group = {"trunk": shared_parameters(model, "trunk")}
-    counted_positions = PositionCounts(counts)
-    task_gradients(
-        model, CROSS_ENTROPY, [(batch, KEY)], [1, 2, 3], counts=counted_positions, groups=group
-    )
+    task_gradients(model, CROSS_ENTROPY, plan_of([batch], counts), [1, 2, 3], group)
     assert torch.equal(state, torch.get_rng_state())
     for n, p in model.named_parameters():
         assert (p.grad is None) == (n not in before)
@@ -145,13 +150,10 @@ def test_what_depths_learn_of_their_confidence_is_measured(
     model = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=True)).double()
     batch, weights = windows(4, 10, 3), [0.3, 0.2, 0.1]
     step = step_of(model, Objective(term=CrossEntropy(), confidence=True))
-    counts = PositionCounts(batch.counts().tolist(), count_taught(model.mtp, batch).tolist())
+    counts = step_counts(model.mtp, batch)
     mtp_loss(model, batch, weights, counts.valid, term=step.objective)[0].backward()
     group = {"": shared_parameters(model, "trunk")}
-    micro_batches = [(batch, KEY)]
-    found = task_gradients(
-        model, step.objective, micro_batches, [1, 2, 3], counts=counts, groups=group
-    )[""]
+    found = task_gradients(model, step.objective, plan_of([batch], counts), [1, 2, 3], group)[""]
     for k, factor in enumerate([1.0, *weights]):
         found.subtract(k, factor)
     assert all(p.grad is not None and p.grad.abs().max() < 1e-7 for p in found.parameters)
@@ -228,14 +230,11 @@ def test_flops_are_those_of_pytorchs_operators(
         batch = masked()
         batch = WindowBatch(batch.tokens, batch.depth)
         group = {"": shared_parameters(model, scope)}
-        counts = PositionCounts(batch.counts().tolist())
         objective = CROSS_ENTROPY.for_model(model)
         cost = StepCost(model.config)
         for active in ([1, 2, 3], [2]) if trunk is experts else ([1, 3],):
             with counted_flops() as counted:
-                task_gradients(
-                    model, objective, [(batch, KEY)], active, counts=counts, groups=group
-                )
+                task_gradients(model, objective, plan_of([batch]), active, group)
             expected = cost(batch.seq_len, active, scope=scope) - cost(batch.seq_len, active)
             assert counted.total == len(batch) * expected
 
@@ -259,16 +258,10 @@ def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, n
     begin = Progress(step=0, max_steps=10, tokens=0)
     plan = step.plan(batch, begin)
     parameters = list(model.trunk.blocks.parameters())
-    (measured,) = task_gradients(
-        model,
-        step.objective,
-        plan.micro_batches,
-        [1],
-        counts=plan.counts,
-        groups={"trunk": parameters},
-    ).values()
-    for micro, key in plan.micro_batches:
-        loss, _, _ = step.loss(plan, micro, key)
+    groups = {"trunk": parameters}
+    (measured,) = task_gradients(model, step.objective, plan, [1], groups).values()
+    for micro in plan.micro_batches:
+        loss, _, _ = step.loss(plan, micro)
         loss.backward()
     found = torch.cat([p.grad.flatten() for p in parameters])
     expected = measured.vectors[0] + 0.3 * measured.vectors[1]
