@@ -12,7 +12,7 @@ document frequencies, ``w_v = ln((1 + N) / (1 + n_v)) + 1`` for an id that occur
 training documents (the smoothed form, which is never 0, and is 1 for a corpus of one document), or
 all 1.
 
-See ``look_ahead.py`` for documents, tasks and the window's end. A position whose bag is empty does
+See ``summary.py`` for documents, tasks and the window's end. A position whose bag is empty does
 not count.
 """
 
@@ -93,11 +93,11 @@ class BagMTP(Summary):
         """
         self.weights_V.copy_(((1 + documents) / (1 + holding_V.double())).log() + 1)
 
-    def own_loss(self, k: int, batch: WindowBatch) -> Presence:
-        return Presence(self, batch)
+    def own_loss(self, k: int, batch: WindowBatch) -> PresenceLoss:
+        return PresenceLoss(self, batch)
 
 
-class Presence(SummaryLoss):
+class PresenceLoss(SummaryLoss):
     """``-sum_v w_v [a_v log sigmoid(z_v) + (1 - a_v) log(1 - sigmoid(z_v))]``."""
 
     head: BagMTP

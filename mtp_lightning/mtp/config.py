@@ -153,3 +153,17 @@ class MTPConfig(Registered, ABC, family="mtp"):
     @abstractmethod
     def build(self, trunk: TrunkConfig) -> MTPStack:
         """The stack, with its weights not yet initialized."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulesConfig(MTPConfig):
+    """Switches of stacks whose modules can be trained alone.
+
+    Attributes:
+        detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
+            depth; ``all`` also at the shared embedding and head, where depths use them.
+        freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
+    """
+
+    detach: Detach = "none"
+    freeze_trunk: bool = False

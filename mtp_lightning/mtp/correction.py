@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.config import Detach
+from mtp_lightning.mtp.config import ModulesConfig
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.config import TrunkConfig
@@ -46,13 +45,10 @@ CORRECTIONS: dict[str, tuple[str, int | None]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideBySideConfig(MTPConfig):
+class SideBySideConfig(ModulesConfig):
     """Switches of heads side by side.
 
     Attributes:
-        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head and, for heads with a correction, at the embedding.
-        freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
         correction: ``mlp`` adds an MLP of the branch and the tokens since (Hydra); ``markov`` adds
             a table lookup of the last token, of rank ``correction_rank``; ``selector`` chooses
             drafts among a depth's 16 likeliest tokens by the last token (DFlash 2).
@@ -63,8 +59,6 @@ class SideBySideConfig(MTPConfig):
             the same. Drafting needs a stride of 1.
     """
 
-    detach: Detach = "none"
-    freeze_trunk: bool = False
     correction: str = "none"
     correction_rank: int | None = None
     stride: int = 1

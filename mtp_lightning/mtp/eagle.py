@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.config import Detach
+from mtp_lightning.mtp.config import ModulesConfig
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.last_block import TrunkText
@@ -51,7 +50,7 @@ Entry = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EagleConfig(MTPConfig, variant="eagle"):
+class EagleConfig(ModulesConfig, variant="eagle"):
     """Switches of the drafting layer.
 
     Attributes:
@@ -60,8 +59,6 @@ class EagleConfig(MTPConfig, variant="eagle"):
             :func:`default_layers`.
         draft_vocab: rows of the layer's own output head, for the tokens that are the most frequent
             in the training text; None is all tokens.
-        detach: ``trunk`` stops the gradients at the trunk's states; ``all`` also at the embedding.
-        freeze_trunk: embedding, trunk and head keep their weights, as in the paper.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("layers", "draft_vocab")
@@ -71,8 +68,6 @@ class EagleConfig(MTPConfig, variant="eagle"):
 
     layers: tuple[int, int, int] | None = None
     draft_vocab: int | None = None
-    detach: Detach = "none"
-    freeze_trunk: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,15 +32,8 @@ from mtp_lightning.nn.ops import weight_gradient
 
 
 class LossTarget(Protocol):
-    """A target at the R positions of one chunk, for a loss that the stack computes.
-
-    Attributes:
-        depth: k.
-        coefficient: factor of the summed loss.
-        tokens_R: target ids; arbitrary at positions that do not count.
-        counts_R: weight of every position; 0 if it does not count.
-        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability.
-    """
+    """A target at the R positions of one chunk, as a loss that the stack computes sees it
+    (``ChunkTarget`` of ``objective/targets.py``)."""
 
     depth: int
     coefficient: float

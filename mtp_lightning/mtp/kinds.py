@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
-from mtp_lightning.mtp.config import Branch, Detach
+from mtp_lightning.mtp.config import Branch, ModulesConfig
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.rescoring import Rescorer
@@ -224,23 +224,18 @@ class HeadByHead(Feed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneModuleConfig(MTPConfig):
+class OneModuleConfig(ModulesConfig):
     """Switches of a single module for all depths (``nextlat``, ``joint``).
 
     It has no norm before the shared head, so it always reads a state after the trunk's final norm.
 
     Attributes:
         branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
-        detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
-            depth; ``all`` also at the shared embedding and head.
-        freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch",)
 
     branch: Branch = "final"
-    detach: Detach = "none"
-    freeze_trunk: bool = False
 
 
 class Targets(MTPStack):

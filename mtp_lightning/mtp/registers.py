@@ -34,7 +34,7 @@ from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.init import parameter_seed
+from mtp_lightning.nn.init import generator
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
@@ -77,9 +77,8 @@ class Registers(TrainingOnly):
 
     def offset(self, key: RandomKey) -> int:
         """d, the same for all windows of a step, on every rank."""
-        seed = parameter_seed(key.seed, f"registers:{key.step}")
-        generator = torch.Generator().manual_seed(seed)
-        return int(torch.randint(1, self.config.lookahead + 1, (), generator=generator))
+        drawn = generator(key.seed, f"registers:{key.step}")
+        return int(torch.randint(1, self.config.lookahead + 1, (), generator=drawn))
 
     def targets(self, k: int, batch: WindowBatch) -> Tensor:
         if k == 0:

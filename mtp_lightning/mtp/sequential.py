@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.config import Branch, Concat, Detach, Init, InputNorm
+from mtp_lightning.mtp.config import Branch, Concat, Init, InputNorm, ModulesConfig
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks, fit_projection
@@ -27,7 +26,7 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
-from mtp_lightning.nn.init import parameter_seed
+from mtp_lightning.nn.init import generator
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
@@ -35,7 +34,7 @@ from mtp_lightning.settings import require_number, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequentialConfig(MTPConfig, variant="sequential"):
+class SequentialConfig(ModulesConfig, variant="sequential"):
     """Switches of the sequential stack; where systems differ, the default is DeepSeek-V3's.
 
     Attributes:
@@ -45,8 +44,6 @@ class SequentialConfig(MTPConfig, variant="sequential"):
             transformers, vLLM), ``pre`` the state before it (torchtitan, MaxText).
         concat: order of the two halves of ``eh_proj``'s input. ``embedding_first`` is that of the
             released weights, ``hidden_first`` that of the report's equation (and MiMo).
-        detach: ``trunk`` stops the depths' gradients at the trunk's hidden state, once, before
-            the first depth; ``all`` also at the shared embedding and head.
         share_layers: one module is applied D times (FastMTP; Megatron mtp_use_repeated_layer).
         blocks: blocks of a module, one after another. DeepSeek's modules have one, and so have all
             layouts of other programs.
@@ -57,7 +54,6 @@ class SequentialConfig(MTPConfig, variant="sequential"):
             replaces the token's embedding. At 0 the modules are DeepSeek's; at 1 they never see a
             token, like heads side by side: a continuum between the two families (this project's
             own).
-        freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
         init: initialization of modules that ``init_from`` does not provide. ``random`` draws a
             module at random and copies the trunk's final norm; ``last_block`` also copies the
             trunk's last block and fits the projection before it to some text (``last_block.py``).
@@ -68,12 +64,10 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     branch: Branch = "final"
     input_norm: InputNorm = "post"
     concat: Concat = "embedding_first"
-    detach: Detach = "none"
     share_layers: bool = False
     blocks: int = 1
     hidden_state_mixing: bool = False
     token_dropout: float = 0.0
-    freeze_trunk: bool = False
     init: Init = "random"
 
     def __post_init__(self) -> None:
@@ -240,13 +234,13 @@ def _generators(key: RandomKey, what: str, k: int, rows: int) -> list[torch.Gene
     """A generator for each of the micro-batch's windows; ``what`` names the purpose, ``k`` the
     depth that it is for."""
     names = (f"{what}:{key.step}:{k}:{key.first_row + row}" for row in range(rows))
-    return [torch.Generator().manual_seed(parameter_seed(key.seed, name)) for name in names]
+    return [generator(key.seed, name) for name in names]
 
 
 def draw_dropped(k: int, p: float, batch: int, seq_len: int, key: RandomKey) -> Tensor:
     """Which positions of depth k read no token: bool [B, T] on the CPU."""
     rows = _generators(key, "token_dropout", k, batch)
-    return torch.stack([torch.rand(seq_len, generator=generator) for generator in rows]) < p
+    return torch.stack([torch.rand(seq_len, generator=row) for row in rows]) < p
 
 
 def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor:
@@ -255,6 +249,6 @@ def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor
     Uniform in 0 .. k - 1, and 0 if the window holds no such state.
     """
     rows = _generators(key, "hidden_state_mixing", k, batch)
-    back_BT = torch.stack([torch.randint(0, k, (seq_len,), generator=g) for g in rows])
+    back_BT = torch.stack([torch.randint(0, k, (seq_len,), generator=row) for row in rows])
     exists_BT = torch.arange(seq_len) + back_BT < seq_len
     return back_BT.where(exists_BT, torch.zeros_like(back_BT))

@@ -12,7 +12,7 @@ same softmax, with tau = 1: mass 0.63, 0.23, 0.09, .. on the next tokens, if the
 about a hundred tokens that is 0 in float32.) Scores are computed in float32, since float16 does not
 distinguish distances beyond 2,048.
 
-See ``look_ahead.py`` for documents, tasks and the window's end. Windows hold the W tokens ahead of
+See ``summary.py`` for documents, tasks and the window's end. Windows hold the W tokens ahead of
 every position, but at most T + 1 tokens beyond the last one; with a larger W, positions see up to
 the window's end. A position without any token that counts does not count.
 """
@@ -58,11 +58,11 @@ class TopMTP(Summary):
 
     config: TopConfig
 
-    def own_loss(self, k: int, batch: WindowBatch) -> Order:
-        return Order(self, batch)
+    def own_loss(self, k: int, batch: WindowBatch) -> OrderLoss:
+        return OrderLoss(self, batch)
 
 
-class Order(SummaryLoss):
+class OrderLoss(SummaryLoss):
     """ListNet's loss with the distances' softmax: ``-sum_v softmax(-d / tau)_v log
     softmax(logits)_v``."""
 

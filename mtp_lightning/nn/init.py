@@ -22,6 +22,11 @@ def parameter_seed(seed: int, name: str) -> int:
     return (int.from_bytes(digest[:8], "little") >> 1) % 2**32
 
 
+def generator(seed: int, name: str) -> torch.Generator:
+    """A stream of random numbers by a run's seed and a name, so that no random state is stored."""
+    return torch.Generator().manual_seed(parameter_seed(seed, name))
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, *, std: float, seed: int) -> None:
     """Matrices from N(0, std^2), gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
@@ -39,9 +44,8 @@ def initialize(model: nn.Module, *, std: float, seed: int) -> None:
         if parameter.dim() < 2:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
-        drawn.normal_(0.0, std, generator=generator)
+        drawn.normal_(0.0, std, generator=generator(seed, name))
         # For sharded parameters, every rank draws the full tensor and keeps its shard.
         parameter.copy_(processes.tensors().own_part(drawn, parameter))
 

@@ -23,7 +23,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.objective.plan import PositionCounts, StepPlan
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen, chosen
+from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen, chosen
 from mtp_lightning.objective.targets import DepthTarget, targets_of
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -124,7 +124,7 @@ class Objective:
         return bound
 
     @property
-    def measures(self) -> list[Measure]:
+    def measures(self) -> list[PositionMeasure]:
         """The measures that a prepass computes for the rules, each once."""
         found = {measure.name: measure for rule in self.rules for measure in rule.measures}
         return list(found.values())

@@ -23,7 +23,7 @@ from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.ops import compute_dtype
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.plan import StepPlan
-from mtp_lightning.objective.rules.base import Measure, Seen
+from mtp_lightning.objective.rules.base import PositionMeasure, Seen
 from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
 from mtp_lightning.objective.through_head import through_head
 
@@ -89,7 +89,10 @@ def micro_batch_loss(
 
 @torch.no_grad()
 def prepass(
-    weight_VC: Tensor, feed: Feed, targets: Sequence[DepthTarget], measures: Collection[Measure]
+    weight_VC: Tensor,
+    feed: Feed,
+    targets: Sequence[DepthTarget],
+    measures: Collection[PositionMeasure],
 ) -> Seen:
     """Compute the rules' measures of all hidden states before any of them learns.
 

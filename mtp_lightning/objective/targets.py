@@ -63,22 +63,26 @@ class ChunkTarget:
         rows: the chunk's rows.
 
     Attributes:
+        depth: k.
+        coefficient: factor of the summed loss.
+        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability.
         tokens_R: target ids; 0 at positions that do not count.
         valid_R: bool, which positions have a target.
         counts_R: mask times weights.
+        teacher: that of the positions, once known.
     """
 
     def __init__(self, target: DepthTarget, rows: slice | Tensor) -> None:
-        tokens_R = target.tokens.reshape(-1)[rows]
         self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
         self.of_token = target.term.of_token
+        tokens_R = target.tokens.reshape(-1)[rows]
         self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
-        self.counts_R = self.valid_R
-        if target.weights is not None:
-            self.counts_R = target.weights.reshape(-1)[rows] * self.valid_R
+        weights_R, self._values_R, self._before_R = (
+            None if field is None else field.reshape(-1)[rows]
+            for field in (target.weights, target.values, target.before)
+        )
+        self.counts_R = self.valid_R if weights_R is None else weights_R * self.valid_R
         self.teacher: Teacher | None = None
-        self._values_R = None if target.values is None else target.values.reshape(-1)[rows]
-        self._before_R = None if target.before is None else target.before.reshape(-1)[rows]
         self._record, self._rows, self._total = target.record, rows, target.total
 
     def scale_R1(self, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.bag import BagConfig
-from mtp_lightning.mtp.look_ahead import LookAhead
+from mtp_lightning.mtp.summary import LookAhead
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.mtp.summaries import ahead_windows, nearest

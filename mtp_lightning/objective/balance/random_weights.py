@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mtp_lightning.nn.init import parameter_seed
+from mtp_lightning.nn.init import generator
 from mtp_lightning.objective.balance.base import Balance, multiplied, softmax_weights
 from mtp_lightning.objective.plan import tasks_of
 from mtp_lightning.objective.schedule.base import Progress
@@ -36,11 +36,6 @@ class RandomWeights(Balance):
         self.seed = seed
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        generator = stream(self.seed, progress.step, self.name)
-        scores = torch.randn(self.depth + 1, dtype=torch.float64, generator=generator)
+        drawn = generator(self.seed, f"balance:{self.name}:{progress.step}")
+        scores = torch.randn(self.depth + 1, dtype=torch.float64, generator=drawn)
         return multiplied(base, softmax_weights(scores, tasks_of(base)))
-
-
-def stream(seed: int, step: int, name: str) -> torch.Generator:
-    """A generator for one step, the same on all ranks, so that no random state is stored."""
-    return torch.Generator().manual_seed(parameter_seed(seed, f"balance:{name}:{step}"))

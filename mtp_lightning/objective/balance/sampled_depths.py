@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtp_lightning.nn.init import generator
 from mtp_lightning.objective.balance.base import Balance, Observed
-from mtp_lightning.objective.balance.random_weights import stream
 from mtp_lightning.objective.plan import depths_of, tasks_of
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import is_number, require
@@ -80,8 +80,8 @@ class SampledDepths(Balance):
         factors = [base[0], *[0.0] * self.depth]
         if len(tasks_of(base)) > 1:
             chances = self.chances(base)
-            generator = stream(self.seed, progress.step, self.name)
-            drawn = int(torch.multinomial(chances, 1, generator=generator))
+            random = generator(self.seed, f"balance:{self.name}:{progress.step}")
+            drawn = int(torch.multinomial(chances, 1, generator=random))
             factors[drawn] = base[drawn] / float(chances[drawn])
         return factors
 

@@ -26,7 +26,7 @@ Seen = Mapping[str, Mapping[int, Tensor]]
 target, or without a teacher that the measure needs."""
 
 
-class Measure(Term):
+class PositionMeasure(Term):
     """A number per position that a prepass computes before any depth learns.
 
     Attributes:
@@ -48,7 +48,7 @@ class Rule(ABC):
 
     setting: str
     of_drafts: ClassVar[bool] = True
-    measures: tuple[Measure, ...] = ()
+    measures: tuple[PositionMeasure, ...] = ()
 
     def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
         """Additional terms that every depth is trained on, each with its weight."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.errors import UserError
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen
+from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.settings import require_number
@@ -29,7 +29,7 @@ _BINS, _REACH = 512, 16.0
 _DECAY = 0.99  # of the counts, per optimizer step
 
 
-class Entropy(Measure):
+class Entropy(PositionMeasure):
     """Entropy of the main prediction, in nats."""
 
     name = "entropy"

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen
+from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen
 from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.settings import require_number
 
 
-class TargetProb(Measure):
+class TargetProb(PositionMeasure):
     """``q^k(x)``, a depth's probability of its target."""
 
     name = "target_prob"

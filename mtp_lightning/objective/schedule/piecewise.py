@@ -50,7 +50,7 @@ class Piecewise(LambdaSchedule):
         interpolation: str = "linear",
     ) -> None:
         super().__init__(depth)
-        base = base_weights(depth, mtp_lambda)
+        weights, shares = _weights(depth, mtp_lambda)
         require_choice("lambda_schedule.unit", unit, UNITS)
         require_choice("lambda_schedule.interpolation", interpolation, INTERPOLATIONS)
         knots = {0: 1.0} if knots is None else knots
@@ -66,7 +66,7 @@ class Piecewise(LambdaSchedule):
         self.unit, self.interpolation = unit, interpolation
         points = sorted(knots.items(), key=lambda point: point[0])
         self.positions = tuple(float(at) for at, _ in points)
-        self.knot_weights = tuple(_effective(*point, mtp_lambda, base) for point in points)
+        self.knot_weights = tuple(_effective(*point, weights, shares) for point in points)
 
     @property
     def moves(self) -> bool:
@@ -100,9 +100,15 @@ class Piecewise(LambdaSchedule):
 
 
 def preset(
-    knots: Callable[..., Mapping[float, Any]], interpolation: str = "step"
+    knots: Callable[..., Mapping[float, Any]], interpolation: str = "step", *, shared: bool = False
 ) -> Callable[..., Piecewise]:
-    """A schedule from its knots: D and settings of its own -> fraction -> multiples."""
+    """A schedule from its knots: D and settings of its own -> fraction -> multiples.
+
+    Args:
+        knots: the knots.
+        interpolation: between them.
+        shared: whether multiples for every depth share one ``mtp_lambda``, as a single one does.
+    """
 
     def schedule(
         depth: int,
@@ -112,6 +118,9 @@ def preset(
         **own: Any,
     ) -> Piecewise:
         require_whole("mtp.depth", depth, least=0)
+        if shared:
+            weights, shares = _weights(depth, mtp_lambda)
+            mtp_lambda = [weight / shares for weight in weights]
         points = scaled(knots(depth, **own), unit, length)
         return Piecewise(depth, mtp_lambda, points, unit, interpolation)
 
@@ -166,26 +175,20 @@ def _weight_list(values: Any, what: str, depth: int) -> list[float]:
     return [_weight(value, f"{what}, entry {i + 1},") for i, value in enumerate(values)]
 
 
-def base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float]:
-    """The weight of every depth at the multiple 1: mtp_lambda / D, or mtp_lambda[k]."""
+def _weights(depth: int, mtp_lambda: float | Sequence[float]) -> tuple[list[float], int]:
+    """The weight of every depth alone, and how many shares a multiple for all depths is divided
+    into: D with one number."""
     require_whole("mtp.depth", depth, least=0)
     if _is_list(mtp_lambda):
-        return _weight_list(mtp_lambda, "mtp_lambda", depth)
-    value = _weight(mtp_lambda, "mtp_lambda")
-    return [value / max(depth, 1)] * depth
+        return _weight_list(mtp_lambda, "mtp_lambda", depth), 1
+    return [_weight(mtp_lambda, "mtp_lambda")] * depth, max(depth, 1)
 
 
-def _effective(
-    at: float, value: Any, mtp_lambda: float | Sequence[float], base: list[float]
-) -> tuple[float, ...]:
+def _effective(at: float, value: Any, weights: Sequence[float], shares: int) -> tuple[float, ...]:
     """One knot's multiples as D effective weights."""
-    depth = len(base)
     what = f"The knot at {at:g} of lambda_schedule.knots"
     if _is_list(value):
-        multiples = _weight_list(value, what, depth)
-        per_depth = base if _is_list(mtp_lambda) else [float(mtp_lambda)] * depth  # type: ignore[arg-type]
-        return tuple(m * weight for m, weight in zip(multiples, per_depth, strict=True))
+        multiples = _weight_list(value, what, len(weights))
+        return tuple(m * weight for m, weight in zip(multiples, weights, strict=True))
     multiple = _weight(value, what)
-    if _is_list(mtp_lambda):
-        return tuple(multiple * weight for weight in base)
-    return (multiple * float(mtp_lambda) / max(depth, 1),) * depth  # type: ignore[arg-type]
+    return tuple(multiple * weight / shares for weight in weights)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.objective.rules.base import Measure, Rule, Seen
+from mtp_lightning.objective.rules.base import PositionMeasure, Rule, Seen
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Chunk, Term
 
@@ -75,7 +75,7 @@ class Coupled(Term):
         return values, scales
 
 
-class Accepted(Measure):
+class Accepted(PositionMeasure):
     """How likely a depth's draft is accepted, as its term says."""
 
     needs_teacher = True
