@@ -145,10 +145,13 @@ class MTPModel(nn.Module):
         return self.head if own is None else own
 
     def initialize(self, seed: int) -> None:
-        """Initialize all weights."""
+        """Initialize all weights: at random, except those that a module of the stack sets by its
+        ``reset_own_weights()``."""
         assert self.config.trunk.init_std is not None
         initialize(self, std=self.config.trunk.init_std, seed=seed)
-        self.mtp.reset_own_weights()
+        for module in self.mtp.modules():
+            if callable(reset := getattr(module, "reset_own_weights", None)):
+                reset()
 
     @property
     def has_compiled_kernels(self) -> bool:

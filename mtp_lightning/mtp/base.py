@@ -276,15 +276,14 @@ class MTPStack(nn.Module, ABC):
             UserError: a task has no such text.
         """
 
-    def reset_own_weights(self) -> None:
-        """Set weights that do not keep their random initialization; called after it."""
-
     def validate_loaded(self, source: str) -> None:
         """Refuse what no training could have stored, after weights were loaded from ``source``.
 
         Raises:
             UserError: naming the source.
         """
+        if self.own_head is not None:
+            self.own_head.require_sound(source)
 
     def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None

@@ -167,3 +167,18 @@ class ModulesConfig(MTPConfig):
 
     detach: Detach = "none"
     freeze_trunk: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchConfig(ModulesConfig):
+    """Switches of stacks that start from a state of the trunk's end. Those without a norm before
+    the shared head read it after the trunk's final norm.
+
+    Attributes:
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last, which
+            then serves the main prediction alone.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+
+    branch: Branch = "final"

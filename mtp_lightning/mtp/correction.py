@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.config import ModulesConfig
+from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.config import TrunkConfig
@@ -45,7 +45,7 @@ CORRECTIONS: dict[str, tuple[str, int | None]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideBySideConfig(ModulesConfig):
+class SideBySideConfig(BranchConfig):
     """Switches of heads side by side.
 
     Attributes:

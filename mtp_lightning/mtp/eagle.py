@@ -290,10 +290,6 @@ class EagleMTP(Chain):
     def own_head(self) -> OwnHead | None:
         return self.layer.head if self.depth else None
 
-    def validate_loaded(self, source: str) -> None:
-        if self.own_head is not None:
-            self.own_head.require_sound(source)
-
     @property
     def blocks_kept(self) -> Collection[int]:
         return self.config.layers_of(self.trunk_config.n_layers) if self.depth else ()

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.inputs import BranchPoint
-from mtp_lightning.mtp.kinds import OneModuleConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(OneModuleConfig, variant="joint"):
+class JointConfig(BranchConfig, variant="joint"):
     """Switches of the joint head; the defaults are the paper's."""
 
     def build(self, trunk: TrunkConfig) -> JointMTP:

@@ -24,14 +24,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
-from mtp_lightning.mtp.config import Branch, ModulesConfig
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.rescoring import Rescorer
@@ -108,12 +107,6 @@ class SideBySide(MTPStack):
         """The parameters of depth ``k``."""
         modules = (self.depths, self.corrections) if self.corrections else (self.depths,)
         return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
-
-    def reset_own_weights(self) -> None:
-        for correction in cast("list[Correction]", list(self.corrections)):
-            correction.reset_own_weights()
-        if self.rescorer is not None:
-            self.rescorer.reset_own_weights()
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         hidden = self.step(k, at.hidden, at.positions)
@@ -221,21 +214,6 @@ class HeadByHead(Feed):
         )
         d_common = [next(gradients) if leaf.requires_grad else None for leaf in leaves.values()]
         return d_common, list(gradients)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneModuleConfig(ModulesConfig):
-    """Switches of a single module for all depths (``nextlat``, ``joint``).
-
-    It has no norm before the shared head, so it always reads a state after the trunk's final norm.
-
-    Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
-    """
-
-    meaning: ClassVar[tuple[str, ...]] = ("branch",)
-
-    branch: Branch = "final"
 
 
 class Targets(MTPStack):

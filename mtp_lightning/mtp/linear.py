@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.config import Branch
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
@@ -33,18 +32,13 @@ from mtp_lightning.nn.linear import Linear
 class LinearConfig(SideBySideConfig, variant="linear"):
     """Switches of Medusa's heads; the defaults are the paper's.
 
-    The heads have no norm before the shared head, so they always read a state after the trunk's
-    final norm.
-
     Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
         rank: r, components of one joint prediction of all tokens (arXiv 2410.17765). Above 1 the
             next token's prediction is a mixture too.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "stride", "rank")
 
-    branch: Branch = "final"
     rank: int = 1
 
     def __post_init__(self) -> None:
@@ -79,7 +73,6 @@ class LinearMTP(SideBySide):
 
     @torch.no_grad()
     def reset_own_weights(self) -> None:
-        super().reset_own_weights()
         for parameter in self.depths.parameters():
             parameter.zero_()
 

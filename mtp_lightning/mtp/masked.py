@@ -105,6 +105,11 @@ class Update(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
 
+    @torch.no_grad()
+    def reset_own_weights(self) -> None:
+        """Start at zero."""
+        self.up.weight.zero_()
+
 
 class Sampler(nn.Module):
     """Corrects a mask's state, given the token at the mask's position."""
@@ -118,6 +123,11 @@ class Sampler(nn.Module):
     def forward(self, z_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
         both = torch.cat((z_BTC, self.norm(embedded_BTC)), dim=-1)
         return self.down(F.silu(self.up(both)))
+
+    @torch.no_grad()
+    def reset_own_weights(self) -> None:
+        """Start at zero."""
+        self.down.weight.zero_()
 
 
 class MaskCache(KVSink):
@@ -189,14 +199,6 @@ class MaskedMTP(MTPStack):
                 nn.ModuleDict({n: Update(k, m, config.lora_rank) for n, (m, k) in shapes.items()})
             )
         self.sampler = Sampler(trunk)
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, Update):
-                module.up.weight.zero_()
-        if self.depth:
-            self.sampler.down.weight.zero_()
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None

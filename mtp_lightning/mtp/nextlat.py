@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.kinds import Chain, OneModuleConfig
+from mtp_lightning.mtp.config import BranchConfig
+from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextLatConfig(OneModuleConfig, variant="nextlat"):
+class NextLatConfig(BranchConfig, variant="nextlat"):
     """Switches of the state model; the defaults are the paper's."""
 
     def build(self, trunk: TrunkConfig) -> NextLatMTP:
@@ -48,6 +49,11 @@ class StateModel(nn.Module):
         x = self.norm(torch.cat((hidden_BTC, embedded_BTC), dim=-1))
         return hidden_BTC + self.last(F.gelu(self.second(F.gelu(self.first(x)))))
 
+    @torch.no_grad()
+    def reset_own_weights(self) -> None:
+        """Start every depth as the main prediction."""
+        self.last.weight.zero_()
+
 
 class NextLatMTP(Chain):
     """One module, applied D times."""
@@ -59,12 +65,6 @@ class NextLatMTP(Chain):
     def __init__(self, config: NextLatConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.depths = nn.ModuleList(StateModel(trunk) for _ in range(min(config.depth, 1)))
-
-    @torch.no_grad()
-    def reset_own_weights(self) -> None:
-        for module in self.depths:
-            assert isinstance(module, StateModel)
-            module.last.weight.zero_()
 
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions

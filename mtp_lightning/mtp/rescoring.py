@@ -87,6 +87,3 @@ class Rescorer(nn.Module, ABC):
             factor_R: factors of the losses, such as mask times coefficient.
             into: receives the gradients of the rescorer's own parameters, which are added.
         """
-
-    def reset_own_weights(self) -> None:
-        """Set weights that do not keep their random initialization; called after it."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.config import Branch, Concat, Init, InputNorm, ModulesConfig
+from mtp_lightning.mtp.config import BranchConfig, Concat, Init, InputNorm
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks, fit_projection
@@ -34,12 +34,10 @@ from mtp_lightning.settings import require_number, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequentialConfig(ModulesConfig, variant="sequential"):
+class SequentialConfig(BranchConfig, variant="sequential"):
     """Switches of the sequential stack; where systems differ, the default is DeepSeek-V3's.
 
     Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last, which
-            then serves the main prediction alone.
         input_norm: ``post`` gives depth 1 the state after the trunk's final norm (Megatron,
             transformers, vLLM), ``pre`` the state before it (torchtitan, MaxText).
         concat: order of the two halves of ``eh_proj``'s input. ``embedding_first`` is that of the
@@ -61,7 +59,6 @@ class SequentialConfig(ModulesConfig, variant="sequential"):
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat", "blocks")
 
-    branch: Branch = "final"
     input_norm: InputNorm = "post"
     concat: Concat = "embedding_first"
     share_layers: bool = False
