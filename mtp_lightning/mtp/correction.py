@@ -96,24 +96,15 @@ class SideBySideConfig(BranchConfig):
         _, usual = CORRECTIONS.get(self.correction, ("", None))
         return usual if usual is None or self.correction_rank is None else self.correction_rank
 
-    def build_corrections(self, trunk: TrunkConfig) -> list[Correction]:
-        """The corrections of the depths' hidden states, one per depth; empty if there are none."""
-        kind = self._kind
-        if kind is None or issubclass(kind, Rescorer):
-            return []
-        return [kind(trunk, self.columns or k) for k in range(1, self.depth + 1)]
-
-    def build_rescorer(self, trunk: TrunkConfig) -> Rescorer | None:
-        """The correction of the depths' logits, which all depths share; None if there is none."""
-        kind = self._kind
-        return kind(trunk, self.columns) if kind and issubclass(kind, Rescorer) else None
-
-    @property
-    def _kind(self) -> Any:
-        """The correction's class; None without one."""
+    def build_correction(self, trunk: TrunkConfig) -> tuple[list[Correction], Rescorer | None]:
+        """The corrections of the depths' hidden states, one per depth, and the correction of the
+        depths' logits, which all depths share; one of the two at most."""
         if self.correction == "none" or not self.depth:
-            return None
-        return imported(CORRECTIONS[self.correction][0])
+            return [], None
+        kind: Any = imported(CORRECTIONS[self.correction][0])
+        if issubclass(kind, Rescorer):
+            return [], kind(trunk, self.columns)
+        return [kind(trunk, self.columns or k) for k in range(1, self.depth + 1)], None
 
 
 class Correction(nn.Module):

@@ -53,9 +53,11 @@ class Loss(ABC):
 
     Attributes:
         width: numbers per position that it needs besides the logits, to size the chunks.
+        states: hidden states per position.
     """
 
     width: int = 1
+    states: int = 1
 
     @abstractmethod
     def __call__(
@@ -113,7 +115,6 @@ class Prediction:
         needs_gradient: whether the hidden state gets a gradient.
         head: the head, which the targets are rows of; None for the shared one.
         loss: computes the loss instead of the targets' terms.
-        states_per_position: number of hidden states per position in ``hidden``.
         gradient: with respect to ``hidden``, once known.
     """
 
@@ -123,7 +124,6 @@ class Prediction:
     needs_gradient: bool = True
     head: HeadWeight | None = None
     loss: Loss | None = None
-    states_per_position: int = 1
     gradient: Tensor | None = None
 
     @property

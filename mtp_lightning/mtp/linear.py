@@ -68,8 +68,7 @@ class LinearMTP(SideBySide):
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
-        corrections, rescorer = config.build_corrections(trunk), config.build_rescorer(trunk)
-        super().__init__(config, heads, corrections, rescorer)
+        super().__init__(config, heads, *config.build_correction(trunk))
 
     @torch.no_grad()
     def reset_own_weights(self) -> None:

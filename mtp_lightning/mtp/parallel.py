@@ -82,8 +82,7 @@ class ParallelMTP(SideBySide):
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
         heads = [ParallelHead(trunk) for _ in range(config.depth)]
-        corrections, rescorer = config.build_corrections(trunk), config.build_rescorer(trunk)
-        super().__init__(config, heads, corrections, rescorer)
+        super().__init__(config, heads, *config.build_correction(trunk))
 
     @torch.no_grad()
     def init_from_trunk(

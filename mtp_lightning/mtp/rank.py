@@ -188,7 +188,6 @@ class JointFeed(Feed):
             [target for own in request.targets.values() for target in own],
             needs_gradient=request.needs[0],
             loss=loss,
-            states_per_position=parts_MKAC.shape[1] * parts_MKAC.shape[2],
         )
         through_head([prediction])
         return [prediction.gradient, loss.d_log_weights_MA if request.needs[1] else None]
@@ -208,7 +207,7 @@ class JointLoss(Loss):
 
     def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:
         self.log_weights_MA, self.between = log_weights_MA.detach(), between
-        self.depths = depths
+        self.depths, self.states = depths, depths * log_weights_MA.shape[1]
         self.d_log_weights_MA = torch.empty_like(self.log_weights_MA)
 
     def __call__(

@@ -164,9 +164,10 @@ class _HeadPass:
 
     def go_alone(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
-        own, states = self.prediction.loss, self.prediction.states_per_position
-        width = max(self.weight.shape[0], 1 if own is None else own.width)
-        rows = max(1, chunk_rows(width, self.h_NC.device) // states)
+        own = self.prediction.loss
+        width, states = (1, 1) if own is None else (own.width, own.states)
+        rows = chunk_rows(max(self.weight.shape[0], width), self.h_NC.device)
+        rows = max(1, rows // states)
         for place in chunks(self.h_NC.shape[0] // states, rows):
             if own is not None:
                 self._go_own(place, main_MC)
@@ -229,9 +230,9 @@ class _HeadPass:
 
     def _go_own(self, rows: slice, main_MC: Tensor | None) -> None:
         """:meth:`go` with a loss that the stack computes."""
-        states, loss = self.prediction.states_per_position, self.prediction.loss
+        loss = self.prediction.loss
         assert loss is not None
-        inner = slice(rows.start * states, rows.stop * states)
+        inner = slice(rows.start * loss.states, rows.stop * loss.states)
         h_NC, targets = self.h_NC[inner], self._chunk_targets(rows)
         if main_MC is not None:
             self._teach(targets, rows, main_MC)

@@ -14,18 +14,6 @@ from mtp_lightning.objective.schedule.piecewise import preset
 from mtp_lightning.settings import require_number
 
 
-def _constant(depth: int) -> Mapping[float, Any]:
-    return {0: 1}
-
-
-def _deepseek_v3(depth: int) -> Mapping[float, Any]:
-    return {0: 1, 10 / 14.8: 1 / 3}
-
-
-def _linear_decay(depth: int) -> Mapping[float, Any]:
-    return {0: 1, 1: 1 / 3}
-
-
 def _geometric(depth: int, beta: float = 0.6) -> Mapping[float, Any]:
     require_number("lambda_schedule.beta", beta, above=0)
     powers = [float(beta) ** k for k in range(1, depth + 1)]
@@ -44,11 +32,11 @@ def _modded_nanogpt(depth: int) -> Mapping[float, Any]:
 
 # mtp_lambda from the first step to the last. The unit changes nothing: it is accepted so that a
 # sweep over presets can set it for all of them.
-constant = preset(_constant)
+constant = preset(lambda depth: {0: 1})
 # 0.3 for the first 10T of 14.8T tokens, then 0.1 (DeepSeek-V3 report, section 4.2).
-deepseek_v3 = preset(_deepseek_v3)
+deepseek_v3 = preset(lambda depth: {0: 1, 10 / 14.8: 1 / 3})
 # From mtp_lambda to a third of it.
-linear_decay = preset(_linear_decay, "linear")
+linear_decay = preset(lambda depth: {0: 1, 1: 1 / 3}, "linear")
 # Depth k has the weight mtp_lambda * beta^k / sum_j beta^j (FastMTP, 2025).
 geometric = preset(_geometric)
 # Three equal stages for D = 2 (2025-12-22): [.5, .25] -> [.5, 0] -> [0, 0], then nothing.
