@@ -25,6 +25,7 @@ DOORS = (
     "mtp_lightning.opening",
     "mtp_lightning.decoding",
     "mtp_lightning.model",
+    "mtp_lightning.mtp.config",
     "mtp_lightning.mtp.base",
     "mtp_lightning.mtp.inputs",
     "mtp_lightning.mtp.kinds",

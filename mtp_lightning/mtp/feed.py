@@ -258,15 +258,13 @@ class OneState(Feed):
     def input_gradients(
         self, request: LossRequest, through_head: ThroughHead
     ) -> Sequence[Tensor | None]:
-        parts: list[tuple[bool, Sequence[Any]]]
-        targets = [target for own in request.targets.values() for target in own]
-        if any(target.needs_teacher for target in targets) or not request.train_head:
-            parts = [(k == 0 or request.train_head, own) for k, own in request.targets.items()]
-        else:
+        parts = [(k == 0 or request.train_head, own) for k, own in request.targets.items()]
+        targets = [target for _, own in parts for target in own]
+        if request.train_head and not any(target.needs_teacher for target in targets):
             parts = [(True, targets)]
         predictions = [
-            Prediction(self.main, targets, train_head=trained, needs_gradient=request.needs[0])
-            for trained, targets in parts
+            Prediction(self.main, own, train_head=trained, needs_gradient=request.needs[0])
+            for trained, own in parts
         ]
         through_head(predictions)
         return [added(prediction.gradient for prediction in predictions)]
