@@ -9,8 +9,13 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from mtp_lightning.callbacks.base import RunCallback
-from mtp_lightning.decoding.held_out import prompts_that_fit
-from mtp_lightning.decoding.measure import TIMED, acceptance, race, require_same_greedy
+from mtp_lightning.decoding.measure import (
+    TIMED,
+    acceptance,
+    prompts_that_fit,
+    race,
+    require_same_greedy,
+)
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel

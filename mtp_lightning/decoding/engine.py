@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -35,21 +35,6 @@ from mtp_lightning.settings import is_whole
 if TYPE_CHECKING:
     from mtp_lightning.decoding.adaptive import AutoDepth
     from mtp_lightning.decoding.lookup import Lookups
-
-
-class RoundPlan(NamedTuple):
-    """The plan of a round.
-
-    Attributes:
-        n_drafts: number of drafts that the modules make for every row.
-        caps: for each row, the most drafts that it accepts.
-        recorder: records the round's time; None if the time does not show what that number of
-            drafts costs.
-    """
-
-    n_drafts: int
-    caps: list[int]
-    recorder: AutoDepth | None
 
 
 class Engine:
@@ -216,9 +201,9 @@ class Engine:
             return []
         assert self._decoder is not None
         self._slide(self._decoder.session)
-        outcome, looked_up = self._round(self._decoder)
+        outcome = self._round(self._decoder)
         for i, sequence in enumerate(sequences):
-            kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i, looked_up=looked_up[i])
+            kept = sequence.take(outcome.rows[i], outcome.logits_BTV, i)
             self._report_logits(sequence, kept, outcome.logits_BTV, i)
         self._free_finished()
         return sequences
@@ -283,9 +268,7 @@ class Engine:
             if n >= limit:
                 session.slide(i, _kept(limit))
 
-    def _round(self, decoder: Decoder) -> tuple[Round, list[bool]]:
-        """Decode a round; returns its result, and for each row whether its drafts were looked up in
-        its text."""
+    def _round(self, decoder: Decoder) -> Round:
         # After the accepted drafts comes a token of the trunk's own.
         rooms = [sequence.remaining - 1 for sequence in self._sequences]
         limit = self.options.max_context
@@ -293,14 +276,12 @@ class Engine:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
         n_drafts, caps, recorder = self._plan(rooms)
-        known: list[list[int]] = [[] for _ in rooms]
-        replace = None
-        if self._lookups is not None and any(known := self._lookups.drafts(self._sequences, rooms)):
-            replace = self._lookups.replacing(known)
+        known = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
+        if any(known):
             caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
             n_drafts, recorder = 0 if all(known) else n_drafts, None
         start = time.perf_counter()
-        outcome = decoder.round(n_drafts, caps, replace)
+        outcome = decoder.round(n_drafts, caps, known)
         if recorder is not None:
             seconds = time.perf_counter() - start
             reached_by = [row.reached for row in outcome.rows]
@@ -309,10 +290,19 @@ class Engine:
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
                 ]
             recorder.record(n_drafts, seconds, outcome.accepted, reached_by)
-        return outcome, [bool(own) for own in known]
+        return outcome
 
-    def _plan(self, rooms: Sequence[int]) -> RoundPlan:
-        """Plan the next round; ``rooms`` are the most drafts that fit into every row."""
+    def _plan(self, rooms: Sequence[int]) -> tuple[int, list[int], AutoDepth | None]:
+        """Plan the next round.
+
+        Args:
+            rooms: for each row, the most drafts that fit.
+
+        Returns:
+            The number of drafts that the modules make for every row; for each row, the most that
+            it accepts; and what records the round's time, or None if the time does not show what
+            that number of drafts costs.
+        """
         auto, usual = self._auto, self.max_draft
         fixed = [self._fixed_depth(sequence.request) for sequence in self._sequences]
         free = all(depth is None for depth in fixed)
@@ -323,7 +313,7 @@ class Engine:
         caps = [min(room, depth) for room, depth in zip(rooms, each, strict=True)]
         # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
-        return RoundPlan(n_drafts, caps, auto if free and n_drafts == wanted else None)
+        return n_drafts, caps, auto if free and n_drafts == wanted else None
 
     def _fixed_depth(self, request: Request) -> int | None:
         """The number of drafts that must not change between rounds: the request's own, or the

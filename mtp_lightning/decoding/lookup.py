@@ -9,7 +9,7 @@ match.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, count, takewhile
 from operator import mul
 from weakref import WeakKeyDictionary
@@ -18,9 +18,7 @@ import numpy as np
 import torch
 
 from mtp_lightning.decoding.options import MOST_LOOKUPS, Prompt
-from mtp_lightning.decoding.sampling import certain, over_all
 from mtp_lightning.decoding.sequence import Generation, TextSequence
-from mtp_lightning.decoding.speculative import Draft, Replace
 from mtp_lightning.model import MTPModel
 
 # Longest match that is looked for.
@@ -168,38 +166,6 @@ class Lookups:
         text.add(ids[known:])
         self._texts[sequence] = text, len(ids)
         return text
-
-    def replacing(self, known: Sequence[Sequence[int]]) -> Replace:
-        """What replaces the modules' drafts in the rows that have looked theirs up, and continues
-        after the modules' last draft.
-
-        The modules read these drafts like their own, so their caches stay true. The caps of rows
-        without drafts of their own are lowered to the modules'.
-
-        Args:
-            known: the drafts of every row; a row without any takes the modules'.
-        """
-
-        def replace(drafts: Iterator[Draft], caps: list[int]) -> Iterator[Draft]:
-            most, n_tokens = max(map(len, known)), self._model.config.trunk.vocab_size
-            # Beyond a row's own drafts any token will do: it is not accepted.
-            padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
-            own_BM = torch.tensor(padded, device=self._model.head.weight.device)
-            k = 0
-            for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
-                own_B = own_BM[:, min(k, most) - 1]
-                token_B = torch.where(own_B < 0, token_B, own_B)
-                if q_BV is not None:
-                    q_BV, own_BV = over_all(q_BV, n_tokens), certain(token_B, n_tokens)
-                    q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
-                yield Draft(
-                    token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0)
-                )
-            caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
-            for own_B in own_BM.unbind(1)[k:]:
-                yield Draft(own_B.clamp(min=0))
-
-        return replace
 
 
 def pays_for_many(device: torch.device) -> bool:

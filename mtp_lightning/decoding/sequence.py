@@ -194,18 +194,15 @@ class TextSequence:
         """Number of tokens left to generate."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    def take(
-        self, result: RowResult, logits_BTV: Tensor, row: int, *, looked_up: bool = False
-    ) -> int:
+    def take(self, result: RowResult, logits_BTV: Tensor, row: int) -> int:
         """Take the result of a verify pass up to the text's end, and count its drafts. Returns how
         many tokens the text has kept.
 
         Args:
             result: the result of the pass for this row.
             logits_BTV: the trunk's logits of all rows, of at least as many tokens; ``row`` is ours.
-            looked_up: whether the drafts were looked up in the text.
         """
-        before = len(self.token_ids)
+        before, looked_up = len(self.token_ids), result.looked_up
         kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
         self._passes += 1
         self._emitted += kept

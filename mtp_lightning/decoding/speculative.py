@@ -10,7 +10,7 @@ Shapes: B rows, M drafts, T = M + 1 verified tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,12 +30,14 @@ class RowResult(NamedTuple):
         reached: number of drafts that were verified in sequence, the first rejected one included.
         rejected: every draft that could have been accepted and was not: its depth, its token, and
             the index in this list of the draft that it follows (None: the accepted drafts).
+        looked_up: whether the drafts were looked up in the text, and not made by the modules.
     """
 
     tokens: list[int]
     accepted: int
     reached: int
     rejected: list[tuple[int, int, int | None]]
+    looked_up: bool = False
 
     @classmethod
     def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> RowResult:
@@ -59,10 +61,6 @@ class Draft(NamedTuple):
     tokens_B: Tensor
     q_BV: Tensor | None = None
     believed_B: Tensor | None = None
-
-
-Replace = Callable[[Iterator[Draft], list[int]], Iterator[Draft]]
-"""Replaces drafts, and may lower the most that every row accepts until its iterator has ended."""
 
 
 class Round(NamedTuple):
@@ -158,23 +156,29 @@ class Decoder:
             self._row_sampling = RowSampling(self._samplings)
         return self._row_sampling
 
-    def round(self, n_drafts: int, caps: Sequence[int], replace: Replace | None = None) -> Round:
+    def round(
+        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+    ) -> Round:
         """Draft, verify, accept.
 
         Args:
             n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
-            replace: replaces the modules' drafts; None keeps them.
+            known: for each row, the drafts that were looked up for it in place of the modules';
+                empty for none in any row.
         """
         caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
         drafts = self._drafts(n_drafts, noise_BR)
-        if replace is not None:
-            drafts = replace(drafts, caps)
+        if any(known):
+            drafts = self._replaced(drafts, known, caps)
         if noise_BR is None:
             done = self._greedy(drafts, caps)
         else:
             done = self._sample(drafts, caps, noise_BR)
         self.session.accept(done.accepted)
+        if any(known):
+            rows = zip(done.rows, known, strict=True)
+            done = done._replace(rows=[row._replace(looked_up=bool(own)) for row, own in rows])
         return done
 
     def _drafts(self, n_drafts: int, noise_BR: Tensor | None) -> Iterator[Draft]:
@@ -196,6 +200,30 @@ class Decoder:
             else:
                 q_BV = self._sampling.probabilities(logits_BV)
                 yield Draft(draw(q_BV, noise_BR[:, k - 1]), q_BV, believed_B)
+
+    def _replaced(
+        self, drafts: Iterator[Draft], known: Sequence[Sequence[int]], caps: list[int]
+    ) -> Iterator[Draft]:
+        """The drafts, with those of rows that have looked theirs up replaced, and more of these
+        after the modules' last draft. Lowers the caps of the other rows to the modules' drafts.
+
+        The modules read looked-up drafts like their own, so their caches stay true.
+        """
+        most, n_tokens = max(map(len, known)), self.session.model.config.trunk.vocab_size
+        # After a row's own drafts any token will do: it is not accepted.
+        padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
+        own_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
+        k = 0
+        for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
+            own_B = own_BM[:, min(k, most) - 1]
+            token_B = torch.where(own_B < 0, token_B, own_B)
+            if q_BV is not None:
+                q_BV, own_BV = over_all(q_BV, n_tokens), certain(token_B, n_tokens)
+                q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
+            yield Draft(token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0))
+        caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
+        for own_B in own_BM.unbind(1)[k:]:
+            yield Draft(own_B.clamp(min=0))
 
     def _greedy(self, made: Iterator[Draft], caps: Sequence[int]) -> Round:
         session = self.session

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.sampling import draw, over_all
-from mtp_lightning.decoding.speculative import Decoder, Replace, Round, RowResult
+from mtp_lightning.decoding.speculative import Decoder, Round, RowResult
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.nn.tree_cache import along
@@ -35,7 +35,9 @@ class TreeDecoder(Decoder):
     def _most_drafts(self) -> int:
         return len(self.session.tree)
 
-    def round(self, n_drafts: int, caps: Sequence[int], replace: Replace | None = None) -> Round:
+    def round(
+        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+    ) -> Round:
         """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""
         short = [self.session.is_short(row) for row in range(len(caps))]
         depth = self.session.tree.depth

@@ -16,8 +16,7 @@ from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.command_line import vetting
 from mtp_lightning.decoding.fused import fused_passes
-from mtp_lightning.decoding.held_out import prompts_that_fit
-from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.decoding.measure import decoding_report, prompts_that_fit
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.errors import UserError
