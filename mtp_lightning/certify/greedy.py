@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mtp_lightning.certify.cells import RESUMED, Cell
-from mtp_lightning.certify.texts import Text, decode
+from mtp_lightning.certify.texts import DecodedText, decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
 from mtp_lightning.runtime import threads
@@ -35,7 +35,7 @@ class Greedy:
     largest: float = 0.0
     first: tuple[int, int] | None = None
 
-    def compare(self, number: int, wanted: Text, found: Text, start: int) -> None:
+    def compare(self, number: int, wanted: DecodedText, found: DecodedText, start: int) -> None:
         """Count a text.
 
         Args:
@@ -58,7 +58,9 @@ class Greedy:
         self.largest = max(self.largest, float((a_TV - b_TV).abs().max()))
 
 
-def plain_texts(model: MTPModel, beginnings: Sequence[Sequence[int]], length: int) -> list[Text]:
+def plain_texts(
+    model: MTPModel, beginnings: Sequence[Sequence[int]], length: int
+) -> list[DecodedText]:
     """Plain decoding of one text at a time on one thread: the reference."""
     plain = DecodingOptions(speculative=False, batch_size=1)
     with threads(1):
@@ -69,7 +71,7 @@ def compare_texts(
     model: MTPModel,
     cell: Cell,
     beginnings: Sequence[Sequence[int]],
-    wanted: Sequence[Text],
+    wanted: Sequence[DecodedText],
     into: Greedy,
     *,
     first: int,

@@ -26,7 +26,7 @@ _SHORTEST, _LONGEST = 4, 32
 
 
 @dataclass
-class Text:
+class DecodedText:
     """A decoded text.
 
     Attributes:
@@ -92,7 +92,7 @@ def decode(
     lengths: Sequence[int],
     *,
     first: int = 0,
-) -> list[Text]:
+) -> list[DecodedText]:
     """Decode texts, at most ``options.batch_size`` at a time.
 
     Args:
@@ -102,7 +102,7 @@ def decode(
         lengths: new tokens of each text; no token ends a text earlier.
         first: the number of the first text.
     """
-    found = [Text() for _ in beginnings]
+    found = [DecodedText() for _ in beginnings]
 
     def keep(index: int, logits_TV: Tensor) -> None:
         found[index - first].parts.append(logits_TV.clone())

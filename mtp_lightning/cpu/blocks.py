@@ -121,7 +121,7 @@ class FusedBlocks:
             return None
         return FusedBlocks(known, last)
 
-    def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
+    def fits(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> bool:
         """Whether a pass has few tokens, writes to a cache, and uses the layers' own weights."""
         cache = positions.cache
         batch, n_new, _ = x_BTC.shape
@@ -132,11 +132,8 @@ class FusedBlocks:
             and native.fits(x_BTC, cache.tables.cos_S1H)
         )
 
-    def __call__(
-        self, x_BTC: Tensor, positions: Positions, layer: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """The blocks' output [B, T, C] for new tokens, and the same after the norm; without a norm,
-        the output twice.
+    def __call__(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
+        """The blocks' output [B, T, C] for new tokens, after the norm if there is one.
 
         Args:
             x_BTC: the input, which is not changed.
@@ -146,8 +143,8 @@ class FusedBlocks:
         h_BTC = x_BTC.clone(memory_format=torch.contiguous_format)
         return self.in_place(h_BTC, positions, layer)
 
-    def in_place(self, h_BTC: Tensor, positions: Positions, layer: int) -> tuple[Tensor, Tensor]:
-        """The same, overwriting ``h_BTC``."""
+    def in_place(self, h_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
+        """The same, with the output before the norm in the place of the input ``h_BTC``."""
         cache = positions.cache
         assert isinstance(cache, KVCache)
         normed = h_BTC if self.gain is None else torch.empty_like(h_BTC)
@@ -155,7 +152,7 @@ class FusedBlocks:
             self.array, self.n, open_pass(cache, layer, self.n), h_BTC.data_ptr(), self.gain,
             normed.data_ptr(), self.eps,
         )  # fmt: skip
-        return h_BTC, normed
+        return normed
 
 
 def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:

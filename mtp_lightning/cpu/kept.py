@@ -37,7 +37,7 @@ _ALIGNED = 4096
 _INDEX, _NUMBERS = "index.json", "packed.bin"
 
 
-class Keeper:
+class CPUKeeper:
     """The :class:`~mtp_lightning.opening.Keeper` of a model on a CPU: of the matrices that
     are only multiplied by rows, and of the embedding."""
 
@@ -52,7 +52,7 @@ class Keeper:
         self._weights = {n: w for n, w in model.named_parameters() if id(w) in known}
 
     @classmethod
-    def of(cls, model: MTPModel, path: Path | None = None) -> Keeper | None:
+    def of(cls, model: MTPModel, path: Path | None = None) -> CPUKeeper | None:
         """``keeper`` of ``decoding/fused.py``."""
         return None if native.library is None else cls(model, path)
 

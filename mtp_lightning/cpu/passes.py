@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, is_plain, open_pass
+from mtp_lightning.cpu.blocks import FusedBlocks, is_plain, open_pass
 from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import Positions
@@ -115,15 +115,14 @@ class FusedModule:
             ctypes.byref(self.join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
             hidden.shape[0] * hidden.shape[1],
         )  # fmt: skip
-        return self.blocks.in_place(h_BTC, positions, 0)[1]
+        return self.blocks.in_place(h_BTC, positions, 0)
 
 
 class FusedTrunk:
     """A :class:`~mtp_lightning.decoding.fused.TrunkPass`.
 
     Args:
-        before: all blocks except the last.
-        last: the last block, with the final norm.
+        blocks: the trunk's blocks, with the final norm.
         head: the head's packed weight.
         embedding: [V, C], with numbers of its own or kept packed.
         kept: the trunk's state that the stack branches from.
@@ -131,20 +130,17 @@ class FusedTrunk:
 
     def __init__(
         self,
-        before: FusedBlocks,
-        last: FusedBlocks,
+        blocks: FusedBlocks,
         head: PackedWeight,
         embedding: Tensor,
         *,
         kept: TrunkState,
     ) -> None:
-        self._n = before.n + 1
-        self._blocks = (BlockStruct * self._n)(*before.array, *last.array)
-        self._alive = before, last, head, embedding
-        self._outputs = head.outputs
+        self._alive = blocks, head, embedding
+        self._n, self._outputs = blocks.n, head.outputs
         self._trunk = _TrunkStruct(
-            self._n, head.outputs, _KEPT.index(kept), last.eps, ctypes.addressof(self._blocks),
-            last.gain, _embedding(embedding), head.struct,
+            blocks.n, head.outputs, _KEPT.index(kept), blocks.eps, ctypes.addressof(blocks.array),
+            blocks.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)
 

@@ -97,10 +97,11 @@ class CPUPasses(Prepared):
             and type(stack).main_state is MTPStack.main_state
             and type(stack).branch is MTPStack.branch
         )
-        blocks, found = _trunk_blocks(trunk) if plain else None, self._ends(self._model.head.weight)
+        blocks = FusedBlocks.of(list(trunk.blocks), trunk.norm) if plain else None
+        found = self._ends(self._model.head.weight)
         if blocks is None or found is None:
             return None
-        return FusedTrunk(*blocks, *found, kept=stack.config.start_state)
+        return FusedTrunk(blocks, *found, kept=stack.config.start_state)
 
     def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
         """A head's packed weight and the embedding; None if decode.cpp does not support them."""
@@ -110,77 +111,50 @@ class CPUPasses(Prepared):
         return head, embedding
 
 
-def _trunk_blocks(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
-    *before, last = trunk.blocks
-    shared, own = FusedBlocks.of(before), FusedBlocks.of([last], trunk.norm)
-    return None if shared is None or own is None else (shared, own)
-
-
 def _forward(layer: nn.Module) -> Callable[..., Any]:
-    """A layer's forward pass, which is fused where it can be. The fused one is made at the first
-    pass: most layers need none of their own, since a layer around them is fused."""
+    """A layer's forward pass, which is fused for a pass of few tokens. The fused one is made at the
+    first pass: most layers need none of their own, since a layer around them is fused."""
     made = cache(partial(fused_forward, layer))
 
     def forward(*given: Any) -> Any:
         fused = None if torch.compiler.is_compiling() else made()
-        found = None if fused is None else fused(*given)
-        return type(layer).forward(layer, *given) if found is None else found
+        if fused is None or not fused.fits(*given):
+            return type(layer).forward(layer, *given)
+        return fused(*given)
 
     return forward
 
 
-# A layer's fused forward pass. It returns None for a pass of many tokens.
-_Forward = Callable[..., Any]
-
-
-def fused_forward(layer: nn.Module) -> _Forward | None:
-    """A layer's fused forward pass; None if decode.cpp does not support it, or a weight is not
-    packed."""
+def fused_forward(layer: nn.Module) -> FusedBlocks | FusedModule | _WholeTrunk | None:
+    """What computes a layer's passes of few tokens; None if decode.cpp does not support the layer,
+    or a weight is not packed."""
     return _FUSED[type(layer)](layer)
 
 
-def _of_block(block: Block) -> _Forward | None:
-    fused = FusedBlocks.of([block])
-    if fused is None:
-        return None
+class _WholeTrunk:
+    """All blocks of a trunk, with the states that its stack may branch from."""
 
-    def forward(x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor | None:
-        return fused(x_BTC, positions, layer)[0] if fused.fits(x_BTC, positions) else None
+    def __init__(self, before: FusedBlocks, last: FusedBlocks) -> None:
+        self._before, self._last = before, last
+        self.fits = before.fits
 
-    return forward
-
-
-def _of_module(module: SequentialModule) -> _Forward | None:
-    fused = FusedModule.of(module)
-    if fused is None:
-        return None
-
-    def forward(hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor | None:
-        given = hidden_BTC, embedded_BTC, positions
-        return fused(*given) if fused.fits(*given) else None
-
-    return forward
-
-
-def _of_whole_trunk(trunk: Trunk) -> _Forward | None:
-    # Fused as a whole, it would not return the states between its blocks.
-    blocks = None if trunk.kept else _trunk_blocks(trunk)
-    if blocks is None:
-        return None
-    before, last = blocks
-
-    def forward(embedded_BTC: Tensor, positions: Positions) -> TrunkOutput | None:
-        if not before.fits(embedded_BTC, positions):
+    @classmethod
+    def of(cls, trunk: Trunk) -> _WholeTrunk | None:
+        if trunk.kept:  # fused as a whole, it would not return the states between its blocks
             return None
-        before_last, _ = before(embedded_BTC, positions)
-        h_BTC, final_BTC = last(before_last, positions, before.n)
+        *shared, own = trunk.blocks
+        before, last = FusedBlocks.of(shared), FusedBlocks.of([own], trunk.norm)
+        return None if before is None or last is None else cls(before, last)
+
+    def __call__(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
+        before_last = self._before(embedded_BTC, positions)
+        h_BTC = before_last.clone()
+        final_BTC = self._last.in_place(h_BTC, positions, self._before.n)
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
-    return forward
 
-
-_FUSED: dict[type[nn.Module], Callable[[Any], _Forward | None]] = {
-    Trunk: _of_whole_trunk,
-    SequentialModule: _of_module,
-    Block: _of_block,
+_FUSED: dict[type[nn.Module], Callable[[Any], FusedBlocks | FusedModule | _WholeTrunk | None]] = {
+    Trunk: _WholeTrunk.of,
+    SequentialModule: FusedModule.of,
+    Block: lambda block: FusedBlocks.of([block]),
 }

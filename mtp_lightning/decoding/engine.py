@@ -284,12 +284,10 @@ class Engine:
         outcome = decoder.round(n_drafts, caps, known)
         if recorder is not None:
             seconds = time.perf_counter() - start
-            reached_by = [row.reached for row in outcome.rows]
-            if self.options.min_confidence:  # count a draft that was not made as a failed one
-                reached_by = [
-                    min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
-                ]
-            recorder.record(n_drafts, seconds, outcome.accepted, reached_by)
+            # A draft that was not made, for lack of confidence, counts as a failed one.
+            accepted = outcome.accepted
+            reached = [min(a + 1, n_drafts, cap) for a, cap in zip(accepted, caps, strict=True)]
+            recorder.record(n_drafts, seconds, accepted, reached)
         return outcome
 
     def _plan(self, rooms: Sequence[int]) -> tuple[int, list[int], AutoDepth | None]:

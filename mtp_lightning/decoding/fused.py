@@ -29,40 +29,16 @@ if TYPE_CHECKING:
     from mtp_lightning.opening import Keeper
 
 
-class TrunkPass(Protocol):
-    """A pass of the trunk, from token ids to logits."""
+TrunkPass = Callable[[KVCache, Tensor, Tensor | None], Tensor]
+"""A pass of the trunk, from token ids to logits: its cache, with an open pass; the token buffer
+[B, S]; and where to write the stack's branch states [B, S, C], None without drafts -> the logits
+[B, T, V]."""
 
-    def __call__(self, cache: KVCache, tokens_BS: Tensor, branch_BSC: Tensor | None, /) -> Tensor:
-        """The logits [B, T, V] of the pass that is open in the trunk's cache.
-
-        Args:
-            cache: the trunk's cache.
-            tokens_BS: the token buffer.
-            branch_BSC: where to write the stack's branch states; None without drafts.
-        """
-
-
-class DraftPass(Protocol):
-    """A pass of one depth, from token ids to logits."""
-
-    def __call__(
-        self,
-        cache: KVCache,
-        tokens_BS: Tensor,
-        previous_BSC: Tensor,
-        own_BSC: Tensor | None,
-        index: Sequence[int],
-        /,
-    ) -> tuple[Tensor, Tensor]:
-        """The state [B, 1, C] of one token per row, and its logits [B, V].
-
-        Args:
-            cache: the depth's cache, with an open pass.
-            tokens_BS: the token buffer.
-            previous_BSC: the states that the depth reads.
-            own_BSC: where to write its own states; None for the deepest.
-            index: each row's index of that token in the pass.
-        """
+DraftPass = Callable[[KVCache, Tensor, Tensor, Tensor | None, Sequence[int]], tuple[Tensor, Tensor]]
+"""A pass of one depth, from token ids to logits: its cache, with an open pass; the token buffer
+[B, S]; the states [B, S, C] that the depth reads; where to write its own states [B, S, C], None for
+the deepest; and each row's index of the token to draft from -> that token's state [B, 1, C] and
+logits [B, V]."""
 
 
 class FusedPasses(Protocol):

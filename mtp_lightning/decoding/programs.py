@@ -36,7 +36,7 @@ _COMPILERS = ("c++", "g++", "clang++", "cl")
 _FILE = "program.pt2"
 
 
-class Program:
+class LoadedProgram:
     """A program that this process has loaded.
 
     Args:
@@ -68,10 +68,10 @@ class Program:
         return self._loader.boxed_run(list(inputs))
 
 
-_loaded: dict[str, Program] = {}
+_loaded: dict[str, LoadedProgram] = {}
 
 
-def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
+def program(function: nn.Module, inputs: Sequence[Tensor]) -> LoadedProgram:
     """The program of ``function(*inputs)``, bound to its weights; built if it is not in the cache.
 
     Args:
@@ -87,13 +87,13 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
     if key not in _loaded:
         folder = cache_folder() / "programs" / key
         try:
-            _loaded[key] = Program(_built(folder, function, inputs))
+            _loaded[key] = LoadedProgram(_built(folder, function, inputs))
         except RuntimeError as error:
             if not folder.exists():
                 raise
             log.info("%s is damaged; building it again: %s", folder, str(error).partition("\n")[0])
             shutil.rmtree(folder)
-            _loaded[key] = Program(_built(folder, function, inputs))
+            _loaded[key] = LoadedProgram(_built(folder, function, inputs))
     found = _loaded[key]
     found.bind(function)
     return found

@@ -108,12 +108,15 @@ class Session:
         ]
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
         self._trunk_gives_branch = max_draft > 0 and not stack.appended
-        self._draft_head: OutputHead = (
-            model.head_of(1) if draft_vocab is None else self._short_head(draft_vocab)
-        )
+        passes = fused(model)
+        self._draft_head: OutputHead = model.head_of(1)
+        if draft_vocab is not None:
+            whole, n = model.head.weight, draft_vocab
+            first = whole.detach()[:n] if passes is None else passes.first_rows(whole, n)
+            self._draft_head = ShortHead(first)
         self._fused_trunk: TrunkPass | None = None
         self._fused_drafts: list[DraftPass | None] = [None] * max_draft
-        if (passes := fused(model)) is not None:
+        if passes is not None:
             weight = self._draft_head.weight
             self._fused_trunk = passes.trunk
             self._fused_drafts = [passes.draft(k, weight) for k in range(1, max_draft + 1)]
@@ -121,22 +124,13 @@ class Session:
         self.newest_B1C: Tensor | None = None
         self._resize()
 
-    def _short_head(self, rows: int) -> ShortHead:
-        weight, passes = self.model.head.weight, fused(self.model)
-        first = weight.detach()[:rows] if passes is None else passes.first_rows(weight, rows)
-        return ShortHead(first)
-
     def _cache(self, tables: PositionTables, n_layers: int, slots: int) -> KVCache:
         return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=slots)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         weight = self.model.trunk.embedding.weight
-        return PositionTables(
-            self.model.config.trunk,
-            capacity + self._slack,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        config, size = self.model.config.trunk, capacity + self._slack
+        return PositionTables(config, size, device=weight.device, dtype=weight.dtype)
 
     @property
     def _slack(self) -> int:

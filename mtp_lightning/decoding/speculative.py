@@ -54,7 +54,8 @@ class Draft(NamedTuple):
 
     Attributes:
         tokens_B: the drafts.
-        q_BV: the distributions that they were drawn from; None if each had probability 1.
+        q_BV: the distributions over the whole vocabulary that they were drawn from; None if each
+            had probability 1.
         believed_B: the rows that are confident enough to draft at this depth; None for all.
     """
 
@@ -103,6 +104,7 @@ class Decoder:
         self.session = session
         self.min_confidence = min_confidence
         self._verify = verify
+        self._vocab = session.model.config.trunk.vocab_size
         self._most = self._most_drafts()
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
         self._noise = Noise(2 * self._most + 1, session.tokens_BS.device)
@@ -199,7 +201,8 @@ class Decoder:
                 yield Draft(logits_BV.argmax(dim=-1), None, believed_B)
             else:
                 q_BV = self._sampling.probabilities(logits_BV)
-                yield Draft(draw(q_BV, noise_BR[:, k - 1]), q_BV, believed_B)
+                token_B = draw(q_BV, noise_BR[:, k - 1])
+                yield Draft(token_B, over_all(q_BV, self._vocab), believed_B)
 
     def _replaced(
         self, drafts: Iterator[Draft], known: Sequence[Sequence[int]], caps: list[int]
@@ -209,7 +212,7 @@ class Decoder:
 
         The modules read looked-up drafts like their own, so their caches stay true.
         """
-        most, n_tokens = max(map(len, known)), self.session.model.config.trunk.vocab_size
+        most = max(map(len, known))
         # After a row's own drafts any token will do: it is not accepted.
         padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
         own_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
@@ -218,7 +221,7 @@ class Decoder:
             own_B = own_BM[:, min(k, most) - 1]
             token_B = torch.where(own_B < 0, token_B, own_B)
             if q_BV is not None:
-                q_BV, own_BV = over_all(q_BV, n_tokens), certain(token_B, n_tokens)
+                own_BV = certain(token_B, self._vocab)
                 q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
             yield Draft(token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0))
         caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
@@ -252,10 +255,9 @@ class Decoder:
         session = self.session
         sure_B = torch.full((len(caps),), self._most, device=noise_BR.device)
         drafts, proposals = [], []
-        vocab = session.model.config.trunk.vocab_size
         for k, (token_B, q_BV, believed_B) in enumerate(made, start=1):
             drafts.append(token_B.unsqueeze(1))
-            proposals.append(certain(token_B, vocab) if q_BV is None else q_BV)
+            proposals.append(certain(token_B, self._vocab) if q_BV is None else q_BV)
             session.put(drafts[-1], k)
             if believed_B is not None:
                 sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
@@ -268,8 +270,7 @@ class Decoder:
             session.put(tokens_B1, 1)
             return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(drafts, dim=1)
-        q_BMV = over_all(torch.stack(proposals, dim=1), p_BTV.shape[-1])
-        half = self._most
+        q_BMV, half = torch.stack(proposals, dim=1), self._most
         tokens_BT, accepted_B = self._verify(
             p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
         )

@@ -85,11 +85,3 @@ def ancestor(parents: Sequence[int], node: int, up: int) -> int | None:
         if node < 0:
             return None
     return node
-
-
-def depth_of(parents: Sequence[int], node: int) -> int:
-    """How many levels ``node`` is below node 0."""
-    depth = 0
-    while parents[node] >= 0:
-        node, depth = parents[node], depth + 1
-    return depth

@@ -13,7 +13,7 @@ Shapes: B rows, T tokens of a pass, P nodes of a depth, C d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.session import Session
-from mtp_lightning.decoding.tree import Tree, ancestor, depth_of
+from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
@@ -182,20 +182,15 @@ class TreeSession(Session):
         """Columns [T], relative to position n, that the tokens of depth ``k``'s pass read.
 
         ``what`` is ``positions`` (the branch states), ``before`` (the states of depth ``k - 1``) or
-        ``tokens`` (the token ``j`` positions ahead).
+        ``tokens`` (the token ``j`` positions ahead; ``j`` is 0 for states).
         """
         parents = self.tree.parents_to(k - 1)
-
-        def of_node(node: int) -> int:
-            depth = depth_of(parents, node)
-            if what == "positions":
-                return depth - k
-            if what == "before":
-                return parents[node] - (k - 1)
-            token = ancestor(parents, node, k - j)
-            return depth - k + j if token is None else token
-
-        places: Callable[[int], int] = (lambda i: i + j) if what == "tokens" else (lambda i: i)
-        known = [places(i - k) for i in range(1 - caught_up, 1)]
-        columns = [*known, *(of_node(node) for node in range(1, len(parents)))]
+        columns = [place - k + j for place in range(1 - caught_up, 1)]
+        for depth in range(1, k):
+            for node in self.tree.level(depth):
+                token = ancestor(parents, node, k - j) if what == "tokens" else None
+                if what == "before":
+                    columns.append(parents[node] - (k - 1))
+                else:
+                    columns.append(depth - k + j if token is None else token)
         return torch.tensor(columns, device=self.tokens_BS.device)

@@ -81,7 +81,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class PreparedRun:
     """A run that is ready for its trainer.
 
     Attributes:
@@ -109,7 +109,7 @@ class Run:
     matched: Matched | None
 
 
-def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
+def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> PreparedRun:
     """Build everything that a run's trainer needs. Without ``peers``, this process is alone."""
     peers = Peers() if peers is None else peers
     config = settle_device(cfg)
@@ -140,7 +140,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
         with peers.in_turn():
             data.states = keep_states(module.model, data, config.trainer)
     # The origin, whose memory training needs, ends here.
-    return Run(
+    return PreparedRun(
         config=config,
         stored=stored,
         folder=folder,
@@ -159,7 +159,7 @@ def _require_affordable(config: DictConfig, vocab_size: int) -> None:
     require_memory(build_model_config(config, vocab_size), machines=machines)
 
 
-def _as_trained(run: Run) -> DictConfig:
+def _as_trained(run: PreparedRun) -> DictConfig:
     """The config to store: a run that has more steps than are asked for now keeps them."""
     stored, done = run.stored, run.resume_step or 0
     if stored.compare.match == "none" and done > stored.trainer.max_steps:
@@ -168,7 +168,7 @@ def _as_trained(run: Run) -> DictConfig:
     return stored
 
 
-def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
+def fitted(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     """Train the run, validate its last step, and return the trainer."""
     use_tensor_cores(run.config)
     data, module = run.data, run.module
@@ -200,7 +200,7 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
     return trainer
 
 
-def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:
+def finished(run: PreparedRun, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:
     """Store and print the summary and samples of the model's text, then remove surplus checkpoints;
     return the summary."""
     module, data, folder, config = run.module, run.data, run.folder, run.config

@@ -113,7 +113,7 @@ def make_plan(model: Path, folder: Path, args: Any, *, keep: bool, further: bool
     Raises:
         UserError: the folder was begun with another question.
     """
-    from mtp_lightning.heads.planning import Plan, plan
+    from mtp_lightning.heads.planning import HeadsPlan, plan
     from mtp_lightning.run.atomic import write_json
 
     file = folder / PLAN
@@ -121,7 +121,7 @@ def make_plan(model: Path, folder: Path, args: Any, *, keep: bool, further: bool
     asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
     if file.is_file():
         try:
-            found = Plan(**json.loads(file.read_text(encoding="utf-8")))
+            found = HeadsPlan(**json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
         for name, value in {"model": str(model.resolve()), **asked}.items():

@@ -47,7 +47,7 @@ _CHATS, _TEMPERATURE = 0.6, 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class HeadsPlan:
     """What will be done.
 
     Attributes:
@@ -170,7 +170,7 @@ def _new(window: int) -> int:
 
 def plan(
     path: Path, *, hours: float, files: list[str], overrides: list[str], further: bool = False
-) -> Plan:
+) -> HeadsPlan:
     """Look at the model and the machine for some seconds, and divide the hours.
 
     Args:
@@ -200,7 +200,7 @@ def plan(
 
 def _plan(
     device: str, path: Path, hours: float, files: list[str], overrides: list[str], further: bool
-) -> Plan:
+) -> HeadsPlan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
     trunk, mtp = run.model.config.trunk, run.model.config.mtp
@@ -235,7 +235,7 @@ def _plan(
             "machine: give more."
         )
     weights = run.model.config.num_trunk_params()
-    return Plan(
+    return HeadsPlan(
         model=str(path.resolve()),
         hours=hours,
         window=window,

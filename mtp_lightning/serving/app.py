@@ -7,8 +7,8 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Collection, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mtp_lightning.decoding.detokenizer import Detokenizer
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.guard import OwnNames
-from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
-from mtp_lightning.serving.parsing import Parser
+from mtp_lightning.serving.parsing import BodyParser
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.responses import Completion, TokenTexts
 from mtp_lightning.serving.schemas import shown
+from mtp_lightning.serving.served_text import News, ServedText
 from mtp_lightning.serving.worker import Worker
 
 _BODY_SECONDS = 30  # the longest time for sending a body
@@ -33,31 +35,47 @@ _UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _PAGE = Path(__file__).with_name("page.html")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """Answers requests with the texts of a worker.
 
-    Attributes:
-        parser: parses bodies.
+    Args:
+        cfg: the config of ``conf/serve.yaml``.
+        run: the model.
+        name: the model's name for clients.
+        engine: the worker's engine.
         worker: runs the model.
         meters: count requests.
-        tokenizer: the model's.
-        token_texts: the texts of its tokens.
-        max_body: largest body in bytes.
-        hosts: host names of the server, besides localhost.
-        created: start of the server, seconds since 1970.
-        facts: further facts about the model, next to OpenAI's fields.
+
+    Raises:
+        UserError: the chat template is invalid.
     """
 
-    parser: Parser
-    worker: Worker
-    meters: Meters
-    tokenizer: Any
-    token_texts: TokenTexts
-    max_body: int
-    hosts: Collection[str]
-    created: int
-    facts: Mapping[str, Any]
+    def __init__(
+        self,
+        cfg: Any,
+        run: OpenedModel,
+        *,
+        name: str,
+        engine: Engine,
+        worker: Worker,
+        meters: Meters,
+    ) -> None:
+        self.parser = BodyParser(cfg, run, name=name, max_draft=engine.max_draft)
+        self.worker = worker
+        self.meters = meters
+        self.tokenizer = run.tokenizer
+        self.token_texts = TokenTexts(run.tokenizer)
+        self.max_body = cfg.max_body
+        self.hosts = [str(host).lower() for host in (cfg.host, *cfg.hosts)]
+        self.created = int(time.time())
+        options, longest = engine.options, cfg.max_new_tokens
+        self.facts = {  # about the model, next to OpenAI's fields
+            "draft_depth": engine.max_draft,
+            "lookup": options.lookup,
+            "tree": None if options.tree is None else list(options.tree.widths),
+            "chat": self.parser.template is not None,
+            "max_tokens": min(longest, run.seq_len) if cfg.long == "refuse" else longest,
+        }
 
     def app(self) -> FastAPI:
         """The application, without FastAPI's own pages, which load files from the internet."""
@@ -125,29 +143,27 @@ class Endpoint:
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         sent = await self._body(request)
         body, asked = await asyncio.to_thread(self.parser.parse, sent, chat=chat)
-        job = Job(asked, Detokenizer(self.tokenizer))
-        completion = Completion(
-            body, asked, chat=chat, model=self.parser.name, token_texts=self.token_texts
-        )
-        self.worker.submit(job)
-        watch = asyncio.create_task(self._watch(request, job))
-        news = job.news()
+        served = ServedText(asked, Detokenizer(self.tokenizer))
+        completion = Completion(body, asked, model=self.parser.name, token_texts=self.token_texts)
+        self.worker.submit(served)
+        watch = asyncio.create_task(self._watch(request, served))
+        news = served.news()
         try:
             if not body.stream:
                 return JSONResponse(await _whole(news, completion))
             first = await anext(news)  # an earlier refusal can still set the status
         except BaseException:
-            self.worker.cancel(job)
+            self.worker.cancel(served)
             raise
         finally:
-            if not body.stream or job.over:
+            if not body.stream or served.over:
                 watch.cancel()
-        events = self._events(job, completion, first, news, watch)
+        events = self._events(served, completion, first, news, watch)
         return StreamingResponse(events, media_type="text/event-stream", headers=_UNCACHED)
 
     async def _events(
         self,
-        job: Job,
+        served: ServedText,
         completion: Completion,
         first: News,
         news: AsyncIterator[News],
@@ -169,14 +185,14 @@ class Endpoint:
             yield _event(refusal.body)
         finally:
             watch.cancel()
-            self.worker.cancel(job)
+            self.worker.cancel(served)
             self.meters.ended(status)
 
-    async def _watch(self, request: Request, job: Job) -> None:
-        """Free a job's slot when its client disconnects."""
+    async def _watch(self, request: Request, served: ServedText) -> None:
+        """Free a text's slot when its client disconnects."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.worker.cancel(job)
+        self.worker.cancel(served)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

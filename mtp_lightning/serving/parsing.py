@@ -26,40 +26,32 @@ from mtp_lightning.settings import is_whole
 _SHORT = 16
 
 
-class Parser:
+class BodyParser:
     """Parses bodies; thread-safe.
 
     Args:
+        cfg: the config of ``conf/serve.yaml``.
         run: the model and its tokenizer.
         name: the model's name for clients.
-        max_tokens: most new tokens of a request.
         max_draft: most drafts per round.
-        max_prompt: most tokens of a prompt.
-        room: most tokens of a prompt and its text together; None for no bound.
 
     Raises:
         UserError: the chat template is invalid.
     """
 
-    def __init__(
-        self,
-        run: OpenedModel,
-        *,
-        name: str,
-        max_tokens: int,
-        max_draft: int,
-        max_prompt: int,
-        room: int | None,
-    ) -> None:
+    def __init__(self, cfg: Any, run: OpenedModel, *, name: str, max_draft: int) -> None:
         self.name = name
         self.template = ChatTemplate.of(run.tokenizer_state)
         self._tokenizer = run.tokenizer
         self._vocab = run.model.config.trunk.vocab_size
-        self._completion = limited(CompletionBody, max_tokens, max_draft)
-        self._chat = limited(ChatBody, max_tokens, max_draft)
-        self._max_tokens = max_tokens
-        self._max_prompt = max_prompt
-        self._room = room
+        self._max_tokens = cfg.max_new_tokens
+        self._completion = limited(CompletionBody, self._max_tokens, max_draft)
+        self._chat = limited(ChatBody, self._max_tokens, max_draft)
+        self._max_prompt = run.seq_len if cfg.max_prompt is None else cfg.max_prompt
+        self._room: int | None = None  # most tokens of a prompt and its text together
+        if cfg.long == "refuse":
+            self._room = run.seq_len
+            self._max_prompt = min(self._max_prompt, run.seq_len)
         # encode_specials sets a switch of the tokenizer for a moment, which decoding does not read:
         # one thread encodes at a time.
         self._encoding = threading.Lock()
@@ -102,8 +94,10 @@ class Parser:
                 logprobs=logprobs,
                 draft_depth=body.draft_depth,
             )
-        except ValueError as error:
-            raise Refusal(str(error)) from error
+        except ValueError as error:  # "NAME=VALUE must .."
+            name = str(error).partition("=")[0]
+            param = name if name in type(body).model_fields else None
+            raise Refusal(str(error), param=param) from error
         if body.stream_options.model_fields_set and not body.stream:
             told = "stream_options is for stream=true: leave it out."
             raise Refusal(told, param="stream_options")
@@ -123,9 +117,8 @@ class Parser:
 
     def _chat_prompt(self, messages: list[Message]) -> list[int]:
         if self.template is None:
-            raise Refusal(
-                f"{self.name} has no chat template: ask it by /v1/completions.", code="no_chat"
-            )
+            told = f"{self.name} has no chat template: ask it by /v1/completions."
+            raise Refusal(told, param="model", code="no_chat")
         try:
             text = self.template.render([message.model_dump() for message in messages])
         except UserError as error:
@@ -159,7 +152,7 @@ class Parser:
             if body.max_completion_tokens is not None:
                 if wanted not in (None, body.max_completion_tokens):
                     told = "max_tokens and max_completion_tokens differ: give one of them."
-                    raise Refusal(told)
+                    raise Refusal(told, param="max_completion_tokens")
                 name, wanted = "max_completion_tokens", body.max_completion_tokens
         if wanted is None:
             return min(default, self._max_tokens, room)

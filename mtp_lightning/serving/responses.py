@@ -10,8 +10,8 @@ from typing import Any
 
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import Generation, LogProb
-from mtp_lightning.serving.job import News
-from mtp_lightning.serving.schemas import Body
+from mtp_lightning.serving.schemas import Body, ChatBody
+from mtp_lightning.serving.served_text import News
 
 _REASONS = {"eot": "stop", "stop": "stop", "length": "length"}
 # OpenAI's log-probability of impossible tokens: JSON has no infinity.
@@ -51,18 +51,17 @@ class Completion:
     Args:
         body: the fields of the request's body.
         request: the request to the engine.
-        chat: whether the answer is a message.
         model: the model's name for clients.
         token_texts: texts of tokens.
     """
 
     def __init__(
-        self, body: Body, request: Request, *, chat: bool, model: str, token_texts: TokenTexts
+        self, body: Body, request: Request, *, model: str, token_texts: TokenTexts
     ) -> None:
         self._stream = body.stream
         self._options = body.stream_options
         self._request = request
-        self._chat = chat
+        self._chat = chat = isinstance(body, ChatBody)
         self._token_texts = token_texts
         # The offset of the next token in the text.
         self._offset = 0

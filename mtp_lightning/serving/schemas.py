@@ -86,7 +86,7 @@ def _joined(content: Any) -> Any:
     texts = [part.get("text") for part in content]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
-        raise Refusal(f"text must be a string, not {shown(wrong[0])}.", param="text")
+        raise Refusal(f"text must be a string, not {shown(wrong[0])}.", param="messages")
     return "".join(texts)
 
 
@@ -156,7 +156,8 @@ class Body(_Strict):
                 known[name] = value
             elif name not in _NEUTRAL:
                 remedy = suggestion(name, cls.model_fields, "leave it out.")
-                raise Refusal(f"The field {shown(name)} is not known here: {remedy}")
+                told = f"The field {shown(name)} is not known here: {remedy}"
+                raise Refusal(told, param=shown(name).strip('"'))
             elif not _same(value, _NEUTRAL[name]):
                 told = f"{shown(value)} is not supported, only {json.dumps(_NEUTRAL[name])}"
                 raise Refusal(f"{name}={told}.", param=name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,8 +18,6 @@ from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.guard import Connection
 from mtp_lightning.serving.meters import Meters
-from mtp_lightning.serving.parsing import Parser
-from mtp_lightning.serving.responses import TokenTexts
 from mtp_lightning.serving.worker import Worker
 
 # Seconds after the grace period, for the current round and for sending the rest.
@@ -45,38 +42,10 @@ class Server(uvicorn.Server):
     def __init__(self, cfg: Any, run: OpenedModel, *, name: str) -> None:
         self.signum: int | None = None
         self._grace = float(cfg.grace)
-        refuses = cfg.long == "refuse"
-        prompt = run.seq_len if cfg.max_prompt is None else cfg.max_prompt
-        options = drafts_settled(cfg, run)
-        engine = Engine(run.model, options, tokenizer=run.tokenizer)
-        parser = Parser(
-            run,
-            name=name,
-            max_tokens=cfg.max_new_tokens,
-            max_draft=engine.max_draft,
-            max_prompt=min(prompt, run.seq_len) if refuses else prompt,
-            room=run.seq_len if refuses else None,
-        )
-        facts = {
-            "draft_depth": engine.max_draft,
-            "lookup": engine.options.lookup,
-            "tree": None if options.tree is None else list(options.tree.widths),
-            "chat": parser.template is not None,
-            "max_tokens": min(cfg.max_new_tokens, run.seq_len) if refuses else cfg.max_new_tokens,
-        }
+        engine = Engine(run.model, drafts_settled(cfg, run), tokenizer=run.tokenizer)
         meters = Meters()
         self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)
-        endpoint = Endpoint(
-            parser=parser,
-            worker=self.worker,
-            meters=meters,
-            tokenizer=run.tokenizer,
-            token_texts=TokenTexts(run.tokenizer),
-            max_body=cfg.max_body,
-            hosts=[str(name).lower() for name in (cfg.host, *cfg.hosts)],
-            created=int(time.time()),
-            facts=facts,
-        )
+        endpoint = Endpoint(cfg, run, name=name, engine=engine, worker=self.worker, meters=meters)
         config = uvicorn.Config(
             endpoint.app(),
             http=Connection,

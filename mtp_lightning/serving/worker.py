@@ -1,6 +1,6 @@
-"""The thread that owns the engine: jobs wait for a slot, and sequences grow round by round.
+"""The thread that owns the engine: texts wait for a slot, and grow round by round.
 
-Only this thread uses the model. Other threads submit and cancel jobs under one lock.
+Only this thread uses the model. Other threads submit and cancel texts under one lock.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.sequence import TextSequence
-from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
+from mtp_lightning.serving.served_text import News, ServedText
 
 _RETRY_AFTER = 1  # seconds
 
 
 class Worker:
-    """Decodes jobs in a separate thread.
+    """Decodes texts in a separate thread.
 
     Args:
         engine: an engine that nothing else uses.
-        queue: the most waiting jobs.
+        queue: the most waiting texts.
         meters: record tokens, drafts and times.
         on_failure: called from the thread if a defect ends it.
 
@@ -44,8 +44,8 @@ class Worker:
         self._queue = queue
         self._meters = meters
         self._on_failure = on_failure
-        self._waiting: deque[Job] = deque()
-        self._running: dict[TextSequence, Job] = {}
+        self._waiting: deque[ServedText] = deque()
+        self._running: dict[TextSequence, ServedText] = {}
         self._joining = 0
         self._changed = threading.Condition()
         self._ends_at: float | None = None  # by time.monotonic()
@@ -60,17 +60,17 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker accepts jobs."""
+        """Whether the worker accepts texts."""
         return self._thread.is_alive() and self._ends_at is None
 
-    def submit(self, job: Job) -> None:
-        """Put a job at the end of the queue.
+    def submit(self, served: ServedText) -> None:
+        """Put a text at the end of the queue.
 
         Raises:
             Refusal: the engine cannot do it, the queue is full, or the server is ending.
         """
         try:
-            self._engine.check(job.request)
+            self._engine.check(served.request)
         except ValueError as error:
             raise Refusal(str(error)) from error
         with self._changed:
@@ -84,19 +84,19 @@ class Worker:
                     code="queue_full",
                     retry_after=_RETRY_AFTER,
                 )
-            self._waiting.append(job)
+            self._waiting.append(served)
             self._changed.notify()
 
-    def cancel(self, job: Job) -> None:
-        """Cancel the job of a disconnected client: it leaves the queue, or its sequence is freed
-        after the current round. A finished job is left alone."""
+    def cancel(self, served: ServedText) -> None:
+        """Cancel the text of a disconnected client: it leaves the queue, or its slot is freed after
+        the current round. A finished text is left alone."""
         with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
-            job.tell(Refusal("The client has hung up.", status=HUNG_UP))
+            if served in self._waiting:
+                self._waiting.remove(served)
+            served.tell(Refusal("The client has hung up.", status=HUNG_UP))
 
     def close(self, grace: float) -> None:
-        """Accept no more jobs, refuse the waiting ones, and end.
+        """Accept no more texts, refuse the waiting ones, and end.
 
         Args:
             grace: seconds in which running texts may finish.
@@ -134,9 +134,9 @@ class Worker:
         with self._changed:
             while not (self._waiting or self._running or self._ends_at is not None):
                 self._changed.wait()
-            # Read once: jobs taken from the queue after the end was noticed would be lost.
+            # Read once: texts taken from the queue after the end was noticed would be lost.
             ends_at = self._ends_at
-            gone = [sequence for sequence, job in self._running.items() if job.over]
+            gone = [sequence for sequence, served in self._running.items() if served.over]
             free = 0 if ends_at is not None else self._engine.free + len(gone)
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._joining = len(joining)
@@ -155,46 +155,46 @@ class Worker:
             self._tell(sequence)
         return True
 
-    def _join(self, jobs: list[Job]) -> None:
+    def _join(self, texts: list[ServedText]) -> None:
         try:
-            sequences = self._engine.add([job.request for job in jobs])
+            sequences = self._engine.add([served.request for served in texts])
         except BaseException:
-            for job in jobs:
-                job.tell(_ending())
+            for served in texts:
+                served.tell(_ending())
             raise
         with self._changed:
-            self._running.update(zip(sequences, jobs, strict=True))
+            self._running.update(zip(sequences, texts, strict=True))
             self._joining = 0
-        for sequence, job in zip(sequences, jobs, strict=True):
-            self._meters.prompt_tokens.inc(len(job.request.prompt))
-            job.began_at = time.perf_counter()
-            self._meters.first_token.observe(job.began_at - job.asked_at)
+        for sequence, served in zip(sequences, texts, strict=True):
+            self._meters.prompt_tokens.inc(len(served.request.prompt))
+            served.began_at = time.perf_counter()
+            self._meters.first_token.observe(served.began_at - served.asked_at)
             self._tell(sequence)
 
     def _tell(self, sequence: TextSequence) -> None:
-        job, fresh = self._running[sequence], sequence.fresh()
-        self._meters.tokens.inc(len(sequence.token_ids) - job.tokens)
-        job.tokens = len(sequence.token_ids)
+        served, fresh = self._running[sequence], sequence.fresh()
+        self._meters.tokens.inc(len(sequence.token_ids) - served.tokens)
+        served.tokens = len(sequence.token_ids)
         pieces = [""] * len(fresh.token_ids)
-        for piece, i in job.detokenizer.add(fresh.token_ids, range(len(pieces))):
+        for piece, i in served.detokenizer.add(fresh.token_ids, range(len(pieces))):
             pieces[i] += piece
         text, done = "".join(pieces), None
         if sequence.finish_reason is not None:
             done = sequence.generation()
             # Adds incomplete characters, and characters before a stop string in the same token.
-            text += (done.text or "")[job.length + len(text) :]
+            text += (done.text or "")[served.length + len(text) :]
             self._meters.drafts(done)
             del self._running[sequence]
-        job.length += len(text)
+        served.length += len(text)
         if fresh.token_ids or done:
-            seconds = time.perf_counter() - job.began_at
-            job.tell(News(text=text, fresh=fresh, pieces=pieces, seconds=seconds, done=done))
+            seconds = time.perf_counter() - served.began_at
+            served.tell(News(text=text, fresh=fresh, pieces=pieces, seconds=seconds, done=done))
 
     def _end_all(self) -> None:
         """Refuse the rest of all running texts."""
-        for job in self._running.values():
-            self.cut += not job.over
-            job.tell(_ending())
+        for served in self._running.values():
+            self.cut += not served.over
+            served.tell(_ending())
         self._running.clear()
 
 

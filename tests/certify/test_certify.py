@@ -218,10 +218,10 @@ def test_the_p_value_is_that_of_a_chi_square() -> None:
 
 
 def test_a_difference_is_counted_up_to_where_texts_part() -> None:
-    from mtp_lightning.certify.texts import Text
+    from mtp_lightning.certify.texts import DecodedText
 
-    wanted = Text([1, 2, 3, 4], [torch.zeros(4, 2)])
-    found = Text([2, 9, 4], [torch.tensor([[0.0, 0], [0, 0.5], [7, 7]])])
+    wanted = DecodedText([1, 2, 3, 4], [torch.zeros(4, 2)])
+    found = DecodedText([2, 9, 4], [torch.tensor([[0.0, 0], [0, 0.5], [7, 7]])])
     counted = Greedy()
     counted.compare(5, wanted, found, 1)
     assert counted == Greedy(texts=1, equal=0, tokens=2, same_bits=1, largest=0.5, first=(5, 2))

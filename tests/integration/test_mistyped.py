@@ -117,6 +117,9 @@ train.py optimizer.lr=nan => optimizer.lr must be a number above 0, not nan
 train.py mtp.freeze_trunk=maybe => mtp.freeze_trunk must be true or false, not 'maybe'
 train.py -m mtp.depth=1,two sweep_dir=sweep  [*, 2 s] => mtp.depth must be | not 'two'
 evaluate.py checkpoint=FOLDER decode.new_tokens=1 => decode.new_tokens must be | not 1
+generate.py checkpoint=FOLDER prompt=a draft_depth=0  [15 s] =>
+    draft_depth=0 must be | at least 1 | speculative=false is plain decoding
+serve.py checkpoint=FOLDER draft_depth=0  [15 s] => speculative=false is plain decoding
 generate.py checkpoint=FOLDER top_p=2 => top_p must be a number in (0, 1], not 2
 serve.py checkpoint=FOLDER port=99999 => port must be a number in [0, 65535], not 99999
 export.py checkpoint=FOLDER output=x dtype=float8 => dtype=float8 | choose one of float32

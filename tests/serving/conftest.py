@@ -102,12 +102,14 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def refused(response: Any, status: int, told: str) -> None:
-    """Check that a response is an error of one short sentence."""
+def refused(response: Any, status: int, told: str, *, param: str | None = None) -> None:
+    """Check that a response is an error of one short sentence, about the field ``param`` if one is
+    given."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert told in error["message"], error["message"]
+    assert param in (None, error["param"]), error
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 

@@ -172,7 +172,7 @@ def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
 )
 def test_refusals(served: Serving, fields: dict[str, Any], told: str) -> None:
     body = {"model": NAME, "messages": MESSAGES, **fields}
-    refused(served.post(body, path="chat/completions"), 400, told)
+    refused(served.post(body, path="chat/completions"), 400, told, param=[*fields][-1])
 
 
 def test_prompts_are_encoded_while_texts_are_decoded(served: Serving) -> None:

@@ -13,18 +13,18 @@ from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.opening import OpenedModel
-from mtp_lightning.serving.job import Job
 from mtp_lightning.serving.refusal import Refusal
+from mtp_lightning.serving.served_text import ServedText
 
 pytestmark = pytest.mark.extras
 
 
 async def heard(worker: Any, run: OpenedModel) -> str:
-    """How the text of a job ended, or what it was refused with."""
-    job = Job(Request(prompt=[1, 2], max_new_tokens=6), Detokenizer(run.tokenizer))
+    """How a text ended, or what it was refused with."""
+    served = ServedText(Request(prompt=[1, 2], max_new_tokens=6), Detokenizer(run.tokenizer))
     try:
-        worker.submit(job)
-        return [news async for news in job.news()][-1].done.finish_reason
+        worker.submit(served)
+        return [news async for news in served.news()][-1].done.finish_reason
     except Refusal as refusal:
         return str(refusal.code)
 

@@ -1,4 +1,4 @@
-"""One request to the worker, and the news that the worker sends about it."""
+"""A text for a client, and the news of it that the worker sends."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class News:
     done: Generation | None = None
 
 
-class Job:
-    """A request that the worker's thread reports to the event loop on which the job was made.
+class ServedText:
+    """A text that the worker's thread reports to the event loop on which this object was made.
 
     Args:
         request: the request to the engine.
