@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from mtp_lightning.command_line.misspelt import not_a_name, sentence
+from mtp_lightning.command_line.misspelt import in_one_sentence
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
@@ -52,9 +52,7 @@ class Composer:
         Raises:
             UserError: if the overrides do not match the config.
         """
-        from hydra.errors import HydraException
-
-        try:
+        with in_one_sentence(overrides):
             parsed = [self._parse(override) for override in overrides]
             groups = tuple(str(override.input_line) for override, value in parsed if not value)
             if groups not in self._bases:
@@ -65,13 +63,7 @@ class Composer:
             composed: DictConfig = pickle.loads(self._bases[groups])
             values = [override for override, value in parsed if value]
             self._loader._apply_overrides_to_config(values, composed)
-        except HydraException as error:
-            raise UserError(sentence(error)) from error
-        except ValueError as error:
-            if told := not_a_name(error, overrides):
-                raise UserError(told) from error
-            raise
-        return composed
+            return composed
 
     def _parse(self, text: str) -> tuple[Override, bool]:
         """An override, and whether it only sets a value; choosing a file, or a setting of Hydra's

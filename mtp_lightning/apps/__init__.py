@@ -22,13 +22,12 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal import utils
 from hydra._internal.hydra import Hydra
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mtp_lightning import parts
 from mtp_lightning.command_line.literal import literal, require_utf8
+from mtp_lightning.command_line.misspelt import in_one_sentence
 from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors, version
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
@@ -166,19 +165,8 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
     if not foreign:
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        from mtp_lightning.command_line.misspelt import sentence
-
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        raise UserError(sentence(error)) from error
-    except ValueError as error:
-        from mtp_lightning.command_line.misspelt import not_a_name
-
-        if told := not_a_name(error, arguments):
-            raise UserError(told) from error
-        raise
+        with in_one_sentence(arguments):
+            yield
     finally:
         utils.run_and_report, Hydra.get_mode = before  # type: ignore[method-assign]
 

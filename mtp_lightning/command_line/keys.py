@@ -1,9 +1,9 @@
 """Reads the comments of ``conf/`` as rules for the values that each key takes.
 
-A comment names a type (``int``, ``float``, ``number``, ``bool``), a range (``int >= 1``, ``float in
-[0, 1)``), words that a key of a type takes as well (``bool, or auto``), or words alone (``min |
-max``). Comments name keys that no file sets as ``+KEY=``, and a file's first lines name a package
-that it needs (``needs datasets: pip install -e '.[hf]'``).
+A rule is a type with its bounds (``int >= 1``, ``float in [0, 1)``, ``number``, ``bool``) and words
+that the key takes as well (``bool, or auto``), or it is words alone (``min | max``). It begins the
+comment, or follows a semicolon or a parenthesis. Comments name keys that no file sets as ``+KEY=``,
+and a file's first lines name a package that it needs (``needs datasets: pip install -e '.[hf]'``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from mtp_lightning.settings import (
 _ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
 _OWN = ("mtp_lightning.", "data_modules.")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
+# A type; its lower bound, its upper bound and whether that one is included; and the text after it.
+_TYPE = re.compile(
+    r"(?:^|[;(])\s*(int|float|number|bool|true \| false)\b"
+    rf"(?: (>=|>|in \[|in \() ?{_NUMBER}(?:, {_NUMBER}([\])]))?)?(.*)",
+    re.DOTALL,
+)
 # A word that a number's key takes too, with its meaning: ``(int >= 1; all: the whole split)``.
 _WORD = re.compile(r"; (\w+): ([^();]+)\)")
-_KIND = re.compile(r"(?:^|[;(])\s*(int|float|number|bool|true \| false)\b(.*)", re.DOTALL)
-_INTERVAL = re.compile(rf" in ([\[(]){_NUMBER}, {_NUMBER}([\])])")
-_SPAN = re.compile(rf" (?:in |between )?{_NUMBER} (?:to|and|\.\.) {_NUMBER}")
-_BOUND = re.compile(rf" (>=|>) {_NUMBER}")
 _NEEDS = re.compile(r"needs (\w+): pip install -e '\.\[(\w+)\]'")
 _NAMED = re.compile(r"\+([\w.]+)=")
 
@@ -45,26 +47,19 @@ class KeyRules:
     """The rules in ``conf/`` for the keys of a class, or of a node without a class.
 
     Attributes:
-        keys: the keys, each with its comment.
-        named: further keys that may be added.
+        keys: the keys, each with its comment; empty for a key without one.
         open: whether any other key is passed to a class that is not this project's.
         needs: (option, package, extra) if the class needs a package.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
-    named: set[str] = field(default_factory=set)
     open: bool = False
     needs: tuple[str, str, str] | None = None
-
-    @property
-    def names(self) -> set[str]:
-        """All known keys."""
-        return {*self.keys, *self.named}
 
 
 def of_class(target: str) -> KeyRules | None:
     """The rules for the keys of a class; None for a class that ``conf/`` does not build."""
-    return _read_conf()[0].get(target)
+    return _read_conf().get(target)
 
 
 def of_node(path: str, app: str) -> KeyRules:
@@ -74,18 +69,17 @@ def of_node(path: str, app: str) -> KeyRules:
         path: the node's dotted path in the config; empty for the root.
         app: the app's root config in conf/.
     """
-    by_path = _read_conf()[1]
-    found = by_path.get(f"{app}:{path}") or by_path.get(path, KeyRules())
+    found = _read_conf()
+    rules = found.get(f"{app}:{path}") or found.get(path) or KeyRules()
     if path == "trainer":
-        return KeyRules(found.keys, found.named | _trainer_arguments(), found.open, found.needs)
-    return found
+        return KeyRules(dict.fromkeys(_trainer_arguments(), "") | rules.keys)
+    return rules
 
 
 @cache
-def _read_conf() -> tuple[dict[str, KeyRules], dict[str, KeyRules]]:
+def _read_conf() -> dict[str, KeyRules]:
     """The rules by class, and of nodes without one by path: ``trainer``, ``evaluate:decode``."""
-    by_target: dict[str, KeyRules] = {}
-    by_path: dict[str, KeyRules] = {}
+    found: dict[str, KeyRules] = {}
     for group, options in groups().items():
         if group.partition("/")[0] in _ELSEWHERE:
             continue
@@ -94,32 +88,28 @@ def _read_conf() -> tuple[dict[str, KeyRules], dict[str, KeyRules]]:
             for part in reversed(included(option, files)):
                 for key, says in _rules(part):
                     owner, _, name = key.rpartition(".")
-                    target = _target(option, owner, files) or _target(part, owner, files)
+                    target = _target(option, owner, files)
                     path = ".".join(filter(None, [group.replace("/", "."), owner]))
                     path = path if group else f"{option.name}:{owner}"
-                    home, at = (by_target, target) if target else (by_path, path)
-                    said = home.setdefault(at, KeyRules())
-                    if says is None:
-                        said.named.add(name)
-                    else:
-                        said.keys[name] = says
+                    rules = found.setdefault(target or path, KeyRules())
+                    rules.keys[name] = says or rules.keys.get(name, "")
                     if target:
-                        said.open |= not target.startswith(_OWN) or "More keys" in part.says
+                        rules.open |= not target.startswith(_OWN) or "More keys" in part.says
                     needs = _NEEDS.search(part.says)
                     if needs is not None and name == "_target_":  # the file's own class
-                        said.needs = (f"{group}={option.name}", needs[1], needs[2])
-    return by_target, by_path
+                        rules.needs = (f"{group}={option.name}", needs[1], needs[2])
+    return found
 
 
-def _rules(option: Option) -> Iterator[tuple[str, str | None]]:
-    """Yield a file's keys with their comments; the comment is None for keys that have none."""
+def _rules(option: Option) -> Iterator[tuple[str, str]]:
+    """Yield a file's keys with their comments; a comment is empty for keys that have none."""
     for path in _classes(option.content, ""):
-        yield from ((name, None) for name in (f"{path}_target_", path.removesuffix(".")) if name)
+        yield from ((name, "") for name in (f"{path}_target_", path.removesuffix(".")) if name)
     for entry in option.content.get("defaults", []):  # groups within this one
-        yield from ((str(name), None) for name in (entry if isinstance(entry, dict) else ()))
+        yield from ((str(name), "") for name in (entry if isinstance(entry, dict) else ()))
     prefix = f"{option.group.replace('/', '.')}."
     for text in (option.says, *(key.says for key in option.keys)):
-        yield from ((key.removeprefix(prefix), None) for key in _NAMED.findall(text))
+        yield from ((key.removeprefix(prefix), "") for key in _NAMED.findall(text))
     yield from ((key.name, key.says) for key in option.keys)
 
 
@@ -164,13 +154,13 @@ def require_taken(name: str, value: Any, says: str) -> None:
         return
     if fixed := re.match(r"always (\d+) here", says):
         require(value == int(fixed[1]), name, value, f"{fixed[1]} with this option")
-    found = _KIND.search(says)
+    found = _TYPE.search(says)
     if found is None:
         choices = _choices(says)
         if choices and isinstance(value, str):
             require_choice(name, value, choices)
         return
-    kind, rest = found.groups()
+    kind, lower, low, high, closed, rest = found.groups()
     words = re.findall(r", or (\w+)", rest)
     if word := _WORD.search(says):
         name = f"{name} ({word[1]} for {word[2]})"
@@ -179,35 +169,27 @@ def require_taken(name: str, value: Any, says: str) -> None:
         return
     if isinstance(value, list) and re.search(r"\blist\b|floats", says):
         return
+    bounds: dict[str, Any] = {}
+    if low:
+        bounds["least" if lower in (">=", "in [") else "above"] = _number(low)
+    if high:
+        bounds["most" if closed == "]" else "below"] = _number(high)
     if kind in ("bool", "true | false"):
         require_bool(name, value)
-    elif kind == "int" and (bound := _BOUND.match(rest)):
-        require_whole(name, value, least=int(bound[2]) + (bound[1] == ">"))
-    elif kind == "int":
-        require_number(name, require_whole(name, value), **_bounds(rest))
+    elif kind == "int" and not high:
+        require_whole(
+            name, value, least=bounds["above"] + 1 if lower == ">" else bounds.get("least")
+        )
     else:
-        require_number(name, value, **_bounds(rest))
+        require_number(name, require_whole(name, value) if kind == "int" else value, **bounds)
 
 
-def _bounds(rest: str) -> dict[str, float]:
-    if found := _INTERVAL.match(rest):
-        low = "least" if found[1] == "[" else "above"
-        return {low: _value(found[2]), "most" if found[4] == "]" else "below": _value(found[3])}
-    if found := _SPAN.match(rest):
-        return {"least": _value(found[1]), "most": _value(found[2])}
-    if found := _BOUND.match(rest):
-        return {"least" if found[1] == ">=" else "above": _value(found[2])}
-    return {}
-
-
-def _value(text: str) -> float:
+def _number(text: str) -> float:
     return float(text) if "." in text else int(text)
 
 
 def _choices(says: str) -> list[str]:
     """The words of ``fraction (of the run) | steps | tokens``; empty if others are allowed."""
-    if found := re.search(r"\((\w+(?:\|\w+)+)", says):
-        return found[1].split("|")
     while (bare := re.sub(r"\([^()]*\)", "", says)) != says:
         says = bare
     parts = [re.findall(r"[\w.-]+", part) for part in says.split("|")]

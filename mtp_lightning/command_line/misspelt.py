@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.command_line.explained import groups, included
-from mtp_lightning.errors import nearest, suggestion
+from mtp_lightning.errors import UserError, nearest, suggestion
 
 # Files that options include, and that are not options themselves.
 _PARTS = ("base", "task", "deepseek_base")
-# What Hydra does not read as a word.
+# The beginning of Hydra's error for a group's value that is not a word, and such values.
+_NAME_NEEDED = "Config group override must be"
 _NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
 
 
-def sentence(error: Exception) -> str:
-    """Translate an error that Hydra or OmegaConf raised while composing into a sentence.
+@contextmanager
+def in_one_sentence(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn the errors of composing a config, during a block, into one sentence with a remedy.
+    HYDRA_FULL_ERROR=1 leaves them as they are.
 
-    The errors are recognized by text and attributes, since importing the libraries here would slow
-    the tools down.
+    Args:
+        overrides: the overrides as they were typed.
+
+    Raises:
+        UserError: Hydra or OmegaConf refused the overrides.
     """
+    try:
+        yield
+    except Exception as error:
+        # Compared by name, since importing the libraries here would slow the tools down.
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        told = _not_a_name(overrides) if str(error).startswith(_NAME_NEEDED) else ""
+        if {"HydraException", "OmegaConfBaseException"} & kinds:
+            told = sentence(error)
+        if not told or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise UserError(told) from error
+
+
+def sentence(error: Exception) -> str:
+    """Translate an error that Hydra or OmegaConf raised while composing into a sentence."""
     said, cause = str(error), error.__cause__
     if file := getattr(error, "missing_cfg_file", None):
         group, _, name = file.rpartition("/")
@@ -54,11 +77,9 @@ def sentence(error: Exception) -> str:
     return _first(error if cause is None else cause, said)
 
 
-def not_a_name(error: ValueError, overrides: Iterable[str]) -> str:
+def _not_a_name(overrides: Iterable[str]) -> str:
     """The sentence that refuses a group's value that is not a word (``mtp=null``), for which Hydra
-    raises an error without the override; empty for another error."""
-    if not str(error).startswith("Config group override must be"):
-        return ""
+    raises an error without the override; empty if there is none."""
     for override in overrides:
         group, _, value = override.lstrip("+").partition("=")
         if group in groups() and any(_NO_WORD.fullmatch(part) for part in value.split(",")):

@@ -82,8 +82,8 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = Fa
     closed = not (open or said.open) and (bool(target) or path == "trainer")
     for key, value in node.items():
         name = _join(path, key)
-        if closed and key not in said.names and not str(key).startswith("_"):
-            raise _unknown(name, said.names)
+        if closed and key not in said.keys and not str(key).startswith("_"):
+            raise _unknown(name, said.keys)
         if key in said.keys:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
@@ -100,7 +100,7 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
     parent, _, key = name.rpartition(".")
     if "/" in name or "@" in name or name in groups() or parent not in _CLOSED:
         return
-    names = {*keys.of_node(parent, app).names, *(groups() if not parent else ())}
+    names = {*keys.of_node(parent, app).keys, *(groups() if not parent else ())}
     if key not in names and not _is_named(name, config):
         raise _unknown(name, {name for name in names if "/" not in name})
 

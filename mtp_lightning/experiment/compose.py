@@ -7,11 +7,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.command_line.literal import literal
-from mtp_lightning.errors import UserError
+from mtp_lightning.command_line.misspelt import in_one_sentence
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in
 
@@ -22,13 +21,11 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: the overrides do not fit the config.
     """
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose(name, overrides=literal(list(overrides)))
-    except HydraException as error:
-        from mtp_lightning.command_line.misspelt import sentence
-
-        raise UserError(sentence(error)) from error
+    with (
+        in_one_sentence(overrides),
+        initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
+    ):
+        return compose(name, overrides=literal(list(overrides)))
 
 
 def overridden(group: str) -> list[str]:
