@@ -38,7 +38,7 @@ def run_beside_loop(task: Row) -> Iterator[Row]:
     import lightning.pytorch as pl
 
     from benchmarks.workloads import WARMUP_STEPS, prepare_process
-    from mtp_lightning.experiment.build import build_trainer
+    from mtp_lightning.experiment.trainer import build_trainer
     from mtp_lightning.experiment.training import prepare
     from mtp_lightning.runtime import quiet_lightning
 

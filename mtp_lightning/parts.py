@@ -20,7 +20,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
     """An optional part.
 
@@ -28,8 +28,8 @@ class Part:
         module: the part's package, or its module if it is one file.
         brings: the part's function, for messages.
         extends: the package of the core to which the part adds names; empty if it adds none.
-        command: the part's command of ``mtp-lightning``: its name, the module of its ``main`` and
-            its help; empty without a command.
+        command: the module whose ``main`` is the part's command of ``mtp-lightning``, and the
+            command's help; empty without a command.
         formats: the kinds of paths that the part's ``read`` opens as a model (``opening.py``): for
             each name, a function that says whether a path is of that kind, without opening a file.
     """
@@ -37,7 +37,7 @@ class Part:
     module: str
     brings: str
     extends: str = ""
-    command: tuple[str, str, str] | tuple[()] = ()
+    command: tuple[str, str] | tuple[()] = ()
     formats: Mapping[str, Callable[[Path], bool]] = field(default_factory=dict)
 
 
@@ -47,62 +47,49 @@ def is_gguf(path: Path) -> bool:
 
 
 PARTS = {
-    "cpu": Part(module="mtp_lightning.cpu", brings="C++ for layers on a CPU"),
-    "distributed": Part(module="mtp_lightning.distributed", brings="training by several processes"),
+    "cpu": Part("mtp_lightning.cpu", "C++ for layers on a CPU"),
+    "distributed": Part("mtp_lightning.distributed", "training by several processes"),
     "interop": Part(
-        module="mtp_lightning.interop",
-        brings="models of other programs",
+        "mtp_lightning.interop",
+        "models of other programs",
         formats={
             "a folder in Hugging Face's layout": lambda path: (path / "config.json").is_file(),
             "a GGUF file": is_gguf,
         },
     ),
-    "serving": Part(module="mtp_lightning.serving", brings="answers over HTTP"),
+    "serving": Part("mtp_lightning.serving", "answers over HTTP"),
     "certify": Part(
-        module="mtp_lightning.certify",
-        brings="the test whether drafts change a text",
-        command=(
-            "certify",
-            "mtp_lightning.certify.__main__",
-            "test whether drafts change a model's text",
-        ),
+        "mtp_lightning.certify",
+        "the test whether drafts change a text",
+        command=("mtp_lightning.certify.__main__", "test whether drafts change a model's text"),
     ),
     "heads": Part(
-        module="mtp_lightning.heads",
-        brings="heads for a finished model in one command",
+        "mtp_lightning.heads",
+        "heads for a finished model in one command",
         command=(
-            "heads",
             "mtp_lightning.heads.__main__",
             "train, measure, certify and export heads for a finished model",
         ),
     ),
-    "notebook": Part(
-        module="mtp_lightning.notebook",
-        brings="runs in a notebook",
-        extends="mtp_lightning",
-    ),
-    "plan": Part(module="mtp_lightning.plan", brings="estimates for other machines"),
+    "notebook": Part("mtp_lightning.notebook", "runs in a notebook", extends="mtp_lightning"),
+    "plan": Part("mtp_lightning.plan", "estimates for other machines"),
     "token_files": Part(
-        module="data_modules.token_files",
-        brings="token files that other programs wrote",
-        extends="data_modules",
+        "data_modules.token_files", "token files that other programs wrote", extends="data_modules"
     ),
     "corpora": Part(
-        module="data_modules.corpora",
-        brings="corpora from other packages",
-        extends="data_modules.sources",
+        "data_modules.corpora", "corpora from other packages", extends="data_modules.sources"
     ),
     "search": Part(
-        module="sweeps.search",
-        brings="hyperparameter search",
-        command=("search", "sweeps.search", "search for good hyperparameters with Optuna"),
+        "sweeps.search",
+        "hyperparameter search",
+        command=("sweeps.search", "search for good hyperparameters with Optuna"),
     ),
     "report": Part(
-        module="sweeps.report",
-        brings="the report on runs",
-        command=("report", "sweeps.report.__main__", "compare the runs of one or more sweeps"),
+        "sweeps.report",
+        "the report on runs",
+        command=("sweeps.report.__main__", "compare the runs of one or more sweeps"),
     ),
-    "claims": Part(module="sweeps.claims", brings="claims and their verdicts"),
+    "claims": Part("sweeps.claims", "claims and their verdicts"),
 }
 
 
@@ -115,7 +102,7 @@ def load() -> None:
 
 def commands() -> dict[str, tuple[str, str]]:
     """The commands of all parts, installed or not: the module of each, and its help."""
-    return {part.command[0]: part.command[1:] for part in PARTS.values() if part.command}
+    return {name: part.command for name, part in PARTS.items() if part.command}
 
 
 @cache

@@ -337,6 +337,7 @@ def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Pa
     from mtp_lightning.experiment import build
     from mtp_lightning.experiment.device import settle_device
     from mtp_lightning.experiment.instantiate import instantiate
+    from mtp_lightning.experiment.trainer import build_trainer
 
     text = tmp_path / "text.txt"
     text.write_text("one line of text, and another\n" * 400)
@@ -364,7 +365,7 @@ def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Pa
     assert build.build_model_config(cfg, 300).num_params() > 0
     schedule = instantiate(cfg.lambda_schedule)
     instantiate(cfg.optimizer)
-    trainer = build.build_trainer(cfg, resume_step=None, may_skip=schedule.depth_ever_skipped)
+    trainer = build_trainer(cfg, resume_step=None, may_skip=schedule.depth_ever_skipped)
     assert trainer.max_steps == cfg.trainer.max_steps
 
 

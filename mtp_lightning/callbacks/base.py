@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from mtp_lightning.command_line.vetting import check_settings
 from mtp_lightning.errors import UserError, suggestion
 
 
+@dataclass(eq=False)
 class RunCallback(Callback):
     """Lightning's hooks and four more of a run; the defaults do nothing.
+
+    A callback is a dataclass of its settings, which the comments of its file in conf/callbacks
+    limit.
 
     Attributes:
         takes_gradients: the override that adds the callback, if it needs the gradients of one task
@@ -23,7 +29,15 @@ class RunCallback(Callback):
     """
 
     takes_gradients: ClassVar[str] = ""
-    newest: Mapping[str, float] = MappingProxyType({})
+    newest = cast(Mapping[str, float], MappingProxyType({}))  # without a type, it is no setting
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: a setting is not allowed.
+        """
+        check_settings(self, f"callbacks.{type(self).__module__.rpartition('.')[2]}")
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which the run does something other than training, such as writing a

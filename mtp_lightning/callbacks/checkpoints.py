@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+@dataclass(eq=False)
 class Checkpoints(RunCallback, Checkpoint):
     """Writes the run's checkpoints so that a resumed run continues exactly.
 
@@ -80,25 +82,22 @@ class Checkpoints(RunCallback, Checkpoint):
         UserError: for a wrong setting, or if no validation logged `monitor`.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        every_n_steps: int = 100,
-        monitor: str | None = "val/loss_depth_0",
-        mode: str = "min",
-        keep: str = "all",
-        keep_steps: Sequence[int] = (),
-    ) -> None:
-        group = "callbacks.checkpoints"
-        self.folder = Path(folder)
-        self.every_n_steps = require_whole(f"{group}.every_n_steps", every_n_steps, least=1)
-        self.monitor = monitor
-        self.mode = require_choice(f"{group}.mode", mode, ("min", "max"))
-        self.keep = require_choice(f"{group}.keep", keep, KEEP)
-        listed = isinstance(keep_steps, Sequence) and not isinstance(keep_steps, str)
-        require(listed, f"{group}.keep_steps", keep_steps, "a list of steps, such as [100, 200]")
-        steps = [require_whole(f"{group}.keep_steps", step, least=1) for step in keep_steps]
-        self.keep_steps = frozenset(steps)
+    folder: Path
+    every_n_steps: int = 100
+    monitor: str | None = "val/loss_depth_0"
+    mode: str = "min"
+    keep: str = "all"
+    keep_steps: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = Path(self.folder)
+        require_choice("callbacks.checkpoints.mode", self.mode, ("min", "max"))
+        require_choice("callbacks.checkpoints.keep", self.keep, KEEP)
+        key, steps = "callbacks.checkpoints.keep_steps", self.keep_steps
+        listed = isinstance(steps, Sequence) and not isinstance(steps, str)
+        require(listed, key, steps, "a list of steps, such as [100, 200]")
+        self.keep_steps = frozenset(require_whole(key, step, least=1) for step in steps)
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step: int | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
+from torch.utils.benchmark import Timer
 
 # TFLOP/s of dense matrix products with fp32 accumulation, from the vendors' data sheets (which
 # print twice as much, for sparse matrices), by the words of the device's name. fp16 equals bf16.
@@ -89,7 +90,7 @@ def measure_matmul_rate(
     size: int | None = None,
     seconds: float = 0.3,
 ) -> MatmulRate:
-    """Times `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), at least 3 and for `seconds`.
+    """Times `size`^3 matrix products (1024 on a CPU, 8192 on a GPU) for about `seconds`.
 
     It draws no random number from the run's generators.
     """
@@ -98,22 +99,9 @@ def measure_matmul_rate(
     a, b = (
         torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2)
     )
-    out = torch.empty_like(a)
-
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
+    product = partial(torch.mm, a, b, out=torch.empty_like(a))
+    timer = Timer("product()", globals={"product": product}, num_threads=torch.get_num_threads())
     with torch.no_grad():
-        once()  # allocates and picks kernels
-        began = time.perf_counter()
-        times = [once() for _ in range(3)]
-        while time.perf_counter() - began < seconds:
-            times.append(once())
+        times = timer.blocked_autorange(min_run_time=seconds).times
     flops = 2.0 * size**3
     return MatmulRate(fastest=flops / min(times), typical=flops / median(times))

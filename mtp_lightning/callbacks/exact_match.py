@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import require_whole
 
 
+@dataclass(eq=False)
 class ExactMatch(RunCallback):
     """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, the baselines
     (``val/chance``, ``val/seen``, ``val/trivial``), the other values of :class:`AnswerRates`, and
@@ -24,9 +25,7 @@ class ExactMatch(RunCallback):
         batch_size: examples decoded together, >= 1.
     """
 
-    def __init__(self, batch_size: int = 256) -> None:
-        group = "callbacks.exact_match"
-        self.batch_size = require_whole(f"{group}.batch_size", batch_size, least=1)
+    batch_size: int = 256
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes, checks and logs; every process does its share."""

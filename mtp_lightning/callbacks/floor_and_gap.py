@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -9,9 +11,9 @@ from torch import Tensor
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
 from mtp_lightning.metrics.floor import Floors, floors
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import require_whole
 
 
+@dataclass(eq=False)
 class FloorAndGap(SpeculativeEval):
     """Logs ``val/rejection_depth_k``, ``val/recall_16_depth_k``, and for every order m < k
     ``val/floor_depth_k_order_m`` and ``val/gap_depth_k_order_m``: metrics/floor.py.
@@ -27,15 +29,10 @@ class FloorAndGap(SpeculativeEval):
         seen: samples of the tokens that a head of order m > 0 sees, >= 1.
     """
 
-    NAME = "floor_and_gap"
-
-    def __init__(
-        self, n_prompts: int = 64, prompt_tokens: int = 64, rollouts: int = 64, seen: int = 8
-    ) -> None:
-        super().__init__(n_prompts, prompt_tokens, new_tokens=2)
-        group = f"callbacks.{self.NAME}"
-        self.rollouts = require_whole(f"{group}.rollouts", rollouts, least=1)
-        self.seen = require_whole(f"{group}.seen", seen, least=1)
+    prompt_tokens: int = 64
+    new_tokens: int = field(default=2, init=False)
+    rollouts: int = 64
+    seen: int = 8
 
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,9 +17,9 @@ from mtp_lightning.objective.balance.gradients import (
     task_gradients,
 )
 from mtp_lightning.objective.plan import depths_of
-from mtp_lightning.settings import require_whole
 
 
+@dataclass(eq=False)
 class GradientConflict(RunCallback):
     """Logs ``|g_k|`` and ``cos(g_0, g_k)``, where ``g_k`` is the gradient of the unscaled ``L_k``.
 
@@ -41,10 +42,7 @@ class GradientConflict(RunCallback):
     """
 
     takes_gradients = "callbacks=gradient_conflict"
-
-    def __init__(self, every_n_steps: int = 50) -> None:
-        key = "callbacks.gradient_conflict.every_n_steps"
-        self.every_n_steps = require_whole(key, every_n_steps, least=1)
+    every_n_steps: int = 50
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a model with nothing to measure.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +15,11 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.metrics.long_range import LongRange as Measure
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class LongRange(RunCallback):
     """Logs the loss by position, the gain from context, the use of repeats (``val/*``) and, for a
     model with drafts, acceptance by position and entropy (``decode/*``): docs/long_range.md.
@@ -33,12 +34,10 @@ class LongRange(RunCallback):
         prompt_tokens: tokens of each prompt, >= 1.
     """
 
-    def __init__(self, n_prompts: int = 4, prompt_tokens: int = 8) -> None:
-        group = "callbacks.long_range"
-        self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=0)
-        self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
-        self._measure: Measure | None = None
-        self._warned = False
+    n_prompts: int = 4
+    prompt_tokens: int = 8
+    _measure: Measure | None = field(default=None, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the counts."""

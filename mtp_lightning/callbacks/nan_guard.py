@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mtp_lightning import processes
+from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import stored_step
-from mtp_lightning.settings import require_whole
 
 
-class NanGuard(Callback):
+@dataclass(eq=False)
+class NanGuard(RunCallback):
     """Raises a UserError that names the step, the depths and the last good checkpoint.
 
     It reads the training step's outputs: `losses`, a tensor [D+1] of unscaled per-depth means,
@@ -33,9 +34,10 @@ class NanGuard(Callback):
         every_n_steps: optimizer steps between two checks on a GPU, >= 1.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        key = "callbacks.nan_guard.every_n_steps"
-        self.every_n_steps = require_whole(key, every_n_steps, least=1)
+    every_n_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._pending: list[tuple[int, Tensor, list[bool]]] = []
         self._failure: str | None = None
 

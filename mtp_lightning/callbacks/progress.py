@@ -8,15 +8,15 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.callbacks.base import RunCallback, run_callbacks
 from mtp_lightning.command_line.shell import QUIET
-from mtp_lightning.settings import require_number
 
 _WIDE = 120  # columns of a terminal in which the bar has room for a schedule's name
 _TIMED_FROM = 10  # steps of this process before the remaining time is estimated
@@ -25,7 +25,8 @@ _TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 _UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
-class StepProgressBar(ProgressBar):
+@dataclass(eq=False)
+class StepProgressBar(RunCallback, ProgressBar):
     """A bar of `max_steps` optimizer steps with every depth's loss, the lambdas and tokens per
     second.
 
@@ -42,11 +43,12 @@ class StepProgressBar(ProgressBar):
         line_seconds: seconds between two lines elsewhere.
     """
 
-    def __init__(self, refresh_seconds: float = 0.5, line_seconds: float = 10.0) -> None:
-        super().__init__()
-        key = "callbacks.progress"
-        self.refresh_seconds = require_number(f"{key}.refresh_seconds", refresh_seconds, least=0)
-        self.line_seconds = require_number(f"{key}.line_seconds", line_seconds, least=0)
+    refresh_seconds: float = 0.5
+    line_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ProgressBar.__init__(self)
         self._enabled = os.environ.get(QUIET) != "1"
         self._bar: tqdm | None = None
         self._shown_at = -math.inf

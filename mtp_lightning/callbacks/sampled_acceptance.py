@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -18,6 +19,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_choice
 
 
+@dataclass(eq=False)
 class SampledAcceptance(SpeculativeEval):
     """Logs ``decode/sampled/acceptance_position_j`` and ``decode/sampled/tokens_per_step``, each
     with ``_low`` and ``_high``, and ``decode/sampled/n_prompts``.
@@ -35,24 +37,18 @@ class SampledAcceptance(SpeculativeEval):
         verify: the rule of ``decoding/verification.py`` that accepts drafts.
     """
 
-    NAME = "sampled_acceptance"
+    n_prompts: int = 256
+    temperature: float = 1.0
+    verify: str = "token"
 
-    def __init__(
-        self,
-        n_prompts: int = 256,
-        prompt_tokens: int = 32,
-        new_tokens: int = 64,
-        temperature: float = 1.0,
-        verify: str = "token",
-    ) -> None:
-        super().__init__(n_prompts, prompt_tokens, new_tokens)
-        if not 0 < temperature < math.inf:
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
             raise UserError(
-                f"callbacks.{self.NAME}.temperature={temperature:g} samples nothing: give a number "
-                "above 0, or measure greedy text by callbacks.speculative_eval."
+                f"callbacks.sampled_acceptance.temperature={self.temperature:g} samples nothing: "
+                "give a number above 0, or measure greedy text by callbacks.speculative_eval."
             )
-        require_choice(f"callbacks.{self.NAME}.verify", verify, tuple(RULES))
-        self.temperature, self.verify = temperature, verify
+        require_choice("callbacks.sampled_acceptance.verify", self.verify, tuple(RULES))
+        super().__post_init__()
 
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int

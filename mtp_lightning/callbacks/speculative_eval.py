@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,11 +20,11 @@ from mtp_lightning.decoding.measure import (
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class SpeculativeEval(RunCallback):
     """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step``, ``decode/speedup`` and
     ``decode/tokens_per_second``.
@@ -47,14 +48,10 @@ class SpeculativeEval(RunCallback):
         new_tokens: tokens to add to each, >= 2.
     """
 
-    NAME = "speculative_eval"  # of its group in conf/
-
-    def __init__(self, n_prompts: int = 64, prompt_tokens: int = 32, new_tokens: int = 64) -> None:
-        group = f"callbacks.{self.NAME}"
-        self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=1)
-        self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
-        self.new_tokens = require_whole(f"{group}.new_tokens", new_tokens, least=2)
-        self._skipped = ""
+    n_prompts: int = 64
+    prompt_tokens: int = 32
+    new_tokens: int = 64
+    _skipped: str = field(default="", init=False)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decodes, compares and logs, in the first process only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,11 +12,11 @@ from mtp_lightning.callbacks.base import RunCallback, run_callbacks
 from mtp_lightning.callbacks.exact_match import ExactMatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.solved import EXACT
-from mtp_lightning.settings import require_number, require_whole
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class StopWhenSolved(RunCallback):
     """Stops training when ``val/exact_match`` is above a level at several validations in a row.
 
@@ -33,13 +34,11 @@ class StopWhenSolved(RunCallback):
             them.
     """
 
-    def __init__(self, level: float = 0.98, validations: int = 2) -> None:
-        group = "callbacks.stop_when_solved"
-        self.level = require_number(f"{group}.level", level, least=0, below=1)
-        self.validations = require_whole(f"{group}.validations", validations, least=1)
-        self._in_a_row = 0
-        self._counted_step: int | None = None
-        self._solved_at: dict[str, float] | None = None
+    level: float = 0.98
+    validations: int = 2
+    _in_a_row: int = field(default=0, init=False)
+    _counted_step: int | None = field(default=None, init=False)
+    _solved_at: dict[str, float] | None = field(default=None, init=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a run that can never be solved."""

@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.callbacks.device_rate import measure_matmul_rate, peak_of, run_dtype
-from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +22,7 @@ log = logging.getLogger(__name__)
 _AGAIN, _DRIFT = 0.05, 2.0
 
 
+@dataclass(eq=False)
 class Throughput(RunCallback):
     """Logs `perf/tokens_per_second`, `perf/mfu` and `perf/of_matmul`.
 
@@ -49,25 +49,23 @@ class Throughput(RunCallback):
             there is no `perf/of_matmul` and no `perf/matmul_drift`.
     """
 
-    def __init__(self, every_n_steps: int | None = None, measure_matmul: bool = True) -> None:
-        if every_n_steps is not None:
-            require_whole("callbacks.throughput.every_n_steps", every_n_steps, least=1)
-        self.every_n_steps = every_n_steps
-        self.measure_matmul = measure_matmul
+    every_n_steps: int | None = None
+    measure_matmul: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.matmul_rate: float | None = None
         self.peak: float | None = None
-        self._tokens_per_second: float | None = None  # in the last window
+        self._tokens_per_second: float | None = None  # since the log before
         self._reset()
 
     def _reset(self) -> None:
         self._device = torch.device("cpu")
-        self._dtype = torch.float32
         self._processes = 1
         self._typical: list[float] = []  # rates of products, at the start and at validations
-        self._mark: float | None = None
+        self._mark: float | None = None  # the time up to which training is counted
         self._pause_began: float | None = None
-        self._window = _Sum()
-        self._total = _Sum()
+        self._done = self._logged = _Done()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures products before the clock starts."""
@@ -88,11 +86,13 @@ class Throughput(RunCallback):
             self._synchronize()
             self._mark = time.perf_counter()
             return
-        self._window.add(outputs["tokens"], outputs["flops"])
+        tokens, flops, seconds = self._done
+        self._done = _Done(tokens + outputs["tokens"], flops + outputs["flops"], seconds)
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every != 0 and trainer.global_step != trainer.max_steps:
             return
-        values = self._values_of(self._close_window())
+        self._count_time()
+        values, self._logged = self._rates_since(self._logged), self._done
         self._tokens_per_second = values["perf/tokens_per_second"]
         for name, value in values.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, rank_zero_only=True)
@@ -108,8 +108,8 @@ class Throughput(RunCallback):
         self._go_on()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Counts the last, unfinished window."""
-        self._close_window()
+        """Counts the steps since the last log."""
+        self._count_time()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -126,17 +126,17 @@ class Throughput(RunCallback):
 
     def summary(self) -> dict[str, float]:
         """Means over all training of this process; empty after fewer than two steps."""
-        if self._total.seconds <= 0:
+        if self._done.seconds <= 0:
             return {}
-        values = self._values_of(self._total)
+        values = self._rates_since(_Done())
         return values | ({"perf/matmul_drift": self._drift} if len(self._typical) > 1 else {})
 
-    def _values_of(self, done: _Sum) -> dict[str, float]:
-        values = {"perf/tokens_per_second": done.tokens / done.seconds}
-        per_process = done.flops / done.seconds / self._processes
+    def _rates_since(self, before: _Done) -> dict[str, float]:
+        tokens, flops, seconds = (now - then for now, then in zip(self._done, before, strict=True))
+        values = {"perf/tokens_per_second": tokens / seconds}
         for tag, rate in (("perf/mfu", self.peak), ("perf/of_matmul", self.matmul_rate)):
             if rate:
-                values[tag] = per_process / rate
+                values[tag] = flops / seconds / self._processes / rate
         return values
 
     @property
@@ -171,39 +171,21 @@ class Throughput(RunCallback):
             self._mark += time.perf_counter() - self._pause_began  # leaves the pause out
             self._pause_began = None
 
-    def _close_window(self) -> _Sum:
-        """Ends the window, adds it to the total, and begins a new one."""
-        window, self._window = self._window, _Sum()
-        if self._mark is None or window.steps == 0:
-            return window
-        self._synchronize()
-        now = time.perf_counter()
-        window.seconds, self._mark = now - self._mark, now
-        self._total = self._total.plus(window)
-        return window
+    def _count_time(self) -> None:
+        """Adds the time since the mark to the training done, and moves the mark."""
+        if self._mark is not None and self._done.tokens > self._logged.tokens:
+            self._synchronize()
+            now = time.perf_counter()
+            self._done = self._done._replace(seconds=self._done.seconds + now - self._mark)
+            self._mark = now
 
 
-@dataclass
-class _Sum:
-    """Totals of a stretch of training."""
+class _Done(NamedTuple):
+    """Training of this process up to a step."""
 
-    steps: int = 0
-    tokens: float = 0.0
-    flops: float = 0.0
+    tokens: float = 0
+    flops: float = 0
     seconds: float = 0.0
-
-    def add(self, tokens: float, flops: float) -> None:
-        self.steps += 1
-        self.tokens += tokens
-        self.flops += flops
-
-    def plus(self, other: _Sum) -> _Sum:
-        return _Sum(
-            steps=self.steps + other.steps,
-            tokens=self.tokens + other.tokens,
-            flops=self.flops + other.flops,
-            seconds=self.seconds + other.seconds,
-        )
 
 
 def _short(rate: float) -> str:

@@ -179,25 +179,18 @@ def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
     Args:
         ends_with_reader: whether the program exits quietly instead when nobody reads its output.
     """
-    with _outliving_readers(but_of_stdout=ends_with_reader), _as_lines():
-        yield
-
-
-@contextmanager
-def _as_lines() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        told = _told(error)
-        if told is None:
-            raise
-        print(f"error: {printable(told)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt as interrupt:
-        print(printable(str(interrupt)) or "interrupted.", file=sys.stderr)
-        sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
+    with _outliving_readers(but_of_stdout=ends_with_reader):
+        try:
+            yield
+        except Exception as error:
+            told = _told(error)
+            if told is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            print(f"error: {printable(told)}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt as interrupt:
+            print(printable(str(interrupt)) or "interrupted.", file=sys.stderr)
+            sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
 
 
 def _told(error: Exception) -> str | None:

@@ -19,7 +19,7 @@ from mtp_lightning.command_line.literal import INPUTS, LISTS
 from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
-from mtp_lightning.stored import BYTES_OF_LAYER, require_fits
+from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, values
 
 # Nodes without a class that take no other keys than the known ones.
 _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
@@ -72,6 +72,12 @@ def check_values(node: Mapping[str, Any], path: str) -> None:
                 keys.require_taken(_join(inner, key), found[key], says)
 
 
+def check_settings(built: Any, path: str) -> None:
+    """Check an object's attributes as :func:`check_values` checks a node at ``path``."""
+    target = f"{type(built).__module__}.{type(built).__qualname__}"
+    check_values({"_target_": target, **vars(built)}, path)
+
+
 def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = False) -> None:
     target = str(node.get("_target_", ""))
     if (lost := parts.absent(target)) is not None:
@@ -111,11 +117,10 @@ def _unknown(name: str, known: Collection[str]) -> UserError:
     return UserError(unknown_key(name, known))
 
 
-def _is_named(name: str, node: Any) -> bool:
-    if isinstance(node, str):
-        return re.search(rf"\$\{{[^}}]*{re.escape(name)}\b", node) is not None
-    values = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    return any(_is_named(name, value) for value in values)
+def _is_named(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether an interpolation of the config uses a key."""
+    used = re.compile(rf"\$\{{[^}}]*{re.escape(name)}\b")
+    return any(isinstance(text, str) and used.search(text) for _, text in values(config))
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

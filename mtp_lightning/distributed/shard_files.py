@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from mtp_lightning.distributed.sharding import map_leaves, rows_of
+from mtp_lightning.distributed.sharding import rows_of
 from mtp_lightning.run.checkpoints import damaged, is_sharded, without_content
 from mtp_lightning.run.layout import SHARDS
 
@@ -134,10 +135,9 @@ def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if any(without_content(value) for key, value in content.items() if key not in KINDS):
         raise damaged(path)
 
-    def read(leaf: Any) -> Any:
-        return leaf.rows(0, leaf.shape[0]) if isinstance(leaf, Pieces) else leaf
-
-    whole: dict[str, Any] = map_leaves(opened(content, path), read)
+    whole: dict[str, Any] = tree_map_only(
+        Pieces, lambda pieces: pieces.rows(0, pieces.shape[0]), opened(content, path)
+    )
     return whole
 
 

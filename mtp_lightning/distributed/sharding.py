@@ -10,7 +10,7 @@ The tensors of a sharded module are ``DTensor``, which no other file needs to kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.block import Block
@@ -113,34 +113,23 @@ def gathered(state: Any, *, everywhere: bool = False) -> Any:
         tensor = whole(leaf.detach())  # freed at once on processes that do not keep it
         return tensor.cpu().clone() if keep else None
 
-    result = map_leaves(state, gather)
+    result = tree_map(gather, state)
     return result if keep else {}
-
-
-def map_leaves(state: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a nested state dict with ``change`` applied to each of its leaves."""
-    if isinstance(state, Mapping):
-        return {key: map_leaves(entry, change) for key, entry in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map_leaves(entry, change) for entry in state)
-    return change(state)
 
 
 def outlined(state: Any) -> Any:
     """Return a state dict whose tensors have a shape and no content."""
-    return map_leaves(state, lambda leaf: _outline(leaf) if isinstance(leaf, Tensor) else leaf)
+    return tree_map_only(Tensor, _outline, state)
 
 
 def outlined_parts(state: Any) -> Any:
     """Return a state dict whose sharded tensors have their whole shape and no content. The other
     tensors are on the CPU."""
 
-    def outline(leaf: Any) -> Any:
-        if isinstance(leaf, DTensor):
-            return _outline(leaf)
-        return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+    def outline(tensor: Tensor) -> Tensor:
+        return _outline(tensor) if isinstance(tensor, DTensor) else tensor.detach().cpu()
 
-    return map_leaves(state, outline)
+    return tree_map_only(Tensor, outline, state)
 
 
 def _outline(tensor: Tensor) -> Tensor:
@@ -154,7 +143,7 @@ def own_parts(state: Any) -> Any:
         # A copy, since torch.save writes the whole memory that a view refers to.
         return local(leaf.detach()).cpu().clone() if isinstance(leaf, DTensor) else None
 
-    return map_leaves(state, part)
+    return tree_map(part, state)
 
 
 def bytes_of(state: Any) -> int:

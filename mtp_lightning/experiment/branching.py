@@ -80,7 +80,6 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
             f"{begin} with compare.match={cfg.compare.match}, which sets a run's length or layers: "
             "set compare.match=none and trainer.max_steps."
         )
-    before = OmegaConf.create(stored["config"])
     now = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(now, dict)
     differences = describe_differences(stored["config"], now, ignore=_FREE)  # type: ignore[arg-type]
@@ -90,7 +89,7 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
             f"changes {'; '.join(differences)}. Start a new run, or use the weights by init_from."
         )
     step = int(stored["global_step"])
-    lengths = before.trainer.max_steps, cfg.trainer.max_steps
+    lengths = stored["config"]["trainer"]["max_steps"], cfg.trainer.max_steps
     if lengths[1] <= step:
         raise UserError(
             f"{begin} with trainer.max_steps={lengths[1]}: step {step} is done, so give more."
@@ -104,27 +103,15 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
                 f"{lengths[1]} steps in all, steps before {step} would be frozen in one alone. "
                 "Branch from an earlier step."
             )
-    _require_same_schedules(before, cfg, step, stored["progress"]["tokens"], allow, begin)
+    _require_same_schedules(stored, cfg, allow, begin)
 
 
 def _require_same_schedules(
-    before: DictConfig,
-    cfg: DictConfig,
-    done: int,
-    tokens: int,
-    allow: Collection[str],
-    begin: str,
+    stored: dict[str, Any], cfg: DictConfig, allow: Collection[str], begin: str
 ) -> None:
-    """Refuse schedules that give other values than the stored ones in the steps that are done.
-
-    Args:
-        before: the stored config.
-        cfg: the branch's config.
-        done: number of steps done.
-        tokens: number of tokens read in them.
-        allow: packages whose classes the stored schedules may use.
-        begin: how a message begins.
-    """
+    """Refuse schedules that give other values than the stored ones in the steps that are done."""
+    before = OmegaConf.create(stored["config"])
+    done, tokens = int(stored["global_step"]), stored["progress"]["tokens"]
     rates = (
         rebuild(before.optimizer.schedule, allow=allow, groups=_SCHEDULES),
         instantiate(cfg.optimizer.schedule),

@@ -1,30 +1,19 @@
-"""Builds the objects that a config describes: data, model, module and trainer."""
+"""Builds the objects that a config describes: data, model and module."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import DoublePrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
 from mtp_lightning import processes
-from mtp_lightning.callbacks.base import run_callbacks
-from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
-from mtp_lightning.callbacks.ended_early import EndedEarly
-from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.command_line.vetting import require_reach
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import overridden
-from mtp_lightning.experiment.device import MIXED, holds_in_bf16
+from mtp_lightning.experiment.device import holds_in_bf16
 from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
-from mtp_lightning.loggers.csv import MetricsCSV
-from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule, new_model
 from mtp_lightning.mtp.base import MTPConfig
@@ -35,7 +24,6 @@ from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
-from mtp_lightning.run.layout import METRICS_FILE
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -44,15 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Keys of the trainer group that lightning.pytorch.Trainer does not have.
-_OWN_TRAINER_KEYS = (
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "num_threads",
-    "compile",
-    "shard_size",
-    "split_checkpoint_gb",
-)
 # Entries of a tokenizer's state that are too long for a message.
 _LONG = ("tokenizer_json", "beside")
 
@@ -288,112 +267,3 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
     cfg.trainer.max_steps = matched.max_steps
     log.info("%s.", matched)
     return cfg, matched
-
-
-def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[Any]:
-    """Build the loggers of the group ``logger``. ``metrics.csv``, which sweeps, search and reports
-    read, is always one of them.
-
-    Args:
-        resume_step: the optimizer step that the run continues from; logs after it are dropped.
-
-    Raises:
-        UserError: a setting is wrong, or a package is not installed.
-    """
-    built: dict[str, Any] = {}
-    for key, node in (cfg.get("logger") or {}).items():
-        try:
-            if node is not None:
-                built[str(key)] = instantiate(node, kind=Logger)
-        except ValueError:
-            raise
-        except Exception as error:
-            if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
-                raise UserError(
-                    f"logger.{key} needs a package that cannot be imported: {error}"
-                ) from error
-            # A server that does not answer, for example, must not stop the run.
-            warn_of_failure(str(key), "construction", error)
-    folder = Path(cfg.paths.output_dir)
-    if not any(isinstance(logger, MetricsCSV) for logger in built.values()):
-        built = {"csv": MetricsCSV(folder), **built}
-    loggers = [GuardedLogger(logger, key) for key, logger in built.items()]
-    if resume_step is None and (folder / METRICS_FILE).exists():
-        resume_step = 0  # the run was killed before its first checkpoint, and starts again
-    if resume_step is not None:
-        for logger in loggers:
-            logger.resume_from(resume_step)
-    return loggers
-
-
-class TokenDoublePrecision(DoublePrecision):
-    """Double precision for models that read token ids.
-
-    Lightning's version converts all floats of a batch to doubles, and fails on frozen dataclasses.
-    A batch of windows holds integers only, so this one leaves it unchanged.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        """Return the batch unchanged."""
-        return data
-
-
-def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
-    """Build Lightning's Trainer with callbacks and loggers.
-
-    Args:
-        cfg: the config, after :func:`settle_device`.
-        resume_step: the optimizer step that the run continues from; logs after it are dropped.
-        may_skip: whether some parameters get no gradient in some steps.
-
-    Raises:
-        UserError: the trainer group has a key or a value that is refused.
-    """
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
-    for key in _OWN_TRAINER_KEYS:
-        settings.pop(key)
-    settings["strategy"] = processes.strategy(cfg.trainer, may_skip=may_skip)
-    plugins: list[Any] = [AtomicCheckpointIO()]
-    if settings["precision"] in MIXED:
-        settings["precision"] = MIXED[0]
-    if settings["precision"] == "64-true":
-        plugins.append(TokenDoublePrecision())
-        settings["precision"] = None
-    try:
-        trainer = pl.Trainer(
-            **settings,
-            default_root_dir=cfg.paths.output_dir,
-            max_epochs=-1,
-            # val_check_interval then counts optimizer steps across epochs.
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            # The loaders split the data among processes themselves, in an order that can resume.
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            logger=build_loggers(cfg, resume_step=resume_step),
-            callbacks=[
-                EndedEarly(),
-                *(
-                    instantiate(node, kind=pl.Callback)
-                    for node in filter(None, (cfg.get("callbacks") or {}).values())
-                ),
-            ],
-            plugins=plugins,
-        )
-    except (TypeError, MisconfigurationException) as error:
-        told = str(error).rstrip(".")
-        raise UserError(
-            f"The trainer group has a key that Lightning refuses: {told}: leave it out."
-        ) from error
-    stop_together(trainer)
-    for callback in run_callbacks(trainer):
-        if callback.takes_gradients:
-            processes.require_whole_gradients(cfg.trainer, callback.takes_gradients)
-    # 1.0 is the share of all batches, but the whole number 1 is a single batch.
-    if isinstance(trainer.limit_val_batches, int) or trainer.limit_val_batches != 1.0:
-        raise UserError(
-            f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "
-            "evaluation text: leave it (and what sets it, fast_dev_run and overfit_batches) out, "
-            "and set data.eval_bytes."
-        )
-    return trainer

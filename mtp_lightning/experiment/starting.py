@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig
 
 from mtp_lightning.errors import UserError
@@ -53,13 +52,6 @@ class Origin:
     start: StoredModel | None = None
     tokenizer_state: dict[str, Any] | None = None
     trunk: TrunkConfig | None = None
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's weights in the checkpoint."""
-        from mtp_lightning.run.loading import model_weights
-
-        assert self.content is not None and self.checkpoint is not None
-        return model_weights(checkpoints.filled(self.content, self.checkpoint))
 
 
 def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:

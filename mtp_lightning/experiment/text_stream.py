@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 
 from mtp_lightning.command_line.shell import printable
@@ -55,37 +56,33 @@ class Brackets:
         return f"{said}; *: {_LOOKED_UP}" if lookups else said
 
 
+@dataclass
 class TextStream:
     """Writes the prompt with the first token, and then each token's text once it is accepted.
 
-    Args:
-        out: the file that the text is written to; also an attribute.
+    Attributes:
+        tokenizer: the model's tokenizer.
+        out: the file that the text is written to.
         prompt: the text before the generated one.
         terminal: whether ``out`` is a terminal. Control characters in the text are then replaced.
         marks: the marks for drafts; None writes the text alone.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        out: TextIO,
-        prompt: str,
-        *,
-        terminal: bool,
-        marks: Colors | Brackets | None,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
-        self.out = out
-        self._prompt = prompt
-        self._terminal = terminal
-        self._marks = marks
+    tokenizer: Any
+    out: TextIO
+    prompt: str
+    _: KW_ONLY
+    terminal: bool
+    marks: Colors | Brackets | None
+
+    def __post_init__(self) -> None:
+        self._detokenizer = Detokenizer(self.tokenizer)
         self._length = 0  # characters of the generated text written so far
         self.begun = False
 
     def add(self, fresh: Fresh) -> None:
         """Write new tokens. An incomplete character waits for the rest of its bytes."""
-        marks = self._marks
+        marks = self.marks
         origins = zip(fresh.depths, fresh.looked_up, strict=True)
         for token, of, rejected in zip(fresh.token_ids, origins, fresh.rejected, strict=True):
             if marks is not None:
@@ -108,18 +105,18 @@ class TextStream:
         """Write text as it is, after the prompt."""
         if not self.begun:
             self.begun = True
-            self.out.write(self._shown(self._prompt))
+            self.out.write(self._shown(self.prompt))
         self.out.write(text)
         self.out.flush()
 
     def _rejected(self, token: int) -> str:
-        if token == self._tokenizer.eot_id:
+        if token == self.tokenizer.eot_id:
             return "<end of text>"
         # A rejected draft does not belong to the text, so it must not break its lines.
-        return self._shown(self._tokenizer.decode([token])).replace("\n", "\\n")
+        return self._shown(self.tokenizer.decode([token])).replace("\n", "\\n")
 
     def _shown(self, text: str) -> str:
-        return printable(text) if self._terminal else text
+        return printable(text) if self.terminal else text
 
 
 def told(generation: Generation) -> str:

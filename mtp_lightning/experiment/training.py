@@ -25,16 +25,17 @@ from mtp_lightning.experiment.build import (
     build_data,
     build_model_config,
     build_module,
-    build_trainer,
     match_reference,
     settle_data,
 )
 from mtp_lightning.experiment.compose import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
 from mtp_lightning.experiment.starting import begin_module, find_origin, recall_data
+from mtp_lightning.experiment.trainer import build_trainer
 from mtp_lightning.loggers.guard import GuardedLogger
 from mtp_lightning.module import MTPModule
 from mtp_lightning.processes import Peers
+from mtp_lightning.run import checkpoints
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
@@ -133,10 +134,13 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     if data.cache_states:
         from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states
+        from mtp_lightning.run.loading import model_weights
 
         assert isinstance(data, StoreDataModule), "tasks keep no states"
         if origin.content is not None:  # Lightning loads the trunk's weights only later
-            module.model.load_state_dict(origin.weights())
+            assert origin.checkpoint is not None
+            whole = checkpoints.filled(origin.content, origin.checkpoint)
+            module.model.load_state_dict(model_weights(whole))
         with peers.in_turn():
             data.states = keep_states(module.model, data, config.trainer)
     # The origin, whose memory training needs, ends here.

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,19 +34,6 @@ ENUMERATED = 512
 """Number of continuations up to which all are taken, each with its probability."""
 
 _ROWS = 64  # continuations read in one pass
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Continuations of a prompt.
-
-    Attributes:
-        tokens_NK: int64 ids.
-        weight_N: probability of each, fp64; they sum to 1.
-    """
-
-    tokens_NK: Tensor
-    weight_N: Tensor
 
 
 class Found(NamedTuple):
@@ -121,21 +107,26 @@ class Floors:
         }
 
     def _found(self, prompt_T: Tensor, k: int, m: int, generator: torch.Generator) -> Found:
-        hidden = self._paths(prompt_T, k, k - m, generator)
+        hidden_NK, weight_N = self._paths(prompt_T, k, k - m, generator)
         if m == 0:
-            return self._of(prompt_T, hidden, k)[0]
+            return self._of(prompt_T, hidden_NK, weight_N, k)[0]
         totals = [0.0, 0.0, 0.0]
-        for seen_m, share in self._seen(prompt_T, k, hidden, m, generator):
-            n = len(hidden.weight_N)
-            tokens_NK = torch.cat([hidden.tokens_NK, seen_m.expand(n, m)], 1)
-            found, likely = self._of(prompt_T, Paths(tokens_NK, hidden.weight_N), k, m)
+        for seen_m, share in self._seen(prompt_T, k, hidden_NK, weight_N, m, generator):
+            tokens_NK = torch.cat([hidden_NK, seen_m.expand(len(weight_N), m)], 1)
+            found, likely = self._of(prompt_T, tokens_NK, weight_N, k, m)
             # The weights sum to the probability of what is seen.
             scale = 1.0 if share is None else share / likely if likely else 0.0
             totals = [total + scale * value for total, value in zip(totals, found, strict=True)]
         return Found(*totals)
 
     def _seen(
-        self, prompt_T: Tensor, k: int, hidden: Paths, m: int, generator: torch.Generator
+        self,
+        prompt_T: Tensor,
+        k: int,
+        hidden_NK: Tensor,
+        weight_N: Tensor,
+        m: int,
+        generator: torch.Generator,
     ) -> list[tuple[Tensor, float | None]]:
         """What a head sees of the text, and its share among the samples; None where all is
         enumerated."""
@@ -143,21 +134,22 @@ class Floors:
         if size**k <= ENUMERATED:
             return [(seen_m, None) for seen_m in _all(size, m)]
         drawn = torch.multinomial(
-            hidden.weight_N, self.seen, replacement=True, generator=generator
-        ).bincount(minlength=len(hidden.weight_N))
-        tokens_NK, counts_N = self._continued(prompt_T, hidden.tokens_NK, drawn, m, generator)
+            weight_N, self.seen, replacement=True, generator=generator
+        ).bincount(minlength=len(weight_N))
+        tokens_NK, counts_N = self._continued(prompt_T, hidden_NK, drawn, m, generator)
         seen_Mm, at_N = tokens_NK[:, -m:].unique(dim=0, return_inverse=True)
         counts_M = torch.zeros(len(seen_Mm), dtype=torch.int64).index_add_(0, at_N, counts_N)
         return [(s, c / self.seen) for s, c in zip(seen_Mm, counts_M.tolist(), strict=True)]
 
-    def _of(self, prompt_T: Tensor, paths: Paths, k: int, m: int = 0) -> tuple[Found, float]:
-        """Measures paths of k tokens that share their last m, the ones that a head of order m sees.
+    def _of(
+        self, prompt_T: Tensor, tokens_NK: Tensor, weight_N: Tensor, k: int, m: int = 0
+    ) -> tuple[Found, float]:
+        """Measures continuations of k tokens that share their last m, which a head of order m sees.
         Multiplies each weight by the probability of those m tokens, and also returns the sum of the
         weights."""
-        p_NKV, q_NV = self._read(prompt_T, paths.tokens_NK, k)
-        weight_N = paths.weight_N
+        p_NKV, q_NV = self._read(prompt_T, tokens_NK, k)
         if m:
-            seen_Nm1 = paths.tokens_NK[:, k - m :].unsqueeze(-1)
+            seen_Nm1 = tokens_NK[:, k - m :].unsqueeze(-1)
             weight_N = weight_N * p_NKV[:, k - m : k].gather(-1, seen_Nm1).squeeze(-1).prod(1)
         p_NV = p_NKV[:, k]
         rejected_N = 1 - torch.minimum(p_NV, q_NV).sum(-1)
@@ -169,19 +161,21 @@ class Floors:
         )
         return found, float(weight_N.sum())
 
-    def _paths(self, prompt_T: Tensor, k: int, n: int, generator: torch.Generator) -> Paths:
-        """Continuations of n tokens: all, where those of k tokens are few, or samples, each
-        once."""
+    def _paths(
+        self, prompt_T: Tensor, k: int, n: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Continuations of n tokens with the probability of each, which sum to 1: all, where those
+        of k tokens are few, or samples, each once."""
         size = self._vocabulary
         if size**k > ENUMERATED:
             none = torch.empty(1, 0, dtype=torch.int64)
             count = torch.tensor([self.rollouts])
             tokens_NK, counts_N = self._continued(prompt_T, none, count, n, generator)
-            return Paths(tokens_NK, counts_N.double() / self.rollouts)
+            return tokens_NK, counts_N.double() / self.rollouts
         tokens_NK = _all(size, n)
         p_NKV, _ = self._read(prompt_T, tokens_NK, 0)
         weight_NK = p_NKV[:, :n].gather(-1, tokens_NK.unsqueeze(-1)).squeeze(-1)
-        return Paths(tokens_NK, weight_NK.prod(1))
+        return tokens_NK, weight_NK.prod(1)
 
     def _continued(
         self,

@@ -9,9 +9,7 @@ Overrides are those of the command line, and so are the results: every call star
 in a process of its own. Only text is generated in this process.
 """
 
-from mtp_lightning.notebook.calls import evaluate, generate
-from mtp_lightning.notebook.jobs import Sweep, sweep
-from mtp_lightning.notebook.run import Run, train
+from mtp_lightning.notebook.runs import Run, Sweep, evaluate, generate, sweep, train
 from mtp_lightning.notebook.text import Text
 
 __all__ = ["Run", "Sweep", "Text", "evaluate", "generate", "sweep", "train"]

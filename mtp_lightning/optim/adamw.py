@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from mtp_lightning.command_line.vetting import check_settings
 from mtp_lightning.optim.base import OptimizerConfig
-from mtp_lightning.settings import is_number, require, require_number
+from mtp_lightning.settings import is_number, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,7 @@ class AdamWConfig(OptimizerConfig):
     schedule: Callable[[int, int], float]
 
     def __post_init__(self) -> None:
-        require_number("optimizer.lr", self.lr, above=0)
-        require_number("optimizer.eps", self.eps, least=0)
-        require_number("optimizer.weight_decay", self.weight_decay, least=0)
+        check_settings(self, "optimizer")
         fits = len(self.betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in self.betas)
         require(fits, "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
 

@@ -49,10 +49,11 @@ class Group:
         return bool(re.search(self.parameters, name)) if kind is None else kind(name, parameter)
 
 
+@dataclass(kw_only=True)
 class GroupedConfig(OptimizerConfig):
     """``optimizer=muon``, and any other optimizer made of groups.
 
-    Args:
+    Attributes:
         groups: groups by name; a parameter belongs to the first one that takes it.
         schedule: schedule of all learning rates.
 
@@ -60,12 +61,12 @@ class GroupedConfig(OptimizerConfig):
         UserError: for a learning rate that is not above 0, or an invalid expression.
     """
 
-    def __init__(
-        self, *, groups: Mapping[str, Mapping[str, Any]], schedule: Callable[[int, int], float]
-    ) -> None:
-        self.schedule = schedule
-        self.groups = {name: Group(**group) for name, group in groups.items()}
-        for name, group in self.groups.items():
+    groups: Mapping[str, Mapping[str, Any]]
+    schedule: Callable[[int, int], float]
+
+    def __post_init__(self) -> None:
+        self._groups = {name: Group(**group) for name, group in self.groups.items()}
+        for name, group in self._groups.items():
             require_number(f"optimizer.groups.{name}.lr", group.lr, above=0)
             try:
                 re.compile(group.parameters)
@@ -82,7 +83,7 @@ class GroupedConfig(OptimizerConfig):
             UserError: for a parameter that no group takes, a group without parameters, or an
                 algorithm that refuses its settings.
         """
-        taken: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
+        taken: dict[str, list[nn.Parameter]] = {name: [] for name in self._groups}
         named = set()  # groups of all parameters, frozen ones included
         for parameter_name, parameter in model.named_parameters():
             group = self._group_of(parameter_name, parameter)
@@ -93,7 +94,7 @@ class GroupedConfig(OptimizerConfig):
             group = self._group_of("what the balance rule learns", others[0])
             named.add(group)
             taken[group] += others
-        for name, unused in self.groups.items():
+        for name, unused in self._groups.items():
             if name not in named and unused.parameters != "rest":
                 raise UserError(
                     f"optimizer.groups.{name}.parameters={unused.parameters} takes no parameter of "
@@ -103,7 +104,7 @@ class GroupedConfig(OptimizerConfig):
         return Combined({name: self._build(name, p) for name, p in taken.items() if p})
 
     def _group_of(self, name: str, parameter: nn.Parameter) -> str:
-        for group_name, group in self.groups.items():
+        for group_name, group in self._groups.items():
             if group.takes(name, parameter):
                 return group_name
         raise UserError(
@@ -111,7 +112,7 @@ class GroupedConfig(OptimizerConfig):
         )
 
     def _build(self, name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        group = self.groups[name]
+        group = self._groups[name]
         try:
             made = group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
         except (TypeError, ValueError) as error:

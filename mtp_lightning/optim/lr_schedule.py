@@ -10,13 +10,16 @@ exactly.
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 
+from mtp_lightning.command_line.vetting import check_settings
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_choice, require_number, require_whole
+from mtp_lightning.settings import require_choice
 
 KINDS = ("cosine", "wsd", "constant")
 
 
+@dataclass
 class LRSchedule:
     """Multiplier of the base learning rate, in [0, 1].
 
@@ -35,32 +38,21 @@ class LRSchedule:
         UserError: for an unknown kind or a value out of range.
     """
 
-    def __init__(
-        self,
-        kind: str = "cosine",
-        *,
-        warmup_steps: int | None = None,
-        warmup_fraction: float | None = None,
-        decay_fraction: float = 0.2,
-        min_ratio: float = 0.1,
-    ) -> None:
-        require_choice("optimizer.schedule.kind", kind, KINDS)
-        if warmup_steps is not None and warmup_fraction is not None:
+    kind: str = "cosine"
+    _: KW_ONLY
+    warmup_steps: int | None = None
+    warmup_fraction: float | None = None
+    decay_fraction: float = 0.2
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_choice("optimizer.schedule.kind", self.kind, KINDS)
+        check_settings(self, "optimizer.schedule")
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise UserError(
-                f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not "
-                "both: set the other one to null."
+                f"Give warmup_steps ({self.warmup_steps}) or warmup_fraction "
+                f"({self.warmup_fraction}), not both: set the other one to null."
             )
-        if warmup_steps is not None:
-            require_whole("warmup_steps", warmup_steps, least=0)
-        if warmup_fraction is not None:
-            require_number("warmup_fraction", warmup_fraction, least=0, most=1)
-        require_number("decay_fraction", decay_fraction, least=0, most=1)
-        require_number("min_ratio", min_ratio, least=0, most=1)
-        self.kind = kind
-        self.warmup_steps = warmup_steps
-        self.warmup_fraction = warmup_fraction
-        self.decay_fraction = decay_fraction
-        self.min_ratio = min_ratio
 
     def __call__(self, step: int, max_steps: int) -> float:
         """The multiplier at optimizer step `step` (from 0) of a run of `max_steps`."""

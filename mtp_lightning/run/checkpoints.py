@@ -37,6 +37,7 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.d
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
+_ANOTHER = f"use another one, for example {PREVIOUS} or {BEST} in the same folder."
 # Files whose checksums are compared in parallel.
 _READERS = 8
 
@@ -74,10 +75,7 @@ def load(path: str | Path, *, mapped: bool = False, optimizer: bool = True) -> d
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     reason = None if mapped else _broken_archive(path)
     if reason is not None:
-        raise UserError(
-            f"The checkpoint {path} is damaged ({reason}): use another one, for example "
-            f"{PREVIOUS} or {BEST} in the same folder."
-        )
+        raise UserError(f"The checkpoint {path} is damaged ({reason}): {_ANOTHER}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if mapped or not isinstance(content, dict):
@@ -98,8 +96,7 @@ def load(path: str | Path, *, mapped: bool = False, optimizer: bool = True) -> d
         ) from error
     except (RuntimeError, EOFError, KeyError, RecursionError) as error:
         raise UserError(
-            f"The checkpoint {path} is damaged or no checkpoint ({_first_line(error)}): use "
-            f"another one, for example {PREVIOUS} or {BEST} in the same folder."
+            f"The checkpoint {path} is damaged or no checkpoint ({_first_line(error)}): {_ANOTHER}"
         ) from error
 
 
@@ -331,19 +328,16 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     """Replace errors of the disk by readable ones. torch's writer hides them in a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        disk = [link for link in _chain(error) if isinstance(link, OSError)]
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)
+        disk = [link for link in chain if isinstance(link, OSError)]
         full = [link for link in disk if link.errno in (errno.ENOSPC, errno.EDQUOT)]
         if full:
             free = shutil.disk_usage(path.parent).free

@@ -15,7 +15,7 @@ from mtp_lightning.callbacks.nan_guard import NanGuard
 from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
 from mtp_lightning.callbacks.throughput import Throughput
-from mtp_lightning.experiment.build import build_trainer
+from mtp_lightning.experiment.trainer import build_trainer
 from tests.integration.helpers import composed
 
 DEFAULT = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from mtp_lightning.experiment import build
+from mtp_lightning.experiment import trainer
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.run.metrics import read_metrics
@@ -65,7 +65,7 @@ def train_with(
     """A quick run with loggers that conf/ does not have; an error in place of one is raised."""
     from mtp_lightning.experiment.training import train
 
-    others = build.instantiate
+    others = trainer.instantiate
 
     def instantiate(node: Any, **more: Any) -> Any:
         if "which" not in node:
@@ -77,7 +77,7 @@ def train_with(
 
     cfg = config(folder, cache, settings)
     cfg.logger = {name: {"which": name} for name in loggers}
-    monkeypatch.setattr(build, "instantiate", instantiate)
+    monkeypatch.setattr(trainer, "instantiate", instantiate)
     return train(cfg)
 
 

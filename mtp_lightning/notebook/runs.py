@@ -1,0 +1,283 @@
+"""The calls of a notebook, and the folders of runs and sweeps as objects."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.notebook.process import start
+from mtp_lightning.notebook.text import Text
+from mtp_lightning.paths import app
+from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE, SWEEP_FILE
+from mtp_lightning.run.metrics import read_metrics
+from mtp_lightning.run.status import state_of
+from mtp_lightning.stored import read_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# The names under which a notebook shows a run's metrics, if it has them.
+_SHOWN = {
+    "val/bits_per_byte": "bits per byte",
+    "val/exact_match": "exact match",
+    "val/loss_depth_0": "loss, next token",
+    "val/loss_depth_1": "loss, depth 1",
+    "val/loss_depth_2": "loss, depth 2",
+    "decode/acceptance_position_1": "first draft accepted",
+    "decode/tokens_per_step": "tokens per verify pass",
+    "parameters": "parameters",
+    "tokens": "tokens",
+}
+
+
+class _Folder:
+    """The files of a folder, read again at every use.
+
+    Args:
+        folder: the run's or the sweep's folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def _read(self, name: str, missing: str) -> dict[str, Any]:
+        if not (self.folder / name).is_file():
+            raise FileNotFoundError(missing)
+        found: dict[str, Any] = read_json(self.folder / name)
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{html.escape(str(self.folder))}</b>{self._table_html()}"
+
+    def _table_html(self) -> str:
+        raise NotImplementedError
+
+
+class Run(_Folder):
+    """The files of a run's folder, read again at every use.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``: every final metric, and the cost of the run.
+
+        Raises:
+            FileNotFoundError: if the run has not ended.
+        """
+        file = self.folder / SUMMARY_FILE
+        return self._read(SUMMARY_FILE, f"There is no {file}: the run has not ended yet.")
+
+    @property
+    def metrics(self) -> DataFrame:
+        """All logged values: one row per step, one column per log tag, NaN for missing values."""
+        from pandas import DataFrame
+
+        return DataFrame(read_metrics(self.folder / METRICS_FILE)).set_index("step").sort_index()
+
+    def plot(self, *tags: str) -> Figure:
+        """Curves over the steps; by default the losses of every depth, and the acceptance of
+        drafts.
+
+        Args:
+            tags: log tags (``train/loss_depth_0``), all in one picture.
+
+        Raises:
+            KeyError: for a tag that the run has not logged.
+        """
+        from mtp_lightning.notebook.curves import draw, draw_overview
+
+        metrics = self.metrics
+        if unknown := [tag for tag in tags if tag not in metrics]:
+            raise KeyError(f"{unknown[0]} is not logged; there are {', '.join(metrics.columns)}")
+        return draw(metrics, tags) if tags else draw_overview(metrics)
+
+    def generate(self, prompt: str, **options: Any) -> Text:
+        """Text from the run's best checkpoint.
+
+        Args:
+            prompt: text to continue.
+            options: keys of ``generate.py``: ``max_new_tokens``, ``temperature``, ...
+        """
+        given = (f"{key}={_typed(value)}" for key, value in options.items())
+        return generate(f"checkpoint={self.folder}", f"prompt={prompt}", *given)
+
+    def evaluate(self, *overrides: str) -> dict[str, Any]:
+        """Metrics of the run's best checkpoint, on its own evaluation text or another (``data=``).
+
+        Args:
+            overrides: overrides of ``evaluate.py``.
+        """
+        return evaluate(f"checkpoint={self.folder}", *overrides)
+
+    def _table_html(self) -> str:
+        cells = {"": "not ended yet"}
+        if (self.folder / SUMMARY_FILE).is_file():
+            found = {name: self.summary.get(tag) for tag, name in _SHOWN.items()}
+            numbers = {name: v for name, v in found.items() if isinstance(v, int | float)}
+            cells = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in numbers.items()}
+        row = "".join(
+            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{value}</td></tr>"
+            for name, value in cells.items()
+        )
+        return f"<table>{row}</table>"
+
+
+class Sweep(_Folder):
+    """The files of a sweep's folder, read again at every use.
+
+    Args:
+        folder: the sweep's folder.
+    """
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs of the sweep, in its order.
+
+        Raises:
+            FileNotFoundError: if there is no sweep.
+        """
+        return [Run(self.folder / job["folder"]) for job in self._plan["jobs"]]
+
+    @property
+    def table(self) -> DataFrame:
+        """One row per run: its state, the overrides in which runs differ, and its summary's
+        numbers."""
+        from pandas import DataFrame
+
+        plan = self._plan
+        rows = {}
+        for job, run in zip(plan["jobs"], self.runs, strict=True):
+            told = dict(override.partition("=")[::2] for override in job["overrides"])
+            row = {"state": state_of(run.folder)} | {key: told.get(key) for key in plan["varied"]}
+            if (run.folder / SUMMARY_FILE).is_file():
+                numbers = run.summary.items()
+                row |= {k: v for k, v in numbers if isinstance(v, int | float) and k not in row}
+            rows[job["folder"]] = row
+        return DataFrame(list(rows.values()), index=list(rows))
+
+    def report(self) -> Path:
+        """``python -m sweeps.report``: means, intervals, tests and figures, as one page.
+
+        Returns:
+            The page's file.
+        """
+        start(["-m", "sweeps.report", str(self.folder)], quiet=True)
+        return self.folder / "report.html"
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        missing = f"There is no sweep in {self.folder}: it has no {SWEEP_FILE}."
+        return self._read(SWEEP_FILE, missing)
+
+    def _table_html(self) -> str:
+        return str(self.table._repr_html_())
+
+
+def train(*overrides: str, quiet: bool = False) -> Run:
+    """``python train.py OVERRIDES``: a run, or the rest of one if its ``run_dir`` is given again.
+
+    Args:
+        overrides: as on the command line: ``"mtp.depth=2"``, ``"data=text"``.
+        quiet: show no output.
+
+    Raises:
+        RuntimeError: if it failed, with one sentence.
+    """
+    folder, given = _output_folder("run_dir", "runs/{}", overrides)
+    start([*app("train"), *given], quiet=quiet)
+    return Run(folder)
+
+
+def sweep(*overrides: str, quiet: bool = False) -> Sweep:
+    """``python train.py -m OVERRIDES``: a run for every combination of comma-separated values.
+
+    Args:
+        overrides: as on the command line: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
+        quiet: show no output.
+
+    Raises:
+        RuntimeError: if it, or one of its jobs, failed.
+    """
+    folder, given = _output_folder("sweep_dir", "runs/sweep_{}", overrides)
+    start([*app("train"), "-m", *given], quiet=quiet)
+    return Sweep(folder)
+
+
+def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
+    """``python evaluate.py OVERRIDES``: the metrics of a trained model by log tag.
+
+    Args:
+        overrides: as on the command line: ``"checkpoint=runs/mine"``.
+        quiet: show no output.
+
+    Raises:
+        RuntimeError: if it failed, with one sentence.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Hydra takes the last of two values.
+        output = Path(_value("output", overrides) or f"{folder}/metrics.json")
+        start([*app("evaluate"), *overrides, f"output={output}"], quiet=quiet)
+        found: dict[str, Any] = read_json(output)
+    return found
+
+
+def generate(*overrides: str) -> Text:
+    """``python generate.py OVERRIDES`` for one prompt, in this process.
+
+    Args:
+        overrides: as on the command line: ``"checkpoint=runs/mine"``, ``"prompt=def main("``.
+
+    Raises:
+        UserError: for a missing prompt, a damaged or unknown checkpoint, or an option out of range.
+        OSError: if there is no such checkpoint.
+    """
+    from mtp_lightning.experiment.compose import compose_config
+    from mtp_lightning.experiment.generating import continue_prompts, open_for
+
+    cfg = compose_config("generate", overrides)
+    if cfg.prompt is None:
+        raise UserError("There is no prompt: give prompt=TEXT.")
+    run = open_for(cfg)
+    prompt = str(cfg.prompt)
+    (generation,) = continue_prompts(cfg, run, [prompt])
+    return Text(prompt, generation, run.tokenizer)
+
+
+def _output_folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder that a call writes to, and the overrides with that folder."""
+    value = _value(key, overrides)
+    if value is not None:
+        return Path(value), list(overrides)
+    folder = Path(pattern.format(datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")))
+    return folder, [*overrides, f"{key}={folder}"]
+
+
+def _value(key: str, overrides: Sequence[str]) -> str | None:
+    """The path that the last override of a key gives; None if there is none."""
+    given = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
+    if not given:
+        return None
+    path = given[-1]
+    if "${" in path:
+        raise UserError(f"{key}={path} is resolved only inside the run: give the path itself.")
+    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    return path[1:-1] if quoted else path
+
+
+def _typed(value: Any) -> str:
+    """A value in the command line's syntax."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
