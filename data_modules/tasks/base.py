@@ -7,9 +7,9 @@ the answer is trained and judged. One file per task; ``copy.py`` is the shortest
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -111,9 +111,23 @@ class Draws:
         return (self.raw(size) >> np.uint64(11)) * 2.0**-53
 
 
+def option(
+    default: Any, check: Callable[..., Any] = require_whole, *, null: str = "", **bounds: Any
+) -> Any:
+    """A field of a task whose value is checked when the task is made.
+
+    Args:
+        default: the field's default.
+        check: a function of :mod:`mtp_lightning.settings`.
+        null: the meaning of None, which is then allowed, for messages.
+        bounds: further arguments of ``check``.
+    """
+    return field(default=default, metadata={"check": partial(check, **bounds), "null": null})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A source of examples; the fields of a subclass are its options.
+    """A source of examples; the fields of a subclass are its options (:func:`option`).
 
     Attributes:
         name: as in ``data=NAME``.
@@ -128,15 +142,14 @@ class Task(ABC):
     name: ClassVar[str]
     ends: ClassVar[bool] = False
 
-    seed: int = 0
+    seed: int = option(0, least=0)
 
     def __post_init__(self) -> None:
-        self.require_whole(seed=0)
-
-    def require_whole(self, **least: int) -> None:
-        """Refuses options that are not whole numbers of at least these."""
-        for option, bound in least.items():
-            require_whole(f"data.task.{option}", getattr(self, option), least=bound)
+        for own in fields(self):
+            value, null = getattr(self, own.name), own.metadata.get("null")
+            if "check" in own.metadata and not (null and value is None):
+                said = f" (null for {null})" if null else ""
+                own.metadata["check"](f"data.task.{own.name}{said}", value)
 
     def require_order(self, lower: str, upper: str) -> None:
         """Refuses an option that is above another one."""

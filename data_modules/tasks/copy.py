@@ -7,11 +7,11 @@ period is the distance to look back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from data_modules.tasks.base import Draws, Example, Task, log_bucket
+from data_modules.tasks.base import Draws, Example, log_bucket, option
 from data_modules.tasks.held_out import HeldOutTask
 
 
@@ -26,15 +26,11 @@ class Copy(HeldOutTask):
     """
 
     name: ClassVar[str] = "copy"
+    sizes = ("shortest", "periods")
 
-    letters: int = 16
-    shortest: int = 1
-    periods: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_whole(letters=1, shortest=1, periods=1)
-        self.require_order("shortest", "periods")
+    letters: int = option(16, least=1)
+    shortest: int = option(1, least=1)
+    periods: int = option(16, least=1)
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:
@@ -50,19 +46,14 @@ class Copy(HeldOutTask):
 
     @cached_property
     def chance(self) -> float:
-        return self.guess(self.letters, range(self.shortest, self.periods + 1))
+        return self.guess(self.letters, self.all_sizes)
 
-    def draw(self, draws: Draws) -> Example:
-        length = self.shortest + draws.below(self.periods - self.shortest + 1)
-        string = [2 + letter for letter in draws.many_below(self.letters, length)]
+    def of_size(self, size: int, draws: Draws) -> Example:
+        string = [2 + letter for letter in draws.many_below(self.letters, size)]
         return Example([*string, 1], string)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         return [*answer, 1] == [*prompt]
-
-    def variants(self) -> dict[str, Task]:
-        longer = replace(self, held_out=None, shortest=self.periods + 1, periods=2 * self.periods)
-        return {"longer": longer}
 
     def groups(self, example: Example) -> Sequence[str]:
         period = len(example.answer)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
-from data_modules.tasks.base import ONCE, Draws, Example, Task
+from data_modules.tasks.base import ONCE, Draws, Example, Task, option
 
 TO, EQUALS, PLUS, MINUS, TIMES, OVER, FIRST = range(1, 8)
 OPERATORS = (PLUS, MINUS, TIMES, OVER)
@@ -36,12 +36,8 @@ class Countdown(Task):
 
     name: ClassVar[str] = "countdown"
 
-    numbers: int = 4
-    largest: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_whole(numbers=2, largest=2)
+    numbers: int = option(4, least=2)
+    largest: int = option(100, least=2)
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:

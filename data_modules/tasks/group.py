@@ -13,12 +13,12 @@ the whole word has to be multiplied at once, as in the papers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
 from typing import ClassVar
 
-from data_modules.tasks.base import Draws, Example, Task, log_bucket
+from data_modules.tasks.base import Draws, Example, log_bucket, option
 from data_modules.tasks.held_out import HeldOutTask
 from mtp_lightning.settings import require_choice
 
@@ -59,17 +59,12 @@ class Group(HeldOutTask):
 
     name: ClassVar[str] = "group"
     symbols = (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
+    sizes = ("shortest", "length")
 
-    generators: str = "two"
-    shortest: int = 1
-    length: int = 16
+    generators: str = option("two", require_choice, choices=list(GENERATORS))
+    shortest: int = option(1, least=1)
+    length: int = option(16, least=1)
     running: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("data.task.generators", self.generators, list(GENERATORS))
-        self.require_whole(shortest=1, length=1)
-        self.require_order("shortest", "length")
 
     @property
     def longest_prompt(self) -> int:
@@ -82,26 +77,21 @@ class Group(HeldOutTask):
     @cached_property
     def chance(self) -> float:
         """Exact match of random elements."""
-        lengths = range(self.shortest, self.length + 1) if self.running else [1]
+        lengths = self.all_sizes if self.running else [1]
         return self.guess(len(ELEMENTS), lengths)
 
     def question(self, prompt: Sequence[int]) -> Sequence[int] | None:
         deciding = min(self.length, 8 if self.generators == "two" else 2)
         return prompt[:deciding] if len(prompt) > deciding else None
 
-    def draw(self, draws: Draws) -> Example:
-        length = self.shortest + draws.below(self.length - self.shortest + 1)
+    def of_size(self, size: int, draws: Draws) -> Example:
         generators = GENERATORS[self.generators]
-        drawn = draws.many_below(len(generators), length)
+        drawn = draws.many_below(len(generators), size)
         prompt = [*(FIRST + generators[i] for i in drawn), EQUALS]
         return Example(prompt, self._products(prompt))
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         return list(answer) == self._products(prompt)
-
-    def variants(self) -> dict[str, Task]:
-        longer = replace(self, held_out=None, shortest=self.length + 1, length=2 * self.length)
-        return {"longer": longer}
 
     def groups(self, example: Example) -> Sequence[str]:
         """The number of factors of each product."""

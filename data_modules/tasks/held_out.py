@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import TRAINING, Draws, Example, Task
+from data_modules.tasks.base import TRAINING, Draws, Example, Task, option
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_whole
 
 _TRIES = 100
 """Draws per expected hit: a kind of question that is not found in that many does not exist."""
@@ -27,23 +26,38 @@ _GUESSED = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutTask(Task):
-    """A task whose validation and training share no question.
+    """A task whose validation and training share no question, and whose questions have a size.
 
     Attributes:
+        sizes: the options with the least and the largest size; all sizes are equally frequent.
+        larger: name of the test set with up to twice the largest size.
         held_out: n >= 2; one question in n is for validation, and all others are for training. None
             uses one stream for both, as in runs that were stored without this key.
     """
 
-    held_out: int | None = None
+    sizes: ClassVar[tuple[str, str]]
+    larger: ClassVar[str] = "longer"
+
+    held_out: int | None = option(None, least=2, null="none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.held_out is not None:
-            require_whole("data.task.held_out (null for none)", self.held_out, least=2)
+        self.require_order(*self.sizes)
 
-    @abstractmethod
+    @property
+    def all_sizes(self) -> range:
+        """The sizes of questions."""
+        least, largest = (getattr(self, name) for name in self.sizes)
+        return range(least, largest + 1)
+
     def draw(self, draws: Draws) -> Example:
         """An example from the next random numbers."""
+        sizes = self.all_sizes
+        return self.of_size(sizes[draws.below(len(sizes))], draws)
+
+    @abstractmethod
+    def of_size(self, size: int, draws: Draws) -> Example:
+        """An example of this size from the next random numbers."""
 
     def question(self, prompt: Sequence[int]) -> Sequence[int] | None:
         """The part of a prompt that is hashed; None for a prompt that is always for training."""
@@ -76,6 +90,11 @@ class HeldOutTask(Task):
             return False
         ids = np.asarray(question, dtype="<u4").tobytes()
         return int.from_bytes(blake2b(ids, digest_size=8).digest(), "little") % self.held_out == 0
+
+    def variants(self) -> dict[str, Task]:
+        least, largest = self.sizes
+        most = getattr(self, largest)
+        return {self.larger: replace(self, held_out=None, **{least: most + 1, largest: 2 * most})}
 
     def spec(self) -> dict[str, Any]:
         """As in :class:`Task`; without the option if nothing is held out, as before there was

@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import Example, Task
+from data_modules.tasks.base import Example, Task, option
 from data_modules.tasks.measures import AffineProbe, Excess, Measure, Training
 from mtp_lightning.settings import require_choice, require_number
 
@@ -42,17 +42,10 @@ class HMM(Task):
     name: ClassVar[str] = "hmm"
     longest_prompt = 1
 
-    process: str = "mess3"
-    length: int = 32
-    x: float = 0.05
-    a: float = 0.85
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice("data.task.process", self.process, ["mess3", "rrxor"])
-        self.require_whole(length=1)
-        require_number("data.task.x", self.x, above=0, below=0.5)
-        require_number("data.task.a", self.a, above=0, below=1)
+    process: str = option("mess3", require_choice, choices=["mess3", "rrxor"])
+    length: int = option(32, least=1)
+    x: float = option(0.05, require_number, above=0, below=0.5)
+    a: float = option(0.85, require_number, above=0, below=1)
 
     @cached_property
     def transitions(self) -> np.ndarray:

@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar
 
-from data_modules.tasks.base import Example, Task, log_bucket
+from data_modules.tasks.base import Example, Task, log_bucket, option
 from mtp_lightning.errors import UserError
 
 BEGIN, FIRST = 1, 2
@@ -62,14 +62,13 @@ class Induction(Task):
     name: ClassVar[str] = "induction"
     longest_prompt = 1
 
-    sentences: int = 8
-    names: int = 3
-    beginnings: int = 32
-    endings: int = 32
+    sentences: int = option(8, least=1)
+    names: int = option(3, least=2)
+    beginnings: int = option(32, least=1)
+    endings: int = option(32, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole(sentences=1, names=2, beginnings=1, endings=1)
         if self.sentences <= self.names:
             raise UserError(
                 f"data.task.sentences={self.sentences} may not repeat any of data.task.names="

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import Example, Task, log_bucket
+from data_modules.tasks.base import Example, Task, log_bucket, option
 from mtp_lightning.settings import require_number
 
 EQUALS, BLANK, FIRST = 1, 2, 3
@@ -40,16 +40,14 @@ class MQAR(Task):
 
     name: ClassVar[str] = "mqar"
 
-    pairs: int = 8
-    slots: int = 16
-    keys: int = 32
-    values: int = 32
-    power: float = 0.01
+    pairs: int = option(8, least=1)
+    slots: int = option(16, least=1)
+    keys: int = option(32, least=1)
+    values: int = option(32, least=1)
+    power: float = option(0.01, require_number, above=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole(pairs=1, slots=1, keys=1, values=1)
-        require_number("data.task.power", self.power, above=0, most=1)
         self.require_enough("slots", of="pairs")
         self.require_enough("keys", of="pairs")
 

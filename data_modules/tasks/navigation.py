@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task
+from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task, option
 from data_modules.tasks.measures import Excess, Measure, Training
 from data_modules.tasks.navigation_measures import (
     FIRST,
@@ -58,21 +58,15 @@ class Navigation(Task):
     ends: ClassVar[bool] = True
     longest_prompt = 3
 
-    graph: str = "street"
-    nodes: int = 40
-    density: float = 0.3
-    training: float = 0.5
-    detours: float = 0.1
-    recoveries: float = 0.1
+    graph: str = option("street", require_choice, choices=["street", "random"])
+    nodes: int = option(40, least=4)
+    density: float = option(0.3, require_number, least=0, most=1)
+    training: float = option(0.5, require_number, above=0, below=1)
+    detours: float = option(0.1, require_number, least=0, most=1)
+    recoveries: float = option(0.1, require_number, least=0, most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("data.task.graph", self.graph, ["street", "random"])
-        self.require_whole(nodes=4)
-        require_number("data.task.density", self.density, least=0, most=1)
-        require_number("data.task.training", self.training, above=0, below=1)
-        require_number("data.task.detours", self.detours, least=0, most=1)
-        require_number("data.task.recoveries", self.recoveries, least=0, most=1)
         if self.detours + self.recoveries > 1:
             raise UserError(
                 f"data.task.detours={self.detours} and data.task.recoveries={self.recoveries} are "

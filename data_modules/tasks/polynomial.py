@@ -14,10 +14,10 @@ class modulo X^5 would give another result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from data_modules.tasks.base import Draws, Example, Task
+from data_modules.tasks.base import Draws, Example, option
 from data_modules.tasks.held_out import HeldOutTask
 
 EQUALS, MINUS, PLUS, TIMES, OF, FIRST = range(1, 7)
@@ -38,31 +38,23 @@ class Polynomial(HeldOutTask):
     symbols = (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
     longest_answer = N
     chance = float(Q**-N)
+    sizes = ("least", "operations")
+    larger = "more"
 
-    least: int = 1
-    operations: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_whole(least=1, operations=1)
-        self.require_order("least", "operations")
+    least: int = option(1, least=1)
+    operations: int = option(5, least=1)
 
     @property
     def longest_prompt(self) -> int:
         """The length for binary operations only, which have one more operand than operations."""
         return self.operations + N * (self.operations + 1) + 1
 
-    def draw(self, draws: Draws) -> Example:
-        number = self.least + draws.below(self.operations - self.least + 1)
-        prompt = [*_expression(number, draws), EQUALS]
+    def of_size(self, size: int, draws: Draws) -> Example:
+        prompt = [*_expression(size, draws), EQUALS]
         return Example(prompt, _reduce(prompt))
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
         return list(answer) == _reduce(prompt)
-
-    def variants(self) -> dict[str, Task]:
-        n = self.operations
-        return {"more": replace(self, held_out=None, least=n + 1, operations=2 * n)}
 
     def groups(self, example: Example) -> Sequence[str]:
         """The number of operations of the expression."""

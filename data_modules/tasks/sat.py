@@ -15,8 +15,7 @@ from functools import cached_property
 from itertools import combinations, product
 from typing import ClassVar
 
-from data_modules.tasks.base import Draws, Example, Task
-from mtp_lightning.settings import is_whole, require
+from data_modules.tasks.base import Draws, Example, Task, option
 
 BAR, EQUALS, FIRST = 1, 2, 3
 RATIO = 4.26
@@ -40,19 +39,12 @@ class Sat(Task):
 
     name: ClassVar[str] = "sat"
 
-    variables: int = 8
-    names: int = 12
-    solutions: int = 3
+    variables: int = option(8, least=3, most=MOST)
+    names: int = option(12, least=1)
+    solutions: int = option(3, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            is_whole(self.variables) and 3 <= self.variables <= MOST,
-            "data.task.variables",
-            self.variables,
-            f"a whole number in [3, {MOST}]",
-        )
-        self.require_whole(names=1, solutions=1)
         self.require_enough("names", of="variables")
 
     @property

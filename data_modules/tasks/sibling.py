@@ -21,7 +21,7 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import ClassVar
 
-from data_modules.tasks.base import ONCE, Example, Task
+from data_modules.tasks.base import ONCE, Example, Task, option
 from data_modules.tasks.measures import Measure, SampledAnswers, Training
 
 EQUALS, LETTERS = 1, 2
@@ -43,13 +43,9 @@ class Sibling(Task):
     name: ClassVar[str] = "sibling"
     longest_answer = 3
 
-    parents: int = 5
-    children: int = 100
-    hash: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_whole(parents=1, children=2, hash=0)
+    parents: int = option(5, least=1)
+    children: int = option(100, least=2)
+    hash: int = option(10, least=0)
 
     @cached_property
     def symbols(self) -> tuple[str, ...]:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-from data_modules.tasks.base import ONCE, Example, Task
+from data_modules.tasks.base import ONCE, Example, Task, option
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_whole
 
 BAR, SLASH, EQUALS, FIRST = 1, 2, 3, 4
 """Ids of the separators, and of the first name."""
@@ -39,17 +38,14 @@ class StarGraph(Task):
 
     name: ClassVar[str] = "star_graph"
 
-    degree: int = 2
-    length: int = 4
-    nodes: int = 12
+    degree: int = option(2, least=1)
+    length: int = option(4, least=2)
+    nodes: int = option(12, least=1)
     reverse: bool = False
-    fixed: int | None = None
+    fixed: int | None = option(None, least=1, null="no end")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole(degree=1, length=2, nodes=1)
-        if self.fixed is not None:
-            require_whole("data.task.fixed (null for no end)", self.fixed, least=1)
         if self.size > self.nodes:
             raise UserError(
                 f"data.task.nodes={self.nodes} names are too few for a star graph of "
