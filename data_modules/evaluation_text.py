@@ -152,6 +152,3 @@ class EvaluationWindows(Windows):
         # One more token at the end is read for every position after it.
         stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
         return stream, (self.text.ends - self.text.starts).cumsum()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_stream"}

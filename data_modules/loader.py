@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data_modules.order import Order, window_order
+from data_modules.order import FeistelOrder
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
@@ -128,10 +128,11 @@ class WindowLoader(_Loader):
         self.seed = int(state["seed"])
         self.epoch = int(state["epoch"])
         self.consumed = int(state["consumed"])
+        self.dataset.resume(self.seed)
 
-    def order(self, epoch: int) -> Order:
+    def order(self, epoch: int) -> np.ndarray | FeistelOrder:
         """Window numbers in the order of an epoch."""
-        return window_order(len(self.dataset), seed=self.seed, epoch=epoch)
+        return self.dataset.order(self.seed, epoch)
 
     def _epoch(self) -> Iterator[WindowBatch]:
         rank, world = _world()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 LARGE = 2**26
@@ -11,17 +9,9 @@ LARGE = 2**26
 _ROUNDS = 8
 
 
-class Order(Protocol):
-    """A permutation of 0 .. n - 1, read by slices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: slice, /) -> np.ndarray: ...
-
-
-def window_order(n: int, *, seed: int, epoch: int) -> Order:
-    """The permutation of an epoch: sorted random keys up to :data:`LARGE` windows, a keyed
-    permutation above."""
+def window_order(n: int, *, seed: int, epoch: int) -> np.ndarray | FeistelOrder:
+    """The permutation of 0 .. n - 1 for an epoch, read by slices: sorted random keys up to
+    :data:`LARGE` windows, a keyed permutation above."""
     kind = epoch_order if n <= LARGE else FeistelOrder
     return kind(n, seed=seed, epoch=epoch)
 

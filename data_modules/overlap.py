@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from hashlib import blake2b
 
 LONG = 32
@@ -29,7 +30,7 @@ class LineOverlap:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self._below = 2**64
-        self._counts: dict[str, dict[int, int]] = {"train": {}, "val": {}}
+        self._counts: dict[str, Counter[int]] = {"train": Counter(), "val": Counter()}
 
     def add(self, split: str, document: str) -> None:
         """Counts a document of ``train`` or ``val``; its text must be valid UTF-8."""
@@ -38,7 +39,7 @@ class LineOverlap:
         for match in LINE.finditer(document):
             line = match.group().strip()
             if len(line) >= LONG and (value := _hash(line)) < self._below:
-                counts[value] = counts.get(value, 0) + 1
+                counts[value] += 1
                 if len(counts) > self.limit:
                     self._forget()
                     counts = self._counts[split]
@@ -47,19 +48,17 @@ class LineOverlap:
         """Adds the counts of another object, which saw other documents."""
         self._below = min(self._below, other._below)
         for split, counts in self._counts.items():
-            for value, n in other._counts[split].items():
-                counts[value] = counts.get(value, 0) + n
-            self._counts[split] = {v: n for v, n in counts.items() if v < self._below}
+            counts.update(other._counts[split])
         self._forget()
 
     def _forget(self) -> None:
-        """Halves the range of hashes until both splits are within the limit."""
-        while max(map(len, self._counts.values())) > self.limit:
+        """Drops hashes out of range, which is halved until both splits are within the limit."""
+        while True:
+            for split, counts in self._counts.items():
+                self._counts[split] = Counter({v: n for v, n in counts.items() if v < self._below})
+            if max(map(len, self._counts.values())) <= self.limit:
+                return
             self._below //= 2
-            self._counts = {
-                split: {value: n for value, n in counts.items() if value < self._below}
-                for split, counts in self._counts.items()
-            }
 
     def share(self) -> float | None:
         """Share of validation lines that are also training lines; ``None`` if there are none."""

@@ -125,13 +125,12 @@ class StoreDataModule(WindowDataModule):
         text."""
         if not self.store.meta.get("bytes_defined", True):
             return None
-        text, tokenizer = self.evaluation.text, self.tokenizer
+        text = self.evaluation.text
         found = [int(n) for n in text.bytes]
         if not self.document_mask:
             return found
-        pieces, first = tokenizer.token_bytes(), text.file.tokens()[text.starts]
-        lost = [0 if i == tokenizer.eot_id else len(pieces[i]) for i in first.tolist()]
-        return [n - less for n, less in zip(found, lost, strict=True)]
+        pieces, first = self.tokenizer.text_bytes(), text.file.tokens()[text.starts].tolist()
+        return [n - len(pieces[i]) for n, i in zip(found, first, strict=True)]
 
     def evaluation_summary(self) -> dict[str, Any]:
         """What a validation's numbers are measured on: ``fingerprint`` of the text, its
@@ -149,12 +148,10 @@ class StoreDataModule(WindowDataModule):
 
     def _evaluated_text(self) -> bytes:
         """The evaluation text's documents in order, up to the bytes that are compressed."""
-        text, tokenizer = self.evaluation.text, self.tokenizer
-        pieces, tokens = tokenizer.token_bytes(), text.file.tokens()
-        found = bytearray()
+        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
+        tokens, found = text.file.tokens(), bytearray()
         for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
-            ids = tokens[start:end].tolist()
-            found += b"".join(pieces[i] for i in ids if i != tokenizer.eot_id)
+            found += b"".join(pieces[i] for i in tokens[start:end].tolist())
             if len(found) >= COMPRESSED:
                 break
         return bytes(found)

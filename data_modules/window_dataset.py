@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_modules.order import window_order
+from data_modules.order import FeistelOrder, window_order
 from data_modules.shards import ShardedTokens, windows_at
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
@@ -81,6 +81,13 @@ class Windows(Dataset[WindowBatch], ABC):
             world: number of processes.
         """
 
+    def order(self, seed: int, epoch: int) -> np.ndarray | FeistelOrder:
+        """Window numbers in the order of an epoch of training."""
+        return window_order(len(self), seed=seed, epoch=epoch)
+
+    def resume(self, seed: int) -> None:
+        """Continues with the windows of a stored run's seed, if they depend on it."""
+
     def batch(self, tokens: np.ndarray, **fields: Any) -> WindowBatch:
         """The batch of some windows.
 
@@ -90,6 +97,15 @@ class Windows(Dataset[WindowBatch], ABC):
         """
         ids = torch.from_numpy(tokens.astype(np.int64))
         return WindowBatch(ids, self.depth, stride=self.stride, extra=self.extra, **fields)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves cached values out: each loader worker opens the files itself."""
+        own = type(self)
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not isinstance(getattr(own, name, None), cached_property)
+        }
 
 
 @dataclass(eq=False)
@@ -187,7 +203,3 @@ class WindowDataset(Windows):
             at = self._starts[first[row] + 1 : last[row] + 1] - begin[row]
             documents[row] += np.searchsorted(at, np.arange(self.width), side="right")
         return documents
-
-    def __getstate__(self) -> dict[str, object]:
-        opened = ("_tokens", "_starts", "_kept")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}

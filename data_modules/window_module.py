@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -42,8 +42,6 @@ class WindowDataModule(LightningDataModule, ABC):
     Raises:
         UserError: for numbers out of range.
     """
-
-    loader: ClassVar[type[WindowLoader]] = WindowLoader
 
     def __init__(
         self,
@@ -184,7 +182,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> WindowLoader:
         """Lightning's hook."""
-        return self.loader(
+        return WindowLoader(
             self.training,
             batch_size=self.batch_size * self.accumulate,
             seed=self.seed,

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import MissingPackageError, Source, digest, digest_files
+from data_modules.sources.base import FileSource, MissingPackageError
 from data_modules.sources.text import expand
 from mtp_lightning.errors import UserError
 
 
-class HuggingFaceSource(Source):
+class HuggingFaceSource(FileSource):
     """One text column of a Hugging Face dataset; each row is a document.
 
     Args:
@@ -99,11 +99,8 @@ class HuggingFaceSource(Source):
                 )
             yield text
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
+    @property
+    def rules(self) -> tuple[object, ...]:
         what = (
             "huggingface",
             self.path,
@@ -113,15 +110,17 @@ class HuggingFaceSource(Source):
             self.revision,
             self.data_files,
         )
-        files = self._local_files()
-        if files:
-            return digest_files(files, *what, remember=self.digests)
-        if self.streaming:
-            return digest(*what, "streaming")
+        if self.files:
+            return what
         # The library's digest of the downloaded data and of the builder's options.
-        return digest(*what, self._dataset._fingerprint)
+        return (*what, "streaming" if self.streaming else self._dataset._fingerprint)
 
-    def _local_files(self) -> list[tuple[str, Path]]:
+    def total_bytes(self) -> None:
+        """Unknown: files may be compressed or have other columns."""
+        return None
+
+    @cached_property
+    def files(self) -> list[tuple[str, Path]]:
         """The local files that the text comes from; none for a dataset of the hub. ``data_files``
         are relative to the dataset folder, if the path is one, else to the current folder."""
         if self.data_files is None:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_modules.corpora.manifests import Entry, say_differences
+from data_modules.corpora.manifests import manifest_of, say_differences
 from data_modules.corpora.shakespeare import ShakespeareSource
 from data_modules.sources.base import FileSource
 from data_modules.sources.installed import Package, installed
@@ -73,13 +73,11 @@ class LiteratureSource(FileSource):
         plays, *bibles = self.packages
         texts = {plays: self._plays.documents()}
         texts |= {bible: (text for _, text in _books(bible.files[0][1])) for bible in bibles}
-        manifest = {}
-        for package, documents in texts.items():
-            entry = Entry()
-            for document in documents:
-                entry.add(document.encode("utf-8"))
-            manifest[package.name] = {"version": package.version, **entry.facts()}
-        return super().summary() | {"packages": manifest}
+        manifests = {
+            package.name: manifest_of(package, (document.encode("utf-8") for document in documents))
+            for package, documents in texts.items()
+        }
+        return super().summary() | {"packages": manifests}
 
 
 def _package(name: str, keep: Callable[[PurePosixPath], bool]) -> Package:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,19 @@ def _manifests() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(FILE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-class Entry:
-    """What a manifest says of a package: number of files, their bytes, SHA-256 of all in order."""
-
-    def __init__(self) -> None:
-        self.files = self.bytes = 0
-        self._content = hashlib.sha256()
-
-    def add(self, data: bytes) -> None:
-        """Adds a file, or another document."""
-        self.files += 1
-        self.bytes += len(data)
-        self._content.update(data)
-
-    def facts(self) -> dict[str, Any]:
-        """Plain data, for the manifest."""
-        return {
-            "files": self.files,
-            "bytes": self.bytes,
-            "sha256": self._content.hexdigest(),
-        }
+def manifest_of(package: Package, files: Iterable[bytes]) -> dict[str, Any]:
+    """The version of a package, and the number, bytes and SHA-256 of its files (or other documents)
+    in order."""
+    content, sizes = hashlib.sha256(), []
+    for data in files:
+        content.update(data)
+        sizes.append(len(data))
+    return {
+        "version": package.version,
+        "files": len(sizes),
+        "bytes": sum(sizes),
+        "sha256": content.hexdigest(),
+    }
 
 
 def say_differences(source: str, packages: Sequence[Package]) -> None:

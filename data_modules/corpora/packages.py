@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.utils import canonicalize_name
 
-from data_modules.corpora.manifests import Entry, say_differences
+from data_modules.corpora.manifests import manifest_of, say_differences
 from data_modules.sources.base import FileSource
 from data_modules.sources.installed import Package, installed, python_text
 from mtp_lightning.errors import UserError
@@ -75,7 +75,6 @@ class PackagesSource(FileSource):
         if twice := [name for name, n in Counter(map(canonicalize_name, names)).items() if n > 1]:
             raise UserError(f"data.source.packages names {twice[0]} twice: leave one out")
         self.names = sorted(names, key=canonicalize_name)
-        self._cleaned: _Cleaned | None = None
 
     @cached_property
     def packages(self) -> list[Package]:
@@ -101,63 +100,49 @@ class PackagesSource(FileSource):
         return (text for _, text in self.grouped())
 
     def grouped(self) -> Iterator[tuple[str, str]]:
-        known, found = self._cleaned, _Cleaned()
-        seen: set[int] = set()
-        for name, file in self.files:
-            if known is not None and name not in known.files:
-                continue
-            data = file.read_bytes()
-            text = _text(data, str(file))
-            package = name.partition(":")[0]
-            if known is None and not found.keeps(package, name, data, _why_not(data, text, seen)):
-                continue
-            assert text is not None
-            yield canonicalize_name(package), text
-        if known is None:
-            self._cleaned = found
+        for package, file in self._cleaned.files:
+            yield canonicalize_name(package.name), python_text(file.read_bytes(), str(file))
 
     def summary(self) -> dict[str, Any]:
         """Also the manifest: for every package the version and, after cleaning, the number of
         files, their bytes and the SHA-256 of their concatenation; and the bytes that each rule left
         out."""
-        if self._cleaned is None:
-            for _ in self.grouped():
-                pass
-        assert self._cleaned is not None
-        manifest = {
-            package.name: {
-                "version": package.version,
-                **self._cleaned.entries[package.name].facts(),
-            }
-            for package in self.packages
-        }
         left_out = dict(sorted(self._cleaned.left_out.items()))
-        return super().summary() | {"packages": manifest, "left_out": left_out}
+        return super().summary() | {"packages": self._cleaned.manifests, "left_out": left_out}
+
+    @cached_property
+    def _cleaned(self) -> _Cleaned:
+        found = _Cleaned([], {}, Counter())
+        seen: set[int] = set()
+        for package in self.packages:
+            contents = []
+            for _, file in package.files:
+                data = file.read_bytes()
+                why_not = _why_not(data, str(file), seen)
+                if why_not is None:
+                    found.files.append((package, file))
+                    contents.append(data)
+                else:
+                    found.left_out[why_not] += len(data)
+            found.manifests[package.name] = manifest_of(package, contents)
+        return found
 
 
-class _Cleaned:
-    """The names of the kept files, facts per package, and the bytes that each rule left out."""
+class _Cleaned(NamedTuple):
+    """The files that are kept, the manifests of their packages, and the bytes that each rule left
+    out."""
 
-    def __init__(self) -> None:
-        self.files: set[str] = set()
-        self.entries: dict[str, Entry] = {}
-        self.left_out: Counter[str] = Counter()
-
-    def keeps(self, package: str, name: str, data: bytes, why_not: str | None) -> bool:
-        """Whether a file becomes a document; it is counted either way."""
-        entry = self.entries.setdefault(package, Entry())
-        if why_not is not None:
-            self.left_out[why_not] += len(data)
-            return False
-        entry.add(data)
-        self.files.add(name)
-        return True
+    files: list[tuple[Package, Path]]
+    manifests: dict[str, Any]
+    left_out: Counter[str]
 
 
-def _why_not(data: bytes, text: str | None, seen: set[int]) -> str | None:
+def _why_not(data: bytes, where: str, seen: set[int]) -> str | None:
     """The rule that leaves a file out, or None. ``seen`` holds the hashes of the lines of the files
     before it, to which those of a kept file are added."""
-    if text is None:
+    try:
+        text = python_text(data, where)
+    except (UserError, SyntaxError, UnicodeDecodeError):
         return "undecodable"
     if not text.strip():
         return "empty"
@@ -177,10 +162,3 @@ def _why_not(data: bytes, text: str | None, seen: set[int]) -> str | None:
 
 def _is_source(path: PurePosixPath) -> bool:
     return path.suffix == ".py" and not VENDORED.intersection(path.parts)
-
-
-def _text(data: bytes, where: str) -> str | None:
-    try:
-        return python_text(data, where)
-    except (UserError, SyntaxError, UnicodeDecodeError):
-        return None

@@ -12,7 +12,7 @@ from data_modules.digests import digest
 from data_modules.tasks.answers import TRIED, AnswerSet
 from data_modules.tasks.base import Example, Task
 from data_modules.tasks.measures import Training
-from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
+from data_modules.tasks.windows import TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.symbols import SymbolTokenizer
 from data_modules.window_module import WindowDataModule
@@ -44,7 +44,6 @@ class TaskDataModule(WindowDataModule):
             vocabulary.
     """
 
-    loader = ExampleLoader
     masks_targets = True
     evaluated_bytes = None
 

@@ -151,7 +151,33 @@ class AffineProbe(Measure):
         return {self.name: float(1 - np.einsum("is,ij,js->", error, score, error) / total)}
 
 
-class Excess(Measure):
+class Means(Measure):
+    """Means of several values, each over the items for which it is defined.
+
+    Args:
+        names: names of the values.
+    """
+
+    sums: Tensor
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        self.add_sum("sums", len(names), 2)
+
+    @abstractmethod
+    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
+        """For each value, its sum and the number of items."""
+
+    def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
+        self.sums += torch.tensor(self.count(outputs), dtype=torch.float64).to(self.sums.device)
+
+    def compute(self) -> dict[str, float]:
+        pairs = zip(self.names, self.sums.tolist(), strict=True)
+        return {name: total / n for name, (total, n) in pairs if n}
+
+
+class Excess(Means):
     """``surprisal``, the least possible loss on the scored tokens, and ``excess_loss``, the model's
     excess over it; both are means in nats. Tokens after the end of an answer do not count.
 
@@ -160,25 +186,18 @@ class Excess(Measure):
             predictor.
     """
 
-    sums: Tensor
-
     def __init__(self, least: Callable[[np.ndarray], np.ndarray]) -> None:
-        super().__init__()
+        super().__init__("surprisal", "excess_loss")
         self.least = least
-        self.add_sum("sums", 3)
 
-    def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
+    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
         batch, nats_BW = outputs.batch, outputs.nats_BW
         assert batch.scored is not None
         least_BW = torch.from_numpy(self.least(batch.tokens.cpu().numpy())).to(batch.device)
         counts_BW = batch.scored.clone()
         counts_BW[:, 1:] &= batch.tokens[:, :-1] != 0  # the id that ends an answer
-        found = [values[counts_BW].sum() for values in (least_BW, nats_BW - least_BW)]
-        self.sums += torch.stack([*found, counts_BW.sum().double()])
-
-    def compute(self) -> dict[str, float]:
-        least, excess, n = self.sums.tolist()
-        return {"surprisal": least / n, "excess_loss": excess / n}
+        n = int(counts_BW.sum())
+        return [(float(values[counts_BW].sum()), n) for values in (least_BW, nats_BW - least_BW)]
 
 
 Training = Callable[[], Sequence[Sequence[int]]]

@@ -9,7 +9,6 @@ the true paths, N nodes, C d_model, V vocabulary.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.tasks.base import END
-from data_modules.tasks.measures import Measure, Outputs
+from data_modules.tasks.measures import Means, Measure, Outputs
 
 if TYPE_CHECKING:
     from data_modules.tasks.navigation import Navigation
@@ -29,33 +28,6 @@ NEAR = range(2, 5)
 """Steps from the goal at which a node can be the end or the beginning of a shortcut."""
 
 
-class Means(Measure):
-    """Means of several values, each over the items for which it is defined.
-
-    Args:
-        task: the task.
-        names: names of the values.
-    """
-
-    sums: Tensor
-
-    def __init__(self, task: Navigation, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.task, self.names = task, names
-        self.add_sum("sums", len(names), 2)
-
-    @abstractmethod
-    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
-        """For each value, its sum and the number of items."""
-
-    def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
-        self.sums += torch.tensor(self.count(outputs), dtype=torch.float64).to(self.sums.device)
-
-    def compute(self) -> dict[str, float]:
-        pairs = zip(self.names, self.sums.tolist(), strict=True)
-        return {name: total / n for name, (total, n) in pairs if n}
-
-
 class Walks(Means):
     """Greedy answers: ``legality``, the share of their steps that follow an edge from where the
     walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. A model
@@ -64,7 +36,8 @@ class Walks(Means):
     """
 
     def __init__(self, task: Navigation) -> None:
-        super().__init__(task, ("legality", "legality_chance", "arrival", "arrival_chance"))
+        super().__init__("legality", "legality_chance", "arrival", "arrival_chance")
+        self.task = task
 
     @cached_property
     def _arrival_chance(self) -> np.ndarray:
@@ -111,8 +84,8 @@ class Shortcuts(Means):
     """
 
     def __init__(self, task: Navigation) -> None:
-        names = ("shortcut_mass", "shortcut_mass_chance", "legal_mass", "legal_mass_chance")
-        super().__init__(task, names)
+        super().__init__("shortcut_mass", "shortcut_mass_chance", "legal_mass", "legal_mass_chance")
+        self.task = task
         nodes = range(task.nodes)
         # From each node, the id of the step to each other; to itself, the pad symbol.
         ids = [[task.step_id(b - a) if a != b else END for b in nodes] for a in nodes]

@@ -1,4 +1,4 @@
-"""Windows that hold whole examples, and the loader that never runs out of them.
+"""Windows that hold whole examples.
 
 A window holds as many examples as there is room for the longest ones, whatever their sizes: the
 examples of a window are then a pure function of its number. The rest is padding.
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from data_modules.loader import WindowLoader
-from data_modules.order import Order
+from data_modules.order import FeistelOrder
 from data_modules.tasks.base import END, TRAINING, Example, Task
 from data_modules.window_dataset import Windows
 from data_modules.windows import WindowBatch
@@ -68,6 +66,15 @@ class TaskWindows(Windows):
                 "data.batch_size or trainer.accumulate_grad_batches."
             )
 
+    def order(self, seed: int, epoch: int) -> np.ndarray | FeistelOrder:
+        if self.examples is None:  # every epoch has fresh examples
+            return epoch * EPOCH + np.arange(EPOCH)
+        return super().order(seed, epoch)
+
+    def resume(self, seed: int) -> None:
+        if self.examples is None:
+            self.first = first_training_index(seed)
+
     def held(self, number: int) -> list[Example]:
         """The examples of a window; none if it is after the last."""
         n = self.per_window
@@ -110,24 +117,3 @@ def lay_out(
             documents[number, start:end] = i
         documents[number, end:] = len(row)
     return tokens, scored, documents
-
-
-class ExampleLoader(WindowLoader):
-    """Training batches of a task: a :class:`WindowLoader` over fresh windows, or over those of a
-    fixed set in an order drawn for each epoch.
-
-    A resumed run continues with the examples of its original seed.
-    """
-
-    dataset: TaskWindows
-
-    def order(self, epoch: int) -> Order:
-        n = len(self.dataset)
-        if self.dataset.examples is None:
-            return epoch * n + np.arange(n)
-        return super().order(epoch)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.dataset.examples is None:
-            self.dataset.first = first_training_index(self.seed)

@@ -96,7 +96,7 @@ def _content(files: Sequence[TokenSource], cache: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Text:
+class ScannedText:
     """Facts about a text from one pass over it.
 
     Attributes:
@@ -113,7 +113,7 @@ class Text:
     def n_tokens(self) -> int:
         return sum(shard.n_tokens for shard in self.shards)
 
-    def cut(self, held_out: float) -> tuple[Text, Text]:
+    def cut(self, held_out: float) -> tuple[ScannedText, ScannedText]:
         """The text before the held-out part, and that part; see :func:`open_view`."""
         at = cut_index(self.n_tokens, 1 - held_out)
         n_kept = int(self.starts.searchsorted(at))
@@ -123,12 +123,12 @@ class Text:
         counts = count_ids(ShardedTokens(after), len(self.counts))
         starts = np.union1d([0], self.starts[n_kept:] - at)
         return (
-            Text(before, self.starts[:n_kept], self.counts - counts),
-            Text(after, starts, counts),
+            ScannedText(before, self.starts[:n_kept], self.counts - counts),
+            ScannedText(after, starts, counts),
         )
 
 
-def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
+def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedText:
     """Counts a text's ids and finds its documents.
 
     An index says where documents start; without an index it starts after end-of-text tokens.
@@ -166,7 +166,7 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
     starts = np.concatenate(found)
     if not all(indexed) and len(starts) > 1 and tokens[:1][0] == tokenizer.eot_id:
         starts = np.delete(starts, 1)  # end-of-text tokens at the very beginning end no document
-    return Text(tokens.shards, starts, counts)
+    return ScannedText(tokens.shards, starts, counts)
 
 
 def _require_known(
@@ -197,10 +197,9 @@ def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Toke
         )
 
 
-def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[str, Any]:
+def _write(folder: Path, texts: dict[str, ScannedText], tokenizer: Tokenizer) -> dict[str, Any]:
     """Writes document starts, validation pieces and tokenizer; returns their ``meta.json``."""
-    names = tokenizer.token_bytes()
-    names[tokenizer.eot_id] = b""
+    names = tokenizer.text_bytes()
     lengths = np.fromiter(map(len, names), np.int64, len(names))
     silent = (texts["val"].counts > 0) & (lengths == 0)
     silent[tokenizer.eot_id] = False
@@ -235,7 +234,7 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
 
 
 def _pieces(
-    text: Text, names: Sequence[bytes] | None, lengths: np.ndarray, eot_id: int
+    text: ScannedText, names: Sequence[bytes] | None, lengths: np.ndarray, eot_id: int
 ) -> Iterator[tuple[int, int, int, bytes]]:
     """Rows of :data:`PIECES` for documents with text.
 

@@ -71,6 +71,12 @@ class Tokenizer(ABC):
         """
         return bytes_of_pieces(self.library_json(), self.vocab_size)
 
+    def text_bytes(self) -> list[bytes]:
+        """:meth:`token_bytes`, with no bytes for the end-of-text token."""
+        found = self.token_bytes()
+        found[self.eot_id] = b""
+        return found
+
     def facts(self) -> dict[str, Any]:
         """Plain facts, for a store's ``meta.json``."""
         return {

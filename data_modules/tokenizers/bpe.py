@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -54,7 +55,6 @@ class BPETokenizer(Tokenizer):
         self.requested_vocab_size = vocab_size
         self.train_bytes = train_bytes
         self._json: str | None = None
-        self._library: Any = None
         self._one_at_a_time = threading.Lock()  # the threads of a server share a tokenizer
         self._forget()
 
@@ -89,18 +89,16 @@ class BPETokenizer(Tokenizer):
         copy._json = json_text
         return copy
 
-    def _trained(self) -> Any:
-        if self._library is None:
-            if self._json is None:
-                raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
-            self._library = library_tokenizer(self._json, source="the bpe tokenizer")
-            # The name of the special token in a text is text: the round trip must be lossless.
-            self._library.encode_special_tokens = True
-        return self._library
+    @cached_property
+    def _library(self) -> Any:
+        library = library_tokenizer(self.state()["tokenizer_json"], source="the bpe tokenizer")
+        # The name of the special token in a text is text: the round trip must be lossless.
+        library.encode_special_tokens = True
+        return library
 
     @property
     def vocab_size(self) -> int:
-        return int(self._trained().get_vocab_size())
+        return int(self._library.get_vocab_size())
 
     def encode(self, text: str) -> np.ndarray:
         """``[n]`` int64 ids.
@@ -108,7 +106,7 @@ class BPETokenizer(Tokenizer):
         Raises:
             UserError: if the tokenizer is not trained.
         """
-        library = self._trained()
+        library = self._library
         with self._one_at_a_time:
             numbers, new = self._words.split(text)
             try:
@@ -127,7 +125,7 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD, and end of text becomes its name."""
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
-        return str(self._trained().decode(array.tolist(), skip_special_tokens=False))
+        return str(self._library.decode(array.tolist(), skip_special_tokens=False))
 
     def spec(self) -> dict[str, Any]:
         if self._json is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import re
 import weakref
-from abc import ABC, abstractmethod
 from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 
@@ -34,49 +33,28 @@ _PYTHON_PATTERN = re.compile(
 )
 
 
-class PreTokenizer(ABC):
-    """Numbers of words, in the order of their first use."""
-
-    @abstractmethod
-    def split(self, text: str) -> tuple[np.ndarray, list[str]]:
-        """The numbers of a text's words [n], and the words that are new, in order."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of distinct words so far."""
-
-
-class PythonPreTokenizer(PreTokenizer):
-    """With ``re`` and a dict."""
-
-    def __init__(self) -> None:
-        self._numbers = _Numbers()
-
-    def split(self, text: str) -> tuple[np.ndarray, list[str]]:
-        words = _PYTHON_PATTERN.findall(text)
-        numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int32, len(words))
-        new, self._numbers.new = self._numbers.new, []
-        return numbers, new
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-
-class _Numbers(dict[str, int]):
-    """Word -> number; only a new word costs a call of a Python function."""
+class PythonPreTokenizer(dict[str, int]):
+    """Word -> number, with ``re``; only a new word costs a call of a Python function."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.new: list[str] = []
+        self._new: list[str] = []
 
     def __missing__(self, word: str) -> int:
         number = self[word] = len(self)
-        self.new.append(word)
+        self._new.append(word)
         return number
 
+    def split(self, text: str) -> tuple[np.ndarray, list[str]]:
+        """The numbers of a text's words [n], and the words that are new, in order."""
+        words = _PYTHON_PATTERN.findall(text)
+        numbers = np.fromiter(map(self.__getitem__, words), np.int32, len(words))
+        new, self._new = self._new, []
+        return numbers, new
 
-class NativePreTokenizer(PreTokenizer):
-    """With C++."""
+
+class NativePreTokenizer:
+    """The same with C++; its length is the number of distinct words so far."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -109,6 +87,9 @@ library, _ = open_built(
         "words_split": ((c_void_p, c_char_p, c_int64, *(c_void_p,) * 3), c_int64),
     },
 )
+
+
+PreTokenizer = PythonPreTokenizer | NativePreTokenizer
 
 
 def new_pre_tokenizer() -> PreTokenizer:

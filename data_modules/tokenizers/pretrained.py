@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,18 +57,15 @@ class PretrainedTokenizer(Tokenizer):
         self.path = str(path)
         self.eot_token = eot_token
         self.beside: dict[str, str] = {}
-        self._library: Any = None
-        self._eot_id = -1
-        self._vocab_size = 0
 
-    def _load(self) -> Any:
-        if self._library is None:
-            library, self.beside = _read(self.path)
-            named = _named(self.beside, "eos_token")
-            self._adopt(library, self.eot_token or named)
-        return self._library
+    @cached_property
+    def _library(self) -> Any:
+        library, self.beside = _read(self.path)
+        named = _named(self.beside, "eos_token")
+        return self._adopted(library, self.eot_token or named)
 
-    def _adopt(self, library: Any, eot_token: str | None) -> None:
+    def _adopted(self, library: Any, eot_token: str | None) -> Any:
+        """The library's tokenizer, after its end-of-text token was found."""
         specials = {t.content for t in library.get_added_tokens_decoder().values() if t.special}
         if eot_token is None:
             eot_token = next((name for name in KNOWN_EOT if name in specials), None)
@@ -77,38 +75,33 @@ class PretrainedTokenizer(Tokenizer):
                 f"({', '.join(sorted(specials)) or 'it has none'}): name one with "
                 f"tokenizer.eot_token"
             )
-        eot_id = library.token_to_id(eot_token)
-        if eot_id is None:
+        if library.token_to_id(eot_token) is None:
             raise UserError(
                 f"the tokenizer {self.path} has no token {eot_token!r}: "
                 f"set tokenizer.eot_token to one of its tokens"
             )
         library.encode_special_tokens = True
         self.eot_token = eot_token
-        self._eot_id = int(eot_id)
-        # Ids may have gaps; the embedding must hold the largest.
-        self._vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
-        self._library = library
+        return library
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        self._load()
-        return self._vocab_size
+        # Ids may have gaps; the embedding must hold the largest.
+        return int(max(self._library.get_vocab(with_added_tokens=True).values())) + 1
 
-    @property
+    @cached_property
     def eot_id(self) -> int:
-        self._load()
-        return self._eot_id
+        return int(self._library.token_to_id(self.eot_token))
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._load().encode(text, add_special_tokens=False).ids, np.int64)
+        return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._load().encode_batch_fast(list(texts), add_special_tokens=False)
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encoded]
 
     def encode_specials(self, text: str) -> np.ndarray:
-        library = self._load()
+        library = self._library
         library.encode_special_tokens = False
         try:
             return np.asarray(library.encode(text, add_special_tokens=False).ids, np.int64)
@@ -116,7 +109,7 @@ class PretrainedTokenizer(Tokenizer):
             library.encode_special_tokens = True
 
     def special_ids(self) -> dict[str, int]:
-        library, found = self._load(), {}
+        library, found = self._library, {}
         for role in ("bos", "pad"):
             name = _named(self.beside, f"{role}_token")
             if name is not None and (number := library.token_to_id(name)) is not None:
@@ -125,7 +118,7 @@ class PretrainedTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
-        return str(self._load().decode(array.tolist(), skip_special_tokens=False))
+        return str(self._library.decode(array.tolist(), skip_special_tokens=False))
 
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "content": self.fingerprint()}
@@ -134,12 +127,12 @@ class PretrainedTokenizer(Tokenizer):
         return digest(json.dumps(self._ids_state(), sort_keys=True))
 
     def state(self) -> dict[str, Any]:
-        beside = {"beside": self.beside} if self._load() and self.beside else {}
-        return self._ids_state() | beside
+        state = self._ids_state()  # which reads the other files, too
+        return state | ({"beside": self.beside} if self.beside else {})
 
     def _ids_state(self) -> dict[str, Any]:
         """The part of the state that determines the ids."""
-        text = written(self._load())
+        text = written(self._library)
         return {
             "kind": self.kind,
             "path": self.path,
@@ -151,7 +144,7 @@ class PretrainedTokenizer(Tokenizer):
     def from_state(cls, state: dict[str, Any]) -> PretrainedTokenizer:
         tokenizer = cls(state["path"], eot_token=state["eot_token"])
         library = library_tokenizer(state["tokenizer_json"], source="the stored tokenizer")
-        tokenizer._adopt(library, state["eot_token"])
+        tokenizer._library = tokenizer._adopted(library, state["eot_token"])
         found = state.get("beside", {})
         tokenizer.beside = {name: found[name] for name in BESIDE if name in found}
         return tokenizer

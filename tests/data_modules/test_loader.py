@@ -251,6 +251,7 @@ from data_modules.loader import WindowLoader
 class Windows:
     def __len__(self): return 4000
     def require(self, batch_size, world): pass
+    def order(self, seed, epoch): return np.arange(4000)
     def __getitem__(self, numbers):
         import torch
         return torch.from_numpy(numbers).repeat(100)

@@ -93,7 +93,7 @@ def test_a_failure_leaves_no_word_without_ids(monkeypatch: pytest.MonkeyPatch) -
         def encode_batch_fast(self, *given: object, **more: object) -> None:
             raise KeyboardInterrupt
 
-    library = tokenizer._trained()
+    library = tokenizer._library
     monkeypatch.setattr(tokenizer, "_library", Failing())
     with pytest.raises(KeyboardInterrupt):
         tokenizer.encode("other words")

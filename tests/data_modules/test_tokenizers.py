@@ -49,7 +49,7 @@ def test_bpe_loses_nothing_and_agrees_with_the_library(trained, text):
     ids = trained.encode(text)
     assert trained.decode(ids) == text
     assert ids.dtype == np.int64 and trained.eot_id not in ids
-    assert ids.tolist() == trained._trained().encode(text, add_special_tokens=False).ids
+    assert ids.tolist() == trained._library.encode(text, add_special_tokens=False).ids
 
 
 @settings(deadline=None, max_examples=50)
