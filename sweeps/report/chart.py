@@ -32,7 +32,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MANY = 12  # the most settings that a legend lists one by one
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
 QUIET = "#8b949e"  # lines that belong to no setting
-SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
 
 _LETTERS = 58  # of a legend's labels side by side
 _POINTS = 72  # SVG points per inch
@@ -309,10 +308,16 @@ class Drawing:
     name: str  # the name of its files
     title: str  # the title above it
     caption: str  # an explanation of what is shown and how it was computed
+    x: str = ""  # the names of its axes; empty where the chart has its own
+    y: str = ""
     chart: Chart | None = None  # the figure; None if data is missing
     why: str = ""  # what is missing
 
     def drawn(self, chart: Chart) -> Drawing:
+        """The figure with its chart, whose axes it names."""
+        chart.axes.set(
+            **{f"{axis}label": name for axis, name in (("x", self.x), ("y", self.y)) if name}
+        )
         return replace(self, chart=chart)
 
     def lacking(self, why: str) -> Drawing:

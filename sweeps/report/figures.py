@@ -11,7 +11,6 @@ from typing import Any
 from sweeps.report.chart import (
     COLORS,
     QUIETLY,
-    SEEDS,
     Chart,
     Drawing,
     Look,
@@ -20,15 +19,16 @@ from sweeps.report.chart import (
     key_to,
     looks,
 )
-from sweeps.report.comparable import by_text, text_errors
+from sweeps.report.comparable import by_text
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.equivalent import Family, PlainCurve, Spent
-from sweeps.report.lines import BY_POSITION, by_group, long_range, of_depths, over_places
-from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
+from sweeps.report.lines import by_group, long_range, of_depths, over_places
+from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
+from sweeps.report.texts import drawing_of, text_error
 from sweeps.report.training import curve, exact_match, times
 
 # Figures that join or rank settings: they are left out if the settings may not be compared. The
@@ -45,7 +45,7 @@ def draw(
             solved(settings),
             exact_match(settings),
             times(settings),
-            over_places(settings, "accuracy_position", BY_POSITION),
+            over_places(settings, "accuracy_position"),
             *by_group(settings),
         ]
         if settings.is_task
@@ -78,15 +78,8 @@ def _of_several_texts(drawing: Drawing) -> Drawing:
 def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing:
     """The plain curve, and every arm's distance from it along the axis of FLOPs."""
     metric = settings.headline
-    drawing = Drawing(
-        f"gains_{number}" if number else "gains",
-        "What the same loss costs with plain training",
-        "Gray: plain runs of several budgets, and the curve between them. An arrow goes from an "
-        "arm to the FLOPs that plain training needs for the same loss; its number is the "
-        "compute-equivalent gain, plain FLOPs / the arm's own. Above 1 the arm pays for itself "
-        "(the arrow points right), below 1 plain training is cheaper. Means over seeds; bars are "
-        "95 % intervals.",
-    )
+    name = f"gains_{number}" if number else "gains"
+    drawing = drawing_of(settings, "gains", name=name)
     if family is None:
         return drawing.lacking("no plain runs (mtp=none) of two lengths and an arm to compare")
     shown = [arm for arm in family.arms if arm.spent]
@@ -130,7 +123,6 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     shown_at = budgets[:: max(len(budgets) // 6, 1)]
     axes.set_xticks(shown_at, [number_of(x, "si") for x in shown_at])
     axes.minorticks_off()
-    axes.set(xlabel="training FLOPs", ylabel=f"{metric.unit} (lower is better)")
     return drawing.drawn(chart)
 
 
@@ -156,12 +148,7 @@ def _point(
 
 def solved(settings: Settings) -> Drawing:
     """The share of seeds that solve the task, for every setting."""
-    drawing = Drawing(
-        "solved",
-        "Seeds that solve",
-        f"Share of finished seeds whose final exact match is above {settings.level:g}, with its "
-        "95 % interval (Clopper-Pearson, of that one share).",
-    )
+    drawing = drawing_of(settings, "solved")
     shares = [(s, solved_share(s, settings.level)) for s in settings.all]
     shown = [(setting, share) for setting, share in reversed(shares) if share]
     if not shown:
@@ -171,19 +158,12 @@ def solved(settings: Settings) -> Drawing:
     for y, (setting, share) in enumerate(shown):
         chart.draw(setting.name, look_of[setting], [share.rate], [y], x_reach=share.reach)
     chart.percent("x")
-    chart.axes.set_xlabel("seeds that solve (more is better)")
     return drawing.drawn(chart)
 
 
 def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawing:
     """Every setting's difference to its reference."""
-    drawing = Drawing(
-        "differences",
-        "Differences to the reference",
-        "Main-depth validation loss of a setting minus its reference's, paired by seed, with the "
-        "95 % interval of that one difference (not corrected for the number of tests). Left of "
-        "the line is better; filled is beyond noise after Holm's correction.",
-    )
+    drawing = drawing_of(settings, "differences")
     shown = [(c, c.paired.difference) for c in reversed(comparisons) if c.paired]
     if not shown and any(c.refused for c in comparisons):
         return drawing.lacking("no setting has the same evaluation data as its reference")
@@ -195,36 +175,18 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
     for y, (found, difference) in enumerate(shown):
         own: Any = {"x_reach": difference.half, "filled": found.differs}
         chart.draw(found.setting.name, look, [difference.mean], [y], **own)
-    chart.axes.set_xlabel(f"difference in {settings.headline.unit} (lower is better)")
     return drawing.drawn(chart)
 
 
-# Of a tag: the figure's name, title and caption, the x axis, and -1 where more is better.
-_FRONTS = {
-    FLOPS: ("pareto_flops", "Loss against training FLOPs", "", "training FLOPs", 1),
-    DECODE_SPEED: (
-        "pareto_decoding",
-        "Loss against decoding speed",
-        "Speed is of greedy decoding with drafts on the machine of the run. ",
-        "tokens per second, greedy with drafts",
-        -1,
-    ),
-}
+# Of a tag: the figure, and -1 where more is better.
+_FRONTS = {FLOPS: ("pareto_flops", 1), DECODE_SPEED: ("pareto_decoding", -1)}
 
 
 def front(settings: Settings, tag: str) -> Drawing:
     """Pareto front of the main loss against training FLOPs or decoding speed."""
     metric = settings.headline
-    name, title, caption, x_label, sign = _FRONTS[tag]
-    drawing = Drawing(
-        name,
-        title,
-        "Filled points, joined by the line, are those that no other setting beats in both "
-        "(by their means; the table of differences says whether two points differ). "
-        + caption
-        + SEEDS
-        + _text_error(settings.all, metric),
-    )
+    name, sign = _FRONTS[tag]
+    drawing = drawing_of(settings, name)
     points = [(s, at) for s in settings.all if (at := _ends(s, metric, tag))]
     if not points:
         return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
@@ -235,7 +197,6 @@ def front(settings: Settings, tag: str) -> Drawing:
     look_of = looks(settings.all)
     for (setting, at), on in zip(points, best, strict=True):
         _point(chart, setting, at, look_of[setting], filled=on)
-    chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     chart.si_axis()
     return drawing.drawn(chart)
 
@@ -254,33 +215,30 @@ def heat_maps(settings: Settings) -> list[Drawing]:
     maps = []
     for number, (name, members) in enumerate(groups.items()):
         if all(_values(members, key) > 1 for key in pair):
-            drawing = _heat_map(members, *pair, name=name, metric=settings.headline)
-            maps.append(replace(drawing, name=f"heat_map_{number}" if number else "heat_map"))
+            file = f"heat_map_{number}" if number else "heat_map"
+            maps.append(_heat_map(settings, members, *pair, name=name, file=file))
     return maps
 
 
 def _heat_map(
-    members: list[Setting], down: str, across: str, *, name: str, metric: Metric
+    settings: Settings, members: list[Setting], down: str, across: str, *, name: str, file: str
 ) -> Drawing:
     import numpy as np
 
-    drawing = Drawing(
-        "heat_map",
-        f"{axis_of(down)} by {axis_of(across)}" + (f" at {name}" if name else ""),
-        f"Main-depth validation loss in {metric.unit}, mean over seeds and half of its 95 % "
-        "interval; darker is lower, and better. A dash is a gap: no run, or one without a number."
-        + _text_error(members, metric),
-    )
+    tag = settings.headline.tag
+    at = f" at {name}" if name else ""
+    words = {"down": axis_of(down), "across": axis_of(across), "at": at}
+    error = text_error(settings, members)
+    drawing = drawing_of(settings, "heat_map", name=file, text_error=error, **words)
     by_column = sorted(members, key=lambda s: order(s.values[across]))
     rows = list(dict.fromkeys(show(s.values[down]) for s in members))
     columns = list(dict.fromkeys(show(s.values[across]) for s in by_column))
     cells = {
-        (show(s.values[down]), show(s.values[across])): s.estimate(metric.tag).interval
-        for s in members
+        (show(s.values[down]), show(s.values[across])): s.estimate(tag).interval for s in members
     }
     known = [found.mean for found in cells.values() if found]
     if not known:
-        return drawing.lacking(f"no finished run has {metric.tag}")
+        return drawing.lacking(f"no finished run has {tag}")
     low, high = min(known), max(known)
     chart = Chart(rows=max(len(rows) - 5, 0))
     axes = chart.axes
@@ -305,12 +263,6 @@ def _heat_map(
     axes.set_yticks(range(len(rows)), [brief(row, 16) for row in rows])
     axes.set(xlabel=brief(axis_of(across)), ylabel=brief(axis_of(down), 30))
     return drawing.drawn(chart)
-
-
-def _text_error(settings: list[Setting], metric: Metric) -> str:
-    """A sentence about the text's own error, which intervals over seeds leave out."""
-    error = text_errors(settings) if metric.tag == BITS else ""
-    return f" {error}".rstrip()
 
 
 def _values(settings: list[Setting], key: str) -> int:

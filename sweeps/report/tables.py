@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from mtp_lightning.run.layout import LOG_FILE
@@ -18,6 +19,7 @@ from sweeps.report.metrics import BITS, EXACT, Metric, ends, number, p_value, sp
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings, show
 from sweeps.report.statistics import Interval
+from sweeps.report.texts import texts
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,10 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
     """The final numbers of every setting."""
     metrics = _metrics(settings)
     solving = [("Solved", "of seeds"), ("Median time", "steps to solve")] * settings.is_task
-    table = Table(
-        "settings",
-        "Settings",
-        [
-            "Final validation, mean over seeds with the 95 % interval: ± half its width, or both "
-            "ends for a share. A dash means that there is no number. Click a header to sort.",
-            *remarks,
-        ],
-        [
-            *((key, None) for key in settings.varied or ["Setting"]),
-            ("Seeds", "done of planned"),
-            *solving,
-            *((metric.name, metric.unit) for metric in metrics),
-        ],
-    )
+    table = _table("settings", remarks)
+    table.head.extend((key, None) for key in settings.varied or ["Setting"])
+    table.head.extend([("Seeds", "done of planned"), *solving])
+    table.head.extend((metric.name, metric.unit) for metric in metrics)
     for setting in settings.all:
         keys = [_text(show(value)) for value in setting.values.values()] or [_text("all runs")]
         done, planned = len(setting.done), setting.planned
@@ -101,20 +92,8 @@ def _metrics(settings: Settings) -> list[Metric]:
 
 def of_gains(family: Family, number: int = 0) -> Table:
     """The compute-equivalent gain of every arm."""
-    table = Table(
-        f"gains-{number}" if number else "gains",
-        "Compute-equivalent gain",
-        [
-            "FLOPs of plain training that reaches the arm's loss, divided by the arm's own: 1 pays "
-            "for itself, more is better. The gain is price × effect: the price is the FLOPs of a "
-            "plain step divided by those of the arm's, the effect is what a step of the arm is "
-            "worth in plain steps. Geometric means over seeds with 95 % intervals (t, of "
-            "logarithms), each seed against its own plain runs: "
-            f"{', '.join(setting.label for setting in family.plain)}. Between these log FLOPs are "
-            "interpolated over the loss by a monotone cubic; a loss beyond them is out of range."
-        ],
-        [("Arm", None), ("Seeds", ""), ("Gain", "×"), ("Price", "×"), ("Effect", "×")],
-    )
+    plain = ", ".join(setting.label for setting in family.plain)
+    table = _table("gains", name=f"gains-{number}" if number else "", plain=plain)
     for arm in family.arms:
         gain = _interval(arm.total, 3, gap=arm.why)
         rest = [_interval(found, 3) for found in (arm.price, arm.effect)]
@@ -125,24 +104,7 @@ def of_gains(family: Family, number: int = 0) -> Table:
 def of_floors(settings: Settings) -> Table:
     """How often drafts are rejected, and how much of that no head could avoid; without rows if no
     run measured it."""
-    table = Table(
-        "floors",
-        "Floor and gap",
-        [
-            "Rejection of sampled drafts, on the model's own continuations of held-out "
-            "prompts. A head of order m sees the trunk's state and the m tokens before "
-            "its target: the floor is the least rejection of any such head, the gap is how "
-            "far the trained head lies above it. A head that reads more tokens may be below the "
-            "floor of a small order. Recall: the target is among the head's first 16 choices."
-        ],
-        [
-            ("Setting", None),
-            ("Depth", ""),
-            ("Order", ""),
-            *((name, "of drafts") for name in ("Rejection", "Floor", "Gap")),
-            ("Recall", "of targets"),
-        ],
-    )
+    table = _table("floors")
     for setting in settings.all:
         tags = {tag for run in setting.done for tag in run.summary}
         places = (re.fullmatch(r"val/floor_depth_(\d+)_order_(\d+)", tag) for tag in tags)
@@ -161,25 +123,14 @@ def of_differences(
     comparisons: Sequence[Comparison], settings: Settings, remarks: Sequence[str]
 ) -> Table:
     """Every setting compared with its reference."""
-    tests = sum(c.adjusted is not None for c in comparisons)
-    corrected = f"the next column has Holm's correction for the {tests} tests of this table."
-    against = [("Setting", None), ("Against", None)]
-    verdict = [("p, Holm", ""), ("Verdict", None)]
-    if settings.is_task:
-        said = (
-            f"Seeds that solve (final val/exact_match above {settings.level:g}), of a setting and "
-            "of its reference, with 95 % intervals (Clopper-Pearson). The p-value is that of "
-            "Fisher's exact test, two-sided; it is unpaired: equal seeds of two settings count as "
-            f"separate draws; {corrected}"
-        )
-        own = [("Solved", "by the setting"), ("Solved", "by the reference"), ("p", "Fisher")]
-    else:
-        said = (
-            "Validation loss of the main depth: setting minus reference, paired by seed. Below 0 "
-            f"is better. The p-value is the paired t-test's; {corrected}"
-        )
-        own = [("Pairs", ""), ("Difference", settings.headline.unit), ("p", "")]
-    table = Table("differences", "Differences", [said, *remarks], [*against, *own, *verdict])
+    table = _table(
+        "differences_of_task" if settings.is_task else "differences",
+        remarks,
+        name="differences",
+        tests=sum(c.adjusted is not None for c in comparisons),
+        level=f"{settings.level:g}",
+        unit=settings.headline.unit,
+    )
     for c in comparisons:
         if settings.is_task:
             shares = [c.solved.own, c.solved.other] if c.solved else []
@@ -203,8 +154,7 @@ def of_differences(
 
 def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
     """Jobs that are not done; links to logs are relative to the page's ``folder``."""
-    head = [("Job", None), ("State", None), ("Step", ""), ("Why", None), ("Overrides", None)]
-    table = Table("jobs", "Jobs that are not done", [], head)
+    table = _table("jobs")
     for run in runs:
         log = run.folder / LOG_FILE
         steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
@@ -221,6 +171,16 @@ def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
             ]
         )
     return table
+
+
+def _table(of: str, remarks: Sequence[str] = (), *, name: str = "", **values: Any) -> Table:
+    """A table without rows, with the words of ``texts.yaml`` and further paragraphs."""
+    words = texts()["tables"][of]
+    caption = [words["caption"].format(**values)] if "caption" in words else []
+    columns = (
+        (c, None) if isinstance(c, str) else (c[0], c[1].format(**values)) for c in words["head"]
+    )
+    return Table(name or of, words["title"], [*caption, *remarks], list(columns))
 
 
 def _text(text: str) -> TableCell:

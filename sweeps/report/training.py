@@ -10,6 +10,7 @@ from sweeps.report.compare import time_to_solve
 from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings
+from sweeps.report.texts import drawing_of
 
 Points = Mapping[float, tuple[float, float]]
 """The (x, y) of a run's validations, by step."""
@@ -17,15 +18,16 @@ Points = Mapping[float, tuple[float, float]]
 
 def curve(settings: Settings, axis: str) -> Drawing:
     """Main-depth validation loss against tokens, FLOPs or seconds."""
-    tag, x_label = CURVE_AXES[axis]
+    tag, x = CURVE_AXES[axis]
     metric = settings.headline
-    drawing = Drawing(
-        f"loss_{axis}",
-        f"Loss against {axis if axis != 'flops' else 'FLOPs'}",
-        "Bold: mean over seeds, at the validations that all of them have reached. Thin: single "
-        "seeds, running ones too. Losses above those of the last three quarters are cut off."
-        + " Seconds are the mean over seeds, and those of a shared machine."
-        * (axis == "seconds"),
+    shared = "Seconds are the mean over seeds, and those of a shared machine."
+    drawing = drawing_of(
+        settings,
+        "loss",
+        name=f"loss_{axis}",
+        against="FLOPs" if axis == "flops" else axis,
+        remark=shared if axis == "seconds" else "",
+        x=x,
     )
     lines = _lines(settings, tag, metric.tag)
     places = [place for runs in lines for points in runs for place in points.values()]
@@ -37,7 +39,6 @@ def curve(settings: Settings, axis: str) -> Drawing:
     if late and max(late) > min(late):
         margin = 0.08 * (max(late) - min(late))
         chart.axes.set_ylim(min(late) - margin, max(late) + margin)
-    chart.axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     if axis != "seconds":
         chart.si_axis()
     return drawing.drawn(chart)
@@ -45,13 +46,7 @@ def curve(settings: Settings, axis: str) -> Drawing:
 
 def exact_match(settings: Settings) -> Drawing:
     """Right answers against optimizer steps."""
-    drawing = Drawing(
-        "exact_match",
-        "Exact match against steps",
-        "Share of greedily decoded answers that are right. Bold: mean over seeds, at the "
-        "validations that all of them have reached. Thin: single seeds, running ones too. Dotted: "
-        f"chance. Dashed: a seed solves above {settings.level:g}.",
-    )
+    drawing = drawing_of(settings, "exact_match")
     lines = _lines(settings, "step", EXACT)
     if not any(lines):
         return drawing.lacking(f"no run has logged {EXACT}")
@@ -62,7 +57,6 @@ def exact_match(settings: Settings) -> Drawing:
         axes.axhline(chance, linestyle=":", color=QUIET, linewidth=1.2, label="chance")
     axes.axhline(settings.level, linestyle="--", color=QUIET, linewidth=0.8, label="solved")
     chart.percent("y")
-    axes.set(xlabel="optimizer steps", ylabel="right answers (more is better)")
     chart.si_axis()
     return drawing.drawn(chart)
 
@@ -101,14 +95,7 @@ def _over_training(settings: Settings, lines: Sequence[Sequence[Points]]) -> Cha
 
 def times(settings: Settings) -> Drawing:
     """Survival curves of the time to solve."""
-    drawing = Drawing(
-        "time_to_solve",
-        "Time to solve",
-        f"Share of seeds that no validation has yet found above {settings.level:g} "
-        "(Kaplan-Meier). Ticks: seeds that had not solved at their last validation, running and "
-        "failed ones too. A seed that falls back later has solved here, and not in the share of "
-        "seeds that solve. Times are known to the interval between validations.",
-    )
+    drawing = drawing_of(settings, "time_to_solve")
     curves = {s: found for s in settings.all if (found := time_to_solve(s, settings.level))}
     if not curves:
         return drawing.lacking(f"no run has logged {EXACT}")
@@ -121,6 +108,5 @@ def times(settings: Settings) -> Drawing:
         ticks = [found.after(time) for time in found.censored]
         chart.axes.plot(found.censored, ticks, "|", color=look.color, markersize=9)
     chart.percent("y")
-    chart.axes.set(xlabel="optimizer steps", ylabel="seeds not solved yet (fewer is better)")
     chart.si_axis()
     return drawing.drawn(chart)
