@@ -198,26 +198,15 @@ def make_pool(
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 
-def run(
-    jobs: Sequence[Job],
-    *,
-    source: Iterable[Job] | None = None,
-    ended: Ended = _ignore,
-    devices_per_job: int | None = None,
-    **settings: Any,
-) -> None:
+def run(jobs: Sequence[Job], *, devices_per_job: int | None = None, **settings: Any) -> None:
     """Runs jobs in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
-    devices, by default its ``trainer.devices``. See :meth:`Pool.run` for ``ended``.
-
-    Args:
-        source: gives the same jobs one by one, where some can only start after others.
+    devices, by default its ``trainer.devices``.
 
     Raises:
         UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
     if devices_per_job is not None:
-        assert source is None, "its jobs would keep their own number of devices"
         for job in jobs:
             if devices_per_job < job.processes:
                 raise UserError(
@@ -225,4 +214,4 @@ def run(
                     f"asks for with trainer.devices={job.processes}."
                 )
         jobs = [replace(job, devices=devices_per_job) for job in jobs]
-    make_pool(jobs, **settings).run(source or jobs, ended=ended)
+    make_pool(jobs, **settings).run(jobs)

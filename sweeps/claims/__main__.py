@@ -30,7 +30,7 @@ from sweeps.claims.hours import Left, costs, left_of, listing, planned
 from sweeps.claims.pages import block, write_pages
 from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.recall import left_to_run, stored_seeds
+from sweeps.claims.recall import left_to_run, stored_runs
 from sweeps.claims.result import (
     NOT_RUN,
     Result,
@@ -139,7 +139,7 @@ def _weights(args: argparse.Namespace) -> int:
     arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
     require_package("safetensors", what="a file of weights", extra="hf")
     left = _start(args, [claim], seeds=seeds, arms=arms)
-    stored = stored_seeds(claim, read_result(claim.label, args.results))
+    stored = stored_runs(claim, read_result(claim.label, args.results))
     runs, to = args.runs.absolute(), args.to / claim.label
     lines, gone = write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored)
     print("\n".join(lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mtp_lightning.errors import UserError
 
@@ -12,6 +13,9 @@ EQUALS = ("steps", "flops", "parameters", "seconds", "nothing")
 PARTS = ("total", "effect")
 SIDES = ("above", "below", "within")
 CPU, GPU = "cpu", "gpu"
+
+Stored = Mapping[str, Any]
+"""A claim's result, or a part of it, as its JSON file has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,17 @@ class ClaimMeasure:
     # size.
     own_curves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     part: str = "total"  # which gain: `total`, or only its `effect`
+
+    @classmethod
+    def from_json(cls, stored: Stored) -> ClaimMeasure:
+        """The measure of a prediction in a result; older ones have no curves."""
+        own = tuple((arm, tuple(curve)) for arm, curve in stored.get("own_curves", ()))
+        return cls(**{**stored, "curve": tuple(stored.get("curve", ())), "own_curves": own})
+
+    @property
+    def key(self) -> str:
+        """The key of its values in a result: ``moe/max_violation, last 0.5``."""
+        return self.tag if self.last is None else f"{self.tag}, last {self.last:g}"
 
     @property
     def of_run(self) -> ClaimMeasure:

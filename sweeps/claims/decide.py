@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from mtp_lightning.run.solved import is_above
 from sweeps.claims.claim import Claim, ClaimMeasure, ClaimPrediction
-from sweeps.claims.observe import Arms, Seed, key
+from sweeps.claims.observe import ArmRun, Arms
 from sweeps.report.compare import FACT
 from sweeps.report.equivalent import Spent, gain_over
 from sweeps.report.statistics import LEVEL, Share, holm, paired, share, unpaired
@@ -67,19 +67,19 @@ def overall(verdicts: Sequence[str]) -> str:
     return HOLDS if all(verdict == HOLDS for verdict in verdicts) else UNDECIDED
 
 
-def arm_share(seeds: Mapping[int, Seed], measure: ClaimMeasure) -> Share | None:
+def arm_share(runs: Mapping[int, ArmRun], measure: ClaimMeasure) -> Share | None:
     """The share of an arm's finished seeds above the level; None without a finished seed."""
     assert measure.solved is not None
-    values = _read(seeds, measure)
+    values = _read(runs, measure)
     if not values:
         return None
     return share(sum(is_above(value, measure.solved) for value in values.values()), len(values))
 
 
-def _read(seeds: Mapping[int, Seed], measure: ClaimMeasure) -> dict[int, float]:
+def _read(runs: Mapping[int, ArmRun], measure: ClaimMeasure) -> dict[int, float]:
     """The measured value of each finished run of an arm, by seed."""
-    name = key(measure)
-    return {s: seed.values[name] for s, seed in seeds.items() if seed.done and name in seed.values}
+    key = measure.key
+    return {seed: run.values[key] for seed, run in runs.items() if run.done and key in run.values}
 
 
 def _values(arms: Arms, arm: str, measure: ClaimMeasure) -> dict[int, float]:
@@ -104,13 +104,12 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | s
     return gain.total if measure.part == "total" else gain.effect
 
 
-def _spent(run: Seed | None, measure: ClaimMeasure) -> Spent | None:
-    name = key(measure)
-    if run is None or not run.done or name not in run.values:
+def _spent(run: ArmRun | None, measure: ClaimMeasure) -> Spent | None:
+    if run is None or not run.done or measure.key not in run.values:
         return None
     if not {"flops", "step"} <= run.costs.keys():
         return None
-    return Spent(flops=run.costs["flops"], loss=run.values[name], steps=run.costs["step"])
+    return Spent(flops=run.costs["flops"], loss=run.values[measure.key], steps=run.costs["step"])
 
 
 def _decided(claim: Claim, arms: Arms, test: Finding, adjusted: float) -> Finding:
@@ -197,7 +196,7 @@ def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
         for seed, run in arms[name].items():
             if run.state == "failed":
                 return f"{name} failed at seed {seed}, and no seed is dropped"
-            if run.done and key(measure) not in run.values:
+            if run.done and measure.key not in run.values:
                 return f"{name} has no {measure.tag} at seed {seed}"
             gain = gain_of(arms, name, seed, measure) if run.done and measure.is_ratio else 1.0
             if isinstance(gain, str):
@@ -212,7 +211,7 @@ def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
     return test.why or (_unequal(claim.equal, *done) if len(names) == 2 else "")
 
 
-def _unequal(what: str, own: Sequence[Seed], other: Sequence[Seed]) -> str:
+def _unequal(what: str, own: Sequence[ArmRun], other: Sequence[ArmRun]) -> str:
     """How far two arms differ in the resource that they should spend alike; empty if they agree."""
     if what == "nothing":
         return ""

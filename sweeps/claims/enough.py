@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Any
 
+from sweeps.claims.claim import Stored
 from sweeps.claims.decide import FEW, NOISE, UNCORRECTED, UNDECIDED, boundary
 from sweeps.report.statistics import LEVEL, t_quantile
 
 POWER = 0.8
 MOST = 10_000  # above it, the effect counts as equal to the threshold
-Entry = Mapping[str, Any]  # one of a result's predictions
 
 
-def seeds_enough(entries: list[Entry], minimum: int) -> list[int | None]:
+def seeds_enough(entries: list[Stored], minimum: int) -> list[int | None]:
     """The seeds per arm that would decide each prediction in 80 % of cases.
 
     The observed effect and variance are taken as true, on the scale of the verdict's test:
@@ -40,7 +38,7 @@ def seeds_enough(entries: list[Entry], minimum: int) -> list[int | None]:
     ]
 
 
-def _enough(entry: Entry, minimum: int, tests: int) -> int | None:
+def _enough(entry: Stored, minimum: int, tests: int) -> int | None:
     waits = entry["verdict"] == UNDECIDED and entry["why"].startswith((FEW, NOISE, UNCORRECTED))
     seen = _distance_and_variance(entry) if waits and entry["effect"] is not None else None
     if seen is None or not seen[0]:
@@ -52,7 +50,7 @@ def _enough(entry: Entry, minimum: int, tests: int) -> int | None:
     return n if n <= MOST else None
 
 
-def _distance_and_variance(entry: Entry) -> tuple[float, float] | None:
+def _distance_and_variance(entry: Stored) -> tuple[float, float] | None:
     """The effect's distance from the boundary and one seed's variance, on the test's scale."""
     effect, n = entry["effect"], entry["n"]
     if entry["own"] is not None:

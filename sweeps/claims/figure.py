@@ -14,9 +14,10 @@ from typing import Any
 
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
+from sweeps.claims.claim import ClaimMeasure
 from sweeps.claims.decide import UNDECIDED, arm_share
 from sweeps.claims.observe import PARTS
-from sweeps.claims.recall import measure_of, seeds_of
+from sweeps.claims.recall import runs_of
 from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
 from sweeps.report.metrics import number
@@ -136,8 +137,8 @@ def _title(chart: Chart, *parts: str) -> None:
 
 def _shares(result: Result, measure: dict[str, Any]) -> Chart:
     """Every arm's share of seeds that solve, with its interval."""
-    names, of = words.names_in(result), measure_of(measure)
-    found_in = {arm: arm_share(seeds_of(content), of) for arm, content in result["arms"].items()}
+    names, of = words.names_in(result), ClaimMeasure.from_json(measure)
+    found_in = {arm: arm_share(runs_of(content), of) for arm, content in result["arms"].items()}
     shown = [(names[arm], found) for arm, found in reversed(found_in.items()) if found]
     chart = by_row([name for name, _ in shown])
     for y, (_, found) in enumerate(shown):
@@ -193,4 +194,4 @@ def draw_curves(result: Result) -> Chart:
 
 def _curves(content: dict[str, Any]) -> list[Any]:
     """The curves of an arm's seeds."""
-    return [seed["curve"] for seed in content["seeds"].values() if seed.get("curve")]
+    return [run["curve"] for run in content["seeds"].values() if run.get("curve")]

@@ -24,10 +24,10 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import ClaimJob, branch_step, jobs
-from sweeps.claims.observe import Arms, Seed, observe
+from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import with_stored
-from sweeps.claims.result import Result, in_order, is_stale, minutes_of, own, state
+from sweeps.claims.result import Result, in_order, is_stale, own, state
 from sweeps.claims.words import aligned
 from sweeps.report.equivalent import OF_DEPTHS
 
@@ -87,16 +87,14 @@ def left_of(
         count_flops: compose arms without a finished seed, a few seconds each, to count their FLOPs;
             otherwise their runs get the time that their claim expects.
     """
-    seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
-    every = [seed for arms in seen.values() for of in arms.values() for seed in of.values()]
-    pace = _Pace.of([seed for seed in every if seed.done])
+    seen = [_runs(claim, runs, results) for claim in claims]
+    done = [[run for of in arms.values() for run in of.values() if run.done] for arms in seen]
+    pace = _Pace.of([run for of_claim in done for run in of_claim])
     taken: set[str] = set()
     found = []
-    for claim in claims:
-        arms = seen[claim.label]
+    for claim, arms, finished in zip(claims, seen, done, strict=True):
         costs = _costs(claim, arms, pace, runs, taken, count_flops=count_flops)
-        done = sum(seed.done for of in arms.values() for seed in of.values())
-        found.append(Left(claim, done, tuple(costs)))
+        found.append(Left(claim, len(finished), tuple(costs)))
     return found
 
 
@@ -108,20 +106,19 @@ class _Pace:
     rate: float | None  # median FLOPs per second; None if unknown
 
     @classmethod
-    def of(cls, finished: Sequence[Seed]) -> _Pace:
+    def of(cls, finished: Sequence[ArmRun]) -> _Pace:
         machine = this_machine()
-        here = [seed for seed in finished if seed.machine == machine]
+        here = [run for run in finished if run.machine == machine]
         rates = [
-            seed.costs["flops"] / (minutes_of(seed) * 60)
-            for seed in here or finished
-            if seed.costs.get("flops") and minutes_of(seed) > 0
+            run.costs["flops"] / (run.minutes * 60)
+            for run in here or finished
+            if run.costs.get("flops") and run.minutes > 0
         ]
         return cls(machine if here else None, median(rates) if rates else None)
 
-    def minutes(self, seeds: Iterable[Seed]) -> list[float]:
+    def minutes(self, runs: Iterable[ArmRun]) -> list[float]:
         """The wall time of each finished run that counts."""
-        counted = (seed for seed in seeds if seed.done and self.machine in (None, seed.machine))
-        return [minutes_of(seed) for seed in counted]
+        return [run.minutes for run in runs if run.done and self.machine in (None, run.machine)]
 
     def hours(
         self, minutes: Sequence[float], flops: float | None, expected: float
@@ -140,40 +137,38 @@ def _costs(
 ) -> list[Cost]:
     """The costs of a claim's pending runs, without those ``taken`` by a claim before it, to which
     the others are added."""
-    pending = [
-        (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
-    ]
+    seeds = claim.scale.seeds
+    pending = [(arm, seed) for seed in seeds for arm in arms if not arms[arm][seed].done]
     known = {arm: pace.minutes(of.values()) for arm, of in arms.items()}
     composed: dict[tuple[str, int], ClaimJob] = {}
     if count_flops and not all(known[arm] for arm, _ in pending):
-        numbers = list(dict.fromkeys(number for _, number in pending))
-        composed = {(job.arm, job.seed): job for job in jobs(claim, numbers, runs)}
-    expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
+        left = list(dict.fromkeys(seed for _, seed in pending))
+        composed = {(job.arm, job.seed): job for job in jobs(claim, left, runs)}
+    expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
     found = []
     counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
-    for arm, number in pending:
-        if (job := composed.get((arm, number))) is not None:
+    for arm, seed in pending:
+        if (job := composed.get((arm, seed))) is not None:
             if job.name in taken:
                 continue
             taken.add(job.name)
             if not known[arm] and pace.rate is not None and arm not in counted:
                 counted[arm] = flops_of(job)
         hours, source = pace.hours(known[arm], counted.get(arm), expected)
-        found.append(Cost(arm, number, hours, source))
+        found.append(Cost(arm, seed, hours, source))
     return found
 
 
-def _seeds(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
+def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
     """A claim's runs, from this folder and from the results."""
     preregistration = read_preregistration(claim, runs)
-    started = (
-        preregistration.runs if preregistration is not None and preregistration.is_of(claim) else {}
-    )
+    unchanged = preregistration is not None and preregistration.is_of(claim)
     try:
+        started = preregistration.runs if preregistration and unchanged else {}
         arms = with_stored(observe(claim, runs, started), claim, results)
     except UserError:  # the folder has runs of other configs: use the stored ones
         arms = with_stored(observe(claim, runs, {}), claim, results)
-    return {arm: {n: own(claim, arm, seed) for n, seed in of.items()} for arm, of in arms.items()}
+    return {arm: {s: own(claim, arm, run) for s, run in of.items()} for arm, of in arms.items()}
 
 
 def flops_of(job: ClaimJob) -> float | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from mtp_lightning.run.status import read_status
-from sweeps.claims.claim import Claim, ClaimMeasure
+from sweeps.claims.claim import Claim, ClaimMeasure, Stored
 from sweeps.claims.weights import digest_of, last_weights
 from sweeps.report.compare import wait_of
 from sweeps.report.read import RunRecord, read_run
@@ -22,14 +22,14 @@ COSTS = ("step", "flops", "parameters", "seconds", "tokens")
 
 
 @dataclass(kw_only=True)
-class Seed:
+class ArmRun:
     """One run of an arm."""
 
     folder: str  # the run's name; it ends in the digest of its config
     state: str  # as in the report; only a `done` run counts
     reason: str = ""  # why it is not done
-    values: dict[str, float] = field(default_factory=dict)  # finite values, by `key` of the measure
-    # Optimizer steps until it solved the task, by `key` of the measure; none without a validation.
+    values: dict[str, float] = field(default_factory=dict)  # finite values, by the measure's `key`
+    # Optimizer steps until it solved the task, by the measure's `key`; none without a validation.
     waits: dict[str, Wait] = field(default_factory=dict)
     # Planned steps (`steps`), done steps, FLOPs, parameters, seconds, tokens.
     costs: dict[str, float] = field(default_factory=dict)
@@ -45,62 +45,75 @@ class Seed:
     started: str | None = None  # UTC time
     ended: str | None = None  # UTC time
 
+    @classmethod
+    def from_json(cls, stored: Stored) -> ArmRun:
+        """A run of an arm in a result; older ones have no curves."""
+        waits = {
+            key: Wait(float(at), bool(solved)) for key, (at, solved) in stored["waits"].items()
+        }
+        curve = [(float(x), float(y)) for x, y in stored.get("curve", [])]
+        return cls(**{**stored, "waits": waits, "curve": curve})
+
     @property
     def done(self) -> bool:
         return self.state == "done"
 
+    @property
+    def minutes(self) -> float:
+        """Its wall time in minutes. A continued run only knows its last start, so its training time
+        is the lower bound."""
+        training = self.costs.get("seconds", 0.0) / 60
+        if not (self.done and self.started and self.ended):
+            return training
+        took = datetime.fromisoformat(self.ended) - datetime.fromisoformat(self.started)
+        return max(training, took.total_seconds() / 60)
 
-Arms = Mapping[str, Mapping[int, Seed]]
 
-
-def key(measure: ClaimMeasure) -> str:
-    """The key of a measure's values in a result: ``moe/max_violation, last 0.5``."""
-    return measure.tag if measure.last is None else f"{measure.tag}, last {measure.last:g}"
+Arms = Mapping[str, Mapping[int, ArmRun]]
 
 
 def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]]) -> Arms:
     """Read all arms at all seeds that are planned or were ever started; ``registered`` has each
     run's folder in ``runs``, by arm and seed."""
-    arms: dict[str, dict[int, Seed]] = {}
-    for arm in claim.arms:
-        folders = registered.get(arm, {})
-        seeds = dict.fromkeys([*claim.scale.seeds, *folders])
-        arms[arm] = {
-            seed: _seed(read_run(runs / folders[seed]), claim)
-            if seed in folders
-            else Seed(folder="", state="missing", reason="it was not started")
-            for seed in seeds
+    missing = ArmRun(folder="", state="missing", reason="it was not started")
+    folders = {arm: registered.get(arm, {}) for arm in claim.arms}
+    return {
+        arm: {
+            seed: _observed(read_run(runs / of[seed]), claim) if seed in of else missing
+            for seed in dict.fromkeys([*claim.scale.seeds, *of])
         }
-    return arms
+        for arm, of in folders.items()
+    }
 
 
-def _seed(run: RunRecord, claim: Claim) -> Seed:
+def _observed(run: RunRecord, claim: Claim) -> ArmRun:
     measures = claim.measures
     status = read_status(run.folder) or {}
-    seed = Seed(
+    waits = {m.key: wait_of(run, m.solved, m.tag) for m in measures if m.solved is not None}
+    found = ArmRun(
         folder=run.folder.name,
         state=run.state,
         reason=run.reason,
+        waits={key: wait for key, wait in waits.items() if wait},
         started=status.get("started"),
         ended=status.get("ended"),
     )
-    waits = {key(m): wait_of(run, m.solved, m.tag) for m in measures if m.solved is not None}
-    seed.waits = {name: wait for name, wait in waits.items() if wait}
     if run.state != "done":
-        return seed
-    values = {key(m): _value(run, m) for m in measures}
-    seed.values = {name: v for name, v in values.items() if v is not None and math.isfinite(v)}
-    numbers: dict[str, Any] = {name: run.summary.get(name) for name in COSTS}
-    numbers["steps"] = run.config.get("trainer.max_steps")
-    seed.costs = {name: float(v) for name, v in numbers.items() if isinstance(v, int | float)}
+        return found
+    values = {m.key: _value(run, m) for m in measures}
+    found.values = {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
+    costs = {name: run.final(name) for name in COSTS} | {
+        "steps": run.config.get("trainer.max_steps")
+    }
+    found.costs = {name: float(v) for name, v in costs.items() if isinstance(v, int | float)}
     if claim.equal == "flops":
-        seed.curve = curve_of(run)
-    seed.text = run.text.fingerprint
-    if seed.waits:
+        found.curve = curve_of(run)
+    found.text = run.text.fingerprint
+    if found.waits:
         weights = last_weights(run.folder)
-        seed.weights = None if weights is None else digest_of(weights)
-    seed.commit, seed.machine = run.fact("git_commit"), run.fact("machine")
-    return seed
+        found.weights = None if weights is None else digest_of(weights)
+    found.commit, found.machine = run.fact("git_commit"), run.fact("machine")
+    return found
 
 
 def _value(run: RunRecord, measure: ClaimMeasure) -> float | None:

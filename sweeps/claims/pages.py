@@ -16,7 +16,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, Stored
 from sweeps.claims.decide import FAILS, HOLDS
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
@@ -219,7 +219,7 @@ def _worth(found: Mapping[str, Pair]) -> dict[str, Any] | None:
     return {"sizes": sizes, "costs": costs, "waiting": waiting, "picture": picture}
 
 
-def _number(entry: words.Entry) -> str | None:
+def _number(entry: Stored) -> str | None:
     """A gain with its interval; that of one seed has none, and the cell says how many there are."""
     if entry["effect"] is None:
         return None
@@ -259,8 +259,8 @@ def measured_heads(root: Path) -> list[dict[str, Any]]:
 
 def _speeds(root: Path) -> list[dict[str, Any]] | None:
     """Speed of greedy decoding with drafts by processor and kind of text: the ratio to plain
-    decoding with its interval over texts, and tokens per CPU second where they are stored. Each
-    processor shows the way of drafting with the best mean ratio, and the one with lookups."""
+    decoding with its interval over texts. Each processor shows the way of drafting with the best
+    mean ratio, and the one with lookups."""
     found = []
     for content in measured_heads(root):
         rows = [row for row in content["rows"] if row["temperature"] == 0]
@@ -275,17 +275,6 @@ def _speeds(root: Path) -> list[dict[str, Any]] | None:
         # Texts of each kind, all of which have the same length.
         n = rows[0]["tokens"] // options.get("new_tokens", 64)
         for way, named in shown.items():
-            texts = [
-                {
-                    "kind": row["kind"],
-                    "ratio": row[way]["over_plain_cpu"],
-                    "ends": row[way].get("over_plain_cpu_interval"),
-                    "plain": row.get("plain", {}).get("tokens_per_cpu_second"),
-                    "drafted": row[way].get("tokens_per_cpu_second"),
-                    "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_cpu_second"),
-                    "tokens": row["tokens"],
-                }
-                for row in rows
-            ]
+            texts = [{"kind": row["kind"], **row[way]} for row in rows]
             found.append({"processor": named, "texts": texts, "n": n, "head": content.get("head")})
     return found or None

@@ -7,7 +7,7 @@ started, so none can be dropped, and the claim's digest, so a later change is no
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.status import now
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, Stored
 from sweeps.claims.jobs import ClaimJob
 from sweeps.plan import read_versioned
 
@@ -105,7 +105,7 @@ def register(claim: Claim, jobs: Sequence[ClaimJob], runs: Path, *, commit: str 
 
 
 def predicted_in(
-    file: Path, claim: Claim, stored: Mapping[str, Any] | None, *, unpredicted: bool = False
+    file: Path, claim: Claim, stored: Stored | None, *, unpredicted: bool = False
 ) -> str | None:
     """The commit that had a claim's prediction before its runs. A stored result of the same
     prediction knows it; None for a prediction in no commit if ``unpredicted``.

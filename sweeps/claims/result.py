@@ -6,9 +6,8 @@ they can be made again after the runs are deleted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.jobs import branch_step
-from sweeps.claims.observe import Arms, Seed, key, observe
+from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import beginning, with_stored
 from sweeps.plan import read_versioned
@@ -53,8 +52,8 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
     """A claim's result as plain data; ``began`` says when its first run was asked for, and the
     prediction's commit then."""
     findings = decide(claim, arms)
-    seeds = [own(claim, arm, seed) for arm, of_arm in arms.items() for seed in of_arm.values()]
-    ended = sorted(seed.ended for seed in seeds if seed.done and seed.ended)
+    runs = [own(claim, arm, run) for arm, of_arm in arms.items() for run in of_arm.values()]
+    ended = sorted(run.ended for run in runs if run.done and run.ended)
     return {
         "version": VERSION,
         "claim": claim.name,
@@ -71,15 +70,15 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "arms": {
             arm: {
                 "overrides": list(claim.overrides(arm)),
-                "time_to_solve": _times(claim, list(of_arm.values())),
+                "time_to_solve": _times(claim, of_arm.values()),
                 "seeds": {str(seed): asdict(run) for seed, run in of_arm.items()},
             }
             for arm, of_arm in arms.items()
         },
         "date": ended[-1][:10] if ended else None,
-        "minutes": round(sum(minutes_of(seed) for seed in seeds), 1),
-        "machines": sorted({seed.machine for seed in seeds if seed.machine}),
-        "commits": sorted({seed.commit for seed in seeds if seed.commit}),
+        "minutes": round(sum(run.minutes for run in runs), 1),
+        "machines": sorted({run.machine for run in runs if run.machine}),
+        "commits": sorted({run.commit for run in runs if run.commit}),
     }
 
 
@@ -110,7 +109,7 @@ def unfinished(claim: Claim, arms: Arms) -> list[str]:
     """The states of unfinished seeds, one line per arm; the verdict leaves these seeds out."""
     lines = []
     for arm in claim.arms:
-        states = [seed.state for seed in arms[arm].values()]
+        states = [run.state for run in arms[arm].values()]
         others = {state: states.count(state) for state in states if state != "done"}
         if others:
             named = ", ".join(f"{n} {state}" for state, n in others.items())
@@ -155,15 +154,13 @@ def _finding(finding: Finding) -> dict[str, Any]:
     return {**flat.pop("prediction"), **flat}
 
 
-def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
+def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:
     """The Kaplan-Meier estimate of the time to solve, for every measure of solving."""
     found = {}
-    for measure in claim.measures:
-        if measure.solved is None:
-            continue
-        curve = survival([wait for seed in seeds if (wait := seed.waits.get(key(measure)))])
+    for key in (measure.key for measure in claim.measures if measure.solved is not None):
+        curve = survival([run.waits[key] for run in runs if key in run.waits])
         if curve is not None:
-            found[key(measure)] = {
+            found[key] = {
                 "median_steps": curve.median,
                 "solved": curve.ended,
                 "seeds": curve.n,
@@ -174,21 +171,11 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
     return found
 
 
-def own(claim: Claim, arm: str, seed: Seed) -> Seed:
+def own(claim: Claim, arm: str, run: ArmRun) -> ArmRun:
     """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
     begun = branch_step(claim.overrides(arm))
-    if begun is None or not seed.done:
-        return seed
-    share = 1 - begun / seed.costs["step"]
-    spent = {name: seed.costs[name] * share for name in ("flops", "seconds")}
-    return replace(seed, costs=seed.costs | spent)
-
-
-def minutes_of(seed: Seed) -> float:
-    """A run's wall time in minutes. A continued run only knows its last start, so its training time
-    is the lower bound."""
-    training = seed.costs.get("seconds", 0.0) / 60
-    if not (seed.done and seed.started and seed.ended):
-        return training
-    took = datetime.fromisoformat(seed.ended) - datetime.fromisoformat(seed.started)
-    return max(training, took.total_seconds() / 60)
+    if begun is None or not run.done:
+        return run
+    share = 1 - begun / run.costs["step"]
+    spent = {name: run.costs[name] * share for name in ("flops", "seconds")}
+    return replace(run, costs=run.costs | spent)

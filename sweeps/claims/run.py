@@ -6,14 +6,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
-from sweeps import pool
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.preregistration import register
-from sweeps.claims.recall import left_to_run, shared_seeds
+from sweeps.claims.recall import left_to_run, shared_runs
 from sweeps.claims.result import read_results
 from sweeps.interrupts import alone
 from sweeps.plan import PlannedJob, SweepPlan, must_run
+from sweeps.pool import make_pool
 from sweeps.process import Job
 
 
@@ -54,7 +54,7 @@ def run(
         ]
         for claim in claims
     }
-    shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims}
+    shared = {claim.label: shared_runs(claim, stored.values()) for claim in claims}
     busy = f"Claims are being run in {runs}: wait for that, or stop it."
     with alone(runs, busy, "The same command continues."):
         for claim in claims:
@@ -69,7 +69,12 @@ def run(
         _write_plan(todo, runs, command)
         waiting = [job for job in todo if must_run(job.folder, retry_failed=retry_failed)]
         print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)
-        _run(waiting, n_jobs)
+        for job in waiting:
+            if read_status(job.folder) is None:
+                write_status(job.folder, job.overrides, "pending")
+        if waiting:
+            ready = _Ready(waiting)
+            make_pool(waiting, n_jobs=n_jobs).run(ready, ended=ready.ended)
     return _say_unfinished(todo)
 
 
@@ -104,16 +109,6 @@ def _write_plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) ->
     known = {planned.folder for planned in plan.jobs}
     plan.jobs += [PlannedJob(job.name, job.overrides) for job in todo if job.name not in known]
     plan.write(command)
-
-
-def _run(waiting: Sequence[ClaimJob], n_jobs: int) -> None:
-    """Run jobs in a pool."""
-    for job in waiting:
-        if read_status(job.folder) is None:
-            write_status(job.folder, job.overrides, "pending")
-    if waiting:
-        ready = _Ready(waiting)
-        pool.run(waiting, source=ready, ended=ready.ended, n_jobs=n_jobs)
 
 
 class _Ready:

@@ -14,7 +14,7 @@ from sweeps.claims.jobs import jobs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sweeps.claims.observe import Seed
+    from sweeps.claims.observe import ArmRun
 
 
 def last_weights(run: Path) -> dict[str, Tensor] | None:
@@ -47,7 +47,7 @@ def write_weights(
     *,
     seeds: Sequence[int],
     arms: Collection[str],
-    stored: Mapping[str, Mapping[int, Seed]],
+    stored: Mapping[str, Mapping[int, ArmRun]],
 ) -> tuple[list[str], int]:
     """Write ``ARM_seed-S.safetensors`` of finished runs to a folder, and compare their digests with
     those of the runs in the stored result. The same config on the same commit, with one thread of
@@ -82,7 +82,7 @@ def write_weights(
     return lines, gone
 
 
-def _compared(digest: str, known: Seed | None) -> str:
+def _compared(digest: str, known: ArmRun | None) -> str:
     said = f"weights {digest[:12]}"
     if known is None or known.weights is None:
         return f"{said}; the result has no digest of this run"

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from mtp_lightning.markdown import plain
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, Stored
 from sweeps.report.metrics import equals, form_of, number, p_value
 from sweeps.report.names import arm_names, in_words
 
-Entry = Mapping[str, Any]  # one of a result's predictions
 
-
-def names_in(result: Entry) -> dict[str, str]:
+def names_in(result: Stored) -> dict[str, str]:
     """Readable names of a result's arms."""
     return arm_names({arm: content["overrides"] for arm, content in result["arms"].items()})
 
 
-def entries(result: Entry | None, claim: Claim | None = None) -> list[dict[str, Any]]:
+def entries(result: Stored | None, claim: Claim | None = None) -> list[dict[str, Any]]:
     """The predictions of a result, or of a claim without one, with readable names of arms."""
     given = result or {"predictions": [asdict(p) for p in claim.predictions] if claim else []}
     arms = {arm: claim.overrides(arm) for arm in claim.arms} if claim else {}
@@ -32,20 +30,20 @@ def entries(result: Entry | None, claim: Claim | None = None) -> list[dict[str, 
     ]
 
 
-def subject(entry: Entry) -> str:
+def subject(entry: Stored) -> str:
     """``parallel heads, bytes − no MTP``, or the arm alone."""
     sign = "/" if entry["measure"].get("curve") else "−"
     return entry["arm"] + (f" {sign} {other}" if (other := other_of(entry)) else "")
 
 
-def other_of(entry: Entry) -> str:
+def other_of(entry: Stored) -> str:
     """The arm that is subtracted, without what both arms have in common; empty for none."""
     parts = [] if entry["against"] is None else entry["against"].split(", ")
     own = entry["arm"].split(", ")
     return ", ".join([part for part in parts if part not in own] or parts)
 
 
-def quantity(measure: Entry) -> str:
+def quantity(measure: Stored) -> str:
     """A measure in words: ``seeds with more than 95 % right answers``."""
     what, _ = in_words(measure["tag"])
     if measure.get("curve"):
@@ -59,7 +57,7 @@ def quantity(measure: Entry) -> str:
     return what
 
 
-def predicted(entry: Entry) -> str:
+def predicted(entry: Stored) -> str:
     """``above 0`` or ``within ±0.01``, followed by the expected size."""
     by = _brief(entry, entry["by"])
     region = f"within ±{by}" if entry["side"] == "within" else f"{entry['side']} {by}"
@@ -67,7 +65,7 @@ def predicted(entry: Entry) -> str:
     return region if size is None else f"{region}, expected {_brief(entry, size)}"
 
 
-def measured(entry: Entry) -> str:
+def measured(entry: Stored) -> str:
     """The effect with its interval, or the two shares."""
     if entry["effect"] is None:
         return "no numbers yet"
@@ -81,13 +79,13 @@ def measured(entry: Entry) -> str:
     return f"{effect} [{low}, {high}]"
 
 
-def share(found: Entry) -> str:
+def share(found: Stored) -> str:
     """``3 of 5 seeds [15 %, 95 %]``."""
     low, high = _percent(found["low"]), _percent(found["high"])
     return f"{found['count']} of {found['n']} seeds [{low}, {high}]"
 
 
-def tested(entry: Entry) -> str:
+def tested(entry: Stored) -> str:
     """``paired t, n = 5, p = 0.03 (Holm 0.06)``."""
     if entry["test"] is None:
         return ""
@@ -96,13 +94,13 @@ def tested(entry: Entry) -> str:
     return text if p is None else f"{text}, p {equals(p)} (Holm {p_value(entry['adjusted'])})"
 
 
-def verdict(entry: Entry, more: str = "") -> str:
+def verdict(entry: Stored, more: str = "") -> str:
     """The verdict in Markdown, followed by the reason of an undecided one and what would help."""
     said = "; ".join(filter(None, [entry["why"], more]))
     return f"**{plain(entry['verdict'])}**" + (f": {plain(said)}" if said else "")
 
 
-def show(entry: Entry, value: float) -> str:
+def show(entry: Stored, value: float) -> str:
     """A value in the unit of what the prediction measures; a difference with its sign."""
     if entry["measure"].get("curve"):
         return f"{value:.3f} ×"
@@ -128,7 +126,7 @@ def aligned(
     return shown
 
 
-def beside(here: Entry, committed: Entry) -> list[str]:
+def beside(here: Stored, committed: Stored) -> list[str]:
     """One line per prediction: both numbers with their 95 % intervals, and whether these overlap.
     For two shares, the intervals of both arms must overlap."""
     return [
@@ -138,7 +136,7 @@ def beside(here: Entry, committed: Entry) -> list[str]:
     ]
 
 
-def _agreement(mine: Entry, theirs: Entry) -> str:
+def _agreement(mine: Stored, theirs: Stored) -> str:
     pairs = list(zip(_intervals(mine), _intervals(theirs), strict=False))
     if not pairs:
         return "not to be compared yet"
@@ -146,13 +144,13 @@ def _agreement(mine: Entry, theirs: Entry) -> str:
     return "they agree" if overlap else "they do not agree"
 
 
-def _intervals(entry: Entry) -> list[Entry]:
+def _intervals(entry: Stored) -> list[Stored]:
     """The intervals of an entry: its shares or its effect. One seed has no interval."""
     found = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
     return [each for each in found if each["low"] is not None]
 
 
-def _brief(entry: Entry, value: float) -> str:
+def _brief(entry: Stored, value: float) -> str:
     """A number as in the claim's file; in percent for a share."""
     text = f"{100 * value:g} %" if _is_share(entry) and value else f"{value:g}"
     return text.replace("-", "−")
@@ -163,6 +161,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _is_share(entry: Entry) -> bool:
+def _is_share(entry: Stored) -> bool:
     measure = entry["measure"]
     return measure["solved"] is not None or form_of(measure["tag"]) == "%"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sweeps.claims.claim import Claim
-from sweeps.claims.observe import Arms, Seed, key
+from sweeps.claims.observe import ArmRun, Arms
 from sweeps.claims.pages import BEGIN, END
 from sweeps.claims.preregistration import Preregistration, write_preregistration
 from sweeps.claims.read import read_claim
@@ -82,17 +82,17 @@ def observed(
         texts: fingerprints of the evaluation text by arm.
     """
     measure = claim.measures[0]
-    arms: dict[str, dict[int, Seed]] = {}
+    arms: dict[str, dict[int, ArmRun]] = {}
     for arm, of_arm in values.items():
         arms[arm] = {}
         for seed, value in enumerate(of_arm):
             if isinstance(value, str):
-                arms[arm][seed] = Seed(folder=f"{arm}-{seed}", state=value)
+                arms[arm][seed] = ArmRun(folder=f"{arm}-{seed}", state=value)
                 continue
-            arms[arm][seed] = Seed(
+            arms[arm][seed] = ArmRun(
                 folder=f"{arm}-{seed}",
                 state="done",
-                values={} if value is None else {key(measure): value},
+                values={} if value is None else {measure.key: value},
                 costs={claim.equal: (costs or {}).get(arm, 1000.0), "seconds": 60.0},
                 text=(texts or {}).get(arm, "e" * 32),
                 machine="Linux x86_64, 2 cores",

@@ -14,8 +14,8 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, decide
 from sweeps.claims.jobs import jobs
-from sweeps.claims.observe import Arms, Seed
-from sweeps.claims.recall import shared_seeds
+from sweeps.claims.observe import ArmRun, Arms
+from sweeps.claims.recall import shared_runs
 from sweeps.claims.result import make_result
 from sweeps.claims.run import _Ready, _with_parents
 from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, predict
@@ -38,8 +38,8 @@ def gain_claim(folder: Path, predictions: list[dict[str, Any]], **changes: Any) 
     return claim_of(folder, **{**given, **changes})
 
 
-def run(flops: float, loss: float, *, steps: float) -> Seed:
-    return Seed(
+def run(flops: float, loss: float, *, steps: float) -> ArmRun:
+    return ArmRun(
         folder="x",
         state="done",
         values={TAG: loss},
@@ -120,7 +120,7 @@ def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
     assert ratio.verdict == HOLDS and ratio.effect == pytest.approx(1.4, rel=0.01)
     result = json.loads(json.dumps(make_result(claim, found, BEGAN)))
     assert result["predictions"][0]["measure"]["own_curves"] == [["large", list(wide)]]
-    assert shared_seeds(claim, [result])
+    assert shared_runs(claim, [result])
     with_default = gain_claim(tmp_path / "b", grows, arms=arms)
     (without,) = decide(with_default, found)
     assert without.why.startswith("large at seed 0: out of range")
@@ -131,7 +131,7 @@ def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_pa
     (found,) = decide(claim, arms_of({"heads": [1.0, 1.0, 0.4], "large": [1.0] * 3}))
     assert found.verdict == UNDECIDED and found.why.startswith("heads at seed 2: out of range")
     arms = arms_of({"heads": [1.0] * 3, "large": [1.0] * 3})
-    missing = {**arms, "short": {s: Seed(folder="", state="missing") for s in range(3)}}
+    missing = {**arms, "short": {s: ArmRun(folder="", state="missing") for s in range(3)}}
     (found,) = decide(claim, missing)
     assert found.why == "heads at seed 0: a run of the plain curve is not finished"
 
@@ -146,7 +146,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
     assert words.measured(entry).startswith("1.302 × [1.302, ")
     # Its runs serve a claim that reads the same of them, gain or not.
     plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
-    assert shared_seeds(plain, [result]).keys() == {"x"}
+    assert shared_runs(plain, [result]).keys() == {"x"}
 
 
 @pytest.mark.parametrize(

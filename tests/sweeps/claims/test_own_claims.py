@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.pages import READMES
 from sweeps.claims.preregistration import commit_of, predicted_in, read_preregistration
 from sweeps.claims.result import make_result, state
+from sweeps.pool import Pool
 from sweeps.process import Job
 from tests.sweeps.claims.fixture_claims import (
     PLAIN,
@@ -33,7 +34,7 @@ from tests.sweeps.fixture_runs import write_run
 TRIAL = "predicted: in no commit"
 
 
-def finish(jobs: Sequence[Job], **_: object) -> None:
+def finish(pool: Pool, jobs: Iterable[Job], **_: object) -> None:
     """Stands for a pool: every run is done at once, with MTP a little better."""
     for job in jobs:
         shutil.rmtree(job.folder)
@@ -45,7 +46,7 @@ def finish(jobs: Sequence[Job], **_: object) -> None:
 
 @pytest.fixture(autouse=True)
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sweeps.pool.run", finish)
+    monkeypatch.setattr("sweeps.pool.Pool.run", finish)
 
 
 @pytest.mark.parametrize("action", ["run", "replicate", "weights"])

@@ -12,7 +12,7 @@ import pytest
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
 from sweeps.claims.preregistration import Preregistration
-from sweeps.claims.recall import beginning, left_to_run, shared_seeds, with_stored
+from sweeps.claims.recall import beginning, left_to_run, shared_runs, with_stored
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
 from sweeps.claims.run import run
 from tests.sweeps.claims.fixture_claims import (
@@ -134,7 +134,7 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     named = {(job.arm, job.seed): job.name for job in jobs(claim, range(3), runs)}
     of_another(claim, runs, tmp_path)
-    assert set(shared_seeds(claim, read_results(results).values())) == {
+    assert set(shared_runs(claim, read_results(results).values())) == {
         named["plain", seed] for seed in range(3)
     }
     here: dict[str, dict[int, str]] = {}
@@ -155,7 +155,7 @@ def test_an_arm_of_which_something_else_was_measured_is_not(
 ) -> None:
     claim = claim_of(tmp_path)
     of_another(claim, tmp_path / "runs", tmp_path, **changes)
-    assert shared_seeds(claim, read_results(tmp_path / "results").values()) == {}
+    assert shared_runs(claim, read_results(tmp_path / "results").values()) == {}
 
 
 def test_what_is_shared_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

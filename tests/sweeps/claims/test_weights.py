@@ -12,7 +12,7 @@ import torch
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import CHECKPOINTS, LAST
 from sweeps.claims.jobs import jobs
-from sweeps.claims.observe import Seed
+from sweeps.claims.observe import ArmRun
 from sweeps.claims.weights import digest_of, last_weights, write_weights
 from tests.sweeps.claims.fixture_claims import claim_of
 
@@ -64,9 +64,9 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
     plain, mtp = jobs(claim, [0], tmp_path)[:2]
     known = digest(finish(tmp_path / plain.name))
     finish(tmp_path / mtp.name, {**STATE, "model.tied": STATE["model.b"]})
-    done = Seed(folder="x", state="done", weights=known, commit="c" * 40, machine="a machine")
+    done = ArmRun(folder="x", state="done", weights=known, commit="c" * 40, machine="a machine")
 
-    def written(**stored: Seed) -> list[str]:
+    def written(**stored: ArmRun) -> list[str]:
         of = {arm: {0: seed} for arm, seed in stored.items()}
         folder, arms = tmp_path / "to", list(claim.arms)
         lines, gone = write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=of)
