@@ -11,20 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, some
+from sweeps.report.names import sentence
 from sweeps.report.settings import Setting, Settings
 
-REMEDY = (
-    "To compare them give all runs the same data, data.task.*, data.val_fraction, data.split_seed, "
-    "data.eval_bytes and data.eval_examples, and let them evaluate all of it; or measure them with "
-    "evaluate.py on one text."
-)
 EQUAL_CONTEXT = 1.05  # largest context over the smallest, in bytes
-MEANS = {
-    True: "Depth k reads the true tokens before its target (teacher-forced): its loss, agreement "
-    "and overlap are those of the token after one that it has seen.",
-    False: "Depth k reads no token beyond the main prediction's: its loss, agreement and overlap "
-    "are those of a token k places beyond the next.",
-}
 
 
 def may_compare(one: Setting, other: Setting) -> bool:
@@ -62,16 +52,12 @@ def refusal(settings: Sequence[Setting]) -> str:
         f"{name}{_bytes(group)}: {some([setting.label for setting in group])}"
         for name, group in named.items()
     ]
-    return (
-        "The settings have different evaluation data, so nothing that is measured on these (val/*, "
-        "decode/*) is averaged, tested or ranked across them. "
-        f"Evaluated on {some(parts, between=' | ')}. {REMEDY}"
-    )
+    return sentence("refusal", texts=some(parts, between=" | "), remedy=sentence("remedy"))
 
 
 def _name(setting: Setting) -> str:
     if setting.text is None or setting.text.fingerprint is None:
-        return "unknown data, or a part that each has for itself"
+        return sentence("unknown_data")
     return f"data {setting.text.short}"
 
 
@@ -98,16 +84,14 @@ def _context(group: Sequence[Setting]) -> str:
         return ""
     sizes = [t * rate for t, rate in windows if t is not None and rate is not None]
     if len(sizes) < len(group):
-        said = "Whether the context is equal in bytes is unknown"
-    elif max(sizes) <= EQUAL_CONTEXT * min(sizes):
-        said = "The context is equal in bytes, within 5 %"
+        said = "context_unknown"
     else:
-        said = "The context is not equal: a model that sees more text may predict better"
+        said = "context_equal" if max(sizes) <= EQUAL_CONTEXT * min(sizes) else "context_differs"
     by_size: dict[str, list[str]] = {}
     for setting, window in zip(group, windows, strict=True):
         by_size.setdefault(_window(*window), []).append(setting.label)
     named = [f"{size} with {some(labels)}" for size, labels in by_size.items()]
-    return f"{said}. A window has {some(named, between=' | ')}."
+    return sentence(said, windows=some(named, between=" | "))
 
 
 def _window(tokens: int | None, rate: float | None) -> str:
@@ -140,12 +124,7 @@ def text_errors(settings: Sequence[Setting]) -> str:
         return ""
     least, most = (BY_TAG[BITS].show(error) for error in (min(errors), max(errors)))
     size = least if least == most else f"{least} to {most}"
-    return (
-        f"The text's own error in bits per byte is {size}: the standard error over its documents "
-        "(bootstrap, mean over seeds), apart from the ± over seeds. It says how far another text "
-        "would move all numbers together; it is not the error of a difference between runs on the "
-        "same text."
-    )
+    return sentence("text_error", size=size)
 
 
 def predicts_tokens(setting: Setting) -> bool:
@@ -167,18 +146,10 @@ def meaning(settings: Settings) -> str:
         reads = said.pop() if len(said) == 1 and predicts_tokens(setting) else None
         if reads is not None:
             by_kind.setdefault(reads, []).append(setting.label)
-    remark = "".join(MEANS[reads] for reads in by_kind)
+    remark = "".join(sentence("teacher_forced" if reads else "blind") for reads in by_kind)
     if len(by_kind) > 1:
         given, blind = (some(by_kind[reads]) for reads in (True, False))
-        remark = (
-            f"The depths solve two different tasks. With {given} depth k reads the true tokens "
-            f"before its target, with {blind} none beyond the main prediction's. Loss, agreement "
-            "and overlap of a depth do not compare between the two: compare what the decoding loop "
-            "accepts, decode/*."
-        )
+        remark = sentence("two_tasks", given=given, blind=blind)
     if others := [setting.label for setting in settings.all if not predicts_tokens(setting)]:
-        remark += (
-            f" The depth of {some(others)} predicts no token of its own: its loss is of another "
-            "kind, stands in no chart of losses by depth, and compares with no other head's."
-        )
+        remark = f"{remark} {sentence('no_tokens', others=some(others))}"
     return remark.lstrip()

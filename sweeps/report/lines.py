@@ -10,9 +10,10 @@ from typing import Any
 from sweeps.report.chart import QUIET, Chart, Drawing, key_to, looks, reach_of
 from sweeps.report.comparable import predicts_tokens
 from sweeps.report.metrics import LOSS, PER_STEP, SPEEDUP
+from sweeps.report.names import texts
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
-from sweeps.report.texts import drawing_of, texts
+from sweeps.report.texts import drawing_of
 
 LONG_RANGE = (
     "loss_position",
@@ -31,13 +32,13 @@ Line = Mapping[Any, Interval]
 
 def over_places(settings: Settings, name: str) -> Drawing:
     """One line per setting over the numbers in the tags of a figure in ``texts.yaml``."""
-    figure = texts()["figures"][name]
+    figure = texts("figures")[name]
     return _over_places(settings, drawing_of(settings, name), figure, figure["tags"])
 
 
 def by_group(settings: Settings) -> list[Drawing]:
     """Accuracy by each quantity that the task groups tokens by, such as a distance."""
-    figure = texts()["figures"]["accuracy_group"]
+    figure = texts("figures")["accuracy_group"]
     drawings = []
     for group in dict.fromkeys(match[1] for match in _matches(settings, _GROUPS)):
         words = {"name": f"accuracy_{group}", "group": group, "words": group.replace("_", " ")}

@@ -1,6 +1,7 @@
 """Readable names of config keys, their values, tags, and the arms of claims, in figures and pages.
 
-``names.yaml`` has the words. Tables of a report and ``--reference`` use the keys as typed.
+``names.yaml`` has the names, ``texts.yaml`` the other words of a report. Tables of a report and
+``--reference`` use the keys as typed.
 """
 
 from __future__ import annotations
@@ -15,34 +16,50 @@ from mtp_lightning.run.config import key_of, read_yaml
 
 
 @cache
-def _names() -> dict[str, Any]:
-    """The content of ``names.yaml``."""
-    names: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
-    return names
+def _words(file: str) -> dict[str, Any]:
+    words: dict[str, Any] = read_yaml(Path(__file__).with_name(file))
+    return words
+
+
+def texts(part: str) -> dict[str, Any]:
+    """A part of ``texts.yaml``: ``figures``, ``tables`` or ``sentences``."""
+    found: dict[str, Any] = _words("texts.yaml")[part]
+    return found
+
+
+def sentence(name: str, **values: Any) -> str:
+    """A sentence of ``texts.yaml`` with values for its names in braces."""
+    return str(texts("sentences")[name]).format(**values)
+
+
+def _names(part: str) -> dict[str, Any]:
+    """The ``keys`` or the ``tags`` of ``names.yaml``."""
+    found: dict[str, Any] = _words("names.yaml")[part]
+    return found
 
 
 def name_of(key: str, value: str) -> str:
     """A readable name of a value: ``D = 2`` for ``mtp.depth=2``; unknown keys stay as typed."""
-    if key not in _names()["keys"]:
+    if key not in _names("keys"):
         return f"{key}={value}"
-    return _values(key).get(value) or _names()["keys"][key][1].format(value)
+    return _values(key).get(value) or _names("keys")[key][1].format(value)
 
 
 def axis_of(key: str) -> str:
     """A readable name of a key: ``D`` for ``mtp.depth``."""
-    return str(_names()["keys"].get(key, [key])[0])
+    return str(_names("keys").get(key, [key])[0])
 
 
 def _values(key: str) -> dict[str, str]:
     """The names of a key's values."""
-    _, _, *values = _names()["keys"][key]
+    _, _, *values = _names("keys")[key]
     return values[0] if values else {}
 
 
 def in_words(tag: str) -> tuple[str, str]:
     """A tag in words with its unit, and the direction in which it improves; a tag that has no words
     stays as it is."""
-    for pattern, (words, better) in _names()["tags"].items():
+    for pattern, (words, better) in _names("tags").items():
         if match := re.fullmatch(pattern, tag):
             return words.format(*match.groups()), better
     return tag, ""
@@ -54,7 +71,7 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
     given = {
         arm: {key_of(o): o.partition("=")[2] for o in overrides} for arm, overrides in arms.items()
     }
-    keys = [key for key in _names()["keys"] if len({of.get(key) for of in given.values()}) > 1]
+    keys = [key for key in _names("keys") if len({of.get(key) for of in given.values()}) > 1]
     names = {}
     for arm, own in given.items():
         names[arm] = arm.replace("_", " ")

@@ -16,10 +16,10 @@ from sweeps.report.comparable import error_of_text
 from sweeps.report.compare import Comparison, solved_share, time_to_solve
 from sweeps.report.equivalent import Family
 from sweeps.report.metrics import BITS, EXACT, Metric, ends, number, p_value, spread
+from sweeps.report.names import texts
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings, show
 from sweeps.report.statistics import Interval
-from sweeps.report.texts import texts
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def of_jobs(runs: Sequence[RunRecord], folder: Path) -> Table:
 
 def _table(of: str, remarks: Sequence[str] = (), *, name: str = "", **values: Any) -> Table:
     """A table without rows, with the words of ``texts.yaml`` and further paragraphs."""
-    words = texts()["tables"][of]
+    words = texts("tables")[of]
     caption = [words["caption"].format(**values)] if "caption" in words else []
     columns = (
         (c, None) if isinstance(c, str) else (c[0], c[1].format(**values)) for c in words["head"]

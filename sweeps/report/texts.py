@@ -1,26 +1,15 @@
-"""The words of figures and tables, which are in ``texts.yaml``."""
+"""Figures with their words, before they are drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from mtp_lightning.run.config import read_yaml
 from sweeps.report.chart import Drawing
 from sweeps.report.comparable import meaning, text_errors
 from sweeps.report.metrics import BITS
+from sweeps.report.names import sentence, texts
 from sweeps.report.settings import Setting, Settings
-
-SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
-
-
-@cache
-def texts() -> dict[str, dict[str, Any]]:
-    """The content of ``texts.yaml``: ``figures`` and ``tables``."""
-    found: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_suffix(".yaml"))
-    return found
 
 
 def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) -> Drawing:
@@ -31,11 +20,11 @@ def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) ->
         name: the name of its files, if it is another one.
         values: what stands for the names in braces, besides those of every figure.
     """
-    words = texts()["figures"][of]
+    words = texts("figures")[of]
     known = {
         "level": f"{settings.level:g}",
         "unit": settings.headline.unit,
-        "seeds": SEEDS,
+        "seeds": sentence("seeds"),
         "meaning": meaning(settings),
         "text_error": text_error(settings, settings.all),
     }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from sweeps.report.chart import MANY, QUIET, Chart, Drawing, key_to, looks
 from sweeps.report.compare import time_to_solve
 from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT
-from sweeps.report.read import RunRecord
+from sweeps.report.names import sentence
 from sweeps.report.settings import Settings
 from sweeps.report.texts import drawing_of
 
@@ -20,13 +20,12 @@ def curve(settings: Settings, axis: str) -> Drawing:
     """Main-depth validation loss against tokens, FLOPs or seconds."""
     tag, x = CURVE_AXES[axis]
     metric = settings.headline
-    shared = "Seconds are the mean over seeds, and those of a shared machine."
     drawing = drawing_of(
         settings,
         "loss",
         name=f"loss_{axis}",
         against="FLOPs" if axis == "flops" else axis,
-        remark=shared if axis == "seconds" else "",
+        remark=sentence("seconds") if axis == "seconds" else "",
         x=x,
     )
     lines = _lines(settings, tag, metric.tag)
@@ -63,13 +62,12 @@ def exact_match(settings: Settings) -> Drawing:
 
 def _lines(settings: Settings, x_tag: str, y_tag: str) -> list[list[Points]]:
     """The points of the runs that have some, for every setting."""
-    every = ([_logged(run, x_tag, y_tag) for run in setting.runs] for setting in settings.all)
-    return [[points for points in runs if points] for runs in every]
-
-
-def _logged(run: RunRecord, x_tag: str, y_tag: str) -> Points:
-    rows = (row for row in run.rows if x_tag in row and y_tag in row)
-    return {row["step"]: (row[x_tag], row[y_tag]) for row in rows}
+    found = []
+    for setting in settings.all:
+        rows = [[r for r in run.rows if x_tag in r and y_tag in r] for run in setting.runs]
+        points: list[Points] = [{r["step"]: (r[x_tag], r[y_tag]) for r in of} for of in rows if of]
+        found.append(points)
+    return found
 
 
 def _over_training(settings: Settings, lines: Sequence[Sequence[Points]]) -> Chart:

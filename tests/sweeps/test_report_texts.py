@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from sweeps.report.collect import TEXT
-from sweeps.report.comparable import REMEDY, by_text, contexts, error_of_text, refusal, text_errors
+from sweeps.report.comparable import by_text, contexts, error_of_text, refusal, text_errors
 from sweeps.report.compare import OTHER_DATA, Comparison, compare
 from sweeps.report.findings import answer
 from sweeps.report.metrics import BITS_ERROR, SPEEDUP
+from sweeps.report.names import sentence
 from sweeps.report.settings import Settings
 from sweeps.report.tables import of_settings
 from tests.sweeps.fixture_runs import evaluated, trained_on, write_run
@@ -72,7 +73,7 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
     for where in (text, notes):
         assert "data a1a1a1a1 (1,000,000 to 1,000,002 bytes): mtp.depth=0; mtp.depth=2" in where
         assert "data b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
-        assert REMEDY in where and "data.eval_bytes" in where
+        assert sentence("remedy") in where and "data.eval_bytes" in where
 
 
 def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> None:
