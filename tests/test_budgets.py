@@ -21,7 +21,7 @@ LINES = {
     "mtp_lightning": 3_171,
     "mtp_lightning/apps": 365,
     "mtp_lightning/callbacks": 1_735,
-    "mtp_lightning/certify": 1_065,
+    "mtp_lightning/certify": 1_125,
     "mtp_lightning/command_line": 1_215,
     "mtp_lightning/cpu": 1_695,
     "mtp_lightning/decoding": 4_810,

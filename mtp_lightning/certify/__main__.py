@@ -5,11 +5,21 @@ The exit code is 0 if every guarantee held, 2 if one was broken, 1 for a user's 
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.command_line.shell import Parser, Stopped, readable_errors
 from mtp_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mtp_lightning.certify.certificate import Certificate
+
+# What Ctrl-C leaves: not certificate.json, which says that all prompts were tried.
+UNFINISHED = "unfinished_certificate.json"
 
 
 def main(
@@ -55,32 +65,63 @@ def main(
                 )
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes={args.minutes} must be above 0.")
-        if args.output is not None:  # fails before hours of work
-            args.output.mkdir(parents=True, exist_ok=True)
         minutes = 1.0 if args.quick and args.minutes is None else args.minutes
-        # Imported late: --help must not wait for torch.
-        from mtp_lightning.certify.run import certify
-        from mtp_lightning.run.atomic import write_bytes, write_json
-
-        found = certify(
-            args.model,
-            count=args.prompts,
-            length=args.new_tokens,
-            precisions=args.weights.split(",") if args.weights else None,
-            few=args.quick,
-            minutes=minutes,
-            file=args.text,
-            seed=args.seed,
-            against=args.against.split(",") if args.against else (),
-            allow=tuple(filter(None, args.allow.split(","))),
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-        print("\n".join(found.lines()))
-        if args.output is not None:
-            write_json(found.plain(), args.output / "certificate.json")
-            write_bytes(found.badge().encode(), args.output / "badge.svg")
-            print(f"written to {args.output}: certificate.json, badge.svg")
+        with _folder(args.output):
+            found = _certificate(args, minutes)
     sys.exit(2 if found.broken() else 0)
+
+
+@contextmanager
+def _folder(output: Path | None) -> Iterator[None]:
+    """Make the folder before hours of work, and remove it if nothing was written."""
+    if output is None:
+        yield
+        return
+    new = [folder for folder in (output, *output.parents) if not folder.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a folder with results is not empty
+            for folder in new:
+                folder.rmdir()
+
+
+def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate:
+    """Make the certificate, print it and write it."""
+    # Imported late: --help must not wait for torch.
+    from mtp_lightning.certify.run import certify
+    from mtp_lightning.run.atomic import write_bytes, write_json
+
+    def keep(so_far: Certificate) -> None:
+        print("\n".join(so_far.lines()))
+        told = "interrupted: the table shows the texts until then"
+        if args.output is not None:
+            write_json(so_far.plain(), args.output / UNFINISHED)
+            told += f", and {args.output / UNFINISHED} has them"
+        raise Stopped(f"{told}.")
+
+    found = certify(
+        args.model,
+        count=args.prompts,
+        length=args.new_tokens,
+        precisions=args.weights.split(",") if args.weights else None,
+        few=args.quick,
+        minutes=minutes,
+        file=args.text,
+        seed=args.seed,
+        against=args.against.split(",") if args.against else (),
+        allow=tuple(filter(None, args.allow.split(","))),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        interrupted=keep,
+    )
+    print("\n".join(found.lines()))
+    if args.output is not None:
+        write_json(found.plain(), args.output / "certificate.json")
+        write_bytes(found.badge().encode(), args.output / "badge.svg")
+        (args.output / UNFINISHED).unlink(missing_ok=True)
+        print(f"written to {args.output}: certificate.json, badge.svg")
+    return found
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
 WHOLE, RESUMED = "whole", "resumed"
-_BATCH = 8
+BATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,15 @@ class Cell:
     reads: str = WHOLE
 
 
+# The reference: plain decoding of one text at a time on one thread.
+PLAIN = Cell(drafts="none", options=DecodingOptions(speculative=False))
+
+
 def ways(model: MTPModel) -> dict[str, DecodingOptions]:
     """The ways of drafting that a model is capable of, by name; the first is plain decoding."""
     depth, vocab = model.depth, model.config.trunk.vocab_size
     asked = {
-        "none": DecodingOptions(speculative=False),
+        PLAIN.drafts: PLAIN.options,
         **{f"depth {k}": DecodingOptions(draft_depth=k) for k in sorted({1, 2, 4, depth} - {0})},
         "deeper": DecodingOptions(draft_depth=depth + 2),
         "one cache": DecodingOptions(draft_depth=depth + 1, cache="single"),
@@ -72,10 +76,9 @@ def cells(model: MTPModel, threads: tuple[int, ...], *, few: bool = False) -> It
         few: only cells that differ from one text on one thread in at most one way besides drafts,
             instead of the product of all ways.
     """
-    first = (1, threads[0], WHOLE)
-    rest = tuple(itertools.product((1, _BATCH), threads, (WHOLE, RESUMED)))
+    rest = tuple(itertools.product((1, BATCH), threads, (WHOLE, RESUMED)))
     for name, options in ways(model).items():
         for batch, n, reads in rest:
-            changed = sum(a != b for a, b in zip((batch, n, reads), first, strict=True))
-            if (changed or name != "none") and (changed <= 1 or not few):
+            changed = (batch != 1) + (n != threads[0]) + (reads != WHOLE)
+            if (changed or name != PLAIN.drafts) and (changed <= 1 or not few):
                 yield Cell(drafts=name, options=options, batch=batch, threads=n, reads=reads)

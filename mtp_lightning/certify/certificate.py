@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mtp_lightning.certify.cells import WHOLE, Cell
@@ -62,6 +62,15 @@ class Certificate:
     others: list[Count] = field(default_factory=list)
     prompts_alike: bool = True
 
+    def tried(self) -> Certificate:
+        """The certificate of the cells in which texts were decoded."""
+        rows = [
+            replace(row, sampled=row.sampled if row.sampled and row.sampled.tokens else None)
+            for row in self.rows
+            if row.greedy.texts
+        ]
+        return replace(self, rows=rows)
+
     @property
     def least_p(self) -> float:
         """The smallest p-value that a cell's samples may have (Bonferroni)."""
@@ -97,11 +106,12 @@ class Certificate:
 
     def verdict(self) -> str:
         """The result in one sentence."""
-        texts = sum(row.greedy.texts for row in self.rows)
-        equal = sum(row.greedy.equal for row in self.rows)
-        ps = [row.sampled.p for row in self.rows if row.sampled is not None]
-        told = f"{equal:,} of {texts:,} greedy texts in {len(self.rows)} cells are plain decoding's"
-        if all(row.greedy.same_bits == row.greedy.tokens for row in self.rows):
+        total, ps = _total(self.rows)
+        told = (
+            f"{total.equal:,} of {total.texts:,} greedy texts in {len(self.rows)} cells are plain "
+            "decoding's"
+        )
+        if total.same_bits == total.tokens:
             told += ", all logits to the last bit"
         elif any(self.promises_bits(row.cell) for row in self.rows) and not self.broken():
             told += ", all logits to the last bit where prompts are read alone and whole"
@@ -120,17 +130,15 @@ class Certificate:
             f" {'difference':>11} {'samples: p':>11}"
         )
         for (precision, drafts), rows in groups.items():
-            equal, texts = (sum(getattr(r.greedy, n) for r in rows) for n in ("equal", "texts"))
-            same, tokens = (
-                sum(getattr(r.greedy, n) for r in rows) for n in ("same_bits", "tokens")
+            total, ps = _total(rows)
+            cells = (
+                f"{len(rows):>5}",
+                f"{f'{total.equal:,}/{total.texts:,}':>15}",
+                f"{f'{total.same_bits:,}/{total.tokens:,}':>17}",
+                f"{f'{total.largest:.1e}' if total.largest else '0':>11}",
+                f"{f'{min(ps):.2g}' if ps else '':>11}",
             )
-            largest = max(row.greedy.largest for row in rows)
-            ps = [row.sampled.p for row in rows if row.sampled is not None]
-            yield (
-                f"{precision:<8} {drafts:<11} {len(rows):>5} {f'{equal:,}/{texts:,}':>15} "
-                f"{f'{same:,}/{tokens:,}':>17} {f'{largest:.1e}' if largest else '0':>11} "
-                f"{f'{min(ps):.2g}' if ps else '':>11}"
-            ).rstrip()
+            yield f"{precision:<8} {drafts:<11} {' '.join(cells)}".rstrip()
         for count in self.others:
             way = count.way
             equal = f"{count.equal:,}/{count.texts:,}"
@@ -162,11 +170,24 @@ class Certificate:
 
     def badge(self) -> str:
         """An SVG badge for a model card."""
-        texts = sum(row.greedy.texts for row in self.rows)
+        texts = _total(self.rows)[0].texts
         right = "broken" if self.broken() else f"{texts:,} of {texts:,} texts"
         rest = 14 + 7 * len(right)
         color = "#b3261e" if self.broken() else "#1a7f37"
         return _BADGE.format(left="lossless", right=right, width=62 + rest, rest=rest, color=color)
+
+
+def _total(rows: Sequence[Row]) -> tuple[Greedy, list[float]]:
+    """The greedy texts of several cells, and the p-values of their samples."""
+    counts = [row.greedy for row in rows]
+    total = Greedy(
+        texts=sum(count.texts for count in counts),
+        equal=sum(count.equal for count in counts),
+        tokens=sum(count.tokens for count in counts),
+        same_bits=sum(count.same_bits for count in counts),
+        largest=max((count.largest for count in counts), default=0.0),
+    )
+    return total, [row.sampled.p for row in rows if row.sampled is not None]
 
 
 def _where(row: Row) -> str:

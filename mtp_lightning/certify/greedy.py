@@ -6,13 +6,11 @@ Shapes: T tokens of a text, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mtp_lightning.certify.cells import RESUMED, Cell
 from mtp_lightning.certify.texts import DecodedText, decode
-from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
-from mtp_lightning.runtime import threads
 
 
 @dataclass
@@ -57,42 +55,30 @@ class Greedy:
         self.same_bits += int((a_TV == b_TV).all(dim=-1).sum())
         self.largest = max(self.largest, float((a_TV - b_TV).abs().max()))
 
+    def try_on(
+        self,
+        model: MTPModel,
+        cell: Cell,
+        beginnings: Sequence[Sequence[int]],
+        wanted: Sequence[DecodedText],
+        *,
+        first: int,
+    ) -> None:
+        """Decode prompts as a cell does, and count the results.
 
-def plain_texts(
-    model: MTPModel, beginnings: Sequence[Sequence[int]], length: int
-) -> list[DecodedText]:
-    """Plain decoding of one text at a time on one thread: the reference."""
-    plain = DecodingOptions(speculative=False, batch_size=1)
-    with threads(1):
-        return decode(model, plain, beginnings, [length] * len(beginnings))
-
-
-def compare_texts(
-    model: MTPModel,
-    cell: Cell,
-    beginnings: Sequence[Sequence[int]],
-    wanted: Sequence[DecodedText],
-    into: Greedy,
-    *,
-    first: int,
-) -> None:
-    """Decode prompts as a cell does, and count the results.
-
-    Args:
-        model: the model, on its device.
-        cell: the way of decoding.
-        beginnings: the prompts.
-        wanted: their texts from :func:`plain_texts`.
-        into: counts the texts.
-        first: the number of the first prompt.
-    """
-    length = len(wanted[0].ids)
-    start = length // 2 if cell.reads == RESUMED else 0
-    read = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
-    # In a batch the rows end at different times, and others take their slots.
-    spread = 1 if cell.batch == 1 else max((length - start) // 2, 1)
-    lengths = [length - start - i % spread for i in range(len(read))]
-    with threads(cell.threads):
-        found = decode(model, replace(cell.options, batch_size=cell.batch), read, lengths)
-    for i, (mine, other) in enumerate(zip(wanted, found, strict=True)):
-        into.compare(first + i, mine, other, start)
+        Args:
+            model: the model, on its device.
+            cell: the way of decoding.
+            beginnings: the prompts.
+            wanted: their texts from plain decoding.
+            first: the number of the first prompt.
+        """
+        length = len(wanted[0].ids)
+        start = length // 2 if cell.reads == RESUMED else 0
+        read = [[*ids, *text.ids[:start]] for ids, text in zip(beginnings, wanted, strict=True)]
+        # In a batch the rows end at different times, and others take their slots.
+        spread = 1 if cell.batch == 1 else max((length - start) // 2, 1)
+        lengths = [length - start - i % spread for i in range(len(read))]
+        found = decode(model, cell, read, lengths)
+        for i, (mine, other) in enumerate(zip(wanted, found, strict=True)):
+            self.compare(first + i, mine, other, start)

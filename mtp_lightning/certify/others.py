@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def require_programs(names: Sequence[str], path: Path) -> None:
             raise UserError(f"{name} does not read {path}: give {program.wanted}.")
 
 
+def _ways(
+    program: str, weights: str, decode: Callable[..., Any], *, by: str, **drafted: Any
+) -> list[Way]:
+    """Plain decoding, with drafts and in a batch, by a function that takes ``batch`` and the
+    settings ``drafted``."""
+    settings = {"plain": {}, f"drafts by {by}": drafted, f"batch of {_BATCH}": {"batch": _BATCH}}
+    return [Way(program, weights, name, partial(decode, **own)) for name, own in settings.items()]
+
+
 def _transformers(path: Path) -> Iterator[list[Way]]:
     """transformers' own generate(), in fp32 and bf16."""
     for weights, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -129,12 +139,7 @@ def _ways_of(model: Any, weights: str) -> list[Way]:
         return [row for part in parts for row in generate(part, length, **kwargs)]
 
     program = f"transformers {transformers.__version__}"
-    drafted = {"prompt_lookup_num_tokens": _DRAFTS}
-    return [
-        Way(program, weights, "plain", decode),
-        Way(program, weights, "drafts by prompt lookup", lambda p, n: decode(p, n, **drafted)),
-        Way(program, weights, f"batch of {_BATCH}", lambda p, n: decode(p, n, batch=_BATCH)),
-    ]
+    return _ways(program, weights, decode, by="prompt lookup", prompt_lookup_num_tokens=_DRAFTS)
 
 
 def _opened(path: Path, dtype: torch.dtype) -> Any:
@@ -157,8 +162,6 @@ def _llama_cpp(path: Path) -> Iterator[list[Way]]:
     """llama.cpp's server, on the file as it is."""
     import xllamacpp
 
-    kinds = xllamacpp.common_speculative_type
-
     def decode(prompts: Prompts, length: int, *, batch: int = 1, drafts: Any = None) -> list[str]:
         longest, threads = max(map(len, prompts)) + length, torch.get_num_threads()
         params = llama_server.parameters(path, batch=batch, tokens=longest, threads=threads)
@@ -168,13 +171,9 @@ def _llama_cpp(path: Path) -> Iterator[list[Way]]:
             params.speculative.ngram_simple.size_m = _DRAFTS
         return llama_server.decode(xllamacpp.Server(params), prompts, length, batch=batch)
 
-    program, weights = f"llama.cpp (xllamacpp {version('xllamacpp')})", "the file's"
-    drafted = kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE
-    yield [
-        Way(program, weights, "plain", decode),
-        Way(program, weights, "drafts by n-grams", lambda p, n: decode(p, n, drafts=drafted)),
-        Way(program, weights, f"batch of {_BATCH}", lambda p, n: decode(p, n, batch=_BATCH)),
-    ]
+    program = f"llama.cpp (xllamacpp {version('xllamacpp')})"
+    drafts = xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE
+    yield _ways(program, "the file's", decode, by="n-grams", drafts=drafts)
 
 
 @dataclass(frozen=True)

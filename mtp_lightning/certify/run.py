@@ -5,16 +5,17 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mtp_lightning.certify.cells import Cell, cells
+from mtp_lightning.certify.cells import BATCH, PLAIN, Cell, cells
 from mtp_lightning.certify.certificate import Certificate, Row
-from mtp_lightning.certify.greedy import Greedy, compare_texts, plain_texts
+from mtp_lightning.certify.greedy import Greedy
 from mtp_lightning.certify.others import compare_others, require_programs
-from mtp_lightning.certify.sampled import Sampled, draw_texts
-from mtp_lightning.certify.texts import prompts
+from mtp_lightning.certify.sampled import Sampled
+from mtp_lightning.certify.texts import decode, prompts
 from mtp_lightning.decoding.fused import rounded_weights_need
 from mtp_lightning.decoding.precision import (
     PRECISIONS,
@@ -29,9 +30,8 @@ from mtp_lightning.nn import ops
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.system import processor
 
-# Prompts whose logits are in memory at the same time, without a limit of time and with one: a batch
-# is the least that every cell can be tried on.
-_PART, _LEAST = 16, 8
+# Prompts whose logits are in memory at the same time, if the time has no limit.
+_PART = 16
 
 
 def certify(
@@ -47,6 +47,7 @@ def certify(
     allow: Sequence[str] = (),
     against: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
+    interrupted: Callable[[Certificate], None] = lambda so_far: None,
 ) -> Certificate:
     """Run all cells of a model.
 
@@ -64,6 +65,7 @@ def certify(
         allow: packages whose variants the model may use.
         against: other programs to count for, see :mod:`~mtp_lightning.certify.others`.
         say: called with a line after every part.
+        interrupted: called with the results so far if Ctrl-C ends the work.
 
     Raises:
         UserError: an option is out of range, the model cannot be opened, or another program cannot
@@ -79,22 +81,27 @@ def certify(
     seconds = None if minutes is None else 60 * minutes / len(precisions)
     asked: list[list[int]] = []  # the same for every precision
     result: Certificate | None = None
-    for precision in precisions:
-        run = _opened(path, precision, length, allow)
-        longest = run.seq_len - length
-        asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
-        facts = {"prompts": count, "new_tokens": length, "seed": seed}
-        result = result or _empty_certificate(path, run.model, facts)
-        rows = [
-            Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell, threads) else None)
-            for cell in cells(run.model, threads, few=few)
-        ]
-        result.rows += rows
-        _run_cells(run.model, rows, asked, length, seed=seed, seconds=seconds, say=say)
-    assert result is not None
-    if against:
-        read = asked[: max(row.greedy.texts for row in result.rows)]
-        result.others = compare_others(against, path, read, length, say)
+    try:
+        for precision in precisions:
+            run = _opened(path, precision, length, allow)
+            longest = run.seq_len - length
+            asked = asked or prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
+            facts = {"prompts": count, "new_tokens": length, "seed": seed}
+            result = result or _empty_certificate(path, run.model, facts)
+            rows = [
+                Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell) else None)
+                for cell in cells(run.model, threads, few=few)
+            ]
+            result.rows += rows
+            _run_cells(run.model, rows, asked, length, seed=seed, seconds=seconds, say=say)
+        assert result is not None
+        if against:
+            read = asked[: max(row.greedy.texts for row in result.rows)]
+            result.others = compare_others(against, path, read, length, say)
+    except KeyboardInterrupt:
+        if result is not None and (tried := result.tried()).rows:
+            interrupted(tried)
+        raise
     return result
 
 
@@ -138,14 +145,15 @@ def _run_cells(
     have passed; other arguments as of :func:`certify`."""
     step, end = _PART, float("inf")
     if seconds is not None:
-        step, end = _LEAST, time.monotonic() + seconds
+        # A batch is the least that every cell can be tried on.
+        step, end = BATCH, time.monotonic() + seconds
     for first in range(0, len(asked), step):
         part = asked[first : first + step]
-        wanted = plain_texts(model, part, length)
+        wanted = decode(model, PLAIN, part, [length] * len(part))
         for row in rows:
-            compare_texts(model, row.cell, part, wanted, row.greedy, first=first)
+            row.greedy.try_on(model, row.cell, part, wanted, first=first)
             if row.sampled is not None:
-                draw_texts(model, row.cell, part, length, row.sampled, first=first, seed=seed)
+                row.sampled.draw(model, row.cell, part, length, first=first, seed=seed)
         tried = first + len(part)
         late = time.monotonic() > end
         why = ", as many as the given time holds" if late and tried < len(asked) else ""
@@ -162,7 +170,7 @@ def _reads_alike(model: MTPModel) -> bool:
     return all(layer.same_bits_in_wide_passes for layer in layers)
 
 
-def _is_sampled(cell: Cell, threads: Sequence[int]) -> bool:
+def _is_sampled(cell: Cell) -> bool:
     """Whether a cell's samples are drawn. One cell per way of drafting is enough: greedy texts test
     everything else that their distribution depends on."""
-    return cell == Cell(drafts=cell.drafts, options=cell.options, batch=8, threads=threads[0])
+    return cell == replace(PLAIN, drafts=cell.drafts, options=cell.options, batch=BATCH)

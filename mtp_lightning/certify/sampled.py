@@ -12,7 +12,7 @@ Shapes: T tokens of a text, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from mtp_lightning.certify.cells import Cell
 from mtp_lightning.certify.texts import decode
 from mtp_lightning.model import MTPModel
-from mtp_lightning.runtime import threads
 
 _BINS = 16
 
@@ -50,37 +49,34 @@ class Sampled:
         half = torch.tensor(self.chi_square / 2, dtype=torch.float64)
         return float(torch.special.gammaincc(degrees, half))
 
+    def draw(
+        self,
+        model: MTPModel,
+        cell: Cell,
+        beginnings: Sequence[Sequence[int]],
+        length: int,
+        *,
+        first: int,
+        seed: int,
+    ) -> None:
+        """Sample a text for every prompt, at temperature 1, and count its tokens.
 
-def draw_texts(
-    model: MTPModel,
-    cell: Cell,
-    beginnings: Sequence[Sequence[int]],
-    length: int,
-    into: Sampled,
-    *,
-    first: int,
-    seed: int,
-) -> None:
-    """Sample a text for every prompt, at temperature 1, and count its tokens.
-
-    Args:
-        model: the model, on its device.
-        cell: the way of decoding.
-        beginnings: the prompts.
-        length: tokens per text.
-        into: counts the tokens.
-        first: the number of the first prompt.
-        seed: the seed of all random numbers.
-    """
-    options = replace(cell.options, batch_size=cell.batch, temperature=1.0, seed=seed)
-    with threads(cell.threads):
-        found = decode(model, options, beginnings, [length] * len(beginnings), first=first)
-    noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
-    for text in found:
-        u_T = transform(text.logits_TV.cpu(), text.ids, noise)
-        counts = torch.histc(u_T, bins=_BINS, min=0.0, max=1.0).long().tolist()
-        into.tokens += len(text.ids)
-        into.counts = [a + b for a, b in zip(into.counts, counts, strict=True)]
+        Args:
+            model: the model, on its device.
+            cell: the way of decoding.
+            beginnings: the prompts.
+            length: tokens per text.
+            first: the number of the first prompt.
+            seed: the seed of all random numbers.
+        """
+        lengths = [length] * len(beginnings)
+        found = decode(model, cell, beginnings, lengths, first=first, temperature=1.0, seed=seed)
+        noise = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
+        for text in found:
+            u_T = transform(text.logits_TV.cpu(), text.ids, noise)
+            counts = torch.histc(u_T, bins=_BINS, min=0.0, max=1.0).long().tolist()
+            self.tokens += len(text.ids)
+            self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
 
 def transform(logits_TV: Tensor, ids: Sequence[int], noise: torch.Generator) -> Tensor:

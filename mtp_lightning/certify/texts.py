@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.certify.cells import Cell
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runtime import threads
 
 # Characters that are enough for a prompt's tokens.
 _SLICE = 400
@@ -87,32 +88,34 @@ def prompts(
 
 def decode(
     model: MTPModel,
-    options: DecodingOptions,
+    cell: Cell,
     beginnings: Sequence[Sequence[int]],
     lengths: Sequence[int],
     *,
     first: int = 0,
+    **sampling: Any,
 ) -> list[DecodedText]:
-    """Decode texts, at most ``options.batch_size`` at a time.
+    """Decode texts as a cell does.
 
     Args:
         model: the model, on its device.
-        options: options of all texts; a text's random numbers depend on the seed and its number.
+        cell: the way of decoding.
         beginnings: the prompts.
         lengths: new tokens of each text; no token ends a text earlier.
-        first: the number of the first text.
+        first: the number of the first text, on which its random numbers depend.
+        sampling: ``temperature`` and ``seed``, for texts that are not greedy.
     """
     found = [DecodedText() for _ in beginnings]
 
     def keep(index: int, logits_TV: Tensor) -> None:
         found[index - first].parts.append(logits_TV.clone())
 
-    options = replace(options, eot_id=-1)
+    options = replace(cell.options, batch_size=cell.batch, eot_id=-1, **sampling)
     requests = (
         replace(options.request(ids, first + i), max_new_tokens=length)
         for i, (ids, length) in enumerate(zip(beginnings, lengths, strict=True))
     )
-    with Engine(model, options, on_logits=keep) as engine:
+    with threads(cell.threads), Engine(model, options, on_logits=keep) as engine:
         for sequence in engine.run(requests):
             found[sequence.request.index - first].ids = sequence.token_ids
     return found

@@ -288,6 +288,51 @@ def test_the_command(
     assert ended.value.code == 1 and "cannot be used (File exists)" in capsys.readouterr().err
 
 
+def test_ctrl_c_keeps_what_was_tried(
+    put: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(model := small_model(0, 2))
+    kept = list(cells(model, (1,), few=True))[:3]
+    monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
+    asked = ["mine", "--prompts", "9", "--new-tokens", "4", "--weights", "fp32", "--quick"]
+    asked += ["--output", str(tmp_path / "new" / "out")]
+    tried = Greedy.try_on
+
+    def ended(greedy: Greedy, model: MTPModel, cell: Cell, *given: Any, first: int) -> None:
+        if first == stopping_at and cell is kept[1]:
+            raise KeyboardInterrupt
+        tried(greedy, model, cell, *given, first=first)
+
+    monkeypatch.setattr(Greedy, "try_on", ended)
+    file = tmp_path / "new" / "out" / "unfinished_certificate.json"
+    for first_tried, texts in ((0, [8]), (8, [9, 8, 8])):
+        stopping_at = first_tried
+        with pytest.raises(SystemExit) as stopped:
+            main(asked)
+        said = capsys.readouterr()
+        assert stopped.value.code == 130 and "interrupted: the table shows" in said.err
+        assert f"{file} has them.\n" in said.err and f"{sum(texts)} of {sum(texts)}" in said.out
+        stored = json.loads(file.read_text())
+        assert [cell["texts"] for cell in stored["cells"]] == texts
+        assert [path.name for path in file.parent.iterdir()] == [file.name]
+    stopping_at = -1
+    with pytest.raises(SystemExit) as stopped:
+        main(asked)
+    names = {path.name for path in file.parent.iterdir()}
+    assert stopped.value.code == 0 and names == {"certificate.json", "badge.svg"}
+
+
+def test_a_folder_for_nothing_is_not_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "new/out"):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / "wrong"), "--output", str(tmp_path / folder)])
+        assert ended.value.code == 1 and "wrong" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
