@@ -10,17 +10,7 @@ import random
 from pathlib import Path
 
 from tests.chaos.cases import Case, hold
-from tests.chaos.given import (
-    AS_TEXT,
-    AS_TOKENS,
-    SECRET,
-    Command,
-    Finished,
-    Make,
-    Place,
-    app,
-    train,
-)
+from tests.chaos.given import AS_TEXT, AS_TOKENS, SECRET, Command, Finished, Make, Place, app, train
 from tests.chaos.hostile_files import CHECKPOINTS, FOLDERS, RUNS, TEXTS, TOKENS
 from tests.chaos.processes import Ended, run
 

@@ -143,8 +143,7 @@ RUNS: dict[str, Make] = {
     "a schedule that is a command": _stored("config.lambda_schedule", _CALL),
     "a callback that is a command": _stored("config.callbacks.nan_guard", _CALL),
     "code for a source": _stored(
-        "config.data.source",
-        {"_target_": "builtins.eval", "_args_": ["open({canary!r}, 'w')"]},
+        "config.data.source", {"_target_": "builtins.eval", "_args_": ["open({canary!r}, 'w')"]}
     ),
     "a tokenizer of pickles": lambda place: place.run(
         lambda c: c.update(tokenizer={"name": "byte", "state": place.payload()})

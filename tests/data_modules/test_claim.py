@@ -98,22 +98,14 @@ def killed(tmp_path: Path) -> Path:
     return left
 
 
-def test_a_killed_builder_of_this_machine_is_not_waited_for(
-    tmp_path: Path, killed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_builder_of_this_machine_is_not_waited_for(tmp_path, killed, monkeypatch):
     monkeypatch.setattr(claim, "SILENCE", 1e9)
     build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize("why", ["elsewhere", "no locks"])
-def test_another_builder_is_given_up_when_it_is_silent(
-    tmp_path: Path,
-    killed: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    why: str,
-) -> None:
+def test_another_builder_is_given_up_when_it_is_silent(tmp_path, killed, monkeypatch, caplog, why):
     if why == "elsewhere":
         (killed / ".machine").write_text("another start of another system")
     else:

@@ -98,8 +98,7 @@ def test_workers_change_nothing_and_the_global_generator_does_not_move(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("consumed", "workers"),
-    [(1, 0), (5, 0), (6, 0), (7, 0), (15, 0), (5, 2), (6, 2)],
+    ("consumed", "workers"), [(1, 0), (5, 0), (6, 0), (7, 0), (15, 0), (5, 2), (6, 2)]
 )
 def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
     whole = numbers(stream(loader_of(tmp_path, seed=1), 20))

@@ -57,9 +57,7 @@ def test_damaged_digests_are_told(tmp_path: Path, content: bytes) -> None:
         reopened(tmp_path)
 
 
-def test_digests_are_those_of_the_files_which_are_not_read_for_it(
-    tmp_path: Path, reads: list[str]
-) -> None:
+def test_digests_are_those_of_the_files_which_are_not_read_for_it(tmp_path, reads):
     folder = reopened(tmp_path).folder
     assert not [name for name in reads if name.endswith(".bin")]
     known = json.loads((folder / "digests.json").read_text())
@@ -68,9 +66,7 @@ def test_digests_are_those_of_the_files_which_are_not_read_for_it(
         assert known[name] == hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def test_what_is_large_is_read_once(
-    tmp_path: Path, reads: list[str], later: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_large_is_read_once(tmp_path, reads, later, monkeypatch):
     monkeypatch.setattr(digests, "LARGE", 1000)
     folder = reopened(tmp_path).folder
     reads.clear()
@@ -87,9 +83,7 @@ def test_what_is_large_is_read_once(
     assert "train.bin" in reads
 
 
-def test_a_store_from_before_is_taken_as_it_is_in_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_from_before_is_taken_as_it_is_in_one_line(tmp_path, caplog):
     folder = reopened(tmp_path).folder
     (folder / "digests.json").unlink()
     with caplog.at_level(logging.WARNING):

@@ -321,10 +321,7 @@ def assert_near_rows(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
 
 
 def fails(
-    capfd: pytest.CaptureFixture[str],
-    run_dir: Path,
-    cache: Path,
-    settings: dict[str, Any],
+    capfd: pytest.CaptureFixture[str], run_dir: Path, cache: Path, settings: dict[str, Any]
 ) -> str:
     """Run as the app does; the one line of the error."""
     from mtp_lightning.experiment.training import train

@@ -145,9 +145,7 @@ def test_settings(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_refuses_what_it_cannot_load(
-    tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_refuses_what_it_cannot_load(tmp_path, finished, capfd):
     def refused(path: Path) -> str:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended, readable_errors():

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.errors import UserError
 from sweeps.report.read import read_run
-from tests.integration.conftest import Once
 from tests.integration.helpers import (
     assert_equal,
     column,
@@ -56,9 +55,7 @@ def test_a_monitor_that_no_validation_logs(tmp_path: Path, cache: Path, group: s
 
 
 @pytest.mark.slow
-def test_a_value_of_the_first_process_alone_is_monitored_by_all(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_a_value_of_the_first_process_alone_is_monitored_by_all(tmp_path, cache):
     tag = "decode/tokens_per_step"
     settings = {
         **{"trainer.devices": 2, "trainer.strategy": "ddp", "callbacks": "early_stopping"},
@@ -79,9 +76,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_speed(tmp_path: Path, ca
         assert after[tag] == before[tag] > 0
 
 
-def test_a_value_that_is_monitored_is_that_of_the_newest_step(
-    tmp_path: Path, cache: Path, finished: Path
-) -> None:
+def test_a_value_that_is_monitored_is_that_of_the_newest_step(tmp_path, cache, finished):
     """Between two logged steps, too. A callback adds to the summary."""
     seen: dict[int, float] = {}
 
@@ -135,9 +130,7 @@ def test_model_checkpoint_beside_ours(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["weights", "none"])
-def test_what_is_kept_of_a_run_that_has_ended_well(
-    tmp_path: Path, cache: Path, once: Once, kept: str
-) -> None:
+def test_what_is_kept_of_a_run_that_has_ended_well(tmp_path, cache, once, kept):
     settings = {"callbacks.checkpoints.every_n_steps": 4, "mtp.depth": 1}
     whole, small = once("kept", lambda f: train_here(f, cache, settings)), tmp_path / "small"
     train_here(small, cache, {**settings, "callbacks.checkpoints.keep": kept})

@@ -64,9 +64,7 @@ print("after it")
         ("ends", 141, False, False),
     ],
 )
-def test_a_reader_that_goes_ends_no_work(
-    tmp_path: Path, how: str, code: int, whole: bool, both: bool
-) -> None:
+def test_a_reader_that_goes_ends_no_work(tmp_path, how, code, whole, both):
     made = tmp_path / "made"
     found, said = unread([sys.executable, "-c", WORKS, how, str(made)], both=both)
     assert (found, made.exists()) == (code, whole), said

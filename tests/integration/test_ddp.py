@@ -53,10 +53,7 @@ CASES = {
     },
 }
 SIZES = {  # per process: (two processes, one process)
-    "mask": (
-        {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2},
-        {"data.batch_size": 8},
-    ),
+    "mask": ({"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}, {"data.batch_size": 8}),
     "skip": ({"data.batch_size": 4}, {"data.batch_size": 8}),
     "empty": ({"data.batch_size": 1}, {"data.batch_size": 2}),
 }

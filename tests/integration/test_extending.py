@@ -154,9 +154,7 @@ def trained(name: str, once: Once, mine: Path, cache: Path) -> Path:
     return once("recipe-" + re.sub(r"\W+", "-", name), make)
 
 
-def test_a_head_is_refused_by_name_where_nobody_allows_it(
-    once: Once, mine: Path, cache: Path
-) -> None:
+def test_a_head_is_refused_by_name_where_nobody_allows_it(once, mine, cache):
     folder = trained("A head", once, mine, cache)
     for app, more in (
         ("evaluate.py", []),

@@ -34,13 +34,7 @@ def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_while_saving(
-    tmp_path: Path,
-    cache: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-) -> None:
+def test_full_disk_while_saving(tmp_path, cache, capfd, monkeypatch, code):
     from mtp_lightning.run import checkpoints
 
     every = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
@@ -65,9 +59,7 @@ def test_full_disk_while_saving(
     assert rows(tmp_path) == rows(tmp_path / "whole")
 
 
-def test_checkpoint_of_another_architecture(
-    tmp_path: Path, cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_of_another_architecture(tmp_path, cache, copied, capfd):
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     before = {path: path.read_bytes() for path in files}
     error = fails(capfd, tmp_path, cache, {"model.n_layers": 2, "mtp.depth": 3})
@@ -79,9 +71,7 @@ def test_checkpoint_of_another_architecture(
     assert "vocab_size: 257 -> 300" in fails(capfd, tmp_path, cache, other)
 
 
-def test_resumed_with_other_data(
-    tmp_path: Path, cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_resumed_with_other_data(tmp_path, cache, copied, capfd):
     other = {"data.source.size": 30_000, "trainer.max_steps": 20}
     assert "windows" in fails(capfd, tmp_path, cache, other)
     assert checkpoint(tmp_path)["global_step"] == 10

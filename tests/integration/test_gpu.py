@@ -13,7 +13,6 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.experts import fits_grouped
 from mtp_lightning.nn.moe import MoE
 from mtp_lightning.objective.balance.base import NoBalance
@@ -42,9 +41,7 @@ def test_losses_are_those_of_a_cpu(tmp_path: Path, cache: Path, mtp: str) -> Non
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_documents_are_those_of_a_cpu(
-    tmp_path: Path, cache: Path, recompute: bool
-) -> None:
+def test_compiled_documents_are_those_of_a_cpu(tmp_path, cache, recompute):
     """Attention in blocks of documents, and the loss as one kernel, in fp32."""
     settings = {
         "trainer.max_steps": 20, "data.document_mask": True, "data.seq_len": 160,
@@ -61,9 +58,7 @@ def test_compiled_documents_are_those_of_a_cpu(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("latent", [False, True])
-def test_attention_in_blocks_is_that_of_the_dense_mask(
-    tiny_trunk: TrunkConfig, latent: bool, dtype: torch.dtype
-) -> None:
+def test_attention_in_blocks_is_that_of_the_dense_mask(tiny_trunk, latent, dtype):
     trunk = replace(tiny_trunk, d_model=128, d_head=32)
     if latent:
         trunk = deepseek.trunk(latent={"d_nope": 20, "d_value": 16}, d_head=None)
@@ -87,9 +82,7 @@ def test_attention_in_blocks_is_that_of_the_dense_mask(
 
 
 @pytest.mark.parametrize("speculative", [False, True])
-def test_recorded_passes_decode_the_same(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, speculative: bool
-) -> None:
+def test_recorded_passes_decode_the_same(tmp_path, cache, monkeypatch, speculative):
     """Compiled, and played as CUDA graphs."""
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "programs"))
     train_here(tmp_path, cache, {"trainer.accelerator": "cuda", "trainer.max_steps": 30})
@@ -119,9 +112,7 @@ def test_greedy_drafts_change_nothing(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
 @pytest.mark.parametrize("case", ["sequential", "parallel", "experts"])
-def test_a_step_does_not_wait_for_the_device(
-    tiny_trunk: TrunkConfig, case: str, documents: bool, compiled: bool
-) -> None:
+def test_a_step_does_not_wait_for_the_device(tiny_trunk, case, documents, compiled):
     """tests/objective/test_waits.py finds on a CPU what CUDA itself refuses here."""
     if case == "experts":
         model = deepseek.build(deepseek.TRUNK, depth=2).to("cuda", torch.bfloat16).train()

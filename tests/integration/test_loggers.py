@@ -81,9 +81,7 @@ def train_with(
     return train(cfg)
 
 
-def test_the_end_is_told_after_the_summary(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_is_told_after_the_summary(tmp_path, cache, monkeypatch):
     # A validation of its own after the last step: Lightning says twice that something has ended.
     seen = Witness(tmp_path)
     settings = {"trainer.max_steps": 7, "callbacks.speculative_eval.new_tokens": 4}
@@ -99,13 +97,7 @@ def test_the_end_is_told_after_the_summary(
 
 
 @pytest.mark.parametrize("fails", ["log_metrics", "finalize success"])
-def test_a_broken_logger_is_a_warning(
-    tmp_path: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    fails: str,
-) -> None:
+def test_a_broken_logger_is_a_warning(tmp_path, cache, monkeypatch, caplog, fails):
     seen = Witness(tmp_path, fails)
     train_with(tmp_path, cache, monkeypatch, {"seen": seen})
     (record,) = [r for r in caplog.records if r.name.startswith("mtp_lightning.loggers")]
@@ -116,12 +108,7 @@ def test_a_broken_logger_is_a_warning(
     assert len(read_metrics(tmp_path / "metrics.csv")) == 10
 
 
-def test_a_server_that_is_away_when_the_run_begins(
-    tmp_path: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_server_that_is_away_when_the_run_begins(tmp_path, cache, monkeypatch, caplog):
     loggers = {"far": ConnectionRefusedError("nobody listens"), "csv": MetricsCSV(tmp_path)}
     train_with(tmp_path, cache, monkeypatch, loggers)
     (record,) = [r for r in caplog.records if r.name.startswith("mtp_lightning.loggers")]
@@ -136,16 +123,12 @@ def test_a_server_that_is_away_when_the_run_begins(
         (ModuleNotFoundError("No module named 'comet_ml'"), "logger.far needs .*comet_ml"),
     ],
 )
-def test_what_the_user_can_mend_ends_the_run(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
-) -> None:
+def test_what_the_user_can_mend_ends_the_run(tmp_path, cache, monkeypatch, error, words):
     with pytest.raises(ValueError, match=words):
         train_with(tmp_path, cache, monkeypatch, {"far": error})
 
 
-def test_lightnings_own_logger(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lightnings_own_logger(tmp_path, cache, monkeypatch):
     theirs = CSVLogger(str(tmp_path / "theirs"), name="", version="")
     train_with(tmp_path / "run", cache, monkeypatch, {"theirs": theirs})
     logged = (tmp_path / "theirs" / "metrics.csv").read_text()

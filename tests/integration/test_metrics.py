@@ -216,9 +216,7 @@ def test_a_window_without_room_is_told(bpe: Run, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_evaluate_repeats_it_in_the_runs_precision(
-    tmp_path: Path, cache: Path, precision: str
-) -> None:
+def test_evaluate_repeats_it_in_the_runs_precision(tmp_path, cache, precision):
     more = {"trainer.precision": precision, "trainer.max_steps": 3, "data.document_mask": "true"}
     more["data.val_fraction"] = 0.3
     summary = train_here(tmp_path / "run", cache, more)

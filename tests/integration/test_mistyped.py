@@ -224,8 +224,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "row",
-    [pytest.param(r, id=r.typed, marks=[] if r.fast else pytest.mark.slow) for r in table()],
+    "row", [pytest.param(r, id=r.typed, marks=[] if r.fast else pytest.mark.slow) for r in table()]
 )
 def test_it_ends_in_one_sentence_at_once(row: Row, folder: Path, tmp_path: Path) -> None:
     before = written(folder)

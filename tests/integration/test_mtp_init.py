@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -39,9 +38,7 @@ def first_losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "switches", [{}, {"mtp.share_layers": "true", "mtp.concat": "hidden_first"}]
 )
-def test_first_losses_are_near_the_trunks_own(
-    trunk: Path, cache: Path, tmp_path: Path, switches: dict[str, Any]
-) -> None:
+def test_first_losses_are_near_the_trunks_own(trunk, cache, tmp_path, switches):
     settings = {**HEADS, **switches, "init_from": trunk}
     helpers.train_here(tmp_path / "last", cache, settings)
     own = helpers.column(tmp_path / "last", "val/loss_depth_0")[4]

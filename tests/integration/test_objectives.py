@@ -123,9 +123,7 @@ def test_a_model_that_says_how_sure_it_is(run: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "objective"), [("sequential", "kl"), ("parallel", "kl"), ("sequential", "e2e_tv")]
 )
-def test_a_match_of_compute_counts_the_teacher(
-    tmp_path: Path, cache: Path, variant: str, objective: str
-) -> None:
+def test_a_match_of_compute_counts_the_teacher(tmp_path, cache, variant, objective):
     common = {"mtp": variant, "compare.match": "flops", "trainer.max_steps": 30}
     common |= {"trainer.val_check_interval": 30}
     found = {}

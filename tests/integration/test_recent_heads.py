@@ -31,9 +31,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_resumed_is_uninterrupted_and_drafts_are_lossless(
-    tmp_path: Path, cache: Path, head: str
-) -> None:
+def test_resumed_is_uninterrupted_and_drafts_are_lossless(tmp_path, cache, head):
     settings = HEADS[head] | SETTINGS
     summary = train_here(tmp_path / "whole", cache, settings)
     resume_from_previous(tmp_path / "whole", tmp_path / "parts", cache, settings)

@@ -150,9 +150,7 @@ def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, short:
     assert_same_run(tmp_path, short)
 
 
-def test_a_finished_run_started_again_trains_no_more(
-    tmp_path: Path, cache: Path, copied: Path
-) -> None:
+def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
     first = summary_of(tmp_path)
     before = rows(tmp_path)
     again = train_here(tmp_path, cache)
@@ -219,9 +217,7 @@ def signals() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("signals")
-def test_a_signal_after_the_step_was_logged(
-    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_after_the_step_was_logged(tmp_path, cache, short, monkeypatch):
     """Too late to be saved with its step: it waits for the next one, and nothing that was saved is
     wrong."""
     from mtp_lightning.loggers.csv import MetricsCSV
@@ -244,9 +240,7 @@ def test_a_signal_after_the_step_was_logged(
 
 
 @pytest.mark.usefixtures("signals")
-def test_sigterm_in_a_step_that_is_validated(
-    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_in_a_step_that_is_validated(tmp_path, cache, short, monkeypatch):
     """Lightning would leave its validation out, and the resumed run would miss it."""
     step_of = MTPModule.training_step
 
@@ -262,9 +256,7 @@ def test_sigterm_in_a_step_that_is_validated(
     assert_same_run(tmp_path, short)
 
 
-def test_interrupt_in_the_validation_behind_the_last_step(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_in_the_validation_behind_the_last_step(tmp_path, cache, monkeypatch):
     def interrupted(self: MTPModule, *_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -275,9 +267,7 @@ def test_interrupt_in_the_validation_behind_the_last_step(
     assert train_here(tmp_path, cache, short)["step"] == 4
 
 
-def test_killed_right_behind_a_save(
-    tmp_path: Path, cache: Path, short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_right_behind_a_save(tmp_path, cache, short, monkeypatch):
     """At the end of an epoch. The run continues after the saved step, so its row must be there."""
     from mtp_lightning.callbacks.checkpoints import Checkpoints
 
@@ -307,9 +297,7 @@ def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int)
 
 
 @pytest.mark.slow
-def test_another_number_of_threads_is_said(
-    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_number_of_threads_is_said(tmp_path, cache, caplog):
     train_here(tmp_path, cache, {"trainer.max_steps": 1})
     assert checkpoint(tmp_path)["threads"] == 1
     train_here(tmp_path, cache, {"trainer.max_steps": 2})
@@ -323,9 +311,7 @@ def test_another_number_of_threads_is_said(
     assert checkpoint(tmp_path)["threads"] == 2
 
 
-def test_other_kernels_are_said(
-    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_kernels_are_said(tmp_path, cache, caplog, monkeypatch):
     """A run that began with the layers' C++ code, and one that began without."""
     monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
     train_here(tmp_path, cache, {"trainer.max_steps": 1})

@@ -116,9 +116,7 @@ def end_one(
     ],
     ids=["fsdp", "torchrun-ddp", "ddp", "fsdp-in-parts"],
 )
-def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
-    tmp_path: Path, cache: Path, how: How, strategy: dict[str, Any], times: int
-) -> None:
+def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(tmp_path, cache, how, strategy, times):
     """At any moment, validations and saves among them, to any process; a single signal goes to the
     second process, which nobody waits for. The run equals one that was not asked to end."""
     draw = random.Random(str(strategy))
@@ -167,9 +165,7 @@ def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> No
         pytest.param(standalone, 1, marks=pytest.mark.long),
     ],
 )
-def test_one_that_dies_takes_the_others_along(
-    tmp_path: Path, cache: Path, how: How, victim: int
-) -> None:
+def test_one_that_dies_takes_the_others_along(tmp_path, cache, how, victim):
     process = start(how(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
     end_one(process, how, signal.SIGKILL, victim=victim, run=tmp_path / "run", step=20)
 
@@ -187,9 +183,7 @@ def _wait_for_child(process: subprocess.Popen[bytes]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
-def test_one_that_dies_before_they_have_met_is_told_of(
-    tmp_path: Path, cache: Path, strategy: str
-) -> None:
+def test_one_that_dies_before_they_have_met_is_told_of(tmp_path, cache, strategy):
     run = tmp_path / "run"
     settings = LONG | DDP | {"trainer.strategy": strategy}
     process = start(lightning(cache, settings, run), tmp_path / "log")
@@ -215,9 +209,7 @@ def test_a_child_ends_with_its_parent_before_they_have_met(tmp_path: Path, cache
 @pytest.mark.parametrize(
     "until", [pytest.param("it is asked", marks=pytest.mark.long), "the group is made"]
 )
-def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(
-    tmp_path: Path, cache: Path, until: str
-) -> None:
+def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(tmp_path, cache, until):
     """Nobody has started both; the second is played here, up to a moment, and then shows nothing
     of itself, as one that was killed."""
     port, run = 20000 + os.getpid() % 20000, tmp_path / "run"
@@ -242,9 +234,7 @@ def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
-def test_a_sweep_that_stops_lets_all_processes_save(
-    tmp_path: Path, cache: Path, strategy: str
-) -> None:
+def test_a_sweep_that_stops_lets_all_processes_save(tmp_path, cache, strategy):
     settings = LONG | DDP | {"trainer.strategy": strategy}
     settings["callbacks.checkpoints.every_n_steps"] = 4000
     run = tmp_path / "run"

@@ -201,9 +201,7 @@ def start(folder: Path, case: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STARTED)
-def test_two_processes_start_from_a_run_as_one_does(
-    tmp_path: Path, cache: Path, started: Path, case: str
-) -> None:
+def test_two_processes_start_from_a_run_as_one_does(tmp_path, cache, started, case):
     train_here(tmp_path / "one", cache, COMMON | STARTED[case] | ALONE | start(started, case))
     assert_same_run(started / case, tmp_path / "one")
     begun = weights(started / ("one_module" if case == "all_kept" else "none"))

@@ -69,9 +69,7 @@ def solved(once: Once, cache: Path) -> Path:
     return once("solved", lambda folder: train_here(folder, cache, EASY))
 
 
-def test_it_stops_is_finished_and_says_what_it_took(
-    tmp_path: Path, cache: Path, solved: Path
-) -> None:
+def test_it_stops_is_finished_and_says_what_it_took(tmp_path, cache, solved):
     shutil.copytree(solved, tmp_path, dirs_exist_ok=True)
     summary = summary_of(tmp_path)
     step = summary["step"]
@@ -98,9 +96,7 @@ def test_it_stops_is_finished_and_says_what_it_took(
     assert more["step"] > step and more["solved"]
 
 
-def test_it_survives_an_interruption_between_the_two(
-    tmp_path: Path, cache: Path, solved: Path
-) -> None:
+def test_it_survives_an_interruption_between_the_two(tmp_path, cache, solved):
     summary, again = summary_of(solved), tmp_path / "again"
     as_it_was_before(solved, again)
     resumed = train_here(again, cache, EASY)
@@ -119,9 +115,7 @@ def test_what_is_never_solved_is_null(tmp_path: Path, cache: Path) -> None:
     assert wait_of(read_run(tmp_path), 0.95) == Wait(10, False)
 
 
-def test_a_validation_behind_the_last_step_counts(
-    tmp_path: Path, cache: Path, solved: Path
-) -> None:
+def test_a_validation_behind_the_last_step_counts(tmp_path, cache, solved):
     """That at the end of training, where the interval does not divide it."""
     step = summary_of(solved)["step"]
     late = {
@@ -137,9 +131,7 @@ def test_a_validation_behind_the_last_step_counts(
     assert rights(tmp_path / "late") == found and said(again) == said(summary)
 
 
-def test_without_the_callback_the_time_is_told_all_the_same(
-    tmp_path: Path, cache: Path, finished: Path
-) -> None:
+def test_without_the_callback_the_time_is_told_all_the_same(tmp_path, cache, finished):
     plain = {"callbacks": None, "trainer.max_steps": 25}
     summary = train_here(tmp_path, cache, EASY | plain)
     first = min(s for s, right in rights(tmp_path).items() if right > 0.95)

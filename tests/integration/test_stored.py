@@ -302,9 +302,7 @@ OVERRIDDEN = [
 
 @pytest.mark.parametrize("override", OVERRIDDEN)
 @pytest.mark.parametrize("place", ["overrides", "run.options"])
-def test_overrides_of_a_plan_set_what_is_computed(
-    override: str, place: str, tmp_path: Path
-) -> None:
+def test_overrides_of_a_plan_set_what_is_computed(override, place, tmp_path):
     (folder := tmp_path / "sweep").mkdir()
     with pytest.raises(ValueError, match="sweep.json") as error:
         of_sweep(place, tmp_path, [override], folder)

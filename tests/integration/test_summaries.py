@@ -124,9 +124,7 @@ def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_decodes_plainly_and_is_exported_alone(
-    tmp_path: Path, run: Path, head: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_decodes_plainly_and_is_exported_alone(tmp_path, run, head, capsys):
     given = [f"checkpoint={run}", "prompt=abc", "max_new_tokens=5", "accelerator=cpu"]
     (generation,) = generate_text(composed("generate", given))
     assert generation.new_tokens >= 1
@@ -182,9 +180,7 @@ def test_it_can_be_compared(tmp_path: Path, cache: Path, head: str, match: str) 
     assert abs(summary["compare"]["remaining"]) < (0.6 if match == "parameters" else 0.1)
 
 
-def test_an_objective_of_depths_that_predict_a_token_is_refused(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_an_objective_of_depths_that_predict_a_token_is_refused(tmp_path, cache):
     own = {"objective._target_": "tests.integration.test_summaries.Squared"}
     with pytest.raises(ValueError, match="objective=squared .* mtp=top has its own loss"):
         train_here(tmp_path / "run", cache, text("top") | own)

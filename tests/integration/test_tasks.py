@@ -136,9 +136,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_starts_from_and_is_evaluated_on_another_size(
-    tmp_path: Path, cache: Path, copying: Path
-) -> None:
+def test_starts_from_and_is_evaluated_on_another_size(tmp_path, cache, copying):
     longer = {"data.task.periods": 6, "init_from": copying}
     summary = train_here(tmp_path / "longer", cache, TASK | longer)
     assert "val/exact_match" in summary
@@ -157,18 +155,14 @@ def test_a_text_model_is_given_no_task(finished: Path) -> None:
         evaluated(finished, "data=star_graph")
 
 
-def test_long_range_says_that_it_does_not_apply(
-    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_range_says_that_it_does_not_apply(tmp_path, cache, caplog):
     summary = train_here(tmp_path, cache, TASK | {"callbacks": "long_range"})
     assert caplog.text.count("needs text in bytes") == 1
     assert not any("loss_position" in tag for tag in summary)
 
 
 @pytest.mark.slow
-def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
-    tmp_path: Path, cache: Path, copying: Path
-) -> None:
+def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(tmp_path, cache, copying):
     refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}), code=1)
     assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
     program = command(tmp_path, cache, app="generate.py")[:2]

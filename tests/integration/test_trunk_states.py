@@ -96,8 +96,6 @@ def test_they_are_made_once_and_a_run_goes_on_with_them(trunk: Path, tmp_path: P
         ({"mtp": "none", "mtp.depth": None, "mtp.freeze_trunk": None}, "trains its trunk"),
     ],
 )
-def test_a_trunk_that_moves_is_refused(
-    trunk: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_trunk_that_moves_is_refused(trunk, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         helpers.train_here(tmp_path / "run", tmp_path / "cache", heads(trunk, **CACHED, **changes))

@@ -120,9 +120,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_before_any_job_starts(
-    tmp_path: Path, cache: Path, case: str
-) -> None:
+def test_what_is_wrong_is_said_before_any_job_starts(tmp_path, cache, case):
     settings, more, told = WRONG[case]
     args = command(tmp_path / "sweep", cache, settings, *more)
     assert told in execute(args, tmp_path, code=1).stderr
@@ -135,9 +133,7 @@ def test_what_is_wrong_is_said_before_any_job_starts(
     "strategy",
     [pytest.param("auto", marks=pytest.mark.slow), pytest.param("ddp", marks=pytest.mark.long)],
 )
-def test_a_second_one_is_refused_and_ctrl_c_ends_the_first(
-    tmp_path: Path, cache: Path, strategy: str
-) -> None:
+def test_a_second_one_is_refused_and_ctrl_c_ends_the_first(tmp_path, cache, strategy):
     folder = tmp_path / "sweep"
     settings = {
         "seed": "0,1,2",

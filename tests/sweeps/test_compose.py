@@ -108,9 +108,7 @@ def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
 
 
 @pytest.mark.parametrize(("match", "steps"), [("none", 7), ("parameters", 7), ("flops", None)])
-def test_steps_that_the_run_chooses_are_unknown(
-    sweep: Sweep, match: str, steps: int | None
-) -> None:
+def test_steps_that_the_run_chooses_are_unknown(sweep, match, steps):
     job = settled(sweep, "trainer.max_steps=7", f"compare.match={match}")
     assert known_steps(job) == steps
 

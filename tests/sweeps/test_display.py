@@ -74,9 +74,7 @@ def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, 0:00"
 
 
-def test_a_status_that_cannot_be_read_stops_no_display(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_status_that_cannot_be_read_stops_no_display(tmp_path, capsys):
     with Lines(1) as lines:
         lines.ended(Job(folder=tmp_path / "a", overrides=(), command=()))
     assert capsys.readouterr().out == "pending a (1 of 1)\n"

@@ -69,9 +69,7 @@ def test_a_job_on_the_cpu_takes_no_gpu_of_a_mixed_sweep() -> None:
         (20, "auto", 1, 20, 1),
     ],
 )
-def test_cores_are_divided(
-    n_jobs: int | None, given: int | str | None, processes: int, at_once: int, threads: int
-) -> None:
+def test_cores_are_divided(n_jobs, given, processes, at_once, threads):
     queue = DeviceQueue(n_jobs=n_jobs, threads=given)
     taken = [queue.take(processes) for _ in range(at_once)]
     assert queue.take(processes) is None
@@ -134,9 +132,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("case", GROUPS)
-def test_the_quota_of_control_groups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_the_quota_of_control_groups(tmp_path, monkeypatch, case):
     files, quota = GROUPS[case]
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -261,9 +257,7 @@ def test_what_a_process_takes_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("free", "at_once"), [(0.5, 1), (2.5, 2), (10, 4)])
-def test_a_pool_starts_no_more_than_memory_holds(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], free: float, at_once: int
-) -> None:
+def test_a_pool_starts_no_more_than_memory_holds(machine, tmp_path, capsys, free, at_once):
     machine.free(free)
     script = "date +%s%N > a; sleep 0.4; date +%s%N > b; echo '{}' > summary.json"
     jobs = []

@@ -35,9 +35,7 @@ def job(folder: Path, program: str, **values: Any) -> Job:
 
 def pool(total: int, *, n_jobs: int = 2, grace_seconds: float = 120.0, **queue: Any) -> Pool:
     return Pool(
-        queue=DeviceQueue(n_jobs=n_jobs, **queue),
-        display=Lines(total),
-        grace_seconds=grace_seconds,
+        queue=DeviceQueue(n_jobs=n_jobs, **queue), display=Lines(total), grace_seconds=grace_seconds
     )
 
 
@@ -57,9 +55,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_what_becomes_of_one_job_touches_no_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_becomes_of_one_job_touches_no_other(tmp_path, capsys):
     jobs = [
         job(tmp_path / "good", f"sleep 0.3; {DONE}"),
         job(tmp_path / "error", "echo 'error: a bad value' >&2; exit 1"),
@@ -183,9 +179,7 @@ def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], lis
     ("kind", "signum"),
     [("saving", signal.SIGINT), ("deaf", signal.SIGTERM), ("two", signal.SIGINT)],
 )
-def test_interrupt_ends_the_jobs_and_says_so(
-    tmp_path: Path, kind: str, signum: signal.Signals
-) -> None:
+def test_interrupt_ends_the_jobs_and_says_so(tmp_path, kind, signum):
     process, pids = start_sweep(tmp_path, kind)
     process.send_signal(signum)
     assert process.wait(120) != 0
@@ -224,9 +218,7 @@ def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", ["since", "before", "not"])
-def test_what_ended_while_its_sweep_was_dead_is_not_run_again(
-    tmp_path: Path, finished: str
-) -> None:
+def test_what_ended_while_its_sweep_was_dead_is_not_run_again(tmp_path, finished):
     one = job(tmp_path / "a", f"echo x >> begun; {DONE}")
     write_status(one.folder, one.overrides, "running")
     if finished != "not":
@@ -248,9 +240,7 @@ def test_what_no_device_can_run_is_refused_before_a_job_starts(tmp_path: Path) -
     assert read_status(wide.folder) is read_status(far.folder) is None
 
 
-def test_jobs_on_the_cpu_run_beside_jobs_on_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_on_the_cpu_run_beside_jobs_on_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     wide = job(tmp_path / "wide", DONE, processes=2, on_cpu=True)
     other = job(tmp_path / "other", DONE)

@@ -8,7 +8,6 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -178,9 +177,7 @@ def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
     assert states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
 
 
-def test_a_running_job_whose_process_is_gone_is_interrupted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_running_job_whose_process_is_gone_is_interrupted(tmp_path, capsys):
     write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]}, ["seed"])
     for name in "ab":
         folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
@@ -235,9 +232,7 @@ def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
         (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, however it is typed
     ],
 )
-def test_what_changes_nothing_is_no_setting(
-    tmp_path: Path, one: dict[str, Any], other: dict[str, Any]
-) -> None:
+def test_what_changes_nothing_is_no_setting(tmp_path, one, other):
     write_run(tmp_path / "a", one)
     write_run(tmp_path / "b", {**other, "seed": 1})
     (setting,) = collected(tmp_path).all

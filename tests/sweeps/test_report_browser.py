@@ -92,9 +92,7 @@ def test_the_keyboard_sorts_too(browser: Browser, page: Path) -> None:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_reads(
-    browser: Browser, page: Path, tmp_path: Path, width: int, dark: bool
-) -> None:
+def test_the_page_reads(browser, page, tmp_path, width, dark):
     browser.events.clear()
     browser.show(width=width, dark=dark)
     browser.open(page)

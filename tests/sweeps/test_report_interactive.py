@@ -78,9 +78,7 @@ def test_legends_are_switches_of_all_figures(page: str) -> None:
             assert f'id="{name}-series-{number}-' in page
 
 
-def test_configs_are_compared(
-    data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_configs_are_compared(data, tmp_path, capsys):
     assert all(
         set(c) <= {"mtp.depth", "data.depth", "seed", "data.seed"} for c in data["configs"].values()
     )

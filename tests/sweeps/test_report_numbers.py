@@ -51,9 +51,7 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
         ((0.9,), "verify pass: no gain.\n"),
     ],
 )
-def test_a_speed_is_judged_by_its_interval(
-    tmp_path: Path, speeds: tuple[float, ...], told: str
-) -> None:
+def test_a_speed_is_judged_by_its_interval(tmp_path, speeds, told):
     for seed, speed in enumerate(speeds):
         decoded = {"decode/tokens_per_step": 1.5, "decode/speedup": speed}
         write_run(tmp_path / str(seed), {"seed": seed, "mtp.depth": 1}, summary=decoded)

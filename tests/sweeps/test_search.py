@@ -12,11 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from optuna.distributions import (
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mtp_lightning.run.metrics import MetricsFile, read_metrics
 from mtp_lightning.run.status import read_status
@@ -77,9 +73,7 @@ def test_fixed_paths_are_taken_as_they_are_typed(tmp_path: Path, fake_runs: None
     assert "data.paths='文本 (1)'" in job["overrides"]
 
 
-def test_finds_the_better_half(
-    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finds_the_better_half(tmp_path, fake_runs, capsys):
     folder = tmp_path / "search"
     assert run(folder, "--trials", "9", "--no-pruning") == 0
     trials = study(folder).trials
@@ -151,9 +145,7 @@ def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> Non
         assert not (folder_of / "summary.json").exists()
 
 
-def test_goes_on_with_what_was_cut_off(
-    tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_goes_on_with_what_was_cut_off(tmp_path, fake_runs, monkeypatch):
     folder = tmp_path / "search"
     begun: set[Path] = set()
 
@@ -185,9 +177,7 @@ def test_goes_on_with_what_was_cut_off(
     assert len(set(values)) == 6, "the sampler began again with its first proposals"
 
 
-def test_a_trial_that_was_cut_off_before_it_had_values_fails(
-    tmp_path: Path, fake_runs: None
-) -> None:
+def test_a_trial_that_was_cut_off_before_it_had_values_fails(tmp_path, fake_runs):
     folder = tmp_path / "search"
     assert run(folder, "--trials", "1") == 0
     study(folder).ask()
@@ -195,9 +185,7 @@ def test_a_trial_that_was_cut_off_before_it_had_values_fails(
     assert [t.state.name for t in study(folder).trials] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
-def test_the_same_values_are_run_once(
-    tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_values_are_run_once(tmp_path, fake_runs, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
     folder = tmp_path / "search"
     assert run(folder, "optimizer.lr=0.01", "--trials", "5") == 0
@@ -206,9 +194,7 @@ def test_the_same_values_are_run_once(
     assert len([t for t in study(folder).trials if t.state.name == "COMPLETE"]) == 5
 
 
-def test_values_whose_trial_was_pruned_are_pruned_again(
-    tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_whose_trial_was_pruned_are_pruned_again(tmp_path, fake_runs, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
     folder = tmp_path / "search"
     assert run(folder, "optimizer.lr=0.01", "--trials", "1") == 0
@@ -231,9 +217,7 @@ def test_values_whose_trial_was_pruned_are_pruned_again(
 
 
 @pytest.mark.parametrize("fixed", ["seed=13", "mtp_lambda=nan"])
-def test_failures_are_told(
-    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], fixed: str
-) -> None:
+def test_failures_are_told(tmp_path, fake_runs, capsys, fixed):
     assert run(tmp_path / "search", fixed, "--trials", "2") == 1
     printed = capsys.readouterr().out
     assert "2 trials: 0 complete, 0 pruned, 2 failed" in printed
@@ -254,9 +238,7 @@ def test_a_moved_folder_keeps_its_search(tmp_path: Path, fake_runs: None) -> Non
     assert run(tmp_path / "moved", "seed=1", "--trials", "3") == 1, "it is another search"
 
 
-def test_another_search_in_the_folder_is_refused(
-    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_search_in_the_folder_is_refused(tmp_path, fake_runs, capsys):
     folder = tmp_path / "search"
     run(folder, "--trials", "1")
     error = fails(capsys, lambda: run(folder, "seed=1", "--trials", "2"))
@@ -279,29 +261,20 @@ def test_another_search_in_the_folder_is_refused(
         ("model.d_ff=interval(1,2", "neither an override nor a range"),
     ],
 )
-def test_bad_ranges_are_told_before_any_trial(
-    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], argument: str, told: str
-) -> None:
+def test_bad_ranges_are_told_before_any_trial(tmp_path, fake_runs, capsys, argument, told):
     error = fails(capsys, lambda: run(tmp_path / "search", argument, "--trials", "2"))
     assert error.startswith("error: ") and told in error
     assert list(tmp_path.glob("search/*/job.log")) == []
 
 
-def test_a_search_on_several_machines_is_refused_before_any_trial(
-    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_search_on_several_machines_is_refused_before_any_trial(tmp_path, fake_runs, capsys):
     wide = ["trainer.num_nodes=2", "trainer.strategy=ddp", "--trials", "2"]
     error = fails(capsys, lambda: run(tmp_path / "search", *wide))
     assert "num_nodes=2 in a sweep takes hydra/launcher=slurm" in error
     assert run(tmp_path / "search", "--trials", "1") == 0, "the folder holds no search yet"
 
 
-def test_a_search_on_the_cpu_leaves_gpus_alone(
-    tmp_path: Path,
-    fake_runs: None,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_search_on_the_cpu_leaves_gpus_alone(tmp_path, fake_runs, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     wide = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
     assert run(tmp_path / "search", *wide, "--trials", "1") == 0

@@ -38,9 +38,7 @@ def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> 
     ]  # fmt: skip
 
 
-def test_jobs_fail_alone_and_train_with_the_processes_asked_for(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_jobs_fail_alone_and_train_with_the_processes_asked_for(tmp_path, cache):
     folder = tmp_path / "sweep"
     settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp", "seed": "-1,0"}
     done = execute(command(folder, cache, settings), tmp_path, code=1)

@@ -70,9 +70,7 @@ def test_the_clusters_limit_is_asked_for(slurm: Path) -> None:
     assert max_array_size() == 1001
 
 
-def test_the_queue_is_asked_at_most_every_fifteen_seconds(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_queue_is_asked_at_most_every_fifteen_seconds(tmp_path, slurm, monkeypatch):
     asked = tmp_path / "asked"
     program(slurm, "squeue", f"echo x >> {asked}; echo 5_0")
     one, two = jobs_of(tmp_path, 2)
@@ -112,9 +110,7 @@ class Executor:
         return SimpleNamespace(job_id=f"{len(self.asked)}_{n}")
 
 
-def test_a_thousand_and_more_jobs_are_submitted_in_parts(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_thousand_and_more_jobs_are_submitted_in_parts(tmp_path, slurm, monkeypatch):
     program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
     program(slurm, "squeue", "exit 0")
     fake = SimpleNamespace(SlurmExecutor=Executor, __spec__="found")
@@ -133,9 +129,7 @@ def test_a_thousand_and_more_jobs_are_submitted_in_parts(
     assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
 
 
-def test_jobs_that_say_how_they_ended_are_not_waited_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_jobs_that_say_how_they_ended_are_not_waited_for(tmp_path, capsys):
     """Nor is a failure of an earlier start taken for one of this."""
     jobs = jobs_of(tmp_path, 3)
     write_status(jobs[0].folder, (), "failed", reason="before")
@@ -160,9 +154,7 @@ def test_jobs_that_say_how_they_ended_are_not_waited_for(
     assert len(ended) == 3
 
 
-def test_torchrun_on_each_machine(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrun_on_each_machine(tmp_path, slurm, monkeypatch):
     program(slurm, "scontrol", 'test "$3" = "n[1-2]" && printf "n1\\nn2\\n"')
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     monkeypatch.setenv("SLURM_JOB_ID", "1234567")

@@ -340,9 +340,7 @@ def test_beating_keeps_it_and_letting_go_frees_it_at_once(tmp_path: Path) -> Non
     assert b.free(b.look()["job"]) and b.take("job", b.look()["job"])
 
 
-def test_only_the_file_servers_clock_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_file_servers_clock_counts(tmp_path, monkeypatch):
     a, b = at(tmp_path, "a"), at(tmp_path, "b")
     assert a.take("job", None)
     monkeypatch.setattr(time, "time", lambda: 4e9)  # a machine whose clock is wrong

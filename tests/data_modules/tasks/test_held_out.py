@@ -97,9 +97,7 @@ def expected(task: Task, examples: list[Example], training: list[Example]) -> di
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_validation_asks_nothing_that_training_has_answered(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_asks_nothing_that_training_has_answered(name, monkeypatch):
     """Or the share is logged, with the best of the strategies that do not know the task."""
     monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 400)
     task = configured(name)

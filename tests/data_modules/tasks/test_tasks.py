@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from zlib import crc32
 
@@ -301,9 +300,7 @@ def test_chance_is_what_guessing_reaches() -> None:
         (lambda: Sibling(hash=-1), ["data.task.hash must be", "at least 0, not -1."]),
     ],
 )
-def test_options_that_do_not_fit_are_one_sentence(
-    make: Callable[[], Task], told: list[str]
-) -> None:
+def test_options_that_do_not_fit_are_one_sentence(make, told):
     with pytest.raises(ValueError) as refused:
         make()
     assert all(words in str(refused.value) for words in told) and "\n" not in str(refused.value)

@@ -34,9 +34,7 @@ def same(a: WindowBatch, b: WindowBatch) -> bool:
 @pytest.mark.parametrize("depth", [0, 1, 4])
 @pytest.mark.parametrize("per_window", [1, 3])
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_targets_against_a_loop(
-    task: Task, per_window: int, depth: int, train_prompt: bool
-) -> None:
+def test_targets_against_a_loop(task, per_window, depth, train_prompt):
     seq_len = per_window * task.longest - 1 + (per_window > 1)
     data = module(task, seq_len=seq_len, depth=depth, train_prompt=train_prompt)
     windows = data.train_dataloader().dataset
@@ -91,9 +89,7 @@ def test_a_packed_example_sees_itself_alone() -> None:
 
 @pytest.mark.parametrize("examples", [None, 50])
 @pytest.mark.parametrize("task", TASKS, ids=repr)
-def test_ranks_and_workers_read_the_same(
-    monkeypatch: pytest.MonkeyPatch, task: Task, examples: int | None
-) -> None:
+def test_ranks_and_workers_read_the_same(monkeypatch, task, examples):
     def first(n: int, **options: Any) -> list[WindowBatch]:
         batches = iter(module(task, examples=examples, seed=3, **options).train_dataloader())
         return [next(batches) for _ in range(n)]

@@ -24,9 +24,7 @@ def states(runs: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_claim_is_run_interrupted_continued_and_judged(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path, cache, capsys):
     claims, runs, results = (tmp_path / name for name in ("claims", "runs", "results"))
 
     def told(*arguments: object) -> str:

@@ -129,9 +129,7 @@ def test_a_share_alone(tmp_path: Path, solved: int, verdict: str) -> None:
 
 @pytest.mark.parametrize("count", range(9))
 @pytest.mark.parametrize("by", [0.05, 0.3, 0.5, 0.85])
-def test_the_binomials_p_agrees_with_clopper_and_pearson(
-    tmp_path: Path, count: int, by: float
-) -> None:
+def test_the_binomials_p_agrees_with_clopper_and_pearson(tmp_path, count, by):
     claim = solving(tmp_path, against=None, side="below", by=by)
     found = one(claim, {"plain": rights(0), "mtp": rights(count)})
     for level in (0.8, 0.95, 0.99):

@@ -78,9 +78,7 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     assert left.hours == 8 and left.sources == "8 measured elsewhere"
 
 
-def test_an_arm_without_a_finished_seed_costs_its_flops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path, monkeypatch):
     monkeypatch.setattr("sweeps.claims.hours.flops_of", lambda job: 3e12)
     claim = claim_of(tmp_path, shared=SMALL, minutes=600, seeds=[0, 4], minimum=2)
     results = {"mine": finished(claim, {"plain": {0: (100.0, HERE)}})}
@@ -159,9 +157,7 @@ def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
     assert plan(0.4, 2) == {}
 
 
-def test_the_command_prints_costs_a_plan_and_what_to_type(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_prints_costs_a_plan_and_what_to_type(tmp_path, capsys, monkeypatch):
     claims = tmp_path / "claims"
     claim = claim_of(claims, shared=SMALL)
     took = {arm: {0: (60.0, HERE)} for arm in claim.arms}

@@ -50,9 +50,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("action", ["run", "replicate", "weights"])
-def test_a_prediction_in_no_commit_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
-) -> None:
+def test_a_prediction_in_no_commit_is_refused(tmp_path, capsys, action):
     write_claim(tmp_path / "claims")
     where = ["--claims", tmp_path / "claims", "--runs", tmp_path / "runs"]
     assert run(action, "mine", *where) == 1
@@ -61,9 +59,7 @@ def test_a_prediction_in_no_commit_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_verdict_of_a_trial_says_so_everywhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_verdict_of_a_trial_says_so_everywhere(tmp_path, capsys):
     claims, runs = tmp_path / "claims", tmp_path / "runs"
     write_claim(claims)
     where = ["--claims", claims, "--runs", runs, "--root", root(tmp_path)]
@@ -100,9 +96,7 @@ def test_a_result_from_before_trials_were_told_apart_says_so_too(tmp_path: Path)
     assert state(claim, result) == f"holds ({TRIAL})"
 
 
-def test_what_came_out_of_ones_own_claims_lies_beside_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_came_out_of_ones_own_claims_lies_beside_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_claim(tmp_path / "our claims")
     predicted = commit(tmp_path)

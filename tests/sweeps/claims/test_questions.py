@@ -59,9 +59,7 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
     assert answers([(claim, {**result(claim, found), "digest": "other"})], tmp_path) == ""
 
 
-def test_nothing_is_said_without_numbers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_said_without_numbers(tmp_path, capsys):
     assert answers([(claim_of(tmp_path), None)], tmp_path) == ""
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sweeps.claims.__main__.block", lambda *_, **_options: "\n")

@@ -134,9 +134,7 @@ def test_the_claims_that_there_are(name: str) -> None:
         assert not re.search(r"[=/]\S|\w_\w", said), f"{said} has a raw key"
 
 
-def test_classes_of_other_packages_are_allowed_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_classes_of_other_packages_are_allowed_by_name(tmp_path, capsys):
     arms = {"plain": ["mtp=none"], "mtp": [f"mtp._target_={write_claim.__module__}._NoAlias"]}
     write_claim(tmp_path, arms=arms)
     with pytest.raises(UserError, match="--allow tests"):

@@ -150,9 +150,7 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"measure": SOLVED}, {"measure": {"tag": "val/loss"}}])
-def test_an_arm_of_which_something_else_was_measured_is_not(
-    tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_an_arm_of_which_something_else_was_measured_is_not(tmp_path, changes):
     claim = claim_of(tmp_path)
     of_another(claim, tmp_path / "runs", tmp_path, **changes)
     assert shared_runs(claim, read_results(tmp_path / "results").values()) == {}

@@ -117,9 +117,7 @@ def test_solving_is_read_of_runs(tmp_path: Path) -> None:
     assert entry["verdict"] == "undecided", "two seeds against two"
 
 
-def test_a_result_whose_claim_was_changed_is_stale(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_result_whose_claim_was_changed_is_stale(tmp_path, capsys):
     claims, runs = tmp_path / "claims", tmp_path / "runs"
     runs.mkdir()
     claim = claim_of(claims)
@@ -227,9 +225,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_installed_copy_keeps_results_where_it_is_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_installed_copy_keeps_results_where_it_is_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
     shutil.copy(ROOT / "results" / "lambda.json", tmp_path / "results")
     monkeypatch.setattr("sweeps.claims.__main__.ROOT", tmp_path / "site-packages")
@@ -242,10 +238,7 @@ def test_an_installed_copy_keeps_results_where_it_is_run(
 
 def test_figures_by_measure(tmp_path: Path) -> None:
     own = {"tag": "decode/tokens_per_step"}
-    more = [
-        predict("mtp", "within", 0.1, against="plain"),
-        predict("mtp", "above", 1, measure=own),
-    ]
+    more = [predict("mtp", "within", 0.1, against="plain"), predict("mtp", "above", 1, measure=own)]
     claim = claim_of(tmp_path, predictions=more)
     result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
     assert [f.name for f in write_figures(result, "mine", tmp_path)] == ["mine.svg"]
