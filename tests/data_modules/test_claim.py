@@ -100,8 +100,10 @@ def killed(tmp_path: Path) -> Path:
 
 def test_a_killed_builder_of_this_machine_is_not_waited_for(tmp_path, killed, monkeypatch):
     monkeypatch.setattr(claim, "SILENCE", 1e9)
+    assert (killed / "half").exists()
     build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert {path.name for path in (tmp_path / "target").iterdir()} == {"whole", "digests.json"}
 
 
 @pytest.mark.parametrize("why", ["elsewhere", "no locks"])

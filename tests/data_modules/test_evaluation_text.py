@@ -31,12 +31,8 @@ def documents_of(data: TokenDataModule) -> list[str]:
     """The evaluated documents, read back from the windows' targets."""
     ids = [i for b in data.val_dataloader() for i in b.targets(0)[b.valid(0)].tolist()]
     at = [i for i, token in enumerate(ids) if token == data.tokenizer.eot_id]
-    starts = [0, *(i + 1 for i in at)]
-    return [
-        data.tokenizer.decode(ids[a:b])
-        for a, b in zip(starts, [*at, len(ids)], strict=True)
-        if a < b
-    ]
+    ends = zip([0, *(i + 1 for i in at)], [*at, len(ids)], strict=True)
+    return [data.tokenizer.decode(ids[a:b]) for a, b in ends if a < b]
 
 
 def test_chosen_by_bytes_whole_and_in_the_order_of_their_digests(tmp_path):
@@ -109,12 +105,8 @@ def test_of_a_long_document_only_the_pieces_up_to_the_number(tmp_path):
     whole = next(module(tmp_path, source, eval_bytes="all").split.documents("val"))
     assert len(whole) > 150_000
     cuts = [piece for piece, _ in pieces(whole)]
-    for n_bytes, taken in (
-        (1, 1),
-        (len(cuts[0]) + 1, 2),
-        (len(whole), len(cuts)),
-        ("all", len(cuts)),
-    ):
+    every = len(cuts)
+    for n_bytes, taken in ((1, 1), (len(cuts[0]) + 1, 2), (len(whole), every), ("all", every)):
         for tokenizer in (ByteTokenizer(), *([BPETokenizer(300)] if taken == 2 else [])):
             data = module(tmp_path, source, tokenizer, eval_bytes=n_bytes)
             assert documents_of(data) == ["".join(cuts[:taken])]

@@ -18,32 +18,31 @@ def corpus(n: int = 40, length: int = 30) -> list[str]:
     return [f"{i:03d}:" + "abcdefghij"[i % 10] * (length - 4) for i in range(n)]
 
 
-def test_beginnings_first_and_each_on_its_documents_side() -> None:
-    split = DocumentSplit(Listed(corpus()), val_fraction=0.25)
-    sides = {name: list(split.documents(name)) for name in ("train", "val")}
-    counts = {"train": 5, "val": 3}
-    found = texts(take_prompts(split, ByteTokenizer(), counts=counts, length=8))
-    assert found == [(n, d[:8]) for n in ("train", "val") for d in sides[n][: counts[n]]]
+def taken(split: DocumentSplit, train: int, val: int, length: int) -> list[tuple[str, str]]:
+    """Prompts of either side: its name, and the text."""
+    counts = {"train": train, "val": val}
+    return texts(take_prompts(split, ByteTokenizer(), counts=counts, length=length))
 
 
-def test_then_what_follows_and_never_the_same_twice() -> None:
-    split = DocumentSplit(Listed(corpus()), val_fraction=0.25)
-    sides = {name: list(split.documents(name)) for name in ("train", "val")}
-    n = len(sides["val"])
-    counts = {"train": 1, "val": n + 2}
-    found = texts(take_prompts(split, ByteTokenizer(), counts=counts, length=8))[1:]
-    assert [t for _, t in found[:n]] == [d[:8] for d in sides["val"]]
+def split_of(documents: list[str]) -> DocumentSplit:
+    return DocumentSplit(Listed(documents), val_fraction=0.25)
+
+
+def test_beginnings_first_then_what_follows_and_never_the_same_twice() -> None:
+    split = split_of(corpus())
+    train, val = (list(split.documents(name)) for name in ("train", "val"))
+    n = len(val)
+    found = taken(split, 5, n + 2, 8)
+    assert found[: n + 5] == [("train", d[:8]) for d in train[:5]] + [("val", d[:8]) for d in val]
     # The further parts are one letter each: those of a document with the same one are passed over.
-    further = list(dict.fromkeys(d[8:16] for d in sides["val"]))
-    assert [t for _, t in found[n:]] == further[:2]
+    further = list(dict.fromkeys(d[8:16] for d in val))
+    assert [t for _, t in found[n + 5 :]] == further[:2]
 
 
 def test_a_prompt_that_stands_on_both_sides_is_taken_once() -> None:
     header = "# the same header of every file.\n"
     assert len(header) == 33
-    split = DocumentSplit(Listed([header[1:] + d for d in corpus()]), val_fraction=0.25)
-    counts = {"train": 10, "val": 4}
-    found = texts(take_prompts(split, ByteTokenizer(), counts=counts, length=16))
+    found = taken(split_of([header[1:] + d for d in corpus()]), 10, 4, 16)
     assert [n for n, _ in found] == ["train"] * 10 + ["val"] * 4
     prompts = [t for _, t in found]
     assert len(set(prompts)) == 14
@@ -51,18 +50,17 @@ def test_a_prompt_that_stands_on_both_sides_is_taken_once() -> None:
 
 
 def test_no_more_is_read_than_is_needed() -> None:
-    source = Listed(corpus(5000))
-    split = DocumentSplit(source, val_fraction=0.25)
-    take_prompts(split, ByteTokenizer(), counts={"train": 3, "val": 3}, length=8)
-    assert source.read < 300  # the split looks at 65 groups, too
+    split = split_of(corpus(5000))
+    taken(split, 3, 3, 8)
+    assert split.source.read < 300  # the split looks at 65 groups, too
 
 
 def test_too_few_and_what_is_no_text() -> None:
-    split = DocumentSplit(Listed(corpus(6)), val_fraction=0.25)
-    with pytest.raises(ValueError, match=r"validation documents of listed hold only \d+ different"):
-        take_prompts(split, ByteTokenizer(), counts={"train": 1, "val": 500}, length=8)
-    with pytest.raises(ValueError, match=r"training documents of listed hold only 0 different"):
-        take_prompts(split, ByteTokenizer(), counts={"train": 1, "val": 1}, length=31)
-    bad = DocumentSplit(Listed(["\ud800" + d for d in corpus(6)]), val_fraction=0.25)
-    with pytest.raises(ValueError, match="half a character"):
-        take_prompts(bad, ByteTokenizer(), counts={"train": 1, "val": 1}, length=4)
+    few, broken = split_of(corpus(6)), split_of(["\ud800" + d for d in corpus(6)])
+    for split, asked, said in (
+        (few, (1, 500, 8), r"validation documents of listed hold only \d+ different"),
+        (few, (1, 1, 31), "training documents of listed hold only 0 different"),
+        (broken, (1, 1, 4), "half a character"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            taken(split, *asked)

@@ -27,10 +27,7 @@ def test_stdlib_is_the_running_library_without_tests():
     assert names == sorted(names) and "json/decoder.py" in names and "argparse.py" in names
     assert not any(part in name.split("/") for name in names for part in ("test", "site-packages"))
     documents = list(source.documents())
-    assert (
-        len(documents) == len(names)
-        and "class JSONDecoder" in documents[names.index("json/decoder.py")]
-    )
+    assert "class JSONDecoder" in dict(zip(names, documents, strict=True))["json/decoder.py"]
     # No codec tables, nor other files that are nothing but a table.
     assert not any("decoding_table" in document for document in documents)
     assert not any(name.startswith(("encodings/", "pydoc_data/", "_sysconfig")) for name in names)
@@ -190,17 +187,12 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
         file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
 
     def source(**options):
-        return HuggingFaceSource(
-            kind,
-            data_files=str(file),
-            streaming=streaming,
-            cache_dir=str(tmp_path / "hf"),
-            **options,
-        )
+        given = {"data_files": str(file), "cache_dir": str(tmp_path / "hf"), "field": "body"}
+        return HuggingFaceSource(kind, streaming=streaming, **given | options)
 
-    assert list(source(field="body").documents()) == texts
-    assert source(field="body").fingerprint() == source(field="body").fingerprint()
+    assert list(source().documents()) == texts
+    assert source().fingerprint() == source().fingerprint()
     with pytest.raises(UserError, match="no (column|string under) .*'text'"):
-        list(source().documents())
+        list(source(field="text").documents())
     with pytest.raises(UserError, match="cannot open the dataset .*split 'nosuch'"):
-        list(source(field="body", split="nosuch").documents())
+        list(source(split="nosuch").documents())

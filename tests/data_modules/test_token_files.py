@@ -28,10 +28,8 @@ WRITERS = {
     "npy": lambda path, documents: numpy_file(path.with_suffix(".npy"), documents),
     "megatron": lambda path, documents: megatron(path.with_suffix(".bin"), documents, sentences=3),
     "int32": lambda path, documents: megatron(path.with_suffix(".bin"), documents, code=4),
-    "litdata": lambda path, documents: litdata(path, documents).parent / "chunk-0-0.bin",
-    "litdata int64": lambda path, documents: (
-        litdata(path, documents, data_format="no_header_tensor:18").parent / "chunk-0-0.bin"
-    ),
+    "litdata": lambda path, documents: litdata(path, documents).with_name("chunk-0-0.bin"),
+    "litdata int64": lambda path, ids: litdata(path, ids, code=18).with_name("chunk-0-0.bin"),
 }
 
 
@@ -48,10 +46,15 @@ def module(cache: Path, path, tokenizer=None, **options) -> TokenFilesDataModule
     return TokenFilesDataModule(tokenizer or ByteTokenizer(), path=path, **options)
 
 
-def refused(match: str, cache: Path, *given, error=ValueError, **options) -> None:
+def refused(match: str, cache: Path, *given, **options) -> None:
     """Checks that these files are refused with this message."""
-    with pytest.raises(error, match=match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
         module(cache, *given, **options).prepare()
+
+
+def header_refused(match: str, path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        read_header(path)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -97,17 +100,9 @@ def test_evaluation_is_that_of_the_same_text(tmp_path):
             )
             # Another order than that of the corpus: the evaluation sorts by digests.
             random.Random(0).shuffle(val)
-            folder = tmp_path / tokenizer.kind
-            folder.mkdir(exist_ok=True)
-            nanogpt(folder / "train.bin", train)
-            megatron(folder / "val.bin", val)
-            files = module(
-                tmp_path / "c",
-                folder / "train.bin",
-                tokenizer,
-                val_path=folder / "val.bin",
-                **options,
-            )
+            options["val_path"] = megatron(tmp_path / f"val-{tokenizer.kind}.bin", val)
+            trained = nanogpt(tmp_path / f"train-{tokenizer.kind}.bin", train)
+            files = module(tmp_path / "c", trained, tokenizer, **options)
             assert files.evaluation_summary() == text.evaluation_summary()
             assert files.evaluated_bytes == text.evaluated_bytes
             one, other = next(iter(files.val_dataloader())), next(iter(text.val_dataloader()))
@@ -123,15 +118,12 @@ def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
             str(book), tokenizer, cache_dir=tmp_path / "c", eval_bytes=70_000, val_fraction=0.5
         )
         train, val = plain.split.documents("train"), plain.split.documents("val")
-        for name, documents in (("t", train), ("v", val)):
+        written, held_out = (
             nanogpt(tmp_path / f"{name}.bin", [[*tokenizer.encode(d).tolist()] for d in documents])
-        files = module(
-            tmp_path / "c",
-            tmp_path / "t.bin",
-            tokenizer,
-            val_path=tmp_path / "v.bin",
-            eval_bytes=70_000,
+            for name, documents in (("t", train), ("v", val))
         )
+        options = {"val_path": held_out, "eval_bytes": 70_000}
+        files = module(tmp_path / "c", written, tokenizer, **options)
         assert len(files.store["val"].pieces()) == len(plain.store["val"].pieces()) > 3
         assert files.evaluation_summary() == plain.evaluation_summary()
 
@@ -169,13 +161,11 @@ def test_shards_are_one_text(tmp_path, kind):
         assert np.array_equal(a.tokens()[:], b.tokens()[:]) and a.n_bytes == b.n_bytes
         assert np.array_equal(a.starts(), b.starts())
     assert one.evaluation_summary() == many.evaluation_summary()
-    batches = zip(one.train_dataloader(), many.train_dataloader(), strict=True)
-    for x, y in batches:
+    for x, y in zip(one.train_dataloader(), many.train_dataloader(), strict=True):
         assert (x.tokens == y.tokens).all() and (x.documents == y.documents).all()
     assert one.evaluated_bytes == many.evaluated_bytes
-    assert [p.tolist() for p in one.held_out_prompts(3, 9)] == [
-        p.tolist() for p in many.held_out_prompts(3, 9)
-    ]
+    for x, y in zip(one.held_out_prompts(3, 9), many.held_out_prompts(3, 9), strict=True):
+        assert x.tolist() == y.tolist()
     a, b = one.training_text, many.training_text
     assert (a.token_frequency(300) == b.token_frequency(300)).all()
     assert (a.document_frequency(300) == b.document_frequency(300)).all()
@@ -238,14 +228,10 @@ def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory,
         assert 0 < train.n_tokens < len(flat) and train.n_tokens + val.n_tokens == len(flat)
         assert train.counts.tolist() == [flat[: train.n_tokens].count(i) for i in range(3)]
         assert val.counts.tolist() == [flat[train.n_tokens :].count(i) for i in range(3)]
-        assert val.starts.tolist() == sorted(
-            {0, *(s - train.n_tokens for s in expected if s > train.n_tokens)}
-        )
-        after = [
-            s
-            for s in expected
-            if s >= min(max(1, round(len(flat) * (1 - held_out))), len(flat) - 1)
-        ]
+        later = {s - train.n_tokens for s in expected if s > train.n_tokens}
+        assert val.starts.tolist() == sorted({0, *later})
+        asked = min(max(1, round(len(flat) * (1 - held_out))), len(flat) - 1)
+        after = [s for s in expected if s >= asked]
         assert not after or train.n_tokens == after[0]
 
 
@@ -269,11 +255,8 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
     assert data.evaluated_bytes is None and not data.has_text
     assert "no bits per byte" in caplog.text
     # A token counts as four bytes: 199 of a document are 796.
-    assert (
-        data.evaluation_summary()["documents"] == 3 and data.evaluation_summary()["tokens"] == 600
-    )
-    assert "bytes" not in data.evaluation_summary()
-    facts = data.summary()
+    evaluated, facts = data.evaluation_summary(), data.summary()
+    assert (evaluated["documents"], evaluated["tokens"]) == (3, 600) and "bytes" not in evaluated
     assert facts["train"]["bytes"] is facts["train"]["bytes_per_token"] is None
     assert data.tokenizer.decode([5, 17]) == " 5 17"
     assert data.tokenizer.encode("5 17").tolist() == [5, 17]
@@ -334,9 +317,8 @@ def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
     index.write_text(content)
     refused(r"x\.bin is not among the chunks of", tmp_path / "c", stranger)
     index.unlink()
-    refused(
-        r"is a chunk of litdata without its index\.json", tmp_path / "c", f"{tmp_path}/a/chunk*.bin"
-    )
+    chunks = f"{tmp_path}/a/chunk*.bin"
+    refused(r"is a chunk of litdata without its index\.json", tmp_path / "c", chunks)
     empty = litdata(tmp_path / "b", [[]])
     refused("chunk-0-0.bin holds no ids: leave it out", tmp_path / "c", empty)
 
@@ -380,26 +362,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
     refused("=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1)
     refused("held_out must lie between 0 and 1", tmp_path, good, held_out=1)
     refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
-    refused(
-        "nowhere.bin does not exist.*check data.val_path",
-        tmp_path,
-        good,
-        val_path="nowhere.bin",
-        error=FileNotFoundError,
-    )
+    refused("nowhere.bin does not exist.*data.val_path", tmp_path, good, val_path="nowhere.bin")
     refused("data.path must name a file", tmp_path, [])
-    refused(
-        r"x\.bin has none: use them in separate runs",
-        tmp_path,
-        [megatron(tmp_path / "m.bin", ids_of(texts())), good],
-    )
+    both = [megatron(tmp_path / "m.bin", ids_of(texts())), good]
+    refused(r"x\.bin has none: use them in separate runs", tmp_path, both)
     refused("data.dtype must be uint16.*not 'float32'", tmp_path, good, dtype="float32")
-    refused(
-        "states that its ids are uint16, not data.dtype=uint32",
-        tmp_path,
-        llm_c(tmp_path / "l.bin", [[1]]),
-        dtype="uint32",
-    )
+    short = llm_c(tmp_path / "l.bin", [[1]])
+    refused("its ids are uint16, not data.dtype=uint32", tmp_path, short, dtype="uint32")
     (tmp_path / "notes.md").write_text("x")
     refused(r"notes\.md is not a file of token ids: .*/\*\.bin'", tmp_path, tmp_path / "notes.md")
 
@@ -431,19 +400,15 @@ def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
         (np.array([20240520, 1, -1] + [0] * 253, "<i4").tobytes(), "truncated or damaged"),
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"x.bin.* {message}"):
-            read_header(path)
+        header_refused(f"x.bin.* {message}", path)
     path = tmp_path / "x.npy"
     np.save(path, np.array([Bomb()], object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"x\.npy is not a \.npy file of ids"):
-        read_header(path)
+    header_refused(r"x\.npy is not a \.npy file of ids", path)
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"x\.npy is not a \.npy file of ids"):
-        read_header(path)
+    header_refused(r"x\.npy is not a \.npy file of ids", path)
     for array in (np.zeros(3), np.zeros((2, 3), int), np.zeros(0, int)):
         np.save(path, array)
-        with pytest.raises(ValueError, match="not a one-dimensional array of integers"):
-            read_header(path)
+        header_refused("not a one-dimensional array of integers", path)
 
 
 @settings(deadline=None, max_examples=150)

@@ -94,12 +94,8 @@ def test_bpe_training_is_deterministic_and_compresses(trained):
 
 def test_bpe_trains_on_the_first_bytes_only():
     one = BPETokenizer(270, train_bytes=9).train(["abababab ", "xyxyxyxyxyxy"])
-    assert one.state() | {"tokenizer_json": ""} == {
-        "kind": "bpe",
-        "vocab_size": 270,
-        "train_bytes": 9,
-        "tokenizer_json": "",
-    }
+    known = {"kind": "bpe", "vocab_size": 270, "train_bytes": 9}
+    assert one.state() == {**known, "tokenizer_json": one.state()["tokenizer_json"]}
     assert len(one.encode("abab")) == 1 and len(one.encode("xyxy")) == 4
 
 

@@ -37,9 +37,7 @@ def numpy_file(path: Path, documents: Documents) -> Path:
     return path
 
 
-def megatron(
-    path: Path, documents: Documents, *, code: int = 8, sentences: int = 1, modes: bool = False
-) -> Path:
+def megatron(path: Path, documents: Documents, *, code: int = 8, sentences: int = 1) -> Path:
     """Megatron-LM's core/datasets/indexed_dataset.py.
 
     Args:
@@ -47,7 +45,7 @@ def megatron(
         documents: ids of each.
         code: of the type: 8 uint16, 4 int32, 5 int64.
         sentences: sequences that every document is written in.
-        modes: a byte a sequence at the end, of images and text.
+
     """
     kind = {8: "H", 4: "i", 5: "q"}[code]
     sequences: list[Sequence[int]] = []
@@ -63,31 +61,24 @@ def megatron(
     pointers = [sum(lengths[:i]) * struct.calcsize(kind) for i in range(len(lengths))]
     with path.with_suffix(".idx").open("wb") as file:
         file.write(b"MMIDIDX\x00\x00")
-        file.write(struct.pack("<Q", 1))
-        file.write(struct.pack("<B", code))
-        file.write(struct.pack("<Q", len(sequences)))
-        file.write(struct.pack("<Q", len(begins)))
+        file.write(struct.pack("<QBQQ", 1, code, len(sequences), len(begins)))
         file.write(struct.pack(f"<{len(lengths)}i", *lengths))
         file.write(struct.pack(f"<{len(pointers)}q", *pointers))
         file.write(struct.pack(f"<{len(begins)}q", *begins))
-        if modes:
-            file.write(bytes(len(sequences)))
+
     return path
 
 
-def litdata(
-    folder: Path, documents: Documents, *, chunks: int = 1, data_format: str = "no_header_tensor:20"
-) -> Path:
+def litdata(folder: Path, documents: Documents, *, chunks: int = 1, code: int = 20) -> Path:
     """litdata's streaming/writer.py with a TokensLoader; returns index.json.
 
     Args:
         folder: is made.
         documents: ids of each.
         chunks: files that they are written in.
-        data_format: the serializer, and its number of the type: of tensors 20 uint16, 16 int32,
-            18 int64; of arrays 5 uint16.
+        code: of the type of tensors: 20 uint16, 18 int64.
     """
-    kind = {"20": "H", "5": "H", "16": "i", "18": "q"}[data_format.partition(":")[2]]
+    kind = {20: "H", 18: "q"}[code]
     folder.mkdir()
     size = -(-len(documents) // chunks)
     listed = []
@@ -105,7 +96,7 @@ def litdata(
         listed.append({"chunk_bytes": len(data), "chunk_size": len(own), "dim": n_tokens})
         listed[-1]["filename"] = name
     config = {"chunk_bytes": None, "chunk_size": None, "compression": None, "encryption": None}
-    config |= {"data_format": [data_format], "item_loader": "TokensLoader"}
+    config |= {"data_format": [f"no_header_tensor:{code}"], "item_loader": "TokensLoader"}
     index = folder / "index.json"
     index.write_text(json.dumps({"chunks": listed, "config": config}))
     return index

@@ -59,21 +59,3 @@ def test_strings_are_of_all_letters_and_differ() -> None:
     assert all(re.fullmatch("([a-z] ){10}=", string) for string in strings)
     assert len(set("".join(strings))) == 28
     assert Sibling(hash=0).example(0).prompt == [1]
-
-
-def test_the_score_counts_what_is_coherent_distinct_and_new() -> None:
-    task = Sibling(parents=3, children=4)
-    training = [task.example(i).answer for i in range(10)]
-    triples = {frozenset(answer) for answer in training}
-    new = [a for i in range(100) if frozenset(a := task.example(i).answer) not in triples]
-    fresh = [new[0], next(a for a in new if frozenset(a) != frozenset(new[0]))]
-    (one, other, parent), stranger = fresh[0], fresh[1]
-    assert task.score(fresh, training) == 1
-    assert task.score(fresh, [*training, stranger]) == 0.5
-    assert task.score(training, training) == 0
-    assert task.score([fresh[0]] * 4, training) == 0.25
-    # The same siblings in the other order are not new, neither in training nor twice.
-    assert task.score([[other, one, parent]], [fresh[0]]) == 0
-    assert task.score([fresh[0], [other, one, parent]], training) == 0.5
-    nonsense = [[one, one, parent], [one, other], [], [parent, other, one], [one, other, 0]]
-    assert task.score([*nonsense, stranger], training) == 1 / 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -119,16 +118,9 @@ def test_draws_are_the_stream_of_numpys_generator() -> None:
 
 
 def test_the_stream_never_changes() -> None:
-    """The validation sets of earlier runs are made of them."""
+    """As people read it; test_held_out.py has the ids."""
     shown = [task.show([*task.example(0).prompt, *task.example(0).answer]) for task in STREAMS]
     assert shown == list(STREAMS.values())
-    assert {task: checksum(task) for task in CHECKSUMS} == CHECKSUMS
-
-
-def checksum(task: Task) -> int:
-    """Of the first 200 examples, as people read them."""
-    examples = (task.example(i) for i in range(200))
-    return crc32("\n".join(task.show([*e.prompt, *e.answer]) for e in examples).encode())
 
 
 STREAMS: dict[Task, str] = {
@@ -136,16 +128,6 @@ STREAMS: dict[Task, str] = {
     StarGraph(): "9 3 | 0 7 | 5 1 | 7 5 | 8 9 | 0 8 / 0 3 = 0 8 9 3",
     StarGraph(fixed=3): "8 3 | 9 2 | 11 6 | 11 8 | 6 9 | 3 0 / 11 2 = 11 6 9 2",
     MQAR(pairs=3, slots=5): "k0 v5 k31 v23 k8 v0 = k31 v23 _ _ k0 v5 k31 v23",
-}
-CHECKSUMS: dict[Task, int] = {
-    Countdown(): 1365335878,
-    Group(): 3319698788,
-    HMM(): 2588983923,
-    HMM(process="rrxor"): 312876728,
-    Induction(): 1411609835,
-    Polynomial(): 3283937684,
-    Sat(): 771070767,
-    Sibling(): 2533413575,
 }
 
 

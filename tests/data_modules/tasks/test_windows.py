@@ -207,13 +207,10 @@ def test_prompts_to_decode_are_whole_and_their_answers_of_one_length() -> None:
     assert data.answer_length == 5 and {len(prompt) for prompt in prompts} == {6}
     recall = module(MQAR(pairs=3, slots=5), eval_examples=10)
     assert recall.answer_length == 1
-    for prompt, example in zip(
-        recall.held_out_prompts(10), recall.answer_sets[""].examples, strict=True
-    ):
+    examples = recall.answer_sets[""].examples
+    for prompt, example in zip(recall.held_out_prompts(10), examples, strict=True):
         # Up to the first query, which is one of the keys.
         assert int(prompt[-1]) in example.prompt[:-1:2] and len(prompt) % 2 == 0
-    with pytest.raises(
-        ValueError, match="11 prompts were asked for but only 10 of data.eval_examples=10"
-    ):
+    with pytest.raises(ValueError, match="11 prompts were .* only 10 of data.eval_examples=10"):
         recall.held_out_prompts(11)
     assert len(recall.held_out_prompts(11, fewer=True)) == 10
