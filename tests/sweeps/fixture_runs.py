@@ -10,16 +10,10 @@ import yaml
 
 # What all runs share; a flat key goes to its place in the nested config.
 BASE: dict[str, Any] = {
-    "seed": 0,
-    "mtp_lambda": 0.3,
-    "mtp._target_": "mtp_lightning.mtp.sequential.SequentialConfig",
-    "mtp.depth": 1,
-    "model.d_model": 128,
-    "data.seed": 0,
-    "data.split_seed": 0,
-    "trainer.max_steps": 20,
-    "paths.output_dir": "",
-}
+    "seed": 0, "mtp_lambda": 0.3, "mtp._target_": "mtp_lightning.mtp.sequential.SequentialConfig",
+    "mtp.depth": 1, "model.d_model": 128, "data.seed": 0, "data.split_seed": 0,
+    "trainer.max_steps": 20, "paths.output_dir": "",
+}  # fmt: skip
 
 
 def evaluated(fingerprint: str | None, *, bytes: int = 1_000_000, tokens: int = 400_000) -> Any:
@@ -92,21 +86,12 @@ def write_run(
         (folder / "status.json").write_text(json.dumps({"version": 1, **status}))
     if done:
         content = {
-            "val/loss_depth_0": loss,
-            "val/bits_per_byte": None if loss is None else loss / 2,
-            "step": settings["trainer.max_steps"],
-            "tokens": 3000,
-            "flops": 3_000_000_000,
-            "seconds": 1.5,
-            "seed": settings["seed"],
-            "world_size": 1,
-            **trained_on(),
-            "versions": VERSIONS,
-            "machine": "Linux x86_64, 2 cores",
-            "git_commit": "a" * 40,
-            "evaluation": {"fingerprint": "e" * 32},
-            **(summary or {}),
-        }
+            "val/loss_depth_0": loss, "val/bits_per_byte": None if loss is None else loss / 2,
+            "step": settings["trainer.max_steps"], "tokens": 3000, "flops": 3_000_000_000,
+            "seconds": 1.5, "seed": settings["seed"], "world_size": 1, **trained_on(),
+            "versions": VERSIONS, "machine": "Linux x86_64, 2 cores", "git_commit": "a" * 40,
+            "evaluation": {"fingerprint": "e" * 32}, **(summary or {}),
+        }  # fmt: skip
         kept = {key: value for key, value in content.items() if value is not None}
         (folder / "summary.json").write_text(json.dumps(kept))
     return folder

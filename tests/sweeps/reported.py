@@ -27,6 +27,11 @@ def collected(*folders: Path, **options: Any) -> Settings:
     return collect(sweeps, **options)
 
 
+def runs_of(settings: Settings) -> list[tuple[str, int, int]]:
+    """Of every setting its label, its finished runs and those that are planned."""
+    return [(one.label, len(one.done), one.planned) for one in settings.all]
+
+
 def drawings(of: Path | Settings, comparisons: Sequence[Comparison] = ()) -> dict[str, Drawing]:
     """All figures of a report of a folder or of settings, by name."""
     settings = collected(of) if isinstance(of, Path) else of

@@ -18,12 +18,9 @@ from tests.sweeps.typed import command, execute, plan, states, wait_until
 def test_two_by_two_killed_in_the_middle_and_resumed(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "it's a sweep"
     settings = {
-        "mtp.depth": "0,1",
-        "seed": "0,1",
-        "trainer.max_steps": 120,
-        "trainer.val_check_interval": 120,
-        "callbacks.checkpoints.every_n_steps": 10,
-    }
+        "mtp.depth": "0,1", "seed": "0,1", "trainer.max_steps": 120,
+        "trainer.val_check_interval": 120, "callbacks.checkpoints.every_n_steps": 10,
+    }  # fmt: skip
     args = command(folder, cache, settings)
     process = start(args, tmp_path / "log", cwd=tmp_path)
 
@@ -136,13 +133,10 @@ def test_what_is_wrong_is_said_before_any_job_starts(tmp_path, cache, case):
 def test_a_second_one_is_refused_and_ctrl_c_ends_the_first(tmp_path, cache, strategy):
     folder = tmp_path / "sweep"
     settings = {
-        "seed": "0,1,2",
-        "trainer.max_steps": 4000,
-        "trainer.val_check_interval": 4000,
-        "callbacks.checkpoints.every_n_steps": 10,
-        "trainer.strategy": strategy,
+        "seed": "0,1,2", "trainer.max_steps": 4000, "trainer.val_check_interval": 4000,
+        "callbacks.checkpoints.every_n_steps": 10, "trainer.strategy": strategy,
         "trainer.devices": 2 if strategy == "ddp" else 1,
-    }
+    }  # fmt: skip
     # Each process of a data-parallel job takes a place.
     places = settings["trainer.devices"] * 2
     args = command(folder, cache, settings, f"hydra.launcher.n_jobs={places}")

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,28 +18,27 @@ from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import RunRecord, read_run, read_sweep
 from sweeps.status import main as status_of
 from tests.sweeps.fixture_runs import NONE, VERSIONS, depth_sweep, trained_on, write_plan, write_run
-from tests.sweeps.reported import answered, collected, noted
+from tests.sweeps.reported import answered, collected, noted, runs_of
 
 
 def states(folder: Path) -> dict[str, tuple[str, str]]:
     return {run.folder.name: (run.state, run.reason) for run in read_sweep(folder).runs}
 
 
-def test_no_folder_and_an_empty_one(tmp_path: Path) -> None:
+def test_folders_without_runs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no folder .*/nowhere"):
         read_sweep(tmp_path / "nowhere")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("nothing")
     with pytest.raises(FileNotFoundError, match="holds no runs: give the folder of a sweep"):
         read_sweep(tmp_path)
-
-
-def test_a_folder_of_sweeps(tmp_path: Path) -> None:
     write_plan(tmp_path / "sweep_a", {"x": ["seed=0"]}, ["seed"])
     with pytest.raises(FileNotFoundError, match="holds sweeps, not runs.*sweep_a"):
         read_sweep(tmp_path)
-    write_run(tmp_path / "run")
+    write_run(tmp_path / "run", done=False)
     assert read_sweep(tmp_path).notes == ["Sweeps in subfolders are left out: sweep_a."]
+    text = answered(tmp_path)
+    assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
 
 
 def test_half_written_runs(tmp_path: Path) -> None:
@@ -53,12 +53,13 @@ def test_half_written_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "h_more", {"trainer.max_steps": 40}, summary={"step": 20})
     found = states(tmp_path)
     assert [state for state, _ in found.values()] == ["done"] + 7 * ["unfinished"]
-    assert "summary.json is damaged" in found["b_torn"][1]
-    assert "summary.json is damaged" in found["c_list"][1]
-    assert "config.yaml is missing or damaged" in found["d_lost"][1]
-    assert "config.yaml is missing or damaged" in found["e_yaml"][1]
-    assert "summary.json is missing" in found["f_late"][1]
-    assert "of step 20, its config asks for 40" in found["h_more"][1]
+    for runs, reason in (
+        (("b_torn", "c_list"), "summary.json is damaged"),
+        (("d_lost", "e_yaml"), "config.yaml is missing or damaged"),
+        (("f_late", "g_rows"), "summary.json is missing"),
+        (("h_more",), "of step 20, its config asks for 40"),
+    ):
+        assert all(reason in found[name][1] for name in runs)
     assert [row["step"] for row in read_run(tmp_path / "g_rows").rows] == [10.0, 20.0]
 
 
@@ -78,21 +79,14 @@ def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
     assert states(tmp_path)["run"] == ("done", "")
 
 
-def test_only_half_written_runs(tmp_path: Path) -> None:
-    write_run(tmp_path / "a", done=False)
-    text = answered(tmp_path)
-    assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, "1.1", None])
-def test_a_missing_number_is_a_gap(tmp_path: Path, value: object) -> None:
+@pytest.mark.parametrize("value", [{LOSS: v} for v in (math.nan, math.inf, "1.1", None)] + [{}])
+def test_a_missing_number_is_a_gap(tmp_path: Path, value: dict[str, Any]) -> None:
+    """Runs write null, since JSON has no NaN; older runs have NaN."""
     made = depth_sweep(tmp_path, {0: (2.0, 2.1, 2.2), 1: (1.0, 1.1, 1.2)})
     file = made[1, 1] / "summary.json"
     content = json.loads(file.read_text())
-    content.pop(LOSS)
-    if value is not None:
-        content[LOSS] = value
-    file.write_text(json.dumps(content))
+    del content[LOSS]
+    file.write_text(json.dumps(content | value))
     settings, notes = collected(tmp_path), noted(tmp_path)
     zero, one = settings.all
     assert zero.estimate(LOSS).interval is not None
@@ -103,16 +97,6 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: object) -> None:
     (difference,) = compare(settings)
     assert difference.verdict == "no test: a mean is missing"
     assert difference.result is None and difference.adjusted is None
-
-
-def test_null_is_a_number_that_is_not_finite(tmp_path: Path) -> None:
-    """Runs write it, since JSON has no NaN; older runs have NaN."""
-    made = depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.0, 1.1)})
-    for seed in (0, 1):
-        file = made[1, seed] / "summary.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {LOSS: None}))
-    assert collected(tmp_path).all[1].estimate(LOSS).gap == "not a number in 2 of 2"
-    assert "mtp.depth=1: no mean of val/loss_depth_0: not a number in 2 of 2" in noted(tmp_path)
 
 
 def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> None:
@@ -145,10 +129,7 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     jobs = {f"depth-{d}_seed-{s}": [f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)}
     write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
     settings, notes = collected(tmp_path), noted(tmp_path)
-    assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
-        ("mtp.depth=0", 2, 2),
-        ("mtp.depth=2", 1, 2),
-    ]
+    assert runs_of(settings) == [("mtp.depth=0", 2, 2), ("mtp.depth=2", 1, 2)]
     assert "mtp.depth=2: means are of 1 of 2 runs." in notes
     assert "mtp.depth=0: with two seeds an interval reaches 6 times the distance" in notes
 
@@ -253,12 +234,8 @@ def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
 
 def test_versions_commits_and_machines_that_differ_are_noted(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
-    other = {
-        "versions": {**VERSIONS, "torch": "2.11.0"},
-        "git_commit": "b" * 40,
-        "machine": "Linux x86_64, 64 cores",
-        "world_size": 2,
-    }
+    other = {"versions": {**VERSIONS, "torch": "2.11.0"}, "git_commit": "b" * 40, "world_size": 2}
+    other["machine"] = "Linux x86_64, 64 cores"
     write_run(tmp_path / "b", {"seed": 1}, summary=other)
     write_run(tmp_path / "c", {"seed": 2}, summary={"versions": None, "git_commit": None})
     notes = noted(tmp_path)
@@ -274,11 +251,8 @@ def test_other_data_is_another_setting(tmp_path: Path) -> None:
     write_run(tmp_path / "b", {"seed": 1}, loss=3.0, summary=trained_on("e"))
     write_run(tmp_path / "c", {"seed": 2}, done=False)
     settings, notes = collected(tmp_path), noted(tmp_path)
-    assert [(s.label, len(s.done)) for s in settings.all] == [
-        ("data.fingerprint=dddddddd", 1),
-        ("data.fingerprint=eeeeeeee", 1),
-        ("data.fingerprint=unknown", 0),
-    ]
+    told = {"dddddddd": 1, "eeeeeeee": 1, "unknown": 0}
+    assert runs_of(settings) == [(f"data.fingerprint={of}", n, 1) for of, n in told.items()]
     assert "2 different data fingerprints" in notes and "tokenizer" not in notes
     assert settings.headline.tag == LOSS
 
@@ -289,11 +263,8 @@ def test_data_that_follow_from_the_config_split_nothing(tmp_path: Path) -> None:
         vocabulary = {"tokenizer.vocab_size": size}
         write_run(tmp_path / f"{size}_a", {**vocabulary, "seed": 0}, summary=summary)
         write_run(tmp_path / f"{size}_b", {**vocabulary, "seed": 1}, done=False)
-    settings = collected(tmp_path)
-    assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
-        ("tokenizer.vocab_size=300", 1, 2),
-        ("tokenizer.vocab_size=999", 1, 2),
-    ]
+    sizes = [(f"tokenizer.vocab_size={size}", 1, 2) for size in (300, 999)]
+    assert runs_of(collected(tmp_path)) == sizes
 
 
 def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
@@ -312,34 +283,24 @@ def test_two_folders_are_told_apart(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "after", {0: (2.0, 2.1), 1: (1.7, 1.8)})
     settings = collected(tmp_path / "before", tmp_path / "after")
     assert settings.varied == ["folder", "mtp.depth"]
-    means = {s.label: s.estimate(LOSS).interval for s in settings.all}
-    assert {k: round(v.mean, 9) for k, v in means.items() if v} == {
-        "folder=before, mtp.depth=0": 2.05,
-        "folder=before, mtp.depth=1": 1.95,
-        "folder=after, mtp.depth=0": 2.05,
-        "folder=after, mtp.depth=1": 1.75,
-    }
+    labels = [f"folder={f}, mtp.depth={d}" for f in ("before", "after") for d in (0, 1)]
+    means = [(s.label, round(s.estimate(LOSS).interval.mean, 9)) for s in settings.all]
+    assert means == list(zip(labels, (2.05, 1.95, 2.05, 1.75), strict=True))
     # Each setting of the second folder against the same one of the first.
     pairs = {c.setting.label: c.reference.label for c in compare(settings)}
-    assert pairs == {
-        "folder=after, mtp.depth=0": "folder=before, mtp.depth=0",
-        "folder=after, mtp.depth=1": "folder=before, mtp.depth=1",
-    }
+    assert pairs == dict(zip(labels[2:], labels[:2], strict=True))
 
 
 def test_overrides_name_a_setting_that_configs_do_not(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", {"lambda_schedule.unit": "fraction"})
-    (folder / ".hydra").mkdir()
-    (folder / ".hydra" / "overrides.yaml").write_text(
-        "[lambda_schedule=constant, +lambda_schedule.unit=fraction]"
-    )
+    overrides = "[lambda_schedule=constant, +lambda_schedule.unit=fraction]"
     choices = "hydra: {runtime: {choices: {lambda_schedule: deepseek_v3}}}"
-    other = write_run(tmp_path / "b", {"lambda_schedule.length": 3})
-    (other / ".hydra").mkdir()
-    (other / ".hydra" / "hydra.yaml").write_text(choices)
-    settings = collected(tmp_path)
-    labels = [s.label for s in settings.all]
-    assert labels == [
+    for name, config, file, text in (
+        ("a", {"lambda_schedule.unit": "fraction"}, "overrides.yaml", overrides),
+        ("b", {"lambda_schedule.length": 3}, "hydra.yaml", choices),
+    ):
+        (written := write_run(tmp_path / name, config) / ".hydra").mkdir()
+        (written / file).write_text(text)
+    assert [s.label for s in collected(tmp_path).all] == [
         "lambda_schedule=constant, lambda_schedule.unit=fraction",
         "lambda_schedule=deepseek_v3, lambda_schedule.unit=null",
     ]
@@ -368,6 +329,5 @@ def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
             config = {"seed": seed, "mtp._target_": target, "mtp.depth": 0}
             asked = {"state": "done", "overrides": [f"mtp={name}", f"seed={seed}"]}
             write_run(tmp_path / f"{name}{seed}", config, status=asked)
-    settings = collected(tmp_path)
-    assert [s.label for s in settings.all] == ["mtp=none", "mtp=teacherless"]
-    assert [len(s.done) for s in settings.all] == [2, 2]
+    told = [(f"mtp={name}", 2, 2) for name in ("none", "teacherless")]
+    assert runs_of(collected(tmp_path)) == told

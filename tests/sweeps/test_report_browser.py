@@ -24,11 +24,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     losses = {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0), 2: (1.8, 1.9, 2.0), 10: (1.85, float("nan"))}
     depth_sweep(folder, losses)
-    failed = {
-        "state": "failed",
-        "reason": "a word" + 60 * "x" + " that does not end",
-        "overrides": [],
-    }
+    reason = "a word" + 60 * "x" + " that does not end"
+    failed = {"state": "failed", "reason": reason, "overrides": []}
     write_run(folder / ("job_" + 80 * "y"), {"seed": 9}, status=failed, done=False)
     write_run(folder / "other_code", {"seed": 4}, loss=2.0, summary={"git_commit": "b" * 40})
     return report([folder])[0]

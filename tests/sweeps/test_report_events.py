@@ -48,11 +48,9 @@ class Board:
     def columns(self) -> tuple[list[str], list[str]]:
         """Keys and metrics of the HPARAMS tab."""
         ask = api_pb2.GetExperimentRequest(experiment_name="", include_metrics=True)
-        experiment = GetExperiment(RequestContext(), self.context, "", ask).run()
-        return (
-            [info.name for info in experiment.hparam_infos],
-            [info.name.tag for info in experiment.metric_infos],
-        )
+        found = GetExperiment(RequestContext(), self.context, "", ask).run()
+        keys = [info.name for info in found.hparam_infos]
+        return keys, [info.name.tag for info in found.metric_infos]
 
     def rows(self) -> dict[str, tuple[dict[str, Any], dict[str, float], int]]:
         """(keys, metrics, status) of every run in the HPARAMS tab."""

@@ -13,18 +13,12 @@ from tests.sweeps.fixture_runs import write_run
 from tests.sweeps.reported import collected
 
 VALUES = {
-    "val/rejection_depth_1": 0.5,
-    "val/recall_16_depth_1": 0.75,
-    "val/floor_depth_1_order_0": 0.3,
-    "val/gap_depth_1_order_0": 0.2,
-    "val/rejection_depth_2": 0.6,
-    "val/recall_16_depth_2": 0.625,
-    "val/floor_depth_2_order_0": 0.4,
-    "val/gap_depth_2_order_0": 0.2,
-    "val/floor_depth_2_order_1": 0.1,
-    "val/gap_depth_2_order_1": 0.5,
+    "val/rejection_depth_1": 0.5, "val/recall_16_depth_1": 0.75, "val/floor_depth_1_order_0": 0.3,
+    "val/gap_depth_1_order_0": 0.2, "val/rejection_depth_2": 0.6, "val/recall_16_depth_2": 0.625,
+    "val/floor_depth_2_order_0": 0.4, "val/gap_depth_2_order_0": 0.2,
+    "val/floor_depth_2_order_1": 0.1, "val/gap_depth_2_order_1": 0.5,
     "val/floor_share_depth_2_order_1": 1 / 6,
-}
+}  # fmt: skip
 
 
 def test_a_row_a_setting_depth_and_order(tmp_path: Path) -> None:

@@ -26,17 +26,12 @@ def predict(arm: str, side: str, by: float | None = None, **more: Any) -> dict[s
 
 
 CONTENT: dict[str, Any] = {
-    "sentence": "MTP helps.",
-    "source": "Somebody 2024, arXiv 2404.00000",
-    "equal": "steps",
-    "seeds": [0, 1, 2, 3, 4],
-    "minimum": 3,
-    "minutes": 7,
-    "shared": ["mtp.depth=2"],
+    "sentence": "MTP helps.", "source": "Somebody 2024, arXiv 2404.00000", "equal": "steps",
+    "seeds": [0, 1, 2, 3, 4], "minimum": 3, "minutes": 7, "shared": ["mtp.depth=2"],
     "arms": {"plain": ["mtp=none", "mtp.depth=0"], "mtp": ["mtp=sequential"]},
     "measure": {"tag": "val/bits_per_byte"},
     "predictions": [predict("mtp", "below", against="plain")],
-}
+}  # fmt: skip
 PLAIN = (2.00, 2.10, 1.95, 2.05, 2.02)
 NOISE = (0.000, 0.004, -0.003, 0.002, -0.001)
 BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)

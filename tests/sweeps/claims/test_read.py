@@ -40,12 +40,9 @@ def test_what_a_file_says(tmp_path: Path) -> None:
 
 def test_the_gpu_setting_replaces_what_it_names(tmp_path: Path) -> None:
     gpu = {
-        "shared": ["experiment=gpu"],
-        "arms": {"mtp": ["mtp=parallel"]},
-        "seeds": [7, 8],
-        "minimum": 2,
-        "minutes": 600,
-    }
+        "shared": ["experiment=gpu"], "arms": {"mtp": ["mtp=parallel"]}, "seeds": [7, 8],
+        "minimum": 2, "minutes": 600,
+    }  # fmt: skip
     claim = claim_of(tmp_path, gpu=gpu)
     large = claim.on_gpu()
     assert large.label == "mine.gpu" and large.command.endswith("--gpu")
