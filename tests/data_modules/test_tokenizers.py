@@ -20,12 +20,9 @@ from data_modules.tokenizers import (
 )
 
 TEXTS = [
-    "def f(x):\n    return x + 1\n\n\n\tdone  ",
-    "Stra\u00dfe \u4e16\u754c \U0001f600\u200d\n\r\n",
-    "<|endoftext|> stays text\x00\x1f",
-    "",
-    " " * 200 + "x" * 300 + "9" * 130,
-]
+    "def f(x):\n    return x + 1\n\n\n\tdone  ", "Stra\u00dfe \u4e16\u754c \U0001f600\u200d\n\r\n",
+    "<|endoftext|> stays text\x00\x1f", "", " " * 200 + "x" * 300 + "9" * 130,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -41,62 +41,40 @@ CONF = ROOT / "conf"
 # 16,384, as in a user's run, take longer than a quick run.
 tasks.TRIED = 256
 
+
+def typed(text: str) -> dict[str, Any]:
+    """Settings as they are typed, KEY=VALUE with blanks between; a KEY alone is left out."""
+    pairs = (word.partition("=") for word in text.split())
+    values = {key: value if equals else None for key, equals, value in pairs}
+    return {k: int(v) if v is not None and v.isdecimal() else v for k, v in values.items()}
+
+
 # A run of a fraction of a second: small enough to repeat, real in every part. It names all that
 # the tests count on, so that the main job's defaults may change.
-QUICK = {
-    "data": "synthetic",
-    "data.source.size": 60_000,
-    "data.source.documents": 120,
-    "data.val_fraction": 0.05,
-    "data.eval_bytes": 400,
-    "data.eval_batch_size": 16,
-    "tokenizer": "byte",
-    "mtp": "sequential",
-    "mtp.depth": 2,
-    "mtp_lambda": 0.3,
-    "lambda_schedule": "deepseek_v3",
-    "optimizer.lr": 0.003,
-    "trainer.gradient_clip_val": 1.0,
-    "callbacks.checkpoints.every_n_steps": 100,
-    "data.seq_len": 16,
-    "data.batch_size": 4,
-    "model.d_model": 32,
-    "model.n_layers": 1,
-    "model.n_heads": 2,
-    "model.n_kv_heads": 1,
-    "model.d_ff": 48,
-    "logger": "csv",
-    "trainer.max_steps": 10,
-    "trainer.val_check_interval": 5,
-    "trainer.log_every_n_steps": 1,
-    "trainer.num_threads": 1,
-    "trainer.accelerator": "cpu",
-    "callbacks.throughput.measure_matmul": "false",
-}
+QUICK = typed("""
+    data=synthetic data.source.size=60000 data.source.documents=120 data.val_fraction=0.05
+    data.eval_bytes=400 data.eval_batch_size=16 data.seq_len=16 data.batch_size=4 tokenizer=byte
+    model.d_model=32 model.n_layers=1 model.n_heads=2 model.n_kv_heads=1 model.d_ff=48
+    mtp=sequential mtp.depth=2 mtp_lambda=0.3 lambda_schedule=deepseek_v3 optimizer.lr=0.003
+    callbacks.checkpoints.every_n_steps=100 callbacks.throughput.measure_matmul=false logger=csv
+    trainer.max_steps=10 trainer.val_check_interval=5 trainer.log_every_n_steps=1
+    trainer.num_threads=1 trainer.accelerator=cpu trainer.gradient_clip_val=1.0
+""")
 
 # Leaves out what a run takes from the folder that it starts from (``init_from``).
-FROM_FOLDER: dict[str, Any] = {
-    **dict.fromkeys(key for key in QUICK if key.startswith("model.")),
-    "tokenizer": None,
-}
+FROM_FOLDER = {key: None for key in QUICK if key.startswith(("model.", "tokenizer"))}
 
+# Two processes of data-parallel training.
+DDP = typed("trainer.devices=2 trainer.strategy=ddp")
 # A learning rate and lambdas that rest.
-CONSTANT = {
-    "lambda_schedule": "constant",
-    "optimizer.schedule.kind": "constant",
-    "optimizer.schedule.warmup_steps": 0,
-    "optimizer.schedule.warmup_fraction": "null",
-}
+CONSTANT = typed(
+    "lambda_schedule=constant optimizer.schedule.kind=constant "
+    "optimizer.schedule.warmup_steps=0 optimizer.schedule.warmup_fraction=null"
+)
 # What a run on a task leaves out: a text's keys.
-NO_TEXT = dict.fromkeys(("data.seq_len", "data.val_fraction", "data.eval_bytes", "tokenizer"))
+NO_TEXT = typed("data.seq_len data.val_fraction data.eval_bytes tokenizer")
 # A quick run on a task.
-TASK = {
-    "data": "copy",
-    "data.task.letters": 4,
-    "data.task.periods": 4,
-    "data.eval_examples": 30,
-    **NO_TEXT,
-}
+TASK = NO_TEXT | typed("data=copy data.task.letters=4 data.task.periods=4 data.eval_examples=30")
 
 
 def overrides(cache: Path, settings: dict[str, Any]) -> list[str]:

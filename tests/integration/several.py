@@ -52,17 +52,12 @@ def main() -> None:
     for rank in range(processes):
         if (child := os.fork()) == 0:
             os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "GROUP_RANK": "0",
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": "tests",
-                "TORCHELASTIC_RESTART_COUNT": "0",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
+                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": "0",
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }
+            }  # fmt: skip
             try:
                 train_all(file)
             except BaseException:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_lightning.command_line.shell import readable_errors
-from tests.integration.helpers import checkpoint, evaluated, fails, the_error
+from tests.integration.helpers import checkpoint, evaluated, fails, the_error, typed
 
 
 def write(folder: Path, content: bytes | str, name: str = "text.txt") -> Path:
@@ -136,9 +136,7 @@ ROWS = [row for row in re.sub("=>\n +", "=> ", REFUSED).splitlines() if not row.
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.partition(" => ")[0])
 def test_settings(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], row: str) -> None:
     given, _, told = row.partition(" => ")
-    words = given.replace("STAR", STAR).replace("FSDP", FSDP).split()
-    pairs = (word.partition("=") for word in words)
-    settings = {key: value if equals else None for key, equals, value in pairs}
+    settings = typed(given.replace("STAR", STAR).replace("FSDP", FSDP))
     error = fails(capfd, tmp_path / "run", cache, settings)
     for part in told.split(" | "):
         assert part in error

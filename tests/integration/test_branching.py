@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from tests.integration.conftest import Once
-from tests.integration.helpers import assert_equal, checkpoint, column, train_apart, train_here
+from tests.integration.helpers import (
+    assert_equal,
+    checkpoint,
+    column,
+    train_apart,
+    train_here,
+    typed,
+)
 from tests.integration.several import run_all
 
 # A validation at every step would hide whether the place in the data is right: 1.5 kB are epochs of
 # 21 batches, and the depths' lambdas move.
-SETTINGS: dict[str, Any] = {
-    "data.source.size": 1_500,
-    "data.source.documents": 10,
-    "optimizer/schedule": "wsd",
-    "optimizer.schedule.warmup_steps": 5,
-    "optimizer.schedule.decay_fraction": 0.25,
-    "lambda_schedule": "constant",
-    "trainer.val_check_interval": 10,
-}
+SETTINGS = typed(
+    "data.source.size=1500 data.source.documents=10 lambda_schedule=constant "
+    "optimizer/schedule=wsd optimizer.schedule.warmup_steps=5 "
+    "optimizer.schedule.decay_fraction=0.25 trainer.val_check_interval=10"
+)
 AT, LENGTH = 24, 32
-LONG = {
-    **SETTINGS,
-    "optimizer.schedule.kind": "constant",
-    "trainer.max_steps": 30,
-    "callbacks.checkpoints.keep_steps": f"[12,{AT}]",
-}
+LONG = SETTINGS | typed(
+    "optimizer.schedule.kind=constant trainer.max_steps=30 "
+    f"callbacks.checkpoints.keep_steps=[12,{AT}]"
+)
 DIRECT = {**SETTINGS, "trainer.max_steps": LENGTH}
 
 
@@ -56,8 +56,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_path):
     summary = train_here(tmp_path / "branch", cache, {**DIRECT, "branch_from": f"{long}@{AT}"})
     assert_same_end(tmp_path / "branch", direct)
-    tags = ("train/loss", "train/loss_depth_2", "train/lr", "val/loss_depth_0")
-    for tag in tags:
+    for tag in ("train/loss", "train/loss_depth_2", "train/lr", "val/loss_depth_0"):
         whole = {step: v for step, v in column(direct, tag).items() if step > AT}
         assert column(tmp_path / "branch", tag) == whole and whole
     assert summary["branch_from"] == f"{long}@{AT}" and summary["step"] == LENGTH

@@ -13,6 +13,7 @@ from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.errors import UserError
 from sweeps.report.read import read_run
 from tests.integration.helpers import (
+    DDP,
     assert_equal,
     column,
     rows,
@@ -20,21 +21,23 @@ from tests.integration.helpers import (
     train_apart,
     train_here,
     train_with,
+    typed,
     weights,
+)
+
+# Nothing gets better by that much.
+EARLY = typed(
+    "callbacks=early_stopping callbacks.early_stopping.min_delta=1000 trainer.val_check_interval=2"
 )
 
 
 @pytest.mark.parametrize("monitor", ["train/loss_depth_2", "val/accuracy_depth_1"])
 def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
-    # Nothing gets better by that much, so that it stops at the third validation.
-    settings = {
-        "trainer.val_check_interval": 2,
-        "callbacks": "early_stopping",
-        "callbacks.early_stopping.monitor": monitor,
-        "callbacks.early_stopping.min_delta": 1000,
-        "callbacks.early_stopping.patience": 2,
-        "trainer.max_steps": 30,
-    }
+
+    settings = EARLY | typed(
+        f"callbacks.early_stopping.monitor={monitor} callbacks.early_stopping.patience=2 "
+        "trainer.max_steps=30"
+    )
     summary = train_here(tmp_path, cache, settings)
     assert summary["step"] == 6 and summary["stopped_early"]
     run = read_run(tmp_path)
@@ -57,14 +60,12 @@ def test_a_monitor_that_no_validation_logs(tmp_path: Path, cache: Path, group: s
 @pytest.mark.slow
 def test_a_value_of_the_first_process_alone_is_monitored_by_all(tmp_path, cache):
     tag = "decode/tokens_per_step"
-    settings = {
-        **{"trainer.devices": 2, "trainer.strategy": "ddp", "callbacks": "early_stopping"},
-        **{"callbacks.early_stopping.monitor": tag, "callbacks.checkpoints.monitor": tag},
-        **{"callbacks.early_stopping.min_delta": 1000, "callbacks.early_stopping.patience": 1},
-        **{"trainer.val_check_interval": 2, "data.seq_len": 32},
-        **{"callbacks.speculative_eval.new_tokens": 8, "callbacks.speculative_eval.n_prompts": 2},
-    }
-    assert "Warning" not in train_apart(tmp_path, cache, settings).stderr
+    settings = typed(
+        f"callbacks.early_stopping.monitor={tag} callbacks.checkpoints.monitor={tag} "
+        "callbacks.early_stopping.patience=1 data.seq_len=32 "
+        "callbacks.speculative_eval.new_tokens=8 callbacks.speculative_eval.n_prompts=2"
+    )
+    assert "Warning" not in train_apart(tmp_path, cache, DDP | EARLY | settings).stderr
     assert summary_of(tmp_path)["step"] == 4 and (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
@@ -106,8 +107,8 @@ def test_learning_rates(tmp_path: Path, cache: Path, finished: Path) -> None:
     (tag,) = [tag for tag in rows(tmp_path)[0] if tag.startswith("lr-") and tag.endswith("pg1")]
     logged = column(tmp_path, tag)
     rates = column(tmp_path, "train/lr")
-    for step in range(1, 10):
-        assert logged[step] == pytest.approx(rates[step], rel=1e-6)  # Lightning's log is float32
+    for step in range(1, 10):  # Lightning's log is float32
+        assert logged[step] == pytest.approx(rates[step], rel=1e-6)
     kept = [{t: v for t, v in row.items() if not t.startswith("lr-")} for row in rows(tmp_path)]
     assert [row for row in kept if len(row) > 1] == rows(finished)
 

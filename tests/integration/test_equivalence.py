@@ -13,6 +13,7 @@ from tests.integration.helpers import (
     column,
     rows,
     train_here,
+    typed,
     weights,
 )
 
@@ -43,18 +44,14 @@ def test_no_depth_is_no_stack(tmp_path: Path, cache: Path, finished: Path) -> No
 
 def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path) -> None:
     # Documents of about 50 bytes: with the mask every micro-batch has other counts.
-    common = {
-        "data.document_mask": "true",
-        "data.source.documents": 1200,
-        "trainer.max_steps": 6,
-        "trainer.precision": "64-true",
-    }
-    parts, whole = tmp_path / "4x2", tmp_path / "1x8"
-    accumulate = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
     # Validation batches are not accumulated: both see the same ones.
-    sizes = {"data.eval_batch_size": 8}
-    train_here(parts, cache, common | accumulate | sizes)
-    train_here(whole, cache, common | {"data.batch_size": 8} | sizes)
+    common = typed(
+        "data.document_mask=true data.source.documents=1200 data.eval_batch_size=8 "
+        "trainer.max_steps=6 trainer.precision=64-true"
+    )
+    parts, whole = tmp_path / "4x2", tmp_path / "1x8"
+    train_here(parts, cache, common | typed("data.batch_size=2 trainer.accumulate_grad_batches=4"))
+    train_here(whole, cache, common | {"data.batch_size": 8})
     assert len(rows(whole)) == 6
     assert_near_rows(parts, whole, rel=1e-6)
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-7, atol=1e-9)

@@ -10,20 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.helpers import assert_equal, checkpoint, fails, rows, train_here, weights
+from tests.integration.helpers import (
+    assert_equal,
+    checkpoint,
+    fails,
+    rows,
+    train_here,
+    typed,
+    weights,
+)
+
+EXPLODES = typed(
+    "trainer.max_steps=60 trainer.val_check_interval=50 trainer.gradient_clip_val=null "
+    "optimizer.lr=1e30"
+)
 
 
 def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     train_here(tmp_path, cache, {"trainer.max_steps": 4})
     last = tmp_path / "checkpoints" / "last.ckpt"
     good = weights(tmp_path)
-    explode = {
-        "trainer.max_steps": 60,
-        "trainer.val_check_interval": 50,
-        "optimizer.lr": 1e30,
-        "trainer.gradient_clip_val": "null",
-    }
-    error = fails(capfd, tmp_path, cache, explode)
+    error = fails(capfd, tmp_path, cache, EXPLODES)
     step = re.search(r"not finite at optimizer step (\d+): depth 0", error)
     assert step is not None and 5 <= int(step[1]) <= 8, error
     assert f"{last} (step 4)" in error

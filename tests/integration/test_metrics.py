@@ -24,6 +24,7 @@ from tests.integration.helpers import (
     rows,
     summary_of,
     train_here,
+    typed,
 )
 from tests.reference import sequential
 
@@ -49,20 +50,12 @@ class Run:
 def own_text(tmp: Path, cache: Path, **more: Any) -> None:
     file = tmp / "poem.txt"
     file.write_text(POEM, encoding="utf-8")
-    settings = {
-        "data": "text",
-        "data.paths": file,
-        "data.val_fraction": 0.1,
-        "data.eval_batch_size": 3,
-        "trainer.max_steps": 20,
-        "trainer.val_check_interval": 7,
-        "data.eval_bytes": "all",
-        "optimizer.lr": 0.02,
-        "mtp.depth": DEPTH,
-        "callbacks.throughput.measure_matmul": "true",
-        **more,
-    }
-    summary = train_here(tmp / "run", cache, settings)
+    settings = typed(
+        "data=text data.val_fraction=0.1 data.eval_batch_size=3 data.eval_bytes=all "
+        "trainer.max_steps=20 trainer.val_check_interval=7 optimizer.lr=0.02 "
+        f"mtp.depth={DEPTH} callbacks.throughput.measure_matmul=true"
+    )
+    summary = train_here(tmp / "run", cache, {**settings, "data.paths": file, **more})
     (tmp / "returned.json").write_text(json.dumps(summary))
 
 
@@ -169,10 +162,9 @@ def test_summary_and_csv_agree(run: Run) -> None:
         assert costs[-1] == pytest.approx(stored[name], rel=1e-6)
     state = checkpoint(run.folder)["state_dict"]
     own = {name: t for name, t in state.items() if name.startswith("model.")}
-    distinct = {t.data_ptr(): t.numel() for t in own.values()}
-    assert stored["parameters"] == sum(distinct.values())
-    in_trunk = sum({t.data_ptr(): t.numel() for n, t in own.items() if ".mtp." not in n}.values())
-    assert stored["parameters_trunk"] == in_trunk
+    for key, without in (("parameters", "nothing"), ("parameters_trunk", ".mtp.")):
+        counted = {t.data_ptr(): t.numel() for name, t in own.items() if without not in name}
+        assert stored[key] == sum(counted.values())
     assert stored["seconds"] > 0 and stored["perf/tokens_per_second"] > 0
     for key in ("python", "torch", "lightning"):
         assert stored["versions"][key]
@@ -256,17 +248,15 @@ def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "out.json"]
 
 
+# What is logged of each further depth.
+EVERY = "train/loss val/loss val/accuracy train/lambda val/agreement val/overlap"
+
+
 def test_every_tag_reaches_tensorboard(run: Run) -> None:
     logged = events(run.folder)
-    each, further = range(DEPTH + 1), range(1, DEPTH + 1)
     expected = {"train/loss", "val/bits_per_byte", "perf/tokens_per_second", "perf/of_matmul"}
-    expected |= {f"{tag}_depth_{k}" for k in each for tag in ("train/loss", "val/loss")}
-    expected |= {f"val/accuracy_depth_{k}" for k in each}
-    expected |= {
-        f"{tag}_depth_{k}"
-        for k in further
-        for tag in ("train/lambda", "val/agreement", "val/overlap")
-    }
+    for k, tags in enumerate(["train/loss val/loss val/accuracy"] + 2 * [EVERY]):
+        expected |= {f"{tag}_depth_{k}" for tag in tags.split()}
     expected |= {"decode/tokens_per_step", "decode/speedup", "decode/acceptance_position_1"}
     expected |= {"decode/tokens_per_second", "progress/tokens", "progress/seconds"}
     assert expected <= set(logged.Tags()["scalars"])
@@ -274,9 +264,8 @@ def test_every_tag_reaches_tensorboard(run: Run) -> None:
         seen = {event.step: event.value for event in logged.Scalars(tag)}
         assert seen == pytest.approx(column(run.folder, tag), rel=1e-5), tag
     # The run is a row of the HPARAMS tab, from its start and again when it was done.
-    assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(
-        logged.summary_metadata
-    )
+    ends = {"_hparams_/session_start_info", "_hparams_/session_end_info"}
+    assert ends <= set(logged.summary_metadata)
     # The chart that groups all depths.
     assert "custom_scalars__config__" in logged.Tags()["tensors"]
 
@@ -286,11 +275,8 @@ def test_the_run_folder_is_whole(run: Run, bpe: Run) -> None:
         assert (run.folder / name).is_file(), name
     assert len(list(run.folder.glob("events.out.tfevents.*"))) >= 1
     assert (bpe.folder / "tokenizer.json").is_file()
-    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
-        "best.ckpt",
-        "last.ckpt",
-        "previous.ckpt",
-    ]
+    kept = {p.stem for p in (run.folder / "checkpoints").iterdir()}
+    assert kept == {"best", "last", "previous"}
 
 
 def test_a_depth_that_is_switched_off_leaves_the_log(tmp_path: Path, cache: Path) -> None:

@@ -13,13 +13,9 @@ from tests.integration.conftest import Once
 
 SHAPE = {"model.n_layers": 2, "data.seq_len": 32, "data.batch_size": 8}
 HEADS = {
-    **SHAPE,
-    **helpers.CONSTANT,
-    "mtp.depth": 3,
-    "mtp.freeze_trunk": "true",
-    "mtp.init": "last_block",
-    "trainer.max_steps": 4,
-}
+    **SHAPE, **helpers.CONSTANT, "mtp.depth": 3, "mtp.freeze_trunk": "true",
+    "mtp.init": "last_block", "trainer.max_steps": 4,
+}  # fmt: skip
 TRUNK = {**SHAPE, "mtp": "none", "mtp.depth": None, "trainer.max_steps": 2}
 
 

@@ -73,12 +73,9 @@ def test_in_every_precision(tmp_path: Path, cache: Path, precision: str, variant
 
 def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     common = {
-        **ALL,
-        "trainer.precision": "64-true",
-        "data.document_mask": "true",
-        "data.source.documents": 1200,
-        "trainer.max_steps": 6,
-    }
+        **ALL, "trainer.precision": "64-true", "data.document_mask": "true",
+        "data.source.documents": 1200, "trainer.max_steps": 6,
+    }  # fmt: skip
     two = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
     two |= {"trainer.devices": 2, "trainer.strategy": "ddp"}
     variants = ("sequential", "parallel")

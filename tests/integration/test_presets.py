@@ -15,39 +15,22 @@ TASKS = {
     "star_graph",
 }  # fmt: skip
 TEXT = {
-    "data": "synthetic",
-    "tokenizer": "byte",
-    "data.source.size": 60_000,
-    "data.source.documents": 30,
-    "data.seq_len": 32,
-    "data.val_fraction": 0.05,
-}
+    "data": "synthetic", "tokenizer": "byte", "data.source.size": 60_000,
+    "data.source.documents": 30, "data.seq_len": 32, "data.val_fraction": 0.05,
+}  # fmt: skip
 # The model's own texts, of a small model.
 SELF_GENERATED = {
-    "data.n_prompts": 80,
-    "data.prompt_tokens": 4,
-    "data.new_tokens": 12,
-    "data.chat_share": 0,
-    "data.seq_len": 16,
-    "data.val_fraction": 0.3,
-    "tokenizer": "byte",
-    "callbacks.speculative_eval.n_prompts": 1,
-    "callbacks.speculative_eval.prompt_tokens": 4,
-}
+    "data.n_prompts": 80, "data.prompt_tokens": 4, "data.new_tokens": 12, "data.chat_share": 0,
+    "data.seq_len": 16, "data.val_fraction": 0.3, "tokenizer": "byte",
+    "callbacks.speculative_eval.n_prompts": 1, "callbacks.speculative_eval.prompt_tokens": 4,
+}  # fmt: skip
 # What makes them short; the rest is theirs.
 SHORT = {
-    "data.batch_size": 4,
-    "data.num_workers": 0,
-    "trainer.max_steps": 4,
-    "trainer.val_check_interval": 2,
-    "trainer.num_threads": 1,
-    "trainer.accelerator": "cpu",
-    "trainer.compile": "false",
-    "model.n_layers": 2,
-    "model.d_model": 48,
-    "callbacks.throughput.measure_matmul": "false",
-    "callbacks.speculative_eval.new_tokens": 8,
-}
+    "data.batch_size": 4, "data.num_workers": 0, "trainer.max_steps": 4,
+    "trainer.val_check_interval": 2, "trainer.num_threads": 1, "trainer.accelerator": "cpu",
+    "trainer.compile": "false", "model.n_layers": 2, "model.d_model": 48,
+    "callbacks.throughput.measure_matmul": "false", "callbacks.speculative_eval.new_tokens": 8,
+}  # fmt: skip
 
 
 def run(folder: Path, cache: Path, name: str, more: dict[str, object]) -> dict[str, object]:

@@ -44,24 +44,17 @@ STEPS, EVERY = 150, 20
 # Schedules that never rest, validations that do not fall on checkpoints, epochs that end in between
 # (8 kB are about 110 batches of 4 windows of 16 tokens, fewer than the steps).
 LONG = {
-    "data.source.size": 8_000,
-    "data.source.documents": 20,
-    "lambda_schedule": "linear_decay",
-    "trainer.max_steps": STEPS,
-    "trainer.val_check_interval": 35,
+    "data.source.size": 8_000, "data.source.documents": 20, "lambda_schedule": "linear_decay",
+    "trainer.max_steps": STEPS, "trainer.val_check_interval": 35,
     "callbacks.checkpoints.every_n_steps": EVERY,
-}
+}  # fmt: skip
 
 
 # The same in a sixth of the steps; an epoch is 21 batches.
 SHORT = {
-    **LONG,
-    "data.source.size": 1_500,
-    "data.source.documents": 10,
-    "trainer.max_steps": 26,
-    "trainer.val_check_interval": 17,
-    "callbacks.checkpoints.every_n_steps": 7,
-}
+    **LONG, "data.source.size": 1_500, "data.source.documents": 10, "trainer.max_steps": 26,
+    "trainer.val_check_interval": 17, "callbacks.checkpoints.every_n_steps": 7,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -41,16 +41,11 @@ COMMON = {
     "callbacks.speculative_eval.prompt_tokens": 4,
 }
 MOE = {
-    "model": "deepseek_nano",
-    "model.n_kv_heads": None,
-    "model.attention.kv_rank": 12,
-    "model.attention.d_nope": 8,
-    "model.attention.d_rope": 4,
-    "model.attention.d_value": 8,
-    "model.feed_forward.n_routed": 4,
-    "model.feed_forward.d_expert": 16,
+    "model": "deepseek_nano", "model.n_kv_heads": None, "model.attention.kv_rank": 12,
+    "model.attention.d_nope": 8, "model.attention.d_rope": 4, "model.attention.d_value": 8,
+    "model.feed_forward.n_routed": 4, "model.feed_forward.d_expert": 16,
     "model.feed_forward.sequence_loss": 0.01,
-}
+}  # fmt: skip
 TASK = {**NO_TEXT, "data": "star_graph", "data.examples": 400, "data.eval_examples": 24}
 CASES: dict[str, dict[str, Any]] = {
     # Several things in one run, where they have nothing to do with each other.

@@ -30,17 +30,11 @@ from tests.integration.helpers import (
 
 # One letter, one place: solved as soon as its answer is the likeliest of all symbols.
 EASY: dict[str, Any] = {
-    **TASK,
-    "data.task.letters": 1,
-    "data.task.periods": 1,
-    "data.task.held_out": "null",
-    "data.eval_examples": 20,
-    "mtp.depth": 1,
-    "optimizer.lr": 0.001,
-    "callbacks": "[stop_when_solved]",
-    "callbacks.checkpoints.every_n_steps": 5,
+    **TASK, "data.task.letters": 1, "data.task.periods": 1, "data.task.held_out": "null",
+    "data.eval_examples": 20, "mtp.depth": 1, "optimizer.lr": 0.001,
+    "callbacks": "[stop_when_solved]", "callbacks.checkpoints.every_n_steps": 5,
     "trainer.max_steps": 60,
-}
+}  # fmt: skip
 COST = ("tokens", "flops", "seconds")
 
 

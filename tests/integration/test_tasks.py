@@ -33,15 +33,11 @@ def task(name: str, **of_task: int) -> dict[str, Any]:
 
 
 TASKS: dict[str, dict[str, Any]] = {
-    "copy": {},
-    "star_graph": task("star_graph"),
-    "mqar": task("mqar"),
-    "packed": {"data.seq_len": 30},
-    "prompts": {"data.train_prompt": "true"},
+    "copy": {}, "star_graph": task("star_graph"), "mqar": task("mqar"),
+    "packed": {"data.seq_len": 30}, "prompts": {"data.train_prompt": "true"},
     "sibling": task("sibling", parents=2, children=3, hash=2) | {"data.examples": 16},
-    "hmm": task("hmm", length=6),
-    "navigation": task("navigation", nodes=12),
-}
+    "hmm": task("hmm", length=6), "navigation": task("navigation", nodes=12),
+}  # fmt: skip
 # The windows that they find.
 WINDOWS = {
     "copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30, "sibling": 5, "hmm": 6,

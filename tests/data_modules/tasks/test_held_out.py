@@ -33,17 +33,11 @@ NAMES = (
 )  # fmt: skip
 HELD_OUT = ("copy", "group", "polynomial")
 SMALL: list[Task] = [
-    Copy(letters=2, periods=6),
-    Countdown(numbers=2, largest=5),
-    Group(length=6),
-    HMM(length=3),
+    Copy(letters=2, periods=6), Countdown(numbers=2, largest=5), Group(length=6), HMM(length=3),
     Induction(sentences=3, names=2, beginnings=2, endings=2),
-    MQAR(pairs=2, slots=2, keys=2, values=2),
-    Polynomial(operations=1),
-    Sat(variables=3, names=3),
-    Sibling(parents=2, children=3),
-    StarGraph(length=2, nodes=4),
-]
+    MQAR(pairs=2, slots=2, keys=2, values=2), Polynomial(operations=1), Sat(variables=3, names=3),
+    Sibling(parents=2, children=3), StarGraph(length=2, nodes=4),
+]  # fmt: skip
 
 
 def configured(name: str) -> Task:

@@ -24,31 +24,17 @@ from data_modules.tasks.base import END, Draws
 from data_modules.tasks.navigation import Navigation
 
 TASKS: list[Task] = [
-    Copy(),
-    Copy(letters=2, shortest=3, periods=5),
-    StarGraph(),
-    StarGraph(degree=5, length=3, nodes=20, reverse=True),
-    StarGraph(fixed=3),
-    StarGraph(degree=1, length=2, nodes=2),
-    MQAR(),
-    MQAR(pairs=4, slots=4, keys=4, values=1, power=1.0),
-    Countdown(),
-    Countdown(numbers=2, largest=5),
-    Group(),
-    Group(generators="all", running=False, length=3),
-    HMM(),
-    HMM(process="rrxor", length=5),
-    Induction(),
-    Induction(sentences=3, names=2, beginnings=2, endings=1),
-    Navigation(),
-    Navigation(graph="random", nodes=12, density=0.2),
-    Polynomial(),
-    Polynomial(operations=1),
-    Sat(),
-    Sat(variables=3, names=3, solutions=1),
-    Sibling(),
+    Copy(), Copy(letters=2, shortest=3, periods=5), StarGraph(),
+    StarGraph(degree=5, length=3, nodes=20, reverse=True), StarGraph(fixed=3),
+    StarGraph(degree=1, length=2, nodes=2), MQAR(),
+    MQAR(pairs=4, slots=4, keys=4, values=1, power=1.0), Countdown(),
+    Countdown(numbers=2, largest=5), Group(), Group(generators="all", running=False, length=3),
+    HMM(), HMM(process="rrxor", length=5), Induction(),
+    Induction(sentences=3, names=2, beginnings=2, endings=1), Navigation(),
+    Navigation(graph="random", nodes=12, density=0.2), Polynomial(), Polynomial(operations=1),
+    Sat(), Sat(variables=3, names=3, solutions=1), Sibling(),
     Sibling(parents=1, children=2, hash=0),
-]
+]  # fmt: skip
 MANY = 500
 
 
