@@ -27,7 +27,7 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
     return float((statistic - freedom) / math.sqrt(2 * freedom))
 
 
-def require_the_models_distribution(model, options, drafted, prompt_length=4):
+def require_the_models_distribution(model, options, prompt_length=7):
     """Three tokens; the second and third come from the first round's drafts."""
     (prompt,) = random_prompts(11, (prompt_length,), VOCAB)
     cut = {"temperature", "top_k", "top_p"}
@@ -43,7 +43,6 @@ def require_the_models_distribution(model, options, drafted, prompt_length=4):
         model,
         [prompt] * n,
         max_new_tokens=3,
-        draft_depth=drafted,
         seed=1,
         batch_size=400,
         **options,

@@ -21,8 +21,6 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
-from tests.decoding.distributions import VOCAB as SAMPLED
-from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 
 DEPTH, CAPACITY, NEW = 3, 40, 14
@@ -180,20 +178,3 @@ def test_greedy_text_is_that_of_plain_decoding(
             for depth in (3, "auto"):
                 found = generate(model, prompts, draft_depth=depth, **SINGLE, **options)
                 assert ids_of(found) == plain
-
-
-def test_samples_have_the_models_distribution() -> None:
-    model = small_model(11, 1, vocab=SAMPLED)
-    require_the_models_distribution(model, {"temperature": 1.0, **SINGLE}, 2)
-
-
-def test_where_one_cache_makes_no_sense() -> None:
-    options: dict[str, Any] = {"max_new_tokens": 2, **SINGLE}
-    for model in (small_model(0, 2), small_model(0, 2, stack=NextLatConfig), small_model(0, 0)):
-        with pytest.raises(ValueError, match="cache=single is for a single module"):
-            generate(model, [[1]], **options)
-    model = small_model(0, 1)
-    with pytest.raises(ValueError, match="does not go together with speculative=false"):
-        generate(model, [[1]], speculative=False, **options)
-    with pytest.raises(ValueError, match="cache=both is unknown: choose one of per_depth, single"):
-        generate(model, [[1]], max_new_tokens=2, cache="both")  # type: ignore[arg-type]

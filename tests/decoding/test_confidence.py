@@ -82,18 +82,6 @@ def test_the_likeliest_tokens_probability() -> None:
     )
 
 
-@pytest.mark.parametrize("confidence", [True, False])
-@pytest.mark.parametrize("variant", ["sequential", "linear"])
-def test_greedy_text_is_that_of_plain_decoding(
-    tiny_trunk: TrunkConfig, variant: str, confidence: bool
-) -> None:
-    made = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=confidence))
-    plain = generate(made, PROMPTS, max_new_tokens=30, speculative=False)
-    for least in (0.1, 0.3, 0.5):
-        found = generate(made, PROMPTS, max_new_tokens=30, min_confidence=least)
-        assert ids_of(found) == ids_of(plain)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_compiled_passes_stop_where_eager_ones_do(
     tiny_trunk: TrunkConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
@@ -136,9 +124,3 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
         # One draft at most is made; the second is the one that was not.
         assert max(accepted) <= min(m, 1)
         assert all(r == min(a + 1, m) for a, r in zip(accepted, reached, strict=True))
-
-
-def test_what_makes_no_sense_is_refused(tiny_trunk: TrunkConfig) -> None:
-    made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3))
-    with pytest.raises(ValueError, match=r"min_confidence must be a number in \[0, 1\], not 2"):
-        generate(made, PROMPTS, max_new_tokens=4, min_confidence=2)

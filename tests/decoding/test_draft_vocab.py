@@ -15,7 +15,6 @@ from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.selector import CANDIDATES
-from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import VOCAB, ids_of, random_prompts, small_model
 
 ROWS = 20
@@ -85,32 +84,3 @@ def test_what_the_first_tokens_are_worth_is_what_the_whole_head_says(
     for vocab in (None, ROWS):
         generate(model, [prompt], max_new_tokens=3, draft_vocab=vocab)
     assert torch.equal(seen[0][..., :ROWS], seen[len(seen) // 2][..., :ROWS])
-
-
-@pytest.mark.parametrize("way", [{"tree": [3, 2]}, {"top_p": 0.9}, {"verify": "block"}])
-def test_samples_have_the_models_distribution(way: dict[str, Any]) -> None:
-    model = small_model(11, 2, vocab=8)
-    way = {"temperature": 1.0, "draft_vocab": 5, **way}
-    drafted = None if "tree" in way else 2
-    require_the_models_distribution(model, way, drafted, prompt_length=7)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"draft_vocab": 0}, "draft_vocab must be a whole number of at least 1, not 0"),
-        ({"draft_vocab": VOCAB + 1}, f"draft_vocab={VOCAB + 1}, but the model has {VOCAB} tokens"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate(small_model(0, 2), [[1]], max_new_tokens=2, **options)
-
-
-def test_models_that_cannot_are_refused() -> None:
-    for model, message in (
-        (small_model(0, 2, stack=LinearConfig, rank=2), "not go together with mtp.rank=2"),
-        (small_model(0, 0), "no MTP depth to draft with"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            generate(model, [[1]], max_new_tokens=2, draft_vocab=9)

@@ -162,38 +162,6 @@ def test_the_snippet_above_the_module_runs(capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompts": [[]]}, "Prompt 0 is empty"),
-        ({"prompts": [[1], [37]]}, "Prompt 1 holds 37"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
-        ({"draft_depth": 0}, "draft_depth=0"),
-        ({"draft_depth": 3}, "draft_depth=3, but the model drafts 2"),
-        ({"draft_depth": "deep"}, "draft_depth=deep"),
-        ({"stop": "x"}, "needs a tokenizer"),
-        ({"stop": [""], "tokenizer": Letters()}, "at least one character"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
-        ({"long": "cut"}, "long=cut"),
-        ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
-        ({"stop": 5}, "stop=5 must be a string or a list"),
-        ({"eot_id": "x"}, "eot_id must be a whole number of at least -1, not 'x'"),
-        ({"tree": 3}, r"tree=3 must be a list of whole numbers of at least 1, as \[3,2\]"),
-    ],
-)
-def test_bad_input_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(small_model(0, 2), **{"prompts": [[1]], "max_new_tokens": 2, **options})
-
-
-def test_a_model_without_modules_decodes_plainly():
-    model = small_model(0, 0)
-    (g,) = generate(model, [[1, 2]], max_new_tokens=5)
-    assert g.acceptance == [] and g.tokens_per_step == 1.0
-    with pytest.raises(ValueError, match="no MTP depth to draft with"):
-        generate(model, [[1]], max_new_tokens=2, draft_depth=1)
-
-
 def simulate(
     auto: AutoDepth,
     costs: list[float],

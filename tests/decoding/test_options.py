@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import fields
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.options import DecodingOptions, TextOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.evaluating import evaluate_decoding
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.paths import CONF
 from tests.decoding.models import random_prompts, small_model
 
@@ -56,36 +62,85 @@ def test_values_of_yaml_become_the_options_own() -> None:
 
 
 TREE = {"tree": [2, 1]}
+TARGETS: dict[str, Any] = {"depth": 2, "stack": ParameterFreeConfig}
+RANK_2: dict[str, Any] = {"depth": 2, "stack": LinearConfig, "rank": 2}
+# Models that do not draft by a single module.
+SEVERAL: list[dict[str, Any]] = [{"depth": 2}, {"depth": 2, "stack": NextLatConfig}, {"depth": 0}]
+# Options that are refused whatever the model is, and words of the message.
+REFUSED = [
+    ({**TREE, "speculative": False}, "tree=[2, 1] does not go together with speculative=false"),
+    ({**TREE, "draft_depth": 2}, "tree=[2, 1] does not go together with draft_depth=2"),
+    ({**TREE, "draft_depth": "auto"}, "does not go together with draft_depth=auto"),
+    ({**TREE, "min_confidence": 0.5}, "with min_confidence=0.5"),
+    ({**TREE, "cache": "single"}, "tree=[2, 1] does not go together with cache=single"),
+    ({**TREE, "compile": True}, "tree=[2, 1] does not go together with compile=true"),
+    ({**TREE, "lookup": 2}, "lookup=2 does not go together with tree=[2, 1]"),
+    ({"lookup": 2, "compile": True}, "lookup=2 does not go together with compile=true"),
+    ({"draft_vocab": 3, "compile": True}, "draft_vocab=3 does not go together with compile="),
+    ({"draft_vocab": 3, "speculative": False}, "with speculative=false"),
+    ({"draft_depth": 1, "speculative": False}, "with speculative=false"),
+    ({"cache": "single", "speculative": False}, "with speculative=false"),
+    ({"cache": "single", "compile": True}, "cache=single does not go together with compile="),
+    ({"min_confidence": 0.5, "speculative": False}, "with speculative=false"),
+    ({"verify": "block", "speculative": False}, "verify=block does not go together with spec"),
+    ({"verify": "block", **TREE}, "verify=block does not go together with tree=[2, 1]"),
+    ({"verify": "all"}, "verify=all is unknown: choose one of token, block"),
+    ({"cache": "both"}, "cache=both is unknown: choose one of per_depth, single"),
+    ({"compile": True, "batch_size": 2}, "set batch_size=1, not 2"),
+    ({"long": "cut"}, "long=cut is unknown"),
+    ({"max_context": 0}, "max_context must be a whole number of at least 1, not 0"),
+    ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
+    ({"logprobs": -1}, "logprobs must be a whole number of at least 0, not -1"),
+    ({"lookup": -1}, "lookup must be a whole number of at least 0, not -1"),
+    ({"lookup": 16}, "lookup must be a number of at most 15, not 16"),
+    ({"speculative": "no"}, "speculative must be true or false, not 'no'"),
+    ({"min_confidence": 2}, "min_confidence must be a number in [0, 1], not 2"),
+    ({"draft_depth": 0}, "draft_depth=0 must be"),
+    ({"draft_depth": "deep"}, "draft_depth=deep must be"),
+    ({"draft_vocab": 0}, "draft_vocab must be a whole number of at least 1, not 0"),
+    ({"tree": [3], "draft_vocab": 2}, "draft_vocab must be a whole number of at least 3"),
+    ({"tree": 3}, "tree=3 must be a list of whole numbers of at least 1, as [3,2]"),
+    ({"tree": []}, "must be a list of whole numbers"),
+    ({"tree": [2, 0]}, "must be a list of whole numbers"),
+    ({"tree": [4, 3]}, "drafts 16 tokens a round: use one of at most 15"),
+    ({"stop": 5}, "stop=5 must be a string or a list"),
+    ({"stop": [""]}, "at least one character"),
+    ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
+    ({"eot_id": "x"}, "eot_id must be a whole number of at least -1, not 'x'"),
+    ({"temperature": -1}, "temperature=-1"),
+    ({"temperature": math.nan}, "temperature=nan"),
+    ({"top_k": 0}, "top_k=0"),
+    ({"top_p": 0}, "top_p=0"),
+    ({"top_p": 1.5}, "top_p=1.5"),
+]
+# A model, options that it does not support, and words of the message.
+REFUSED_OF_A_MODEL = [
+    ({"depth": 2}, {"draft_depth": 3}, "draft_depth=3, but the model drafts 2"),
+    ({"depth": 2}, {"tree": [3, 2, 1]}, "[3, 2, 1] drafts 3 tokens deep, but the model drafts 2"),
+    ({"depth": 1, "vocab": 5}, {"tree": [6]}, "more candidates than the model has tokens, 5"),
+    ({"depth": 2, "vocab": 5}, {"draft_vocab": 6}, "draft_vocab=6, but the model has 5 tokens"),
+    (RANK_2, {"draft_vocab": 9}, "not go together with mtp.rank=2"),
+    ({"depth": 0}, {"draft_vocab": 9}, "no MTP depth to draft with"),
+    ({"depth": 0}, {"draft_depth": 1}, "no MTP depth to draft with"),
+    (TARGETS, {"draft_depth": 1}, "no module to draft with"),
+    (TARGETS, {"tree": [2]}, "no module to draft with"),
+    *((model, {"cache": "single"}, "cache=single is for a single module") for model in SEVERAL),
+]
 
 
-@pytest.mark.parametrize(
-    ("asked", "told"),
-    [
-        ({**TREE, "speculative": False}, "tree=[2, 1] does not go together with speculative=false"),
-        ({**TREE, "draft_depth": 2}, "tree=[2, 1] does not go together with draft_depth=2"),
-        ({**TREE, "min_confidence": 0.5}, "with min_confidence=0.5"),
-        ({**TREE, "cache": "single"}, "tree=[2, 1] does not go together with cache=single"),
-        ({**TREE, "compile": True}, "tree=[2, 1] does not go together with compile=true"),
-        ({"draft_vocab": 3, "compile": True}, "draft_vocab=3 does not go together with compile="),
-        ({"draft_vocab": 3, "speculative": False}, "with speculative=false"),
-        ({"draft_depth": 1, "speculative": False}, "with speculative=false"),
-        ({"cache": "single", "compile": True}, "cache=single does not go together with compile="),
-        ({"min_confidence": 0.5, "speculative": False}, "with speculative=false"),
-        ({"verify": "block", "speculative": False}, "verify=block does not go together with spec"),
-        ({"verify": "block", **TREE}, "verify=block does not go together with tree=[2, 1]"),
-        ({"verify": "all"}, "verify=all is unknown: choose one of token, block"),
-        ({"compile": True, "batch_size": 2}, "set batch_size=1, not 2"),
-        ({"long": "cut"}, "long=cut is unknown"),
-        ({"max_context": 0}, "max_context must be a whole number of at least 1, not 0"),
-        ({"speculative": "no"}, "speculative must be true or false, not 'no'"),
-        ({"tree": [3], "draft_vocab": 2}, "draft_vocab must be a whole number of at least 3"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("asked", "told"), REFUSED, ids=str)
 def test_what_is_wrong_with_options_alone(asked: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=re.escape(told)):
         DecodingOptions(**asked)
-    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("model", "asked", "told"), REFUSED_OF_A_MODEL)
+def test_what_a_model_does_not_support(
+    model: dict[str, Any], asked: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        generate(small_model(0, **model), [[1]], max_new_tokens=2, **asked)
 
 
 def test_evaluation_decodes_by_the_same_options() -> None:

@@ -3,17 +3,18 @@ random numbers that belong to their row."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw
 from mtp_lightning.decoding.verification import accept_or_resample
+from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.eagle import EagleConfig
+from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
 from tests.decoding.models import ids_of, random_prompts, small_model
 
@@ -110,21 +111,6 @@ def test_every_row_is_sampled_by_its_own_settings():
             assert torch.equal(found[row : row + 1], own.probabilities(logits[row : row + 1]))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1}, "temperature=-1"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"top_k": 0}, "top_k=0"),
-        ({"top_p": 0}, "top_p=0"),
-        ({"top_p": 1.5}, "top_p=1.5"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
-
-
 @pytest.mark.parametrize("n_drafts", [1, 2])
 def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
     n, generator = 100_000, torch.Generator().manual_seed(n_drafts)
@@ -155,27 +141,38 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
     assert chi_square(torch.bincount(tokens[:, 0], minlength=VOCAB), p[0]) < 5
 
 
-@pytest.mark.parametrize(
-    ("options", "drafted"),
-    [({"temperature": 0.7, "top_p": 0.8}, 2), ({"temperature": 1.3, "top_k": 5}, 2)],
-)
-def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
-    require_the_models_distribution(small_model(11, 2, vocab=VOCAB), options, drafted)
+DRAFT_5 = {"draft_vocab": 5}
+SELECTOR = {"correction": "selector", "correction_rank": 5}
 
 
 @pytest.mark.parametrize(
-    "mtp",
+    ("mtp", "options"),
     [
-        {"stack": LinearConfig, "correction": "markov"},
-        {"stack": LinearConfig, "rank": 3},
-        {"stack": EagleConfig, "draft_vocab": 4},
-        {"stack": MaskedConfig},
+        ({}, {"temperature": 0.7, "top_p": 0.8}),
+        ({}, {"temperature": 1.3, "top_k": 5}),
+        # Some rows of a round have fewer drafts than others.
+        ({"confidence": True}, {"min_confidence": 0.3, "verify": "block"}),
+        ({"depth": 1}, {"draft_depth": 2, "cache": "single"}),
+        ({}, {**DRAFT_5, "tree": [3, 2]}),
+        ({}, {**DRAFT_5, "top_p": 0.9}),
+        ({}, {**DRAFT_5, "verify": "block"}),
+        ({}, {"temperature": 1.3, "top_k": 2, "tree": [3, 2]}),  # fewer tokens than candidates
+        ({"stack": JointConfig}, {"tree": [3, 2]}),
+        # The second draft's distribution depends on the first draft.
+        ({"stack": LinearConfig, "correction": "markov"}, {}),
+        ({"stack": LinearConfig, "rank": 3}, {}),
+        ({"stack": EagleConfig, "draft_vocab": 4}, {}),
+        ({"stack": MaskedConfig}, {}),
+        ({"stack": LinearConfig, **SELECTOR}, {}),
+        ({"stack": ParallelConfig, **SELECTOR}, {}),
+        ({"stack": ParallelConfig, **SELECTOR}, {"tree": [3, 2]}),
     ],
+    ids=str,
 )
-def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):
-    """The second draft's distribution depends on the first draft."""
-    model = small_model(11, 2, vocab=VOCAB, **mtp)
-    require_the_models_distribution(model, {"temperature": 1.0}, 2)
+def test_samples_of_the_loop_have_the_models_distribution(mtp, options, monkeypatch):
+    monkeypatch.setattr(selector, "CANDIDATES", 3)
+    model = small_model(11, **{"depth": 2, "vocab": VOCAB, **mtp})
+    require_the_models_distribution(model, {"temperature": 1.0, **options})
 
 
 def test_how_rows_are_sampled_is_found_once_however_many_end(monkeypatch):

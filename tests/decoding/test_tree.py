@@ -21,8 +21,7 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
-from tests.decoding.distributions import chi_square, require_the_models_distribution
+from tests.decoding.distributions import chi_square
 from tests.decoding.models import ids_of, random_prompts, small_model, teacher_forced
 
 VOCAB = 5  # random heads are right now and then
@@ -248,33 +247,3 @@ def test_what_is_accepted_has_the_trunks_distribution(widths):
     expected = [float(rule(p, [v / sum(q) for v in q], w)[1]) for w in (widths[0], 1)]
     found = (accepted >= 1).double().mean()
     assert abs(found - expected[0]) < 0.007 < 0.01 < expected[0] - expected[1]
-
-
-@pytest.mark.parametrize(
-    ("options", "mtp"),
-    [
-        ({"temperature": 1.3, "top_k": 2}, {}),  # fewer tokens than candidates
-        ({"temperature": 1.0}, {"stack": JointConfig}),
-    ],
-    ids=str,
-)
-def test_samples_of_the_loop_have_the_models_distribution(options, mtp):
-    model = small_model(11, 2, vocab=8, **mtp)
-    require_the_models_distribution(model, {**options, "tree": [3, 2]}, None, prompt_length=7)
-
-
-def test_what_makes_no_sense_is_refused():
-    model = small_model(0, 2)
-    for options, message in (
-        ({"tree": [3, 2, 1]}, r"tree=\[3, 2, 1\] drafts 3 tokens deep, but the model drafts 2"),
-        ({"tree": []}, "must be a list of whole numbers"),
-        ({"tree": [2, 0]}, "must be a list of whole numbers"),
-        ({"tree": [4, 3]}, "drafts 16 tokens a round: use one of at most 15"),
-        ({"tree": [2], "draft_depth": "auto"}, "does not go together with draft_depth=auto"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            generate(model, [[1]], max_new_tokens=2, **options)
-    with pytest.raises(ValueError, match="more candidates than the model has tokens, 5"):
-        generate(small_model(0, 1, vocab=5), [[1]], max_new_tokens=2, tree=[6])
-    with pytest.raises(ValueError, match="no module to draft with"):
-        generate(small_model(0, 2, stack=ParameterFreeConfig), [[1]], max_new_tokens=2, tree=[2])

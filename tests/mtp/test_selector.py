@@ -30,7 +30,6 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.rescoring import Forced
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.cost import counted_flops
-from tests.decoding.distributions import require_the_models_distribution
 from tests.decoding.models import random_prompts, small_model
 from tests.models import build, windows
 
@@ -176,20 +175,6 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
                 session.put(torch.tensor(drafts), k)
             else:
                 session.put_nodes(torch.tensor(drafts), k)
-
-
-@pytest.mark.parametrize(
-    ("stack", "way"),
-    [(ParallelConfig, {}), (ParallelConfig, {"tree": [3, 2]}), (LinearConfig, {})],
-)
-def test_samples_have_the_models_distribution_where_few_tokens_are_candidates(
-    stack: type[MTPConfig], way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(selector, "CANDIDATES", 3)
-    model = small_model(11, 2, vocab=8, stack=stack, **SELECTOR)
-    drafted = None if way else 2
-    options = {"temperature": 1.0, **way}
-    require_the_models_distribution(model, options, drafted, prompt_length=7)
 
 
 @torch.no_grad()
