@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -73,9 +71,3 @@ def test_whole_numbers_choices_and_conditions() -> None:
     require(True, "key", 1, "anything")
     with pytest.raises(ValueError, match="^key must be two numbers, not \\[1\\].$"):
         require(False, "key", [1], "two numbers")
-
-
-def test_needs_no_torch() -> None:
-    program = "import sys, mtp_lightning.settings; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr

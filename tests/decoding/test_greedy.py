@@ -45,6 +45,8 @@ VARIANTS = [
     {"stack": MaskedConfig},
     {"blocks": 2},
     {"share_layers": True, "blocks": 3},
+    {"token_dropout": 0.5},
+    {"token_dropout": 1.0},
 ]
 
 

@@ -175,18 +175,6 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
             assert bool((a - b).abs().max() < 1e-7) == cut, detach
 
 
-@every_head
-def test_a_token_of_the_next_document_reaches_no_position_that_counts(
-    tiny_trunk: TrunkConfig, head: str
-) -> None:
-    model, plain = build(tiny_trunk, HEADS[head](depth=2)).double(), windows(4, 8, 2)
-    documents = (torch.arange(11) >= torch.tensor([[3], [5], [8], [9]])).long()
-    tokens = torch.where(documents == 1, (plain.tokens + 1) % 37, plain.tokens)
-    both = [WindowBatch(t, 2, documents, documents == 0) for t in (plain.tokens, tokens)]
-    counts = both[0].counts().tolist()
-    assert torch.equal(*(mtp_loss(model, batch, [0.2, 0.3], counts)[1] for batch in both))
-
-
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
 def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
     """A sequential module needs the shallower ones; heads side by side need no other."""

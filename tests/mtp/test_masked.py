@@ -101,18 +101,6 @@ def test_training_and_drafting_agree_to_the_last_digits(trunk: str, drafts: int)
             session.accept([accepted])
 
 
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    found = []
-    for recompute in (False, True):
-        model = masked(replace(TRUNKS["experts"], recompute=recompute)).double().train()
-        loss, _, auxiliary = reported_loss(model, windows(2, T, DEPTH), [0.3, 0.2, 0.1], [14] * 4)
-        loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-        found[-1] |= {f"load {i}": n for i, n in enumerate(auxiliary.loads.values())}
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], msg=name)
-
-
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_blocks_give_the_same_gradients() -> None:
@@ -130,16 +118,6 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
-
-
-def test_half_precision_trains() -> None:
-    model = masked().train()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = mtp_loss(model, windows(2, T, DEPTH), [0.3] * DEPTH, [14] * 4)[0]
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.any(), name
 
 
 def test_masks_do_not_count_for_the_balance_of_experts() -> None:

@@ -7,7 +7,6 @@ definition, for every objective.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +28,6 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.rescoring import Forced
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.cost import counted_flops
 from tests.decoding.models import random_prompts, small_model
 from tests.models import build, windows
 
@@ -220,22 +218,6 @@ def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
     ]).double().softmax(-1)  # fmt: skip
     expected = (p[0, 2] * (1 - torch.minimum(p_after, q).sum(-1))).sum()
     assert found[1, 0].rejection == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_its_products_grow_with_the_candidates_alone(
-    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flops(vocab: int, candidates: int) -> int:
-        monkeypatch.setattr(selector, "CANDIDATES", candidates)
-        own = selector.Selector(replace(tiny_trunk, vocab_size=vocab), 5)
-        ids, width = torch.arange(6), tiny_trunk.d_model
-        forced = Forced(1, torch.randn(6, vocab).log_softmax(-1), torch.randn(6, width), ids, ids)
-        with counted_flops() as counted:
-            own(1, forced.hidden_RC, forced.log_q_RV, ids)
-            own.state_gradient(forced, torch.ones(6), {})
-        return counted.total
-
-    assert flops(40, 16) == flops(4000, 16) > flops(4000, 8) > 0
 
 
 def test_ranks_of_corrections() -> None:

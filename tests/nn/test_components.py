@@ -20,7 +20,6 @@ from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, Laye
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
-from mtp_lightning.nn.moe import ExpertsConfig
 from tests import deepseek
 from tests.decoding.models import ids_of, random_prompts, steer_drafts, teacher_forced
 from tests.interop import folders
@@ -166,8 +165,11 @@ def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:
     with pytest.raises(ValueError, match=r"attention=nowhere .* say allow=\[my_ideas\]"):
         TrunkConfig.from_dict(stored)
     for config in (deepseek.TRUNK, deepseek.trunk(latent={"q_rank": None})):
-        assert TrunkConfig.from_dict(config.to_dict()) == config
-    assert isinstance(TrunkConfig.from_dict(deepseek.TRUNK.to_dict()).feed_forward, ExpertsConfig)
+        stored = config.to_dict()
+        assert TrunkConfig.from_dict(stored) == config
+    stored["feed_forward"]["n_router"] = 4
+    with pytest.raises(ValueError, match="n_router"):
+        TrunkConfig.from_dict(stored)
 
 
 @pytest.mark.parametrize("value", [None, "window", EXPERTS])

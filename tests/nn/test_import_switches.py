@@ -17,6 +17,7 @@ from tests import deepseek, reference
 
 BIASED = GroupedQueryConfig(qkv_bias=True)
 HALF_TURNED = GroupedQueryConfig(d_rope=4)
+NORMED = GroupedQueryConfig(qk_norm=True)
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
 )
@@ -54,7 +55,8 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"attention": BIASED}, {"rope_scaling": SCALING}, {"attention": HALF_TURNED}]
+    "change",
+    [{"rope_scaling": SCALING}, *({"attention": a} for a in (BIASED, HALF_TURNED, NORMED))],
 )
 def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
     """Token by token, against whole windows that are read again for every token."""

@@ -220,7 +220,7 @@ def test_every_step_is_its_definition(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", HEADS_BY_NAME)
 def test_a_step_in_bf16_is_near_one_in_fp32(name: str) -> None:
     near = []
-    for objective, weights in itertools.product(OBJECTIVES, WEIGHTS):
+    for objective, weights in zip(OBJECTIVES, itertools.cycle(WEIGHTS), strict=False):
         case = Case(*HEADS_BY_NAME[name], objective, weights, "none", "all", 0)
         found = []
         for low in (False, True):

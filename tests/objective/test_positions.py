@@ -20,24 +20,8 @@ from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.objective.terms.kl import KL
-from mtp_lightning.objective.terms.tv import TV
 from tests.losses import gradients, mtp_loss, step_of
 from tests.models import build, windows
-
-
-def test_of_one_depth_it_is_total_variation(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, MTPConfig.find("sequential")(depth=1)).double()
-    batch = windows(2, 9, 1)
-    found = []
-    for term in (E2ETV(), TV()):
-        total, sums = mtp_loss(model, batch, [0.5], [18, 18], term=term)
-        total.backward()
-        found.append((total, sums, gradients(model)))
-    (total, sums, grads), (want_total, want_sums, want_grads) = found
-    torch.testing.assert_close(total, want_total)
-    torch.testing.assert_close(sums, want_sums)
-    for name, gradient in want_grads.items():
-        torch.testing.assert_close(grads[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel"])
