@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtp_lightning import parts
 from mtp_lightning.nn import experts, ops
+from mtp_lightning.nn.weight_scales import WeightScales
 
 ROOT = Path(__file__).parents[1]
 HAS_CPU = importlib.util.find_spec("mtp_lightning.cpu") is not None
@@ -49,6 +50,29 @@ def prepared(module: nn.Module) -> AbstractContextManager[Any]:
     if not HAS_CPU:
         return nullcontext()
     return closing(importlib.import_module("mtp_lightning.cpu.prepared").Prepared(module))
+
+
+def blocks_of(shape: tuple[int, int], levels: int, seed: int, *, symmetric: bool) -> Tensor:
+    """Random weights in blocks of 32 by the definition: step x q + offset, both of them in fp16."""
+    generator = torch.Generator().manual_seed(seed)
+    n = shape[0] * shape[1] // 32
+    step = (torch.randn(n, 1, generator=generator) * 0.02).half().float()
+    q = torch.randint(levels, (n, 32), generator=generator)
+    drawn = torch.randn(n, 1, generator=generator) * 0.1
+    offset = (-levels // 2 * step if symmetric else drawn).half().float()
+    # In float64 first: the sum is rounded once.
+    return (step.double() * q + offset.double()).float().view(shape)
+
+
+def k_quants(shape: tuple[int, int], bits: int, group: int, factor: Any) -> tuple[Tensor, Any]:
+    """Random weights as in K-quants, and their scales: steps and offsets are products of ``factor``
+    and a small integer."""
+    rows, blocks = shape[0], shape[1] // group
+    steps, offsets = factor * torch.randint(1, 16, (2, rows, blocks))
+    scales = WeightScales(steps=steps, offsets=-offsets * 8, group=group, bits=bits)
+    q = torch.randint(0, 1 << bits, (rows, blocks, group))
+    exact = steps.double()[..., None] * q + scales.offsets.double()[..., None]
+    return exact.float().flatten(1), scales
 
 
 @pytest.fixture(scope="session")

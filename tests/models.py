@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.opening import StoredModel
 
 # A tree of tokens, and its paths from the root.
 PARENTS = [-1, 0, 0, 1, 1, 2, 5, 3]
@@ -35,6 +37,14 @@ def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
         for router in routers_of(model).values():
             router.expert_bias.normal_(0, 0.1, generator=generator)
     return model
+
+
+def stored_of(trunk: TrunkConfig, mtp: MTPConfig) -> StoredModel:
+    """A checkpoint's content, of which every weight is random: also gains and biases."""
+    model = build(trunk, mtp, seed=5)
+    return StoredModel(
+        path=Path("old.ckpt"), config=model.config, weights=model.state_dict(), tokenizer_state={}
+    )
 
 
 def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:

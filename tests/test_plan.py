@@ -113,11 +113,7 @@ def test_deepseek_v3_as_published() -> None:
     given = ["model=deepseek_v3", "mtp.depth=1", "vocab_size=129280", "data.seq_len=4096"]
     plans, tokens = plans_of([*given, "data.batch_size=1", "devices=2048", "tokens=14.8e12"])
     (plan,) = plans
-    # 671B, and 11.5B of a module that shares embedding and head; 37B for a token.
     assert plan.model.num_trunk_params() == pytest.approx(671.0e9, rel=1e-3)
-    assert plan.model.num_params() - plan.model.num_trunk_params() == pytest.approx(
-        11.6e9, rel=0.01
-    )
     assert tokens == 14.8e12 and plan.devices == 2048
     lines = describe(plans, tokens)
     assert "estimated, not run" in lines[1] and len(lines) == 3 + len(STRATEGIES)

@@ -10,41 +10,18 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu import packed as packing
 from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
 from mtp_lightning.runtime import threads
+from tests.kernels import blocks_of
 
 pytestmark = pytest.mark.usefixtures("own")
 
-GROUP = 32
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 32), (257, 160)]
-
-
-def packed(weight: Tensor) -> PackedWeight:
-    found = packed_weight(weight)
-    assert found is not None
-    return found
 
 
 def in_fp32(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> PackedWeight:
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_SMALL", ())
         patch.setattr(packing, "_LARGE", (Kind.FULL,))
-        return packed(weight)
-
-
-def fp16(numbers: Tensor) -> Tensor:
-    return numbers.half().float()
-
-
-def blocks_of(shape: tuple[int, int], levels: int, seed: int, *, symmetric: bool) -> Tensor:
-    """Random blocks by the definition: step x q + offset, with step and offset in fp16."""
-    generator = torch.Generator().manual_seed(seed)
-    n = shape[0] * shape[1] // GROUP
-    step = fp16(torch.randn(n, 1, generator=generator) * 0.02)
-    q = torch.randint(levels, (n, GROUP), generator=generator).float()
-    offset = fp16(
-        -levels // 2 * step if symmetric else torch.randn(n, 1, generator=generator) * 0.1
-    )
-    # In float64 first: the sum is rounded once.
-    return (step.double() * q.double() + offset.double()).float().view(shape)
+        return packed_weight(weight)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +29,7 @@ def blocks_of(shape: tuple[int, int], levels: int, seed: int, *, symmetric: bool
 )
 def test_four_bits_have_the_bits_of_fp32(shape, symmetric, monkeypatch):
     weight = blocks_of(shape, 16, sum(shape), symmetric=symmetric)
-    found, full = packed(weight), in_fp32(weight, monkeypatch)
+    found, full = packed_weight(weight), in_fp32(weight, monkeypatch)
     assert found.kind == Kind.BLOCKS4
     lanes = native.lib().packed_size(1, 1, Kind.FULL) // 4
     outputs = -(-shape[0] // lanes) * lanes
@@ -66,14 +43,14 @@ def test_four_bits_have_the_bits_of_fp32(shape, symmetric, monkeypatch):
         torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > GROUP])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] > 32])
 def test_eight_bits_have_the_bits_of_fp32(shape, monkeypatch):
     # As quantizers leave it, one number of every block is 127 steps.
-    weight = blocks_of(shape, 255, sum(shape), symmetric=True).view(-1, GROUP)
+    weight = blocks_of(shape, 255, sum(shape), symmetric=True).view(-1, 32)
     weight[:, 0] = weight.abs().amax(1)
-    step = fp16(weight[:, :1] / 127)
+    step = (weight[:, :1] / 127).half().float()
     weight = ((weight / step).round().nan_to_num() * step).view(shape)
-    found, full = packed(weight), in_fp32(weight, monkeypatch)
+    found, full = packed_weight(weight), in_fp32(weight, monkeypatch)
     assert found.kind == Kind.BLOCKS8
     for rows in (1, 3, 7):
         x = torch.randn(rows, shape[1])
@@ -88,7 +65,7 @@ def test_what_gguf_quantizes_is_read_in_its_bits(name, monkeypatch):
     weight[5], weight[6, 1:], weight[7, :] = 0.0, 0.0, 0.25
     dequantized = quants.dequantize(quants.quantize(weight.numpy(), kind), kind)
     weight = torch.from_numpy(dequantized).float().contiguous()
-    found = packed(weight)
+    found = packed_weight(weight)
     assert found.kind == (Kind.BLOCKS4 if name.startswith("Q4") else Kind.BLOCKS8)
     x = torch.randn(2, 96)
     assert torch.equal(found.linear(x), in_fp32(weight, monkeypatch).linear(x))
@@ -99,9 +76,9 @@ def test_what_gguf_quantizes_is_read_in_its_bits(name, monkeypatch):
 @pytest.mark.parametrize("value", [2**-20, float("nan"), float("inf"), -float("inf")])
 def test_one_number_between_the_levels_is_not_lost(value, monkeypatch):
     weight = blocks_of((70, 64), 16, 3, symmetric=False)
-    assert packed(weight).kind == Kind.BLOCKS4
+    assert packed_weight(weight).kind == Kind.BLOCKS4
     weight[69, 63] += value
-    found = packed(weight)
+    found = packed_weight(weight)
     assert found.kind == Kind.FULL
     x = torch.randn(2, 64)
     assert torch.equal(
@@ -111,11 +88,11 @@ def test_one_number_between_the_levels_is_not_lost(value, monkeypatch):
 
 def test_inputs_that_fill_no_block_stay_as_they_are():
     weight = blocks_of((16, 64), 16, 1, symmetric=False)[:, :40].contiguous()
-    assert packed(weight).kind == Kind.FULL
+    assert packed_weight(weight).kind == Kind.FULL
 
 
 def test_threads_change_no_bit():
-    product, x = packed(blocks_of((4096, 128), 16, 1, symmetric=False)), torch.randn(3, 128)
+    product, x = packed_weight(blocks_of((4096, 128), 16, 1, symmetric=False)), torch.randn(3, 128)
     alone = product.linear(x)
     with threads(2):
         assert torch.equal(product.linear(x), alone)

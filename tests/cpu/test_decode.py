@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_copy, packed_weight
+from mtp_lightning.cpu.packed import Kind, packed_weight
 from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -22,12 +22,6 @@ from tests.models import PARENTS, PATHS
 pytestmark = pytest.mark.usefixtures("own")
 
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
-
-
-def packed(weight: torch.Tensor) -> PackedWeight:
-    found = packed_weight(weight)
-    assert found is not None
-    return found
 
 
 def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -48,7 +42,7 @@ def rounded(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
 )
 def test_products_are_right_and_a_row_is_alone(shape, kind):
     weight = rounded(torch.randn(shape), kind)
-    product = packed(weight)
+    product = packed_weight(weight)
     if weight.numel() > 1:  # a single number may be a whole one of its own step
         assert product.kind == kind
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
@@ -62,9 +56,9 @@ def test_products_are_right_and_a_row_is_alone(shape, kind):
 def test_bf16_loses_nothing_to_the_last_bit():
     weight = torch.randn(130, 40).bfloat16().float()
     weight[3, 5], weight[7, 0] = float("inf"), -0.0
-    half = packed(weight)
+    half = packed_weight(weight)
     weight[129, 39] += 2**-20  # the last number is none of bf16's any more
-    full = packed(weight)
+    full = packed_weight(weight)
     assert (half.kind, full.kind) == (Kind.HALF, Kind.FULL)
     assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
     x = torch.randn(3, 40)
@@ -83,7 +77,7 @@ def test_int8_is_the_nearest_of_255_steps_a_row():
     levels = (found / steps.clamp(min=1e-30)).abs()
     assert ((levels - levels.round()).abs() < 0.01).all() and levels.max() <= 127.01
     assert torch.equal(found[5], torch.zeros(40, dtype=torch.float64))
-    product = packed(found.float())
+    product = packed_weight(found.float())
     assert product.kind == Kind.BYTE
     assert product.numbers.nbytes <= 80 * 40 + 4 * 80
     # Packing loses nothing: of an identity the product is the weight.
@@ -92,11 +86,11 @@ def test_int8_is_the_nearest_of_255_steps_a_row():
 
 def test_a_step_missed_by_one_number_is_no_int8():
     weight = rounded(torch.randn(130, 40), Kind.BYTE)
-    assert packed(weight).kind == Kind.BYTE
+    assert packed_weight(weight).kind == Kind.BYTE
     weight[129, 39] += 2**-20
-    assert packed(weight).kind == Kind.FULL
+    assert packed_weight(weight).kind == Kind.FULL
     weight[129, 39] = float("nan")
-    assert packed(weight).kind == Kind.FULL
+    assert packed_weight(weight).kind == Kind.FULL
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -108,34 +102,22 @@ def test_what_is_not_finite_is_not_lost(value, row):
         # BLAS leaves out some products with 0.
         expected = (torch.eye(weight.shape[1]).unsqueeze(1) * weight).sum(-1)
         for matrix in (weight, rounded(weight, Kind.HALF)):
-            found = packed(matrix).linear(torch.eye(weight.shape[1]))
+            found = packed_weight(matrix).linear(torch.eye(weight.shape[1]))
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         int8 = rounded(weight, Kind.BYTE)
         assert int8[7].isnan().all() and (int8[:7] == 0).all() and (int8[8:] == 0).all()
         ones = torch.ones(1, weight.shape[1])
-        assert packed(int8).linear(ones).isnan().nonzero().tolist() == [[0, 7]]
+        assert packed_weight(int8).linear(ones).isnan().nonzero().tolist() == [[0, 7]]
     weight[:] = value
-    assert not packed(weight).linear(ones).isfinite().any()
+    assert not packed_weight(weight).linear(ones).isfinite().any()
 
 
 @pytest.mark.parametrize("kind", [Kind.FULL, Kind.BYTE])
 def test_threads_change_no_bit(kind):
-    product, x = packed(rounded(torch.randn(4096, 128), kind)), torch.randn(3, 128)
+    product, x = packed_weight(rounded(torch.randn(4096, 128), kind)), torch.randn(3, 128)
     alone = product.linear(x)
     with threads(2):
         assert torch.equal(product.linear(x), alone)
-
-
-def test_only_matrices_are_rounded():
-    trunk = build()
-    before = {name: p.clone() for name, p in trunk.named_parameters()}
-    round_weights(trunk, "bf16")
-    for name, p in trunk.named_parameters():
-        expected = before[name].bfloat16().float() if p.dim() > 1 else before[name]
-        assert torch.equal(p, expected), name
-    with prepared(trunk):
-        kinds = {copy.kind for p in trunk.parameters() if (copy := packed_copy(p)) is not None}
-    assert kinds == {Kind.HALF}
 
 
 def fused(layer: torch.nn.Module) -> bool:

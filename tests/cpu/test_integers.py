@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,13 +17,12 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.precision import use_activations, use_precision
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment import generating
+from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.ops import linear
-from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.runtime import threads
-from tests.cpu.test_blocks import blocks_of
 from tests.decoding.models import random_prompts, small_model
+from tests.kernels import blocks_of, k_quants
 
 pytestmark = pytest.mark.skipif(
     native.library is None or not native.lib().multiplies_bytes(),
@@ -41,16 +41,9 @@ def in_blocks(kind: Kind, shape: tuple[int, int], seed: int) -> tuple[Tensor, Pa
         step = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
         weight = ((blocks / step).round().clamp(-127, 127) * step).view(shape)
         found = packed_weight(weight)
-    else:  # as K-quants: steps and offsets are products of an fp16 number and a small integer
+    else:  # by a factor of more bits than fp16 has, and of few enough for exact sums
         bits, group = (4, 32) if kind == Kind.BLOCKS4_FULL else (6, 16)
-        size = (shape[0], shape[1] // group)
-        generator = torch.Generator().manual_seed(seed)
-        factor = (1 + 2**-12) * 2**-14  # more bits than fp16 has, and few enough for exact sums
-        steps, offsets = factor * torch.randint(1, 16, (2, *size), generator=generator)
-        scales = WeightScales(steps=steps, offsets=-offsets * 8, group=group, bits=bits)
-        q = torch.randint(0, 1 << bits, (*size, group), generator=generator)
-        exact = steps.double()[..., None] * q + scales.offsets.double()[..., None]
-        weight = exact.float().flatten(1)
+        weight, scales = k_quants(shape, bits, group, (1 + 2**-12) * 2**-14)
         found = packed_weight(weight, scales)
     assert found is not None and found.kind == kind, found
     return weight, replace(found, integers=True)
@@ -148,21 +141,14 @@ def test_drafts_change_no_bit(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.15 * float(theirs.std()))
 
 
-def test_generate_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(2, 1)
-    run = SimpleNamespace(model=model)
-    monkeypatch.setattr(generating, "open_model", lambda *args, **options: run)
-    settings = {"head_precision": None, "num_threads": 1, "accelerator": "cpu", "checkpoint": "x"}
-    cfg = SimpleNamespace(**settings, allow=[], precision="int4", activations="int8", compile=False)
-    assert generating.open_for(cfg) is run
-    held = [packed_of(p) for p in model.parameters()]
+def test_generate_takes_it(opened: Callable[..., MTPModel]) -> None:
+    asked = {"precision": "int4", "activations": "int8"}
+    held = [packed_of(p) for p in opened(**asked).parameters()]
     assert any(h is not None and h.integers for h in held)
-    cfg.compile = True
     with pytest.raises(UserError, match="does not go together with compile=true"):
-        generating.open_for(cfg)
-    cfg.compile, cfg.activations = False, "int2"
+        opened(**asked, compile=True)
     with pytest.raises(UserError, match="activations=int2 is unknown"):
-        generating.open_for(cfg)
+        opened(**{**asked, "activations": "int2"})
 
 
 def test_without_the_instructions_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

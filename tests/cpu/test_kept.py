@@ -24,7 +24,7 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import build_model
 from tests.decoding.models import ids_of, random_prompts, small_model
-from tests.kernels import use_library
+from tests.kernels import k_quants, use_library
 
 pytestmark = pytest.mark.usefixtures("own")
 
@@ -54,14 +54,8 @@ def test_a_packed_weight_has_every_bit(shape, precision):
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (5, 32), (6, 16)])
 def test_a_weight_is_packed_by_given_scales(bits, group):
-    """Steps and offsets are products of an fp16 number and a small integer, as in K-quants."""
-    rows, blocks = 70, 128 // group
-    factors = (torch.rand(2, rows, 1) * 1e-3).half().float()
-    steps, offsets = factors * torch.randint(1, 64, (2, rows, blocks))
-    scales = WeightScales(steps=steps, offsets=-offsets * 8, group=group, bits=bits)
-    q = torch.randint(0, 1 << bits, (rows, blocks, group))
-    exact = steps.double()[..., None] * q + scales.offsets.double()[..., None]
-    weight = exact.float().flatten(1)
+    factors = (torch.rand(2, 70, 1) * 1e-3).half().float()
+    weight, scales = k_quants((70, 128), bits, group, factors)
     found, plain = packed_weight(weight, scales), packed_weight(weight)
     assert found.kind == (Kind.BLOCKS4_FULL if bits == 4 else Kind.BLOCKS8_FULL)
     assert plain.kind == Kind.FULL and torch.equal(found.unpacked(), weight)
@@ -70,7 +64,7 @@ def test_a_weight_is_packed_by_given_scales(bits, group):
         assert torch.equal(found.linear(x), plain.linear(x))
     order = torch.randperm(70).tolist()
     parts = [
-        WeightScales(steps=steps[of], offsets=scales.offsets[of], group=group, bits=bits)
+        WeightScales(steps=scales.steps[of], offsets=scales.offsets[of], group=group, bits=bits)
         for of in (slice(0, 20), slice(20, None))
     ]
     turned = packed_weight(weight[order].clone(), WeightScales.joined(parts, order))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,9 +121,11 @@ def test_the_modules_have_a_precision_of_their_own_which_changes_no_text(heads):
     assert texts[0] == texts[1]
 
 
-def test_modules_that_are_not_there_have_no_precision():
+def test_precisions_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="head_precision=int8 .* has none: leave it out"):
         use_precision(small_model(2, 0), "fp32", "int8")
+    with pytest.raises(ValueError, match="precision=int2 is unknown"):
+        use_precision(small_model(2, 1), "int2")
 
 
 def test_int4_keeps_eight_bits_in_the_embedding_and_the_head():
@@ -137,38 +138,14 @@ def test_int4_keeps_eight_bits_in_the_embedding_and_the_head():
     assert not torch.equal(int4.mtp.module(1).eh_proj.weight, int8.mtp.module(1).eh_proj.weight)
 
 
-def test_refusals_name_the_remedy(monkeypatch):
-    model = small_model(2, 1)
-    with pytest.raises(ValueError, match="precision=int2 is unknown"):
-        use_precision(model, "int2")
-    use_library(monkeypatch, None)
-    with pytest.raises(ValueError, match="needs a CPU with AVX2 .*leave it at fp32"):
-        use_precision(model, "bf16")
-
-
-def test_generate_takes_it(monkeypatch):
-    model = small_model(2, 1)
-    run = SimpleNamespace(model=model)
-    monkeypatch.setattr(generating, "open_model", lambda *args, **options: run)
-    settings = {
-        "head_precision": None,
-        "num_threads": 1,
-        "accelerator": "cpu",
-        "checkpoint": "x",
-        "allow": [],
-    }
-    cfg = SimpleNamespace(**settings, precision="bf16", activations="fp32", compile=False)
-    assert generating.open_for(cfg) is run
-    weight = numbers_of(model.head.weight)
+def test_generate_takes_it(opened, monkeypatch):
+    weight = numbers_of(opened(precision="bf16").head.weight)
     assert torch.equal(weight, weight.bfloat16().float())
     monkeypatch.setattr(generating, "open_model", None)  # refused before a model is read
-    cfg.compile = True
     with pytest.raises(ValueError, match="precision=bf16 does not go together with compile=true"):
-        generating.open_for(cfg)
-    cfg.compile, cfg.precision = False, "int2"
+        opened(precision="bf16", compile=True)
     with pytest.raises(ValueError, match="precision=int2 is unknown"):
-        generating.open_for(cfg)
-    cfg.precision = "int8"
+        opened(precision="int2")
     use_library(monkeypatch, None)
-    with pytest.raises(ValueError, match="precision=int8 needs a CPU with AVX2"):
-        generating.open_for(cfg)
+    with pytest.raises(ValueError, match="precision=int8 needs a CPU with AVX2 .*leave it at fp32"):
+        opened(precision="int8")

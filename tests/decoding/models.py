@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.fused import fused_passes
+from mtp_lightning.decoding.options import Request
+from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import DepthDraft, Session
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.runtime import threads
 from tests.deepseek import trunk as deepseek_trunk
 from tests.models import build
@@ -50,6 +56,17 @@ def small_model(
     return build(trunk, config, seed).eval()
 
 
+def opened_model(seed: int, *, seq_len: int, depth: int = 2, path: Path = Path("x")) -> OpenedModel:
+    """A small model of bytes, as it is opened from a path."""
+    return OpenedModel(
+        model=small_model(seed, depth, vocab=257),
+        tokenizer_state=ByteTokenizer().state(),
+        config={"data": {"seq_len": seq_len}},
+        step=0,
+        path=path,
+    )
+
+
 def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
@@ -58,6 +75,14 @@ def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> l
 def ids_of(generations: Iterable[Generation]) -> list[list[int]]:
     """The tokens of every text."""
     return [generation.token_ids for generation in generations]
+
+
+def finished(engine: Engine, requests: list[Request]) -> list[TextSequence]:
+    """The texts of some requests, decoded together to their ends."""
+    sequences = engine.add(requests)
+    while engine.sequences:
+        engine.step()
+    return sequences
 
 
 def plain(model, prompts, n_new=NEW):

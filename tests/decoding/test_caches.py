@@ -18,7 +18,6 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.masked import MaskedConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
@@ -59,12 +58,6 @@ def test_heads_without_attention_store_no_more_than_the_trunk(head: str) -> None
         caches = [session.trunk_cache, *session.depth_caches]
         assert len(caches) == 1 + DEPTH
         assert sum(map(stored, caches)) == stored(session.trunk_cache) > 0
-
-
-def test_targets_draft_nothing_and_store_nothing() -> None:
-    model = small_model(0, DEPTH, stack=ParameterFreeConfig)
-    assert model.mtp.max_draft_depth == 0
-    assert Session(model, slots=2, capacity=CAPACITY, max_draft=0).depth_caches == []
 
 
 @pytest.mark.parametrize("head", ATTENDING)

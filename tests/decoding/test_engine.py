@@ -18,7 +18,14 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.mtp.parallel import ParallelConfig
-from tests.decoding.models import Letters, ids_of, random_prompts, small_model, teacher_forced
+from tests.decoding.models import (
+    Letters,
+    finished,
+    ids_of,
+    random_prompts,
+    small_model,
+    teacher_forced,
+)
 
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
@@ -47,9 +54,7 @@ def requests_of(seed: int, n: int) -> list[Request]:
 
 def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
     with Engine(model, DecodingOptions(batch_size=1, **options)) as engine:
-        (row,) = engine.add([request])
-        while engine.sequences:
-            engine.step()
+        (row,) = finished(engine, [request])
     return row.token_ids
 
 
@@ -196,9 +201,7 @@ def test_rows_may_ask_for_fewer_drafts():
     ]
     expected = [by_itself(model, request) for request in asked]
     with Engine(model, DecodingOptions(batch_size=4)) as engine:
-        rows = engine.add(asked)
-        while engine.sequences:
-            engine.step()
+        rows = finished(engine, asked)
     assert ids_of(rows) == expected
     assert [max(row.depths) for row in rows[:3]] == [0, 1, 2]
     with pytest.raises(ValueError, match="draft_depth must be a whole number of at least 0"):

@@ -206,14 +206,6 @@ def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
         generate(model, [prompts[0]], max_new_tokens=13, max_context=16)
 
 
-def test_auto_falls_back_to_plain_and_equals_it():
-    model = small_model(5, 2)
-    prompts = random_prompts(5, LENGTHS)
-    long = {"max_new_tokens": 120}
-    expected = ids_of(generate(model, prompts, speculative=False, **long))
-    assert ids_of(generate(model, prompts, draft_depth="auto", **long)) == expected
-
-
 @pytest.mark.parametrize(
     ("dtype", "deepseek", "fast"),
     [
@@ -235,14 +227,6 @@ def test_models_of_another_precision(dtype, deepseek, fast, monkeypatch):
         ends = logits[len(prompt) - 1 : -1]
         chosen = ends.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
         assert float((ends.amax(1) - chosen).max()) < 0.1
-
-
-def test_batches_keep_the_order_of_prompts():
-    model = small_model(6, 2)
-    prompts = random_prompts(6, (4, 9, 2, 7, 1))
-    expected = plain(model, prompts)
-    for size in (1, 2, 5, 9):
-        assert ids_of(generate(model, prompts, max_new_tokens=NEW, batch_size=size)) == expected
 
 
 def is_as_it_was(model):

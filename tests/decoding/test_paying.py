@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate, paying
 from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expected_tokens, fastest
 from mtp_lightning.decoding.engine import Engine
@@ -22,7 +21,7 @@ from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.paying import measure, settle_drafts, told
 from mtp_lightning.experiment.generating import drafts_settled
 from mtp_lightning.opening import OpenedModel
-from tests.decoding.models import random_prompts, small_model
+from tests.decoding.models import finished, opened_model, random_prompts, small_model
 from tests.integration.helpers import composed
 from tests.models import checkpoint_of
 
@@ -66,11 +65,9 @@ def test_auto_depth_begins_with_what_is_known() -> None:
 
 
 def opened_at(folder: Path, seed: int = 1) -> OpenedModel:
-    model = small_model(seed, 2, vocab=257)
-    path = folder / f"{seed}.ckpt"
-    torch.save(checkpoint_of(model), path)
-    state, config = ByteTokenizer().state(), {"data": {"seq_len": 64}}
-    return OpenedModel(model=model, tokenizer_state=state, config=config, step=1, path=path)
+    opened = opened_model(seed, seq_len=64, path=folder / f"{seed}.ckpt")
+    torch.save(checkpoint_of(opened.model), opened.path)
+    return opened
 
 
 @pytest.fixture
@@ -240,9 +237,7 @@ def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
             Request(prompt=prompts[3], max_new_tokens=40, temperature=0.7, draft_depth=2),
         ]
         with Engine(model, options) as engine:
-            (sequence, *_) = engine.add([mine, *(others if with_others else [])])
-            while sequence.finish_reason is None:
-                engine.step()
+            (sequence, *_) = finished(engine, [mine, *(others if with_others else [])])
         assert sequence.generation().drafts_reached[1:] in ([0], [])
         return sequence.generation().token_ids
 
@@ -259,9 +254,7 @@ def test_a_request_has_its_own_number_and_greedy_text_never_changes() -> None:
             Request(prompt=p, index=i, max_new_tokens=40, draft_depth=asked[i])
             for i, p in enumerate(prompts)
         ]
-        found = engine.add(requests)
-        while engine.sequences:
-            engine.step()
+        found = finished(engine, requests)
     for sequence, one in zip(found, plain, strict=True):
         assert sequence.token_ids == one.token_ids
     reached = [sequence.generation().drafts_reached for sequence in found]

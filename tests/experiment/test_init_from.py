@@ -15,24 +15,16 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.experiment.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.opening import StoredModel
-from tests import closed_forms
 from tests.integration import helpers
 from tests.losses import mtp_loss
+from tests.models import stored_of
 
 
 def start_of(trunk: TrunkConfig, **mtp: Any) -> StoredModel:
-    """A checkpoint's content, of a model with other weights than a fresh one of seed 0."""
     variant = mtp.pop("variant", "sequential")
-    config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(**mtp))
-    model = MTPModel(config)
-    model.initialize(99)
-    return StoredModel(
-        path=Path("old.ckpt"), config=config, weights=model.state_dict(), tokenizer_state={}
-    )
+    return stored_of(trunk, MTPConfig.find(variant)(**mtp))
 
 
 def fresh(trunk: TrunkConfig, variant: str = "sequential", **mtp: Any) -> MTPModel:
@@ -107,7 +99,8 @@ def test_another_variant_starts_its_stack_fresh(
     found = start.weights["trunk.blocks.0.attention.qkv.weight"]
     assert torch.equal(model.trunk.blocks[0].attention.qkv.weight, found)
     for name, tensor in fresh(tiny_trunk, new, depth=1).mtp.state_dict().items():
-        assert torch.equal(model.mtp.state_dict()[name], tensor)
+        if tensor.dim() > 1:  # new norms have the trunk's gains
+            assert torch.equal(model.mtp.state_dict()[name], tensor)
 
 
 def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
@@ -156,18 +149,6 @@ def test_frozen_are_embedding_trunk_and_head(
         in_stack = name.startswith("mtp.")
         assert parameter.requires_grad == in_stack, name
         assert (parameter.grad is not None) == in_stack, name
-
-
-def test_a_frozen_trunk_costs_less(tiny_trunk: TrunkConfig) -> None:
-    frozen = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
-    trained = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1))
-    seq_len = 16
-    blocks = tiny_trunk.n_layers * closed_forms.block(tiny_trunk, seq_len)[1]
-    head = 2 * tiny_trunk.d_model * tiny_trunk.vocab_size
-    # No main prediction, no backward pass through the trunk; through the modules' head one half.
-    saved = 2 * blocks + 3 * head + head
-    difference = StepCost(trained).per_token(seq_len) - StepCost(frozen).per_token(seq_len)
-    assert difference == saved
 
 
 @pytest.fixture(scope="module")

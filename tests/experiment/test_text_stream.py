@@ -27,7 +27,7 @@ from mtp_lightning.experiment.text_stream import (
 )
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
-from tests.decoding.models import small_model
+from tests.decoding.models import opened_model
 
 WAYS: tuple[dict[str, Any], ...] = (
     {},
@@ -51,13 +51,7 @@ class Letters(ByteTokenizer):
 
 @pytest.fixture(scope="module")
 def opened() -> OpenedModel:
-    return OpenedModel(
-        model=small_model(3, 2, vocab=257),
-        tokenizer_state=ByteTokenizer().state(),
-        config={"data": {"seq_len": 256}},
-        step=0,
-        path=Path("x"),
-    )
+    return opened_model(3, seq_len=256)
 
 
 def shown(opened: OpenedModel, marks: Any, **options: Any) -> tuple[str, Generation]:

@@ -31,7 +31,6 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests.deepseek import trunk as deepseek_trunk
 from tests.losses import gradients, mtp_loss
 from tests.models import build, windows
 
@@ -193,16 +192,6 @@ def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, varia
         modules = enumerate(model.mtp.depths, start=1)
         assert [k for k, m in modules if next(m.parameters()).grad is not None] == needed
         model.zero_grad(set_to_none=True)
-
-
-def test_joint_is_of_the_trunks_own_attention() -> None:
-    trunk = deepseek_trunk(vocab_size=37)
-    config = ModelConfig(trunk=trunk, mtp=JointConfig(depth=2))
-    model = MTPModel(config).double()
-    assert type(model.mtp.attention).__name__ == "LatentAttention"
-    assert config.num_params() == sum(p.numel() for p in model.parameters())
-    model.initialize(0)
-    assert model(windows(1, 6, 2))[2].shape == (1, 6, trunk.d_model)
 
 
 def test_who_drafts_and_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:

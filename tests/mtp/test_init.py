@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,11 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig, MoE
 from mtp_lightning.opening import StoredModel
 from tests import deepseek
-from tests.models import build
+from tests.models import build, stored_of
 
 
 def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> StoredModel:
-    """A trunk whose weights are all random, also gains and biases."""
-    model = build(trunk, mtp or NoMTPConfig(), seed=5)
-    return StoredModel(
-        path=Path("old.ckpt"), config=model.config, weights=model.state_dict(), tokenizer_state={}
-    )
+    return stored_of(trunk, mtp or NoMTPConfig())
 
 
 def text(depth: int, *, documents: bool = False) -> WindowBatch:

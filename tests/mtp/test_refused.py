@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -19,125 +19,76 @@ from mtp_lightning.mtp.teacherless import TeacherlessConfig
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.deepseek import trunk as deepseek_trunk
-from tests.models import build
 
-TRUNK = TrunkConfig(vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
-
-
-def eagle(**switches: object) -> object:
-    return build(TRUNK, EagleConfig(depth=3, **switches))  # type: ignore[arg-type]
-
-
-def linear(**switches: object) -> object:
-    return LinearConfig(**{"depth": 2, **switches})  # type: ignore[arg-type]
-
-
-REFUSED: list[tuple[Callable[[], object], str]] = [
-    (lambda: ParallelConfig(depth=1, branch="top"), "mtp.branch=top is unknown"),
-    (
-        lambda: SequentialConfig(depth=1, branch="middle"),
-        "branch=middle is unknown: choose one of final",
-    ),
-    (lambda: linear(detach="head"), "mtp.detach=head is unknown"),
-    (lambda: linear(depth=-1), "at least 0, not -1"),
-    (lambda: ParallelConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
-    (lambda: NextLatConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
-    (lambda: SequentialConfig(depth=1, hidden_state_mixing=True), "nothing to mix"),
-    (lambda: SequentialConfig(depth=1, blocks=0), "mtp.blocks must be .* at least 1, not 0"),
-    *(
-        (lambda p=p: SequentialConfig(depth=1, token_dropout=p), "mtp.token_dropout must be")
-        for p in (-0.1, 1.5, True, "half")
-    ),
-    (lambda: linear(correction="rnn"), "correction=rnn is unknown: choose one"),
-    (lambda: ParallelConfig(depth=1, correction_rank=0), "correction_rank must be a whole"),
-    (lambda: linear(correction_rank=8), "has no meaning with mtp.correction=none"),
-    (
-        lambda: linear(correction="mlp", correction_rank=8),
-        "set mtp.correction to markov or selector",
-    ),
-    (lambda: SequentialConfig(depth=2, correction="selector"), "correction"),  # type: ignore[call-arg]
-    (
-        lambda: linear(stride=2, correction="selector"),
-        "mtp.stride=2 skips tokens.*mtp.correction=selector",
-    ),
-    (lambda: linear(stride=2, correction="mlp"), "would have to read"),
-    (lambda: ParallelConfig(depth=1, stride=0), "mtp.stride must be a whole number"),
-    (lambda: linear(rank=0), "mtp.rank must be"),
-    (
-        lambda: linear(rank=2, branch="before_last"),
-        "mtp.branch=before_last has no meaning with mtp.rank=2",
-    ),
-    (lambda: linear(rank=2, detach="trunk"), "mtp.detach=trunk has no meaning with mtp.rank=2"),
-    (
-        lambda: linear(rank=2, freeze_trunk=True),
-        "mtp.freeze_trunk=true has no meaning with mtp.rank=2",
-    ),
-    (lambda: linear(rank=2, stride=2), "mtp.stride=2 has no meaning with mtp.rank=2"),
-    *(
-        (
-            lambda c=c: linear(rank=2, correction=c),
-            f"mtp.correction={c} has no meaning with mtp.rank=2",
-        )
-        for c in ("mlp", "selector")
-    ),
-    (lambda: linear(rank=2, depth=0), "mtp.rank=2 has no tokens to join at mtp.depth=0"),
-    (lambda: eagle(layers=(1, 2)), "mtp.layers=.1, 2. must be three whole numbers"),
-    (lambda: eagle(layers=3), "mtp.layers=3 must be three whole numbers"),
-    (lambda: eagle(layers="abc"), "mtp.layers=abc must be three whole numbers"),
-    (
-        lambda: eagle(layers=(1, 2, 3)),
-        "reads states after 3 blocks, and the trunk has model.n_layers=2",
-    ),
-    (lambda: eagle(draft_vocab=0), "mtp.draft_vocab must be a whole number of at least 1"),
-    (
-        lambda: build(deepseek_trunk(vocab_size=37), EagleConfig(depth=2)),
-        "use model.attention=grouped_query",
-    ),
-    (
-        lambda: build(deepseek_trunk(vocab_size=37), MaskedConfig(depth=2)),
-        "use model.attention=grouped_query",
-    ),
-    (
-        lambda: MaskedConfig(depth=2, lora_rank=0),
-        "mtp.lora_rank must be a whole number of at least 1",
-    ),
-    (lambda: MaskedConfig(depth=2, consistency=-1.0), "mtp.consistency must be"),
-    (lambda: MaskedConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
-    (
-        lambda: RegistersConfig(depth=2),
-        "mtp.depth must be 1 with mtp=registers, not 2",
-    ),
-    (
-        lambda: RegistersConfig(lookahead=0),
-        "mtp.lookahead must be a whole number of at least 1, not 0",
-    ),
-    (
-        lambda: RegistersConfig(lookahead=9).check_window(7),
-        r"mtp.lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok",
-    ),
-    (lambda: TopConfig(depth=2), "mtp.depth must be 1 with mtp=top, not 2"),
-    (lambda: TopConfig(depth=0), "mtp.depth must be 1 with mtp=top, not 0"),
-    (lambda: TopConfig(lookahead=0), "mtp.lookahead must be a whole number of at least 1, not 0"),
-    (lambda: TopConfig(tau=0.0), "mtp.tau must be a number above 0, not 0.0"),
-    (lambda: TopConfig(detach="all"), "mtp.detach=all has no meaning for mtp=top"),
-    (lambda: TopConfig(detach="head"), "mtp.detach=head is unknown"),
-    (lambda: BagConfig(depth=3), "mtp.depth must be 1 with mtp=bag, not 3"),
-    (lambda: BagConfig(lookahead=1), "mtp.lookahead must be a whole number of at least 2, not 1"),
-    (
-        lambda: BagConfig(weights="tfidf"),
-        "mtp.weights=tfidf is unknown: choose one of idf, none",
-    ),
-    (lambda: TeacherlessConfig(depth=2), "mtp.depth must be 0 with mtp=teacherless, not 2"),
+FIXED_DEPTH = (BagConfig, RegistersConfig, TeacherlessConfig, TopConfig)
+RANK_2 = {
+    "branch": "before_last", "detach": "trunk", "freeze_trunk": True, "stride": 2,
+    "correction": "mlp",
+}  # fmt: skip
+NOTHING = {"depth": 0, "freeze_trunk": True}
+# A head, its settings with a depth of 2 where none is given, and words of the message.
+REFUSED: list[tuple[type[MTPConfig], dict[str, Any], str]] = [
+    (ParallelConfig, {"branch": "top"}, "mtp.branch=top is unknown"),
+    (SequentialConfig, {"branch": "middle"}, "branch=middle is unknown: choose one of final"),
+    (LinearConfig, {"detach": "head"}, "mtp.detach=head is unknown"),
+    (LinearConfig, {"depth": -1}, "at least 0, not -1"),
+    *((kind, NOTHING, "nothing to train") for kind in (ParallelConfig, NextLatConfig)),
+    (MaskedConfig, NOTHING, "nothing to train"),
+    (SequentialConfig, {"depth": 1, "hidden_state_mixing": True}, "nothing to mix"),
+    (SequentialConfig, {"blocks": 0}, "mtp.blocks must be .* at least 1, not 0"),
+    *((SequentialConfig, {"token_dropout": p}, "token_dropout") for p in (-0.1, 1.5, True, "x")),
+    (SequentialConfig, {"correction": "selector"}, "correction"),
+    (LinearConfig, {"correction": "rnn"}, "correction=rnn is unknown: choose one"),
+    (ParallelConfig, {"correction_rank": 0}, "correction_rank must be a whole"),
+    (LinearConfig, {"correction_rank": 8}, "has no meaning with mtp.correction=none"),
+    (LinearConfig, {"correction": "mlp", "correction_rank": 8}, "to markov or selector"),
+    (LinearConfig, {"stride": 2, "correction": "selector"}, "mtp.stride=2 skips tokens.*selector"),
+    (LinearConfig, {"stride": 2, "correction": "mlp"}, "would have to read"),
+    (ParallelConfig, {"stride": 0}, "mtp.stride must be a whole number"),
+    (LinearConfig, {"rank": 0}, "mtp.rank must be"),
+    *((LinearConfig, {"rank": 2, k: v}, f"mtp.{k}=.* with mtp.rank=2") for k, v in RANK_2.items()),
+    (LinearConfig, {"rank": 2, "correction": "selector"}, "correction=selector .* mtp.rank=2"),
+    (LinearConfig, {"rank": 2, "depth": 0}, "mtp.rank=2 has no tokens to join at mtp.depth=0"),
+    *((EagleConfig, {"layers": n}, "must be three whole numbers") for n in ((1, 2), 3, "abc")),
+    (EagleConfig, {"layers": (1, 2, 4)}, "after 4 blocks, and the trunk has model.n_layers=3"),
+    (EagleConfig, {"draft_vocab": 0}, "mtp.draft_vocab must be a whole number of at least 1"),
+    *((kind, {}, "use model.attention=grouped_query") for kind in (EagleConfig, MaskedConfig)),
+    (MaskedConfig, {"lora_rank": 0}, "mtp.lora_rank must be a whole number of at least 1"),
+    (MaskedConfig, {"consistency": -1.0}, "mtp.consistency must be"),
+    (RegistersConfig, {"depth": 2}, "mtp.depth must be 1 with mtp=registers, not 2"),
+    (RegistersConfig, {"lookahead": 0}, "mtp.lookahead must be .* at least 1, not 0"),
+    (TopConfig, {"depth": 2}, "mtp.depth must be 1 with mtp=top, not 2"),
+    (TopConfig, {"depth": 0}, "mtp.depth must be 1 with mtp=top, not 0"),
+    (TopConfig, {"lookahead": 0}, "mtp.lookahead must be a whole number of at least 1, not 0"),
+    (TopConfig, {"tau": 0.0}, "mtp.tau must be a number above 0, not 0.0"),
+    (TopConfig, {"detach": "all"}, "mtp.detach=all has no meaning for mtp=top"),
+    (TopConfig, {"detach": "head"}, "mtp.detach=head is unknown"),
+    (BagConfig, {"depth": 3}, "mtp.depth must be 1 with mtp=bag, not 3"),
+    (BagConfig, {"lookahead": 1}, "mtp.lookahead must be a whole number of at least 2, not 1"),
+    (BagConfig, {"weights": "tfidf"}, "mtp.weights=tfidf is unknown: choose one of idf, none"),
+    (TeacherlessConfig, {"depth": 2}, "mtp.depth must be 0 with mtp=teacherless, not 2"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), REFUSED)
-def test_what_makes_no_sense_is_refused(make: Callable[[], object], message: str) -> None:
+@pytest.mark.parametrize(("kind", "settings", "message"), REFUSED)
+def test_what_makes_no_sense_is_refused(
+    kind: type[MTPConfig], settings: dict[str, Any], message: str
+) -> None:
+    sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2}
+    # Of latent attention, where the trunk is what does not fit.
+    trunk = TrunkConfig(**sizes, d_ff=48) if settings else deepseek_trunk()
+    depth = {} if kind in FIXED_DEPTH else {"depth": 2}
     with pytest.raises((ValueError, TypeError), match=message):
-        make()
+        kind(**depth | settings).build(trunk)
+
+
+def test_a_window_holds_the_look_ahead() -> None:
+    registers = RegistersConfig(lookahead=9)
+    registers.check_window(8)
+    with pytest.raises(ValueError, match=r"lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok"):
+        registers.check_window(7)
 
 
 def test_settings_survive_a_checkpoint() -> None:
     for config in (TopConfig(tau=2.0), BagConfig(weights="none"), RegistersConfig(lookahead=9)):
         assert MTPConfig.from_dict(config.to_dict()) == config
-    RegistersConfig(lookahead=9).check_window(8)

@@ -79,29 +79,6 @@ def test_every_step_and_micro_batch_draws_anew(
     assert keys == [RandomKey(7, step, row) for step in range(3) for row in (0, 3)]
 
 
-@pytest.mark.slow
-def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, cache: Path) -> None:
-    settings = {
-        "mtp.depth": 3,
-        "mtp.hidden_state_mixing": "true",
-        "trainer.accumulate_grad_batches": 2,
-        "data.batch_size": 2,
-        "callbacks.checkpoints.every_n_steps": 3,
-        # Constant rate and weights, so that a run of 3 steps is the first half of one of 6.
-        "lambda_schedule": "constant",
-        "optimizer.schedule.kind": "constant",
-        "optimizer.schedule.warmup_steps": 0,
-        "optimizer.schedule.warmup_fraction": "null",
-    }
-    for folder, steps in (("a", 6), ("b", 3), ("b", 6)):
-        helpers.train_here(tmp_path / folder, cache, {**settings, "trainer.max_steps": steps})
-    helpers.assert_same_weights(tmp_path / "a", tmp_path / "b")
-    off = {**settings, "mtp.hidden_state_mixing": "false", "trainer.max_steps": 6}
-    helpers.train_here(tmp_path / "off", cache, off)
-    with pytest.raises(AssertionError):
-        helpers.assert_same_weights(tmp_path / "a", tmp_path / "off")
-
-
 KEY = RandomKey(seed=3, step=5)
 
 

@@ -176,29 +176,6 @@ def test_where_the_teacher_is_sure_of_the_target_it_is_cross_entropy() -> None:
     assert value.item() == pytest.approx(-math.log(1e-5)) and not gradient.any()
 
 
-@pytest.mark.parametrize(("latent", "semantic"), [(1.0, 0.0), (0.0, 2.0), (0.5, 0.25)])
-def test_an_anchor_is_its_two_distances(
-    tiny_trunk: TrunkConfig, latent: float, semantic: float
-) -> None:
-    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=1)).double()
-    generator, width = torch.Generator().manual_seed(0), tiny_trunk.d_model
-    hidden, main = torch.randn(2, 5, width, generator=generator, dtype=torch.float64)
-    tokens = torch.arange(5)
-    hidden.requires_grad_()
-    chunk = Chunk(1, torch.zeros(5, 3), tokens, hidden, Teacher(torch.zeros(5, 3), main))
-    parts = [(w, term.for_model(model)) for w, term in Anchor(latent, semantic).parts()]
-    value = torch.stack([w * term.value(chunk) for w, term in parts]).sum(0)
-    embedded = model.trunk.embedding.weight.detach()[tokens]
-    for r in range(5):
-        want = sum(
-            weight * float((hidden[r] - to[r]).detach().square().sum()) / width
-            for weight, to in ((latent, main), (semantic, embedded))
-        )
-        assert float(value[r].detach()) == pytest.approx(want)
-    value.sum().backward()
-    assert hidden.grad is not None and model.trunk.embedding.weight.grad is None
-
-
 @pytest.mark.parametrize(
     ("build_it", "message"),
     [

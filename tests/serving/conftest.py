@@ -14,12 +14,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
-from tests.decoding.models import small_model
+from tests.decoding.models import opened_model
 from tests.integration.conftest import cache, finished, once  # noqa: F401
 
 SEQ_LEN = 2048
@@ -30,13 +29,7 @@ NAME = "tiny"
 def run() -> OpenedModel:
     """Its texts are bytes of all kinds, few of them characters."""
     torch.manual_seed(0)
-    return OpenedModel(
-        model=small_model(3, 2, vocab=257),
-        tokenizer_state=ByteTokenizer().state(),
-        config={"data": {"seq_len": SEQ_LEN}},
-        step=0,
-        path=Path(NAME),
-    )
+    return opened_model(3, seq_len=SEQ_LEN, path=Path(NAME))
 
 
 def config(**settings: Any) -> Any:
