@@ -19,12 +19,13 @@ PARENTS = [-1, 0, 0, 1, 1, 2, 5, 3]
 PATHS = [[0, 1, 3, 7], [0, 1, 4], [0, 2, 5, 6]]
 
 
-def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
-    """A model of which every weight is random.
+def build(trunk: TrunkConfig, mtp: MTPConfig | str, seed: int = 0, **switches: Any) -> MTPModel:
+    """A model of which every weight is random; ``mtp`` may be a head's name, with its switches.
 
     Gains that are 1, matrices and experts' biases that are 0 would hide a mistake: a norm in the
     wrong place, a head that does nothing.
     """
+    mtp = MTPConfig.find(mtp)(**switches) if isinstance(mtp, str) else mtp
     model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
     model.initialize(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from tests.losses import mtp_loss
 
 
 def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
-    return models.build(trunk, SequentialConfig(**mtp))
+    return models.build(trunk, "sequential", **mtp)
 
 
 def weights_of(model: MTPModel) -> reference.Weights:

@@ -141,12 +141,7 @@ def page_of(file: Path, body: str) -> Path:
 
 
 REPORTS = (of_losses, of_a_task, of_two_sweeps)
-PAGES: tuple[Callable[[Path, Path], Path], ...] = (
-    *REPORTS,
-    of_claims,
-    of_a_card,
-    of_a_notebook,
-)
+PAGES: tuple[Callable[[Path, Path], Path], ...] = (*REPORTS, of_claims, of_a_card, of_a_notebook)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,6 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import keeper
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import build_model
 from tests.decoding.models import ids_of, random_prompts, small_model
@@ -85,9 +82,9 @@ def kept(model: MTPModel) -> MTPModel:
 STACKS = {
     "sequential": {},
     "recursive": {"share_layers": True},
-    "parallel": {"stack": ParallelConfig},
-    "masked": {"stack": MaskedConfig},
-    "eagle": {"stack": EagleConfig},
+    "parallel": {"stack": "parallel"},
+    "masked": {"stack": "masked"},
+    "eagle": {"stack": "eagle"},
 }
 
 

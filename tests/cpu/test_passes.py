@@ -12,8 +12,6 @@ from mtp_lightning.decoding.fused import decoding_passes
 from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialMTP
 from mtp_lightning.nn.trunk import Trunk
 from tests.decoding.models import random_prompts, small_model
@@ -109,8 +107,8 @@ def test_what_is_not_known_is_computed_by_its_layers() -> None:
     for model, trunk in (
         (own, False),
         (small_model(0, 2, token_dropout=1.0), True),
-        (small_model(0, 2, stack=ParallelConfig), True),
-        (small_model(0, 1, stack=LinearConfig, rank=2), False),
+        (small_model(0, 2, stack="parallel"), True),
+        (small_model(0, 1, stack="linear", rank=2), False),
         (small_model(0, 2, deepseek=True), False),
     ):
         with decoding_passes(model):

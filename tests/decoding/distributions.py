@@ -39,14 +39,7 @@ def require_the_models_distribution(model, options, prompt_length=7):
         probs[a, b] = p[0, a] * p[1, b] * p[2]
     n = 1200
     # Places are taken by the next row as soon as they are free, as a server's are.
-    generations = generate(
-        model,
-        [prompt] * n,
-        max_new_tokens=3,
-        seed=1,
-        batch_size=400,
-        **options,
-    )
+    generations = generate(model, [prompt] * n, max_new_tokens=3, seed=1, batch_size=400, **options)
     assert 0.02 < sum(any(g.accepted_mask) for g in generations) / n < 0.999
     counts = torch.zeros(VOCAB**3)
     for g in generations:

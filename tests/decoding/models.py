@@ -19,8 +19,8 @@ from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import DepthDraft, Session
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.runtime import threads
@@ -38,7 +38,7 @@ def small_model(
     vocab: int = VOCAB,
     kv: int = 2,
     deepseek: bool = False,
-    stack=SequentialConfig,
+    stack: str | type[MTPConfig] = "sequential",
     **mtp,
 ) -> MTPModel:
     """A random model of two layers; its norm gains are random too, so that none can be skipped.
@@ -52,7 +52,8 @@ def small_model(
         trunk = deepseek_trunk(n_layers=2, init_std=0.3, experts=experts, **shape)
     else:
         trunk = TrunkConfig(n_layers=2, n_heads=4, n_kv_heads=kv, init_std=0.3, **shape)
-    config = stack(depth=depth, **mtp) if depth else NoMTPConfig()
+    kind = MTPConfig.find(stack) if isinstance(stack, str) else stack
+    config = kind(depth=depth, **mtp) if depth else NoMTPConfig()
     return build(trunk, config, seed).eval()
 
 

@@ -13,11 +13,6 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
@@ -25,17 +20,17 @@ from tests.decoding.models import ids_of, random_prompts, small_model, steer_dra
 DEPTH, CAPACITY, NEW = 3, 40, 14
 ATTENDING: dict[str, dict[str, Any]] = {
     "sequential": {},
-    "parallel": {"stack": ParallelConfig},
-    "parallel mlp": {"stack": ParallelConfig, "correction": "mlp"},
+    "parallel": {"stack": "parallel"},
+    "parallel mlp": {"stack": "parallel", "correction": "mlp"},
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "linear": {"stack": LinearConfig},
-    "linear markov": {"stack": LinearConfig, "correction": "markov"},
-    "linear selector": {"stack": LinearConfig, "correction": "selector"},
-    "linear, rank 2": {"stack": LinearConfig, "rank": 2},
-    "joint": {"stack": JointConfig},
-    "nextlat": {"stack": NextLatConfig},
-    "masked": {"stack": MaskedConfig},
+    "linear": {"stack": "linear"},
+    "linear markov": {"stack": "linear", "correction": "markov"},
+    "linear selector": {"stack": "linear", "correction": "selector"},
+    "linear, rank 2": {"stack": "linear", "rank": 2},
+    "joint": {"stack": "joint"},
+    "nextlat": {"stack": "nextlat"},
+    "masked": {"stack": "masked"},
 }
 
 

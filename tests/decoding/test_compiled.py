@@ -11,11 +11,6 @@ from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.experts import Experts, gathered
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 from tests.kernels import use_library
@@ -27,11 +22,11 @@ VARIANTS = {
     "dense": {"depth": 3},
     "deepseek": {"depth": 3, "deepseek": True},
     "shared layers": {"depth": 2, "share_layers": True},
-    "joint": {"depth": 3, "stack": JointConfig},
-    "parallel, mlp": {"depth": 2, "stack": ParallelConfig, "correction": "mlp"},
-    "linear, markov": {"depth": 3, "stack": LinearConfig, "correction": "markov"},
-    "parallel, selector": {"depth": 3, "stack": ParallelConfig, "correction": "selector"},
-    "masked": {"depth": 3, "stack": MaskedConfig},
+    "joint": {"depth": 3, "stack": "joint"},
+    "parallel, mlp": {"depth": 2, "stack": "parallel", "correction": "mlp"},
+    "linear, markov": {"depth": 3, "stack": "linear", "correction": "markov"},
+    "parallel, selector": {"depth": 3, "stack": "parallel", "correction": "selector"},
+    "masked": {"depth": 3, "stack": "masked"},
     "plain": {"depth": 0},
 }
 
@@ -178,13 +173,13 @@ def test_gathered_experts_are_experts():
     [
         {},
         {"deepseek": True},
-        {"stack": JointConfig},
-        {"stack": JointConfig, "deepseek": True},
-        {"stack": NextLatConfig},
-        {"stack": LinearConfig, "correction": "mlp"},
-        {"stack": LinearConfig, "correction": "markov"},
-        {"stack": ParallelConfig, "correction": "selector"},
-        {"stack": LinearConfig, "rank": 2},
+        {"stack": "joint"},
+        {"stack": "joint", "deepseek": True},
+        {"stack": "nextlat"},
+        {"stack": "linear", "correction": "mlp"},
+        {"stack": "linear", "correction": "markov"},
+        {"stack": "parallel", "correction": "selector"},
+        {"stack": "linear", "rank": 2},
     ],
     ids=str,
 )

@@ -11,7 +11,6 @@ from mtp_lightning.decoding import compiled, generate, speculative
 from mtp_lightning.decoding.adaptive import AutoDepth, _Rounds
 from mtp_lightning.decoding.speculative import likeliest
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.models import ids_of
 from tests.models import build
@@ -21,7 +20,7 @@ PROMPTS = [[1, 2, 3], [4, 5]]
 
 def model(trunk: TrunkConfig, variant: str, sure: float) -> MTPModel:
     """A model whose every depth says ``sure``, whatever it drafts."""
-    made = build(trunk, MTPConfig.find(variant)(depth=3, confidence=True))
+    made = build(trunk, variant, depth=3, confidence=True)
     assert made.mtp.confidence is not None
     torch.nn.init.zeros_(made.mtp.confidence.weight)
     torch.nn.init.constant_(made.mtp.confidence.bias, torch.logit(torch.tensor(sure)).item())
@@ -49,7 +48,7 @@ def test_without_an_estimate_the_likeliest_draft_counts(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first draft of a round is made where its own probability is high enough."""
-    made = build(tiny_trunk, MTPConfig.find("sequential")(depth=1))
+    made = build(tiny_trunk, "sequential", depth=1)
     seen: list[float] = []
 
     def spied(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -88,7 +87,7 @@ def test_compiled_passes_stop_where_eager_ones_do(
 ) -> None:
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
     for sure, least in ((0.8, 0.6), (None, 0.3), (None, 0.5), (None, 0.04)):
-        made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3, confidence=least > 0.1))
+        made = build(tiny_trunk, "sequential", depth=3, confidence=least > 0.1)
         made = made if sure is None else model(tiny_trunk, "sequential", sure)
         settings = {"temperature": temperature, "min_confidence": least, "batch_size": 1}
         eager, found = (

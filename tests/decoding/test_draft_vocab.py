@@ -11,9 +11,6 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree_session import TreeSession
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.selector import CANDIDATES
 from tests.decoding.models import VOCAB, ids_of, random_prompts, small_model
 
@@ -21,9 +18,9 @@ ROWS = 20
 HEADS: list[dict[str, Any]] = [
     {},
     {"deepseek": True},
-    {"stack": LinearConfig, "correction": "markov"},
-    {"stack": ParallelConfig, "correction": "selector"},
-    {"stack": JointConfig},
+    {"stack": "linear", "correction": "markov"},
+    {"stack": "parallel", "correction": "selector"},
+    {"stack": "joint"},
 ]
 WAYS: list[dict[str, Any]] = [{}, {"tree": [3, 2]}, {"temperature": 0.8}, {"draft_depth": "auto"}]
 

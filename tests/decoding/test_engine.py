@@ -17,7 +17,6 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import TextSequence
-from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.models import (
     Letters,
     finished,
@@ -61,7 +60,7 @@ def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("mtp", "options"),
     [
-        ({"depth": 2, "stack": ParallelConfig, "correction": "selector"}, {}),
+        ({"depth": 2, "stack": "parallel", "correction": "selector"}, {}),
         ({"depth": 2}, {"speculative": False}),
         ({"depth": 1}, {"cache": "single", "draft_depth": 3}),
         ({"depth": 3, "confidence": True}, {"min_confidence": 0.4}),

@@ -163,11 +163,7 @@ def test_the_snippet_above_the_module_runs(capsys):
 
 
 def simulate(
-    auto: AutoDepth,
-    costs: list[float],
-    chances: list[float],
-    rounds: int,
-    rows: int = 1,
+    auto: AutoDepth, costs: list[float], chances: list[float], rounds: int, rows: int = 1
 ) -> list[int]:
     """Feed measured costs, and acceptance by a fixed rule of the round's number."""
     chosen = []

@@ -8,13 +8,6 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
-from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from tests.decoding.models import (
     NEW,
     ids_of,
@@ -33,16 +26,16 @@ VARIANTS = [
     {},
     {"share_layers": True},
     {"branch": "before_last", "input_norm": "pre"},
-    {"stack": ParallelConfig},
-    {"stack": LinearConfig},
-    {"stack": JointConfig},
-    {"stack": NextLatConfig},
-    {"stack": ParallelConfig, "correction": "mlp"},
-    {"stack": LinearConfig, "correction": "markov"},
-    {"stack": EagleConfig},
-    {"stack": EagleConfig, "draft_vocab": 21},
-    {"stack": ParallelConfig, "correction": "selector"},
-    {"stack": MaskedConfig},
+    {"stack": "parallel"},
+    {"stack": "linear"},
+    {"stack": "joint"},
+    {"stack": "nextlat"},
+    {"stack": "parallel", "correction": "mlp"},
+    {"stack": "linear", "correction": "markov"},
+    {"stack": "eagle"},
+    {"stack": "eagle", "draft_vocab": 21},
+    {"stack": "parallel", "correction": "selector"},
+    {"stack": "masked"},
     {"blocks": 2},
     {"share_layers": True, "blocks": 3},
     {"token_dropout": 0.5},
@@ -109,14 +102,14 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(n_threads, rows, deepseek
         (3, 3, {}),
         (2, 3, {"share_layers": True, "deepseek": True}),
         (2, 2, {"branch": "before_last"}),
-        (3, 3, {"stack": ParallelConfig}),
-        (2, 2, {"stack": JointConfig, "deepseek": True}),
-        (2, 4, {"stack": NextLatConfig}),
-        (3, 3, {"stack": ParallelConfig, "correction": "mlp"}),
-        (3, 3, {"stack": LinearConfig, "correction": "markov"}),
-        (2, 4, {"stack": EagleConfig, "draft_vocab": 21}),
-        (3, 3, {"stack": LinearConfig, "correction": "selector"}),
-        (3, 2, {"stack": MaskedConfig, "lora_rank": 3}),
+        (3, 3, {"stack": "parallel"}),
+        (2, 2, {"stack": "joint", "deepseek": True}),
+        (2, 4, {"stack": "nextlat"}),
+        (3, 3, {"stack": "parallel", "correction": "mlp"}),
+        (3, 3, {"stack": "linear", "correction": "markov"}),
+        (2, 4, {"stack": "eagle", "draft_vocab": 21}),
+        (3, 3, {"stack": "linear", "correction": "selector"}),
+        (3, 2, {"stack": "masked", "lora_rank": 3}),
     ],
 )
 def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatch):
@@ -135,9 +128,9 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, monkeypatc
     [
         ({}, 1),
         ({"share_layers": True, "deepseek": True}, 2),
-        ({"stack": LinearConfig}, 3),
-        ({"stack": EagleConfig, "draft_vocab": 21}, 2),
-        ({"stack": MaskedConfig}, 3),
+        ({"stack": "linear"}, 3),
+        ({"stack": "eagle", "draft_vocab": 21}, 2),
+        ({"stack": "masked"}, 3),
     ],
 )
 def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
@@ -181,7 +174,7 @@ def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
     assert all(g.tokens_per_step == 1.0 and not any(g.accepted_mask) for g in generations)
 
 
-@pytest.mark.parametrize("mtp", [{}, {"stack": MaskedConfig}], ids=str)
+@pytest.mark.parametrize("mtp", [{}, {"stack": "masked"}], ids=str)
 def test_sliding_is_the_same_with_and_without_drafts(mtp, monkeypatch):
     model = small_model(4, 2, **mtp)
     prompts = random_prompts(4, (5, 1, 30))
@@ -250,7 +243,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_a_stack_that_cannot_draft_decodes_plainly():
-    model = small_model(8, 2, stack=ParameterFreeConfig)
+    model = small_model(8, 2, stack="parameter_free")
     (prompt,) = random_prompts(8, (4,))
     (g,) = generate(model, [prompt], max_new_tokens=6)
     assert g.token_ids == uncached(model, prompt, 6) and g.verify_passes == 5
@@ -283,10 +276,10 @@ def naive(model, prompt, n_new, depth):
 @pytest.mark.parametrize(
     "mtp",
     [
-        {"stack": ParallelConfig, "correction": "markov"},
-        {"stack": LinearConfig, "rank": 3},
-        {"stack": EagleConfig, "draft_vocab": 3},
-        {"stack": MaskedConfig},
+        {"stack": "parallel", "correction": "markov"},
+        {"stack": "linear", "rank": 3},
+        {"stack": "eagle", "draft_vocab": 3},
+        {"stack": "masked"},
     ],
     ids=str,
 )

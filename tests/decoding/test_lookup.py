@@ -15,9 +15,6 @@ from mtp_lightning.decoding import engine, generate, lookup
 from mtp_lightning.decoding.lookup import Lookup, longest_match, lookups_alone
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import VOCAB as SAMPLED
 from tests.decoding.distributions import chi_square, require_the_models_distribution
 from tests.decoding.models import (
@@ -100,9 +97,9 @@ def test_the_number_of_drafts_follows_what_was_right() -> None:
         (2, {}, {"draft_depth": 1, "min_confidence": 0.3}),
         (2, {"deepseek": True}, {}),
         (1, {"share_layers": True}, {"draft_depth": 3, "cache": "single"}),
-        (3, {"stack": ParallelConfig}, {"draft_vocab": 3}),
-        (3, {"stack": LinearConfig}, {"draft_depth": "auto"}),
-        (3, {"stack": MaskedConfig}, {}),
+        (3, {"stack": "parallel"}, {"draft_vocab": 3}),
+        (3, {"stack": "linear"}, {"draft_depth": "auto"}),
+        (3, {"stack": "masked"}, {}),
     ],
     ids=str,
 )
@@ -127,12 +124,7 @@ def test_greedy_text_is_that_of_plain_decoding(
 
 @pytest.mark.parametrize(
     "mtp",
-    [
-        {},
-        {"share_layers": True, "deepseek": True},
-        {"stack": LinearConfig},
-        {"stack": MaskedConfig},
-    ],
+    [{}, {"share_layers": True, "deepseek": True}, {"stack": "linear"}, {"stack": "masked"}],
     ids=str,
 )
 def test_modules_read_looked_up_drafts_like_their_own(

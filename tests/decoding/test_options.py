@@ -14,9 +14,6 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.options import DecodingOptions, TextOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.evaluating import evaluate_decoding
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.paths import CONF
 from tests.decoding.models import random_prompts, small_model
 
@@ -62,10 +59,10 @@ def test_values_of_yaml_become_the_options_own() -> None:
 
 
 TREE = {"tree": [2, 1]}
-TARGETS: dict[str, Any] = {"depth": 2, "stack": ParameterFreeConfig}
-RANK_2: dict[str, Any] = {"depth": 2, "stack": LinearConfig, "rank": 2}
+TARGETS: dict[str, Any] = {"depth": 2, "stack": "parameter_free"}
+RANK_2: dict[str, Any] = {"depth": 2, "stack": "linear", "rank": 2}
 # Models that do not draft by a single module.
-SEVERAL: list[dict[str, Any]] = [{"depth": 2}, {"depth": 2, "stack": NextLatConfig}, {"depth": 0}]
+SEVERAL: list[dict[str, Any]] = [{"depth": 2}, {"depth": 2, "stack": "nextlat"}, {"depth": 0}]
 # Options that are refused whatever the model is, and words of the message.
 REFUSED = [
     ({**TREE, "speculative": False}, "tree=[2, 1] does not go together with speculative=false"),

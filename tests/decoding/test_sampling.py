@@ -10,11 +10,6 @@ from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import Noise, RowSampling, Sampling, draw
 from mtp_lightning.decoding.verification import accept_or_resample
 from mtp_lightning.mtp import selector
-from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import VOCAB, chi_square, require_the_models_distribution
 from tests.decoding.models import ids_of, random_prompts, small_model
 
@@ -157,15 +152,15 @@ SELECTOR = {"correction": "selector", "correction_rank": 5}
         ({}, {**DRAFT_5, "top_p": 0.9}),
         ({}, {**DRAFT_5, "verify": "block"}),
         ({}, {"temperature": 1.3, "top_k": 2, "tree": [3, 2]}),  # fewer tokens than candidates
-        ({"stack": JointConfig}, {"tree": [3, 2]}),
+        ({"stack": "joint"}, {"tree": [3, 2]}),
         # The second draft's distribution depends on the first draft.
-        ({"stack": LinearConfig, "correction": "markov"}, {}),
-        ({"stack": LinearConfig, "rank": 3}, {}),
-        ({"stack": EagleConfig, "draft_vocab": 4}, {}),
-        ({"stack": MaskedConfig}, {}),
-        ({"stack": LinearConfig, **SELECTOR}, {}),
-        ({"stack": ParallelConfig, **SELECTOR}, {}),
-        ({"stack": ParallelConfig, **SELECTOR}, {"tree": [3, 2]}),
+        ({"stack": "linear", "correction": "markov"}, {}),
+        ({"stack": "linear", "rank": 3}, {}),
+        ({"stack": "eagle", "draft_vocab": 4}, {}),
+        ({"stack": "masked"}, {}),
+        ({"stack": "linear", **SELECTOR}, {}),
+        ({"stack": "parallel", **SELECTOR}, {}),
+        ({"stack": "parallel", **SELECTOR}, {"tree": [3, 2]}),
     ],
     ids=str,
 )

@@ -15,12 +15,6 @@ from mtp_lightning.decoding.tree_speculative import (
     accept_path_or_resample,
     draw_without_replacement,
 )
-from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.distributions import chi_square
 from tests.decoding.models import ids_of, random_prompts, small_model, teacher_forced
 
@@ -30,14 +24,14 @@ VARIANTS = [
     {"deepseek": True},
     {"share_layers": True},
     {"branch": "before_last", "input_norm": "pre"},
-    {"stack": LinearConfig, "rank": 2},
-    {"stack": JointConfig, "deepseek": True},
-    {"stack": NextLatConfig},
-    {"stack": ParallelConfig, "correction": "mlp"},
-    {"stack": LinearConfig, "correction": "markov"},
-    {"stack": EagleConfig, "draft_vocab": 4},
-    {"stack": ParallelConfig, "correction": "selector"},
-    {"stack": MaskedConfig},
+    {"stack": "linear", "rank": 2},
+    {"stack": "joint", "deepseek": True},
+    {"stack": "nextlat"},
+    {"stack": "parallel", "correction": "mlp"},
+    {"stack": "linear", "correction": "markov"},
+    {"stack": "eagle", "draft_vocab": 4},
+    {"stack": "parallel", "correction": "selector"},
+    {"stack": "masked"},
 ]
 
 

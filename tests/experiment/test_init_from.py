@@ -84,8 +84,7 @@ def test_modules_are_kept_new_or_dropped(
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("none", "sequential"), ("sequential", "parallel"), ("parallel", "linear")],
+    ("old", "new"), [("none", "sequential"), ("sequential", "parallel"), ("parallel", "linear")]
 )
 def test_another_variant_starts_its_stack_fresh(
     tiny_trunk: TrunkConfig, old: str, new: str

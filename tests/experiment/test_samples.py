@@ -49,10 +49,7 @@ def test_beginnings_are_recognized() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("depth", [2, 0])
 def test_samples_mark_their_drafts(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    depth: int,
-    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], depth: int, terminal: bool
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     model = small_model(3, depth, vocab=257)

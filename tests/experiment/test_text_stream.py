@@ -18,13 +18,7 @@ from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment import generating
-from mtp_lightning.experiment.text_stream import (
-    Brackets,
-    Colors,
-    TextStream,
-    ends_at_once,
-    told,
-)
+from mtp_lightning.experiment.text_stream import Brackets, Colors, TextStream, ends_at_once, told
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
 from tests.decoding.models import opened_model

@@ -31,15 +31,7 @@ from mtp_lightning.parts import is_gguf
 from tests.integration.helpers import ROOT, execute
 from tests.interop import folders
 from tests.interop.folders import read_folder
-from tests.interop.gguf_files import (
-    MARKS,
-    SPECIALS,
-    WORDS,
-    gguf,
-    loaded,
-    transformers,
-    write_gguf,
-)
+from tests.interop.gguf_files import MARKS, SPECIALS, WORDS, gguf, loaded, transformers, write_gguf
 
 pytestmark = MARKS
 
@@ -251,8 +243,7 @@ def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (smollm2.FOLDER / smollm2.MODEL).is_file(),
-    reason="python -m data_modules.corpora.smollm2",
+    not (smollm2.FOLDER / smollm2.MODEL).is_file(), reason="python -m data_modules.corpora.smollm2"
 )
 def test_greedy_texts_of_a_real_model_do_not_change() -> None:
     run = open_model(smollm2.FOLDER / smollm2.MODEL)

@@ -23,7 +23,6 @@ from mtp_lightning.metrics.floor import Floors
 from mtp_lightning.metrics.long_range import read
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig, EagleMTP, default_layers
-from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
@@ -39,7 +38,7 @@ TRUNK = TrunkConfig(
 
 def drafting(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
     """A model in float64 whose draft vocabulary is not the first tokens."""
-    model = build(trunk, EagleConfig(**{"depth": 3, **switches})).double().eval()
+    model = build(trunk, "eagle", **{"depth": 3, **switches}).double().eval()
     assert isinstance(model.mtp, EagleMTP)
     generator = torch.Generator().manual_seed(7)
     model.mtp.layer.head.choose(torch.randint(0, 99, (trunk.vocab_size,), generator=generator))
@@ -116,8 +115,8 @@ def test_floors_see_the_whole_distribution() -> None:
 
 def test_a_trunk_keeps_only_states_that_are_read(tiny_trunk: TrunkConfig) -> None:
     assert set(drafting(tiny_trunk).trunk.kept) == {0, 1, 2}
-    assert not build(tiny_trunk, EagleConfig(depth=0)).trunk.kept
-    assert not build(tiny_trunk, JointConfig(depth=2)).trunk.kept
+    assert not build(tiny_trunk, "eagle", depth=0).trunk.kept
+    assert not build(tiny_trunk, "joint", depth=2).trunk.kept
 
 
 def test_the_vocabulary_is_chosen_from_the_training_text() -> None:

@@ -65,7 +65,7 @@ def test_gradients_equal_the_joint_backwards(
     tiny_trunk: TrunkConfig, variant: str, switches: dict, tied: bool
 ) -> None:
     trunk = replace(tiny_trunk, tie_embeddings=tied)
-    model = build(trunk, MTPConfig.find(variant)(depth=3, **switches)).double()
+    model = build(trunk, variant, depth=3, **switches).double()
     batch = windows(3, 10, 3)
     borders = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(5)) < 0.15
     batch = WindowBatch(batch.tokens, 3, borders.long().cumsum(1))
@@ -89,7 +89,7 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
     """The heads' sequence-wise balance losses train in the same pass, and loads count once."""
     experts = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
     trunk = replace(tiny_trunk, feed_forward=ExpertsConfig(**experts))
-    model = build(trunk, MTPConfig.find("parallel")(depth=2)).double()
+    model = build(trunk, "parallel", depth=2).double()
     batch, counts, weights = windows(3, 10, 2), [30] * 3, [0.3, 0.1]
     total, _, reported = reported_loss(model, batch, weights, counts, windows=6)
     total.backward()
@@ -109,7 +109,7 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
 
 @pytest.mark.parametrize("correction", ["none", "selector"])
 def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig, correction: str) -> None:
-    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=2, correction=correction))
+    model = build(tiny_trunk, "parallel", depth=2, correction=correction)
     with torch.no_grad():
         quiet, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
     loud, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
@@ -186,7 +186,7 @@ class ParallelWithOwnHead(ParallelMTP):
 
 
 def test_heads_with_a_matrix_of_their_own_train_it(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, ParallelConfig(depth=2)).double()
+    model = build(tiny_trunk, "parallel", depth=2).double()
     model.mtp = ParallelWithOwnHead(ParallelConfig(depth=2), tiny_trunk).double()
     model.initialize(0)  # a new layer's weights are whatever its memory held
     batch, own = windows(2, seq_len=9, depth=2), model.mtp.own

@@ -21,35 +21,21 @@ from hypothesis import strategies as st
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.eagle import EagleConfig
-from mtp_lightning.mtp.joint import JointConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.masked import MaskedConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.losses import gradients, mtp_loss
 from tests.models import build, windows
 
 CONF = Path(__file__).parents[2] / "conf"
-MLP: dict[str, Any] = {"correction": "mlp"}
 MARKOV: dict[str, Any] = {"correction": "markov", "correction_rank": 5}
 SELECTOR: dict[str, Any] = {"correction": "selector", "correction_rank": 5}
+PLAIN = ("sequential", "parallel", "linear", "parameter_free", "joint", "nextlat", "eagle")
 HEADS: dict[str, Callable[..., MTPConfig]] = {
-    "sequential": SequentialConfig,
-    "parallel": ParallelConfig,
-    "linear": LinearConfig,
-    "parameter_free": ParameterFreeConfig,
-    "joint": JointConfig,
-    "nextlat": NextLatConfig,
-    "eagle": EagleConfig,
-    "linear mlp": partial(LinearConfig, **MLP),
-    "parallel markov": partial(ParallelConfig, **MARKOV),
-    "linear selector": partial(LinearConfig, **SELECTOR),
-    "masked": partial(MaskedConfig, lora_rank=4),
+    **{name: MTPConfig.find(name) for name in PLAIN},
+    "linear mlp": partial(MTPConfig.find("linear"), correction="mlp"),
+    "parallel markov": partial(MTPConfig.find("parallel"), **MARKOV),
+    "linear selector": partial(MTPConfig.find("linear"), **SELECTOR),
+    "masked": partial(MTPConfig.find("masked"), lora_rank=4),
 }
 # Heads whose states depend on no token ahead, or only on the last one.
 READS_NONE = ("parallel", "linear", "parameter_free", "linear selector")
@@ -177,7 +163,7 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, head: str) -> None:
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
 def test_only_what_active_depths_need_is_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
     """A sequential module needs the shallower ones; heads side by side need no other."""
-    model, batch = build(tiny_trunk, MTPConfig.find(variant)(depth=3)), windows(1, 8, 3)
+    model, batch = build(tiny_trunk, variant, depth=3), windows(1, 8, 3)
     calls: list[int] = []
     for k, module in enumerate(model.mtp.depths, start=1):
         module.register_forward_hook(lambda *_, k=k: calls.append(k))

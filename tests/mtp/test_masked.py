@@ -43,7 +43,7 @@ DEPTH, T = 3, 7
 
 
 def masked(trunk: TrunkConfig = TRUNK, **switches: Any) -> MTPModel:
-    return build(trunk, MaskedConfig(**{"depth": DEPTH, **switches}))
+    return build(trunk, "masked", **{"depth": DEPTH, **switches})
 
 
 def in_documents(batch: WindowBatch) -> WindowBatch:

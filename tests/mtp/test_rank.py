@@ -31,7 +31,7 @@ from tests.reference import branch_point
 
 def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
     """A model in float64 with random weights, so that all components differ."""
-    model = build(trunk, LinearConfig(depth=depth, rank=rank)).double()
+    model = build(trunk, "linear", depth=depth, rank=rank).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.mtp.parameters():
@@ -111,7 +111,7 @@ def test_one_chunk_is_all_that_there_is_of_size_v(
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
     trunk = replace(tiny_trunk, vocab_size=vocab)
     for depth, term in ((1, CrossEntropy()), (4, KL())):
-        model = build(trunk, LinearConfig(depth=depth, rank=2))
+        model = build(trunk, "linear", depth=depth, rank=2)
         batch = windows(2, 64, depth)
         with LiveMemory(least=rows * vocab // 2) as memory:
             mtp_loss(model, batch, [0.1] * depth, [128] * (depth + 1), term=term)[0].backward()
@@ -132,7 +132,7 @@ def test_one_chunk_is_all_that_there_is_of_size_v(
 def test_what_looks_at_a_depth_alone_is_refused(
     tiny_trunk: TrunkConfig, options: dict[str, Any]
 ) -> None:
-    model = build(tiny_trunk, LinearConfig(depth=2, rank=2))
+    model = build(tiny_trunk, "linear", depth=2, rank=2)
     with pytest.raises(ValueError, match="has no meaning with mtp.rank=2"):
         step_of(model, Objective(**({"term": CrossEntropy()} | options)))
     step_of(model, Objective(term=KL(), weights="exp_decay"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from data_modules.windows import RandomKey
-from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
@@ -44,7 +43,7 @@ def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: t
     within rounding of a pass without registers. With experts, whose products round by their number
     of tokens, both hold within rounding."""
     bound = 1e-12 if dtype == torch.float64 else 1e-4
-    model = build(replace(tiny_trunk, **TRUNKS[trunk]), RegistersConfig(lookahead=5)).to(dtype)
+    model = build(replace(tiny_trunk, **TRUNKS[trunk]), "registers", lookahead=5).to(dtype)
     for documents in (False, True):
         batch = ahead_windows(2, 40, 5, documents=documents)
         plain = model(batch)
@@ -64,7 +63,7 @@ def test_registers_change_no_token(tiny_trunk: TrunkConfig, trunk: str, dtype: t
 
 
 def test_the_offset_is_the_steps_alone(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, RegistersConfig(lookahead=4))
+    model = build(tiny_trunk, "registers", lookahead=4)
     drawn = [model.mtp.offset(RandomKey(3, step)) for step in range(400)]
     assert all(80 < drawn.count(d) < 120 for d in (1, 2, 3, 4))
     later = [model.mtp.offset(RandomKey(3, step, first_row=9)) for step in range(400)]

@@ -24,22 +24,20 @@ from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.rescoring import Forced
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.models import random_prompts, small_model
 from tests.models import build, windows
 
 SELECTOR: dict[str, Any] = {"correction": "selector", "correction_rank": 5}
-HEADS: dict[str, type[MTPConfig]] = {"parallel": ParallelConfig, "linear": LinearConfig}
+HEADS = ("parallel", "linear")
 VOCAB, DEPTH, SEQ_LEN = 37, 3, 7
 every_head = pytest.mark.parametrize("head", HEADS)
 
 
 def model_of(trunk: TrunkConfig, head: str = "parallel", **switches: Any) -> MTPModel:
     """A model in float64 with random weights."""
-    config = HEADS[head](depth=DEPTH, **{**SELECTOR, **switches})
+    config = MTPConfig.find(head)(depth=DEPTH, **{**SELECTOR, **switches})
     return build(trunk, config).double().eval()
 
 
@@ -102,8 +100,8 @@ def test_a_draft_depends_on_the_token_before_it_and_on_none_that_follows(
 @torch.no_grad()
 def test_it_starts_as_the_head_without_it(tiny_trunk: TrunkConfig, head: str) -> None:
     switches = {"depth": DEPTH, **SELECTOR}
-    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](**switches)))
-    plain = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=HEADS[head](depth=DEPTH)))
+    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=MTPConfig.find(head)(**switches)))
+    plain = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=MTPConfig.find(head)(depth=DEPTH)))
     for started in (model, plain):
         started.initialize(2)
     batch = windows(3, SEQ_LEN, DEPTH)
@@ -140,7 +138,7 @@ def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
 @torch.no_grad()
 def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None) -> None:
     """For rows of different lengths, and drafts of any tokens."""
-    model = small_model(3, DEPTH, stack=HEADS[head], **SELECTOR)
+    model = small_model(3, DEPTH, stack=head, **SELECTOR)
     prompts = random_prompts(3, (9, 12))
     size: dict[str, int] = {"slots": 2, "capacity": 24}
     with torch.inference_mode(), fused_passes(model):
@@ -205,7 +203,7 @@ def test_rates_are_those_of_what_is_drafted(tiny_trunk: TrunkConfig) -> None:
 
 @torch.no_grad()
 def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
-    model = small_model(1, 2, vocab=20, stack=LinearConfig, **SELECTOR)
+    model = small_model(1, 2, vocab=20, stack="linear", **SELECTOR)
     prompt, k = torch.tensor([3, 1, 2]), 1
     found = Floors(model, rollouts=1, seen=1).of_prompt(prompt, torch.Generator().manual_seed(0))
     tokens = torch.tensor([[3, 1, 2, a, 0, 0] for a in range(20)])
@@ -221,5 +219,6 @@ def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
 
 
 def test_ranks_of_corrections() -> None:
-    assert LinearConfig(depth=1, correction="selector").columns == 256
-    assert LinearConfig(depth=1, correction="markov").columns == 64
+    linear = MTPConfig.find("linear")
+    assert linear(depth=1, correction="selector").columns == 256
+    assert linear(depth=1, correction="markov").columns == 64

@@ -42,8 +42,8 @@ def test_the_draw_depends_on_the_window_alone() -> None:
 
 
 def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None:
-    mixing = build(tiny_trunk, SequentialConfig(depth=3, hidden_state_mixing=True))
-    plain = build(tiny_trunk, SequentialConfig(depth=3))
+    mixing = build(tiny_trunk, "sequential", depth=3, hidden_state_mixing=True)
+    plain = build(tiny_trunk, "sequential", depth=3)
     batch = windows(2, 12, 3)
     for k, hidden in plain(batch).items():
         assert torch.equal(hidden, mixing(batch)[k])
@@ -83,7 +83,7 @@ KEY = RandomKey(seed=3, step=5)
 
 
 def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, SequentialConfig(depth=2, token_dropout=0.5))
+    model = build(tiny_trunk, "sequential", depth=2, token_dropout=0.5)
     batch = windows(4, 12, 2)
     as_used = model(batch)
     state = {n: t for n, t in model.state_dict().items() if n != "mtp.blank"}
@@ -101,7 +101,7 @@ def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkCo
 
 
 def test_at_one_modules_are_blind_to_tokens(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, SequentialConfig(depth=3, token_dropout=1.0)).eval()
+    model = build(tiny_trunk, "sequential", depth=3, token_dropout=1.0).eval()
     assert not model.mtp.reads_tokens
     batch = windows(2, 9, 3)
     before = model(batch)

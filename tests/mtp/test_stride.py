@@ -78,7 +78,7 @@ def test_rates_compare_the_same_token(tiny_trunk: TrunkConfig, variant: str) -> 
 
 @every_head
 def test_only_neighbours_can_be_drafted(tiny_trunk: TrunkConfig, variant: str) -> None:
-    model = build(tiny_trunk, MTPConfig.find(variant)(depth=2, stride=2)).eval()
+    model = build(tiny_trunk, variant, depth=2, stride=2).eval()
     assert model.mtp.max_draft_depth == 0 and not model.mtp.reads_tokens
     (plain,) = generate(model, [[1, 2, 3]], max_new_tokens=5)
     assert len(plain.token_ids) == 5 and plain.verify_passes == 4

@@ -12,8 +12,7 @@ from data_modules.tasks.answers import AnswerSet
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.answers import choose, say
 from mtp_lightning.decoding.generate import generate
-from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.teacherless import DUMMY, TeacherlessConfig
+from mtp_lightning.mtp.teacherless import DUMMY
 from mtp_lightning.nn.config import TrunkConfig
 from tests.models import build
 
@@ -25,8 +24,8 @@ def answers(task: Any = TASK, n: int = 6) -> WindowBatch:
 
 
 def test_it_reads_a_dummy_where_it_is_to_speak(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, TeacherlessConfig()).eval()
-    plain = build(tiny_trunk, NoMTPConfig()).eval()
+    model = build(tiny_trunk, "teacherless").eval()
+    plain = build(tiny_trunk, "none").eval()
     batch = answers()
     hidden = model(batch)[0]
     shown = batch.tokens.clone()
@@ -42,14 +41,14 @@ def test_it_reads_a_dummy_where_it_is_to_speak(tiny_trunk: TrunkConfig) -> None:
 
 
 def test_questions_between_answers_are_read(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, TeacherlessConfig())
+    model = build(tiny_trunk, "teacherless")
     batch = answers(MQAR(pairs=3, slots=8, keys=6, values=6))
     read = model.mtp.tokens_read(batch.tokens, batch.scored)
     assert torch.equal(read[~batch.scored], batch.tokens[~batch.scored])
 
 
 def test_it_says_all_at_once_and_nothing_one_by_one(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, TeacherlessConfig()).eval()
+    model = build(tiny_trunk, "teacherless").eval()
     batch = answers()
     assert torch.equal(say(model, batch), choose(model, batch))
     with pytest.raises(ValueError, match="mtp=teacherless predicts a task's whole answer at once"):

@@ -18,8 +18,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.registers import RegistersConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig, Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
@@ -124,7 +122,7 @@ def test_compiled_blocks_take_every_mask(
 ) -> None:
     """Traced once: the next batch has other documents, and nothing is compiled again."""
     trunk = replace(tiny_trunk, recompute=recompute, d_head=16)
-    model = build(trunk, SequentialConfig(depth=1)).double().train()
+    model = build(trunk, "sequential", depth=1).double().train()
     batches = [masked_windows(begins) for begins in (40, 11)]
     expected = [states(model, batch) for batch in batches]
     assert not model.compiled
@@ -145,7 +143,7 @@ def test_compiled_blocks_take_every_mask(
 
 
 def test_registers_see_through_blocks(tiny_trunk: TrunkConfig) -> None:
-    stack = build(replace(tiny_trunk, d_head=16), RegistersConfig(lookahead=3)).mtp
+    stack = build(replace(tiny_trunk, d_head=16), "registers", lookahead=3).mtp
     masks = [
         stack.positions(
             Positions.of_window(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.objective import Objective
@@ -26,7 +25,7 @@ from tests.models import build, windows
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel"])
 def test_an_infinite_jump_masks_nothing(tiny_trunk: TrunkConfig, variant: str) -> None:
-    model, plain = build(tiny_trunk, MTPConfig.find(variant)(depth=3)), windows(2, 9, 3)
+    model, plain = build(tiny_trunk, variant, depth=3), windows(2, 9, 3)
     documents = (torch.arange(plain.tokens.shape[1]) // 6).expand_as(plain.tokens)
     batch = WindowBatch(plain.tokens, 3, documents)
     found, counts = [], batch.counts().tolist()
@@ -44,7 +43,7 @@ def test_an_infinite_jump_masks_nothing(tiny_trunk: TrunkConfig, variant: str) -
 
 
 def test_the_running_quantile_learns_where_no_depth_does(tiny_trunk: TrunkConfig) -> None:
-    model, batch = build(tiny_trunk, MTPConfig.find("sequential")(depth=1)), windows(2, 9, 1)
+    model, batch = build(tiny_trunk, "sequential", depth=1), windows(2, 9, 1)
     objective = Objective(term=KL(), mask="entropy")
     mtp_loss(model, batch, [0.0], [18, 18], term=objective)
     objective.after_backward()
@@ -98,14 +97,14 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
 
 @pytest.mark.parametrize("name", ["e2e_tv", "weights", "mask"])
 def test_without_a_depth_there_is_nothing_to_act_on(tiny_trunk: TrunkConfig, name: str) -> None:
-    model = build(tiny_trunk, MTPConfig.find("sequential")(depth=0))
+    model = build(tiny_trunk, "sequential", depth=0)
     with pytest.raises(ValueError, match="has nothing to act on at mtp.depth=0"):
         step_of(model, Objective(**OBJECTIVES[name]))
 
 
 @pytest.mark.parametrize("name", ["e2e_tv", "weights", "mask"])
 def test_depths_that_leap_have_no_drafts_to_look_at(tiny_trunk: TrunkConfig, name: str) -> None:
-    model = build(tiny_trunk, MTPConfig.find("linear")(depth=2, stride=2))
+    model = build(tiny_trunk, "linear", depth=2, stride=2)
     with pytest.raises(ValueError, match="mtp.stride=2 skips some"):
         step_of(model, Objective(**OBJECTIVES[name]))
     with pytest.raises(ValueError, match="objective.confidence=true depends on every token"):
@@ -118,7 +117,7 @@ def test_depths_that_depend_on_one_another_are_not_sampled(tiny_trunk: TrunkConf
     single depth is in every step."""
 
     def sampled(depth: int, **settings: Any) -> None:
-        model = build(tiny_trunk, MTPConfig.find("sequential")(depth=depth))
+        model = build(tiny_trunk, "sequential", depth=depth)
         OptimizerStep(
             model,
             schedule=Piecewise(depth, 1.0),

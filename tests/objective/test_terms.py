@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.anchor import Anchor
@@ -52,7 +51,7 @@ class Focal(Term):
 def test_a_term_trains_the_depths_of_every_stack(tiny_trunk: TrunkConfig, variant: str) -> None:
     """Against autograd on whole fp64 logits (a chunk's log-probabilities are fp32); the main
     prediction keeps cross-entropy."""
-    model = build(tiny_trunk, MTPConfig.find(variant)(depth=2)).double()
+    model = build(tiny_trunk, variant, depth=2).double()
     batch = WindowBatch(windows(2, 9, 2).tokens, 2, (torch.arange(12) // 5).expand(2, -1))
     counts, weights = batch.counts().tolist(), [0.5, 0.25]
     total, sums = mtp_loss(model, batch, weights, counts, term=Focal(1.5))
@@ -215,7 +214,7 @@ def test_a_mixture_takes_a_term_of_ones_own(tiny_trunk: TrunkConfig) -> None:
     mixture = Mixture({"ce": 0.5, "focal": {"weight": 2, "term": Focal(1.5)}})
     assert [(w, term.name) for w, term in mixture.parts()] == [(0.5, "ce"), (2.0, "focal")]
     assert "focal" in known_terms() and "mix" not in known_terms()
-    model = build(tiny_trunk, MTPConfig.find("sequential")(depth=1)).double()
+    model = build(tiny_trunk, "sequential", depth=1).double()
     batch = windows(2, 9, 1)
     alone = [
         mtp_loss(model, batch, [1.0], [18] * 2, main=0.0, term=term)[0].item()

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.feed import LossRequest, ThroughHead, Together
 from mtp_lightning.nn import ops as kernel
 from mtp_lightning.nn.config import TrunkConfig
@@ -206,7 +205,7 @@ def test_terms_with_a_teacher_hold_a_few_chunks_of_logits(
     trunk = replace(tiny_trunk, vocab_size=vocab)
     peaks = []
     for depth in (1, 4):
-        model = build(trunk, MTPConfig.find(variant)(depth=depth))
+        model = build(trunk, variant, depth=depth)
         batch = windows(8, 64, depth)
         with LiveMemory(least=rows * vocab // 2) as memory:
             total, _ = mtp_loss(model, batch, [0.1] * depth, [512] * (depth + 1), term=term)

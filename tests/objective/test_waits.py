@@ -165,7 +165,7 @@ def test_a_validation_copies_nothing_from_the_host(
 ) -> None:
     # PyTorch's autocast does not support the device "meta".
     monkeypatch.setattr(torch, "autocast", lambda device, **_: nullcontext())
-    model = build(tiny_trunk, MTPConfig.find("sequential")(depth=2)).to("meta").eval()
+    model = build(tiny_trunk, "sequential", depth=2).to("meta").eval()
     batch = masked(windows(4, 12, 2)).to("meta")
     rates = rates_of(model, [60]).to("meta")
     with HostCopies() as copies, torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_mask_in_blocks_copies_nothing_from_the_host(
 ) -> None:
     """A mask in blocks is used for compiled blocks on a GPU only."""
     trunk = replace(tiny_trunk, d_head=16)
-    model = build(trunk, MTPConfig.find("none")(depth=0)).to(device)
+    model = build(trunk, "none", depth=0).to(device)
     model.compiled = compiled
     batch = masked(windows(4, 12, 0)).to(device)
     seen = []

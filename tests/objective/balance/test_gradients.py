@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.registers import RegistersConfig
-from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.base import NoBalance
@@ -80,7 +77,7 @@ MODELS = {
 
 def make(trunk: TrunkConfig, name: str) -> MTPModel:
     variant, switches, changes = MODELS[name]
-    model = build(replace(trunk, **changes), MTPConfig.find(variant)(depth=3, **switches))
+    model = build(replace(trunk, **changes), variant, depth=3, **switches)
     return model.double()
 
 
@@ -147,7 +144,7 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
 def test_what_depths_learn_of_their_confidence_is_measured(
     tiny_trunk: TrunkConfig, variant: str
 ) -> None:
-    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=True)).double()
+    model = build(tiny_trunk, variant, depth=3, confidence=True).double()
     batch, weights = windows(4, 10, 3), [0.3, 0.2, 0.1]
     step = step_of(model, Objective(term=CrossEntropy(), confidence=True))
     counts = step_counts(model.mtp, batch)
@@ -161,7 +158,7 @@ def test_what_depths_learn_of_their_confidence_is_measured(
 
 def test_what_is_shared(tiny_trunk: TrunkConfig) -> None:
     def names(variant: str, scope: str, **switches: str) -> set[str]:
-        model = build(tiny_trunk, MTPConfig.find(variant)(depth=1, **switches))
+        model = build(tiny_trunk, variant, depth=1, **switches)
         chosen = {id(p) for p in shared_parameters(model, scope)}  # type: ignore[arg-type]
         found = [n for n, p in model.named_parameters() if id(p) in chosen]
         return {".".join(n.split(".")[:3]) for n in found}
@@ -226,7 +223,7 @@ def test_flops_are_those_of_pytorchs_operators(
     switches |= {"correction": correction} if correction else {}
     experts = replace(tiny_trunk, feed_forward=replace(EXPERTS, sequence_loss=0.0))
     for trunk in (tiny_trunk, experts) if variant == "sequential" else (tiny_trunk,):
-        model = build(trunk, MTPConfig.find(variant)(depth=3, **switches)).double()
+        model = build(trunk, variant, depth=3, **switches).double()
         batch = masked()
         batch = WindowBatch(batch.tokens, batch.depth)
         group = {"": shared_parameters(model, scope)}
@@ -239,19 +236,12 @@ def test_flops_are_those_of_pytorchs_operators(
             assert counted.total == len(batch) * expected
 
 
-SUMMARIES: dict[str, MTPConfig] = {
-    "top": TopConfig(lookahead=6),
-    "bag": BagConfig(lookahead=6),
-    "registers": RegistersConfig(lookahead=6),
-}
-
-
-@pytest.mark.parametrize("name", SUMMARIES)
+@pytest.mark.parametrize("name", ["top", "bag", "registers"])
 def test_heads_without_token_predictions_are_measured(tiny_trunk: TrunkConfig, name: str) -> None:
     """``g_0 + lambda g_1`` is the gradient that training accumulates on the trunk, and the FLOPs of
     a rule's measurement are counted."""
     trunk = replace(tiny_trunk, tie_embeddings=False)
-    model = build(trunk, SUMMARIES[name]).double()
+    model = build(trunk, name, lookahead=6).double()
     options: dict[str, Any] = {"schedule": Piecewise(1, 0.3), "accumulate": 2}
     step = OptimizerStep(model, balance=NoBalance(1), **options)
     batch = ahead_windows(4, 12, 6, documents=True, scored=True)
