@@ -9,7 +9,6 @@ from torch import Tensor
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu import packed as packing
 from mtp_lightning.cpu.packed import Kind, PackedWeight, packed_weight
-from mtp_lightning.runtime import threads
 from tests.kernels import blocks_of
 
 pytestmark = pytest.mark.usefixtures("own")
@@ -89,10 +88,3 @@ def test_one_number_between_the_levels_is_not_lost(value, monkeypatch):
 def test_inputs_that_fill_no_block_stay_as_they_are():
     weight = blocks_of((16, 64), 16, 1, symmetric=False)[:, :40].contiguous()
     assert packed_weight(weight).kind == Kind.FULL
-
-
-def test_threads_change_no_bit():
-    product, x = packed_weight(blocks_of((4096, 128), 16, 1, symmetric=False)), torch.randn(3, 128)
-    alone = product.linear(x)
-    with threads(2):
-        assert torch.equal(product.linear(x), alone)

@@ -16,7 +16,7 @@ from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.runtime import threads
-from tests.kernels import prepared
+from tests.kernels import blocks_of, prepared
 from tests.models import PARENTS, PATHS
 
 pytestmark = pytest.mark.usefixtures("own")
@@ -112,9 +112,12 @@ def test_what_is_not_finite_is_not_lost(value, row):
     assert not packed_weight(weight).linear(ones).isfinite().any()
 
 
-@pytest.mark.parametrize("kind", [Kind.FULL, Kind.BYTE])
+@pytest.mark.parametrize("kind", [Kind.FULL, Kind.BYTE, Kind.BLOCKS4])
 def test_threads_change_no_bit(kind):
-    product, x = packed_weight(rounded(torch.randn(4096, 128), kind)), torch.randn(3, 128)
+    blocks = kind == Kind.BLOCKS4
+    weight = blocks_of((4096, 128), 16, 1, symmetric=False) if blocks else torch.randn(4096, 128)
+    product, x = packed_weight(weight if blocks else rounded(weight, kind)), torch.randn(3, 128)
+    assert product.kind == kind
     alone = product.linear(x)
     with threads(2):
         assert torch.equal(product.linear(x), alone)

@@ -68,6 +68,16 @@ def opened_model(seed: int, *, seq_len: int, depth: int = 2, path: Path = Path("
     )
 
 
+def generation(accepted, reached, passes, new, **more) -> Generation:
+    """A text of these counts."""
+    return Generation(
+        token_ids=[0] * new, text=None, finish_reason="length", new_tokens=new, seconds=1.0,
+        tokens_per_second=float(new), verify_passes=passes, tokens_per_step=(new - 1) / passes,
+        acceptance=[a / r for a, r in zip(accepted, reached, strict=True)],
+        drafts_accepted=accepted, drafts_reached=reached, accepted_mask=[False] * new, **more,
+    )  # fmt: skip
+
+
 def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]

@@ -159,14 +159,17 @@ def test_fresh_tokens_make_up_the_text():
         assert [row.finish_reason for row in rows] == [None, None, None, "stop"]
         assert engine.free == 1
         shown: list[list[int]] = [[] for _ in rows]
+        drafted: list[list[bool]] = [[] for _ in rows]
         logprobs: list[list[Any]] = [[] for _ in rows]
         for row in itertools.chain(rows, *iter(engine.step, [])):
             fresh = row.fresh()
-            assert len(fresh.token_ids) == len(fresh.depths) == len(fresh.logprobs)
+            assert len(fresh.token_ids) == len(fresh.logprobs) == len(fresh.rejected)
             shown[row.request.index] += fresh.token_ids
+            drafted[row.request.index] += [depth > 0 for depth in fresh.depths]
             logprobs[row.request.index] += fresh.logprobs
-    for row, ids, said in zip(rows, shown, logprobs, strict=True):
+    for row, ids, said, accepted in zip(rows, shown, logprobs, drafted, strict=True):
         done = row.generation()
+        assert accepted == done.accepted_mask[: len(ids)]
         assert Letters().decode(ids) == done.text
         assert [s.token for s in said] == ids and done.logprobs[: len(ids)] == said
         assert len(done.logprobs) == len(done.token_ids)

@@ -160,6 +160,7 @@ def test_perfect_drafts_are_all_accepted(monkeypatch):
     assert g.token_ids == right[0][:13]
     assert g.acceptance == [1.0, 1.0]
     assert g.verify_passes == 4 and g.tokens_per_step == 3.0
+    assert g.tokens_per_second == pytest.approx(13 / g.seconds)
     assert g.accepted_mask == [False] + [True, True, False] * 4
 
 

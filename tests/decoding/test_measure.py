@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding import Generation, generate, measure
+from mtp_lightning.decoding import generate, measure
 from mtp_lightning.decoding.acceptance import acceptance_by, first_drafts
 from mtp_lightning.decoding.lookup import lookups_alone
 from mtp_lightning.decoding.measure import (
@@ -30,24 +30,14 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts, teacher_forced
-
-
-def generation(accepted: list[int], reached: list[int], passes: int, new: int) -> Generation:
-    return Generation(
-        token_ids=[0] * new,
-        text=None,
-        finish_reason="length",
-        new_tokens=new,
-        seconds=1.0,
-        tokens_per_second=float(new),
-        verify_passes=passes,
-        tokens_per_step=(new - 1) / passes,
-        acceptance=[a / r for a, r in zip(accepted, reached, strict=True)],
-        drafts_accepted=accepted,
-        drafts_reached=reached,
-        accepted_mask=[False] * new,
-    )
+from tests.decoding.models import (
+    generation,
+    ids_of,
+    random_prompts,
+    small_model,
+    steer_drafts,
+    teacher_forced,
+)
 
 
 def test_rates_are_pooled_not_averaged() -> None:
@@ -274,9 +264,9 @@ def test_against_the_loops_own_counts(
     steer_drafts(monkeypatch, prompts, ids_of(plain), chance=chance)
     found = generate(model, prompts, max_new_tokens=NEW)
     drafts = [first_drafts(g, NEW) for g in found]
-    for generation, places in zip(found, drafts, strict=True):
-        assert len(places) == generation.drafts_reached[0]
-        assert sum(taken for _, taken in places) == generation.drafts_accepted[0]
+    for text, places in zip(found, drafts, strict=True):
+        assert len(places) == text.drafts_reached[0]
+        assert sum(taken for _, taken in places) == text.drafts_accepted[0]
     values = acceptance_by(model, prompts, found, max_new_tokens=NEW)
 
     at, entropy, taken, of_text = [], [], [], []

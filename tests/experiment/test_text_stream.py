@@ -21,7 +21,7 @@ from mtp_lightning.experiment import generating
 from mtp_lightning.experiment.text_stream import Brackets, Colors, TextStream, ends_at_once, told
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
-from tests.decoding.models import opened_model
+from tests.decoding.models import generation, opened_model
 
 WAYS: tuple[dict[str, Any], ...] = (
     {},
@@ -107,21 +107,8 @@ def test_drafts_are_those_of_full_passes(opened: OpenedModel) -> None:
 
 
 def test_a_text_in_a_line() -> None:
-    done = Generation(
-        token_ids=[1] * 80,
-        text="x",
-        finish_reason="length",
-        new_tokens=80,
-        seconds=1.0,
-        tokens_per_second=80.0,
-        verify_passes=36,
-        tokens_per_step=79 / 36,
-        acceptance=[],
-        drafts_accepted=[25, 18],
-        drafts_reached=[36, 25],
-        accepted_mask=[True] * 43 + [False] * 37,
-        drafts=72,
-    )
+    done = generation([25, 18], [36, 25], 36, 80, drafts=72)
+    done = replace(done, text="x", accepted_mask=[True] * 43 + [False] * 37)
     assert told(done) == "80 tokens in 37 passes, 2.16 per pass; 43 drafts accepted of 72"
     plain = replace(done, new_tokens=1, verify_passes=0, drafts=0)
     assert told(plain) == "1 token in 1 pass"

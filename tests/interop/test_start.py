@@ -180,14 +180,6 @@ def generated(folder: Path, **asked: Any) -> None:
     generate_text(OmegaConf.merge(OmegaConf.load(helpers.CONF / "generate.yaml"), given, asked))
 
 
-def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generated(base / "deepseek", prompt="abc", max_new_tokens=5)
-    said = capsys.readouterr()
-    shown, model = json.loads(said.out), open_model(base / "deepseek").model
-    wanted = generate(model, [list(b"abc")], max_new_tokens=5)[0]
-    assert shown["token_ids"] == wanted.token_ids and not said.err
-
-
 def test_a_file_of_prompts_says_what_it_took(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import ExpertsConfig, MoE
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.opening import StoredModel
 from tests import deepseek
 from tests.models import build, stored_of
@@ -127,16 +127,6 @@ def test_every_weight_of_a_module(
 
 def _rms(x: torch.Tensor) -> torch.Tensor:
     return (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()).detach()
-
-
-def test_biases_of_experts_are_copied() -> None:
-    model = begun(start_of(deepseek.TRUNK), SequentialConfig(depth=1, init="last_block"), text(1))
-    own, last = model.mtp.depths[0].block.feed_forward, model.trunk.blocks[-1].feed_forward
-    assert isinstance(own, MoE) and isinstance(last, MoE)
-    biases = [module.state_dict() for module in (own, last)]
-    names = [name for name in biases[0] if name.endswith("expert_bias")]
-    assert names and all(biases[0][n].any() for n in names)
-    assert all(torch.equal(biases[0][n], biases[1][n]) for n in names)
 
 
 @settings(max_examples=25, deadline=None)

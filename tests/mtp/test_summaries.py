@@ -65,17 +65,6 @@ def test_it_finds_what_a_search_finds(
             assert bool(valid[row, i]) == bool(expected)
 
 
-def test_documents_are_told_apart_by_their_own_ids() -> None:
-    """A token that occurs in three documents counts only in the position's own."""
-    tokens = torch.tensor([[7, 1, 7, 2, 7, 3, 7]])
-    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
-    batch = WindowBatch(tokens, 1, documents, extra=2)
-    assert batch.seq_len == 3
-    tokens_RS, counts_RS = LookAhead(batch, first=1, last=4).rows(slice(0, 3))
-    seen = [t[c].tolist() for t, c in zip(tokens_RS, counts_RS, strict=True)]
-    assert seen == [[1], [], [2, 7]]
-
-
 @pytest.mark.parametrize("lookahead", [1, 2, 5, 6, 7, 100])
 def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
     """T = 5: windows hold at most T + 1 = 6 tokens ahead, so that from W = 7 on the last positions
