@@ -32,7 +32,7 @@ LINES = {
     "mtp_lightning/loggers": 670,
     "mtp_lightning/metrics": 1_070,
     "mtp_lightning/mtp": 3_895,
-    "mtp_lightning/nn": 2_890,
+    "mtp_lightning/nn": 2_895,
     "mtp_lightning/notebook": 555,
     "mtp_lightning/objective": 4_220,
     "mtp_lightning/optim": 355,
