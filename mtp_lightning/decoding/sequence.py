@@ -181,9 +181,8 @@ class TextSequence:
         self._shown = 0
         self._text: str | None = None
         self._passes = 0
-        self._emitted = 0
         self._drafted = 0
-        self._lookups = [0, 0]  # accepted, made
+        self._lookups = 0
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
         # A token is at least one byte, so the last `_stop_bytes` tokens cover any stop string.
@@ -205,13 +204,12 @@ class TextSequence:
         before, looked_up = len(self.token_ids), result.looked_up
         kept = self.extend(result.tokens, result.accepted, logits_BTV, row, looked_up=looked_up)
         self._passes += 1
-        self._emitted += kept
-        self._drafted += result.accepted + len(result.rejected)
+        made = result.accepted + len(result.rejected)
+        self._drafted += made
         at = before + result.accepted
         self.rejected += [Rejected(at, *draft, looked_up) for draft in result.rejected]
         if looked_up:
-            self._lookups[0] += min(result.accepted, kept)
-            self._lookups[1] += result.accepted + len(result.rejected)
+            self._lookups += made
             return kept
         for j in range(min(result.reached, kept)):
             self._reached[j] += 1
@@ -313,7 +311,7 @@ class TextSequence:
             seconds=self._seconds,
             tokens_per_second=n / max(self._seconds, 1e-9),
             verify_passes=self._passes,
-            tokens_per_step=self._emitted / self._passes if self._passes else 1.0,
+            tokens_per_step=(n - 1) / self._passes if self._passes else 1.0,
             acceptance=[
                 a / r if r else None for a, r in zip(self._accepted, self._reached, strict=True)
             ],
@@ -322,8 +320,8 @@ class TextSequence:
             accepted_mask=[depth > 0 for depth in self.depths],
             logprobs=self.logprobs if self.request.logprobs is not None else None,
             drafts=self._drafted,
-            lookups_accepted=self._lookups[0],
-            lookups=self._lookups[1],
+            lookups_accepted=sum(self.lookup_mask),
+            lookups=self._lookups,
             lookup_mask=self.lookup_mask,
             rejected=self.rejected,
         )
