@@ -172,12 +172,11 @@ class Endpoint:
         """A text as server-sent events. Its row is freed, and the request counted, in any case."""
         status = HUNG_UP
         try:
-            for chunk in completion.chunks(first, first=True):
+            for chunk in completion.chunks(first):
                 yield _event(chunk)
-            if first.done is None:
-                async for more in news:
-                    for chunk in completion.chunks(more, first=False):
-                        yield _event(chunk)
+            async for more in news:
+                for chunk in completion.chunks(more):
+                    yield _event(chunk)
             yield b"data: [DONE]\n\n"
             status = 200
         except Refusal as refusal:

@@ -63,6 +63,7 @@ class Completion:
         self._request = request
         self._chat = chat = isinstance(body, ChatBody)
         self._token_texts = token_texts
+        self._begun = False
         # The offset of the next token in the text.
         self._offset = 0
         self._characters = getincrementaldecoder("utf-8")("replace")
@@ -82,8 +83,9 @@ class Completion:
         choice = self._choice(content, logprobs, done)
         return {**self._head, "choices": [choice], "usage": self._usage(done)}
 
-    def chunks(self, news: News, *, first: bool) -> list[dict[str, Any]]:
-        """The objects of a stream for some news; a chat's stream begins with the role."""
+    def chunks(self, news: News) -> list[dict[str, Any]]:
+        """The objects of a stream for the next news; a chat's stream begins with the role."""
+        first, self._begun = not self._begun, True
         done, choices = news.done, []
         logprobs = news.fresh.logprobs
         told = bool(news.text or logprobs or (self._options.include_drafts and news.pieces))
