@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mtp_lightning.callbacks.base import RunCallback, WritesBeside, monitored, run_callbacks
 from mtp_lightning.callbacks.termination import termination_of
@@ -24,7 +24,7 @@ from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, kept_at
 from mtp_lightning.settings import require, require_choice, require_whole
 
 
-class AtomicCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves and loads through `mtp_lightning.run.checkpoints`: atomically, plain values only, and
     checked for damage. Lightning's further options change nothing."""
 
@@ -39,10 +39,6 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Check for damage, then load plain values only."""
         return checkpoints.load(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove the file where it exists."""
-        Path(path).unlink(missing_ok=True)
 
 
 @dataclass(eq=False)

@@ -22,6 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -49,10 +50,11 @@ _POLL_SECONDS = 0.05
 _SHOWN_SECONDS = 10.0
 
 
+@dataclass(eq=False)
 class Rendezvous(Peers):
     """This process and the others, before training.
 
-    Args:
+    Attributes:
         rank: the rank of this process among those that prepare the run.
         size: the number of those processes.
         local_rank: the rank of this process on its machine.
@@ -60,21 +62,17 @@ class Rendezvous(Peers):
         store: the store that all processes share; None for a single process.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        *,
-        local_rank: int = 0,
-        node: int = 0,
-        store: dist.Store | None = None,
-    ) -> None:
-        self.rank, self.size = rank, size
-        self.local_rank, self.node = local_rank, node
-        self._store = store
+    rank: int = 0
+    size: int = 1
+    _: KW_ONLY
+    local_rank: int = 0
+    node: int = 0
+    store: dist.Store | None = None
+
+    def __post_init__(self) -> None:
         # The decisions of the process that started this one.
         self._received: dict[str, Any] = json.loads(os.environ.get(DECISIONS, "{}"))
-        self.leads = rank == 0 and not self._received
+        self.leads = self.rank == 0 and not self._received
         self._decided: dict[str, Any] = {}
         # The uses of each key so far, since a process may train one run after another.
         self._uses: Counter[str] = Counter()
@@ -137,7 +135,7 @@ class Rendezvous(Peers):
         Raises:
             UserError: a process does not see it; all processes raise this.
         """
-        if self._store is None:
+        if self.store is None:
             return
         name = self.broadcast("witness", lambda: f".seen_by_all_{uuid.uuid4().hex}")
         if self.rank == 0:
@@ -216,16 +214,16 @@ class Rendezvous(Peers):
         return f"{key} {self._uses[key]}"
 
     def _set(self, key: str, value: str) -> None:
-        if self._store is not None:
+        if self.store is not None:
             with errors_of_lost_peers():
-                self._store.set(key, f"{value} ")  # some stores do not keep an empty value
+                self.store.set(key, f"{value} ")  # some stores do not keep an empty value
 
     def _get(self, key: str) -> str:
         """Wait for a value and return it. Polling lets signals be handled meanwhile."""
-        assert self._store is not None
+        assert self.store is not None
         with errors_of_lost_peers():
-            while not self._store.check([key]):
-                if self._store.check(["failed"]):
+            while not self.store.check([key]):
+                if self.store.check(["failed"]):
                     rank, _, reason = self._read("failed").partition(": ")
                     raise UserError(f"Process {rank} could not prepare the run: {reason}")
                 if self.pulse is not None and (lost := self.pulse.lost()) is not None:
@@ -234,8 +232,8 @@ class Rendezvous(Peers):
             return self._read(key)
 
     def _read(self, key: str) -> str:
-        assert self._store is not None
-        return self._store.get(key).decode()[:-1]
+        assert self.store is not None
+        return self.store.get(key).decode()[:-1]
 
 
 def find_peers() -> Rendezvous:

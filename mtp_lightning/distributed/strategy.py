@@ -183,25 +183,17 @@ class ShardedStrategy(ModelParallelStrategy):
         """Distribute the optimizer's state over the processes. A tensor with a parameter's shape is
         sharded as the parameter is."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(_spread_state(state, _parameters(optimizer, state)))
+            own: dict[str, Any]
+            if "param_groups" in state:
+                own = _spread_state(state, optimizer)
+            else:  # of an optimizer that combines several, by name
+                parts = optimizer.optimizers  # type: ignore[attr-defined]
+                own = {name: _spread_state(part, parts[name]) for name, part in state.items()}
+            optimizer.load_state_dict(own)
 
 
-def _parameters(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
-    """For each optimizer that this one consists of: its parameters by their numbers."""
-    parts = getattr(optimizer, "optimizers", {"": optimizer})
-    found = {}
-    for name, part in parts.items():
-        listed = [p for group in part.param_groups for p in group["params"]]
-        found[name] = dict(enumerate(listed))
-    return found
-
-
-def _spread_state(
-    state: Mapping[str, Any], parameters: Mapping[str, Mapping[int, Tensor]]
-) -> dict[str, Any]:
-    if "param_groups" not in state:
-        return {name: _spread_state(part, {"": parameters[name]}) for name, part in state.items()}
-    (own,) = parameters.values()
+def _spread_state(state: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {
         number: {key: _spread_entry(value, own[number]) for key, value in entry.items()}
         for number, entry in state["state"].items()

@@ -32,6 +32,9 @@ from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
 
+# The keys that decide how weights and their products are rounded.
+_PRECISION = ("precision", "head_precision", "activations")
+# The values of a text in output=json.
 _REPORTED = (
     "text",
     "token_ids",
@@ -135,15 +138,8 @@ def open_for(cfg: Any) -> OpenedModel:
         cfg.precision, cfg.head_precision, activations=cfg.activations, compile=cfg.compile
     )
     set_threads(cfg.num_threads)
-    return open_to_decode(
-        cfg.checkpoint,
-        device=pick_accelerator(cfg.accelerator),
-        allow=cfg.allow,
-        precision=cfg.precision,
-        head_precision=cfg.head_precision,
-        activations=cfg.activations,
-        compiled=cfg.compile,
-    )
+    given = {name: getattr(cfg, name) for name in ("allow", *_PRECISION, "compile")}
+    return open_to_decode(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **given)
 
 
 def open_to_decode(
@@ -154,7 +150,7 @@ def open_to_decode(
     precision: str = "fp32",
     head_precision: str | None = None,
     activations: str = "fp32",
-    compiled: bool = False,
+    compile: bool = False,
 ) -> OpenedModel:
     """Open a model that only decodes: a CPU stores its weights in packed form only.
 
@@ -163,14 +159,14 @@ def open_to_decode(
         precision: see :func:`~mtp_lightning.decoding.precision.use_precision`, as
             ``head_precision``.
         activations: see :func:`~mtp_lightning.decoding.precision.use_activations`.
-        compiled: whether compiled programs decode, which read a weight's own numbers.
+        compile: whether compiled programs decode, which read a weight's own numbers.
 
     Raises:
         UserError: as those two.
         OSError: a file is missing.
     """
     rounds = precision != "fp32" or head_precision not in ("fp32", None)
-    packs = device == "cpu" and not compiled
+    packs = device == "cpu" and not compile
     # A weight is rounded before it is packed, and so after the whole model is read.
     keeping = keeper if packs and not rounds else None
     run = open_model(path, device=device, allow=allow, keeper=keeping)
@@ -211,7 +207,7 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     options = DecodingOptions.from_config(cfg, **known)
     if cfg.get("show_drafts"):
         return options  # it also shows drafts that slow decoding down
-    precision = {name: cfg[name] for name in ("precision", "head_precision", "activations")}
+    precision = {name: cfg[name] for name in _PRECISION}
     together = min(options.slots, rows or 1)
     settled = settle_drafts(options, run, rows=together, **precision)
     measured = settled.measured

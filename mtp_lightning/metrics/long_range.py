@@ -158,11 +158,7 @@ class PositionLoss(Metric):
 
 def contexts(seq_len: int) -> list[int]:
     """8, 16, .. up to half of ``seq_len``: together shorter than a window."""
-    found, c = [], 8
-    while 2 * c <= seq_len:
-        found.append(c)
-        c *= 2
-    return found
+    return [1 << power for power in range(3, (seq_len // 2).bit_length())]
 
 
 def last_tokens(batch: WindowBatch, context: int) -> WindowBatch:

@@ -60,12 +60,8 @@ def claimed(folder: Path) -> Iterator[None]:
 def leave(folder: Path) -> None:
     """Remove the folder of a run that has made no step."""
     with suppress(OSError):
-        if _has_not_begun(folder):
+        names = {entry.name for entry in folder.iterdir()}
+        events = {name for name in names if name.startswith("events.out.tfevents.")}
+        empty = CHECKPOINTS not in names or not any((folder / CHECKPOINTS).iterdir())
+        if empty and names - events <= _BEGUN:
             shutil.rmtree(folder)
-
-
-def _has_not_begun(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()}
-    events = {name for name in names if name.startswith("events.out.tfevents.")}
-    empty = CHECKPOINTS not in names or not any((folder / CHECKPOINTS).iterdir())
-    return empty and names - events <= _BEGUN
