@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.encoding import Encoded, Piece, encode_batch
+from data_modules.encoding import Encoded, Piece, batches, encode_batch
 from data_modules.overlap import LineOverlap
+from data_modules.splitting import DocumentSplit
+from data_modules.token_store import token_dtype
 from data_modules.tokenizers.base import Tokenizer, class_of, tokenizer_from_state
 from mtp_lightning.system import cores
 
@@ -45,6 +47,26 @@ def pick_workers(asked: int | None, tokenizer: Tokenizer, total_bytes: int | Non
         return 0
     own = cores()
     return own if own > 1 else 0
+
+
+def encode_documents(
+    split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, *, workers: int
+) -> Iterator[Encoded]:
+    """Yields the pieces of all documents in order, encoded by ``workers`` processes, or here if
+    that is 0. ``overlap`` is complete at the end."""
+    dtype, todo = token_dtype(tokenizer.vocab_size), batches(split, overlap)
+    if not workers:
+        for batch in todo:
+            yield from encode_batch(batch, tokenizer, dtype, overlap)
+        return
+    pool = EncodingPool(tokenizer, dtype, workers)
+    try:
+        for pieces in pool.map(todo):
+            yield from pieces
+        for other in pool.overlaps():
+            overlap.merge(other)
+    finally:
+        pool.close()
 
 
 class EncodingPool:

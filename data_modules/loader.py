@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,28 +23,22 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.system import end_with
 
 
+@dataclass(eq=False)
 class _Loader:
     """Batches of windows for one rank.
 
-    Args:
+    Attributes:
         dataset: the windows.
-        batch_size: windows of a batch.
+        batch_size: windows of a batch, which in training is an optimizer step.
         num_workers: processes that prefetch batches; 0 loads them in this process.
         pin_memory: whether batches are put into page-locked memory.
     """
 
-    def __init__(
-        self,
-        dataset: Windows,
-        *,
-        batch_size: int,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
+    dataset: Windows
+    _: KW_ONLY
+    batch_size: int
+    num_workers: int = 0
+    pin_memory: bool = False
 
     def _fetch(self, batches: Iterable[np.ndarray]) -> Iterator[WindowBatch]:
         # DataLoader draws a seed for its workers. A generator of our own keeps the global one from
@@ -60,6 +55,7 @@ class _Loader:
         yield from loader
 
 
+@dataclass(eq=False, kw_only=True)
 class WindowLoader(_Loader):
     """Training batches of windows for one rank.
 
@@ -73,18 +69,15 @@ class WindowLoader(_Loader):
     batch that would have come next, also after the last batch of an epoch. Lightning stores the
     state with its checkpoints. Only one iterator is active: a new one takes over from the old one.
 
-    Args:
-        dataset: the windows.
+    Attributes:
         seed: seed of the order.
-        options: the batch size, which is that of an optimizer step, and the other options of
-            every loader.
+        epoch: number of the epoch.
+        consumed: windows of the epoch that all ranks have consumed.
     """
 
-    def __init__(self, dataset: Windows, *, seed: int = 0, **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self.seed = seed
-        self.epoch = 0
-        self.consumed = 0
+    seed: int = 0
+    epoch: int = field(default=0, init=False)
+    consumed: int = field(default=0, init=False)
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch, consumed or not.

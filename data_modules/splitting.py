@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 from data_modules.sources.base import Source
@@ -17,6 +18,7 @@ SMALL = 64
 """Up to this many groups, a corpus gets one validation group even if the hash gives none."""
 
 
+@dataclass(eq=False)
 class DocumentSplit:
     """Sends every group of a source's documents whole to training or validation.
 
@@ -31,7 +33,7 @@ class DocumentSplit:
     file of their own: the first part, up to the last line end before ``1 - val_fraction`` of the
     characters, is the training document, and the rest is the validation document.
 
-    Args:
+    Attributes:
         source: the corpus. Empty documents are dropped before counting.
         val_fraction: expected share of validation groups, between 0 and 1.
         seed: seed of the hash, not of the run: runs with different seeds share the split.
@@ -40,14 +42,17 @@ class DocumentSplit:
         UserError: if ``val_fraction`` is not between 0 and 1.
     """
 
-    def __init__(self, source: Source, *, val_fraction: float = 0.05, seed: int = 0) -> None:
-        if not 0 < val_fraction < 1:
+    source: Source
+    _: KW_ONLY
+    val_fraction: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
             raise UserError(
-                f"data.val_fraction must lie between 0 and 1, both excluded, got {val_fraction}"
+                "data.val_fraction must lie between 0 and 1, both excluded, got "
+                f"{self.val_fraction}"
             )
-        self.source = source
-        self.val_fraction = val_fraction
-        self.seed = seed
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document), in the source's order.

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_modules.cache import build_once
 from data_modules.digests import digest
-from data_modules.encoding import PIECE, Encoded, batches, encode_batch
+from data_modules.encoding import PIECE, Encoded
 from data_modules.overlap import LineOverlap
 from data_modules.seal import note
 from data_modules.shards import Shard
@@ -215,30 +215,16 @@ class _SplitWriter:
 def _encoded(
     split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, workers: int | None
 ) -> Iterator[Encoded]:
-    """Yields the documents' pieces in order, encoded here or by a pool. ``overlap`` is complete at
-    the end."""
-    from data_modules.encoding_pool import EncodingPool, pick_workers
+    """Yields the documents' pieces in order, with a progress bar. ``overlap`` is complete at the
+    end."""
+    from data_modules.encoding_pool import encode_documents, pick_workers
 
-    source, dtype = split.source, token_dtype(tokenizer.vocab_size)
-    total_bytes = source.total_bytes()
+    total_bytes = split.source.total_bytes()
     n = pick_workers(workers, tokenizer, total_bytes)
-    pool = EncodingPool(tokenizer, dtype, n) if n else None
-    todo = batches(split, overlap)
-    try:
-        with progress(f"tokens of {source.name} ({tokenizer.kind})", total_bytes) as bar:
-            for batch in (
-                pool.map(todo)
-                if pool is not None
-                else (encode_batch(pieces, tokenizer, dtype, overlap) for pieces in todo)
-            ):
-                for piece in batch:
-                    yield piece
-                    bar.update(piece.n_bytes)
-        for other in pool.overlaps() if pool is not None else ():
-            overlap.merge(other)
-    finally:
-        if pool is not None:
-            pool.close()
+    with progress(f"tokens of {split.source.name} ({tokenizer.kind})", total_bytes) as bar:
+        for piece in encode_documents(split, tokenizer, overlap, workers=n):
+            yield piece
+            bar.update(piece.n_bytes)
 
 
 def progress(what: str, total: int | None, unit: str = "B") -> tqdm:

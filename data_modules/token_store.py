@@ -118,31 +118,29 @@ class TokenStore:
         self.folder = folder
         self.splits: dict[str, TokenFile] = {}
         try:
-            self.meta: dict[str, Any] = _read_meta(folder)
+            self.meta: dict[str, Any] = read_json(folder / "meta.json")
             for name, facts in self.meta["splits"].items():
                 own = None
                 if shards is not None:
                     own, shards = cut(shards, facts["tokens"])
                 self.splits[name] = self._open(name, own)
-        except UserError:
-            raise
+        except UserError as error:
+            raise damaged(folder, str(error)) from error
         except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise damaged(folder, repr(error)) from error
 
     def _open(self, name: str, shards: tuple[Shard, ...] | None) -> TokenFile:
         path = self.folder / f"{name}.bin"
         if not re.fullmatch("u?int(8|16|32|64)", str(self.meta["dtype"])):
-            raise damaged(self.folder, f"its ids have the type {self.meta['dtype']!r}")
+            raise UserError(f"its ids have the type {self.meta['dtype']!r}")
         dtype = np.dtype(self.meta["dtype"])
         facts = self.meta["splits"][name]
         counts = (facts["tokens"], facts["bytes"], facts["documents"])
         if not all(is_whole(n) or n is None for n in counts):
-            raise damaged(self.folder, f"its {name} has {counts}")
+            raise UserError(f"its {name} has {counts}")
         expected = facts["tokens"] * dtype.itemsize
         if shards is None and path.stat().st_size != expected:
-            raise damaged(
-                self.folder, f"{path.name} has {path.stat().st_size} bytes instead of {expected}"
-            )
+            raise UserError(f"{path.name} has {path.stat().st_size} bytes instead of {expected}")
         return TokenFile(path, dtype.name, *counts, shards)
 
     def __getitem__(self, split: str) -> TokenFile:
@@ -163,13 +161,6 @@ def count_ids(tokens: np.ndarray | ShardedTokens, vocab_size: int) -> np.ndarray
     for start in range(0, len(tokens), _BLOCK):
         counts += np.bincount(tokens[start : start + _BLOCK], minlength=vocab_size)
     return counts
-
-
-def _read_meta(folder: Path) -> Any:
-    try:
-        return read_json(folder / "meta.json")
-    except UserError as error:
-        raise damaged(folder, str(error)) from error
 
 
 def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class WindowDataModule(LightningDataModule, ABC):
     """Windows of T + D + 1 tokens for training and validation.
 
@@ -43,63 +45,53 @@ class WindowDataModule(LightningDataModule, ABC):
         UserError: for numbers out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        seq_len: int = 256,
-        batch_size: int = 16,
-        depth: int = 0,
-        stride: int = 1,
-        accumulate: int = 1,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        pin_memory: bool | None = None,
-        seed: int = 0,
-        lookahead: int = 0,
-    ) -> None:
-        super().__init__()
-        require_whole("data.seq_len", seq_len, least=1)
-        require_whole("data.batch_size", batch_size, least=1)
-        require_whole("trainer.accumulate_grad_batches", accumulate, least=1)
-        if eval_batch_size is not None:
-            require_whole("data.eval_batch_size", eval_batch_size, least=1)
-        require_whole("data.num_workers", num_workers, least=0)
-        require_whole("seed", seed, least=0)
-        require_whole("mtp.stride", stride, least=1)
-        require_whole("mtp.lookahead", lookahead, least=0)
-        if not 0 <= depth <= seq_len:
-            raise UserError(
-                f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
-            )
-        if stride * depth > seq_len:
-            raise UserError(
-                f"mtp.depth={depth} x mtp.stride={stride} reaches beyond data.seq_len={seq_len}: "
-                "lower one of the two, or lengthen the window."
-            )
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.depth = depth
-        # Without depths the stride has no meaning, and the model has none.
-        self.stride = stride if depth else 1
-        self.extra = max(min(lookahead, seq_len + 1) - depth - 1, 0)
-        self.accumulate = accumulate
-        self.eval_batch_size = eval_batch_size or batch_size
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.seed = seed
-
+    seq_len: int = 256
+    batch_size: int = 16
+    depth: int = 0
+    stride: int = 1
+    accumulate: int = 1
+    eval_batch_size: int | None = None
+    num_workers: int = 0
+    pin_memory: bool | None = None
+    seed: int = 0
+    lookahead: int = 0
     # Packages whose classes the data may build. The caller sets this; a config, which may come from
     # anyone, never does.
-    allow: Collection[str] = ()
+    allow: Collection[str] = field(default=(), init=False)
     # Whether a frozen trunk's states of the training windows are kept; whoever has the model sets
     # the folder.
-    cache_states: bool = False
-    states: Path | None = None
+    cache_states: bool = field(default=False, init=False)
+    states: Path | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        require_whole("data.seq_len", self.seq_len, least=1)
+        require_whole("data.batch_size", self.batch_size, least=1)
+        require_whole("trainer.accumulate_grad_batches", self.accumulate, least=1)
+        if self.eval_batch_size is not None:
+            require_whole("data.eval_batch_size", self.eval_batch_size, least=1)
+        require_whole("data.num_workers", self.num_workers, least=0)
+        require_whole("seed", self.seed, least=0)
+        require_whole("mtp.stride", self.stride, least=1)
+        require_whole("mtp.lookahead", self.lookahead, least=0)
+        if not 0 <= self.depth <= self.seq_len:
+            raise UserError(
+                f"mtp.depth must lie between 0 and data.seq_len = {self.seq_len}, got {self.depth}"
+            )
+        if self.stride * self.depth > self.seq_len:
+            raise UserError(
+                f"mtp.depth={self.depth} x mtp.stride={self.stride} reaches beyond "
+                f"data.seq_len={self.seq_len}: lower one of the two, or lengthen the window."
+            )
+        if not self.depth:  # the stride has no meaning, and the model has none
+            self.stride = 1
 
     @property
     def cut(self) -> dict[str, Any]:
         """T, D, s and E of the windows, as :class:`Windows` takes them."""
-        return {name: getattr(self, name) for name in ("seq_len", "depth", "stride", "extra")}
+        names = ("seq_len", "depth", "stride")
+        extra = max(min(self.lookahead, self.seq_len + 1) - self.depth - 1, 0)
+        return {name: getattr(self, name) for name in names} | {"extra": extra}
 
     def found(self) -> dict[str, Any]:
         """Values of the group ``data`` that the data have found themselves, by their keys."""
@@ -191,7 +183,8 @@ class WindowDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> EvaluationLoader:
         """Lightning's hook."""
-        return EvaluationLoader(self.evaluation, batch_size=self.eval_batch_size, **self._loading)
+        size = self.eval_batch_size or self.batch_size
+        return EvaluationLoader(self.evaluation, batch_size=size, **self._loading)
 
     @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:

@@ -5,10 +5,10 @@ Shapes: B batch, W tokens of a window.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from data_modules.tasks.base import END, ONCE, Example, Task, question_of
-from data_modules.tasks.measures import Measure, Training
-from data_modules.tasks.windows import lay_out
+from data_modules.tasks.measures import TaskMeasure, Training
+from data_modules.tasks.windows import TaskWindows, lay_out
 from data_modules.windows import WindowBatch
 
 SAMPLES = ONCE >> 1
 """First index of the draws of sampled answers: above the indices of all examples and below those of
 a task's one-time draws."""
+K = TypeVar("K")
 T = TypeVar("T")
 TRIED = 1 << 14
 """Number of training examples that are used: the first of a run."""
@@ -37,8 +38,7 @@ class AnswerSet:
         n: number of examples, >= 1.
         depth: D of the model that answers.
         stride: s of its depths.
-        training: the answers of its fixed training set; None if it trains on fresh examples.
-        trained: examples of its training; None for a set from another distribution.
+        trained: its training windows; None for a set from another distribution.
     """
 
     task: Task
@@ -46,8 +46,7 @@ class AnswerSet:
     _: KW_ONLY
     depth: int
     stride: int = 1
-    training: Training | None = None
-    trained: Callable[[], Sequence[Example]] | None = None
+    trained: TaskWindows | None = None
 
     def __len__(self) -> int:
         return self.n
@@ -58,16 +57,24 @@ class AnswerSet:
         :func:`baselines`."""
         found = {"chance": self.task.chance}
         if self.trained is not None:
-            found |= baselines(self.task, self.examples, self.trained())
+            found |= baselines(self.task, self.examples, self.trained.beginning(TRIED))
         return found
 
-    def measures(self, d_model: int) -> Sequence[Measure]:
+    def measures(self, d_model: int) -> Sequence[TaskMeasure]:
         """The task's metrics besides exact match, new and empty.
 
         Args:
             d_model: width of the model that answers.
         """
         return self.task.measures(n=self.n, d_model=d_model, training=self.training)
+
+    @cached_property
+    def training(self) -> Training | None:
+        """The answers of its fixed training set; None if it trains on fresh examples."""
+        if self.trained is None or self.trained.examples is None:
+            return None
+        windows, n = self.trained, self.trained.examples
+        return cache(lambda: [example.answer for example in windows.beginning(n)])
 
     def uniforms(self, numbers: np.ndarray, width: int) -> Tensor:
         """Random numbers to draw the tokens of answers with, [B, W] float64 in [0, 1).
@@ -173,24 +180,19 @@ def baselines(
         training: training examples, at least one.
     """
     contents = {task.content(example) for example in training}
-    of_size: dict[int, Counter[tuple[int, ...]]] = {}
-    at_position: dict[int, Counter[int]] = {}
-    to_question: dict[tuple[int | None, ...], Counter[tuple[int, ...]]] = {}
-    for example in training:
-        said = _said(example)
-        of_size.setdefault(len(said), Counter())[said] += 1
-        to_question.setdefault(question_of(example), Counter())[said] += 1
-        for position, token in enumerate(said):
-            at_position.setdefault(position, Counter())[token] += 1
+    answers = [_said(example) for example in training]
+    of_size = _most_frequent((len(answer), answer) for answer in answers)
+    at_position = _most_frequent(pair for answer in answers for pair in enumerate(answer))
+    to_question = _most_frequent(zip(map(question_of, training), answers, strict=True))
 
     def constant(example: Example) -> Sequence[int]:
-        return _most(of_size.get(sum(example.asked))) or ()
+        return of_size.get(sum(example.asked), ())
 
     def majority(example: Example) -> Sequence[int]:
-        return [_most(at_position.get(position)) or END for position in range(sum(example.asked))]
+        return [at_position.get(position, END) for position in range(sum(example.asked))]
 
     def table(example: Example) -> Sequence[int]:
-        return _most(to_question.get(question_of(example))) or constant(example)
+        return to_question.get(question_of(example)) or constant(example)
 
     n = len(examples)
     return {
@@ -217,6 +219,9 @@ def _is_right(task: Task, example: Example, said: Sequence[int]) -> bool:
     return task.check(example.prompt, answer)
 
 
-def _most(counted: Counter[T] | None) -> T | None:
-    """The most frequent value; of several, the one that was counted first."""
-    return None if counted is None else counted.most_common(1)[0][0]
+def _most_frequent(pairs: Iterable[tuple[K, T]]) -> dict[K, T]:
+    """The most frequent value of each key; of several, the one that came first."""
+    counts: defaultdict[K, Counter[T]] = defaultdict(Counter)
+    for key, value in pairs:
+        counts[key][value] += 1
+    return {key: counted.most_common(1)[0][0] for key, counted in counts.items()}

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.digests import digest
-from data_modules.tasks.measures import Measure, Training
+from data_modules.tasks.measures import TaskMeasure, Training
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require, require_whole
 
@@ -210,7 +210,7 @@ class Task(ABC):
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
-    ) -> Sequence[Measure]:
+    ) -> Sequence[TaskMeasure]:
         """Metrics of a model besides exact match, and the outputs that they need.
 
         Args:

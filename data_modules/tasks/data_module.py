@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from data_modules.digests import digest
-from data_modules.tasks.answers import TRIED, AnswerSet
+from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import Example, Task
-from data_modules.tasks.measures import Training
 from data_modules.tasks.windows import TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.symbols import SymbolTokenizer
@@ -105,7 +104,8 @@ class TaskDataModule(WindowDataModule):
         return TaskWindows(
             self.task,
             **self.cut,
-            first=self._first,
+            # A fixed set is the same for every seed, as a corpus is.
+            first=first_training_index(self.seed if self.examples is None else 0),
             examples=self.examples,
             train_prompt=self.train_prompt,
         )
@@ -120,35 +120,16 @@ class TaskDataModule(WindowDataModule):
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
-        fixed: Training | None = None if self.examples is None else lambda: self._training_answers
         return {
             name: AnswerSet(
                 task,
                 self.eval_examples,
                 depth=self.depth,
                 stride=self.stride,
-                training=None if name else fixed,
-                trained=None if name else self._tried,
+                trained=None if name else self.training,
             )
             for name, task in tasks.items()
         }
-
-    @property
-    def _first(self) -> int:
-        """Index of the first training example. A fixed set is the same for every seed, as a corpus
-        is."""
-        return first_training_index(self.seed if self.examples is None else 0)
-
-    @cached_property
-    def _training_answers(self) -> list[list[int]]:
-        """The answers of a fixed training set."""
-        assert self.examples is not None
-        return [self.task.example(self._first + i).answer for i in range(self.examples)]
-
-    def _tried(self) -> list[Example]:
-        """The first training examples, for :func:`~data_modules.tasks.answers.baselines`."""
-        n = min(self.examples or TRIED, TRIED)
-        return [self.task.example(self._first + i) for i in range(n)]
 
     @property
     def answer_length(self) -> int:
@@ -159,16 +140,8 @@ class TaskDataModule(WindowDataModule):
 
     def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
         """Validation prompts whose answers have the full length, each with the given tokens before
-        its answer.
-
-        Args:
-            n: number of prompts.
-            length: ignored: a question has its own length.
-            fewer: accept fewer than n, at least one.
-
-        Raises:
-            UserError: if there are fewer.
-        """
+        its answer. Arguments and errors are those of :class:`WindowDataModule`, but a question has
+        its own length."""
         wanted = self.answer_length
         prompts = [
             torch.tensor(example.prompt + example.answer[: example.asked.index(True)])

@@ -22,7 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_modules.tasks.base import Example, Task, option
-from data_modules.tasks.measures import AffineProbe, Excess, Measure, Training
+from data_modules.tasks.measures import AffineProbe, Excess, TaskMeasure, Training
 from mtp_lightning.settings import require_choice, require_number
 
 START, FIRST = 1, 2
@@ -124,7 +124,7 @@ class HMM(Task):
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
-    ) -> Sequence[Measure]:
+    ) -> Sequence[TaskMeasure]:
         """``belief_r2`` of an affine probe from states to beliefs; ``surprisal``, the process's own
         loss on the same symbols as the model's; and the model's ``excess_loss`` over it."""
         size = len(self.stationary)

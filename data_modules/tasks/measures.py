@@ -35,7 +35,7 @@ class Outputs(Protocol):
     log_probs_KV: Tensor  # ``log p`` of every id at the K scored tokens, row by row
 
 
-class Measure(Metric, ABC):
+class TaskMeasure(Metric, ABC):
     """Values over a set of examples, all ranks and batches: a metric with additive states."""
 
     full_state_update = False
@@ -58,7 +58,7 @@ class Measure(Metric, ABC):
         """The values by name, as in ``val/NAME``; undefined values are left out."""
 
 
-class SampledAnswers(Measure):
+class SampledAnswers(TaskMeasure):
     """Values of a task computed from one answer per example, drawn at temperature 1.
 
     Args:
@@ -90,7 +90,7 @@ LEAST = 1e-4
 """Least singular value that a probe uses, relative to the largest."""
 
 
-class AffineProbe(Measure):
+class AffineProbe(TaskMeasure):
     """R^2 of the best affine map (least squares) from the states that the model predicts from to
     some target: fitted on the examples of even number, scored on the others.
 
@@ -151,7 +151,7 @@ class AffineProbe(Measure):
         return {self.name: float(1 - np.einsum("is,ij,js->", error, score, error) / total)}
 
 
-class Means(Measure):
+class Means(TaskMeasure):
     """Means of several values, each over the items for which it is defined.
 
     Args:

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_modules.tasks.base import END, ONCE, TRAINING, Draws, Example, Task, option
-from data_modules.tasks.measures import Excess, Measure, Training
+from data_modules.tasks.measures import Excess, TaskMeasure, Training
 from data_modules.tasks.navigation_measures import (
     FIRST,
     BeliefCosine,
@@ -174,7 +174,7 @@ class Navigation(Task):
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
-    ) -> Sequence[Measure]:
+    ) -> Sequence[TaskMeasure]:
         """``legality`` and ``arrival`` of greedy answers; ``shortcut_mass``, the probability of
         illegal shortcuts; ``belief_cosine`` of states; ``surprisal`` and ``excess_loss``."""
         return (

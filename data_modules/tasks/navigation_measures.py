@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.tasks.base import END
-from data_modules.tasks.measures import Means, Measure, Outputs
+from data_modules.tasks.measures import Means, Outputs, TaskMeasure
 
 if TYPE_CHECKING:
     from data_modules.tasks.navigation import Navigation
@@ -111,7 +111,7 @@ class Shortcuts(Means):
         ]
 
 
-class BeliefCosine(Measure):
+class BeliefCosine(TaskMeasure):
     """``belief_cosine``: the mean cosine of the trunk's states that stand at the same node with the
     same goal and came from different starts, and ``belief_cosine_others`` of all other pairs. A
     model whose state holds where it stands and where it goes, and nothing else, has 1; the others

@@ -22,7 +22,7 @@ from string import ascii_lowercase
 from typing import ClassVar
 
 from data_modules.tasks.base import ONCE, Example, Task, option
-from data_modules.tasks.measures import Measure, SampledAnswers, Training
+from data_modules.tasks.measures import SampledAnswers, TaskMeasure, Training
 
 EQUALS, LETTERS = 1, 2
 PARENTS = LETTERS + len(ascii_lowercase)
@@ -96,7 +96,7 @@ class Sibling(Task):
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
-    ) -> Sequence[Measure]:
+    ) -> Sequence[TaskMeasure]:
         """Shares of sampled answers: ``sampled_coherent``, ``sampled_distinct`` (coherent, each
         triple once), and with a fixed training set ``creativity`` (those not in training)."""
         span = slice(self.longest_prompt, self.longest)

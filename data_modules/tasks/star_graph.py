@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from data_modules.tasks.base import ONCE, Example, Task, option
 from mtp_lightning.errors import UserError
@@ -109,12 +109,9 @@ class StarGraph(Task):
         """One more node per arm, and one more arm, if there are enough names."""
         if self.fixed is not None:
             return {"new": replace(self, fixed=None)}
-        steps = self.length - 1
-        room = {"longer": self.size + self.degree, "wider": self.size + steps}
-        larger: dict[str, dict[str, Any]] = {
-            "longer": {"length": self.length + 1},
-            "wider": {"degree": self.degree + 1},
-        }
+        larger = {"longer": (self.degree, self.length + 1), "wider": (self.degree + 1, self.length)}
         return {
-            name: replace(self, **larger[name]) for name, size in room.items() if size <= self.nodes
+            name: replace(self, degree=degree, length=length)
+            for name, (degree, length) in larger.items()
+            if 1 + degree * (length - 1) <= self.nodes
         }

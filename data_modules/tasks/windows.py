@@ -81,6 +81,11 @@ class TaskWindows(Windows):
         end = (number + 1) * n if self.examples is None else min((number + 1) * n, self.examples)
         return [self.task.example(self.first + i) for i in range(number * n, end)]
 
+    def beginning(self, n: int) -> list[Example]:
+        """The first n examples, or all of them if there are fewer."""
+        n = n if self.examples is None else min(n, self.examples)
+        return [self.task.example(self.first + i) for i in range(n)]
+
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         rows = [self.held(number) for number in numbers.tolist()]
         tokens, scored, documents = lay_out(rows, self.width, train_prompt=self.train_prompt)

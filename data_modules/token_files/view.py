@@ -146,8 +146,11 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedT
         )
     tokens = ShardedTokens([file.shard for file in files])
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    found: list[np.ndarray] = [np.zeros(1, np.int64)]
-    after_eot = False
+    found: list[np.ndarray] = []
+    if all(indexed):
+        begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
+        found = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]
+    after_eot = True
     with progress("token files looked through", len(tokens), unit=" tokens") as bar:
         for first in range(0, len(tokens), _BLOCK):
             block = tokens[first : min(first + _BLOCK, len(tokens))]
@@ -159,13 +162,11 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> ScannedT
                 found.append(np.flatnonzero(before & ~eot) + first)
                 after_eot = bool(eot[-1])
             bar.update(len(block))
-    if all(indexed):
-        begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
-        found = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]
-        _warn_without_end(tokens, np.concatenate(found), tokenizer)
     starts = np.concatenate(found)
-    if not all(indexed) and len(starts) > 1 and tokens[:1][0] == tokenizer.eot_id:
-        starts = np.delete(starts, 1)  # end-of-text tokens at the very beginning end no document
+    if all(indexed):
+        _warn_without_end(tokens, starts, tokenizer)
+    else:  # end-of-text tokens at the very beginning end no document
+        starts = np.union1d([0], starts[1:])
     return ScannedText(tokens.shards, starts, counts)
 
 

@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from data_modules.tasks import data_module as tasks
+from data_modules.tasks import answers as tasks
 from mtp_lightning.command_line.shell import readable_errors
 from mtp_lightning.run.checkpoints import load
 from mtp_lightning.run.metrics import read_metrics, read_newest

@@ -93,7 +93,7 @@ def expected(task: Task, examples: list[Example], training: list[Example]) -> di
 @pytest.mark.parametrize("name", NAMES)
 def test_validation_asks_nothing_that_training_has_answered(name, monkeypatch):
     """Or the share is logged, with the best of the strategies that do not know the task."""
-    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 400)
+    monkeypatch.setattr("data_modules.tasks.answers.TRIED", 400)
     task = configured(name)
     training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 400)}
     asked = {tuple(task.example(i).prompt) for i in range(256)}
@@ -112,7 +112,7 @@ def test_validation_asks_nothing_that_training_has_answered(name, monkeypatch):
 
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
 def test_what_is_logged_is_counted_by_hand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 150)
+    monkeypatch.setattr("data_modules.tasks.answers.TRIED", 150)
     sets = TaskDataModule(task, eval_examples=40, seed=3).answer_sets
     by_hand = expected(task, [task.example(i) for i in range(40)], of_seed(task, 3, 150))
     assert sets[""].baselines == {"chance": task.chance, **by_hand}

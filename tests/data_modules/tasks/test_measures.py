@@ -11,7 +11,7 @@ import torch
 from data_modules.tasks import HMM, Sibling
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.data_module import TaskDataModule
-from data_modules.tasks.measures import LEAST, AffineProbe, Measure
+from data_modules.tasks.measures import LEAST, AffineProbe, TaskMeasure
 
 C, LENGTH = 6, 9
 
@@ -32,7 +32,7 @@ def outputs(
     return SimpleNamespace(batch=batch, states_BPC=torch.tensor(np.stack(states)))
 
 
-def probed(measure: Measure, task: HMM, batches: list[np.ndarray], **how: float) -> float:
+def probed(measure: TaskMeasure, task: HMM, batches: list[np.ndarray], **how: float) -> float:
     for numbers in batches:
         measure.update(numbers, outputs(task, numbers, **how))  # type: ignore[arg-type]
     return measure.compute()["belief_r2"]
@@ -55,7 +55,7 @@ def by_lstsq(task: HMM, n: int, *, part: int, **how: float) -> float:
     return float(1 - error / ((y_new - y_new.mean(0)) ** 2).sum())
 
 
-def probe(task: HMM) -> Measure:
+def probe(task: HMM) -> TaskMeasure:
     return AffineProbe("belief_r2", task.beliefs, size=len(task.stationary), d_model=C)
 
 
