@@ -1,8 +1,7 @@
 """The look of all figures, and the files that they become.
 
 Colors follow the first varied key. Files are readable on paper, on light pages and on dark ones.
-The id of a mark names its setting, so that the page's script can hide it. SVG titles show the
-values of points as tooltips.
+The id of a mark names its setting, so that the page's script can hide it.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import itertools
 import math
 import re
 import textwrap
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sweeps.report.names import name_of
@@ -299,74 +297,6 @@ def by_row(labels: Sequence[str], *, names: Sequence[str] = ()) -> Chart:
 def reach_of(found: Iterable[Interval]) -> list[tuple[float, ...]]:
     """Distances to the lower and to the upper ends of intervals, as matplotlib takes them."""
     return [*zip(*(one.reach for one in found), strict=True)]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure of the report."""
-
-    name: str  # the name of its files
-    title: str  # the title above it
-    caption: str  # an explanation of what is shown and how it was computed
-    x: str = ""  # the names of its axes; empty where the chart has its own
-    y: str = ""
-    chart: Chart | None = None  # the figure; None if data is missing
-    why: str = ""  # what is missing
-
-    def drawn(self, chart: Chart) -> Drawing:
-        """The figure with its chart, whose axes it names."""
-        chart.axes.set(
-            **{f"{axis}label": name for axis, name in (("x", self.x), ("y", self.y)) if name}
-        )
-        return replace(self, chart=chart)
-
-    def lacking(self, why: str) -> Drawing:
-        return replace(self, chart=None, why=why)
-
-
-def as_inline(svg: bytes, drawing: Drawing) -> str:
-    """The SVG of a drawing as an element of a page. It takes the page's text color, and its ids get
-    its name as a prefix. Inline styles become attributes, because the page's content security
-    policy forbids them. Every point gets a circle with its values as a tooltip."""
-    root = ElementTree.fromstring(svg)
-    for parent in [*root.iter()]:
-        for child in [*parent]:
-            if _local(child.tag) in ("metadata", "style"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        given = {_local(key): value for key, value in element.attrib.items()}
-        given |= _attributes(given.pop("style", ""))
-        for key, value in given.items():
-            if key in ("id", "href"):
-                given[key] = re.sub("^#?", rf"\g<0>{drawing.name}-", value)
-            elif value.startswith("url(#"):
-                given[key] = value.replace("#", f"#{drawing.name}-", 1)
-        element.attrib = given
-    for number, x, y, says in drawing.chart.points() if drawing.chart else ():
-        given = {"cx": f"{x}", "cy": f"{y}", "r": "6", "class": f"point series-{number}"}
-        circle = ElementTree.SubElement(root, "circle", given)
-        ElementTree.SubElement(circle, "title").text = says
-    view = {"viewBox": root.attrib["viewBox"]}
-    root.attrib = {"role": "img", "aria-label": drawing.title, "class": "figure", **view}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _local(name: str) -> str:
-    """A name without its XML namespace, as in HTML."""
-    return name.rpartition("}")[2]
-
-
-def _attributes(style: str) -> Mapping[str, str]:
-    """A style's declarations as presentation attributes, without the font's name."""
-    found = {}
-    for declaration in filter(None, style.split(";")):
-        key, _, value = (part.strip() for part in declaration.partition(":"))
-        if key == "font" and (size := re.search(r"[\d.]+px", value)):
-            key, value = "font-size", size[0]
-        if key != "font-family":
-            found[key] = {INK: "currentColor", GRID: "var(--grid)"}.get(value, value)
-    return {**found, "fill": "none"} if found.get("fill") == PAPER else found
 
 
 def _said(at: float, reach: Any, i: int) -> str:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweeps.report.chart import Drawing
 from sweeps.report.collect import FOLDER
+from sweeps.report.drawing import Drawing
 from sweeps.report.settings import Settings, is_number
 
 _SUFFIX = ".report"

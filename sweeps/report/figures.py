@@ -8,19 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from sweeps.report.chart import (
-    COLORS,
-    QUIETLY,
-    Chart,
-    Drawing,
-    Look,
-    brief,
-    by_row,
-    key_to,
-    looks,
-)
+from sweeps.report.chart import COLORS, QUIETLY, Chart, Look, brief, by_row, key_to, looks
 from sweeps.report.comparable import by_text
 from sweeps.report.compare import Comparison, pareto, solved_share
+from sweeps.report.drawing import Drawing, drawing_of, text_error
 from sweeps.report.equivalent import Family, PlainCurve, Spent
 from sweeps.report.lines import by_group, long_range, of_depths, over_places
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
@@ -28,7 +19,6 @@ from sweeps.report.metrics import number as number_of
 from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
-from sweeps.report.texts import drawing_of, text_error
 from sweeps.report.training import curve, exact_match, times
 
 # Figures that join or rank settings: they are left out if the settings may not be compared. The

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sweeps.report.chart import QUIET, Chart, Drawing, key_to, looks, reach_of
+from sweeps.report.chart import QUIET, Chart, key_to, looks, reach_of
 from sweeps.report.comparable import predicts_tokens
+from sweeps.report.drawing import Drawing, drawing_of
 from sweeps.report.metrics import LOSS, PER_STEP, SPEEDUP
 from sweeps.report.names import texts
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
-from sweeps.report.texts import drawing_of
 
 LONG_RANGE = (
     "loss_position",

@@ -17,9 +17,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.run.config import PLACES, lies_in
 from sweeps.report import tables
-from sweeps.report.chart import Drawing, as_inline
 from sweeps.report.comparable import contexts, meaning, refusal, text_errors
 from sweeps.report.compare import Comparison, wait_of
+from sweeps.report.drawing import Drawing, as_inline
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.names import joined, question

@@ -133,10 +133,9 @@ def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     plan, problem = _read_json(folder / SWEEP_FILE)
     if problem and (folder / SWEEP_FILE).exists():
         sweep.notes.append(f"{SWEEP_FILE} {problem}: jobs that have not begun are unknown.")
-    varied = plan.get("varied")
-    sweep.varied = [str(key) for key in varied] if isinstance(varied, list) else []
-    planned = plan.get("jobs")
-    planned = planned if isinstance(planned, list) else []
+    lists = (plan.get(key) for key in ("varied", "jobs"))
+    varied, planned = (found if isinstance(found, list) else [] for found in lists)
+    sweep.varied = [str(key) for key in varied]
     jobs = {
         job["folder"]: job
         for job in planned

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from sweeps.report.chart import MANY, QUIET, Chart, Drawing, key_to, looks
+from sweeps.report.chart import MANY, QUIET, Chart, key_to, looks
 from sweeps.report.compare import time_to_solve
+from sweeps.report.drawing import Drawing, drawing_of
 from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT
 from sweeps.report.names import sentence
 from sweeps.report.settings import Settings
-from sweeps.report.texts import drawing_of
 
 Points = Mapping[float, tuple[float, float]]
 """The (x, y) of a run's validations, by step."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.report.__main__ import report
-from sweeps.report.chart import Drawing, styled
+from sweeps.report.chart import styled
 from sweeps.report.collect import collect
 from sweeps.report.compare import Comparison, compare
+from sweeps.report.drawing import Drawing
 from sweeps.report.figures import draw
 from sweeps.report.findings import answer, caveats
 from sweeps.report.page import runs_csv

@@ -1,0 +1,112 @@
+"""A figure of a report: its words, its chart, and its place in the page."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sweeps.report.chart import GRID, INK, PAPER, Chart
+from sweeps.report.comparable import meaning, text_errors
+from sweeps.report.metrics import BITS
+from sweeps.report.names import sentence, texts
+from sweeps.report.settings import Setting, Settings
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the report."""
+
+    name: str  # the name of its files
+    title: str  # the title above it
+    caption: str  # an explanation of what is shown and how it was computed
+    x: str = ""  # the names of its axes; empty where the chart has its own
+    y: str = ""
+    chart: Chart | None = None  # the figure; None if data is missing
+    why: str = ""  # what is missing
+
+    def drawn(self, chart: Chart) -> Drawing:
+        """The figure with its chart, whose axes it names."""
+        if self.x:
+            chart.axes.set_xlabel(self.x)
+        if self.y:
+            chart.axes.set_ylabel(self.y)
+        return replace(self, chart=chart)
+
+    def lacking(self, why: str) -> Drawing:
+        return replace(self, chart=None, why=why)
+
+
+def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) -> Drawing:
+    """A figure without its chart.
+
+    Args:
+        of: the name of its words.
+        name: the name of its files, if it is another one.
+        values: what stands for the names in braces, besides those of every figure.
+    """
+    words = texts("figures")[of]
+    known = {
+        "level": f"{settings.level:g}",
+        "unit": settings.headline.unit,
+        "seeds": sentence("seeds"),
+        "meaning": meaning(settings),
+        "text_error": text_error(settings, settings.all),
+    }
+    title, caption, x, y = (
+        words.get(key, "").format(**{**known, **values}).strip()
+        for key in ("title", "caption", "x", "y")
+    )
+    return Drawing(name or of, title, caption, x, y)
+
+
+def text_error(settings: Settings, shown: Sequence[Setting]) -> str:
+    """The text's own error, which intervals over seeds leave out; empty for losses per token."""
+    return text_errors(shown) if settings.headline.tag == BITS else ""
+
+
+def as_inline(svg: bytes, drawing: Drawing) -> str:
+    """The SVG of a drawing as an element of a page. It takes the page's text color, and its ids get
+    its name as a prefix. Inline styles become attributes, because the page's content security
+    policy forbids them. Every point gets a circle with its values as a tooltip."""
+    root = ElementTree.fromstring(svg)
+    for parent in [*root.iter()]:
+        for child in [*parent]:
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        given = {_local(key): value for key, value in element.attrib.items()}
+        given |= _attributes(given.pop("style", ""))
+        for key, value in given.items():
+            if key in ("id", "href"):
+                given[key] = re.sub("^#?", rf"\g<0>{drawing.name}-", value)
+            elif value.startswith("url(#"):
+                given[key] = value.replace("#", f"#{drawing.name}-", 1)
+        element.attrib = given
+    for number, x, y, says in drawing.chart.points() if drawing.chart else ():
+        given = {"cx": f"{x}", "cy": f"{y}", "r": "6", "class": f"point series-{number}"}
+        circle = ElementTree.SubElement(root, "circle", given)
+        ElementTree.SubElement(circle, "title").text = says
+    view = {"viewBox": root.attrib["viewBox"]}
+    root.attrib = {"role": "img", "aria-label": drawing.title, "class": "figure", **view}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """A name without its XML namespace, as in HTML."""
+    return name.rpartition("}")[2]
+
+
+def _attributes(style: str) -> Mapping[str, str]:
+    """A style's declarations as presentation attributes, without the font's name."""
+    found = {}
+    for declaration in filter(None, style.split(";")):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key == "font" and (size := re.search(r"[\d.]+px", value)):
+            key, value = "font-size", size[0]
+        if key != "font-family":
+            found[key] = {INK: "currentColor", GRID: "var(--grid)"}.get(value, value)
+    return {**found, "fill": "none"} if found.get("fill") == PAPER else found
