@@ -24,7 +24,7 @@ from mtp_lightning.command_line.shell import Parser, readable_errors, require_pa
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF, ROOT
 from sweeps.claims import words
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import Left, costs, left_of, listing, planned
 from sweeps.claims.pages import block, write_pages
@@ -36,7 +36,6 @@ from sweeps.claims.result import (
     Result,
     file_of,
     in_order,
-    is_stale,
     judge,
     read_result,
     read_results,

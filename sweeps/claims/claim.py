@@ -146,3 +146,8 @@ class Claim:
     def measures(self) -> list[ClaimMeasure]:
         """What the predictions read from runs, in their order, without repetition."""
         return list(dict.fromkeys(prediction.measure.of_run for prediction in self.predictions))
+
+
+def is_stale(result: Stored, claim: Claim) -> bool:
+    """Whether the claim was changed since the result's runs began."""
+    return bool(result["digest"] != claim.digest)

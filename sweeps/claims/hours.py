@@ -20,14 +20,14 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of, lies_in
 from mtp_lightning.system import this_machine
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import ClaimJob, branch_step, jobs
 from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import with_stored
-from sweeps.claims.result import Result, in_order, is_stale, own, state
+from sweeps.claims.result import Result, in_order, own, state
 from sweeps.claims.words import aligned
 from sweeps.report.equivalent import OF_DEPTHS
 

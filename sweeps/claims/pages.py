@@ -16,12 +16,12 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
-from sweeps.claims.claim import Claim, Stored
+from sweeps.claims.claim import Claim, Stored, is_stale
 from sweeps.claims.decide import FAILS, HOLDS
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.result import Result, in_order, is_stale, read_result, state
+from sweeps.claims.result import Result, in_order, read_result, state
 from sweeps.report.metrics import plural
 from sweeps.report.templates import environment
 

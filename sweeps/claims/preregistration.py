@@ -15,7 +15,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.status import now
-from sweeps.claims.claim import Claim, Stored
+from sweeps.claims.claim import Claim, Stored, is_stale
 from sweeps.claims.jobs import ClaimJob
 from sweeps.plan import read_versioned
 
@@ -113,7 +113,7 @@ def predicted_in(
     Raises:
         UserError: no commit has the prediction.
     """
-    if stored is not None and stored["digest"] == claim.digest and stored["predicted_in"]:
+    if stored and not is_stale(stored, claim) and stored["predicted_in"]:
         return str(stored["predicted_in"])
     try:
         return commit_of(file)

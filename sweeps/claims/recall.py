@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mtp_lightning.errors import UserError
-from sweeps.claims.claim import Claim, ClaimMeasure, Stored
+from sweeps.claims.claim import Claim, ClaimMeasure, Stored, is_stale
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import ArmRun, Arms
 from sweeps.claims.preregistration import Preregistration
@@ -19,7 +19,7 @@ from sweeps.claims.preregistration import Preregistration
 
 def stored_runs(claim: Claim, stored: Stored | None) -> dict[str, dict[int, ArmRun]]:
     """The runs of a stored result by arm and seed; empty if the result is of another prediction."""
-    if stored is None or stored["digest"] != claim.digest:
+    if stored is None or is_stale(stored, claim):
         return {}
     return {arm: runs_of(content) for arm, content in stored["arms"].items()}
 
@@ -108,6 +108,6 @@ def beginning(
 ) -> tuple[str, str | None]:
     """When a claim's first run was asked for, here or elsewhere, and its commit then."""
     began = [(preregistration.began, preregistration.commit)]
-    if stored is not None and stored["digest"] == claim.digest:
+    if stored is not None and not is_stale(stored, claim):
         began.append((stored["began"], stored["predicted_in"]))
     return min(began, key=lambda pair: pair[0])

@@ -13,7 +13,7 @@ from typing import Any
 
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_json
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.jobs import branch_step
 from sweeps.claims.observe import ArmRun, Arms, observe
@@ -115,11 +115,6 @@ def unfinished(claim: Claim, arms: Arms) -> list[str]:
             named = ", ".join(f"{n} {state}" for state, n in others.items())
             lines.append(f"{arm}: {states.count('done')} of {len(states)} seeds done, {named}")
     return lines
-
-
-def is_stale(result: Result, claim: Claim) -> bool:
-    """Whether the claim was changed since the result's runs began."""
-    return bool(result["digest"] != claim.digest)
 
 
 def file_of(label: str, folder: Path) -> Path:

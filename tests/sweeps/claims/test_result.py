@@ -12,11 +12,12 @@ import pytest
 
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
+from sweeps.claims.claim import is_stale
 from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import MORE_PLANNING, PLANNING, READMES, pages, part, write_pages
 from sweeps.claims.preregistration import write_preregistration
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.result import is_stale, judge, make_result, read_result, write_result
+from sweeps.claims.result import judge, make_result, read_result, write_result
 from sweeps.claims.words import beside
 from sweeps.report.statistics import Wait
 from tests.sweeps.claims.fixture_claims import (
