@@ -19,7 +19,7 @@ from sweeps.claims.decide import UNDECIDED, arm_share
 from sweeps.claims.observe import PARTS
 from sweeps.claims.recall import runs_of
 from sweeps.claims.result import Result
-from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, styled
+from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, shares_by_row, styled
 from sweeps.report.metrics import number
 from sweeps.report.names import in_words, name_of
 from sweeps.report.statistics import interval
@@ -138,12 +138,8 @@ def _title(chart: Chart, *parts: str) -> None:
 def _shares(result: Result, measure: dict[str, Any]) -> Chart:
     """Every arm's share of seeds that solve, with its interval."""
     names, of = words.names_in(result), ClaimMeasure.from_json(measure)
-    found_in = {arm: arm_share(runs_of(content), of) for arm, content in result["arms"].items()}
-    shown = [(names[arm], found) for arm, found in reversed(found_in.items()) if found]
-    chart = by_row([name for name, _ in shown])
-    for y, (_, found) in enumerate(shown):
-        chart.draw("", _LOOK, [found.rate], [y], x_reach=found.reach)
-    chart.percent("x")
+    shares = {arm: arm_share(runs_of(content), of) for arm, content in result["arms"].items()}
+    chart = shares_by_row([(names[arm], _LOOK, found) for arm, found in shares.items() if found])
     _title(chart, words.quantity(measure), "(more is better)")
     return chart
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.report.names import name_of
 from sweeps.report.settings import Setting, show
-from sweeps.report.statistics import Interval
+from sweeps.report.statistics import Interval, Share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -291,6 +291,16 @@ def by_row(labels: Sequence[str], *, names: Sequence[str] = ()) -> Chart:
     chart = Chart(names=names, rows=max(lines - 14, 0))
     chart.axes.set_yticks(range(len(labels)), labels)
     chart.axes.set_ylim(-0.6, len(labels) - 0.4)
+    return chart
+
+
+def shares_by_row(rows: Sequence[tuple[str, Look, Share]], *, names: Sequence[str] = ()) -> Chart:
+    """Shares of seeds with their intervals, one per row; the first is at the top."""
+    shown = rows[::-1]
+    chart = by_row([label for label, _, _ in shown], names=names)
+    for y, (label, look, share) in enumerate(shown):
+        chart.draw(label, look, [share.rate], [y], x_reach=share.reach)
+    chart.percent("x")
     return chart
 
 

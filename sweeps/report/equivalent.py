@@ -121,25 +121,10 @@ class Valued:
     spent: dict[Any, Spent]  # final FLOPs and loss of its runs, by seed
     gains: dict[Any, Gain]  # the gains, by seed, of seeds that have one
     why: str  # why there is no mean: a seed has no gain
-
-    @property
-    def total(self) -> Interval | None:
-        """Geometric mean of the gain over seeds, with the t interval of the logarithms."""
-        return self._mean("total")
-
-    @property
-    def price(self) -> Interval | None:
-        """FLOPs of a plain step divided by those of the arm's step, averaged as :attr:`total`."""
-        return self._mean("price")
-
-    @property
-    def effect(self) -> Interval | None:
-        """The number of plain steps that a step is worth, averaged as :attr:`total`."""
-        return self._mean("effect")
-
-    def _mean(self, part: str) -> Interval | None:
-        gains = self.gains.values()
-        return None if self.why else ratio_interval([getattr(gain, part) for gain in gains])
+    # Geometric means over seeds, with the t interval of the logarithms; None without a mean.
+    total: Interval | None
+    price: Interval | None
+    effect: Interval | None
 
 
 @dataclass(frozen=True)
@@ -190,8 +175,12 @@ def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
         for run in arm.done
     }
     gains = {seed: gain for seed, gain in found.items() if isinstance(gain, Gain)}
-    missing = (f"seed {seed}: {why}" for seed, why in found.items() if isinstance(why, str))
-    return Valued(arm, spent, gains, next(missing, ""))
+    missing = [f"seed {seed}: {why}" for seed, why in found.items() if isinstance(why, str)]
+    total, price, effect = (
+        None if missing else ratio_interval([getattr(gain, part) for gain in gains.values()])
+        for part in ("total", "price", "effect")
+    )
+    return Valued(arm, spent, gains, (missing or [""])[0], total, price, effect)
 
 
 def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:

@@ -8,7 +8,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from sweeps.report.chart import COLORS, QUIETLY, Chart, Look, brief, by_row, key_to, looks
+from sweeps.report.chart import (
+    COLORS,
+    QUIETLY,
+    Chart,
+    Look,
+    brief,
+    by_row,
+    key_to,
+    looks,
+    shares_by_row,
+)
 from sweeps.report.comparable import by_text
 from sweeps.report.compare import Comparison, pareto, solved_share
 from sweeps.report.drawing import Drawing, drawing_of, text_error
@@ -139,16 +149,11 @@ def _point(
 def solved(settings: Settings) -> Drawing:
     """The share of seeds that solve the task, for every setting."""
     drawing = drawing_of(settings, "solved")
-    shares = [(s, solved_share(s, settings.level)) for s in settings.all]
-    shown = [(setting, share) for setting, share in reversed(shares) if share]
-    if not shown:
+    look_of, level = looks(settings.all), settings.level
+    rows = [(s.name, look_of[s], found) for s in settings.all if (found := solved_share(s, level))]
+    if not rows:
         return drawing.lacking(f"no finished run has {EXACT}")
-    chart = by_row([setting.name for setting, _ in shown], names=settings.names)
-    look_of = looks(settings.all)
-    for y, (setting, share) in enumerate(shown):
-        chart.draw(setting.name, look_of[setting], [share.rate], [y], x_reach=share.reach)
-    chart.percent("x")
-    return drawing.drawn(chart)
+    return drawing.drawn(shares_by_row(rows, names=settings.names))
 
 
 def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawing:
