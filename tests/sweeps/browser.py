@@ -15,15 +15,11 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
+# The sandbox refuses to run as root, as in containers.
 _FLAGS = (
-    "--headless",
-    "--no-sandbox",  # which refuses to run as root, as in containers
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--remote-debugging-pipe",
-)
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--remote-debugging-pipe",
+)  # fmt: skip
 
 
 class Browser:

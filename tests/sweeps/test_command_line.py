@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import ROOT, rows, start, train_here
+from tests.integration.helpers import ROOT, rows, start, summary_of, train_here
 from tests.sweeps.typed import command, execute, plan, states, wait_until
 
 
@@ -89,10 +88,7 @@ def test_data_parallel_jobs_train_with_the_processes_asked_for(tmp_path: Path, c
     folder = tmp_path / "sweep"
     settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp"}
     execute(command(folder, cache, settings), tmp_path)
-    sizes = {
-        name: json.loads((job / "summary.json").read_text())["world_size"]
-        for name, job in plan(folder).items()
-    }
+    sizes = {name: summary_of(job)["world_size"] for name, job in plan(folder).items()}
     assert sizes == {"trainer.devices=1": 1, "trainer.devices=2": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"], "no second folder"
 
@@ -168,18 +164,12 @@ def test_a_dry_run_checks_lists_and_leaves_nothing(tmp_path: Path) -> None:
         ["mtp.depth-2_compare.match-none", "3500 steps"],
         ["mtp.depth-2_compare.match-flops", "steps by compare.match"],
     ]
+    # A prepared sweep with fewer values.
+    narrowed = dry("-m", "+sweeps=depth", "mtp.depth=0,2", "seed=0", "sweep_dir=sweep")
+    assert narrowed.startswith("2 jobs ") and "mtp.depth-2" in narrowed
     # Whatever launcher was chosen; a mistake in one job is found.
     args = ("-m", "mtp.depth=0,2", "sweep_dir=sweep", "hydra/launcher=plan")
     assert "none is started" in dry(*args)
     wrong = dry("-m", "mtp.depth=0,300", "sweep_dir=sweep", code=1)
     assert "mtp.depth=300 is larger than the window" in wrong
     assert "--dry-run lists the jobs of a sweep: add -m" in dry("mtp.depth=0", code=1)
-
-
-@pytest.mark.long
-def test_a_prepared_sweep_narrowed(tmp_path: Path, cache: Path) -> None:
-    settings = {"mtp.depth": "0,2", "seed": 0, "trainer.max_steps": 6, "mtp": None}
-    execute(command(tmp_path / "sweep", cache, settings, "+sweeps=depth"), tmp_path)
-    assert set(plan(tmp_path / "sweep")) == {"mtp.depth=0", "mtp.depth=2"}
-    for job in _jobs(tmp_path / "sweep"):
-        assert json.loads((job / "summary.json").read_text())["step"] == 6

@@ -74,13 +74,17 @@ def test_random_jobs_are_what_hydra_composes(sweep: Sweep) -> None:
         assert settle(ours, Path("/x")) == settle(theirs, Path("/x")), job
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "mtp.depht=1", "mtp=sequentail", "+seed=1", "~mtp.nothing", "seed@here=1",
-        "optimiser=adamw",
-    ],
-)  # fmt: skip
+WRONG = [
+    "mtp.depht=1",
+    "mtp=sequentail",
+    "+seed=1",
+    "~mtp.nothing",
+    "seed@here=1",
+    "optimiser=adamw",
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_what_hydra_refuses_is_refused_in_its_words(sweep: Sweep, wrong: str) -> None:
     job = ["trainer.max_steps=3", wrong]
     with pytest.raises(HydraException) as refused:

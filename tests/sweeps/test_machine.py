@@ -244,12 +244,8 @@ def test_nobody_says(tmp_path: Path) -> None:
 
 def test_what_a_process_takes_is_seen() -> None:
     grows = "x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096]); print(1); input()"
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", grows],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        process_group=0,
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "process_group": 0}
+    with subprocess.Popen([sys.executable, "-u", "-c", grows], **pipes) as process:
         assert process.stdout.readline() == b"1\n"
         assert 200_000_000 < taken_by_groups()[process.pid] < 260_000_000
         process.communicate(b"\n")

@@ -29,16 +29,11 @@ def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
     for depth, given in texts.items():
         for seed in range(seeds):
             text = given[seed] if isinstance(given, tuple) else given
-            write_run(
-                folder / f"d{depth}_s{seed}",
-                {"mtp.depth": depth, "seed": seed},
-                loss=2.0 - 0.1 * depth + 0.01 * seed + 0.0001 * (depth + 1) ** seed,
-                summary={
-                    "flops": 1e9 * (1 + depth) + seed,
-                    SPEEDUP: 1 + 0.1 * depth,
-                    **(text if text is OLD else evaluated(text, bytes=1_000_000 + depth)),
-                },
-            )
+            config = {"mtp.depth": depth, "seed": seed}
+            loss = 2.0 - 0.1 * depth + 0.01 * seed + 0.0001 * (depth + 1) ** seed
+            summary = {"flops": 1e9 * (1 + depth) + seed, SPEEDUP: 1 + 0.1 * depth}
+            summary |= text if text is OLD else evaluated(text, bytes=1_000_000 + depth)
+            write_run(folder / f"d{depth}_s{seed}", config, loss=loss, summary=summary)
     return collected(folder)
 
 
@@ -191,7 +186,7 @@ def tokenized(name: str, rate: float | None = None) -> dict[str, Any]:
     return trained_on(name, name, **({} if rate is None else {"val": {"bytes_per_token": rate}}))
 
 
-def contexts_of(folder: Path, *runs: tuple[str, int | None, dict[str, Any]]) -> list[str]:
+def contexts_of(folder: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[str]:
     """What is said of runs with these tokenizers, windows and summaries."""
     for kind, seq_len, summary in runs:
         config = {"tokenizer.kind": kind, "data.seq_len": seq_len}
@@ -256,12 +251,9 @@ def with_errors(folder: Path, errors: dict[int, tuple[float | None, ...]], **mor
     """Depths with the text's errors of their seeds."""
     for depth, values in errors.items():
         for seed, error in enumerate(values):
-            write_run(
-                folder / f"d{depth}_s{seed}",
-                {"mtp.depth": depth, "seed": seed},
-                loss=2.0 - 0.1 * depth + 0.02 * seed,
-                summary={BITS_ERROR: error, **evaluated("a" * 32), **more},
-            )
+            config, loss = {"mtp.depth": depth, "seed": seed}, 2.0 - 0.1 * depth + 0.02 * seed
+            summary = {BITS_ERROR: error, **evaluated("a" * 32), **more}
+            write_run(folder / f"d{depth}_s{seed}", config, loss=loss, summary=summary)
     return folder
 
 

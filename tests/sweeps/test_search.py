@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,15 +202,9 @@ def test_values_whose_trial_was_pruned_are_pruned_again(tmp_path, fake_runs, mon
     # The other depth's trial, in the folder that it would get.
     other = {"1": "2", "2": "1"}[done.params["mtp.depth"]]
     named = done.user_attrs["folder"].replace(f"depth-{done.params['mtp.depth']}", f"depth-{other}")
-    study(folder).add_trial(
-        optuna.trial.create_trial(
-            state=optuna.trial.TrialState.PRUNED,
-            params={"mtp.depth": other},
-            distributions=done.distributions,
-            intermediate_values={5: 3.0},
-            user_attrs={"folder": named},
-        )
-    )
+    pruned = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {5: 3.0}}
+    pruned |= {"params": {"mtp.depth": other}, "distributions": done.distributions}
+    study(folder).add_trial(optuna.trial.create_trial(**pruned, user_attrs={"folder": named}))
     assert run(folder, "optimizer.lr=0.01", "--trials", "8") == 0
     states = {(t.params["mtp.depth"], t.state.name) for t in study(folder).trials}
     assert states == {(done.params["mtp.depth"], "COMPLETE"), (other, "PRUNED")}
@@ -224,54 +218,55 @@ def test_failures_are_told(tmp_path, fake_runs, capsys, fixed):
     assert ("told to fail" if fixed == "seed=13" else "not a finite number") in printed
 
 
-def fails(capsys: pytest.CaptureFixture[str], call: Callable[[], int]) -> str:
-    assert call() == 1
-    return capsys.readouterr().err
-
-
-def test_a_moved_folder_keeps_its_search(tmp_path: Path, fake_runs: None) -> None:
+def test_a_moved_folder_keeps_its_search_and_takes_no_other(tmp_path, fake_runs, capsys):
     run(tmp_path / "search", "--trials", "1")
-    (tmp_path / "search").rename(tmp_path / "moved")
-    assert run(tmp_path / "moved", "--trials", "2") == 0
-    (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'moved' / 'study.db'}")
+    moved = (tmp_path / "search").rename(tmp_path / "moved")
+    assert run(moved, "--trials", "2") == 0
+    (name,) = optuna.get_all_study_names(storage := f"sqlite:///{moved / 'study.db'}")
     assert name == "search"
-    assert run(tmp_path / "moved", "seed=1", "--trials", "3") == 1, "it is another search"
-
-
-def test_another_search_in_the_folder_is_refused(tmp_path, fake_runs, capsys):
-    folder = tmp_path / "search"
-    run(folder, "--trials", "1")
-    error = fails(capsys, lambda: run(folder, "seed=1", "--trials", "2"))
+    assert run(moved, "seed=1", "--trials", "3") == 1
+    error = capsys.readouterr().err
     assert "holds another search" in error and "optimizer.lr" in error
-    assert len(study(folder).trials) == 1
+    assert len(optuna.load_study(study_name=name, storage=storage).trials) == 2
 
 
-@pytest.mark.parametrize(
-    ("argument", "told"),
-    [
-        ("mtp.depht=1,2", "mtp.depht"),
-        ("mtp=sequential,sequentail", "sequentail"),
-        ("trainer.devices=-1", "not -1"),
-        ("mtp.depth=int(1,300)", "mtp.depth=300"),
-        ("model.d_ff=interval(4,1)", "both bounds must be finite, and the lower one come first"),
-        ("mtp_lambda=interval(0.1,inf)", "both bounds must be finite"),
-        ("optimizer.lr=0.5", "optimizer.lr=0.5 fixes a key that is searched"),
-        ("model.d_ff=interval(0,1,log)", "above 0"),
-        ("model.d_ff=int(1.5,4)", "must be numbers"),
-        ("model.d_ff=interval(1,2", "neither an override nor a range"),
-    ],
-)
-def test_bad_ranges_are_told_before_any_trial(tmp_path, fake_runs, capsys, argument, told):
-    error = fails(capsys, lambda: run(tmp_path / "search", argument, "--trials", "2"))
-    assert error.startswith("error: ") and told in error
+REFUSED = {
+    "mtp.depht=1,2": "mtp.depht",
+    "mtp=sequential,sequentail": "sequentail",
+    "trainer.devices=-1": "not -1",
+    "mtp.depth=int(1,300)": "mtp.depth=300",
+    "model.d_ff=interval(4,1)": "both bounds must be finite, and the lower one come first",
+    "mtp_lambda=interval(0.1,inf)": "both bounds must be finite",
+    "optimizer.lr=0.5": "optimizer.lr=0.5 fixes a key that is searched",
+    "model.d_ff=interval(0,1,log)": "above 0",
+    "model.d_ff=int(1.5,4)": "must be numbers",
+    "model.d_ff=interval(1,2": "neither an override nor a range",
+    "trainer.num_nodes=2 trainer.strategy=ddp": "num_nodes=2 in a sweep takes hydra/launcher=slurm",
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED)
+def test_mistakes_are_told_before_there_is_a_search(tmp_path, fake_runs, capsys, typed):
+    assert run(tmp_path / "search", *typed.split(), "--trials", "2") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and REFUSED[typed] in error
     assert list(tmp_path.glob("search/*/job.log")) == []
+    assert not (tmp_path / "search" / "study.db").exists()
 
 
-def test_a_search_on_several_machines_is_refused_before_any_trial(tmp_path, fake_runs, capsys):
-    wide = ["trainer.num_nodes=2", "trainer.strategy=ddp", "--trials", "2"]
-    error = fails(capsys, lambda: run(tmp_path / "search", *wide))
-    assert "num_nodes=2 in a sweep takes hydra/launcher=slurm" in error
-    assert run(tmp_path / "search", "--trials", "1") == 0, "the folder holds no search yet"
+def test_ranges_and_what_is_shown_and_stored_of_them() -> None:
+    typed = "a=interval(1e-4,1e-2,log)|b=int(1, 8)|c=choice(x,y)|d=[1,2],[3]|e=5|f=[1,2]"
+    space, fixed = parse(typed.split("|"))
+    found = {
+        "interval(0.0001,0.01,log)": FloatDistribution(1e-4, 1e-2, log=True),
+        "int(1,8)": IntDistribution(1, 8),
+        "choice(x,y)": CategoricalDistribution(("x", "y")),
+        "choice([1,2],[3])": CategoricalDistribution(("[1,2]", "[3]")),
+    }
+    assert space == dict(zip("abcd", found.values(), strict=True))
+    assert list(map(shown, space.values())) == list(found) and fixed == ["e=5", "f=[1,2]"]
+    with pytest.raises(ValueError, match="nothing to search"):
+        parse(["e=5"])
 
 
 def test_a_search_on_the_cpu_leaves_gpus_alone(tmp_path, fake_runs, capsys, monkeypatch):
@@ -279,30 +274,6 @@ def test_a_search_on_the_cpu_leaves_gpus_alone(tmp_path, fake_runs, capsys, monk
     wide = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
     assert run(tmp_path / "search", *wide, "--trials", "1") == 0
     assert "on cpu:0" in capsys.readouterr().out
-
-
-def test_parse() -> None:
-    space, fixed = parse(
-        [
-            "a=interval(1e-4,1e-2,log)",
-            "b=int(1, 8)",
-            "c=choice(x,y)",
-            "d=[1,2],[3]",
-            "e=5",
-            "f=[1,2]",
-        ]
-    )
-    assert space == {
-        "a": FloatDistribution(1e-4, 1e-2, log=True),
-        "b": IntDistribution(1, 8),
-        "c": CategoricalDistribution(("x", "y")),
-        "d": CategoricalDistribution(("[1,2]", "[3]")),
-    }
-    told = ["interval(0.0001,0.01,log)", "int(1,8)", "choice(x,y)", "choice([1,2],[3])"]
-    assert [shown(of) for of in space.values()] == told, "what studies have stored"
-    assert fixed == ["e=5", "f=[1,2]"]
-    with pytest.raises(ValueError, match="nothing to search"):
-        parse(["e=5"])
 
 
 @pytest.mark.slow

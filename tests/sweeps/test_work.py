@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.command_line.literal import quoted
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
@@ -23,7 +24,7 @@ from sweeps.pool import Pool
 from sweeps.process import Job
 from sweeps.work import SweepWorker
 from tests.integration import helpers
-from tests.integration.helpers import ROOT, overrides, rows, train_here
+from tests.integration.helpers import ROOT, overrides, rows, train_here, typed
 from tests.sweeps.typed import execute, plan, states, wait_until
 
 # In place of a run: it says that it ended, once only, or fails where its seed is 13.
@@ -52,16 +53,16 @@ open(f"{folder}/ended", "a").close()
 def stubs(folder: Path, seeds: str, *more: str) -> list[str]:
     """The command line of a sweep of stubs."""
     command = [sys.executable, str(folder.parent / "stub.py"), "-m", f"seed={seeds}"]
-    return [*command, "trainer.accelerator=cpu", f"sweep_dir={folder}", *more]
+    return [*command, "trainer.accelerator=cpu", f"sweep_dir={quoted(str(folder))}", *more]
 
 
 def planned(tmp_path: Path, seeds: str) -> Path:
-    """A sweep of stubs, planned as any sweep is."""
-    folder = tmp_path / "sweep"
-    (tmp_path / "stub.py").write_text(STUB)
-    args = stubs(folder, seeds, "hydra/launcher=plan")
-    assert f"python -m sweeps.work {folder.name}" in execute(args, tmp_path).stdout
-    return folder
+    """A sweep of stubs at a path with spaces, planned as any sweep is."""
+    (there := tmp_path / "my programs").mkdir()
+    (there / "stub.py").write_text(STUB)
+    args = stubs(there / "sweep", seeds, "hydra/launcher=plan")
+    assert "python -m sweeps.work sweep" in execute(args, there).stdout
+    return there / "sweep"
 
 
 # The environment of a worker and its stubs.
@@ -70,7 +71,7 @@ WORKER = {"PYTHONPATH": str(ROOT), "STUB_SECONDS": "0"}
 
 def start(folder: Path, *more: str, real: bool = False, **values: str) -> subprocess.Popen[bytes]:
     """A worker whose jobs are stubs, or real runs."""
-    program = [] if real else ["--program", str(folder.parent / "stub.py")]
+    program = [] if real else ["--program", f"'{folder.parent / 'stub.py'}'"]
     command = [sys.executable, "-m", "sweeps.work", str(folder), *program, *more]
     own = {**WORKER, **values}
     return helpers.start(command, folder.parent / "workers.log", cwd=folder.parent, **own)
@@ -128,11 +129,14 @@ def test_a_worker_that_is_asked_to_end_leaves_its_jobs_to_others(tmp_path: Path)
     assert sorted(job.read_text() for job in folder.glob("*/begun")) == ["x", "x", "xx"]
 
 
+def recipe_of(processes: int, nodes: int, *, on_cpu: bool, max_steps: int | None = 1) -> Recipe:
+    size = {"processes": processes, "nodes": nodes, "on_cpu": on_cpu, "max_steps": max_steps}
+    return Recipe(program="train", options=(), cwd="/", **size)
+
+
 def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -> None:
     """Here the worker slept too long; what the other writes into the status is left alone."""
-    recipe = Recipe(
-        program="sh", options=(), cwd="/", processes=1, nodes=1, max_steps=1, on_cpu=True
-    )  # fmt: skip
+    recipe = recipe_of(1, 1, on_cpu=True)
     laid = SweepPlan(tmp_path)
     for job in laid.add([["seed=0"], ["seed=1"]]):
         job.recipe = recipe
@@ -171,10 +175,7 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     laid.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
     facts = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
     for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True):
-        job.recipe = Recipe(
-            program="train", options=(), cwd="/", processes=n, nodes=m,
-            max_steps=n - 1 or None, on_cpu=cpu,
-        )  # fmt: skip
+        job.recipe = recipe_of(n, m, max_steps=n - 1 or None, on_cpu=cpu)
     laid.write([])
     stored = SweepPlan(tmp_path)
     assert stored.jobs == laid.jobs
@@ -185,15 +186,6 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     assert [job.name for job in worker] == ["a-1", "a-3"] == leases.held
 
 
-@pytest.mark.slow
-def test_a_program_may_lie_at_a_path_with_spaces(tmp_path: Path) -> None:
-    (there := tmp_path / "my programs").mkdir()
-    folder = planned(there, "0")
-    program = [sys.executable, "-m", "sweeps.work", str(folder)]
-    program += [f"--program='{there / 'stub.py'}'"]
-    assert "1 of 1 jobs done" in execute(program, tmp_path, **WORKER).stdout
-
-
 def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
     folder = planned(tmp_path, "0,1")
     (empty := tmp_path / "empty").mkdir()
@@ -201,7 +193,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
     cases = [
         ([str(empty)], "holds no planned sweep"),
         ([str(tmp_path / "none")], "There is no folder"),
-        ([str(folder)], f"--program {tmp_path / 'stub.py'}"),
+        ([str(folder)], f"{folder.parent / 'stub.py'}"),
         ([str(folder), "--program=no quote'"], "--program"),
         ([str(folder), "--stale=0"], "--stale must be above 0"),
         ([str(folder), "--threads=many"], "threads_per_process=many"),
@@ -247,21 +239,17 @@ def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path)
 
 def _is_of(job: Path, pid: int, folder: Path) -> bool:
     file = folder / ".leases" / f"{job.name}.1"
-    mine = file.exists() and json.loads(file.read_text() or "{}").get("owner", "").endswith(
-        f"-{pid}"
-    )
-    return mine and state_of(job) != "done"
+    owner = json.loads(file.read_text() or "{}").get("owner", "") if file.exists() else ""
+    return owner.endswith(f"-{pid}") and state_of(job) != "done"
 
 
 @pytest.mark.slow
 def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
-    settings = {
-        "seed": "0,1",
-        "trainer.max_steps": 150,
-        "trainer.val_check_interval": 150,
-        "callbacks.checkpoints.every_n_steps": 10,
-    }
+    settings = typed(
+        "seed=0,1 trainer.max_steps=150 trainer.val_check_interval=150 "
+        "callbacks.checkpoints.every_n_steps=10"
+    )
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]
     execute([*command, f"sweep_dir={folder}", "hydra/launcher=plan"], tmp_path)
     options = ("--n-jobs=1", "--stale=6", "--allow", str(cache))

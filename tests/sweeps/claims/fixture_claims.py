@@ -84,15 +84,11 @@ def observed(
             if isinstance(value, str):
                 arms[arm][seed] = ArmRun(folder=f"{arm}-{seed}", state=value)
                 continue
-            arms[arm][seed] = ArmRun(
-                folder=f"{arm}-{seed}",
-                state="done",
+            arms[arm][seed] = finished(
+                f"{arm}-{seed}",
                 values={} if value is None else {measure.key: value},
                 costs={claim.equal: (costs or {}).get(arm, 1000.0), "seconds": 60.0},
                 text=(texts or {}).get(arm, "e" * 32),
-                machine="Linux x86_64, 2 cores",
-                commit="c" * 40,
-                ended="2026-11-25T10:00:00+00:00",
             )
     return arms
 
@@ -129,6 +125,14 @@ def run(*arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
+def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """What the command prints; on standard error where it fails."""
+    capsys.readouterr()
+    assert run(*arguments) == code
+    printed = capsys.readouterr()
+    return printed.err if code else printed.out
+
+
 def root(folder: Path) -> Path:
     """With pages that have their markers."""
     (folder / "docs").mkdir()
@@ -142,6 +146,13 @@ def measured_speeds(folder: Path, rows: list[dict[str, Any]], name: str = "", **
     file = folder / "benchmarks" / "results" / f"pretrained_heads{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"rows": rows, **more}))
+
+
+def finished(folder: str, **facts: Any) -> ArmRun:
+    """A run that is done, with other facts than usual."""
+    usual = {"text": "e" * 32, "machine": "Linux x86_64, 2 cores", "commit": "c" * 40}
+    usual["ended"] = "2026-11-25T10:00:00+00:00"
+    return ArmRun(folder=folder, state="done", **usual | facts)
 
 
 def commit(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from mtp_lightning.run.status import read_status
 from sweeps.claims.result import read_result
-from tests.integration.helpers import overrides, start
-from tests.sweeps.claims.fixture_claims import commit, predict, root, run, write_claim
+from tests.integration.helpers import overrides, start, typed
+from tests.sweeps.claims import fixture_claims
+from tests.sweeps.claims.fixture_claims import commit, predict, root, write_claim
 from tests.sweeps.typed import wait_until
 
 
@@ -27,28 +29,15 @@ def states(runs: Path) -> dict[str, dict[str, Any]]:
 def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path, cache, capsys):
     claims, runs, results = (tmp_path / name for name in ("claims", "runs", "results"))
 
-    def told(*arguments: object) -> str:
-        """By the command in this process; the runs are processes of their own."""
-        capsys.readouterr()
-        assert run(*arguments) == 0
-        return capsys.readouterr().out
-
-    quick = {
-        "mtp": None,
-        "mtp.depth": None,
-        "trainer.max_steps": 40,
-        "trainer.val_check_interval": 40,
-    }
-    shared = overrides(cache, {**quick, "callbacks.checkpoints.every_n_steps": 5})
-    # A claim does not say where token stores are kept.
-    shared = [override for override in shared if not override.startswith("paths.cache_dir=")]
-    write_claim(
-        claims,
-        seeds=[0, 1],
-        minimum=2,
-        shared=shared,
-        predictions=[predict("mtp", "within", 5, against="plain")],
+    told = partial(fixture_claims.told, capsys)  # the runs are processes of their own
+    quick = typed(
+        "mtp mtp.depth trainer.max_steps=40 trainer.val_check_interval=40 "
+        "callbacks.checkpoints.every_n_steps=5"
     )
+    # A claim does not say where token stores are kept.
+    shared = [o for o in overrides(cache, quick) if not o.startswith("paths.cache_dir=")]
+    both = {"seeds": [0, 1], "minimum": 2, "shared": shared}
+    write_claim(claims, predictions=[predict("mtp", "within", 5, against="plain")], **both)
     where = ["--claims", claims, "--runs", runs]
     commit(claims)
     command = [sys.executable, "-m", "sweeps.claims", "run", "mine", *map(str, where)]
@@ -74,15 +63,9 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path, cache, capsys
     assert "mine: undecided." in judged and "unfinished: mtp: 0 of 2" in judged
 
     # Another claim that asks for the same control.
-    write_claim(
-        claims,
-        "yours",
-        seeds=[0, 1],
-        minimum=2,
-        shared=shared,
-        arms={"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]},
-        predictions=[predict("heads", "below", against="control")],
-    )
+    arms = {"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]}
+    predictions = [predict("heads", "below", against="control")]
+    write_claim(claims, "yours", arms=arms, predictions=predictions, **both)
     commit(claims)
     done = told("run", "mine", "yours", *where, "--seeds", 0, 1, "--root", tmp_path / "none")
     assert "6 runs in" in done and "1 ended before" in done

@@ -18,7 +18,7 @@ from sweeps.claims.observe import ArmRun, Arms
 from sweeps.claims.recall import shared_runs
 from sweeps.claims.result import make_result
 from sweeps.claims.run import _Ready, _with_parents
-from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, predict
+from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, finished, predict
 
 TAG = "val/bits_per_byte"
 PLAIN = {"short": 0.5, "middle": 1.0, "long": 2.0}
@@ -39,14 +39,8 @@ def gain_claim(folder: Path, predictions: list[dict[str, Any]], **changes: Any) 
 
 
 def run(flops: float, loss: float, *, steps: float) -> ArmRun:
-    return ArmRun(
-        folder="x",
-        state="done",
-        values={TAG: loss},
-        costs={"flops": flops, "step": steps, "seconds": 1.0},
-        text="e",
-        ended="2026-11-27T10:00:00+00:00",
-    )
+    costs = {"flops": flops, "step": steps, "seconds": 1.0}
+    return finished("x", values={TAG: loss}, costs=costs)
 
 
 def law(flops: float, seed: int) -> float:
@@ -72,15 +66,13 @@ NOISE = (1.0, 1.02, 0.98, 1.01, 0.99)
 
 
 def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
-    claim = gain_claim(
-        tmp_path,
-        [
-            predict("heads", "below", 1, expected=0.8),
-            predict("heads", "above", 0.9, measure=EFFECT),
-            predict("heads", "below", 0.9, measure=EFFECT),
-            predict("large", "above", 1, against="heads"),
-        ],
-    )
+    predictions = [
+        predict("heads", "below", 1, expected=0.8),
+        predict("heads", "above", 0.9, measure=EFFECT),
+        predict("heads", "below", 0.9, measure=EFFECT),
+        predict("large", "above", 1, against="heads"),
+    ]
+    claim = gain_claim(tmp_path, predictions)
     effects = {"heads": list(NOISE), "large": [1.3 * n**2 for n in NOISE]}
     found = decide(claim, arms_of(effects))
     assert [f.verdict for f in found] == [HOLDS, HOLDS, FAILS, HOLDS]
@@ -94,9 +86,8 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     # By hand: t of four degrees of freedom on the logarithms.
     logs = [math.log(n) for n in NOISE]
     spread = math.sqrt(math.fsum((x - sum(logs) / 5) ** 2 for x in logs) / 4)
-    assert math.log(gain.high / gain.low) == pytest.approx(
-        2 * 2.776 * spread / math.sqrt(5), rel=0.05
-    )
+    width = 2 * 2.776 * spread / math.sqrt(5)
+    assert math.log(gain.high / gain.low) == pytest.approx(width, rel=0.05)
 
 
 def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
@@ -104,9 +95,8 @@ def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
     grows = [predict("large", "above", 1, against="heads")]
     arms: dict[str, Any] = {"heads": ["mtp=sequential"], "large": ["mtp=sequential"]}
     arms |= {name: ["mtp=none", f"trainer.max_steps={i}"] for i, name in enumerate([*PLAIN, *wide])}
-    claim = gain_claim(
-        tmp_path, grows, arms=arms, measure={**GAIN, "own_curves": {"large": list(wide)}}
-    )
+    own = {**GAIN, "own_curves": {"large": list(wide)}}
+    claim = gain_claim(tmp_path, grows, arms=arms, measure=own)
     found = dict(arms_of({"heads": list(NOISE)}))
     del found["trunk"]
     seeds = range(len(NOISE))
@@ -158,11 +148,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
         ({**GAIN, "part": "price"}, {}, "choose one of total, effect"),
         ({**GAIN, "solved": 0.9}, {}, "no level at which it is solved"),
         ({"tag": TAG, "curve": list(PLAIN)}, {}, "belongs to equivalent"),
-        (
-            {**GAIN, "own_curves": {"nobody": list(PLAIN)}},
-            {},
-            "the key nobody in measure.own_curves",
-        ),
+        ({**GAIN, "own_curves": {"nobody": ["short"]}}, {}, "the key nobody in measure.own_curves"),
         ({**GAIN, "own_curves": {"heads": ["short"]}}, {}, "own_curves.heads: .* give at least"),
         (GAIN, {"side": "within", "by": 0.1}, "say above or below"),
         (GAIN, {"by": 0}, "by a number above 0"),
@@ -191,10 +177,9 @@ def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
     first = list(ready)
     assert [job.name for job in first] == [trunks[3], trunks[1]]
     assert list(ready) == []
-    ready.ended(first[1])
-    assert [job.name for job in ready] == [asked[3].name]
-    ready.ended(first[0])
-    assert [job.name for job in ready] == [asked[1].name]
+    for ended, begins in ((1, 3), (0, 1)):
+        ready.ended(first[ended])
+        assert [job.name for job in ready] == [asked[begins].name]
     # A branch whose run is in a result alone has it run again, for its checkpoints.
     (branch,) = [job for job in found if (job.arm, job.seed) == ("long", 1)]
     again = _with_parents([branch], [claim], tmp_path)

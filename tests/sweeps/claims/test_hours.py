@@ -38,7 +38,7 @@ from tests.sweeps.claims.fixture_claims import (
     result_of,
     rights,
     root,
-    run,
+    told,
 )
 
 HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
@@ -52,9 +52,8 @@ def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Res
         for seed, (minutes, machine) in of_arm.items():
             made = observed(claim, {arm: [1.0]})[arm][0]
             costs = {"step": 500.0, "flops": 1e12, "seconds": minutes * 60}
-            arms[arm][seed] = replace(
-                made, folder=f"{arm}-{seed}", costs=costs, machine=machine, ended=None
-            )
+            made = replace(made, costs=costs, machine=machine, ended=None)
+            arms[arm][seed] = replace(made, folder=f"{arm}-{seed}")
     return make_result(claim, arms, BEGAN)
 
 
@@ -64,13 +63,9 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     done = {"plain": took | {3: (600.0, ELSEWHERE)}, "mtp": {0: (90.0, HERE)}}
     (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, done)})
     assert left.done == 5 and left.seeds == [1, 2, 3, 4]
-    assert [(c.arm, c.seed, c.hours, c.source) for c in left.costs] == [
-        ("mtp", 1, 1.5, MEASURED),
-        ("mtp", 2, 1.5, MEASURED),
-        ("mtp", 3, 1.5, MEASURED),
-        ("plain", 4, 0.75, MEASURED),
-        ("mtp", 4, 1.5, MEASURED),
-    ]
+    costs = [("mtp", 1, 1.5), ("mtp", 2, 1.5), ("mtp", 3, 1.5), ("plain", 4, 0.75), ("mtp", 4, 1.5)]
+    assert [(c.arm, c.seed, c.hours) for c in left.costs] == costs
+    assert {c.source for c in left.costs} == {MEASURED}
     assert left.hours == 6.75 and left.sources == "5 measured"
     # Without any run of this machine, those of others count, and the table says so.
     far = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
@@ -164,24 +159,18 @@ def test_the_command_prints_costs_a_plan_and_what_to_type(tmp_path, capsys, monk
     write_result(finished(claim, took), "mine", tmp_path / "results")
     where = ["--claims", claims, "--runs", tmp_path / "runs"]
     # The stored runs have names of another config: this checkout cannot continue them.
-    assert run("hours", *where, "--hours", 3, "--cores", 2) == 0
-    out = capsys.readouterr().out
+    out = told(capsys, "hours", *where, "--hours", 3, "--cores", 2)
     assert "mine was run with another config" in out and "not one seed fits" in out
     monkeypatch.setattr("sweeps.claims.__main__.left_to_run", lambda *_: [])
-    assert run("hours", *where, "--hours", 3, "--cores", 2) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"^mine +8 +8\.00  8 measured$", out, re.MULTILINE)
-    assert re.search(r"^all +8 +8\.00$", out, re.MULTILINE)
-    assert re.search(r"^mine   1 2 3 +3 of 4 +6\.00$", out, re.MULTILINE)
+    out = told(capsys, "hours", *where, "--hours", 3, "--cores", 2)
+    for line in (r"mine +8 +8\.00  8 measured", r"all +8 +8\.00", r"mine   1 2 3 +3 of 4 +6\.00"):
+        assert re.search(f"^{line}$", out, re.MULTILINE), line
     command = f"python -m sweeps.claims run mine --claims {claims} --seeds 1 2 3 --jobs 2"
     assert out.splitlines()[-1] == command
-    assert run("hours", "mine", *where, "--hours", 0.5) == 0
-    assert "not one seed fits" in capsys.readouterr().out
+    assert "not one seed fits" in told(capsys, "hours", "mine", *where, "--hours", 0.5)
     for wrong, says in ((["--hours", 0], "above 0"), (["--hours", 1, "--cores", 0], "at least 1")):
-        assert run("hours", *where, *wrong) == 1
-        assert says in capsys.readouterr().err
-    assert run("list", *where) == 0
-    (line,) = capsys.readouterr().out.splitlines()[1:]
+        assert says in told(capsys, "hours", *where, *wrong, code=1)
+    (line,) = told(capsys, "list", *where).splitlines()[1:]
     assert re.match(r"mine +0/1  undecided +2/10 +8\.0  MTP helps\.$", line), line
 
 
@@ -208,10 +197,8 @@ def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -
     claim = claim_of(tmp_path, predictions=predictions)
     decided = 0
     for _ in range(200):
-        drawn = {
-            "plain": [2.0] * number,
-            "mtp": list(2 + effect + deviation * random.normal(size=number)),
-        }
+        noisy = 2 + effect + deviation * random.normal(size=number)
+        drawn = {"plain": [2.0] * number, "mtp": list(noisy)}
         decided += decide(claim, observed(claim, drawn))[0].verdict == "holds"
     assert 0.7 < decided / 200 < 0.9
 
@@ -251,9 +238,8 @@ def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     ps = [entry["p"] for entry in result["predictions"]]
     of_two = (p * (1 - p) + q * (1 - q)) / (2 / n) ** 2
     of_one = p * (1 - p) / (5 / n - 0.4) ** 2
-    expected = [
-        math.ceil(z[ps[i] < ps[1 - i]] ** 2 * each) for i, each in enumerate((of_two, of_one))
-    ]
+    both = enumerate((of_two, of_one))
+    expected = [math.ceil(z[ps[i] < ps[1 - i]] ** 2 * each) for i, each in both]
     assert seeds_enough(result["predictions"], 3) == expected
     write_result(result, "mine", root(tmp_path) / "results")
     page = pages(tmp_path, claims)[tmp_path / "docs" / "results.md"]

@@ -49,33 +49,27 @@ def test_a_run_asks_for_the_machines_of_its_config(tmp_path: Path) -> None:
 def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:
     one = folders(tmp_path / "a", {"x": ["mtp=none", "mtp.depth=0"], "y": ["mtp_lambda=0.3"]})
     # said otherwise, computed alike
-    other = folders(
-        tmp_path / "b",
-        {
-            "control": ["mtp=none"],
-            "heads": ["mtp=sequential", "balance=none"],
-            "logs": ["mtp_lambda=0.3", "logger=default", "callbacks.progress.line_seconds=3"],
-            "else": ["mtp_lambda=0.4"],
-        },
-        shared=[],
-    )
+    arms = {
+        "control": ["mtp=none"],
+        "heads": ["mtp=sequential", "balance=none"],
+        "logs": ["mtp_lambda=0.3", "logger=default", "callbacks.progress.line_seconds=3"],
+        "else": ["mtp_lambda=0.4"],
+    }
+    other = folders(tmp_path / "b", arms, shared=[])
     assert one["x"] == other["control"]
     assert one["y"] == other["heads"] == other["logs"] != other["else"]
 
 
 def test_weights_of_depths_are_nothing_to_a_run_without_depths(tmp_path: Path) -> None:
-    found = folders(
-        tmp_path,
-        {
-            "a": ["mtp=none", "mtp_lambda=0.1"],
-            "b": ["mtp=none", "mtp_lambda=3", "lambda_schedule=linear_decay"],
-            "c": ["mtp.depth=0"],
-            "d": ["mtp=none", "optimizer.lr=0.1"],
-            "teacherless": ["mtp=teacherless", "data=star_graph"],
-            "plain_star": ["mtp=none", "data=star_graph"],
-        },
-        shared=[],
-    )
+    arms = {
+        "a": ["mtp=none", "mtp_lambda=0.1"],
+        "b": ["mtp=none", "mtp_lambda=3", "lambda_schedule=linear_decay"],
+        "c": ["mtp.depth=0"],
+        "d": ["mtp=none", "optimizer.lr=0.1"],
+        "teacherless": ["mtp=teacherless", "data=star_graph"],
+        "plain_star": ["mtp=none", "data=star_graph"],
+    }
+    found = folders(tmp_path, arms, shared=[])
     assert found["a"] == found["b"] == found["c"] != found["d"]
     assert found["teacherless"] != found["plain_star"]
 
@@ -94,12 +88,8 @@ def test_a_claim_asks_for_acceptance_on_many_prompts(tmp_path: Path) -> None:
     assert [measure.tag for measure in claim.measures] == list(measures)
     config = OmegaConf.to_container(compose_run(jobs(claim, [0], RUNS)[1].overrides))
     assert isinstance(config, dict) and config["data"]["eval_bytes"] == "all"
-    found = {
-        name: config["callbacks"][name]["n_prompts"]
-        for name in ("speculative_eval", "sampled_acceptance")
-    }
-    assert set(found.values()) == {256}
-    assert config["callbacks"]["sampled_acceptance"]["temperature"] == 1.0
+    speed, sampled = (config["callbacks"][n] for n in ("speculative_eval", "sampled_acceptance"))
+    assert speed["n_prompts"] == sampled["n_prompts"] == 256 and sampled["temperature"] == 1.0
 
 
 def test_the_digest_leaves_out_where_it_lies() -> None:

@@ -27,6 +27,7 @@ from tests.sweeps.claims.fixture_claims import (
     register,
     root,
     run,
+    told,
     write_claim,
 )
 from tests.sweeps.fixture_runs import write_run
@@ -53,8 +54,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prediction_in_no_commit_is_refused(tmp_path, capsys, action):
     write_claim(tmp_path / "claims")
     where = ["--claims", tmp_path / "claims", "--runs", tmp_path / "runs"]
-    assert run(action, "mine", *where) == 1
-    said = capsys.readouterr().err
+    said = told(capsys, action, "mine", *where, code=1)
     assert "mine.yaml is in no Git repository" in said and "--unpredicted" in said
     assert not (tmp_path / "runs").exists()
 
@@ -69,12 +69,9 @@ def test_the_verdict_of_a_trial_says_so_everywhere(tmp_path, capsys):
     # It was begun as a trial, and a commit that comes later does not change that.
     commit(claims)
     assert run("run", "mine", *where, "--seeds", 0) == 0
-    capsys.readouterr()
-    for asked in (["verdict", "mine"], ["verdict", "--all"]):
-        assert run(*asked, *where) == 0
-        assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
-    assert run("list", *where) == 0
-    (line,) = capsys.readouterr().out.splitlines()[1:]
+    for asked in (["verdict", "mine"], ["verdict", "--all"], ["replicate", "mine"]):
+        assert f"mine: holds ({TRIAL})." in told(capsys, *asked, *where)
+    (line,) = told(capsys, "list", *where).splitlines()[1:]
     assert line.split("  ")[0] == "mine" and f"holds ({TRIAL})" in line
     result = json.loads((tmp_path / "results" / "mine.json").read_text())
     assert result["verdict"] == f"holds ({TRIAL})" and result["predicted_in"] is None
@@ -85,8 +82,6 @@ def test_the_verdict_of_a_trial_says_so_everywhere(tmp_path, capsys):
     assert row in pages[0].read_text()
     for page, counted in zip(pages[1:], ("then run, 1 holds", "1 个成立"), strict=True):
         assert counted in page.read_text()
-    assert run("replicate", "mine", *where) == 0
-    assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
 
 
 def test_a_result_from_before_trials_were_told_apart_says_so_too(tmp_path: Path) -> None:
@@ -103,9 +98,8 @@ def test_what_came_out_of_ones_own_claims_lies_beside_them(tmp_path, capsys, mon
     before = {file: file.stat().st_mtime_ns for file in (ROOT / "results").iterdir()}
     where = ["--claims", "our claims"]
     assert run("run", "mine", *where) == 0
-    assert run("verdict", "mine", *where) == 0
     file = tmp_path / "results" / "mine.json"
-    assert f"all numbers: {file}" in capsys.readouterr().out
+    assert f"all numbers: {file}" in told(capsys, "verdict", "mine", *where)
     result = json.loads(file.read_text())
     assert result["verdict"] == "holds" and result["predicted_in"] == predicted
     assert result["command"] == "python -m sweeps.claims run mine --claims 'our claims'"
@@ -116,8 +110,7 @@ def test_what_came_out_of_ones_own_claims_lies_beside_them(tmp_path, capsys, mon
     assert {f: f.stat().st_mtime_ns for f in (ROOT / "results").iterdir()} == before
     # A result of the same prediction knows the commit, where there is no repository any more.
     shutil.rmtree(tmp_path / ".git")
-    assert run("replicate", "mine", *where) == 0
-    assert "they agree" in capsys.readouterr().out
+    assert "they agree" in told(capsys, "replicate", "mine", *where)
 
 
 def test_a_prediction_is_in_a_commit_before_it_is_run(tmp_path: Path) -> None:

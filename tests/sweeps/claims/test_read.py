@@ -13,9 +13,8 @@ from sweeps.claims.__main__ import main
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.words import entries, quantity, subject
 from sweeps.report.names import arm_names
-from tests.sweeps.claims.fixture_claims import CONTENT, SOLVED, claim_of, predict, write_claim
+from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, predict, write_claim
 
-ARMS = CONTENT["arms"]
 PREDICTION = predict("mtp", "below", against="plain")
 
 

@@ -32,12 +32,9 @@ def elsewhere(claim: Claim, runs: Path) -> Result:
     """Three of five seeds done, one failed and one never begun, with the folders that they have."""
     values = {"plain": PLAIN[:3], "mtp": moved(-0.05)[:3]}
     arms = observed(claim, {arm: [*of, "failed", "missing"] for arm, of in values.items()})
-    folders = {(job.arm, job.seed): job.name for job in jobs(claim, range(5), runs)}
-    named = {
-        arm: {n: replace(seed, folder=folders[arm, n]) for n, seed in seeds.items()}
-        for arm, seeds in arms.items()
-    }
-    return json.loads(json.dumps(make_result(claim, named, BEGAN)))
+    for job in jobs(claim, range(5), runs):
+        arms[job.arm][job.seed].folder = job.name
+    return json.loads(json.dumps(make_result(claim, arms, BEGAN)))
 
 
 def test_what_is_done_elsewhere_is_not_run_again(tmp_path: Path) -> None:
@@ -90,9 +87,7 @@ def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
     assert [seed.state for seed in both["plain"].values()] == [*["done"] * 3, "running", "missing"]
     assert [seed.state for seed in both["mtp"].values()] == [*["done"] * 3, "failed", "missing"]
     changed = claim_of(tmp_path, sentence="MTP helps a lot.")
-    assert with_stored(observed_here, changed, {claim.label: stored}) == {
-        arm: dict(seeds) for arm, seeds in observed_here.items()
-    }
+    assert with_stored(observed_here, changed, {claim.label: stored}) == observed_here
 
 
 def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None:
@@ -134,12 +129,9 @@ def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     named = {(job.arm, job.seed): job.name for job in jobs(claim, range(3), runs)}
     of_another(claim, runs, tmp_path)
-    assert set(shared_runs(claim, read_results(results).values())) == {
-        named["plain", seed] for seed in range(3)
-    }
-    here: dict[str, dict[int, str]] = {}
-    for (arm, seed), folder in named.items():
-        here.setdefault(arm, {})[seed] = folder
+    shared = set(shared_runs(claim, read_results(results).values()))
+    assert shared == {named["plain", seed] for seed in range(3)}
+    here = {arm: {seed: named[arm, seed] for seed in range(3)} for arm in claim.arms}
     for seed in range(3):
         write_run(runs / named["mtp", seed], {"seed": seed}, loss=2 * PLAIN[seed] - 0.1)
     register(claim, runs, here, commit="a" * 40)
@@ -165,5 +157,4 @@ def test_what_is_shared_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run([claim], runs, commits={"mine": "a" * 40}, results=tmp_path / "results") == 0
     assert "Nothing to run" in capsys.readouterr().out
     result = judge(claim, runs, tmp_path / "results")
-    assert result["unfinished"] == []
-    assert result["predictions"][0]["n"] == 3
+    assert result["unfinished"] == [] and result["predictions"][0]["n"] == 3

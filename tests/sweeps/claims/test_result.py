@@ -33,7 +33,7 @@ from tests.sweeps.claims.fixture_claims import (
     result_of,
     rights,
     root,
-    run,
+    told,
     write_claim,
 )
 from tests.sweeps.fixture_runs import evaluated, task_run, write_run
@@ -70,9 +70,8 @@ def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
     }
     result = make_result(claim, with_waits, BEGAN)
     found = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
-    assert found["mtp"]["median_steps"] == 20 and found["mtp"]["waiting"] == pytest.approx(
-        [2 / 3, 1 / 3, 0]
-    )
+    assert found["mtp"]["median_steps"] == 20
+    assert found["mtp"]["waiting"] == pytest.approx([2 / 3, 1 / 3, 0])
     assert found["plain"]["median_steps"] is None and found["plain"]["censored"] == [100] * 3
 
 
@@ -124,19 +123,17 @@ def test_a_result_whose_claim_was_changed_is_stale(tmp_path, capsys):
     claim = claim_of(claims)
     where = ["--claims", claims, "--root", root(tmp_path)]
     register(claim, runs)
-    write_result(
-        result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)}), "mine", tmp_path / "results"
-    )
+    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    write_result(result, "mine", tmp_path / "results")
     before = (tmp_path / "results" / "mine.json").read_bytes()
     # The threshold moves to where the result would no longer hold.
     changed = claim_of(claims, predictions=[predict("mtp", "below", -0.06, against="plain")])
     stored = read_result("mine", tmp_path / "results")
     assert is_stale(stored, changed)
-    assert run("verdict", "mine", "--runs", runs, *where) == 1
-    assert "is stale: it was changed after its runs began" in capsys.readouterr().err
-    assert run("verdict", "--all", "--runs", runs, *where) == 1
-    assert run("list", *where) == 0
-    assert re.search(r"^mine +0/1  stale", capsys.readouterr().out, re.MULTILINE)
+    said = told(capsys, "verdict", "mine", "--runs", runs, *where, code=1)
+    assert "is stale: it was changed after its runs began" in said
+    told(capsys, "verdict", "--all", "--runs", runs, *where, code=1)
+    assert re.search(r"^mine +0/1  stale", told(capsys, "list", *where), re.MULTILINE)
     assert (tmp_path / "results" / "mine.json").read_bytes() == before
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "### mine: stale" in page and "changed after these runs began" in page
@@ -153,8 +150,7 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--claims", claims, "--root", root(tmp_path), "--runs", tmp_path / "none"]
     result = result_of(claim, {"plain": PLAIN, "mtp": [*moved(-0.05)[:4], "failed"]})
     write_result(result, "mine", tmp_path / "results")
-    assert run("verdict", "--all", *where) == 0
-    said = capsys.readouterr().out
+    said = told(capsys, "verdict", "--all", *where)
     assert "mine: undecided. MTP helps." in said and "other: not run" in said
     assert "unfinished: mtp: 4 of 5 seeds done, 1 failed" in said
     page = (tmp_path / "docs" / "results.md").read_text()
@@ -218,11 +214,10 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         (["verdict"], "needs either names of claims or --all"),
         (["weights", "mine", "--arms", "none"], "--arms none: choose from plain, mtp"),
     ):
-        assert run(*arguments, *where) == 1
-        assert said in capsys.readouterr().err
+        assert said in told(capsys, *arguments, *where, code=1)
     for action in ("list", "hours", "verdict"):
-        assert run(action, "--claims", tmp_path / "nowhere") == 2
-        assert "nowhere is not a folder: check the path" in capsys.readouterr().err
+        said = told(capsys, action, "--claims", tmp_path / "nowhere", code=2)
+        assert "nowhere is not a folder: check the path" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -231,8 +226,8 @@ def test_an_installed_copy_keeps_results_where_it_is_run(tmp_path, monkeypatch, 
     shutil.copy(ROOT / "results" / "lambda.json", tmp_path / "results")
     monkeypatch.setattr("sweeps.claims.__main__.ROOT", tmp_path / "site-packages")
     monkeypatch.chdir(tmp_path)
-    assert run("verdict", "lambda") == 0
-    assert f"all numbers: {tmp_path / 'results' / 'lambda.json'}" in capsys.readouterr().out
+    said = told(capsys, "verdict", "lambda")
+    assert f"all numbers: {tmp_path / 'results' / 'lambda.json'}" in said
     assert (tmp_path / "results" / "lambda.svg").is_file()
     assert not (tmp_path / "site-packages").exists()
 
@@ -259,22 +254,21 @@ def test_figures_by_measure(tmp_path: Path) -> None:
 def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
     claim = claim_of(tmp_path / "claims")
     committed = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    single = [*moved(-0.05)[:1], *["missing"] * 4]
     same, other, one, none = (
         result_of(claim, {"plain": PLAIN, "mtp": mtp})
-        for mtp in (moved(-0.0501), moved(0.3), [*moved(-0.05)[:1], *["missing"] * 4], ["missing"])
+        for mtp in (moved(-0.0501), moved(0.3), single, ["missing"])
     )
     (line,) = beside(same, committed)
     for number in (same, committed):
         assert words.measured(number["predictions"][0]) in line
-    assert (
-        line.startswith("sequential modules − no MTP, loss in bits per byte: here ")
-        and "they agree" in line
-    )
-    assert "they do not agree" in beside(other, committed)[0]
+    assert line.startswith("sequential modules − no MTP, loss in bits per byte: here ")
     # One seed is as far from a mean as noise is wide.
-    assert "one seed" in beside(one, committed)[0]
-    assert "not to be compared yet" in beside(one, committed)[0]
-    assert "not to be compared yet" in beside(none, committed)[0]
+    for result, words_ in (
+        (same, "they agree"), (other, "they do not agree"), (one, "one seed"),
+        (one, "not to be compared yet"), (none, "not to be compared yet"),
+    ):  # fmt: skip
+        assert words_ in beside(result, committed)[0]
     predictions = [predict("mtp", "above", against="plain")]
     solved = claim_of(tmp_path / "claims", measure=SOLVED, predictions=predictions)
     few, many = (
@@ -288,18 +282,18 @@ def test_the_readme_counts_the_claims_in_every_language(tmp_path: Path) -> None:
     for readme in READMES:
         assert part([(claim, None)], readme, tmp_path) == "", "no empty table, no picture"
     result = result_of(claim, {"plain": PLAIN, "mtp": moved(0.05)})
-    told = {
+    counted = {
         ENGLISH: "Of 1 claims that were predicted and then run, 0 hold, 1 does not, and 0 are",
         CHINESE: "1 个论断中，0 个成立，1 个不成立，0 个未决",
     }
-    for readme, words_ in told.items():
+    for readme, words_ in counted.items():
         assert words_ in part([(claim, result)], readme, tmp_path)
 
 
 def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
     more = [predict("plain", "below", 0.5), predict("mtp", "above", against="plain")]
     claim = claim_of(tmp_path, PLANNING, measure=SOLVED, predictions=more)
-    for count, told in (
+    for count, said in (
         (7, ("Some heads do, beyond noise: sequential modules.", "超出噪声：串行模块。")),
         (2, ("No head does, beyond noise.", "没有预测头超出噪声。")),
     ):
@@ -309,7 +303,7 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
         assert "\n| no MTP | sequential modules |\n|---|---|\n" in english
         assert f"\n| 0 of {n} | {count} of {n} |\n" in english
         assert f"\n| 无 MTP | 串行模块 |\n|---|---|\n| 0/{n} | {count}/{n} |\n" in chinese
-        assert told[0] in english and told[1] in chinese
+        assert said[0] in english and said[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
     assert "plan?" not in part([(claim, waiting)], ENGLISH, tmp_path)
 
@@ -353,13 +347,9 @@ def test_every_result_is_of_a_claim_and_has_its_figures() -> None:
         claim = read_claim(name)
         result = read_result(file.stem, file.parent)
         assert result["claim"] == name
-        assert (
-            result["setting"]
-            == (setting or "cpu")
-            == (claim.on_gpu() if setting else claim).setting
-        )
+        claim = claim.on_gpu() if setting else claim
+        assert result["setting"] == claim.setting == (setting or "cpu")
         for figure in files_of(result, file.stem, file.parent):
             drawn_from = re.search(r"<dc:identifier>(\w+)</", figure.read_text(encoding="utf-8"))
-            assert drawn_from[1] == digest(result), (
-                f"{figure.name} shows an earlier result: python -m sweeps.claims verdict --all"
-            )
+            earlier = f"{figure.name} is earlier: python -m sweeps.claims verdict --all"
+            assert drawn_from[1] == digest(result), earlier
