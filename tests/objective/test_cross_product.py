@@ -121,7 +121,7 @@ def check(case: Case) -> str | None:
     model, progress = step.model, Progress(now, STEPS)
     batch = drawn_batch(model.config.mtp, draw)
     optimizer = Kept(model.parameters(), lr=1.0)
-    counts = draw.random() < 0.5  # counting takes as long as everything else
+    counts = draw.random() < 0.25  # counting takes as long as everything else
     if not counts:
         step.cost = lambda *_, **__: 0  # type: ignore[assignment]
     with counted_flops() if counts else nullcontext() as counted:
@@ -230,6 +230,8 @@ def test_a_step_in_bf16_is_near_one_in_fp32(name: str) -> None:
             except UserError:
                 break
             step.model.float()
+            for matrix in (p for p in step.model.parameters() if p.dim() > 1):
+                matrix.data *= 0.5  # for bf16, some are too large otherwise
             step.cost = lambda *_, **__: 0  # type: ignore[assignment]
             batch = drawn_batch(step.model.config.mtp, draw)
             optimizer = Kept(step.model.parameters(), lr=1.0)
@@ -238,10 +240,10 @@ def test_a_step_in_bf16_is_near_one_in_fp32(name: str) -> None:
             found.append((float(loss), torch.cat([g.flatten() for g in optimizer.found])))
         else:
             (loss, gradient), (low_loss, low_gradient) = found
-            assert low_loss == pytest.approx(loss, rel=0.1, abs=0.05), case
+            assert low_loss == pytest.approx(loss, rel=0.02, abs=0.01), case
             near.append(float(torch.cosine_similarity(gradient, low_gradient, dim=0)))
-    # Some of the models have weights that are too large for bf16.
-    assert near and sorted(near)[len(near) // 4] > 0.98
+    # Of some models all gradients are 0, or nearly.
+    assert near and sorted(near)[len(near) // 4] > 0.99
 
 
 @pytest.mark.long
