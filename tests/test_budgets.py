@@ -28,7 +28,7 @@ LINES = {
     "mtp_lightning/distributed": 1_325,
     "mtp_lightning/experiment": 2_740,
     "mtp_lightning/heads": 775,
-    "mtp_lightning/interop": 5_165,
+    "mtp_lightning/interop": 5_105,
     "mtp_lightning/loggers": 670,
     "mtp_lightning/metrics": 1_070,
     "mtp_lightning/mtp": 3_895,

@@ -177,7 +177,7 @@ def _llama_cpp(path: Path) -> Iterator[list[Way]]:
 
 
 @dataclass(frozen=True)
-class Program:
+class OtherProgram:
     """Another program.
 
     Attributes:
@@ -196,12 +196,12 @@ class Program:
 
 
 PROGRAMS = {
-    "transformers": Program(
+    "transformers": OtherProgram(
         "transformers",
         "hf",
         lambda path: is_gguf(path) or (path / "config.json").is_file(),
         "a GGUF file or a Hugging Face folder, which python export.py makes",
         _transformers,
     ),
-    "llama.cpp": Program("xllamacpp", "engines", is_gguf, "a GGUF file", _llama_cpp),
+    "llama.cpp": OtherProgram("xllamacpp", "engines", is_gguf, "a GGUF file", _llama_cpp),
 }

@@ -1,11 +1,16 @@
-"""The model card of an export: what the model is, how it was trained, and who can read it."""
+"""The model card of an export: what the model is, how it was trained, and which programs read its
+MTP modules or silently ignore them.
+
+The sources on programs are their loaders as of 2026-10: llama.cpp's ``conversion/``, vLLM's and
+SGLang's ``deepseek_v2.py``. Only transformers and llama.cpp are tried when a model is exported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtp_lightning.interop import eagle3, engines, heads, speculators
+from mtp_lightning.interop import eagle3, heads, speculators
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.gguf_writing import Written
 from mtp_lightning.interop.names import is_mimo
@@ -16,6 +21,9 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.settings import is_number
 
 FILE = "README.md"
+# Model types whose MTP layers servers use for drafting.
+_SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
+_INSTEAD = "`mtp-lightning export output=NAME.gguf` writes a file with which llama.cpp drafts"
 
 _SUMMARY = (
     ("tokens trained on", "tokens", "{:,}"),
@@ -189,7 +197,7 @@ def _count(config: ModelConfig, contents: Contents) -> str:
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
     depth, layers = contents.layer_depths, config.trunk.n_layers
     extra = heads.FILE if contents.heads == heads.FILE else ""
-    others = list(engines.of_folder(model_type, depth, extra=extra))
+    others = list(readers_of(model_type, depth, extra=extra))
     if depth and model_type in STANDS_FOR:
         yield (
             "The MTP layers are read by mtp-lightning. transformers has no class for this model "
@@ -224,6 +232,52 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
     else:
         yield f"The trunk is in {model_type}'s plain layout, which all servers of it read."
         yield from others
+
+
+def readers_of(model_type: str, depth: int, *, extra: str) -> Iterator[str]:
+    """What other programs do with a folder, in sentences.
+
+    Args:
+        model_type: in its config.json.
+        depth: MTP depths among its layers.
+        extra: the file or folder that holds the heads instead; empty if there is none.
+    """
+    if extra == eagle3.FOLDER:
+        yield (
+            f"vLLM and SGLang have loaders for {extra}/, which is EAGLE-3's layout; neither was "
+            "tried. They draft with it only where a server is started with that folder as its "
+            "draft model."
+        )
+    elif extra:
+        yield (
+            f"No other program reads {extra}: transformers, vLLM, SGLang and llama.cpp load "
+            "the trunk and do not mention the heads."
+        )
+    if not depth:
+        return
+    name = _SERVED.get(model_type)
+    if model_type == "mimo":
+        yield "vLLM and SGLang have loaders for MiMo's MTP layers; neither was tried."
+        return
+    if name is None:
+        yield (
+            f"vLLM and SGLang draft with the MTP layers of some architectures, but not of "
+            f"{model_type}, and llama.cpp's converter has no names for them: their loaders may "
+            f"stop at the unknown layers, which `depth=0` leaves out. {_INSTEAD}."
+        )
+        return
+    yield (
+        f"vLLM and SGLang have loaders for {name}'s MTP layers, which is this layout; neither was "
+        "tried. Both silently ignore the layers unless a server is started with them (vLLM: "
+        '`--speculative-config \'{"method": "mtp", "num_speculative_tokens": 1}\'`, SGLang: '
+        "`--speculative-algorithm EAGLE`)."
+    )
+    if depth > 1:
+        yield f"SGLang reads one MTP layer and refuses a folder of {depth}."
+    if model_type == "deepseek_v3":
+        yield f"llama.cpp's converter silently ignores DeepSeek-V3's MTP layers: {_INSTEAD}."
+    elif depth > 1:
+        yield f"llama.cpp drafts with one MTP layer of GLM-4.5's, not with {depth}: {_INSTEAD}."
 
 
 def _training(

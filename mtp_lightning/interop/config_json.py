@@ -27,6 +27,20 @@ ARCHITECTURES = {
     "glm4_moe": "Glm4MoeForCausalLM",
 }
 
+# transformers' names for the settings of a trunk.
+TRUNK = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}
 # Epsilon of DeepSeek-V3's norms on the latents in transformers, regardless of rms_norm_eps.
 LATENT_EPS = 1e-6
 # DeepSeek-V3's names for the settings of latent attention and of experts.
@@ -157,19 +171,10 @@ def to_json(
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": trunk.vocab_size,
-        "hidden_size": trunk.d_model,
-        "intermediate_size": trunk.d_ff,
-        "num_hidden_layers": trunk.n_layers,
-        "num_attention_heads": trunk.n_heads,
-        "num_key_value_heads": trunk.n_kv_heads,
+        **{theirs: getattr(trunk, own) for own, theirs in TRUNK.items() if own != "d_head"},
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
-        "initializer_range": trunk.init_std,
-        "rms_norm_eps": trunk.norm_eps,
-        "rope_theta": trunk.rope_theta,
         "rope_parameters": {**rope_type(trunk), "rope_theta": trunk.rope_theta},
-        "tie_word_embeddings": trunk.tie_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": eot_id,

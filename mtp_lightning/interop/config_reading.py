@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.config_json import ARCHITECTURES, EXPERTS, LATENT, LATENT_EPS
+from mtp_lightning.interop.config_json import ARCHITECTURES, EXPERTS, LATENT, LATENT_EPS, TRUNK
 from mtp_lightning.nn.config import TrunkConfig
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 # Two names of one number: DeepSeek's, and transformers' for models without their own field.
 _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
 # transformers' values for fields that are missing, and those of single kinds of models.
-_DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_DEFAULTS = {
+    "head_dim": None, "q_lora_rank": None, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
     "deepseek_v3": {"first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
@@ -87,44 +90,32 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
 def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]:
     kind = fields["model_type"]
     given = {name: value for name, value in fields.items() if value is not None}
-    fields = _DEFAULTS | _DEFAULTS_OF.get(kind, {}) | given
-    theta, scaling = _rope(fields, source)
+    heads = given.get("num_attention_heads")
+    defaults = _DEFAULTS | {"num_key_value_heads": heads}
+    fields = defaults | _DEFAULTS_OF.get(kind, {}) | given
+    fields["rope_theta"], scaling = _rope(fields, source)
 
     def need(name: str) -> Any:
         if name not in fields:
             raise UserError(f"{source} has no {name}: the trunk's shape is unknown without it.")
         return fields[name]
 
-    n_heads = need("num_attention_heads")
-    shape: dict[str, Any] = {
-        "vocab_size": need("vocab_size"),
-        "d_model": need("hidden_size"),
-        "n_layers": need("num_hidden_layers"),
-        "n_heads": n_heads,
-        "d_ff": need("intermediate_size"),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "norm_eps": float(fields["rms_norm_eps"]),
-        "tie_embeddings": bool(fields.get("tie_word_embeddings")),
-        "init_std": float(fields["initializer_range"]),
-    }
+    shape = {own: need(theirs) for own, theirs in TRUNK.items()} | {"rope_scaling": scaling}
+    casts = {"norm_eps": float, "init_std": float, "tie_embeddings": bool}
+    shape |= {name: cast(shape[name]) for name, cast in casts.items()}
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
     else:
-        switches = {
+        shape["attention"] = {
+            "variant": "grouped_query",
             "qk_norm": kind in ("qwen3", "qwen3_moe"),
             "qkv_bias": kind in ("qwen2", "mimo"),
-        }
-        shape |= {
-            "n_kv_heads": fields.get("num_key_value_heads", n_heads),
-            "d_head": fields.get("head_dim"),
-            "attention": {"variant": "grouped_query", **switches},
         }
         if kind == "qwen3_moe":
             shape["feed_forward"] = _mixture(fields, need, source)
         if kind == "glm4_moe":
             shape["feed_forward"] = _deepseek_experts(fields, need)
-            d_head = fields.get("head_dim", shape["d_model"] // n_heads)
+            d_head = _given(fields, "head_dim", shape["d_model"] // shape["n_heads"])
             name = "partial_rotary_factor"  # transformers 5 has it in the rotary parameters
             share = _given(_rotary(fields)[1], name, fields[name])
             turned = int(d_head * float(share))  # as transformers rounds
@@ -155,10 +146,10 @@ def _deepseek_shape(
 ) -> dict[str, Any]:
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
+        "d_head": None,
         "attention": {
             "variant": "latent",
-            "q_rank": fields.get("q_lora_rank"),
-            **{own: need(theirs) for own, theirs in LATENT.items() if own != "q_rank"},
+            **{own: need(theirs) for own, theirs in LATENT.items()},
             "norm_eps": None if fields["rms_norm_eps"] == LATENT_EPS else LATENT_EPS,
         },
     }

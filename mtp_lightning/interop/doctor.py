@@ -32,9 +32,9 @@ from mtp_lightning.interop.agreement import (
     prompts_of,
 )
 from mtp_lightning.interop.inventory import Module, take_inventory
-from mtp_lightning.interop.names import from_folder, mtp_prefix, weight_map
-from mtp_lightning.interop.parts import Part
-from mtp_lightning.interop.reading import CONFIG, contents, describe, stack_of
+from mtp_lightning.interop.names import from_folder, module_layout, weight_map
+from mtp_lightning.interop.reading import CONFIG, contents, describe
+from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -106,8 +106,8 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
     declared = config_reading.declared_depth(fields)
     source = str(path / CONFIG)
     trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
-    most = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, 1)))
-    stored = _stored_depth(most, parts)
+    layout = module_layout(fields["model_type"])
+    stored = _stored_depth(layout.prefix(trunk.n_layers, 0), parts)
     if not max(declared, stored):
         said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
         return Diagnosis(folder=path, layout=None, verdict=said)
@@ -118,14 +118,17 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
             "lost when it was written."
         )
         return Diagnosis(folder=path, layout=None, verdict=said)
-    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
+    config = ModelConfig(trunk=trunk, mtp=layout.of_depth(max(declared, stored)))
     modules = take_inventory(config, parts)
     lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
-    layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
-    named = f"{layout} ({mtp_prefix(config, 0)}* ..)"
+    named = f"{layout.title} ({layout.prefix(trunk.n_layers, 0)}* ..)"
     found = Diagnosis(folder=path, layout=named, modules=modules)
     if not modules[0].lost.keys() & {"missing", "misshapen"}:  # depth 1 can be built
-        found = _measured(found, config, parts, new_tokens, whole=lost is None)
+        # Without the other depths, and copies of embedding and head, which are checked already.
+        prefixes = [layout.prefix(trunk.n_layers, k) for k in range(config.mtp.depth)]
+        unread = [*prefixes[1:], f"{prefixes[0]}embed_tokens.", f"{prefixes[0]}shared_head.head."]
+        own = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
+        found = _measured(found, config, own, new_tokens, whole=lost is None)
     return _concluded(found, *_judged(found, declared, stored, lost))
 
 
@@ -134,9 +137,9 @@ def _concluded(found: Diagnosis, sound: bool, reason: str) -> Diagnosis:
     return replace(found, verdict=verdict, sound=sound)
 
 
-def _stored_depth(config: ModelConfig, tensors: Collection[str]) -> int:
-    """Number of depths with any tensor in the folder."""
-    stem, _, first = mtp_prefix(config, 0).removesuffix(".").rpartition(".")
+def _stored_depth(prefix: str, tensors: Collection[str]) -> int:
+    """Number of depths with any tensor in the folder; ``prefix`` is that of depth 1."""
+    stem, _, first = prefix.removesuffix(".").rpartition(".")
     layers = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in tensors)
     return max([0, *(int(layer[1]) - int(first) + 1 for layer in layers if layer)])
 
@@ -144,20 +147,15 @@ def _stored_depth(config: ModelConfig, tensors: Collection[str]) -> int:
 def _measured(
     found: Diagnosis,
     config: ModelConfig,
-    parts: dict[str, Part],
+    parts: dict[str, StoredTensor],
     new_tokens: int,
     *,
     whole: bool,
 ) -> Diagnosis:
     """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
     one = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
-    first = mtp_prefix(config, 0)
-    # The other depths, and copies of embedding and head, which are checked already.
-    unread = [mtp_prefix(config, k) for k in range(1, config.mtp.depth)]
-    unread += [f"{first}embed_tokens.", f"{first}shared_head.head."]
-    own = {name: part for name, part in parts.items() if not name.startswith(tuple(unread))}
     source = str(found.folder)
-    model = build_model(one, from_folder(weight_map(one), own, source=source), source=source)
+    model = build_model(one, from_folder(weight_map(one), parts, source=source), source=source)
     prompts = prompts_of(model, _tokenizer(found.folder, model))
     texts = own_texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)

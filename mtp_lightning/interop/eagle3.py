@@ -21,9 +21,9 @@ from torch import Tensor
 from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
-from mtp_lightning.interop.config_json import rope_type
+from mtp_lightning.interop.config_json import TRUNK, rope_type
 from mtp_lightning.interop.names import from_folder, pieces
-from mtp_lightning.interop.parts import Part, equal
+from mtp_lightning.interop.tensor_files import StoredTensor, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -39,20 +39,20 @@ _MODULE = "mtp.depths.0."
 _TOKENS = f"{_MODULE}head.tokens"
 # Steps of the training-time test in EAGLE-3's released code, which its folders do not name.
 _RELEASED_STEPS = 7
-# Fields that change what the layer computes, and their values if they are missing.
-_NEEDED: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")),
-    "num_key_value_heads": None,
+# Settings of the trunk that the layer shares.
+_SHARED = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "d_head", "norm_eps",
+           "rope_theta")  # fmt: skip
+# Further fields that change what the layer computes, and their only values.
+_FIXED: dict[str, Any] = {
     "num_hidden_layers": 1,
     "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
     "attention_bias": False,
     "mlp_bias": False,
     "norm_before_residual": False,
     "tie_word_embeddings": False,
 }
+# The values of missing fields.
+_DEFAULTS = {**_FIXED, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
 
 
 def fits(config: ModelConfig) -> bool:
@@ -108,7 +108,7 @@ def layer_tensors(
 
 
 def read(
-    folder: Path, trunk: TrunkConfig, embedding: Part | None, *, allow: Collection[str] = ()
+    folder: Path, trunk: TrunkConfig, embedding: StoredTensor | None, *, allow: Collection[str] = ()
 ) -> tuple[MTPConfig, dict[str, Stored | Tensor]]:
     """The stack and its weights, by the model's own names; arguments as of ``heads.read``.
 
@@ -127,8 +127,9 @@ def read(
     mtp.check_vocabulary(trunk)
     rows = mtp.draft_vocab or trunk.vocab_size
     wanted = _fields(config, torch.float32, max_positions=0)
-    for name, default in (_NEEDED | {"head_dim": trunk.d_model // trunk.n_heads}).items():
-        if (found := fields.get(name, default)) != wanted[name]:
+    defaults = {**_DEFAULTS, "head_dim": trunk.d_model // trunk.n_heads}
+    for name in (*(TRUNK[own] for own in _SHARED), *_FIXED, "rope_scaling"):
+        if (found := fields.get(name, defaults.get(name))) != wanted[name]:
             raise UserError(
                 f"{source} has {name}={found}, and a layer on this trunk has {wanted[name]}: it "
                 "belongs to another model."
@@ -155,24 +156,12 @@ def _fields(config: ModelConfig, dtype: torch.dtype, *, max_positions: int) -> d
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        "hidden_size": trunk.d_model,
+        **{TRUNK[own]: getattr(trunk, own) for own in _SHARED},
+        **_FIXED,
         "target_hidden_size": trunk.d_model,
-        "intermediate_size": trunk.d_ff,
-        "num_hidden_layers": 1,
-        "num_attention_heads": trunk.n_heads,
-        "num_key_value_heads": trunk.n_kv_heads,
-        "head_dim": trunk.d_head,
-        "hidden_act": "silu",
-        "vocab_size": trunk.vocab_size,
         "draft_vocab_size": mtp.draft_vocab or trunk.vocab_size,
         "max_position_embeddings": max_positions,
-        "rms_norm_eps": trunk.norm_eps,
-        "rope_theta": trunk.rope_theta,
         "rope_scaling": None if trunk.rope_scaling is None else rope_type(trunk),
-        "attention_bias": False,
-        "mlp_bias": False,
-        "norm_before_residual": False,
-        "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "eagle_aux_hidden_state_layer_ids": list(layers),
         "eagle_config": {

@@ -17,8 +17,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import (
     card,
     config_json,
-    engines,
-    gguf_verify,
     gguf_writing,
     speculators,
 )
@@ -171,7 +169,7 @@ def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: A
             f"the heads are in {speculators.FOLDER} inside it, which names {folder.resolve()} as "
             "its verifier: change that in its config.json when the folder moves."
         )
-    for sentence in engines.of_folder(kind, contents.layer_depths, extra=extra):
+    for sentence in card.readers_of(kind, contents.layer_depths, extra=extra):
         print(sentence)
     _verify(folder, cfg, _check_seed(run, whole), _check_folder(partial, run, model, cfg.dtype))
 
@@ -184,7 +182,7 @@ def _fill_file(partial: Path, file: Path, run: OpenedModel, model: MTPModel, cfg
     print(f"{file}: {written.parameters:,} numbers, architecture {written.layout.arch}")
     for sentence in written.said:
         print(sentence)
-    checks = gguf_verify.check_file(partial, model, run.tokenizer, written, cfg.dtype)
+    checks = gguf_writing.check_file(partial, model, run.tokenizer, written, cfg.dtype)
     _verify(file, cfg, _check_seed(run, model), checks)
     text = card.render_file(file.stem, model.config, written, dtype=cfg.dtype, **_training(run))
     _card_of(file).write_text(text, encoding="utf-8")

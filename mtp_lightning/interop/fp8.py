@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.tensor_files import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
 
 
 @dataclass(frozen=True)
-class Scaled(Part):
+class Scaled(StoredTensor):
     """A matrix of a file, multiplied by its blocks' scales."""
 
-    weight: Part
-    scale: Part
+    weight: StoredTensor
+    scale: StoredTensor
     block: tuple[int, int]
     dtype = torch.float32
 
@@ -59,7 +59,7 @@ class Scaled(Part):
         return scaled(self.weight.read(), self.scale.read(), self.block)
 
 
-def dequantize(tensors: dict[str, Part], block: tuple[int, int], *, source: str) -> None:
+def dequantize(tensors: dict[str, StoredTensor], block: tuple[int, int], *, source: str) -> None:
     """Replaces every fp8 matrix and its scales by their product, float32, in place.
 
     Raises:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop.gguf_layout import Entry
+from mtp_lightning.interop.gguf_layout import GGUFEntry
 from mtp_lightning.interop.gguf_reader import FileTensor
-from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.nn.weight_scales import WeightScales
 
 # Bytes of a file that are dequantized at once.
@@ -49,7 +49,7 @@ KQUANTS = {
 
 
 @dataclass(frozen=True)
-class Blocks(Part):
+class Blocks(StoredTensor):
     """A tensor in Hugging Face's layout, dequantized when it is read.
 
     Attributes:
@@ -60,7 +60,7 @@ class Blocks(Part):
     """
 
     file: Path
-    held: tuple[tuple[FileTensor, Entry, int | None], ...]
+    held: tuple[tuple[FileTensor, GGUFEntry, int | None], ...]
     size: tuple[int, ...]
     dtype = torch.float32
 
@@ -70,7 +70,7 @@ class Blocks(Part):
 
     def copy_to(self, target: Tensor) -> None:
         (tensor, entry, i), *others = self.held
-        if others or entry.unpack is not Entry.unpack or not target.is_contiguous():
+        if others or entry.unpack is not GGUFEntry.unpack or not target.is_contiguous():
             super().copy_to(target)
         else:  # without a second copy in memory
             numbers(self.file, tensor, i, out=target)

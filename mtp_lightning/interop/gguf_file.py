@@ -16,9 +16,10 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
-from mtp_lightning.interop.gguf_layout import Entry, Layout, entries
+from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header
-from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.names import weight_map
+from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -45,7 +46,7 @@ def _state(path: Path) -> tuple[Path, int]:
     return path, path.stat().st_mtime_ns
 
 
-def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[str, Part]]:
+def read(path: Path, header: Header) -> tuple[dict[str, Any], ModelConfig, dict[str, StoredTensor]]:
     """The fields of a config.json, the model, and its tensors by Hugging Face's names, unread.
 
     Raises:
@@ -74,9 +75,12 @@ def _described(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
         raise UserError(f"{path} is damaged or no language model: it has no token_embd.weight.")
     fields, dense = gguf_fields.to_json(get, tensors, source=str(path))
     fields["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    for key, value in fields.items():  # layers and experts become objects
-        counts = key.startswith(("num_", "n_"))
-        if counts and isinstance(value, int) and value > len(tensors) * 64:
+    # Layers and experts become objects, and the dimensions of a head a list.
+    longest = max(max(tensor.shape) for tensor in tensors.values())
+    for key, value in fields.items():
+        counts = key.startswith(("num_", "n_", "first_"))
+        most = 64 * len(tensors) if counts else longest if key == "head_dim" else None
+        if most is not None and isinstance(value, int) and value > most:
             raise UserError(f"{path} is damaged or forged: it says {key}={brief(value)}.")
     config_reading.require_known(fields, source=str(path))
     depth = fields["num_nextn_predict_layers"]
@@ -92,7 +96,7 @@ def _described(path: Path, header: Header) -> tuple[dict[str, Any], Layout]:
     return fields, Layout(arch=header.fields["general.architecture"], config=config)
 
 
-def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[str, Part]:
+def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[str, StoredTensor]:
     """The tensors in Hugging Face's layout.
 
     Raises:
@@ -107,7 +111,7 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
         optional={entry.name for entry in needed if entry.copy},
         message=described,
     )
-    held: dict[str, list[tuple[FileTensor, Entry, int | None]]] = {}
+    held: dict[str, list[tuple[FileTensor, GGUFEntry, int | None]]] = {}
     for entry in needed:
         if (tensor := tensors.get(entry.name)) is None:
             continue
@@ -115,7 +119,8 @@ def _parts(path: Path, layout: Layout, tensors: dict[str, FileTensor]) -> dict[s
             raise UserError(f"{described}: {entry.name} is not zero.")
         for i, name in enumerate(entry.parts):
             held.setdefault(name, []).append((tensor, entry, i if len(entry.parts) > 1 else None))
-    shapes = layout.shapes()
+    mapped = weight_map(layout.config)
+    shapes = {name: shape for place in mapped for name, shape in place.parts}
     return {name: Blocks(path, tuple(found), shapes[name]) for name, found in held.items()}
 
 

@@ -6,8 +6,8 @@ attention. Both read one module of DeepSeek-V3's form after the trunk's layers, 
 mixture of experts in it. A dense module is therefore written as the mixture's shared expert, next
 to one routed expert of zeros, which adds exactly 0.
 
-A layout is a list of :class:`Entry`. Each names the tensors in Hugging Face's layout that a tensor
-of the file is made of, so that one list serves the writer and the reader.
+A layout is a list of :class:`GGUFEntry`. Each names the tensors in Hugging Face's layout that a
+tensor of the file is made of, so that one list serves the writer and the reader.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _NARROW = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class GGUFEntry:
     """A tensor of a GGUF file.
 
     Attributes:
@@ -120,20 +120,35 @@ class Layout:
         return not isinstance(self.config.trunk.feed_forward, ExpertsConfig)
 
     @property
-    def narrow(self) -> int:
-        """Width of the experts of a mixture that stands for a dense layer."""
-        return math.gcd(self.config.trunk.d_ff, _NARROW)
+    def experts(self) -> ExpertsConfig:
+        """The mixture in the file, with the shared expert that ``glm4moe`` always has. If the
+        layers are dense, that of a module is the shared expert of a mixture."""
+        trunk = self.config.trunk
+        own = trunk.feed_forward
+        if isinstance(own, ExpertsConfig):
+            return own if own.n_shared or self.arch != "glm4moe" else replace(own, n_shared=1)
+        n = math.gcd(trunk.d_ff, _NARROW)
+        return ExpertsConfig(
+            n_routed=1, n_shared=trunk.d_ff // n, top_k=1, d_expert=n, first_k_dense=trunk.n_layers
+        )
 
-    def shapes(self) -> dict[str, Shape]:
-        """The shapes of the tensors in Hugging Face's layout."""
-        return {name: shape for place in weight_map(self.config) for name, shape in place.parts}
-
-    @property
-    def lacks_shared(self) -> bool:
-        """Whether the architecture has a shared expert and the model does not."""
-        feed_forward = self.config.trunk.feed_forward
-        mixed = isinstance(feed_forward, ExpertsConfig) and feed_forward.n_shared == 0
-        return mixed and self.arch == "glm4moe"
+    def sentences(self) -> Iterator[str]:
+        """What llama.cpp does with the file."""
+        if self.dropped:
+            yield self.dropped
+        mtp = self.config.mtp
+        if not isinstance(mtp, SequentialConfig):
+            return
+        yield (
+            "llama.cpp drafts with the module only where it is asked to (`llama-server --spec-type "
+            "draft-mtp --spec-draft-n-max 1`), and decodes without drafts otherwise."
+        )
+        if self.experts != self.config.trunk.feed_forward:
+            yield (
+                f"llama.cpp has no architecture of this trunk with MTP modules, so the file is of "
+                f"`{self.arch}`, which computes the same: an expert of zeros stands where it needs "
+                "one and the model has none."
+            )
 
 
 def layout_of(config: ModelConfig) -> Layout:
@@ -200,44 +215,45 @@ def _require_plain(trunk: TrunkConfig) -> None:
         )
 
 
-def entries(layout: Layout) -> Iterator[Entry]:
-    """All tensors of a file."""
+def entries(layout: Layout) -> Iterator[GGUFEntry]:
+    """All tensors of a file: the model's, and zeros that the architecture needs besides."""
+    named = set()
     for place in weight_map(layout.config):
-        if place.stacked is not None:
-            yield from _experts(place)
-            continue
-        for name, shape in place.parts:
-            for entry in _entry(layout, name, shape):
-                yield replace(entry, copy=place.copy)
-    yield from _zeros(layout)
+        found = _entries(layout, place) if place.stacked is None else _experts(place)
+        for entry in found:
+            named.add(entry.name)
+            yield replace(entry, copy=place.copy)
+    yield from (entry for entry in _mixtures(layout) if entry.name not in named)
 
 
-def _entry(layout: Layout, name: str, shape: Shape) -> Iterator[Entry]:
-    if name in _TOP:
-        yield Entry(name=_TOP[name], shape=shape, parts=(name,))
-        return
+def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
     trunk = layout.config.trunk
-    layer, rest, kind = _parsed(name)
-    if layer >= trunk.n_layers and _DENSE.match(rest):
-        rest = rest.replace("mlp.", "mlp.shared_experts.")
-    if rest == "self_attn.kv_b_proj":
-        yield from _up(trunk, f"blk.{layer}.", name)
-        return
-    after_attention = layout.arch == "glm4moe" and rest == "post_attention_layernorm"
-    theirs = f"blk.{layer}.{'post_attention_norm' if after_attention else _LAYER[rest]}.{kind}"
     turned = {"self_attn.q_proj": trunk.n_heads, "self_attn.k_proj": trunk.n_kv_heads}
-    if layout.arch == "llama" and rest in turned:
-        heads = turned[rest]
-        yield Entry(
-            name=theirs,
-            shape=shape,
-            parts=(name,),
-            # llama.cpp pairs neighbors of a head where the layout pairs its halves.
-            pack=lambda x: x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2),
-            unpack=lambda x: x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
-        )
-        return
-    yield Entry(name=theirs, shape=shape, parts=(name,))
+    for name, shape in place.parts:
+        if name in _TOP:
+            yield GGUFEntry(name=_TOP[name], shape=shape, parts=(name,))
+            continue
+        layer, rest, kind = _parsed(name)
+        if rest == "self_attn.kv_b_proj":
+            yield from _up(trunk, f"blk.{layer}.", name)
+            continue
+        if layer >= trunk.n_layers and _DENSE.match(rest):
+            rest = rest.replace("mlp.", "mlp.shared_experts.")
+        after_attention = layout.arch == "glm4moe" and rest == "post_attention_layernorm"
+        theirs = "post_attention_norm" if after_attention else _LAYER[rest]
+        entry = GGUFEntry(name=f"blk.{layer}.{theirs}.{kind}", shape=shape, parts=(name,))
+        if layout.arch == "llama" and rest in turned:
+            entry = _in_pairs(entry, turned[rest])
+        yield entry
+
+
+def _in_pairs(entry: GGUFEntry, heads: int) -> GGUFEntry:
+    """llama.cpp pairs neighbors of a head where the layout pairs its halves."""
+    return replace(
+        entry,
+        pack=lambda x: x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2),
+        unpack=lambda x: x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2),
+    )
 
 
 def _parsed(name: str) -> tuple[int, str, str]:
@@ -247,19 +263,19 @@ def _parsed(name: str) -> tuple[int, str, str]:
     return int(found[1]), found[2], found[3]
 
 
-def _up(trunk: TrunkConfig, block: str, name: str) -> Iterator[Entry]:
+def _up(trunk: TrunkConfig, block: str, name: str) -> Iterator[GGUFEntry]:
     """The matrix from the latent to keys and values, which llama.cpp holds apart, by heads."""
     a = trunk.attention
     assert isinstance(a, LatentAttentionConfig)
     heads, keys, both = trunk.n_heads, a.d_nope, a.d_nope + a.d_value
-    yield Entry(
+    yield GGUFEntry(
         name=f"{block}attn_k_b.weight",
         shape=(heads, a.kv_rank, keys),
         parts=(name,),
         pack=lambda x: x.unflatten(0, (heads, both))[:, :keys].transpose(1, 2),
         unpack=lambda x: x.transpose(1, 2),
     )
-    yield Entry(
+    yield GGUFEntry(
         name=f"{block}attn_v_b.weight",
         shape=(heads, a.d_value, a.kv_rank),
         parts=(name,),
@@ -267,7 +283,7 @@ def _up(trunk: TrunkConfig, block: str, name: str) -> Iterator[Entry]:
     )
 
 
-def _experts(place: MappedWeight) -> Iterator[Entry]:
+def _experts(place: MappedWeight) -> Iterator[GGUFEntry]:
     """A mixture's matrices of one kind, stacked."""
     kinds: dict[str, list[str]] = {}
     shapes = dict(place.parts)
@@ -275,36 +291,26 @@ def _experts(place: MappedWeight) -> Iterator[Entry]:
         kinds.setdefault(name.rsplit(".", 2)[1].removesuffix("_proj"), []).append(name)
     for kind, names in kinds.items():
         layer, _, _ = _parsed(names[0])
-        yield Entry(
+        yield GGUFEntry(
             name=f"blk.{layer}.ffn_{kind}_exps.weight",
             shape=(len(names), *shapes[names[0]]),
             parts=tuple(names),
         )
 
 
-def _zeros(layout: Layout) -> Iterator[Entry]:
-    """What an architecture needs beyond the model: experts that add 0, biases of 0."""
-    trunk, depth = layout.config.trunk, layout.config.mtp.depth
-    width = trunk.d_model
-    if layout.dense:
-        for layer in range(trunk.n_layers, trunk.n_layers + depth):
-            block, n = f"blk.{layer}.", layout.narrow
-            yield Entry(name=f"{block}ffn_gate_inp.weight", shape=(1, width))
-            yield Entry(name=f"{block}exp_probs_b.bias", shape=(1,))
-            for kind, shape in _matrices(width, n).items():
-                yield Entry(name=f"{block}ffn_{kind}_exps.weight", shape=(1, *shape))
+def _mixtures(layout: Layout) -> Iterator[GGUFEntry]:
+    """All tensors of the mixtures of an architecture that drafts, as zeros."""
+    if layout.arch not in DRAFTING.values():
         return
-    experts = trunk.feed_forward
-    assert isinstance(experts, ExpertsConfig)
-    if not layout.lacks_shared:
-        return
-    for layer in range(experts.first_k_dense, trunk.n_layers + depth):
-        block, n = f"blk.{layer}.", experts.d_expert
-        yield Entry(name=f"{block}exp_probs_b.bias", shape=(experts.n_routed,))
-        for kind, shape in _matrices(width, n).items():
-            yield Entry(name=f"{block}ffn_{kind}_shexp.weight", shape=shape)
-
-
-def _matrices(width: int, inner: int) -> dict[str, Shape]:
-    """The shapes of a feed-forward layer's matrices."""
-    return {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+    trunk, e = layout.config.trunk, layout.experts
+    for layer in range(e.first_k_dense, trunk.n_layers + layout.config.mtp.depth):
+        block = f"blk.{layer}."
+        yield GGUFEntry(name=f"{block}ffn_gate_inp.weight", shape=(e.n_routed, trunk.d_model))
+        yield GGUFEntry(name=f"{block}exp_probs_b.bias", shape=(e.n_routed,))
+        widths: dict[str, tuple[Shape, int]] = {"exps": ((e.n_routed,), e.d_expert)}
+        if e.n_shared:
+            widths["shexp"] = ((), e.n_shared * e.d_expert)
+        for kind, (stacked, inner) in widths.items():
+            up, down = (*stacked, inner, trunk.d_model), (*stacked, trunk.d_model, inner)
+            for matrix, shape in (("gate", up), ("up", up), ("down", down)):
+                yield GGUFEntry(name=f"{block}ffn_{matrix}_{kind}.weight", shape=shape)

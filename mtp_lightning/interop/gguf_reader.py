@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
 
@@ -67,14 +68,13 @@ def read_header(path: Path) -> Header:
         UserError: the file is damaged, big-endian or of another version, or the package gguf is
             missing.
     """
+    require_package("gguf", what=str(path), extra="hf")
     with path.open("rb") as file:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Reader(content).header()
         except (ValueError, struct.error) as error:
             raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
-        except ImportError as error:
-            raise UserError(f"{path} needs the package gguf: pip install -e '.[hf]'") from error
 
 
 class _Reader:

@@ -1,23 +1,31 @@
-"""Writes a model as a GGUF file, with the modules that llama.cpp drafts with."""
+"""Writes a model as a GGUF file, with the modules that llama.cpp drafts with, and verifies it: the
+file is read back here, and by llama.cpp."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.errors import UserError
-from mtp_lightning.interop import engines, gguf_fields, gguf_tokenizer
-from mtp_lightning.interop.gguf_layout import Entry, Layout, entries, layout_of
+from mtp_lightning.command_line.shell import require_package
+from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_cpp
+from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
+from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.interop.names import plain, to_folder
+from mtp_lightning.interop.verify import TEXT, CheckFailed
+from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
+from mtp_lightning.opening import open_model
 
 # gguf's names of the types, by those of export.py.
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
+_ROUNDED = {TYPES[name]: dtype for name, dtype in DTYPES.items()}
 _BLOCK = 32
 
 
@@ -59,12 +67,11 @@ def write_file(
         UserError: a trunk or a tokenizer that llama.cpp does not compute, or a missing package.
         OSError: for a full disk, among others.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(f"{file} needs the package gguf: pip install -e '.[hf]'") from error
+    require_package("gguf", what=str(file), extra="hf")
+    import gguf
+
     layout = layout_of(model.config)
-    tensors = layout_tensors(layout, model)
+    tensors = _layout_tensors(layout, model)
     words, split = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
     logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it tells every step
     writer = gguf.GGUFWriter(None, layout.arch, use_temp_file=True)
@@ -76,7 +83,7 @@ def write_file(
     for entry in entries(layout):
         if entry.copy:
             continue
-        kind = gguf.GGMLQuantizationType[kind_of(entry, dtype)]
+        kind = gguf.GGMLQuantizationType[_kind_of(entry, dtype)]
         numbers = entry.made_of(tensors).float().contiguous().numpy()
         count += numbers.size
         writer.add_tensor(entry.name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
@@ -84,18 +91,18 @@ def write_file(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    said = [*engines.of_file(layout), *([split] if split else [])]
+    said = [*layout.sentences(), *([split] if split else [])]
     return Written(layout=layout, parameters=count, said=said)
 
 
-def layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
+def _layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
     """The written part of a model in Hugging Face's layout, float32."""
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     _, weights = plain(model.config, weights)
     return to_folder(layout.config, weights, torch.float32)
 
 
-def kind_of(entry: Entry, dtype: str) -> str:
+def _kind_of(entry: GGUFEntry, dtype: str) -> str:
     """The type of a tensor, as llama.cpp's converter chooses it: vectors and routers stay in
     float32, and rows that are not of whole blocks in float16."""
     if len(entry.shape) == 1 or entry.name.endswith("ffn_gate_inp.weight"):
@@ -117,3 +124,58 @@ def _add(writer: Any, fields: dict[str, Any]) -> None:
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
+
+
+def check_file(
+    file: Path, model: MTPModel, tokenizer: Any, written: Written, dtype: str
+) -> Iterator[str]:
+    """Check a file; arguments as of :func:`write_file`, whose result ``written`` is.
+
+    Yields:
+        The results, one line each.
+
+    Raises:
+        CheckFailed: a tensor or the tokenizer is not the model's, or llama.cpp computes something
+            else.
+    """
+    gguf_file.keep_quiet(file)
+    yield check_tensors(file, model, written, dtype)
+    back = open_model(file)
+    text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
+    found, wanted = back.tokenizer.encode(text).tolist(), tokenizer.encode(text).tolist()
+    if found != wanted or back.tokenizer.eot_id != tokenizer.eot_id:
+        raise CheckFailed(f"the tokenizer in {file} gives {found[:8]}..., not {wanted[:8]}...")
+    yield f"its tokenizer gives the same {len(wanted)} ids for a text"
+    if llama_cpp.is_there():
+        yield from llama_cpp.check(file, back.model, tokenizer, dtype=dtype, context=back.seq_len)
+    else:
+        yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
+
+
+def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> str:
+    """Check that the tensors, read back, are the model's: rounded once, or of Q8_0 within a step.
+
+    Raises:
+        CheckFailed: one is not.
+    """
+    own = _layout_tensors(written.layout, model)
+    fields, _, parts = gguf_file.read(file, read_header(file))
+    found = {name: part.read() for name, part in parts.items()}
+    held = [entry for entry in entries(written.layout) if entry.parts and not entry.copy]
+    names = {name for entry in held for name in entry.parts}
+    for name in names ^ found.keys():
+        raise CheckFailed(f"{name} is {'missing' if name in names else 'unknown'} in {file}.")
+    for entry in held:
+        wanted, got = entry.made_of(own), entry.made_of(found)
+        if not _equal(wanted, got, _kind_of(entry, dtype)):
+            raise CheckFailed(f"{entry.name} in {file} is not the model's tensor.")
+    return f"{len(held)} tensors, read back, are the model's ({fields['model_type']})"
+
+
+def _equal(wanted: Tensor, found: Tensor, kind: str) -> bool:
+    if kind != "Q8_0":
+        return torch.equal(found, wanted.to(_ROUNDED[kind]).float())
+    blocks = F.pad(wanted, (0, -wanted.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    apart = (found - wanted).abs().unflatten(-1, (-1, 32))
+    return bool((apart <= step).all())

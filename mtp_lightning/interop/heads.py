@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, tensor_files
-from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -76,7 +76,7 @@ def write(
 def read(
     folder: Path,
     trunk: TrunkConfig,
-    embedding: Part | None = None,
+    embedding: StoredTensor | None = None,
     *,
     allow: Collection[str] = (),
 ) -> tuple[MTPConfig, Mapping[str, Stored | Tensor]]:

@@ -8,14 +8,14 @@ training does not leave it that way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from mtp_lightning.interop.names import weight_map
-from mtp_lightning.interop.parts import Part, equal
+from mtp_lightning.interop.tensor_files import StoredTensor, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.config import TrunkConfig
 
@@ -67,7 +67,7 @@ class Module:
         return ", ".join(f"{count} {state}" for state, count in counts.most_common())
 
 
-def take_inventory(config: ModelConfig, parts: Mapping[str, Part]) -> list[Module]:
+def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> list[Module]:
     """The modules of a layout, and the states of all their tensors.
 
     Args:
@@ -93,7 +93,9 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, Part]) -> list[Modul
         elif place.copy and not place.parts[0][0].startswith("lm_head"):
             # Copies of embedding and head may be left out.
             name, _ = place.parts[0]
-            own = parts.get(_source(place.own, parts))
+            # A tied head is the embedding.
+            tied = place.own != "head.weight" or "lm_head.weight" not in parts
+            own = parts.get("model.embed_tokens.weight" if tied else "lm_head.weight")
             depth = int(name.split(".")[2]) - config.trunk.n_layers + 1
             if name in parts and own is not None and not equal(parts[name].read(), own.read()):
                 modules[depth][name] = "different"
@@ -103,12 +105,6 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, Part]) -> list[Modul
         if names and len(names) == len(matrices):  # a whole block that was never trained
             modules[depth] |= dict.fromkeys(names, "copied")
     return [Module(depth=k, states=states) for k, states in modules.items()]
-
-
-def _source(own: str, names: Container[str]) -> str:
-    """The trunk's tensor that is copied; a tied head is the embedding."""
-    head = own == "head.weight" and "lm_head.weight" in names
-    return "lm_head.weight" if head else "model.embed_tokens.weight"
 
 
 def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...], trunk: TrunkConfig) -> State:

@@ -159,13 +159,14 @@ def check(
         for prompt, n in zip(prompts, lengths, strict=True)
         for text in generate(model, [prompt], max_new_tokens=n, eot_id=None, draft_depth=1)
     ]
-    ours = _share(sum(text.drafts_accepted[0] for text in own), sum(text.drafts for text in own))
-    found = _share(sum(text.accepted for text in drafted), sum(text.drafted for text in drafted))
+    n_ours, n_found = sum(text.drafts for text in own), sum(text.drafted for text in drafted)
+    ours = sum(text.drafts_accepted[0] for text in own) / max(n_ours, 1)
+    found = sum(text.accepted for text in drafted) / max(n_found, 1)
     line = (
-        f"llama.cpp accepts {found[0]:.1%} of its {found[1]} drafts (draft-mtp), this project "
-        f"{ours[0]:.1%} of {ours[1]}"
+        f"llama.cpp accepts {found:.1%} of its {n_found} drafts (draft-mtp), this project "
+        f"{ours:.1%} of {n_ours}"
     )
-    if dtype == "float32" and abs(found[0] - ours[0]) > _ACCEPTANCE:
+    if dtype == "float32" and abs(found - ours) > _ACCEPTANCE:
         raise CheckFailed(f"{line}: the MTP module in {file} computes something else.")
     yield line
 
@@ -192,7 +193,3 @@ def _compared(model: MTPModel, prompt: Sequence[int], said: Continued) -> tuple[
     if said.logprobs is not None:
         apart = (chosen - torch.tensor(said.logprobs)).abs().maximum(apart)
     return apart, own.std(-1)
-
-
-def _share(accepted: int, made: int) -> tuple[float, int]:
-    return accepted / max(made, 1), made

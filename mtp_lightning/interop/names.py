@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.parts import Assembled, Part, equal
+from mtp_lightning.interop.tensor_files import Assembled, StoredTensor, equal
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
@@ -33,23 +34,58 @@ from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.opening import Stored, require_fitting
 
-# This project's names of a module's parts, and the layouts' names.
-_DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
-MIMO = {
-    "enorm": "token_layernorm",
-    "hnorm": "hidden_layernorm",
-    "eh_proj": "input_proj",
-    "norm": "final_layernorm",
-}
 _EMBEDDING, _HEAD = "trunk.embedding.weight", "head.weight"
 # Tables next to the weights in old checkpoints, which follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
-def adds_weights(config: ModelConfig) -> bool:
-    """Whether a model's depths have weights of their own, besides estimates of acceptance."""
-    bare = replace(config, mtp=replace(config.mtp, confidence=False))
-    return bare.num_params() > bare.num_trunk_params()
+@dataclass(frozen=True)
+class ModuleLayout:
+    """How a folder holds MTP modules.
+
+    Attributes:
+        title: the model whose layout it is.
+        names: the layout's names for a module's two input norms, its projection and output norm.
+        stack: the modules that it holds, one of them.
+        apart: whether they are numbered on their own, rather than after the trunk's layers, and
+            come without copies of embedding and head.
+    """
+
+    title: str
+    names: Mapping[str, str]
+    stack: SequentialConfig
+    apart: bool = False
+
+    def prefix(self, n_layers: int, index: int) -> str:
+        """Prefix of the names of a module's tensors; ``index`` counts from 0."""
+        return f"model.mtp_layers.{index}." if self.apart else f"model.layers.{n_layers + index}."
+
+    def of_depth(self, depth: int) -> MTPConfig:
+        """What a folder's modules compute."""
+        return replace(self.stack, depth=depth) if depth else NoMTPConfig()
+
+
+DEEPSEEK = ModuleLayout(
+    "DeepSeek-V3",
+    {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"},
+    SequentialConfig(depth=1),
+)
+MIMO = ModuleLayout(
+    "MiMo",
+    {
+        "enorm": "token_layernorm",
+        "hnorm": "hidden_layernorm",
+        "eh_proj": "input_proj",
+        "norm": "final_layernorm",
+    },
+    SequentialConfig(depth=1, input_norm="pre", concat="hidden_first"),
+    apart=True,
+)
+
+
+def module_layout(model_type: str) -> ModuleLayout:
+    """The layout of the modules in a folder of a model type."""
+    return MIMO if model_type == "mimo" else DEEPSEEK
 
 
 def has_layout(config: ModelConfig) -> bool:
@@ -75,6 +111,12 @@ def has_layout(config: ModelConfig) -> bool:
     return layers != ("latent", "dense")
 
 
+def has_extra_file(config: ModelConfig) -> bool:
+    """Whether a model's stack has weights, besides estimates of acceptance, but no layout."""
+    bare = replace(config, mtp=replace(config.mtp, confidence=False))
+    return bare.num_params() > bare.num_trunk_params() and not has_layout(config)
+
+
 def is_mimo(config: ModelConfig) -> bool:
     """Whether a model has MiMo's layout: a Qwen2 trunk, and modules that read the state before the
     final norm."""
@@ -90,11 +132,6 @@ def is_mimo(config: ModelConfig) -> bool:
     )
 
 
-def mimo_stack(depth: int) -> SequentialConfig:
-    """MiMo's stack."""
-    return SequentialConfig(depth=depth, input_norm="pre", concat="hidden_first")
-
-
 def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The same model with its modules in their layout's form: one per depth, with the embedding
     first, or for MiMo the state first."""
@@ -106,7 +143,7 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
         first = {n: t for n, t in weights.items() if n.startswith("mtp.depths.0.")}
         for k in range(1, mtp.depth):
             weights.update({n.replace(".0.", f".{k}.", 1): t for n, t in first.items()})
-    stack = mimo_stack(mtp.depth) if is_mimo(config) else SequentialConfig(depth=mtp.depth)
+    stack = replace((MIMO if is_mimo(config) else DEEPSEEK).stack, depth=mtp.depth)
     if mtp.concat != stack.concat:
         for k in range(mtp.depth):
             name = f"mtp.depths.{k}.eh_proj.weight"
@@ -136,19 +173,18 @@ def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:
     yield renamed(_HEAD, "lm_head.weight", wide, copy=trunk.tie_embeddings)
     if not isinstance(mtp, SequentialConfig):
         return
-    mimo = is_mimo(config)
-    names = MIMO if mimo else _DEEPSEEK
+    layout = MIMO if is_mimo(config) else DEEPSEEK
     for k in range(mtp.depth):
-        own, theirs = f"mtp.depths.{k}.", mtp_prefix(config, k)
-        if not mimo:
+        own, theirs = f"mtp.depths.{k}.", layout.prefix(trunk.n_layers, k)
+        if not layout.apart:
             yield renamed(_EMBEDDING, f"{theirs}embed_tokens.weight", wide, copy=True)
-        yield from module_weights(trunk, own, theirs, names)
-        if not mimo:
+        yield from module_weights(trunk, own, theirs, layout)
+        if not layout.apart:
             yield renamed(_HEAD, f"{theirs}shared_head.head.weight", wide, copy=True)
 
 
 def module_weights(
-    trunk: TrunkConfig, own: str, theirs: str, names: Mapping[str, str]
+    trunk: TrunkConfig, own: str, theirs: str, layout: ModuleLayout
 ) -> Iterator[MappedWeight]:
     """The tensors of one sequential module.
 
@@ -156,21 +192,15 @@ def module_weights(
         trunk: config of the trunk.
         own: prefix of the names here.
         theirs: prefix of the names in the layout.
-        names: the layout's names for the two input norms, the projection and the output norm.
+        layout: how the folder holds modules.
     """
+    names = layout.names
     vector, square = (trunk.d_model,), (trunk.d_model, 2 * trunk.d_model)
     for norm in ("enorm", "hnorm"):
         yield renamed(f"{own}{norm}.weight", f"{theirs}{names[norm]}.weight", vector)
     yield renamed(f"{own}eh_proj.weight", f"{theirs}{names['eh_proj']}.weight", square)
     yield from _block(trunk, None, f"{own}block.", theirs)
     yield renamed(f"{own}norm.weight", f"{theirs}{names['norm']}.weight", vector)
-
-
-def mtp_prefix(config: ModelConfig, index: int) -> str:
-    """Prefix of the names of a module's tensors; ``index`` counts from 0."""
-    if is_mimo(config):
-        return f"model.mtp_layers.{index}."
-    return f"model.layers.{config.trunk.n_layers + index}."
 
 
 def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iterator[MappedWeight]:
@@ -210,7 +240,7 @@ def pieces(
 
 
 def from_folder(
-    places: Iterable[MappedWeight], tensors: Mapping[str, Part], *, source: str
+    places: Iterable[MappedWeight], tensors: Mapping[str, StoredTensor], *, source: str
 ) -> dict[str, Stored]:
     """This project's weights, from a folder's tensors, of which only copies are read.
 
@@ -225,7 +255,7 @@ def from_folder(
         message=f"The tensors in {source} do not match its config.json",
     )
     weights: dict[str, Stored] = {}
-    single: dict[str, Part] = {}
+    single: dict[str, StoredTensor] = {}
     for place in needed:
         parts = tuple(tensors[name] for name, _ in place.parts if name in tensors)
         if place.copy:

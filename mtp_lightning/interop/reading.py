@@ -16,12 +16,9 @@ from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.gguf_reader import Header, read_header
-from mtp_lightning.interop.names import from_folder, mimo_stack, weight_map
-from mtp_lightning.interop.parts import Part
+from mtp_lightning.interop.names import from_folder, module_layout, weight_map
+from mtp_lightning.interop.tensor_files import StoredTensor
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.opening import Stored, StoredModel, pretrained_state, require_held
 from mtp_lightning.parts import is_gguf
 
@@ -53,7 +50,7 @@ def describe(
         fields, tensors = contents(path)
         depth = _mtp_layers(fields, tensors)
         trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
-        config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
+        config = ModelConfig(trunk=trunk, mtp=module_layout(fields["model_type"]).of_depth(depth))
     require_held(config, tensors, source=str(path))
     found = from_folder(weight_map(config), tensors, source=str(path))
     weights: dict[str, Stored | Tensor] = dict(found)
@@ -86,7 +83,7 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
     )
 
 
-def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Part]]:
+def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The fields of a folder's config.json, whose kind of model is known here, and its tensors,
     unread; errors as :func:`describe`."""
     source, fields = str(folder / CONFIG), read_json(folder / CONFIG)
@@ -140,7 +137,7 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
 
 
-def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Part]:
+def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, StoredTensor]:
     """All tensors of a folder, as they are stored and unread.
 
     Args:
@@ -151,7 +148,7 @@ def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str,
         FileNotFoundError: as :func:`files_of`.
         UserError: likewise; or a damaged file, or a tensor that is quantized.
     """
-    tensors: dict[str, Part] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, promised in files_of(folder).items():
         found, _ = tensor_files.parts(file)
         if promised is not None and promised != found.keys():
@@ -170,18 +167,11 @@ def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str,
     return tensors
 
 
-def stack_of(fields: dict[str, Any], depth: int) -> MTPConfig:
-    """What the MTP layers of a layout compute."""
-    if not depth:
-        return NoMTPConfig()
-    return mimo_stack(depth) if fields["model_type"] == "mimo" else SequentialConfig(depth=depth)
-
-
 def _mtp_layers(fields: dict[str, Any], tensors: Collection[str]) -> int:
     """MTP layers among the tensors: all that config.json declares, or none."""
     declared = config_reading.declared_depth(fields)
     first = fields.get("num_hidden_layers")
     if not declared or not isinstance(first, int):
         return 0
-    prefix = "model.mtp_layers.0." if fields["model_type"] == "mimo" else f"model.layers.{first}."
+    prefix = module_layout(fields["model_type"]).prefix(first, 0)
     return declared if any(name.startswith(prefix) for name in tensors) else 0

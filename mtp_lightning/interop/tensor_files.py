@@ -1,21 +1,92 @@
-"""Safetensors files: plain tensors, from which no reader can execute anything."""
+"""Tensors of files that are read when needed, so that a model is filled one tensor at a time.
+
+Holding all of a model's tensors next to the model that they fill would double its memory. The files
+of this module are those of safetensors: plain tensors, from which no reader can execute anything.
+"""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.parts import Part
+from mtp_lightning.nn.weight_map import MappedWeight
+from mtp_lightning.nn.weight_scales import WeightScales
+from mtp_lightning.opening import Stored
 
 
-class FilePart(Part):
+class StoredTensor(Stored):
+    """One tensor of a file.
+
+    Attributes:
+        dtype: the stored dtype.
+    """
+
+    dtype: torch.dtype
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """The values, to be used and released: they may be in the file's pages."""
+
+    def copy_to(self, target: Tensor) -> None:
+        target.copy_(self.read())
+
+
+@dataclass(frozen=True)
+class Assembled(Stored):
+    """A tensor of this project, assembled from those of a layout.
+
+    Attributes:
+        mapped: the names and shapes of the parts, and how they are stacked.
+        parts: the tensors of the layout, in that order.
+    """
+
+    mapped: MappedWeight
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        (rows, *rest) = self.parts[0].shape
+        rows = sum(part.shape[0] for part in self.parts)
+        stacked = self.mapped.stacked
+        return torch.Size((rows, *rest) if stacked is None else (stacked, rows // stacked, *rest))
+
+    def copy_to(self, target: Tensor) -> None:
+        rows = target if self.mapped.stacked is None else target.flatten(0, 1)
+        assert rows.data_ptr() == target.data_ptr()
+        order = self.mapped.order
+        where = None if order is None else torch.tensor(order).argsort()
+        at = 0
+        for part in self.parts:
+            own = slice(at, at + part.shape[0])
+            if where is None:
+                part.copy_to(rows[own])
+            else:
+                rows[where[own]] = part.read().to(rows.dtype)
+            at = own.stop
+
+    def scales(self) -> WeightScales | None:
+        found = [each for part in self.parts if (each := part.scales()) is not None]
+        if self.mapped.stacked is not None or len(found) < len(self.parts):
+            return None
+        return WeightScales.joined(found, self.mapped.order)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, in any stored dtype."""
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())
+
+
+class SafeTensor(StoredTensor):
     """A tensor of a safetensors file. The file is mapped again for every read, since the pages of a
     map stay in memory as long as the map.
 
@@ -39,7 +110,7 @@ class FilePart(Part):
             return found
 
 
-def parts(file: Path) -> tuple[dict[str, Part], dict[str, str]]:
+def parts(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of one file, unread, and its metadata.
 
     Raises:
@@ -48,19 +119,21 @@ def parts(file: Path) -> tuple[dict[str, Part], dict[str, str]]:
     """
     with _opened(file) as content:
         names = content.keys()
-        found: dict[str, Part] = {
-            name: FilePart(file, name, content.get_tensor(name)) for name in names
+        found: dict[str, StoredTensor] = {
+            name: SafeTensor(file, name, content.get_tensor(name)) for name in names
         }
         return found, content.metadata() or {}
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    library = _library()
+    _require_library()
+    import safetensors
+
     try:
-        with library.safe_open(file, "pt") as content:
+        with safetensors.safe_open(file, "pt") as content:
             yield content
-    except library.SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise UserError(f"{file} is damaged or not a safetensors file: {error}.") from error
 
 
@@ -71,7 +144,7 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         UserError: if the package is missing.
         OSError: for a full disk, among others.
     """
-    _library()
+    _require_library()
     from safetensors.torch import save
 
     # The library refuses tensors that share memory, such as copies of the embedding.
@@ -91,11 +164,5 @@ def write_folder(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor
     write(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
-def _library() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise UserError(
-            "Files of safetensors need the package safetensors: pip install -e '.[hf]'"
-        ) from error
-    return safetensors
+def _require_library() -> None:
+    require_package("safetensors", what="A file of safetensors", extra="hf")

@@ -19,10 +19,10 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
-from mtp_lightning.interop.names import in_layers, to_folder
+from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import describe, parts_of
 from mtp_lightning.interop.transformers_model import Loaded, import_transformers
-from mtp_lightning.interop.writing import DTYPES, has_extra_file
+from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import Stored, build_model
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.interop import config_json, heads, tensor_files
-from mtp_lightning.interop.names import adds_weights, has_layout, in_layers, to_folder
+from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
-from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import MTPModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,11 +90,6 @@ def write_folder(
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         shards=n_shards,
     )
-
-
-def has_extra_file(config: ModelConfig) -> bool:
-    """Whether a model's stack has weights, but no Hugging Face layout."""
-    return adds_weights(config) and not has_layout(config)
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None:

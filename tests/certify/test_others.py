@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.certify.certificate import Certificate
-from mtp_lightning.certify.others import PROGRAMS, Count, Program, Way, compare_others
+from mtp_lightning.certify.others import PROGRAMS, Count, OtherProgram, Way, compare_others
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
 
@@ -24,7 +24,7 @@ def test_texts_that_differ_from_the_programs_own_plain_ones_are_counted(
         return [*plain(prompts, length)[:-1], [0] * length]
 
     ways = [Way("p 1", "fp32", "plain", plain), Way("p 1", "fp32", "drafts", wrong_once)]
-    program = Program("json", "none", lambda path: True, "anything", lambda path: iter([ways]))
+    program = OtherProgram("json", "none", lambda path: True, "anything", lambda path: iter([ways]))
     monkeypatch.setitem(PROGRAMS, "p", program)
     (count,) = compare_others(["p"], Path("mine"), PROMPTS, 4)
     assert (count.texts, count.equal, count.way.name) == (3, 2, "drafts")

@@ -15,7 +15,7 @@ from mtp_lightning.apps import doctor as apps_doctor
 from mtp_lightning.interop import agreement, doctor
 from mtp_lightning.interop.inventory import has_initial_size, is_fresh, take_inventory
 from mtp_lightning.interop.reading import contents
-from mtp_lightning.interop.tensor_files import FilePart
+from mtp_lightning.interop.tensor_files import SafeTensor
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import open_model
 from tests import deepseek
@@ -204,8 +204,8 @@ def test_the_inventory_reads_a_modules_tensors_once(
     folders.write(tmp_path, model)
     _, parts = contents(tmp_path)
     reads: list[str] = []
-    read = FilePart.read
-    monkeypatch.setattr(FilePart, "read", lambda part: reads.append(part.name) or read(part))
+    read = SafeTensor.read
+    monkeypatch.setattr(SafeTensor, "read", lambda part: reads.append(part.name) or read(part))
     take_inventory(model.config, parts)
     layer = f"model.layers.{model.config.trunk.n_layers}."
     assert sorted(n for n in reads if n.startswith(layer)) == sorted(

@@ -17,7 +17,7 @@ from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import gguf_tokenizer, gguf_verify, llama_cpp, reading
+from mtp_lightning.interop import gguf_tokenizer, gguf_writing, llama_cpp, reading
 from mtp_lightning.interop.gguf_layout import layout_of
 from mtp_lightning.interop.gguf_reader import Header, read_header
 from mtp_lightning.interop.gguf_writing import Written, write_file
@@ -142,7 +142,7 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
     file = tmp_path / "m.gguf"
     model = models.build(TRUNKS[name], SequentialConfig(depth=1))
     written = write(file, model, dtype)
-    assert "tensors, read back, are the model's" in gguf_verify.check_tensors(
+    assert "tensors, read back, are the model's" in gguf_writing.check_tensors(
         file, model, written, dtype
     )
     held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
@@ -164,7 +164,7 @@ def test_tensors_are_rounded_once(name: str, dtype: str, tmp_path: Path) -> None
     with torch.no_grad():  # another model, by about a step of 8 bits
         model.mtp.state_dict()["depths.0.eh_proj.weight"][3, 5] += 0.05
     with pytest.raises(CheckFailed, match="nextn.eh_proj.weight in .* is not the model's"):
-        gguf_verify.check_tensors(file, model, written, dtype)
+        gguf_writing.check_tensors(file, model, written, dtype)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-wide-heads", "qwen2", "qwen3"])
@@ -292,6 +292,8 @@ def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> 
         ("glm4moe.attention.head_count", [4, 4, 4], "head_count=.4, 4, 4., which is not a count"),
         ("glm4moe.attention.key_length", 0, "d_head"),
         ("glm4moe.nextn_predict_layers", 1 << 30, "n_layers|num_nextn_predict_layers"),
+        ("glm4moe.attention.key_length", 1 << 40, "forged: it says head_dim"),
+        ("glm4moe.leading_dense_block_count", 1 << 40, "forged: it says first_k_dense_replace"),
         ("mtp_lightning.trunk", "deepseek_v3", "does not belong to the architecture"),
         ("general.architecture", "bert", "bert, which cannot be imported"),
     ],
