@@ -101,10 +101,8 @@ class Checkpoints(RunCallback, Checkpoint):
         self._old_handler: Any = None
         self._interrupted = False
         self._terminated = False
-        # Whether the newest save is the best but does not have that name yet.
-        self._is_new_best = False
-        # Whether the newest save is to be kept under its own name but does not have it yet.
-        self._to_keep = False
+        # Further names that the newest save gets once it has its own.
+        self._names: set[str] = set()
 
     @property
     def last_path(self) -> Path:
@@ -130,11 +128,10 @@ class Checkpoints(RunCallback, Checkpoint):
         stops at once."""
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
-        self._interrupted = self._terminated = self._is_new_best = False
+        self._interrupted = self._terminated = False
         # A run that was killed between the two saves of a step has not kept that step yet.
-        step = trainer.global_step
-        kept = (self.folder / kept_at(step)).exists()
-        self._to_keep = step in self.keep_steps and self.last_path.exists() and not kept
+        kept = self._names_of(trainer.global_step) if self.last_path.exists() else set()
+        self._names = {name for name in kept if not (self.folder / name).exists()}
         if not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
@@ -183,7 +180,7 @@ class Checkpoints(RunCallback, Checkpoint):
         if improved or self._due(trainer):
             self._save(trainer)
         if improved:
-            self._is_new_best = True
+            self._names.add(BEST)
             self._add_links(trainer, wait=False)
         self._end_if_terminated(trainer)
 
@@ -273,7 +270,7 @@ class Checkpoints(RunCallback, Checkpoint):
             trainer.save_checkpoint(self.last_path, weights_only=False)
         self._last_is_good = True
         self._saved_step = trainer.global_step
-        self._to_keep = trainer.global_step in self.keep_steps
+        self._names = self._names_of(trainer.global_step)
         self._add_links(trainer, wait=False)
 
     def _add_links(self, trainer: pl.Trainer, *, wait: bool) -> None:
@@ -282,13 +279,12 @@ class Checkpoints(RunCallback, Checkpoint):
         strategy = trainer.strategy
         if isinstance(strategy, WritesBeside) and not strategy.settled(wait=wait):
             return
-        if trainer.is_global_zero:
-            if self._is_new_best:
-                link_or_copy(self.last_path, self.best_path)
-            if self._to_keep:
-                assert self._saved_step is not None
-                link_or_copy(self.last_path, self.folder / kept_at(self._saved_step))
-        self._is_new_best = self._to_keep = False
+        for name in self._names if trainer.is_global_zero else ():
+            link_or_copy(self.last_path, self.folder / name)
+        self._names = set()
+
+    def _names_of(self, step: int) -> set[str]:
+        return {kept_at(step)} if step in self.keep_steps else set()
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         self._interrupted = True

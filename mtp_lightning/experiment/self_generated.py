@@ -25,8 +25,9 @@ from data_modules.sources.base import Source, digest
 from data_modules.store_builder import keep_store, progress, write_documents
 from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer
+from mtp_lightning.command_line.vetting import check_settings
 from mtp_lightning.decoding.generate import generate
-from mtp_lightning.decoding.precision import ACTIVATIONS, use_activations
+from mtp_lightning.decoding.precision import use_activations
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
@@ -34,7 +35,6 @@ from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.runtime import pick_accelerator
-from mtp_lightning.settings import require_choice, require_number, require_whole
 
 
 class SelfGenerated(TokenDataModule):
@@ -95,18 +95,6 @@ class SelfGenerated(TokenDataModule):
         **options: Any,
     ) -> None:
         super().__init__(prompts, tokenizer, **options)
-        require_whole("data.n_prompts", n_prompts, least=2)
-        require_whole("data.prompt_tokens", prompt_tokens, least=1)
-        require_whole("data.new_tokens", new_tokens, least=1)
-        require_whole("data.sample_seed", sample_seed, least=0)
-        require_whole("data.decode_batch_size", decode_batch_size, least=1)
-        require_number("data.chat_share", chat_share, least=0, most=1)
-        if chat_share and not chat_after:
-            raise UserError(
-                f"data.chat_share={chat_share} needs the model's chat format: give "
-                "data.chat_before and data.chat_after, its texts before a question and between a "
-                "question and the answer."
-            )
         self.sampling = Sampling(temperature=temperature, top_p=top_p)
         self.model = model
         self.n_prompts = n_prompts
@@ -115,10 +103,17 @@ class SelfGenerated(TokenDataModule):
         self.sample_seed = sample_seed
         self.decode_batch_size = decode_batch_size
         self.accelerator = accelerator
-        self.activations = require_choice("data.activations", activations, ACTIVATIONS)
+        self.activations = activations
         self.chat_share = chat_share
         self.chat = (chat_before or "", chat_after or "")
         self.weights = weights
+        check_settings(self, "data")
+        if chat_share and not chat_after:
+            raise UserError(
+                f"data.chat_share={chat_share} needs the model's chat format: give "
+                "data.chat_before and data.chat_after, its texts before a question and between a "
+                "question and the answer."
+            )
 
     def found(self) -> dict[str, Any]:
         """The settings found, including the model's digest: with it the model need not be read."""
