@@ -12,9 +12,8 @@ from mtp_lightning.parts import on_demand
 
 if TYPE_CHECKING:
     from data_modules.corpora.huggingface import HuggingFaceSource
-    from data_modules.corpora.literature import LiteratureSource
+    from data_modules.corpora.literature import LiteratureSource, ShakespeareSource
     from data_modules.corpora.packages import PackagesSource
-    from data_modules.corpora.shakespeare import ShakespeareSource
 
 __all__ = ["HuggingFaceSource", "LiteratureSource", "PackagesSource", "ShakespeareSource"]
 
