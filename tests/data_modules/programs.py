@@ -14,10 +14,6 @@ import data_modules
 def start(code: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
     """A program with these arguments, whose output is read."""
     root = str(Path(data_modules.__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": root},
-        **options,
-    )
+    command, env = [sys.executable, "-c", code, *map(str, arguments)], {"PYTHONPATH": root}
+    pipes = {"stdout": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, env=os.environ | env, **pipes)

@@ -23,15 +23,9 @@ def measured(documents: list[tuple[str, str]], **options) -> float | None:
 
 
 def brute_force(documents: list[tuple[str, str]]) -> float | None:
-    lines = {
-        name: [
-            text.strip()
-            for split, document in documents
-            for text in document.splitlines()
-            if split == name and len(text.strip()) >= 32
-        ]
-        for name in ("train", "val")
-    }
+    lines: dict[str, list[str]] = {"train": [], "val": []}
+    for split, document in documents:
+        lines[split] += [t.strip() for t in document.splitlines() if len(t.strip()) >= 32]
     known = set(lines["train"])
     seen = [text in known for text in lines["val"]]
     return sum(seen) / len(seen) if seen else None

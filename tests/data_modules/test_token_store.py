@@ -95,16 +95,11 @@ def test_half_a_character_is_named(tmp_path):
 
 def test_other_options_have_other_stores(tmp_path):
     documents = [f"text {i}" for i in range(100)]
-    stores = {
-        store_of(documents, tmp_path).folder,
-        store_of(documents, tmp_path, val_fraction=0.2).folder,
-        store_of(documents, tmp_path, seed=3).folder,
-        store_of(documents[1:], tmp_path).folder,
-        store_of(documents, tmp_path, tokenizer=BPETokenizer(270)).folder,
-        store_of(documents, tmp_path, tokenizer=BPETokenizer(271)).folder,
-    }
-    assert len(stores) == 6
-    assert store_of(documents, tmp_path).folder in stores
+    others = [{}, {"val_fraction": 0.2}, {"seed": 3}]
+    others += [{"tokenizer": BPETokenizer(n)} for n in (270, 271)]
+    stores = {store_of(documents, tmp_path, **other).folder for other in others}
+    stores.add(store_of(documents[1:], tmp_path).folder)
+    assert len(stores) == 6 and store_of(documents, tmp_path).folder in stores
 
 
 def test_cache_folder_order(tmp_path, monkeypatch):

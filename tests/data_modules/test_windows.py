@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,16 +61,11 @@ def test_mask_against_brute_force_over_random_packings(data):
     scored = data.draw(st.none() | st.lists(flags, min_size=rows, max_size=rows))
     batch = batch_of(tokens, depth, documents, scored)
     for k in range(depth + 1):
-        expected = [
-            [
-                tokens[r][i + k + 1]
-                if len(set(documents[r][i : i + k + 2])) == 1
-                and (scored is None or scored[r][i + k + 1])
-                else IGNORE_INDEX
-                for i in range(seq_len)
-            ]
-            for r in range(rows)
-        ]
+        expected = [[IGNORE_INDEX] * seq_len for _ in range(rows)]
+        for r, i in product(range(rows), range(seq_len)):
+            one_document = len(set(documents[r][i : i + k + 2])) == 1
+            if one_document and (scored is None or scored[r][i + k + 1]):
+                expected[r][i] = tokens[r][i + k + 1]
         assert batch.targets(k).tolist() == expected
         assert batch.counts()[k] == sum(t != IGNORE_INDEX for row in expected for t in row)
         assert torch.equal(batch.valid(k), batch.targets(k) != IGNORE_INDEX)

@@ -9,15 +9,9 @@ import pytest
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    assert_equal,
-    checkpoint,
-    column,
-    train_apart,
-    train_here,
-    typed,
-)
+from tests.integration.helpers import assert_equal, checkpoint, column, train_here, typed
 from tests.integration.several import run_all
 
 # A validation at every step would hide whether the place in the data is right: 1.5 kB are epochs of
@@ -71,7 +65,7 @@ def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_
 @pytest.mark.slow
 def test_a_branch_with_nothing_changed_equals_its_run(long, cache, tmp_path):
     # As one types it: what looks at paths before torch is there knows RUN@STEP.
-    train_apart(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@12"})
+    helpers.train_apart(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@12"})
     assert_same_end(tmp_path / "same", long)
 
 

@@ -12,18 +12,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.errors import UserError
 from sweeps.report.read import read_run
-from tests.integration.helpers import (
-    DDP,
-    assert_equal,
-    column,
-    rows,
-    summary_of,
-    train_apart,
-    train_here,
-    train_with,
-    typed,
-    weights,
-)
+from tests.integration import helpers
+from tests.integration.helpers import DDP, column, rows, summary_of, train_here, train_with, typed
 
 # Nothing gets better by that much.
 EARLY = typed(
@@ -65,7 +55,7 @@ def test_a_value_of_the_first_process_alone_is_monitored_by_all(tmp_path, cache)
         "callbacks.early_stopping.patience=1 data.seq_len=32 "
         "callbacks.speculative_eval.new_tokens=8 callbacks.speculative_eval.n_prompts=2"
     )
-    assert "Warning" not in train_apart(tmp_path, cache, DDP | EARLY | settings).stderr
+    assert "Warning" not in helpers.train_apart(tmp_path, cache, DDP | EARLY | settings).stderr
     assert summary_of(tmp_path)["step"] == 4 and (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
@@ -148,7 +138,7 @@ def test_what_is_kept_of_a_run_that_has_ended_well(tmp_path, cache, once, kept):
         assert set(files) == {"last.ckpt", "best.ckpt"}
         assert files["last.ckpt"] < 0.6 * (whole / "checkpoints" / "last.ckpt").stat().st_size
         for name in files:
-            assert_equal(weights(whole, name), weights(small, name))
+            helpers.assert_equal(helpers.weights(whole, name), helpers.weights(small, name))
         same = [(run / "checkpoints" / name) for run in (whole, small) for name in files]
         assert same[0].samefile(same[1]) == same[2].samefile(same[3])
         told = "holds the weights alone"

@@ -24,14 +24,8 @@ def unread(args: list[str], *, both: bool = False) -> tuple[int, str]:
     read, write = os.pipe()
     os.close(read)
     try:
-        done = subprocess.run(
-            args,
-            stdout=write,
-            stderr=write if both else subprocess.PIPE,
-            timeout=240,
-            env=environment(),
-            cwd=ROOT,
-        )
+        pipes = {"stdout": write, "stderr": write if both else subprocess.PIPE}
+        done = subprocess.run(args, timeout=240, env=environment(), cwd=ROOT, **pipes)
     finally:
         os.close(write)
     return done.returncode, "" if both else done.stderr.decode()

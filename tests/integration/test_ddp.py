@@ -7,22 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.helpers import (
-    DDP,
-    assert_near_rows,
-    assert_same_run,
-    checkpoint,
-    column,
-    command,
-    evaluated,
-    kill_at,
-    rows,
-    summary_of,
-    train_apart,
-    train_here,
-    typed,
-    weights,
-)
+from tests.integration import helpers
+from tests.integration.helpers import DDP, assert_near_rows, column, train_apart, typed, weights
 
 # Of all validation windows: also batches that do not divide evenly.
 COMMON = typed(
@@ -54,12 +40,12 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     common = COMMON | CASES[case]
     shared = SPLIT if case == "mask" else {"data.batch_size": SIZES[case] // 2}
     done = train_apart(tmp_path / "two", cache, common | shared | DDP)
-    train_here(tmp_path / "one", cache, common | {"data.batch_size": SIZES[case]})
+    helpers.train_here(tmp_path / "one", cache, common | {"data.batch_size": SIZES[case]})
     assert_near_rows(tmp_path / "two", tmp_path / "one")
-    assert len(rows(tmp_path / "one")) == common["trainer.max_steps"]
+    assert len(helpers.rows(tmp_path / "one")) == common["trainer.max_steps"]
     left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
     torch.testing.assert_close(left_weights, right_weights, rtol=1e-6, atol=1e-8)
-    left_summary, right_summary = (summary_of(tmp_path / name) for name in ("two", "one"))
+    left_summary, right_summary = (helpers.summary_of(tmp_path / name) for name in ("two", "one"))
     for key in ("tokens", "flops", "step", "parameters"):
         assert left_summary[key] == right_summary[key] > 0, key
     assert left_summary["world_size"] == 2
@@ -68,7 +54,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     # One process evaluates what two did, to the last bit.
     last = tmp_path / "two" / "checkpoints" / "last.ckpt"
     given = [f"paths.cache_dir={cache}", "long_range=false", "decode.n_prompts=0"]
-    again = evaluated(last, *given)
+    again = helpers.evaluated(last, *given)
     for key in (k for k in right_summary if k.startswith("val/") or k == "evaluation"):
         assert again[key] == left_summary[key], key
     # One process writes: one table, and no files of a second run.
@@ -89,7 +75,7 @@ def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
         "callbacks.checkpoints.every_n_steps=10"
     )
     train_apart(tmp_path / "whole", cache, common)
-    kill_at(command(tmp_path / "killed", cache, common), tmp_path / "killed", 25)
-    assert checkpoint(tmp_path / "killed")["global_step"] < 100
+    helpers.kill_at(helpers.command(tmp_path / "killed", cache, common), tmp_path / "killed", 25)
+    assert helpers.checkpoint(tmp_path / "killed")["global_step"] < 100
     train_apart(tmp_path / "killed", cache, common)
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    helpers.assert_same_run(tmp_path / "killed", tmp_path / "whole")

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import torch
 
-from tests.integration.helpers import (
-    assert_near_rows,
-    assert_same_run,
-    checkpoint,
-    column,
-    rows,
-    train_here,
-    typed,
-    weights,
-)
+from tests.integration import helpers
+from tests.integration.helpers import assert_near_rows, column, rows, train_here, typed, weights
 
 
 def test_lambda_zero_is_plain_training_to_the_last_bit(tmp_path: Path, cache: Path) -> None:
@@ -35,7 +27,9 @@ def test_no_depth_is_no_stack(tmp_path: Path, cache: Path, finished: Path) -> No
     train_here(tmp_path / "none", cache, {"mtp": "none", "mtp.depth": 0})
     train_here(tmp_path / "zero", cache, {"mtp.depth": 0})
     assert rows(tmp_path / "none") == rows(tmp_path / "zero")
-    stored = [checkpoint(tmp_path / name)["model_config"]["mtp"] for name in ("none", "zero")]
+    stored = [
+        helpers.checkpoint(tmp_path / name)["model_config"]["mtp"] for name in ("none", "zero")
+    ]
     assert stored[0] == stored[1] and stored[0]["variant"] == "none"
     # The test above could not fail if the modules' losses never reached the trunk.
     a, b = (column(run, "train/loss_depth_0") for run in (finished, tmp_path / "none"))
@@ -59,7 +53,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path) -> None:
 
 def test_the_same_run_twice_is_the_same_run(tmp_path: Path, cache: Path, finished: Path) -> None:
     train_here(tmp_path / "again", cache)
-    assert_same_run(tmp_path / "again", finished)
+    helpers.assert_same_run(tmp_path / "again", finished)
     train_here(tmp_path / "other", cache, {"seed": 1, "trainer.max_steps": 1})
     losses = [column(run, "train/loss")[1] for run in (tmp_path / "other", finished)]
     assert losses[0] != losses[1]

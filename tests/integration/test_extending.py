@@ -117,28 +117,20 @@ def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
     (commit,) = re.findall(r"^```\n(git .*?)^```", SECTIONS[CLAIM], re.M | re.S)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for line in commit.split("&&"):
-        subprocess.run(
-            [*git, *shlex.split(line)[1:]], cwd=tmp_path, check=True, capture_output=True
-        )
+        said = [*git, *shlex.split(line)[1:]]
+        subprocess.run(said, cwd=tmp_path, check=True, capture_output=True)
     for line in "".join(RECIPES[CLAIM]).strip().splitlines():
         done = run([sys.executable, *shlex.split(line)[1:]], tmp_path, cache)
-    assert "one_module: " in done.stdout and "sequential modules - no MTP" in done.stdout.replace(
-        "−", "-"
-    )
+    assert "one_module: " in done.stdout and "sequential modules − no MTP" in done.stdout
     result = json.loads((tmp_path / "results" / "one_module.json").read_text())
     assert result["predicted_in"] and not result["unfinished"]
 
 
 def test_ideas_meet_in_a_sweep(mine: Path, cache: Path) -> None:
-    words = ["train", "--config-dir", "my_conf", "-m", "objective=ce,focal", "mtp=gated"]
-    more = [
-        "balance=inverse_loss",
-        "optimizer=slow_trunk",
-        "lambda_schedule=breathing",
-        "data=sums",
-    ]
+    words = "train --config-dir my_conf -m objective=ce,focal mtp=gated balance=inverse_loss "
+    words += "optimizer=slow_trunk lambda_schedule=breathing data=sums tokenizer=byte"
     folder = mine / f"sweep-{os.getpid()}"
-    done = run(quick([*words, *more, "tokenizer=byte", f"sweep_dir={folder}"], cache), mine)
+    done = run(quick([*words.split(), f"sweep_dir={folder}"], cache), mine)
     assert "all 2 jobs done" in done.stdout
     assert len(list(folder.glob("*/summary.json"))) == 2
 
@@ -156,33 +148,27 @@ def trained(name: str, once: Once, mine: Path, cache: Path) -> Path:
 
 def test_a_head_is_refused_by_name_where_nobody_allows_it(once, mine, cache):
     folder = trained("A head", once, mine, cache)
-    for app, more in (
-        ("evaluate.py", []),
-        ("generate.py", ["prompt=a"]),
-        ("export.py", [f"output={folder}/out"]),
-    ):
-        command = [sys.executable, str(ROOT / app), f"checkpoint={folder}", *more]
+    asked = {"evaluate": [], "generate": ["prompt=a"], "export": [f"output={folder}/out"]}
+    commands = {
+        app: [sys.executable, str(ROOT / f"{app}.py"), f"checkpoint={folder}", *more]
+        for app, more in asked.items()
+    }
+    for app, command in commands.items():
         error = run(command, mine, code=1).stderr
         assert "mtp=gated is code of the package my_ideas" in error, app
         assert "allow=[my_ideas]" in error, app
-    elsewhere = run(
-        [sys.executable, str(ROOT / "generate.py"), f"checkpoint={folder}", "prompt=a"]
-        + ["allow=[my_ideas]"],
-        folder,  # where the package is not
-        code=1,
-    )
+    # Where the package is not.
+    elsewhere = run([*commands["generate"], "allow=[my_ideas]"], folder, code=1)
     assert "my_ideas" in elsewhere.stderr
 
 
 def test_a_head_drafts_losslessly(once: Once, mine: Path, cache: Path) -> None:
     folder = trained("A head", once, mine, cache)
     texts = []
+    command = [sys.executable, str(ROOT / "generate.py"), f"checkpoint={folder}", "prompt=ga"]
+    command += ["allow=[my_ideas]", "output=json", "num_threads=1"]
     for speculative in ("true", "false"):
-        done = run(
-            [sys.executable, str(ROOT / "generate.py"), f"checkpoint={folder}", "prompt=ga"]
-            + ["allow=[my_ideas]", f"speculative={speculative}", "output=json", "num_threads=1"],
-            mine,
-        )
+        done = run([*command, f"speculative={speculative}"], mine)
         texts.append(json.loads(done.stdout))
     assert texts[0]["text"] == texts[1]["text"]
     assert texts[0]["verify_passes"] <= texts[1]["verify_passes"]

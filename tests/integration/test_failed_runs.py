@@ -10,17 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integration.helpers import (
-    assert_equal,
-    checkpoint,
-    fails,
-    rows,
-    train_here,
-    typed,
-    weights,
-)
+from tests.integration import helpers
+from tests.integration.helpers import assert_equal, checkpoint, fails, rows, train_here, weights
 
-EXPLODES = typed(
+EXPLODES = helpers.typed(
     "trainer.max_steps=60 trainer.val_check_interval=50 trainer.gradient_clip_val=null "
     "optimizer.lr=1e30"
 )

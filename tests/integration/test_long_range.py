@@ -19,16 +19,10 @@ def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -
     for step, row in enumerate(rows(tmp_path / "without")):
         assert row.items() <= rows(tmp_path / "with")[step].items()
     tags = {tag for tag in summary if tag.startswith(("val/", "decode/"))}
-    assert {
-        "val/loss_position_1",
-        "val/loss_position_16-32_depth_2",
-        "val/context_score",
-        "val/context_gain_16",
-        "val/effective_context",
-        "val/accuracy_no_repeat",
-        "val/accuracy_random_repeat_16",
-        "decode/acceptance_slope_entropy",
-    } <= tags
+    some = "loss_position_1 loss_position_16-32_depth_2 context_score context_gain_16 "
+    some += "effective_context accuracy_no_repeat accuracy_random_repeat_16"
+    assert {f"val/{tag}" for tag in some.split()} < tags
+    assert "decode/acceptance_slope_entropy" in tags
     assert set(column(tmp_path / "with", "val/context_gain_16")) == {5, 10}
     last = tmp_path / "with" / "checkpoints" / "last.ckpt"
     found = evaluated(last)

@@ -13,19 +13,9 @@ import pytest
 import torch
 
 from mtp_lightning.nn.config import TrunkConfig
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    ROOT,
-    checkpoint,
-    column,
-    evaluated,
-    events,
-    execute,
-    rows,
-    summary_of,
-    train_here,
-    typed,
-)
+from tests.integration.helpers import ROOT, checkpoint, column, evaluated, events, rows, train_here
 from tests.reference import sequential
 
 DEPTH, SEQ_LEN = 2, 16
@@ -50,7 +40,7 @@ class Run:
 def own_text(tmp: Path, cache: Path, **more: Any) -> None:
     file = tmp / "poem.txt"
     file.write_text(POEM, encoding="utf-8")
-    settings = typed(
+    settings = helpers.typed(
         "data=text data.val_fraction=0.1 data.eval_batch_size=3 data.eval_bytes=all "
         "trainer.max_steps=20 trainer.val_check_interval=7 optimizer.lr=0.02 "
         f"mtp.depth={DEPTH} callbacks.throughput.measure_matmul=true"
@@ -147,7 +137,7 @@ def test_bits_per_byte_by_hand(run: Run, bpe: Run) -> None:
 
 
 def test_summary_and_csv_agree(run: Run) -> None:
-    stored = summary_of(run.folder)
+    stored = helpers.summary_of(run.folder)
     assert stored == run.summary
     last = rows(run.folder)[-1]
     for tag in (tag for tag in last if tag.startswith("val/")):
@@ -237,7 +227,7 @@ def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> 
     args = [f"checkpoint={run.folder / 'checkpoints' / 'last.ckpt'}", "data=text"]
     args += ["data.paths=other.txt", "data.val_fraction=0.9", "output=out.json"]
     args += [f"paths.cache_dir={run.cache}"]
-    done = execute([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path, code=0)
+    done = helpers.execute([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path, code=0)
     metrics = json.loads((tmp_path / "out.json").read_text())
     assert metrics["val/loss_depth_0"] > run.summary["val/loss_depth_0"]
     # What is not typed is as the run had it, not as this group's file has it.

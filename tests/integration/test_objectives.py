@@ -10,35 +10,19 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.opening import open_model
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    CONF,
-    CONSTANT,
-    assert_near_rows,
-    assert_same_weights,
-    checkpoint,
-    column,
-    evaluated,
-    rows,
-    summary_of,
-    train_here,
-    weights,
-)
+from tests.integration.helpers import CONF, CONSTANT, DDP, column, rows, train_here, typed, weights
 from tests.integration.several import run_all
 
 pytestmark = pytest.mark.slow
 
 WORDS = sorted(file.stem for file in (CONF / "objective").glob("*.yaml") if file.stem != "base")
-ALL = {
-    "objective": "mix",
-    "objective.terms": (
-        "{kl: 1, e2e_tv: 0.5, feature: 0.1, ce: 0.2, eal: 0.3, wtv: 0.1, anchor: 0.1}"
-    ),
-    "objective.weights": "acceptance",
-    "objective.mask": "entropy",
-    "objective.quantile": 0.8,
-    "objective.confidence": "true",
-}
+ALL = typed(
+    "objective=mix objective.terms={kl:1,e2e_tv:0.5,feature:0.1,ce:0.2,eal:0.3,wtv:0.1,anchor:0.1} "
+    "objective.weights=acceptance objective.mask=entropy objective.quantile=0.8 "
+    "objective.confidence=true"
+)
 LONG = {**ALL, **CONSTANT, "trainer.max_steps": 12}
 
 
@@ -76,15 +60,14 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
         **ALL, "trainer.precision": "64-true", "data.document_mask": "true",
         "data.source.documents": 1200, "trainer.max_steps": 6,
     }  # fmt: skip
-    two = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
-    two |= {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    two = DDP | typed("data.batch_size=2 trainer.accumulate_grad_batches=2")
     variants = ("sequential", "parallel")
     runs = {variant: common | two | {"mtp": variant} for variant in variants}
     run_all(tmp_path, cache, runs, processes=2)
     for variant in variants:
         one = tmp_path / f"{variant}-one"
         train_here(one, cache, common | {"mtp": variant, "data.batch_size": 8})
-        assert_near_rows(tmp_path / variant, one)
+        helpers.assert_near_rows(tmp_path / variant, one)
         assert len(rows(one)) == 6
         assert {"objective/tau", "confidence/error_depth_2"} <= rows(one)[-1].keys()
         mine = weights(tmp_path / variant)
@@ -95,16 +78,16 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
 def test_resumes_exactly(tmp_path: Path, cache: Path, run: Path) -> None:
     """The running quantile continues from its stored state."""
     train_here(tmp_path, cache, {**LONG, "trainer.max_steps": 6})
-    assert sum(checkpoint(tmp_path)["objective"]["counts"]) > 0
+    assert sum(helpers.checkpoint(tmp_path)["objective"]["counts"]) > 0
     train_here(tmp_path, cache, LONG)
-    assert_same_weights(run, tmp_path)
+    helpers.assert_same_weights(run, tmp_path)
     for tag in ("objective/tau", "train/loss", "confidence/error_depth_1"):
         assert column(run, tag) == column(tmp_path, tag), tag
 
 
 def test_evaluate_repeats_its_validation(run: Path) -> None:
-    summary = summary_of(run)
-    found = evaluated(run / "checkpoints" / "last.ckpt")
+    summary = helpers.summary_of(run)
+    found = helpers.evaluated(run / "checkpoints" / "last.ckpt")
     assert found["val/loss_depth_1"] == summary["val/loss_depth_1"]
 
 
@@ -121,8 +104,8 @@ def test_a_model_that_says_how_sure_it_is(run: Path) -> None:
     ("variant", "objective"), [("sequential", "kl"), ("parallel", "kl"), ("sequential", "e2e_tv")]
 )
 def test_a_match_of_compute_counts_the_teacher(tmp_path, cache, variant, objective):
-    common = {"mtp": variant, "compare.match": "flops", "trainer.max_steps": 30}
-    common |= {"trainer.val_check_interval": 30}
+    common = typed("compare.match=flops trainer.max_steps=30 trainer.val_check_interval=30")
+    common["mtp"] = variant
     found = {}
     for word in ("ce", objective):
         found[word] = train_here(tmp_path / word, cache, {**common, "objective": word})
@@ -131,13 +114,3 @@ def test_a_match_of_compute_counts_the_teacher(tmp_path, cache, variant, objecti
     cost = [found[word]["flops_per_token"] for word in ("ce", objective)]
     assert cost[0] == cost[1] if shared else cost[0] < cost[1]
     assert (found[objective]["step"] < found["ce"]["step"]) == (not shared)
-
-
-def test_a_frozen_trunk_is_distilled(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path / "trunk", cache, {"mtp": "none", "mtp.depth": None})
-    frozen = {"mtp.freeze_trunk": "true", "init_from": tmp_path / "trunk", "objective": "kl"}
-    train_here(tmp_path / "head", cache, {**frozen, "trainer.max_steps": 20})
-    losses = list(column(tmp_path / "head", "train/loss_depth_1").values())
-    assert losses[-1] < losses[0]
-    before, after = weights(tmp_path / "trunk"), weights(tmp_path / "head")
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())

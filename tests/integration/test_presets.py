@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.helpers import CONF, composed, train_here
+from tests.integration.helpers import CONF, composed, train_here, typed
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -61,12 +61,9 @@ def test_a_preset_says_how_it_is_run_and_what_comes_out(name: str) -> None:
 def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
     more: dict[str, object] = {}
     if name in ("posthoc_heads", "smollm2_heads"):
-        trunk = {"model.n_layers": 2, "model.d_model": 48, "model.n_heads": 3, "mtp": "none"}
-        train_here(
-            tmp_path / "trunk",
-            cache,
-            trunk | {"model.d_ff": 256, "mtp.depth": None, "trainer.max_steps": 2},
-        )
+        size = "model.n_layers=2 model.d_model=48 model.n_heads=3 model.d_ff=256"
+        trunk = typed(f"{size} mtp=none mtp.depth trainer.max_steps=2")
+        train_here(tmp_path / "trunk", cache, trunk)
         more = {"init_from": tmp_path / "trunk"}
     if name == "smollm2_heads":
         texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(200)]

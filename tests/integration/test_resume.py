@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,9 @@ from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn import ops
 from mtp_lightning.run.config import read_yaml
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    assert_equal,
-    assert_same_run,
-    checkpoint,
-    column,
-    command,
-    events,
-    kill_at,
-    resume_from_previous,
-    rows,
-    start,
-    stop_after,
-    summary_of,
-    train_apart,
-    train_here,
-    wait_for_step,
-    weights,
-)
+from tests.integration.helpers import assert_same_run, checkpoint, column, command, rows, train_here
 
 STEPS, EVERY = 150, 20
 
@@ -69,82 +51,64 @@ def whole(once: Once, cache: Path) -> Path:
     return once("whole", lambda folder: train_here(folder, cache, LONG))
 
 
-@dataclass
-class Killed:
-    """A run that was killed once, as it then was, and as it ended after its second start."""
-
-    folder: Path
-    step: int  # of the checkpoint that was left
-    logged: int  # the last step in metrics.csv when it died
-    message: str
-
-
 @pytest.fixture(scope="module")
-def killed(once: Once, cache: Path) -> Killed:
-    folder = once("killed", lambda folder: kill_and_start_again(folder, cache))
-    return Killed(folder, **json.loads((folder / "killed.json").read_text()))
+def killed(once: Once, cache: Path) -> Path:
+    """A run that was killed in the middle, after its second start."""
 
+    def make(folder: Path) -> None:
+        settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0.05}
+        helpers.kill_at(command(folder, cache, settings), folder, 47)
+        step, logged = checkpoint(folder)["global_step"], max(column(folder, "train/loss"))
+        assert step in range(EVERY, STEPS, EVERY) and 46 <= logged < STEPS
+        # Something was lost and is done again: else the tests below would prove little.
+        assert logged != step
+        done = helpers.train_apart(folder, cache, settings)
+        assert f"from step {step}" in done.stderr + done.stdout
 
-def kill_and_start_again(folder: Path, cache: Path) -> None:
-    settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0.05}
-    kill_at(command(folder, cache, settings), folder, 47)
-    step = checkpoint(folder)["global_step"]
-    logged = max(column(folder, "train/loss"))
-    done = train_apart(folder, cache, settings)
-    told = {"step": step, "logged": logged, "message": done.stderr + done.stdout}
-    (folder / "killed.json").write_text(json.dumps(told))
-
-
-@pytest.mark.slow
-def test_the_kill_came_in_the_middle(killed: Killed) -> None:
-    assert killed.step in range(EVERY, STEPS, EVERY) and killed.logged >= 46
-    assert killed.step < STEPS and killed.logged < STEPS
-    # Something was lost and done again: else the tests below would prove little.
-    assert killed.logged != killed.step
-    assert f"from step {killed.step}" in killed.message
+    return once("killed", make)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) -> None:
-    assert [row["step"] for row in rows(killed.folder)] == list(range(1, STEPS + 1))
-    assert_same_run(killed.folder, whole)
-    assert_equal(weights(killed.folder, "best.ckpt"), weights(whole, "best.ckpt"))
+def test_killed_and_resumed_equals_uninterrupted(killed: Path, whole: Path) -> None:
+    assert [row["step"] for row in rows(killed)] == list(range(1, STEPS + 1))
+    assert_same_run(killed, whole)
+    helpers.assert_equal(helpers.weights(killed, "best.ckpt"), helpers.weights(whole, "best.ckpt"))
     for tag in ("train/lr", "train/lambda_depth_1", "train/lambda_depth_2"):
-        values = set(column(killed.folder, tag).values())
+        values = set(column(killed, tag).values())
         assert len(values) > STEPS // 2, f"{tag} rests: the test shows nothing"
-    one, other = (checkpoint(folder)["progress"] for folder in (killed.folder, whole))
+    one, other = (checkpoint(folder)["progress"] for folder in (killed, whole))
     assert one["tokens"] == other["tokens"] == STEPS * 4 * 16
     assert one["flops"] == other["flops"] > 0
-    with (killed.folder / "metrics.csv").open() as file:
+    with (killed / "metrics.csv").open() as file:
         table = list(csv.reader(file))
     assert {len(row) for row in table} == {len(table[0])} and len(table) == STEPS + 1, "torn rows"
 
 
 @pytest.mark.slow
-def test_events_have_no_double_steps(killed: Killed) -> None:
+def test_events_have_no_double_steps(killed: Path) -> None:
     """As TensorBoard itself reads the folder, with the events of both processes."""
-    assert len(list(killed.folder.glob("events.out.tfevents.*"))) >= 2
-    logged = events(killed.folder)
-    shared = set(logged.Tags()["scalars"]) & set(rows(killed.folder)[-1])
+    assert len(list(killed.glob("events.out.tfevents.*"))) >= 2
+    logged = helpers.events(killed)
+    shared = set(logged.Tags()["scalars"]) & set(rows(killed)[-1])
     assert "train/loss_depth_2" in shared and "val/loss_depth_0" in shared
     for tag in shared - {"step"}:
         scalars = {event.step: event.value for event in logged.Scalars(tag)}
         assert len(logged.Scalars(tag)) == len(scalars), f"double steps of {tag}"
-        assert scalars == pytest.approx(column(killed.folder, tag), rel=1e-6)
+        assert scalars == pytest.approx(column(killed, tag), rel=1e-6)
 
 
 @pytest.mark.slow
 def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, short: Path) -> None:
     """Two worker processes fetch ahead; a batch that was fetched is not yet consumed."""
     workers = {"data.num_workers": 2}
-    stop_after(tmp_path, cache, SHORT | workers, 17)
+    helpers.stop_after(tmp_path, cache, SHORT | workers, 17)
     assert checkpoint(tmp_path)["global_step"] == 17
     train_here(tmp_path, cache, SHORT | workers)
     assert_same_run(tmp_path, short)
 
 
 def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
-    first = summary_of(tmp_path)
+    first = helpers.summary_of(tmp_path)
     before = rows(tmp_path)
     again = train_here(tmp_path, cache)
     assert rows(tmp_path) == before
@@ -160,12 +124,12 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path, cache, copied):
 def test_in_every_precision(tmp_path: Path, cache: Path, precision: str) -> None:
     settings = {**SHORT, "trainer.precision": precision}
     train_here(tmp_path / "whole", cache, settings)
-    resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
+    helpers.resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
 
 
 @pytest.mark.slow
 def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, short: Path) -> None:
-    stop_after(tmp_path, cache, SHORT, 17)
+    helpers.stop_after(tmp_path, cache, SHORT, 17)
     last = tmp_path / "checkpoints" / "last.ckpt"
     previous = checkpoint(tmp_path, "previous.ckpt")["global_step"]
     assert 0 < previous < checkpoint(tmp_path)["global_step"] == 17
@@ -184,8 +148,8 @@ def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, short: Path) -> No
 @pytest.mark.slow
 def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whole: Path) -> None:
     args = command(tmp_path, cache, LONG)
-    process = start(args, tmp_path / "first.log")
-    wait_for_step(process, tmp_path, 30)
+    process = helpers.start(args, tmp_path / "first.log")
+    helpers.wait_for_step(process, tmp_path, 30)
     process.send_signal(signal.SIGINT)
     assert process.wait(240) == 130, (tmp_path / "first.log").read_text()
     told = (tmp_path / "first.log").read_text()
@@ -284,7 +248,7 @@ def test_killed_right_behind_a_save(tmp_path, cache, short, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
 def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
-    kill_at(command(tmp_path, cache, LONG), tmp_path, step)
+    helpers.kill_at(command(tmp_path, cache, LONG), tmp_path, step)
     train_here(tmp_path, cache, LONG)
     assert_same_run(tmp_path, whole)
 
@@ -306,20 +270,21 @@ def test_another_number_of_threads_is_said(tmp_path, cache, caplog):
 
 def test_other_kernels_are_said(tmp_path, cache, caplog, monkeypatch):
     """A run that began with the layers' C++ code, and one that began without."""
-    monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 1})
-    assert checkpoint(tmp_path)["cpu_kernels"] == "native"
-    monkeypatch.setattr(ops, "code", lambda: ("pytorch", "PyTorch"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 2})
-    assert "trained with the native layers and continues with the pytorch ones" in caplog.text
-    assert "on a CPU with the same instructions, would give the same bits" in caplog.text
-    monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 3})
-    assert "MTP_LIGHTNING_NATIVE=0 would give the same bits" in caplog.text
-    # Without the part for CPUs, the code is PyTorch's, too.
-    monkeypatch.setattr(ops, "code", lambda: ("plain", "PyTorch"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 4})
-    caplog.clear()
-    monkeypatch.setattr(ops, "code", lambda: ("native_avx2", "C++"))
-    train_here(tmp_path, cache, {"trainer.max_steps": 5})
-    assert "MTP_LIGHTNING_NATIVE=0 would give the same bits" in caplog.text
+    again = "MTP_LIGHTNING_NATIVE=0 would give the same bits"
+    for step, (code, told) in enumerate(
+        [
+            (("native", "C++"), ""),
+            (("pytorch", "PyTorch"), "with the same instructions, would give the same bits"),
+            (("native", "C++"), again),
+            (("plain", "PyTorch"), ""),  # without the part for CPUs
+            (("native_avx2", "C++"), again),
+        ],
+        start=1,
+    ):
+        caplog.clear()
+        monkeypatch.setattr(ops, "code", lambda code=code: code)
+        train_here(tmp_path, cache, {"trainer.max_steps": step})
+        assert told in caplog.text and checkpoint(tmp_path)["cpu_kernels"] == code[0]
+        if code[0] == "pytorch":
+            said = "trained with the native layers and continues with the pytorch ones"
+            assert said in caplog.text

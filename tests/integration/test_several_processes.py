@@ -24,25 +24,12 @@ from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool
 from sweeps.process import Job
-from tests.integration.helpers import (
-    ROOT,
-    assert_near_rows,
-    assert_same_run,
-    checkpoint,
-    command,
-    environment,
-    execute,
-    overrides,
-    rows,
-    start,
-    train_apart,
-    wait_for_step,
-)
+from tests.integration import helpers
+from tests.integration.helpers import DDP, ROOT, checkpoint, command, execute, rows, start, typed
 
-DDP = {"trainer.devices": 2, "trainer.strategy": "ddp"}
-LONG = {"trainer.max_steps": 4000, "trainer.val_check_interval": 4000, "model.n_layers": 2}
-IN_PARTS = {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0}
-BARE = {"callbacks": "[nan_guard,checkpoints]", "callbacks.throughput.measure_matmul": None}
+LONG = typed("trainer.max_steps=4000 trainer.val_check_interval=4000 model.n_layers=2")
+IN_PARTS = typed("trainer.strategy=fsdp trainer.split_checkpoint_gb=0")
+BARE = typed("callbacks=[nan_guard,checkpoints] callbacks.throughput.measure_matmul")
 How = Callable[[Path, dict[str, Any], Path], list[str]]
 
 
@@ -52,7 +39,7 @@ def torchrun(
     """The command line of a run under torchrun."""
     place = [] if run_dir is None else [f"run_dir={run_dir}"]
     agent = [sys.executable, "-m", "torch.distributed.run", *more, str(ROOT / "train.py")]
-    return [*agent, *overrides(cache, settings), *place]
+    return [*agent, *helpers.overrides(cache, settings), *place]
 
 
 def standalone(cache: Path, settings: dict[str, Any], run_dir: Path) -> list[str]:
@@ -98,7 +85,7 @@ def end_one(
     process: subprocess.Popen[bytes], how: How, number: int, *, victim: int, run: Path, step: int
 ) -> None:
     """Send a signal to one of two processes after a step, and wait until both are gone."""
-    wait_for_step(process, run, step)
+    helpers.wait_for_step(process, run, step)
     ranks = _ranks(process, how)
     os.kill(ranks[victim], number)
     assert process.wait(240) != 0
@@ -120,13 +107,10 @@ def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(tmp_path, cache, ho
     """At any moment, validations and saves among them, to any process; a single signal goes to the
     second process, which nobody waits for. The run equals one that was not asked to end."""
     draw = random.Random(str(strategy))
-    settings = LONG | BARE | {
-        "trainer.devices": 2,
-        "trainer.max_steps": 80,
-        "trainer.val_check_interval": 5,
-        "callbacks.checkpoints.every_n_steps": 3,
-        **strategy,
-    }  # fmt: skip
+    often = (
+        "trainer.max_steps=80 trainer.val_check_interval=5 callbacks.checkpoints.every_n_steps=3"
+    )
+    settings = LONG | BARE | DDP | typed(often) | strategy
     run, whole = tmp_path / "run", tmp_path / "whole"
     run.mkdir()
     reached = 0
@@ -143,7 +127,7 @@ def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(tmp_path, cache, ho
         reached = stopped
     for folder in (run, whole):
         execute(how(cache, settings, folder), code=0)
-    assert_same_run(run, whole)
+    helpers.assert_same_run(run, whole)
 
 
 @pytest.mark.long
@@ -217,9 +201,8 @@ def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(tmp_pa
     place |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     settings = DDP | {"trainer.devices": 1, "trainer.num_nodes": 2}
     process = start(lightning(cache, settings, run), tmp_path / "log", **place)
-    tcp = dist.TCPStore(
-        "127.0.0.1", port, timeout=timedelta(minutes=2), wait_for_workers=False, multi_tenant=True
-    )
+    how = {"timeout": timedelta(minutes=2), "wait_for_workers": False, "multi_tenant": True}
+    tcp = dist.TCPStore("127.0.0.1", port, **how)
     store = dist.PrefixStore("mtp-lightning/None/None", tcp)
     store.set("pulse 1", "1")
     if until == "the group is made":
@@ -263,8 +246,8 @@ def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
     (run,) = (tmp_path / "runs").iterdir()
     assert len(rows(run)) == 10
     assert logs.count("training the bpe tokenizer") == 1, logs
-    train_apart(tmp_path / "one", cache, common | {"data.batch_size": 8})
-    assert_near_rows(run, tmp_path / "one")
+    helpers.train_apart(tmp_path / "one", cache, common | {"data.batch_size": 8})
+    helpers.assert_near_rows(run, tmp_path / "one")
 
 
 @pytest.mark.long
@@ -274,9 +257,8 @@ def test_machines_whose_folders_are_their_own_are_refused(tmp_path: Path, cache:
         place.mkdir()
     settings = {"trainer.num_nodes": 2}
     logs = _machines(cache, settings, places, run_dir="runs/mine", fails=True)
-    assert len(re.findall(r"error: run_dir=\S+ is not one folder for all processes", logs)) == 2, (
-        logs
-    )
+    told = re.findall(r"error: run_dir=\S+ is not one folder for all processes", logs)
+    assert len(told) == 2, logs
 
 
 @pytest.mark.slow
@@ -302,16 +284,9 @@ def _machines(
         more = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", "--rdzv-backend=c10d"]
         more += [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id=test{port}"]
         args = torchrun(cache, settings, more=more, run_dir=run_dir)
-        processes.append(
-            subprocess.Popen(
-                args,
-                cwd=place,
-                env=environment() | {"PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        env = helpers.environment() | {"PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen(args, cwd=place, env=env, **pipes))
     logs = [process.communicate(timeout=480)[0] for process in processes]
     for process, log in zip(processes, logs, strict=True):
         assert (process.returncode != 0) == fails, log

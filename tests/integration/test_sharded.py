@@ -12,74 +12,56 @@ import torch
 
 from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    NO_TEXT,
-    ROOT,
-    assert_equal,
-    assert_near_rows,
-    checkpoint,
-    command,
-    execute,
-    rows,
-    train_apart,
-    train_here,
-    weights,
-)
+from tests.integration.helpers import ROOT, checkpoint, execute, rows, train_here, typed, weights
 from tests.integration.several import run_all
 
-TWO = {"trainer.devices": 2, "trainer.strategy": "fsdp", "data.batch_size": 4}
-FOUR = {"trainer.devices": 4, "trainer.strategy": "fsdp", "data.batch_size": 2}
+TWO = typed("trainer.devices=2 trainer.strategy=fsdp data.batch_size=4")
+FOUR = typed("trainer.devices=4 trainer.strategy=fsdp data.batch_size=2")
 COPIES = FOUR | {"trainer.shard_size": 2}
 IN_PARTS = {"trainer.split_checkpoint_gb": 0}
 ALONE = {"data.batch_size": 8}
-COMMON = {
-    "trainer.max_steps": 4,
-    "trainer.val_check_interval": 2,  # so that steps follow a validation with decoding
-    "model.n_layers": 2,
-    "callbacks.speculative_eval.n_prompts": 1,
-    "callbacks.speculative_eval.new_tokens": 8,
-    "callbacks.speculative_eval.prompt_tokens": 4,
-}
-MOE = {
-    "model": "deepseek_nano", "model.n_kv_heads": None, "model.attention.kv_rank": 12,
-    "model.attention.d_nope": 8, "model.attention.d_rope": 4, "model.attention.d_value": 8,
-    "model.feed_forward.n_routed": 4, "model.feed_forward.d_expert": 16,
-    "model.feed_forward.sequence_loss": 0.01,
-}  # fmt: skip
-TASK = {**NO_TEXT, "data": "star_graph", "data.examples": 400, "data.eval_examples": 24}
+# Steps that follow a validation with decoding.
+COMMON = typed(
+    "trainer.max_steps=4 trainer.val_check_interval=2 model.n_layers=2 "
+    "callbacks.speculative_eval.n_prompts=1 callbacks.speculative_eval.new_tokens=8 "
+    "callbacks.speculative_eval.prompt_tokens=4"
+)
+MOE = typed(
+    "model=deepseek_nano model.n_kv_heads model.attention.kv_rank=12 model.attention.d_nope=8 "
+    "model.attention.d_rope=4 model.attention.d_value=8 model.feed_forward.n_routed=4 "
+    "model.feed_forward.d_expert=16 model.feed_forward.sequence_loss=0.01"
+)
+TASK = helpers.NO_TEXT | typed("data=star_graph data.examples=400 data.eval_examples=24")
+MASKED = typed("data.document_mask=true data.source.documents=1200")
 CASES: dict[str, dict[str, Any]] = {
     # Several things in one run, where they have nothing to do with each other.
-    "untied": {
-        "model.tie_embeddings": "false",
-        "model.recompute": "true",
-        "+model.attention.qk_norm": "true",
-    },
-    "parallel": {"mtp": "parallel"},
-    "long_range": {"callbacks": "[default,long_range]"},
-    "linear": {"mtp": "linear", "mtp.correction": "mlp", "balance": "uncertainty"},
-    "selector": {"mtp": "parallel", "mtp.correction": "selector", "mtp.correction_rank": 8},
+    "untied": typed(
+        "model.tie_embeddings=false model.recompute=true +model.attention.qk_norm=true"
+    ),
+    "parallel": typed("mtp=parallel"),
+    "long_range": typed("callbacks=[default,long_range]"),
+    "linear": typed("mtp=linear mtp.correction=mlp balance=uncertainty"),
+    "selector": typed("mtp=parallel mtp.correction=selector mtp.correction_rank=8"),
     "parameter_free": {"mtp": "parameter_free", **TASK},
-    "shared_layers": {
-        "mtp.share_layers": "true",
-        "mtp.hidden_state_mixing": "true",
-        "lambda_schedule": "forward_curriculum",
-    },
-    "nextlat": {"mtp": "nextlat"},
-    "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
-    "masked": {"mtp": "masked"},
-    "bag": {"mtp": "bag", "mtp.depth": None},
-    "teacher": {"objective": "kl", "objective.confidence": "true"},
-    "teacher_parallel": {"mtp": "parallel", "objective": "js"},
-    "experts": MOE | {"data.document_mask": "true", "data.source.documents": 1200},
-    "double": {"trainer.precision": "64-true", "mtp.detach": "all"},
+    "shared_layers": typed(
+        "mtp.share_layers=true mtp.hidden_state_mixing=true lambda_schedule=forward_curriculum"
+    ),
+    "nextlat": typed("mtp=nextlat"),
+    "eagle": typed("mtp=eagle mtp.draft_vocab=60"),
+    "masked": typed("mtp=masked"),
+    "bag": typed("mtp=bag mtp.depth"),
+    "teacher": typed("objective=kl objective.confidence=true"),
+    "teacher_parallel": typed("mtp=parallel objective=js"),
+    "experts": MOE | MASKED,
+    "double": typed("trainer.precision=64-true mtp.detach=all"),
 }
 ACCUMULATED = {"untied", "experts"}
-SPLIT = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
+SPLIT = typed("data.batch_size=2 trainer.accumulate_grad_batches=2")
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
     """Every column of every row, and a checkpoint of the same form."""
-    assert_near_rows(run, reference)
+    helpers.assert_near_rows(run, reference)
     assert form(checkpoint(run)) == form(checkpoint(reference))
 
 
@@ -100,9 +82,8 @@ def form(content: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache: Path) -> None:
     """Masks and accumulation, decoding at validation, and Lightning's own launcher."""
-    masked = {"data.document_mask": "true", "data.source.documents": 1200}
-    train_apart(tmp_path / "two", cache, COMMON | masked | TWO | SPLIT)
-    train_here(tmp_path / "one", cache, COMMON | masked | ALONE)
+    helpers.train_apart(tmp_path / "two", cache, COMMON | MASKED | TWO | SPLIT)
+    train_here(tmp_path / "one", cache, COMMON | MASKED | ALONE)
     assert_same_run(tmp_path / "two", tmp_path / "one")
     names = ("decode/tokens_per_step", "val/loss_depth_2", "train/grad_norm")
     assert set(names) <= set().union(*rows(tmp_path / "two"))
@@ -122,7 +103,7 @@ def test_checkpoints_in_parts_are_the_same_ones(tmp_path: Path, cache: Path) -> 
     for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):
         one, other = checkpoint(run, name), checkpoint(tmp_path / "files", name)
         for key in keys:
-            assert_equal(one[key], other[key], key)
+            helpers.assert_equal(one[key], other[key], key)
         file = run / "checkpoints" / name
         assert file.stat().st_size < (tmp_path / "files" / "checkpoints" / name).stat().st_size / 4
     found = {path.relative_to(run / "checkpoints").as_posix()[:14] for path in run.rglob("*.pt")}
@@ -173,7 +154,6 @@ STARTED: dict[str, dict[str, Any]] = {
     "frozen_linear": {"mtp": "linear", "mtp.freeze_trunk": "true"},
     "all_kept": {"mtp.depth": 1},
 }
-START = {"mtp": "none", "mtp.depth": None, "data.batch_size": 8}
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +161,8 @@ def started(once: Once, cache: Path) -> Path:
     """A trained run, and what two processes make of it."""
 
     def make(folder: Path) -> None:
-        train_here(folder / "none", cache, COMMON | START)
+        plain = typed("mtp=none mtp.depth data.batch_size=8")
+        train_here(folder / "none", cache, COMMON | plain)
         train_here(folder / "one_module", cache, COMMON | ALONE | {"mtp.depth": 1})
         runs = {name: COMMON | case | TWO | start(folder, name) for name, case in STARTED.items()}
         run_all(folder, cache, runs, processes=2)
@@ -217,11 +198,6 @@ def test_coarse_arithmetic_is_near(two: Path, case: str) -> None:
     assert form(checkpoint(two / case)) == form(checkpoint(two / f"{case}_ddp"))
 
 
-STAGES = {
-    "trainer.max_steps": 8,
-    "callbacks.checkpoints.every_n_steps": 4,
-    "callbacks.checkpoints.monitor": "null",  # the best one would be saved between them
-}
 KINDS: dict[str, dict[str, Any]] = {
     "one": ALONE,
     "ddp2": TWO | {"trainer.strategy": "ddp"},
@@ -250,7 +226,11 @@ def resumed(once: Once, cache: Path) -> Path:
     """Whole runs of every kind, and their first halves continued by another kind."""
 
     def make(folder: Path) -> None:
-        common = COMMON | STAGES
+        # The best one would be saved between the two.
+        common = COMMON | typed(
+            "trainer.max_steps=8 callbacks.checkpoints.every_n_steps=4 "
+            "callbacks.checkpoints.monitor=null"
+        )
         for n in (2, 4):
             kinds = {k: common | s for k, s in KINDS.items() if PROCESSES[k] == n}
             run_all(folder, cache, kinds, processes=n)
@@ -289,6 +269,6 @@ def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str)
 
 @pytest.mark.slow
 def test_parts_that_do_not_come_out_even_are_refused(tmp_path: Path, cache: Path) -> None:
-    args = command(tmp_path / "run", cache, COMMON | TWO | {"trainer.shard_size": 3})
+    args = helpers.command(tmp_path / "run", cache, COMMON | TWO | {"trainer.shard_size": 3})
     error = execute(args, code=1).stderr
     assert "trainer.shard_size=3 does not divide the 2 processes" in error

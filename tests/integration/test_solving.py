@@ -14,19 +14,9 @@ from mtp_lightning.run.summary import environment
 from sweeps.report.compare import wait_of
 from sweeps.report.read import read_run
 from sweeps.report.statistics import Wait
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    TASK,
-    as_it_was_before,
-    assert_same_run,
-    command,
-    config,
-    execute,
-    rows,
-    summary_of,
-    train_apart,
-    train_here,
-)
+from tests.integration.helpers import DDP, TASK, execute, rows, summary_of, train_apart, train_here
 
 # One letter, one place: solved as soon as its answer is the likeliest of all symbols.
 EASY: dict[str, Any] = {
@@ -92,9 +82,9 @@ def test_it_stops_is_finished_and_says_what_it_took(tmp_path, cache, solved):
 
 def test_it_survives_an_interruption_between_the_two(tmp_path, cache, solved):
     summary, again = summary_of(solved), tmp_path / "again"
-    as_it_was_before(solved, again)
+    helpers.as_it_was_before(solved, again)
     resumed = train_here(again, cache, EASY)
-    assert_same_run(solved, again)
+    helpers.assert_same_run(solved, again)
     assert resumed["step"] == summary["step"]
     for key in ("solved_at", "time_to_solve"):
         assert {**resumed[key], "seconds": 0} == {**summary[key], "seconds": 0}
@@ -112,11 +102,8 @@ def test_what_is_never_solved_is_null(tmp_path: Path, cache: Path) -> None:
 def test_a_validation_behind_the_last_step_counts(tmp_path, cache, solved):
     """That at the end of training, where the interval does not divide it."""
     step = summary_of(solved)["step"]
-    late = {
-        "trainer.max_steps": step - 2,
-        "lambda_schedule": "constant",
-        "optimizer.schedule.kind": "constant",
-    }
+    constant = helpers.typed("lambda_schedule=constant optimizer.schedule.kind=constant")
+    late = constant | {"trainer.max_steps": step - 2}
     summary = train_here(tmp_path / "late", cache, EASY | late)
     found = rights(tmp_path / "late")
     assert max(found) == step - 2 and found[step - 2] > 0.98
@@ -138,7 +125,7 @@ def test_without_the_callback_the_time_is_told_all_the_same(tmp_path, cache, fin
 
 
 def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
-    cfg = config(tmp_path, cache, EASY)
+    cfg = helpers.config(tmp_path, cache, EASY)
     del cfg.callbacks.exact_match
     with pytest.raises(ValueError, match="which no callback logs here: add exact_match"):
         train(cfg)
@@ -148,7 +135,7 @@ def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
 @pytest.mark.parametrize("restart", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_two_processes_stop_together(tmp_path: Path, cache: Path, restart: bool) -> None:
     common = EASY | {"trainer.precision": "64-true"}
-    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
+    two = DDP | {"data.batch_size": 2}
     train_apart(tmp_path / "two", cache, common | two)
     alone, together = train_here(tmp_path / "one", cache, common), summary_of(tmp_path / "two")
     for key in ("solved_at", "time_to_solve"):
@@ -172,7 +159,7 @@ def test_a_matched_run_counts_what_it_used(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_takes_it_for_done(tmp_path: Path, cache: Path) -> None:
-    python, app, *given, _ = command(tmp_path / "unused", cache, EASY)
+    python, app, *given, _ = helpers.command(tmp_path / "unused", cache, EASY)
     args = [python, app, "-m", *given, f"sweep_dir={tmp_path / 's'}", "seed=0,1"]
     assert "all 2 jobs done" in execute(args, code=0).stdout
     folders = [path for path in (tmp_path / "s").iterdir() if (path / "config.yaml").exists()]

@@ -14,19 +14,9 @@ from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.interop.exporting import export
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.opening import open_model
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    TASK,
-    assert_equal,
-    assert_near_rows,
-    checkpoint,
-    composed,
-    evaluated,
-    resume_from_previous,
-    rows,
-    summary_of,
-    train_here,
-)
+from tests.integration.helpers import DDP, column, composed, evaluated, rows, train_here, typed
 from tests.integration.several import run_all
 
 pytestmark = pytest.mark.slow
@@ -46,14 +36,11 @@ class Squared(Term):
 
 def text(head: str) -> dict[str, Any]:
     """A quick run on text with a document mask."""
-    return {
-        "mtp": head,
-        "mtp.depth": 1,
-        "mtp.lookahead": 6,
-        "data.document_mask": "true",
-        "data.source.documents": 600,  # of about 100 bytes: ends within windows
-        "callbacks.checkpoints.every_n_steps": 5,
-    }
+    # Documents of about 100 bytes: ends within windows.
+    return typed(
+        f"mtp={head} mtp.depth=1 mtp.lookahead=6 data.document_mask=true "
+        "data.source.documents=600 callbacks.checkpoints.every_n_steps=5"
+    )
 
 
 @pytest.fixture
@@ -64,7 +51,7 @@ def run(once: Once, cache: Path, head: str) -> Path:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
-    summary = summary_of(run)
+    summary = helpers.summary_of(run)
     table = rows(run)
     assert all(row["train/loss_depth_1"] > 0 and row["train/lambda_depth_1"] > 0 for row in table)
     for row in table:
@@ -73,11 +60,8 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
     assert table[-1]["train/loss_depth_1"] < table[0]["train/loss_depth_1"]
     measured = {tag: value for tag, value in summary.items() if tag.startswith("val/")}
     further = {"val/loss_depth_1"} if head in SUMMARIES else set()
-    assert {t for t in measured if "_depth_" in t} == {
-        "val/loss_depth_0",
-        "val/accuracy_depth_0",
-        *further,
-    }
+    by_depth = {tag for tag in measured if "_depth_" in tag}
+    assert by_depth == {"val/loss_depth_0", "val/accuracy_depth_0", *further}
     assert all(value == value for value in measured.values())
     assert summary["mtp_predicts_tokens"] is False and summary["mtp_reads_tokens"] is False
     assert summary["flops"] == summary["step"] * 4 * 16 * summary["flops_per_token"]
@@ -87,7 +71,7 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
     # Evaluation still measures how far back the main prediction looks.
     assert "val/loss_position_1" in again and "val/loss_position_1_depth_1" not in again
     if head == "bag":
-        weights_V = checkpoint(run)["state_dict"]["model.mtp.weights_V"]
+        weights_V = helpers.checkpoint(run)["state_dict"]["model.mtp.weights_V"]
         assert weights_V.min() >= 1 and len(set(weights_V.tolist())) > 10
         model = open_model(run).model
         assert torch.equal(model.mtp.weights_V, weights_V)
@@ -95,28 +79,27 @@ def test_what_a_run_logs_and_evaluate_gives_again(run: Path, head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_it_resumes_exactly(tmp_path: Path, cache: Path, run: Path, head: str) -> None:
-    resume_from_previous(run, tmp_path / "again", cache, text(head))
+    helpers.resume_from_previous(run, tmp_path / "again", cache, text(head))
 
 
 def test_accumulation_and_two_processes_change_nothing(tmp_path: Path, cache: Path) -> None:
     exact = {head: text(head) | {"trainer.precision": "64-true"} for head in HEADS}
     split = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 4}
-    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
-    runs = {f"{head}-two": exact[head] | two for head in HEADS}
+    runs = {f"{head}-two": exact[head] | DDP | {"data.batch_size": 2} for head in HEADS}
     run_all(tmp_path, cache, runs, processes=2)
     for head in HEADS:
         whole = tmp_path / f"{head}-whole"
         train_here(whole, cache, exact[head])
         train_here(tmp_path / f"{head}-split", cache, exact[head] | split)
         for way in ("split", "two"):
-            assert_near_rows(tmp_path / f"{head}-{way}", whole, rel=1e-7)
+            helpers.assert_near_rows(tmp_path / f"{head}-{way}", whole, rel=1e-7)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
     more = {"mtp": head, "mtp.depth": None, "mtp.lookahead": 5}
     more |= {"mtp.weights": "none"} if head == "bag" else {}
-    summary = train_here(tmp_path, cache, TASK | more)
+    summary = train_here(tmp_path, cache, helpers.TASK | more)
     assert "val/exact_match" in summary
     assert ("val/loss_depth_1" in summary) == (head in SUMMARIES)
     again = evaluated(tmp_path / "checkpoints" / "last.ckpt")
@@ -142,24 +125,15 @@ def test_it_decodes_plainly_and_is_exported_alone(tmp_path, run, head, capsys):
 
 
 def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
-    train_here(
-        tmp_path / "plain",
-        cache,
-        text("top") | {"mtp": "none", "mtp.depth": None, "mtp.lookahead": None},
-    )
+    train_here(tmp_path / "plain", cache, text("top") | typed("mtp=none mtp.depth mtp.lookahead"))
     start = {"init_from": tmp_path / "plain", "mtp.freeze_trunk": "true"}
     summary = train_here(tmp_path / "probe", cache, text("top") | start)
-    before, after = (
-        open_model(tmp_path / name).model.trunk.state_dict() for name in ("plain", "probe")
-    )
-    assert_equal(before, after)
-    assert (
-        summary["parameters_trained"]
-        == 32 * open_model(tmp_path / "plain").model.config.trunk.vocab_size
-    )
-    assert [r for r in rows(tmp_path / "probe") if "train/loss_depth_0" in r] == []
-    first, last = (rows(tmp_path / "probe")[i]["train/loss_depth_1"] for i in (0, -1))
-    assert last < first
+    plain, probe = (open_model(tmp_path / name).model.trunk for name in ("plain", "probe"))
+    helpers.assert_equal(plain.state_dict(), probe.state_dict())
+    assert summary["parameters_trained"] == 32 * plain.config.vocab_size
+    assert not column(tmp_path / "probe", "train/loss_depth_0")
+    losses = list(column(tmp_path / "probe", "train/loss_depth_1").values())
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,9 @@ import yaml
 
 from mtp_lightning.experiment.evaluating import validation_data
 from mtp_lightning.opening import open_model
+from tests.integration import helpers
 from tests.integration.conftest import Once
-from tests.integration.helpers import (
-    TASK,
-    assert_near_rows,
-    command,
-    composed,
-    evaluated,
-    execute,
-    resume_from_previous,
-    rows,
-    train_here,
-)
+from tests.integration.helpers import TASK, command, composed, evaluated, execute, rows, train_here
 from tests.integration.several import run_all
 
 
@@ -48,11 +39,11 @@ BESIDE = {
     "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
     "hmm": {"val/belief_r2", "val/surprisal", "val/excess_loss", "val/longer/belief_r2"},
     "navigation": {
-        *("val/legality", "val/legality_chance", "val/arrival", "val/surprisal", "val/excess_loss"),
-        *("val/shortcut_mass", "val/shortcut_mass_chance", "val/legal_mass"),
-        *("val/belief_cosine", "val/belief_cosine_others"),
+        "val/legality", "val/legality_chance", "val/arrival", "val/surprisal", "val/excess_loss",
+        "val/shortcut_mass", "val/shortcut_mass_chance", "val/legal_mass", "val/belief_cosine",
+        "val/belief_cosine_others",
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +57,9 @@ def copying(once: Once, cache: Path) -> Path:
 def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path, case: str) -> None:
     summary = train_here(tmp_path, cache, TASK | TASKS[case])
     measured = {tag: value for tag, value in summary.items() if tag.startswith("val/")}
-    assert {
-        "val/exact_match",
-        "val/chance",
-        "val/seen",
-        "val/trivial",
-        "val/accuracy_position_1",
-        "val/forced_accuracy_position_2",
-        "val/loss_depth_2",
-    } <= measured.keys()
-    variant = {"star_graph": "longer", "mqar": "more"}.get(case, "longer")
+    always = "exact_match chance seen trivial accuracy_position_1 forced_accuracy_position_2"
+    assert {f"val/{tag}" for tag in [*always.split(), "loss_depth_2"]} <= measured.keys()
+    variant = "more" if case == "mqar" else "longer"
     assert (f"val/{variant}/exact_match" in measured) == (case not in ("sibling", "navigation"))
     assert "val/bits_per_byte" not in measured and BESIDE.get(case, set()) <= measured.keys()
     # Nothing is drafted of a single token, nor after a question of one.
@@ -109,26 +93,24 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
 def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) -> None:
     settings = TASK | settings | {"callbacks.checkpoints.every_n_steps": 5}
     train_here(tmp_path / "whole", cache, settings)
-    resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
+    helpers.resume_from_previous(tmp_path / "whole", tmp_path / "again", cache, settings)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
-    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
-    more = {"trainer.precision": "64-true", "data.eval_examples": 31}
+    more, half = {"trainer.precision": "64-true", "data.eval_examples": 31}, {"data.batch_size": 2}
     cases = {case: TASK | TASKS[case] | more for case in ("copy", "sibling", "hmm")}
-    run_all(tmp_path, cache, {case: common | two for case, common in cases.items()}, processes=2)
+    runs = {case: common | helpers.DDP | half for case, common in cases.items()}
+    run_all(tmp_path, cache, runs, processes=2)
     for case, common in cases.items():
         train_here(tmp_path / f"{case}_alone", cache, common)
-        assert_near_rows(tmp_path / case, tmp_path / f"{case}_alone", rel=1e-9)
+        helpers.assert_near_rows(tmp_path / case, tmp_path / f"{case}_alone", rel=1e-9)
         alone = rows(tmp_path / f"{case}_alone")
         fewer = common | {"callbacks.exact_match.batch_size": 7}
         few = train_here(tmp_path / f"{case}_few", cache, fewer)
-        answers = {tag for tag in few if tag.startswith("val/")} & alone[-1].keys()
-        assert BESIDE.get(case, set()) <= answers
-        assert {tag: few[tag] for tag in answers} == pytest.approx(
-            {tag: alone[-1][tag] for tag in answers}, rel=1e-6
-        ), case
+        answers = {tag: v for tag, v in alone[-1].items() if tag.startswith("val/") and tag in few}
+        assert BESIDE.get(case, set()) <= answers.keys()
+        assert {tag: few[tag] for tag in answers} == pytest.approx(answers, rel=1e-6), case
 
 
 @pytest.mark.slow
@@ -170,19 +152,11 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(tmp_path, ca
 
 
 def test_teacherless_heads_learn_from_the_question_alone(tmp_path: Path, cache: Path) -> None:
-    settings = TASK | {
-        "data.task.letters": 3,
-        "data.task.shortest": 2,
-        "data.task.periods": 2,
-        "data.task.held_out": "null",
-        "data.batch_size": 32,
-        "mtp": "teacherless",
-        "mtp.depth": None,
-        "lambda_schedule": "constant",
-        "optimizer.lr": 0.01,
-        "trainer.max_steps": 250,
-        "trainer.val_check_interval": 250,
-    }
+    settings = TASK | helpers.typed(
+        "data.task.letters=3 data.task.shortest=2 data.task.periods=2 data.task.held_out=null "
+        "data.batch_size=32 mtp=teacherless mtp.depth lambda_schedule=constant optimizer.lr=0.01 "
+        "trainer.max_steps=250 trainer.val_check_interval=250"
+    )
     summary = train_here(tmp_path, cache, settings)
     assert summary["val/exact_match"] > 0.9 > 4 * summary["val/chance"]
 
@@ -190,19 +164,12 @@ def test_teacherless_heads_learn_from_the_question_alone(tmp_path: Path, cache: 
 @pytest.mark.parametrize("debug", ["fast", "profile"])
 def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
     """Without a key that one of them would ignore."""
-    task, text, typed, plain_task, plain_text = (
-        composed("config", given).data
-        for given in (
-            ["data=star_graph", f"debug={debug}"],
-            [f"debug={debug}"],
-            ["data=star_graph", f"debug={debug}", "data.eval_examples=7"],
-            ["data=star_graph"],
-            [],
-        )
-    )
+    star, short = ["data=star_graph"], [f"debug={debug}"]
+    given = ([*star, *short], short, [*star, *short, "data.eval_examples=7"], star, [])
+    task, text, asked, plain_task, plain_text = (composed("config", words).data for words in given)
     assert task.eval_examples == 64 and "eval_bytes" not in task
     assert text.eval_bytes == 10_000 and "eval_examples" not in text
-    assert typed.eval_examples == 7
+    assert asked.eval_examples == 7
     assert plain_task.eval_examples == 512 and plain_text.eval_bytes == 300_000
 
 

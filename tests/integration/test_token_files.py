@@ -10,15 +10,8 @@ import pytest
 
 from data_modules.sources import SyntheticSource
 from tests.data_modules.token_formats import llm_c, megatron
-from tests.integration.helpers import (
-    ROOT,
-    assert_same_run,
-    command,
-    evaluated,
-    execute,
-    kill_at,
-    train_here,
-)
+from tests.integration import helpers
+from tests.integration.helpers import ROOT, command, evaluated, execute, train_here, typed
 
 GENERATE = [sys.executable, str(ROOT / "generate.py")]
 
@@ -30,27 +23,19 @@ def files(tmp_path: Path) -> dict[str, Any]:
     for i in range(3):
         llm_c(tmp_path / f"shard{i}.bin", documents[8 * i : 8 * i + 8])
     megatron(tmp_path / "val.bin", documents[24:])
-    return {
-        "data": "tokens",
-        "data.val_fraction": None,
-        "data.path": f"{tmp_path}/shard*.bin",
-        "data.val_path": f"{tmp_path}/val",
-    }
+    paths = f"data.path={tmp_path}/shard*.bin data.val_path={tmp_path}/val"
+    return typed(f"data=tokens data.val_fraction {paths}")
 
 
 @pytest.mark.slow
 def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
     cache = tmp_path / "cache"
     # Epochs end in between: the files hold about 110 steps.
-    settings = files | {
-        "trainer.max_steps": 150,
-        "trainer.val_check_interval": 75,
-        "callbacks.checkpoints.every_n_steps": 20,
-    }
+    settings = files | typed(
+        "trainer.max_steps=150 trainer.val_check_interval=75 callbacks.checkpoints.every_n_steps=20"
+    )
     whole = train_here(tmp_path / "whole", cache, settings)
-    kill_at(command(tmp_path / "parts", cache, settings), tmp_path / "parts", 60)
-    train_here(tmp_path / "parts", cache, settings)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    helpers.resume_from_previous(tmp_path / "whole", tmp_path / "parts", cache, settings)
     assert whole["val/bits_per_byte"] > 0 and whole["evaluation"]["bytes"] >= 400
     metrics = evaluated(tmp_path / "whole" / "checkpoints" / "last.ckpt")
     for name in ("val/loss_depth_0", "val/loss_depth_2", "val/bits_per_byte"):
@@ -60,8 +45,8 @@ def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
 
 @pytest.mark.slow
 def test_ids_alone(tmp_path, files) -> None:
-    settings = files | {"tokenizer": "ids", "tokenizer.vocab_size": 300, "tokenizer.eot_id": 256}
-    settings["data.document_mask"] = "true"
+    ids = "tokenizer=ids tokenizer.vocab_size=300 tokenizer.eot_id=256 data.document_mask=true"
+    settings = files | typed(ids)
     summary = train_here(tmp_path / "run", tmp_path / "cache", settings)
     assert summary["data"]["tokenizer"]["vocab_size"] == 300
     assert not [name for name in summary if "bits_per_byte" in name]

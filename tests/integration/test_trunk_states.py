@@ -12,25 +12,20 @@ from data_modules.window_dataset import STATES
 from tests.integration import helpers
 from tests.integration.conftest import Once
 
-HEADS = {
-    **helpers.CONSTANT,
-    "mtp.freeze_trunk": "true",
-    "data.source.size": 1_200,  # several epochs
-    "data.source.documents": 12,
-    "trainer.max_steps": 40,
-    "trainer.val_check_interval": 20,
-    "callbacks.checkpoints.every_n_steps": 20,
-}
+# Several epochs.
+HEADS = helpers.CONSTANT | helpers.typed(
+    "mtp.freeze_trunk=true data.source.size=1200 data.source.documents=12 trainer.max_steps=40 "
+    "trainer.val_check_interval=20 callbacks.checkpoints.every_n_steps=20"
+)
 CACHED = {"data.cache_states": "true"}
 
 
 @pytest.fixture(scope="module")
 def trunk(once: Once, cache: Path) -> Path:
-    settings = {"mtp": "none", "mtp.depth": None, "model.n_layers": 2}
-    length = {"trainer.max_steps": 20, "trainer.val_check_interval": 20}
-    return once(
-        "trunk-of-states", lambda folder: helpers.train_here(folder, cache, settings | length)
+    settings = helpers.typed(
+        "mtp=none mtp.depth model.n_layers=2 trainer.max_steps=20 trainer.val_check_interval=20"
     )
+    return once("trunk-of-states", lambda folder: helpers.train_here(folder, cache, settings))
 
 
 def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
@@ -56,10 +51,8 @@ def test_read_states_train_as_computed_ones(trunk: Path, tmp_path: Path, case: s
     plain = helpers.train_here(tmp_path / "computed", tmp_path / "cache", settings)
     kept = helpers.train_here(tmp_path / "read", tmp_path / "cache", {**settings, **CACHED})
     helpers.assert_same_weights(tmp_path / "computed", tmp_path / "read")
-    columns = [
-        helpers.column(tmp_path / name, "train/loss_depth_2") for name in ("computed", "read")
-    ]
-    assert columns[0] == columns[1] and len(columns[0]) == 40
+    a, b = (helpers.column(tmp_path / n, "train/loss_depth_2") for n in ("computed", "read"))
+    assert a == b and len(a) == 40
     assert plain["val/loss_depth_1"] == kept["val/loss_depth_1"]
     assert kept["flops"] < 0.9 * plain["flops"], "what is read is not computed"
 

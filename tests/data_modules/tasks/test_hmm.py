@@ -93,13 +93,9 @@ def entropy(task: HMM, length: int) -> float:
 
 def test_surprisals_far_from_the_start_are_the_entropy_rate() -> None:
     """``H(x_n | x_1 .. x_n-1, state before)`` is near it (Cover & Thomas 2006, theorem 4.5.1)."""
-    rates = {
-        HMM(process="rrxor", length=1000): 2 / 3 * np.log(2),
-        **{
-            task: entropy(task, 6) - entropy(task, 5)
-            for task in (HMM(length=1000), HMM(length=1000, x=0.15, a=0.6))
-        },
-    }
+    rates = {HMM(process="rrxor", length=1000): 2 / 3 * np.log(2)}
+    for task in (HMM(length=1000), HMM(length=1000, x=0.15, a=0.6)):
+        rates[task] = entropy(task, 6) - entropy(task, 5)
     for task, rate in rates.items():
         rows = np.array([task.example(i).answer for i in range(100)])
         means = task.surprisals(rows)[:, 200:].mean(1)

@@ -175,13 +175,8 @@ def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> SimpleNamesp
     nats = torch.zeros(tokens.shape).double()
     picked = -table.log().gather(-1, batch.tokens[:, ahead].unsqueeze(-1)).squeeze(-1)
     nats[:, ahead] = torch.where(valid, picked, 0)
-    return SimpleNamespace(
-        batch=batch,
-        said_BW=batch.tokens,
-        states_BPC=torch.tensor(states),
-        log_probs_KV=table.log()[valid],
-        nats_BW=nats,
-    )
+    of_states = {"states_BPC": torch.tensor(states), "log_probs_KV": table.log()[valid]}
+    return SimpleNamespace(batch=batch, said_BW=batch.tokens, nats_BW=nats, **of_states)
 
 
 def measured(task: Navigation, batches: list[np.ndarray], *, knows: bool) -> dict[str, float]:
