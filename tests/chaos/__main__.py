@@ -21,12 +21,9 @@ from tests.chaos.cases import Broken, Case, Result, shuffled
 from tests.chaos.processes import warm
 
 KINDS = {
-    "kills": kills.cases,
-    "bad input": bad_input.cases,
-    "hostile input": hostile.cases,
-    "faults": faults.cases,
-    "requests": requests.cases,
-}
+    "kills": kills.cases, "bad input": bad_input.cases, "hostile input": hostile.cases,
+    "faults": faults.cases, "requests": requests.cases,
+}  # fmt: skip
 
 
 def attempt(case: Case, seed: str, folder: Path) -> Result:

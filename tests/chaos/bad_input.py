@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.chaos.given import (
     Make,
     Place,
     app,
+    changed,
     safetensors,
     train,
     written,
@@ -39,28 +40,15 @@ from tests.integration.helpers import CONF, overrides
 # What an option needs besides its name to be a sound run; None for one that is not tried here, as
 # it needs a package, a network or a model.
 _NEEDS: dict[str, dict[str, Any] | None] = {
-    "data/huggingface": None,
-    "data/self_generated": None,
-    "data/shakespeare": None,
-    "data/stdlib": None,
-    "data/text": None,
-    "data/tokens": None,
-    "logger/mlflow": None,
-    "logger/wandb": None,
-    "logger/trackio": None,
-    "tokenizer/pretrained": None,
-    "tokenizer/ids": None,
-    "objective/nextlat": None,
-    "callbacks/early_stopping": None,
-    "callbacks/stop_when_solved": {**TASK, "data": "copy"},
-    "model/deepseek_v3": None,
-    "optimizer/muon": {"optimizer.lr": None},
-    "mtp/none": {"mtp.depth": None},
-    "mtp/top": {"mtp.depth": 1},
-    "mtp/bag": {"mtp.depth": 1},
-    "mtp/registers": {"mtp.depth": 1},
+    "data/huggingface": None, "data/self_generated": None, "data/shakespeare": None,
+    "data/stdlib": None, "data/text": None, "data/tokens": None, "logger/mlflow": None,
+    "logger/wandb": None, "logger/trackio": None, "tokenizer/pretrained": None,
+    "tokenizer/ids": None, "objective/nextlat": None, "callbacks/early_stopping": None,
+    "callbacks/stop_when_solved": {**TASK, "data": "copy"}, "model/deepseek_v3": None,
+    "optimizer/muon": {"optimizer.lr": None}, "mtp/none": {"mtp.depth": None},
+    "mtp/top": {"mtp.depth": 1}, "mtp/bag": {"mtp.depth": 1}, "mtp/registers": {"mtp.depth": 1},
     "mtp/teacherless": None,
-}
+}  # fmt: skip
 # Keys that follow others by an interpolation, or take anything.
 _FREE = {"depth", "accumulate", "tokenizer", "cache_dir", "mtp_lambda", "stride"}
 _GROUPS = (
@@ -229,10 +217,6 @@ def _empty(place: Place) -> Path:
     return place.given / "empty"
 
 
-def _changed(change: Callable[[dict[str, Any]], object]) -> Make:
-    return lambda place: place.checkpoint(change)
-
-
 def _cut(place: Place) -> Path:
     whole = place.finished.checkpoint.read_bytes()
     return place.write("cut.ckpt", whole[: len(whole) // 2])
@@ -258,34 +242,28 @@ FILES: dict[str, Make] = {
     "an empty archive": written("zip.ckpt", b"PK\x05\x06" + bytes(18)),
     "half a checkpoint": _cut,
     "a run without checkpoints": _without_checkpoints,
-    "a checkpoint without weights": _changed(lambda c: c.pop("state_dict")),
-    "a checkpoint without a model": _changed(lambda c: c.pop("model_config")),
-    "a checkpoint without a tensor": _changed(lambda c: c["state_dict"].popitem()),
-    "a tensor of another shape": _changed(
+    "a checkpoint without weights": changed(lambda c: c.pop("state_dict")),
+    "a checkpoint without a model": changed(lambda c: c.pop("model_config")),
+    "a checkpoint without a tensor": changed(lambda c: c["state_dict"].popitem()),
+    "a tensor of another shape": changed(
         lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(3)})
     ),
-    "a model of no width": _changed(lambda c: c["model_config"]["trunk"].update(d_model=0)),
-    "a model of words": _changed(lambda c: c["model_config"]["trunk"].update(n_layers="many")),
-    "a list": _changed(lambda c: c.update(model_config=[1, 2])),
-    "weights that are words": _changed(lambda c: c.update(state_dict={"a": "b"})),
+    "a model of no width": changed(lambda c: c["model_config"]["trunk"].update(d_model=0)),
+    "a model of words": changed(lambda c: c["model_config"]["trunk"].update(n_layers="many")),
+    "a list": changed(lambda c: c.update(model_config=[1, 2])),
+    "weights that are words": changed(lambda c: c.update(state_dict={"a": "b"})),
     "an unknown family": _hugging_face({**LLAMA, "model_type": "nobody"}),
     "a config that is not JSON": _hugging_face("{"),
     "a config that is a list": _hugging_face([1]),
     "a config without a family": _hugging_face({"hidden_size": 8}),
-    "a config without a width": _hugging_face(
-        {k: v for k, v in LLAMA.items() if k != "hidden_size"}
-    ),
+    "a config without a width": _hugging_face({k: LLAMA[k] for k in LLAMA if k != "hidden_size"}),
     "a config with a word": _hugging_face({**LLAMA, "hidden_size": "wide"}),
     "a folder without tensors": lambda place: place.model(LLAMA),
     "a folder of no tensor": _hugging_face(LLAMA),
 }  # fmt: skip
 TEXTS = {
-    "empty": b"",
-    "one letter": b"a",
-    "not UTF-8": b"abc\xff\xfe" * 50,
-    "zeros and a torn letter": bytes(3000) + b"\xc3",
-    "half a line of JSON": b'{"text": "ab',
+    "empty": b"", "one letter": b"a", "not UTF-8": b"abc\xff\xfe" * 50,
+    "zeros and a torn letter": bytes(3000) + b"\xc3", "half a line of JSON": b'{"text": "ab',
     "JSON of another field": b'{"body": "words"}\n' * 40,
-    "JSON with a number": b'{"text": 3}\n' * 40,
-    "a JSON list": b'["text"]\n' * 40,
-}
+    "JSON with a number": b'{"text": 3}\n' * 40, "a JSON list": b'["text"]\n' * 40,
+}  # fmt: skip

@@ -19,10 +19,10 @@ import torch
 from mtp_lightning.module import MTPModule
 from tests.chaos.cases import Attempt, Case, hold
 from tests.chaos.given import AS_TOKENS, Finished
-from tests.chaos.jobs import SMALL, read, same_runs, whole_files
+from tests.chaos.jobs import SMALL, same_runs, whole_files
 from tests.chaos.kills import refusing
 from tests.chaos.processes import Change, Ended, Process, run
-from tests.integration.helpers import overrides, rows
+from tests.integration.helpers import overrides, rows, weights
 
 STEPS = int(SMALL["trainer.max_steps"])
 
@@ -129,7 +129,7 @@ def _not_finite_on_one_rank(cache: Path, folder: Path, chance: random.Random) ->
 def _all_finite(folder: Path) -> None:
     whole_files(folder)
     for file in (folder / "checkpoints").glob("*.ckpt"):
-        for name, tensor in read(file)["state_dict"].items():
+        for name, tensor in weights(folder, file.name).items():
             finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
             hold(finite, f"{file.name} holds {name} that is not finite")
 

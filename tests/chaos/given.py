@@ -131,6 +131,11 @@ def written(name: str, content: bytes) -> Make:
     return lambda place: place.write(name, content)
 
 
+def changed(change: Callable[[dict[str, Any]], object]) -> Make:
+    """Makes a checkpoint of the run with a change."""
+    return lambda place: place.checkpoint(change)
+
+
 def safetensors(
     header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None
 ) -> bytes:

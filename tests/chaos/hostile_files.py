@@ -16,12 +16,8 @@ import numpy as np
 import torch
 
 from tests.chaos.cases import hold
-from tests.chaos.given import LLAMA, Make, Place, safetensors, written
+from tests.chaos.given import LLAMA, Make, Place, changed, safetensors, written
 from tests.chaos.processes import run
-
-
-def _pickled(place: Place) -> Path:
-    return place.write("hostile.ckpt", pickle.dumps(place.payload()))
 
 
 def _pickle_in_archive(place: Place) -> Path:
@@ -59,28 +55,20 @@ def _names_outside(place: Place) -> Path:
 
 
 def _model(**trunk: Any) -> Make:
-    return lambda place: place.checkpoint(lambda c: c["model_config"]["trunk"].update(trunk))
+    return changed(lambda c: c["model_config"]["trunk"].update(trunk))
 
 
-def _stored(path: str, value: Any) -> Make:
-    """A run whose stored config has another value; {canary} and {secret} are paths."""
+def _stored(path: str, target: str, *given: str) -> Make:
+    """A run whose stored config calls a function; CANARY is its path."""
 
     def make(place: Place) -> Path:
-        text = value
-        if isinstance(text, str):
-            text = text.replace("{canary}", str(place.canary)).replace(
-                "{secret}", str(place.secret)
-            )
-
         def change(content: dict[str, Any]) -> None:
             at = content
             *parents, last = path.split(".")
             for key in parents:
                 at = at[key]
-            at[last] = text if not isinstance(text, dict) else {
-                k: v.replace("{canary}", str(place.canary)) if isinstance(v, str) else v
-                for k, v in text.items()
-            }  # fmt: skip
+            called = [text.replace("CANARY", str(place.canary)) for text in given]
+            at[last] = {"_target_": target, "_args_": called}
 
         return place.run(change)
 
@@ -115,10 +103,10 @@ CHECKPOINTS: dict[str, Make] = {
     "a pickle for a part": _in_parts(),
     "parts in a folder outside": _in_parts(folder="../../.."),
     "10^12 parts": _in_parts(parts=10**12),
-    "10^12 weights of no content": lambda place: place.checkpoint(
+    "10^12 weights of no content": changed(
         lambda c: c["state_dict"].update(more=torch.empty(10**6, 10**6, device="meta"))
     ),
-    "a pickle": _pickled,
+    "a pickle": lambda place: place.write("hostile.ckpt", pickle.dumps(place.payload())),
     "a pickle in a checkpoint": _pickle_in_archive,
     "an object in the optimizer's state": lambda place: place.checkpoint(
         lambda c: c.update(optimizer_states=[place.payload()])
@@ -128,23 +116,17 @@ CHECKPOINTS: dict[str, Make] = {
     "a vocabulary of 10^12": _model(vocab_size=10**12),
     "10^9 layers": _model(n_layers=10**9),
     "a width of 10^9": _model(d_model=10**9),
-    "lists in lists": lambda place: place.checkpoint(
-        lambda c: c["model_config"].update(mtp=_deep(150))
-    ),
-    "10^9 depths": lambda place: place.checkpoint(
-        lambda c: c["model_config"]["mtp"].update(depth=10**9)
-    ),
-}  # fmt: skip
-_CALL = {"_target_": "os.system", "command": "touch {canary}"}
+    "lists in lists": changed(lambda c: c["model_config"].update(mtp=_deep(150))),
+    "10^9 depths": changed(lambda c: c["model_config"]["mtp"].update(depth=10**9)),
+}
+_CALL = ("os.system", "touch CANARY")
 RUNS: dict[str, Make] = {
-    "a source that is a command": _stored("config.data.source", _CALL),
-    "a tokenizer that is a command": _stored("config.tokenizer", _CALL),
-    "an optimizer that is a command": _stored("config.optimizer", _CALL),
-    "a schedule that is a command": _stored("config.lambda_schedule", _CALL),
-    "a callback that is a command": _stored("config.callbacks.nan_guard", _CALL),
-    "code for a source": _stored(
-        "config.data.source", {"_target_": "builtins.eval", "_args_": ["open({canary!r}, 'w')"]}
-    ),
+    "a source that is a command": _stored("config.data.source", *_CALL),
+    "a tokenizer that is a command": _stored("config.tokenizer", *_CALL),
+    "an optimizer that is a command": _stored("config.optimizer", *_CALL),
+    "a schedule that is a command": _stored("config.lambda_schedule", *_CALL),
+    "a callback that is a command": _stored("config.callbacks.nan_guard", *_CALL),
+    "code for a source": _stored("config.data.source", "builtins.eval", "open('CANARY', 'w')"),
     "a tokenizer of pickles": lambda place: place.run(
         lambda c: c.update(tokenizer={"name": "byte", "state": place.payload()})
     ),
@@ -156,12 +138,8 @@ def _index(target: str) -> Make:
 
     def make(place: Place) -> Path:
         path = target.replace("{secret}", str(place.secret))
-        names = [
-            "model.embed_tokens.weight",
-            "model.norm.weight",
-            "model.layers.0.input_layernorm.weight",
-        ]
-        index = {"metadata": {}, "weight_map": {name: path for name in names}}
+        names = ("embed_tokens", "norm", "layers.0.input_layernorm")
+        index = {"metadata": {}, "weight_map": {f"model.{name}.weight": path for name in names}}
         return place.model(LLAMA, model__safetensors__index__json=json.dumps(index).encode())
 
     return make
@@ -171,49 +149,39 @@ def _folder(config: dict[str, Any] | None = None, **files: bytes) -> Make:
     return lambda place: place.model({**LLAMA, **(config or {})}, **files)
 
 
-_EMBEDDING = "model.embed_tokens.weight"
+_DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+def _header(header: dict[str, Any] | bytes, length: int | None = None) -> Make:
+    """A folder whose file of tensors has this header."""
+    return _folder(model__safetensors=safetensors(header, bytes(4), length))
+
+
+def _tensor(shape: list[int], offsets: list[int]) -> Make:
+    said = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    return _header({"model.embed_tokens.weight": said})
+
+
+def _sized(**config: Any) -> Make:
+    return _folder(config, model__safetensors=safetensors({}), evil__py=b"open('canary', 'w')")
+
+
 FOLDERS: dict[str, Make] = {
     "an index that leads outside": _index("../../secret.txt"),
     "an index of an absolute path": _index("{secret}"),
-    "a header of 2^63 bytes": _folder(model__safetensors=safetensors({}, length=2**63)),
-    "a header longer than its file": _folder(model__safetensors=safetensors({}, length=10**8)),
-    "a header of deep lists": _folder(
-        model__safetensors=safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
-    ),
-    "a tensor of 10^12 rows": _folder(
-        model__safetensors=safetensors(
-            {_EMBEDDING: {"dtype": "F32", "shape": [10**12, 8], "data_offsets": [0, 4]}}, bytes(4)
-        )
-    ),
-    "offsets after the end": _folder(
-        model__safetensors=safetensors(
-            {_EMBEDDING: {"dtype": "F32", "shape": [257, 8], "data_offsets": [0, 10**9]}}, bytes(4)
-        )
-    ),
-    "negative offsets": _folder(
-        model__safetensors=safetensors(
-            {_EMBEDDING: {"dtype": "F32", "shape": [1, 1], "data_offsets": [-8, -4]}}, bytes(4)
-        )
-    ),
-    "10^9 layers in its config": _folder(
-        {"num_hidden_layers": 10**9}, model__safetensors=safetensors({})
-    ),
-    "a width of 10^12 in its config": _folder(
-        {"hidden_size": 10**12}, model__safetensors=safetensors({})
-    ),
-    "code of its own": _folder(
-        {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}},
-        model__safetensors=safetensors({}),
-        evil__py=b"open('canary', 'w')",
-    ),
-    "weights in a pickle": lambda place: place.model(
-        LLAMA, pytorch_model__bin=pickle.dumps(place.payload())
-    ),
+    "a header of 2^63 bytes": _header({}, 2**63),
+    "a header longer than its file": _header({}, 10**8),
+    "a header of deep lists": _header(b'{"a":' + _DEEP + b"}"),
+    "a tensor of 10^12 rows": _tensor([10**12, 8], [0, 4]),
+    "offsets after the end": _tensor([257, 8], [0, 10**9]),
+    "negative offsets": _tensor([1, 1], [-8, -4]),
+    "10^9 layers in its config": _sized(num_hidden_layers=10**9),
+    "a width of 10^12 in its config": _sized(hidden_size=10**12),
+    "code of its own": _sized(model_type="mine", auto_map={"AutoConfig": "evil.Config"}),
+    "weights in a pickle": lambda p: p.model(LLAMA, pytorch_model__bin=pickle.dumps(p.payload())),
     "a tokenizer whose pattern never ends": lambda place: _slow_tokenizer(place),
-    "a tokenizer of deep lists": lambda place: _with_tokenizer(
-        place, b'{"version":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
-    ),
-}  # fmt: skip
+    "a tokenizer of deep lists": lambda p: _with_tokenizer(p, b'{"version":' + _DEEP + b"}"),
+}
 
 
 def _with_tokenizer(place: Place, content: bytes) -> Path:
@@ -235,7 +203,7 @@ def _slow_tokenizer(place: Place) -> Path:
 
     made = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     made.pre_tokenizer = pre_tokenizers.Split(pattern=Regex("(a+)+$"), behavior="isolated")
-    (folder / "tokenizer.json").writewritten(made.to_str())
+    (folder / "tokenizer.json").write_text(made.to_str())
     return folder
 
 
@@ -257,7 +225,7 @@ def _link(place: Place) -> Path:
 
 TEXTS: dict[str, Make] = {
     "a bomb of zeros": _compressed,
-    "deep JSON": written("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
+    "deep JSON": written("a.jsonl", b'{"text": ' + _DEEP + b"}\n"),
     "a number of a million digits": written("a.jsonl", b'{"text": ' + b"9" * 1_000_000 + b"}\n"),
     "escape codes": written("a.txt", b"\x1b]0;owned\x07 and more words of it\n" * 300),
     "no gzip": written("a.txt.gz", b"\x1f\x8b" + bytes(40)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,73 +12,48 @@ from typing import Any
 import torch
 import yaml
 
-from mtp_lightning.run.checkpoints import damage, load
+from mtp_lightning.run.checkpoints import damage
 from tests.chaos.cases import hold
-from tests.integration.helpers import overrides, rows
+from tests.integration.helpers import checkpoint, overrides, rows
 from tests.sweeps.claims.fixture_claims import write_claim
 
 # Steps, validations and checkpoints that fall on different steps, and several epochs.
 SMALL: dict[str, Any] = {
-    "data.source.size": 8_000,
-    "data.source.documents": 20,
-    "data.eval_bytes": 300,
-    "trainer.max_steps": 40,
-    "trainer.val_check_interval": 15,
-    "callbacks.checkpoints.every_n_steps": 4,
-    "callbacks.speculative_eval.n_prompts": 1,
+    "data.source.size": 8_000, "data.source.documents": 20, "data.eval_bytes": 300,
+    "trainer.max_steps": 40, "trainer.val_check_interval": 15,
+    "callbacks.checkpoints.every_n_steps": 4, "callbacks.speculative_eval.n_prompts": 1,
     "callbacks.speculative_eval.new_tokens": 8,
-}
+}  # fmt: skip
 TASK: dict[str, Any] = {
-    "data.source.size": None,
-    "data.source.documents": None,
-    "data.seq_len": None,
-    "data.eval_bytes": None,
-    "data.val_fraction": None,
-    "data.eval_examples": 16,
-    "data.batch_size": 8,
-    "tokenizer": None,
-}
+    "data.source.size": None, "data.source.documents": None, "data.seq_len": None,
+    "data.eval_bytes": None, "data.val_fraction": None, "data.eval_examples": 16,
+    "data.batch_size": 8, "tokenizer": None,
+}  # fmt: skip
 _MODEL = {f"model.{key}": None for key in ("n_heads", "n_kv_heads", "d_ff")}
 # Every head, objective, rule and source that has a state of its own to continue from.
 RUNS: dict[str, dict[str, Any]] = {
-    "sequential": {"lambda_schedule": "linear_decay"},
-    "shared": {"mtp.share_layers": "true"},
-    "parallel": {"mtp": "parallel"},
-    "linear": {"mtp": "linear"},
-    "parameter_free": {"mtp": "parameter_free"},
-    "joint": {"mtp": "joint"},
-    "top": {"mtp": "top", "mtp.depth": 1},
-    "bag": {"mtp": "bag", "mtp.depth": 1},
-    "nextlat": {"mtp": "nextlat"},
-    "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
+    "sequential": {"lambda_schedule": "linear_decay"}, "shared": {"mtp.share_layers": "true"},
+    "parallel": {"mtp": "parallel"}, "linear": {"mtp": "linear"},
+    "parameter_free": {"mtp": "parameter_free"}, "joint": {"mtp": "joint"},
+    "top": {"mtp": "top", "mtp.depth": 1}, "bag": {"mtp": "bag", "mtp.depth": 1},
+    "nextlat": {"mtp": "nextlat"}, "eagle": {"mtp": "eagle", "mtp.draft_vocab": 60},
     "masked": {"mtp": "masked", "mtp.lora_rank": 4},
-    "registers": {"mtp": "registers", "mtp.depth": 1},
-    "kl": {"objective": "kl"},
+    "registers": {"mtp": "registers", "mtp.depth": 1}, "kl": {"objective": "kl"},
     "experts": {"model": "deepseek_nano", "model.n_layers": 2, **_MODEL},
-    "gradnorm": {"balance": "gradnorm"},
-    "dwa": {"balance": "dwa"},
-    "uncertainty": {"balance": "uncertainty"},
-    "trunk_ratio": {"balance": "trunk_ratio"},
-    "sampled_depths": {"balance": "sampled_depths"},
-    "random_weights": {"balance": "random"},
-    "cosine_gate": {"balance": "cosine_gate"},
-    "muon": {"optimizer": "muon", "optimizer.lr": None},
+    "gradnorm": {"balance": "gradnorm"}, "dwa": {"balance": "dwa"},
+    "uncertainty": {"balance": "uncertainty"}, "trunk_ratio": {"balance": "trunk_ratio"},
+    "sampled_depths": {"balance": "sampled_depths"}, "random_weights": {"balance": "random"},
+    "cosine_gate": {"balance": "cosine_gate"}, "muon": {"optimizer": "muon", "optimizer.lr": None},
     "token_dropout": {"mtp.token_dropout": 0.5, "mtp.hidden_state_mixing": "true"},
-    "accumulated": {"trainer.accumulate_grad_batches": 2},
-    "workers": {"data.num_workers": 2},
-    "tensorboard": {"logger": "default"},
-    "task": {"data": "copy", **TASK},
+    "accumulated": {"trainer.accumulate_grad_batches": 2}, "workers": {"data.num_workers": 2},
+    "tensorboard": {"logger": "default"}, "task": {"data": "copy", **TASK},
     "sibling": {"data": "sibling", "data.examples": 64, **TASK},
-}
+}  # fmt: skip
 # Of a summary: when, how fast, and by which commit, which may be another by then.
 _TIMED = (
-    "perf/",
-    "seconds",
-    "git_commit",
-    "progress/seconds",
-    "decode/speedup",
+    "perf/", "seconds", "git_commit", "progress/seconds", "decode/speedup",
     "decode/tokens_per_second",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,16 +97,10 @@ def store_job(cache: Path) -> Job:
         words = [f"{(i * 7919 + j * j * 31) % 997:x}" for j in range(6000)]
         (text / f"{i}.txt").write_text(f"text {i}\n" + " ".join(words) + "\n")
     settings = {
-        "data": "text",
-        "data.source.size": None,
-        "data.source.documents": None,
-        "data.paths": f"[{text}]",
-        "data.val_fraction": 0.1,
-        "data.build_workers": 2,
-        "tokenizer": "bpe",
-        "tokenizer.vocab_size": 400,
-        "trainer.max_steps": 2,
-    }
+        "data": "text", "data.source.size": None, "data.source.documents": None,
+        "data.paths": f"[{text}]", "data.val_fraction": 0.1, "data.build_workers": 2,
+        "tokenizer": "bpe", "tokenizer.vocab_size": 400, "trainer.max_steps": 2,
+    }  # fmt: skip
 
     def arguments(folder: Path) -> list[str]:
         given = overrides(folder / "cache", SMALL | settings)
@@ -194,13 +162,11 @@ def export_job(cache: Path, run: Path) -> Job:
 
 def same_runs(one: Path, other: Path) -> None:
     """Weights, optimizer, counters, logged columns and summary of two runs are the same."""
-    a, b = (read(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
+    a, b = map(checkpoint, (one, other))
     for key in ("state_dict", "optimizer_states", "progress", "balance"):
         hold(_same(a[key], b[key]), f"{key} of last.ckpt differs")
     for line, (row, as_it_was) in enumerate(zip(rows(one), rows(other), strict=False), start=1):
-        differ = [
-            tag for tag in row.keys() | as_it_was.keys() if row.get(tag) != as_it_was.get(tag)
-        ]
+        differ = [t for t in row.keys() | as_it_was.keys() if row.get(t) != as_it_was.get(t)]
         hold(not differ, f"metrics.csv line {line}, columns {differ[:3]} differ")
     hold(len(rows(one)) == len(rows(other)), "metrics.csv has another number of rows")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
@@ -213,6 +179,18 @@ def same_runs(one: Path, other: Path) -> None:
     nothing_left(one)
 
 
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        alike = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        return alike and bool((torch.eq(a, b) | (a.isnan() & b.isnan())).all())
+    if isinstance(a, dict):
+        keys = [key for key in a if key != "seconds"]
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in keys)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
 def same_files(one: Path, other: Path) -> None:
     """Two folders hold the same files with the same bytes; locks and times aside."""
     found = [
@@ -223,12 +201,9 @@ def same_files(one: Path, other: Path) -> None:
         }
         for folder in (one, other)
     ]
-    differ = [
-        name
-        for name in found[0].keys() | found[1].keys()
-        if found[0].get(name) != found[1].get(name)
-    ]
-    hold(not differ, f"files differ: {sorted(differ)[:4]}")
+    a, b = found
+    differ = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    hold(not differ, f"files differ: {differ[:4]}")
     nothing_left(one)
 
 
@@ -242,10 +217,8 @@ def _untimed(file: Path) -> bytes:
 
 def nothing_left(folder: Path) -> None:
     """No temporary file or folder is left."""
-    left = [
-        path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".hydra"
-    ]
-    left += [path for path in folder.rglob("*.tmp")]
+    hidden = [path for path in folder.rglob(".*") if path.name != ".hydra"]
+    left = [*hidden, *folder.rglob("*.tmp")]
     # What is half built may be somebody's until it has been left alone for long (cache.py).
     left = [p for p in left if not (p.name.endswith(".lock") or ".building-" in p.name)]
     hold(not left, f"left behind: {[str(path.relative_to(folder)) for path in left[:4]]}")
@@ -254,9 +227,8 @@ def nothing_left(folder: Path) -> None:
 def whole_files(folder: Path) -> None:
     """Every file under its own name can be read to its end."""
     for file in folder.rglob("*"):
-        if not file.is_file() or any(
-            part.startswith(".") for part in file.relative_to(folder).parts
-        ):
+        parts = file.relative_to(folder).parts
+        if not file.is_file() or any(part.startswith(".") for part in parts):
             continue
         try:
             if file.suffix == ".json":
@@ -268,23 +240,3 @@ def whole_files(folder: Path) -> None:
                 hold(reason is None, f"{file.name} is damaged: {reason}")
         except (ValueError, yaml.YAMLError) as error:
             hold(False, f"{file.relative_to(folder)} cannot be read: {error}")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, by torch alone; one in parts as the platform puts it together."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return load(path) if "parts" in content else content
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        alike = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
-        return alike and bool((torch.eq(a, b) | (a.isnan() & b.isnan())).all())
-    if isinstance(a, dict):
-        keys = [key for key in a if key != "seconds"]
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in keys)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)

@@ -151,14 +151,9 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
             self.sleep(10)
         assert self.code is not None
-        return Ended(
-            code=self.code,
-            out=self.log.read_text(errors="replace"),
-            seconds=self.seconds,
-            busy=self._busy,
-            timed_out=timed_out,
-            memory=self._memory,
-        )
+        used = {"seconds": self.seconds, "busy": self._busy, "memory": self._memory}
+        out = self.log.read_text(errors="replace")
+        return Ended(code=self.code, out=out, timed_out=timed_out, **used)
 
 
 def run(

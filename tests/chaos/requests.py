@@ -29,30 +29,17 @@ Answer = tuple[int, bytes]
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 # What each field takes: the kinds of JSON, by the names in _VALUES.
 _FIELDS = {
-    "prompt": ("string", "list"),
-    "max_tokens": ("whole",),
-    "temperature": ("whole", "number"),
-    "top_p": ("whole", "number"),
-    "top_k": ("whole",),
-    "seed": ("whole",),
-    "stop": ("string", "list"),
-    "stream": ("bool",),
-    "stream_options": ("object",),
-    "logprobs": ("whole",),
-    "n": ("whole",),
-    "echo": ("bool",),
-    "suffix": ("string",),
-    "logit_bias": ("object",),
-    "model": ("string",),
-}
+    "prompt": ("string", "list"), "max_tokens": ("whole",), "temperature": ("whole", "number"),
+    "top_p": ("whole", "number"), "top_k": ("whole",), "seed": ("whole",),
+    "stop": ("string", "list"), "stream": ("bool",), "stream_options": ("object",),
+    "logprobs": ("whole",), "n": ("whole",), "echo": ("bool",), "suffix": ("string",),
+    "logit_bias": ("object",), "model": ("string",),
+}  # fmt: skip
 _VALUES: dict[str, list[Any]] = {
-    "whole": [3, -3],
-    "number": [1.5, -1.5, 1e300],
-    "string": ["many", "\x1b]0;title\x07", "<script>"],
-    "bool": [True],
-    "list": [["a", 1], [[[[]]]]],
-    "object": [{"a": {"b": []}}],
-}
+    "whole": [3, -3], "number": [1.5, -1.5, 1e300],
+    "string": ["many", "\x1b]0;title\x07", "<script>"], "bool": [True],
+    "list": [["a", 1], [[[[]]]]], "object": [{"a": {"b": []}}],
+}  # fmt: skip
 _MEMORY = 300 << 20  # that all requests together may add
 
 
@@ -76,16 +63,14 @@ def cases(folder: Path) -> list[Case]:
         "a number of a million digits": _same([b'{"prompt": "a", "seed": ' + b"9" * 10**6 + b"}"]),
     }
     found = [
-        Case("requests", name, partial(_refused, served, bodies), timed=False)
-        for name, bodies in made.items()
+        Case("requests", name, partial(_refused, served, bodies)) for name, bodies in made.items()
     ]
-    for name, attempt in {
+    timed = {
         "a client that hangs up": partial(_sent, served, _part_of_a_request, "its rows are free"),
         "bytes that are not HTTP": partial(_sent, served, _random_bytes, "it answers others"),
         "many at once": partial(_many, served),
-    }.items():
-        found.append(Case("requests", name, attempt, timed=True))
-    return found
+    }
+    return found + [Case("requests", name, a, timed=True) for name, a in timed.items()]
 
 
 class Served:

@@ -13,15 +13,8 @@ from tests.integration.helpers import ROOT, environment
 
 @pytest.mark.long
 def test_what_is_promised_holds(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.chaos", "--alone", "--repeatable"),
-            *("--cases", "12", "--folder", tmp_path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env=environment(),
-    )
+    given = ["--alone", "--repeatable", "--cases", "12", "--folder", tmp_path]
+    how = {"capture_output": True, "text": True, "timeout": 900, "cwd": ROOT}
+    command = [sys.executable, "-m", "tests.chaos", *given]
+    done = subprocess.run(command, env=environment(), **how)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
