@@ -151,6 +151,8 @@ def test_a_legend_of_many_settings_is_by_key() -> None:
     grid = product((0, 1, 2), range(9), "xy")
     every = [Setting(values={"a": a, "b": b, "c": c}, config={}) for a, b, c in grid]
     assert len({(o.color, o.dash, o.marker) for o in looks(every).values()}) == len(every)
+    small = [one for one in every if one.values["b"] < 2]  # dashes are enough for them
+    assert len({(o.color, o.dash) for o in looks(small).values()}) == len(small)
     key = [label for label, _ in key_to(every, every)]
     assert key[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(key) == 3 + 18
     few = [label for label, _ in key_to(every, every[:3])]
