@@ -119,14 +119,3 @@ def sequential(
         previous = rms_norm(x, w[f"{p}.norm.weight"], c.norm_eps)
         hidden.append(previous)
     return hidden
-
-
-def branch_point(
-    window: Tensor, w: Weights, c: TrunkConfig, depth: int, branch: str, input_norm: str
-) -> tuple[Tensor, Tensor]:
-    """(main hidden state, what the heads read), each [T, C]."""
-    final, last, before_last = trunk(window[: window.shape[0] - depth - 1], w, c)
-    read = {"final": last, "before_last": before_last}[branch]
-    if input_norm == "post":
-        read = rms_norm(read, w["trunk.norm.weight"], c.norm_eps)
-    return final, read

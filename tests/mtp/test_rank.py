@@ -23,10 +23,10 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.objective.terms.mixture import Mixture
+from tests import reference
 from tests.losses import mtp_loss, step_of
 from tests.models import build, windows
 from tests.objective.memory import LiveMemory
-from tests.reference import branch_point
 
 
 def of_rank(trunk: TrunkConfig, rank: int, depth: int) -> MTPModel:
@@ -44,7 +44,7 @@ def components(
     window: Tensor, w: dict[str, Tensor], trunk: TrunkConfig, rank: int, depth: int
 ) -> tuple[Tensor, Tensor]:
     """In loops: ``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window (arXiv 2410.17765)."""
-    _, h = branch_point(window, w, trunk, depth, "final", "post")
+    h, *_ = reference.trunk(window[: len(window) - depth - 1], w, trunk)
     head = w.get("head.weight", w["trunk.embedding.weight"])
     shares, probs = [], []
     for t in range(h.shape[0]):
