@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from mtp_lightning.command_line.misspelt import in_one_sentence
+from mtp_lightning.command_line.shell import composing
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
@@ -52,7 +52,7 @@ class Composer:
         Raises:
             UserError: if the overrides do not match the config.
         """
-        with in_one_sentence(overrides):
+        with composing(overrides):
             parsed = [self._parse(override) for override in overrides]
             groups = tuple(str(override.input_line) for override, value in parsed if not value)
             if groups not in self._bases:

@@ -27,8 +27,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import parts
 from mtp_lightning.command_line.literal import literal, require_utf8
-from mtp_lightning.command_line.misspelt import in_one_sentence
-from mtp_lightning.command_line.shell import QUIET, VERBOSE, program, readable_errors, version
+from mtp_lightning.command_line.shell import (
+    QUIET,
+    VERBOSE,
+    composing,
+    program,
+    readable_errors,
+    version,
+)
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
@@ -165,7 +171,7 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
     if not foreign:
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
-        with in_one_sentence(arguments):
+        with composing(arguments):
             yield
     finally:
         utils.run_and_report, Hydra.get_mode = before  # type: ignore[method-assign]

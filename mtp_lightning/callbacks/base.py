@@ -29,7 +29,7 @@ class RunCallback(Callback):
     """
 
     takes_gradients: ClassVar[str] = ""
-    newest = cast(Mapping[str, float], MappingProxyType({}))  # without a type, it is no setting
+    newest = cast(Mapping[str, float], MappingProxyType({}))  # untyped, so not a setting
 
     def __post_init__(self) -> None:
         """Check the settings.

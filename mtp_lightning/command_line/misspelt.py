@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.command_line.explained import groups, included
-from mtp_lightning.errors import UserError, nearest, suggestion
+from mtp_lightning.errors import nearest, suggestion
 
 # Files that options include, and that are not options themselves.
 _PARTS = ("base", "task", "deepseek_base")
-# The beginning of Hydra's error for a group's value that is not a word, and such values.
-_NAME_NEEDED = "Config group override must be"
+# What Hydra does not read as a word.
 _NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
 
 
-@contextmanager
-def in_one_sentence(overrides: Sequence[str]) -> Iterator[None]:
-    """Turn the errors of composing a config, during a block, into one sentence with a remedy.
-    HYDRA_FULL_ERROR=1 leaves them as they are.
+def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
+    """Translate an error that Hydra or OmegaConf raised while composing into a sentence; empty for
+    another error.
 
-    Args:
-        overrides: the overrides as they were typed.
-
-    Raises:
-        UserError: Hydra or OmegaConf refused the overrides.
+    The errors are recognized by names, texts and attributes, since importing the libraries here
+    would slow the tools down.
     """
-    try:
-        yield
-    except Exception as error:
-        # Compared by name, since importing the libraries here would slow the tools down.
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        told = _not_a_name(overrides) if str(error).startswith(_NAME_NEEDED) else ""
-        if {"HydraException", "OmegaConfBaseException"} & kinds:
-            told = sentence(error)
-        if not told or os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        raise UserError(told) from error
-
-
-def sentence(error: Exception) -> str:
-    """Translate an error that Hydra or OmegaConf raised while composing into a sentence."""
+    if str(error).startswith("Config group override must be"):
+        return _not_a_name(overrides)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if not kinds & {"HydraException", "OmegaConfBaseException"}:
+        return ""
     said, cause = str(error), error.__cause__
     if file := getattr(error, "missing_cfg_file", None):
         group, _, name = file.rpartition("/")

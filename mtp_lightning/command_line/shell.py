@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
@@ -191,6 +191,24 @@ def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
         except KeyboardInterrupt as interrupt:
             print(printable(str(interrupt)) or "interrupted.", file=sys.stderr)
             sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
+
+
+@contextmanager
+def composing(overrides: Iterable[str]) -> Iterator[None]:
+    """Turn Hydra's errors about overrides, as they were typed, into one sentence with a remedy.
+
+    Raises:
+        UserError: Hydra or OmegaConf refused the overrides.
+    """
+    try:
+        yield
+    except Exception as error:
+        from mtp_lightning.command_line.misspelt import sentence
+
+        told = sentence(error, overrides)
+        if not told or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise UserError(told) from error
 
 
 def _told(error: Exception) -> str | None:

@@ -83,13 +83,6 @@ def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[s
         )
 
 
-def settle_data(cfg: DictConfig, data: WindowDataModule) -> DictConfig:
-    """Add to the config the settings that the data module has found itself."""
-    cfg = cfg.copy()
-    cfg.data.update(data.found())
-    return cfg
-
-
 def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     """Configure trunk and stack from the groups ``model`` and ``mtp``.
 

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.command_line.literal import literal
-from mtp_lightning.command_line.misspelt import in_one_sentence
+from mtp_lightning.command_line.shell import composing
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in
 
@@ -22,7 +22,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
         UserError: the overrides do not fit the config.
     """
     with (
-        in_one_sentence(overrides),
+        composing(overrides),
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return compose(name, overrides=literal(list(overrides)))

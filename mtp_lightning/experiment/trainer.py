@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import processes
-from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.callbacks.base import monitored, run_callbacks
 from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
-from mtp_lightning.callbacks.ended_early import EndedEarly
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import MIXED
@@ -80,6 +80,32 @@ class TokenDoublePrecision(DoublePrecision):
     def convert_input(self, data: Any) -> Any:
         """Return the batch unchanged."""
         return data
+
+
+class EndedEarly(pl.Callback):
+    """Gives EarlyStopping, which comes later, its value in every process, and ends a run that is
+    started again after ``callbacks=early_stopping`` has ended it, unless ``patience`` is larger.
+
+    EarlyStopping itself trains such a run until its next validation, and takes the former patience
+    from the checkpoint.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remembers the settings, before the checkpoint replaces them."""
+        self._patience = [rule.patience for rule in trainer.early_stopping_callbacks]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops a run that has no patience left."""
+        for rule, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
+            rule.patience = patience
+            trainer.should_stop = trainer.should_stop or rule.wait_count >= patience
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a value that the validation did not log."""
+        for rule in trainer.early_stopping_callbacks if trainer.state.fn == "fit" else ():
+            if rule.strict:
+                value = torch.tensor(monitored(trainer, "callbacks.early_stopping", rule.monitor))
+                trainer.callback_metrics.setdefault(rule.monitor, value)
 
 
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:

@@ -26,7 +26,6 @@ from mtp_lightning.experiment.build import (
     build_model_config,
     build_module,
     match_reference,
-    settle_data,
 )
 from mtp_lightning.experiment.compose import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
@@ -125,12 +124,12 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         _require_affordable(config, rows if is_whole(rows) and "task" not in config.data else 1)
     with peers.in_turn():
         data = build_data(config, origin.tokenizer_state, brought=origin.trunk is not None)
-    stored = settle_data(config, data)
+    stored = config.copy()
+    stored.data.update(data.found())  # settings that the data module has found itself
     config, matched = match_reference(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)
-    steps = config.trainer.max_steps
-    step = begin_module(module, data, origin, stored, folder, steps=steps)
+    step = begin_module(module, data, origin, stored, folder, steps=config.trainer.max_steps)
     if data.cache_states:
         from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states

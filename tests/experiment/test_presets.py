@@ -76,7 +76,7 @@ def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Pa
     if begins != "random":
         cfg.mtp.init = "random"  # what it begins from is a model that is not here
     data = build.build_data(cfg)
-    cfg = build.settle_data(cfg, data)
+    cfg.data.update(data.found())
     own_loss = preset == "smollm2_heads" and word in IMPOSSIBLE and word not in WHOLE_HEADS
     latent = preset == "deepseek" and word in WHOLE_HEADS
     with torch.device("meta"):
