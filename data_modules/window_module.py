@@ -50,7 +50,7 @@ class WindowDataModule(LightningDataModule, ABC):
     depth: int = 0
     stride: int = 1
     accumulate: int = 1
-    eval_batch_size: int | None = None
+    eval_batch_size: int = None  # type: ignore[assignment]  # None is replaced by batch_size
     num_workers: int = 0
     pin_memory: bool | None = None
     seed: int = 0
@@ -68,8 +68,9 @@ class WindowDataModule(LightningDataModule, ABC):
         require_whole("data.seq_len", self.seq_len, least=1)
         require_whole("data.batch_size", self.batch_size, least=1)
         require_whole("trainer.accumulate_grad_batches", self.accumulate, least=1)
-        if self.eval_batch_size is not None:
-            require_whole("data.eval_batch_size", self.eval_batch_size, least=1)
+        if self.eval_batch_size is None:
+            self.eval_batch_size = self.batch_size
+        require_whole("data.eval_batch_size", self.eval_batch_size, least=1)
         require_whole("data.num_workers", self.num_workers, least=0)
         require_whole("seed", self.seed, least=0)
         require_whole("mtp.stride", self.stride, least=1)
@@ -183,8 +184,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> EvaluationLoader:
         """Lightning's hook."""
-        size = self.eval_batch_size or self.batch_size
-        return EvaluationLoader(self.evaluation, batch_size=size, **self._loading)
+        return EvaluationLoader(self.evaluation, batch_size=self.eval_batch_size, **self._loading)
 
     @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:
