@@ -168,10 +168,11 @@ def test_the_cores_tests_pass_without_a_part(part: str, tmp_path: Path) -> None:
         shutil.copy2(ROOT / name, root / name)
     program = f"{ENTER}import pytest; sys.exit(pytest.main(sys.argv))"
     skipped = [f"--deselect={file}" for file in _of_part(part)]
-    args = [sys.executable, "-c", program, str(root), "-n", "2", "-x", *CORE, *skipped]
-    # A process of its own: one of tests/warm.py has the checkout's package `tests`.
+    # One process, since a worker would find the parts of the checkout, and one of its own, since
+    # those of tests/warm.py have the checkout's package `tests`.
+    args = [sys.executable, "-c", program, str(root), "-n", "0", "-x", *CORE, *skipped]
     run = {"cwd": root, "env": environment(), "capture_output": True, "text": True}
-    done = subprocess.run(args, timeout=600, **run)
+    done = subprocess.run(args, timeout=1800, **run)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
