@@ -262,12 +262,21 @@ def test_logits_are_judged_only_where_they_are_promised() -> None:
 # ---------------------------------------------------------------------------------- the command
 
 
-def test_the_command(
-    put: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def three_cells(put: Any, monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """Let ``mine`` be a small model with three cells."""
     put(model := small_model(0, 2))
     kept = list(cells(model, (1,), few=True))[:3]
     monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
+    return kept
+
+
+def test_the_command(
+    three_cells: list[Cell],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "text").write_text("a text of one's own, which is long enough. " * 30)
     few = ["mine", "--prompts", "4", "--new-tokens", "4", "--weights", "fp32", "--quick"]
     asked = [*few, "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
@@ -289,17 +298,17 @@ def test_the_command(
 
 
 def test_ctrl_c_keeps_what_was_tried(
-    put: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    three_cells: list[Cell],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    put(model := small_model(0, 2))
-    kept = list(cells(model, (1,), few=True))[:3]
-    monkeypatch.setattr(run, "cells", lambda *_, **__: kept)
     asked = ["mine", "--prompts", "9", "--new-tokens", "4", "--weights", "fp32", "--quick"]
     asked += ["--output", str(tmp_path / "new" / "out")]
     tried = Greedy.try_on
 
     def ended(greedy: Greedy, model: MTPModel, cell: Cell, *given: Any, first: int) -> None:
-        if first == stopping_at and cell is kept[1]:
+        if first == stopping_at and cell is three_cells[1]:
             raise KeyboardInterrupt
         tried(greedy, model, cell, *given, first=first)
 
