@@ -22,7 +22,7 @@ LINES = {
     "mtp_lightning/apps": 359,
     "mtp_lightning/callbacks": 1_668,
     "mtp_lightning/certify": 1_124,
-    "mtp_lightning/command_line": 1_214,
+    "mtp_lightning/command_line": 1_216,
     "mtp_lightning/cpu": 1_662,
     "mtp_lightning/decoding": 4_740,
     "mtp_lightning/distributed": 1_303,

@@ -73,9 +73,11 @@ def check_values(node: Mapping[str, Any], path: str) -> None:
 
 
 def check_settings(built: Any, path: str) -> None:
-    """Check an object's attributes as :func:`check_values` checks a node at ``path``."""
-    target = f"{type(built).__module__}.{type(built).__qualname__}"
-    check_values({"_target_": target, **vars(built)}, path)
+    """Check an object's attributes as :func:`check_values` checks a node at ``path``. An object of
+    a class that ``conf/`` does not build is checked as one of its nearest base class."""
+    targets = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(built).__mro__]
+    known = next((target for target in targets if keys.of_class(target) is not None), "")
+    check_values({**vars(built), "_target_": known}, path)
 
 
 def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = False) -> None:

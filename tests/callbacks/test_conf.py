@@ -85,3 +85,12 @@ def test_loggers_beside_the_default_ones() -> None:
 def test_settings_are_refused(kind: Any, key: str, value: Any, told: str) -> None:
     with pytest.raises(ValueError, match=rf"^callbacks\.\w+\.(?={key}).*{told}"):
         kind(**{key: value})
+
+
+def test_a_callback_of_ones_own_refuses_what_its_base_class_refuses() -> None:
+    class Own(SpeculativeEval):
+        pass
+
+    with pytest.raises(ValueError, match="n_prompts must be a whole number of at least 1, not 0"):
+        Own(n_prompts=0)
+    assert Own(n_prompts=3).n_prompts == 3
