@@ -353,6 +353,7 @@ GGUF = {
 }
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("name", GGUF)
 def test_counts_of_a_gguf_file_are_of_what_it_holds(name: str, tmp_path: Path) -> None:
     (file := tmp_path / "x.gguf").write_bytes(GGUF[name])
