@@ -19,6 +19,7 @@ fused.register(
         rounded_weights_need=lambda: library.NEEDED if library.library is None else None,
         keeper=CPUKeeper.of,
         multiply_integers=multiply_integers,
+        version=library.version(),
     ),
 )
 

@@ -98,6 +98,11 @@ def code() -> tuple[str, str]:
     return _CODE[INSTRUCTIONS]
 
 
+def version() -> str:
+    """The digest of the library's sources; empty without a library."""
+    return "" if library is None else str(library.built_from().decode())
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether the library is there and supports these tensors: fp32 on a CPU, contiguous rows."""
     if library is None or torch.compiler.is_compiling():

@@ -70,12 +70,14 @@ class DecodingCode:
         rounded_weights_need: what the device lacks to read rounded weights fast; None for nothing.
         keeper: packs the weights of a model that only decodes.
         multiply_integers: makes products with weights in blocks sums of integers.
+        version: identifies the code, whose speed may change with it.
     """
 
     passes: Callable[[MTPModel], FusedPasses]
     rounded_weights_need: Callable[[], str | None]
     keeper: Callable[[MTPModel, Path | None], Keeper | None]
     multiply_integers: Callable[[MTPModel], str | None]
+    version: str
 
 
 _CODE: dict[str, DecodingCode] = {}
@@ -92,6 +94,12 @@ def register(device: str, code: DecodingCode) -> None:
 def _code(device: str) -> DecodingCode | None:
     parts.load()
     return _CODE.get(device)
+
+
+def version(device: str) -> str:
+    """The version of the code for a type of device; empty if there is none."""
+    code = _code(device)
+    return "" if code is None else code.version
 
 
 def rounded_weights_need() -> str | None:

@@ -22,6 +22,7 @@ import torch
 from data_modules.cache import build_once, cache_folder, state_of
 from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff
 from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.fused import version
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
@@ -45,7 +46,7 @@ def settle_drafts(
     """Decide how many tokens to draft where the options leave it open (None or ``"auto"``).
 
     The first call for a model measures, which takes seconds; later ones look it up in the cache
-    folder until a file of the model, the machine or a setting changes.
+    folder until a file of the model, the machine, its fast code or a setting changes.
 
     Args:
         options: the options of decoding.
@@ -60,7 +61,8 @@ def settle_drafts(
     asked = replace(options, draft_depth="auto", measured=None, batch_size=rows, lookup=0)
     known = {name: getattr(asked, name) for name in ("draft_vocab", "min_confidence", "cache")}
     known |= {"verify": asked.verify, "rows": rows, "threads": torch.get_num_threads(), **setting}
-    known |= {"on": [str(model.head.weight.device), processor(), torch.__version__]}
+    device = model.head.weight.device
+    known |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
     n = asked.max_draft(model)
     folder = cache_folder() / "drafts" / state_of(opened.path, json.dumps(known))
     measured = _kept(folder, n, lambda: measure(model, asked, _prompts(opened)))

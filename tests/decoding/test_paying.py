@@ -86,7 +86,9 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return found
 
 
-def test_it_is_measured_once_for_a_model_and_a_setting(counted: list[Any], tmp_path: Path) -> None:
+def test_it_is_measured_once_for_a_model_and_a_setting(
+    counted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened, options = opened_at(tmp_path), DecodingOptions(max_context=64)
     settled = settle_drafts(options, opened, rows=1, precision="fp32")
     known = settled.measured
@@ -109,6 +111,9 @@ def test_it_is_measured_once_for_a_model_and_a_setting(counted: list[Any], tmp_p
     os.utime(opened.path, (1, 1))  # another file at the same path
     settle_drafts(options, opened, rows=1, precision="fp32")
     assert len(counted) == 5
+    monkeypatch.setattr(paying, "version", lambda device: f"faster code for {device}")
+    settle_drafts(options, opened, rows=1, precision="fp32")
+    assert len(counted) == 6
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]", '{"greedy": 1}', "COSTS", "SHORT"])

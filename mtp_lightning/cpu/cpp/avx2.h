@@ -69,6 +69,8 @@ struct Dot {
         for (int i = 0; i < HALVES; i++) {
             __m256i levels = HALVES == 1 ? part : half(part, i);
             pairs[i] = _mm256_add_epi16(pairs[i], _mm256_maddubs_epi16(levels, bytes));
+            // Added now: the compiler would keep all products, which do not fit into the registers.
+            __asm__("" : "+x"(pairs[i]));
         }
     }
     Vector total() const {

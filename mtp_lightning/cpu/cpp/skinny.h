@@ -27,6 +27,12 @@ static const int64_t AHEAD = __builtin_cpu_is("intel") ? 8192 : LANES == 8 ? 204
 
 static inline void ask_ahead(const char* from) { __builtin_prefetch(from + AHEAD); }
 
+// Keeps the compiler from reading memory before the statements above are done. With 16 registers, it
+// otherwise unpacks so many weights in advance that the sums do not fit into registers.
+INLINE void read_in_order() {
+    if constexpr (REGISTERS == 16) __asm__ volatile("" ::: "memory");
+}
+
 static inline Whole load_whole(const char* from) { return *(const LooseWhole*)from; }
 
 // A format has UNIT, the vectors of outputs that are stored together; the bytes of a panel; and
@@ -41,11 +47,10 @@ struct Full {
     INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector)) {
             Vector weight[V];
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) {
+            times<V>(BODY(int v) {
                 if (ASKS) ask_ahead(panel + v * sizeof(Vector));
                 weight[v] = load((const float*)panel + v * LANES);
-            }
+            });
             body(k, weight);
         }
     }
@@ -61,12 +66,11 @@ struct Half16 {
     INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k++, panel += V * sizeof(Vector) / 2) {
             Vector weight[V];
-#pragma GCC unroll 2
-            for (int v = 0; v < V; v += 2) {
-                ask_ahead(panel + v * sizeof(Vector) / 2);
-                Whole pair = load_whole(panel + v * sizeof(Vector) / 2);
-                weight[v] = lower_half(pair), weight[v + 1] = upper_half(pair);
-            }
+            times<V / 2>(BODY(int v) {
+                ask_ahead(panel + v * sizeof(Vector));
+                Whole pair = load_whole(panel + v * sizeof(Vector));
+                weight[2 * v] = lower_half(pair), weight[2 * v + 1] = upper_half(pair);
+            });
             body(k, weight);
         }
     }
@@ -84,8 +88,7 @@ struct Byte {
         for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
             Vector weight[V];
             ask_ahead(panel);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) weight[v] = load_bytes((const int8_t*)panel + v * LANES);
+            times<V>(BODY(int v) { weight[v] = load_bytes((const int8_t*)panel + v * LANES); });
             body(k, weight);
         }
     }
@@ -135,24 +138,24 @@ struct Blocks {
     INLINE void each(const char* panel, int64_t inputs, Body body) {
         for (int64_t k = 0; k < inputs; k += GROUP) {
             Vector step[V], offset[V];
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++, panel += Scales::SIZE * sizeof(Vector)) {
-                for (int i = 0; i < Scales::SIZE; i++) ask_ahead(panel + i * sizeof(Vector));
-                step[v] = Scales::step(panel) * all(LEVELS);
-                offset[v] = Scales::offset(panel) - step[v];
-            }
+            times<V>(BODY(int v) {
+                const char* from = panel + v * Scales::SIZE * sizeof(Vector);
+                times<Scales::SIZE>(BODY(int i) { ask_ahead(from + i * sizeof(Vector)); });
+                step[v] = Scales::step(from) * all(LEVELS);
+                offset[v] = Scales::offset(from) - step[v];
+            });
+            panel += V * Scales::SIZE * sizeof(Vector);
             for (int i = 0; i < VECTORS; i++, panel += V * sizeof(Vector)) {
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) ask_ahead(panel + v * sizeof(Vector));
-#pragma GCC unroll 8
-                for (int j = 0; j < IN_LANE; j++) {
+                times<V>(BODY(int v) { ask_ahead(panel + v * sizeof(Vector)); });
+                times<IN_LANE>(BODY(int j) {
                     Vector weight[V];
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; v++)
-                        weight[v] = multiply_add(
-                            step[v], fraction(load_whole(panel + v * sizeof(Vector)), j), offset[v]);
+                    times<V>(BODY(int v) {
+                        Whole lanes = load_whole(panel + v * sizeof(Vector));
+                        weight[v] = multiply_add(step[v], fraction(lanes, j), offset[v]);
+                    });
                     body(k + i * IN_LANE + j, weight);
-                }
+                    read_in_order();
+                });
             }
         }
     }
@@ -223,12 +226,14 @@ static void rows_of_panel(const float* x, int64_t inputs, const char* panel, flo
 template <typename Format>
 static void skinny(const float* x, const char* weight, float* out, int64_t rows, int64_t outputs,
                    int64_t inputs, bool add) {
+    // With 16 registers, the sums of more rows leave none for the scales of blocks.
+    constexpr int64_t ROWS = REGISTERS == 16 && Format::IN_BLOCKS ? 4 : HIGH;
     int64_t panels = (outputs + PANEL - 1) / PANEL, size = Format::bytes(PANEL, inputs);
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
     for (int64_t p = 0; p < panels; p++) {
         int64_t at = p * PANEL, left = outputs - at, width = panel_width<Format>(left);
-        for (int64_t i = 0; i < rows; i += HIGH)
-            sized(rows - i, width, [&](auto r, auto v) {
+        for (int64_t i = 0; i < rows; i += ROWS)
+            sized<ROWS>(rows - i, width, [&](auto r, auto v) {
                 if constexpr (v.value % Format::UNIT == 0)
                     rows_of_panel<Format, r.value, v.value>(
                         x + i * inputs, inputs, weight + p * size, out + i * outputs + at, outputs,

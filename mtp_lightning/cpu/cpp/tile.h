@@ -4,6 +4,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "vector.h"
 
@@ -29,13 +30,22 @@ static inline void sized(int64_t rows, int64_t columns, Body body) {
     }
 }
 
-// Calls body(r, v) for every vector of a tile of R x V, unrolled: the tile stays in registers.
+template <int... I, typename Body>
+INLINE void written_out(std::integer_sequence<int, I...>, Body body) {
+    (body(I), ...);
+}
+
+// Calls body(0) .. body(N - 1), each call written out. Arrays that the argument indexes stay in registers;
+// an unrolled loop does not ensure that.
+template <int N, typename Body>
+INLINE void times(Body body) {
+    written_out(std::make_integer_sequence<int, N>{}, body);
+}
+
+// Calls body(r, v) for every vector of a tile of R x V.
 template <int R, int V, typename Body>
 INLINE void each_vector(Body body) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) body(r, v);
+    times<R * V>(BODY(int i) { body(i / V, i % V); });
 }
 
 // sum[R][V] += left(r) right[V]
@@ -56,8 +66,7 @@ INLINE void tile(int64_t n, Left left, Right right, Out out, bool add) {
     for (int64_t k = 0; k < n; k++) {
         const float* from = right(k);
         Vector wide[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) wide[v] = load(from + v * LANES);
+        times<V>(BODY(int v) { wide[v] = load(from + v * LANES); });
         add_products<R, V>(BODY(int r) { return left(r, k); }, wide, sum);
     }
     each_vector<R, V>(BODY(int r, int v) { store(out(r) + v * LANES, sum[r][v]); });
