@@ -6,13 +6,14 @@ The exit code is 0 if every guarantee held, 2 if one was broken, 1 for a user's 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_lightning.command_line.shell import Parser, Stopped, readable_errors
+from mtp_lightning.command_line.shell import Parser, Stopped, readable_errors, sigterm_interrupts
 from mtp_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main(
         "--allow", default="", help="packages that the model may use, as generate.py's allow"
     )
     args = parser.parse_args(argv)
-    with readable_errors():
+    with readable_errors(), sigterm_interrupts():
         for name in ("prompts", "new_tokens"):
             if getattr(args, name) < 2:
                 raise UserError(
@@ -99,7 +100,7 @@ def _certificate(args: argparse.Namespace, minutes: float | None) -> Certificate
         if args.output is not None:
             write_json(so_far.plain(), args.output / UNFINISHED)
             told += f", and {args.output / UNFINISHED} has them"
-        raise Stopped(f"{told}.")
+        raise Stopped(f"{told}.", getattr(sys.exception(), "signum", signal.SIGINT))
 
     found = certify(
         args.model,

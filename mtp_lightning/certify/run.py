@@ -65,7 +65,7 @@ def certify(
         allow: packages whose variants the model may use.
         against: other programs to count for, see :mod:`~mtp_lightning.certify.others`.
         say: called with a line after every part.
-        interrupted: called with the results so far if Ctrl-C ends the work.
+        interrupted: called with the results so far if Ctrl-C or SIGTERM ends the work.
 
     Raises:
         UserError: an option is out of range, the model cannot be opened, or another program cannot

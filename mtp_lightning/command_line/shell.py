@@ -89,6 +89,20 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Raise :class:`Stopped` at SIGTERM, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(signum: int, _: Any) -> None:
+        raise Stopped("terminated.", signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main_module() -> str | None:
     """The module that this process runs (``python -m``); None for a script."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -297,7 +298,9 @@ def test_the_command(
     assert ended.value.code == 1 and "cannot be used (File exists)" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_what_was_tried(
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_was_tried(
+    signum: int,
     three_cells: list[Cell],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -309,7 +312,7 @@ def test_ctrl_c_keeps_what_was_tried(
 
     def ended(greedy: Greedy, model: MTPModel, cell: Cell, *given: Any, first: int) -> None:
         if first == stopping_at and cell is three_cells[1]:
-            raise KeyboardInterrupt
+            signal.raise_signal(signum)
         tried(greedy, model, cell, *given, first=first)
 
     monkeypatch.setattr(Greedy, "try_on", ended)
@@ -319,7 +322,7 @@ def test_ctrl_c_keeps_what_was_tried(
         with pytest.raises(SystemExit) as stopped:
             main(asked)
         said = capsys.readouterr()
-        assert stopped.value.code == 130 and "interrupted: the table shows" in said.err
+        assert stopped.value.code == 128 + signum and "interrupted: the table shows" in said.err
         assert f"{file} has them.\n" in said.err and f"{sum(texts)} of {sum(texts)}" in said.out
         stored = json.loads(file.read_text())
         assert [cell["texts"] for cell in stored["cells"]] == texts
