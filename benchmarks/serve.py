@@ -95,7 +95,13 @@ def load(served: Served, clients: int, *, requests: int, tokens: int) -> Row:
 
 
 def measure(
-    checkpoint: str, *, clients: Sequence[int], turns: int, tokens: int, cpu_time: bool
+    checkpoint: str,
+    *,
+    clients: Sequence[int],
+    requests: int,
+    turns: int,
+    tokens: int,
+    cpu_time: bool,
 ) -> Row:
     """The rows of the table, and whether both servers' texts are the same."""
     with ExitStack() as stack:
@@ -106,7 +112,7 @@ def measure(
         for served in servers.values():
             load(served, max(clients), requests=1, tokens=tokens)
         sides = {
-            (way, n): partial(load, served, n, requests=8 if n == 1 else 2, tokens=tokens)
+            (way, n): partial(load, served, n, requests=max(2, requests // n), tokens=tokens)
             for n in clients
             for way, served in servers.items()
         }
@@ -131,18 +137,26 @@ def measure(
     return {"rows": rows, "same_texts": same}
 
 
-@cli.command(quick={"turns": 1}, cpu_time=True)
+@cli.command(quick={"turns": 1, "requests": 8}, cpu_time=True)
 def serve(
-    *, checkpoint: str, clients: Sequence[int] = (1, 4, 8), tokens: int = 64, turns: int = 5
+    *,
+    checkpoint: str,
+    clients: Sequence[int] = (1, 4, 8),
+    requests: int = 128,
+    tokens: int = 64,
+    turns: int = 5,
 ) -> Row:
     """The server's speed by the number of clients.
 
     Args:
         checkpoint: as serve.py takes it.
         clients: numbers of clients at once.
+        requests: requests of all clients together in one turn.
     """
     cpu = harness.counts_cpu_time()
-    result = measure(checkpoint, clients=clients, turns=turns, tokens=tokens, cpu_time=cpu)
+    result = measure(
+        checkpoint, clients=clients, requests=requests, turns=turns, tokens=tokens, cpu_time=cpu
+    )
     cli.print_table(
         f"Texts of {tokens} tokens, {'CPU' if cpu else 'wall'} seconds",
         "server: way; clients: clients; tokens/s: tokens_per_second .0f; "

@@ -126,7 +126,7 @@ def test_ratio_to_the_best_of_the_others() -> None:
 def test_serve(tmp_path: Path) -> None:
     train_here(tmp_path / "mine", tmp_path / "cache", {"data.seq_len": 64})
     run = str(tmp_path / "mine")
-    found = serve.measure(run, clients=[1, 2], turns=1, tokens=3, cpu_time=False)
+    found = serve.measure(run, clients=[1, 2], requests=4, turns=1, tokens=3, cpu_time=False)
     assert found["same_texts"] is True
     assert [(row["way"], row["clients"]) for row in found["rows"]] == [
         *(("speculative", 1), ("plain", 1), ("speculative", 2), ("plain", 2))

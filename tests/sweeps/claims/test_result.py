@@ -176,7 +176,7 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = (tmp_path / "README.md").read_text()
     row = "| [mine](#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold | 4–5 |"
     assert row in page and "Predicted and not run yet: other." in page
-    assert "then run, 0 hold, 0 do not, and 1 is undecided: the" in readme
+    assert "then run, 0 hold, 0 do not, and 1 is undecided: an" in readme
     assert "1 more is predicted and not run yet" in readme
     assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
