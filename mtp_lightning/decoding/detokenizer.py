@@ -1,11 +1,22 @@
-"""Turn tokens into text as soon as they make up whole characters."""
+"""Turn tokens into text as soon as they make up whole characters.
+
+A tokenizer may decode a token differently after others: Llama's drops the space before a text's
+first word, and makes a character of bytes only if all of them are there. So new tokens are decoded
+together with those of the last whole piece of text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from mtp_lightning.decoding.options import Prompt
+
 Mark = TypeVar("Mark")
+# The most tokens that a prompt's last piece is looked for in.
+_LONGEST_PIECE = 8
+# Bytes that are not a character, or not yet, are decoded to this.
+_INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
@@ -15,16 +26,26 @@ class Detokenizer:
     of all tokens, except for an incomplete character at the end.
 
     Args:
-        tokenizer: the model's, with ``decode(ids)`` and ``eot_id``.
+        tokenizer: the model's, with ``decode(ids)``.
+        before: the tokens before the text.
+        eot_id: the end-of-text token, which has no text; None for none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._decode: Callable[[list[int]], str] = tokenizer.decode
-        self._eot_id = tokenizer.eot_id
-        # The last token of the previous piece, without which some tokenizers would drop a space,
-        # and the tokens whose text is still incomplete. `_out` of their characters were returned.
-        self._window: list[int] = []
-        self._out = 0
+    def __init__(self, tokenizer: Any, before: Prompt, eot_id: int | None) -> None:
+        self._tokenizer, self._eot_id = tokenizer, eot_id
+        # The tokens of the last whole piece, `_whole` of them, and those whose text is incomplete.
+        # `_out` of their characters were returned.
+        self._window = last_piece(tokenizer, before, eot_id)
+        self._whole = len(self._window)
+        self._out = len(self._decode(self._window))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last tokens are part of a character that is not complete."""
+        return len(self._window) > self._whole
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids)) if ids else ""
 
     def add(self, token_ids: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[str, Mark]]:
         """The text that is complete now, in pieces, each with the mark of its last token."""
@@ -33,10 +54,41 @@ class Detokenizer:
                 continue
             self._window.append(token)
             text = self._decode(self._window)
-            whole = len(text.rstrip("\ufffd"))  # the rest may be part of a character
+            whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
             if whole > self._out:
                 yield text[self._out : whole], mark
-                self._out = whole
+            elif whole == len(text):
+                self._window.pop()  # a token without text
+                continue
+            self._out = max(self._out, whole)
             if whole == len(text):
-                self._window = [token]
+                del self._window[: self._whole]
+                self._whole = len(self._window)
                 self._out = len(self._decode(self._window))
+
+
+def last_piece(tokenizer: Any, ids: Prompt, eot_id: int | None) -> list[int]:
+    """The last tokens that make up whole characters, as few as possible; none if the text ends in
+    the middle of one, or with the end of text."""
+    for n in range(1, min(len(ids), _LONGEST_PIECE) + 1):
+        piece = [int(token) for token in ids[len(ids) - n :]]
+        if piece[0] == eot_id:
+            break
+        text = tokenizer.decode(piece)
+        if text and _INCOMPLETE not in text:
+            return piece
+    return []
+
+
+def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], eot_id: int | None) -> str:
+    """The text of ``ids`` after the tokens ``before``; the end of text has none.
+
+    Args:
+        tokenizer: as for :class:`Detokenizer`.
+        before: the tokens before the text.
+        ids: the text's tokens.
+        eot_id: as for :class:`Detokenizer`.
+    """
+    piece = last_piece(tokenizer, before, eot_id)
+    told = len(tokenizer.decode(piece)) if piece else 0
+    return str(tokenizer.decode([*piece, *(token for token in ids if token != eot_id)]))[told:]

@@ -38,12 +38,11 @@ class Lookup:
 
     Args:
         prompt: the token ids that it begins with.
-        room: the most tokens that are added.
         sampled: whether they are drawn.
     """
 
-    def __init__(self, prompt: Sequence[int], room: int, *, sampled: bool = False) -> None:
-        self._ids = np.empty(len(prompt) + room, np.int64)
+    def __init__(self, prompt: Sequence[int], *, sampled: bool = False) -> None:
+        self._ids = np.empty(2 * len(prompt), np.int64)
         self._n = 0
         length = np.arange(_LONGEST + 1)
         # By length of the match: proposals that were right, and all of them.
@@ -63,6 +62,8 @@ class Lookup:
                 break
             self._right[length] += 1
         end = self._n + len(tokens)
+        if end > len(self._ids):
+            self._ids = np.concatenate([self._ids[: self._n], np.empty(end, np.int64)])
         self._ids[self._n : end] = tokens
         self._n = end
         self._length, start = longest_match(self._ids[:end])
@@ -105,7 +106,7 @@ def lookups_alone(
     tokens = passes = 0
     for prompt, generation in zip(prompts, generations, strict=True):
         ids = generation.token_ids
-        text = Lookup(list(map(int, prompt)), len(ids))
+        text = Lookup(list(map(int, prompt)))
         text.add(ids[:1])  # by the prompt's pass
         at = 1
         while at < len(ids):
@@ -160,7 +161,7 @@ class Lookups:
         """The lookup of a sequence, with all its tokens so far."""
         request, ids = sequence.request, sequence.token_ids
         text, known = self._texts.get(sequence) or (
-            Lookup(list(request.prompt), request.max_new_tokens, sampled=not request.greedy),
+            Lookup(list(request.prompt), sampled=not request.greedy),
             0,
         )
         text.add(ids[known:])

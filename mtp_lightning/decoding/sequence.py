@@ -5,6 +5,7 @@ Shapes: T tokens of a round, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtp_lightning.decoding.detokenizer import Detokenizer, text_after
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.speculative import RowResult
 
@@ -60,6 +62,7 @@ class Fresh(NamedTuple):
 
     Attributes:
         token_ids: their ids.
+        pieces: the characters that each of them completes.
         depths: the depth of each as a draft; 0 where the trunk chose the token itself, which ends
             a pass.
         looked_up: whether each is a draft that the text itself gave.
@@ -68,6 +71,7 @@ class Fresh(NamedTuple):
     """
 
     token_ids: list[int]
+    pieces: list[str]
     depths: list[int]
     looked_up: list[bool]
     rejected: list[list[Rejected]]
@@ -179,14 +183,19 @@ class TextSequence:
         self._began = time.perf_counter()
         self._seconds = 0.0
         self._shown = 0
-        self._text: str | None = None
+        # The characters that each token completes, for the first tokens, and the whole text of a
+        # request with stop strings.
+        self._pieces: list[str] = []
+        self._detokenizer = (
+            Detokenizer(tokenizer, request.prompt, self.eot_id) if tokenizer else None
+        )
+        self._text = ""
         self._passes = 0
         self._drafted = 0
         self._lookups = 0
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
-        # A token is at least one byte, so the last `_stop_bytes` tokens cover any stop string.
-        self._stop_bytes = max((len(s.encode()) for s in request.stop), default=0)
+        self._longest_stop = max(map(len, request.stop), default=0)
 
     @property
     def remaining(self) -> int:
@@ -245,22 +254,25 @@ class TextSequence:
             self._seconds = time.perf_counter() - self._began
         return len(self.token_ids) - before
 
-    def _decode(self, ids: list[int]) -> str:
-        ids = [token for token in ids if token != self.eot_id]
-        return self._tokenizer.decode(ids)
+    def _read(self, end: int) -> None:
+        """Turn the first ``end`` tokens into text."""
+        new = self.token_ids[len(self._pieces) : end]
+        if self._detokenizer is None:
+            self._pieces += [""] * len(new)
+            return
+        for token in new:
+            self._pieces.append("".join(text for text, _ in self._detokenizer.add([token], [0])))
 
     def _look_for_stop(self, before: int) -> None:
         """If a new token completes a stop string, drop the tokens after it."""
-        stop = self.request.stop
-        first = max(0, before - self._stop_bytes)
-        if not any(s in self._decode(self.token_ids[first:]) for s in stop):
-            return
         for end in range(before + 1, len(self.token_ids) + 1):
-            if any(s in self._decode(self.token_ids[first:end]) for s in stop):
+            self._read(end)
+            searched = max(0, len(self._text) + 1 - self._longest_stop)
+            self._text += self._pieces[-1]
+            found = [at for s in self.request.stop if (at := self._text.find(s, searched)) >= 0]
+            if found:
                 del self.token_ids[end:], self.depths[end:], self.lookup_mask[end:]
-                text = self._decode(self.token_ids)
-                ends = [text.find(s) for s in stop if s in text]
-                self._text = text[: min(ends)] if ends else text
+                self._text = self._text[: min(found)]
                 self.finish_reason = "stop"
                 return
 
@@ -269,12 +281,14 @@ class TextSequence:
         a stop string are held back, and those of a stop string are never returned."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
+        self._read(end)
         rejected: list[list[Rejected]] = [[] for _ in range(start, end)]
         for draft in self.rejected[bisect_left(self.rejected, start, key=attrgetter("at")) :]:
             if draft.at < end:
                 rejected[draft.at - start].append(draft)
         return Fresh(
             self.token_ids[start:end],
+            self._pieces[start:end],
             self.depths[start:end],
             self.lookup_mask[start:end],
             rejected,
@@ -284,24 +298,30 @@ class TextSequence:
     def _known_end(self) -> int:
         end = len(self.token_ids)
         if self.finish_reason == "stop":
-            assert self._text is not None
-            while end and len(self._decode(self.token_ids[:end])) > len(self._text):
-                end -= 1
-        elif self.finish_reason is None and self.request.stop:
-            tail = self._decode(self.token_ids[max(0, end - self._stop_bytes) :])
-            if tail.endswith("\ufffd"):  # part of a character, which could begin a stop string
+            # Up to the token that completes the text; the next ones begin the stop string.
+            ends, length = list(itertools.accumulate(map(len, self._pieces))), len(self._text)
+            last = bisect_left(ends, length)
+            return last + (ends[last] == length) if length else 0
+        if self.finish_reason is None and self.request.stop:
+            assert self._detokenizer is not None
+            if self._detokenizer.waits:  # for a character, which could begin a stop string
                 return 0
             for s in self.request.stop:
-                if any(tail.endswith(s[:n]) for n in range(1, len(s))):
+                if any(self._text.endswith(s[:n]) for n in range(1, len(s))):
                     return 0
         return end
+
+    def _whole_text(self) -> str | None:
+        if self._tokenizer is None:
+            return None
+        return text_after(self._tokenizer, self.request.prompt, self.token_ids, self.eot_id)
 
     def generation(self) -> Generation:
         """The result of a finished sequence."""
         assert self.finish_reason is not None
-        text = self._text
-        if text is None and self._tokenizer is not None:
-            text = self._decode(self.token_ids)
+        text: str | None = self._text
+        if self.finish_reason != "stop":
+            text = self._whole_text()
         n = len(self.token_ids)
         return Generation(
             token_ids=self.token_ids,

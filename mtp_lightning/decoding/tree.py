@@ -6,6 +6,8 @@ it. Nodes are numbered depth by depth; the children of a node are adjacent, the 
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +47,7 @@ class Tree:
 
     def __len__(self) -> int:
         """Number of candidates in all depths."""
-        return len(self.parents) - 1
+        return sum(itertools.accumulate(self.widths, operator.mul))
 
     @property
     def depth(self) -> int:

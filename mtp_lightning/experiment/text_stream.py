@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, TextIO
 
 from mtp_lightning.command_line.shell import printable
-from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.sequence import Fresh, Generation
 
 _LOOKED_UP = "looked up in the text"
@@ -76,24 +75,23 @@ class TextStream:
     marks: Colors | Brackets | None
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer)
         self._length = 0  # characters of the generated text written so far
         self.begun = False
 
     def add(self, fresh: Fresh) -> None:
         """Write new tokens. An incomplete character waits for the rest of its bytes."""
         marks = self.marks
-        origins = zip(fresh.depths, fresh.looked_up, strict=True)
-        for token, of, rejected in zip(fresh.token_ids, origins, fresh.rejected, strict=True):
+        told = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
+        for piece, depth, from_text, rejected in told:
             if marks is not None:
                 for draft in rejected:
                     text, looked_up = self._rejected(draft.token), draft.looked_up
                     self.write(marks.rejected(draft.depth, text, looked_up=looked_up))
-            for text, (depth, looked_up) in self._detokenizer.add([token], [of]):
-                self._length += len(text)
-                shown = self._shown(text)
+            if piece:
+                self._length += len(piece)
+                shown = self._shown(piece)
                 if depth and marks is not None:
-                    shown = marks.accepted(depth, shown, looked_up=looked_up)
+                    shown = marks.accepted(depth, shown, looked_up=from_text)
                 self.write(shown)
 
     def end(self, generation: Generation) -> None:

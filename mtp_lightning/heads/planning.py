@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import yaml
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.chat_template import ChatTemplate
@@ -29,6 +30,7 @@ from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.opening import OpenedModel, open_model, read_model
 from mtp_lightning.run.config import key_of
 from mtp_lightning.runtime import pick_accelerator
+from mtp_lightning.settings import require_whole
 
 # Shares of the hours: texts and the trunk's states of them, and steps. The rest is for start-up,
 # validations, the certificate and the export.
@@ -207,7 +209,8 @@ def _plan(
     _require_trainable(path, mtp, further)
     window = min(_WINDOW, run.seq_len)
     typed = {key_of(word): word.partition("=")[2] for word in overrides}
-    depth = int(typed.get("mtp.depth", max(mtp.depth, 1)))
+    depth = yaml.safe_load(typed.get("mtp.depth", str(max(mtp.depth, 1))))
+    require_whole("mtp.depth", depth, least=1)
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
     draft_vocab = _VOCAB if trunk.vocab_size >= 4 * _VOCAB else None
     cost = StepCost(config, Objective(term=KL(), draft_vocab=draft_vocab))

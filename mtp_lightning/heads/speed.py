@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_threads(None)
         device = pick_accelerator("auto")
         opened = open_to_decode(args.model, device=device, activations=args.activations)
+        opened.model.mtp.require_drafts()
         options = DecodingOptions(draft_vocab=args.draft_vocab, max_context=opened.seq_len)
         # Device, threads and words are generate.py's, so that it finds the measurement.
         setting = {"precision": "fp32", "head_precision": None, "activations": args.activations}

@@ -103,6 +103,8 @@ class KVCache:
             self._stored[layer] = old.new_zeros(old.shape[0], tables.capacity, *old.shape[2:])
             self._stored[layer][:, :used] = old
         self.tables = tables
+        # The open pass's positions index storage of the old capacity.
+        self.runs = Runs(tables, [0], 0)
         self.resize(self.batch_size)
 
     def open(self, starts: list[int], n_new: int) -> None:

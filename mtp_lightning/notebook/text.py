@@ -36,8 +36,9 @@ class Text:
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The generated text in parts, and whether each part was an accepted draft."""
         left = len(self.generation.text or "")  # without a stop string
-        add, done = Detokenizer(self.tokenizer).add, self.generation
-        for text, draft in add(done.token_ids, done.accepted_mask):
+        done, tokenizer = self.generation, self.tokenizer
+        read = Detokenizer(tokenizer, tokenizer.encode(self.prompt), tokenizer.eot_id)
+        for text, draft in read.add(done.token_ids, done.accepted_mask):
             if text[:left]:
                 yield text[:left], draft
             left = max(left - len(text), 0)

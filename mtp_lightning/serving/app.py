@@ -17,7 +17,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.guard import OwnNames
@@ -143,7 +142,7 @@ class Endpoint:
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         sent = await self._body(request)
         body, asked = await asyncio.to_thread(self.parser.parse, sent, chat=chat)
-        served = ServedText(asked, Detokenizer(self.tokenizer))
+        served = ServedText(asked)
         completion = Completion(body, asked, model=self.parser.name, token_texts=self.token_texts)
         self.worker.submit(served)
         watch = asyncio.create_task(self._watch(request, served))

@@ -88,7 +88,9 @@ class Completion:
         first, self._begun = not self._begun, True
         done, choices = news.done, []
         logprobs = news.fresh.logprobs
-        told = bool(news.text or logprobs or (self._options.include_drafts and news.pieces))
+        told = bool(
+            news.text or logprobs or (self._options.include_drafts and news.fresh.token_ids)
+        )
         if not self._chat and (told or done):
             choices.append(self._choice({"text": news.text}, logprobs, done))
         if self._chat and first:
@@ -108,7 +110,7 @@ class Completion:
     def _drafts(self, news: News) -> dict[str, Any]:
         """Which tokens of a chunk were drafted: an extension of OpenAI's object."""
         fresh, tokens = news.fresh, []
-        told = zip(news.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
+        told = zip(fresh.pieces, fresh.depths, fresh.looked_up, fresh.rejected, strict=True)
         for text, depth, looked_up, rejected in told:
             left = [
                 {"depth": d.depth, "text": self._token_texts.drafted(d.token), "after": d.after}

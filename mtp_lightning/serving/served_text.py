@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.sequence import Fresh, Generation
 from mtp_lightning.serving.refusal import Refusal
@@ -21,14 +20,12 @@ class News:
     Attributes:
         text: new complete characters; all of them joined are the text.
         fresh: the tokens since the last news.
-        pieces: the characters that each of these tokens completes.
         seconds: time since the text's first token.
         done: the finished text; only in the last news.
     """
 
     text: str
     fresh: Fresh
-    pieces: list[str]
     seconds: float
     done: Generation | None = None
 
@@ -38,21 +35,19 @@ class ServedText:
 
     Args:
         request: the request to the engine.
-        detokenizer: turns its tokens into text.
 
     Attributes:
         asked_at: when the request came, by ``time.perf_counter()``.
         over: whether the text has ended or the client has gone.
         began_at: when its first token came.
-        detokenizer, length, tokens: the worker's progress.
+        length, tokens: the worker's progress.
     """
 
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.asked_at = time.perf_counter()
         self.began_at = self.asked_at
         self.over = False
-        self.detokenizer = detokenizer
         self.length = 0  # characters sent
         self.tokens = 0  # tokens counted
         self._loop = asyncio.get_running_loop()

@@ -175,10 +175,7 @@ class Worker:
         served, fresh = self._running[sequence], sequence.fresh()
         self._meters.tokens.inc(len(sequence.token_ids) - served.tokens)
         served.tokens = len(sequence.token_ids)
-        pieces = [""] * len(fresh.token_ids)
-        for piece, i in served.detokenizer.add(fresh.token_ids, range(len(pieces))):
-            pieces[i] += piece
-        text, done = "".join(pieces), None
+        text, done = "".join(fresh.pieces), None
         if sequence.finish_reason is not None:
             done = sequence.generation()
             # Adds incomplete characters, and characters before a stop string in the same token.
@@ -188,7 +185,7 @@ class Worker:
         served.length += len(text)
         if fresh.token_ids or done:
             seconds = time.perf_counter() - served.began_at
-            served.tell(News(text=text, fresh=fresh, pieces=pieces, seconds=seconds, done=done))
+            served.tell(News(text=text, fresh=fresh, seconds=seconds, done=done))
 
     def _end_all(self) -> None:
         """Refuse the rest of all running texts."""

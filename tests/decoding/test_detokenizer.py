@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from hypothesis import given, settings, strategies
+import torch
+from hypothesis import HealthCheck, given, settings, strategies
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
+from data_modules.tokenizers.pretrained import PretrainedTokenizer
 from mtp_lightning.decoding.detokenizer import Detokenizer
+from mtp_lightning.decoding.options import Request
+from mtp_lightning.decoding.sequence import TextSequence
 
 LETTERS = "a \u00e9\u4f60\U0001f600\ufffd"
 TOKENIZERS = {
@@ -27,7 +35,7 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
     ids = data.draw(strategies.lists(strategies.integers(0, tokenizer.vocab_size - 1)))
     if data.draw(strategies.booleans()) and tokenizer.reads_text:
         ids += tokenizer.encode(data.draw(strategies.text(LETTERS))).tolist()
-    detokenizer, text = Detokenizer(tokenizer), ""
+    detokenizer, text = Detokenizer(tokenizer, [], tokenizer.eot_id), ""
     for token in ids:
         text += "".join(piece for piece, _ in detokenizer.add([token], [False]))
     whole = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
@@ -36,11 +44,86 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
 
 def test_a_character_comes_with_the_last_of_its_tokens() -> None:
     tokenizer = ByteTokenizer()
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, [], tokenizer.eot_id)
     told = [[piece for piece, _ in detokenizer.add([byte], [True])] for byte in "a\u4f60b".encode()]
     assert told == [["a"], [], [], ["\u4f60"], ["b"]]
 
 
 def test_drafts_are_told_apart() -> None:
-    detokenizer = Detokenizer(ByteTokenizer())
+    detokenizer = Detokenizer(ByteTokenizer(), [], None)
     assert list(detokenizer.add(list(b"ab"), [True, False])) == [("a", True), ("b", False)]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> PretrainedTokenizer:
+    """A tokenizer as Llama 2 and Mistral have it: words begin with a space, the first one's is
+    dropped, and other characters are spelled in bytes."""
+    words = ["\u2581", "\u2581is", "\u2581Paris", *"aisPrb"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {name: i for i, name in enumerate(names)}
+    merges = [("\u2581", "i"), ("\u2581i", "s")]
+    merges += [("\u2581", "P"), ("\u2581P", "a"), ("\u2581Pa", "r"), ("\u2581Par", "i")]
+    merges += [("\u2581Pari", "s")]
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    library = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    library.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    folder: Path = tmp_path_factory.mktemp("llama")
+    library.save(str(folder / "tokenizer.json"))
+    return PretrainedTokenizer(str(folder))
+
+
+def sequence(tokenizer: Any, prompt: list[int], ids: list[int], *stop: str) -> TextSequence:
+    """The text of tokens that come one by one."""
+    request = Request(prompt=prompt, max_new_tokens=len(ids), stop=stop)
+    found = TextSequence(request, 0, tokenizer)
+    for token in ids:
+        if found.finish_reason is None:
+            found.extend([token], 0, torch.zeros(1, 1, tokenizer.vocab_size), 0)
+    return found
+
+
+PIECES = ["a", " is", " Paris", "\n", "\u4f60", "\U0001f600"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    before=strategies.lists(strategies.sampled_from(PIECES), min_size=1, max_size=4).map("".join),
+    text=strategies.lists(strategies.sampled_from(PIECES), min_size=1, max_size=6).map("".join),
+    stop=strategies.sampled_from([*PIECES, " Paris is", "\n\u4f60"]),
+)
+def test_a_continuation_in_bytes_and_words(
+    llama: PretrainedTokenizer, before: str, text: str, stop: str
+) -> None:
+    """A continuation keeps its first space, is streamed as it is, and ends before a stop string."""
+    whole = llama.encode(before + text).tolist()
+    prompt, ids = next(
+        (whole[:n], whole[n:]) for n in range(len(whole)) if llama.decode(whole[:n]) == before
+    )
+    assert "\ufffd" not in text and llama.decode(whole) == before + text
+    done = sequence(llama, prompt, ids)
+    assert done.generation().text == "".join(done.fresh().pieces) == text
+    done = sequence(llama, prompt, ids, stop)
+    wanted, found, _ = text.partition(stop)
+    assert done.generation().text == wanted
+    assert done.finish_reason == ("stop" if found else "length")
+
+
+def test_tokens_without_text_hide_no_stop_string() -> None:
+    class Padded(ByteTokenizer):
+        def decode(self, ids: Any) -> str:
+            return super().decode([i for i in ids if i < 257])
+
+    done = sequence(Padded(), [1], [*b"a", 300, 301, 302, *b"bc"], "ab")
+    assert done.finish_reason == "stop" and done.generation().text == ""

@@ -260,3 +260,23 @@ def test_two_at_a_time_over_one_model(first_goes_first):
             assert taken
     assert ids_of(rows) == expected
     assert all(getattr(layer, "packed", None) is None for layer in model.modules())
+
+
+@pytest.mark.parametrize("seed", [2, 21, 25, 37, 38])
+def test_drafts_after_the_storage_has_grown(seed: int) -> None:
+    """A row joins where the row before it began, and the storage grows for it."""
+    model = small_model(seed, 2, vocab=4)
+    first, moves, joins = random_prompts(seed, (5, 4, 4), 4)
+    with Engine(model, DecodingOptions(batch_size=2)) as engine:
+        engine.add(
+            [
+                Request(prompt=first, max_new_tokens=2, draft_depth=0),
+                Request(prompt=moves, max_new_tokens=30, index=1, draft_depth=0),
+            ]
+        )
+        engine.step()
+        (row,) = engine.add([Request(prompt=joins, max_new_tokens=200, index=2)])
+        while engine.sequences:
+            engine.step()
+    (plain,) = generate(model, [joins], max_new_tokens=200, speculative=False)
+    assert row.token_ids == plain.token_ids

@@ -64,23 +64,23 @@ def test_the_longest_match_is_that_of_a_search() -> None:
 
 
 def test_a_text_proposes_what_followed_before() -> None:
-    text = Lookup([7, 1, 2, 3, 4, 5, 1, 2], room=20)
+    text = Lookup([7, 1, 2, 3, 4, 5, 1, 2])
     assert text.drafts(15) == [3]
     assert text.drafts(0) == []
-    assert Lookup([1, 2, 3], room=5).drafts(15) == []
+    assert Lookup([1, 2, 3]).drafts(15) == []
     # A match of one token is too little, and a repeated text continues beyond its end.
-    assert Lookup([1, 2, 3, 1], room=5).drafts(15) == []
-    assert Lookup([1, 2, 3] * 7, room=5).drafts(7) == [1, 2, 3, 1, 2, 3, 1]
+    assert Lookup([1, 2, 3, 1]).drafts(15) == []
+    assert Lookup([1, 2, 3] * 7).drafts(7) == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_the_number_of_drafts_follows_what_was_right() -> None:
-    text = Lookup([1, 2, 3, 4] * 2, room=100)
+    text = Lookup([1, 2, 3, 4] * 2)
     before = len(text.drafts(15))
     for token in [1, 2, 3, 4] * 5:
         text.add([token])
     assert before < len(text.drafts(15)) == 15
     # After the same words comes something else, again and again.
-    text = Lookup([1, 2], room=400)
+    text = Lookup([1, 2])
     drafted = []
     for token in range(3, 100):
         text.add([token, 1, 2])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.opening import OpenedModel
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.extras
 
 async def heard(worker: Any, run: OpenedModel) -> str:
     """How a text ended, or what it was refused with."""
-    served = ServedText(Request(prompt=[1, 2], max_new_tokens=6), Detokenizer(run.tokenizer))
+    served = ServedText(Request(prompt=[1, 2], max_new_tokens=6))
     try:
         worker.submit(served)
         return [news async for news in served.news()][-1].done.finish_reason
