@@ -116,7 +116,9 @@ class Pool:
             if self._memory is not None:
                 self._memory.begin(process.group, job.processes)
         except OSError as error:  # the other jobs continue
-            write_status(job.folder, job.overrides, "failed", reason=f"not started: {error}")
+            # A process of an earlier start may still finish it; otherwise the next start does.
+            state = "interrupted" if isinstance(error, BlockingIOError) else "failed"
+            write_status(job.folder, job.overrides, state, reason=f"not started: {error}")
             self.queue.give_back(devices)
             self._display.ended(job)
             ended(job)

@@ -83,7 +83,7 @@ class JobProcess:
         job.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(job.folder / _LOCK_FILE)
         # A killed sweep leaves jobs that are still saving.
-        if not self._lock.wait(seconds=60):
+        if not self._lock.wait(seconds=grace_seconds + 60):
             raise BlockingIOError(f"{job.folder} is still in use by a process of an earlier start.")
         # If the job finished after its sweep was killed, run ``true`` in its place, which records
         # it as done.

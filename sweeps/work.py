@@ -10,6 +10,7 @@ over its jobs after two minutes, and continue from their checkpoints.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import threading
@@ -187,8 +188,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
     """The command line."""
     args = _parser(program).parse_args(arguments)
     with readable_errors():
-        if args.stale <= 0:
-            raise UserError(f"--stale must be above 0 seconds, not {args.stale}.")
+        if not 0 < args.stale < math.inf:
+            raise UserError(f"--stale {args.stale}: give seconds above 0.")
         folder = Path(args.folder).absolute()
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}: give that of a planned sweep.")

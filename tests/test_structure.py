@@ -49,7 +49,8 @@ RANK = {
 
 # What keeps files in the cache folder.
 CACHED = tuple(
-    f"mtp_lightning/{name}.py" for name in ("decoding/programs", "decoding/paying", "cpu/kept")
+    f"mtp_lightning/{name}.py"
+    for name in ("decoding/programs", "decoding/paying", "cpu/kept", "heads/__main__")
 )
 
 # What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
@@ -138,7 +139,8 @@ def test_who_may_import_what() -> None:
             if takes(name, "data_modules") and not file.startswith("data_modules/"):
                 # The batch is all that models and data share. experiment/ and certify/ bring the
                 # two together, opening.py hands out the tokenizer stored next to a model's weights,
-                # and programs, packed weights and measurements lie in the cache folder, too.
+                # programs, packed weights and measurements lie in the cache folder, too, and a plan
+                # for heads keeps the state of the files that it is for.
                 stored = file == "mtp_lightning/opening.py" and takes(
                     name, "data_modules.tokenizers"
                 )

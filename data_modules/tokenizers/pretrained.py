@@ -84,6 +84,16 @@ class PretrainedTokenizer(Tokenizer):
         self.eot_token = eot_token
         return library
 
+    def files_beside(self) -> dict[str, str]:
+        """The files :attr:`beside`, which name this tokenizer's end of text."""
+        assert self.eot_token is not None
+        if _named(self.beside, "eos_token") in (None, self.eot_token):
+            return self.beside
+        said = {name: json.loads(text) for name, text in self.beside.items() if "eos_token" in text}
+        for content in said.values():
+            content["eos_token"] = self.eot_token
+        return {**self.beside, **{name: json.dumps(of, indent=2) for name, of in said.items()}}
+
     @cached_property
     def vocab_size(self) -> int:
         # Ids may have gaps; the embedding must hold the largest.

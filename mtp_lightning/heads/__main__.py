@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
         require_number("--hours", args.hours, above=0)
         require_inputs(args, args.model)
         folder = output_of(args, args.model, "heads")
-        found = make_plan(args.model, folder, args, keep=not args.dry_run)
+        found = make_plan(args.model, folder, args, [args.model], keep=not args.dry_run)
         if args.dry_run:
             return
         run = run_training(found, folder)
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
             folder / CERTIFICATE / "certificate.json",
             ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
         )
-        run_export(run, folder)
+        run_export(run, folder, found.context)
         way = [f"--activations={found.activations}"]
         way += [f"--draft-vocab={found.draft_vocab}"] if found.draft_vocab else []
         model, speed = str(folder / EXPORT), folder / SPEED
@@ -100,25 +100,36 @@ def output_of(args: Any, model: Path, ending: str) -> Path:
     return (args.output or Path(f"{name}_{ending}")).resolve()
 
 
-def make_plan(model: Path, folder: Path, args: Any, *, keep: bool, further: bool = False) -> Any:
+def make_plan(
+    model: Path,
+    folder: Path,
+    args: Any,
+    sources: Sequence[Path],
+    *,
+    keep: bool,
+    further: bool = False,
+) -> Any:
     """The folder's plan, or a new one for the options ``args``, which is printed.
 
     Args:
         model: the model that gets heads.
         folder: the folder of all results.
         args: the command's options.
+        sources: the files and folders that the model is made of.
         keep: whether a new plan is stored.
         further: train the modules on that the model has.
 
     Raises:
         UserError: the folder was begun with another question.
     """
+    from data_modules.cache import state_of
     from mtp_lightning.heads.planning import HeadsPlan, plan
     from mtp_lightning.run.atomic import write_json
 
     file = folder / PLAN
     texts = [str(Path(text).resolve()) for text in args.text]
     asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
+    states = [state_of(source, "") for source in sources]
     if file.is_file():
         try:
             found = HeadsPlan(**json.loads(file.read_text(encoding="utf-8")))
@@ -131,8 +142,13 @@ def make_plan(model: Path, folder: Path, args: Any, *, keep: bool, further: bool
                     f"{folder} was begun with {option}={getattr(found, name)}, not {value}: repeat "
                     "that command, or give another --output."
                 )
+        if found.sources != states:
+            raise UserError(
+                f"{folder} was begun with other files than {' and '.join(map(str, sources))} has "
+                "now: give another --output."
+            )
     else:
-        found = plan(model, further=further, **asked)
+        found = replace(plan(model, further=further, **asked), sources=states)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(asdict(found), file)
@@ -148,10 +164,12 @@ def run_training(plan: Any, folder: Path) -> Path:
     return run
 
 
-def run_export(checkpoint: Path, folder: Path) -> None:
-    """Export and verify a run or a folder."""
+def run_export(checkpoint: Path, folder: Path, context: int) -> None:
+    """Export and verify a run or a folder, which states a context of so many positions: the windows
+    of training are shorter than the model's own."""
     target = folder / EXPORT
     command = ["mtp_lightning.apps.export", f"checkpoint={checkpoint}", f"output={target}"]
+    command.append(f"max_positions={context}")
     run_phase("export", target / "config.json", command)
 
 

@@ -8,6 +8,7 @@ trained on by the phases of ``mtp-lightning heads``. The exporter writes the res
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def _run(args: Any, output: Path) -> None:
         fell = found.fell_from(before)
     say("", f"{found.constant:.1%} the same token everywhere")
     folder = output / GRAFTED
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier start
     write_folder(
         folder,
         model,
@@ -112,7 +114,7 @@ def _run(args: Any, output: Path) -> None:
             f"({found.shares[1]:.1%}; {found.constant:.1%} with one token everywhere): nothing "
             "is exported; give more --hours and another --output, or try mtp-lightning heads."
         )
-    run_export(chosen, output)
+    run_export(chosen, output, tuned.seq_len)
     say("written to", str(output / EXPORT))
 
 
@@ -120,7 +122,9 @@ def _trained_on(
     folder: Path, output: Path, args: Any, texts: list[Tensor], found: Agreement[int]
 ) -> tuple[Path, Agreement[int]]:
     """Train the layers on, and choose the better of before and after."""
-    run = run_training(make_plan(folder, output, args, keep=True, further=True), output)
+    run = run_training(
+        make_plan(folder, output, args, [args.base, args.tuned], keep=True, further=True), output
+    )
     after = agreement_of_depths(open_model(run).model, texts)
     say("agreement", f"{_said(after)} after training on")
     if after.shares[1] <= found.shares[1]:

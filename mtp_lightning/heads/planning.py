@@ -73,6 +73,8 @@ class HeadsPlan:
         state_bytes: size of the trunk's states of all texts.
         chat: the chat format's texts before a question, and between it and the answer; empty for a
             model without one.
+        context: the most positions of the model, which the export states.
+        sources: the cache keys of the files that the model is made of.
     """
 
     model: str
@@ -86,6 +88,8 @@ class HeadsPlan:
     weights: int
     head_weights: int
     overrides: list[str]
+    context: int
+    sources: list[str] = field(default_factory=list)
     depth: int = 1
     switches: list[str] = field(default_factory=list)
     rate: float = 0.001
@@ -171,7 +175,12 @@ def _new(window: int) -> int:
 
 
 def plan(
-    path: Path, *, hours: float, files: list[str], overrides: list[str], further: bool = False
+    path: Path,
+    *,
+    hours: float,
+    files: list[str],
+    overrides: list[str],
+    further: bool = False,
 ) -> HeadsPlan:
     """Look at the model and the machine for some seconds, and divide the hours.
 
@@ -201,7 +210,12 @@ def plan(
 
 
 def _plan(
-    device: str, path: Path, hours: float, files: list[str], overrides: list[str], further: bool
+    device: str,
+    path: Path,
+    hours: float,
+    files: list[str],
+    overrides: list[str],
+    further: bool,
 ) -> HeadsPlan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
@@ -250,6 +264,7 @@ def _plan(
         weights=weights,
         head_weights=config.num_params() - weights,
         overrides=overrides,
+        context=run.seq_len,
         depth=depth,
         switches=_switches(mtp) if further else [],
         rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),

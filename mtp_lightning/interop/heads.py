@@ -96,6 +96,6 @@ def read(
     found, described = tensor_files.parts(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{folder / FILE} does not describe its tensors: {error}.") from error
     return config, found

@@ -111,6 +111,8 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
         FileNotFoundError: there are none, or one is missing.
         UserError: only pickled ones, or an index that points out of the folder.
     """
+    if (folder / SINGLE).is_file():  # as transformers: an index next to it is of an earlier model
+        return {folder / SINGLE: None}
     if (folder / INDEX).is_file():
         table = read_json(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
@@ -126,8 +128,6 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
                 raise FileNotFoundError(f"{folder / name} is missing, though the index names it.")
             files[folder / name] = {tensor for tensor, file in table.items() if file == name}
         return files
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
     pickled = [f.name for end in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{end}")]
     if pickled:
         raise UserError(

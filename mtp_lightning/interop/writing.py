@@ -96,7 +96,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None
     """Writes tokenizer.json for the tokenizers library, and tokenizer_config.json; a tokenizer that
     came with such files (chat template, special tokens) keeps them."""
     (folder / "tokenizer.json").write_text(tokenizer.library_json(), encoding="utf-8")
-    beside: dict[str, str] = getattr(tokenizer, "beside", {})
+    beside: dict[str, str] = tokenizer.files_beside() if hasattr(tokenizer, "beside") else {}
     for name, text in beside.items():
         (folder / name).write_text(text, encoding="utf-8")
     if "tokenizer_config.json" in beside:

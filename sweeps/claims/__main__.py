@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ from sweeps.claims.run import run
 from sweeps.claims.weights import write_weights
 from sweeps.report import require_packages
 
+RUNS = Path("runs/claims")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own, checkout = args.claims.resolve() != FOLDER.resolve(), CONF.parent == ROOT
     args.has_pages = args.root is not None or (checkout and not own)
     default = args.claims.absolute().parent if own else ROOT if checkout else Path.cwd()
-    args.root = args.root or default
+    args.given_root, args.root = args.root, args.root or default
     args.results = args.root / "results"
     with readable_errors():
         if args.seeds and min(args.seeds) < 0:
@@ -90,7 +93,12 @@ def _hours(args: argparse.Namespace) -> int:
         print("\n" + "\n".join(refused.values()))
     if args.hours is not None:
         left = [each for each in left if each.claim.label not in refused]
-        print("\n" + "\n".join(planned(left, hours=args.hours, cores=args.cores)))
+        more = "".join(f" --allow {shlex.quote(package)}" for package in args.allow)
+        if args.runs != RUNS:
+            more += f" --runs {shlex.quote(str(args.runs))}"
+        if args.given_root is not None:
+            more += f" --root {shlex.quote(str(args.given_root))}"
+        print("\n" + "\n".join(planned(left, hours=args.hours, cores=args.cores, more=more)))
     return 0
 
 
@@ -272,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     option("verdict", "--all", action="store_true", help="all claims; also update the pages")
     option(f"verdict {running}", "--gpu", action="store_true", help="use the published scale")
     # Repeated runs must not count in the verdict on the original ones.
-    for wanted, folder in (("list hours run verdict", "runs/claims"), (anew, "runs/replicated")):
-        option(wanted, "--runs", type=Path, default=Path(folder), help=f"folder of runs ({folder})")
+    for wanted, folder in (("list hours run verdict", RUNS), (anew, Path("runs/replicated"))):
+        option(wanted, "--runs", type=Path, default=folder, help=f"folder of runs ({folder})")
     every = " ".join(parsers)
     own = "a folder with your own claims"
     option(every, "--claims", type=_folder, default=FOLDER, help=own)

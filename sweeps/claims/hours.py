@@ -222,7 +222,7 @@ def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Lef
 
 def makespan(hours: Sequence[float], cores: int) -> float:
     """Hours until the last run ends, if each goes to the first free core."""
-    free = [0.0] * cores
+    free = [0.0] * max(1, min(cores, len(hours)))
     for one in hours:
         heapq.heapreplace(free, free[0] + one)
     return max(free)
@@ -264,8 +264,8 @@ def costs(left: Sequence[Left]) -> list[str]:
     return aligned(["claim", "runs left", "core-hours", "from"], rows, right=(1, 2))
 
 
-def planned(left: Sequence[Left], *, hours: float, cores: int) -> list[str]:
-    """The seeds that fit into a time, and the commands that run them."""
+def planned(left: Sequence[Left], *, hours: float, cores: int, more: str = "") -> list[str]:
+    """The seeds that fit into a time, and the commands that run them, with the options ``more``."""
     chosen = fitting(left, hours=hours, cores=cores)
     rows = [
         [
@@ -282,6 +282,7 @@ def planned(left: Sequence[Left], *, hours: float, cores: int) -> list[str]:
     table = aligned(["claim", "seeds", "of those left", "core-hours"], rows, right=(2, 3))
     jobs_ = f" --jobs {cores}" if cores > 1 else ""
     typed = (
-        f"{each.claim.command} --seeds {' '.join(map(str, seeds))}{jobs_}" for each, seeds in chosen
+        f"{each.claim.command} --seeds {' '.join(map(str, seeds))}{jobs_}{more}"
+        for each, seeds in chosen
     )
     return [title, "", *table, "", *typed]

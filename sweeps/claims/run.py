@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
@@ -45,6 +46,8 @@ def run(
         BlockingIOError: another process runs claims in this folder.
         SystemExit: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
+    if n_jobs < 1:
+        raise UserError(f"--jobs {n_jobs}: give a whole number of at least 1.")
     stored = {} if results is None else read_results(results)
     asked = {
         claim.label: [

@@ -112,7 +112,11 @@ def main(
     with readable_errors():
         if not 0 <= given.port <= 65535:
             raise UserError(f"--port {given.port}: give a number from 0 to 65535.")
+        if given.port and not given.watch:
+            raise UserError(f"--port {given.port} is of --watch: give that, too, or leave it out.")
         if given.diff:
+            if given.watch or given.output or given.reference or given.solved != SOLVED:
+                raise UserError("--diff prints differences alone: leave the other options out.")
             from sweeps.report.page import differences
 
             print("\n".join(differences(given.folders)) or "no difference")

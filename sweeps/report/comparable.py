@@ -142,9 +142,9 @@ def meaning(settings: Settings) -> str:
     """
     by_kind: dict[bool, list[str]] = {}
     for setting in settings.all:
-        said = {run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth}
-        reads = said.pop() if len(said) == 1 and predicts_tokens(setting) else None
-        if reads is not None:
+        said = [run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth]
+        reads = said[0] if said and predicts_tokens(setting) else None
+        if isinstance(reads, bool) and said == [reads] * len(said):
             by_kind.setdefault(reads, []).append(setting.label)
     remark = "".join(sentence("teacher_forced" if reads else "blind") for reads in by_kind)
     if len(by_kind) > 1:

@@ -163,6 +163,9 @@ def _rest(setting: Setting) -> str:
     """A key that an arm and the plain runs of its curve share; ``data.depth`` is ``mtp.depth``."""
     config = setting.config.items()
     shared = {k: v for k, v in config if not lies_in(k, (*_BUDGET, *OF_DEPTHS, "data.depth"))}
+    # Matching may have removed layers, which the config does not say.
+    layers = {run.fact("compare", "n_layers") for run in setting.done} - {None}
+    shared["model.n_layers"] = sorted(layers) or [shared.get("model.n_layers")]
     return json.dumps(shared, sort_keys=True, default=str)
 
 

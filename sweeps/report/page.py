@@ -75,7 +75,7 @@ def render(
         title=question(settings.varied, settings.headline, task=settings.is_task)
         or joined([sweep.folder.resolve().name for sweep in sweeps]),
         command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),
-        commits=sorted({commit[:8] for run in runs if (commit := run.fact("git_commit"))}),
+        commits=sorted({str(commit)[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=datetime.now().strftime("%Y-%m-%d %H:%M"),
         running=settings.running,
         answer=answer(settings, comparisons, families),

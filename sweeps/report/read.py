@@ -87,7 +87,10 @@ class RunRecord:
     def final(self, tag: str) -> float | None:
         """A number of a finished run's summary, which may be NaN; None if it has none."""
         value = self.summary.get(tag)
-        return float(value) if isinstance(value, int | float) else None
+        try:
+            return float(value) if isinstance(value, int | float) else None
+        except OverflowError:  # a whole number beyond floats
+            return None
 
     def fact(self, *keys: str) -> Any:
         """A finished run's value under nested keys of its summary; None if there is none."""

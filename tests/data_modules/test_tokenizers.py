@@ -18,6 +18,7 @@ from data_modules.tokenizers import (
     bpe,
     tokenizer_from_state,
 )
+from mtp_lightning.interop.writing import write_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n\n\n\tdone  ", "Stra\u00dfe \u4e16\u754c \U0001f600\u200d\n\r\n",
@@ -147,6 +148,13 @@ def test_pretrained_finds_the_end_of_text_token(tmp_path):
     assert PretrainedTokenizer(str(tmp_path), eot_token="<stop>").eot_id == 258
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert PretrainedTokenizer(str(tmp_path)).eot_id == 258
+    # An exported folder names the end of text that the model was trained with.
+    for chosen in ("<stop>", "</s>"):
+        tokenizer = PretrainedTokenizer(str(tmp_path), eot_token=chosen)
+        assert tokenizer.eot_id == {"<stop>": 258, "</s>": 257}[chosen]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        write_tokenizer(tmp_path / "out", tokenizer, max_positions=9)
+        assert PretrainedTokenizer(str(tmp_path / "out")).eot_id == tokenizer.eot_id
 
 
 def test_pretrained_refuses_what_cannot_work(tmp_path):

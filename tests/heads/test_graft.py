@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return path / "base"
 
 
-def tuned(base: Path, folder: Path, *, by: float) -> Path:
+def tuned(base: Path, folder: Path, *, by: float, context: int = 64) -> Path:
     """The base's trunk, moved by a share of its matrices' spread, without its MTP layers."""
     run = open_model(base)
     trunk = folders.alone(run.model)
@@ -43,7 +45,7 @@ def tuned(base: Path, folder: Path, *, by: float) -> Path:
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(by * parameter.std() * noise)
-    folders.write(folder, trunk, run.tokenizer)
+    folders.write(folder, trunk, run.tokenizer, max_positions=context)
     return folder
 
 
@@ -55,7 +57,8 @@ def stub(name: str, result: Path, command: Any) -> None:
     """An export whose check is left out, in this process."""
     asked = dict(word.split("=") for word in command[1:])
     assert name == "export"
-    folders.export_run(asked["checkpoint"], asked["output"], verify=False)
+    more = {"verify": False, "max_positions": int(asked["max_positions"])}
+    folders.export_run(asked["checkpoint"], asked["output"], **more)
 
 
 def test_layers_that_still_agree_are_written(
@@ -79,6 +82,14 @@ def test_layers_that_still_agree_are_written(
         wanted = own if name.startswith("mtp.") else theirs
         assert torch.equal(weight, wanted[name]), name
     assert "exists: choose another --output" in refused(command, *words)
+    # Other layers take the place of those of the start before.
+    shutil.rmtree(tmp_path / "out" / "model")
+    stale = tmp_path / "out" / "grafted" / "mtp_heads.safetensors"
+    stale.write_bytes(b"of another stack")
+    command(words)
+    assert (
+        not stale.exists() and read_folder(tmp_path / "out" / "model").weights.keys() == own.keys()
+    )
 
 
 def test_agreement_is_each_depths_with_the_trunk(base: Path) -> None:
@@ -137,7 +148,7 @@ def test_layers_that_fell_are_trained_on(
 ) -> None:
     for name, value in helpers.environment().items():
         monkeypatch.setenv(name, value)
-    folder = tuned(base, tmp_path / "tuned", by=0.7)
+    folder = tuned(base, tmp_path / "tuned", by=0.7, context=160)
     small = {
         "data.n_prompts": 128, "trainer.max_steps": 60, "trainer.val_check_interval": 30,
         "trainer.num_threads": 1, "optimizer.lr": 0.01, "paths.cache_dir": tmp_path / "cache",
@@ -147,9 +158,17 @@ def test_layers_that_fell_are_trained_on(
     command([*words, *(f"{key}={value}" for key, value in small.items())])
     said = capfd.readouterr().out
     assert "after training on" in said and "verified" in said
+    stated = open_model(tmp_path / "out" / "model").seq_len
+    assert stated == open_model(folder).seq_len > 128, "not the windows that it was trained on"
     found = read_folder(tmp_path / "out" / "model").weights
     theirs = open_model(folder).model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in theirs.items())
     own = open_model(base).model.state_dict()
     name = "mtp.depths.0.eh_proj.weight"
     assert not torch.equal(found[name], own[name])
+    # The plan is of these files: other layers at the same path are another question.
+    shutil.rmtree(tmp_path / "out" / "model")
+    os.utime(folder / "config.json", (1, 1))
+    with pytest.raises(SystemExit):
+        command([*words, *(f"{key}={value}" for key, value in small.items())])
+    assert "was begun with other files than" in capfd.readouterr().err

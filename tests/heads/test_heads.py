@@ -49,7 +49,7 @@ def test_the_hours_are_divided(
     assert "data.prompt_tokens=13" in words and "data.new_tokens=35" in words
     assert "trainer.precision=bf16-mixed" in words and "data.activations=int8" in words
     assert not any(word.startswith("objective.draft_vocab") for word in words)
-    assert "optimizer.lr=0.004" in words
+    assert "optimizer.lr=0.004" in words and one.context == 48
     width = open_model(model).model.config.trunk.d_model
     monkeypatch.setattr(planning, "_WIDTH", width // 4)
     wide = planning.plan(model, hours=1.0, files=[], overrides=[])

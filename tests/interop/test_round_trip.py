@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_modules.tokenizers import PretrainedTokenizer
+from data_modules.tokenizers import ByteTokenizer, PretrainedTokenizer
 from mtp_lightning.interop import names
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
@@ -55,6 +56,17 @@ def test_every_layout(name: str, depth: int, tmp_path: Path) -> None:
     contents, folder = round_trip(model, tmp_path)
     assert contents.layer_depths == depth and not contents.heads and contents.shards > 1
     assert folder.config.mtp.depth == depth
+
+
+def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
+    """As in transformers, which leaves the old shards and their index when it saves a folder."""
+    old, new = (deepseek.build(folders.TRUNKS["llama"], depth=0, seed=seed) for seed in (0, 1))
+    for name, model in (("old", old), ("new", new)):
+        folders.write(tmp_path / name, model, ByteTokenizer(), shard_bytes=10**9)
+    (shard,) = (tmp_path / "new").glob("model-*.safetensors")
+    shutil.copy(shard, tmp_path / "old" / "model.safetensors")
+    weights = read_folder(tmp_path / "old").weights
+    assert all(torch.equal(weights[name], t) for name, t in new.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -153,6 +153,17 @@ def test_the_order_of_keys_does_not_part_an_arm_from_its_curve(tmp_path: Path) -
     assert len(family.plain) == 5 and len(family.arms) == 3
 
 
+def test_an_arm_of_fewer_layers_is_not_on_the_curve_of_the_whole_trunk(tmp_path: Path) -> None:
+    """A match of parameters takes layers away, and only the summary says so."""
+    priced_sweep(tmp_path, seeds=1)
+    settings = collected(tmp_path)
+    before = {arm.setting.label for family in families(settings) for arm in family.arms}
+    *_, smaller = (s for s in settings.all if s.label in before)
+    smaller.done[0].summary["compare"] = {"n_layers": 3}
+    after = {arm.setting.label for family in families(settings) for arm in family.arms}
+    assert after == before - {smaller.label}
+
+
 def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Path) -> None:
     priced_sweep(tmp_path)
     path, said, _ = report([tmp_path])

@@ -245,3 +245,16 @@ def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
     pool(2).run([missing, good])
     assert state_of(good.folder) == "done"
     assert status(missing)["state"] == "failed" and "/no/such/program" in status(missing)["reason"]
+
+
+def test_a_job_that_an_earlier_start_still_saves_is_not_failed(tmp_path: Path, monkeypatch) -> None:
+    """It may end well, or be run by the next start."""
+    one = job(tmp_path / "a", DONE)
+    holder = Lock(one.folder / ".lock")
+    assert holder.acquire()
+    monkeypatch.setattr(Lock, "wait", lambda self, seconds: self.acquire())
+    pool(1).run([one])
+    assert status(one)["state"] == "interrupted" and "still in use" in status(one)["reason"]
+    holder.release()
+    pool(1).run([one])
+    assert state_of(one.folder) == "done"

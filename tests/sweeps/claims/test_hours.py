@@ -150,6 +150,7 @@ def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
     assert plan(3, 2) == {"x": [0, 1, 2]}
     assert plan(6, 2) == {"x": [0, 1, 2], "y": [0]}
     assert plan(0.4, 2) == {}
+    assert plan(6, 2_000_000_000) == plan(6, 100)
 
 
 def test_the_command_prints_costs_a_plan_and_what_to_type(tmp_path, capsys, monkeypatch):
@@ -166,6 +167,7 @@ def test_the_command_prints_costs_a_plan_and_what_to_type(tmp_path, capsys, monk
     for line in (r"mine +8 +8\.00  8 measured", r"all +8 +8\.00", r"mine   1 2 3 +3 of 4 +6\.00"):
         assert re.search(f"^{line}$", out, re.MULTILINE), line
     command = f"python -m sweeps.claims run mine --claims {claims} --seeds 1 2 3 --jobs 2"
+    command += f" --runs {tmp_path / 'runs'}"
     assert out.splitlines()[-1] == command
     assert "not one seed fits" in told(capsys, "hours", "mine", *where, "--hours", 0.5)
     for wrong, says in ((["--hours", 0], "above 0"), (["--hours", 1, "--cores", 0], "at least 1")):
