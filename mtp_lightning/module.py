@@ -58,7 +58,8 @@ class MTPModule(pl.LightningModule):
         optimizer: config of the optimizer.
         deferred: whether the weights are drawn after sharding (:func:`new_model`).
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
-        extra: plain containers stored in every checkpoint (tokenizer, composed config).
+        extra: plain containers stored in every checkpoint (tokenizer, fingerprint of the data,
+            composed config).
     """
 
     def __init__(

@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
     args = _parser(program).parse_args(arguments)
     with readable_errors():
         if not 0 < args.stale < math.inf:
-            raise UserError(f"--stale {args.stale}: give seconds above 0.")
+            raise UserError(f"--stale must be above 0 seconds, not {args.stale}.")
         folder = Path(args.folder).absolute()
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}: give that of a planned sweep.")

@@ -57,15 +57,16 @@ class TextSource(FileSource):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        found: dict[Path, str] = {}
+        # Read by the given path: the target of a link may have another suffix.
+        found: dict[Path, tuple[str, Path]] = {}
         for given in self.paths:
             for name, path in expand(given):
                 if path.stat().st_size == 0:
                     raise UserError(
                         f"{path} is empty: give text, or leave the file out of data.paths"
                     )
-                found.setdefault(path.resolve(), name)
-        return [(name, path) for path, name in found.items()]
+                found.setdefault(path.resolve(), (name, path))
+        return list(found.values())
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files:
@@ -161,8 +162,19 @@ def expand(
     return files
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder and its subfolders, linked ones too, each folder once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in names if (path := Path(root) / name).is_file())
+
+
 def _folder(folder: Path, key: str, keep: Callable[[Path], bool]) -> list[tuple[str, Path]]:
-    below = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
+    below = [(path.relative_to(folder), path) for path in _files_below(folder)]
     shown = [(r, path) for r, path in below if not any(part[0] == "." for part in r.parts)]
     files = sorted((r.as_posix(), path) for r, path in shown if keep(path))
     if not files:

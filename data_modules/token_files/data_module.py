@@ -87,7 +87,7 @@ class TokenFilesDataModule(StoreDataModule):
         return store, self._tokenizer
 
     def _files(self, key: str, paths: Paths) -> list[TokenSource]:
-        found: dict[Path, None] = {}
+        found: dict[Path, Path] = {}
         for one in path_list(paths, key):
             # Megatron names a pair of files without their suffix.
             pair = Path(f"{one}.bin").expanduser()
@@ -95,8 +95,9 @@ class TokenFilesDataModule(StoreDataModule):
             files = [path for _, path in expand(whole, key, keep=lambda _: True)]
             # An index says in which order the chunks next to it come.
             for path in sorted(files, key=lambda path: path.name != INDEX):
-                found |= {own.resolve(): None for own in _id_files(path)}
-        return [read_header(path, self.dtype) for path in found]
+                for own in _id_files(path):
+                    found.setdefault(own.resolve(), own)
+        return [read_header(path, self.dtype) for path in found.values()]
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"held_out": self.store.meta["held_out"]}

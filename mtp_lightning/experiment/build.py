@@ -178,6 +178,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
         text_bytes=data.evaluated_bytes,
         extra={
             "tokenizer": data.tokenizer.state(),
+            "data": data.summary()["fingerprint"],
             "config": OmegaConf.to_container(stored, resolve=True),
         },
     )

@@ -7,8 +7,10 @@ them is most of the cost of training heads.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,6 @@ from mtp_lightning.nn import ops
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 
 
 def check_cached(model: MTPModel) -> None:
@@ -73,18 +74,24 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         "trunk_states", _FORMAT, trunk_digest(model), data.fingerprint, data.seq_len,
         data.document_mask, data.batch_size, device, precision, ops.code()[0],
         *mtp.read_states,
-        torch.get_num_threads(),
+        torch.get_num_threads(), torch.__version__, model.compiled,
         *(() if windows.limit is None else (windows.limit,)),
     )  # fmt: skip
     mixed = torch.autocast(device, torch.bfloat16, enabled=precision in MIXED)
 
     def write(folder: Path) -> None:
         bar = progress("states of the trunk", len(windows) * data.seq_len, unit=" tokens")
-        kept: np.memmap | None = None
         content = hashlib.blake2b(digest_size=16)
         home = weight.device
         training = model.training
         model.to(device).train()
+        # Written in order: a full disk is an error then, which a memory map would not report.
+        file = (folder / STATES).open("wb")
+
+        def put(data: Any) -> None:
+            file.write(data)
+            content.update(data)
+
         try:
             for start in range(0, len(windows), data.batch_size):
                 # The last pass is filled up with the first windows, since its size changes bits.
@@ -94,22 +101,16 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
                     final, at = model.run_trunk(batch, range(1, model.depth + 1))
                 branch = () if at.hidden is final else at.hidden.chunk(mtp.n_states, dim=-1)
                 states = torch.stack([final, *branch], dim=1).cpu()
-                if kept is None:
-                    shape = (len(windows), *states.shape[1:])
-                    kept = np.lib.format.open_memmap(
-                        folder / STATES, mode="w+", dtype=_DTYPES[states.dtype], shape=shape
-                    )
-                    with (folder / STATES).open("rb") as file:
-                        content.update(file.read(kept.offset))
                 raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
+                if start == 0:
+                    put(_header((len(windows), *raw.shape[1:]), raw.numpy().dtype))
                 fresh = min(data.batch_size, len(windows) - start)
-                kept[start : start + fresh] = raw[:fresh].numpy()
-                content.update(raw[:fresh].numpy().data)
+                put(raw[:fresh].numpy().data)
                 bar.update(fresh * data.seq_len)
-            assert kept is not None
-            kept.flush()
+            file.flush()
             note(folder, {STATES: content.hexdigest()})
         finally:
+            file.close()
             bar.close()
             model.to(home).train(training)
 
@@ -118,3 +119,13 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     log.info("The trunk's states of every training window, %.2f GB, are in %s.", n_bytes / 1e9,
              folder)  # fmt: skip
     return folder
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """The beginning of a ``.npy`` file."""
+    said = np.lib.format.dtype_to_descr(dtype)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": said, "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue()

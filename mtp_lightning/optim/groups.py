@@ -18,7 +18,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import require_number
 
-_SHARED = re.compile(r"(^|\.)(embedding|head)\.")
+# Parameters of two axes that are not the matrix of a block.
+_SHARED = re.compile(r"(^|\.)(embedding|head|confidence)\.|\.(register|masks|blank)$")
 # Names of kinds of parameters; anything else is a regular expression on the parameters' names.
 _KINDS: dict[str, Callable[[str, nn.Parameter], bool]] = {
     "matrices": lambda name, p: p.dim() == 2 and not _SHARED.search(name),
@@ -32,8 +33,8 @@ class Group:
     """Some parameters, and the algorithm that trains them.
 
     Attributes:
-        parameters: ``matrices`` (two axes, without embedding and head), ``vectors``, ``rest``, or a
-            regular expression that is searched for in the names.
+        parameters: ``matrices`` (two axes, without embedding, head and learned vectors),
+            ``vectors``, ``rest``, or a regular expression that is searched for in the names.
         algorithm: parameters and ``lr`` -> optimizer; a class of ``torch.optim`` with its other
             settings filled in.
         lr: peak learning rate.

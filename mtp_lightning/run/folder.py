@@ -17,6 +17,8 @@ _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
+# Those of them that are there before the run only if somebody else wrote them.
+_OTHERS = _BEGUN - {_LOCK_FILE, ".hydra", "train.log"}
 # The data workers inherit the lock, and end some seconds after a run that is killed.
 _SECONDS = 15.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -26,7 +28,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a run's folder during a block; create it if needed.
 
-    If the block ends with an error before the run has made a step, the folder is removed.
+    If the block ends with an error before the run has made a step, the folder is removed, unless it
+    held files before.
 
     Args:
         folder: the run's folder.
@@ -35,6 +38,7 @@ def claimed(folder: Path) -> Iterator[None]:
         BlockingIOError: another process trains in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    held = any((folder / name).exists() for name in _OTHERS)
     lock = Lock(folder / _LOCK_FILE)
     try:
         had = lock.wait(seconds=_SECONDS)
@@ -51,7 +55,8 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        leave(folder)
+        if not held:
+            leave(folder)
         raise
     finally:
         lock.release()

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +197,18 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
         list(source(field="text").documents())
     with pytest.raises(UserError, match="cannot open the dataset .*split 'nosuch'"):
         list(source(split="nosuch").documents())
+
+
+def test_a_link_is_read_by_its_own_name(tmp_path: Path) -> None:
+    """As in a cache of the Hugging Face hub: the file that it points to has no suffix."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "71ab").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").symlink_to(tmp_path / "blobs" / "71ab")
+    source = TextSource(tmp_path / "data" / "train.jsonl")
+    assert list(source.documents()) == ["one", "two"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.txt").write_text("three")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "round").symlink_to(tmp_path / "data")
+    assert sorted(TextSource(tmp_path / "data").documents()) == ["one", "three", "two"]

@@ -53,6 +53,15 @@ def test_what_a_user_had_there_stays(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
+def test_files_of_the_names_of_a_run_stay(name: str, tmp_path: Path) -> None:
+    """Nobody can tell them from a run's, so a folder that had them is not removed."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="refused"), claimed(tmp_path):
+        raise ValueError("refused")
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_what_a_kill_left_of_a_save_goes(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()

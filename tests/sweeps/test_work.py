@@ -195,7 +195,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         ([str(tmp_path / "none")], "There is no folder"),
         ([str(folder)], f"{folder.parent / 'stub.py'}"),
         ([str(folder), "--program=no quote'"], "--program"),
-        ([str(folder), "--stale=0"], "give seconds above 0"),
+        ([str(folder), "--stale=0"], "--stale must be above 0"),
         ([str(folder), "--threads=many"], "threads_per_process=many"),
     ]
     for name in ("cwd", "run"):
