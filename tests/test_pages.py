@@ -120,6 +120,9 @@ class Letters:
 
     eot_id = 0
 
+    def encode(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
