@@ -89,10 +89,11 @@ class PretrainedTokenizer(Tokenizer):
         assert self.eot_token is not None
         if _named(self.beside, "eos_token") in (None, self.eot_token):
             return self.beside
-        said = {name: json.loads(text) for name, text in self.beside.items() if "eos_token" in text}
-        for content in said.values():
-            content["eos_token"] = self.eot_token
-        return {**self.beside, **{name: json.dumps(of, indent=2) for name, of in said.items()}}
+        found = dict(self.beside)
+        for name, text in found.items():
+            if name.endswith(".json") and "eos_token" in (content := json.loads(text)):
+                found[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
+        return found
 
     @cached_property
     def vocab_size(self) -> int:

@@ -7,12 +7,11 @@ together with those of the last whole piece of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from mtp_lightning.decoding.options import Prompt
 
-Mark = TypeVar("Mark")
 # The most tokens that a prompt's last piece is looked for in.
 _LONGEST_PIECE = 8
 # Bytes that are not a character, or not yet, are decoded to this.
@@ -22,7 +21,7 @@ _INCOMPLETE = "\ufffd"
 class Detokenizer:
     """Takes the tokens of one text as they come.
 
-    A character of several tokens is returned with the last of them. The pieces joined are the text
+    A character of several tokens is returned with the last of them. The results joined are the text
     of all tokens, except for an incomplete character at the end.
 
     Args:
@@ -37,34 +36,30 @@ class Detokenizer:
         # `_out` of their characters were returned.
         self._window = last_piece(tokenizer, before, eot_id)
         self._whole = len(self._window)
-        self._out = len(self._decode(self._window))
+        self._out = len(tokenizer.decode(self._window))
 
     @property
     def waits(self) -> bool:
         """Whether the last tokens are part of a character that is not complete."""
         return len(self._window) > self._whole
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids)) if ids else ""
-
-    def add(self, token_ids: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[str, Mark]]:
-        """The text that is complete now, in pieces, each with the mark of its last token."""
-        for token, mark in zip(token_ids, marks, strict=True):
-            if token == self._eot_id:
-                continue
-            self._window.append(token)
-            text = self._decode(self._window)
-            whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
-            if whole > self._out:
-                yield text[self._out : whole], mark
-            elif whole == len(text):
-                self._window.pop()  # a token without text
-                continue
-            self._out = max(self._out, whole)
-            if whole == len(text):
-                del self._window[: self._whole]
-                self._whole = len(self._window)
-                self._out = len(self._decode(self._window))
+    def add(self, token: int) -> str:
+        """The characters that a token completes."""
+        if token == self._eot_id:
+            return ""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        whole = len(text.rstrip(_INCOMPLETE))  # the rest may be part of a character
+        new = text[self._out : whole]
+        if not new and whole == len(text):
+            self._window.pop()  # a token without text
+            return ""
+        self._out = max(self._out, whole)
+        if whole == len(text):
+            del self._window[: self._whole]
+            self._whole = len(self._window)
+            self._out = len(self._tokenizer.decode(self._window))
+        return str(new)
 
 
 def last_piece(tokenizer: Any, ids: Prompt, eot_id: int | None) -> list[int]:
@@ -90,5 +85,5 @@ def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], eot_id: int |
         eot_id: as for :class:`Detokenizer`.
     """
     piece = last_piece(tokenizer, before, eot_id)
-    told = len(tokenizer.decode(piece)) if piece else 0
+    told = len(tokenizer.decode(piece))
     return str(tokenizer.decode([*piece, *(token for token in ids if token != eot_id)]))[told:]

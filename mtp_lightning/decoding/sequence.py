@@ -260,8 +260,7 @@ class TextSequence:
         if self._detokenizer is None:
             self._pieces += [""] * len(new)
             return
-        for token in new:
-            self._pieces.append("".join(text for text, _ in self._detokenizer.add([token], [0])))
+        self._pieces += map(self._detokenizer.add, new)
 
     def _look_for_stop(self, before: int) -> None:
         """If a new token completes a stop string, drop the tokens after it."""
@@ -311,7 +310,9 @@ class TextSequence:
                     return 0
         return end
 
-    def _whole_text(self) -> str | None:
+    def _final_text(self) -> str | None:
+        if self.finish_reason == "stop":
+            return self._text
         if self._tokenizer is None:
             return None
         return text_after(self._tokenizer, self.request.prompt, self.token_ids, self.eot_id)
@@ -319,13 +320,10 @@ class TextSequence:
     def generation(self) -> Generation:
         """The result of a finished sequence."""
         assert self.finish_reason is not None
-        text: str | None = self._text
-        if self.finish_reason != "stop":
-            text = self._whole_text()
         n = len(self.token_ids)
         return Generation(
             token_ids=self.token_ids,
-            text=text,
+            text=self._final_text(),
             finish_reason=self.finish_reason,
             new_tokens=n,
             seconds=self._seconds,

@@ -175,12 +175,7 @@ def _new(window: int) -> int:
 
 
 def plan(
-    path: Path,
-    *,
-    hours: float,
-    files: list[str],
-    overrides: list[str],
-    further: bool = False,
+    path: Path, *, hours: float, files: list[str], overrides: list[str], further: bool = False
 ) -> HeadsPlan:
     """Look at the model and the machine for some seconds, and divide the hours.
 
@@ -210,12 +205,7 @@ def plan(
 
 
 def _plan(
-    device: str,
-    path: Path,
-    hours: float,
-    files: list[str],
-    overrides: list[str],
-    further: bool,
+    device: str, path: Path, hours: float, files: list[str], overrides: list[str], further: bool
 ) -> HeadsPlan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)

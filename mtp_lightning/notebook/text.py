@@ -38,7 +38,8 @@ class Text:
         left = len(self.generation.text or "")  # without a stop string
         done, tokenizer = self.generation, self.tokenizer
         read = Detokenizer(tokenizer, tokenizer.encode(self.prompt), tokenizer.eot_id)
-        for text, draft in read.add(done.token_ids, done.accepted_mask):
+        for token, draft in zip(done.token_ids, done.accepted_mask, strict=True):
+            text = read.add(token)
             if text[:left]:
                 yield text[:left], draft
             left = max(left - len(text), 0)

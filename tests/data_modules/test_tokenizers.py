@@ -149,6 +149,7 @@ def test_pretrained_finds_the_end_of_text_token(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     assert PretrainedTokenizer(str(tmp_path)).eot_id == 258
     # An exported folder names the end of text that the model was trained with.
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}")
     for chosen in ("<stop>", "</s>"):
         tokenizer = PretrainedTokenizer(str(tmp_path), eot_token=chosen)
         assert tokenizer.eot_id == {"<stop>": 258, "</s>": 257}[chosen]

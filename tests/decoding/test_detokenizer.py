@@ -37,7 +37,7 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
         ids += tokenizer.encode(data.draw(strategies.text(LETTERS))).tolist()
     detokenizer, text = Detokenizer(tokenizer, [], tokenizer.eot_id), ""
     for token in ids:
-        text += "".join(piece for piece, _ in detokenizer.add([token], [False]))
+        text += detokenizer.add(token)
     whole = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
     assert whole.startswith(text) and not whole[len(text) :].strip("\ufffd")
 
@@ -45,13 +45,16 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
 def test_a_character_comes_with_the_last_of_its_tokens() -> None:
     tokenizer = ByteTokenizer()
     detokenizer = Detokenizer(tokenizer, [], tokenizer.eot_id)
-    told = [[piece for piece, _ in detokenizer.add([byte], [True])] for byte in "a\u4f60b".encode()]
-    assert told == [["a"], [], [], ["\u4f60"], ["b"]]
+    told = [detokenizer.add(byte) for byte in "a\u4f60b".encode()]
+    assert told == ["a", "", "", "\u4f60", "b"]
 
 
 def test_drafts_are_told_apart() -> None:
     detokenizer = Detokenizer(ByteTokenizer(), [], None)
-    assert list(detokenizer.add(list(b"ab"), [True, False])) == [("a", True), ("b", False)]
+    told = [
+        (detokenizer.add(token), draft) for token, draft in zip(b"ab", (True, False), strict=True)
+    ]
+    assert told == [("a", True), ("b", False)]
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ struct Rounded {
 };
 
 // Rows of a tile. A tile has whole panels, so that memory is read in order (in halves of panels, three
-// tokens took twice as long as two on Zen 4); with many rows halves, whose sums stay in the registers.
+// tokens took twice as long as two on Zen 4); with many rows NARROW vectors, whose sums stay in the
+// registers.
 constexpr int64_t TALL = 4;
 constexpr int64_t MANY = 32;
-constexpr int NARROW = WIDE_VECTORS / 2;
+constexpr int NARROW = 2;
 
 // The bytes of eight inputs in the order in which a format multiplies them: the lanes of 4 bits have
 // the even inputs of a word in their lower halves, and the odd ones in their upper halves.
