@@ -116,7 +116,8 @@ class WindowLoader(_Loader):
         if state["windows"] != len(self.dataset):
             raise UserError(
                 f"the checkpoint was saved on {state['windows']} training windows but this data "
-                f"has {len(self.dataset)}: resume with the same data, tokenizer and data.seq_len"
+                f"has {len(self.dataset)}: resume with the same data, tokenizer, "
+                "data.seq_len and data.train_windows"
             )
         self.seed = int(state["seed"])
         self.epoch = int(state["epoch"])

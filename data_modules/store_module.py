@@ -129,8 +129,18 @@ class StoreDataModule(WindowDataModule):
         found = [int(n) for n in text.bytes]
         if not self.document_mask:
             return found
-        pieces, first = self.tokenizer.text_bytes(), text.file.tokens()[text.starts].tolist()
+        pieces, first = self._first_pieces(), text.file.tokens()[text.starts].tolist()
         return [n - len(pieces[i]) for n, i in zip(found, first, strict=True)]
+
+    def _first_pieces(self) -> dict[int, bytes]:
+        """The bytes of each token that begins a document of the evaluation text, without the space
+        that SentencePiece's tokenizers add to a text and drop in decoding."""
+        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
+        found = {}
+        for i in set(text.file.tokens()[text.starts].tolist()):
+            added = pieces[i].startswith(b" ") and self.tokenizer.decode([i])[:1] != " "
+            found[i] = pieces[i][added:]
+        return found
 
     def evaluation_summary(self) -> dict[str, Any]:
         """What a validation's numbers are measured on: ``fingerprint`` of the text, its
@@ -148,10 +158,15 @@ class StoreDataModule(WindowDataModule):
 
     def _evaluated_text(self) -> bytes:
         """The evaluation text's documents in order, up to the bytes that are compressed."""
-        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
+        text, pieces, first = (
+            self.evaluation.text,
+            self.tokenizer.text_bytes(),
+            self._first_pieces(),
+        )
         tokens, found = text.file.tokens(), bytearray()
         for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
-            found += b"".join(pieces[i] for i in tokens[start:end].tolist())
+            ids = tokens[start:end].tolist()
+            found += first[ids[0]] + b"".join(pieces[i] for i in ids[1:])
             if len(found) >= COMPRESSED:
                 break
         return bytes(found)

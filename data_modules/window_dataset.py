@@ -159,10 +159,13 @@ class WindowDataset(Windows):
                 f"lower data.seq_len, or change data.val_fraction (of token files data.held_out)"
             )
         if n < needed:
+            there, more = f"the training split has {n} windows", "give more text"
+            if self.limit is not None:
+                there, more = f"data.train_windows={n} is set", "keep more windows"
             raise UserError(
-                f"the training split has {n} windows but one step needs {needed} "
+                f"{there} but one step needs {needed} "
                 f"({batch_size} windows x {world} processes; a step takes data.batch_size x "
-                f"trainer.accumulate_grad_batches of them): give more text, or lower "
+                f"trainer.accumulate_grad_batches of them): {more}, or lower "
                 f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len"
             )
 

@@ -43,7 +43,7 @@ class Part:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file, by its name."""
-    return path.suffix == ".gguf" and path.is_file()
+    return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 PARTS = {

@@ -272,6 +272,11 @@ def main(
         require_package("optuna", what="sweeps.search", extra="search")
         space, fixed = parse(literal(["-m", *args.overrides])[1:])
         folder = Path(args.folder).absolute()
+        if "?" in str(folder) or "%" in str(folder):
+            raise UserError(
+                f"{folder} has a ? or % in its path, which the address of a study's file cannot "
+                "hold: choose another folder."
+            )
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."):
             checked, steps = check(folder, space, fixed)

@@ -122,11 +122,13 @@ class HuggingFaceSource(FileSource):
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
         """The local files that the text comes from; none for a dataset of the hub. ``data_files``
-        are relative to the dataset folder, if the path is one, else to the current folder."""
+        are relative to the dataset's folder, here or on the hub, if the path is one, else to the
+        current folder."""
         if self.data_files is None:
             return _all_files(self.path, "data.source.path") if Path(self.path).exists() else []
         given = list(_flat(self.data_files))
-        if any("://" in item for item in given):
+        on_hub = "/" in self.path and not Path(self.path).exists()
+        if on_hub or any("://" in item for item in given):
             return []
         root = Path(self.path) if Path(self.path).is_dir() else Path()
         key = "data.source.data_files"

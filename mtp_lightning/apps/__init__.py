@@ -183,7 +183,7 @@ def _options_first(arguments: list[str]) -> list[str]:
 
     def refuse(message: str) -> NoReturn:
         print(f"error: {message}. (--help)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1)
 
     parser.error = refuse  # type: ignore[method-assign]
     options = list(arguments)

@@ -132,13 +132,14 @@ def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | No
 @cache
 def _trainer_arguments() -> frozenset[str]:
     """The arguments of ``lightning.pytorch.Trainer``, parsed from its source, since importing it
-    takes seconds."""
+    takes seconds; without one that it ignores when a module clips its own gradients."""
     spec = importlib.util.find_spec("lightning")
     for folder in (spec and spec.submodule_search_locations) or ():
         tree = ast.parse(Path(folder, "pytorch", "trainer", "trainer.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                return frozenset(a.arg for a in (*node.args.args, *node.args.kwonlyargs)[1:])
+                names = {a.arg for a in (*node.args.args, *node.args.kwonlyargs)[1:]}
+                return frozenset(names - {"gradient_clip_algorithm"})
     return frozenset()
 
 

@@ -64,8 +64,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print the error, and exit with code 2."""
-        self.exit(2, f"error: {printable(message)}. ({self.prog} --help)\n")
+        """Print the error, and exit with code 1: 2 has a meaning in some programs."""
+        self.exit(1, f"error: {printable(message)}. ({self.prog} --help)\n")
 
 
 class _ShowVersion(argparse.Action):

@@ -215,7 +215,7 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
             raise UserError(f"output={output} is a folder: give a file for the metrics.")
         _require_folder("output", Path(output).parent)
     elif app == "export" and output not in (None, "???"):
-        folder_of = Path(output).parent if output.endswith(".gguf") else Path(output)
+        folder_of = Path(output).parent if output.lower().endswith(".gguf") else Path(output)
         _require_folder("output", folder_of)
         if Path(output).is_dir() and any(Path(output).iterdir()):
             raise UserError(f"output={output} is not empty: choose another folder or clear it.")

@@ -149,18 +149,18 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
         UserError: settings do not fit together.
     """
     model_config = build_model_config(cfg, data.tokenizer.vocab_size)
-    _refuse_unfit(cfg, model_config.mtp, data)
+    objective = build_objective(cfg)
+    _refuse_unfit(cfg, model_config.mtp, data, objective)
     balance = build_balance(cfg)
     if balance.scope is not None:
         processes.require_whole_gradients(cfg.trainer, f"balance={balance.name}")
-    objective = build_objective(cfg)
     if model_config.mtp.depth == 0 and any(term.needs_teacher for _, term in objective.terms):
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
     model, deferred = new_model(
         model_config,
         cfg.seed,
         deferred=cfg.trainer.strategy == "fsdp" and cfg.init_from is None,
-        half=holds_in_bf16(cfg.trainer, frozen=not model_config.mtp.trains_trunk),
+        half=holds_in_bf16(cfg.trainer, model_config.mtp),
     )
     step = OptimizerStep(
         model,
@@ -191,7 +191,9 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
     return module
 
 
-def _refuse_unfit(cfg: DictConfig, mtp: MTPConfig, data: WindowDataModule) -> None:
+def _refuse_unfit(
+    cfg: DictConfig, mtp: MTPConfig, data: WindowDataModule, objective: Objective
+) -> None:
     """Refuse a stack that the data or the settings do not fit.
 
     Raises:
@@ -216,6 +218,14 @@ def _refuse_unfit(cfg: DictConfig, mtp: MTPConfig, data: WindowDataModule) -> No
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
     mtp.check_window(data.seq_len)
+    taught = any(term.needs_teacher for _, term in objective.terms)
+    if (taught or mtp.confidence) and mtp.depth and mtp.depth * mtp.stride >= data.seq_len:
+        setting = objective.setting if taught else "objective.confidence=true"
+        raise UserError(
+            f"{setting} compares depth {mtp.depth} with the main prediction of the same token, "
+            f"which lies after the window of data.seq_len={data.seq_len}: predict fewer tokens, or "
+            "lengthen the window."
+        )
 
 
 def build_schedule(cfg: DictConfig) -> LambdaSchedule:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.nn import ops
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require
@@ -44,7 +45,7 @@ def settle_device(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
+def holds_in_bf16(trainer: DictConfig, mtp: MTPConfig) -> bool:
     """Whether the trunk's matrices are stored in bf16.
 
     Raises:
@@ -52,10 +53,10 @@ def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
     """
     if trainer.precision != "bf16-true":
         return False
-    if not frozen:
+    if mtp.trains_trunk:
         raise UserError(
             "trainer.precision=bf16-true holds a frozen trunk in bf16, and this run trains its "
-            "trunk, whose steps would be lost in rounding: set mtp.freeze_trunk=true, or "
+            f"trunk, whose steps would be lost in rounding: {mtp.how_to_freeze}, or "
             "trainer.precision=bf16-mixed."
         )
     if trainer.strategy == "fsdp":

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 # The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
 _BEGINNING_TOKENS = 8192
-# Keys of a stack that change how many modules it has or how they are trained, not their tensors.
-_TRAINING = ("depth", "init", "freeze_trunk", "detach")
+# Keys of a stack that change how its modules are trained, not their tensors.
+_TRAINING = ("init", "freeze_trunk", "detach")
 
 
 def with_model(found: Origin, config: DictConfig) -> Origin:
@@ -198,9 +198,11 @@ def _check_shapes(
     start: StoredModel, wanted: ModelConfig, own: Mapping[str, torch.Tensor], kept: Sequence[str]
 ) -> None:
     """Refuse modules that a setting of the stack made of other tensors, with that setting."""
+    before, now = start.config.to_dict()["mtp"], wanted.to_dict()["mtp"]
+    # The depth is the size of some modules, and of others only their number.
     differences = describe_differences(
-        start.config.to_dict()["mtp"], wanted.to_dict()["mtp"], ignore=_TRAINING
-    )
+        before, now, ignore=[*_TRAINING, "depth"]
+    ) or describe_differences(before, now, ignore=_TRAINING)
     for module in kept:
         held, needed = (
             {name: tensor.shape for name, tensor in weights.items() if _module(name) == module}

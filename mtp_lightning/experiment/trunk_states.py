@@ -44,7 +44,7 @@ def check_cached(model: MTPModel) -> None:
     if mtp.trains_trunk:
         raise UserError(
             "data.cache_states=true keeps a frozen trunk's states, and this run trains its "
-            "trunk: set mtp.freeze_trunk=true, or data.cache_states=false."
+            f"trunk: {mtp.how_to_freeze}, or data.cache_states=false."
         )
     stack = type(model.mtp)
     if (stack.through_trunk, stack.tokens_read) != (MTPStack.through_trunk, MTPStack.tokens_read):

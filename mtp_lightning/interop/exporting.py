@@ -50,7 +50,7 @@ def export(cfg: Any) -> Path:
     """
     vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
     target = Path(cfg.output)
-    as_file, apart = target.suffix == ".gguf", cfg.layout == speculators.LAYOUT
+    as_file, apart = target.suffix.lower() == ".gguf", cfg.layout == speculators.LAYOUT
     _require_possible(cfg, target, as_file=as_file, apart=apart)
     run = open_model(cfg.checkpoint, allow=cfg.allow)
     model = _model_to_write(run, cfg, as_file=as_file, apart=apart)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from mtp_lightning.errors import UserError
@@ -106,6 +106,13 @@ class MTPConfig(Registered, ABC, family="mtp"):
     def trains_trunk(self) -> bool:
         """Whether embedding, trunk and head are trained."""
         return not self.freeze_trunk
+
+    @property
+    def how_to_freeze(self) -> str:
+        """What to set so that only the stack is trained, for messages."""
+        if any(field.name == "freeze_trunk" for field in fields(self)):
+            return "set mtp.freeze_trunk=true"
+        return f"mtp={self.variant} needs it trained, so set mtp=sequential mtp.freeze_trunk=true"
 
     @property
     def start_state(self) -> TrunkState:

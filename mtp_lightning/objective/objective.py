@@ -234,7 +234,7 @@ class Objective:
         if self.draft_vocab is None:
             return
         if mtp.trains_trunk:
-            reason = "leaves out what the trunk is trained on: set mtp.freeze_trunk=true"
+            reason = f"leaves out what the trunk is trained on: {mtp.how_to_freeze}"
         elif mtp.rank > 1:
             reason = f"leaves out tokens that mtp.rank={mtp.rank} depends on: set mtp.rank=1"
         elif model.head_of(1) is not model.head:

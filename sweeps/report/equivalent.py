@@ -191,6 +191,6 @@ def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:
     found = {}
     for run in setting.done:
         flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
-        if flops and steps and loss is not None and math.isfinite(loss):
+        if flops and flops > 0 and steps and loss is not None and math.isfinite(loss):
             found[run.seed] = Spent(flops=flops, loss=loss, steps=steps)
     return found

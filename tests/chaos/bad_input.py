@@ -139,14 +139,14 @@ def _settings(group: str, option: str, needs: dict[str, Any]) -> dict[str, Any]:
 
 
 def refused(ended: Ended, *, naming: list[str]) -> str:
-    """It ended with code 1 or 2 and with one sentence, which it says.
+    """It ended with code 1 and with one sentence, which it says.
 
     Args:
         ended: how it ended.
         naming: words of which one stands in the sentence.
     """
     hold(ended.code != 0, "it is accepted")
-    ended.require(1, 2)
+    ended.require(1)
     said = ended.errors[0] if ended.errors else ended.out.strip()
     hold(
         len(ended.errors) <= 1 and len(ended.out.strip().splitlines()) <= 30,

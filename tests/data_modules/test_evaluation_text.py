@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Tokens
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_modules import TokenDataModule
 from data_modules.encoding import pieces
 from data_modules.evaluation_text import EvaluationText, EvaluationWindows, choose
 from data_modules.sources import SyntheticSource, TextSource
-from data_modules.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, PretrainedTokenizer, Tokenizer
 from tests.data_modules.loaders import token_file
 
 
@@ -172,3 +174,27 @@ def test_choose_against_brute_force(tmp_path_factory, data):
             found.append((taken[0][1], last, sum(piece[2] for piece in taken)))
     text = choose(file, budget)
     assert list(zip(text.starts, text.ends, text.bytes, strict=True)) == found
+
+
+def test_a_space_that_the_tokenizer_adds_to_a_text_is_no_byte_of_it(tmp_path):
+    """As SentencePiece's tokenizers do, which drop it in decoding."""
+    words = Tokens(models.BPE(byte_fallback=True))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    texts = list(SyntheticSource(size=60_000, documents=120).documents())
+    words.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>"], show_progress=False)
+    )
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = PretrainedTokenizer(str(tmp_path / "tokenizer.json"))
+    whole = module(tmp_path, tokenizer=tokenizer)
+    masked = module(tmp_path, tokenizer=tokenizer, document_mask=True)
+    documents = documents_of(whole)
+    first = [tokenizer.decode(tokenizer.encode(text)[:1]) for text in documents]
+    assert all(text.startswith(word) for text, word in zip(documents, first, strict=True))
+    assert masked.evaluated_bytes == [
+        len(text.encode()) - len(word.encode()) for text, word in zip(documents, first, strict=True)
+    ]
+    text = "".join(documents).encode()
+    found = whole.evaluation_summary()
+    assert found["gzip_bits_per_byte"] == 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)

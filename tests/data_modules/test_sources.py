@@ -172,6 +172,13 @@ def test_a_dataset_folder_is_known_by_all_its_files(tmp_path):
     assert found[0] != found[1]
 
 
+def test_files_of_a_dataset_on_the_hub_are_not_looked_for_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert HuggingFaceSource("owner/name", data_files="train/0.parquet").files == []
+    with pytest.raises(FileNotFoundError, match="data.source.data_files"):
+        _ = HuggingFaceSource("parquet", data_files="train/0.parquet").files
+
+
 @pytest.mark.extras
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["parquet", "json"])

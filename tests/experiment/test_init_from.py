@@ -117,6 +117,9 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
     told = r"mtp.corrections.0 of another form than this run \(mtp.correction: markov -> mlp\): set"
     with pytest.raises(ValueError, match=told):
         start_from(hydra, markov)
+    sure = start_of(tiny_trunk, depth=2, confidence=True)
+    with pytest.raises(ValueError, match=r"another form than this run \(mtp.depth: 2 -> 1\)"):
+        start_from(fresh(tiny_trunk, depth=1, confidence=True), sure)
     good = start_of(tiny_trunk, depth=1)
     for name, change, message in (
         ("mtp.depths.0.norm.weight", None, "mtp.depths.0.norm.weight is missing"),

@@ -60,6 +60,7 @@ optimizer.lr=0 => optimizer.lr | 0
 data.val_fraction=1.5 => data.val_fraction | 1.5
 data.val_fraction=1e-12 data.source.documents=100 =>
     validation split has no document | data.val_fraction
+data.train_windows=3 => data.train_windows=3 is set | keep more windows
 data.eval_bytes=0 => data.eval_bytes | at least 1, not 0
 +trainer.limit_val_batches=3 => trainer.limit_val_batches=3 | data.eval_bytes
 +trainer.limit_val_batches=1 => trainer.limit_val_batches=1 | data.eval_bytes
@@ -91,9 +92,14 @@ mtp=top mtp.depth=1 mtp.lookahead=0 => mtp.lookahead must be a whole number of a
 mtp=top mtp.depth=1 mtp.detach=all => mtp.detach=all is unknown: choose one of none, trunk
 mtp=registers mtp.depth=1 mtp.lookahead=40 => mtp.lookahead=40 is beyond the windows
 mtp=teacherless mtp.depth => mtp=teacherless is not shown what it is to say
+mtp=registers mtp.depth=1 trainer.precision=bf16-true => set mtp=sequential mtp.freeze_trunk=true
 mtp.detach=all callbacks=gradient_conflict => callbacks=gradient_conflict measures | mtp.detach=all
 # objectives
 objective=kl objective.temperature=0 => objective.temperature must be a number
+data.seq_len=16 mtp.depth=16 objective=kl =>
+    objective=kl compares depth 16 | data.seq_len=16 | predict fewer
+data.seq_len=16 mtp.depth=8 mtp.stride=2 mtp=linear objective.confidence=true =>
+    objective.confidence=true compares depth 8
 objective=mix => objective.terms names no term
 objective=mix objective.terms={cee:1} => has cee, which is unknown
 objective=mix objective.terms={feature:1} => does not train what

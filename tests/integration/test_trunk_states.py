@@ -86,7 +86,7 @@ def test_they_are_made_once_and_a_run_goes_on_with_them(trunk: Path, tmp_path: P
     ("changes", "message"),
     [
         ({"mtp.freeze_trunk": "false"}, "this run trains its trunk: set mtp.freeze_trunk=true"),
-        ({"mtp": "none", "mtp.depth": None, "mtp.freeze_trunk": None}, "trains its trunk"),
+        ({"mtp": "none", "mtp.depth": None, "mtp.freeze_trunk": None}, "mtp=none needs it"),
     ],
 )
 def test_a_trunk_that_moves_is_refused(trunk, tmp_path, changes, message):
