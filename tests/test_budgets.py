@@ -28,7 +28,7 @@ LINES = {
     "mtp_lightning/distributed": 1_303,
     "mtp_lightning/experiment": 2_771,
     "mtp_lightning/heads": 806,
-    "mtp_lightning/interop": 5_104,
+    "mtp_lightning/interop": 5_233,
     "mtp_lightning/loggers": 667,
     "mtp_lightning/metrics": 1_057,
     "mtp_lightning/mtp": 3_893,

@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file: byte-level BPE, as llama.cpp knows it, and the whole tokenizer.json.
+"""A tokenizer in a GGUF file: BPE as llama.cpp knows it, and the whole tokenizer.json.
 
 llama.cpp splits a text into words by its own rules, and a file only names one of them. The writer
 names the rule that gives this tokenizer's ids for the most sample texts, and reports the
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop import gguf_sentencepiece
 
 # The key of GGUF's specification for the whole tokenizer.json.
 WHOLE = "tokenizer.huggingface.json"
@@ -68,6 +69,9 @@ snake_case_name CamelCaseName SCREAMING_CASE __init__ a1b2c3 2^10 x**2
   two   spaces    and\ttabs\t\tbetween  words  """
 
 
+_LINES = [*_SAMPLE.split("\n"), _SAMPLE]
+
+
 def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
     """The values of the tokenizer's keys, and what differs in llama.cpp, in a sentence or empty.
 
@@ -76,16 +80,17 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
         vocab_size: rows of the embedding; ids beyond the tokenizer's are unused.
 
     Raises:
-        UserError: it is not a byte-level BPE.
+        UserError: it is neither a byte-level BPE nor one of SentencePiece's.
     """
     text = tokenizer.library_json()
     content = json.loads(text)
     model = content["model"]
-    steps = json.dumps(content.get("decoder"))
-    if model.get("type") != "BPE" or "ByteLevel" not in steps:
+    byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
+    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
         raise UserError(
             f"a {tokenizer.kind} tokenizer of the type {model.get('type')} cannot be written as "
-            "GGUF here, only byte-level BPE: export the model as a folder."
+            "GGUF here, only BPE of bytes or with a fallback to bytes: export the model as a "
+            "folder."
         )
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [_UNUSED] * vocab_size
@@ -94,18 +99,25 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
     for token in content.get("added_tokens") or ():
         i = token["id"]
         tokens[i], types[i] = token["content"], _CONTROL if token["special"] else _USER
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    rule, said = _nearest(text, content)
     fields: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": rule,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        # llama.cpp wants at least one: a merge to no token of the vocabulary changes nothing.
-        "tokenizer.ggml.merges": merges or ["~ ~"],
         "tokenizer.ggml.eos_token_id": tokenizer.eot_id,
         WHOLE: text,
     }
+    if byte_level:
+        rule, equal = _nearest(text, content)
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        fields |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": rule,
+            # llama.cpp wants at least one: a merge to no token of the vocabulary changes nothing.
+            "tokenizer.ggml.merges": merges or ["~ ~"],
+        }
+    else:
+        spaced = tokens[_ids(text, ["a"])[0][0]].startswith("\u2581")
+        fields |= gguf_sentencepiece.to_fields(model, tokens, types, spaced=spaced)
+        rule, equal = "SentencePiece", _equal(text, _described(fields.get, tokens) or text)
     specials = tokenizer.special_ids()
     begin = specials.get("bos_token_id")
     if begin is not None:
@@ -118,26 +130,29 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
 
     if template := source_of(getattr(tokenizer, "beside", {})):
         fields["tokenizer.chat_template"] = template
-    return fields, said
-
-
-def _nearest(text: str, content: dict[str, Any]) -> tuple[str, str]:
-    """The rule that splits most like a tokenizer, and a sentence about the difference."""
-    lines = [*_SAMPLE.split("\n"), _SAMPLE]
-    wanted = _ids(text, lines)
-    equal = {}
-    for name, rule in _RULES.items():
-        other = json.dumps({**content, "pre_tokenizer": rule, "normalizer": None})
-        found = _ids(other, lines)
-        equal[name] = sum(a == b for a, b in zip(wanted, found, strict=True))
-    best = max(equal, key=lambda name: equal[name])
-    if equal[best] == len(lines):
-        return best, ""
-    return best, (
-        f"llama.cpp has no rule that splits text as this tokenizer does: with its rule {best}, "
-        f"{equal[best]} of {len(lines)} sample texts get the same token ids. The model's tokens "
-        "are the same; a client that needs the model's own ids sends ids instead of text."
+    if equal == len(_LINES):
+        return fields, ""
+    return fields, (
+        f"llama.cpp has no rule that splits text as this tokenizer does: with its rule {rule}, "
+        f"{equal} of {len(_LINES)} sample texts get the same token ids. The model's tokens are the "
+        "same; a client that needs the model's own ids sends ids instead of text."
     )
+
+
+def _nearest(text: str, content: dict[str, Any]) -> tuple[str, int]:
+    """The rule that splits most like a tokenizer, and how many sample texts get the same ids."""
+    equal = {
+        name: _equal(text, json.dumps({**content, "pre_tokenizer": rule, "normalizer": None}))
+        for name, rule in _RULES.items()
+    }
+    best = max(equal, key=lambda name: equal[name])
+    return best, equal[best]
+
+
+def _equal(text: str, other: str) -> int:
+    """How many sample texts have the same ids with two tokenizers."""
+    pairs = zip(_ids(text, _LINES), _ids(other, _LINES), strict=True)
+    return sum(a == b for a, b in pairs)
 
 
 def _ids(text: str, lines: list[str]) -> list[list[int]]:
@@ -186,40 +201,52 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
 
 
 def _described(get: Callable[[str], Any], tokens: list[str]) -> str | None:
-    """The tokenizer.json of a byte-level BPE, with the rule that the file names: it gives the ids
-    that llama.cpp gives. None for a tokenizer of another kind, or a rule that is not known here.
-
-    transformers would split every file's text by GPT-2's rule.
-    """
-    merges, types = get("tokenizer.ggml.merges"), get("tokenizer.ggml.token_type")
-    name = get("tokenizer.ggml.pre")
-    rule = _RULES.get(name) if isinstance(name, str) else None
-    if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
-        return None
+    """The tokenizer.json that gives the ids that llama.cpp gives. None for a kind of tokenizer, or
+    a rule, that is not known here."""
+    types, model = get("tokenizer.ggml.token_type"), get("tokenizer.ggml.model")
     if not isinstance(types, list) or len(types) != len(tokens):
         types = [_NORMAL] * len(tokens)
-    known = list(zip(tokens, types, strict=True))
-    begin = get("tokenizer.ggml.bos_token_id")
-    begins = get("tokenizer.ggml.add_bos_token") is True and begin in range(len(tokens))
+    parts = (gguf_sentencepiece.parts if model == "llama" else _byte_level)(get, tokens, types)
+    if parts is None:
+        return None
+    begin, begins = get("tokenizer.ggml.bos_token_id"), get("tokenizer.ggml.add_bos_token")
+    begins = model == "llama" if begins is None else begins is True
     content = {
         "version": "1.0",
         "added_tokens": [
             {"id": i, "content": token, "special": kind == _CONTROL, "normalized": False}
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for i, (token, kind) in enumerate(known)
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (_CONTROL, _USER)
         ],
+        "post_processor": (
+            _starting_with(tokens[begin], begin) if begins and begin in range(len(tokens)) else None
+        ),
+        **parts,
+    }
+    return json.dumps(content)
+
+
+def _byte_level(
+    get: Callable[[str], Any], tokens: list[str], types: list[int]
+) -> dict[str, Any] | None:
+    """The parts of a byte-level BPE with the rule that the file names. (transformers would split
+    every file's text by GPT-2's rule.)"""
+    merges, name = get("tokenizer.ggml.merges"), get("tokenizer.ggml.pre")
+    rule = _RULES.get(name) if isinstance(name, str) else None
+    if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
+        return None
+    known = enumerate(zip(tokens, types, strict=True))
+    return {
         "pre_tokenizer": rule,
-        "post_processor": _starting_with(tokens[begin], begin) if begins else None,
         "decoder": _BYTES,
         "model": {
             "type": "BPE",
-            "vocab": {token: i for i, (token, kind) in enumerate(known) if kind != _UNUSED},
+            "vocab": {token: i for i, (token, kind) in known if kind != _UNUSED},
             "merges": merges,
             "ignore_merges": name == "llama-bpe",
         },
     }
-    return json.dumps(content)
 
 
 def _starting_with(token: str, i: int) -> dict[str, Any]:

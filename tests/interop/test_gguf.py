@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -143,6 +144,67 @@ def test_a_tokenizer_of_a_file_splits_by_the_rule_that_the_file_names(
     assert library.encode("a").ids == [0, *library.encode("a", add_special_tokens=False).ids]
     for other in ({"tokenizer.ggml.pre": "new"}, {"tokenizer.ggml.model": "llama"}):
         assert not gguf_tokenizer.unpack((fields | other).get, tmp_path)
+
+
+def joined(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE: joins the leftmost pair with the highest score, again and again."""
+    pieces = list(text)
+    while pairs := [
+        (scores[a + b], -i)
+        for i, (a, b) in enumerate(itertools.pairwise(pieces))
+        if a + b in scores
+    ]:
+        i = -max(pairs)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+    return pieces
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_tokenizer_of_sentencepiece_joins_by_scores(spaced: bool, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    letters = ["\u2581", *"abcdé"]
+    grown = dict.fromkeys(letters)
+    while len(grown) < 60:
+        grown |= dict.fromkeys(["".join(draw.choice(list(grown), 2))])
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *grown]
+    scores = [0.0] * 259 + [-float(i) for i in draw.permutation(len(grown))]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(grown)]
+    fields = {
+        "model": "llama", "tokens": tokens, "scores": scores, "token_type": kinds,
+        "unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "add_space_prefix": spaced,
+    }  # fmt: skip
+    held = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    assert gguf_tokenizer.unpack(held.get, tmp_path)
+    tokenizer = PretrainedTokenizer(str(tmp_path))
+    normal = {piece: scores[tokens.index(piece)] for piece in grown if len(piece) > 1}
+    for _ in range(200):
+        text = "".join(draw.choice([*" abcdé", "z", "\n"], draw.integers(1, 12)))
+        read = "\u2581" * spaced + text.replace(" ", "\u2581")
+        expected = [
+            i
+            for piece in joined(read, normal)
+            for i in (
+                [tokens.index(piece)] if piece in grown else [3 + byte for byte in piece.encode()]
+            )
+        ]
+        assert tokenizer.encode(text).tolist() == expected
+        assert tokenizer.decode(expected) == text
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert library.encode("a").ids[0] == 1  # llama.cpp's default for this kind
+    # Written without the scores, only from the order of merges.
+    written, said = gguf_tokenizer.to_fields(tokenizer, len(tokens) + 1)
+    assert not said and written.pop(gguf_tokenizer.WHOLE)
+    same = ("model", "token_type", "unknown_token_id", "eos_token_id", "add_space_prefix")
+    for key in same:
+        name = f"tokenizer.ggml.{key}"
+        assert written[name] == (held[name] if key != "token_type" else [*kinds, 5]), key
+    (tmp_path / "again").mkdir()
+    assert gguf_tokenizer.unpack(written.get, tmp_path / "again")
+    again = PretrainedTokenizer(str(tmp_path / "again"))
+    text = " ab  cd\u00e9 " * 3 + "z"
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    broken = held | {"tokenizer.ggml.scores": ["high"] * len(tokens)}
+    assert not gguf_tokenizer.unpack(broken.get, tmp_path)
 
 
 def test_a_file_is_opened_without_reading_or_building_anything_twice(

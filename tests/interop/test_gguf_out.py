@@ -344,7 +344,7 @@ def test_tokenizers(tmp_path: Path) -> None:
     several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
     trained.beside = {"tokenizer_config.json": json.dumps({"chat_template": several})}
     assert gguf_tokenizer.to_fields(trained, 410)[0]["tokenizer.chat_template"] == "d"
-    with pytest.raises(UserError, match="only byte-level BPE"):
+    with pytest.raises(UserError, match="only BPE of bytes"):
         gguf_tokenizer.to_fields(SymbolTokenizer(["end", "a"]), 8)
 
 
