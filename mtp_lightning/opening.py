@@ -107,11 +107,13 @@ class OpenedModel:
     config: dict[str, Any]
     step: int
     path: Path
+    brings_trunk: bool = False
     threads: int | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's own tokenizer.
+        """The model's own tokenizer. Documents of a training from scratch have no beginning-of-text
+        token, so the tokenizer of such a model puts none before a prompt.
 
         Raises:
             UserError: it is damaged, or has more ids than the model.
@@ -124,7 +126,7 @@ class OpenedModel:
                 f"{self.path} is damaged or forged: its tokenizer has {tokenizer.vocab_size:,} "
                 f"ids, and its model {trunk.vocab_size:,}."
             )
-        return tokenizer
+        return tokenizer if self.brings_trunk else tokenizer.without_beginning()
 
     @property
     def seq_len(self) -> int:
@@ -179,6 +181,7 @@ def open_model(
         config=found.run_config,
         step=found.step,
         path=found.path,
+        brings_trunk=found.brings_trunk,
         threads=found.threads,
     )
 

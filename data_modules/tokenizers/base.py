@@ -24,7 +24,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     ``encode`` never adds special tokens, and reads the name of a special token as ordinary text;
-    the token store appends ``eot_id`` to every document itself.
+    the token store appends ``eot_id`` to every document itself. Only ``encode_prompt`` adds them.
     """
 
     kind: ClassVar[str]
@@ -89,6 +89,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text, in one call of the library where that is faster."""
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """``encode`` of a text that a model continues, after the tokens that the tokenizer puts
+        before every text, such as Llama's beginning-of-text token."""
+        return self.encode(text)
+
+    def without_beginning(self) -> Tokenizer:
+        """The tokenizer of a model that was trained on text without these tokens."""
+        return self
 
     def encode_specials(self, text: str) -> np.ndarray:
         """``encode`` of a text in which names of special tokens stand for those tokens, as in the

@@ -119,6 +119,35 @@ class PretrainedTokenizer(Tokenizer):
         finally:
             library.encode_special_tokens = True
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return np.concatenate([self._beginning, self.encode(text)])
+
+    @cached_property
+    def _beginning(self) -> np.ndarray:
+        """The ids before every text: those of the ``tokenizer.json``, unless ``add_bos_token`` in
+        the ``tokenizer_config.json`` decides, as in transformers."""
+        begin, adds = self.special_ids().get("bos_token_id"), self._adds_begin()
+        if adds is not None and (begin is not None or not adds):
+            return np.asarray([begin] if adds else [], np.int64)
+        whole, text = (self._library.encode("a", add_special_tokens=s).ids for s in (True, False))
+        return np.asarray(whole[: whole.index(text[0])] if text else [], np.int64)
+
+    def _adds_begin(self) -> bool | None:
+        found = _config(self.beside).get("add_bos_token")
+        return found if isinstance(found, bool) else None
+
+    def without_beginning(self) -> PretrainedTokenizer:
+        if not len(self._beginning):
+            return self
+        state = self.state()
+        content = json.loads(state["tokenizer_json"]) | {"post_processor": None}
+        beside = dict(state.get("beside", {}))
+        if self._adds_begin() is not None:
+            told = {**_config(beside), "add_bos_token": False}
+            beside["tokenizer_config.json"] = json.dumps(told, indent=2)
+        text = json.dumps(content, ensure_ascii=False)
+        return self.from_state({**state, "tokenizer_json": text, "beside": beside})
+
     def special_ids(self) -> dict[str, int]:
         library, found = self._library, {}
         for role in ("bos", "pad"):
@@ -193,9 +222,17 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
 
 def _named(beside: dict[str, str], role: str) -> str | None:
     """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names."""
-    try:
-        named = json.loads(beside.get("tokenizer_config.json", "{}")).get(role)
-        named = named["content"] if isinstance(named, dict) else named
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"the tokenizer's tokenizer_config.json is damaged: {error}.") from error
+    named = _config(beside).get(role)
+    named = named.get("content") if isinstance(named, dict) else named
     return named if isinstance(named, str) else None
+
+
+def _config(beside: dict[str, str]) -> dict[str, Any]:
+    """The content of the tokenizer_config.json; empty without one."""
+    try:
+        found = json.loads(beside.get("tokenizer_config.json", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the tokenizer's tokenizer_config.json is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError("the tokenizer's tokenizer_config.json is damaged: it holds no object.")
+    return found

@@ -187,7 +187,7 @@ def continue_prompts(
         UserError: an option is out of range.
     """
     options = drafts_settled(cfg, run, rows=len(prompts))
-    ids = [run.tokenizer.encode(prompt) for prompt in prompts]
+    ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
     return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
 
 

@@ -138,6 +138,7 @@ class SelfGenerated(TokenDataModule):
     def _settings(self) -> dict[str, Any]:
         """The settings that the generated texts depend on."""
         chat = {"chat_share": self.chat_share, "chat": list(self.chat)} if self.chat_share else {}
+        begin = self._begin(self._tokenizer)
         return {
             "prompts": self.split.source.fingerprint(),
             "val_fraction": self.split.val_fraction,
@@ -149,6 +150,7 @@ class SelfGenerated(TokenDataModule):
             "top_p": None if self.sampling.top_p in (None, 1) else self.sampling.top_p,
             "sample_seed": self.sample_seed,
             **chat,
+            **({"begin": begin} if begin else {}),
             **({} if self.activations == "fp32" else {"activations": self.activations}),
         }
 
@@ -175,11 +177,12 @@ class SelfGenerated(TokenDataModule):
                 f"{theirs.vocab_size} ids) than this run ({own.kind}): use the model's tokenizer "
                 "in this run."
             )
-        chat = sum(map(len, self._chat_ids(theirs)))
+        begin, chat = len(self._begin(theirs)), sum(map(len, self._chat_ids(theirs)))
         # The model does not read the last token.
-        total = self.prompt_tokens + chat + self.new_tokens - 1
+        total = self.prompt_tokens + max(begin, chat) + self.new_tokens - 1
         if total > run.seq_len:
-            around = f", the chat format ({chat})" if chat else ""
+            around = f", the beginning of a text ({begin})" if begin else ""
+            around = f", the chat format ({chat})" if chat > begin else around
             raise UserError(
                 f"data.prompt_tokens={self.prompt_tokens}{around} and "
                 f"data.new_tokens={self.new_tokens} make {total} tokens to read, and "
@@ -205,6 +208,8 @@ class SelfGenerated(TokenDataModule):
             counts={name: n - chats[name] for name, n in counts.items()},
             length=self.prompt_tokens,
         )
+        begin = np.asarray(self._begin(speaker.tokenizer), np.int64)
+        prompts = [(name, np.concatenate([begin, prompt])) for name, prompt in prompts]
         asked = self._questions(speaker, sum(chats.values()), kept)
         prompts += zip([name for name, n in chats.items() for _ in range(n)], asked, strict=True)
         given = [prompt.tolist() for _, prompt in prompts]
@@ -240,6 +245,10 @@ class SelfGenerated(TokenDataModule):
             "prompts": self.split.source.summary(),
         }
         return meta
+
+    def _begin(self, tokenizer: Tokenizer) -> list[int]:
+        """The ids before every text that is not a chat, whose format begins with its own."""
+        return [] if tokenizer.needs_training else tokenizer.encode_prompt("").tolist()
 
     def _chat_ids(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """The ids before a question, and those between a question and the answer."""

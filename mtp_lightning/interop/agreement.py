@@ -81,7 +81,7 @@ def prompts_of(model: MTPModel, tokenizer: Any) -> list[list[int]]:
     """Beginnings of texts, or random ids where there is no tokenizer that reads them."""
     vocab_size = model.config.trunk.vocab_size
     if tokenizer is not None and tokenizer.reads_text:
-        found = [[int(i) for i in tokenizer.encode(text)] for text in _BEGINNINGS]
+        found = [[int(i) for i in tokenizer.encode_prompt(text)] for text in _BEGINNINGS]
         if max(map(max, found)) < vocab_size:
             return found
     generator = torch.Generator().manual_seed(0)

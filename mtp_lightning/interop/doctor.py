@@ -176,7 +176,9 @@ def _tokenizer(folder: Path, model: MTPModel) -> Any:
     if not (folder / "tokenizer.json").is_file():
         return None
     state = pretrained_state(folder)
-    opened = OpenedModel(model=model, tokenizer_state=state, config={}, step=0, path=folder)
+    opened = OpenedModel(
+        model=model, tokenizer_state=state, config={}, step=0, path=folder, brings_trunk=True
+    )
     return opened.tokenizer
 
 

@@ -126,7 +126,7 @@ class BodyParser:
         return self._checked(self._encoded(text, specials=True), "messages")
 
     def _encoded(self, text: str, *, specials: bool) -> list[int]:
-        encode = self._tokenizer.encode_specials if specials else self._tokenizer.encode
+        encode = self._tokenizer.encode_specials if specials else self._tokenizer.encode_prompt
         try:
             with self._encoding:
                 return list(map(int, encode(text)))

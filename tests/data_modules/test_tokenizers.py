@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Library
+from tokenizers.processors import TemplateProcessing
 
 from data_modules.sources import SyntheticSource
 from data_modules.tokenizers import (
@@ -124,9 +127,6 @@ def test_every_kind_survives_state_and_folder(trained, tmp_path):
 
 
 def library_file(path, specials: list[str]) -> None:
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = Library(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -156,6 +156,42 @@ def test_pretrained_finds_the_end_of_text_token(tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         write_tokenizer(tmp_path / "out", tokenizer, max_positions=9)
         assert PretrainedTokenizer(str(tmp_path / "out")).eot_id == tokenizer.eot_id
+
+
+def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
+    """By the file, or by ``add_bos_token``; without it for a model that was trained here."""
+    library_file(tmp_path / "tokenizer.json", ["<s>", "</s>"])
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    template = TemplateProcessing(
+        single="<s> <s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    library = Library.from_str(json.dumps(content))
+    library.post_processor = template
+    begins = json.loads(library.to_str())
+    text = PretrainedTokenizer(str(tmp_path)).encode("a b").tolist()
+    for written, config, expected in (
+        (content, {}, []),
+        (begins, {}, [256, 256]),
+        (content, {"add_bos_token": True, "bos_token": "<s>"}, [256]),
+        (content, {"add_bos_token": True}, []),  # no token to begin with
+        (begins, {"add_bos_token": False, "bos_token": "<s>"}, []),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = tokenizer_from_state(PretrainedTokenizer(str(tmp_path)).state())
+        assert tokenizer.encode_prompt("a b").tolist() == [*expected, *text]
+        assert tokenizer.encode_prompt("").tolist() == expected
+        assert tokenizer.encode("a b").tolist() == text
+        bare = tokenizer.without_beginning()
+        assert bare.encode_prompt("a b").tolist() == text
+        assert (bare is tokenizer) == (not expected)
+        assert (bare.eot_id, bare.vocab_size) == (tokenizer.eot_id, tokenizer.vocab_size)
+        bare.save(tmp_path / "bare")
+        write_tokenizer(tmp_path / "bare", bare, max_positions=9)
+        assert PretrainedTokenizer(str(tmp_path / "bare")).encode_prompt("a b").tolist() == text
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
+        PretrainedTokenizer(str(tmp_path)).encode_prompt("a")
 
 
 def test_pretrained_refuses_what_cannot_work(tmp_path):

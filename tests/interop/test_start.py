@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from data_modules.sources import SyntheticSource
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import compose
 from mtp_lightning.experiment.generating import generate_text
+from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.opening import open_model
@@ -193,3 +197,42 @@ def test_a_file_of_prompts_says_what_it_took(
     assert shown == [g.token_ids for g in wanted]
     line = re.fullmatch(r"3 prompts, (\d+) new tokens in ([\d.]+) s: (\d+) tokens/s.*\n", said.err)
     assert line and int(line[1]) == sum(g.new_tokens for g in wanted)
+
+
+def test_prompts_begin_with_the_token_of_the_models_tokenizer(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the programs that the model comes from: generated texts, those that heads are trained
+    on, and the decoding of a run on this trunk. A model that was trained here never saw one."""
+    shutil.copytree(base / "llama", tmp_path / "begins")
+    file = tmp_path / "begins" / "tokenizer.json"
+    library = Tokenizer.from_file(str(file))
+    library.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    library.save(str(file))
+    prompt = Tokenizer.from_file(str(file)).encode("ab").ids
+    assert prompt == [256, 97, 98]
+
+    def continued(folder: Path) -> list[int]:
+        capsys.readouterr()
+        generated(folder, prompt="ab", max_new_tokens=6)
+        return json.loads(capsys.readouterr().out)["token_ids"]  # type: ignore[no-any-return]
+
+    model = open_model(tmp_path / "begins").model
+    wanted = generate(model, [prompt], max_new_tokens=6)[0].token_ids
+    assert continued(tmp_path / "begins") == wanted
+
+    heads = {**SHORT, "init_from": tmp_path / "begins", "mtp.freeze_trunk": "true"}
+    helpers.train_here(tmp_path / "run", base / "cache", {**heads, "mtp.depth": 1})
+    assert continued(tmp_path / "run") == wanted
+    texts = SelfGenerated(
+        SyntheticSource(size=20_000, documents=20), PretrainedTokenizer(str(file)),
+        model=str(tmp_path / "begins"), n_prompts=12, prompt_tokens=6, new_tokens=20,
+        seq_len=16, batch_size=2, cache_dir=base / "cache", accelerator="cpu",
+    ).store["train"]  # fmt: skip
+    assert (texts.tokens()[texts.starts()] == 256).all()
+
+    own = {"tokenizer": "pretrained", "tokenizer.path": str(file), "tokenizer.vocab_size": None}
+    helpers.train_here(tmp_path / "own", base / "cache", {"trainer.max_steps": 2, **own})
+    assert open_model(tmp_path / "own").tokenizer.encode_prompt("ab").tolist() == [97, 98]
