@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 9_036,
+    "data_modules": 9_062,
     "hydra_plugins": 133,
     "mtp_lightning": 3_159,
     "mtp_lightning/apps": 359,
@@ -24,11 +24,11 @@ LINES = {
     "mtp_lightning/certify": 1_125,
     "mtp_lightning/command_line": 1_231,
     "mtp_lightning/cpu": 1_668,
-    "mtp_lightning/decoding": 4_818,
+    "mtp_lightning/decoding": 4_820,
     "mtp_lightning/distributed": 1_303,
     "mtp_lightning/experiment": 2_780,
     "mtp_lightning/heads": 806,
-    "mtp_lightning/interop": 5_235,
+    "mtp_lightning/interop": 5_241,
     "mtp_lightning/loggers": 667,
     "mtp_lightning/metrics": 1_057,
     "mtp_lightning/mtp": 3_893,

@@ -118,7 +118,7 @@ def of_a_notebook(folder: Path, sweep: Path) -> Path:
 class Letters:
     """A tokenizer of single letters."""
 
-    eot_id = 0
+    eot_id, end_ids = 0, (0,)
 
     def encode(self, text: str) -> list[int]:
         return list(map(ord, text))

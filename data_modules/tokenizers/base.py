@@ -43,6 +43,12 @@ class Tokenizer(ABC):
     def eot_id(self) -> int:
         """Id of the end-of-text token that ends every document."""
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated text: :attr:`eot_id`, and those of a chat model that end a
+        turn."""
+        return (self.eot_id,)
+
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """``[n]`` int64 ids of one text, without the end-of-text token."""
@@ -115,6 +121,13 @@ class Tokenizer(ABC):
         """Ids of the beginning-of-text and padding tokens, if it has them, by their names in a
         config.json."""
         return {}
+
+    def generation_config(self) -> dict[str, Any]:
+        """The content of a generation_config.json, which says to other programs what ends a text,
+        and for a model that came with such a file how it is sampled."""
+        ends = list(self.end_ids)
+        named = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        return {"do_sample": False, **self.special_ids(), **named}
 
     @property
     def needs_training(self) -> bool:

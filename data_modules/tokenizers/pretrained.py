@@ -14,6 +14,7 @@ from data_modules.digests import digest
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.library import library_tokenizer, written
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import is_whole
 
 KNOWN_EOT = (
     "<|endoftext|>",
@@ -26,7 +27,8 @@ KNOWN_EOT = (
 )
 """Names of the end-of-text token in common tokenizers; the first that is found is taken."""
 
-BESIDE = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+BESIDE = (CONFIG, "chat_template.jinja", "special_tokens_map.json", GENERATION)
 """Files next to a ``tokenizer.json`` that other programs read; they are kept as text."""
 
 
@@ -84,6 +86,10 @@ class PretrainedTokenizer(Tokenizer):
         self.eot_token = eot_token
         return library
 
+    def generation_config(self) -> dict[str, Any]:
+        own = super().generation_config()
+        return {**own, **_content(self.beside, GENERATION), "eos_token_id": own["eos_token_id"]}
+
     def files_beside(self) -> dict[str, str]:
         """The files :attr:`beside`, which name this tokenizer's end of text."""
         assert self.eot_token is not None
@@ -103,6 +109,13 @@ class PretrainedTokenizer(Tokenizer):
     @cached_property
     def eot_id(self) -> int:
         return int(self._library.token_to_id(self.eot_token))
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        first, named = self.eot_id, _content(self.beside, GENERATION).get("eos_token_id")
+        listed = [i for i in (named if isinstance(named, list) else [named]) if is_whole(i)]
+        known = range(self.vocab_size)
+        return tuple(dict.fromkeys([first, *(i for i in listed if i in known)]))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._library.encode(text, add_special_tokens=False).ids, np.int64)
@@ -133,7 +146,7 @@ class PretrainedTokenizer(Tokenizer):
         return np.asarray(whole[: whole.index(text[0])] if text else [], np.int64)
 
     def _adds_begin(self) -> bool | None:
-        found = _config(self.beside).get("add_bos_token")
+        found = _content(self.beside, CONFIG).get("add_bos_token")
         return found if isinstance(found, bool) else None
 
     def without_beginning(self) -> PretrainedTokenizer:
@@ -143,8 +156,8 @@ class PretrainedTokenizer(Tokenizer):
         content = json.loads(state["tokenizer_json"]) | {"post_processor": None}
         beside = dict(state.get("beside", {}))
         if self._adds_begin() is not None:
-            told = {**_config(beside), "add_bos_token": False}
-            beside["tokenizer_config.json"] = json.dumps(told, indent=2)
+            told = {**_content(beside, CONFIG), "add_bos_token": False}
+            beside[CONFIG] = json.dumps(told, indent=2)
         text = json.dumps(content, ensure_ascii=False)
         return self.from_state({**state, "tokenizer_json": text, "beside": beside})
 
@@ -222,17 +235,17 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
 
 def _named(beside: dict[str, str], role: str) -> str | None:
     """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names."""
-    named = _config(beside).get(role)
+    named = _content(beside, CONFIG).get(role)
     named = named.get("content") if isinstance(named, dict) else named
     return named if isinstance(named, str) else None
 
 
-def _config(beside: dict[str, str]) -> dict[str, Any]:
-    """The content of the tokenizer_config.json; empty without one."""
+def _content(beside: dict[str, str], name: str) -> dict[str, Any]:
+    """The content of one of the files, a JSON object; empty without the file."""
     try:
-        found = json.loads(beside.get("tokenizer_config.json", "{}"))
+        found = json.loads(beside.get(name, "{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the tokenizer's tokenizer_config.json is damaged: {error}.") from error
+        raise UserError(f"the tokenizer's {name} is damaged: {error}.") from error
     if not isinstance(found, dict):
-        raise UserError("the tokenizer's tokenizer_config.json is damaged: it holds no object.")
+        raise UserError(f"the tokenizer's {name} is damaged: it holds no object.")
     return found

@@ -7,7 +7,7 @@ together with those of the last whole piece of text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mtp_lightning.decoding.options import Prompt
@@ -27,14 +27,14 @@ class Detokenizer:
     Args:
         tokenizer: the model's, with ``decode(ids)``.
         before: the tokens before the text.
-        eot_id: the end-of-text token, which has no text; None for none.
+        ends: the tokens that end a text and have no text.
     """
 
-    def __init__(self, tokenizer: Any, before: Prompt, eot_id: int | None) -> None:
-        self._tokenizer, self._eot_id = tokenizer, eot_id
+    def __init__(self, tokenizer: Any, before: Prompt, ends: Collection[int]) -> None:
+        self._tokenizer, self._ends = tokenizer, ends
         # The tokens of the last whole piece, `_whole` of them, and those whose text is incomplete.
         # `_out` of their characters were returned.
-        self._window = last_piece(tokenizer, before, eot_id)
+        self._window = last_piece(tokenizer, before, ends)
         self._whole = len(self._window)
         self._out = len(tokenizer.decode(self._window))
 
@@ -45,7 +45,7 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The characters that a token completes."""
-        if token == self._eot_id:
+        if token in self._ends:
             return ""
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
@@ -62,12 +62,12 @@ class Detokenizer:
         return str(new)
 
 
-def last_piece(tokenizer: Any, ids: Prompt, eot_id: int | None) -> list[int]:
+def last_piece(tokenizer: Any, ids: Prompt, ends: Collection[int]) -> list[int]:
     """The last tokens that make up whole characters, as few as possible; none if the text ends in
     the middle of one, or with the end of text."""
     for n in range(1, min(len(ids), _LONGEST_PIECE) + 1):
         piece = [int(token) for token in ids[len(ids) - n :]]
-        if piece[0] == eot_id:
+        if piece[0] in ends:
             break
         text = tokenizer.decode(piece)
         if text and _INCOMPLETE not in text:
@@ -75,15 +75,15 @@ def last_piece(tokenizer: Any, ids: Prompt, eot_id: int | None) -> list[int]:
     return []
 
 
-def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], eot_id: int | None) -> str:
-    """The text of ``ids`` after the tokens ``before``; the end of text has none.
+def text_after(tokenizer: Any, before: Prompt, ids: Sequence[int], ends: Collection[int]) -> str:
+    """The text of ``ids`` after the tokens ``before``.
 
     Args:
         tokenizer: as for :class:`Detokenizer`.
         before: the tokens before the text.
         ids: the text's tokens.
-        eot_id: as for :class:`Detokenizer`.
+        ends: as for :class:`Detokenizer`.
     """
-    piece = last_piece(tokenizer, before, eot_id)
+    piece = last_piece(tokenizer, before, ends)
     told = len(tokenizer.decode(piece))
-    return str(tokenizer.decode([*piece, *(token for token in ids if token != eot_id)]))[told:]
+    return str(tokenizer.decode([*piece, *(token for token in ids if token not in ends)]))[told:]

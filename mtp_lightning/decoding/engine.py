@@ -48,7 +48,7 @@ class Engine:
         model: any variant that decodes token by token, on its device.
         options: how texts are drafted, and how many are decoded together. The options of single
             texts are taken from the requests instead.
-        tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
+        tokenizer: with ``decode(ids)`` and ``end_ids``, for texts and stop strings.
         on_logits: called with a request's index and the trunk's logits [T, V] that its new tokens
             were chosen by, round by round.
         depths: chooses the number of drafts of every round, in the place of ``"auto"``.

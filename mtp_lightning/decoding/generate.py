@@ -39,7 +39,7 @@ def generate(
         model: any variant. The call puts it into eval mode and restores its mode afterwards.
         prompts: token ids, at least one each.
         options: see :class:`~mtp_lightning.decoding.options.DecodingOptions`.
-        tokenizer: with ``decode(ids)`` and ``eot_id``; gives texts, and the end of text.
+        tokenizer: with ``decode(ids)`` and ``end_ids``; gives texts, and the end of text.
         on_tokens: called as tokens are accepted, with the prompt's index and the new tokens.
         on_end: called as a text ends, with the prompt's index and the text.
         indices: of the prompts, which choose their random streams; 0, 1, .. by default.

@@ -62,7 +62,7 @@ class TextOptions(Sampling):
         max_new_tokens: the most tokens to generate.
         seed: seed of its random numbers.
         stop: strings that end the text and are not part of it; they need a tokenizer.
-        eot_id: the end-of-text id that ends the text; None is the tokenizer's, -1 none.
+        eot_id: the id that ends the text; None for those of the tokenizer, -1 for none.
         logprobs: None for no log-probabilities; else also return each token's log-probability by
             the trunk before temperature, ``top_k`` and ``top_p``, and those of the ``logprobs``
             most likely tokens.

@@ -161,7 +161,7 @@ class TextSequence:
     Args:
         request: the request.
         max_draft: number of draft positions to count acceptance for.
-        tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
+        tokenizer: with ``decode(ids)`` and ``end_ids``, or None.
 
     Attributes:
         token_ids: tokens so far; the last ones may turn out to belong to a stop string, see
@@ -178,7 +178,10 @@ class TextSequence:
         self.rejected: list[Rejected] = []
         self.finish_reason: str | None = None
         own = request.eot_id
-        self.eot_id = getattr(tokenizer, "eot_id", None) if own is None else own
+        # The ids that end the text, which have no text.
+        self.ends: Sequence[int] = () if own is None else (own,)
+        if own is None and tokenizer is not None:
+            self.ends = tokenizer.end_ids
         self._tokenizer = tokenizer
         self._began = time.perf_counter()
         self._seconds = 0.0
@@ -186,9 +189,7 @@ class TextSequence:
         # The characters that each token completes, for the first tokens, and the whole text of a
         # request with stop strings.
         self._pieces: list[str] = []
-        self._detokenizer = (
-            Detokenizer(tokenizer, request.prompt, self.eot_id) if tokenizer else None
-        )
+        self._detokenizer = Detokenizer(tokenizer, request.prompt, self.ends) if tokenizer else None
         self._text = ""
         self._passes = 0
         self._drafted = 0
@@ -236,8 +237,9 @@ class TextSequence:
     ) -> int:
         """Append a round's tokens, the first ``accepted`` being drafts; otherwise as `take`."""
         tokens = tokens[: self.remaining]
-        if self.eot_id in tokens:
-            tokens = tokens[: tokens.index(self.eot_id) + 1]
+        end = next((i for i, token in enumerate(tokens, 1) if token in self.ends), None)
+        if end is not None:
+            tokens = tokens[:end]
             self.finish_reason = "eot"
         before = len(self.token_ids)
         self.token_ids += tokens
@@ -315,7 +317,7 @@ class TextSequence:
             return self._text
         if self._tokenizer is None:
             return None
-        return text_after(self._tokenizer, self.request.prompt, self.token_ids, self.eot_id)
+        return text_after(self._tokenizer, self.request.prompt, self.token_ids, self.ends)
 
     def generation(self) -> Generation:
         """The result of a finished sequence."""

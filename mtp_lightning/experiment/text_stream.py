@@ -108,7 +108,7 @@ class TextStream:
         self.out.flush()
 
     def _rejected(self, token: int) -> str:
-        if token == self.tokenizer.eot_id:
+        if token in self.tokenizer.end_ids:
             return "<end of text>"
         # A rejected draft does not belong to the text, so it must not break its lines.
         return self._shown(self.tokenizer.decode([token])).replace("\n", "\\n")

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_modules.tokenizers.pretrained import CONFIG, GENERATION
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_sentencepiece
 
 # The key of GGUF's specification for the whole tokenizer.json.
 WHOLE = "tokenizer.huggingface.json"
 _ROLES = ("bos", "eos", "padding")
+_MORE_ENDS = ("eot", "eom")  # the end of a turn, and of a message
 _NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = {**_BYTES, "use_regex": True}
@@ -118,6 +120,8 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
         spaced = tokens[_ids(text, ["a"])[0][0]].startswith("\u2581")
         fields |= gguf_sentencepiece.to_fields(model, tokens, types, spaced=spaced)
         rule, equal = "SentencePiece", _equal(text, _described(fields.get, tokens) or text)
+    for name, i in zip(_MORE_ENDS, tokenizer.end_ids[1:], strict=False):
+        fields[f"tokenizer.ggml.{name}_token_id"] = i
     specials = tokenizer.special_ids()
     begin = specials.get("bos_token_id")
     if begin is not None:
@@ -193,7 +197,10 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
         i = get(f"tokenizer.ggml.{role}_token_id")
         if isinstance(i, int) and 0 <= i < len(tokens):
             config[f"{'pad' if role == 'padding' else role}_token"] = tokens[i]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
+    told = {"eos_token_id": [i for i in ends if isinstance(i, int)]}
+    (folder / GENERATION).write_text(json.dumps(told), encoding="utf-8")
     template = get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_modules.tokenizers.pretrained import GENERATION
 from mtp_lightning.interop import config_json, heads, tensor_files
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
@@ -54,7 +55,7 @@ def write_folder(
     Args:
         folder: the folder, created if needed.
         model: any variant.
-        tokenizer: with ``eot_id``, ``eot_token`` and ``library_json()``.
+        tokenizer: the model's.
         dtype: a name of :data:`DTYPES`.
         max_positions: the context length that the folder states.
         shard_bytes: most bytes of a weight file, which holds at least one tensor.
@@ -71,8 +72,7 @@ def write_folder(
     fields = config_json.to_json(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
     )
-    specials = tokenizer.special_ids()
-    fields |= specials
+    fields |= tokenizer.special_ids()
     tensors = to_folder(laid_out, own, DTYPES[dtype])
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,7 @@ def write_folder(
         heads.write(folder, config, weights, DTYPES[dtype], max_positions=max_positions)
         tensors |= heads.tensors(weights, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
-    generation = {"do_sample": False, **specials, "eos_token_id": tokenizer.eot_id}
-    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / GENERATION, tokenizer.generation_config())
     return Contents(
         layer_depths=depth,
         heads=heads.where(config) if extra else "",

@@ -27,7 +27,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self._bytes: list[bytes] = tokenizer.token_bytes()
-        self.eot_id: int = tokenizer.eot_id
+        self.ends: tuple[int, ...] = tokenizer.end_ids
 
     def text(self, token: int) -> str:
         """A token's text, or its bytes in OpenAI's notation if it is part of a character."""
@@ -38,7 +38,7 @@ class TokenTexts:
 
     def drafted(self, token: int) -> str:
         """A draft's text; a draft may also be the end of the text."""
-        return "<end of text>" if token == self.eot_id else self.text(token)
+        return "<end of text>" if token in self.ends else self.text(token)
 
     def raw(self, token: int) -> bytes:
         """A token's bytes."""
@@ -127,8 +127,8 @@ class Completion:
         logprobs: Sequence[LogProb] = (),
         done: Generation | None = None,
     ) -> dict[str, Any]:
-        # The end-of-text token does not belong to the text.
-        known = [logprob for logprob in logprobs if logprob.token != self._token_texts.eot_id]
+        # A token that ends the text does not belong to it.
+        known = [logprob for logprob in logprobs if logprob.token not in self._token_texts.ends]
         told = None
         if self._request.logprobs is not None and (known or not self._stream):
             told = self._chat_logprobs(known) if self._chat else self._logprobs(known)

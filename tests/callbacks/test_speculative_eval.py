@@ -69,7 +69,7 @@ def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
 
 
 class _Letters:
-    eot_id = -1
+    eot_id, end_ids = -1, (-1,)
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(97 + i) for i in ids)

@@ -32,7 +32,7 @@ from tests.decoding.models import small_model
 class Words:
     """A tokenizer of the model's 37 ids."""
 
-    eot_id = 36
+    eot_id, end_ids = 36, (36,)
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) % 36 for c in text]

@@ -194,6 +194,23 @@ def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
         PretrainedTokenizer(str(tmp_path)).encode_prompt("a")
 
 
+def test_several_tokens_end_a_text(tmp_path):
+    """Those of the ``generation_config.json``, which an export keeps."""
+    library_file(tmp_path / "tokenizer.json", ["<s>", "</s>", "<|user|>"])
+    file = tmp_path / "generation_config.json"
+    for listed, ends in (
+        (None, (257,)), (257, (257,)), (258, (257, 258)), ([258, 257], (257, 258)),
+        ([258, 10**9, -1, "x", True], (257, 258)),
+    ):  # fmt: skip
+        file.write_text(json.dumps({"eos_token_id": listed, "temperature": 0.6}))
+        tokenizer = tokenizer_from_state(PretrainedTokenizer(str(tmp_path)).state())
+        assert tokenizer.end_ids == ends
+        said = {"eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
+        assert tokenizer.generation_config() == {"do_sample": False, "temperature": 0.6, **said}
+    assert ByteTokenizer().end_ids == (256,)
+    assert ByteTokenizer().generation_config() == {"do_sample": False, "eos_token_id": 256}
+
+
 def test_pretrained_refuses_what_cannot_work(tmp_path):
     library_file(tmp_path / "tokenizer.json", ["<pad>"])
     (tmp_path / "bad.json").write_text("{}")

@@ -229,6 +229,7 @@ class Letters:
     """Token i is one character; the last id ends a text."""
 
     eot_id = 36
+    end_ids: tuple[int, ...] = (36,)
 
     def decode(self, ids):
         return "".join("abcdefghijklmnopqrstuvwxyz0123456789$"[i] for i in ids)

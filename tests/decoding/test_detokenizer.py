@@ -35,7 +35,7 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
     ids = data.draw(strategies.lists(strategies.integers(0, tokenizer.vocab_size - 1)))
     if data.draw(strategies.booleans()) and tokenizer.reads_text:
         ids += tokenizer.encode(data.draw(strategies.text(LETTERS))).tolist()
-    detokenizer, text = Detokenizer(tokenizer, [], tokenizer.eot_id), ""
+    detokenizer, text = Detokenizer(tokenizer, [], tokenizer.end_ids), ""
     for token in ids:
         text += detokenizer.add(token)
     whole = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
@@ -44,13 +44,13 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
 
 def test_a_character_comes_with_the_last_of_its_tokens() -> None:
     tokenizer = ByteTokenizer()
-    detokenizer = Detokenizer(tokenizer, [], tokenizer.eot_id)
+    detokenizer = Detokenizer(tokenizer, [], tokenizer.end_ids)
     told = [detokenizer.add(byte) for byte in "a\u4f60b".encode()]
     assert told == ["a", "", "", "\u4f60", "b"]
 
 
 def test_drafts_are_told_apart() -> None:
-    detokenizer = Detokenizer(ByteTokenizer(), [], None)
+    detokenizer = Detokenizer(ByteTokenizer(), [], [])
     told = [
         (detokenizer.add(token), draft) for token, draft in zip(b"ab", (True, False), strict=True)
     ]

@@ -83,6 +83,20 @@ def test_a_text_ends_where_it_should_and_drafts_after_the_end_are_not_counted(mo
     assert cut > 5
 
 
+def test_any_of_the_tokenizers_ends_ends_a_text(known):
+    model, prompt, tokens = known
+    for n in range(1, 20):
+        letters = Letters()
+        letters.end_ids = (36, tokens[n - 1], tokens[n])
+        at = min(map(tokens.index, letters.end_ids[1:]))
+        for speculative in (False, True):
+            (g,) = generate(
+                model, [prompt], max_new_tokens=40, tokenizer=letters, speculative=speculative
+            )
+            assert g.finish_reason == "eot" and g.token_ids == tokens[: at + 1]
+            assert g.text == Letters().decode(tokens[:at])
+
+
 def test_numbers_of_numpy_and_torch_are_whole_numbers_too():
     model, whole = small_model(0, 2), np.int64
     ids, options = [3, 1, 4], {"max_new_tokens": 5, "draft_depth": 2, "seed": 1, "top_k": 3}

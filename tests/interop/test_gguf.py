@@ -203,6 +203,12 @@ def test_a_tokenizer_of_sentencepiece_joins_by_scores(spaced: bool, tmp_path: Pa
     again = PretrainedTokenizer(str(tmp_path / "again"))
     text = " ab  cd\u00e9 " * 3 + "z"
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    several = held | {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 4}
+    assert gguf_tokenizer.unpack(several.get, tmp_path / "again")
+    again = PretrainedTokenizer(str(tmp_path / "again"))
+    assert again.end_ids == (2, 5, 4)
+    written, _ = gguf_tokenizer.to_fields(again, len(tokens))
+    assert all(written[name] == several[name] for name in several if "_token_id" in name)
     broken = held | {"tokenizer.ggml.scores": ["high"] * len(tokens)}
     assert not gguf_tokenizer.unpack(broken.get, tmp_path)
 
@@ -223,6 +229,7 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     """From a GGUF file through a checkpoint's state to a folder, and from there to another."""
     run = open_model(write_gguf(tmp_path / "tiny.gguf"))
     assert run.seq_len == 128
+    assert run.tokenizer.end_ids == (2,)
     state = json.loads(json.dumps(run.tokenizer_state))
     tokenizer = tokenizer_from_state(state)
     assert tokenizer.encode("<|im_start|>").tolist() != [1], "in a text, names are text"
@@ -238,7 +245,8 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     fields = json.loads((tmp_path / "two" / "config.json").read_text())
     assert [fields[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [1, 2, 0]
     first = PretrainedTokenizer(str(tmp_path / "one"))
-    assert set(first.state()["beside"]) == {"tokenizer_config.json", "chat_template.jinja"}
+    kept = {"tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert set(first.state()["beside"]) == kept
 
 
 def test_heads_that_are_turned_in_part_are_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_it_evaluates_and_generates(run: Run) -> None:
 class Letters:
     """A tokenizer of single letters."""
 
-    eot_id = 0
+    eot_id, end_ids = 0, (0,)
 
     def encode(self, text: str) -> list[int]:
         return list(map(ord, text))

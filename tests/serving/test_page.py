@@ -327,7 +327,7 @@ class Foreign:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.eot_id = inner.eot_id
+        self.eot_id, self.end_ids = inner.eot_id, inner.end_ids
 
     def encode(self, text: str) -> Any:
         return self.inner.encode(text)
