@@ -167,10 +167,7 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
                     following += [[*path, token] for token in chosen]
                 paths[row] = following
                 drafts.append([path[-1] for path in following])
-            if tree is None:
-                session.put(torch.tensor(drafts), k)
-            else:
-                session.put_nodes(torch.tensor(drafts), k)
+            session.put(torch.tensor(drafts), k if tree is None else tree.level(k).start)
 
 
 @torch.no_grad()
