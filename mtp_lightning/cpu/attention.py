@@ -65,8 +65,8 @@ def attention(
 
 def _fits(*heads: Tensor) -> bool:
     """Whether the C++ supports these, each [B, T, ., H], and is faster than PyTorch: windows of up
-    to 512, head sizes that are multiples of 16, adjacent heads. Gradients have the same strides, so
-    that no number may be there twice."""
+    to 512, head sizes that are multiples of 16, adjacent heads. Gradients get the same strides, so
+    expanded tensors do not fit."""
     fits = native.fits(*heads) and heads[0].shape[1] <= _MAX_SEQ_LEN
     return fits and all(x.shape[3] % 16 == 0 and _is_adjacent(x) for x in heads)
 

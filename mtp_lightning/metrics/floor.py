@@ -184,15 +184,14 @@ class Floors:
         """Main predictions after the prompt and after each token of a continuation
         [N, K + 1, V], and what depth k predicts at the prompt's end [N, V]; both fp64, on the CPU.
 
-        Depth k may read k tokens of the continuation. Of depth 0, the second is the first
-        prediction.
+        Depth k may read k tokens of the continuation. Depth 0 is the main prediction.
         """
         model, n = self.model, len(self.prompt_T)
         weight_VC = model.head.weight
         parts = []
         for part_NK in tokens_NK.split(_ROWS):
             rows, width = part_NK.shape
-            # Every position is causal, so that what fills the window is never read.
+            # The model is causal, so no position used here reads the padding.
             fill = torch.zeros(rows, model.depth + 1, dtype=torch.int64)
             text_NT = torch.cat([self.prompt_T.expand(rows, n), part_NK, fill], 1)
             batch = WindowBatch(text_NT.to(weight_VC.device), model.depth)
