@@ -57,7 +57,7 @@ def attention(
     query, key, value = heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
     if _fits(*heads):
         return _NativeAttention.apply(query.shape[2], None, None, *heads)
-    # As the C++ does, heads of all sizes attend in fp32 under autocast.
+    # Heads of all sizes attend in fp32 under autocast, as those in C++ do.
     fp32 = all(x.dtype == torch.float32 for x in heads)
     with ops.no_autocast(query) if fp32 else nullcontext():
         return ops.attention.plain(query, key, value, None)

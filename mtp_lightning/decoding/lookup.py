@@ -24,7 +24,7 @@ from mtp_lightning.model import MTPModel
 # Longest match that is looked for.
 _LONGEST = 16
 # At first, a proposal after a match of l tokens is taken to be right with probability l / (l + 3).
-# This guess counts as so many judged proposals.
+# This guess weighs as much as this number of judged proposals.
 _GUESS = 4.0
 # Tokens are proposed while the product of their estimated probabilities is at least this: in greedy
 # texts, and in samples, which repeat themselves less. Measured on texts of SmolLM2: if verifying a
@@ -34,7 +34,7 @@ _WORTH, _WORTH_IN_SAMPLES = 0.3, 0.5
 
 
 class Lookup:
-    """A growing text, and what it proposes to follow.
+    """A growing text, which proposes its own continuation.
 
     Args:
         prompt: the token ids that it begins with.
@@ -45,7 +45,7 @@ class Lookup:
         self._ids = np.empty(2 * len(prompt), np.int64)
         self._n = 0
         length = np.arange(_LONGEST + 1)
-        # By length of the match: proposals that were right, and all of them.
+        # For each length of the match: the proposals that were right, and all judged ones.
         self._right = _GUESS * length / (length + 3)
         self._judged = np.full(_LONGEST + 1, _GUESS)
         self._worth = _WORTH_IN_SAMPLES if sampled else _WORTH

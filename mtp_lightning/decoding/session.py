@@ -33,7 +33,7 @@ from mtp_lightning.nn.position_tables import PositionTables, Runs
 
 
 class DepthDraft(NamedTuple):
-    """What one depth drafts from.
+    """The values that one depth drafts from.
 
     Attributes:
         logits_BV: the logits of the draft, with ``draft_vocab`` those of the tokens that can be

@@ -104,7 +104,7 @@ class Floors:
 
     @torch.no_grad()
     def found(self) -> dict[tuple[int, int], Found]:
-        """By depth k = 1 .. D and order m = 0 .. k - 1."""
+        """The values by depth k = 1 .. D and order m = 0 .. k - 1."""
         depths = range(1, self.model.depth + 1)
         return {(k, m): self._found(k, m) for k in depths for m in range(k)}
 
