@@ -40,9 +40,9 @@ class FloorAndGap(SpeculativeEval):
         """Continue every prompt, and return the means over all prompts by tag."""
         if model.token_depth == 0 or model.config.mtp.stride != 1:
             return {}
-        measure = Floors(model, rollouts=self.rollouts, seen=self.seen)
+        sizes = {"rollouts": self.rollouts, "seen": self.seen}
         found = [
-            measure.of_prompt(prompt, torch.Generator().manual_seed(number))
+            Floors(model, prompt, torch.Generator().manual_seed(number), **sizes).found()
             for number, prompt in enumerate(prompts)
         ]
         values = {f"val/{name}": value for name, value in floors(found).items()}

@@ -57,7 +57,7 @@ def attention(
     query, key, value = heads = [x if _is_adjacent(x) else x.contiguous() for x in given]
     if _fits(*heads):
         return _NativeAttention.apply(query.shape[2], None, None, *heads)
-    # As the C++ does, heads of all sizes attend in fp32 under autocast.
+    # Heads of all sizes attend in fp32 under autocast, as those in C++ do.
     fp32 = all(x.dtype == torch.float32 for x in heads)
     with ops.no_autocast(query) if fp32 else nullcontext():
         return ops.attention.plain(query, key, value, None)
@@ -65,8 +65,8 @@ def attention(
 
 def _fits(*heads: Tensor) -> bool:
     """Whether the C++ supports these, each [B, T, ., H], and is faster than PyTorch: windows of up
-    to 512, head sizes that are multiples of 16, adjacent heads. Gradients have the same strides, so
-    that no number may be there twice."""
+    to 512, head sizes that are multiples of 16, adjacent heads. Gradients get the same strides, so
+    expanded tensors do not fit."""
     fits = native.fits(*heads) and heads[0].shape[1] <= _MAX_SEQ_LEN
     return fits and all(x.shape[3] % 16 == 0 and _is_adjacent(x) for x in heads)
 

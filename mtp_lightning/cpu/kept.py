@@ -98,7 +98,7 @@ class CPUKeeper:
 
 
 def _folder(path: Path) -> Path:
-    """Where the packed weights of a file or folder are kept, in the present state of its files."""
+    """The cache folder for the packed weights of a file or folder in its present state."""
     code, sources = native.code()[0], native.lib().built_from().decode()
     return cache_folder() / "packed" / state_of(path, f"{code} {sources}")
 

@@ -7,7 +7,7 @@ bytes without loss, since the product is computed in fp32. Weights that are inte
 one scale per output are packed in int8, a quarter of the bytes; the product is scaled at its end.
 Weights in blocks of 32 inputs with 16 or 256 levels, as GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 have
 them, are packed in blocks of 4 or 8 bits, and their products have the bits of fp32; so are those of
-Q4_K, Q5_K and Q6_K, whose file says their steps and offsets (``WeightScales``). After
+Q4_K, Q5_K and Q6_K, whose file holds the steps and offsets (``WeightScales``). After
 :func:`use_integers` products with blocks are sums of integers (``cpp/integer.cpp``).
 ``decoding/precision.py`` rounds a model to a format. Without the C++, the layout is oneDNN's, which
 takes about half of an unpacked product's time.
@@ -175,7 +175,7 @@ def use_integers(weights: Iterable[Tensor]) -> bool:
 
 
 def unpack(weight: Tensor) -> None:
-    """Drop a weight's packed copy, unless the weight has nothing else."""
+    """Drop a weight's packed copy, unless it is the weight's only storage."""
     if not is_kept(weight):
         vars(weight).pop("packed", None)
 
@@ -185,7 +185,7 @@ def keep_packed(weight_NK: Tensor, scales: WeightScales | None = None) -> None:
 
     Args:
         weight_NK: the weight.
-        scales: of its blocks, where its file says them.
+        scales: of its blocks, if its file holds them.
     """
     if is_kept(weight_NK) or (found := packed_weight(weight_NK, scales)) is None:
         return

@@ -114,7 +114,7 @@ class CPUPasses(Prepared):
 def _forward(layer: nn.Module) -> Callable[..., Any]:
     """A layer's forward pass, which is fused for a pass of few tokens. The fused one is made at the
     first pass: most layers need none of their own, since a layer around them is fused."""
-    made = cache(partial(fused_forward, layer))
+    made = cache(partial(_FUSED[type(layer)], layer))
 
     def forward(*given: Any) -> Any:
         fused = None if torch.compiler.is_compiling() else made()
@@ -123,12 +123,6 @@ def _forward(layer: nn.Module) -> Callable[..., Any]:
         return fused(*given)
 
     return forward
-
-
-def fused_forward(layer: nn.Module) -> FusedBlocks | FusedModule | _WholeTrunk | None:
-    """What computes a layer's passes of few tokens; None if decode.cpp does not support the layer,
-    or a weight is not packed."""
-    return _FUSED[type(layer)](layer)
 
 
 class _WholeTrunk:
@@ -153,6 +147,8 @@ class _WholeTrunk:
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
 
+# What computes a layer's passes of few tokens; None if decode.cpp does not support the layer, or a
+# weight is not packed.
 _FUSED: dict[type[nn.Module], Callable[[Any], FusedBlocks | FusedModule | _WholeTrunk | None]] = {
     Trunk: _WholeTrunk.of,
     SequentialModule: FusedModule.of,

@@ -15,7 +15,7 @@ MIN_GAIN, MIN_GAIN_MEASURED = 1.03, 1.1
 
 @dataclass(frozen=True)
 class Payoff:
-    """What rounds cost and bring, by their number of drafts 0, 1, ..
+    """The costs of rounds with 0, 1, .. drafts, and the acceptance of the drafts.
 
     Attributes:
         costs: their times in plain rounds.

@@ -229,18 +229,13 @@ def record(
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
-    def _run(self, kind: str, number: int, cache: KVCache, *passing: Tensor) -> Sequence[Tensor]:
-        """Run a pass: kind ``trunk`` over ``number`` tokens, or kind ``depth`` of depth
-        ``number``."""
-        key = kind, number
+    def _run(
+        self, key: tuple[str, int], made: Callable[[], _Pass], cache: KVCache, *passing: Tensor
+    ) -> Sequence[Tensor]:
+        """Run the pass of a key; ``made`` makes it, for the first call to compile."""
         if key not in self._passes:
-            function: _Pass
-            if kind == "trunk":
-                function = _TrunkPass(self.model, drafts=self._trunk_gives_branch)
-            else:
-                function = _DepthPass(self.model, number)
             staying = (*self._angles, *cache.entries_L_BSMH)
-            self._passes[key] = _compiled(function, passing, staying)
+            self._passes[key] = _compiled(made(), passing, staying)
         return self._passes[key](*passing)
 
     def _tables_for(self, capacity: int) -> PositionTables:
@@ -255,7 +250,11 @@ class CompiledSession(Session):
         n, width = self.n[0], n_drafts + 1
         cache = self.trunk_cache
         logits, *branch = self._run(
-            "trunk", width, cache, self.tokens_BS.narrow(1, n, width), self._at(n)
+            ("trunk", width),
+            lambda: _TrunkPass(self.model, drafts=self._trunk_gives_branch),
+            cache,
+            self.tokens_BS.narrow(1, n, width),
+            self._at(n),
         )
         cache.lengths = [n + width]
         if branch:
@@ -274,8 +273,8 @@ class CompiledSession(Session):
         branch = self.states[0].narrow(1, start, width)
         first = self._stack.reads(k).start
         logits, hidden, *sure = self._run(
-            "depth",
-            k,
+            ("depth", k),
+            lambda: _DepthPass(self.model, k),
             cache,
             self.tokens_BS.narrow(1, start + first, width + k - first),
             branch,

@@ -12,7 +12,7 @@ from typing import Any
 
 from mtp_lightning.decoding.options import Prompt
 
-# The most tokens that a prompt's last piece is looked for in.
+# The most tokens at a prompt's end that are searched for its last whole piece of text.
 _LONGEST_PIECE = 8
 # Bytes that are not a character, or not yet, are decoded to this.
 _INCOMPLETE = "\ufffd"

@@ -82,7 +82,7 @@ class DecodingCode:
 
 _CODE: dict[str, DecodingCode] = {}
 _LOCK = threading.Lock()
-# For every model that decodes: how many callers are inside `fused_passes`, and its passes.
+# For every model that decodes: the number of callers inside `fused_passes`, and its passes.
 _OPEN: WeakKeyDictionary[nn.Module, tuple[int, FusedPasses]] = WeakKeyDictionary()
 
 
@@ -120,7 +120,7 @@ def multiply_integers(model: MTPModel) -> str | None:
 
 
 def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:
-    """What keeps the weights of a model packed; None where no part has code for that.
+    """The object that keeps a model's weights packed; None if no part has code for it.
 
     Args:
         model: without numbers yet, or with those that are to be kept.

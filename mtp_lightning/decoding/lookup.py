@@ -23,8 +23,8 @@ from mtp_lightning.model import MTPModel
 
 # Longest match that is looked for.
 _LONGEST = 16
-# A proposal after a match of l tokens counts as right with probability l / (l + 3) at first: how
-# many judged proposals this first guess counts as.
+# At first, a proposal after a match of l tokens is taken to be right with probability l / (l + 3).
+# This guess weighs as much as this number of judged proposals.
 _GUESS = 4.0
 # Tokens are proposed while the product of their estimated probabilities is at least this: in greedy
 # texts, and in samples, which repeat themselves less. Measured on texts of SmolLM2: if verifying a
@@ -34,7 +34,7 @@ _WORTH, _WORTH_IN_SAMPLES = 0.3, 0.5
 
 
 class Lookup:
-    """A growing text, and what it proposes to follow.
+    """A growing text, which proposes its own continuation.
 
     Args:
         prompt: the token ids that it begins with.
@@ -45,7 +45,7 @@ class Lookup:
         self._ids = np.empty(2 * len(prompt), np.int64)
         self._n = 0
         length = np.arange(_LONGEST + 1)
-        # By length of the match: proposals that were right, and all of them.
+        # For each length of the match: the proposals that were right, and all judged ones.
         self._right = _GUESS * length / (length + 3)
         self._judged = np.full(_LONGEST + 1, _GUESS)
         self._worth = _WORTH_IN_SAMPLES if sampled else _WORTH
@@ -79,8 +79,8 @@ class Lookup:
 
 
 def longest_match(ids: np.ndarray) -> tuple[int, int]:
-    """Where the end of a text stands in it before: the length of the longest such end, up to 16,
-    and the place after its last such occurrence; length 0 if even the last token is new."""
+    """The longest end of a text, up to 16 tokens, that occurs in it before: its length, and the
+    place after its last earlier occurrence. The length is 0 if even the last token is new."""
     n, length, start = len(ids), 0, len(ids)
     ends = np.flatnonzero(ids[: n - 1] == ids[n - 1])
     while len(ends) and length < _LONGEST:
@@ -93,7 +93,7 @@ def longest_match(ids: np.ndarray) -> tuple[int, int]:
 def lookups_alone(
     prompts: Sequence[Prompt], generations: Sequence[Generation], most: int = 8
 ) -> dict[str, float]:
-    """What drafts from the text alone would have made of greedy texts, without a model.
+    """The tokens per pass of greedy texts if all drafts were looked up, without running a model.
 
     Args:
         prompts: token ids.

@@ -32,12 +32,12 @@ from mtp_lightning.system import processor
 log = logging.getLogger(__name__)
 
 _FILE = "measured.json"
-# Beginnings of the texts, of which the model writes so many tokens.
+# The beginnings of the texts, and the number of tokens that the model adds to each.
 _BEGINNINGS = ("The old house at the end of", "def main(", "What is the difference between")
 _TOKENS = 48
-_ROUNDS = 48  # timed rounds with each number of drafts,
-_LEAST = 4  # or fewer, but at least so many,
-_SECONDS = 3.0  # when this time is over
+# The timed rounds with each number of drafts; after _SECONDS, _LEAST rounds are enough.
+_ROUNDS, _LEAST = 48, 4
+_SECONDS = 3.0
 
 
 def settle_drafts(

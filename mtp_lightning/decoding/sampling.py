@@ -94,7 +94,7 @@ def _largest(probs: Tensor, top_k: int, top_p: float) -> Tensor:
         n = min(8 * n, n_tokens)
     least = ordered.gather(-1, count - 1)
     above, equal = probs > least, probs == least
-    # Of the tokens equal to the last, the lowest ids.
+    # Among the tokens equal to the last one, keep the lowest ids.
     equal &= equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)
     kept = torch.where(above | equal, probs, 0.0)
     return kept / kept.sum(dim=-1, keepdim=True)

@@ -24,15 +24,16 @@ from torch import Tensor
 
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, read_together
-from mtp_lightning.nn.head import OutputHead, ShortHead
+from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 
 
 class DepthDraft(NamedTuple):
-    """What one depth drafts from.
+    """The values that one depth drafts from.
 
     Attributes:
         logits_BV: the logits of the draft, with ``draft_vocab`` those of the tokens that can be
@@ -97,7 +98,9 @@ class Session:
         self._one_cache = one_cache or stack.one_cache
         kept = min(max_draft, 1) if self._one_cache else max_draft
         blocks = stack.cached_blocks
-        self.depth_caches = [self._cache(tables, blocks, slots) for _ in range(kept)]
+        self.depth_caches: Sequence[KVCache] = [
+            self._cache(tables, blocks, slots) for _ in range(kept)
+        ]
         self._tokens = torch.zeros(slots, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
         branch = model.config.mtp.n_states * trunk.d_model
@@ -109,7 +112,7 @@ class Session:
         # The verify pass also gives the branch states, unless the stack runs a pass of its own.
         self._trunk_gives_branch = max_draft > 0 and not stack.appended
         passes = fused(model)
-        self._draft_head: OutputHead = model.head_of(1)
+        self._draft_head: Head | OwnHead | ShortHead = model.head_of(1)
         if draft_vocab is not None:
             whole, n = model.head.weight, draft_vocab
             first = whole.detach()[:n] if passes is None else passes.first_rows(whole, n)

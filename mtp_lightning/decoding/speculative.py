@@ -207,8 +207,9 @@ class Decoder:
     def _replaced(
         self, drafts: Iterator[Draft], known: Sequence[Sequence[int]], caps: list[int]
     ) -> Iterator[Draft]:
-        """The drafts, with those of rows that have looked theirs up replaced, and more of these
-        after the modules' last draft. Lowers the caps of the other rows to the modules' drafts.
+        """The modules' drafts, in which looked-up drafts replace those of the rows that have some;
+        then the rest of the looked-up drafts. Lowers the caps of the other rows to the number of
+        drafts that the modules made.
 
         The modules read looked-up drafts like their own, so their caches stay true.
         """

@@ -67,15 +67,10 @@ class Tree:
         first = below.start + (node - self.level(depth).start) * width
         return range(first, first + width)
 
-    @property
-    def parents(self) -> list[int]:
-        """The parent of every node; -1 for node 0."""
-        return self.parents_to(self.depth)
-
-    def parents_to(self, depth: int) -> list[int]:
-        """The parents of the nodes down to a depth."""
+    def parents(self, depth: int | None = None) -> list[int]:
+        """The parent of every node down to ``depth``, by default of all nodes; -1 for node 0."""
         found = [-1]
-        for e in range(depth):
+        for e in range(self.depth if depth is None else depth):
             found += [node for node in self.level(e) for _ in range(self.widths[e])]
         return found
 

@@ -37,6 +37,8 @@ class TreeSession(Session):
         room: see :class:`Session`.
     """
 
+    trunk_cache: TreeCache
+    depth_caches: Sequence[TreeCache]
     _outputs: Tensor
 
     def __init__(self, model: MTPModel, *, tree: Tree, **room: Any) -> None:
@@ -84,7 +86,6 @@ class TreeSession(Session):
             0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(known)
         ]
         cache = self.depth_caches[k - 1]
-        assert isinstance(cache, TreeCache)
         positions = Positions.of_tree(cache, starts, self._branches(k - 1, caught_up))
         n_B1 = torch.tensor(self.n, device=self.tokens_BS.device).unsqueeze(1)
 
@@ -127,11 +128,10 @@ class TreeSession(Session):
         to depth ``k - 1``, of which the last level is new: a cache keeps no tree between passes.
         """
         nodes = range(1, self.tree.level(k - 1).stop)
-        parents = self.tree.parents_to(k - 1)[1:]
+        parents = self.tree.parents(k - 1)[1:]
         # Node 0 is read already, so the nodes of depth 1 have no parent in this pass.
         branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
         cache = self.depth_caches[0]
-        assert isinstance(cache, TreeCache)
         starts = [min(n, held) for n, held in zip(self.n, cache.lengths, strict=True)]
         positions = Positions.of_tree(cache, starts, branches)
         before = self._outputs[:, parents]
@@ -139,14 +139,9 @@ class TreeSession(Session):
         hidden = self.model.depth_state(1, before, before, tokens, positions)
         return self._drafted(k, hidden)
 
-    def put_nodes(self, tokens_BP: Tensor, k: int) -> None:
-        """Write the candidates [B, P] of depth ``k`` into the token buffer."""
-        self.put(tokens_BP, self.tree.level(k).start)
-
     def verify_tree(self) -> Tensor:
         """Read every row's pending token and its tree. Returns logits [B, 1 + nodes, V]."""
         cache, branches = self.trunk_cache, self._branches(self.tree.depth, 1)
-        assert isinstance(cache, TreeCache)
         return self.model.head(self._trunk(Positions.of_tree(cache, self.n, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
@@ -156,7 +151,6 @@ class TreeSession(Session):
             path_BE: the path's nodes, node 0 first; entries after the accepted ones are ignored.
             accepted: for each row, the number of accepted drafts.
         """
-        assert isinstance(self.trunk_cache, TreeCache)
         self.trunk_cache.settle(path_BE)
         if self._trunk_gives_branch:
             read = self.trunk_cache.runs.read(self.states[0])
@@ -175,7 +169,7 @@ class TreeSession(Session):
     def _branches_of(self, depth: int, caught_up: int) -> Branches:
         """``caught_up`` positions in a chain, the last one being node 0, then the tree below it."""
         parents = [i - 1 for i in range(caught_up)]
-        parents += [caught_up - 1 + parent for parent in self.tree.parents_to(depth)[1:]]
+        parents += [caught_up - 1 + parent for parent in self.tree.parents(depth)[1:]]
         return Branches(parents, self.tokens_BS.device)
 
     def _columns_of(self, what: str, k: int, caught_up: int, j: int) -> Tensor:
@@ -184,7 +178,7 @@ class TreeSession(Session):
         ``what`` is ``positions`` (the branch states), ``before`` (the states of depth ``k - 1``) or
         ``tokens`` (the token ``j`` positions ahead; ``j`` is 0 for states).
         """
-        parents = self.tree.parents_to(k - 1)
+        parents = self.tree.parents(k - 1)
         columns = [place - k + j for place in range(1 - caught_up, 1)]
         for depth in range(1, k):
             for node in self.tree.level(depth):

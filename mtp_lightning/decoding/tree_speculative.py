@@ -52,7 +52,7 @@ class TreeDecoder(Decoder):
         for k in range(1, tree.depth + 1):
             best_BPW = session.draft_tree(k).topk(tree.widths[k - 1], dim=-1).indices
             drafts.append(best_BPW.flatten(1))
-            session.put_nodes(drafts[-1], k)
+            session.put(drafts[-1], tree.level(k).start)
         logits_BTV = session.verify_tree()
         host = torch.cat((*drafts, logits_BTV.argmax(dim=-1)), dim=1).tolist()
         paths, results = [], []
@@ -88,7 +88,7 @@ class TreeDecoder(Decoder):
             )
             drafts.append(draft_BPW.flatten(1))
             proposals.append(q_BPWV)
-            session.put_nodes(drafts[-1], k)
+            session.put(drafts[-1], level.start)
         logits_BTV = session.verify_tree()
         draft_BN, n_tokens = torch.cat(drafts, dim=1), logits_BTV.shape[-1]
         tokens_BE, path_BE, accepted_B = accept_path_or_resample(
@@ -125,7 +125,7 @@ def _result(
     """
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
     left = {node: depth for depth, node in levels if node not in path}
-    number, parents = {node: i for i, node in enumerate(left)}, tree.parents
+    number, parents = {node: i for i, node in enumerate(left)}, tree.parents()
     rejected = [(depth, draft[node], number.get(parents[node])) for node, depth in left.items()]
     return RowResult(tokens, len(path) - 1, min(len(path), limit), rejected)
 

@@ -202,14 +202,14 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
         UserError: an option is out of range.
     """
     known: dict[str, Any] = {"max_context": run.seq_len}
-    if cfg.draft_vocab is None and cfg.speculative and not cfg.compile:
+    drafts = cfg.speculative and run.model.mtp.max_draft_depth != 0
+    if cfg.draft_vocab is None and drafts and not cfg.compile:
         known["draft_vocab"] = value_at(run.config, ("objective", "draft_vocab"))
     options = DecodingOptions.from_config(cfg, **known)
     if cfg.get("show_drafts"):
         return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in _PRECISION}
-    together = min(options.slots, rows or 1)
-    settled = settle_drafts(options, run, rows=together, **precision)
+    settled = settle_drafts(options, run, rows=min(options.slots, rows or 1), **precision)
     measured = settled.measured
     if rows is not None and measured is not None and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.

@@ -73,7 +73,7 @@ def least_rejection(p_NV: Tensor, weight_N: Tensor) -> float:
 
 
 class Floors:
-    """Measures one model on prompts.
+    """Measures one model on one prompt.
 
     Where all continuations of k tokens are at most ``ENUMERATED``, everything is exact. Else
     continuations are sampled. With tokens that the head sees (m > 0), these are drawn ``seen``
@@ -83,71 +83,65 @@ class Floors:
 
     Args:
         model: a model in evaluation mode, with depths that predict a token each and stride 1.
+        prompt_T: int64 ids.
+        generator: draws the samples, on the CPU.
         rollouts: continuations to sample, >= 1.
         seen: continuations of these to sample for an order above 0, >= 1.
     """
 
-    def __init__(self, model: MTPModel, *, rollouts: int, seen: int) -> None:
-        self.model, self.rollouts, self.seen = model, rollouts, seen
+    def __init__(
+        self,
+        model: MTPModel,
+        prompt_T: Tensor,
+        generator: torch.Generator,
+        *,
+        rollouts: int,
+        seen: int,
+    ) -> None:
+        self.model, self.prompt_T, self.generator = model, prompt_T.cpu(), generator
+        self.rollouts, self.seen = rollouts, seen
+        self._vocabulary = model.config.trunk.vocab_size
 
     @torch.no_grad()
-    def of_prompt(
-        self, prompt_T: Tensor, generator: torch.Generator
-    ) -> dict[tuple[int, int], Found]:
-        """By depth k = 1 .. D and order m = 0 .. k - 1.
+    def found(self) -> dict[tuple[int, int], Found]:
+        """The values by depth k = 1 .. D and order m = 0 .. k - 1."""
+        depths = range(1, self.model.depth + 1)
+        return {(k, m): self._found(k, m) for k in depths for m in range(k)}
 
-        Args:
-            prompt_T: int64 ids.
-            generator: draws the samples, on the CPU.
-        """
-        return {
-            (k, m): self._found(prompt_T, k, m, generator)
-            for k in range(1, self.model.depth + 1)
-            for m in range(k)
-        }
-
-    def _found(self, prompt_T: Tensor, k: int, m: int, generator: torch.Generator) -> Found:
-        hidden_NK, weight_N = self._paths(prompt_T, k, k - m, generator)
+    def _found(self, k: int, m: int) -> Found:
+        hidden_NK, weight_N = self._paths(k, k - m)
         if m == 0:
-            return self._of(prompt_T, hidden_NK, weight_N, k)[0]
+            return self._of(hidden_NK, weight_N, k)[0]
         totals = [0.0, 0.0, 0.0]
-        for seen_m, share in self._seen(prompt_T, k, hidden_NK, weight_N, m, generator):
+        for seen_m, share in self._seen(k, m, hidden_NK, weight_N):
             tokens_NK = torch.cat([hidden_NK, seen_m.expand(len(weight_N), m)], 1)
-            found, likely = self._of(prompt_T, tokens_NK, weight_N, k, m)
+            found, likely = self._of(tokens_NK, weight_N, k, m)
             # The weights sum to the probability of what is seen.
             scale = 1.0 if share is None else share / likely if likely else 0.0
             totals = [total + scale * value for total, value in zip(totals, found, strict=True)]
         return Found(*totals)
 
     def _seen(
-        self,
-        prompt_T: Tensor,
-        k: int,
-        hidden_NK: Tensor,
-        weight_N: Tensor,
-        m: int,
-        generator: torch.Generator,
+        self, k: int, m: int, hidden_NK: Tensor, weight_N: Tensor
     ) -> list[tuple[Tensor, float | None]]:
-        """What a head sees of the text, and its share among the samples; None where all is
-        enumerated."""
-        size = self._vocabulary
-        if size**k <= ENUMERATED:
-            return [(seen_m, None) for seen_m in _all(size, m)]
-        drawn = torch.multinomial(
-            weight_N, self.seen, replacement=True, generator=generator
-        ).bincount(minlength=len(weight_N))
-        tokens_NK, counts_N = self._continued(prompt_T, hidden_NK, drawn, m, generator)
+        """The m tokens that a head can see, each time with their share among the samples; None if
+        all of them are enumerated."""
+        if self._vocabulary**k <= ENUMERATED:
+            return [(seen_m, None) for seen_m in _all(self._vocabulary, m)]
+        drawn_N = self._drawn(weight_N, self.seen).bincount(minlength=len(weight_N))
+        tokens_NK, counts_N = self._continued(hidden_NK, drawn_N, m)
         seen_Mm, at_N = tokens_NK[:, -m:].unique(dim=0, return_inverse=True)
         counts_M = torch.zeros(len(seen_Mm), dtype=torch.int64).index_add_(0, at_N, counts_N)
         return [(s, c / self.seen) for s, c in zip(seen_Mm, counts_M.tolist(), strict=True)]
 
-    def _of(
-        self, prompt_T: Tensor, tokens_NK: Tensor, weight_N: Tensor, k: int, m: int = 0
-    ) -> tuple[Found, float]:
+    def _drawn(self, probs_N: Tensor, n: int) -> Tensor:
+        return torch.multinomial(probs_N, n, replacement=True, generator=self.generator)
+
+    def _of(self, tokens_NK: Tensor, weight_N: Tensor, k: int, m: int = 0) -> tuple[Found, float]:
         """Measures continuations of k tokens that share their last m, which a head of order m sees.
         Multiplies each weight by the probability of those m tokens, and also returns the sum of the
         weights."""
-        p_NKV, q_NV = self._read(prompt_T, tokens_NK, k)
+        p_NKV, q_NV = self._read(tokens_NK, k)
         if m:
             seen_Nm1 = tokens_NK[:, k - m :].unsqueeze(-1)
             weight_N = weight_N * p_NKV[:, k - m : k].gather(-1, seen_Nm1).squeeze(-1).prod(1)
@@ -161,57 +155,45 @@ class Floors:
         )
         return found, float(weight_N.sum())
 
-    def _paths(
-        self, prompt_T: Tensor, k: int, n: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Continuations of n tokens with the probability of each, which sum to 1: all, where those
-        of k tokens are few, or samples, each once."""
-        size = self._vocabulary
-        if size**k > ENUMERATED:
+    def _paths(self, k: int, n: int) -> tuple[Tensor, Tensor]:
+        """Different continuations of n tokens, and their probabilities, which sum to 1: all of
+        them if those of k tokens are few, else samples."""
+        if self._vocabulary**k > ENUMERATED:
             none = torch.empty(1, 0, dtype=torch.int64)
-            count = torch.tensor([self.rollouts])
-            tokens_NK, counts_N = self._continued(prompt_T, none, count, n, generator)
+            tokens_NK, counts_N = self._continued(none, torch.tensor([self.rollouts]), n)
             return tokens_NK, counts_N.double() / self.rollouts
-        tokens_NK = _all(size, n)
-        p_NKV, _ = self._read(prompt_T, tokens_NK, 0)
+        tokens_NK = _all(self._vocabulary, n)
+        p_NKV, _ = self._read(tokens_NK, 0)
         weight_NK = p_NKV[:, :n].gather(-1, tokens_NK.unsqueeze(-1)).squeeze(-1)
         return tokens_NK, weight_NK.prod(1)
 
-    def _continued(
-        self,
-        prompt_T: Tensor,
-        tokens_NK: Tensor,
-        counts_N: Tensor,
-        n: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """Each continuation gets n more tokens as often as its count says; those that are equal
-        are merged, and counted."""
+    def _continued(self, tokens_NK: Tensor, counts_N: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Sample n more tokens for each continuation, as often as its count says. Equal results are
+        merged, and counted."""
         for _ in range(n):
             tokens_NK, counts_N = tokens_NK[counts_N > 0], counts_N[counts_N > 0]
-            p_NKV, _ = self._read(prompt_T, tokens_NK, 0)
+            p_NKV, _ = self._read(tokens_NK, 0)
             longer = []
             for own_K, p_V, count in zip(tokens_NK, p_NKV[:, -1], counts_N.tolist(), strict=True):
-                drawn = torch.multinomial(p_V, count, replacement=True, generator=generator)
-                longer.append(torch.cat([own_K.expand(count, -1), drawn.unsqueeze(1)], 1))
+                drawn_N1 = self._drawn(p_V, count).unsqueeze(1)
+                longer.append(torch.cat([own_K.expand(count, -1), drawn_N1], 1))
             tokens_NK, counts_N = torch.cat(longer).unique(dim=0, return_counts=True)
         return tokens_NK, counts_N
 
-    def _read(self, prompt_T: Tensor, tokens_NK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _read(self, tokens_NK: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Main predictions after the prompt and after each token of a continuation
         [N, K + 1, V], and what depth k predicts at the prompt's end [N, V]; both fp64, on the CPU.
 
-        Depth k may read k tokens of the continuation. Of depth 0, the second is the first
-        prediction.
+        Depth k may read k tokens of the continuation. Depth 0 is the main prediction.
         """
-        model, n = self.model, len(prompt_T)
+        model, n = self.model, len(self.prompt_T)
         weight_VC = model.head.weight
         parts = []
         for part_NK in tokens_NK.split(_ROWS):
             rows, width = part_NK.shape
-            # Every position is causal, so that what fills the window is never read.
+            # The model is causal, so no position used here reads the padding.
             fill = torch.zeros(rows, model.depth + 1, dtype=torch.int64)
-            text_NT = torch.cat([prompt_T.cpu().expand(rows, n), part_NK, fill], 1)
+            text_NT = torch.cat([self.prompt_T.expand(rows, n), part_NK, fill], 1)
             batch = WindowBatch(text_NT.to(weight_VC.device), model.depth)
             assert batch.seq_len == n + width
             states = model(batch, [k] if k else [])
@@ -226,10 +208,6 @@ class Floors:
             parts.append((p_NKV, _probabilities(q_NV)))
         p_NKV, q_NV = map(torch.cat, zip(*parts, strict=True))
         return p_NKV, q_NV
-
-    @property
-    def _vocabulary(self) -> int:
-        return self.model.config.trunk.vocab_size
 
 
 def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:

@@ -74,7 +74,7 @@ def _through_head(
     h_MC = h_BTC.reshape(-1, h_BTC.shape[-1]).to(weight_VC.dtype)
     loss_M = torch.empty(len(h_MC), dtype=torch.float64, device=h_MC.device)
     choice_M = torch.empty_like(target_M)
-    # In the weight's precision, as DepthRates computes it.
+    # The head is computed in the weight's precision, as in DepthRates.
     with torch.autocast(weight_VC.device.type, enabled=False):
         for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC, model.head_of(k).log_probs):
             found_R1 = chunk_RV.gather(-1, target_M[rows].unsqueeze(-1))

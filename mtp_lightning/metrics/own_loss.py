@@ -22,7 +22,7 @@ from mtp_lightning.objective.through_head import through_head
 
 class OwnLossRates(DepthRates):
     """:class:`DepthRates` of the main prediction, and ``loss_depth_k`` of depths that bring a loss
-    of their own: the mean over the positions that count. Other rates they have none.
+    of their own: the mean over the positions that count. These depths have no other rates.
 
     Args:
         depth: D.
@@ -65,7 +65,7 @@ def own_values(
     weight = loss.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     values_BT = torch.empty(hidden_BTC.shape[:2], dtype=dtype, device=hidden_BTC.device)
-    # Of the target, neither token nor term is read.
+    # The target's tokens and term are not read: the depth's own loss replaces them.
     target = DepthTarget(k, batch.targets(0), 1.0, CrossEntropy(), record=values_BT)
     hidden_BTC = hidden_BTC.to(weight.dtype)
     prediction = Prediction(hidden_BTC, [target], train_head=False, needs_gradient=False, loss=loss)

@@ -185,7 +185,7 @@ class DepthRates(Metric):
 
 
 def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthRates:
-    """What a validation measures of a model.
+    """The metric that a validation computes.
 
     Args:
         model: any.

@@ -36,9 +36,9 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
 
 
 def read_together(lengths: Sequence[int], device: torch.device) -> Iterator[slice]:
-    """Split rows with so many tokens to read into passes. On a CPU a pass has at most
-    :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that the bits of a row depend on its
-    own length only.
+    """Divide rows, which have these numbers of tokens to read, into passes. On a CPU a pass has at
+    most :data:`MAX_INVARIANT_POSITIONS` positions or one row, so that the bits of a row depend on
+    its own length only.
     """
     start = widest = 0
     for row, length in enumerate(lengths):

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.mixture_of_softmaxes import mixed_log_probs
 from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
-
-
-class OutputHead(Protocol):
-    """Turns hidden states into logits."""
-
-    @property
-    def weight(self) -> Tensor: ...
-
-    def __call__(self, hidden: Tensor, /) -> Tensor: ...
 
 
 class Head(nn.Module):

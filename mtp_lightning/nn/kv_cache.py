@@ -65,7 +65,7 @@ class KVCache:
 
     @property
     def parents(self) -> Sequence[int] | None:
-        """For every token of the open pass the index of its parent in the tree, -1 for the first;
+        """The index of each token's parent in the tree of the open pass, -1 for the first token;
         None if the tokens form a chain."""
         return None
 

@@ -26,7 +26,7 @@ class WeightScales:
     bits: int
 
     def of_groups(self, group: int) -> WeightScales:
-        """The same of smaller blocks."""
+        """The same scales, repeated for smaller blocks."""
         times = self.group // group
         steps, offsets = (
             each.repeat_interleave(times, dim=1) for each in (self.steps, self.offsets)
@@ -35,7 +35,8 @@ class WeightScales:
 
     @staticmethod
     def joined(parts: Sequence[WeightScales], order: Sequence[int] | None) -> WeightScales:
-        """Those of a matrix that has the rows of several; row i is row ``order[i]`` of them."""
+        """The scales of several matrices, one below the other, as one; row i is row ``order[i]``
+        of all their rows."""
         group = min(part.group for part in parts)
         same = [part.of_groups(group) for part in parts]
         steps, offsets = (torch.cat([getattr(p, n) for p in same]) for n in ("steps", "offsets"))

@@ -125,9 +125,9 @@ def test_threads_change_no_bit(kind):
 
 def fused(layer: torch.nn.Module) -> bool:
     """Whether a layer has a forward pass in one call."""
-    from mtp_lightning.cpu.prepared import fused_forward
+    from mtp_lightning.cpu.prepared import _FUSED
 
-    return "forward" in vars(layer) and fused_forward(layer) is not None
+    return "forward" in vars(layer) and _FUSED[type(layer)](layer) is not None
 
 
 def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:

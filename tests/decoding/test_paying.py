@@ -155,16 +155,20 @@ def test_drafts_are_of_the_tokens_that_the_modules_were_trained_on(
 ) -> None:
     opened = opened_at(tmp_path)
     trained = replace(opened, config={**opened.config, "objective": {"draft_vocab": 64}})
+    leaps = small_model(1, 2, vocab=257, stack="linear", stride=2)  # does not draft
     for run, asked, expected in (
         (opened, {}, None),
         (trained, {}, 64),
         (trained, {"draft_vocab": 257}, 257),
         (trained, {"speculative": False}, None),
         (trained, {"compile": True}, None),
+        (replace(trained, model=leaps), {}, None),
     ):
         words = [f"{name}={value}".lower() for name, value in asked.items()]
         cfg = composed("generate", ["checkpoint=mine", *words])
-        assert drafts_settled(cfg, run).draft_vocab == expected
+        options = drafts_settled(cfg, run)
+        assert options.draft_vocab == expected
+        assert generate(run.model, [[1]], options, max_new_tokens=1)
 
 
 def test_a_number_of_ones_own_is_kept(counted: list[Any], tmp_path: Path) -> None:

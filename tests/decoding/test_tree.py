@@ -44,11 +44,11 @@ def test_nodes_are_numbered_by_depth():
         range(4, 10),
         range(10, 16),
     ]
-    assert tree.parents == [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9]
+    assert tree.parents() == [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9]
     for depth in range(3):
         for node in tree.level(depth):
-            assert all(tree.parents[child] == node for child in tree.children(node, depth))
-    assert [ancestor(tree.parents, 15, up) for up in range(5)] == [15, 9, 3, 0, None]
+            assert all(tree.parents()[child] == node for child in tree.children(node, depth))
+    assert [ancestor(tree.parents(), 15, up) for up in range(5)] == [15, 9, 3, 0, None]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch)
     def check(session, row, node, k, logits_V):
         """Depth k's logits after a node, which stands at depth k - 1, or the trunk's, k = 0."""
         held = session.tokens_BS[row].tolist()
-        n, parents = session.n[row], session.tree.parents
+        n, parents = session.n[row], session.tree.parents()
         path = [node]
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])

@@ -107,7 +107,7 @@ def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> Found:
 def test_floors_against_loops(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floor, "RECALL", 2)
     model = tiny(stack=stack)
-    found = Floors(model, rollouts=1, seen=1).of_prompt(PROMPT, torch.Generator())
+    found = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).found()
     assert list(found) == [(1, 0), (2, 0), (2, 1)]
     for (k, m), one in found.items():
         reference = by_loops(model, PROMPT.tolist(), k, m)
@@ -133,7 +133,7 @@ def test_a_head_that_reads_no_token_is_never_below_a_floor(
         monkeypatch.setattr(floor, "ENUMERATED", 0)
     model = tiny(stack=stack, seed=seed, **more)
     generator = torch.Generator().manual_seed(seed)
-    for one in Floors(model, rollouts=16, seen=4).of_prompt(PROMPT, generator).values():
+    for one in Floors(model, PROMPT, generator, rollouts=16, seen=4).found().values():
         assert 0 <= one.floor <= one.rejection + 1e-12 and one.rejection <= 1
         assert one.recall == pytest.approx(1)  # of fewer than 16 tokens
 
@@ -149,20 +149,20 @@ def test_one_token_is_enough_on_a_markov_source(
         for name, weight in model.trunk.named_parameters():
             if "attention" in name or "attn" in name:
                 weight.zero_()
-    found = Floors(model, rollouts=32, seen=4).of_prompt(PROMPT, torch.Generator())
+    found = Floors(model, PROMPT, torch.Generator(), rollouts=32, seen=4).found()
     assert min(found[k, 0].floor for k in (1, 2, 3)) > 0.02
     assert max(found[k, m].floor for k in (2, 3) for m in range(1, k)) < 1e-9
 
 
 def test_samples_tend_to_the_floor_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    exact = Floors(model, rollouts=1, seen=1).of_prompt(PROMPT, torch.Generator())
+    exact = Floors(model, PROMPT, torch.Generator(), rollouts=1, seen=1).found()
     monkeypatch.setattr(floor, "ENUMERATED", 0)
     many, few = (
         [
-            Floors(model, rollouts=n, seen=seen).of_prompt(
-                PROMPT, torch.Generator().manual_seed(seed)
-            )
+            Floors(
+                model, PROMPT, torch.Generator().manual_seed(seed), rollouts=n, seen=seen
+            ).found()
             for seed in range(seeds)
         ]
         for n, seen, seeds in ((2000, 200, 1), (4, 8, 40))
@@ -175,16 +175,16 @@ def test_samples_tend_to_the_floor_from_below(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("stack", [SequentialConfig, JointConfig])
 def test_nothing_after_a_position_is_read(stack: Any) -> None:
-    measure = Floors(tiny(stack=stack), rollouts=1, seen=1)
+    measure = Floors(tiny(stack=stack), PROMPT, torch.Generator(), rollouts=1, seen=1)
     tokens = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 4, 0]])
     for k in (1, 2):
-        p_NKV, q_NV = measure._read(PROMPT, tokens, k)
+        p_NKV, q_NV = measure._read(tokens, k)
         for i in range(4):
-            alone, _ = measure._read(PROMPT, tokens[:, :i], 0)
+            alone, _ = measure._read(tokens[:, :i], 0)
             torch.testing.assert_close(p_NKV[:, i], alone[:, -1])
         # Depth 1 reads one token of the text, depth 2 two.
         torch.testing.assert_close(q_NV[0], q_NV[1])
-        torch.testing.assert_close(q_NV, measure._read(PROMPT, tokens[:, :k], k)[1])
+        torch.testing.assert_close(q_NV, measure._read(tokens[:, :k], k)[1])
 
 
 def test_values_are_means_over_prompts() -> None:

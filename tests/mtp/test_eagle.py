@@ -103,11 +103,10 @@ def test_floors_see_the_whole_distribution() -> None:
     """A token without a row is never drafted, so more drafts are rejected."""
     prompt = torch.tensor([3, 5, 2])
     trunk = replace(TRUNK, vocab_size=7, n_layers=2)
+    sizes = {"rollouts": 4, "seen": 1}
     found = [
-        Floors(drafting(trunk, draft_vocab=rows), rollouts=4, seen=1).of_prompt(
-            prompt, torch.Generator().manual_seed(0)
-        )[1, 0]
-        for rows in (1, 6)
+        Floors(model, prompt, torch.Generator().manual_seed(0), **sizes).found()[1, 0]
+        for model in (drafting(trunk, draft_vocab=rows) for rows in (1, 6))
     ]
     assert 0 <= found[0].floor <= found[0].rejection < 1
     assert found[0].rejection > found[1].rejection

@@ -167,10 +167,7 @@ def test_the_scores_of_drafts_are_those_of_training(head: str, tree: Tree | None
                     following += [[*path, token] for token in chosen]
                 paths[row] = following
                 drafts.append([path[-1] for path in following])
-            if tree is None:
-                session.put(torch.tensor(drafts), k)
-            else:
-                session.put_nodes(torch.tensor(drafts), k)
+            session.put(torch.tensor(drafts), k if tree is None else tree.level(k).start)
 
 
 @torch.no_grad()
@@ -205,7 +202,7 @@ def test_rates_are_those_of_what_is_drafted(tiny_trunk: TrunkConfig) -> None:
 def test_the_measured_rejection_is_that_of_what_is_drafted() -> None:
     model = small_model(1, 2, vocab=20, stack="linear", **SELECTOR)
     prompt, k = torch.tensor([3, 1, 2]), 1
-    found = Floors(model, rollouts=1, seen=1).of_prompt(prompt, torch.Generator().manual_seed(0))
+    found = Floors(model, prompt, torch.Generator().manual_seed(0), rollouts=1, seen=1).found()
     tokens = torch.tensor([[3, 1, 2, a, 0, 0] for a in range(20)])
     hidden = model(WindowBatch(tokens, 2))
     p = model.head(hidden[0]).double().softmax(-1)
