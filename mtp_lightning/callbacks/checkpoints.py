@@ -126,13 +126,16 @@ class Checkpoints(RunCallback, Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
+        step = trainer.global_step
         self._last_is_good = False
-        self._saved_step = trainer.global_step or None
+        self._saved_step = step or None
         self._interrupted = self._terminated = False
-        # A run that was killed between the two saves of a step has not kept that step yet.
-        kept = self._names_of(trainer.global_step) if self.last_path.exists() else set()
-        self._names = {name for name in kept if not (self.folder / name).exists()}
-        if not self.best_path.exists():
+        # A run that was killed right after a save has not given the file its other names.
+        self._names = self._names_of(step) | ({BEST} if self.best_step == step else set())
+        if self._names:
+            own = trainer.is_global_zero and stored_step(self.last_path) == step
+            self._names = self._names if trainer.strategy.broadcast(own) else set()
+        if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):

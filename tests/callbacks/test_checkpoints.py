@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_run import TinyModule, fit
 
+from mtp_lightning.callbacks import checkpoints as module_under_test
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.run import checkpoints as files
@@ -135,6 +136,35 @@ def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path
     assert (resumed.best_score, resumed.best_step) == (1.0, 8)
     assert step_of(tmp_path / "best.ckpt") == 8
     assert step_of(tmp_path / "last.ckpt") == 16
+
+
+@pytest.mark.parametrize("first_best", [4, 8])
+def test_a_kill_between_a_save_and_its_links_loses_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_best: int
+) -> None:
+    scores = {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}
+
+    class Scores(TinyModule):
+        def validation_step(self, batch, batch_idx) -> None:
+            step = self.global_step
+            self.log("val/loss_depth_0", scores[step] if step >= first_best else float("nan"))
+
+    link = files.link_or_copy
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == "best.ckpt" and step_of(source) == 8:
+            raise RuntimeError("killed")
+        link(source, target)
+
+    monkeypatch.setattr(module_under_test, "link_or_copy", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(Scores(), [Checkpoints(tmp_path, every_n_steps=100, keep_steps=[12])], max_steps=16)
+    monkeypatch.setattr(module_under_test, "link_or_copy", link)
+    resumed = Checkpoints(tmp_path, every_n_steps=100, keep_steps=[8, 12])
+    fit(Scores(), [resumed], max_steps=16, ckpt_path=resumed.last_path)
+    assert (resumed.best_score, resumed.best_step) == (1.0, 8)
+    assert step_of(resumed.best_path) == step_of(tmp_path / "step_8.ckpt") == 8
+    assert step_of(tmp_path / "step_12.ckpt") == 12 and step_of(resumed.last_path) == 16
 
 
 def test_of_equally_good_ones_the_newest_is_best(tmp_path: Path) -> None:
