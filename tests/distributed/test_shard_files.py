@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from mtp_lightning.distributed import shard_files
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.branching import branch_checkpoint
 from mtp_lightning.run import checkpoints as cio
 
 FOLDER = "00000003-0123abcd"
@@ -149,15 +150,20 @@ def other_content(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, flip, cut_off])
 def test_a_damaged_part_is_found(tmp_path: Path, damage: Any) -> None:
-    place = write(tmp_path / "last.ckpt", content(), 2)
-    cio.save(content(2), tmp_path / "previous.ckpt")
+    folder = tmp_path / "checkpoints"
+    last = folder / "last.ckpt"
+    place = write(last, content(), 2)
+    cio.save(content(2), folder / "previous.ckpt")
+    assert branch_checkpoint(f"{tmp_path}@3") == last
     damage(place / "weights-0-of-2.pt")
-    reason = cio.damage(tmp_path / "last.ckpt")
-    assert reason is not None and "weights-0-of-2.pt" in reason
+    reason, step = cio.inspect(last)
+    assert reason is not None and "weights-0-of-2.pt" in reason and step == -1
     with pytest.raises(UserError, match="last.ckpt cannot be used .its part .*weights-0-of-2"):
-        cio.load(tmp_path / "last.ckpt")
+        cio.load(last)
     with pytest.warns(UserWarning, match="last.ckpt is damaged and skipped: its part"):
-        assert cio.newest_intact(tmp_path) == tmp_path / "previous.ckpt"
+        assert cio.newest_intact(folder) == folder / "previous.ckpt"
+    with pytest.raises(UserError, match=r"no intact checkpoint of step 3 \(there are: 2\)"):
+        branch_checkpoint(f"{tmp_path}@3")
 
 
 @pytest.mark.parametrize("forge", [other_shape, repeated, other_content])
