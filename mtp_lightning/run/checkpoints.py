@@ -173,7 +173,7 @@ def stored_step(path: Path) -> int:
     return _step(_read_index(path)[1])
 
 
-def newest_intact(folder: str | Path) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """Find the checkpoint to continue from: `last.ckpt`, or else the intact one with the highest
     step; of equal steps, the newest file.
 
@@ -183,7 +183,7 @@ def newest_intact(folder: str | Path) -> Path | None:
         None if the folder is missing or holds no intact checkpoint.
     """
     found = []
-    for path in sorted(Path(folder).glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
+    for path in sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
         reason, step = inspect(path)
         if reason is not None:
             _report(path, reason)
@@ -197,7 +197,7 @@ def newest_intact(folder: str | Path) -> Path | None:
 KEEP = ("all", "weights", "none")
 
 
-def keep(folder: str | Path, what: str) -> None:
+def keep(folder: Path, what: str) -> None:
     """Remove those checkpoints of a finished run that are not wanted.
 
     Args:
@@ -206,13 +206,10 @@ def keep(folder: str | Path, what: str) -> None:
             optimizer's state: a third of the bytes, but no run can continue from them. A damaged
             file is reported and left as it is. ``none`` keeps no file.
     """
-    folder = Path(folder)
     last, best = folder / LAST, folder / BEST
-    if what != "all":
-        (folder / PREVIOUS).unlink(missing_ok=True)
-    if what == "none":
-        last.unlink(missing_ok=True)
-        best.unlink(missing_ok=True)
+    removed = {"all": (), "weights": (PREVIOUS,), "none": (PREVIOUS, LAST, BEST)}
+    for name in removed[what]:
+        (folder / name).unlink(missing_ok=True)
     if what == "weights":
         one = last.is_file() and best.is_file() and last.samefile(best)
         for path in (last,) if one else (last, best):
