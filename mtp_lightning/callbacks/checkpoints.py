@@ -201,15 +201,14 @@ class Checkpoints(RunCallback, Checkpoint):
         self._restore_handler()
 
     def on_run_end(self) -> None:
-        """Leave what ``keep`` says."""
+        """Removes the files that ``keep`` does not name."""
         checkpoints.keep(self.folder, self.keep)
 
     def _check_sigterm(self, trainer: pl.Trainer) -> None:
         """Notes whether this process, or any other, was asked to end. All processes ask each other
         at the same points, or they would stop at different steps. A validation is finished first:
         Lightning would skip it, and the resumed run would miss it."""
-        told = termination_of(trainer).agreed()
-        self._terminated = self._terminated or told
+        self._terminated |= termination_of(trainer).agreed()
 
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:
         if self._terminated:
