@@ -116,12 +116,15 @@ class Checkpoints(RunCallback, Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, so that a resumed run does not overwrite a better file."""
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        best = {"best_score": self.best_score, "best_step": self.best_step}
+        return {**best, "monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best score."""
-        self.best_score = state_dict["best_score"]
-        self.best_step = state_dict["best_step"]
+        """Restores the best score, unless the run now monitors something else."""
+        before = (state_dict.get("monitor", self.monitor), state_dict.get("mode", self.mode))
+        if before == (self.monitor, self.mode):
+            self.best_score = state_dict["best_score"]
+            self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one

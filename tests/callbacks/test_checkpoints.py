@@ -138,6 +138,19 @@ def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path
     assert step_of(tmp_path / "last.ckpt") == 16
 
 
+def test_another_monitor_has_no_best_yet(tmp_path: Path) -> None:
+    class Scores(TinyModule):
+        def validation_step(self, batch, batch_idx) -> None:
+            self.log_dict({"val/loss_depth_0": 2.0, "val/accuracy_depth_0": 0.3})
+
+    first = Checkpoints(tmp_path)
+    fit(Scores(), [first], max_steps=4)
+    other = Checkpoints(tmp_path, monitor="val/accuracy_depth_0", mode="max")
+    fit(Scores(), [other], max_steps=8, ckpt_path=first.last_path)
+    assert (other.best_score, other.best_step) == (pytest.approx(0.3), 8)
+    assert step_of(other.best_path) == 8
+
+
 @pytest.mark.parametrize("first_best", [4, 8])
 def test_a_kill_between_a_save_and_its_links_loses_no_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_best: int
