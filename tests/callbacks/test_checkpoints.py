@@ -1,5 +1,5 @@
-"""Checkpoints are written at the right steps, and a run resumed from any of them is the
-uninterrupted one."""
+"""Checkpoints are written at the right steps, and a run resumed from any of them equals
+the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_kill_between_a_save_and_its_links_loses_no_best(
 
 
 def test_of_equally_good_ones_the_newest_is_best(tmp_path: Path) -> None:
-    """The main prediction of a frozen trunk stays what it was, while its heads learn."""
+    """The main prediction of a frozen trunk stays the same, while its heads learn."""
 
     class Same(TinyModule):
         def validation_step(self, batch, batch_idx) -> None:
@@ -208,7 +208,7 @@ def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -
                 TinyModule(stop), [saved := Checkpoints(tmp_path / "c", every_n_steps=100)],
                 loggers=[MetricsCSV(tmp_path)],
             )  # fmt: skip
-        # Lightning ignores further Ctrl-C while it shuts down after one, and leaves it so
+        # After a Ctrl-C, Lightning ignores further ones, and does not undo that.
         assert signal.getsignal(signal.SIGINT) in (handlers, signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGINT, handlers)

@@ -1,4 +1,4 @@
-"""A checkpoint in parts is read as if it were one file, and what is broken in it is said."""
+"""A sharded checkpoint is read as if it were one file, and damage is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOLDER = "00000003-0123abcd"
 
 
 def content(step: int = 3) -> dict[str, Any]:
-    """As a run has it, with tensors of fewer rows than there are parts, and one that is in none."""
+    """A run's content, with tensors of fewer rows than shards, and one unsharded tensor."""
     shapes = [(1,), (2, 3), (7,), (8, 2, 2), (13, 1)]
     generator = torch.Generator().manual_seed(step)
     weights = {f"w{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
@@ -51,7 +51,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def cut(value: Any, part: int, count: int) -> Any:
-    """What a part holds of a nested value, by ``torch.split``."""
+    """The rows of a nested value that a shard holds, by ``torch.split``."""
 
     def rows(leaf: Any) -> Tensor | None:
         if not is_large(leaf):
@@ -74,7 +74,7 @@ BIAS = torch.arange(4.0)
 
 
 def write(path: Path, whole: dict[str, Any], count: int, folder: str = FOLDER) -> Path:
-    """A checkpoint in ``count`` parts; the folder that those are in."""
+    """Write a checkpoint in ``count`` shards, and return their folder."""
     place = path.parent / "parts" / folder
     for key, name in (("state_dict", "weights"), ("optimizer_states", "optimizer")):
         for part in range(count):
