@@ -137,7 +137,8 @@ class Checkpoints(RunCallback, Checkpoint):
         self._names = self._names_of(step) | ({BEST} if self.best_step == step else set())
         if self._names:
             own = trainer.is_global_zero and stored_step(self.last_path) == step
-            self._names = self._names if trainer.strategy.broadcast(own) else set()
+            if not trainer.strategy.broadcast(own):
+                self._names = set()
         if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
