@@ -36,7 +36,7 @@ LINES = {
     "mtp_lightning/notebook": 522,
     "mtp_lightning/objective": 4_219,
     "mtp_lightning/optim": 348,
-    "mtp_lightning/run": 1_381,
+    "mtp_lightning/run": 1_379,
     "mtp_lightning/serving": 1_577,
     "sweeps": 9_689,
 }
