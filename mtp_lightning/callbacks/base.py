@@ -23,9 +23,9 @@ class RunCallback(Callback):
     limit.
 
     Attributes:
-        takes_gradients: the override that adds the callback, if it needs the gradients of one task
-            alone, which no rank of a sharded model has; else empty.
-        newest: the values of the newest validation by log tag, of a callback that measures there.
+        takes_gradients: the override that adds the callback, if it needs each task's gradient by
+            itself, which no rank of a sharded model has; else empty.
+        newest: what the callback measured at the newest validation, by log tag.
     """
 
     takes_gradients: ClassVar[str] = ""
@@ -49,8 +49,7 @@ class RunCallback(Callback):
         return ""
 
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` gets from this callback, numbers by log tag; called once the run
-        has ended."""
+        """Return this callback's entries of ``summary.json``; called once the run has ended."""
         return dict(self.newest)
 
     def on_run_end(self) -> None:
@@ -64,7 +63,7 @@ def run_callbacks(trainer: pl.Trainer) -> Iterator[RunCallback]:
 
 
 def monitored(trainer: pl.Trainer, group: str, tag: str) -> float:
-    """A logged value, for all processes that of the first one, where alone some callbacks log.
+    """Return a logged value, in all processes that of the first one: some callbacks log only there.
 
     Raises:
         UserError: no validation logged the tag that ``group.monitor`` names.
@@ -81,7 +80,7 @@ def monitored(trainer: pl.Trainer, group: str, tag: str) -> float:
 class WritesBeside(Protocol):
     """A strategy that may still be writing a checkpoint when its save returns."""
 
-    # Whether it may do so; whoever sets this has to call ``settled``.
+    # Whether it may do so. The code that sets this must call ``settled``.
     writes_beside: bool
     # Whether the newest save is sharded, because the model is too large for one process.
     in_parts: bool

@@ -116,23 +116,30 @@ class Checkpoints(RunCallback, Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, so that a resumed run does not overwrite a better file."""
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        best = {"best_score": self.best_score, "best_step": self.best_step}
+        return {**best, "monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best score."""
-        self.best_score = state_dict["best_score"]
-        self.best_step = state_dict["best_step"]
+        """Restores the best score, unless the run now monitors something else."""
+        before = (state_dict.get("monitor", self.monitor), state_dict.get("mode", self.mode))
+        if before == (self.monitor, self.mode):
+            self.best_score = state_dict["best_score"]
+            self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
         stops at once."""
+        step = trainer.global_step
         self._last_is_good = False
-        self._saved_step = trainer.global_step or None
+        self._saved_step = step or None
         self._interrupted = self._terminated = False
-        # A run that was killed between the two saves of a step has not kept that step yet.
-        kept = self._names_of(trainer.global_step) if self.last_path.exists() else set()
-        self._names = {name for name in kept if not (self.folder / name).exists()}
-        if not self.best_path.exists():
+        # A run that was killed right after a save has not given the file its other names.
+        self._names = self._names_of(step) | ({BEST} if self.best_step == step else set())
+        if self._names:
+            own = trainer.is_global_zero and stored_step(self.last_path) == step
+            if not trainer.strategy.broadcast(own):
+                self._names = set()
+        if BEST not in self._names and not self.best_path.exists():
             # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):
@@ -198,15 +205,14 @@ class Checkpoints(RunCallback, Checkpoint):
         self._restore_handler()
 
     def on_run_end(self) -> None:
-        """Leave what ``keep`` says."""
+        """Removes the files that ``keep`` does not name."""
         checkpoints.keep(self.folder, self.keep)
 
     def _check_sigterm(self, trainer: pl.Trainer) -> None:
         """Notes whether this process, or any other, was asked to end. All processes ask each other
         at the same points, or they would stop at different steps. A validation is finished first:
         Lightning would skip it, and the resumed run would miss it."""
-        told = termination_of(trainer).agreed()
-        self._terminated = self._terminated or told
+        self._terminated |= termination_of(trainer).agreed()
 
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:
         if self._terminated:

@@ -85,16 +85,13 @@ def run_dtype(precision: str) -> torch.dtype:
 
 
 def measure_matmul_rate(
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    size: int | None = None,
-    seconds: float = 0.3,
+    device: torch.device, dtype: torch.dtype, *, seconds: float = 0.3
 ) -> MatmulRate:
-    """Times `size`^3 matrix products (1024 on a CPU, 8192 on a GPU) for about `seconds`.
+    """Times matrix products, 1024^3 on a CPU and 8192^3 on a GPU, for about `seconds`.
 
     It draws no random number from the run's generators.
     """
-    size = size or (8192 if device.type == "cuda" else 1024)
+    size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     a, b = (
         torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2)

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.base import RunCallback
-from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.balance.gradients import (
     require_separable,
     require_trunk_gradients,
@@ -44,36 +43,32 @@ class GradientConflict(RunCallback):
     takes_gradients = "callbacks=gradient_conflict"
     every_n_steps: int = 50
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    # The module is this project's own class, which this package must not import.
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Refuses a model with nothing to measure.
 
         Raises:
             UserError: no depth reaches the trunk, or a depth's loss depends on other depths.
         """
-        model, what = pl_module.model, "callbacks=gradient_conflict"
-        assert isinstance(model, MTPModel)
-        if model.depth:
-            require_trunk_gradients(model.config, what=what)
-            module: Any = pl_module  # the project's own class, which this package must not import
-            require_separable(module.step.objective, what=what)
+        if pl_module.model.depth:
+            require_trunk_gradients(pl_module.model.config, what=self.takes_gradients)
+            require_separable(pl_module.step.objective, what=self.takes_gradients)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, batch: WindowBatch, batch_idx: int
     ) -> None:
         """Measures the coming step when it is due."""
-        assert isinstance(batch, WindowBatch)
-        module: Any = pl_module  # the project's own class, which this package must not import
         step = trainer.global_step
         if (step + 1) % self.every_n_steps:
             return
-        model, objective = module.model, module.step.objective
-        plan = module.step.plan(batch, module.progress(step))
+        model, objective = pl_module.model, pl_module.step.objective
+        plan = pl_module.step.plan(batch, pl_module.progress(step))
         groups = {
             "last_block": shared_parameters(model, "last_block"),
             "embedding": [model.trunk.embedding.weight],
         }
         with trainer.precision_plugin.train_step_context():
-            depths = depths_of(plan.base)
-            measured = task_gradients(model, objective, plan, depths, groups)
+            measured = task_gradients(model, objective, plan, depths_of(plan.base), groups)
         for group, gradients in measured.items():
-            module.log_here(gradients.log_values(group), step + 1, always=True)
+            pl_module.log_here(gradients.log_values(group), step + 1, always=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning import processes
-from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.callbacks.base import RunCallback, run_callbacks
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import stored_step
@@ -22,7 +22,7 @@ class NanGuard(RunCallback):
     """Raises a UserError that names the step, the depths and the last good checkpoint.
 
     It reads the training step's outputs: `losses`, a tensor [D+1] of unscaled per-depth means,
-    `active`, which of them were computed (a list of D+1 bool), and `loss`. Reading a loss waits for
+    `active`, D+1 bool that say which were computed, and `loss`. Reading a loss waits for
     the device, so on a GPU the steps are kept and checked together every `every_n_steps`; the error
     still names the first bad one. On a CPU every step is checked. Before a checkpoint is written,
     the unchecked losses and all parameters are checked: a gradient that overflows spoils the
@@ -105,7 +105,7 @@ class NanGuard(RunCallback):
 
     @staticmethod
     def _last_good(trainer: pl.Trainer) -> str:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in run_callbacks(trainer):
             if isinstance(callback, Checkpoints) and callback.last_path.is_file():
                 path = callback.last_path
                 return f"the last good checkpoint is {path} (step {stored_step(path)})."

@@ -60,8 +60,6 @@ class Throughput(RunCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._device = torch.device("cpu")
-        self._processes = 1
         self._typical: list[float] = []  # rates of products, at the start and at validations
         self._mark: float | None = None  # the time up to which training is counted
         self._pause_began: float | None = None

@@ -12,7 +12,7 @@ from mtp_lightning.errors import nearest, suggestion
 
 # Files that options include, and that are not options themselves.
 _PARTS = ("base", "task", "deepseek_base")
-# What Hydra does not read as a word.
+# Values that Hydra does not read as words.
 _NO_WORD = re.compile(r"\s*(null|true|false|-?[\d.]+)\s*", re.IGNORECASE)
 
 

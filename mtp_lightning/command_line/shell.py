@@ -175,7 +175,7 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
 
 
 def version() -> str:
-    """What ``--version`` prints."""
+    """The line that ``--version`` prints."""
     from importlib import metadata
 
     return f"mtp-lightning {metadata.version('mtp-lightning')}"

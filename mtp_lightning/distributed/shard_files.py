@@ -17,7 +17,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +84,14 @@ def files_of(content: dict[str, Any], path: Path) -> Iterator[Path]:
 
 
 def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a checkpoint whose sharded tensors are :class:`Pieces`; others stay as they are.
+    """Return a sharded checkpoint, given its index: sharded tensors become :class:`Pieces`, and
+    others stay as they are.
 
     Raises:
         UserError: the index is damaged.
     """
-    if not is_sharded(content):
-        return content
     folder, parts = _described(content, path)
-
-    @cache
-    def part_of(key: str, part: int) -> Any:
-        return _read(part_file(folder, key, part, parts), path)
+    read = cache(partial(_read, index=path))
 
     def pieces(outline: Tensor, where: tuple[Any, ...]) -> Pieces:
         if outline.dim() == 0:
@@ -103,17 +99,18 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
         def piece(part: int) -> Tensor:
             key, *inner = where
-            found = part_of(key, part)
+            file = part_file(folder, key, part, parts)
+            found = read(file)
             try:
                 for step in inner:
                     found = found[step]
             except (KeyError, IndexError, TypeError) as error:
-                raise damaged(part_file(folder, key, part, parts)) from error
+                raise damaged(file) from error
             first, end = rows_of(part, parts, outline.shape[0])
             shape = (end - first, *outline.shape[1:])
             # An expanded tensor could be small in the file and fill the memory.
             if not (isinstance(found, Tensor) and found.shape == shape and found.is_contiguous()):
-                raise damaged(part_file(folder, key, part, parts))
+                raise damaged(file)
             return found
 
         return Pieces(outline, parts, piece)

@@ -65,7 +65,7 @@ class ShardedStrategy(ModelParallelStrategy):
         split_gb: size of a checkpoint, in 10^9 bytes, above which each process writes its shards.
     """
 
-    def __init__(self, shard_size: int | None = None, *, split_gb: float = _SPLIT_GB) -> None:
+    def __init__(self, shard_size: int | None, *, split_gb: float) -> None:
         super().__init__(save_distributed_checkpoint=False)
         self.shard_size = shard_size
         self.split_gb = split_gb

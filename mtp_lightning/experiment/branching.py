@@ -50,10 +50,10 @@ def branch_checkpoint(branch_from: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"branch_from={branch_from}: there is no run in {run}.")
     named = folder / kept_at(step)
-    if checkpoints.stored_step(named) == step:
+    if checkpoints.inspect(named)[1] == step:
         return named
     # This is slow: it reads all checkpoints whole, for their checksums.
-    found = {checkpoints.stored_step(path): path for path in sorted(folder.glob("*.ckpt"))}
+    found = {checkpoints.inspect(path)[1]: path for path in sorted(folder.glob("*.ckpt"))}
     if step not in found:
         there = ", ".join(str(known) for known in sorted(found) if known >= 0) or "none"
         raise UserError(

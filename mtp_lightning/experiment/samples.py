@@ -71,7 +71,7 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
             data.tokenizer,
             StringIO(),
             data.tokenizer.decode([int(token) for token in prompt]),
-            terminal=True,  # a job's log is read in one
+            terminal=True,  # a job's log, too, is read in a terminal
             marks=marks,
         )
         for _, prompt in found

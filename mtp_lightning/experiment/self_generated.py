@@ -126,7 +126,7 @@ class SelfGenerated(TokenDataModule):
             speaker = self._read()
         spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
         key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
-        texts = self.cache_dir / "texts" / f"{key}.jsonl"  # only who builds opens it
+        texts = self.cache_dir / "texts" / f"{key}.jsonl"  # only a build opens it
         store = keep_store(
             self.cache_dir,
             key,

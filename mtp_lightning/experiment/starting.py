@@ -142,18 +142,23 @@ def begin_module(
             from mtp_lightning.experiment.branching import check_branch
 
             check_branch(origin.content, stored, allow=trusted_packages(stored))
-            _require_same_data(origin, module)
-            log.info("Branching from %s at step %d.", origin.checkpoint, step)
-        else:
-            changed = describe_differences(
-                origin.content["config"], module.extra["config"], ignore=WITHOUT_BEARING
+        elif changed := describe_differences(
+            origin.content["config"], module.extra["config"], ignore=WITHOUT_BEARING
+        ):
+            log.warning("Continuing with changed settings: %s.", "; ".join(changed))
+        # Checkpoints from before this check do not say what they were trained on.
+        if origin.content.get("data") not in (None, module.extra["data"]):
+            raise UserError(
+                f"{origin.checkpoint} was trained on other data: a text, its tokenizer or a "
+                "setting of them has changed since. Go back to those, or start in another run_dir "
+                "(init_from=RUN begins with the weights)."
             )
-            if changed:
-                log.warning("Continuing with changed settings: %s.", "; ".join(changed))
-            _require_same_data(origin, module)
-            over = step >= steps
-            done = "%s has all its %d steps: evaluating it again."
-            log.info(done if over else "Continuing %s from step %d.", folder, step)
+        if origin.branches:
+            log.info("Branching from %s at step %d.", origin.checkpoint, step)
+        elif step < steps:
+            log.info("Continuing %s from step %d.", folder, step)
+        else:
+            log.info("%s has all its %d steps: evaluating it again.", folder, step)
         return step
     if origin.start is not None:
         from mtp_lightning.experiment.init_from import beginning_windows, start_from
@@ -164,17 +169,6 @@ def begin_module(
         told = [f"; {what}: {', '.join(names)}" for what, names in modules.items() if names]
         log.info("Starting from %s: trunk and head kept%s.", origin.start.path, "".join(told))
     return None
-
-
-def _require_same_data(origin: Origin, module: MTPModule) -> None:
-    assert origin.content is not None
-    # Checkpoints from before this check do not say what they were trained on.
-    if origin.content.get("data") not in (None, module.extra["data"]):
-        raise UserError(
-            f"{origin.checkpoint} was trained on other data: a text, its tokenizer or a setting of "
-            "them has changed since. Go back to those, or start in another run_dir "
-            "(init_from=RUN begins with the weights)."
-        )
 
 
 def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:

@@ -76,8 +76,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         set_threads(cfg.trainer.num_threads, processes=together)
         peers.require_shared(folder)
         run = prepare(cfg, folder, peers)
-        trainer = fitted(run, hyperparameters(cfg))
-        return finished(run, trainer, hyperparameters(cfg))
+        params = hyperparameters(cfg)
+        return finished(run, fitted(run, params), params)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class GuardedLogger:
 
     @property
     def group_separator(self) -> str:
-        """As the wrapped logger has it, which Lightning needs of one that has failed, too."""
+        """The wrapped logger's separator, which Lightning reads from a failed logger, too."""
         return self._logger.group_separator
 
     @property

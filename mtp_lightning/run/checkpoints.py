@@ -146,23 +146,34 @@ def _shard_files(path: Path) -> Any:
     return parts.need("distributed", f"the sharded checkpoint {path}").shard_files
 
 
-def damage(path: str | Path) -> str | None:
-    """Check a checkpoint by the checksums of all its bytes: why it cannot be used, or None."""
-    return _inspect(Path(path))[0]
+def inspect(path: Path) -> tuple[str | None, int]:
+    """Check a checkpoint, with its shards, by the checksums of all bytes.
+
+    Returns:
+        Why the checkpoint cannot be used, or None; and its optimizer step, or -1 if it is damaged
+        or has none.
+    """
+    reason, content = _read_index(path)
+    if reason is None:
+        try:
+            reason = _broken_shards(content, path)
+        except (UserError, RecursionError) as error:
+            reason = _first_line(error)
+    return (None, _step(content)) if reason is None else (reason, -1)
 
 
-def intact(path: str | Path) -> bool:
+def intact(path: Path) -> bool:
     """Whether the checkpoint can be loaded and every stored byte is as it was written."""
-    return damage(path) is None
+    return inspect(path)[0] is None
 
 
-def stored_step(path: str | Path) -> int:
+def stored_step(path: Path) -> int:
     """Read the optimizer step of a checkpoint; -1 if it is damaged or has none. Of a sharded
     checkpoint, this reads the index only."""
-    return _step(_read_index(Path(path))[1])
+    return _step(_read_index(path)[1])
 
 
-def newest_intact(folder: str | Path) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """Find the checkpoint to continue from: `last.ckpt`, or else the intact one with the highest
     step; of equal steps, the newest file.
 
@@ -172,8 +183,8 @@ def newest_intact(folder: str | Path) -> Path | None:
         None if the folder is missing or holds no intact checkpoint.
     """
     found = []
-    for path in sorted(Path(folder).glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
-        reason, step = _inspect(path)
+    for path in sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
+        reason, step = inspect(path)
         if reason is not None:
             _report(path, reason)
         elif path.name == LAST:
@@ -186,7 +197,7 @@ def newest_intact(folder: str | Path) -> Path | None:
 KEEP = ("all", "weights", "none")
 
 
-def keep(folder: str | Path, what: str) -> None:
+def keep(folder: Path, what: str) -> None:
     """Remove those checkpoints of a finished run that are not wanted.
 
     Args:
@@ -195,13 +206,10 @@ def keep(folder: str | Path, what: str) -> None:
             optimizer's state: a third of the bytes, but no run can continue from them. A damaged
             file is reported and left as it is. ``none`` keeps no file.
     """
-    folder = Path(folder)
     last, best = folder / LAST, folder / BEST
-    if what != "all":
-        (folder / PREVIOUS).unlink(missing_ok=True)
-    if what == "none":
-        last.unlink(missing_ok=True)
-        best.unlink(missing_ok=True)
+    removed = {"all": (), "weights": (PREVIOUS,), "none": (PREVIOUS, LAST, BEST)}
+    for name in removed[what]:
+        (folder / name).unlink(missing_ok=True)
     if what == "weights":
         one = last.is_file() and best.is_file() and last.samefile(best)
         for path in (last,) if one else (last, best):
@@ -214,7 +222,7 @@ def keep(folder: str | Path, what: str) -> None:
 
 
 def _drop_optimizer(path: Path) -> None:
-    reason = damage(path)
+    reason, _ = inspect(path)
     if reason is not None:
         _report(path, reason)
         return
@@ -257,17 +265,6 @@ def link_or_copy(source: Path, target: Path) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             shutil.copyfile(source, temporary)
-
-
-def _inspect(path: Path) -> tuple[str | None, int]:
-    """(why the checkpoint cannot be used or None, its optimizer step or -1)."""
-    reason, content = _read_index(path)
-    if reason is None:
-        try:
-            reason = _broken_shards(content, path)
-        except (UserError, RecursionError) as error:
-            reason = _first_line(error)
-    return (None, _step(content)) if reason is None else (reason, -1)
 
 
 def _read_index(path: Path) -> tuple[str | None, Any]:

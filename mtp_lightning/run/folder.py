@@ -17,7 +17,7 @@ _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
-# Those of them that are there before the run only if somebody else wrote them.
+# Those that, if they are there before the run, a user or another program wrote.
 _OTHERS = _BEGUN - {_LOCK_FILE, ".hydra", "train.log"}
 # The data workers inherit the lock, and end some seconds after a run that is killed.
 _SECONDS = 15.0

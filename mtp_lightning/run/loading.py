@@ -72,11 +72,9 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"There is no checkpoint or run folder at {path}.")
     for folder in (path / CHECKPOINTS, path):
-        best = folder / BEST
-        if best.is_file() and checkpoints.intact(best):
-            return best
-        newest = checkpoints.newest_intact(folder) if folder.is_dir() else None
-        if newest is not None:
+        if checkpoints.intact(folder / BEST):
+            return folder / BEST
+        if (newest := checkpoints.newest_intact(folder)) is not None:
             return newest
     raise FileNotFoundError(f"{path} holds no intact checkpoint: give {_KINDS}.")
 

@@ -1,5 +1,5 @@
-"""Checkpoints are written at the right steps, and a run resumed from any of them is the
-uninterrupted one."""
+"""Checkpoints are written at the right steps, and a run resumed from any of them equals
+the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_run import TinyModule, fit
 
+from mtp_lightning.callbacks import checkpoints as module_under_test
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.run import checkpoints as files
@@ -137,8 +138,50 @@ def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path
     assert step_of(tmp_path / "last.ckpt") == 16
 
 
+def test_another_monitor_has_no_best_yet(tmp_path: Path) -> None:
+    class Scores(TinyModule):
+        def validation_step(self, batch, batch_idx) -> None:
+            self.log_dict({"val/loss_depth_0": 2.0, "val/accuracy_depth_0": 0.3})
+
+    first = Checkpoints(tmp_path)
+    fit(Scores(), [first], max_steps=4)
+    other = Checkpoints(tmp_path, monitor="val/accuracy_depth_0", mode="max")
+    fit(Scores(), [other], max_steps=8, ckpt_path=first.last_path)
+    assert (other.best_score, other.best_step) == (pytest.approx(0.3), 8)
+    assert step_of(other.best_path) == 8
+
+
+@pytest.mark.parametrize("first_best", [4, 8])
+def test_a_kill_between_a_save_and_its_links_loses_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_best: int
+) -> None:
+    scores = {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}
+
+    class Scores(TinyModule):
+        def validation_step(self, batch, batch_idx) -> None:
+            step = self.global_step
+            self.log("val/loss_depth_0", scores[step] if step >= first_best else float("nan"))
+
+    link = files.link_or_copy
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name == "best.ckpt" and step_of(source) == 8:
+            raise RuntimeError("killed")
+        link(source, target)
+
+    monkeypatch.setattr(module_under_test, "link_or_copy", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(Scores(), [Checkpoints(tmp_path, every_n_steps=100, keep_steps=[12])], max_steps=16)
+    monkeypatch.setattr(module_under_test, "link_or_copy", link)
+    resumed = Checkpoints(tmp_path, every_n_steps=100, keep_steps=[8, 12])
+    fit(Scores(), [resumed], max_steps=16, ckpt_path=resumed.last_path)
+    assert (resumed.best_score, resumed.best_step) == (1.0, 8)
+    assert step_of(resumed.best_path) == step_of(tmp_path / "step_8.ckpt") == 8
+    assert step_of(tmp_path / "step_12.ckpt") == 12 and step_of(resumed.last_path) == 16
+
+
 def test_of_equally_good_ones_the_newest_is_best(tmp_path: Path) -> None:
-    """The main prediction of a frozen trunk stays what it was, while its heads learn."""
+    """The main prediction of a frozen trunk stays the same, while its heads learn."""
 
     class Same(TinyModule):
         def validation_step(self, batch, batch_idx) -> None:
@@ -165,7 +208,7 @@ def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -
                 TinyModule(stop), [saved := Checkpoints(tmp_path / "c", every_n_steps=100)],
                 loggers=[MetricsCSV(tmp_path)],
             )  # fmt: skip
-        # Lightning ignores further Ctrl-C while it shuts down after one, and leaves it so
+        # After a Ctrl-C, Lightning ignores further ones, and does not undo that.
         assert signal.getsignal(signal.SIGINT) in (handlers, signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGINT, handlers)

@@ -1,4 +1,4 @@
-"""Norms and cosines of the depths' gradients: right, on time, and without a trace in training."""
+"""Norms and cosines of the depths' gradients: right, on time, and with training unchanged."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class BadLoss(TinyModule):
         return outputs
 
 
-@pytest.mark.parametrize("every", [3, 1])  # a checkpoint is due at the bad step, too, or is not
+@pytest.mark.parametrize("every", [3, 1])  # with and without a checkpoint due at the bad step
 def test_names_step_depth_and_the_last_good_checkpoint(tmp_path: Path, every: int) -> None:
     with pytest.raises(ValueError) as error:
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=every), NanGuard()])
@@ -42,7 +42,7 @@ def test_before_any_checkpoint(tmp_path: Path) -> None:
 
 
 class OnDevice(NanGuard):
-    """Looks as rarely as it would on a GPU."""
+    """Checks as rarely as it would on a GPU."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         look, self._look = self._look, lambda trainer: None

@@ -1,4 +1,4 @@
-"""The progress bar shows steps and every depth's loss, and plain lines where nobody looks at a
+"""The progress bar shows steps and every depth's loss, and plain lines outside a
 terminal."""
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_schedule_that_moves_is_named(capsys) -> None:
 
 
 def test_lines_by_time(capsys, monkeypatch) -> None:
-    # Of a machine that has been up for seconds.
+    # The clock of a machine that was started seconds ago.
     began = time.monotonic()
     monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() - began)
     fit(TinyModule(), [StepProgressBar(line_seconds=1000.0)], max_steps=12, val_every=100)

@@ -1,4 +1,4 @@
-"""The decoding check of a validation."""
+"""The decoding at each validation: its settings, values and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_run_and_evaluate_decode_the_same_by_default() -> None:
 
 
 class _Module:
-    """What the callback needs of a module."""
+    """The parts of a module that the callback uses."""
 
     def __init__(self, model: MTPModel) -> None:
         self.whole_model = lambda: model
@@ -58,7 +58,7 @@ def test_a_window_without_room_is_told_once(caplog: pytest.LogCaptureFixture) ->
 
 
 def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
-    """What a validation logs of 12 prompts."""
+    """The values that a validation logs for 12 prompts."""
     prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 12)]
     data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=_Letters())
     data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]

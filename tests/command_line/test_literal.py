@@ -1,4 +1,4 @@
-"""What a person types reaches the app as it was typed."""
+"""A typed text or path reaches the app unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.integration.helpers import composed
 
 KEYS = TEXTS | PLACES | INPUTS
 
-# Random texts, and such as are made of what some grammar has a meaning for.
+# Random texts, and texts of the special characters of shells, Hydra and YAML.
 SPECIAL = st.text(alphabet=st.sampled_from("\\'\"${}[](),=:#~ \n\ta1文"), max_size=12)
 ANY = st.one_of(st.text(max_size=40), SPECIAL)
 TYPED = [
@@ -42,14 +42,14 @@ def parse(argument: str) -> Override:
 
 
 def read(key: str, text: str, *flags: str) -> Any:
-    """What the config says after Hydra and OmegaConf have read the argument."""
+    """The config's value after Hydra and OmegaConf have read the argument."""
     argument = literal([*flags, f"{key}={text}"])[-1]
     config = OmegaConf.create({"value": parse(argument).value()})
     return OmegaConf.to_container(config, resolve=True)["value"]  # type: ignore[index,call-overload]
 
 
 def in_quotes(text: str) -> bool:
-    """Whether Hydra reads a quoted string: then it stays what it is."""
+    """Whether Hydra reads a quoted string, which is passed on unchanged."""
     try:
         return isinstance(parse(f"key={text}")._value, QuotedString)
     except Exception:
@@ -77,7 +77,7 @@ def test_a_path_is_the_text(text: str) -> None:
 @example("data.paths", "a,文,'x'", ("-m",))
 @example("stop", "[a(,b]", ())
 def test_given_back_in_nothing_changes(key: str, text: str, flags: tuple[str, ...]) -> None:
-    """A sweep hands its jobs what it was given, and so does Lightning its ranks."""
+    """A sweep passes its arguments on to its jobs, and Lightning to its ranks."""
     assume(key in TEXTS or text not in ("", '""', "''"))
     once = literal([*flags, f"{key}={text}"])
     assert literal(once) == once
@@ -96,7 +96,7 @@ def test_typed(text: str) -> None:
     assert read("prompt", text) == text
     for key in ("stop", "run_dir", "data.paths"):
         for_hydra = key != "stop" and ("${" in text or text == "null")
-        # In brackets, a list is meant where there can be one. An empty path is refused.
+        # Brackets mean a list for keys that take one. An empty path is refused.
         empty = key != "stop" and not text
         if not (empty or for_hydra or key in LISTS and text.startswith("[")):
             assert read(key, text) == text

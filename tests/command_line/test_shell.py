@@ -27,7 +27,7 @@ def own_value_error() -> None:
 
 
 def users_value_error() -> None:
-    int("many")  # which C code raises, asked by a file outside of any library
+    int("many")  # raised by C code that a file outside any library calls
 
 
 def missing_file() -> None:

@@ -27,7 +27,7 @@ RANKS = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
 
 
 def together(work: Callable[[Rendezvous], Any]) -> list[Any]:
-    """What each of four processes on two machines returns or raises."""
+    """The results or errors of four processes on two machines."""
     store = dist.HashStore()
     results: list[Any] = [None] * len(RANKS)
 
@@ -39,7 +39,7 @@ def together(work: Callable[[Rendezvous], Any]) -> list[Any]:
             results[rank] = error
 
     threads = [threading.Thread(target=one, args=who) for who in RANKS]
-    for thread in reversed(threads):  # the first comes last
+    for thread in reversed(threads):  # the first process starts last
         thread.start()
     for thread in threads:
         thread.join(30)
@@ -109,7 +109,7 @@ def test_processes_that_lightning_starts_are_told(
     )
     first = Rendezvous()
     assert first.broadcast("resume", lambda: "last.ckpt") == "last.ckpt"
-    assert first.broadcast("resume", lambda: None) is None  # alone, nothing is remembered
+    assert first.broadcast("resume", lambda: None) is None  # a single process remembers nothing
     with first.handing_on(tmp_path):
         second = find_peers()
         assert second.broadcast("resume", lambda: "another") is None and not second.leads
@@ -124,7 +124,7 @@ def test_processes_that_lightning_starts_are_told(
     ("environment", "trainer", "refusal"),
     [
         ({}, {}, None),
-        ({"WORLD_SIZE": "1", "RANK": "0"}, {"devices": 2}, None),  # the others are to be started
+        ({"WORLD_SIZE": "1", "RANK": "0"}, {"devices": 2}, None),  # Lightning starts the other one
         ({"WORLD_SIZE": "2", "RANK": "0"}, {}, "2 processes were started"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, {"devices": 2}, None),
         ({"WORLD_SIZE": "2", "RANK": "1"}, {"devices": "2"}, None),
@@ -164,7 +164,7 @@ def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
     second = Rendezvous(1, 2, local_rank=1, store=store)
     del first
     with pytest.raises(UserError, match="another process of this run has ended"):
-        second.broadcast("run_dir", lambda: None)  # before there is a folder
+        second.broadcast("run_dir", lambda: None)  # before the folder exists
     gone = pytest.raises(UserError, match="another process of this run has ended")
     with gone, errors_of_lost_peers(tmp_path):
         second.broadcast("resume", lambda: None)
@@ -210,8 +210,8 @@ def test_one_that_shows_no_sign_of_life_is_not_waited_for(how: str, impatient: N
     assert first.pulse is not None and second.pulse is not None
     time.sleep(0.3)
     if how == "dies":
-        second.pulse._store = dist.HashStore()  # where nobody looks
-    elif how == "has met":  # and shows none any more, since its connections do
+        second.pulse._store = dist.HashStore()  # which the others do not read
+    elif how == "has met":  # and stops giving signs, since connections replace them
         second.pulse.met.set()
     else:
         threading.Timer(4.5, lambda: second._set("late", "come")).start()

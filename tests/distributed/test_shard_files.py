@@ -1,4 +1,4 @@
-"""A checkpoint in parts is read as if it were one file, and what is broken in it is said."""
+"""A sharded checkpoint is read as if it were one file, and damage is named."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_map
 
 from mtp_lightning.distributed import shard_files
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.branching import branch_checkpoint
 from mtp_lightning.run import checkpoints as cio
 
 FOLDER = "00000003-0123abcd"
 
 
 def content(step: int = 3) -> dict[str, Any]:
-    """As a run has it, with tensors of fewer rows than there are parts, and one that is in none."""
+    """A run's content, with tensors of fewer rows than shards, and one unsharded tensor."""
     shapes = [(1,), (2, 3), (7,), (8, 2, 2), (13, 1)]
     generator = torch.Generator().manual_seed(step)
     weights = {f"w{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
@@ -50,7 +51,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def cut(value: Any, part: int, count: int) -> Any:
-    """What a part holds of a nested value, by ``torch.split``."""
+    """The rows of a nested value that a shard holds, by ``torch.split``."""
 
     def rows(leaf: Any) -> Tensor | None:
         if not is_large(leaf):
@@ -73,7 +74,7 @@ BIAS = torch.arange(4.0)
 
 
 def write(path: Path, whole: dict[str, Any], count: int, folder: str = FOLDER) -> Path:
-    """A checkpoint in ``count`` parts; the folder that those are in."""
+    """Write a checkpoint in ``count`` shards, and return their folder."""
     place = path.parent / "parts" / folder
     for key, name in (("state_dict", "weights"), ("optimizer_states", "optimizer")):
         for part in range(count):
@@ -149,15 +150,20 @@ def other_content(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, flip, cut_off])
 def test_a_damaged_part_is_found(tmp_path: Path, damage: Any) -> None:
-    place = write(tmp_path / "last.ckpt", content(), 2)
-    cio.save(content(2), tmp_path / "previous.ckpt")
+    folder = tmp_path / "checkpoints"
+    last = folder / "last.ckpt"
+    place = write(last, content(), 2)
+    cio.save(content(2), folder / "previous.ckpt")
+    assert branch_checkpoint(f"{tmp_path}@3") == last
     damage(place / "weights-0-of-2.pt")
-    reason = cio.damage(tmp_path / "last.ckpt")
-    assert reason is not None and "weights-0-of-2.pt" in reason
+    reason, step = cio.inspect(last)
+    assert reason is not None and "weights-0-of-2.pt" in reason and step == -1
     with pytest.raises(UserError, match="last.ckpt cannot be used .its part .*weights-0-of-2"):
-        cio.load(tmp_path / "last.ckpt")
+        cio.load(last)
     with pytest.warns(UserWarning, match="last.ckpt is damaged and skipped: its part"):
-        assert cio.newest_intact(tmp_path) == tmp_path / "previous.ckpt"
+        assert cio.newest_intact(folder) == folder / "previous.ckpt"
+    with pytest.raises(UserError, match=r"no intact checkpoint of step 3 \(there are: 2\)"):
+        branch_checkpoint(f"{tmp_path}@3")
 
 
 @pytest.mark.parametrize("forge", [other_shape, repeated, other_content])

@@ -1,4 +1,4 @@
-"""A checkpoint in parts has its name when every process's part is on the disk, and not before."""
+"""A sharded checkpoint gets its name once every process's shard is on the disk, not before."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mesh() -> Iterator[Any]:
 
 @pytest.fixture
 def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Parts reach the disk when this is set."""
+    """Shards reach the disk only after this is set."""
     go, save = threading.Event(), checkpoints.save
 
     def slowly(content: dict[str, Any], path: Path) -> None:
@@ -85,7 +85,7 @@ def test_training_goes_on_and_the_file_is_of_the_moment(
 
 def test_a_save_replaces_the_one_before(tmp_path: Path, mesh: Any) -> None:
     target = tmp_path / "last.ckpt"
-    (tmp_path / "parts" / "00000001-half").mkdir(parents=True)  # that a kill has left
+    (tmp_path / "parts" / "00000001-half").mkdir(parents=True)  # left by a kill
     for _ in range(3):
         assert ShardWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
     assert len(list((tmp_path / "parts").iterdir())) == 1

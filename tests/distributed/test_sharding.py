@@ -1,4 +1,4 @@
-"""What one of several processes keeps of a model, in a process group that only pretends."""
+"""The shard that one of several processes keeps of a model, in a fake process group."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RANK, WORLD = 1, 3
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """This process is the second of three; what the others say is nothing."""
+    """A group in which this process is the second of three, and the others send nothing."""
     dist.init_process_group("fake", rank=RANK, world_size=WORLD, store=FakeStore())
     yield
     dist.destroy_process_group()
@@ -64,7 +64,7 @@ def test_a_process_draws_its_part_of_the_plain_weights(
     assert sharded.state_dict().keys() == expected.keys()
     for name, tensor in sharded.state_dict().items():
         size = -(-expected[name].shape[0] // WORLD)
-        rows = expected[name].split(size)  # of one size, the last ones what is left
+        rows = expected[name].split(size)  # of one size, except for the last ones
         own = rows[RANK] if len(rows) > RANK else expected[name][:0]
         assert torch.equal(local(tensor), own), name
 
@@ -92,7 +92,7 @@ def test_buffers_that_nothing_sets_again_are_not_deferred(tiny_trunk: TrunkConfi
 
 def test_copies_of_a_sharded_model(group: None) -> None:
     with pytest.raises(RuntimeError):
-        build_mesh("cpu", 4, 2)  # more than there are
+        build_mesh("cpu", 4, 2)  # more than the three processes
     mesh = build_mesh("cpu", WORLD, 1)
     assert mesh.mesh_dim_names == ("replicate", "shard") and mesh.shape == (WORLD, 1)
 

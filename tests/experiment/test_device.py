@@ -1,4 +1,4 @@
-"""What a run does by default on the device that it finds."""
+"""The precision and compilation that a run chooses for its device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config(**trainer: object) -> DictConfig:
 def settled(**trainer: object) -> tuple[object, ...]:
     given = config(**trainer)
     found = device.settle_device(given).trainer
-    assert given == config(**trainer)  # it is left as it was
+    assert given == config(**trainer)  # unchanged
     return found.accelerator, found.precision, found.compile
 
 
@@ -62,7 +62,7 @@ def test_the_run_says_what_it_did(tmp_path: Path) -> None:
     ],
 )
 def test_tensor_cores(accelerator: str, precision: str, expected: str) -> None:
-    torch.set_float32_matmul_precision("medium")  # of another run in this process
+    torch.set_float32_matmul_precision("medium")  # as another run in this process may have set it
     try:
         device.use_tensor_cores(config(accelerator=accelerator, precision=precision))
         assert torch.get_float32_matmul_precision() == expected

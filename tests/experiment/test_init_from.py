@@ -34,13 +34,13 @@ def fresh(trunk: TrunkConfig, variant: str = "sequential", **mtp: Any) -> MTPMod
 
 
 def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
-    """Where every module of the stack has its weights from."""
+    """For each module of the stack, whether its weights are the old ones or new."""
     new = MTPModel(model.config)
     new.initialize(0)
     found: dict[str, set[str]] = {}
     for name, tensor in model.state_dict().items():
         if tensor.dim() < 2:
-            continue  # gains of 1 tell nothing
+            continue  # old and new gains are both 1
         module = ".".join(name.split(".")[:3]) if name.startswith("mtp.") else "trunk"
         old = name in start.weights and torch.equal(tensor, start.weights[name])
         fresh_ = torch.equal(tensor, new.state_dict()[name])
@@ -56,7 +56,7 @@ def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
         ({"depth": 1}, {"depth": 3}, [0], [1, 2], []),
         ({"depth": 3}, {"depth": 1}, [0], [], [1, 2]),
         ({"depth": 2, "share_layers": True}, {"depth": 2}, [0], [1], []),
-        # Switches of training alone.
+        # Switches that change only training.
         (
             {"depth": 2},
             {"depth": 2, "detach": "all", "freeze_trunk": True, "hidden_state_mixing": True},
@@ -89,7 +89,7 @@ def test_modules_are_kept_new_or_dropped(
 def test_another_variant_starts_its_stack_fresh(
     tiny_trunk: TrunkConfig, old: str, new: str
 ) -> None:
-    """Names of two variants' modules partly agree; their meaning does not."""
+    """Modules of two variants may have the same name, and still mean something else."""
     start = start_of(tiny_trunk, variant=old, **({} if old == "none" else {"depth": 1}))
     model = fresh(tiny_trunk, new, depth=1)
     inherited = start_from(model, start)
@@ -189,7 +189,7 @@ def test_post_hoc_training_changes_the_modules_alone(
     assert len(state) == len(trained), "the trunk has no optimizer state"
     assert summary["parameters_trained"] == sum(p.numel() for p in trained)
     assert summary["init_from"] == str(base / "base")
-    # The main prediction is that of the run it started from.
+    # The main prediction stays that of the run that this one started from.
     first = helpers.column(base / "frozen", "val/loss_depth_0")
     assert len(first) == 2 and len(set(first.values())) == 1
 
@@ -204,7 +204,7 @@ def test_a_resumed_run_goes_on_and_does_not_start_again(base: Path) -> None:
     shutil.copytree(base / "base", base / "gone")
     for folder, steps in (("whole", 4), ("halves", 2), ("halves", 4)):
         if steps == 4 and folder == "halves":
-            shutil.rmtree(base / "gone")  # what it started from is not needed any more
+            shutil.rmtree(base / "gone")  # the run no longer needs its start
         more = {**settings, "trainer.max_steps": steps}
         summary = helpers.train_here(base / folder, base / "cache", more)
     assert summary["step"] == 4

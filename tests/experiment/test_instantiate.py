@@ -1,4 +1,4 @@
-"""Who may build what: all that the user composed, little of what was stored."""
+"""A config that the user composed may build any class, a stored one only a few."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def touch(path):
 
 @pytest.fixture
 def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of somebody's, on the path and not imported."""
+    """A user's package, which is on the path and not imported."""
     name = f"theirs_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(THEIRS)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""``data=self_generated``: what a trunk says, as data for heads on it."""
+"""``data=self_generated``: texts that a trunk generates, as data for heads on it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def corpus(base: Path, cache: Path, **changes: Any) -> SelfGenerated:
 
 
 def documents(store: TokenStore) -> dict[str, list[list[int]]]:
-    """Of every split, the texts without their end-of-text tokens."""
+    """The texts of each split, without their end-of-text tokens."""
     found = {}
     for name, file in store.splits.items():
         tokens, ends = file.tokens(), [*file.starts()[1:], file.n_tokens]
@@ -136,7 +136,7 @@ def test_a_stopped_build_continues_after_its_last_text(
         assert list((tmp_path / "own" / "stores").iterdir()) == [], "no half store"
         (file,) = (tmp_path / "own" / "texts").iterdir()
         with file.open("a") as kept:
-            kept.write('["texts", 1')  # killed while it wrote
+            kept.write('["texts", 1')  # the process was killed while it wrote
     assert documents(corpus(base, tmp_path / "own", decode_batch_size=3).store) == whole
     assert len(written) == len(set(written)) == 12
     assert not list((tmp_path / "own" / "texts").iterdir())
@@ -162,7 +162,7 @@ def test_kept_texts_are_rewritten_only_without_a_half_line(tmp_path: Path) -> No
 
 def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Path) -> None:
     first = corpus(base, tmp_path)
-    # What decides nothing: the order of training, windows, how many are decoded together.
+    # Settings without an influence: training order, windows, the number of texts decoded together.
     again = corpus(base, tmp_path, seed=7, seq_len=8, decode_batch_size=3)
     assert again.store.folder == first.store.folder
     assert (tmp_path / "stores").is_dir() and len(list((tmp_path / "stores").iterdir())) == 1
@@ -202,7 +202,7 @@ def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> No
     for name, value in evaluated().items():
         if name in summary and name.startswith(("val/", "evaluation")):
             assert value == summary[name], name
-    # The texts can be made again, and are the same ones.
+    # Generated again, the texts are the same.
     shutil.rmtree(cache)
     assert evaluated()["evaluation"] == summary["evaluation"]
 
@@ -222,7 +222,7 @@ def test_texts_of_a_model_that_was_trained_on_are_not_those(base: Path, tmp_path
 
 
 def test_rows_without_a_text_have_no_bytes(base: Path, tmp_path: Path) -> None:
-    """A trunk may say ids that its tokenizer does not have."""
+    """A trunk may generate ids that its tokenizer does not have."""
     pytest.importorskip("safetensors", reason="Hugging Face folders need it")
     folders.write(tmp_path / "llama", deepseek.build(folders.dense()))
     without = {key: None for key in helpers.QUICK if key.startswith(("model.", "tokenizer"))}

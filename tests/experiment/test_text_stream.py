@@ -1,4 +1,4 @@
-"""What a person sees of a text and its drafts: on a terminal, in a pipe, as JSON."""
+"""How a text and its drafts are shown: on a terminal, in a pipe, as JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 
 class Letters(ByteTokenizer):
-    """Every token is one character, so that what is shown can be taken apart again."""
+    """Each token is one character, so that a test can split the shown text into tokens."""
 
     @property
     def eot_id(self) -> int:
@@ -99,7 +99,7 @@ def test_drafts_from_the_text_have_marks_of_their_own(opened: OpenedModel) -> No
 
 
 def test_drafts_are_those_of_full_passes(opened: OpenedModel) -> None:
-    """Each pass drafts as many as it is asked to, but near the end no more than there is room."""
+    """Each pass drafts as many tokens as asked, but near the end only as many as have room."""
     for way, each in (({}, 2), ({"tree": [3, 2]}, 9), ({"speculative": False}, 0)):
         _, done = shown(opened, None, **way)
         full = done.verify_passes * each
@@ -121,7 +121,7 @@ def test_a_text_in_a_line() -> None:
 
 @pytest.fixture
 def asked(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """``generate.py`` with keys of its own, in this process."""
+    """A function that runs ``generate.py`` with the given keys, in this process."""
     monkeypatch.setattr(generating, "open_model", lambda *args, **options: opened)
 
     def ask(**keys: Any) -> None:
@@ -138,7 +138,7 @@ def test_what_generate_says_at_the_end(
     asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked(prompt="ab")
-    assert capsys.readouterr().err == ""  # nobody is there who reads it
+    assert capsys.readouterr().err == ""  # standard output is not a terminal
     asked(prompt="ab", show_drafts=True)
     said = capsys.readouterr()
     assert "[-1:" in said.out and "a rejected one of depth 2" in said.err
@@ -181,7 +181,7 @@ def test_an_error_never_shares_a_line_with_the_prompt(
         asked(prompt="a prompt")
     said = capsys.readouterr().out
     assert said.startswith("a prompt") and said.endswith("\n")
-    # An error before the first token leaves standard output empty: the prompt is not shown alone.
+    # An error before the first token leaves standard output empty, without the prompt.
     monkeypatch.setattr(generating, "continue_prompts", real)
     with pytest.raises(UserError, match="max_new_tokens"):
         asked(prompt="a prompt", max_new_tokens=-1)

@@ -15,7 +15,7 @@ from mtp_lightning.loggers.guard import GuardedLogger
 
 
 class Foreign(Logger):
-    """As a stranger writes one: Lightning's interface to the letter, and a method of its own."""
+    """A user's logger: exactly Lightning's interface, and one more method."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails

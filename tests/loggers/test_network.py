@@ -97,7 +97,7 @@ def test_no_logger_reaches_anybody(logger: str, proxy: str, tmp_path: Path) -> N
     module = logger.partition(":")[0]
     if module not in ("csv", "tensorboard"):
         pytest.importorskip(module, reason=f"pip install -e '.[{module}]'")
-    # Libraries are silent where they see tests or somebody's servers.
+    # Libraries switch telemetry off if they notice tests or a user's own servers.
     left_out = ("PYTEST_", "CI", "GITHUB_", "WANDB_", "MLFLOW_", "TRACKIO_", "HF_", "DO_NOT_TRACK")
     kept = {
         key: value

@@ -1,5 +1,5 @@
-"""Weights & Biases, MLflow and Trackio with their own libraries, without a network: what was logged
-is there, once, under one run, though the training was interrupted.
+"""Weights & Biases, MLflow and Trackio with their own libraries, without a network: after an
+interrupted training, each value is there once, under one run.
 
 They are slow (the libraries' imports), and need these: pip install -e '.[loggers]'.
 """
@@ -50,7 +50,7 @@ def leveldb_records(log: bytes) -> Iterator[bytes]:
         size, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
         whole += log[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # all, or the last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield whole
             whole = b""
 
@@ -95,7 +95,7 @@ def mlflow_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
 
 
 def trackio_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
-    """The same of Trackio's database."""
+    """The same from Trackio's database."""
     from trackio.sqlite_storage import SQLiteStorage
 
     runs = SQLiteStorage.get_runs("lab")

@@ -1,4 +1,4 @@
-"""Three lines of a notebook: the command line's runs, numbers and text as objects."""
+"""The notebook's calls: runs of the command line, with their numbers and text as objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The overrides of a quick run, with a cache of this module's own."""
+    """The overrides of a quick run, with a cache for this file's tests."""
     return overrides(tmp_path_factory.mktemp("cache"), {})
 
 

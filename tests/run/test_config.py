@@ -1,4 +1,4 @@
-"""A stored config is read for what it is, and no more."""
+"""A stored config is read as plain data; anything else in the file is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import read_yaml
 
-# Eight lines that stand for 9^7 keys.
+# Eight lines of aliases that would expand to 9^7 keys.
 BOMB = "a0: &a0 {x: 1}\n" + "".join(
     f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 8)
 )

@@ -1,4 +1,4 @@
-"""Files are replaced as a whole, and keys say what they have a bearing on, without torch."""
+"""Files are replaced as a whole, and keys are sorted by their effect on results, without torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_differences() -> None:
     stored, wanted = {"a": {"b": 1, "c": 2}, "d": {"e": 3}}, {"a": {"b": 2}, "d": {"e": 4}}
     found = describe_differences(stored, wanted, ignore=["d"])
     assert found == ["a.b: 1 -> 2", "a.c: 2 -> nothing"]
-    # A key that was added later has its old meaning where it is missing.
+    # A config without a key that was added later means the value that changes nothing.
     assert describe_differences({}, {"data": {"train_windows": "all"}}) == []
     assert describe_differences({}, {"data": {"train_windows": 5}}) == [
         "data.train_windows: all -> 5"

@@ -1,4 +1,4 @@
-"""A run's folder is had by one process, and goes if nothing came of the run."""
+"""One process uses a run's folder at a time; a run that makes no step leaves none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_a_user_had_there_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
 def test_files_of_the_names_of_a_run_stay(name: str, tmp_path: Path) -> None:
-    """Nobody can tell them from a run's, so a folder that had them is not removed."""
+    """They look like a run's files, so a folder that had them before is not removed."""
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="refused"), claimed(tmp_path):
         raise ValueError("refused")

@@ -1,4 +1,4 @@
-"""A checkpoint's config may ask for no more than its tensors hold, and these are numbers."""
+"""A checkpoint's config must fit its tensors, and these must be finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`metrics.csv` keeps every bit, survives kills, and forgets what a resumed run does again."""
+"""`metrics.csv` keeps every bit, survives kills, and drops rows that a resumed run repeats."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_damaged_file_has_no_rows(path: Path, content: bytes) -> None:
 
 
 def test_newest_row_and_empty_cells(path: Path) -> None:
-    # A row without a loss (a validation of its own), and one that is just being written.
+    # The third row has no training loss, and the last one is still being written.
     path.write_text("\n".join([HEAD, "10,5.5,", "20,4.5,4.25", "30,,4.0", "40,9."]))
     assert read_newest(path, "train/loss") == (20, 4.5)
     found = {row["step"]: row.get("val/loss_depth_0") for row in read_metrics(path)}

@@ -1,4 +1,4 @@
-"""When a task was solved, by the rows of a run's log."""
+"""When a task counts as solved, from the rows of ``metrics.csv``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_first_validation_above_counts_whatever_comes_after() -> None:
 
 @pytest.mark.parametrize("level", [SOLVED, 0.98, 0.9, 0.7, 0.1])
 def test_a_level_is_not_above_itself_in_single_precision(level: float) -> None:
-    """Lightning logs in it, and 49 of 50 are then a little more than 0.98."""
+    """Lightning logs in single precision, in which 49 of 50 is a little above 0.98."""
     assert first_above([row(1, float(np.float32(level)))], level) is None
     assert first_above([row(1, float(np.float32(level + 1e-5)))], level) is not None
 

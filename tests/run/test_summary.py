@@ -1,4 +1,4 @@
-"""The tables that a run and evaluate.py end with."""
+"""The tables that a run and evaluate.py print at the end."""
 
 from __future__ import annotations
 
