@@ -1,7 +1,16 @@
 """One optimizer step on ``L = L_0 + sum_k lambda_k L_k`` (DeepSeek-V3, eq. 24-25).
 
-The order of a step: progress -> lambdas -> *factors* of the losses, [D + 1] -> micro-batches
-forward and backward -> clipping -> balancing -> optimizer.
+OptimizerStep.__call__
+    plan                    lambdas, the losses' *factors* [D + 1], counts of targets (plan.py)
+    micro_batch_loss        for each micro-batch: its part of L (stream.py)
+        Objective.targets       what each depth is trained on (objective.py, targets.py)
+        MTPModel.run_trunk      the trunk's hidden states (model.py)
+        MTPStack.feed           the depths' hidden states (mtp/base.py, mtp/feed.py)
+        prepass, settle         rules change the targets (rules/)
+        stream_loss             losses and gradients of all states
+            through_head            chunk by chunk: logits, terms (through_head.py, terms/)
+    backward                through depths and trunk
+    clipping, balancing, the optimizer's step
 """
 
 from __future__ import annotations
