@@ -192,7 +192,7 @@ class MTPStack(nn.Module, ABC):
         return range(k, k)
 
     def ahead(self, k: int) -> int:
-        """How far ahead the newest of them is; 0 for none."""
+        """How far ahead the newest token of :meth:`reads` is; 0 for none."""
         return k if self.reads(k) else 0
 
     @property

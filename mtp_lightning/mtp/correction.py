@@ -138,7 +138,7 @@ class Bigrams(Correction):
 
     def __init__(self, trunk: TrunkConfig, rank: int) -> None:
         super().__init__(rank, trunk)
-        # An nn.Embedding, by which optimizers distinguish lookup tables from matrices.
+        # Optimizers recognize a lookup table by this name (optim/groups.py).
         self.embedding = embedding(trunk.vocab_size, rank)
 
     def forward(self, k: int, at: BranchPoint) -> Tensor:
