@@ -92,7 +92,7 @@ class OptimizerStep:
         clip_norm: bound on the gradient's global norm; None for no bound.
 
     Attributes:
-        cost: FLOPs of a window, by what a step computes.
+        cost: counts the FLOPs of a window, once for each kind of step.
     """
 
     def __init__(

@@ -50,9 +50,7 @@ def micro_batch_loss(
     batch: WindowBatch,
     auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One micro-batch's part of what a step differentiates; the parts of all micro-batches and
-    ranks add up to it. Also its summed losses by depth and term, [D + 1, P] fp64: 0 where not
-    computed, the main prediction's in the first column.
+    """One micro-batch's part of the loss that a step differentiates.
 
     The backward passes of heads side by side have already run when this returns (see
     ``mtp/kinds.py``); ``backward()`` on the part goes through the trunk and distributes all
@@ -64,6 +62,11 @@ def micro_batch_loss(
         plan: the step's plan.
         batch: one of its micro-batches.
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
+
+    Returns:
+        The part, a differentiable scalar; the parts of all micro-batches and ranks add up to the
+        loss. And the micro-batch's summed losses by depth and term, [D + 1, P] fp64: 0 where not
+        computed, the main prediction's in the first column.
     """
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
