@@ -225,9 +225,8 @@ class MTPModel(nn.Module):
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
             final, *others = (state.contiguous() for state in batch.states.unbind(1))
-            branch = others[0] if len(others) == 1 else final  # without a copy
-            if len(others) > 1:
-                branch = torch.cat(others, dim=-1)
+            read = others or [final]
+            branch = read[0] if len(read) == 1 else torch.cat(read, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], positions, batch.key

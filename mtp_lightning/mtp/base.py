@@ -151,8 +151,7 @@ class MTPStack(nn.Module, ABC):
             batch: the windows.
             depths: the depths that are trained, in order.
         """
-        losses = {k: self.own_loss(k, batch) for k in depths}
-        own = {k: loss for k, loss in losses.items() if loss is not None}
+        own = {k: loss for k in depths if (loss := self.own_loss(k, batch)) is not None}
         states, head = list(self.states(at, depths)), self.own_head
         if head is None:
             return Together(final_BTC, states, own)
