@@ -186,45 +186,6 @@ class MTPModel(nn.Module):
         main = self.mtp.main_state(final_BTC)
         return {0: main, **dict(self.mtp.states(at, active))}
 
-    def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
-        """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
-        head [..., C] and the ids [...] of the tokens before the drafts."""
-        return self.mtp.rescore(k, hidden, self.head_of(k)(hidden), before)
-
-    def depth_state(
-        self,
-        k: int,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        tokens: Tensor,
-        positions: Positions,
-        *,
-        stride: int = 1,
-    ) -> Tensor:
-        """Hidden state of depth ``k`` at the newest positions of a text that is being decoded.
-
-        Args:
-            k: depth in 1 .. D, or any depth of a recursive stack.
-            branch_BTC: trunk state that the stack starts from.
-            previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
-            tokens: ids [B, at least T]; the first stands ``mtp.reads(k).start`` positions ahead.
-            positions: of the T positions, with the cache of this depth.
-            stride: see :class:`BranchPoint`.
-
-        Returns:
-            [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.
-        """
-        at = BranchPoint(
-            hidden=branch_BTC,
-            tokens=tokens,
-            embedded=self.trunk.embedding(tokens),
-            positions=positions,
-            first=self.mtp.reads(k).start,
-            stride=stride,
-            head=self.head,
-        )
-        return self.mtp.depth_state(k, at, previous_BTC)
-
     def run_trunk(
         self,
         batch: WindowBatch,
@@ -264,9 +225,8 @@ class MTPModel(nn.Module):
         embedded = self.trunk.embedding(tokens)
         if batch.states is not None:
             final, *others = (state.contiguous() for state in batch.states.unbind(1))
-            branch = others[0] if len(others) == 1 else final  # without a copy
-            if len(others) > 1:
-                branch = torch.cat(others, dim=-1)
+            read = others or [final]
+            branch = read[0] if len(read) == 1 else torch.cat(read, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], positions, batch.key
@@ -276,3 +236,42 @@ class MTPModel(nn.Module):
             final = branch = self.trunk(embedded[:, :seq_len], positions).final
         at = BranchPoint(branch, tokens, embedded, positions, head=self.head, key=batch.key)
         return final, at
+
+    def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
+        """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
+        head [..., C] and the ids [...] of the tokens before the drafts."""
+        return self.mtp.rescore(k, hidden, self.head_of(k)(hidden), before)
+
+    def depth_state(
+        self,
+        k: int,
+        branch_BTC: Tensor,
+        previous_BTC: Tensor,
+        tokens: Tensor,
+        positions: Positions,
+        *,
+        stride: int = 1,
+    ) -> Tensor:
+        """Hidden state of depth ``k`` at the newest positions of a text that is being decoded.
+
+        Args:
+            k: depth in 1 .. D, or any depth of a recursive stack.
+            branch_BTC: trunk state that the stack starts from.
+            previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
+            tokens: ids [B, at least T]; the first stands ``mtp.reads(k).start`` positions ahead.
+            positions: of the T positions, with the cache of this depth.
+            stride: see :class:`BranchPoint`.
+
+        Returns:
+            [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.
+        """
+        at = BranchPoint(
+            hidden=branch_BTC,
+            tokens=tokens,
+            embedded=self.trunk.embedding(tokens),
+            positions=positions,
+            first=self.mtp.reads(k).start,
+            stride=stride,
+            head=self.head,
+        )
+        return self.mtp.depth_state(k, at, previous_BTC)

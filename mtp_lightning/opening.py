@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# No window has so many tokens: depths without weights of their own are refused beyond this number.
+# Depths without weights of their own are refused beyond this number: no window is so long.
 _FREE_DEPTHS = 4096
 
 

@@ -245,7 +245,7 @@ class Plan:
             meta.run_trunk(window, ())
         with counted_flops() as of_all:
             _, at = meta.run_trunk(window, depths)
-            list(meta.mtp.states(replace(at, head=meta.head), depths))
+            list(meta.mtp.states(at, depths))
         with torch.device("meta"), counted_flops() as of_block:
             Block(trunk)(at.hidden[..., : trunk.d_model], at.positions)
         return (of_all.total - of_trunk.total) / of_block.total

@@ -102,9 +102,8 @@ class PresenceLoss(SummaryLoss):
 
     head: BagMTP
 
-    def of_ahead(
-        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_RS, counts_RS = self.ahead.rows(rows)
         weights_V = self.head.weights_V.to(logits_RV.dtype)
         # -log(1 - sigmoid(z)) = softplus(z), and -log sigmoid(z) = softplus(z) - z.
         hit_RS = weights_V[tokens_RS] * counts_RS

@@ -1,4 +1,4 @@
-"""The interface of a stack, which predicts several tokens: what a head of its own may define.
+"""The interface of a stack, which predicts several tokens.
 
 Depth 0 is the next token, the trunk's own prediction; depths 1 .. D are the stack's. Most stacks
 are of one of the kinds in ``kinds.py``. A stack is built by its config (``config.py``).
@@ -93,8 +93,8 @@ class MTPStack(nn.Module, ABC):
         return output, self.branch(trunk, output)
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        """The trunk's hidden state [B, T, C] that the stack starts from; with ``config.n_states``,
-        so many states side by side."""
+        """The trunk's hidden state [B, T, C] that the stack starts from; if ``config.n_states`` is
+        above 1, that many states side by side."""
         hidden = trunk.state(output, self.config.start_state)
         # Detach once, before the loop over depths: detached at every depth, the earlier modules
         # would learn only from their own loss.
@@ -151,8 +151,7 @@ class MTPStack(nn.Module, ABC):
             batch: the windows.
             depths: the depths that are trained, in order.
         """
-        losses = {k: self.own_loss(k, batch) for k in depths}
-        own = {k: loss for k, loss in losses.items() if loss is not None}
+        own = {k: loss for k in depths if (loss := self.own_loss(k, batch)) is not None}
         states, head = list(self.states(at, depths)), self.own_head
         if head is None:
             return Together(final_BTC, states, own)
@@ -192,7 +191,7 @@ class MTPStack(nn.Module, ABC):
         return range(k, k)
 
     def ahead(self, k: int) -> int:
-        """How far ahead the newest of them is; 0 for none."""
+        """How far ahead the newest token of :meth:`reads` is; 0 for none."""
         return k if self.reads(k) else 0
 
     @property
@@ -277,7 +276,8 @@ class MTPStack(nn.Module, ABC):
         """
 
     def validate_loaded(self, source: str) -> None:
-        """Refuse what no training could have stored, after weights were loaded from ``source``.
+        """Refuse weights that no training could have stored, after they were loaded from
+        ``source``.
 
         Raises:
             UserError: naming the source.

@@ -121,7 +121,7 @@ class MTPConfig(Registered, ABC, family="mtp"):
 
     @property
     def read_states(self) -> tuple[Any, ...]:
-        """Which states of the trunk the stack starts from, for the key of a cache of them."""
+        """The trunk's states that the stack starts from, as a part of the key of their cache."""
         return self.branch, self.input_norm
 
     def shared_blocks(self, n_layers: int) -> int:

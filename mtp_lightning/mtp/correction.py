@@ -108,8 +108,8 @@ class SideBySideConfig(BranchConfig):
 
 
 class Correction(nn.Module):
-    """A module of the depth and the branch point whose output [B, T, C] is added to a head's state;
-    its last matrix reads ``width`` numbers."""
+    """A module whose output [B, T, C] is added to a head's state. It is called with the depth and
+    the branch point; its last matrix reads ``width`` numbers."""
 
     def __init__(self, width: int, trunk: TrunkConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Bigrams(Correction):
 
     def __init__(self, trunk: TrunkConfig, rank: int) -> None:
         super().__init__(rank, trunk)
-        # An nn.Embedding, by which optimizers distinguish lookup tables from matrices.
+        # Optimizers recognize a lookup table by this name (optim/groups.py).
         self.embedding = embedding(trunk.vocab_size, rank)
 
     def forward(self, k: int, at: BranchPoint) -> Tensor:

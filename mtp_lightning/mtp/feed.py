@@ -2,9 +2,8 @@
 
 :meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. :meth:`Feed.input_gradients`
 passes each hidden state, with its targets, to the objective (:data:`ThroughHead`), which sends it
-through a head, chunk by chunk, and sets its gradient. All of this happens in the forward pass of
-one autograd node (``objective/stream.py``), whose backward pass hands the gradients on to the
-feed's inputs.
+through a head, chunk by chunk, and sets its gradient. It returns the gradients of the feed's
+inputs, which one autograd node hands on (``objective/stream.py``).
 
 ====================  =========================================================================
 feed                  order
@@ -130,6 +129,11 @@ class Prediction:
     def needs_teacher(self) -> bool:
         """Whether a term compares with the main prediction."""
         return any(target.needs_teacher for target in self.targets)
+
+    def trains_head(self, shared: HeadWeight) -> bool:
+        """Whether its head gets a gradient from it; ``shared`` is the head unless it has one."""
+        head = shared if self.head is None else self.head
+        return head.needs_gradient and self.train_head
 
 
 @dataclass(frozen=True, eq=False)

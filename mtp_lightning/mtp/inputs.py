@@ -5,7 +5,7 @@ Shapes: B batch, T positions, C d_model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -34,10 +34,10 @@ class BranchPoint:
     hidden: Tensor
     tokens: Tensor
     embedded: Tensor
-    positions: Positions = field(repr=False)
+    positions: Positions
     first: int = 0
     stride: int = 1
-    head: Head | None = field(default=None, repr=False)
+    head: Head | None = None
     key: RandomKey | None = None
 
     def tokens_at(self, k: int) -> Tensor:
@@ -45,7 +45,7 @@ class BranchPoint:
         return self._at(k, self.tokens)
 
     def embedded_at(self, k: int) -> Tensor:
-        """Their embeddings [B, T, C]."""
+        """The embeddings of :meth:`tokens_at`, [B, T, C]."""
         return self._at(k, self.embedded)
 
     def _at(self, k: int, field: Tensor) -> Tensor:

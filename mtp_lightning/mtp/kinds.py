@@ -202,18 +202,14 @@ class HeadByHead(Feed):
             positions.auxiliary.add(reported)  # detached: their backward pass is the one below
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(own)
+        inputs = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *own]
         # The balance losses of the head's own experts share this backward pass.
         of_losses = [torch.full_like(loss, request.auxiliary) for loss in losses]
-        gradients = iter(
-            torch.autograd.grad(
-                [hidden, *losses],
-                [*(leaf for leaf in leaves.values() if leaf.requires_grad), *own],
-                [prediction.gradient, *of_losses],
-                allow_unused=True,
-            )
+        gradients = torch.autograd.grad(
+            [hidden, *losses], inputs, [prediction.gradient, *of_losses], allow_unused=True
         )
-        d_common = [next(gradients) if leaf.requires_grad else None for leaf in leaves.values()]
-        return d_common, list(gradients)
+        found = dict(zip(inputs, gradients, strict=True))
+        return [found.get(leaf) for leaf in leaves.values()], [found[p] for p in own]
 
 
 class Targets(MTPStack):

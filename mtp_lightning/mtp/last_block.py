@@ -12,8 +12,8 @@ half and 0 on the embedding half, so that in directions absent from the text the
 trunk's own state. s is a thousandth of the mean of x^2 under the same weights. Each token is
 weighted by the inverse of its state's size, since first tokens can be a thousand times larger.
 
-Shapes: B batch, T positions, D depths of the stack, N tokens, C d_model, X width of what the
-projection reads.
+Shapes: B batch, T positions, D depths of the stack, N tokens, C d_model, X width of the
+projection's input.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrunkText:
     documents: Tensor | None
 
     def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs of what depth k reads and the state that its block should be given.
+        """Inputs of depth k's projection, and the states that its block should receive.
 
         Args:
             k: the depth.

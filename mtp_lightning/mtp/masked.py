@@ -153,8 +153,8 @@ class MaskCache(KVSink):
         self._own = entry_BPMH.unflatten(1, (-1, self.masks))
 
     def attend(self, layer: int, query_BPNH: Tensor, mask: None) -> Tensor:
-        """Attention of the masks' queries, [B, P, N, H]: of all masks after a token to what the
-        token itself attends to, and of each to its own block up to itself."""
+        """Attention of the masks' queries, [B, P, N, H]. All masks after a token attend to the keys
+        that the token attends to; each also attends to its own block up to itself."""
         assert self._own is not None
         key, value = self._tokens[layer].chunk(2, dim=2)
         own_key, own_value = self._own.chunk(2, dim=3)

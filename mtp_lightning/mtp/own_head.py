@@ -1,9 +1,9 @@
 """An output head of the stack's own, over the most frequent tokens (EAGLE-3, arXiv 2503.01840; the
 idea of FR-Spec, Zhao et al. 2025, arXiv 2502.14856).
 
-A stack whose :attr:`MTPStack.own_head` is one projects all its depths with this head instead of the
-shared one. Row i of the head stands for token ``tokens[i]``. Tokens without a row have probability
-0: no depth is trained on them, and they are never drafted.
+A stack with an :attr:`MTPStack.own_head` projects all its depths with it, instead of the shared
+head. Row i of the head stands for token ``tokens[i]``. Tokens without a row have probability 0: no
+depth is trained on them, and they are never drafted.
 
 Shapes: V vocabulary, N rows of the head, C d_model, R positions.
 """

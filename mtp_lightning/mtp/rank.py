@@ -287,8 +287,8 @@ def _weights_after(log_w_RA: Tensor, log_p: Sequence[Tensor]) -> list[Tensor]:
     """``log w^k`` [R, A] of every depth, from the components' log-probabilities ``log p_a`` [R, A]
     of the tokens before it."""
     found = [log_w_RA]
-    for said_RA in log_p:
-        found.append((found[-1] + said_RA).log_softmax(-1))
+    for log_p_RA in log_p:
+        found.append((found[-1] + log_p_RA).log_softmax(-1))
     return found
 
 

@@ -73,17 +73,17 @@ class Rescorer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def value(self, said: Forced) -> Tensor:
+    def value(self, forced: Forced) -> Tensor:
         """The loss of every position [R], in nats."""
 
     @abstractmethod
     def state_gradient(
-        self, said: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
+        self, forced: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
         """:meth:`value` and its gradient.
 
         Args:
-            said: the predictions.
+            forced: the predictions at the chunk's positions.
             factor_R: factors of the losses, such as mask times coefficient.
             into: receives the gradients of the rescorer's own parameters, which are added.
         """

@@ -41,8 +41,8 @@ class Selector(Rescorer):
     """The tables A and B of r columns, and the projection H.
 
     Attributes:
-        embedding: A is ``before`` and B is ``after``, by the word by which optimizers distinguish
-            lookup tables from matrices.
+        embedding: A is ``before`` and B is ``after``. Optimizers recognize lookup tables by this
+            name (``optim/groups.py``).
         gate: H.
     """
 
@@ -76,19 +76,19 @@ class Selector(Rescorer):
         return rescored_XV.scatter(-1, ids_XK.expand_as(scores_XK), scores_XK)
 
     @torch.no_grad()
-    def value(self, said: Forced) -> Tensor:
-        return torch.cat([self._part(part)[0] for part, _ in self._parts(said)])
+    def value(self, forced: Forced) -> Tensor:
+        return torch.cat([self._part(part)[0] for part, _ in self._parts(forced)])
 
     @torch.no_grad()
     def state_gradient(
-        self, said: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
+        self, forced: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
         for weight in self._weights:
             if weight not in into:
                 into[weight] = torch.zeros_like(weight)
         d_before, d_after, d_gate = (into[weight] for weight in self._weights)
         found = []
-        for part, rows in self._parts(said):
+        for part, rows in self._parts(forced):
             with torch.enable_grad():
                 value_R, ids_RK, leaves = self._part(part)
                 d_unary_RK, of_before_Rr, of_after_RKr, d_hidden_RC, of_gate = torch.autograd.grad(
@@ -101,25 +101,25 @@ class Selector(Rescorer):
         value_R, d_hidden_RC, ids_RK, d_unary_RK = map(torch.cat, zip(*found, strict=True))
         return StateGradient(value_R, d_hidden_RC, (ids_RK, d_unary_RK))
 
-    def _parts(self, said: Forced) -> Iterator[tuple[Forced, slice]]:
-        """Parts of the positions, whose candidates' rows of B fit into the memory that they may
-        take, and which positions each has."""
+    def _parts(self, forced: Forced) -> Iterator[tuple[Forced, slice]]:
+        """Yield parts of the positions, each with its slice, so small that the candidates' rows of
+        B hold at most :data:`_NUMEL` numbers."""
         step = max(1, _NUMEL // (CANDIDATES * self.gate.weight.shape[0]))
-        for start in range(0, len(said.target_R), step):
+        for start in range(0, len(forced.target_R), step):
             rows = slice(start, start + step)
-            yield Forced(said.k, *(tensor[rows] for tensor in said[1:])), rows  # type: ignore[index]
+            yield Forced(forced.k, *(tensor[rows] for tensor in forced[1:])), rows  # type: ignore[index]
 
-    def _part(self, said: Forced) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _part(self, forced: Forced) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Losses [R], the candidates' ids [R, K], and the tensors that the losses are
         differentiable by, in the order of the arguments of :func:`_scores`."""
-        target_R1 = said.target_R.unsqueeze(-1)
-        ids_RK = candidates(said.log_q_RV, target_R1)
+        target_R1 = forced.target_R.unsqueeze(-1)
+        ids_RK = candidates(forced.log_q_RV, target_R1)
         table_A, table_B, gate = self._weights
         read = (
-            said.log_q_RV.gather(-1, ids_RK),
-            F.embedding(said.before_R, table_A),
+            forced.log_q_RV.gather(-1, ids_RK),
+            F.embedding(forced.before_R, table_A),
             F.embedding(ids_RK, table_B),
-            said.hidden_RC,
+            forced.hidden_RC,
             gate,
         )
         needs_gradient = torch.is_grad_enabled()

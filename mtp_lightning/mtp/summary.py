@@ -69,7 +69,8 @@ class Summary(TrainingOnly):
 
 
 class SummaryLoss(OwnLoss):
-    """A loss over the tokens ahead, in closed form, which trains the matrix of ``head``."""
+    """A loss over the tokens ahead, which trains the matrix of ``head``; a subclass computes it
+    together with its gradient."""
 
     def __init__(self, head: Summary, batch: WindowBatch) -> None:
         self.head, self.ahead = head, head.ahead_of(batch)
@@ -80,21 +81,8 @@ class SummaryLoss(OwnLoss):
     def value(self, rows: slice, logits_RV: Tensor) -> Tensor:
         return self.gradient(rows, logits_RV)[0]
 
-    def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        return self.of_ahead(logits_RV, *self.ahead.rows(rows))
-
     @abstractmethod
-    def of_ahead(
-        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of every position [R], and its gradient with respect to the logits [R, V].
-
-        Args:
-            logits_RV: the head's logits, at least fp32; may be overwritten.
-            tokens_RS: ids of the tokens ahead, the nearest first.
-            counts_RS: which of them count and are the nearest of their id. If none does, the
-                results must be finite; they are multiplied by 0.
-        """
+    def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class LookAhead:

@@ -68,9 +68,8 @@ class OrderLoss(SummaryLoss):
 
     head: TopMTP
 
-    def of_ahead(
-        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_RS, counts_RS = self.ahead.rows(rows)
         # The target has mass on at most S ids, so it is never stored as a row of V numbers.
         distance_S = torch.arange(
             tokens_RS.shape[1], device=logits_RV.device, dtype=logits_RV.dtype

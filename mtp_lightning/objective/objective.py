@@ -204,6 +204,13 @@ class Objective:
         weighted = [losses_KP[1:, i] * weight for i, (weight, _) in enumerate(self.terms)]
         return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))
 
+    def log_values(self, losses_KP: Tensor, depths: Sequence[int]) -> dict[str, Tensor]:
+        """The losses of every term at some depths, by log tag; empty for a single term."""
+        if len(self.terms) == 1:
+            return {}
+        terms = [term for _, term in self.terms]
+        return {term.tag(k): losses_KP[k, i] for k in depths for i, term in enumerate(terms)}
+
     def check(self, mtp: MTPConfig) -> None:
         """Refuse a stack for which the objective or one of its options has no meaning.
 

@@ -51,7 +51,8 @@ def step_counts(stack: MTPStack, batch: WindowBatch) -> PositionCounts:
     masks = [stack.valid(k, masked) for k in range(batch.depth + 1)]
     # The last positions have no teacher, which would lie beyond the window.
     taught = [max(batch.seq_len - batch.stride * k, 0) for k in range(batch.depth + 1)]
-    parts = [*((mask, batch.seq_len) for mask in masks), *zip(masks, taught, strict=True)]
+    # Each mask counts twice: over all positions, and over those with a teacher.
+    parts = list(zip(masks * 2, [batch.seq_len] * len(masks) + taught, strict=True))
     if all(mask is None for mask in masks):  # known from the sizes, the same on all ranks
         found = [len(batch) * width * world_size() for _, width in parts]
     else:
@@ -99,5 +100,5 @@ def tasks_of(factors: Sequence[float]) -> list[int]:
 
 
 def depths_of(factors: Sequence[float]) -> list[int]:
-    """The MTP depths (1 .. D) among them."""
+    """The MTP depths (1 .. D) whose factor is not 0."""
     return [k for k in tasks_of(factors) if k]

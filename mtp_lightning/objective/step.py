@@ -1,7 +1,16 @@
 """One optimizer step on ``L = L_0 + sum_k lambda_k L_k`` (DeepSeek-V3, eq. 24-25).
 
-The order of a step: progress -> lambdas -> *factors* of the losses, [D + 1] -> micro-batches
-forward and backward -> clipping -> balancing -> optimizer.
+OptimizerStep.__call__
+    plan                    lambdas, the losses' *factors* [D + 1], counts of targets (plan.py)
+    micro_batch_loss        for each micro-batch: its part of L (stream.py)
+        Objective.targets       what each depth is trained on (objective.py, targets.py)
+        MTPModel.run_trunk      the trunk's hidden states (model.py)
+        MTPStack.feed           the depths' hidden states (mtp/base.py, mtp/feed.py)
+        prepass, settle         rules change the targets (rules/)
+        stream_loss             losses and gradients of all states
+            through_head            chunk by chunk: logits, terms (through_head.py, terms/)
+    backward                through depths and trunk
+    clipping, balancing, the optimizer's step
 """
 
 from __future__ import annotations
@@ -83,7 +92,7 @@ class OptimizerStep:
         clip_norm: bound on the gradient's global norm; None for no bound.
 
     Attributes:
-        cost: FLOPs of a window, by what a step computes.
+        cost: counts the FLOPs of a window, once for each kind of step.
     """
 
     def __init__(
@@ -106,14 +115,12 @@ class OptimizerStep:
         balance.check(model.config)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
-        settings = [
-            r.setting for r in self.objective.rules if any(not m.of_main for m in r.measures)
-        ]
-        if balance.skips and settings:
-            raise UserError(
-                f"balance={balance.name} leaves depths out of a step, but {settings[0]} needs all "
-                "of them in every step: leave one of the two out."
-            )
+        for rule in self.objective.rules:
+            if balance.skips and not all(measure.of_main for measure in rule.measures):
+                raise UserError(
+                    f"balance={balance.name} leaves depths out of a step, but {rule.setting} needs "
+                    "all of them in every step: leave one of the two out."
+                )
         self.seed = seed
         self.accumulate = accumulate
         self.clip_norm = clip_norm
@@ -121,10 +128,20 @@ class OptimizerStep:
         self._computes_main = model.config.mtp.trains_trunk or balance.observes
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
-        """Plan the step over this rank's ``batch``."""
+        """Plan the step over this rank's ``batch``.
+
+        Raises:
+            UserError: the batch was built for another depth, or has no valid target.
+        """
+        batch.require_depth(self.model.depth, self.model.config.mtp.stride)
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         batch = replace(batch, key=key)
         counts = step_counts(self.model.mtp, batch)
+        if counts.valid[0] == 0:
+            raise UserError(
+                "The batch holds no valid target: every position crosses a document border. "
+                "Use longer documents, or data.document_mask=false."
+            )
         # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         terms = [term for _, term in self.objective.terms if not term.counts_padding]
@@ -161,7 +178,7 @@ class OptimizerStep:
                 summed over ranks.
 
         Raises:
-            UserError: the batch was built for another depth, or has no valid target.
+            UserError: see :meth:`plan`.
         """
         plan = self.plan(batch, progress)
         sums, auxiliary = self._forward_backward(plan, run, backward, no_sync)
@@ -192,12 +209,7 @@ class OptimizerStep:
         dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         for tag, of_tag in auxiliary.by_tag.items():
             values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
-        if len(self.objective.terms) > 1:
-            values |= {
-                term.tag(k): losses_KP[k, index].to(dtype)
-                for k in plan.active
-                for index, (_, term) in enumerate(self.objective.terms)
-            }
+        values |= self.objective.log_values(losses_KP.to(dtype), plan.active)
         further = sum(plan.factors[k] * losses[k] for k in plan.active)
         return StepResult(
             plan=plan,
@@ -250,11 +262,6 @@ class OptimizerStep:
 
     def loss(self, plan: StepPlan, micro: WindowBatch) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
         """One micro-batch through :func:`micro_batch_loss`, and the layers' auxiliary outputs."""
-        if plan.counts.valid[0] == 0:
-            raise UserError(
-                "The batch holds no valid target: every position crosses a document border. "
-                "Use longer documents, or data.document_mask=false."
-            )
         auxiliary = AuxiliaryOutputs()
         total, sums_KP = micro_batch_loss(self.model, self.objective, plan, micro, auxiliary)
         return total, sums_KP, auxiliary

@@ -1,16 +1,16 @@
-"""From a micro-batch to ``sum_k coefficient_k * loss_k`` of all depths, as one autograd node.
+"""From a micro-batch to ``sum_k coefficient_k * loss_k`` of all depths, with its gradients.
 
-Every kind of stack uses the same node: its feed (``mtp/feed.py``) sends hidden states through the
-head (``through_head.py``) and propagates their gradients to its inputs. All of that happens in the
-node's forward pass; the backward pass only returns the gradients. For data parallelism, with its
-hooks on every parameter, the node is like any other.
+The feed of the stack (``mtp/feed.py``) sends hidden states through the head (``through_head.py``),
+which computes losses and gradients together, and propagates the gradients to the feed's inputs.
+Then one autograd node connects the loss to these inputs; its backward pass only returns the
+gradients. For data parallelism, with its hooks on every parameter, the node is like any other.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,9 +50,7 @@ def micro_batch_loss(
     batch: WindowBatch,
     auxiliary: AuxiliaryOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One micro-batch's part of what a step differentiates; the parts of all micro-batches and
-    ranks add up to it. Also its summed losses by depth and term, [D + 1, P] fp64: 0 where not
-    computed, the main prediction's in the first column.
+    """One micro-batch's part of the loss that a step differentiates.
 
     The backward passes of heads side by side have already run when this returns (see
     ``mtp/kinds.py``); ``backward()`` on the part goes through the trunk and distributes all
@@ -64,6 +62,11 @@ def micro_batch_loss(
         plan: the step's plan.
         batch: one of its micro-batches.
         auxiliary: collects the layers' auxiliary outputs, whose losses are added; None for none.
+
+    Returns:
+        The part, a differentiable scalar; the parts of all micro-batches and ranks add up to the
+        loss. And the micro-batch's summed losses by depth and term, [D + 1, P] fp64: 0 where not
+        computed, the main prediction's in the first column.
     """
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
@@ -157,63 +160,42 @@ def stream_loss(
         The weighted total, a differentiable scalar of at least fp32, and the unweighted sums of the
         losses [len(targets)], fp64, without a gradient.
     """
-    call = _Call(feed, targets, train_head, auxiliary, compiled)
-    return _Stream.apply(weight_VC, call, *feed.inputs, *call.of_terms)
+    parameters = list(dict.fromkeys(p for target in targets for p in target.term.parameters))
+    inputs = [weight_VC, *feed.inputs, *parameters]
+    needs_weight, *needs = (torch.is_grad_enabled() and one.requires_grad for one in inputs)
+    head = HeadWeight(weight_VC, needs_gradient=needs_weight)
+    sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
+    targets = [replace(one, total=part) for one, part in zip(targets, sums, strict=True)]
+    of_terms: dict[nn.Parameter, Tensor] = {}
 
+    def send(predictions: Sequence[Prediction]) -> None:
+        main = feed.main if any(p.needs_teacher for p in predictions) else None
+        through_head(head, predictions, main_hidden=main, compiled=compiled, of_terms=of_terms)
 
-@dataclass(eq=False)
-class _Call:
-    """The node's arguments that are not tensors."""
-
-    feed: Feed
-    targets: Sequence[DepthTarget]
-    train_head: bool
-    auxiliary: float
-    compiled: bool
-    # Read before the node's forward pass, in which autograd is always off.
-    needs_gradient: bool = field(default_factory=torch.is_grad_enabled)
-
-    @property
-    def of_terms(self) -> list[nn.Parameter]:
-        """The terms' own parameters, each once."""
-        return list(dict.fromkeys(p for target in self.targets for p in target.term.parameters))
-
-
-class _Stream(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight_VC: Tensor, call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        feed = call.feed
-        needs_weight, _, *needs = (
-            wanted and call.needs_gradient for wanted in ctx.needs_input_grad
-        )
-        head = HeadWeight(weight_VC, needs_gradient=needs_weight)
-        sums = torch.zeros(len(call.targets), dtype=torch.float64, device=weight_VC.device)
-        targets = [replace(one, total=part) for one, part in zip(call.targets, sums, strict=True)]
-        of_terms: dict[nn.Parameter, Tensor] = {}
-        request = LossRequest(
-            by_depth(targets), needs[: len(feed.inputs)], call.train_head, call.auxiliary
-        )
-
-        def send(predictions: Sequence[Prediction]) -> None:
-            main = feed.main if any(p.needs_teacher for p in predictions) else None
-            through_head(
-                head, predictions, main_hidden=main, compiled=call.compiled, of_terms=of_terms
-            )
-
+    request = LossRequest(by_depth(targets), needs[: len(feed.inputs)], train_head, auxiliary)
+    with torch.no_grad():
         gradients = feed.input_gradients(request, send)
-        ctx.gradients = (head.gradient, *gradients, *(of_terms.get(p) for p in call.of_terms))
-        ctx.mark_non_differentiable(sums)
         # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.
         weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]
-        dtype = torch.promote_types(weight_VC.dtype, torch.float32)
-        return torch.stack(weighted).sum().to(dtype), sums
+        total = torch.stack(weighted).sum().to(torch.promote_types(weight_VC.dtype, torch.float32))
+    known = [head.gradient, *gradients, *(of_terms.get(p) for p in parameters)]
+    return _WithGradients.apply((total, known), *inputs), sums
+
+
+class _WithGradients(torch.autograd.Function):
+    """Connects a loss, whose gradients with respect to the inputs are known, to the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, known: tuple[Tensor, list[Tensor | None]], *inputs: Tensor) -> Tensor:
+        loss, ctx.gradients = known
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_weight, *gradients = ctx.gradients
+        gradients = ctx.gradients
         # Not kept for a second backward pass through the same graph.
         del ctx.gradients
-        for tensor in (d_weight, *gradients):
-            if tensor is not None:
-                tensor.mul_(grads[0])
-        return d_weight, None, *gradients
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(grads[0])
+        return None, *gradients

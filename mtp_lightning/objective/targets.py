@@ -61,6 +61,7 @@ class ChunkTarget:
     Args:
         target: the target at all positions.
         rows: the chunk's rows.
+        teacher: the teacher at these rows; None until it is known.
 
     Attributes:
         depth: k.
@@ -69,10 +70,11 @@ class ChunkTarget:
         tokens_R: target ids; 0 at positions that do not count.
         valid_R: bool, which positions have a target.
         counts_R: mask times weights.
-        teacher: that of the positions, once known.
     """
 
-    def __init__(self, target: DepthTarget, rows: slice | Tensor) -> None:
+    def __init__(
+        self, target: DepthTarget, rows: slice | Tensor, teacher: Teacher | None = None
+    ) -> None:
         self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
         self.of_token = target.term.of_token
         tokens_R = target.tokens.reshape(-1)[rows]
@@ -82,7 +84,7 @@ class ChunkTarget:
             for field in (target.weights, target.values, target.before)
         )
         self.counts_R = self.valid_R if weights_R is None else weights_R * self.valid_R
-        self.teacher: Teacher | None = None
+        self.teacher = teacher
         self._record, self._rows, self._total = target.record, rows, target.total
 
     def scale_R1(self, dtype: torch.dtype) -> Tensor:

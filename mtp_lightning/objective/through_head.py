@@ -17,12 +17,12 @@ states (R, or several for each position).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.feed import HeadWeight, Prediction
+from mtp_lightning.mtp.feed import HeadWeight, Loss, Prediction
 from mtp_lightning.nn.head import log_probs
 from mtp_lightning.nn.ops import compute_dtype, cross_entropy, exp_, matmul_transposed, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
@@ -90,33 +90,39 @@ def through_head(
         assert main_hidden is not None
         main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
 
-    passes = (_HeadPass(head, weight, prediction, of_terms) for prediction in predictions)
+    def begun(prediction: Prediction) -> _HeadPass:
+        return _HeadPass(head, weight, prediction, of_terms)
+
+    due = [
+        one
+        for one in predictions
+        if one.needs_gradient
+        or one.trains_head(head)
+        or any(target.coefficient for target in one.targets)
+    ]
     with no_autocast(weight):
-        found: Iterable[_HeadPass] = (
-            one
-            for one in passes
-            if one.needs_gradient or any(target.coefficient for target in one.targets)
-        )
-        if main_MC is not None:
-            found = list(found)
-            _with_teacher(main_MC, weight, [one for one in found if one.prediction.loss is None])
-            found = [one for one in found if one.prediction.loss is not None]
-        for one in found:
-            one.go_alone(main_MC, compiled=compiled)
+        alone = due if main_MC is None else [one for one in due if one.loss is not None]
+        if main_MC is not None and len(alone) < len(due):
+            _with_teacher(main_MC, weight, [begun(one) for one in due if one.loss is None])
+        for one in alone:  # begun one after another, so that their copies do not add up
+            begun(one).run(main_MC, compiled=compiled)
 
 
 def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) -> None:
     """Compute each chunk of the main prediction and train every depth with it as the teacher."""
-    for rows, main_RV in log_probs_by_chunk(main_MC, weight) if passes else ():
+    for rows, main_RV in log_probs_by_chunk(main_MC, weight):
         teacher = Teacher(main_RV, main_MC[rows])
         for one in passes:
             if one.depth:
                 left = rows_left(rows, one.depth * one.targets[0].stride, main_MC)
-                one.go(left, log_probs(one.h_NC[left], one.weight), one.teacher_of_rows(teacher))
+                # The chunk has no name here, so that run_chunk can free it.
+                one.run_chunk(
+                    left, log_probs(one.h_NC[left], one.weight), one.teacher_of_rows(teacher)
+                )
         del teacher
         for one in passes:  # last, since it overwrites the teacher's log-probabilities
             if not one.depth:
-                one.go(rows, main_RV)
+                one.run_chunk(rows, main_RV)
     for one in passes:
         one.finish()
 
@@ -147,7 +153,7 @@ class _HeadPass:
             self.weight = self.head.weight_VC.detach().to(weight.dtype)
         self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
         h, needed = prediction.hidden, prediction.needs_gradient
-        self.trains_weight = self.head.needs_gradient and prediction.train_head
+        self.trains_weight = prediction.trains_head(shared)
         self.needs_gradient = needed or self.trains_weight
         self.h_NC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
         self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if needed else None
@@ -162,19 +168,18 @@ class _HeadPass:
         """Whether it is trained on a single target by cross-entropy."""
         return self.needs_gradient and len(self.targets) == 1 and self.targets[0].term.of_token
 
-    def go_alone(self, main_MC: Tensor | None, *, compiled: bool) -> None:
+    def run(self, main_MC: Tensor | None, *, compiled: bool) -> None:
         """Compute all chunks of this prediction alone."""
         own = self.prediction.loss
         width, states = (1, 1) if own is None else (own.width, own.states)
-        rows = chunk_rows(max(self.weight.shape[0], width), self.h_NC.device)
-        rows = max(1, rows // states)
-        for place in chunks(self.h_NC.shape[0] // states, rows):
+        size = chunk_rows(max(self.weight.shape[0], width), self.h_NC.device)
+        for rows in chunks(self.h_NC.shape[0] // states, max(1, size // states)):
             if own is not None:
-                self._go_own(place, main_MC)
+                self._run_own_loss(rows, own, main_MC)
             elif compiled and self.is_plain:
-                self._go_compiled(place)
+                self._run_compiled(rows)
             else:
-                self.go(place, log_probs(self.h_NC[place], self.weight))
+                self.run_chunk(rows, log_probs(self.h_NC[rows], self.weight))
         self.finish()
 
     def finish(self) -> None:
@@ -189,37 +194,40 @@ class _HeadPass:
         log_p_RN = teacher.log_probs_RV.index_select(-1, self.head.tokens_N).log_softmax(-1)
         return Teacher(log_p_RN, teacher.hidden_RC)
 
-    def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
-        """Losses and gradients at the positions ``rows``.
+    def run_chunk(
+        self, rows: slice | Tensor, log_q_RV: Tensor, teacher: Teacher | None = None
+    ) -> None:
+        """Losses and gradients at some positions.
 
-        ``chunk_RV`` are their log-probabilities, which are overwritten; ``main`` is the teacher.
+        Args:
+            rows: the positions.
+            log_q_RV: their log-probabilities, which are overwritten.
+            teacher: the teacher of the terms that need one.
         """
         h_RC = self.h_NC[rows]
-        targets = self._chunk_targets(rows)
-        for target in targets:
-            target.teacher = main
+        targets = self._chunk_targets(rows, teacher)
         if not self.needs_gradient:
             for target in targets:
-                target.note(target.value(chunk_RV, h_RC))
+                target.note(target.value(log_q_RV, h_RC))
             return
-        d_hidden_RC, d_some = self._of_state(targets, chunk_RV, h_RC)
+        d_hidden_RC, of_some_logits = self._of_state(targets, log_q_RV, h_RC)
         if len(targets) == 1 and not targets[0].term.of_state:
             (single,) = targets
-            value_R, d_logits_RV = single.term.gradient(single.chunk(chunk_RV, h_RC))
+            value_R, d_logits_RV = single.term.gradient(single.chunk(log_q_RV, h_RC))
             single.note(value_R)
             # Apply mask and coefficient to the C-wide factors instead of the V-wide one.
             scale_R1, factor = single.counts_R.unsqueeze(-1), single.coefficient
         else:
-            d_logits_RV = self._of_several(targets, chunk_RV, h_RC)
+            d_logits_RV = self._of_several(targets, log_q_RV, h_RC)
             scale_R1, factor = None, 1.0
-        del chunk_RV
-        for ids_RK, d_some_RK in d_some:
+        del log_q_RV
+        for ids_RK, d_some_RK in of_some_logits:
             d_logits_RV.scatter_add_(1, ids_RK, d_some_RK)
         d_logits_RV = d_logits_RV.to(self.weight.dtype)
         self._propagate(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
 
-    def _go_compiled(self, rows: slice) -> None:
-        """:meth:`go` with one compiled kernel from logits to their gradient."""
+    def _run_compiled(self, rows: slice) -> None:
+        """:meth:`run_chunk` with one compiled kernel from logits to their gradient."""
         h_RC = self.h_NC[rows]
         (target,) = self._chunk_targets(rows)
         logits_RV = matmul_transposed(h_RC, self.weight)
@@ -228,10 +236,8 @@ class _HeadPass:
         target.note(value_R)
         self._propagate(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
 
-    def _go_own(self, rows: slice, main_MC: Tensor | None) -> None:
-        """:meth:`go` with a loss that the stack computes."""
-        loss = self.prediction.loss
-        assert loss is not None
+    def _run_own_loss(self, rows: slice, loss: Loss, main_MC: Tensor | None) -> None:
+        """:meth:`run_chunk` with a loss that the stack computes."""
         inner = slice(rows.start * loss.states, rows.stop * loss.states)
         h_NC, targets = self.h_NC[inner], self._chunk_targets(rows)
         if main_MC is not None:
@@ -256,8 +262,10 @@ class _HeadPass:
                 found[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
             target.teacher = found[k]
 
-    def _chunk_targets(self, rows: slice | Tensor) -> list[ChunkTarget]:
-        return [ChunkTarget(target, rows) for target in self.targets]
+    def _chunk_targets(
+        self, rows: slice | Tensor, teacher: Teacher | None = None
+    ) -> list[ChunkTarget]:
+        return [ChunkTarget(target, rows, teacher) for target in self.targets]
 
     def _propagate(
         self,
@@ -290,7 +298,7 @@ class _HeadPass:
             self.head.add(d_logits_NV, scaled_NC, factor)
 
     def _of_state(
-        self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor
+        self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor
     ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
         """The gradient of terms that read the hidden state, with mask and coefficients.
 
@@ -302,18 +310,18 @@ class _HeadPass:
         of_logits: list[tuple[Tensor, Tensor]] = []
         for target in (target for target in targets if target.term.of_state):
             if not target.coefficient:  # only logged
-                target.note(target.value(chunk_RV, h_RC))
+                target.note(target.value(log_q_RV, h_RC))
                 continue
-            factor_R = target.scale_R1(chunk_RV.dtype).squeeze(-1)
+            factor_R = target.scale_R1(log_q_RV.dtype).squeeze(-1)
             into = {} if self.of_terms is None else self.of_terms
-            found = target.term.state_gradient(target.chunk(chunk_RV, h_RC), factor_R, into)
+            found = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
             target.note(found.value_R)
             total_RC = found.hidden_RC if total_RC is None else total_RC + found.hidden_RC
             if found.logits is not None:
                 of_logits.append(found.logits)
         return total_RC, of_logits
 
-    def _of_several(self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor) -> Tensor:
+    def _of_several(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:
         """The total gradient of all targets with respect to their common logits, with mask and
         coefficients.
 
@@ -324,19 +332,19 @@ class _HeadPass:
         others_RV: Tensor | None = None
         for target in (target for target in targets if not target.term.of_state):
             if target.term.of_token:
-                value_R = target.value(chunk_RV, h_RC)
-                plain.append((target.tokens_R.unsqueeze(-1), -target.scale_R1(chunk_RV.dtype)))
+                value_R = target.value(log_q_RV, h_RC)
+                plain.append((target.tokens_R.unsqueeze(-1), -target.scale_R1(log_q_RV.dtype)))
             else:
-                copy = target.chunk(chunk_RV.clone(), h_RC)
+                copy = target.chunk(log_q_RV.clone(), h_RC)
                 value_R, d_logits_RV = target.term.gradient(copy)
-                d_logits_RV = d_logits_RV * target.scale_R1(chunk_RV.dtype)
+                d_logits_RV = d_logits_RV * target.scale_R1(log_q_RV.dtype)
                 others_RV = d_logits_RV if others_RV is None else others_RV.add_(d_logits_RV)
                 del copy, d_logits_RV
             target.note(value_R)
         if not plain:
-            return torch.zeros_like(chunk_RV) if others_RV is None else others_RV
+            return torch.zeros_like(log_q_RV) if others_RV is None else others_RV
         minus_RK = torch.cat([minus_R1 for _, minus_R1 in plain], dim=1)
-        d_logits_RV = exp_(chunk_RV).mul_(-minus_RK.sum(1, keepdim=True))
+        d_logits_RV = exp_(log_q_RV).mul_(-minus_RK.sum(1, keepdim=True))
         # Scatter one target at a time: two depths may have the same target token.
         for target_R1, minus_R1 in plain:
             d_logits_RV.scatter_add_(1, target_R1, minus_R1)

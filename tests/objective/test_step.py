@@ -256,8 +256,17 @@ def test_the_gate_keeps_an_opposing_depth_from_the_trunk_alone(
     assert any(not torch.allclose(plain.gradients[n], fixed.gradients[n], rtol=1e-3) for n in trunk)
 
 
-def test_a_batch_without_any_target_is_refused(tiny_trunk: TrunkConfig) -> None:
-    trained = Trained(tiny_trunk, "sequential", NoBalance(0))
-    alone = WindowBatch(torch.zeros(1, 4).long(), 0, torch.arange(4).unsqueeze(0))
-    with pytest.raises(ValueError, match="no valid target"):
-        trained(alone)
+@pytest.mark.parametrize(
+    ("depth", "documents", "message"),
+    [
+        (DEPTH, torch.arange(6).unsqueeze(0), "no valid target"),
+        (DEPTH - 1, None, "built for depth D = 1 but the model predicts D = 2"),
+        (DEPTH + 1, None, "built for depth D = 3 but the model predicts D = 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_trained_on_is_refused(
+    tiny_trunk: TrunkConfig, depth: int, documents: torch.Tensor | None, message: str
+) -> None:
+    trained = Trained(tiny_trunk, "sequential", NoBalance(DEPTH))
+    with pytest.raises(ValueError, match=message):
+        trained(WindowBatch(torch.zeros(1, 6).long(), depth, documents))

@@ -9,7 +9,6 @@ task: it is not computed, and the rule does not change its state.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class Observed:
         return tasks_of(self.factors)
 
 
-class Balance(ABC):
+class Balance:
     """A balance rule. It gives the factors before a step and observes the step afterwards.
 
     Args:
@@ -75,14 +74,15 @@ class Balance(ABC):
         self.depth = depth
         self.every_n_steps = every_n_steps
 
-    @abstractmethod
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        """The factors [D + 1] of the losses in the next step; does not change the rule's state.
+        """The factors [D + 1] of the losses in the next step, by default the schedule's; does not
+        change the rule's state.
 
         Args:
             base: [D + 1], 1 and the schedule's lambda_k.
             progress: progress before the step.
         """
+        return list(base)
 
     def rests_at(self, progress: Progress) -> bool:
         """Whether the rule has stopped learning."""
@@ -93,7 +93,7 @@ class Balance(ABC):
         due = (progress.step + 1) % self.every_n_steps == 0
         return self.scope is not None and due and not self.rests_at(progress)
 
-    def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
+    def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:
         """Change the accumulated gradients before they are clipped."""
 
     def update(self, step: Observed) -> dict[str, float]:
@@ -139,9 +139,6 @@ class NoBalance(Balance):
 
     name = "none"
     observes = False
-
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        return list(base)
 
 
 def multiplied(base: Sequence[float], weights: Tensor) -> list[float]:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import TaskGradients
-from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.settings import require_number
 
 
@@ -42,9 +41,6 @@ class CosineGate(Balance):
         super().__init__(depth)
         self.ema = require_number("balance.ema", ema, least=0, below=1)
         self._cosines: dict[int, float] = {}
-
-    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        return list(base)
 
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:
         for k, cosine in gradients.cosines.items():

@@ -123,14 +123,14 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
 
 
 def require_separable(objective: Objective, *, what: str) -> None:
-    """Refuse an objective whose loss of one depth needs a prepass over all.
+    """Refuse an objective with a rule that needs a prepass over all depths.
 
     Args:
         objective: the objective of the depths.
         what: the setting that measures, for the message.
 
     Raises:
-        UserError: a rule needs a prepass.
+        UserError: naming the rule.
     """
     for rule in objective.rules:
         if rule.measures:

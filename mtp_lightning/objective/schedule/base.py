@@ -43,7 +43,7 @@ class LambdaSchedule(ABC):
         depth: D, the number of MTP depths.
 
     Attributes:
-        name: what the config calls it; empty for one that is made by hand.
+        name: its name in the config; empty without a config.
     """
 
     def __init__(self, depth: int) -> None:

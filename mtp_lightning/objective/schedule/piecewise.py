@@ -130,15 +130,12 @@ def preset(
 def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[float, Any]:
     """Move a preset's knots from fractions of a run into `unit`."""
     require_choice("lambda_schedule.unit", unit, UNITS)
-    if unit == "fraction":
-        if length is not None:
-            raise UserError(
-                f"lambda_schedule.length={length} has no meaning with unit=fraction (the run's "
-                "length is trainer.max_steps): drop it, or set lambda_schedule.unit=steps or "
-                "tokens."
-            )
-        return dict(knots)
-    if len(knots) == 1 and length is None:
+    if unit == "fraction" and length is not None:
+        raise UserError(
+            f"lambda_schedule.length={length} has no meaning with unit=fraction (the run's length "
+            "is trainer.max_steps): drop it, or set lambda_schedule.unit=steps or tokens."
+        )
+    if unit == "fraction" or (len(knots) == 1 and length is None):
         return dict(knots)
     if length is None or not is_number(length) or length <= 0:
         raise UserError(

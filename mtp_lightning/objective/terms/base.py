@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -62,7 +62,7 @@ class Chunk:
     log_probs_RV: Tensor
     targets_R: Tensor
     hidden_RC: Tensor | None = None
-    main: Teacher | None = field(default=None, repr=False)
+    main: Teacher | None = None
     before_R: Tensor | None = None
 
     @property
