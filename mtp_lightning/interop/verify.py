@@ -20,7 +20,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
-from mtp_lightning.interop.reading import describe, parts_of
+from mtp_lightning.interop.reading import contents, describe
 from mtp_lightning.interop.transformers_model import Loaded, import_transformers
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
@@ -77,7 +77,8 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     wanted = to_folder(*in_layers(model.config, weights), DTYPES[dtype])
-    found = {name: part.read() for name, part in parts_of(folder).items()}
+    _, parts = contents(folder)
+    found = {name: part.read() for name, part in parts.items()}
     if has_extra_file(model.config):
         wanted |= heads.tensors(weights, DTYPES[dtype])
         _, stored = heads.read(folder, model.config.trunk)
