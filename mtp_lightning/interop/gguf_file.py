@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
@@ -137,12 +138,9 @@ def tokenizer_state(path: Path, header: Header) -> dict[str, Any]:
 
 
 def _tokenizer_of_transformers(path: Path, folder: str) -> None:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
-        ) from error
+    require_package("transformers", what=str(path), extra="hf")
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(path.parent), gguf_file=path.name, local_files_only=True

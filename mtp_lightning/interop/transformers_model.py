@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import ARCHITECTURES, STANDS_FOR
-
-# MTP layers that no class of transformers has.
-MIMO_PATTERN = r"model\.mtp_layers\."
 
 
 def patterns(n_layers: int, depth: int) -> list[str]:
@@ -57,8 +55,10 @@ class Loaded:
         transformers = import_transformers()
         kind = getattr(transformers, ARCHITECTURES[STANDS_FOR.get(model_type, model_type)])
         self.depth = depth
+        # MiMo's layers have names that no class of transformers knows.
+        mimo = model_type in STANDS_FOR
+        names = [r"model\.mtp_layers\."] if mimo else patterns(n_layers, depth)
         # A new subclass leaves the attribute of the process-wide class unchanged; see one_line.
-        names = patterns(n_layers, depth) if model_type not in STANDS_FOR else [MIMO_PATTERN]
         ignored = {"_keys_to_ignore_on_load_unexpected": names}
         with _quiet(transformers):
             try:
@@ -137,13 +137,10 @@ def import_transformers() -> Any:
     Raises:
         UserError: if it is missing.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "an export is verified with transformers, which is not installed: "
-            "pip install -e '.[hf]', or leave the check out with verify=false"
-        ) from error
+    what = "The check of a folder (verify=false leaves it out)"
+    require_package("transformers", what=what, extra="hf")
+    import transformers
+
     return transformers
 
 
