@@ -14,12 +14,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.command_line import vetting
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import (
-    card,
-    config_json,
-    gguf_writing,
-    speculators,
-)
+from mtp_lightning.interop import card, config_json, gguf_writing, speculators
 from mtp_lightning.interop.names import has_layout
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
@@ -215,9 +210,7 @@ def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -
     yield check_tokenizer(folder, run.tokenizer)
     yield from check_with_transformers(folder, rounded(model, dtype))
     if (folder / speculators.FOLDER).is_dir():
-        if not speculators.is_models(folder, run.model, DTYPES[dtype]):
-            raise CheckFailed(f"{folder / speculators.FOLDER} does not hold the run's heads.")
-        yield f"{speculators.FOLDER}, read back, holds the heads; speculators was not started"
+        yield speculators.check(folder, run.model, DTYPES[dtype])
 
 
 def _trunk_alone(model: MTPModel) -> MTPModel:

@@ -21,6 +21,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, eagle3, tensor_files
 from mtp_lightning.interop.names import MIMO, module_weights, pieces, plain
 from mtp_lightning.interop.reading import SINGLE
+from mtp_lightning.interop.verify import check_tensors
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -124,12 +125,13 @@ def write(
     return sum(tensor.numel() for tensor in content.values() if tensor.is_floating_point())
 
 
-def is_models(folder: Path, model: MTPModel, dtype: torch.dtype) -> bool:
-    """Whether the tensors of the folder inside ``folder`` are a model's, each rounded once."""
-    found, wanted = tensor_files.parts(folder / FOLDER / SINGLE)[0], tensors(model, dtype)
-    return found.keys() == wanted.keys() and all(
-        torch.equal(found[name].read(), tensor) for name, tensor in wanted.items()
-    )
+def check(folder: Path, model: MTPModel, dtype: torch.dtype) -> str:
+    """Checks that the tensors of the folder inside ``folder`` are a model's, each rounded once; see
+    :func:`check_tensors`."""
+    parts, _ = tensor_files.parts(folder / FOLDER / SINGLE)
+    found = {name: part.read() for name, part in parts.items()}
+    check_tensors(found, tensors(model, dtype), folder / FOLDER)
+    return f"{FOLDER}, read back, holds the heads; speculators was not started"
 
 
 def _fields(

@@ -7,7 +7,7 @@ the folder is read back twice: as bytes, and with transformers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,8 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
 
 
 def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
-    """Checks that the folder's tensors are the model's, each rounded once, none missing or extra.
-
-    Raises:
-        CheckFailed: if a tensor is not.
-    """
+    """Checks that the folder's tensors are the model's, each rounded once; see
+    :func:`check_tensors`."""
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     wanted = to_folder(*in_layers(model.config, weights), DTYPES[dtype])
     _, parts = contents(folder)
@@ -83,12 +80,21 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
         wanted |= heads.tensors(weights, DTYPES[dtype])
         _, stored = heads.read(folder, model.config.trunk)
         found |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stored.items()}
-    for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
+    return f"{check_tensors(found, wanted, folder)} tensors are the model's"
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> int:
+    """Checks that tensors of a folder have the wanted names and values; returns their number.
+
+    Raises:
+        CheckFailed: a tensor is missing, unknown or different; the message names it.
+    """
+    for name in sorted(wanted.keys() ^ found.keys()):
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():
         if not torch.equal(found[name].float(), tensor.float()):
             raise CheckFailed(f"{name} in {folder} is not the model's tensor.")
-    return f"{len(wanted)} tensors are the model's"
+    return len(wanted)
 
 
 def rounded(model: MTPModel, dtype: str) -> MTPModel:
