@@ -31,7 +31,7 @@ from mtp_lightning.interop.agreement import (
     own_texts,
     prompts_of,
 )
-from mtp_lightning.interop.inventory import Module, take_inventory
+from mtp_lightning.interop.inventory import UNUSABLE, Module, take_inventory
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
 from mtp_lightning.interop.reading import CONFIG, contents, describe
 from mtp_lightning.interop.tensor_files import StoredTensor
@@ -191,17 +191,9 @@ def _judged(
     """Whether the folder is sound, and the reason."""
     if lost is not None:
         module, state, names = lost
-        said = {
-            "missing": "are missing",
-            "misshapen": "have another shape than config.json says",
-            "zero": "are all zero",
-            "fresh": "look like a random initialization",
-            "copied": "are the trunk's last block, as an initialization copies it",
-            "different": "differ from the trunk's, which they should be copies of",
-        }[state]
         return False, (
-            f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} {said} "
-            f"({names[0]}{', ...' if len(names) > 1 else ''})"
+            f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} "
+            f"{UNUSABLE[state]} ({names[0]}{', ...' if len(names) > 1 else ''})"
         )
     if stored != declared:
         return False, (
