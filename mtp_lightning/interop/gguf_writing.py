@@ -97,8 +97,7 @@ def write_file(
 
 def _layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
     """The written part of a model in Hugging Face's layout, float32."""
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    _, weights = plain(model.config, weights)
+    _, weights = plain(model)
     return to_folder(layout.config, weights, torch.float32)
 
 

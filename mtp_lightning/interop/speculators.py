@@ -94,17 +94,17 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
         dtype: dtype of the floating-point ones.
     """
     config = model.config
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if not isinstance(config.mtp, EagleConfig):
-        _, laid_out = plain(config, weights)
+        _, weights = plain(model)
         places = module_weights(config.trunk, "mtp.depths.0.", "mtp_layers.0.", MIMO)
-        return pieces(places, laid_out, dtype)
-    found = eagle3.layer_tensors(config, weights, dtype)
+        return pieces(places, weights, dtype)
+    found = eagle3.layer_tensors(model, dtype)
     if config.mtp.draft_vocab in (None, config.trunk.vocab_size):  # then it has no such tables
         found = {name: tensor for name, tensor in found.items() if name not in ("d2t", "t2d")}
     layer = {name.replace("midlayer.", "layers.0.", 1): t for name, t in found.items()}
     # Without the copy, version 0.9.0 may leave its own embedding as it was allocated.
-    return {"embed_tokens.weight": weights["trunk.embedding.weight"].to(dtype), **layer}
+    embedding = model.trunk.embedding.weight.detach().cpu().to(dtype)
+    return {"embed_tokens.weight": embedding, **layer}
 
 
 def write(

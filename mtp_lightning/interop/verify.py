@@ -72,12 +72,11 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
 def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     """Checks that the folder's tensors are the model's, each rounded once; see
     :func:`check_tensors`."""
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    wanted = to_folder(*in_layers(model.config, weights), DTYPES[dtype])
+    wanted = to_folder(*in_layers(model), DTYPES[dtype])
     _, parts = contents(folder)
     found = {name: part.read() for name, part in parts.items()}
     if has_extra_file(model.config):
-        wanted |= heads.tensors(weights, DTYPES[dtype])
+        wanted |= heads.tensors(model, DTYPES[dtype])
         _, stored = heads.read(folder, model.config.trunk)
         found |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stored.items()}
     return f"{check_tensors(found, wanted, folder)} tensors are the model's"
