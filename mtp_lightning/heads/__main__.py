@@ -6,7 +6,6 @@ left its result in the folder is not repeated.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -132,7 +131,7 @@ def make_plan(
     states = [state_of(source, "") for source in sources]
     if file.is_file():
         try:
-            found = HeadsPlan(**json.loads(file.read_text(encoding="utf-8")))
+            found = HeadsPlan(**read_json(file))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
         for name, value in {"model": str(model.resolve()), **asked}.items():

@@ -11,13 +11,13 @@ The command is ``mtp_lightning/apps/doctor.py``.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
@@ -232,8 +232,8 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     prompts = prompts_of(model, _tokenizer(path, model))
     acceptance = _accepted(model, prompts, new_tokens)
     texts = own_texts(model, prompts, new_tokens)
-    choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))
-    constant = max(choices.values()) / sum(choices.values())
+    counts = torch.cat(texts).bincount()
+    constant = int(counts.max()) / int(counts.sum())
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
     found = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"

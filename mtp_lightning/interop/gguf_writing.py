@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.command_line.shell import require_package
@@ -174,7 +173,6 @@ def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> 
 def _equal(wanted: Tensor, found: Tensor, kind: str) -> bool:
     if kind != "Q8_0":
         return torch.equal(found, wanted.to(_ROUNDED[kind]).float())
-    blocks = F.pad(wanted, (0, -wanted.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    step = blocks.abs().amax(-1, keepdim=True) / 127
-    apart = (found - wanted).abs().unflatten(-1, (-1, 32))
+    step = wanted.unflatten(-1, (-1, _BLOCK)).abs().amax(-1, keepdim=True) / 127
+    apart = (found - wanted).abs().unflatten(-1, (-1, _BLOCK))
     return bool((apart <= step).all())
