@@ -52,7 +52,7 @@ class Diagnosis:
         meant: the layout's convention; None for heads that have none.
         best: the convention that the weights match: the layout's, unless another is clearly better.
         agreement: by convention, the share of positions at which depth 1's choice is the trunk's.
-        constant: the share that a single token would get, as a baseline.
+        constant: as a baseline, the share that always choosing the most common token would get.
         acceptance: share of first drafts accepted in the real loop, greedy, under the layout's
             convention; None if nothing was decoded.
         verdict: one sentence.

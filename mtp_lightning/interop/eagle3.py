@@ -61,7 +61,7 @@ def fits(config: ModelConfig) -> bool:
 
 
 def obstacle(config: ModelConfig) -> str:
-    """The setting of an EAGLE-3 layer that such a folder has no place for; empty without one.
+    """The setting of an EAGLE-3 layer that such a folder cannot state; empty if it states all.
 
     Servers rotate whole heads. They collect the states in the order of the blocks, each once, and
     none after the last block.

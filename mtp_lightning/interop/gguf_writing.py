@@ -72,7 +72,7 @@ def write_file(
     layout = layout_of(model.config)
     tensors = _layout_tensors(layout, model)
     words, split = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
-    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it tells every step
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it logs every step
     writer = gguf.GGUFWriter(None, layout.arch, use_temp_file=True)
     writer.add_name(name)
     fields = gguf_fields.to_fields(layout, max_positions=max_positions)

@@ -47,8 +47,8 @@ class ModuleLayout:
         title: the model whose layout it is.
         names: the layout's names for a module's two input norms, its projection and output norm.
         stack: the modules that it holds, one of them.
-        apart: whether they are numbered on their own, rather than after the trunk's layers, and
-            come without copies of embedding and head.
+        apart: whether they have numbers of their own instead of those after the trunk's layers, and
+            no copies of embedding and head.
     """
 
     title: str

@@ -1,7 +1,7 @@
 """Verifies that a folder is the model it was made from: tensors, logits of all depths, and text.
 
-Exporters have written 0 of 15 MTP tensors with exit code 0, and modules in their initial state. So
-the folder is read back twice: as bytes, and with transformers.
+Other exporters have written 0 of 15 MTP tensors with exit code 0, and modules in their initial
+state. So the folder is read back twice: as bytes, and with transformers.
 """
 
 from __future__ import annotations
