@@ -252,6 +252,21 @@ def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
             check_tokenizer(tmp_path, tokenizer)
 
 
+def test_a_tokenizer_config_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that names code, which is not run, and one that transformers cannot read."""
+    write_tokenizer(tmp_path, ByteTokenizer(), max_positions=64)
+    fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, **named}))
+    assert "but not in AutoTokenizer" in check_tokenizer(tmp_path, ByteTokenizer())
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, "model_max_length": "x"}))
+    with pytest.raises(CheckFailed, match="cannot be read: .*not supported"):
+        check_tokenizer(tmp_path, ByteTokenizer())
+
+
 def test_a_tokenizer_next_to_qwen2s_layout_is_read_by_the_class_that_is_named(
     tmp_path: Path,
 ) -> None:
