@@ -21,6 +21,7 @@ from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor
+from mtp_lightning.interop.transformers_model import briefly
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -149,8 +150,8 @@ def _tokenizer_of_transformers(path: Path, folder: str) -> None:
         )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the files may have any values
-        told = " ".join(str(error).split())[:300]
-        raise UserError(f"transformers reads no tokenizer from {path}: {told}") from error
+        told = briefly(error)
+        raise UserError(f"transformers reads no tokenizer from {path}: {told}.") from error
 
 
 def _refuse_stretched(path: Path, header: Header) -> None:

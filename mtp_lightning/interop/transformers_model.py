@@ -66,8 +66,8 @@ class Loaded:
                 self.model, info = named.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise UserError(f"transformers cannot load {folder}: {error}") from error
+            except Exception as error:  # the folder's files may have any values
+                raise UserError(f"transformers cannot load {folder}: {briefly(error)}.") from error
             self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             self.unexpected = sorted(info["unexpected_keys"])
             self.mtp = self._load_mtp() if depth else None
@@ -83,8 +83,9 @@ class Loaded:
             ) from error
         try:
             return MtpModel.from_pretrained(self.model).eval()
-        except RuntimeError as error:  # a tensor is missing; the message names it
-            raise UserError(f"transformers cannot load the MTP layers: {error}") from error
+        except Exception as error:  # such as a missing tensor; the message names it
+            told = briefly(error)
+            raise UserError(f"transformers cannot load the MTP layers: {told}.") from error
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -129,6 +130,11 @@ class Loaded:
         finally:
             hook.remove()
         return out[0, len(prompt) :].tolist(), passes
+
+
+def briefly(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def import_transformers() -> Any:

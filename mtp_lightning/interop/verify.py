@@ -21,7 +21,7 @@ from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import contents, describe
-from mtp_lightning.interop.transformers_model import Loaded, import_transformers
+from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import Stored, build_model
@@ -122,7 +122,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
             theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             found = theirs(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # a tokenizer_config.json from elsewhere may have any values
-            told = f"cannot be read: {' '.join(str(error).split())[:300]}"
+            told = f"cannot be read: {briefly(error)}"
             continue
         if found == wanted and theirs.eos_token_id == tokenizer.eot_id:
             # For Qwen2's model type, AutoTokenizer splits text by a rule of its own.

@@ -235,6 +235,26 @@ def test_check_shows_the_line_and_what_was_found(
     assert before == [r"model\.layers\.61.*"], "the check leaves the process' class alone"
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"id2label": [1]}),
+        ("config.json", {"pad_token_id": {}}),
+        ("config.json", {"torch_dtype": []}),
+        ("generation_config.json", {"pad_token_id": {}}),
+    ],
+)
+def test_check_refuses_values_that_transformers_cannot_read(
+    file: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folders.write(tmp_path, deepseek.build(folders.dense(), depth=1))
+    fields = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(fields | changes))
+    with pytest.raises(UserError, match="transformers cannot load") as error:
+        check.check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
     text = "def f():\n    return 'naïve — 東京'  # 1 2 345\n"
