@@ -171,11 +171,7 @@ def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str)
         raise UserError(
             f"{source} has mlp_only_layers={dense}: only the first layers can be dense here."
         )
-    if need("norm_topk_prob") is not True:
-        raise UserError(
-            f"{source} has norm_topk_prob={fields['norm_topk_prob']}, which this project does not "
-            "compute: it can import only norm_topk_prob=True."
-        )
+    need("norm_topk_prob")  # missing, it is False in transformers; False was refused before
     return {
         "variant": "experts",
         "n_routed": fields.get("num_local_experts") or need("num_experts"),
