@@ -61,7 +61,7 @@ class ChatTemplate:
             return None
         config = json.loads(files.get("tokenizer_config.json", "{}"))
         found = {name: config.get(name) for name in _SPECIAL}
-        texts = {k: v["content"] if isinstance(v, dict) else v for k, v in found.items()}
+        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
         return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)})
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -101,7 +101,8 @@ def source_of(files: Mapping[str, str]) -> str | None:
     if source is None:
         source = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
     if isinstance(source, list):
-        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+        named = (entry for entry in reversed(source) if isinstance(entry, dict))
+        source = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return source if isinstance(source, str) and source else None
 
 

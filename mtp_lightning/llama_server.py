@@ -46,8 +46,7 @@ def decode(
     """The texts of prompts, ``batch`` of them at a time."""
 
     def ask(ids: Sequence[int]) -> str:
-        found = server.handle_completions(request(ids, new_tokens))
-        return str(found["choices"][0]["text"])
+        return str(server.handle_completions(request(ids, new_tokens))["choices"][0]["text"])
 
     with ThreadPoolExecutor(batch) as pool:
         return list(pool.map(ask, prompts))

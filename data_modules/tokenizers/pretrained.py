@@ -198,8 +198,8 @@ class PretrainedTokenizer(Tokenizer):
         tokenizer = cls(state["path"], eot_token=state["eot_token"])
         library = library_tokenizer(state["tokenizer_json"], source="the stored tokenizer")
         tokenizer._library = tokenizer._adopted(library, state["eot_token"])
-        found = state.get("beside", {})
-        tokenizer.beside = {name: found[name] for name in BESIDE if name in found}
+        tokenizer.beside = {k: str(v) for k, v in state.get("beside", {}).items() if k in BESIDE}
+        _named(tokenizer.beside, "eos_token")  # refuses a damaged tokenizer_config.json
         return tokenizer
 
 
@@ -218,10 +218,10 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
     if path.is_file():
         try:
             library = library_tokenizer(path.read_text(encoding="utf-8"), source=path)
+            files = [path.with_name(name) for name in BESIDE]
+            return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
-        files = [path.with_name(name) for name in BESIDE]
-        return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
+            raise UserError(f"a file of the tokenizer {path} is damaged: {error}.") from None
     if path.suffix == ".json" or given.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
     try:

@@ -48,9 +48,9 @@ class Certificate:
     Attributes:
         model: its path.
         facts: machine, versions and settings.
-        same_bits: whether this machine promises equal logits to the last bit.
+        same_bits: whether logits are promised to be equal to the last bit on this machine.
         rows: the cells with their results.
-        others: the same count for other programs, if they were asked; they promise nothing here.
+        others: counts for other programs, if they were asked for; these programs promise nothing.
         prompts_alike: whether prompts give the same bits alone, in a batch and split in two. Latent
             attention and experts do not, with or without drafts.
     """

@@ -147,11 +147,11 @@ def _opened(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    alone = {"local_files_only": True, "trust_remote_code": False}  # None would ask for code
     if not is_gguf(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        return model.eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **alone).eval()
     # from_pretrained needs one more package for a GGUF file.
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **alone)
     model = AutoModelForCausalLM.from_config(config)
     found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
     model.load_state_dict(found["tensors"], strict=False)  # a tied head is not in the file

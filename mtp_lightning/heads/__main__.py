@@ -6,7 +6,6 @@ left its result in the folder is not repeated.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -77,7 +76,7 @@ def add_options(parser: Parser, *, output: str, hours: str) -> None:
 
 
 def require_inputs(args: Any, *models: Path) -> None:
-    """Refuse what cannot be settings of training, and paths that are not there.
+    """Refuse words that are not settings of training, and paths that do not exist.
 
     Raises:
         UserError: naming the word, the key or the path.
@@ -117,10 +116,10 @@ def make_plan(
         args: the command's options.
         sources: the files and folders that the model is made of.
         keep: whether a new plan is stored.
-        further: train the modules on that the model has.
+        further: train the model's own modules further.
 
     Raises:
-        UserError: the folder was begun with another question.
+        UserError: the folder was begun with other options, or its plan is damaged.
     """
     from data_modules.cache import state_of
     from mtp_lightning.heads.planning import HeadsPlan, plan
@@ -132,7 +131,7 @@ def make_plan(
     states = [state_of(source, "") for source in sources]
     if file.is_file():
         try:
-            found = HeadsPlan(**json.loads(file.read_text(encoding="utf-8")))
+            found = HeadsPlan(**read_json(file))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
         for name, value in {"model": str(model.resolve()), **asked}.items():
@@ -165,8 +164,8 @@ def run_training(plan: Any, folder: Path) -> Path:
 
 
 def run_export(checkpoint: Path, folder: Path, context: int) -> None:
-    """Export and verify a run or a folder, which states a context of so many positions: the windows
-    of training are shorter than the model's own."""
+    """Export and verify a run or a folder. The export states ``context`` positions, since the
+    windows of training are shorter than the model's own context."""
     target = folder / EXPORT
     command = ["mtp_lightning.apps.export", f"checkpoint={checkpoint}", f"output={target}"]
     command.append(f"max_positions={context}")

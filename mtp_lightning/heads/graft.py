@@ -1,9 +1,10 @@
 """``mtp-lightning doctor graft BASE TUNED``: a base's MTP layers on a tuned copy of its trunk.
 
-Fine-tuning usually loses the MTP layers, or leaves them as they were. Put on the tuned trunk they
-still draft, the worse the further it has moved. So their agreement with the trunk is measured on
-the tuned model's own text, with the base's trunk and with the tuned one. If it fell, the layers are
-trained on by the phases of ``mtp-lightning heads``. The exporter writes the result and checks it.
+Fine-tuning usually loses the MTP layers or leaves them unchanged. They still draft on the tuned
+trunk, but less well the more its weights have changed. So their agreement with the trunk is
+measured on the tuned model's own text, with the base's trunk and with the tuned one. If it fell,
+the phases of ``mtp-lightning heads`` train the layers further. The exporter writes and checks the
+result.
 """
 
 from __future__ import annotations

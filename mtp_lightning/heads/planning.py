@@ -170,7 +170,7 @@ def _minutes(hours: float) -> str:
 
 
 def _new(window: int) -> int:
-    """Tokens of a generated text of which the rest is its prompt."""
+    """The new tokens of a generated text that fills a window with its prompt."""
     return window * _NEW // (_PROMPT + _NEW)
 
 
@@ -184,7 +184,7 @@ def plan(
         hours: hours of this machine, for everything.
         files: text to train on instead of the model's own.
         overrides: further settings of training.
-        further: train the sequential modules on that the model has.
+        further: train the model's own sequential modules further.
 
     Raises:
         UserError: a model that cannot be opened, has heads already or none to train on, or too few
@@ -288,7 +288,7 @@ def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
 
 
 def _switches(mtp: MTPConfig) -> list[str]:
-    """Settings of a training that continues with modules that are there."""
+    """Settings for training a model's own modules further."""
     return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
 
 

@@ -46,7 +46,7 @@ class Agreement(Generic[Key]):
     """How often modules make the trunk's choice.
 
     Attributes:
-        rights: for each module, the positions at which it does, bool [N].
+        rights: for each module, whether its choice is the trunk's at each position, bool [N].
         constant: the share that the trunk's most common choice would get everywhere.
     """
 
@@ -144,6 +144,7 @@ def clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convent
 
 
 def clearly_more(one: Tensor, other: Tensor) -> bool:
-    """Whether ``one`` is true at more positions, bool [N] each, beyond chance (McNemar's test)."""
+    """Whether ``one`` is true at more positions than ``other`` beyond chance (McNemar's test); both
+    are bool [N]."""
     won, lost = int((one & ~other).sum()), int((other & ~one).sum())
     return won - lost > _ERRORS * (won + lost) ** 0.5

@@ -171,11 +171,7 @@ def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str)
         raise UserError(
             f"{source} has mlp_only_layers={dense}: only the first layers can be dense here."
         )
-    if need("norm_topk_prob") is not True:
-        raise UserError(
-            f"{source} has norm_topk_prob={fields['norm_topk_prob']}, which this project does not "
-            "compute: it can import only norm_topk_prob=True."
-        )
+    need("norm_topk_prob")  # missing, it is False in transformers; False was refused before
     return {
         "variant": "experts",
         "n_routed": fields.get("num_local_experts") or need("num_experts"),
@@ -205,8 +201,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Those of them that a kind of model has a switch for, or that its class does not look at: Qwen2's
-# layers always have biases.
+# The fields of _ONLY that a kind of model has a switch for, or that its class in transformers
+# ignores: Qwen2's layers always have biases.
 _SWITCHES = {
     "glm4_moe": {"attention_bias", "partial_rotary_factor"},
     "qwen2": {"attention_bias"},
@@ -231,7 +227,8 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
 
 
 def _rotary(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The rotary parameters, and their field: transformers 5's, or transformers 4's before it."""
+    """The name of the field with the rotary parameters, and its content: transformers 4's
+    ``rope_scaling`` if it has any, else transformers 5's ``rope_parameters``."""
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     return name, fields.get(name) or {}
 

@@ -11,13 +11,13 @@ The command is ``mtp_lightning/apps/doctor.py``.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sequence import rates
@@ -31,7 +31,7 @@ from mtp_lightning.interop.agreement import (
     own_texts,
     prompts_of,
 )
-from mtp_lightning.interop.inventory import Module, take_inventory
+from mtp_lightning.interop.inventory import UNUSABLE, Module, take_inventory
 from mtp_lightning.interop.names import from_folder, module_layout, weight_map
 from mtp_lightning.interop.reading import CONFIG, contents, describe
 from mtp_lightning.interop.tensor_files import StoredTensor
@@ -52,7 +52,7 @@ class Diagnosis:
         meant: the layout's convention; None for heads that have none.
         best: the convention that the weights match: the layout's, unless another is clearly better.
         agreement: by convention, the share of positions at which depth 1's choice is the trunk's.
-        constant: the share that a single token would get, as a baseline.
+        constant: as a baseline, the share that always choosing the most common token would get.
         acceptance: share of first drafts accepted in the real loop, greedy, under the layout's
             convention; None if nothing was decoded.
         verdict: one sentence.
@@ -193,17 +193,9 @@ def _judged(
     """Whether the folder is sound, and the reason."""
     if lost is not None:
         module, state, names = lost
-        said = {
-            "missing": "are missing",
-            "misshapen": "have another shape than config.json says",
-            "zero": "are all zero",
-            "fresh": "look like a random initialization",
-            "copied": "are the trunk's last block, as an initialization copies it",
-            "different": "differ from the trunk's, which they should be copies of",
-        }[state]
         return False, (
-            f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} {said} "
-            f"({names[0]}{', ...' if len(names) > 1 else ''})"
+            f"{len(names)} of {len(module.states)} tensors of MTP depth {module.depth} "
+            f"{UNUSABLE[state]} ({names[0]}{', ...' if len(names) > 1 else ''})"
         )
     if stored != declared:
         return False, (
@@ -242,8 +234,8 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     prompts = prompts_of(model, _tokenizer(path, model))
     acceptance = _accepted(model, prompts, new_tokens)
     texts = own_texts(model, prompts, new_tokens)
-    choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))
-    constant = max(choices.values()) / sum(choices.values())
+    counts = torch.cat(texts).bincount()
+    constant = int(counts.max()) / int(counts.sum())
     layout = f"mtp-lightning's {heads.where(model.config)} (mtp={model.config.mtp.variant})"
     found = Diagnosis(folder=path, layout=layout, acceptance=acceptance, constant=constant)
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"

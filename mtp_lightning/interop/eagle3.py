@@ -22,9 +22,9 @@ from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.interop.config_json import TRUNK, rope_type
-from mtp_lightning.interop.names import from_folder, pieces
+from mtp_lightning.interop.names import from_folder, pieces, weights_of
 from mtp_lightning.interop.tensor_files import StoredTensor, equal
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -61,7 +61,7 @@ def fits(config: ModelConfig) -> bool:
 
 
 def obstacle(config: ModelConfig) -> str:
-    """The setting of an EAGLE-3 layer that such a folder has no place for; empty without one.
+    """The setting of an EAGLE-3 layer that such a folder cannot state; empty if it states all.
 
     Servers rotate whole heads. They collect the states in the order of the blocks, each once, and
     none after the last block.
@@ -82,28 +82,20 @@ def is_there(folder: Path) -> bool:
     return (folder / FOLDER / _CONFIG).is_file()
 
 
-def write(
-    folder: Path,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    dtype: torch.dtype,
-    *,
-    max_positions: int,
-) -> None:
-    """Write the folder inside the trunk's; arguments as of ``heads.write``, for a config that
-    :func:`fits`."""
-    fields = _fields(config, dtype, max_positions=max_positions)
-    tensor_files.write_folder(folder / FOLDER, fields, layer_tensors(config, weights, dtype))
+def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
+    """Write the folder inside the trunk's; arguments as of ``heads.write``, for a model whose
+    config :func:`fits`."""
+    fields = _fields(model.config, dtype, max_positions=max_positions)
+    tensor_files.write_folder(folder / FOLDER, fields, layer_tensors(model, dtype))
 
 
-def layer_tensors(
-    config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def layer_tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of the layer and its two tables, by the names of its release."""
+    weights, vocab_size = weights_of(model), model.config.trunk.vocab_size
     tokens = weights[_TOKENS]
-    found = pieces(_weight_map(config), weights, dtype)
+    found = pieces(_weight_map(model.config), weights, dtype)
     found["d2t"] = tokens - torch.arange(len(tokens))
-    found["t2d"] = torch.zeros(config.trunk.vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
+    found["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, tokens, 1)
     return found
 
 

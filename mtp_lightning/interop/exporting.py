@@ -14,12 +14,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.command_line import vetting
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop import (
-    card,
-    config_json,
-    gguf_writing,
-    speculators,
-)
+from mtp_lightning.interop import card, config_json, gguf_writing, speculators
 from mtp_lightning.interop.names import has_layout
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
@@ -40,12 +35,12 @@ from mtp_lightning.opening import OpenedModel, open_model
 def export(cfg: Any) -> Path:
     """Write the folder or the GGUF file that ``conf/export.yaml`` asks for, and verify it.
 
-    It gets its name when it is whole and verified; until then it is ``.NAME.partial`` next to it.
+    It has the name ``.NAME.partial`` until it is complete and verified.
 
     Raises:
         UserError: an option out of range, a model that no layout fits.
-        CheckFailed: what was written is not the model; it stays under the other name, until the
-            next export to that name.
+        CheckFailed: what was written is not the model; it keeps the temporary name, and the next
+            export to the same output removes it.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
@@ -62,14 +57,14 @@ def export(cfg: Any) -> Path:
         partial.replace(whole)
     except CheckFailed:
         raise
-    except BaseException:  # a full disk, Ctrl-C: nobody wants a part of it
+    except BaseException:  # such as a full disk or Ctrl-C
         _remove(partial)
         raise
     return target
 
 
 def _require_possible(cfg: Any, target: Path, *, as_file: bool, apart: bool) -> None:
-    """Refuse what cannot be written, before a model is opened."""
+    """Refuse options that cannot be fulfilled, before a model is opened."""
     if cfg.depth not in (None, 0):
         raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
     for file in (target, _card_of(target)) if as_file else ():
@@ -215,9 +210,7 @@ def _check_folder(folder: Path, run: OpenedModel, model: MTPModel, dtype: str) -
     yield check_tokenizer(folder, run.tokenizer)
     yield from check_with_transformers(folder, rounded(model, dtype))
     if (folder / speculators.FOLDER).is_dir():
-        if not speculators.is_models(folder, run.model, DTYPES[dtype]):
-            raise CheckFailed(f"{folder / speculators.FOLDER} does not hold the run's heads.")
-        yield f"{speculators.FOLDER}, read back, holds the heads; speculators was not started"
+        yield speculators.check(folder, run.model, DTYPES[dtype])
 
 
 def _trunk_alone(model: MTPModel) -> MTPModel:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
@@ -20,6 +21,7 @@ from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries
 from mtp_lightning.interop.gguf_reader import FileTensor, Header
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.tensor_files import StoredTensor
+from mtp_lightning.interop.transformers_model import briefly
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -137,19 +139,19 @@ def tokenizer_state(path: Path, header: Header) -> dict[str, Any]:
 
 
 def _tokenizer_of_transformers(path: Path, folder: str) -> None:
+    """Write the tokenizer into a folder as transformers reads it."""
+    require_package("transformers", what=str(path), extra="hf")
+    import transformers
+
     try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
-        ) from error
-    try:
+        # By default, transformers asks whether to run code that files next to this one name.
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, local_files_only=True
+            str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
         tokenizer.save_pretrained(folder)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        raise UserError(f"transformers reads no tokenizer from {path}: {error}") from error
+    except Exception as error:  # the files may have any values
+        told = briefly(error)
+        raise UserError(f"transformers reads no tokenizer from {path}: {told}.") from error
 
 
 def _refuse_stretched(path: Path, header: Header) -> None:

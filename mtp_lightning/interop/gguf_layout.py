@@ -77,12 +77,12 @@ class GGUFEntry:
     Attributes:
         name: its name in the file.
         shape: its shape, outermost axis first.
-        parts: the tensors in Hugging Face's layout that it holds: one, or several of one shape,
-            which are stacked, or none, for zeros. What several entries hold of one tensor is
-            concatenated along the second axis.
-        pack: from one part to what is stored of it.
-        unpack: the other way.
-        copy: whether it is a copy of the trunk's, which a file may leave out.
+        parts: the tensors in Hugging Face's layout that it holds: one, several of one shape, which
+            are stacked, or none for a tensor of zeros. If several entries hold pieces of one
+            tensor, the pieces are concatenated along the second axis.
+        pack: turns a part into the stored tensor.
+        unpack: the inverse of ``pack``.
+        copy: whether it is a copy of the trunk's tensor, which a file may leave out.
     """
 
     name: str

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.command_line.shell import require_package
@@ -73,7 +72,7 @@ def write_file(
     layout = layout_of(model.config)
     tensors = _layout_tensors(layout, model)
     words, split = gguf_tokenizer.to_fields(tokenizer, model.config.trunk.vocab_size)
-    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it tells every step
+    logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it logs every step
     writer = gguf.GGUFWriter(None, layout.arch, use_temp_file=True)
     writer.add_name(name)
     fields = gguf_fields.to_fields(layout, max_positions=max_positions)
@@ -97,8 +96,7 @@ def write_file(
 
 def _layout_tensors(layout: Layout, model: MTPModel) -> dict[str, Tensor]:
     """The written part of a model in Hugging Face's layout, float32."""
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    _, weights = plain(model.config, weights)
+    _, weights = plain(model)
     return to_folder(layout.config, weights, torch.float32)
 
 
@@ -175,7 +173,6 @@ def check_tensors(file: Path, model: MTPModel, written: Written, dtype: str) -> 
 def _equal(wanted: Tensor, found: Tensor, kind: str) -> bool:
     if kind != "Q8_0":
         return torch.equal(found, wanted.to(_ROUNDED[kind]).float())
-    blocks = F.pad(wanted, (0, -wanted.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    step = blocks.abs().amax(-1, keepdim=True) / 127
-    apart = (found - wanted).abs().unflatten(-1, (-1, 32))
+    step = wanted.unflatten(-1, (-1, _BLOCK)).abs().amax(-1, keepdim=True) / 127
+    apart = (found - wanted).abs().unflatten(-1, (-1, _BLOCK))
     return bool((apart <= step).all())

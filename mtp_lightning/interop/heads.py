@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import eagle3, tensor_files
+from mtp_lightning.interop.names import weights_of
 from mtp_lightning.interop.tensor_files import StoredTensor
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.opening import Stored
@@ -37,40 +38,32 @@ def is_there(folder: Path) -> bool:
     return (folder / FILE).is_file() or eagle3.is_there(folder)
 
 
-def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """The stack's part of a model's weights; experts' biases stay in float32, and ids as they
     are."""
     found = {}
-    for name, tensor in weights.items():
+    for name, tensor in weights_of(model).items():
         if name.startswith("mtp."):
             kind = torch.float32 if name.endswith("expert_bias") else dtype
             found[name] = (tensor.to(kind) if tensor.is_floating_point() else tensor).contiguous()
     return found
 
 
-def write(
-    folder: Path,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    dtype: torch.dtype,
-    *,
-    max_positions: int,
-) -> None:
+def write(folder: Path, model: MTPModel, dtype: torch.dtype, *, max_positions: int) -> None:
     """Write a model's stack into the trunk's folder.
 
     Args:
         folder: the trunk's.
-        config: of the model.
-        weights: the model's, by its own names.
+        model: the model.
         dtype: dtype of the folder's tensors.
         max_positions: the context length that the folder states.
     """
-    if eagle3.fits(config):
-        eagle3.write(folder, config, weights, dtype, max_positions=max_positions)
+    if eagle3.fits(model.config):
+        eagle3.write(folder, model, dtype, max_positions=max_positions)
         return
     # One key, since the order of several is not fixed.
-    metadata = {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
-    tensor_files.write(folder / FILE, tensors(weights, dtype), metadata)
+    metadata = {_KEY: json.dumps(model.config.mtp.to_dict(), sort_keys=True)}
+    tensor_files.write(folder / FILE, tensors(model, dtype), metadata)
 
 
 def read(

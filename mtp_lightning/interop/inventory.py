@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -19,9 +18,16 @@ from mtp_lightning.interop.tensor_files import StoredTensor, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.config import TrunkConfig
 
-State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
-# With a tensor in one of these states a module cannot be used, or has not been trained.
-UNUSABLE: tuple[State, ...] = ("missing", "misshapen", "zero", "fresh", "copied", "different")
+# The states of tensors with which a module cannot be used or was not trained, in the words of a
+# verdict. All other tensors are "trained".
+UNUSABLE = {
+    "missing": "are missing",
+    "misshapen": "have another shape than config.json says",
+    "zero": "are all zero",
+    "fresh": "look like a random initialization",
+    "copied": "are the trunk's last block, as an initialization copies it",
+    "different": "differ from the trunk's, which they should be copies of",
+}
 # Smaller matrices prove nothing.
 _FEWEST_ROWS, _FEWEST = 16, 2048
 # Kurtosis of the two initial distributions, and its variance times n over n values.
@@ -42,10 +48,10 @@ class Module:
     """
 
     depth: int
-    states: dict[str, State]
+    states: dict[str, str]
 
     @property
-    def lost(self) -> dict[State, list[str]]:
+    def lost(self) -> dict[str, list[str]]:
         """The tensors that are not as training leaves them, by their state.
 
         An expert that gets hardly any tokens may stay as initialized, so experts count only if none
@@ -55,12 +61,8 @@ class Module:
         counted = {n: s for n, s in self.states.items() if n not in experts or s != "fresh"}
         if experts and all(state == "fresh" for state in experts.values()):
             counted |= experts
-        found: dict[State, list[str]] = {}
-        for state in UNUSABLE:
-            names = [name for name, own in counted.items() if own == state]
-            if names:
-                found[state] = names
-        return found
+        found = {state: [n for n, own in counted.items() if own == state] for state in UNUSABLE}
+        return {state: names for state, names in found.items() if names}
 
     def __str__(self) -> str:
         counts = Counter(self.states.values())
@@ -76,7 +78,7 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
     """
     places, prefix = list(weight_map(config)), f"trunk.blocks.{config.trunk.n_layers - 1}."
     last = {p.own.removeprefix(prefix): p.parts for p in places if p.own.startswith(prefix)}
-    modules: dict[int, dict[str, State]] = {k: {} for k in range(1, config.mtp.depth + 1)}
+    modules: dict[int, dict[str, str]] = {k: {} for k in range(1, config.mtp.depth + 1)}
     copied_blocks: dict[int, list[str]] = {k: [] for k in modules}
     for place in places:
         if place.own.startswith("mtp.depths."):
@@ -107,7 +109,7 @@ def take_inventory(config: ModelConfig, parts: Mapping[str, StoredTensor]) -> li
     return [Module(depth=k, states=states) for k, states in modules.items()]
 
 
-def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...], trunk: TrunkConfig) -> State:
+def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...], trunk: TrunkConfig) -> str:
     """The state of a tensor. Biases start at 0 and gains at 1, and may still be so after
     training."""
     if tensor is None:

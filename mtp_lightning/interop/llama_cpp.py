@@ -86,7 +86,7 @@ def continued(
 
 def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
     asked = llama_server.request(ids, length) | {"n_probs": 1, "return_tokens": True}
-    # Over HTTP, since only this way of asking gives the ids of all tokens.
+    # Over HTTP, since only this answer has the ids of all tokens.
     request = urllib.request.Request(
         f"{server.listening_address}/completion",
         data=json.dumps(asked).encode(),
@@ -98,7 +98,7 @@ def _ask(server: Any, ids: Sequence[int], length: int) -> Continued:
     told = found.get("completion_probabilities") or ()
     return Continued(
         ids=tokens,
-        # Parts of a character are told without one, so the lists may not fit together.
+        # Tokens that are part of a character are reported without one: the lengths may differ.
         logprobs=[float(t["logprob"]) for t in told] if len(told) == len(tokens) else None,
         drafted=int(found["timings"].get("draft_n", 0)),
         accepted=int(found["timings"].get("draft_n_accepted", 0)),
@@ -181,9 +181,11 @@ def _prompts(model: MTPModel, length: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _compared(model: MTPModel, prompt: Sequence[int], said: Continued) -> tuple[Tensor, Tensor]:
-    """For each new token, the larger of two differences in log-probability: llama.cpp's to the
-    model's, if reported, and the token's to the model's most likely one; and the standard deviation
-    of the logits."""
+    """For each new token, the larger of two differences, and the standard deviation of the logits.
+
+    The differences are between the log-probabilities of the token in llama.cpp (if reported) and in
+    the model, and between those of the model's most likely token and of this token in the model.
+    """
     read = [*prompt, *said.ids, *[0] * model.depth]  # the last ones are only predicted
     batch = WindowBatch(torch.tensor([read]), model.depth)
     logits: Tensor = model.head(model(batch)[0])[0, len(prompt) - 1 :]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.tensor_files import Assembled, StoredTensor, equal
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -47,8 +47,8 @@ class ModuleLayout:
         title: the model whose layout it is.
         names: the layout's names for a module's two input norms, its projection and output norm.
         stack: the modules that it holds, one of them.
-        apart: whether they are numbered on their own, rather than after the trunk's layers, and
-            come without copies of embedding and head.
+        apart: whether they have numbers of their own instead of those after the trunk's layers, and
+            no copies of embedding and head.
     """
 
     title: str
@@ -132,13 +132,19 @@ def is_mimo(config: ModelConfig) -> bool:
     )
 
 
-def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same model with its modules in their layout's form: one per depth, with the embedding
-    first, or for MiMo the state first."""
+def weights_of(model: MTPModel) -> dict[str, Tensor]:
+    """A model's weights by its own names, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def plain(model: MTPModel) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and weights of the same model with its modules in their layout's form: one per
+    depth, with the embedding first, or for MiMo the state first."""
+    config, weights = model.config, weights_of(model)
     mtp = config.mtp
     if not isinstance(mtp, SequentialConfig):
         return config, weights
-    weights = {name: t for name, t in weights.items() if name != "mtp.blank"}  # only for training
+    weights.pop("mtp.blank", None)  # only for training
     if mtp.share_layers:
         first = {n: t for n, t in weights.items() if n.startswith("mtp.depths.0.")}
         for k in range(1, mtp.depth):
@@ -151,15 +157,13 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     return ModelConfig(trunk=config.trunk, mtp=stack), weights
 
 
-def in_layers(
-    config: ModelConfig, weights: dict[str, Tensor]
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+def in_layers(model: MTPModel) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The part of a model that a folder's layers hold, in the form of :func:`plain`: only the trunk
     if the stack has no layout."""
-    found, weights = plain(config, weights)
-    if has_layout(config):
+    found, weights = plain(model)
+    if has_layout(model.config):
         return found, weights
-    return ModelConfig(trunk=config.trunk, mtp=NoMTPConfig()), weights
+    return ModelConfig(trunk=found.trunk, mtp=NoMTPConfig()), weights
 
 
 def weight_map(config: ModelConfig) -> Iterator[MappedWeight]:

@@ -84,11 +84,34 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
 
 
 def contents(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The fields of a folder's config.json, whose kind of model is known here, and its tensors,
-    unread; errors as :func:`describe`."""
+    """The fields of a folder's config.json and its tensors, unread. Matrices in fp8 are dequantized
+    when they are read.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UserError: a kind of model that is not known here, pickled or damaged weights, or a tensor
+            in another quantization.
+    """
     source, fields = str(folder / CONFIG), read_json(folder / CONFIG)
     config_reading.require_known(fields, source=source)
-    return fields, parts_of(folder, block=fp8.block_size(fields, source=source))
+    block = fp8.block_size(fields, source=source)
+    tensors: dict[str, StoredTensor] = {}
+    for file, promised in files_of(folder).items():
+        found, _ = tensor_files.parts(file)
+        if promised is not None and promised != found.keys():
+            name = min(promised ^ found.keys())
+            where = "the index" if name in promised else "the file"
+            raise UserError(f"{file} does not agree with the index: {name} is only in {where}.")
+        tensors |= found
+    if block is not None:
+        fp8.dequantize(tensors, block, source=str(folder))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise UserError(
+                f"{name} in {folder} is stored as {str(tensor.dtype).removeprefix('torch.')}: only "
+                "float32, bfloat16, float16 and float64 can be imported."
+            )
+    return fields, tensors
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -135,36 +158,6 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
             "which can run code when they are opened: convert them to safetensors first."
         )
     raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
-
-
-def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, StoredTensor]:
-    """All tensors of a folder, as they are stored and unread.
-
-    Args:
-        folder: the folder.
-        block: of matrices in fp8, which are dequantized.
-
-    Raises:
-        FileNotFoundError: as :func:`files_of`.
-        UserError: likewise; or a damaged file, or a tensor that is quantized.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for file, promised in files_of(folder).items():
-        found, _ = tensor_files.parts(file)
-        if promised is not None and promised != found.keys():
-            name = min(promised ^ found.keys())
-            where = "the index" if name in promised else "the file"
-            raise UserError(f"{file} does not agree with the index: {name} is only in {where}.")
-        tensors |= found
-    if block is not None:
-        fp8.dequantize(tensors, block, source=str(folder))
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise UserError(
-                f"{name} in {folder} is stored as {str(tensor.dtype).removeprefix('torch.')}: only "
-                "float32, bfloat16, float16 and float64 can be imported."
-            )
-    return tensors
 
 
 def _mtp_layers(fields: dict[str, Any], tensors: Collection[str]) -> int:

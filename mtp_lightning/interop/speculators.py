@@ -21,6 +21,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, eagle3, tensor_files
 from mtp_lightning.interop.names import MIMO, module_weights, pieces, plain
 from mtp_lightning.interop.reading import SINGLE
+from mtp_lightning.interop.verify import check_tensors
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.eagle import EagleConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -93,17 +94,17 @@ def tensors(model: MTPModel, dtype: torch.dtype) -> dict[str, Tensor]:
         dtype: dtype of the floating-point ones.
     """
     config = model.config
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if not isinstance(config.mtp, EagleConfig):
-        _, laid_out = plain(config, weights)
+        _, weights = plain(model)
         places = module_weights(config.trunk, "mtp.depths.0.", "mtp_layers.0.", MIMO)
-        return pieces(places, laid_out, dtype)
-    found = eagle3.layer_tensors(config, weights, dtype)
+        return pieces(places, weights, dtype)
+    found = eagle3.layer_tensors(model, dtype)
     if config.mtp.draft_vocab in (None, config.trunk.vocab_size):  # then it has no such tables
         found = {name: tensor for name, tensor in found.items() if name not in ("d2t", "t2d")}
     layer = {name.replace("midlayer.", "layers.0.", 1): t for name, t in found.items()}
     # Without the copy, version 0.9.0 may leave its own embedding as it was allocated.
-    return {"embed_tokens.weight": weights["trunk.embedding.weight"].to(dtype), **layer}
+    embedding = model.trunk.embedding.weight.detach().cpu().to(dtype)
+    return {"embed_tokens.weight": embedding, **layer}
 
 
 def write(
@@ -124,12 +125,13 @@ def write(
     return sum(tensor.numel() for tensor in content.values() if tensor.is_floating_point())
 
 
-def is_models(folder: Path, model: MTPModel, dtype: torch.dtype) -> bool:
-    """Whether the tensors of the folder inside ``folder`` are a model's, each rounded once."""
-    found, wanted = tensor_files.parts(folder / FOLDER / SINGLE)[0], tensors(model, dtype)
-    return found.keys() == wanted.keys() and all(
-        torch.equal(found[name].read(), tensor) for name, tensor in wanted.items()
-    )
+def check(folder: Path, model: MTPModel, dtype: torch.dtype) -> str:
+    """Checks that the tensors of the folder inside ``folder`` are a model's, each rounded once; see
+    :func:`check_tensors`."""
+    parts, _ = tensor_files.parts(folder / FOLDER / SINGLE)
+    found = {name: part.read() for name, part in parts.items()}
+    check_tensors(found, tensors(model, dtype), folder / FOLDER)
+    return f"{FOLDER}, read back, holds the heads; speculators was not started"
 
 
 def _fields(

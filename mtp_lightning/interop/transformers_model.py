@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.command_line.shell import require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import ARCHITECTURES, STANDS_FOR
-
-# MTP layers that no class of transformers has.
-MIMO_PATTERN = r"model\.mtp_layers\."
 
 
 def patterns(n_layers: int, depth: int) -> list[str]:
@@ -57,8 +55,10 @@ class Loaded:
         transformers = import_transformers()
         kind = getattr(transformers, ARCHITECTURES[STANDS_FOR.get(model_type, model_type)])
         self.depth = depth
+        # MiMo's layers have names that no class of transformers knows.
+        mimo = model_type in STANDS_FOR
+        names = [r"model\.mtp_layers\."] if mimo else patterns(n_layers, depth)
         # A new subclass leaves the attribute of the process-wide class unchanged; see one_line.
-        names = patterns(n_layers, depth) if model_type not in STANDS_FOR else [MIMO_PATTERN]
         ignored = {"_keys_to_ignore_on_load_unexpected": names}
         with _quiet(transformers):
             try:
@@ -66,8 +66,8 @@ class Loaded:
                 self.model, info = named.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise UserError(f"transformers cannot load {folder}: {error}") from error
+            except Exception as error:  # the folder's files may have any values
+                raise UserError(f"transformers cannot load {folder}: {briefly(error)}.") from error
             self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             self.unexpected = sorted(info["unexpected_keys"])
             self.mtp = self._load_mtp() if depth else None
@@ -83,8 +83,9 @@ class Loaded:
             ) from error
         try:
             return MtpModel.from_pretrained(self.model).eval()
-        except RuntimeError as error:  # a tensor is missing; the message names it
-            raise UserError(f"transformers cannot load the MTP layers: {error}") from error
+        except Exception as error:  # such as a missing tensor; the message names it
+            told = briefly(error)
+            raise UserError(f"transformers cannot load the MTP layers: {told}.") from error
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -131,19 +132,21 @@ class Loaded:
         return out[0, len(prompt) :].tolist(), passes
 
 
+def briefly(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
 def import_transformers() -> Any:
     """The package.
 
     Raises:
         UserError: if it is missing.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "an export is verified with transformers, which is not installed: "
-            "pip install -e '.[hf]', or leave the check out with verify=false"
-        ) from error
+    what = "The check of a folder (verify=false leaves it out)"
+    require_package("transformers", what=what, extra="hf")
+    import transformers
+
     return transformers
 
 

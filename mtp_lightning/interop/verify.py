@@ -1,13 +1,13 @@
 """Verifies that a folder is the model it was made from: tensors, logits of all depths, and text.
 
-Exporters have written 0 of 15 MTP tensors with exit code 0, and modules in their initial state. So
-the folder is read back twice: as bytes, and with transformers.
+Other exporters have written 0 of 15 MTP tensors with exit code 0, and modules in their initial
+state. So the folder is read back twice: as bytes, and with transformers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
-from mtp_lightning.interop.reading import describe, parts_of
-from mtp_lightning.interop.transformers_model import Loaded, import_transformers
+from mtp_lightning.interop.reading import contents, describe
+from mtp_lightning.interop.transformers_model import Loaded, briefly, import_transformers
 from mtp_lightning.interop.writing import DTYPES
 from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import Stored, build_model
@@ -70,24 +70,30 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
 
 
 def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
-    """Checks that the folder's tensors are the model's, each rounded once, none missing or extra.
-
-    Raises:
-        CheckFailed: if a tensor is not.
-    """
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    wanted = to_folder(*in_layers(model.config, weights), DTYPES[dtype])
-    found = {name: part.read() for name, part in parts_of(folder).items()}
+    """Checks that the folder's tensors are the model's, each rounded once; see
+    :func:`check_tensors`."""
+    wanted = to_folder(*in_layers(model), DTYPES[dtype])
+    _, parts = contents(folder)
+    found = {name: part.read() for name, part in parts.items()}
     if has_extra_file(model.config):
-        wanted |= heads.tensors(weights, DTYPES[dtype])
+        wanted |= heads.tensors(model, DTYPES[dtype])
         _, stored = heads.read(folder, model.config.trunk)
         found |= {n: p.tensor() if isinstance(p, Stored) else p for n, p in stored.items()}
-    for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
+    return f"{check_tensors(found, wanted, folder)} tensors are the model's"
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path) -> int:
+    """Checks that tensors of a folder have the wanted names and values; returns their number.
+
+    Raises:
+        CheckFailed: a tensor is missing, unknown or different; the message names it.
+    """
+    for name in sorted(wanted.keys() ^ found.keys()):
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():
         if not torch.equal(found[name].float(), tensor.float()):
             raise CheckFailed(f"{name} in {folder} is not the model's tensor.")
-    return f"{len(wanted)} tensors are the model's"
+    return len(wanted)
 
 
 def rounded(model: MTPModel, dtype: str) -> MTPModel:
@@ -110,16 +116,23 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
     text = TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
     wanted = [int(token) for token in tokenizer.encode(text)]
     for reader in ("AutoTokenizer", "PreTrainedTokenizerFast"):
-        theirs = getattr(transformers, reader).from_pretrained(folder, local_files_only=True)
-        found = theirs(text, add_special_tokens=False)["input_ids"]
+        kind = getattr(transformers, reader)
+        try:
+            # By default, AutoTokenizer asks whether to run code that tokenizer_config.json names.
+            theirs = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            found = theirs(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # a tokenizer_config.json from elsewhere may have any values
+            told = f"cannot be read: {briefly(error)}"
+            continue
         if found == wanted and theirs.eos_token_id == tokenizer.eot_id:
             # For Qwen2's model type, AutoTokenizer splits text by a rule of its own.
             only = "" if reader == "AutoTokenizer" else f" in {reader}, but not in AutoTokenizer"
             return f"tokenizer.json gives the same {len(wanted)} ids for a text{only}"
-    raise CheckFailed(
-        f"tokenizer.json in {folder} gives other ids in transformers: {found[:8]}... with end "
-        f"of text {theirs.eos_token_id}, not {wanted[:8]}... and {tokenizer.eot_id}."
-    )
+        told = (
+            f"gives other ids: {found[:8]}... with end of text {theirs.eos_token_id}, not "
+            f"{wanted[:8]}... and {tokenizer.eot_id}"
+        )
+    raise CheckFailed(f"In transformers, the tokenizer in {folder} {told}.")
 
 
 def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:

@@ -65,9 +65,8 @@ def write_folder(
         OSError: for a full disk, among others.
     """
     config = model.config
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     extra = has_extra_file(config)
-    laid_out, own = in_layers(config, weights)
+    laid_out, own = in_layers(model)
     depth = laid_out.mtp.depth
     fields = config_json.to_json(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
@@ -79,8 +78,8 @@ def write_folder(
     _write_json(folder / CONFIG, fields)
     n_shards = _write_shards(folder, tensors, shard_bytes)
     if extra:
-        heads.write(folder, config, weights, DTYPES[dtype], max_positions=max_positions)
-        tensors |= heads.tensors(weights, DTYPES[dtype])
+        heads.write(folder, model, DTYPES[dtype], max_positions=max_positions)
+        tensors |= heads.tensors(model, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
     _write_json(folder / GENERATION, tokenizer.generation_config())
     return Contents(

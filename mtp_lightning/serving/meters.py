@@ -16,7 +16,7 @@ class Meters:
     """The metrics of one server, in a separate registry.
 
     Attributes:
-        queue, rows: gauges, which the worker makes read its queue and its slots.
+        queue, rows: gauges that the worker connects to its queue and its slots.
         prompt_tokens, tokens: counters.
         first_token, round: histograms, in seconds.
     """

@@ -26,12 +26,10 @@ from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.settings import is_whole
 
 # Fields that do not change the text.
-_IGNORED = frozenset(
-    {
-        *("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
-        *("safety_identifier", "service_tier", "store", "user"),
-    }
-)
+_IGNORED = {
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
+}  # fmt: skip
 # Unsupported fields, each accepted only with the value that changes nothing.
 _NEUTRAL: Mapping[str, Any] = {
     "n": 1,

@@ -21,8 +21,8 @@ from mtp_lightning.serving.served_text import News, ServedText
 _RETRY_AFTER = 1  # seconds
 
 
-class Worker:
-    """Decodes texts in a separate thread.
+class Worker(threading.Thread):
+    """A thread that decodes texts.
 
     Args:
         engine: an engine that nothing else uses.
@@ -38,6 +38,7 @@ class Worker:
     def __init__(
         self, engine: Engine, *, queue: int, meters: Meters, on_failure: Callable[[], None]
     ) -> None:
+        super().__init__(name="decoding", daemon=True)
         self.failure: BaseException | None = None
         self.cut = 0
         self._engine = engine
@@ -50,18 +51,13 @@ class Worker:
         self._changed = threading.Condition()
         self._ends_at: float | None = None  # by time.monotonic()
         self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         meters.queue.set_function(lambda: len(self._waiting))
         meters.rows.set_function(lambda: len(self._running))
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     @property
     def alive(self) -> bool:
         """Whether the worker accepts texts."""
-        return self._thread.is_alive() and self._ends_at is None
+        return self.is_alive() and self._ends_at is None
 
     def submit(self, served: ServedText) -> None:
         """Put a text at the end of the queue.
@@ -112,11 +108,8 @@ class Worker:
         """Cut running texts short. It takes no lock, because signal handlers call it."""
         self._ends_at = time.monotonic()
 
-    def join(self, seconds: float) -> None:
-        """Wait for the end of the thread, for some seconds."""
-        self._thread.join(seconds)
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Decode until the worker is closed, or a defect ends it."""
         torch.set_num_threads(self._threads)  # PyTorch keeps this setting per thread
         try:
             with self._engine:

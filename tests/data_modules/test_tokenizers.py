@@ -21,6 +21,7 @@ from data_modules.tokenizers import (
     bpe,
     tokenizer_from_state,
 )
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.writing import write_tokenizer
 
 TEXTS = [
@@ -224,6 +225,22 @@ def test_pretrained_refuses_what_cannot_work(tmp_path):
     ):
         with pytest.raises(error, match=message):
             PretrainedTokenizer(str(tmp_path / name), eot_token=eot_token).encode("a")
+
+
+def test_files_of_a_pretrained_tokenizer_that_are_not_text(tmp_path):
+    library_file(tmp_path / "tokenizer.json", ["</s>"])
+    state = PretrainedTokenizer(str(tmp_path)).state()
+    for config in (3, None, "[", "[]", "[" * 5000):
+        with pytest.raises(UserError, match="tokenizer_config.json is damaged"):
+            tokenizer_from_state({**state, "beside": {"tokenizer_config.json": config}})
+    with pytest.raises(UserError, match="the stored tokenizer of the kind pretrained is damaged"):
+        tokenizer_from_state({**state, "beside": [1]})
+    for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"\xff")
+        with pytest.raises(UserError, match="a file of the tokenizer .* is damaged: 'utf-8'"):
+            PretrainedTokenizer(str(tmp_path)).encode("a")
+        (tmp_path / name).unlink()
+        library_file(tmp_path / "tokenizer.json", ["</s>"])
 
 
 def test_pretrained_hub_name_that_cannot_be_had(monkeypatch):

@@ -213,6 +213,23 @@ def test_a_tokenizer_of_sentencepiece_joins_by_scores(spaced: bool, tmp_path: Pa
     assert not gguf_tokenizer.unpack(broken.get, tmp_path)
 
 
+def test_code_next_to_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads a tokenizer whose rule is not known here. By default it would ask whether
+    to run code that the files next to it name, and run it after "y"."""
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes().replace(b"smollm", b"newest"))
+    assert open_model(file).tokenizer.vocab_size == len(SPECIALS) + len(WORDS)
+    (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    named = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(
+        UserError, match="transformers reads no tokenizer from .*tiny.gguf"
+    ) as error:
+        open_model(file)
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+
 def test_a_file_is_opened_without_reading_or_building_anything_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,6 +214,6 @@ def test_layouts_hold_modules_that_read_tokens() -> None:
     for p, fits in ((0.0, True), (0.5, True), (1.0, False)):
         model = deepseek.build(folders.DENSE, depth=1, token_dropout=p)
         assert names.has_layout(model.config) == fits
-        config, weights = names.plain(model.config, model.state_dict())
+        config, weights = names.plain(model)
         if fits:  # there nobody knows of the vector, and nobody needs it
             assert config.mtp == SequentialConfig(depth=1) and "mtp.blank" not in weights

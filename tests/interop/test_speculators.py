@@ -22,6 +22,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, speculators
+from mtp_lightning.interop.verify import CheckFailed
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.eagle import EagleConfig
@@ -112,7 +113,7 @@ def test_names_shapes_dtypes_and_fields(
         f"{n}.weight": shape for n, shape in layout.items()
     }
     assert {t.dtype for t in tensors.values()} == {dtype}
-    assert speculators.is_models(tmp_path, model, dtype)
+    assert "holds the heads" in speculators.check(tmp_path, model, dtype)
     eagle = name == "eagle"
     kind = "eagle3" if eagle else "mtp"
     layer = {
@@ -198,7 +199,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "logits of the trunk equal" in said and said.endswith("verified\n")
     assert "speculator, read back, holds the heads" in said
     fields, _ = folders.read(out / "speculator")
-    assert speculators.is_models(out, model, torch.float32)
     assert fields["speculators_config"]["verifier"]["name_or_path"] == str(out.resolve())
     assert open_model(out).model.depth == 0
     text = (out / card.FILE).read_text()
@@ -220,7 +220,9 @@ def test_another_models_heads_are_not_its_own(tmp_path: Path) -> None:
     write(tmp_path, model)
     with torch.no_grad():
         model.mtp.state_dict()["depths.0.hnorm.weight"][3] += 1e-3
-    assert not speculators.is_models(tmp_path, model, torch.float32)
+    name = "mtp_layers.0.hidden_layernorm.weight in .*speculator"
+    with pytest.raises(CheckFailed, match=f"{name} is not the model's tensor"):
+        speculators.check(tmp_path, model, torch.float32)
 
 
 def theirs(tokens: str, *heads: str) -> None:

@@ -235,6 +235,26 @@ def test_check_shows_the_line_and_what_was_found(
     assert before == [r"model\.layers\.61.*"], "the check leaves the process' class alone"
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"id2label": [1]}),
+        ("config.json", {"pad_token_id": {}}),
+        ("config.json", {"torch_dtype": []}),
+        ("generation_config.json", {"pad_token_id": {}}),
+    ],
+)
+def test_check_refuses_values_that_transformers_cannot_read(
+    file: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folders.write(tmp_path, deepseek.build(folders.dense(), depth=1))
+    fields = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps(fields | changes))
+    with pytest.raises(UserError, match="transformers cannot load") as error:
+        check.check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
     text = "def f():\n    return 'naïve — 東京'  # 1 2 345\n"
@@ -250,6 +270,21 @@ def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
     if kind == "bpe":
         with pytest.raises(CheckFailed, match="gives other ids"):
             check_tokenizer(tmp_path, tokenizer)
+
+
+def test_a_tokenizer_config_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that names code, which is not run, and one that transformers cannot read."""
+    write_tokenizer(tmp_path, ByteTokenizer(), max_positions=64)
+    fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (tmp_path / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, **named}))
+    assert "but not in AutoTokenizer" in check_tokenizer(tmp_path, ByteTokenizer())
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**fields, "model_max_length": "x"}))
+    with pytest.raises(CheckFailed, match="cannot be read: .*not supported"):
+        check_tokenizer(tmp_path, ByteTokenizer())
 
 
 def test_a_tokenizer_next_to_qwen2s_layout_is_read_by_the_class_that_is_named(

@@ -92,6 +92,15 @@ def test_where_a_template_is_kept() -> None:
         ChatTemplate("{% if %}", {})
 
 
+@pytest.mark.parametrize("value", [3, {}, [1], [{"name": [1], "template": "x"}]])
+def test_values_that_are_no_template_and_no_token_are_left_out(value: Any) -> None:
+    odd = json.dumps({"chat_template": value, "bos_token": value})
+    assert ChatTemplate.of({"beside": {"tokenizer_config.json": odd}}) is None
+    files = {"tokenizer_config.json": odd, "chat_template.jinja": "<{{ bos_token }}>"}
+    template = ChatTemplate.of({"beside": files})
+    assert template is not None and template.render([]) == "<>"
+
+
 def test_a_template_sees_messages_alone() -> None:
     for source in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",

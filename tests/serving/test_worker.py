@@ -62,8 +62,8 @@ def test_nobody_is_forgotten_at_the_end(run: OpenedModel) -> None:
         await asyncio.sleep(seconds)
         worker.close(grace=0)
         told = await asyncio.wait_for(asyncio.gather(*tasks), 60)
-        worker._thread.join(60)
-        assert not worker._thread.is_alive() and worker.failure is None
+        worker.join(60)
+        assert not worker.is_alive() and worker.failure is None
         return told
 
     drawn, longest, told = random.Random(0), 0.04, []
