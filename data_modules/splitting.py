@@ -10,6 +10,7 @@ from functools import cached_property
 
 from data_modules.sources.base import Source
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_number
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,7 @@ class DocumentSplit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise UserError(
-                "data.val_fraction must lie between 0 and 1, both excluded, got "
-                f"{self.val_fraction}"
-            )
+        require_number("data.val_fraction", self.val_fraction, above=0, below=1)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document), in the source's order.

@@ -60,7 +60,7 @@ def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="no text"):
         list(DocumentSplit(Listed(["", ""])))
     for fraction in (0, 1, -0.5):
-        with pytest.raises(ValueError, match=f"val_fraction .* got {fraction}"):
+        with pytest.raises(ValueError, match=rf"val_fraction .* in \(0, 1\), not {fraction}"):
             DocumentSplit(Listed([]), val_fraction=fraction)
 
 
