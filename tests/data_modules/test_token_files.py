@@ -246,6 +246,7 @@ def test_the_end_is_held_out_in_whole_documents(tmp_path):
     # One document without an end is cut at that share.
     single = module(tmp_path / "c", nanogpt(tmp_path / "y.bin", [list(range(200)) * 10]))
     assert (single.store["train"].n_tokens, single.store["val"].n_tokens) == (1900, 100)
+    refused("z.bin has only one token", tmp_path / "c", nanogpt(tmp_path / "z.bin", [[7]]))
 
 
 def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
