@@ -186,11 +186,12 @@ class StoreDataModule(WindowDataModule):
             "store": str(self.store.folder),
         }
         for split, file in self.store.splits.items():
+            n_bytes = file.n_bytes
             facts[split] = {
                 "tokens": file.n_tokens,
-                "bytes": file.n_bytes,
+                "bytes": n_bytes,
                 "documents": file.n_documents,
-                "bytes_per_token": self.store.bytes_per_token(split),
+                "bytes_per_token": None if n_bytes is None else n_bytes / max(file.n_tokens, 1),
             }
         there = len(WindowDataset(self.training_text, **self.cut))
         facts["train"]["windows"] = there if self.train_windows == "all" else self.train_windows

@@ -90,9 +90,8 @@ class WindowDataModule(LightningDataModule, ABC):
     @property
     def cut(self) -> dict[str, Any]:
         """T, D, s and E of the windows, as :class:`Windows` takes them."""
-        names = ("seq_len", "depth", "stride")
         extra = max(min(self.lookahead, self.seq_len + 1) - self.depth - 1, 0)
-        return {name: getattr(self, name) for name in names} | {"extra": extra}
+        return {"seq_len": self.seq_len, "depth": self.depth, "stride": self.stride, "extra": extra}
 
     def found(self) -> dict[str, Any]:
         """Values of the group ``data`` that the data have found themselves, by their keys."""
