@@ -91,7 +91,7 @@ class TokenFilesDataModule(StoreDataModule):
             # Megatron names a pair of files without their suffix.
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
-            files = [path for _, path in expand(whole, key, keep=lambda _: True)]
+            files = [path for _, path in expand(whole, key, text_only=False)]
             # An index says in which order the chunks next to it come.
             for path in sorted(files, key=lambda path: path.name != INDEX):
                 for own in _id_files(path):
