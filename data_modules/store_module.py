@@ -143,8 +143,8 @@ class StoreDataModule(WindowDataModule):
         return found
 
     def evaluation_summary(self) -> dict[str, Any]:
-        """What a validation's numbers are measured on: ``fingerprint`` of the text, its
-        ``documents``, and ``tokens`` of the depth-0 targets; where ids stand for text, also their
+        """Facts about the evaluation text: its ``fingerprint``, its number of ``documents``, and
+        ``tokens``, the number of depth-0 targets; where ids stand for text, also the targets'
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
         compressed = compressors(self._evaluated_text()) if n_bytes else {}

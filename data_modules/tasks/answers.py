@@ -26,7 +26,7 @@ a task's one-time draws."""
 K = TypeVar("K")
 T = TypeVar("T")
 TRIED = 1 << 14
-"""Number of training examples that are used: the first of a run."""
+"""Number of training examples, the first of a run, that answers are compared with."""
 
 
 @dataclass(eq=False)
