@@ -113,7 +113,9 @@ def path_list(paths: Paths, key: str) -> list[str]:
     Raises:
         UserError: for anything else.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given: list[Any] = [paths]
+    if isinstance(paths, Sequence) and not isinstance(paths, str):
+        given = list(paths)
     if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
         raise UserError(
             f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"

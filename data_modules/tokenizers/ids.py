@@ -51,7 +51,9 @@ class IdTokenizer(Tokenizer):
         """
         found = text.split()
         for word in found:
-            if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
+            # Python refuses to read a number of thousands of digits.
+            number = int(word) if word.isascii() and word.isdigit() and len(word) < 20 else -1
+            if not 0 <= number < self.vocab_size:
                 raise UserError(
                     f"{word[:40]!r} is not an id: tokenizer=ids knows no text, so write ids from 0 "
                     f"to {self.vocab_size - 1} with spaces between them, or set "

@@ -174,12 +174,9 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
                 f"(a slow-only tokenizer must be converted first)"
             )
     if path.is_file():
-        try:
-            library = library_tokenizer(path.read_text(encoding="utf-8"), source=path)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
-        files = [path.with_name(name) for name in BESIDE]
-        return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
+        files = [file for name in BESIDE if (file := path.with_name(name)).is_file()]
+        library = library_tokenizer(_text(path), source=path)
+        return library, {file.name: _text(file) for file in files}
     if path.suffix == ".json" or given.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
     try:
@@ -189,6 +186,13 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
             f"{given!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
             f"tokenizer of that name ({' '.join(str(error).split())[:200]}): check tokenizer.path"
         ) from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} cannot be read as text: {error}.") from None
 
 
 def _named(beside: dict[str, str], role: str) -> str | None:

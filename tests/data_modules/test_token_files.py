@@ -263,6 +263,9 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
     assert data.tokenizer.encode("5 17").tolist() == [5, 17]
     with pytest.raises(ValueError, match="'def' is not an id: tokenizer=ids knows no text"):
         data.tokenizer.encode("def f")
+    for other in ("50257", "-1", "\u00b2", "9" * 5000):
+        with pytest.raises(ValueError, match="is not an id"):
+            data.tokenizer.encode(other)
     with pytest.raises(
         ValueError, match=r"tokenizer.eot_id must be a whole number in \[0, 4\], not 5"
     ):

@@ -86,9 +86,11 @@ def test_pieces_cover_any_text(text, limit):
     assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
 
 
-def test_half_a_character_is_named(tmp_path):
-    with pytest.raises(ValueError, match="document 1 of listed .* U\\+D800.* character 2"):
-        store_of(["fine", "no\ud800"], tmp_path)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(300)], ids=["byte", "bpe"])
+def test_half_a_character_is_named(tmp_path, tokenizer):
+    documents = ["", *(f"fine {i}" for i in range(100)), "no\ud800"]
+    with pytest.raises(ValueError, match="document 101 of listed .* U\\+D800.* character 2"):
+        store_of(documents, tmp_path, tokenizer=tokenizer)
     assert not list((tmp_path / "stores").iterdir())
 
 

@@ -171,6 +171,9 @@ def test_pretrained_refuses_what_cannot_work(tmp_path):
     ):
         with pytest.raises(error, match=message):
             PretrainedTokenizer(str(tmp_path / name), eot_token=eot_token).encode("a")
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="chat_template.jinja cannot be read as text: .*utf-8"):
+        PretrainedTokenizer(str(tmp_path)).encode("a")
 
 
 def test_pretrained_hub_name_that_cannot_be_had(monkeypatch):
