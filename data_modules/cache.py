@@ -38,7 +38,7 @@ def state_of(path: Path, known: str) -> str:
 
     Args:
         path: the file or folder.
-        known: whatever else it depends on.
+        known: everything else that the cached content depends on.
     """
     path = path.resolve()
     files = sorted([*path.glob("*"), *path.glob("*/*")]) if path.is_dir() else [path]
@@ -50,7 +50,7 @@ def state_of(path: Path, known: str) -> str:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Makes sure that the folder ``target`` exists and is complete.
 
-    One process of all that need it builds it, and the others wait (:mod:`data_modules.claim`).
+    One of the processes that need it builds it, and the others wait (:mod:`data_modules.claim`).
     ``build`` fills a temporary folder next to the target, which is then renamed in one step. A
     killed build leaves only the temporary folder, which a later call removes once it has shown no
     sign of life for :data:`LEASE`. If two processes build anyway, because one was taken for dead,
@@ -76,7 +76,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _built(target: Path, build: Callable[[Path], None]) -> bool:
-    """Whether this process built the folder, and not another one."""
+    """Builds the folder, or waits for another process to do so; whether this process built it."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
@@ -119,8 +119,8 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
 def _remove_stale(folder: Path) -> None:
     """Removes the remains of killed builds: temporary folders without a sign of life.
 
-    The test asks for neither the host nor the process: containers may share a host name without
-    seeing each other's processes.
+    Neither the builder's host nor its process is looked up: containers may share a host name
+    without seeing each other's processes.
     """
     found = list(folder.glob(".*.building-*"))
     if not found:

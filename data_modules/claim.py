@@ -1,10 +1,10 @@
-"""Lets one process build a folder of the cache, of all processes on all machines that need it.
+"""One process builds a folder of the cache; the others that need it, on any machine, wait for it.
 
-A builder makes the folder ``.NAME.building-N``, which only one process can make, and touches it
+The builder makes the folder ``.NAME.building-N``, which only one process can make, and touches it
 every few seconds. The others wait until the finished folder is there. If the builder was killed,
-the next one makes ``N + 1``. Processes of the same machine see this at once, by the system's lock
-on the folder, which ends with the builder. Processes of other machines, and all where there are no
-locks, see it when the folder has not been touched for two minutes.
+the next one makes ``N + 1``. Processes on the same machine see this at once, by the system's lock
+on the folder, which ends with the builder. Processes on other machines, and all processes where
+there are no locks, see it when the folder has not been touched for two minutes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ BEAT = 15.0
 SILENCE = 8 * BEAT
 """Seconds without one after which another process builds."""
 # File in a builder's folder that names the machine, on which the lock can be tested. It is removed
-# before the folder gets its name.
+# before the folder is renamed.
 _MACHINE = ".machine"
 
 
 def claim(target: Path) -> Path | None:
-    """A new folder to build ``target`` in, after waiting for whoever builds it already.
+    """Makes a folder to build ``target`` in, after waiting for a process that builds it already.
 
     Args:
         target: the folder to build; the folder that it lies in exists.
 
     Returns:
-        None when another has built it.
+        The new folder, or None if another process has built ``target``.
 
     Raises:
         OSError: nothing can be written there.
@@ -49,7 +49,7 @@ def claim(target: Path) -> Path | None:
         newest = _place(target, number)
         try:
             touched = newest.stat().st_mtime if number else 0.0
-        except FileNotFoundError:  # it has its name, or was given up
+        except FileNotFoundError:  # renamed to the target, or removed
             continue
         if (number, touched) != watched:
             watched, since = (number, touched), time.monotonic()
@@ -58,9 +58,9 @@ def claim(target: Path) -> Path | None:
             own = _place(target, number + 1)
             try:
                 own.mkdir()
-            except FileExistsError:  # another was faster
+            except FileExistsError:  # another process was faster
                 continue
-            if target.is_dir():  # whoever had it has finished meanwhile
+            if target.is_dir():  # the previous builder has just finished
                 own.rmdir()
                 break
             if killed:
@@ -76,7 +76,7 @@ def claim(target: Path) -> Path | None:
 
 @contextmanager
 def alive(folder: Path) -> Iterator[None]:
-    """Show others that a claimed folder's builder lives, while the block runs."""
+    """Shows other processes that a claimed folder's builder lives, while the block runs."""
     over = threading.Event()
 
     def beat() -> None:
@@ -108,7 +108,7 @@ def _newest(target: Path) -> int:
 
 
 def _locked(folder: Path) -> int | None:
-    """A lock on a folder, which ends with this process; None where there are none."""
+    """A lock on a folder, which ends with this process; None where there are no locks."""
     machine = _machine()
     if machine is None:
         return None
@@ -131,7 +131,7 @@ def _was_killed(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        # Shared: others may ask at the same time.
+        # Shared: other processes may test it at the same time.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         # A builder that has just finished removed this file before it released the lock.
         return (folder / _MACHINE).exists()

@@ -67,5 +67,6 @@ def write_record(file: Path, content: object) -> None:
 
 
 def stamp(found: os.stat_result) -> list[int]:
-    """What changes when a file changes; no program can set the third number, its ctime."""
+    """Size, times and inode of a file, of which some change whenever the file does. No program can
+    set the third number, the ctime."""
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from data_modules.overlap import LineOverlap
-from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
@@ -82,8 +81,7 @@ def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]
     """
     batch: list[Piece] = []
     size = 0
-    for number, (name, document) in enumerate(split):
-        require_unicode(document, number, split.source)
+    for name, document in split:
         if len(document) > PIECE:
             overlap.add(name, document)
         first = True
@@ -96,24 +94,6 @@ def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-def require_unicode(document: str, number: int, source: Source) -> None:
-    """Refuses a document that cannot be written as UTF-8.
-
-    Raises:
-        UserError: naming the document's number and the character.
-    """
-    if document.isascii():
-        return
-    try:
-        document.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"document {number} of {source.name} holds half a character (a lone "
-            f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
-            f"which is not Unicode text: fix that document"
-        ) from None
 
 
 def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:

@@ -49,8 +49,8 @@ COMPRESSED = 4 << 20
 
 
 def compressors(text: bytes) -> dict[str, float]:
-    """Bits per byte of gzip -9 and xz -9 on a text, or on its first 4 MiB: the least that a model
-    has to beat, since they know only the text itself."""
+    """Bits per byte of gzip -9 and xz -9 on a text, or on its first 4 MiB. They know only the text
+    itself, so a trained model should need fewer."""
     text = text[:COMPRESSED]
     # The dictionary of xz -9 takes 64 MiB, of which a text needs its own length.
     xz = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(len(text), 4096)}

@@ -18,17 +18,13 @@ class LineOverlap:
 
     A line counts if it has at least 32 characters without surrounding white space, as often as it
     occurs in the validation documents. Only 64-bit hashes are kept. When a split has more than
-    ``limit`` different hashes, both splits drop those in the upper half of the range and ignore
-    them from then on, so equal lines are kept on both sides or on neither. The share is exact up to
-    ``limit`` different lines per split, and estimated from a sample beyond that. It does not depend
-    on the order of the documents.
-
-    Args:
-        limit: number of hashes kept per split.
+    :data:`LIMIT` different hashes, both splits drop those in the upper half of the range and ignore
+    them from then on, so equal lines are kept in both splits or in neither. The share is exact up
+    to this number of different lines per split, and estimated from a sample beyond that. It does
+    not depend on the order of the documents.
     """
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self.limit = limit
+    def __init__(self) -> None:
         self._below = 2**64
         self._counts: dict[str, Counter[int]] = {"train": Counter(), "val": Counter()}
 
@@ -40,7 +36,7 @@ class LineOverlap:
             line = match.group().strip()
             if len(line) >= LONG and (value := _hash(line)) < self._below:
                 counts[value] += 1
-                if len(counts) > self.limit:
+                if len(counts) > LIMIT:
                     self._forget()
                     counts = self._counts[split]
 
@@ -56,7 +52,7 @@ class LineOverlap:
         while True:
             for split, counts in self._counts.items():
                 self._counts[split] = Counter({v: n for v, n in counts.items() if v < self._below})
-            if max(map(len, self._counts.values())) <= self.limit:
+            if max(map(len, self._counts.values())) <= LIMIT:
                 return
             self._below //= 2
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_modules.encoding import pieces, require_unicode
+from data_modules.encoding import pieces
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.store_module import parts_in_rounds
 from data_modules.tokenizers.base import Tokenizer
@@ -42,11 +42,10 @@ def take_prompts(
             seen.add(prompt.tobytes())
             taken[name].append(prompt)
 
-    for number, (name, document) in enumerate(split):
+    for name, document in split:
         if all(len(taken[name]) == counts[name] for name in SPLITS):
             break
         if len(taken[name]) < counts[name]:
-            require_unicode(document, number, split.source)
             ids = _beginning(document, tokenizer, counts[name] * length)
             if len(ids) >= length:
                 take(name, ids[:length])

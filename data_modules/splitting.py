@@ -10,6 +10,7 @@ from functools import cached_property
 
 from data_modules.sources.base import Source
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_number
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +49,16 @@ class DocumentSplit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise UserError(
-                "data.val_fraction must lie between 0 and 1, both excluded, got "
-                f"{self.val_fraction}"
-            )
+        require_number("data.val_fraction", self.val_fraction, above=0, below=1)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document), in the source's order.
 
         Raises:
-            UserError: if the source has no text.
+            UserError: if the source has no text, or a document cannot be written as UTF-8.
         """
         below = self._below
-        for group, document in nonempty(self.source):
+        for group, document in self._documents():
             if below is None:
                 at = cut_point(document, 1 - self.val_fraction)
                 yield "train", document[:at]
@@ -71,7 +68,7 @@ class DocumentSplit:
 
     def hash(self, group: str) -> float:
         """Hash of (seed, group) as a fraction in [0, 1)."""
-        # The tokenizer reports text that is not Unicode; the hash must not fail first.
+        # The name of a group may be that of a file, which need not be Unicode.
         value = hashlib.blake2b(f"{self.seed}:".encode(), digest_size=8)
         value.update(group.encode("utf-8", "surrogatepass"))
         return int.from_bytes(value.digest(), "big") / 2**64
@@ -80,11 +77,18 @@ class DocumentSplit:
         """The documents of one split."""
         return (document for name, document in self if name == split)
 
+    def _documents(self) -> Iterator[tuple[str, str]]:
+        """(group, document) of the documents that hold text; datasets have empty rows."""
+        for number, (group, document) in enumerate(self.source.grouped()):
+            if document:
+                _require_unicode(document, f"document {number} of {self.source.name}")
+                yield group, document
+
     @cached_property
     def _below(self) -> float | None:
         """Groups with a hash below this are for validation; ``None`` if there is only one group."""
         hashes: set[float] = set()
-        for group, _ in nonempty(self.source):
+        for group, _ in self._documents():
             hashes.add(self.hash(group))
             if len(hashes) > SMALL:
                 return self.val_fraction
@@ -102,9 +106,17 @@ class DocumentSplit:
         return min(max(self.val_fraction, order[1]), order[-1])
 
 
-def nonempty(source: Source) -> Iterator[tuple[str, str]]:
-    """(group, document) of the documents that hold text; datasets have empty rows."""
-    return ((group, document) for group, document in source.grouped() if document)
+def _require_unicode(document: str, name: str) -> None:
+    """Refuses a document that cannot be written as UTF-8, as JSON may hold one."""
+    if document.isascii():
+        return
+    try:
+        document.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds half a character (a lone surrogate, U+{ord(document[error.start]):04X}) "
+            f"at character {error.start}, which is not Unicode text: fix that document"
+        ) from None
 
 
 def cut_point(document: str, fraction: float) -> int:

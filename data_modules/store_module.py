@@ -143,8 +143,8 @@ class StoreDataModule(WindowDataModule):
         return found
 
     def evaluation_summary(self) -> dict[str, Any]:
-        """What a validation's numbers are measured on: ``fingerprint`` of the text, its
-        ``documents``, and ``tokens`` of the depth-0 targets; where ids stand for text, also their
+        """Facts about the evaluation text: its ``fingerprint``, its number of ``documents``, and
+        ``tokens``, the number of depth-0 targets; where ids stand for text, also the targets'
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
         compressed = compressors(self._evaluated_text()) if n_bytes else {}
@@ -186,11 +186,12 @@ class StoreDataModule(WindowDataModule):
             "store": str(self.store.folder),
         }
         for split, file in self.store.splits.items():
+            n_bytes = file.n_bytes
             facts[split] = {
                 "tokens": file.n_tokens,
-                "bytes": file.n_bytes,
+                "bytes": n_bytes,
                 "documents": file.n_documents,
-                "bytes_per_token": self.store.bytes_per_token(split),
+                "bytes_per_token": None if n_bytes is None else n_bytes / max(file.n_tokens, 1),
             }
         there = len(WindowDataset(self.training_text, **self.cut))
         facts["train"]["windows"] = there if self.train_windows == "all" else self.train_windows

@@ -146,14 +146,6 @@ class TokenStore:
     def __getitem__(self, split: str) -> TokenFile:
         return self.splits[split]
 
-    def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes of the split's text per token, end-of-text tokens counted; None where the
-        bytes are unknown."""
-        file = self[split]
-        if file.n_bytes is None:
-            return None
-        return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
-
 
 def count_ids(tokens: np.ndarray | ShardedTokens, vocab_size: int) -> np.ndarray:
     """``[vocab_size]`` int64, how often each id occurs."""

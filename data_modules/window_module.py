@@ -58,7 +58,7 @@ class WindowDataModule(LightningDataModule, ABC):
     # Packages whose classes the data may build. The caller sets this; a config, which may come from
     # anyone, never does.
     allow: Collection[str] = field(default=(), init=False)
-    # Whether a frozen trunk's states of the training windows are kept; whoever has the model sets
+    # Whether a frozen trunk's states of the training windows are kept; the owner of the model sets
     # the folder.
     cache_states: bool = field(default=False, init=False)
     states: Path | None = field(default=None, init=False)
@@ -90,9 +90,8 @@ class WindowDataModule(LightningDataModule, ABC):
     @property
     def cut(self) -> dict[str, Any]:
         """T, D, s and E of the windows, as :class:`Windows` takes them."""
-        names = ("seq_len", "depth", "stride")
         extra = max(min(self.lookahead, self.seq_len + 1) - self.depth - 1, 0)
-        return {name: getattr(self, name) for name in names} | {"extra": extra}
+        return {"seq_len": self.seq_len, "depth": self.depth, "stride": self.stride, "extra": extra}
 
     def found(self) -> dict[str, Any]:
         """Values of the group ``data`` that the data have found themselves, by their keys."""
@@ -188,7 +187,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:
-        """What a validation's numbers are measured on; equal ``fingerprint`` means equal data."""
+        """Facts about the validation data; equal values of ``fingerprint`` mean equal data."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:

@@ -48,16 +48,17 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
         raise UserError(f"{key} must be {wanted}, not {shown}.")
 
 
-def require_whole(key: str, value: Any, *, least: int | None = None) -> int:
-    """Return the value, which must be a Python int (checkpoints store no others) of at least
-    ``least``.
+def require_whole(
+    key: str, value: Any, *, least: int | None = None, most: int | None = None
+) -> int:
+    """Return the value, which must be a Python int (checkpoints store no others) within bounds.
 
     Raises:
         UserError: it is not.
     """
     whole = isinstance(value, int) and is_whole(value) and is_number(value)
-    fits = whole and (least is None or value >= least)
-    require(fits, key, value, "a whole number" + _bounds(least, None, None, None))
+    fits = whole and (least is None or value >= least) and (most is None or value <= most)
+    require(fits, key, value, "a whole number" + _bounds(least, None, most, None))
     return value
 
 

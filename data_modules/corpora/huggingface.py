@@ -125,18 +125,16 @@ class HuggingFaceSource(FileSource):
         are relative to the dataset's folder, here or on the hub, if the path is one, else to the
         current folder."""
         if self.data_files is None:
-            return _all_files(self.path, "data.source.path") if Path(self.path).exists() else []
+            here = Path(self.path).exists()
+            return expand(self.path, "data.source.path", text_only=False) if here else []
         given = list(_flat(self.data_files))
         on_hub = "/" in self.path and not Path(self.path).exists()
         if on_hub or any("://" in item for item in given):
             return []
         root = Path(self.path) if Path(self.path).is_dir() else Path()
         key = "data.source.data_files"
-        return [file for item in given for file in _all_files(str(root / item), key)]
-
-
-def _all_files(given: str, key: str) -> list[tuple[str, Path]]:
-    return expand(given, key, keep=lambda _: True)  # Arrow files are not text
+        paths = [str(root / item) for item in given]
+        return [file for path in paths for file in expand(path, key, text_only=False)]
 
 
 def _flat(data_files: object) -> Iterator[str]:

@@ -71,7 +71,7 @@ class FileSource(Source):
     @property
     @abstractmethod
     def rules(self) -> tuple[object, ...]:
-        """What decides the documents besides the files; a part of the fingerprint."""
+        """Everything besides the files that decides the documents; part of the fingerprint."""
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -91,7 +91,7 @@ def digest_files(
 
     Args:
         files: (name that enters the digest, path) in a fixed order.
-        options: whatever else decides the documents.
+        options: everything else that decides the documents.
         remember: folder that keeps the digests of large files, so that they are not read again
             until they change; None to read them all.
 
@@ -109,7 +109,7 @@ def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
 
     Args:
         data: the bytes.
-        where: the file that they are from, for the message.
+        where: the file that holds them, for the message.
         offset: where in the file they begin.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_modules.sources.base import Source, digest
-from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_whole
 
 SUCCESSORS = 16
 """Words that can follow a word, with probabilities 1/2, 1/4, ..., so the text is learnable."""
@@ -27,7 +27,7 @@ class SyntheticSource(Source):
         seed: seed of the words, the chain and the text.
 
     Raises:
-        UserError: for numbers that are too small.
+        UserError: for numbers out of range.
     """
 
     name = "synthetic"
@@ -35,13 +35,10 @@ class SyntheticSource(Source):
     def __init__(
         self, *, size: int = 1_000_000, documents: int = 200, words: int = 512, seed: int = 0
     ) -> None:
-        if documents < 1 or size < 16 * documents:
-            raise UserError(
-                f"synthetic text needs documents >= 1 of 16 bytes or more each, "
-                f"got size {size} for {documents} documents"
-            )
-        if words < 2 or seed < 0:
-            raise UserError(f"need words >= 2 and seed >= 0, got words {words}, seed {seed}")
+        require_whole("data.source.documents", documents, least=1)
+        require_whole("data.source.size (16 bytes for each document)", size, least=16 * documents)
+        require_whole("data.source.words", words, least=2)
+        require_whole("data.source.seed", seed, least=0)
         self.size = size
         self.n_documents = documents
         self.words = words

@@ -6,7 +6,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,9 @@ def path_list(paths: Paths, key: str) -> list[str]:
     Raises:
         UserError: for anything else.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given: list[Any] = [paths]
+    if isinstance(paths, Sequence) and not isinstance(paths, str):
+        given = list(paths)
     if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
         raise UserError(
             f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"
@@ -132,23 +134,23 @@ def _may_be_text(path: Path) -> bool:
 
 
 def expand(
-    given: str, key: str = "data.paths", *, keep: Callable[[Path], bool] = _may_be_text
+    given: str, key: str = "data.paths", *, text_only: bool = True
 ) -> list[tuple[str, Path]]:
     """The files that a path, folder or glob stands for, with names that do not depend on where
     they are.
 
     Args:
         given: a path; ``~`` is expanded, and a folder stands for all files below it that are not
-            hidden and are kept.
+            hidden.
         key: the config key of the path, for messages.
-        keep: which files of a folder are kept; by default those of text.
+        text_only: whether to leave out files of a folder that are empty or not text.
 
     Raises:
         FileNotFoundError: if there is no file.
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        return _folder(path, key, keep)
+        return _folder(path, key, text_only)
     if path.exists():
         return [(path.name, path)]
     if not glob.has_magic(given):
@@ -173,10 +175,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if (path := Path(root) / name).is_file())
 
 
-def _folder(folder: Path, key: str, keep: Callable[[Path], bool]) -> list[tuple[str, Path]]:
+def _folder(folder: Path, key: str, text_only: bool) -> list[tuple[str, Path]]:
     below = [(path.relative_to(folder), path) for path in _files_below(folder)]
     shown = [(r, path) for r, path in below if not any(part[0] == "." for part in r.parts)]
-    files = sorted((r.as_posix(), path) for r, path in shown if keep(path))
+    files = sorted((r.as_posix(), p) for r, p in shown if not text_only or _may_be_text(p))
     if not files:
         raise FileNotFoundError(f"the folder {folder} holds no files to read: check {key}")
     hidden, other = len(below) - len(shown), len(shown) - len(files)

@@ -26,7 +26,7 @@ a task's one-time draws."""
 K = TypeVar("K")
 T = TypeVar("T")
 TRIED = 1 << 14
-"""Number of training examples that are used: the first of a run."""
+"""Number of training examples, the first of a run, that answers are compared with."""
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class AnswerSet:
         :func:`baselines`."""
         found = {"chance": self.task.chance}
         if self.trained is not None:
-            found |= baselines(self.task, self.examples, self.trained.beginning(TRIED))
+            found |= baselines(self.task, self.examples, self.trained.read(0, TRIED))
         return found
 
     def measures(self, d_model: int) -> Sequence[TaskMeasure]:
@@ -74,7 +74,7 @@ class AnswerSet:
         if self.trained is None or self.trained.examples is None:
             return None
         windows, n = self.trained, self.trained.examples
-        return cache(lambda: [example.answer for example in windows.beginning(n)])
+        return cache(lambda: [example.answer for example in windows.read(0, n)])
 
     def uniforms(self, numbers: np.ndarray, width: int) -> Tensor:
         """Random numbers to draw the tokens of answers with, [B, W] float64 in [0, 1).

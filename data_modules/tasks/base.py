@@ -62,8 +62,8 @@ class Example:
 
 
 def question_of(example: Example) -> tuple[int | None, ...]:
-    """What a model reads before its answer: the prompt, and the answer with None for the asked
-    tokens."""
+    """The tokens that a model does not answer: the prompt, and the answer's given tokens, with None
+    in place of each asked token."""
     answer = zip(example.answer, example.asked, strict=True)
     return (*example.prompt, *(None if asked else token for token, asked in answer))
 
@@ -199,8 +199,8 @@ class Task(ABC):
         return {}
 
     def content(self, example: Example) -> Hashable:
-        """What identifies an example: whoever has seen an example with the same content has seen
-        this one. By default its question: the prompt and the given tokens of the answer."""
+        """A value that identifies an example: a model that was trained on an example with the same
+        content has seen this one. By default the question (:func:`question_of`)."""
         return question_of(example)
 
     def groups(self, example: Example) -> Sequence[str]:

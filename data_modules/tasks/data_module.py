@@ -140,8 +140,8 @@ class TaskDataModule(WindowDataModule):
 
     def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
         """Validation prompts whose answers have the full length, each with the given tokens before
-        its answer. Arguments and errors are those of :class:`WindowDataModule`, but a question has
-        its own length."""
+        its answer. Arguments and errors are those of :class:`WindowDataModule`, except that
+        ``length`` is ignored: a question has its own length."""
         wanted = self.answer_length
         prompts = [
             torch.tensor(example.prompt + example.answer[: example.asked.index(True)])

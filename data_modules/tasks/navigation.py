@@ -216,21 +216,20 @@ class Navigation(Task):
         if len(path) < 4:
             return path
         closed = path[1 + draws.below(len(path) - 2)]
-        before = {goal: goal}
-        ring = [goal]
-        while ring and start not in before:
-            reached = []
-            for node in ring:
-                for other in np.flatnonzero(self.edges[:, node]).tolist():
-                    if other != closed and other not in before:
-                        before[other] = node
-                        reached.append(other)
-            ring = reached
-        if start not in before:
+        after = {goal: goal}  # each node that was reached, and the next one on its way to the goal
+        reached = [goal]
+        for node in reached:  # breadth first: the list grows meanwhile
+            if start in after:
+                break
+            for other in np.flatnonzero(self.edges[:, node]).tolist():
+                if other != closed and other not in after:
+                    after[other] = node
+                    reached.append(other)
+        if start not in after:
             return path
         found = [start]
         while found[-1] != goal:
-            found.append(before[found[-1]])
+            found.append(after[found[-1]])
         return found if len(found) <= self.longest_answer else path
 
     def _written(self, goal: int, path: list[int]) -> Example:

@@ -1,7 +1,8 @@
-"""What a model knows of the graph of ``data=navigation``: its walks, its shortcuts, its states.
+"""Measures of a model's knowledge of the graph of ``data=navigation``, from its walks, its
+probabilities of shortcuts, and its states.
 
-A model may answer beyond the end of a shortest path, so windows are scored there, too; what is
-measured on the true paths ends with them.
+A model's answer may be longer than a shortest path, so windows are scored beyond the path's end,
+too. Measures on the true paths leave those positions out.
 
 Shapes: B rows, W tokens of a window, P positions, K scored positions of a batch, L those of them on
 the true paths, N nodes, C d_model, V vocabulary.
@@ -153,8 +154,8 @@ class BeliefCosine(TaskMeasure):
 
 
 def standing(task: Navigation, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The scored positions that lie on the true paths: which of the K they are, and the node and
-    the goal there, each [L]."""
+    """The scored positions that lie on the true paths: their indices among the K, and the node and
+    the goal at each, all three [L]."""
     batch = outputs.batch
     valid_BP = batch.valid(0)
     assert valid_BP is not None

@@ -49,7 +49,7 @@ class Sat(Task):
 
     @property
     def clauses(self) -> int:
-        """m."""
+        """Number of clauses of a formula."""
         return round(RATIO * self.variables)
 
     @cached_property

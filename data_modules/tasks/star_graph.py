@@ -60,7 +60,7 @@ class StarGraph(Task):
 
     @property
     def edges(self) -> int:
-        """E."""
+        """E, the number of edges of a graph."""
         return self.degree * (self.length - 1)
 
     @cached_property

@@ -75,19 +75,14 @@ class TaskWindows(Windows):
         if self.examples is None:
             self.first = first_training_index(seed)
 
-    def held(self, number: int) -> list[Example]:
-        """The examples of a window; none if it is after the last."""
-        n = self.per_window
-        end = (number + 1) * n if self.examples is None else min((number + 1) * n, self.examples)
-        return [self.task.example(self.first + i) for i in range(number * n, end)]
-
-    def beginning(self, n: int) -> list[Example]:
-        """The first n examples, or all of them if there are fewer."""
-        n = n if self.examples is None else min(n, self.examples)
-        return [self.task.example(self.first + i) for i in range(n)]
+    def read(self, start: int, n: int) -> list[Example]:
+        """n examples, from the one numbered ``start`` on; fewer if there are no more."""
+        end = start + n if self.examples is None else min(start + n, self.examples)
+        return [self.task.example(self.first + i) for i in range(start, end)]
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
-        rows = [self.held(number) for number in numbers.tolist()]
+        n = self.per_window
+        rows = [self.read(number * n, n) for number in numbers.tolist()]
         tokens, scored, documents = lay_out(rows, self.width, train_prompt=self.train_prompt)
         return self.batch(
             tokens,

@@ -14,6 +14,7 @@ from data_modules.token_files.view import open_view
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_number
 
 HELD_OUT = 0.05
 
@@ -57,14 +58,12 @@ class TokenFilesDataModule(StoreDataModule):
                 "tokenizer.path=...), or tokenizer=ids with tokenizer.vocab_size and "
                 "tokenizer.eot_id"
             )
-        if held_out is not None and val_path is not None:
-            raise UserError(
-                f"data.held_out={held_out} has no meaning with data.val_path: leave one out"
-            )
-        if held_out is not None and not 0 < held_out < 1:
-            raise UserError(
-                f"data.held_out must lie between 0 and 1, both excluded, got {held_out}"
-            )
+        if held_out is not None:
+            require_number("data.held_out (null: 0.05)", held_out, above=0, below=1)
+            if val_path is not None:
+                raise UserError(
+                    f"data.held_out={held_out} has no meaning with data.val_path: leave one out"
+                )
         self.path = path
         self.val_path = val_path
         self.held_out = HELD_OUT if held_out is None else held_out
@@ -92,7 +91,7 @@ class TokenFilesDataModule(StoreDataModule):
             # Megatron names a pair of files without their suffix.
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
-            files = [path for _, path in expand(whole, key, keep=lambda _: True)]
+            files = [path for _, path in expand(whole, key, text_only=False)]
             # An index says in which order the chunks next to it come.
             for path in sorted(files, key=lambda path: path.name != INDEX):
                 for own in _id_files(path):

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from data_modules.shards import Shard
-from data_modules.token_files.litdata_chunks import INDEX, looks_like_chunk, read_chunk
+from data_modules.token_files.litdata_chunks import INDEX, item_offsets, read_chunk
 from mtp_lightning.errors import UserError
 
 MEGATRON = b"MMIDIDX\x00\x00"
@@ -111,7 +111,7 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise UserError(f"{path} holds no token ids but is {what}")
-    if looks_like_chunk(path):
+    if item_offsets(path) is not None:
         raise UserError(f"{path} is a chunk of litdata without its {INDEX}: copy that file, too")
     if dtype is None and _looks_wide(head):
         raise UserError(

@@ -41,11 +41,6 @@ def chunk_paths(index: Path) -> list[Path] | None:
     return None if found is None else [index.parent / name for name in found[0]]
 
 
-def looks_like_chunk(path: Path) -> bool:
-    """Whether a file begins like a chunk of its size: a chunk that has lost its index."""
-    return _offsets(path) is not None
-
-
 def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
     """The ids of a chunk, and the first token of every document; None if the file is not a chunk.
 
@@ -66,7 +61,7 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
             "kind to a folder of their own"
         )
     dtype = np.dtype(found[1])
-    offsets = _offsets(path)
+    offsets = item_offsets(path)
     lengths = np.zeros(0, np.int64) if offsets is None else np.diff(offsets)
     if offsets is None or lengths.min() < 0 or (lengths % dtype.itemsize).any():
         raise UserError(
@@ -81,8 +76,9 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
     return Shard(path, dtype.str, begin, n_tokens), starts[starts < n_tokens]
 
 
-def _offsets(path: Path) -> np.ndarray | None:
-    """Byte offsets of a chunk's items and of its end; None if they do not match the file's size."""
+def item_offsets(path: Path) -> np.ndarray | None:
+    """Byte offsets of a chunk's items and of its end; None for a file that does not begin like a
+    chunk of its size."""
     size = path.stat().st_size
     if size < 12:
         return None

@@ -115,6 +115,8 @@ class ScannedText:
 
     def cut(self, held_out: float) -> tuple[ScannedText, ScannedText]:
         """The text before the held-out part, and that part; see :func:`open_view`."""
+        if self.n_tokens < 2:
+            raise UserError(f"{self.shards[0].path} has only one token: give more text")
         at = cut_index(self.n_tokens, 1 - held_out)
         n_kept = int(self.starts.searchsorted(at))
         if n_kept < len(self.starts):

@@ -67,7 +67,8 @@ class Tokenizer(ABC):
         """The tokenizer with this state."""
 
     def spec(self) -> dict[str, Any]:
-        """What determines the ids of a given corpus: options before training, content after."""
+        """The values that determine the ids of a given corpus: before training the options, after
+        training the content."""
         return self.state()
 
     def token_bytes(self) -> list[bytes]:
@@ -163,7 +164,7 @@ class Tokenizer(ABC):
 
 
 def class_of(kind: str) -> type[Tokenizer] | None:
-    """The platform's own class of a kind, imported; None of any other kind."""
+    """This project's class for a kind, imported; None for an unknown kind."""
     from data_modules import tokenizers
 
     return getattr(tokenizers, tokenizers.KINDS[kind]) if kind in tokenizers.KINDS else None

@@ -18,7 +18,6 @@ from mtp_lightning.settings import require_whole
 from mtp_lightning.stored import LARGEST_VOCAB
 
 CACHED_WORDS = 500_000
-MIN_VOCAB = 257
 
 
 class BPETokenizer(Tokenizer):
@@ -44,14 +43,9 @@ class BPETokenizer(Tokenizer):
     eot_id = 0
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
-        require_whole("tokenizer.vocab_size", vocab_size)
-        if not MIN_VOCAB <= vocab_size <= LARGEST_VOCAB:
-            raise UserError(
-                f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and end of text) "
-                f"and at most {LARGEST_VOCAB:,}, got {vocab_size}"
-            )
-        if train_bytes < 1:
-            raise UserError(f"tokenizer.train_bytes must be at least 1, got {train_bytes}")
+        key = "tokenizer.vocab_size (256 bytes, end of text, and merges)"
+        require_whole(key, vocab_size, least=257, most=LARGEST_VOCAB)
+        require_whole("tokenizer.train_bytes", train_bytes, least=1)
         self.requested_vocab_size = vocab_size
         self.train_bytes = train_bytes
         self._json: str | None = None

@@ -10,6 +10,7 @@ import numpy as np
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.library import word_level_json
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_whole
 from mtp_lightning.stored import LARGEST_VOCAB
 
 
@@ -28,15 +29,8 @@ class IdTokenizer(Tokenizer):
     reads_text = False
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:
-        if not 2 <= vocab_size <= LARGEST_VOCAB:
-            raise UserError(
-                f"tokenizer.vocab_size must be at least 2 and at most {LARGEST_VOCAB:,}, got "
-                f"{vocab_size}"
-            )
-        if not 0 <= eot_id < vocab_size:
-            raise UserError(
-                f"tokenizer.eot_id must be one of the {vocab_size:,} ids from 0 on, got {eot_id}"
-            )
+        require_whole("tokenizer.vocab_size", vocab_size, least=2, most=LARGEST_VOCAB)
+        require_whole("tokenizer.eot_id", eot_id, least=0, most=vocab_size - 1)
         self._vocab_size = vocab_size
         self._eot_id = eot_id
         self.eot_token = str(eot_id)
@@ -57,7 +51,9 @@ class IdTokenizer(Tokenizer):
         """
         found = text.split()
         for word in found:
-            if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
+            # Python refuses to read a number of thousands of digits.
+            number = int(word) if word.isascii() and word.isdigit() and len(word) < 20 else -1
+            if not 0 <= number < self.vocab_size:
                 raise UserError(
                     f"{word[:40]!r} is not an id: tokenizer=ids knows no text, so write ids from 0 "
                     f"to {self.vocab_size - 1} with spaces between them, or set "

@@ -96,8 +96,8 @@ class PretrainedTokenizer(Tokenizer):
         if _named(self.beside, "eos_token") in (None, self.eot_token):
             return self.beside
         found = dict(self.beside)
-        for name, text in found.items():
-            if name.endswith(".json") and "eos_token" in (content := json.loads(text)):
+        for name in found:
+            if name.endswith(".json") and "eos_token" in (content := _content(found, name)):
                 found[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
         return found
 
@@ -216,12 +216,9 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
                 f"(a slow-only tokenizer must be converted first)"
             )
     if path.is_file():
-        try:
-            library = library_tokenizer(path.read_text(encoding="utf-8"), source=path)
-            files = [path.with_name(name) for name in BESIDE]
-            return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
-        except UnicodeDecodeError as error:
-            raise UserError(f"a file of the tokenizer {path} is damaged: {error}.") from None
+        files = [file for name in BESIDE if (file := path.with_name(name)).is_file()]
+        library = library_tokenizer(_text(path), source=path)
+        return library, {file.name: _text(file) for file in files}
     if path.suffix == ".json" or given.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
     try:
@@ -231,6 +228,13 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
             f"{given!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
             f"tokenizer of that name ({' '.join(str(error).split())[:200]}): check tokenizer.path"
         ) from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} cannot be read as text: {error}.") from None
 
 
 def _named(beside: dict[str, str], role: str) -> str | None:

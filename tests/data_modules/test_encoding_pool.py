@@ -95,14 +95,14 @@ def test_merged_overlaps_are_one(data):
     lines = st.integers(0, 30).map(lambda i: f"{i} is a line that is long enough to be counted {i}")
     names, texts = st.sampled_from(["train", "val"]), st.lists(lines, max_size=5).map("\n".join)
     documents = data.draw(st.lists(st.tuples(names, texts), max_size=12))
-    limit = data.draw(st.integers(1, 12))
-    whole = LineOverlap(limit)
-    parts = [LineOverlap(limit) for _ in range(3)]
-    for name, document in documents:
-        whole.add(name, document)
-        parts[data.draw(st.integers(0, 2))].add(name, document)
-    for part in parts[1:]:
-        parts[0].merge(part)
+    whole, parts = LineOverlap(), [LineOverlap() for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_modules.overlap.LIMIT", data.draw(st.integers(1, 12)))
+        for name, document in documents:
+            whole.add(name, document)
+            parts[data.draw(st.integers(0, 2))].add(name, document)
+        for part in parts[1:]:
+            parts[0].merge(part)
     assert parts[0].share() == whole.share()
     assert parts[0]._counts == whole._counts and parts[0]._below == whole._below
 

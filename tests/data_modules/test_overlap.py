@@ -15,8 +15,8 @@ def line(i: int) -> str:
     return f"line {i} ".ljust(31, ".") + "!"
 
 
-def measured(documents: list[tuple[str, str]], **options) -> float | None:
-    overlap = LineOverlap(**options)
+def measured(documents: list[tuple[str, str]]) -> float | None:
+    overlap = LineOverlap()
     for split, document in documents:
         overlap.add(split, document)
     return overlap.share()
@@ -53,7 +53,8 @@ def test_a_line_counts_from_32_characters_on_and_as_often_as_it_stands():
     assert measured([("train", known)]) is None and measured([]) is None
 
 
-def test_a_sample_keeps_within_its_limit_and_is_unbiased():
+def test_a_sample_keeps_within_its_limit_and_is_unbiased(monkeypatch):
+    monkeypatch.setattr("data_modules.overlap.LIMIT", 1000)
     order = random.Random(0)
     errors = []
     for corpus in range(8):
@@ -65,15 +66,15 @@ def test_a_sample_keeps_within_its_limit_and_is_unbiased():
         exact = brute_force(texts)
         assert exact == pytest.approx(0.3)
         order.shuffle(texts)
-        overlap = LineOverlap(limit=1000)
+        overlap = LineOverlap()
         for split, text in texts:
             overlap.add(split, text)
             assert max(map(len, overlap._counts.values())) <= 1000
         assert len(overlap._counts["train"]) > 300 and overlap.share() != exact
         # Which lines are in the sample is decided by the lines, not by their order.
-        assert overlap.share() == measured(sorted(texts), limit=1000)
+        assert overlap.share() == measured(sorted(texts))
         whole = [(name, "\n".join(t for s, t in texts if s == name)) for name in ("val", "train")]
-        assert overlap.share() == measured(whole, limit=1000)
+        assert overlap.share() == measured(whole)
         errors.append(overlap.share() - exact)
     mean = sum(errors) / len(errors)
     spread = (sum(error**2 for error in errors) / len(errors)) ** 0.5

@@ -246,6 +246,7 @@ def test_the_end_is_held_out_in_whole_documents(tmp_path):
     # One document without an end is cut at that share.
     single = module(tmp_path / "c", nanogpt(tmp_path / "y.bin", [list(range(200)) * 10]))
     assert (single.store["train"].n_tokens, single.store["val"].n_tokens) == (1900, 100)
+    refused("z.bin has only one token", tmp_path / "c", nanogpt(tmp_path / "z.bin", [[7]]))
 
 
 def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
@@ -262,10 +263,19 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
     assert data.tokenizer.encode("5 17").tolist() == [5, 17]
     with pytest.raises(ValueError, match="'def' is not an id: tokenizer=ids knows no text"):
         data.tokenizer.encode("def f")
-    with pytest.raises(ValueError, match="must be one of the 5 ids from 0 on, got 5"):
+    for other in ("50257", "-1", "\u00b2", "9" * 5000):
+        with pytest.raises(ValueError, match="is not an id"):
+            data.tokenizer.encode(other)
+    with pytest.raises(
+        ValueError, match=r"tokenizer.eot_id must be a whole number in \[0, 4\], not 5"
+    ):
         IdTokenizer(5, 5)
-    with pytest.raises(ValueError, match="at least 2 and at most 1,048,576, got 1"):
+    with pytest.raises(
+        ValueError, match=r"vocab_size must be a whole number in \[2, 1048576\], not 1"
+    ):
         IdTokenizer(1, 0)
+    with pytest.raises(ValueError, match=r"eot_id must be a whole number .*, not '3'"):
+        IdTokenizer(5, "3")
 
 
 def test_chunks_that_litdata_wrote(tmp_path):
@@ -360,7 +370,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     message = "tokenizer=bpe would have to be trained on text: .* or tokenizer=ids with .*eot_id$"
     refused(message, tmp_path, good, BPETokenizer(300))
     refused("=0.1 has no meaning with data.val_path", tmp_path, good, val_path=good, held_out=0.1)
-    refused("held_out must lie between 0 and 1", tmp_path, good, held_out=1)
+    refused(r"held_out .* must be a number in \(0, 1\), not 1", tmp_path, good, held_out=1)
     refused("x.bin is in data.path and in data.val_path", tmp_path, good, val_path=str(good))
     refused("nowhere.bin does not exist.*data.val_path", tmp_path, good, val_path="nowhere.bin")
     refused("data.path must name a file", tmp_path, [])

@@ -102,7 +102,7 @@ def test_bpe_trains_on_the_first_bytes_only():
 
 
 def test_bpe_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match="at least 257 .* got 256"):
+    with pytest.raises(ValueError, match=r"256 bytes, .* in \[257, 1048576\], not 256"):
         BPETokenizer(256)
     for use in (lambda t: t.encode("a"), lambda t: t.vocab_size, lambda t: t.state()):
         with pytest.raises(ValueError, match="not trained yet"):
@@ -225,6 +225,9 @@ def test_pretrained_refuses_what_cannot_work(tmp_path):
     ):
         with pytest.raises(error, match=message):
             PretrainedTokenizer(str(tmp_path / name), eot_token=eot_token).encode("a")
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="chat_template.jinja cannot be read as text: .*utf-8"):
+        PretrainedTokenizer(str(tmp_path)).encode("a")
 
 
 def test_files_of_a_pretrained_tokenizer_that_are_not_text(tmp_path):

@@ -38,7 +38,7 @@ def test_without_a_mask_all_are_full_width_views_of_one_tensor():
         assert view.data_ptr() == batch.tokens[:, k + 1 :].data_ptr()
         assert view.tolist() == [[k + 1 + i for i in range(4)], [k + 11 + i for i in range(4)]]
         assert batch.valid(k) is None
-    assert batch.counts().tolist() == [8, 8, 8, 8]
+    assert batch.counts().tolist() == [8, 8, 8, 8] and batch.every_target_counts
 
 
 @settings(deadline=None, max_examples=80)
@@ -66,19 +66,11 @@ def test_mask_against_brute_force_over_random_packings(data):
             one_document = len(set(documents[r][i : i + k + 2])) == 1
             if one_document and (scored is None or scored[r][i + k + 1]):
                 expected[r][i] = tokens[r][i + k + 1]
-        assert batch.targets(k).tolist() == expected
+        assert batch.targets(k).tolist() == expected and not batch.every_target_counts
         assert batch.counts()[k] == sum(t != IGNORE_INDEX for row in expected for t in row)
         assert torch.equal(batch.valid(k), batch.targets(k) != IGNORE_INDEX)
     # Masking copies: the tokens themselves stay.
     assert batch.tokens.tolist() == tokens
-
-
-def test_what_is_not_scored_is_no_target_of_any_depth():
-    batch = batch_of([[10, 11, 12, 13, 14]], 1, scored=[[True, False, True, True, False]])
-    assert not batch.every_target_counts and batch_of([[1, 2]], 0).every_target_counts
-    assert batch.targets(0).tolist() == [[-100, 12, 13]]
-    assert batch.targets(1).tolist() == [[12, 13, -100]]
-    assert batch.counts().tolist() == [2, 2]
 
 
 def test_micro_batches_are_views_that_cover_the_batch():

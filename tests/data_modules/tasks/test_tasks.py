@@ -82,12 +82,6 @@ def test_variants_share_symbols_and_are_larger(task: Task) -> None:
         assert variant.longest > task.longest or task.spec()["fixed"]
 
 
-def test_the_numbers_of_two_examples_do_not_overlap() -> None:
-    key = np.random.SeedSequence(0).generate_state(2, np.uint64)
-    seen = [number for i in range(20) for number in Draws(key, i).many_below(1 << 60, 1000)]
-    assert len(set(seen)) == len(seen)
-
-
 def test_draws_are_the_stream_of_numpys_generator() -> None:
     """However they are asked for, and whatever another example draws in between."""
     sizes = np.random.default_rng(0)
