@@ -225,9 +225,6 @@ def test_pretrained_refuses_what_cannot_work(tmp_path):
     ):
         with pytest.raises(error, match=message):
             PretrainedTokenizer(str(tmp_path / name), eot_token=eot_token).encode("a")
-    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="chat_template.jinja cannot be read as text: .*utf-8"):
-        PretrainedTokenizer(str(tmp_path)).encode("a")
 
 
 def test_files_of_a_pretrained_tokenizer_that_are_not_text(tmp_path):
@@ -240,7 +237,7 @@ def test_files_of_a_pretrained_tokenizer_that_are_not_text(tmp_path):
         tokenizer_from_state({**state, "beside": [1]})
     for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes(b"\xff")
-        with pytest.raises(UserError, match="a file of the tokenizer .* is damaged: 'utf-8'"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as text: 'utf-8'"):
             PretrainedTokenizer(str(tmp_path)).encode("a")
         (tmp_path / name).unlink()
         library_file(tmp_path / "tokenizer.json", ["</s>"])
