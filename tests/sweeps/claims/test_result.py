@@ -216,7 +216,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert said in told(capsys, *arguments, *where, code=1)
     for action in ("list", "hours", "verdict"):
-        said = told(capsys, action, "--claims", tmp_path / "nowhere", code=2)
+        said = told(capsys, action, "--claims", tmp_path / "nowhere", code=1)
         assert "nowhere is not a folder: check the path" in said
     assert not (tmp_path / "runs").exists()
 
