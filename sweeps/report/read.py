@@ -199,21 +199,19 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
         elif state == "running" and not run.reason and (seconds := silence(folder)) > 600:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
-    if problem:
-        run.state = "unfinished"
-        run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
-        return run
-    if not run.config:
-        run.state, run.reason = "unfinished", f"its {CONFIG_FILE} is missing or damaged"
-        return run
     steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
     # Matching chooses the number of steps itself, and a callback may have stopped the run early.
-    if steps != wanted and "compare" not in summary and not summary.get("stopped_early"):
+    chosen = "compare" in summary or summary.get("stopped_early")
+    if problem:
+        run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
+    elif not run.config:
+        run.reason = f"its {CONFIG_FILE} is missing or damaged"
+    elif steps != wanted and not chosen:
         run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
-        return run
-    # A log tag has a number: null stands for one that is not finite.
-    numbers = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
-    run.state, run.summary = "done", numbers
+    else:
+        run.state = "done"
+        # A log tag has a number: null stands for one that is not finite.
+        run.summary = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
     return run
 
 
