@@ -20,7 +20,7 @@ from mtp_lightning.command_line.misspelt import sentence
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from sweeps.compose import Composer, settle
-from sweeps.plan import count_processes, known_steps
+from sweeps.plan import Recipe, count_processes
 
 # What a job may be given: overrides that choose files, set values, add, remove or interpolate.
 CHOICES = {
@@ -114,7 +114,7 @@ def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
 @pytest.mark.parametrize(("match", "steps"), [("none", 7), ("parameters", 7), ("flops", None)])
 def test_steps_that_the_run_chooses_are_unknown(sweep, match, steps):
     job = settled(sweep, "trainer.max_steps=7", f"compare.match={match}")
-    assert known_steps(job) == steps
+    assert Recipe.of(job).max_steps == steps
 
 
 def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
