@@ -1,4 +1,4 @@
-"""Jobs' configs are Hydra's, made faster."""
+"""Jobs' configs equal Hydra's, and are composed faster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mtp_lightning.paths import CONF
 from sweeps.compose import Composer, settle
 from sweeps.plan import Recipe, count_processes
 
-# What a job may be given: overrides that choose files, set values, add, remove or interpolate.
+# Overrides of a job: they choose files, set, add, remove or interpolate values.
 CHOICES = {
     "mtp": ["mtp=parallel", "mtp=none", "mtp=linear"],
     "model": ["model=micro", "model=deepseek_nano"],
@@ -46,7 +46,7 @@ def sweep() -> Sweep:
         loader = GlobalHydra.instance().config_loader()
         typed = ["seed=0,1", "hydra.job.chdir=false", "hydra.mode=MULTIRUN"]
         config = loader.load_configuration("config", typed, run_mode=RunMode.MULTIRUN)
-    assert config.sweep_dir  # the time in it, once for all jobs
+    assert config.sweep_dir  # has the time, the same for all jobs
     return config, loader, Composer(config, loader)
 
 

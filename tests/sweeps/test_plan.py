@@ -1,4 +1,4 @@
-"""A job is what its overrides say, and keeps its folder."""
+"""A job is identified by its overrides, and keeps its folder."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_half_written_runs(tmp_path: Path) -> None:
 
 
 def test_a_single_runs_own_folders_are_no_runs(tmp_path: Path) -> None:
-    """Hydra's has a config.yaml, too."""
+    """Hydra's folder has a config.yaml, too."""
     run = write_run(tmp_path / "run")
     (run / ".hydra").mkdir()
     (run / ".hydra" / "config.yaml").write_text("seed: 1")
@@ -210,7 +210,7 @@ def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
     ("one", "other"),
     [
         *[({key: "/a"}, {key: "/b"}) for key in ("logger.csv.folder", "run_dir")],
-        (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, however it is typed
+        (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, typed in two ways
     ],
 )
 def test_what_changes_nothing_is_no_setting(tmp_path, one, other):
@@ -319,7 +319,8 @@ def test_a_run_knows_its_seed(tmp_path: Path) -> None:
 
 
 def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
-    """Neither has a depth. A sweep names the group, whose choice is shown, or else the class."""
+    """Neither has a depth. The label has the group's choice if the sweep names the group, else the
+    class."""
     write_run(tmp_path / "own" / "a")
     write_run(tmp_path / "own" / "b", NONE)
     assert [s.label for s in collected(tmp_path / "own").all] == ["mtp=none", "mtp=sequential"]

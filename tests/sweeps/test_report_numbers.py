@@ -1,4 +1,4 @@
-"""The report's numbers against some that were computed by hand."""
+"""The report's numbers against numbers by hand."""
 
 from __future__ import annotations
 

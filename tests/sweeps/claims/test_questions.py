@@ -55,7 +55,7 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
     for verdict, told in (("holds", "Less than it costs"), ("does not hold", "More than")):
         alike = [{**of, "verdict": verdict} for of in found]
         assert f"?** {told}" in answers([(claim, result(claim, alike))], tmp_path)
-    # What was changed since has no numbers.
+    # A claim that was changed after its runs has no numbers.
     assert answers([(claim, {**result(claim, found), "digest": "other"})], tmp_path) == ""
 
 
