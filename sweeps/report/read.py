@@ -19,7 +19,8 @@ from mtp_lightning.run.layout import (
     SWEEP_FILE,
 )
 from mtp_lightning.run.metrics import read_metrics
-from mtp_lightning.stored import component, read_json
+from mtp_lightning.stored import read_json
+from sweeps.plan import SweepPlan, varied_keys
 from sweeps.process import is_gone, silence
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
@@ -133,24 +134,18 @@ def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give a sweep's, or one with runs.")
     sweep = SweepRecord(folder=folder, runs=[])
-    plan, problem = _read_json(folder / SWEEP_FILE)
-    if problem and (folder / SWEEP_FILE).exists():
-        sweep.notes.append(f"{SWEEP_FILE} {problem}: jobs that have not begun are unknown.")
-    lists = (plan.get(key) for key in ("varied", "jobs"))
-    varied, planned = (found if isinstance(found, list) else [] for found in lists)
-    sweep.varied = [str(key) for key in varied]
-    jobs = {
-        job["folder"]: job
-        for job in planned
-        # Names a folder directly in the sweep's.
-        if isinstance(job, dict) and component(job.get("folder"))
-    }
+    jobs: dict[str, tuple[str, ...]] = {}
+    try:
+        jobs = {job.folder: job.overrides for job in SweepPlan(folder).jobs}
+    except (OSError, UserError):
+        sweep.notes.append(f"{SWEEP_FILE} is damaged: jobs that have not begun are unknown.")
+    sweep.varied = varied_keys(list(jobs.values()))
     # Names that begin with a dot are folders of a run, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
     found = [path.name for path in inside if _is_run(path)]
     for run_name in [*jobs, *(n for n in found if n not in jobs)]:
         run = read_run(folder / run_name, sweep=name)
-        run.overrides = _overrides(jobs.get(run_name, {}).get("overrides")) or run.overrides
+        run.overrides = _overrides(jobs.get(run_name)) or run.overrides
         sweep.runs.append(run)
     if not sweep.runs and _is_run(folder):
         sweep.runs.append(read_run(folder, sweep=name))
@@ -253,7 +248,7 @@ def _read_choices(path: Path) -> dict[str, Any]:
 
 def _overrides(given: Any) -> dict[str, str]:
     """Overrides by key, without Hydra's leading ``+``."""
-    if not isinstance(given, list):
+    if not isinstance(given, list | tuple):
         return {}
     set_ones = [str(text) for text in given if "=" in str(text) and str(text)[:1] != "~"]
     return {key_of(text): text.partition("=")[2] for text in set_ones}

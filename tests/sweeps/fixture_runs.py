@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from sweeps.plan import PlannedJob, SweepPlan
+
 # Settings of all runs, by dotted key.
 BASE: dict[str, Any] = {
     "seed": 0, "mtp_lambda": 0.3, "mtp._target_": "mtp_lightning.mtp.sequential.SequentialConfig",
@@ -144,9 +146,8 @@ def depth_sweep(
     return made
 
 
-def write_plan(folder: Path, overrides: dict[str, list[str]], varied: list[str]) -> None:
+def write_plan(folder: Path, overrides: dict[str, list[str]]) -> None:
     """The launcher's sweep.json: overrides by the job's folder."""
-    jobs = [{"folder": name, "overrides": given} for name, given in overrides.items()]
-    plan = {"version": 1, "varied": varied, "jobs": jobs}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(plan))
+    plan = SweepPlan(folder)
+    plan.jobs = [PlannedJob(name, tuple(given)) for name, given in overrides.items()]
+    plan.write([])
