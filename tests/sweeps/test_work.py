@@ -304,6 +304,8 @@ def test_a_stale_one_is_taken_over_by_one(tmp_path: Path) -> None:
     assert gone.take("job", None)
     seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
     assert not a.free(seen["a"]) and a.owner(seen["a"]) == "gone"
+    (tmp_path / FOLDER / "job.1").write_text("[" * 100_000)
+    assert a.owner(seen["a"]) == "", "a damaged lease has no owner"
     grow_old(tmp_path, "job.1", 119)
     assert not a.free(a.look()["job"])
     grow_old(tmp_path, "job.1", 121)
