@@ -151,7 +151,7 @@ def test_none_solved_and_all_solved(tmp_path: Path) -> None:
     none = answered(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
     assert (
         "No seed solves the task (a final val/exact_match above 0.95): with mtp.depth=0 0 of 4 "
-        "seeds (95 % interval 0.0 % to 60.2 %); so with mtp.depth=1." in none
+        "seeds (95 % interval 0.0 % to 60.2 %); the same with mtp.depth=1." in none
     )
     assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
     every = answered(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
