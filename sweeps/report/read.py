@@ -19,6 +19,7 @@ from mtp_lightning.run.layout import (
     SWEEP_FILE,
 )
 from mtp_lightning.run.metrics import read_metrics
+from mtp_lightning.run.status import read_status
 from mtp_lightning.stored import read_json
 from sweeps.plan import SweepPlan, varied_keys
 from sweeps.process import is_gone, silence
@@ -178,22 +179,22 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
     with suppress(OSError):  # nothing logged yet
         run.rows = read_metrics(folder / METRICS_FILE)
-    status, problem = _read_json(folder / STATUS_FILE)
-    if problem and (folder / STATUS_FILE).exists():
-        run.notes.append(f"{STATUS_FILE} {problem}")
+    status = read_status(folder) or {}
+    if not status and (folder / STATUS_FILE).exists():
+        run.notes.append(f"{STATUS_FILE} is damaged")
     run.overrides = _overrides(status.get("overrides")) or _overrides(
         _read_yaml(folder / ".hydra" / "overrides.yaml")
     )
-    summary, problem = _read_json(folder / SUMMARY_FILE)
     state = status.get("state")
     run.reason = str(status.get("reason") or "")
-    if state in STATES and state != "done":
+    if state is not None and state != "done":
         run.state = state
         if state == "running" and is_gone(folder):
             run.state, run.reason = "interrupted", "its process is gone"
         elif state == "running" and not run.reason and (seconds := silence(folder)) > 600:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
+    summary, problem = _read_summary(folder / SUMMARY_FILE)
     steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
     # Matching chooses the number of steps itself, and a callback may have stopped the run early.
     chosen = "compare" in summary or summary.get("stopped_early")
@@ -220,8 +221,8 @@ def _natural(path: Path) -> list[tuple[int, float, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """(The mapping in a file, ""), or ({}, what is wrong with the file)."""
+def _read_summary(path: Path) -> tuple[dict[str, Any], str]:
+    """(The content of a summary, ""), or ({}, what is wrong with the file)."""
     try:
         content = read_json(path)
     except FileNotFoundError:
