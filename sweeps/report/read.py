@@ -84,7 +84,9 @@ class RunRecord:
     def seed(self) -> Any:
         """The config's seed, or that of the overrides before the run has begun; None if unknown."""
         value = self.config.get("seed", self.overrides.get("seed"))
-        return int(value) if isinstance(value, str) and value.isdigit() else value
+        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+            return int(value)
+        return str(value) if isinstance(value, list) else value
 
     def final(self, tag: str) -> float | None:
         """A number of a finished run's summary, which may be NaN; None if it has none."""

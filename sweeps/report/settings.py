@@ -176,5 +176,5 @@ def order(value: Any) -> tuple[int, float, str]:
     if value is None or value == "none":
         return (-1, 0.0, "")
     if is_number(value):
-        return (0, float(value), "")
+        return (0, value, "")
     return (1, 0.0, show(value))

@@ -312,9 +312,20 @@ def test_names_are_sorted_as_people_do(tmp_path: Path) -> None:
     assert list(states(tmp_path)) == ["d-1", "d-2", "d-10"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("seed: 7", "seed: [1, 2]"), ("d_model: 128", f"d_model: {10**400}")]
+)
+def test_settings_of_any_kind_and_size_are_read(tmp_path: Path, old: str, new: str) -> None:
+    write_run(tmp_path / "a")
+    config = write_run(tmp_path / "b", {"seed": 7}) / "config.yaml"
+    config.write_text(config.read_text().replace(old, new))
+    assert "2 runs: 2 done" in answered(tmp_path)
+
+
 def test_a_run_knows_its_seed(tmp_path: Path) -> None:
     assert RunRecord(folder=tmp_path, overrides={"seed": "3"}).seed == 3
-    assert RunRecord(folder=tmp_path, overrides={"seed": "x"}).seed == "x"
+    for other in ("x", "²", "9" * 5000):
+        assert RunRecord(folder=tmp_path, overrides={"seed": other}).seed == other
     assert RunRecord(folder=tmp_path).seed is None
 
 
