@@ -34,8 +34,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 def state_of(folder: Path) -> str:
     """Read a job's state; ``pending`` if there is no readable file."""
-    status = read_status(folder)
-    return "pending" if status is None else status["state"]
+    return (read_status(folder) or _blank(()))["state"]
 
 
 def write_status(folder: Path, overrides: Sequence[str], state: str, **values: Any) -> None:
