@@ -154,10 +154,12 @@ def _show(folder: Path, jobs: Sequence[Job]) -> None:
     print(f"{len(jobs)} jobs in {_shown(folder)} pass the checks; none is started (--dry-run):")
     width = max(len(job.name) for job in jobs)
     for job in jobs:
-        told = [f"{job.max_steps} steps" if job.max_steps else "steps by compare.match"]
-        told += [f"{n} processes" for n in [job.processes * job.nodes] if n > 1]
-        told += [state for state in [state_of(job.folder)] if state != "pending"]
-        print(f"  {job.name:{width}}  {', '.join(told)}")
+        text = f"{job.max_steps} steps" if job.max_steps else "steps by compare.match"
+        if (n := job.processes * job.nodes) > 1:
+            text += f", {n} processes"
+        if (state := state_of(job.folder)) != "pending":
+            text += f", {state}"
+        print(f"  {job.name:{width}}  {text}")
 
 
 def _forget(folder: Path) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from mtp_lightning.stored import read_json
+
 FOLDER = ".leases"
 STALE_SECONDS = 120.0
 
@@ -76,7 +78,7 @@ class Leases:
         """The name of the worker that has the job; empty while its lease is being written."""
         try:
             file = self._folder / f"{lease.job}.{lease.number}"
-            return str(json.loads(file.read_text(encoding="utf-8"))["owner"])
+            return str(read_json(file)["owner"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 

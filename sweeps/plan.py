@@ -87,7 +87,8 @@ class Recipe:
             cwd=str(Path.cwd()),
             processes=count_processes(settled),
             nodes=trainer["num_nodes"],
-            max_steps=known_steps(settled),
+            # compare.match=flops chooses the steps when the job starts.
+            max_steps=None if settled["compare"]["match"] == "flops" else trainer["max_steps"],
             on_cpu=trainer["accelerator"] == "cpu",
         )
 
@@ -151,11 +152,6 @@ def count_processes(settled: dict[str, Any]) -> int:
     return int(devices)
 
 
-def known_steps(settled: dict[str, Any]) -> int | None:
-    """Optimizer steps of a job; None where ``compare.match`` chooses them when the job starts."""
-    return None if settled["compare"]["match"] == "flops" else settled["trainer"]["max_steps"]
-
-
 def name_of_program() -> str:
     """This process's program, as a recipe names it."""
     program = this_program()
@@ -163,20 +159,23 @@ def name_of_program() -> str:
     return TRAIN if own else shlex.join(program)
 
 
-def _job(stored: dict[str, Any]) -> PlannedJob:
-    """A job from ``sweep.json``.
+def _jobs(stored: dict[str, Any]) -> list[PlannedJob]:
+    """The jobs from the content of ``sweep.json``.
 
     Raises:
         KeyError: if a value is missing.
         ValueError: for a folder outside the sweep's, or values of other types.
     """
-    folder, overrides = stored["folder"], stored["overrides"]
-    if not component(folder):
-        raise ValueError(f"{folder!r} is not a job's folder")
-    if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
-        raise ValueError(f"{folder} has no list of overrides")
-    recipe = Recipe.from_dict(stored["run"]) if "run" in stored else None
-    return PlannedJob(folder, tuple(overrides), recipe)
+    jobs = []
+    for job in stored["jobs"]:
+        folder, overrides = job["folder"], job["overrides"]
+        if not component(folder):
+            raise ValueError(f"{folder!r} is not a job's folder")
+        if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
+            raise ValueError(f"{folder} has no list of overrides")
+        recipe = Recipe.from_dict(job["run"]) if "run" in job else None
+        jobs.append(PlannedJob(folder, tuple(overrides), recipe))
+    return jobs
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
@@ -261,12 +260,8 @@ class SweepPlan:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.jobs: list[PlannedJob] = []
         remedy = "give the sweep another folder"
-        read_versioned(folder / SWEEP_FILE, VERSION, self._read, remedy=remedy)
-
-    def _read(self, stored: dict[str, Any]) -> None:
-        self.jobs = [_job(job) for job in stored["jobs"]]
+        self.jobs = read_versioned(folder / SWEEP_FILE, VERSION, _jobs, remedy=remedy) or []
 
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None

@@ -26,7 +26,7 @@ def run_remotely(job: Job, threads: int) -> None:
     try:
         process.wait()
     except KeyboardInterrupt:
-        process.stop("cancelled")
+        process.stop("canceled")
         process.wait()
 
 

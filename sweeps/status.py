@@ -70,8 +70,8 @@ def main(
 ) -> None:
     """The command line."""
     about = (__doc__ or "").replace("python -m sweeps.status", program)
-    parser = Parser(prog=program, description=about)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=program, description=about, formatter_class=form)
     parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)
     with readable_errors():

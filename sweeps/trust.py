@@ -1,5 +1,5 @@
-"""Checks the jobs of a stored plan, which anybody may have written: they may set values, and name
-no code.
+"""Checks the jobs of a stored plan: they may set values, but may not name code, since anybody may
+have written the plan.
 
 A plan names what its jobs compute. A job may use other classes than this project's, use the
 network, or write outside its own folder only if the user allows it by name.

@@ -242,8 +242,8 @@ def _say_end(worker: SweepWorker) -> None:
 
 def _parser(program: str) -> argparse.ArgumentParser:
     about = (__doc__ or "").replace("python -m sweeps.work", program)
-    parser = Parser(prog=program, description=about)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=program, description=about, formatter_class=form)
     parser.add_argument("folder", help="folder of a sweep that was planned or started")
     gpus = "auto, cpu or GPUs: 0,1"
     parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)

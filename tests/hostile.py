@@ -119,7 +119,7 @@ def sweep(folder: Path, *, task: bool = False) -> Path:
             else:
                 write_run(at, keys, loss=loss, summary=own)
             _mark(at, which)
-            jobs[at.name] = [f"{MARKS[0]}={mark}", f"seed={seed}"]
+            jobs[at.name] = [f"{key}={value}" for key, value in keys.items()]
     for number, state in enumerate(("failed", "interrupted", "running")):
         at = folder / next(name)
         said = [f"{mark}={mark}" for mark in MARKS]
@@ -131,7 +131,7 @@ def sweep(folder: Path, *, task: bool = False) -> Path:
     write_run(script, status={"state": "failed", "reason": "x"}, done=False)
     (script / "job.log").touch()
     jobs.update({mark: [f"{mark}={mark}"] for mark in NAMES})
-    write_plan(folder, jobs, ["mtp.depth", "mtp_lambda", MARKS[0]])
+    write_plan(folder, jobs)
     return folder
 
 

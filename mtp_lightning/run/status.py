@@ -10,6 +10,7 @@ from typing import Any
 
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.layout import LOG_FILE, STATUS_FILE
+from mtp_lightning.stored import read_json
 
 VERSION = 1
 STATES = ("pending", "running", "done", "failed", "interrupted")
@@ -23,7 +24,7 @@ def now() -> str:
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Read a job's status; None if there is no readable file."""
     try:
-        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+        status = read_json(folder / STATUS_FILE)
     except (OSError, ValueError):
         return None
     if not isinstance(status, dict) or status.get("state") not in STATES:

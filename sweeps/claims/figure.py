@@ -16,7 +16,7 @@ from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import ClaimMeasure
 from sweeps.claims.decide import UNDECIDED, arm_share
-from sweeps.claims.observe import PARTS
+from sweeps.claims.observe import POINTS
 from sweeps.claims.recall import runs_of
 from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, shares_by_row, styled
@@ -172,8 +172,8 @@ def draw_curves(result: Result) -> Chart:
         highest, lowest = 0.0, math.inf
         for arm in arms:
             curves, look = _curves(result["arms"][arm]), look_of[short[arm]]
-            at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(PARTS)]
-            means = [interval([curve[i][1] for curve in curves]) for i in range(PARTS)]
+            at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(POINTS)]
+            means = [interval([curve[i][1] for curve in curves]) for i in range(POINTS)]
             axes.plot(at, [m.mean for m in means], color=look.color, linestyle=look.dash)
             low, high = ([m.mean + sign * (m.half or 0.0) for m in means] for sign in (-1, 1))
             axes.fill_between(at, low, high, color=look.color, alpha=0.18, linewidth=0)

@@ -121,13 +121,13 @@ class _Pace:
         return [run.minutes for run in runs if run.done and self.machine in (None, run.machine)]
 
     def hours(
-        self, minutes: Sequence[float], flops: float | None, expected: float
+        self, minutes: Sequence[float], job: ClaimJob | None, expected: float
     ) -> tuple[float, str]:
-        """The hours of a run and their source, by the minutes of its arm's runs, its FLOPs, or the
-        minutes that its claim expects."""
+        """The hours of a run and their source, by the minutes of its arm's runs, the FLOPs of its
+        job, or the minutes that its claim expects."""
         if minutes:
             return median(minutes) / 60, ELSEWHERE if self.machine is None else MEASURED
-        if self.rate is not None and flops is not None:
+        if self.rate is not None and job is not None and (flops := flops_of(job)) is not None:
             return flops / self.rate / 3600, BY_FLOPS
         return expected / 60, EXPECTED
 
@@ -146,16 +146,16 @@ def _costs(
         composed = {(job.arm, job.seed): job for job in jobs(claim, left, runs)}
     expected = claim.scale.minutes / (len(claim.arms) * len(seeds))
     found = []
-    counted: dict[str, float | None] = {}  # the seeds of an arm cost the same
+    of_arm: dict[str, tuple[float, str]] = {}  # the seeds of an arm cost the same
     for arm, seed in pending:
-        if (job := composed.get((arm, seed))) is not None:
-            if job.name in taken:
-                continue
+        job = composed.get((arm, seed))
+        if job is not None and job.name in taken:
+            continue
+        if job is not None:
             taken.add(job.name)
-            if not known[arm] and pace.rate is not None and arm not in counted:
-                counted[arm] = flops_of(job)
-        hours, source = pace.hours(known[arm], counted.get(arm), expected)
-        found.append(Cost(arm, seed, hours, source))
+        if arm not in of_arm:
+            of_arm[arm] = pace.hours(known[arm], job, expected)
+        found.append(Cost(arm, seed, *of_arm[arm]))
     return found
 
 

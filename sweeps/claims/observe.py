@@ -17,7 +17,7 @@ from sweeps.report.statistics import Wait
 
 TAG = "train/loss_depth_0"  # the loss of the curves
 # Points of a curve: each is the mean of the steps logged in one of as many equal parts of a run.
-PARTS = 20
+POINTS = 20
 COSTS = ("step", "flops", "parameters", "seconds", "tokens")
 
 
@@ -134,12 +134,12 @@ def curve_of(run: RunRecord) -> list[tuple[float, float]]:
     steps, flops = run.final("step"), run.final("flops")
     if not steps or not flops:
         return []
-    parts: list[list[float]] = [[] for _ in range(PARTS)]
+    parts: list[list[float]] = [[] for _ in range(POINTS)]
     for row in run.rows:
         if TAG in row:
-            parts[min(int((row["step"] - 1) / steps * PARTS), PARTS - 1)].append(row[TAG])
+            parts[min(int((row["step"] - 1) / steps * POINTS), POINTS - 1)].append(row[TAG])
     if not all(parts):
         return []
     return [
-        ((i + 0.5) / PARTS * flops, math.fsum(part) / len(part)) for i, part in enumerate(parts)
+        ((i + 0.5) / POINTS * flops, math.fsum(part) / len(part)) for i, part in enumerate(parts)
     ]

@@ -22,6 +22,7 @@ from sweeps.claims.enough import seeds_enough
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
+from sweeps.report import require_packages
 from sweeps.report.metrics import plural
 from sweeps.report.templates import environment
 
@@ -96,6 +97,7 @@ def part(found: Sequence[Pair], name: str, root: Path) -> str:
 
 
 def _found(root: Path, claims: Path, allow: Collection[str]) -> list[Pair]:
+    require_packages("a page of claims")
     read = [read_claim(name, claims, allow=allow) for name in names(claims)]
     # A claim with a published scale comes twice, at both scales.
     every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]

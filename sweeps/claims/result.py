@@ -23,8 +23,7 @@ from sweeps.plan import read_versioned
 from sweeps.report.statistics import survival
 
 VERSION = 1
-# Follows the verdict of a trial wherever it is shown.
-UNPREDICTED = "predicted: in no commit"
+UNPREDICTED = "predicted: in no commit"  # follows the verdict of a trial
 
 STALE, NOT_RUN = "stale", "not run"
 _ORDER = (HOLDS, FAILS, UNDECIDED, STALE, NOT_RUN)
@@ -52,6 +51,7 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
     """A claim's result as plain data; ``began`` says when its first run was asked for, and the
     prediction's commit then."""
     findings = decide(claim, arms)
+    verdict = overall([finding.verdict for finding in findings])
     runs = [own(claim, arm, run) for arm, of_arm in arms.items() for run in of_arm.values()]
     ended = sorted(run.ended for run in runs if run.done and run.ended)
     return {
@@ -64,7 +64,7 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "digest": claim.digest,
         "predicted_in": began[1],
         "began": began[0],
-        "verdict": with_trial(overall([finding.verdict for finding in findings]), began[1]),
+        "verdict": verdict if began[1] else f"{verdict} ({UNPREDICTED})",
         "unfinished": unfinished(claim, arms),
         "predictions": [_finding(finding) for finding in findings],
         "arms": {
@@ -82,17 +82,11 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
     }
 
 
-def with_trial(verdict: str, commit: str | None) -> str:
-    """The verdict, marked if no commit had its prediction."""
-    return verdict if commit or UNPREDICTED in verdict else f"{verdict} ({UNPREDICTED})"
-
-
 def state(claim: Claim, result: Result | None) -> str:
     """A claim's verdict, or why it has none."""
     if result is None:
         return NOT_RUN
-    verdict = STALE if is_stale(result, claim) else plain(result["verdict"])
-    return with_trial(verdict, result["predicted_in"])
+    return STALE if is_stale(result, claim) else plain(result["verdict"])
 
 
 def in_order(claims: Sequence[Claim], results: Mapping[str, Result]) -> list[Claim]:

@@ -94,7 +94,7 @@ def tested(entry: Stored) -> str:
     return text if p is None else f"{text}, p {equals(p)} (Holm {p_value(entry['adjusted'])})"
 
 
-def verdict(entry: Stored, more: str = "") -> str:
+def verdict(entry: Stored, more: str) -> str:
     """The verdict in Markdown, followed by the reason of an undecided one and what would help."""
     said = "; ".join(filter(None, [entry["why"], more]))
     return f"**{plain(entry['verdict'])}**" + (f": {plain(said)}" if said else "")
@@ -114,7 +114,7 @@ def aligned(
 ) -> list[str]:
     """A table as lines of text, cut at the terminal's width; ``right`` has the columns, from 0,
     that are aligned to the right."""
-    lines = [list(head), *map(list, rows)]
+    lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     shown = []

@@ -157,7 +157,7 @@ def _find(settings: Settings, named: str) -> Setting:
 def smallest_p(comparisons: Sequence[Comparison]) -> float | None:
     """The smallest corrected p-value that the exact tests can reach with these numbers of seeds and
     tests; None without a test."""
-    tests = [c.solved for c in comparisons if c.solved and c.adjusted is not None]
+    tests = [c.solved for c in comparisons if c.solved]
     least = [test.least for test in tests if test.least is not None]
     return min(1.0, len(least) * min(least)) if least else None
 

@@ -118,8 +118,7 @@ class Valued:
     """An arm compared with the plain curves of its seeds."""
 
     setting: Setting  # the arm
-    spent: dict[Any, Spent]  # final FLOPs and loss of its runs, by seed
-    gains: dict[Any, Gain]  # the gains, by seed, of seeds that have one
+    n: int  # number of its seeds that have a gain
     why: str  # why there is no mean: a seed has no gain
     # Geometric means over seeds, with the t interval of the logarithms; None without a mean.
     total: Interval | None
@@ -177,13 +176,13 @@ def _valued(arm: Setting, plain: Sequence[Setting], tag: str) -> Valued:
         else "it has no FLOPs or no finite loss"
         for run in arm.done
     }
-    gains = {seed: gain for seed, gain in found.items() if isinstance(gain, Gain)}
+    gains = [gain for gain in found.values() if isinstance(gain, Gain)]
     missing = [f"seed {seed}: {why}" for seed, why in found.items() if isinstance(why, str)]
     total, price, effect = (
-        None if missing else ratio_interval([getattr(gain, part) for gain in gains.values()])
+        None if missing else ratio_interval([getattr(gain, part) for gain in gains])
         for part in ("total", "price", "effect")
     )
-    return Valued(arm, spent, gains, (missing or [""])[0], total, price, effect)
+    return Valued(arm, len(gains), (missing or [""])[0], total, price, effect)
 
 
 def _spent(setting: Setting, tag: str) -> dict[Any, Spent]:

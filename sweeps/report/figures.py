@@ -82,8 +82,8 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
     drawing = drawing_of(settings, "gains", name=name)
     if family is None:
         return drawing.lacking("no plain runs (mtp=none) of two lengths and an arm to compare")
-    shown = [arm for arm in family.arms if arm.spent]
-    key = key_to(settings.all, [arm.setting for arm in shown])
+    shown = [(arm, at) for arm in family.arms if (at := _ends(arm.setting, metric))]
+    key = key_to(settings.all, [arm.setting for arm, _ in shown])
     chart = Chart([("plain training", QUIETLY), *key], names=settings.names)
     axes = chart.axes
     axes.set_xscale("log")
@@ -97,12 +97,9 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         flops = [plain.flops_at(loss) or math.nan for loss in losses]
         axes.plot(flops, losses, color=QUIETLY.color, linewidth=1.4)
     look_of = looks(settings.all)
-    for arm in shown:
-        look, place = look_of[arm.setting], _ends(arm.setting, metric)
-        if place is None:
-            continue
-        cost, loss = place
-        _point(chart, arm.setting, place, look)
+    for arm, (cost, loss) in shown:
+        look = look_of[arm.setting]
+        _point(chart, arm.setting, (cost, loss), look)
         if arm.total is None:
             continue
         end = cost.mean * arm.total.mean

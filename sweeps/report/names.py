@@ -16,15 +16,13 @@ from mtp_lightning.run.config import key_of, read_yaml
 
 
 @cache
-def _words(file: str) -> dict[str, Any]:
-    words: dict[str, Any] = read_yaml(Path(__file__).with_name(file))
-    return words
+def _words(file: str) -> Any:
+    return read_yaml(Path(__file__).with_name(file))
 
 
 def texts(part: str) -> dict[str, Any]:
     """A part of ``texts.yaml``: ``figures``, ``tables`` or ``sentences``."""
-    found: dict[str, Any] = _words("texts.yaml")[part]
-    return found
+    return _words("texts.yaml")[part]
 
 
 def sentence(name: str, **values: Any) -> str:
@@ -34,8 +32,7 @@ def sentence(name: str, **values: Any) -> str:
 
 def _names(part: str) -> dict[str, Any]:
     """The ``keys`` or the ``tags`` of ``names.yaml``."""
-    found: dict[str, Any] = _words("names.yaml")[part]
-    return found
+    return _words("names.yaml")[part]
 
 
 def name_of(key: str, value: str) -> str:
@@ -66,8 +63,9 @@ def in_words(tag: str) -> tuple[str, str]:
 
 
 def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Readable names of a claim's arms, of which the overrides are given, by the first keys that
-    tell each from all others; where the named keys do not, the arm's own name."""
+    """Readable names of a claim's arms, whose overrides are given. A name has the values of the
+    first keys that distinguish the arm from all others; where the keys of ``names.yaml`` do not
+    suffice, it is the arm's own name."""
     given = {
         arm: {key_of(o): o.partition("=")[2] for o in overrides} for arm, overrides in arms.items()
     }

@@ -19,7 +19,9 @@ from mtp_lightning.run.layout import (
     SWEEP_FILE,
 )
 from mtp_lightning.run.metrics import read_metrics
-from mtp_lightning.stored import component, read_json
+from mtp_lightning.run.status import read_status
+from mtp_lightning.stored import read_json
+from sweeps.plan import SweepPlan, varied_keys
 from sweeps.process import is_gone, silence
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
@@ -82,7 +84,9 @@ class RunRecord:
     def seed(self) -> Any:
         """The config's seed, or that of the overrides before the run has begun; None if unknown."""
         value = self.config.get("seed", self.overrides.get("seed"))
-        return int(value) if isinstance(value, str) and value.isdigit() else value
+        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+            return int(value)
+        return str(value) if isinstance(value, list) else value
 
     def final(self, tag: str) -> float | None:
         """A number of a finished run's summary, which may be NaN; None if it has none."""
@@ -133,24 +137,18 @@ def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give a sweep's, or one with runs.")
     sweep = SweepRecord(folder=folder, runs=[])
-    plan, problem = _read_json(folder / SWEEP_FILE)
-    if problem and (folder / SWEEP_FILE).exists():
-        sweep.notes.append(f"{SWEEP_FILE} {problem}: jobs that have not begun are unknown.")
-    lists = (plan.get(key) for key in ("varied", "jobs"))
-    varied, planned = (found if isinstance(found, list) else [] for found in lists)
-    sweep.varied = [str(key) for key in varied]
-    jobs = {
-        job["folder"]: job
-        for job in planned
-        # Names a folder directly in the sweep's.
-        if isinstance(job, dict) and component(job.get("folder"))
-    }
+    jobs: dict[str, tuple[str, ...]] = {}
+    try:
+        jobs = {job.folder: job.overrides for job in SweepPlan(folder).jobs}
+    except (OSError, UserError):
+        sweep.notes.append(f"{SWEEP_FILE} is damaged: jobs that have not begun are unknown.")
+    sweep.varied = varied_keys(list(jobs.values()))
     # Names that begin with a dot are folders of a run, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
     found = [path.name for path in inside if _is_run(path)]
     for run_name in [*jobs, *(n for n in found if n not in jobs)]:
         run = read_run(folder / run_name, sweep=name)
-        run.overrides = _overrides(jobs.get(run_name, {}).get("overrides")) or run.overrides
+        run.overrides = _overrides(jobs.get(run_name)) or run.overrides
         sweep.runs.append(run)
     if not sweep.runs and _is_run(folder):
         sweep.runs.append(read_run(folder, sweep=name))
@@ -183,37 +181,35 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
     with suppress(OSError):  # nothing logged yet
         run.rows = read_metrics(folder / METRICS_FILE)
-    status, problem = _read_json(folder / STATUS_FILE)
-    if problem and (folder / STATUS_FILE).exists():
-        run.notes.append(f"{STATUS_FILE} {problem}")
+    status = read_status(folder) or {}
+    if not status and (folder / STATUS_FILE).exists():
+        run.notes.append(f"{STATUS_FILE} is damaged")
     run.overrides = _overrides(status.get("overrides")) or _overrides(
         _read_yaml(folder / ".hydra" / "overrides.yaml")
     )
-    summary, problem = _read_json(folder / SUMMARY_FILE)
     state = status.get("state")
     run.reason = str(status.get("reason") or "")
-    if state in STATES and state != "done":
+    if state is not None and state != "done":
         run.state = state
         if state == "running" and is_gone(folder):
             run.state, run.reason = "interrupted", "its process is gone"
         elif state == "running" and not run.reason and (seconds := silence(folder)) > 600:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
-    if problem:
-        run.state = "unfinished"
-        run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
-        return run
-    if not run.config:
-        run.state, run.reason = "unfinished", f"its {CONFIG_FILE} is missing or damaged"
-        return run
+    summary, problem = _read_summary(folder / SUMMARY_FILE)
     steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
     # Matching chooses the number of steps itself, and a callback may have stopped the run early.
-    if steps != wanted and "compare" not in summary and not summary.get("stopped_early"):
+    chosen = "compare" in summary or summary.get("stopped_early")
+    if problem:
+        run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
+    elif not run.config:
+        run.reason = f"its {CONFIG_FILE} is missing or damaged"
+    elif steps != wanted and not chosen:
         run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
-        return run
-    # A log tag has a number: null stands for one that is not finite.
-    numbers = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
-    run.state, run.summary = "done", numbers
+    else:
+        run.state = "done"
+        # A log tag has a number: null stands for one that is not finite.
+        run.summary = {k: math.nan if v is None and "/" in k else v for k, v in summary.items()}
     return run
 
 
@@ -227,8 +223,8 @@ def _natural(path: Path) -> list[tuple[int, float, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """(The mapping in a file, ""), or ({}, what is wrong with the file)."""
+def _read_summary(path: Path) -> tuple[dict[str, Any], str]:
+    """(The content of a summary, ""), or ({}, what is wrong with the file)."""
     try:
         content = read_json(path)
     except FileNotFoundError:
@@ -255,7 +251,7 @@ def _read_choices(path: Path) -> dict[str, Any]:
 
 def _overrides(given: Any) -> dict[str, str]:
     """Overrides by key, without Hydra's leading ``+``."""
-    if not isinstance(given, list):
+    if not isinstance(given, list | tuple):
         return {}
     set_ones = [str(text) for text in given if "=" in str(text) and str(text)[:1] != "~"]
     return {key_of(text): text.partition("=")[2] for text in set_ones}

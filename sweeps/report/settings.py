@@ -80,17 +80,15 @@ class Setting:
         leaving it out would bias the result."""
         finals = {run.seed: run.final(tag) for run in self.done}
         good = {s: v for s, v in finals.items() if v is not None and math.isfinite(v)}
-        if len(good) == len(finals) and good:
+        if good and len(good) == len(finals):
             values = list(good.values())
             # A user's metric may match the pattern of shares without being one.
             within = is_share(tag) and all(0 <= value <= 1 for value in values)
             return Estimate((share_interval if within else interval)(values), "", good)
-        if not finals:
-            return Estimate(None, "no finished run", {})
-        if all(value is None for value in finals.values()):
-            return Estimate(None, "", {})
-        bad = len(finals) - len(good)
-        return Estimate(None, f"not a number in {bad} of {len(finals)}", good)
+        gap = "" if finals else "no finished run"
+        if any(value is not None for value in finals.values()):
+            gap = f"not a number in {len(finals) - len(good)} of {len(finals)}"
+        return Estimate(None, gap, good)
 
 
 @dataclass(kw_only=True)
@@ -178,5 +176,5 @@ def order(value: Any) -> tuple[int, float, str]:
     if value is None or value == "none":
         return (-1, 0.0, "")
     if is_number(value):
-        return (0, float(value), "")
+        return (0, value, "")
     return (1, 0.0, show(value))

@@ -97,7 +97,7 @@ def of_gains(family: Family, number: int = 0) -> Table:
     for arm in family.arms:
         gain = _interval(arm.total, 3, gap=arm.why)
         rest = [_interval(found, 3) for found in (arm.price, arm.effect)]
-        table.rows.append([_text(arm.setting.label), TableCell(str(len(arm.gains))), gain, *rest])
+        table.rows.append([_text(arm.setting.label), TableCell(str(arm.n)), gain, *rest])
     return table
 
 

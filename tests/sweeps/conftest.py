@@ -1,4 +1,4 @@
-"""Sweeps start runs as the integration tests do; and reports draw no more than a test looks at."""
+"""Fixtures: the cache of the integration tests, and reports that draw only the needed figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["cache", "once"]
 if not all(map(find_spec, ("jinja2", "matplotlib", "scipy"))):  # the extra report
     collect_ignore_glob = ["claims/*", "test_report*", "test_equivalent.py"]
 
-# Drawing is most of a report's time: every figure in a format of _ONCE is the first one.
+# Drawing takes most of a report's time, so all figures in a format of _ONCE are the first one.
 _SAVED: dict[str, bytes] = {}
 _ONCE = {"png"}
 
@@ -44,12 +44,12 @@ def saved_once() -> Iterator[None]:
 
 @pytest.fixture
 def drawn() -> None:
-    """Asked for by a test of a report that looks into its figures."""
+    """Requested by a test that needs a report's real figures."""
 
 
 @pytest.fixture(autouse=True)
 def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Reports that a test makes have one SVG in place of all; those of a module have their own."""
+    """Use one SVG for all figures of a test's reports, but not for those of module fixtures."""
     name = request.module.__name__.split(".")[-1]
     looks = "drawn" in request.fixturenames or name == "test_report_browser"
     of_report = name.startswith(("test_report", "test_equivalent"))

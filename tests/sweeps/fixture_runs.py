@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, written by hand: what a report of them says is known."""
+"""Run folders as training writes them, with numbers for which the report is known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-# What all runs share; a flat key goes to its place in the nested config.
+from sweeps.plan import PlannedJob, SweepPlan
+
+# Settings of all runs, by dotted key.
 BASE: dict[str, Any] = {
     "seed": 0, "mtp_lambda": 0.3, "mtp._target_": "mtp_lightning.mtp.sequential.SequentialConfig",
     "mtp.depth": 1, "model.d_model": 128, "data.seed": 0, "data.split_seed": 0,
@@ -23,7 +25,7 @@ def evaluated(fingerprint: str | None, *, bytes: int = 1_000_000, tokens: int = 
 
 
 def asked(fingerprint: str | None = "e" * 32) -> Any:
-    """The same of a task's run."""
+    """The same for a task's run."""
     return {"evaluation": {"fingerprint": fingerprint, "examples": 512, "tokens": 2048}}
 
 
@@ -34,7 +36,7 @@ def trained_on(data: str = "d", tokenizer: str = "t", **more: Any) -> dict[str, 
 
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
-# What a run without MTP has in its config.
+# Settings of a run without MTP.
 NONE = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
 
 
@@ -144,9 +146,8 @@ def depth_sweep(
     return made
 
 
-def write_plan(folder: Path, overrides: dict[str, list[str]], varied: list[str]) -> None:
+def write_plan(folder: Path, overrides: dict[str, list[str]]) -> None:
     """The launcher's sweep.json: overrides by the job's folder."""
-    jobs = [{"folder": name, "overrides": given} for name, given in overrides.items()]
-    plan = {"version": 1, "varied": varied, "jobs": jobs}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(plan))
+    plan = SweepPlan(folder)
+    plan.jobs = [PlannedJob(name, tuple(given)) for name, given in overrides.items()]
+    plan.write([])

@@ -1,4 +1,4 @@
-"""What a report makes of a folder of runs, and parts of its page."""
+"""Reports of folders of runs, and parts of their pages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sweeps.report.tables import TableCell, of_settings
 
 
 def collected(*folders: Path, **options: Any) -> Settings:
-    """The settings of the runs in folders, which name them where there are several."""
+    """The settings of the runs in folders; several folders name their runs."""
     names = [folder.name if len(folders) > 1 else "" for folder in folders]
     sweeps = [read_sweep(folder, name=name) for folder, name in zip(folders, names, strict=True)]
     return collect(sweeps, **options)
 
 
 def runs_of(settings: Settings) -> list[tuple[str, int, int]]:
-    """Of every setting its label, its finished runs and those that are planned."""
+    """The label, the finished and the planned runs of every setting."""
     return [(one.label, len(one.done), one.planned) for one in settings.all]
 
 
@@ -63,7 +63,7 @@ def page_of(folder: Path, **options: Any) -> str:
 
 
 def whole(folder: Path) -> str:
-    """The page of a report in a folder, whose parts fit together."""
+    """The page of a report in a folder, after checks that its parts fit together."""
     html = (folder / "report.html").read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 20

@@ -40,11 +40,11 @@ def test_two_by_two_killed_in_the_middle_and_resumed(tmp_path: Path, cache: Path
     assert set(states(folder).values()) == {"done"}
     logs = "".join((job / "job.log").read_text() for job in _jobs(folder))
     assert "Continuing" in logs and "changed settings" not in logs
-    # As though nothing had happened, and as without a sweep.
+    # The results equal those of an uninterrupted run without a sweep.
     name = "mtp.depth=0 seed=0"
     train_here(tmp_path / "alone", cache, {**settings, "mtp.depth": 0, "seed": 0})
     assert rows(plan(folder)[name]) == rows(tmp_path / "alone")
-    # Once more: nothing is left to do.
+    # A further call has nothing to do.
     began = {job: (job / "job.log").stat().st_mtime_ns for job in _jobs(folder)}
     again = execute(args, tmp_path).stdout
     assert "4 done before" in again and "warning" not in again
@@ -58,7 +58,7 @@ def _jobs(folder: Path) -> list[Path]:
 @pytest.mark.slow
 def test_a_failing_job_and_more_values(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
-    # A window longer than the text composes; the run refuses it.
+    # A window longer than the text composes, and the run refuses it.
     done = execute(command(folder, cache, {"data.seq_len": "99999,16"}), tmp_path, code=1)
     assert states(folder) == {"data.seq_len=99999": "failed", "data.seq_len=16": "done"}
     last = done.stdout.strip().splitlines()[-1]
@@ -167,7 +167,7 @@ def test_a_dry_run_checks_lists_and_leaves_nothing(tmp_path: Path) -> None:
     # A prepared sweep with fewer values.
     narrowed = dry("-m", "+sweeps=depth", "mtp.depth=0,2", "seed=0", "sweep_dir=sweep")
     assert narrowed.startswith("2 jobs ") and "mtp.depth-2" in narrowed
-    # Whatever launcher was chosen; a mistake in one job is found.
+    # It works with any launcher, and finds a mistake in one job.
     args = ("-m", "mtp.depth=0,2", "sweep_dir=sweep", "hydra/launcher=plan")
     assert "none is started" in dry(*args)
     wrong = dry("-m", "mtp.depth=0,300", "sweep_dir=sweep", code=1)

@@ -1,4 +1,4 @@
-"""Jobs' configs are Hydra's, made faster."""
+"""Jobs' configs equal Hydra's, and are composed faster."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mtp_lightning.command_line.misspelt import sentence
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from sweeps.compose import Composer, settle
-from sweeps.plan import count_processes, known_steps
+from sweeps.plan import Recipe, count_processes
 
-# What a job may be given: overrides that choose files, set values, add, remove or interpolate.
+# Overrides of a job: they choose files, set, add, remove or interpolate values.
 CHOICES = {
     "mtp": ["mtp=parallel", "mtp=none", "mtp=linear"],
     "model": ["model=micro", "model=deepseek_nano"],
@@ -46,7 +46,7 @@ def sweep() -> Sweep:
         loader = GlobalHydra.instance().config_loader()
         typed = ["seed=0,1", "hydra.job.chdir=false", "hydra.mode=MULTIRUN"]
         config = loader.load_configuration("config", typed, run_mode=RunMode.MULTIRUN)
-    assert config.sweep_dir  # the time in it, once for all jobs
+    assert config.sweep_dir  # has the time, the same for all jobs
     return config, loader, Composer(config, loader)
 
 
@@ -114,7 +114,7 @@ def test_processes_are_a_number_and_train_together(sweep: Sweep) -> None:
 @pytest.mark.parametrize(("match", "steps"), [("none", 7), ("parameters", 7), ("flops", None)])
 def test_steps_that_the_run_chooses_are_unknown(sweep, match, steps):
     job = settled(sweep, "trainer.max_steps=7", f"compare.match={match}")
-    assert known_steps(job) == steps
+    assert Recipe.of(job).max_steps == steps
 
 
 def test_many_jobs_read_the_files_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a reader sees of a sweep, and what it is read from."""
+"""The display of a running sweep, and the files that it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which job gets which devices, how many threads, and how many jobs run at once for memory."""
+"""Devices and threads of jobs, and how many jobs fit in memory."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_a_job_on_the_cpu_takes_no_gpu_of_a_mixed_sweep() -> None:
 @pytest.mark.parametrize(
     ("n_jobs", "given", "processes", "at_once", "threads"),
     [
-        (None, None, 1, 8, 1),  # a job a core
-        (None, None, 2, 4, 1),  # a core a process
+        (None, None, 1, 8, 1),  # one job per core
+        (None, None, 2, 4, 1),  # one core per process
         (None, None, 3, 2, 1),
         (None, None, 20, 1, 1),
         (8, None, 1, 8, 1),
         (2, None, 1, 2, 1),
         (2, None, 2, 2, 1),
         (8, None, 2, 4, 1),  # a job of two processes takes two places
-        (20, None, 1, 20, 1),  # who asks for more than there is gets it
+        (20, None, 1, 20, 1),  # more jobs than cores, if they are asked for
         (20, None, 2, 10, 1),
         (None, 2, 1, 4, 2),
         (None, 2, 2, 2, 2),
@@ -175,7 +175,7 @@ GB = 1_000_000_000
 
 
 class Machine:
-    """A file system that says what a machine's memory is."""
+    """A file system with the files of a machine's memory."""
 
     def __init__(self, root: Path, free: float) -> None:
         self.root = root

@@ -1,4 +1,4 @@
-"""A job is what its overrides say, and keeps its folder."""
+"""A job is identified by its overrides, and keeps its folder."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
         SweepPlan(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{", "[" * 100_000])
 def test_a_damaged_status_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     assert read_status(tmp_path) is None

@@ -248,7 +248,7 @@ def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
 
 
 def test_a_job_that_an_earlier_start_still_saves_is_not_failed(tmp_path: Path, monkeypatch) -> None:
-    """It may end well, or be run by the next start."""
+    """The earlier process may still finish it, or the next start runs it."""
     one = job(tmp_path / "a", DONE)
     holder = Lock(one.folder / ".lock")
     assert holder.acquire()

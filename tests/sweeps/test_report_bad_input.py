@@ -32,7 +32,7 @@ def test_folders_without_runs(tmp_path: Path) -> None:
     (tmp_path / "notes" / "a.txt").write_text("nothing")
     with pytest.raises(FileNotFoundError, match="holds no runs: give the folder of a sweep"):
         read_sweep(tmp_path)
-    write_plan(tmp_path / "sweep_a", {"x": ["seed=0"]}, ["seed"])
+    write_plan(tmp_path / "sweep_a", {"x": ["seed=0"]})
     with pytest.raises(FileNotFoundError, match="holds sweeps, not runs.*sweep_a"):
         read_sweep(tmp_path)
     write_run(tmp_path / "run", done=False)
@@ -64,7 +64,7 @@ def test_half_written_runs(tmp_path: Path) -> None:
 
 
 def test_a_single_runs_own_folders_are_no_runs(tmp_path: Path) -> None:
-    """Hydra's has a config.yaml, too."""
+    """Hydra's folder has a config.yaml, too."""
     run = write_run(tmp_path / "run")
     (run / ".hydra").mkdir()
     (run / ".hydra" / "config.yaml").write_text("seed: 1")
@@ -101,7 +101,7 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: dict[str, Any]) -> Non
 
 def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> None:
     jobs = {f"seed-{i}": [f"mtp.depth={d}", f"seed={i}"] for i, d in enumerate([1, 1, 1, 1, 1, 2])}
-    write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
+    write_plan(tmp_path, jobs)
     write_run(tmp_path / "seed-0", {"seed": 0}, status={"state": "done"})
     failed = {"state": "failed", "reason": "the loss is not finite at step 10", "exit_code": 1}
     # A summary of an earlier, finished attempt does not count.
@@ -127,7 +127,7 @@ def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> N
 def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 2: (1.9,)})
     jobs = {f"depth-{d}_seed-{s}": [f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)}
-    write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
+    write_plan(tmp_path, jobs)
     settings, notes = collected(tmp_path), noted(tmp_path)
     assert runs_of(settings) == [("mtp.depth=0", 2, 2), ("mtp.depth=2", 1, 2)]
     assert "mtp.depth=2: means are of 1 of 2 runs." in notes
@@ -143,7 +143,7 @@ def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:
             jobs[name] = [f"mtp.share_layers={shared.title()}", f"seed={seed}"]
             if seed == 0:
                 write_run(tmp_path / name, {"mtp.share_layers": shared == "true"})
-    write_plan(tmp_path, jobs, ["mtp.share_layers", "seed"])
+    write_plan(tmp_path, jobs)
     settings = collected(tmp_path)
     assert [(s.label, s.name, s.planned) for s in settings.all] == [
         ("mtp.share_layers=false", "shared: false", 2),
@@ -159,7 +159,7 @@ def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
 
 
 def test_a_running_job_whose_process_is_gone_is_interrupted(tmp_path, capsys):
-    write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]}, ["seed"])
+    write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]})
     for name in "ab":
         folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
         for file in folder.iterdir():
@@ -210,7 +210,7 @@ def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
     ("one", "other"),
     [
         *[({key: "/a"}, {key: "/b"}) for key in ("logger.csv.folder", "run_dir")],
-        (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, however it is typed
+        (NONE, {"mtp.depth": 0, "mtp.concat": "hidden_first"}),  # no depth, typed in two ways
     ],
 )
 def test_what_changes_nothing_is_no_setting(tmp_path, one, other):
@@ -312,14 +312,26 @@ def test_names_are_sorted_as_people_do(tmp_path: Path) -> None:
     assert list(states(tmp_path)) == ["d-1", "d-2", "d-10"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("seed: 7", "seed: [1, 2]"), ("d_model: 128", f"d_model: {10**400}")]
+)
+def test_settings_of_any_kind_and_size_are_read(tmp_path: Path, old: str, new: str) -> None:
+    write_run(tmp_path / "a")
+    config = write_run(tmp_path / "b", {"seed": 7}) / "config.yaml"
+    config.write_text(config.read_text().replace(old, new))
+    assert "2 runs: 2 done" in answered(tmp_path)
+
+
 def test_a_run_knows_its_seed(tmp_path: Path) -> None:
     assert RunRecord(folder=tmp_path, overrides={"seed": "3"}).seed == 3
-    assert RunRecord(folder=tmp_path, overrides={"seed": "x"}).seed == "x"
+    for other in ("x", "²", "9" * 5000):
+        assert RunRecord(folder=tmp_path, overrides={"seed": other}).seed == other
     assert RunRecord(folder=tmp_path).seed is None
 
 
 def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
-    """Neither has a depth. A sweep names the group, whose choice is shown, or else the class."""
+    """Neither has a depth. The label has the group's choice if the sweep names the group, else the
+    class."""
     write_run(tmp_path / "own" / "a")
     write_run(tmp_path / "own" / "b", NONE)
     assert [s.label for s in collected(tmp_path / "own").all] == ["mtp=none", "mtp=sequential"]

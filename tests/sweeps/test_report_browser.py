@@ -1,4 +1,4 @@
-"""The page in a real browser: it sorts, shows its figures, complains of nothing, and reads on a
+"""The page in a real browser: it sorts, shows its figures without errors, and is readable in a
 narrow window and in the dark."""
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_the_page_reads(browser, page, tmp_path, width, dark):
     browser.show(width=width, dark=dark)
     browser.open(page)
     assert browser.complaints() == []
-    # Nothing sticks out: wide tables scroll in a frame of their own.
+    # Nothing is wider than the window: wide tables scroll in their own frames.
     assert browser.run("document.documentElement.scrollWidth") <= width
     outside = f"""[...document.querySelectorAll("p, li, h1, h2, h3, figure, svg.figure, .table")]
         .filter(one => one.getBoundingClientRect().right > {width}).length"""
@@ -157,7 +157,7 @@ def test_a_point_says_its_values_and_a_legend_hides(browser: Browser, page: Path
     })()""")
     assert said.splitlines()[0] == "D = 2"
     assert "nats per token: 1.9 ± 0.24841" in said, said
-    # A switch hides its setting in every figure, and says so; again shows it.
+    # A click on a legend entry hides its setting in every figure; a second click shows it.
     hidden = """[...document.querySelectorAll('[id*="-series-2-"], .series-2')]
         .filter(one => getComputedStyle(one).display === 'none').length"""
     every = browser.run("document.querySelectorAll('[id*=\"-series-2-\"], .series-2').length")

@@ -107,7 +107,7 @@ def test_the_hparams_tab_of_runs_alone(tmp_path: Path) -> None:
     assert metrics_0["val/loss_depth_0"] == 2.0 and math.isnan(metrics_0["val/bits_per_byte"])
     assert -1 not in metrics_0.values()
     assert status_0 == api_pb2.STATUS_SUCCESS
-    assert rows["depth-2"][2] != api_pb2.STATUS_SUCCESS  # it has not said that it is done
+    assert rows["depth-2"][2] != api_pb2.STATUS_SUCCESS  # it has not finished
     assert rows["lr"][1]["val/accuracy_depth_0"] == 0.5
 
 

@@ -1,5 +1,5 @@
-"""What the page's script is given: points where the figures have them, the settings' marks by name,
-two runs' configs; and the report that is made again while a sweep runs."""
+"""The data of the page's script: points at their places in the figures, ids of the settings' marks,
+configs of two runs; and the report that is updated while a sweep runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says of floors, gaps and contexts, and its curves of how far back models look."""
+"""Floors, gaps and contexts in a report, and its curves of the use of distant context."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_without_the_callback_there_is_no_table(tmp_path: Path) -> None:
     assert "Effective context" not in [name for name, _ in of_settings(settings, []).head]
 
 
-# Curves of how far back models look.
+# Curves of the use of distant context.
 
 
 def settings(*summaries: dict[str, float]) -> Settings:

@@ -1,4 +1,4 @@
-"""What a report calls settings in figures and titles."""
+"""Names of settings in a report's figures and titles."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
         file.write("30,,2.")  # a line that is being written
     jobs = {f"depth-0_seed-{s}": ["mtp.depth=0", f"seed={s}"] for s in (0, 1)}
     jobs |= {"new": running["overrides"], "next": ["mtp.depth=1", "seed=1"]}
-    write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
+    write_plan(tmp_path, jobs)
     path, sentences, _ = report([tmp_path])
     assert sentences[0] == "2 settings, 2 seeds, 4 runs: 2 done, 1 running, 1 missing."
     html = path.read_text()

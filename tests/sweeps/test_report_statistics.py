@@ -183,7 +183,7 @@ def test_the_ends_solve_the_equation(values: list[float]) -> None:
 
 
 def test_it_stays_within_0_and_1() -> None:
-    """Where the t interval does not; error bars have no negative length."""
+    """The t interval does not. Error bars have no negative length."""
     draw = random.Random(0)
     outside = 0
     for _ in range(1000):

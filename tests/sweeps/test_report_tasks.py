@@ -1,4 +1,4 @@
-"""Reports of tasks: who solves, when, and what is said of it."""
+"""Reports of tasks: shares of seeds that solve, times to solve, and the sentences about them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
     # The level itself is not above the level.
     assert [s.count for one in settings.all if (s := solved_share(one, 0.96))] == [0, 1]
     assert [s.count for one in settings.all if (s := solved_share(one, 0.5))] == [1, 2]
-    # Nor is it in single precision, in which runs log it.
+    # This also holds in single precision, in which runs log it.
     logged = float(np.float32(0.98))
     (single,) = collected(sweep(tmp_path / "single", {0: ((logged, logged, logged),)})).all
     share = solved_share(single, 0.98)
@@ -151,12 +151,12 @@ def test_none_solved_and_all_solved(tmp_path: Path) -> None:
     none = answered(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
     assert (
         "No seed solves the task (a final val/exact_match above 0.95): with mtp.depth=0 0 of 4 "
-        "seeds (95 % interval 0.0 % to 60.2 %); so with mtp.depth=1." in none
+        "seeds (95 % interval 0.0 % to 60.2 %); the same with mtp.depth=1." in none
     )
     assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
     every = answered(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
     assert "4 of 4 seeds (95 % interval 39.8 % to 100.0 %); an equal share with" in every
-    # One ends at 10, of four; how late it was looked for is the last look of all.
+    # One of four solves at 10; the others were last validated at 30.
     sweep(tmp_path / "few", {0: (EARLY, NEVER, NEVER, NEVER)})
     for name, late in (("none", True), ("all", False), ("few", True)):
         assert any(cell.beside == "not by step 30" for cell in cells(tmp_path / name)) == late

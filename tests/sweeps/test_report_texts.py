@@ -24,8 +24,8 @@ OLD: dict[str, Any] = {"evaluation": None}  # takes the entry away
 
 
 def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
-    """Depths of clearly different losses, each evaluated on a text: a fingerprint, None for a part
-    that has none, OLD for a run that says nothing, or one of these for every seed."""
+    """Depths of clearly different losses, each evaluated on a text: a fingerprint, None for an
+    unknown part, OLD for a run without the entry, or one of these per seed."""
     for depth, given in texts.items():
         for seed in range(seeds):
             text = given[seed] if isinstance(given, tuple) else given
@@ -43,7 +43,7 @@ def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
 
 
 def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
-    """Though a document mask may leave out a few bytes of it."""
+    """A document mask may leave out a few bytes of the text."""
     settings = sweep(tmp_path, {0: A, 1: A})
     (found,), text, notes = said(settings, tmp_path)
     assert found.verdict == "beyond noise" and found.result is not None
@@ -187,7 +187,7 @@ def tokenized(name: str, rate: float | None = None) -> dict[str, Any]:
 
 
 def contexts_of(folder: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[str]:
-    """What is said of runs with these tokenizers, windows and summaries."""
+    """The sentences about the contexts of runs with these tokenizers, windows and summaries."""
     for kind, seq_len, summary in runs:
         config = {"tokenizer.kind": kind, "data.seq_len": seq_len}
         write_run(folder / f"{kind}_{seq_len}", config, summary=summary)
@@ -195,7 +195,7 @@ def contexts_of(folder: Path, *runs: tuple[str, int, dict[str, Any]]) -> list[st
 
 
 def test_equal_windows_of_tokens_are_unequal_in_bytes(tmp_path: Path) -> None:
-    """256 x 1 byte against 256 x 3.9 bytes; the evaluated text's rate goes before the split's."""
+    """256 x 1 byte against 256 x 3.9 bytes, by the rate of the evaluated text and not the split."""
     text = evaluated("a" * 32, bytes=3_900, tokens=1_000)
     said = contexts_of(
         tmp_path,

@@ -130,7 +130,7 @@ def test_looks_at_the_end_of_metrics_alone(tmp_path: Path, monkeypatch: pytest.M
 
 def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
     folder = tmp_path / "search"
-    # Slow enough to be seen, and too short for the default's warm-up of a quarter of 3500 steps.
+    # Slow enough to be watched; the warm-up is a quarter of these 5 steps instead of 3500.
     fixed = ["data.val_fraction=0.5", "trainer.max_steps=5"]
     assert run(folder, *fixed, "--trials", "9", "--n-jobs", "4") == 0
     pruned = [t for t in study(folder).trials if t.state.name == "PRUNED"]

@@ -59,7 +59,7 @@ def test_jobs_fail_alone_and_train_with_the_processes_asked_for(tmp_path, cache)
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_requeued_jobs_continue(tmp_path: Path, cache: Path, strategy: str) -> None:
-    """SIGUSR2 is what Slurm sends before it ends a job; the queue then has it wait for minutes."""
+    """Slurm sends SIGUSR2 before it ends a job, which then waits in the queue for minutes."""
     folder = tmp_path / f"sweep_{os.getpid()}"
     settings = {
         "trainer.max_steps": 400,

@@ -1,6 +1,6 @@
-"""What Slurm is asked for and how its answers are taken, with programs in place of its own.
+"""Requests to Slurm and the handling of its answers, with programs in place of Slurm's.
 
-``test_slurm.py`` has the real one, where it is installed.
+``test_slurm.py`` uses the real one, if it is installed.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def test_the_queue_is_asked_at_most_every_fifteen_seconds(tmp_path, slurm, monke
         clock[0] += 1
     assert asked.read_text().count("x") == 5
     assert found[0] == {} and list(found[15]) == [two] and "5_1" in found[60][two]
-    program(slurm, "squeue", "exit 1")  # a controller that is away says nothing of any job
+    program(slurm, "squeue", "exit 1")  # a controller that is away decides nothing about jobs
     clock[0] += 15
     assert list(queue.over()) == [two]
 
 
 class Executor:
-    """In place of submitit's."""
+    """In place of submitit's executor."""
 
     asked: list[tuple[dict[str, Any], int]] = []
 
@@ -130,7 +130,7 @@ def test_a_thousand_and_more_jobs_are_submitted_in_parts(tmp_path, slurm, monkey
 
 
 def test_jobs_that_say_how_they_ended_are_not_waited_for(tmp_path, capsys):
-    """Nor is a failure of an earlier start taken for one of this."""
+    """A failure of an earlier start does not count as one of this start."""
     jobs = jobs_of(tmp_path, 3)
     write_status(jobs[0].folder, (), "failed", reason="before")
     write_status(jobs[1].folder, (), "pending")
@@ -179,10 +179,10 @@ SlurmRun(Job(folder=folder, overrides=("x",), command=command, nodes=2), threads
 
 @pytest.mark.slow
 def test_two_machines_train_as_one(tmp_path: Path, cache: Path, slurm: Path) -> None:
-    """Each a process of its own on this one; Slurm's part is what it puts into the environment."""
+    """Two processes on this machine, with the environments that Slurm would set."""
     program(slurm, "scontrol", "echo 127.0.0.1")
     settings = {"trainer.num_nodes": 2, "trainer.strategy": "ddp", "data.batch_size": 4}
-    # What they share is built before.
+    # Builds the files that they share.
     train_here(tmp_path / "alone", cache, {"trainer.max_steps": 1})
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *overrides(cache, settings)]

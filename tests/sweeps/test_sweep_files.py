@@ -1,4 +1,4 @@
-"""sweeps/*.yaml: each one composes, says what it asks, and what it costs."""
+"""sweeps/*.yaml: each composes, and names its question and its cost."""
 
 from __future__ import annotations
 

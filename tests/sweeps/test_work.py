@@ -1,4 +1,4 @@
-"""Workers that share a sweep through its folder, of which some do not live to its end."""
+"""Workers that share a sweep through its folder, some of which are killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.integration import helpers
 from tests.integration.helpers import ROOT, overrides, rows, train_here, typed
 from tests.sweeps.typed import execute, plan, states, wait_until
 
-# In place of a run: it says that it ended, once only, or fails where its seed is 13.
+# In place of a run: it writes its end once only, or fails if its seed is 13.
 STUB = """
 import json, os, sys, time
 if "-m" in sys.argv:
@@ -117,13 +117,13 @@ def test_a_worker_that_is_asked_to_end_leaves_its_jobs_to_others(tmp_path: Path)
     wait_until(lambda: list(folder.glob("*/begun")))
     told = told_of(folder, code=2)
     assert "1 running" in told and f"{os.uname().nodename}-{first.pid}" in told
-    # Nobody else may run the jobs meanwhile.
+    # Another sweep cannot run the jobs meanwhile.
     other = execute(stubs(folder, "0,1,2"), tmp_path, code=1)
     assert "Workers are at work" in other.stderr
     first.send_signal(signal.SIGTERM)
     assert first.wait(240) == 143, log_of(folder)
     assert sorted(states(folder).values()) == ["interrupted", "pending", "pending"]
-    # At once, though the time after which one takes over has not passed.
+    # At once, before the leases would be stale.
     assert start(folder, "--n-jobs=2").wait(240) == 0
     assert set(states(folder).values()) == {"done"}
     assert sorted(job.read_text() for job in folder.glob("*/begun")) == ["x", "x", "xx"]
@@ -135,7 +135,7 @@ def recipe_of(processes: int, nodes: int, *, on_cpu: bool, max_steps: int | None
 
 
 def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -> None:
-    """Here the worker slept too long; what the other writes into the status is left alone."""
+    """This worker slept too long, and does not change the status that the other one wrote."""
     recipe = recipe_of(1, 1, on_cpu=True)
     laid = SweepPlan(tmp_path)
     for job in laid.add([["seed=0"], ["seed=1"]]):
@@ -229,7 +229,7 @@ def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path)
         assert worker.wait(400) == 0, log_of(folder)
     print(f"worked in {time.monotonic() - began_work:.1f} s")
     assert set(states(folder).values()) == {"done"}
-    # None was lost and none ended twice: the stub's summary is made exclusively.
+    # No job was lost or finished twice: the stub creates its summary exclusively.
     assert len(list(folder.glob("*/ended"))) == 1000
     twice = {job.parent for job in folder.glob("*/begun") if job.read_text() != "x"}
     assert twice <= set(held), "only what the killed one had was begun again"
@@ -266,7 +266,7 @@ def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: P
     assert rows(plan(folder)["seed=0"]) == rows(tmp_path / "alone")
 
 
-# Leases: of all who ask for a job one has it, and one that is gone has it no more.
+# Leases: one of all workers that ask for a job gets it, and loses it when it is gone.
 
 
 def at(folder: Path, owner: str, **values: float) -> Leases:
@@ -304,13 +304,15 @@ def test_a_stale_one_is_taken_over_by_one(tmp_path: Path) -> None:
     assert gone.take("job", None)
     seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
     assert not a.free(seen["a"]) and a.owner(seen["a"]) == "gone"
+    (tmp_path / FOLDER / "job.1").write_text("[" * 100_000)
+    assert a.owner(seen["a"]) == "", "a damaged lease has no owner"
     grow_old(tmp_path, "job.1", 119)
     assert not a.free(a.look()["job"])
     grow_old(tmp_path, "job.1", 121)
     seen = {name: w.look()["job"] for name, w in (("a", a), ("b", b))}
     assert a.free(seen["a"]) and b.free(seen["b"])
     assert a.take("job", seen["a"])
-    # b looked before a took it: what it then does touches nothing of a's.
+    # b looked before a took the job, and cannot take it from a.
     assert not b.take("job", seen["b"])
     assert a.look()["job"].number == 2 and a.owner(a.look()["job"]) == "a"
     assert a.beat() == [] and gone.beat() == ["job"] and gone.held == []

@@ -1,4 +1,4 @@
-"""Claims and observations written by hand: what becomes of them is known."""
+"""Claims and observations written by hand, whose verdicts are known."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SOLVED = {"tag": "val/exact_match", "solved": 0.95}
 
 
 class _NoAlias(yaml.SafeDumper):
-    """Writes what stands twice twice: a claim has no aliases."""
+    """Writes repeated values in full, since a claim's file has no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -55,7 +55,7 @@ def write_claim(folder: Path, name: str = "mine", **changes: Any) -> Path:
 
 
 def claim_of(folder: Path, name: str = "mine", **changes: Any) -> Claim:
-    """The claim that such a file gives."""
+    """The claim that :func:`write_claim`'s file gives."""
     write_claim(folder, name, **changes)
     return read_claim(name, folder)
 
@@ -71,9 +71,9 @@ def observed(
     the state of one that is not done.
 
     Args:
-        claim: whose measure it is.
+        claim: its first measure is observed.
         values: of seeds 0, 1, ..
-        costs: of the claim's ``equal``, by arm; 1,000 where not given.
+        costs: cost in the claim's ``equal``, by arm; 1,000 by default.
         texts: fingerprints of the evaluation text by arm.
     """
     measure = claim.measures[0]
@@ -108,7 +108,7 @@ def register(
 
 
 def moved(by: float, scale: float = 1.0) -> tuple[float, ...]:
-    """PLAIN, seed by seed moved by ``by`` and a little noise."""
+    """PLAIN plus ``by`` and a little noise, seed by seed."""
     return tuple(p + by + scale * e for p, e in zip(PLAIN, NOISE, strict=True))
 
 
@@ -126,7 +126,7 @@ def run(*arguments: object) -> int:
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    """What the command prints; on standard error where it fails."""
+    """The command's output, or its standard error if it fails."""
     capsys.readouterr()
     assert run(*arguments) == code
     printed = capsys.readouterr()
@@ -134,7 +134,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) 
 
 
 def root(folder: Path) -> Path:
-    """With pages that have their markers."""
+    """Write pages with markers into a folder, and return it."""
     (folder / "docs").mkdir()
     for page in (folder / "docs" / "results.md", folder / "README.md"):
         page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -149,14 +149,14 @@ def measured_speeds(folder: Path, rows: list[dict[str, Any]], name: str = "", **
 
 
 def finished(folder: str, **facts: Any) -> ArmRun:
-    """A run that is done, with other facts than usual."""
+    """A finished run; ``facts`` replace the usual ones."""
     usual = {"text": "e" * 32, "machine": "Linux x86_64, 2 cores", "commit": "c" * 40}
     usual["ended"] = "2026-11-25T10:00:00+00:00"
     return ArmRun(folder=folder, state="done", **usual | facts)
 
 
 def commit(folder: Path) -> str:
-    """A repository in a folder, with all that it holds."""
+    """Commit a folder to a new repository in it; returns the commit."""
     git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "predict"]):
         subprocess.run([*git, *arguments], check=True)

@@ -62,7 +62,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path, cache, capsys
     judged = told("verdict", "mine", *where, "--root", root(tmp_path))
     assert "mine: undecided." in judged and "unfinished: mtp: 0 of 2" in judged
 
-    # Another claim that asks for the same control.
+    # Another claim shares the control's runs.
     arms = {"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]}
     predictions = [predict("heads", "below", against="control")]
     write_claim(claims, "yours", arms=arms, predictions=predictions, **both)
@@ -99,7 +99,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path, cache, capsys
     assert "4 runs in" in again and "4 ended before" in again
     assert again.count("they agree") == 1 and "mine: holds." in again
 
-    # What an arm ended with, from the runs that are there.
+    # The final weights of an arm, from its runs.
     wanted = ["--arms", "heads", "--seeds", 0, 1, "--to", tmp_path / "w"]
     weights = told("weights", "yours", *where, "--root", tmp_path, *wanted)
     assert "2 runs in" in weights and "2 ended before" in weights

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.claims.figure import files_of, panels, write_figures
-from sweeps.claims.observe import PARTS, TAG, curve_of
+from sweeps.claims.observe import POINTS, TAG, curve_of
 from sweeps.claims.result import judge
 from sweeps.report.read import read_run
 from tests.sweeps.claims.fixture_claims import claim_of, register
@@ -31,13 +31,13 @@ def test_a_point_is_the_mean_of_its_part(tmp_path: Path, steps: int, every: int)
     losses = {step: chance.uniform(1, 5) for step in range(every, steps + 1, every)}
     losses[steps] = 3.0
     found = curve_of(read_run(logged(tmp_path / "run", losses)))
-    assert len(found) == PARTS
+    assert len(found) == POINTS
     for i, (flops, mean) in enumerate(found):
-        assert flops == pytest.approx(3_000_000_000 * (i + 0.5) / PARTS)
-        inside = [v for s, v in losses.items() if i / PARTS < s / steps <= (i + 1) / PARTS]
-        part = [v for s, v in losses.items() if int((s - 1) / steps * PARTS) == i]
+        assert flops == pytest.approx(3_000_000_000 * (i + 0.5) / POINTS)
+        inside = [v for s, v in losses.items() if i / POINTS < s / steps <= (i + 1) / POINTS]
+        part = [v for s, v in losses.items() if int((s - 1) / steps * POINTS) == i]
         assert mean == pytest.approx(sum(part) / len(part))
-        if steps % PARTS == 0:
+        if steps % POINTS == 0:
             assert part == inside
 
 

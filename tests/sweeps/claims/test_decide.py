@@ -1,4 +1,4 @@
-"""Verdicts against results made by hand: each of the three, for values and for solving or not."""
+"""All three verdicts on results made by hand, for values and for shares of seeds that solve."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_holm_is_over_the_claims_predictions(tmp_path: Path) -> None:
     assert second.p < 0.05 < second.adjusted
     assert (first.verdict, second.verdict, third.verdict) == (HOLDS, UNDECIDED, UNDECIDED)
     assert "Holm's correction over 3" in second.why
-    # An arm that has not run counts as a test: what comes later weakens no earlier verdict.
+    # An arm that has not run counts as a test, so later runs cannot weaken an earlier verdict.
     less = {**values, "c": ["missing"] * 5}
     assert decide(claim, observed(claim, less))[1].adjusted == pytest.approx(second.adjusted)
 

@@ -78,7 +78,7 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     assert [f.verdict for f in found] == [HOLDS, HOLDS, FAILS, HOLDS]
     gain, effect, _, ratio = found
     mean = math.exp(math.fsum(map(math.log, NOISE)) / 5)
-    # A curve of three points is good for a percent.
+    # A curve of three points is accurate to one percent.
     assert gain.effect == pytest.approx(0.8 * mean, rel=0.01)
     assert effect.effect == pytest.approx(mean, rel=0.01)
     assert ratio.effect == pytest.approx(1.3 * mean, rel=0.01)
@@ -134,7 +134,7 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
     assert words.subject(entry) == "large / heads"
     assert words.quantity(entry["measure"]) == "compute-equivalent gain, by loss in bits per byte"
     assert words.measured(entry).startswith("1.302 × [1.302, ")
-    # Its runs serve a claim that reads the same of them, gain or not.
+    # A claim that reads the same tag can share these runs, whether it measures a gain or not.
     plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
     assert shared_runs(plain, [result]).keys() == {"x"}
 
@@ -180,7 +180,7 @@ def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
     for ended, begins in ((1, 3), (0, 1)):
         ready.ended(first[ended])
         assert [job.name for job in ready] == [asked[begins].name]
-    # A branch whose run is in a result alone has it run again, for its checkpoints.
+    # If a branch's parent is only in a result, the parent runs again for its checkpoints.
     (branch,) = [job for job in found if (job.arm, job.seed) == ("long", 1)]
     again = _with_parents([branch], [claim], tmp_path)
     assert [(job.arm, job.seed) for job in again] == [("trunk", 1), ("long", 1)]
@@ -206,7 +206,7 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
     assert f"init_from={RUNS / long.name}" in heads.overrides
     assert "init_from=runs/somewhere" in other.overrides
     assert jobs(claim, [3], Path("/somewhere/else"))[2].name == heads.name
-    # The whole line of runs is made again where none of them is here.
+    # If no parent's folder is here, all parents run again.
     again = _with_parents([heads], [claim], tmp_path)
     assert [job.arm for job in again] == ["trunk", "long", "heads"]
     ready = _Ready(again)

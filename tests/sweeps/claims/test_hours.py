@@ -1,4 +1,4 @@
-"""What is left of claims and costs, which seeds fit into a time, and how many would decide."""
+"""Pending runs and their costs, seeds that fit into a time, and seeds that would decide."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SMALL = ["experiment=small_text"]
 
 
 def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Result:
-    """A result whose runs took so many minutes on some machine, 500 steps and 1e12 FLOPs each."""
+    """A result of runs of 500 steps and 1e12 FLOPs; ``done`` has their minutes and machines."""
     arms = observed(claim, {arm: ["missing"] * len(claim.scale.seeds) for arm in claim.arms})
     for arm, of_arm in done.items():
         for seed, (minutes, machine) in of_arm.items():
@@ -67,7 +67,7 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     assert [(c.arm, c.seed, c.hours) for c in left.costs] == costs
     assert {c.source for c in left.costs} == {MEASURED}
     assert left.hours == 6.75 and left.sources == "5 measured"
-    # Without any run of this machine, those of others count, and the table says so.
+    # If no run has finished on this machine, those of others count, and the table says so.
     far = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
     (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, far)})
     assert left.hours == 8 and left.sources == "8 measured elsewhere"
@@ -82,7 +82,7 @@ def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path, monkeypatch):
     assert of["plain"].source == MEASURED and of["mtp"].source == BY_FLOPS
     # 1e12 FLOPs took 100 minutes.
     assert of["mtp"].hours == pytest.approx(3 * 100 / 60)
-    # Without composing, and without any finished run, it is what the claim expects.
+    # Without composing, or without any finished run, the claim's own estimate counts.
     (quick,) = left_of([claim], tmp_path / "runs", results, count_flops=False)
     assert {c.hours for c in quick.costs if c.arm == "mtp"} == {2.5}
     assert {c.source for c in quick.costs if c.arm == "mtp"} == {EXPECTED}
@@ -91,7 +91,7 @@ def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path, monkeypatch):
 
 
 def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its seconds and FLOPs count those of the run that it continues."""
+    """The seconds and FLOPs of a branch include those of the run that it continues."""
     monkeypatch.setattr("sweeps.claims.hours.flops_of", lambda job: 2e12)
     arms = {
         "long": [],
@@ -183,8 +183,8 @@ def entries_of(folder: Path, values: dict[str, Any], **changes: Any) -> list[dic
 
 @pytest.mark.parametrize("by", [0.0, -0.01])
 def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -> None:
-    """By simulation: the number that is said, drawn again and again, with the effect and the noise
-    that were seen."""
+    """By simulation: as many seeds as estimated, drawn repeatedly with the observed effect and
+    noise."""
     random = np.random.default_rng(0)
     noise = random.normal(size=8)
     noise = (noise - noise.mean()) / noise.std(ddof=1)
@@ -218,7 +218,7 @@ def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
     # Too few seeds: at least the claim's own minimum.
     few = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
     assert few[0]["why"].startswith("n = 2") and seeds_enough(few, 5) == [5]
-    # After the correction for the claim's other predictions more are needed than alone.
+    # With the correction for the claim's other predictions, more seeds are needed.
     one = [predict("mtp", "below", against="plain")]
     both = [*one, predict("mtp", "above", 0.3, against="plain")]
     values = {"plain": plain, "mtp": noisy}

@@ -1,4 +1,4 @@
-"""The independent measurement of the headline: it runs, and stands alone."""
+"""The independent measurement of the gain runs, and imports nothing of this project."""
 
 from __future__ import annotations
 

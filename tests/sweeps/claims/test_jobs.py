@@ -1,4 +1,4 @@
-"""What a claim runs, in which order, and which runs are one."""
+"""The runs of a claim, their order, and the runs that claims share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNS = Path("/nowhere/runs")
 
 
 def folders(folder: Path, arms: dict[str, list[str]], **changes: object) -> dict[str, str]:
-    """By arm, at seed 0."""
+    """The runs' folders by arm, at seed 0."""
     pairs = [predict(arm, "below", 1) for arm in arms]
     claim = claim_of(folder, arms=arms, predictions=pairs, **changes)
     return {job.arm: job.name for job in jobs(claim, [0], RUNS)}
@@ -48,7 +48,7 @@ def test_a_run_asks_for_the_machines_of_its_config(tmp_path: Path) -> None:
 
 def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:
     one = folders(tmp_path / "a", {"x": ["mtp=none", "mtp.depth=0"], "y": ["mtp_lambda=0.3"]})
-    # said otherwise, computed alike
+    # written differently, computed alike
     arms = {
         "control": ["mtp=none"],
         "heads": ["mtp=sequential", "balance=none"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import answers, part
 from sweeps.claims.read import read_claim
-from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.claims.fixture_claims import claim_of, told
 
 GAIN = "equivalent_gain_600k"
 
@@ -52,10 +53,10 @@ def test_what_a_module_is_worth(tmp_path: Path) -> None:
     chinese = part(pairs, "README.zh-CN.md", tmp_path)
     assert "| 0.6 M | 增益 | 超出范围（0/5 个种子） | 0.812 ×" in chinese
     assert f"](results/{GAIN}.svg)" in chinese and "（0.2 M 已写下预测" in chinese
-    for verdict, told in (("holds", "Less than it costs"), ("does not hold", "More than")):
+    for verdict, said in (("holds", "Less than it costs"), ("does not hold", "More than")):
         alike = [{**of, "verdict": verdict} for of in found]
-        assert f"?** {told}" in answers([(claim, result(claim, alike))], tmp_path)
-    # What was changed since has no numbers.
+        assert f"?** {said}" in answers([(claim, result(claim, alike))], tmp_path)
+    # A claim that was changed after its runs has no numbers.
     assert answers([(claim, {**result(claim, found), "digest": "other"})], tmp_path) == ""
 
 
@@ -65,3 +66,12 @@ def test_nothing_is_said_without_numbers(tmp_path, capsys):
         patch.setattr("sweeps.claims.__main__.block", lambda *_, **_options: "\n")
         main(["questions", "--root", str(tmp_path)])
     assert "answers one of the three questions has a result" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "jinja2" else there(name)
+    )
+    said = told(capsys, "questions", "--root", tmp_path, code=1)
+    assert "a page of claims needs the package jinja2" in said

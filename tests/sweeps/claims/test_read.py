@@ -1,4 +1,4 @@
-"""Claims' files: what they may say, and the sentence that refuses the rest."""
+"""Claims' files: valid contents, and the errors for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A claim continues without the folders of its runs: the committed result has what was done."""
+"""A claim continues without the folders of its runs, from its committed result."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert said in told(capsys, *arguments, *where, code=1)
     for action in ("list", "hours", "verdict"):
-        said = told(capsys, action, "--claims", tmp_path / "nowhere", code=2)
+        said = told(capsys, action, "--claims", tmp_path / "nowhere", code=1)
         assert "nowhere is not a folder: check the path" in said
     assert not (tmp_path / "runs").exists()
 
@@ -263,7 +263,7 @@ def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
     for number in (same, committed):
         assert words.measured(number["predictions"][0]) in line
     assert line.startswith("sequential modules − no MTP, loss in bits per byte: here ")
-    # One seed is as far from a mean as noise is wide.
+    # One seed has no interval to compare.
     for result, words_ in (
         (same, "they agree"), (other, "they do not agree"), (one, "one seed"),
         (one, "not to be compared yet"), (none, "not to be compared yet"),
@@ -320,7 +320,7 @@ def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
     assert "| no MTP | top head | bag head |" in text
     assert f"| 0 of {n} | 0 of {n} | 7 of {n} |" in text
     assert "beyond noise: bag head." in text
-    # Without the first claim's numbers there is nothing to add to.
+    # Without numbers of the first claim, the group is not shown.
     assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a run ended with: its digest, and its file."""
+"""The final weights of runs: their digests and files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sweeps.claims.weights import digest_of, last_weights, write_weights
 from tests.sweeps.claims.fixture_claims import claim_of
 
 STATE = {
-    "model.b": torch.arange(6.0).view(2, 3).t(),  # as it lies in memory, it is another
+    "model.b": torch.arange(6.0).view(2, 3).t(),  # not contiguous
     "model.a": torch.tensor(3.5, dtype=torch.bfloat16),
     "balance.x": torch.ones(2),
 }
@@ -50,7 +50,7 @@ def test_the_digest_is_of_names_types_shapes_and_numbers(tmp_path: Path) -> None
         ("name", {"model.c": torch.ones(1)}),
     ):
         assert digest(finish(tmp_path / name, STATE | other)) != by_hand.hexdigest()
-    # What is not the model's does not count.
+    # Values of other objects than the model do not count.
     others = STATE | {"balance.x": torch.zeros(3)}
     assert digest(finish(tmp_path / "else", others)) == by_hand.hexdigest()
     (tmp_path / "run" / CHECKPOINTS / LAST).write_bytes(b"cut")
