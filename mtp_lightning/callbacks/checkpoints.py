@@ -114,15 +114,20 @@ class Checkpoints(RunCallback, Checkpoint):
         """Path of the best checkpoint, which may not exist yet."""
         return self.folder / BEST
 
+    @property
+    def _best_by(self) -> str:
+        # A new string at each call: a pickle writes a string that it holds already as a reference,
+        # and a run that is only evaluated again writes the same bytes.
+        return f"{self.mode} {self.monitor}"
+
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, so that a resumed run does not overwrite a better file."""
         best = {"best_score": self.best_score, "best_step": self.best_step}
-        return {**best, "monitor": self.monitor, "mode": self.mode}
+        return {**best, "best_by": self._best_by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best score, unless the run now monitors something else."""
-        before = (state_dict.get("monitor", self.monitor), state_dict.get("mode", self.mode))
-        if before == (self.monitor, self.mode):
+        if state_dict.get("best_by", self._best_by) == self._best_by:
             self.best_score = state_dict["best_score"]
             self.best_step = state_dict["best_step"]
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_modules.tokenizers.pretrained import CONFIG, GENERATION
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_sentencepiece
 
@@ -197,10 +196,10 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
         i = get(f"tokenizer.ggml.{role}_token_id")
         if isinstance(i, int) and 0 <= i < len(tokens):
             config[f"{'pad' if role == 'padding' else role}_token"] = tokens[i]
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
     told = {"eos_token_id": [i for i in ends if isinstance(i, int)]}
-    (folder / GENERATION).write_text(json.dumps(told), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
     template = get("tokenizer.chat_template")
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

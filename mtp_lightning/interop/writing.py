@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_modules.tokenizers.pretrained import GENERATION
 from mtp_lightning.interop import config_json, heads, tensor_files
 from mtp_lightning.interop.names import has_extra_file, in_layers, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
@@ -81,7 +80,7 @@ def write_folder(
         heads.write(folder, model, DTYPES[dtype], max_positions=max_positions)
         tensors |= heads.tensors(model, DTYPES[dtype])
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
-    _write_json(folder / GENERATION, tokenizer.generation_config())
+    _write_json(folder / "generation_config.json", tokenizer.generation_config())
     return Contents(
         layer_depths=depth,
         heads=heads.where(config) if extra else "",
