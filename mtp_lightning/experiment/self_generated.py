@@ -278,9 +278,9 @@ class SelfGenerated(TokenDataModule):
         part: str,
         seed: int,
     ) -> list[list[int]]:
-        """Continue each prompt by up to ``n`` tokens; the end-of-text token is left out. Texts of
-        this part that a stopped process has finished are not generated again."""
-        eot, done = speaker.tokenizer.eot_id, kept.of(part)
+        """Continue each prompt by up to ``n`` tokens; the token that ends a text is left out. Texts
+        of this part that a stopped process has finished are not generated again."""
+        ends, done = speaker.tokenizer.end_ids, kept.of(part)
         left = [i for i in range(len(prompts)) if i not in done]
         before = f" ({len(done):,} were there)" if done else ""
         what = f"{part} of {speaker.path}{before}"
@@ -294,13 +294,13 @@ class SelfGenerated(TokenDataModule):
                 temperature=self.sampling.temperature,
                 top_p=self.sampling.top_p,
                 seed=seed,
-                eot_id=eot,
+                tokenizer=speaker.tokenizer,
                 batch_size=self.decode_batch_size,
                 on_tokens=lambda _, fresh: bar.update(len(fresh.token_ids)),
                 on_end=lambda i, text: kept.add(part, i, text.token_ids),
             )
         found = kept.of(part)
-        return [[token for token in found[i] if token != eot] for i in range(len(prompts))]
+        return [[token for token in found[i] if token not in ends] for i in range(len(prompts))]
 
 
 class KeptTexts:

@@ -31,7 +31,7 @@ _NUMBERS = (
     ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
     ("  by chance", "val/chance", "{:.2%}"),
     ("  by the best of constant, majority and table", "val/trivial", "{:.2%}"),
-    ("questions of the validation seen in training", "val/seen", "{:.1%}"),
+    ("validation's questions in the first training examples", "val/seen", "{:.1%}"),
     ("coherent and new of answers at temperature 1", "val/creativity", "{:.1%}"),
     ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
     ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),

@@ -116,6 +116,13 @@ def _refused(left: Left, runs: Path, results: Mapping[str, Result]) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     claims = _claims(args, args.names)
+    for claim in claims:
+        if others := sorted(set(args.seeds or ()) - set(claim.scale.seeds)):
+            raise UserError(
+                f"--seeds {others[0]}: {claim.name} predicts for the seeds "
+                f"{' '.join(map(str, claim.scale.seeds))} alone, since seeds that are added until "
+                "a claim is decided decide too often: write a new claim for others."
+            )
     return 1 if _start(args, claims, seeds=args.seeds, results=args.results) else 0
 
 

@@ -2,8 +2,8 @@
 
 A prediction names a region; its effect lies inside or outside. The p-value is the smallest level at
 which the effect's interval excludes the nearest boundary, so interval and test agree. Holm's
-correction covers all predictions of the claim. Those without a test count as p = 1, so later runs
-cannot weaken an earlier verdict.
+correction covers all predictions of the claim. Those without a test, and those that cannot be
+decided yet, count as p = 1, so their later runs cannot weaken another verdict.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FEW, NOISE, UNCORRECTED = (
     "the threshold is within the noise",
     "not beyond noise by Holm's correction",
 )
+_PENDING = "a run of the plain curve is not finished"
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
 
 # The largest relative difference of two arms in the resource that they should spend alike.
@@ -56,8 +57,9 @@ class Finding:
 def decide(claim: Claim, arms: Arms) -> list[Finding]:
     """Decide every prediction of a claim from the observed runs of its arms."""
     tests = [_test(prediction, arms) for prediction in claim.predictions]
-    adjusted = holm([1.0 if test.p is None else test.p for test in tests])
-    return [_decided(claim, arms, test, p) for test, p in zip(tests, adjusted, strict=True)]
+    tests = [replace(test, why=_obstacle(claim, arms, test)) for test in tests]
+    adjusted = holm([1.0 if test.p is None or test.why else test.p for test in tests])
+    return [_decided(claim, test, p) for test, p in zip(tests, adjusted, strict=True)]
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -96,7 +98,7 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: ClaimMeasure) -> float | s
     names = (arm, *measure.curve_of(arm))
     spent = [found for name in names if (found := _spent(arms[name].get(seed), measure))]
     if len(spent) < len(names):
-        return "a run of the plain curve is not finished"
+        return _PENDING
     own, *plain = spent
     gain = gain_over(plain, own)
     if isinstance(gain, str):
@@ -112,9 +114,9 @@ def _spent(run: ArmRun | None, measure: ClaimMeasure) -> Spent | None:
     return Spent(flops=run.costs["flops"], loss=run.values[measure.key], steps=run.costs["step"])
 
 
-def _decided(claim: Claim, arms: Arms, test: Finding, adjusted: float) -> Finding:
-    """A test with its verdict."""
-    why, verdict = _obstacle(claim, arms, test), UNDECIDED
+def _decided(claim: Claim, test: Finding, adjusted: float) -> Finding:
+    """A test with its verdict; ``test.why`` is a reason against any."""
+    why, verdict = test.why, UNDECIDED
     if test.test is not None and not why:
         if adjusted < LEVEL:
             verdict = HOLDS if _inside(test.prediction, test.effect or 0.0) else FAILS
@@ -139,8 +141,11 @@ def boundary(side: str, by: float, effect: float) -> float:
 
 def _test(prediction: ClaimPrediction, arms: Arms) -> Finding:
     """The test of a prediction, not yet decided; without numbers where an arm has no finished seed.
-    Its ``why`` says if all seeds have the same difference, which has no noise to test."""
+    A mean of gains leaves out no seed, as one beyond the curve would be the best or the worst. The
+    ``why`` says if all seeds have the same difference, which has no noise to test."""
     measure, against = prediction.measure, prediction.against
+    if any(_without_gain(arms, name, measure) for name in _names(prediction)):
+        return Finding(prediction=prediction)
     if measure.solved is None:
         values = _values(arms, prediction.arm, measure)
         reference = None if against is None else _values(arms, against, measure)
@@ -188,10 +193,22 @@ def _of_values(
     )
 
 
+def _names(prediction: ClaimPrediction) -> list[str]:
+    """The arm of a prediction, and the one that it is compared with."""
+    return [name for name in (prediction.arm, prediction.against) if name is not None]
+
+
+def _without_gain(arms: Arms, name: str, measure: ClaimMeasure) -> bool:
+    """Whether a finished run has no gain, and its plain curve is finished, too."""
+    done = [seed for seed, run in arms[name].items() if run.done] if measure.is_ratio else []
+    gains = [gain_of(arms, name, seed, measure) for seed in done]
+    return any(isinstance(gain, str) and gain != _PENDING for gain in gains)
+
+
 def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
     """A reason against any verdict that does not depend on the effect; empty without one."""
     measure = test.prediction.measure
-    names = [n for n in (test.prediction.arm, test.prediction.against) if n is not None]
+    names = _names(test.prediction)
     for name in names:
         for seed, run in arms[name].items():
             if run.state == "failed":
@@ -206,7 +223,8 @@ def _obstacle(claim: Claim, arms: Arms, test: Finding) -> str:
     if test.n < claim.scale.minimum:
         return f"{FEW}{test.n} is below the claim's minimum of {claim.scale.minimum}"
     done = [[run for run in arms[name].values() if run.done] for name in names]
-    if len({run.text for runs in done for run in runs}) > 1:
+    curves = [one for name in names for one in measure.curve_of(name)] if measure.is_ratio else []
+    if len({run.text for name in (*names, *curves) for run in arms[name].values() if run.done}) > 1:
         return "the arms were evaluated on different texts"
     return test.why or (_unequal(claim.equal, *done) if len(names) == 2 else "")
 

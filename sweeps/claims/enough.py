@@ -17,19 +17,24 @@ def seeds_enough(entries: list[Stored], minimum: int) -> list[int | None]:
     """The seeds per arm that would decide each prediction in 80 % of cases.
 
     The observed effect and variance are taken as true, on the scale of the verdict's test:
-    paired differences, an arm's values, logarithms of gains, or shares of seeds. By the normal
-    approximation, the mean of n such values is beyond the boundary at Holm's level if
+    paired differences, an arm's values, logarithms of gains, or shares of seeds. With d the
+    effect's distance from the boundary, s the standard deviation, and
+    a = 0.05 / (1 + predictions of the claim with a larger p), n is for a t-test the smallest number
+    with
+
+        P(T > t(1 - a / 2, n - 1)) >= power,  T noncentral t with n - 1 degrees and d sqrt(n) / s,
+
+    and for shares, by the normal approximation,
 
         n >= (z(1 - a / 2) + z(power))^2 s^2 / d^2
 
-    where d is the effect's distance from the boundary and s the standard deviation (for two shares
-    p and q, s^2 = p (1 - p) + q (1 - q), each share with one success and one failure added), and
-    a = 0.05 / (1 + predictions of the claim with a larger p).
+    where s^2 = p (1 - p) + q (1 - q) for two shares p and q, each with one success and one failure
+    added.
 
     Returns:
         One number per prediction, at least the claim's ``minimum``. None where it is decided
         already, or where more seeds would not help: the arms cannot be compared, a seed has failed,
-        the noise is unknown, or the effect is at the threshold.
+        the noise is unknown (fewer than three seeds), or the effect is at the threshold.
     """
     ps = [1.0 if entry["p"] is None else entry["p"] for entry in entries]
     return [
@@ -43,11 +48,23 @@ def _enough(entry: Stored, minimum: int, tests: int) -> int | None:
     seen = _distance_and_variance(entry) if waits and entry["effect"] is not None else None
     if seen is None or not seen[0]:
         return None
-    distance, variance = seen
-    normal = NormalDist()
-    z = normal.inv_cdf(1 - LEVEL / tests / 2) + normal.inv_cdf(POWER)
+    distance, variance = abs(seen[0]), seen[1]
+    normal, level = NormalDist(), LEVEL / tests
+    z = normal.inv_cdf(1 - level / 2) + normal.inv_cdf(POWER)
     n = max(math.ceil(z**2 * variance / distance**2), minimum, entry["n"] + 1)
+    if entry["own"] is None:
+        while n <= MOST and _power(n, distance / math.sqrt(variance), level) < POWER:
+            n += 1
     return n if n <= MOST else None
+
+
+def _power(n: int, distance: float, level: float) -> float:
+    """The chance that a two-sided t-test of n values is decided on the side of their mean, which
+    lies ``distance`` standard deviations from the boundary."""
+    from scipy import stats
+
+    critical = stats.t.isf(level / 2, n - 1)
+    return float(stats.nct.sf(critical, n - 1, distance * math.sqrt(n)))
 
 
 def _distance_and_variance(entry: Stored) -> tuple[float, float] | None:
@@ -58,7 +75,7 @@ def _distance_and_variance(entry: Stored) -> tuple[float, float] | None:
         rates = [(share["count"] + 1) / (share["n"] + 2) for share in shares]
         at = 0.0 if len(shares) > 1 else boundary(entry["side"], entry["by"], effect)
         return effect - at, math.fsum(rate * (1 - rate) for rate in rates)
-    if entry["low"] is None or n < 2:
+    if entry["low"] is None or n < 3:
         return None
     low, high = entry["low"], entry["high"]
     at = boundary(entry["side"], entry["by"], effect)

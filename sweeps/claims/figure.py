@@ -123,7 +123,9 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Chart:
     if "" not in others and not against and not ratio:
         label = f"difference in {label}"
     less = f"minus that of {against}" if against and not ratio else ""
-    better = "above 1 pays for itself" if ratio else in_words(measure["tag"])[1]
+    better = "" if ratio else in_words(measure["tag"])[1]
+    if ratio and measure["part"] == "total" and "" in others:
+        better = "above 1 pays for itself"
     _title(chart, label, less, f"({better})" if better else "")
     return chart
 

@@ -24,6 +24,7 @@ from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
 from sweeps.report import require_packages
 from sweeps.report.metrics import plural
+from sweeps.report.names import name_of
 from sweeps.report.templates import environment
 
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
@@ -158,9 +159,11 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
         # The anchor of the claim's section, whose title ends in the verdict.
         "anchor": f"{claim.name}-{re.sub('[^a-z0-9_ ]', '', facts['state']).replace(' ', '-')}",
         "medians": [
-            f"{name} never" if steps is None else f"{name} {steps:g}"
+            f"{name} not by {max(times['times']):g}"
+            if times["median_steps"] is None
+            else f"{name} {times['median_steps']:g}"
             for name, content in arms.items()
-            for steps in (times["median_steps"] for times in content["time_to_solve"].values())
+            for times in content["time_to_solve"].values()
         ],
     }
 
@@ -175,12 +178,14 @@ def _answers(found: Sequence[Pair], root: Path, page: str) -> dict[str, Any]:
 
 
 def _counts(found: Sequence[Pair]) -> dict[str, Any]:
-    """How many claims hold, without those that another one supersedes."""
-    shown = [pair for pair in _by_name(found).values() if not pair[0].superseded_by]
-    run = [state(claim, result) for claim, result in shown if result is not None]
+    """How many of the claims hold that were predicted before their runs."""
+    shown = _by_name(found).values()
+    predicted = [(claim, r) for claim, r in shown if r is not None and r["predicted_in"]]
+    run = [state(claim, result) for claim, result in predicted]
     holds, fails = (sum(word.startswith(verdict) for word in run) for verdict in (HOLDS, FAILS))
     counts = {"all": len(run), "holds": holds, "fails": fails, "open": len(run) - holds - fails}
-    return {"counts": counts if run else None, "missing": len(shown) - len(run)}
+    missing = sum(result is None for _, result in shown)
+    return {"counts": counts if run else None, "missing": missing}
 
 
 def _has_numbers(claim: Claim, result: Result | None) -> bool:
@@ -230,11 +235,16 @@ def _number(entry: Stored) -> str | None:
 
 def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
     """Every head's share of seeds that learn the way, and the heads that are beyond noise."""
+    plain_name = name_of("mtp", "none")
     for group in _PLANNING:
         if group[0] not in found or not _has_numbers(*found[group[0]]):
             continue
+        first, of_first = found[group[0]]
+        assert of_first is not None
+        if max(entry["n"] for entry in of_first["predictions"]) < first.scale.minimum:
+            continue
         arms: dict[str, dict[str, Any]] = {}
-        beyond = []
+        beyond: dict[str, None] = {}  # each once, in this order
         for claim, result in (found[name] for name in group if name in found):
             if result is None or is_stale(result, claim):
                 continue
@@ -243,10 +253,12 @@ def _plans(found: Mapping[str, Pair]) -> dict[str, Any] | None:
                     if entry[share] is not None:
                         planned = len(claim.scale.seeds)
                         arms.setdefault(entry[arm], {**entry[share], "planned": planned})
-                if entry["own"] and entry["against"] and entry["verdict"] == HOLDS:
-                    beyond.append(entry["arm"])
+                # Above the model without a head, or above a level of its own.
+                tested = entry["side"] == "above" and entry["against"] in (None, plain_name)
+                if entry["own"] and tested and entry["verdict"] == HOLDS:
+                    beyond[entry["arm"]] = None
         if arms:
-            return {"arms": arms, "beyond": beyond}
+            return {"arms": arms, "beyond": list(beyond)}
     return None
 
 

@@ -199,3 +199,14 @@ def test_a_claim_is_all_of_its_predictions() -> None:
     assert overall([HOLDS, HOLDS]) == HOLDS
     assert overall([HOLDS, UNDECIDED]) == UNDECIDED
     assert overall([HOLDS, UNDECIDED, FAILS]) == FAILS
+
+
+def test_a_prediction_that_waits_for_seeds_weakens_no_other_when_they_come(tmp_path: Path) -> None:
+    """Its p-value so far does not count in Holm's correction, and is larger later."""
+    predictions = [predict(arm, "below", against="plain") for arm in ("mtp", "few")]
+    arms = {"plain": ["mtp=none"], "mtp": ["mtp=sequential"], "few": ["mtp=linear"]}
+    claim = claim_of(tmp_path, arms=arms, predictions=predictions, minimum=5)
+    values = {"plain": PLAIN, "mtp": moved(-0.0035), "few": moved(-0.05)[:3]}
+    first, waiting = decide(claim, observed(claim, values))
+    assert waiting.why.startswith("n = 3") and waiting.p is not None and waiting.p < 0.002
+    assert first.p is not None and first.adjusted == pytest.approx(min(1.0, 2 * first.p))

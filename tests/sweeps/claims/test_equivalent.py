@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,19 @@ def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
     claim = claim_of(tmp_path / "b", arms=arms, predictions=[predict("heads", "below")])
     with pytest.raises(UserError, match="init_from=trunk: name an arm that is listed before it"):
         jobs(claim, [0], RUNS)
+
+
+def test_a_mean_leaves_out_no_seed_beyond_the_curve(tmp_path):
+    """It would be the best one, or the worst."""
+    claim = gain_claim(tmp_path, [predict("heads", "below", 1)], seeds=[0, 1, 2, 3, 4])
+    (found,) = decide(claim, arms_of({"heads": [*NOISE[:4], 3.0]}))
+    assert "out of range" in found.why and found.effect is None and found.p is None
+
+
+def test_the_plain_curve_is_of_the_same_text(tmp_path):
+    claim = gain_claim(tmp_path, [predict("heads", "below", 1)])
+    arms = arms_of({"heads": list(NOISE)})
+    for name in PLAIN:
+        arms[name] = {seed: replace(run, text="another") for seed, run in arms[name].items()}
+    (found,) = decide(claim, arms)
+    assert found.verdict == UNDECIDED and found.why == "the arms were evaluated on different texts"

@@ -12,6 +12,7 @@ from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.pages import answers, part
 from sweeps.claims.read import read_claim
+from sweeps.report.names import arm_names
 from tests.sweeps.claims.fixture_claims import claim_of, told
 
 GAIN = "equivalent_gain_600k"
@@ -75,3 +76,37 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     )
     said = told(capsys, "questions", "--root", tmp_path, code=1)
     assert "a page of claims needs the package jinja2" in said
+
+
+def test_what_teaches_to_plan(tmp_path: Path) -> None:
+    """A head is named once, if it is above the plain model or a level, and not if it is below."""
+    claim = read_claim("planning_seeds")
+
+    def share(count: int, n: int = 20) -> dict[str, Any]:
+        return {"count": count, "n": n, "rate": count / n, "low": 0.0, "high": 1.0}
+
+    def solving(arm: str, against: str | None, side: str, n: int = 20, **more: Any) -> Any:
+        shares = {"own": share(8, n), "other": None if against is None else share(0, n)}
+        measure = {**entry(arm, 0.4)["measure"], "curve": None, "solved": 0.95}
+        given = {"against": against, "side": side, "verdict": "holds", "n": n, "measure": measure}
+        return {**entry(arm, 0.4), **given, **shares, **more}
+
+    arms = list(claim.arms)
+    plain = next(a for a in arms if "mtp=none" in claim.overrides(a))
+    first, second, third = [a for a in arms if a != plain][:3]
+    found = [
+        solving(first, None, "above"),
+        solving(second, plain, "above"),
+        solving(second, first, "below"),
+        solving(third, second, "above"),
+        solving(plain, None, "below"),
+    ]
+    made = result(claim, found)
+    made["arms"] = {a: {"overrides": claim.overrides(a), "seeds": {}} for a in arms}
+    text = answers([(claim, made)], tmp_path)
+    names = arm_names({a: claim.overrides(a) for a in arms})
+    assert f"beyond noise: {names[first]}, {names[second]}. The" in text
+    few = [solving(first, None, "above", n=1)]
+    assert "plan?" not in answers([(claim, {**made, "predictions": few})], tmp_path)
+    some = [solving(first, None, "above", n=19)]
+    assert "| 8 of 19 (20 planned) |" in answers([(claim, {**made, "predictions": some})], tmp_path)
