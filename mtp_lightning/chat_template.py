@@ -13,13 +13,25 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtp_lightning.errors import UserError
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class _Generation(Extension):
+    """The block ``{% generation %}``, with which transformers marks the model's own words."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes of the block's body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -35,7 +47,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise
@@ -60,6 +72,8 @@ class ChatTemplate:
         if (source := source_of(files)) is None:
             return None
         config = json.loads(files.get("tokenizer_config.json", "{}"))
+        if "added_tokens_decoder" not in config:  # an older folder
+            config |= json.loads(files.get("special_tokens_map.json", "{}"))
         found = {name: config.get(name) for name in _SPECIAL}
         texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
         return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)})
@@ -75,7 +89,10 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._specials
+                messages=list(messages),
+                add_generation_prompt=True,
+                **dict.fromkeys(("tools", "documents")),  # none, as transformers says it
+                **self._specials,
             )
         except Exception as error:  # an untrusted program may raise anything
             told = str(error).strip().rstrip(".") or type(error).__name__

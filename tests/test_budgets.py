@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
 # Lines of every package's Python files.
 LINES = {
-    "data_modules": 9_027,
+    "data_modules": 9_035,
     "hydra_plugins": 133,
-    "mtp_lightning": 3_158,
+    "mtp_lightning": 3_175,
     "mtp_lightning/apps": 359,
     "mtp_lightning/callbacks": 1_668,
     "mtp_lightning/certify": 1_125,
@@ -26,9 +26,9 @@ LINES = {
     "mtp_lightning/cpu": 1_664,
     "mtp_lightning/decoding": 4_812,
     "mtp_lightning/distributed": 1_300,
-    "mtp_lightning/experiment": 2_774,
+    "mtp_lightning/experiment": 2_784,
     "mtp_lightning/heads": 806,
-    "mtp_lightning/interop": 5_224,
+    "mtp_lightning/interop": 5_261,
     "mtp_lightning/loggers": 667,
     "mtp_lightning/metrics": 1_035,
     "mtp_lightning/mtp": 3_879,
@@ -37,7 +37,7 @@ LINES = {
     "mtp_lightning/objective": 4_216,
     "mtp_lightning/optim": 348,
     "mtp_lightning/run": 1_380,
-    "mtp_lightning/serving": 1_568,
+    "mtp_lightning/serving": 1_578,
     "sweeps": 9_728,
 }
 # Files of this project that a command imports, and their lines; without the package of fast code

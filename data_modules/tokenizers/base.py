@@ -24,7 +24,8 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     ``encode`` never adds special tokens, and reads the name of a special token as ordinary text;
-    the token store appends ``eot_id`` to every document itself. Only ``encode_prompt`` adds them.
+    the token store appends ``eot_id`` to every document itself. Only a prompt
+    (:meth:`encode_prompt`) has special tokens.
     """
 
     kind: ClassVar[str]
@@ -98,8 +99,9 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """``encode`` of a text that a model continues, after the tokens that the tokenizer puts
-        before every text, such as Llama's beginning-of-text token."""
+        """The ids of a text that a model continues: after the tokens that the tokenizer puts before
+        every text, such as Llama's beginning-of-text token, and with names of special tokens read
+        as these, as other programs read a prompt."""
         return self.encode(text)
 
     def without_beginning(self) -> Tokenizer:

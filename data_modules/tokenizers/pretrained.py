@@ -133,7 +133,9 @@ class PretrainedTokenizer(Tokenizer):
             library.encode_special_tokens = True
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        return np.concatenate([self._beginning, self.encode(text)])
+        ids, begin = self.encode_specials(text), self._beginning
+        written = len(begin) and ids[: len(begin)].tolist() == begin.tolist()
+        return ids if written else np.concatenate([begin, ids])
 
     @cached_property
     def _beginning(self) -> np.ndarray:
@@ -238,8 +240,12 @@ def _text(file: Path) -> str:
 
 
 def _named(beside: dict[str, str], role: str) -> str | None:
-    """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names."""
-    named = _content(beside, CONFIG).get(role)
+    """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names. As in
+    transformers, the special_tokens_map.json of an older folder comes first."""
+    config = _content(beside, CONFIG)
+    if "added_tokens_decoder" not in config:
+        config |= _content(beside, "special_tokens_map.json")
+    named = config.get(role)
     named = named.get("content") if isinstance(named, dict) else named
     return named if isinstance(named, str) else None
 

@@ -1,7 +1,7 @@
 """Text from a model: ``generate(model, prompts, ...)``, speculative or plain.
 
 model, tokenizer = ...
-prompt = tokenizer.encode("def main():")
+prompt = tokenizer.encode_prompt("def main():")
 print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text)
 """
 

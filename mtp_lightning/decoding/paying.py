@@ -73,7 +73,7 @@ def _prompts(opened: OpenedModel) -> list[Prompt]:
     """Beginnings of texts; a token where the model reads no text."""
     tokenizer, found = opened.tokenizer, []
     with suppress(UserError):
-        found = [tokenizer.encode(text) for text in _BEGINNINGS]
+        found = [tokenizer.encode_prompt(text) for text in _BEGINNINGS]
     return [ids[: max(1, opened.seq_len // 4)] for ids in found if len(ids)] or [[0]]
 
 

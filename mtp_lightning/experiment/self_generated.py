@@ -266,7 +266,8 @@ class SelfGenerated(TokenDataModule):
         seed = parameter_seed(self.sample_seed, "chat")
         prompts = [before] * n
         said = self._say(speaker, prompts, self.prompt_tokens, kept, part="questions", seed=seed)
-        return [np.asarray([*before, *question, *after], np.int64) for question in said]
+        asked = [_until(self.chat[1].strip(), ids, speaker.tokenizer) for ids in said]
+        return [np.asarray([*before, *question, *after], np.int64) for question in asked]
 
     def _say(
         self,
@@ -301,6 +302,15 @@ class SelfGenerated(TokenDataModule):
             )
         found = kept.of(part)
         return [[token for token in found[i] if token not in ends] for i in range(len(prompts))]
+
+
+def _until(mark: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids before the first ``mark``: where no token ends a question, the model goes on with the
+    format's text after it, and an answer."""
+    at = tokenizer.decode(ids).find(mark) if mark else -1
+    if at < 0:
+        return ids
+    return ids[: next(n for n in range(len(ids)) if len(tokenizer.decode(ids[: n + 1])) > at)]
 
 
 class KeptTexts:

@@ -161,8 +161,13 @@ def _refuse_stretched(path: Path, header: Header) -> None:
             f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which this project does "
             "not read from GGUF: import the model's own folder of safetensors."
         )
+    typed = any(name.endswith(".rope.scaling.type") for name in header.fields)
     for name, value in header.fields.items():
-        if name.endswith(".rope.scaling.type") and value != "none":
+        # Older files have no type.
+        scaled = name.endswith((".rope.scaling.factor", ".rope.scale_linear")) and not typed
+        if (name.endswith(".rope.scaling.type") and value != "none") or (
+            scaled and value not in (0, 1)
+        ):
             raise UserError(
                 f"{path} has {name}={value}, which this project does not read from GGUF: import "
                 "the model's own folder of safetensors."

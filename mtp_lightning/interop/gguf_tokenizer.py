@@ -54,6 +54,24 @@ _RULES = {
         _split(_SIGNS), _BYTES,
     ),
 }  # fmt: skip
+# Other names of these rules.
+_ALIASES = {
+    **dict.fromkeys(
+        ("llama3", "llama-v3", "falcon3", "pixtral", "glm4", "chatglm-bpe"), "llama-bpe"
+    ),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
+}
+# Rules with which llama.cpp begins a text with the beginning-of-text token, unless the file says
+# otherwise; and those that merge a word even if it is a token.
+_BEGINNING = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+_MERGED = ("glm4", "chatglm-bpe")
+# Tokens that end a text in llama.cpp, whatever the file's keys say.
+_END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>",
+    "<|end_of_text|>", "<end_of_utterance>", "[EOT]", "[EOS]",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
 _SAMPLE = """def read_lines(path, max_size=1024):
     with open(path) as file:
         return [line.rstrip("\\n") for line in file][:max_size]
@@ -127,8 +145,8 @@ def to_fields(tokenizer: Any, vocab_size: int) -> tuple[dict[str, Any], str]:
         fields["tokenizer.ggml.bos_token_id"] = begin
     if "pad_token_id" in specials:
         fields["tokenizer.ggml.padding_token_id"] = specials["pad_token_id"]
-    first = _library(text).encode("a").ids[:1]
-    fields["tokenizer.ggml.add_bos_token"] = begin is not None and first == [begin]
+    begins = [int(i) for i in tokenizer.encode_prompt("")[:1]]
+    fields["tokenizer.ggml.add_bos_token"] = begin is not None and begins == [begin]
     from mtp_lightning.chat_template import source_of  # jinja2, which only an export needs
 
     if template := source_of(getattr(tokenizer, "beside", {})):
@@ -191,14 +209,18 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     if not isinstance(whole, str) and (whole := _described(get, tokens)) is None:
         return False
     (folder / "tokenizer.json").write_text(whole, encoding="utf-8")
-    config = {}
+    config: dict[str, Any] = {}
     for role in _ROLES:
         i = get(f"tokenizer.ggml.{role}_token_id")
         if isinstance(i, int) and 0 <= i < len(tokens):
             config[f"{'pad' if role == 'padding' else role}_token"] = tokens[i]
+    if isinstance(begins := get("tokenizer.ggml.add_bos_token"), bool):
+        config["add_bos_token"] = begins
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    named = set(_END_NAMES)
     ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
-    told = {"eos_token_id": [i for i in ends if isinstance(i, int)]}
+    ends += [i for i, token in enumerate(tokens) if token in named]
+    told = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
     (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
     template = get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -216,7 +238,8 @@ def _described(get: Callable[[str], Any], tokens: list[str]) -> str | None:
     if parts is None:
         return None
     begin, begins = get("tokenizer.ggml.bos_token_id"), get("tokenizer.ggml.add_bos_token")
-    begins = model == "llama" if begins is None else begins is True
+    if begins is None:
+        begins = model == "llama" or get("tokenizer.ggml.pre") in _BEGINNING
     content = {
         "version": "1.0",
         "added_tokens": [
@@ -239,6 +262,8 @@ def _byte_level(
     """The parts of a byte-level BPE with the rule that the file names. (transformers would split
     every file's text by GPT-2's rule.)"""
     merges, name = get("tokenizer.ggml.merges"), get("tokenizer.ggml.pre")
+    if isinstance(name, str):
+        name = _ALIASES.get(name, name)
     rule = _RULES.get(name) if isinstance(name, str) else None
     if get("tokenizer.ggml.model") != "gpt2" or rule is None or not isinstance(merges, list):
         return None
@@ -250,7 +275,7 @@ def _byte_level(
             "type": "BPE",
             "vocab": {token: i for i, (token, kind) in known if kind != _UNUSED},
             "merges": merges,
-            "ignore_merges": name == "llama-bpe",
+            "ignore_merges": name == "llama-bpe" and get("tokenizer.ggml.pre") not in _MERGED,
         },
     }
 

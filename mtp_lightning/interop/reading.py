@@ -5,6 +5,7 @@ Nothing in the folder is executed: no pickled file is opened, no code that it na
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.opening import Stored, StoredModel, pretrained_state, require_held
 from mtp_lightning.parts import is_gguf
 
+GENERATION = "generation_config.json"
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,6 +75,11 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
         state = gguf_file.tokenizer_state(path, header)
     elif (path / "tokenizer.json").is_file():
         state = pretrained_state(path)
+        if "eos_token_id" in fields and GENERATION not in (
+            beside := state.setdefault("beside", {})
+        ):
+            # Older folders name their ends here alone.
+            beside[GENERATION] = json.dumps({"eos_token_id": fields["eos_token_id"]})
     return StoredModel(
         path=path,
         config=config,

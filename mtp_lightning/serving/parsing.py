@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from typing import Any
@@ -22,6 +23,8 @@ from mtp_lightning.serving.schemas import (
 )
 from mtp_lightning.settings import is_whole
 
+log = logging.getLogger(__name__)
+
 # OpenAI's default of max_tokens for completions.
 _SHORT = 16
 
@@ -41,7 +44,11 @@ class BodyParser:
 
     def __init__(self, cfg: Any, run: OpenedModel, *, name: str, max_draft: int) -> None:
         self.name = name
-        self.template = ChatTemplate.of(run.tokenizer_state)
+        self.template: ChatTemplate | None = None
+        try:
+            self.template = ChatTemplate.of(run.tokenizer_state)
+        except UserError as error:
+            log.warning("Chats are refused: %s", error)
         self._tokenizer = run.tokenizer
         self._vocab = run.model.config.trunk.vocab_size
         self._max_tokens = cfg.max_new_tokens
@@ -120,7 +127,10 @@ class BodyParser:
             told = f"{self.name} has no chat template: ask it by /v1/completions."
             raise Refusal(told, param="model", code="no_chat")
         try:
-            text = self.template.render([message.model_dump() for message in messages])
+            # Templates know the role by its older name.
+            roles = {"developer": "system"}
+            said = [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
+            text = self.template.render(said)
         except UserError as error:
             raise Refusal(str(error), param="messages") from error
         return self._checked(self._encoded(text, specials=True), "messages")

@@ -85,7 +85,7 @@ def _joined(content: Any) -> Any:
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise Refusal(f"text must be a string, not {shown(wrong[0])}.", param="messages")
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _listed(stop: Any) -> Any:

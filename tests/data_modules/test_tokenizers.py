@@ -183,6 +183,9 @@ def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
         assert tokenizer.encode_prompt("a b").tolist() == [*expected, *text]
         assert tokenizer.encode_prompt("").tolist() == expected
         assert tokenizer.encode("a b").tolist() == text
+        # Names of special tokens are these, and a beginning that is typed comes once.
+        typed = "".join("<s>" for _ in expected) + "a b</s>"
+        assert tokenizer.encode_prompt(typed).tolist() == [*expected, *text, 257]
         bare = tokenizer.without_beginning()
         assert bare.encode_prompt("a b").tolist() == text
         assert (bare is tokenizer) == (not expected)
@@ -193,6 +196,18 @@ def test_a_prompt_begins_as_the_model_was_trained(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match="tokenizer_config.json is damaged"):
         PretrainedTokenizer(str(tmp_path)).encode_prompt("a")
+
+
+def test_an_older_folder_names_its_special_tokens_in_a_file_of_their_own(tmp_path):
+    library_file(tmp_path / "tokenizer.json", ["<s>", "</s>", "<|im_end|>"])
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    for config, eot in (
+        ({}, 258),
+        ({"eos_token": "</s>"}, 258),
+        ({"eos_token": "</s>", "added_tokens_decoder": {}}, 257),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert PretrainedTokenizer(str(tmp_path)).eot_id == eot
 
 
 def test_several_tokens_end_a_text(tmp_path):

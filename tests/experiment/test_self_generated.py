@@ -15,7 +15,7 @@ from data_modules.splitting import DocumentSplit
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
-from mtp_lightning.experiment.self_generated import KeptTexts, SelfGenerated, trunk_digest
+from mtp_lightning.experiment.self_generated import KeptTexts, SelfGenerated, _until, trunk_digest
 from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
@@ -103,6 +103,17 @@ def test_texts_are_the_prompts_and_what_the_trunk_says(base: Path, tmp_path: Pat
             assert text == ids
     prompts = [bytes(text[:8]) for texts in found.values() for text in texts]
     assert len(set(prompts)) == 12
+
+
+def test_a_question_ends_where_the_format_goes_on() -> None:
+    """Where no token ends a question, the model writes the format's next words and an answer."""
+    byte = ByteTokenizer()
+
+    def asked(text: str) -> str:
+        return byte.decode(_until("[/INST]", byte.encode(text).tolist(), byte))
+
+    assert asked(" why? [/INST] so [/INST]") == " why? " and asked(" why?") == " why?"
+    assert _until("", [1, 2], byte) == [1, 2]
 
 
 def test_the_seed_decides_and_the_batch_does_not(base: Path, tmp_path: Path) -> None:

@@ -138,6 +138,17 @@ def test_a_tokenizer_of_a_file_splits_by_the_rule_that_the_file_names(
     assert [found.encode(text).tolist() for text in texts] == expected
     assert [found.decode(ids) for ids in expected] == texts
     assert found.eot_id == trained.eot_id
+    aliases = {"llama-bpe": "glm4", "qwen2": "deepseek-r1-qwen"}
+    if rule in aliases:
+        named = fields | {"tokenizer.ggml.pre": aliases[rule]}
+        assert gguf_tokenizer.unpack(named.get, tmp_path)
+        other = PretrainedTokenizer(str(tmp_path))
+        assert [other.encode(text).tolist() for text in texts] == expected
+    # Without the key, llama.cpp begins texts of Llama 3's kind alone.
+    begun = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": None}
+    assert gguf_tokenizer.unpack((fields | begun).get, tmp_path)
+    prompt = PretrainedTokenizer(str(tmp_path)).encode_prompt("a").tolist()
+    assert (prompt[:1] == [0]) == (rule == "llama-bpe")
     starts = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True}
     assert gguf_tokenizer.unpack((fields | starts).get, tmp_path)
     library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -246,7 +257,7 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     """From a GGUF file through a checkpoint's state to a folder, and from there to another."""
     run = open_model(write_gguf(tmp_path / "tiny.gguf"))
     assert run.seq_len == 128
-    assert run.tokenizer.end_ids == (2,)
+    assert run.tokenizer.end_ids == (2, 0)  # 0 by its name
     state = json.loads(json.dumps(run.tokenizer_state))
     tokenizer = tokenizer_from_state(state)
     assert tokenizer.encode("<|im_start|>").tolist() != [1], "in a text, names are text"
@@ -283,7 +294,11 @@ def stretched(writer: Any) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
 
 
-@pytest.mark.parametrize("extra", [frequencies, stretched])
+def scaled(writer: Any) -> None:
+    writer.add_float32("llama.rope.scale_linear", 4.0)  # older files name no type
+
+
+@pytest.mark.parametrize("extra", [frequencies, stretched, scaled])
 def test_what_transformers_passes_over_is_refused(extra: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not read from GGUF"):
         read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))

@@ -236,3 +236,11 @@ def test_prompts_begin_with_the_token_of_the_models_tokenizer(
     own = {"tokenizer": "pretrained", "tokenizer.path": str(file), "tokenizer.vocab_size": None}
     helpers.train_here(tmp_path / "own", base / "cache", {"trainer.max_steps": 2, **own})
     assert open_model(tmp_path / "own").tokenizer.encode_prompt("ab").tolist() == [97, 98]
+
+
+def test_ends_that_config_json_alone_names(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "llama", tmp_path / "older")
+    (tmp_path / "older" / "generation_config.json").unlink()
+    file = tmp_path / "older" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [256, 65]}))
+    assert open_model(tmp_path / "older").tokenizer.end_ids == (256, 65)

@@ -69,6 +69,35 @@ def served(talking: OpenedModel) -> Iterator[Serving]:
         yield found
 
 
+def test_a_template_may_mark_the_models_words_and_ask_for_tools() -> None:
+    source = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    source += "{% if tools is not none %}tools{% endif %}"
+    assert ChatTemplate(source, {}).render([{"content": "a"}, {"content": "b"}]) == "ab"
+
+
+def test_a_model_with_a_broken_template_still_completes_texts(
+    folder: Path, talking: OpenedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {**talking.tokenizer_state, "beside": {"chat_template.jinja": "{% nope %}"}}
+    with serving(replace(talking, tokenizer_state=state)) as api:
+        assert "Chats are refused: the model's chat template is not one of Jinja" in caplog.text
+        answer = api.post({"prompt": "a", "max_tokens": 2})
+        assert answer.status_code == 200
+
+
+def test_a_message_in_parts_and_by_a_newer_role_is_as_in_other_servers(served: Serving) -> None:
+    parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
+    developer = [{"role": "developer", "content": parts}, MESSAGES[1]]
+    system = [{"role": "system", "content": "Be\nbrief."}, MESSAGES[1]]
+    fields = {"model": NAME, "max_tokens": 9, "temperature": 0}
+    said = [
+        served.client().chat.completions.create(**fields, messages=messages)
+        for messages in (developer, system)
+    ]
+    assert said[0].choices[0].message == said[1].choices[0].message
+    assert said[0].usage.prompt_tokens == said[1].usage.prompt_tokens
+
+
 def test_the_prompt_is_that_of_transformers(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
