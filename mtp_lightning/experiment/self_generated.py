@@ -305,7 +305,7 @@ class SelfGenerated(TokenDataModule):
 
 
 def _until(mark: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The ids before the first ``mark``: where no token ends a question, the model goes on with the
+    """The ids before the first ``mark``: where no token ends a question, the model continues with the
     format's text after it, and an answer."""
     at = tokenizer.decode(ids).find(mark) if mark else -1
     if at < 0:
