@@ -305,8 +305,8 @@ class SelfGenerated(TokenDataModule):
 
 
 def _until(mark: str, ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The ids before the first ``mark``: where no token ends a question, the model continues with the
-    format's text after it, and an answer."""
+    """The ids before the first ``mark``: where no token ends a question, the model continues with
+    the format's text after it, and an answer."""
     at = tokenizer.decode(ids).find(mark) if mark else -1
     if at < 0:
         return ids
