@@ -129,14 +129,15 @@ class StoreDataModule(WindowDataModule):
         found = [int(n) for n in text.bytes]
         if not self.document_mask:
             return found
-        pieces, first = self._first_pieces(), text.file.tokens()[text.starts].tolist()
+        pieces = self._first_pieces(self.tokenizer.text_bytes())
+        first = text.file.tokens()[text.starts].tolist()
         return [n - len(pieces[i]) for n, i in zip(found, first, strict=True)]
 
-    def _first_pieces(self) -> dict[int, bytes]:
+    def _first_pieces(self, pieces: Sequence[bytes]) -> dict[int, bytes]:
         """The bytes of each token that begins a document of the evaluation text, without the space
-        that SentencePiece's tokenizers add to a text and drop in decoding."""
-        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
-        found = {}
+        that SentencePiece's tokenizers add to a text and drop in decoding. ``pieces`` are the
+        bytes of every id."""
+        text, found = self.evaluation.text, {}
         for i in set(text.file.tokens()[text.starts].tolist()):
             added = pieces[i].startswith(b" ") and self.tokenizer.decode([i])[:1] != " "
             found[i] = pieces[i][added:]
@@ -158,11 +159,8 @@ class StoreDataModule(WindowDataModule):
 
     def _evaluated_text(self) -> bytes:
         """The evaluation text's documents in order, up to the bytes that are compressed."""
-        text, pieces, first = (
-            self.evaluation.text,
-            self.tokenizer.text_bytes(),
-            self._first_pieces(),
-        )
+        text, pieces = self.evaluation.text, self.tokenizer.text_bytes()
+        first = self._first_pieces(pieces)
         tokens, found = text.file.tokens(), bytearray()
         for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
             ids = tokens[start:end].tolist()

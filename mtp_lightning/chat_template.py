@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.stored import kept_json, special_token
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -71,12 +72,8 @@ class ChatTemplate:
         files = tokenizer_state.get("beside", {})
         if (source := source_of(files)) is None:
             return None
-        config = json.loads(files.get("tokenizer_config.json", "{}"))
-        if "added_tokens_decoder" not in config:  # an older folder
-            config |= json.loads(files.get("special_tokens_map.json", "{}"))
-        found = {name: config.get(name) for name in _SPECIAL}
-        texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
-        return cls(source, {name: text for name, text in texts.items() if isinstance(text, str)})
+        named = {role: special_token(files, role) for role in _SPECIAL}
+        return cls(source, {role: text for role, text in named.items() if text is not None})
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt for the model's answer.
@@ -116,7 +113,7 @@ def source_of(files: Mapping[str, str]) -> str | None:
     Of several, it is the one named ``default``."""
     source: Any = files.get("chat_template.jinja")
     if source is None:
-        source = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
+        source = kept_json(files, "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):
         named = (entry for entry in reversed(source) if isinstance(entry, dict))
         source = next((e.get("template") for e in named if e.get("name") == "default"), None)

@@ -279,3 +279,30 @@ def require_fits(
 
 def _gigabytes(n: int) -> str:
     return f"{n / 1e9:,.1f} GB" if n < 10**18 else "more than 10^9 GB"
+
+
+def kept_json(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    """The content of one of the files that are kept with a tokenizer, a JSON object; empty without
+    the file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = json.loads(files.get(name, "{}"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"the tokenizer's {name} is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"the tokenizer's {name} is damaged: it holds no object.")
+    return found
+
+
+def special_token(files: Mapping[str, str], role: str) -> str | None:
+    """The special token of a role, such as ``eos_token``, that these files name. As in
+    transformers, the special_tokens_map.json of an older folder comes first."""
+    config = kept_json(files, "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= kept_json(files, "special_tokens_map.json")
+    named = config.get(role)
+    named = named.get("content") if isinstance(named, dict) else named
+    return named if isinstance(named, str) else None

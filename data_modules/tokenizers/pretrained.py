@@ -15,6 +15,7 @@ from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.library import library_tokenizer, written
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
+from mtp_lightning.stored import kept_json, special_token
 
 KNOWN_EOT = (
     "<|endoftext|>",
@@ -63,7 +64,7 @@ class PretrainedTokenizer(Tokenizer):
     @cached_property
     def _library(self) -> Any:
         library, self.beside = _read(self.path)
-        named = _named(self.beside, "eos_token")
+        named = special_token(self.beside, "eos_token")
         return self._adopted(library, self.eot_token or named)
 
     def _adopted(self, library: Any, eot_token: str | None) -> Any:
@@ -88,16 +89,16 @@ class PretrainedTokenizer(Tokenizer):
 
     def generation_config(self) -> dict[str, Any]:
         own = super().generation_config()
-        return {**own, **_content(self.beside, GENERATION), "eos_token_id": own["eos_token_id"]}
+        return {**own, **kept_json(self.beside, GENERATION), "eos_token_id": own["eos_token_id"]}
 
     def files_beside(self) -> dict[str, str]:
         """The files :attr:`beside`, which name this tokenizer's end of text."""
         assert self.eot_token is not None
-        if _named(self.beside, "eos_token") in (None, self.eot_token):
+        if special_token(self.beside, "eos_token") in (None, self.eot_token):
             return self.beside
         found = dict(self.beside)
         for name in found:
-            if name.endswith(".json") and "eos_token" in (content := _content(found, name)):
+            if name.endswith(".json") and "eos_token" in (content := kept_json(found, name)):
                 found[name] = json.dumps({**content, "eos_token": self.eot_token}, indent=2)
         return found
 
@@ -112,7 +113,7 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        first, named = self.eot_id, _content(self.beside, GENERATION).get("eos_token_id")
+        first, named = self.eot_id, kept_json(self.beside, GENERATION).get("eos_token_id")
         listed = [i for i in (named if isinstance(named, list) else [named]) if is_whole(i)]
         known = range(self.vocab_size)
         return tuple(dict.fromkeys([first, *(i for i in listed if i in known)]))
@@ -148,7 +149,7 @@ class PretrainedTokenizer(Tokenizer):
         return np.asarray(whole[: whole.index(text[0])] if text else [], np.int64)
 
     def _adds_begin(self) -> bool | None:
-        found = _content(self.beside, CONFIG).get("add_bos_token")
+        found = kept_json(self.beside, CONFIG).get("add_bos_token")
         return found if isinstance(found, bool) else None
 
     def without_beginning(self) -> PretrainedTokenizer:
@@ -158,7 +159,7 @@ class PretrainedTokenizer(Tokenizer):
         content = json.loads(state["tokenizer_json"]) | {"post_processor": None}
         beside = dict(state.get("beside", {}))
         if self._adds_begin() is not None:
-            told = {**_content(beside, CONFIG), "add_bos_token": False}
+            told = {**kept_json(beside, CONFIG), "add_bos_token": False}
             beside[CONFIG] = json.dumps(told, indent=2)
         text = json.dumps(content, ensure_ascii=False)
         return self.from_state({**state, "tokenizer_json": text, "beside": beside})
@@ -166,7 +167,7 @@ class PretrainedTokenizer(Tokenizer):
     def special_ids(self) -> dict[str, int]:
         library, found = self._library, {}
         for role in ("bos", "pad"):
-            name = _named(self.beside, f"{role}_token")
+            name = special_token(self.beside, f"{role}_token")
             if name is not None and (number := library.token_to_id(name)) is not None:
                 found[f"{role}_token_id"] = int(number)
         return found
@@ -201,7 +202,7 @@ class PretrainedTokenizer(Tokenizer):
         library = library_tokenizer(state["tokenizer_json"], source="the stored tokenizer")
         tokenizer._library = tokenizer._adopted(library, state["eot_token"])
         tokenizer.beside = {k: str(v) for k, v in state.get("beside", {}).items() if k in BESIDE}
-        _named(tokenizer.beside, "eos_token")  # refuses a damaged tokenizer_config.json
+        special_token(tokenizer.beside, "eos_token")  # refuses a damaged tokenizer_config.json
         return tokenizer
 
 
@@ -237,25 +238,3 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} cannot be read as text: {error}.") from None
-
-
-def _named(beside: dict[str, str], role: str) -> str | None:
-    """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names. As in
-    transformers, the special_tokens_map.json of an older folder comes first."""
-    config = _content(beside, CONFIG)
-    if "added_tokens_decoder" not in config:
-        config |= _content(beside, "special_tokens_map.json")
-    named = config.get(role)
-    named = named.get("content") if isinstance(named, dict) else named
-    return named if isinstance(named, str) else None
-
-
-def _content(beside: dict[str, str], name: str) -> dict[str, Any]:
-    """The content of one of the files, a JSON object; empty without the file."""
-    try:
-        found = json.loads(beside.get(name, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the tokenizer's {name} is damaged: {error}.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"the tokenizer's {name} is damaged: it holds no object.")
-    return found

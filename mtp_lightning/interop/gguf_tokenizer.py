@@ -66,12 +66,12 @@ _ALIASES = {
 _BEGINNING = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 _MERGED = ("glm4", "chatglm-bpe")
 # Tokens that end a text in llama.cpp, whatever the file's keys say.
-_END_NAMES = (
+_END_NAMES = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>",
     "<|end_of_text|>", "<end_of_utterance>", "[EOT]", "[EOS]",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
-)  # fmt: skip
+}  # fmt: skip
 _SAMPLE = """def read_lines(path, max_size=1024):
     with open(path) as file:
         return [line.rstrip("\\n") for line in file][:max_size]
@@ -217,9 +217,8 @@ def unpack(get: Callable[[str], Any], folder: Path) -> bool:
     if isinstance(begins := get("tokenizer.ggml.add_bos_token"), bool):
         config["add_bos_token"] = begins
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    named = set(_END_NAMES)
     ends = [get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", *_MORE_ENDS)]
-    ends += [i for i, token in enumerate(tokens) if token in named]
+    ends += [i for i, token in enumerate(tokens) if token in _END_NAMES]
     told = {"eos_token_id": list(dict.fromkeys(i for i in ends if isinstance(i, int)))}
     (folder / "generation_config.json").write_text(json.dumps(told), encoding="utf-8")
     template = get("tokenizer.chat_template")

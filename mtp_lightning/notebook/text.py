@@ -37,7 +37,7 @@ class Text:
         """The generated text in parts, and whether each part was an accepted draft."""
         left = len(self.generation.text or "")  # without a stop string
         done, tokenizer = self.generation, self.tokenizer
-        read = Detokenizer(tokenizer, tokenizer.encode(self.prompt), tokenizer.end_ids)
+        read = Detokenizer(tokenizer, tokenizer.encode_prompt(self.prompt), tokenizer.end_ids)
         for token, draft in zip(done.token_ids, done.accepted_mask, strict=True):
             text = read.add(token)
             if text[:left]:
