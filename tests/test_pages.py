@@ -120,7 +120,7 @@ class Letters:
 
     eot_id, end_ids = 0, (0,)
 
-    def encode(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         return list(map(ord, text))
 
     def decode(self, ids: list[int]) -> str:
