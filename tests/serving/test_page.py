@@ -329,8 +329,8 @@ class Foreign:
         self.inner = inner
         self.eot_id, self.end_ids = inner.eot_id, inner.end_ids
 
-    def encode(self, text: str) -> Any:
-        return self.inner.encode(text)
+    def encode_prompt(self, text: str) -> Any:
+        return self.inner.encode_prompt(text)
 
     def decode(self, ids: Any) -> str:
         return "".join(MARKS[int(i) % len(MARKS)] for i in ids)
