@@ -31,7 +31,7 @@ LINES = {
     "mtp_lightning/interop": 5_260,
     "mtp_lightning/loggers": 667,
     "mtp_lightning/metrics": 1_035,
-    "mtp_lightning/mtp": 3_879,
+    "mtp_lightning/mtp": 3_891,
     "mtp_lightning/nn": 2_887,
     "mtp_lightning/notebook": 522,
     "mtp_lightning/objective": 4_216,

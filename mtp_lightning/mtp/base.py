@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,12 +20,14 @@ from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
 from mtp_lightning.mtp.inputs import BranchPoint
-from mtp_lightning.mtp.last_block import TrunkText
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.last_block import TrunkText
 
 NO_DRAFTS = "this model has no MTP depth to draft with: decode it without drafts."
 

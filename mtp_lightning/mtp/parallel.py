@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,15 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import Branch, Init, InputNorm
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.last_block import TrunkText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,8 @@ class ParallelMTP(SideBySide):
     def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
+        from mtp_lightning.mtp.last_block import copy_last_blocks
+
         for i in fresh:
             module = cast(ParallelHead, self.depths[i])
             module.norm.load_state_dict(trunk.norm.state_dict())

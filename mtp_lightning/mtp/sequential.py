@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig, Concat, Init, InputNorm
 from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.last_block import TrunkText, copy_last_blocks, fit_projection
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
@@ -31,6 +30,9 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number, require_whole
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.last_block import TrunkText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,8 @@ class SequentialMTP(Chain):
     def init_from_trunk(
         self, fresh: Collection[int], trunk: Trunk, head: Head, text: TrunkText | None
     ) -> None:
+        from mtp_lightning.mtp.last_block import copy_last_blocks, fit_projection
+
         for i in fresh:
             self.module(i + 1).norm.load_state_dict(trunk.norm.state_dict())
         if self.config.init == "random":
