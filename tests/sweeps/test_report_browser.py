@@ -185,7 +185,7 @@ def test_two_runs_are_compared(browser: Browser, page: Path) -> None:
         right.value = find("2", "0");
         right.dispatchEvent(new Event("change"));
     })()""")
-    assert browser.run(rows) == ["mtp.depth"]
+    assert browser.run(rows) == ["data.depth", "mtp.depth"]
     browser.run("right.value = left.value; right.dispatchEvent(new Event('change'))")
     assert browser.run(rows) == []
     assert not browser.run("document.getElementById('same').hidden")
