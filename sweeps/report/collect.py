@@ -65,8 +65,12 @@ def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings
 
 
 def ignored(key: str) -> bool:
-    """Whether a key separates no settings: the seed, and keys that do not change the numbers."""
-    return key == "seed" or not has_bearing(key)
+    """Whether a key separates no settings: the seed, and keys that do not change the numbers.
+
+    ``branch_from`` is such a key: a branch equals, to the last bit, a run of its config that was
+    never branched. Its value usually names a run of the same seed.
+    """
+    return key in ("seed", "branch_from") or not has_bearing(key)
 
 
 def _seed_keys(runs: Iterable[RunRecord]) -> set[str]:

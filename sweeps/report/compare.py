@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.run.config import lies_in
 from mtp_lightning.run.solved import first_above, is_above
+from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
+from sweeps.report.equivalent import OF_DEPTHS
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import Setting, Settings, show
@@ -120,28 +124,39 @@ def references(settings: Settings, named: str | None = None) -> list[Setting]:
     """The reference of every setting: the one that is named by its label, or by an unambiguous part
     of it.
 
-    By default it is the setting with the smallest value of the first varied key (no MTP, if the
-    depth is varied) and equal values of all other keys. If some setting has no such reference, the
-    first setting without MTP, or else the first, is the reference of all.
+    By default, settings with MTP are compared with the most similar one without: it differs in the
+    fewest keys that bear on plain training, then in the fewest of all. Two folders are compared
+    setting by setting, and settings that all have MTP, or none, with the smallest value of the
+    first varied key at equal values of the others; where one has no such reference, with the first.
     """
     if named is not None:
         return [_find(settings, named)] * len(settings.all)
     if not settings.all:
         return []
-    # Sorted by the first key: the first of every stratum has its smallest value.
-    strata: dict[tuple[str, ...], Setting] = {}
-    for setting in settings.all:
-        strata.setdefault(_others(setting), setting)
-    smallest = {show(next(iter(s.values.values()), None)) for s in strata.values()}
-    if len(smallest) == 1:
-        return [strata[_others(setting)] for setting in settings.all]
     plain = [setting for setting in settings.all if setting.depth == 0]
-    return [(plain or settings.all)[0]] * len(settings.all)
+    if FOLDER in settings.varied or len(plain) in (0, len(settings.all)):
+        # Sorted by the first key: the first of every stratum has its smallest value.
+        strata: dict[tuple[str, ...], Setting] = {}
+        for setting in settings.all:
+            strata.setdefault(_others(setting), setting)
+        smallest = {show(next(iter(s.values.values()), None)) for s in strata.values()}
+        if len(smallest) == 1:
+            return [strata[_others(setting)] for setting in settings.all]
+    if not plain:
+        return [settings.all[0]] * len(settings.all)
+    return [min(plain, key=partial(_distance, setting)) for setting in settings.all]
 
 
 def _others(setting: Setting) -> tuple[str, ...]:
     """The values of all keys but the first."""
     return tuple(show(value) for value in list(setting.values.values())[1:])
+
+
+def _distance(setting: Setting, plain: Setting) -> tuple[int, int]:
+    """The number of varied keys outside the groups of MTP in which two settings differ, and that of
+    all such keys."""
+    differ = [k for k, v in setting.values.items() if show(v) != show(plain.values[k])]
+    return sum(not lies_in(key, OF_DEPTHS) for key in differ), len(differ)
 
 
 def _find(settings: Settings, named: str) -> Setting:

@@ -33,7 +33,6 @@ from sweeps.report.statistics import Interval, ratio_interval
 _BUDGET = (
     "trainer.max_steps",
     "trainer.val_check_interval",
-    "branch_from",
     "optimizer.schedule.warmup_steps",
     "optimizer.schedule.warmup_fraction",
     "compare",

@@ -114,6 +114,33 @@ def test_a_grid_with_one_plain_run_is_compared_with_it(tmp_path: Path) -> None:
     assert {r.label for r in references(collected(tmp_path))} == {"mtp.depth=0, mtp_lambda=0.3"}
 
 
+def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) -> None:
+    for width in (32, 64):
+        write_run(tmp_path / f"plain{width}", {"mtp.depth": 0, "model.d_model": width})
+        for weight, shared in ((0.1, True), (0.3, False)):
+            own = {"model.d_model": width, "mtp_lambda": weight, "mtp.share_layers": shared}
+            write_run(tmp_path / f"{width}{weight}", own)
+    write_run(tmp_path / "other", {"model.d_model": 64, "trainer.max_steps": 20})
+    settings = collected(tmp_path)
+    for setting, reference in zip(settings.all, references(settings), strict=True):
+        assert reference.depth == 0
+        assert setting.config["model.d_model"] == reference.config["model.d_model"]
+
+
+def test_branches_of_two_seeds_are_one_setting(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        parent = tmp_path / "runs" / f"long_seed={seed}"
+        write_run(parent, {"seed": seed, "trainer.max_steps": 40})
+        branch = {"seed": seed, "trainer.max_steps": 20, "branch_from": f"{parent}@10"}
+        write_run(tmp_path / "runs" / f"short_seed={seed}", branch)
+    settings = collected(tmp_path / "runs")
+    assert settings.varied == ["trainer.max_steps"]
+    assert [(s.label, len(s.runs)) for s in settings.all] == [
+        ("trainer.max_steps=20", 2),
+        ("trainer.max_steps=40", 2),
+    ]
+
+
 def test_pareto_by_hand() -> None:
     points = [(1.0, 5.0), (2.0, 3.0), (3.0, 3.0), (4.0, 1.0), (5.0, 2.0), (2.0, 3.0)]
     assert pareto(points) == [True, True, False, True, False, True]
