@@ -28,6 +28,7 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import Left, costs, left_of, listing, planned
+from sweeps.claims.jobs import require_equal_steps
 from sweeps.claims.pages import block, write_pages
 from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
@@ -162,15 +163,12 @@ def _weights(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> int:
     """Run claims whose predictions are in a commit; returns how many runs are not done."""
-    commits = {
-        claim.label: predicted_in(
-            args.claims / f"{claim.name}.yaml",
-            claim,
-            read_result(claim.label, args.results),
-            unpredicted=args.unpredicted,
-        )
-        for claim in claims
-    }
+    commits: dict[str, str | None] = {}
+    for claim in claims:
+        file, stored = args.claims / f"{claim.name}.yaml", read_result(claim.label, args.results)
+        if stored is None:
+            require_equal_steps(claim, args.runs.absolute())
+        commits[claim.label] = predicted_in(file, claim, stored, unpredicted=args.unpredicted)
     options = {"n_jobs": args.jobs, "retry_failed": args.retry_failed, "command": args.typed}
     return run(claims, args.runs.absolute(), commits=commits, **options, **asked)
 

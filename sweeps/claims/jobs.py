@@ -64,6 +64,24 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     return found
 
 
+def require_equal_steps(claim: Claim, runs: Path) -> None:
+    """Refuse a claim whose runs could never decide a prediction.
+
+    Raises:
+        UserError: a prediction compares arms of unequal steps, which are said to be equal.
+    """
+    if claim.equal != "steps":
+        return
+    steps = {job.arm: job.max_steps for job in jobs(claim, claim.scale.seeds[:1], runs)}
+    for prediction in claim.predictions:
+        arm, against = prediction.arm, prediction.against
+        if against is not None and steps[arm] != steps[against]:
+            raise UserError(
+                f"The claim {claim.label} has equal: steps and compares {arm} ({steps[arm]} steps) "
+                f"with {against} ({steps[against]}): give both as many, or write equal: nothing."
+            )
+
+
 def config_digest(config: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that identify what a resolved, nested config computes."""
     flat = {

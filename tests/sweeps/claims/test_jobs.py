@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mtp_lightning.paths import ROOT
-from sweeps.claims.jobs import config_digest, jobs
+from sweeps.claims.jobs import config_digest, jobs, require_equal_steps
 from sweeps.claims.preregistration import (
     Preregistration,
     read_preregistration,
@@ -125,6 +125,15 @@ def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -
     with pytest.raises(ValueError, match="cannot be read as version 1"):
         read_preregistration(claim, tmp_path)
     assert read_preregistration(claim, tmp_path / "empty") is None
+
+
+def test_arms_of_unequal_steps_are_not_begun_as_equal_ones(tmp_path: Path) -> None:
+    arms = {"plain": ["mtp=none"], "mtp": ["trainer.max_steps=7000"]}
+    why = r"compares mtp \(7000 steps\) with plain \(3500\): give both as many, or write equal"
+    with pytest.raises(ValueError, match=why):
+        require_equal_steps(claim_of(tmp_path, arms=arms), RUNS)
+    require_equal_steps(claim_of(tmp_path, arms=arms, equal="nothing"), RUNS)
+    require_equal_steps(claim_of(tmp_path), RUNS)
 
 
 @pytest.mark.slow
