@@ -115,7 +115,7 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Chart:
         chart.draw("", _LOOK, [effect], [y], x_reach=reach, filled=filled)
         bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
         chart.axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
-    if words.show(shown[0], 0.5).endswith("%"):
+    if words.is_share(shown[0]) and not ratio:
         chart.percent("x", whole=False)
     # Few ticks, which do not overlap.
     chart.axes.locator_params("x", nbins=5)

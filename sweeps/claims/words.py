@@ -75,7 +75,9 @@ def measured(entry: Stored) -> str:
     effect = show(entry, entry["effect"])
     if entry["low"] is None:
         return f"{effect}, one seed"
-    low, high = (show(entry, entry[name]).removesuffix(" ×") for name in ("low", "high"))
+    low, high = (show(entry, entry[name]) for name in ("low", "high"))
+    for unit in (" ×", " points"):
+        low, high = low.removesuffix(unit), high.removesuffix(unit)
     return f"{effect} [{low}, {high}]"
 
 
@@ -101,12 +103,21 @@ def verdict(entry: Stored, more: str) -> str:
 
 
 def show(entry: Stored, value: float) -> str:
-    """A value in the unit of what the prediction measures; a difference with its sign."""
+    """A value in the unit of what the prediction measures; a difference with its sign, that of two
+    shares in percentage points."""
     if entry["measure"].get("curve"):
         return f"{value:.3f} ×"
-    form = "%" if _is_share(entry) else form_of(entry["measure"]["tag"])
+    form = "%" if is_share(entry) else form_of(entry["measure"]["tag"])
     text = number(value, form).replace("-", "−")
+    if form == "%" and entry["against"] is not None:
+        text = text.replace("%", "points")
     return f"+{text}" if entry["against"] is not None and value >= 0 else text
+
+
+def is_share(entry: Stored) -> bool:
+    """Whether a prediction is of shares, or of a difference of two."""
+    measure = entry["measure"]
+    return measure["solved"] is not None or form_of(measure["tag"]) == "%"
 
 
 def aligned(
@@ -151,16 +162,13 @@ def _intervals(entry: Stored) -> list[Stored]:
 
 
 def _brief(entry: Stored, value: float) -> str:
-    """A number as in the claim's file; in percent for a share."""
-    text = f"{100 * value:g} %" if _is_share(entry) and value else f"{value:g}"
-    return text.replace("-", "−")
+    """A number as in the claim's file; a share in percent, a difference of two in points."""
+    if not value or not is_share(entry):
+        return f"{value:g}".replace("-", "−")
+    unit = "%" if entry["against"] is None else "point" if abs(value) == 0.01 else "points"
+    return f"{100 * value:g} {unit}".replace("-", "−")
 
 
 def _percent(share: float) -> str:
     """``0.95`` as ``95 %``."""
     return f"{100 * share:.0f} %"
-
-
-def _is_share(entry: Stored) -> bool:
-    measure = entry["measure"]
-    return measure["solved"] is not None or form_of(measure["tag"]) == "%"

@@ -250,6 +250,19 @@ def test_figures_by_measure(tmp_path: Path) -> None:
     assert write_figures(empty, "mine", tmp_path) == []
 
 
+def test_a_difference_of_shares_is_in_points(tmp_path: Path) -> None:
+    predictions = [
+        predict("mtp", "above", 0.01, against="plain", expected=0.02),
+        predict("mtp", "above", 0.4),
+    ]
+    claim = claim_of(tmp_path, predictions=predictions, measure={"tag": "val/agreement_depth_1"})
+    result = result_of(claim, {"plain": (0.40, 0.41, 0.42), "mtp": (0.43, 0.45, 0.45)})
+    difference, alone = words.entries(result)
+    assert words.measured(difference).startswith("+3.3 points [+1.9, +4.8]")
+    assert words.predicted(difference) == "above 1 point, expected 2 points"
+    assert words.measured(alone).startswith("44.3 % [") and words.predicted(alone) == "above 40 %"
+
+
 def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
     claim = claim_of(tmp_path / "claims")
     committed = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
