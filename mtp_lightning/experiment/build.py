@@ -171,9 +171,11 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, stored: DictConfig)
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
     )
+    optimizer = instantiate(cfg.optimizer, kind=OptimizerConfig)
+    _warn_of_low_rates(optimizer, cfg.trainer.max_steps)
     module = MTPModule(
         step,
-        optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
+        optimizer=optimizer,
         deferred=deferred,
         text_bytes=data.evaluated_bytes,
         extra={
@@ -225,6 +227,18 @@ def _refuse_unfit(
             f"{setting} compares depth {mtp.depth} with the main prediction of the same token, "
             f"which lies after the window of data.seq_len={data.seq_len}: predict fewer tokens, or "
             "lengthen the window."
+        )
+
+
+def _warn_of_low_rates(optimizer: OptimizerConfig, max_steps: int) -> None:
+    steps = range(0, max_steps, max(1, max_steps // 1000))
+    highest = max((optimizer.schedule(step, max_steps) for step in steps), default=1.0)
+    if highest < 0.99:
+        log.warning(
+            "The learning rate reaches only %.0f %% of its peak: the warm-up and the decay of "
+            "optimizer.schedule are long for trainer.max_steps=%d.",
+            100 * highest,
+            max_steps,
         )
 
 

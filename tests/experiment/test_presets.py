@@ -96,6 +96,26 @@ def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Pa
     instantiate(cfg.optimizer, kind=OptimizerConfig)
 
 
+def test_a_learning_rate_that_never_reaches_its_peak_is_reported(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for steps, kind, said in (
+        (20, "warmup_decay", ""),
+        (2000, "wsd", ""),
+        (40, "wsd", "reaches only 38 % of its peak"),
+        (110, "wsd", "reaches only 91 % of its peak"),
+    ):
+        caplog.clear()
+        asked = [f"trainer.max_steps={steps}", f"optimizer/schedule={kind}"]
+        asked += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+        cfg = composed("config", [*asked, *TEXT])
+        data = build.build_data(cfg)
+        cfg.data.update(data.found())
+        with torch.device("meta"):
+            build.build_module(cfg, data, stored=cfg)
+        assert said in caplog.text and bool(said) == ("peak" in caplog.text)
+
+
 def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
     typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
     cfg = composed("config", [*typed, f"paths.output_dir={folder}/run"])
