@@ -247,7 +247,7 @@ def main_job(seconds: float = 240.0, only: str = "") -> Row:
         f"{seconds:.0f} CPU seconds each",
         "row: row; steps: step ,; bits per byte: val/bits_per_byte .3f; "
         "agreement, depth 1: val/agreement_depth_1 .1%; depth 2: val/agreement_depth_2 .1%; "
-        "tokens a verify pass: decode/tokens_per_step .2f; speed-up by drafts: decode/speedup .2f",
+        "tokens per pass: decode/tokens_per_step .2f; speed-up by drafts: decode/speedup .2f",
         rows,
     )
     return {"rows": rows}

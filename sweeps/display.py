@@ -189,8 +189,11 @@ def make_display(total: int) -> Display:
 
 
 def newest(folder: Path) -> tuple[int, str]:
-    """A run's newest step with a training loss, and that loss as text; 0 and no text before."""
-    step, loss = read_newest(folder / METRICS_FILE, "train/loss") or (0, math.nan)
+    """A run's newest step with a training loss, and the main prediction's loss as text, or that of
+    frozen trunks' heads; 0 and no text before."""
+    file = folder / METRICS_FILE
+    found = read_newest(file, "train/loss_depth_0") or read_newest(file, "train/loss")
+    step, loss = found or (0, math.nan)
     return step, "" if math.isnan(loss) else f"{loss:.3f}"
 
 

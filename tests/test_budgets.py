@@ -22,7 +22,7 @@ LINES = {
     "mtp_lightning/apps": 359,
     "mtp_lightning/callbacks": 1_668,
     "mtp_lightning/certify": 1_125,
-    "mtp_lightning/command_line": 1_231,
+    "mtp_lightning/command_line": 1_235,
     "mtp_lightning/cpu": 1_664,
     "mtp_lightning/decoding": 4_812,
     "mtp_lightning/distributed": 1_300,
@@ -36,9 +36,9 @@ LINES = {
     "mtp_lightning/notebook": 522,
     "mtp_lightning/objective": 4_216,
     "mtp_lightning/optim": 348,
-    "mtp_lightning/run": 1_380,
+    "mtp_lightning/run": 1_382,
     "mtp_lightning/serving": 1_578,
-    "sweeps": 9_770,
+    "sweeps": 9_787,
 }
 # Files of this project that a command imports, and their lines; without the package of fast code
 # for CPUs (cpu/), which comes off.

@@ -30,7 +30,7 @@ class SpeculativeEval(RunCallback):
     ``decode/tokens_per_second``.
 
     Acceptance at position j is conditional: drafts accepted there / drafts that reached it. Tokens
-    per step are the tokens emitted by verify passes / verify passes, including the model's own
+    per pass are the tokens emitted by verify passes / verify passes, including the model's own
     token. Both have ``_low`` and ``_high``, and are measured with all prompts decoded together.
     Speed-up is the wall-clock time of plain over that of speculative greedy decoding, warm, on the
     first few prompts, one at a time in turns. Like tokens per second, which compare models of

@@ -40,7 +40,11 @@ def sentence(error: Exception, overrides: Iterable[str] = ()) -> str:
         if not equals and ("/" in key or Path(key).exists()):
             return f"{key} has no key: give it as checkpoint={key} (train.py: run_dir={key})."
         if not equals:
-            return f"{key} has no value: give it as {key.partition(':')[0]}=..."
+            given = [*overrides]
+            before = given[given.index(key) - 1] if key in given[1:] else ""
+            one = f", or put '{before} {key}' in quotes if it is one value"
+            quoted = one if "=" in before else ""
+            return f"{key} has no value: give it as {key.partition(':')[0]}=...{quoted}"
         return (
             f"{override} cannot be read: put the value in quotes of its own, "
             f"""'{key}="{value}"'."""

@@ -101,7 +101,7 @@ def lookups_alone(
         most: most drafts per round.
 
     Returns:
-        ``lookup_tokens_per_step``, the tokens per verify pass; empty without a pass.
+        ``lookup_tokens_per_step``, the tokens per pass; empty without a pass.
     """
     tokens = passes = 0
     for prompt, generation in zip(prompts, generations, strict=True):

@@ -131,7 +131,7 @@ def rates(generations: Sequence[Generation]) -> dict[str, float]:
     """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
 
     Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
-    step are the tokens from verify passes / verify passes, the trunk's own token included.
+    pass are the tokens from verify passes / verify passes, the trunk's own token included.
     """
     pairs = rate_counts(generations).items()
     return {

@@ -124,7 +124,7 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
     told = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
     told += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
     per_step = rates(generations).get("tokens_per_step", 1.0)
-    return f"{told}, {per_step:.2f} per verify pass" if per_step > 1 else told
+    return f"{told}, {per_step:.2f} per pass" if per_step > 1 else told
 
 
 def open_for(cfg: Any) -> OpenedModel:

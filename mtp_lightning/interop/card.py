@@ -34,7 +34,7 @@ _SUMMARY = (
     ("seconds of training", "seconds", "{:,.0f}"),
     ("validation bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
     ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
-    ("tokens per verify pass (greedy)", "decode/tokens_per_step", "{:.2f}"),
+    ("tokens per pass (greedy)", "decode/tokens_per_step", "{:.2f}"),
 )
 
 

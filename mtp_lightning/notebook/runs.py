@@ -30,7 +30,7 @@ _SHOWN = {
     "val/loss_depth_1": "loss, depth 1",
     "val/loss_depth_2": "loss, depth 2",
     "decode/acceptance_position_1": "first draft accepted",
-    "decode/tokens_per_step": "tokens per verify pass",
+    "decode/tokens_per_step": "tokens per pass",
     "parameters": "parameters",
     "tokens": "tokens",
 }

@@ -52,7 +52,7 @@ class Text:
         g = self.generation
         told = f"{g.new_tokens} tokens, {g.tokens_per_second:.0f} per second"
         if any(g.accepted_mask):
-            told += f", {g.tokens_per_step:.2f} per verify pass; accepted drafts are underlined"
+            told += f", {g.tokens_per_step:.2f} per pass; accepted drafts are underlined"
         return f'<pre style="{_STYLE}">{"".join(spans)}</pre><small>{told}</small>'
 
 

@@ -14,10 +14,10 @@ not import Lightning, so evaluation and generation read checkpoints without it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 import shutil
-import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -32,6 +32,8 @@ from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import replacing
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, SHARDS
+
+log = logging.getLogger(__name__)
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -317,7 +319,7 @@ def _broken_archive(path: Path) -> str | None:
 
 
 def _report(path: Path, reason: str) -> None:
-    warnings.warn(f"The checkpoint {path} is damaged and skipped: {reason}.", stacklevel=3)
+    log.warning("The checkpoint %s is damaged and skipped: %s.", path, reason)
 
 
 def _first_line(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def answer(
         refusal=refusal(settings.all),
         # If every setting is alone on its text, one empty group replaces them all.
         groups=[_facts(group, settings, named=len(groups) > 1) for group in shown * known]
-        or [{"top": None, "ranked": [], "fastest": None}] * known,
+        or [{"top": None, "ranked": [], "sped_up": []}] * known,
         share=_share,
         gains=[arm for family in families if known for arm in family.arms if arm.total],
         compared=compared,
@@ -87,7 +87,7 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     facts["error"] = (
         error_of_text(facts["ranked"][0]) if facts["ranked"] and metric.tag == BITS else None
     )
-    facts["fastest"] = next(iter(_ranked(group, SPEEDUP, largest=True)), None)
+    facts["sped_up"] = _ranked(group, SPEEDUP, largest=True)
     shares = [(s, share) for s in group if (share := solved_share(s, level))]
     if settings.is_task and shares:
         # Of equal shares, the one with the most seeds has the narrowest interval.

@@ -77,6 +77,8 @@ def _over_places(
         chart.doubling_axis(places)
     elif axis:
         chart.axes.set_xticks(places)
+        if of_depths:
+            chart.axes.set_xlim(places[0] - 0.5, places[-1] + 0.5)
     return drawing.drawn(chart)
 
 
@@ -114,7 +116,7 @@ def _chart_of(
 
 
 def against_depth(settings: Settings, tag: str) -> Drawing:
-    """Tokens per step, or the measured speed-up, against D."""
+    """Tokens per pass, or the measured speed-up, against D."""
     drawing = drawing_of(settings, tag.removeprefix("decode/"))
     places = {show(s.depth): s.depth for s in settings.all if s.depth}
     chart = _against(settings, "mtp.depth", tag, places)

@@ -15,6 +15,8 @@ BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootst
 FLOPS, SECONDS = "flops", "seconds"
 PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
+# Above 0; their intervals are those of their logarithms.
+SPEEDS = (SPEEDUP, DECODE_SPEED, SECONDS)
 CHANCE = "val/chance"  # the exact match of a random answer
 
 # Tags of shares in 0 .. 1, whose intervals over seeds stay within 0 .. 1.
@@ -43,7 +45,7 @@ TABLE = (
     Metric(LOSS, "Loss", "nats per token", 4),
     Metric(BITS, "Loss", "bits per byte", 4),
     Metric("val/agreement_depth_1", "Agreement", "of depth 1", "%"),
-    Metric(PER_STEP, "Tokens", "per verify pass", 2),
+    Metric(PER_STEP, "Tokens", "per pass", 2),
     Metric(SPEEDUP, "Speed-up", "of decoding", 2),
     Metric(DECODE_SPEED, "Decoding", "tokens per second", 0),
     Metric("val/context_score", "Loss, late − early", "nats per token", 4),

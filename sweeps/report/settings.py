@@ -17,13 +17,14 @@ from sweeps.report.metrics import (
     EXACT,
     LOSS,
     OF_TASKS,
+    SPEEDS,
     TABLE,
     Metric,
     is_share,
 )
 from sweeps.report.names import name_of
 from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
-from sweeps.report.statistics import Interval, interval, share_interval
+from sweeps.report.statistics import Interval, interval, ratio_interval, share_interval
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ class Setting:
         if good and len(good) == len(finals):
             values = list(good.values())
             # A user's metric may match the pattern of shares without being one.
-            within = is_share(tag) and all(0 <= value <= 1 for value in values)
-            return Estimate((share_interval if within else interval)(values), "", good)
+            if is_share(tag) and all(0 <= value <= 1 for value in values):
+                return Estimate(share_interval(values), "", good)
+            if tag in SPEEDS and min(values) > 0:
+                return Estimate(ratio_interval(values), "", good)
+            return Estimate(interval(values), "", good)
         gap = "" if finals else "no finished run"
         if any(value is not None for value in finals.values()):
             gap = f"not a number in {len(finals) - len(good)} of {len(finals)}"

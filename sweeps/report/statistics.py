@@ -28,6 +28,12 @@ class Interval:
             return self.half or 0.0, self.half or 0.0
         return self.mean - self.ends[0], self.ends[1] - self.mean
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """The lower and the upper end; the value twice for a single one."""
+        below, above = self.reach
+        return self.mean - below, self.mean + above
+
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean of values, one per seed, and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over

@@ -94,6 +94,7 @@ train.py mtp.depth=2 --config-name nosuch => there is no config nosuch: check it
 train.py mtp.depth=two  [*] => mtp.depth must be a whole number of at least 0, not 'two'
 train.py mtp.depth => mtp.depth has no value: give it as mtp.depth=...
 train.py mtp.depth:2  [*] => mtp.depth:2 has no value: give it as mtp.depth=...
+train.py run_dir=my folder  [*] => folder has no value | put 'run_dir=my folder' in quotes
 train.py 'mtp.depth=[1' => mtp.depth=[1 cannot be read: put the value in quotes
 train.py mtp.depth=1,2 => mtp.depth=1,2 is several values: add -m
 train.py 'mtp.depth=${nope}' => 'nope' not found: check what is typed as ${...}

@@ -94,7 +94,7 @@ def test_drafts_are_coloured_and_text_is_text() -> None:
     assert list(text.pieces()) == [("x", False), ("<", True), ("b", True), (">", False)]
     page = text._repr_html_()
     assert "&lt;i&gt;</span>x<span" in page and ">&lt;b</span>&gt;</pre>" in page
-    assert "2.00 per verify pass" in page
+    assert "2.00 per pass" in page
 
 
 def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:
