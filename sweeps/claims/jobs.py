@@ -22,7 +22,7 @@ from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, settle
 from sweeps.plan import job_of
 from sweeps.process import Job
-from sweeps.report.equivalent import OF_DEPTHS
+from sweeps.report.settings import OF_DEPTHS
 
 # Overrides of every run. With one thread, bits and seconds do not depend on other jobs.
 _FIXED = {

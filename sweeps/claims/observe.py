@@ -103,7 +103,8 @@ def _observed(run: RunRecord, claim: Claim) -> ArmRun:
     values = {m.key: _value(run, m) for m in measures}
     found.values = {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
     costs = {name: run.final(name) for name in COSTS} | {
-        "steps": run.config.get("trainer.max_steps")
+        # Matching may have set other steps than the config.
+        "steps": run.fact("compare", "max_steps") or run.config.get("trainer.max_steps")
     }
     found.costs = {name: float(v) for name, v in costs.items() if isinstance(v, int | float)}
     if claim.equal == "flops":

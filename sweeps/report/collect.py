@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from mtp_lightning.run.config import has_bearing, is_plain
+from mtp_lightning.run.config import has_bearing, is_plain, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import RunRecord, SweepRecord
-from sweeps.report.settings import SOLVED, Setting, Settings, order, show
+from sweeps.report.settings import OF_DEPTHS, SOLVED, Setting, Settings, order, show
 
 # Keys that describe a setting best, if the command lines do not name the varied ones.
 _TELLING = (
@@ -25,6 +25,8 @@ _TELLING = (
     "trainer.max_steps",
 )
 
+# Keys of MTP that plain training has, too.
+_SAID = ("mtp", "mtp._target_", "mtp.depth")
 FOLDER = "folder"  # the key that separates settings of two sweeps
 DATA = "data.fingerprint"  # of the data that a finished run was trained on
 TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
@@ -80,10 +82,10 @@ def _seed_keys(runs: Iterable[RunRecord]) -> set[str]:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that changes what is computed: all stacks without depths are equal."""
+    """The part of a config that changes what is computed: plain training has no settings of MTP."""
     if not _is_plain(config):
         return config
-    return {k: v for k, v in config.items() if k == "mtp.depth" or not k.startswith("mtp.")}
+    return {k: v for k, v in config.items() if k == "mtp.depth" or not lies_in(k, OF_DEPTHS)}
 
 
 def _is_plain(config: dict[str, Any]) -> bool:
@@ -147,7 +149,9 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
     candidates = [FOLDER, *(key for key in named if key == "mtp.depth"), *named]
     chosen: list[str] = []
     for key in dict.fromkeys(candidates):
-        if not ignored(key) and _n_parts(settings, [key]) > 1:
+        of_mtp = key not in _SAID and lies_in(key, OF_DEPTHS)
+        having = [s for s in settings if not of_mtp or _value(s, key) is not None]
+        if not ignored(key) and _n_parts(having, [key]) > 1:
             chosen.append(key)
     keys = {key for setting in settings for key in setting.config}
     last = {DATA, TEXT}  # last, because they usually follow from other keys
@@ -172,7 +176,10 @@ def _n_parts(settings: list[Setting], keys: list[str]) -> int:
 
 
 def _value(setting: Setting, key: str) -> Any:
-    """A setting's value of a config key, or its choice of a config group."""
+    """A setting's value of a config key, or its choice of a config group; None for one of MTP that
+    changes nothing in plain training."""
+    if key not in _SAID and lies_in(key, OF_DEPTHS) and _is_plain(setting.config):
+        return None
     if key in setting.config:
         value = setting.config[key]
         return _class_name(value) if key.endswith("._target_") else value

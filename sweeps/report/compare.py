@@ -16,10 +16,9 @@ from mtp_lightning.run.config import lies_in
 from mtp_lightning.run.solved import first_above, is_above
 from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
-from sweeps.report.equivalent import OF_DEPTHS
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import RunRecord
-from sweeps.report.settings import Setting, Settings, show
+from sweeps.report.settings import OF_DEPTHS, Setting, Settings, label_of, show
 from sweeps.report.statistics import (
     LEVEL,
     Paired,
@@ -65,7 +64,7 @@ class Comparison:
         """The reference's values of the keys in which it differs from the setting."""
         own = self.setting.values
         other = {k: v for k, v in self.reference.values.items() if show(v) != show(own.get(k))}
-        return ", ".join(f"{key}={show(value)}" for key, value in other.items())
+        return label_of(other)
 
     @property
     def refused(self) -> bool:
@@ -87,7 +86,9 @@ def compare(settings: Settings, *, reference: str | None = None) -> list[Compari
     """
     chosen = references(settings, reference)
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
-    results = [_tested(settings, s, r) for s, r in pairs]
+    results = [
+        (_unlike(s, r) if reference is None else "") or _tested(settings, s, r) for s, r in pairs
+    ]
     ps = {i: of.p for i, of in enumerate(results) if not isinstance(of, str) and of.p is not None}
     adjusted = dict(zip(ps, holm(list(ps.values())), strict=True))
     return [
@@ -96,6 +97,17 @@ def compare(settings: Settings, *, reference: str | None = None) -> list[Compari
         else Comparison(s, r, found, adjusted.get(i), _verdict(found, adjusted.get(i)))
         for i, ((s, r), found) in enumerate(zip(pairs, results, strict=True))
     ]
+
+
+def _unlike(setting: Setting, plain: Setting) -> str:
+    """Why heads are not compared with plain training of another size, length or text, unless asked
+    for; empty if they are."""
+    if plain.depth != 0 or setting.depth == 0:
+        return ""
+    keys = ("trainer.max_steps", "model", "data", "tokenizer")
+    differ = [k for k, v in setting.values.items() if show(v) != show(plain.values[k])]
+    other = [key for key in differ if lies_in(key, keys)]
+    return f"not compared: no plain training of this {', '.join(other)}" if other else ""
 
 
 def _tested(settings: Settings, setting: Setting, reference: Setting) -> Paired | Unpaired | str:

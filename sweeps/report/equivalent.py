@@ -26,7 +26,7 @@ from typing import Any
 from mtp_lightning.run.config import is_plain, lies_in
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import FLOPS
-from sweeps.report.settings import Setting, Settings
+from sweeps.report.settings import OF_DEPTHS, Setting, Settings
 from sweeps.report.statistics import Interval, ratio_interval
 
 # Keys of the budget: an arm and its curve agree in all others but these and those of the depths.
@@ -38,8 +38,6 @@ _BUDGET = (
     "compare",
     "callbacks",
 )
-# Groups that change nothing in a run without MTP depths.
-OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True, order=True)
@@ -158,9 +156,9 @@ def families(settings: Settings) -> list[Family]:
 
 
 def _rest(setting: Setting) -> str:
-    """A key that an arm and the plain runs of its curve share; ``data.depth`` is ``mtp.depth``."""
-    config = setting.config.items()
-    shared = {k: v for k, v in config if not lies_in(k, (*_BUDGET, *OF_DEPTHS, "data.depth"))}
+    """A key that an arm and the plain runs of its curve share."""
+    free = (*_BUDGET, *OF_DEPTHS, "data.depth", "data.stride")  # those of data follow from mtp's
+    shared = {k: v for k, v in setting.config.items() if not lies_in(k, free)}
     # Matching may have removed layers, which the config does not say.
     layers = {run.fact("compare", "n_layers") for run in setting.done} - {None}
     shared["model.n_layers"] = sorted(layers) or [shared.get("model.n_layers")]

@@ -224,9 +224,14 @@ def _heat_map(
     drawing = drawing_of(settings, "heat_map", name=file, text_error=error, **words)
     by_column = sorted(members, key=lambda s: order(s.values[across]))
     rows = list(dict.fromkeys(show(s.values[down]) for s in members))
-    columns = list(dict.fromkeys(show(s.values[across]) for s in by_column))
+    columns = [show(s.values[across]) for s in by_column if s.values[across] is not None]
+    columns = list(dict.fromkeys(columns)) or [show(None)]
     cells = {
-        (show(s.values[down]), show(s.values[across])): s.estimate(tag).interval for s in members
+        (show(s.values[down]), column): s.estimate(tag).interval
+        for s in members
+        for column in columns
+        # Plain training lacks a key of MTP, and has its whole row.
+        if s.values[across] is None or column == show(s.values[across])
     }
     known = [found.mean for found in cells.values() if found]
     if not known:

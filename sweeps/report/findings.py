@@ -12,7 +12,7 @@ from sweeps.report import metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, SPEEDUP, ends, plural
+from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, ends, plural
 from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
@@ -87,6 +87,9 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     facts["error"] = (
         error_of_text(facts["ranked"][0]) if facts["ranked"] and metric.tag == BITS else None
     )
+    costs = [found.mean for s in facts["ranked"] if (found := s.estimate(FLOPS).interval)]
+    unequal = len(costs) == len(facts["ranked"]) > 1 and max(costs) > 1.02 * min(costs)
+    facts["flops"] = (costs[0], min(costs), max(costs)) if unequal else None
     facts["sped_up"] = _ranked(group, SPEEDUP, largest=True)
     shares = [(s, share) for s in group if (share := solved_share(s, level))]
     if settings.is_task and shares:

@@ -138,7 +138,8 @@ def against_lambda(settings: Settings, tag: str, loss: str) -> Drawing:
     own = {"meaning": ""} if tag == LOSS else {}
     name = f"lambda_{tag.rpartition('/')[2]}"
     drawing = drawing_of(settings, "lambda", name=name, loss=loss, **own)
-    weights = {show(s.config.get("mtp_lambda")): s.config.get("mtp_lambda") for s in settings.all}
+    found = [s.values.get("mtp_lambda", s.config.get("mtp_lambda")) for s in settings.all]
+    weights = {show(weight): weight for weight in found if weight is not None}
     if len(weights) < 2:
         return drawing.lacking("mtp_lambda is not varied")
     numbers = all(isinstance(value, int | float) for value in weights.values())
@@ -158,9 +159,12 @@ def _against(settings: Settings, key: str, tag: str, places: Mapping[str, Any]) 
         shared = {k: value for k, value in setting.values.items() if k != key}
         standin = Setting(values=shared, config={})
         _, line = families.setdefault(standin.label, (standin, {}))
-        place = places.get(show(setting.config.get(key)))
-        if place is not None and (found := setting.estimate(tag).interval):
-            line[place] = found
+        value = setting.values.get(key, setting.config.get(key))
+        # Plain training has no weight of MTP, and is drawn at all of them.
+        everywhere = key in setting.values and value is None
+        at = [*places.values()] if everywhere else [places.get(show(value))]
+        if found := setting.estimate(tag).interval:
+            line.update({place: found for place in at if place is not None})
     lines = [(standin, dict(sorted(line.items()))) for standin, line in families.values()]
     return _chart_of(settings, lines)
 

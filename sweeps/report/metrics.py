@@ -12,7 +12,7 @@ from sweeps.report.statistics import Interval, Share
 
 LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"
 BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootstrap
-FLOPS, SECONDS = "flops", "seconds"
+STEPS, FLOPS, SECONDS = "step", "flops", "seconds"
 PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
 # Above 0; their intervals are those of their logarithms.
@@ -50,6 +50,7 @@ TABLE = (
     Metric(DECODE_SPEED, "Decoding", "tokens per second", 0),
     Metric("val/context_score", "Loss, late − early", "nats per token", 4),
     Metric("val/effective_context", "Effective context", "tokens", 0),
+    Metric(STEPS, "Training", "steps", 0),
     Metric(FLOPS, "Training", "FLOPs", "si"),
     Metric(SECONDS, "Training", "seconds", 1),
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mtp_lightning.run.config import lies_in
 from mtp_lightning.run.solved import SOLVED as SOLVED
 from sweeps.report.metrics import (
     ANSWERS,
@@ -25,6 +27,9 @@ from sweeps.report.metrics import (
 from sweeps.report.names import name_of
 from sweeps.report.read import EvaluatedText, RunRecord, SweepRecord
 from sweeps.report.statistics import Interval, interval, ratio_interval, share_interval
+
+# Groups that change nothing in a run without MTP depths.
+OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,15 @@ class Setting:
     @property
     def label(self) -> str:
         """The varied keys with their values; ``all runs`` if nothing varies."""
-        return ", ".join(f"{k}={show(v)}" for k, v in self.values.items()) or "all runs"
+        return label_of(self.values) or "all runs"
 
     @property
     def name(self) -> str:
         """The label in readable names: ``linear heads, D = 2``."""
-        return ", ".join(name_of(k, show(v)) for k, v in self.values.items()) or "all runs"
+        shown = [
+            (k, v) for k, v in self.values.items() if v is not None or not lies_in(k, OF_DEPTHS)
+        ]
+        return ", ".join(name_of(key, show(value)) for key, value in shown) or "all runs"
 
     @property
     def done(self) -> list[RunRecord]:
@@ -93,6 +101,12 @@ class Setting:
         if any(value is not None for value in finals.values()):
             gap = f"not a number in {len(finals) - len(good)} of {len(finals)}"
         return Estimate(None, gap, good)
+
+
+def label_of(values: Mapping[str, Any]) -> str:
+    """Values of the varied keys as typed, without those that a head or plain training lacks."""
+    shown = [(k, v) for k, v in values.items() if v is not None or not lies_in(k, OF_DEPTHS)]
+    return ", ".join(f"{key}={show(value)}" for key, value in shown)
 
 
 @dataclass(kw_only=True)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mtp_lightning.run.config import lies_in
 from mtp_lightning.run.layout import LOG_FILE
 from sweeps.report.comparable import error_of_text
 from sweeps.report.compare import Comparison, solved_share, time_to_solve
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, Metric, ends, number, p_value, spread
+from sweeps.report.metrics import BITS, EXACT, STEPS, Metric, ends, number, p_value, spread
 from sweeps.report.names import texts
 from sweeps.report.read import RunRecord
-from sweeps.report.settings import Settings, show
+from sweeps.report.settings import OF_DEPTHS, Settings, show
 from sweeps.report.statistics import Interval
 
 
@@ -55,7 +56,10 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
     table.head.extend([("Seeds", "done of planned"), *solving])
     table.head.extend((metric.name, metric.unit) for metric in metrics)
     for setting in settings.all:
-        keys = [_text(show(value)) for value in setting.values.values()] or [_text("all runs")]
+        values = setting.values.items()
+        lacks = [value is None and lies_in(key, OF_DEPTHS) for key, value in values]
+        keys = [_text("–" if no else show(v)) for (_, v), no in zip(values, lacks, strict=True)]
+        keys = keys or [_text("all runs")]
         done, planned = len(setting.done), setting.planned
         seeds = f"{done} of {planned}" if done < planned else str(done)
         cells = [*keys, TableCell(seeds, str(done), kind="some" * (done < planned))]
@@ -80,14 +84,17 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
 
 def _metrics(settings: Settings) -> list[Metric]:
     """The columns that some run has. Bits per byte are shown only if tokenizers differ or the
-    text's own error is known; otherwise they repeat the loss per token."""
+    text's own error is known; otherwise they repeat the loss per token. Steps are shown if matching
+    has set others than the config."""
     found = [
         m for m in settings.columns if any(run.final(m.tag) is not None for run in settings.done)
     ]
     wanted = settings.headline.tag == BITS or any(
         error_of_text(setting) is not None for setting in settings.all
     )
-    return [m for m in found if m.tag != BITS or wanted]
+    asked = [(run.final(STEPS), run.config.get("trainer.max_steps")) for run in settings.done]
+    shown = {BITS: wanted, STEPS: any(done != steps for done, steps in asked)}
+    return [metric for metric in found if shown.get(metric.tag, True)]
 
 
 def of_gains(family: Family, number: int = 0) -> Table:

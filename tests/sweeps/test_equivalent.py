@@ -104,6 +104,7 @@ def priced_sweep(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = B
             run(f"none_{budget}", seed, law(flops, seed), flops, budget * steps, **NONE)
         for head, effect in EFFECTS.items():
             own = {"mtp._target_": f"mtp_lightning.mtp.{head}.Config"}
+            own |= {"mtp.stride": 2, "data.stride": 2}
             loss = law(effect * NOISE[seed] * FULL, seed)
             run(head, seed, loss, FULL / PRICE, steps, **own)
 

@@ -301,8 +301,8 @@ def test_overrides_name_a_setting_that_configs_do_not(tmp_path: Path) -> None:
         (written := write_run(tmp_path / name, config) / ".hydra").mkdir()
         (written / file).write_text(text)
     assert [s.label for s in collected(tmp_path).all] == [
-        "lambda_schedule=constant, lambda_schedule.unit=fraction",
-        "lambda_schedule=deepseek_v3, lambda_schedule.unit=null",
+        "lambda_schedule=constant",
+        "lambda_schedule=deepseek_v3",
     ]
 
 

@@ -92,13 +92,13 @@ def test_one_seed_is_not_tested(tmp_path: Path) -> None:
     assert "No difference can be tested" in text and "one seed, no interval" in text
 
 
-def test_a_grid_is_compared_at_equal_lambda(tmp_path: Path) -> None:
+def test_a_grid_is_compared_with_plain_training_which_has_no_lambda(tmp_path: Path) -> None:
     for depth, weight in product((0, 1), (0.1, 0.3)):
         write_run(tmp_path / f"{depth}{weight}", {"mtp.depth": depth, "mtp_lambda": weight})
     settings = collected(tmp_path)
-    labels = [r.label for r in references(settings)]
-    assert labels == ["mtp.depth=0, mtp_lambda=0.1", "mtp.depth=0, mtp_lambda=0.3"] * 2
+    assert [r.label for r in references(settings)] == ["mtp.depth=0"] * 3
     assert [c.against for c in compare(settings)] == ["mtp.depth=0"] * 2
+    assert len(settings.left_out) == 1, "plain training with another lambda is the same run"
     chosen = references(settings, "mtp.depth=1, mtp_lambda=0.1")
     assert {r.label for r in chosen} == {"mtp.depth=1, mtp_lambda=0.1"}
     with pytest.raises(ValueError, match="'mtp.depth=1' names 2 settings: choose one of: mtp.de"):
@@ -111,7 +111,7 @@ def test_a_grid_with_one_plain_run_is_compared_with_it(tmp_path: Path) -> None:
     write_run(tmp_path / "plain", {"mtp.depth": 0, "mtp_lambda": 0.3})
     for weight in (0.1, 0.3):
         write_run(tmp_path / f"{weight}", {"mtp_lambda": weight})
-    assert {r.label for r in references(collected(tmp_path))} == {"mtp.depth=0, mtp_lambda=0.3"}
+    assert {r.label for r in references(collected(tmp_path))} == {"mtp.depth=0"}
 
 
 def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) -> None:
@@ -120,11 +120,18 @@ def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) ->
         for weight, shared in ((0.1, True), (0.3, False)):
             own = {"model.d_model": width, "mtp_lambda": weight, "mtp.share_layers": shared}
             write_run(tmp_path / f"{width}{weight}", own)
-    write_run(tmp_path / "other", {"model.d_model": 64, "trainer.max_steps": 20})
+    write_run(tmp_path / "other", {"model.d_model": 64, "trainer.max_steps": 50})
     settings = collected(tmp_path)
     for setting, reference in zip(settings.all, references(settings), strict=True):
         assert reference.depth == 0
         assert setting.config["model.d_model"] == reference.config["model.d_model"]
+    (longer,) = (c for c in compare(settings) if c.setting.config["trainer.max_steps"] == 50)
+    assert longer.verdict == "not compared: no plain training of this trainer.max_steps"
+    plain = next(s.label for s in settings.all if s.depth == 0)
+    (asked,) = (
+        c for c in compare(settings, reference=plain) if c.setting.config["trainer.max_steps"] == 50
+    )
+    assert asked.verdict == "one seed: no test"
 
 
 def test_branches_of_two_seeds_are_one_setting(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sweeps.report.comparable import meaning
 from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Setting
-from sweeps.report.tables import of_jobs
+from sweeps.report.tables import of_jobs, of_settings
 from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
 from tests.sweeps.reported import collected, drawings, page_of, rows_of, table_of, whole
 
@@ -61,7 +61,7 @@ def test_the_page_is_whole_and_needs_nothing_else(made: Path) -> None:
     assert not re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(?!#)[^"]*"', html)
     assert not re.findall(r"@import|url\((?!#)", html)
     assert "default-src 'none'" in html
-    assert len(rows_of(html)) == 6 + 4  # settings, and differences
+    assert len(rows_of(html)) == 5 + 4  # settings, and differences: plain training has no lambda
     assert "<caption>" in html and '<html lang="en">' in html
     assert "1.9150" in html  # d1_l0.1: 1.91 and 1.92
 
@@ -112,7 +112,8 @@ def test_a_heat_map_has_gaps(tmp_path: Path) -> None:
     grid(tmp_path, without=(2, 0.3))
     drawing = drawings(tmp_path)["heat_map"]
     texts = [text.get_text() for text in drawing.chart.axes.texts]
-    assert texts[:2] == ["2.0150\n± 0.0635", "2.0350\n± 0.0635"]  # t(1) = 12.706, s = 0.01 / sqrt 2
+    # Plain training has its whole row; t(1) = 12.706, s = 0.01 / sqrt 2.
+    assert texts[:3] == ["2.0350\n± 0.0635", "2.0350\n± 0.0635", "1.9150\n± 0.0635"]
     assert texts[-1] == "–" and len(texts) == 6
 
 
@@ -124,6 +125,20 @@ def test_a_grid_of_three_keys_has_a_map_for_each_size(tmp_path: Path) -> None:
     titles = [d.title for d in maps]
     assert titles == [f"D by lambda at model.d_model={n}" for n in (64, 128)]
     assert len({d.name for d in maps}) == 2
+
+
+def test_steps_that_matching_has_set_are_a_column(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "plain", {"mtp.depth": 0})
+    write_run(tmp_path / "a" / "heads", {"mtp.depth": 1})
+    assert ("Training", "steps") not in of_settings(collected(tmp_path / "a"), ()).head
+    write_run(
+        tmp_path / "a" / "matched",
+        {"mtp.depth": 2},
+        summary={"step": 7, "compare": {"max_steps": 7}},
+    )
+    table = of_settings(collected(tmp_path / "a"), ())
+    at = table.head.index(("Training", "steps"))
+    assert [row[at].text for row in table.rows] == ["20", "20", "7"]
 
 
 def test_the_front_is_filled(tmp_path: Path) -> None:

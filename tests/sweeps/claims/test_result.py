@@ -102,6 +102,16 @@ def test_what_is_read_of_runs(tmp_path: Path) -> None:
     assert again["unfinished"] == ["plain: 4 of 6 seeds done, 1 missing, 1 unfinished"]
 
 
+def test_steps_are_those_that_matching_has_set(tmp_path: Path) -> None:
+    claim, runs = claim_of(tmp_path, seeds=[0, 1, 2]), tmp_path / "runs"
+    for seed in range(3):
+        write_run(runs / f"p{seed}", {"seed": seed}, loss=2.0 + seed)
+        fewer = {"step": 7, "compare": {"max_steps": 7}}
+        write_run(runs / f"m{seed}", {"seed": seed}, loss=1.0 + seed * 1.1, summary=fewer)
+    register(claim, runs, {a: {s: f"{a[0]}{s}" for s in range(3)} for a in ("plain", "mtp")})
+    assert judge(claim, runs)["predictions"][0]["why"] == "the arms differ by 65.0% in steps"
+
+
 def test_solving_is_read_of_runs(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, measure=SOLVED, seeds=[0, 1], minimum=2)
     runs = tmp_path / "runs"
