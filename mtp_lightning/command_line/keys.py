@@ -143,8 +143,8 @@ def _trainer_arguments() -> frozenset[str]:
     return frozenset()
 
 
-def require_taken(name: str, value: Any, says: str) -> None:
-    """Refuse a value that a key's comment does not allow.
+def require_taken(name: str, value: Any, says: str, option: str) -> None:
+    """Refuse a value that a key's comment does not allow; ``option`` is what has such a key.
 
     Raises:
         UserError: the value is not allowed; the message names the values that are.
@@ -154,7 +154,7 @@ def require_taken(name: str, value: Any, says: str) -> None:
     if value is None and re.search(r"\bnull\b", says):
         return
     if fixed := re.match(r"always (\d+) here", says):
-        require(value == int(fixed[1]), name, value, f"{fixed[1]} with this option")
+        require(value == int(fixed[1]), name, value, f"{fixed[1]} with {option}")
     found = _TYPE.search(says)
     if found is None:
         choices = _choices(says)

@@ -66,10 +66,11 @@ def check_values(node: Mapping[str, Any], path: str) -> None:
         UserError: a value is not allowed.
     """
     for inner, found in _nodes(node, path):
-        said = keys.of_class(str(found.get("_target_", "")))
+        target = str(found.get("_target_", ""))
+        said = keys.of_class(target)
         for key, says in (said.keys if said is not None else {}).items():
             if key in found:
-                keys.require_taken(_join(inner, key), found[key], says)
+                keys.require_taken(_join(inner, key), found[key], says, _option(inner, target))
 
 
 def check_settings(built: Any, path: str) -> None:
@@ -78,6 +79,11 @@ def check_settings(built: Any, path: str) -> None:
     targets = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(built).__mro__]
     known = next((target for target in targets if keys.of_class(target) is not None), "")
     check_values({**vars(built), "_target_": known}, path)
+
+
+def _option(path: str, target: str) -> str:
+    """``mtp=top`` for a class in the module ``top``."""
+    return f"{path}={target.split('.')[-2]}" if "." in target else "this option"
 
 
 def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = False) -> None:
@@ -95,7 +101,7 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = Fa
         if key in said.keys:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
-            keys.require_taken(name, value, said.keys[key])
+            keys.require_taken(name, value, said.keys[key], _option(path, target))
     if said.needs is not None:
         what, package, extra = said.needs
         require_package(package, what=what, extra=extra)

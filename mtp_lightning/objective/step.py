@@ -252,12 +252,13 @@ class OptimizerStep:
         return task_gradients(self.model, self.objective, plan, plan.active, group)[scope]
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
-        """Clip the gradients; returns their norm to log."""
-        if self.clip_norm is None:
-            return {}
+        """Clip the gradients, if a bound is given; returns their norm before, to log."""
         # A balance rule's parameters have no gradient yet, so the norm leaves them out.
-        clipped = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.clip_norm is None:
+            norm = nn.utils.get_total_norm([p.grad for p in every if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(every, self.clip_norm)
         return {"train/grad_norm": processes.tensors().whole(norm)}
 
     def loss(self, plan: StepPlan, micro: WindowBatch) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:

@@ -119,7 +119,7 @@ def test_a_learning_rate_that_never_reaches_its_peak_is_reported(
 def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
     typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
     cfg = composed("config", [*typed, f"paths.output_dir={folder}/run"])
-    with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):
+    with pytest.raises(UserError, match="mtp.depth must be 0 with mtp=none, not 2"):
         vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):
+    with pytest.raises(UserError, match="mtp.depth must be 0 with mtp=none, not 2"):
         build.build_model_config(cfg, 300)

@@ -87,7 +87,7 @@ model.norm_eps=-1 => model.norm_eps
 # heads
 mtp.init=last_block => no trunk to begin from: set init_from, or leave
 mtp=linear mtp.depth=3 mtp.stride=6 => mtp.depth=3 x mtp.stride=6
-mtp=top mtp.depth=2 => mtp.depth must be 1 with this option, not 2
+mtp=top mtp.depth=2 => mtp.depth must be 1 with mtp=top, not 2
 mtp=top mtp.depth=1 mtp.lookahead=0 => mtp.lookahead must be a whole number of at least
 mtp=top mtp.depth=1 mtp.detach=all => mtp.detach=all is unknown: choose one of none, trunk
 mtp=registers mtp.depth=1 mtp.lookahead=40 => mtp.lookahead=40 is beyond the windows

@@ -98,7 +98,7 @@ train.py run_dir=my folder  [*] => folder has no value | put 'run_dir=my folder'
 train.py 'mtp.depth=[1' => mtp.depth=[1 cannot be read: put the value in quotes
 train.py mtp.depth=1,2 => mtp.depth=1,2 is several values: add -m
 train.py 'mtp.depth=${nope}' => 'nope' not found: check what is typed as ${...}
-train.py mtp=none mtp.depth=2 => mtp.depth must be 0 with this option, not 2
+train.py mtp=none mtp.depth=2 => mtp.depth must be 0 with mtp=none, not 2
 train.py mtp.depth=300 => mtp.depth=300 | data.seq_len=256 | lengthen the window
 train.py model.d_model=1000000000  [*] =>
     model.d_model=1,000,000,000 | GB of memory: make it smaller

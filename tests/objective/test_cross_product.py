@@ -128,7 +128,8 @@ def check(case: Case) -> str | None:
         result = step(batch, progress, optimizer)
     want = Step(model, batch, RandomKey(step.seed, now), step.schedule.lambdas(progress), asked)
     found = {tag: float(value) for tag, value in result.log_values().items()}
-    assert found == pytest.approx(want.logged, rel=1e-9)
+    norm = float(sum(gradient.double().square().sum() for gradient in optimizer.found)) ** 0.5
+    assert found == pytest.approx(want.logged | {"train/grad_norm": norm}, rel=1e-9)
     # If no position of a depth has a teacher, a step computes less than it counts.
     if counted is not None and all(want.taught[k].any() for k in result.plan.active):
         assert result.flops == counted.total
