@@ -151,37 +151,46 @@ class RowSampling:
 
 class Noise:
     """The uniform random numbers in [0, 1) of a batch whose rows come and go. A row's numbers
-    depend only on its seed, its index and the rounds since it joined.
+    depend only on its seed, its index, its number of drafts and the rounds since it joined.
+
+    Every round has ``most`` numbers that draw drafts, ``most`` that judge them and one for the
+    trunk's own token. A row of fewer drafts takes the first of each; its others are 0.
 
     Args:
-        per_round: numbers that a row takes per round.
+        most: most drafts of a row per round.
         device: device of the returned tensors.
     """
 
-    def __init__(self, per_round: int, device: torch.device | str) -> None:
-        self._per_round, self._device = per_round, device
-        self._generators: list[torch.Generator] = []
+    def __init__(self, most: int, device: torch.device | str) -> None:
+        self._most, self._device = most, device
+        # For every row, its generator and the places of its numbers.
+        self._rows: list[tuple[torch.Generator, Tensor]] = []
 
-    def join(self, streams: Sequence[tuple[int, int]]) -> Tensor:
-        """Append rows, by seed and index; returns their numbers of a first round."""
+    def join(self, streams: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Append rows, by seed, index and number of drafts; returns their numbers of a first
+        round."""
         joined = []
-        for seed, index in streams:
+        for seed, index, drafts in streams:
             # Spread out, so that no two small pairs (seed, index) share a stream. The generator
             # takes a seed of 32 bits.
             number = (seed * 1_000_003 + index * 2_654_435_761) % 2**32
-            joined.append(torch.Generator().manual_seed(number))
-        self._generators += joined
+            own = torch.arange(drafts)
+            places = torch.cat((own, own + self._most, torch.tensor([2 * self._most])))
+            joined.append((torch.Generator().manual_seed(number), places))
+        self._rows += joined
         return self._draw(joined)
 
     def next(self) -> Tensor:
-        """The numbers of every row for the next round, [B, per_round] fp64."""
-        return self._draw(self._generators)
+        """The numbers of every row for the next round, [B, 2 * most + 1] fp64."""
+        return self._draw(self._rows)
 
-    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        rows = [torch.rand(self._per_round, generator=g, dtype=torch.float64) for g in generators]
-        return torch.stack(rows).to(self._device)
+    def _draw(self, rows: Sequence[tuple[torch.Generator, Tensor]]) -> Tensor:
+        drawn = torch.zeros(len(rows), 2 * self._most + 1, dtype=torch.float64)
+        for row, (generator, places) in zip(drawn, rows, strict=True):
+            row[places] = torch.rand(len(places), generator=generator, dtype=torch.float64)
+        return drawn.to(self._device)
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
-        self._generators[row] = self._generators[-1]
-        self._generators.pop()
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()
