@@ -80,7 +80,7 @@ class Endpoint:
         """The application, without FastAPI's own pages, which load files from the internet."""
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.add_api_route("/", _page)
-        app.add_api_route("/health", self.health)
+        app.add_api_route("/health", self.health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.model)

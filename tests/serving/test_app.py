@@ -56,7 +56,7 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     ("grace", "number", "code"), [(60, signal.SIGTERM, 143), (0, signal.SIGINT, 130)]
 )
 def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: int) -> None:
-    """Who waits is told at once; running texts end, or are cut when their time is up."""
+    """Who waits or comes is told at once; running texts end, or are cut when their time is up."""
     import httpx2
 
     settings = [f"checkpoint={finished}", f"grace={grace}", "batch_size=1", "long=slide"]
@@ -78,6 +78,9 @@ def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: in
                 time.sleep(0.01)
             process.send_signal(number)
             waiting.join(60)
+            if grace:  # the socket stays open until the running text has ended
+                assert httpx2.get(metrics.replace("metrics", "health")).status_code == 503
+                assert httpx2.post(f"{url}/completions", json=body).status_code == 503
             told += list(found)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == code and waited == [503]

@@ -195,7 +195,11 @@ def test_a_slow_body_and_a_second_request_are_no_slow_headers(
 
 def test_it_lives(served: Serving) -> None:
     """The last of this file, after all that was sent."""
+    import httpx2
+
     assert served.get("health").json() == {"status": "ok"}
+    head = httpx2.head(f"http://127.0.0.1:{served.port}/health")
+    assert head.status_code == 200 and head.content == b""
     answer = served.post({"prompt": "a", "max_tokens": 3}).json()
     assert answer["usage"]["completion_tokens"] == 3
     assert served.server.worker.failure is None
