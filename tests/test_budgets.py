@@ -24,7 +24,7 @@ LINES = {
     "mtp_lightning/certify": 1_125,
     "mtp_lightning/command_line": 1_235,
     "mtp_lightning/cpu": 1_664,
-    "mtp_lightning/decoding": 4_836,
+    "mtp_lightning/decoding": 4_837,
     "mtp_lightning/distributed": 1_300,
     "mtp_lightning/experiment": 2_798,
     "mtp_lightning/heads": 806,

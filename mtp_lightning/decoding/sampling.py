@@ -29,7 +29,7 @@ class Sampling:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens; among tokens equal to the k-th, the lowest ids.
         top_p: keep the fewest most probable tokens that together reach this probability
-            (Holtzman et al. 2020); applied after ``top_k``.
+            (Holtzman et al. 2020), at least one; applied after ``top_k``.
 
     Raises:
         UserError: a value out of range.
@@ -45,8 +45,8 @@ class Sampling:
             raise UserError(f"temperature={t} must be a number of at least 0 (0 is greedy).")
         if k is not None and (not is_whole(k) or k < 1):
             raise UserError(f"top_k={k} must be a whole number of at least 1, or null for all.")
-        if p is not None and (not is_number(p) or not 0 < p <= 1):
-            raise UserError(f"top_p={p} must lie above 0 and at most at 1; null or 1 keeps all.")
+        if p is not None and (not is_number(p) or not 0 <= p <= 1):
+            raise UserError(f"top_p={p} must be a number from 0 (the likeliest token) to 1 (all).")
 
     @property
     def greedy(self) -> bool:
@@ -67,7 +67,8 @@ class Sampling:
             logits = logits / max(self.temperature, _LEAST)
         probs = torch.softmax(logits, dim=-1)
         n_tokens = logits.shape[-1]
-        top_k, top_p = min(self.top_k or n_tokens, n_tokens), self.top_p or 1.0
+        top_k = min(self.top_k or n_tokens, n_tokens)
+        top_p = 1.0 if self.top_p is None else self.top_p
         if top_k == n_tokens and top_p == 1:
             return probs
         return _largest(probs, top_k, max(top_p, _LEAST))

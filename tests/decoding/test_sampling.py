@@ -77,8 +77,9 @@ def test_a_tiny_temperature_is_finite():
 def test_settings_that_are_nothing_in_single_precision_are_greedy():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     best = torch.tensor([[0.0, 1.0, 0.0]])
-    for options in ({"temperature": 1e-320}, {"temperature": 1.0, "top_p": 1e-320}):
-        assert torch.equal(Sampling(**options).probabilities(logits), best)
+    for options in ({"temperature": 1e-320}, {"top_p": 1e-320}, {"top_p": 0}):
+        sampling = Sampling(**{"temperature": 1.0, **options})
+        assert torch.equal(sampling.probabilities(logits), best)
 
 
 def test_draw_inverts_the_distribution():
