@@ -129,8 +129,10 @@ class BodyParser:
         try:
             # Templates know the role by its older name.
             roles = {"developer": "system"}
-            said = [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
-            text = self.template.render(said)
+            said = [m.model_dump(exclude_none=True) for m in messages]
+            text = self.template.render(
+                [{**m, "role": roles.get(m["role"], m["role"])} for m in said]
+            )
         except UserError as error:
             raise Refusal(str(error), param="messages") from error
         return self._checked(self._encoded(text, specials=True), "messages")

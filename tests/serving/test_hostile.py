@@ -36,7 +36,11 @@ RAW = {
     "NaN": (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is not a number in JSON"),
     "infinity": (b'{"prompt": "a", "top_p": -Infinity}', 400, "not a number in JSON"),
     "overflow": (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature must be"),
-    "many digits": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+    "many digits": (
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        400,
+        "more than 4300 digits: shorten it",
+    ),
     "a long seed": (b'{"prompt": "a", "seed": ' + b"9" * 500 + b"}", 400, "seed must be"),
     "half a character": (b'{"prompt": "\\ud800"}', 400, "surrogate"),
     "an odd name": (b'{"prompt": "a", "\\ud800": 1}', 400, "not known"),
@@ -94,12 +98,19 @@ def test_bytes(served: Serving, name: str) -> None:
         ({"logit_bias": {"5": 1}}, "logit_bias=an object is not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
         ({"messages": []}, 'field "messages" is not known'),
+        ({"max_completion_tokens": 5}, "not known here: give max_tokens."),
         ({"min_p": 0.1}, 'field "min_p" is not known here'),
     ],
     ids=str,
 )
 def test_fields(served: Serving, fields: dict[str, Any], told: str) -> None:
     refused(served.post({"model": NAME, "prompt": "a", **fields}), 400, told, param=[*fields][-1])
+
+
+def test_drafts_of_a_server_that_makes_none(run: OpenedModel) -> None:
+    with serving(run, draft_depth=None, speculative=False) as plain:
+        told = "draft_depth must be 0 on this server, which makes no drafts, not 1."
+        refused(plain.post({"prompt": "a", "draft_depth": 1}), 400, told)
 
 
 def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
