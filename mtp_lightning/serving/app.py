@@ -46,7 +46,7 @@ class Endpoint:
         meters: count requests.
 
     Raises:
-        UserError: the chat template is invalid.
+        UserError: see :class:`BodyParser`.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from mtp_lightning.command_line import shell
 from mtp_lightning.errors import UserError
 from mtp_lightning.serving import start
+from tests.decoding.models import opened_model
 from tests.integration.helpers import ROOT, environment, execute
 from tests.serving.conftest import config, events
 
@@ -44,6 +46,7 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
             line,
         )
         assert found, line + (process.communicate(timeout=60)[1] if not line else "")
+        assert re.fullmatch(r"context: \d+ tokens\n", process.stdout.readline())
         assert process.stdout.readline().startswith("CPU layers by ")
         yield process, found[1], found[2]
     finally:
@@ -118,6 +121,23 @@ def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
     assert done.returncode == 1 and done.stdout == "", done
     assert done.stderr.startswith("error: draft_depth=7, but the model drafts 2 tokens")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.extras
+def test_prompts_that_do_not_fit_are_refused_at_the_start() -> None:
+    from mtp_lightning.serving.parsing import BodyParser
+
+    run = opened_model(0, seq_len=64)
+    with pytest.raises(UserError, match=r"max_prompt=65, but .* on 64 tokens: use at most 64, or"):
+        BodyParser(config(max_prompt=65), run, name="x", max_draft=0)
+    BodyParser(config(max_prompt=65, long="slide"), run, name="x", max_draft=0)
+
+
+def test_the_context_of_heads_on_an_imported_trunk_is_told() -> None:
+    run = opened_model(0, seq_len=64)
+    imported = replace(run, brings_trunk=True)
+    assert start._context(run) == start._context(imported) == "context: 64 tokens"
+    assert "64 tokens, the window of its training" in start._context(replace(imported, step=5))
 
 
 def test_an_address_that_no_machine_has() -> None:
