@@ -315,7 +315,7 @@ def test_drafts_start_at_the_servers_default(
 @in_a_browser
 def test_long_passes_are_titled_and_drawn_whole(run: OpenedModel, browser: Browser) -> None:
     with serving(run, lookup=4, draft_depth=1, batch_size=1) as found:
-        opened(browser, found, width=770)
+        opened(browser, found, width=800)
         browser.run("document.getElementById('tokens').value = 200")
         browser.run("document.getElementById('prompt').value = 'import os'.repeat(8)")
         press(browser, "race")
