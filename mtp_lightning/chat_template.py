@@ -79,7 +79,7 @@ class ChatTemplate:
         """The prompt for the model's answer.
 
         Args:
-            messages: each with ``role`` and ``content``.
+            messages: each with ``role`` and ``content``, and perhaps ``name``.
 
         Raises:
             UserError: the template does not take these messages.

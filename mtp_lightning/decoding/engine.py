@@ -7,9 +7,9 @@
                 print(sequence.request.index, sequence.fresh().token_ids, sequence.finish_reason)
 
 A text depends on its own request alone, not on the other sequences of the batch. Greedy text equals
-that of plain decoding token for token; a sample is determined by ``seed`` and ``index``. With
-``draft_depth="auto"`` and no measurement a sample also depends on timing, and with ``lookup`` on
-whether the engine has one slot, but its distribution remains the trunk's.
+that of plain decoding token for token; a sample is determined by ``seed``, ``index`` and the number
+of its drafts. With ``draft_depth="auto"`` and no measurement a sample also depends on timing, and
+with ``lookup`` on whether the engine has one slot, but its distribution remains the trunk's.
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ class Engine:
         decoder.session.reserve(room)
         sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
         tokens, logits_BV = decoder.join(
-            windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
+            windows,
+            [r.sampling for r in requests],
+            [(r.seed, r.index, self._most_drafts(r)) for r in requests],
         )
         self._sequences += sequences
         logits_BTV = logits_BV.unsqueeze(1)
@@ -320,6 +322,13 @@ class Engine:
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)
         return known.sampled.best if known is not None and request.temperature else None
+
+    def _most_drafts(self, request: Request) -> int:
+        """The most drafts of a request's rounds."""
+        if self.options.tree is not None:
+            return len(self.options.tree)
+        fixed = self._fixed_depth(request)
+        return max(self.max_draft if fixed is None else fixed, self.options.lookup)
 
     def _free_finished(self) -> None:
         """Free the slots of finished sequences."""

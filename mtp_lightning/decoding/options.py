@@ -212,9 +212,9 @@ class DecodingOptions(TextOptions):
         for option, others in _NOT_TOGETHER.items():
             asked = self._asked(option)
             for other in filter(None, map(self._asked, others)) if asked else ():
-                raise _not_together(str(asked), other)
+                raise not_together(str(asked), other)
         if (verify := self._asked("verify")) and not (self.speculative or self.lookup):
-            raise _not_together(verify, "speculative=false")
+            raise not_together(verify, "speculative=false")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any], **known: Any) -> Self:
@@ -323,7 +323,7 @@ class DecodingOptions(TextOptions):
                 f"draft_vocab={tokens}, but the model has {vocab} tokens: use at most {vocab}."
             )
         if rank > 1:
-            raise _not_together(f"draft_vocab={tokens}", f"mtp.rank={rank}")
+            raise not_together(f"draft_vocab={tokens}", f"mtp.rank={rank}")
         if model.head_of(1) is not model.head:
             raise UserError(
                 f"draft_vocab={tokens} shortens the trunk's head, and mtp="
@@ -336,5 +336,6 @@ def _values(options: Any, kind: type) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in fields(kind)}
 
 
-def _not_together(asked: str, other: str) -> UserError:
+def not_together(asked: str, other: str) -> UserError:
+    """The error for two settings of which only one may be given."""
     return UserError(f"{asked} does not go together with {other}: leave one of them out.")

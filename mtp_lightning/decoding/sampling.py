@@ -29,7 +29,7 @@ class Sampling:
         temperature: divides the logits; 0 is greedy.
         top_k: keep the k most probable tokens; among tokens equal to the k-th, the lowest ids.
         top_p: keep the fewest most probable tokens that together reach this probability
-            (Holtzman et al. 2020); applied after ``top_k``.
+            (Holtzman et al. 2020), at least one; applied after ``top_k``.
 
     Raises:
         UserError: a value out of range.
@@ -45,8 +45,8 @@ class Sampling:
             raise UserError(f"temperature={t} must be a number of at least 0 (0 is greedy).")
         if k is not None and (not is_whole(k) or k < 1):
             raise UserError(f"top_k={k} must be a whole number of at least 1, or null for all.")
-        if p is not None and (not is_number(p) or not 0 < p <= 1):
-            raise UserError(f"top_p={p} must lie above 0 and at most at 1; null or 1 keeps all.")
+        if p is not None and (not is_number(p) or not 0 <= p <= 1):
+            raise UserError(f"top_p={p} must be a number from 0 (the likeliest token) to 1 (all).")
 
     @property
     def greedy(self) -> bool:
@@ -67,7 +67,8 @@ class Sampling:
             logits = logits / max(self.temperature, _LEAST)
         probs = torch.softmax(logits, dim=-1)
         n_tokens = logits.shape[-1]
-        top_k, top_p = min(self.top_k or n_tokens, n_tokens), self.top_p or 1.0
+        top_k = min(self.top_k or n_tokens, n_tokens)
+        top_p = 1.0 if self.top_p is None else self.top_p
         if top_k == n_tokens and top_p == 1:
             return probs
         return _largest(probs, top_k, max(top_p, _LEAST))
@@ -151,37 +152,46 @@ class RowSampling:
 
 class Noise:
     """The uniform random numbers in [0, 1) of a batch whose rows come and go. A row's numbers
-    depend only on its seed, its index and the rounds since it joined.
+    depend only on its seed, its index, its number of drafts and the rounds since it joined.
+
+    Every round has ``most`` numbers that draw drafts, ``most`` that judge them and one for the
+    trunk's own token. A row of fewer drafts takes the first of each; its others are 0.
 
     Args:
-        per_round: numbers that a row takes per round.
+        most: most drafts of a row per round.
         device: device of the returned tensors.
     """
 
-    def __init__(self, per_round: int, device: torch.device | str) -> None:
-        self._per_round, self._device = per_round, device
-        self._generators: list[torch.Generator] = []
+    def __init__(self, most: int, device: torch.device | str) -> None:
+        self._most, self._device = most, device
+        # For every row, its generator and the places of its numbers.
+        self._rows: list[tuple[torch.Generator, Tensor]] = []
 
-    def join(self, streams: Sequence[tuple[int, int]]) -> Tensor:
-        """Append rows, by seed and index; returns their numbers of a first round."""
+    def join(self, streams: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Append rows, by seed, index and number of drafts; returns their numbers of a first
+        round."""
         joined = []
-        for seed, index in streams:
+        for seed, index, drafts in streams:
             # Spread out, so that no two small pairs (seed, index) share a stream. The generator
             # takes a seed of 32 bits.
             number = (seed * 1_000_003 + index * 2_654_435_761) % 2**32
-            joined.append(torch.Generator().manual_seed(number))
-        self._generators += joined
+            own = torch.arange(drafts)
+            places = torch.cat((own, own + self._most, torch.tensor([2 * self._most])))
+            joined.append((torch.Generator().manual_seed(number), places))
+        self._rows += joined
         return self._draw(joined)
 
     def next(self) -> Tensor:
-        """The numbers of every row for the next round, [B, per_round] fp64."""
-        return self._draw(self._generators)
+        """The numbers of every row for the next round, [B, 2 * most + 1] fp64."""
+        return self._draw(self._rows)
 
-    def _draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        rows = [torch.rand(self._per_round, generator=g, dtype=torch.float64) for g in generators]
-        return torch.stack(rows).to(self._device)
+    def _draw(self, rows: Sequence[tuple[torch.Generator, Tensor]]) -> Tensor:
+        drawn = torch.zeros(len(rows), 2 * self._most + 1, dtype=torch.float64)
+        for row, (generator, places) in zip(drawn, rows, strict=True):
+            row[places] = torch.rand(len(places), generator=generator, dtype=torch.float64)
+        return drawn.to(self._device)
 
     def drop_row(self, row: int) -> None:
         """Drop a row; the last row moves to its slot."""
-        self._generators[row] = self._generators[-1]
-        self._generators.pop()
+        self._rows[row] = self._rows[-1]
+        self._rows.pop()

@@ -62,7 +62,7 @@ class Fresh(NamedTuple):
 
     Attributes:
         token_ids: their ids.
-        pieces: the characters that each of them completes.
+        pieces: the characters of the text that each of them completes.
         depths: the depth of each as a draft; 0 where the trunk chose the token itself, which ends
             a pass.
         looked_up: whether each is a draft that the text itself gave.
@@ -265,7 +265,8 @@ class TextSequence:
         self._pieces += map(self._detokenizer.add, new)
 
     def _look_for_stop(self, before: int) -> None:
-        """If a new token completes a stop string, drop the tokens after it."""
+        """If a new token completes a stop string, drop the tokens after it and the characters from
+        the stop string on."""
         for end in range(before + 1, len(self.token_ids) + 1):
             self._read(end)
             searched = max(0, len(self._text) + 1 - self._longest_stop)
@@ -274,12 +275,18 @@ class TextSequence:
             if found:
                 del self.token_ids[end:], self.depths[end:], self.lookup_mask[end:]
                 self._text = self._text[: min(found)]
+                begins = itertools.accumulate(map(len, self._pieces), initial=0)
+                self._pieces = [
+                    piece[: max(len(self._text) - begin, 0)]
+                    for piece, begin in zip(self._pieces, begins, strict=False)
+                ]
                 self.finish_reason = "stop"
                 return
 
     def fresh(self) -> Fresh:
         """The tokens since the last call that certainly belong to the text. Tokens that could begin
-        a stop string are held back, and those of a stop string are never returned."""
+        a stop string are held back; of those that do, only a token that begins before the stop
+        string is returned, and its piece ends there."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
         self._read(end)
@@ -299,10 +306,8 @@ class TextSequence:
     def _known_end(self) -> int:
         end = len(self.token_ids)
         if self.finish_reason == "stop":
-            # Up to the token that completes the text; the next ones begin the stop string.
-            ends, length = list(itertools.accumulate(map(len, self._pieces))), len(self._text)
-            last = bisect_left(ends, length)
-            return last + (ends[last] == length) if length else 0
+            # Up to the token that completes the text; the next ones begin with the stop string.
+            return max((n for n, piece in enumerate(self._pieces, 1) if piece), default=0)
         if self.finish_reason is None and self.request.stop:
             assert self._detokenizer is not None
             if self._detokenizer.waits:  # for a character, which could begin a stop string

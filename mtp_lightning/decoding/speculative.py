@@ -107,7 +107,7 @@ class Decoder:
         self._vocab = session.model.config.trunk.vocab_size
         self._most = self._most_drafts()
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
-        self._noise = Noise(2 * self._most + 1, session.tokens_BS.device)
+        self._noise = Noise(self._most, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
         self._row_sampling: RowSampling | None = None
 
@@ -119,14 +119,15 @@ class Decoder:
         self,
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[Sampling],
-        streams: Sequence[tuple[int, int]],
+        streams: Sequence[tuple[int, int, int]],
     ) -> tuple[list[int], Tensor]:
         """Append rows and read their prompts.
 
         Args:
             prompts: token ids of the prompts.
             samplings: how tokens are chosen, both the trunk's and the drafts.
-            streams: seed and index of the rows' random numbers.
+            streams: seed and index of the rows' random numbers, and the most drafts of each per
+                round, which decide how many numbers it takes.
 
         Returns:
             The first token of every new row, and the logits [new rows, V] that it was chosen by.

@@ -16,7 +16,7 @@ from mtp_lightning.command_line.vetting import require_prompts
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import keeper
 from mtp_lightning.decoding.generate import OnTokens
-from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions, not_together
 from mtp_lightning.decoding.paying import settle_drafts
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.decoding.sequence import rates
@@ -64,8 +64,12 @@ def generate_text(cfg: Any) -> list[Generation]:
         raise UserError(f"output={cfg.output} is unknown: choose text or json.")
     require_bool("show_drafts", cfg.show_drafts)
     DecodingOptions.from_config(cfg)  # checks the options before a large model is read
+    if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
+        raise not_together("show_drafts=true", "speculative=false")
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
     run = open_for(cfg)
+    if cfg.show_drafts and not cfg.lookup:
+        run.model.mtp.require_drafts()
     terminal = sys.stdout.isatty()
     marks: Colors | Brackets | None = None
     if cfg.show_drafts:

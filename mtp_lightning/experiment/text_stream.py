@@ -95,8 +95,7 @@ class TextStream:
                 self.write(shown)
 
     def end(self, generation: Generation) -> None:
-        """Write the rest of a finished text: an incomplete character, or the part of a token before
-        a stop string."""
+        """Write the rest of a finished text, which is an incomplete character."""
         self.write(self._shown((generation.text or "")[self._length :]) + "\n")
 
     def write(self, text: str) -> None:

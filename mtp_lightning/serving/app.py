@@ -46,7 +46,7 @@ class Endpoint:
         meters: count requests.
 
     Raises:
-        UserError: the chat template is invalid.
+        UserError: see :class:`BodyParser`.
     """
 
     def __init__(
@@ -67,9 +67,14 @@ class Endpoint:
         self.max_body = cfg.max_body
         self.hosts = [str(host).lower() for host in (cfg.host, *cfg.hosts)]
         self.created = int(time.time())
-        options, longest = engine.options, cfg.max_new_tokens
+        options, longest, most = engine.options, cfg.max_new_tokens, engine.max_draft
+        known = options.measured
         self.facts = {  # about the model, next to OpenAI's fields
-            "draft_depth": engine.max_draft,
+            "draft_depth": {  # of a request that sets none
+                "greedy": most if known is None else known.greedy.best,
+                "sampled": most if known is None else known.sampled.best,
+            },
+            "max_draft_depth": most,
             "lookup": options.lookup,
             "tree": None if options.tree is None else list(options.tree.widths),
             "chat": self.parser.template is not None,
@@ -80,7 +85,7 @@ class Endpoint:
         """The application, without FastAPI's own pages, which load files from the internet."""
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
         app.add_api_route("/", _page)
-        app.add_api_route("/health", self.health)
+        app.add_api_route("/health", self.health, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/models/{name:path}", self.model)

@@ -39,7 +39,7 @@ class BodyParser:
         max_draft: most drafts per round.
 
     Raises:
-        UserError: the chat template is invalid.
+        UserError: the prompts asked for are longer than the context.
     """
 
     def __init__(self, cfg: Any, run: OpenedModel, *, name: str, max_draft: int) -> None:
@@ -58,7 +58,11 @@ class BodyParser:
         self._room: int | None = None  # most tokens of a prompt and its text together
         if cfg.long == "refuse":
             self._room = run.seq_len
-            self._max_prompt = min(self._max_prompt, run.seq_len)
+            if self._max_prompt > run.seq_len:
+                raise UserError(
+                    f"max_prompt={cfg.max_prompt}, but the model was trained on {run.seq_len} "
+                    f"tokens: use at most {run.seq_len}, or set long=slide."
+                )
         # encode_specials sets a switch of the tokenizer for a moment, which decoding does not read:
         # one thread encodes at a time.
         self._encoding = threading.Lock()
@@ -129,8 +133,10 @@ class BodyParser:
         try:
             # Templates know the role by its older name.
             roles = {"developer": "system"}
-            said = [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
-            text = self.template.render(said)
+            said = [m.model_dump(exclude_none=True) for m in messages]
+            text = self.template.render(
+                [{**m, "role": roles.get(m["role"], m["role"])} for m in said]
+            )
         except UserError as error:
             raise Refusal(str(error), param="messages") from error
         return self._checked(self._encoded(text, specials=True), "messages")

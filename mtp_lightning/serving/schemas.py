@@ -7,6 +7,7 @@ would change the text but is not supported is refused, not ignored. A null count
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -46,6 +47,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "tool_choice": "none",
     "tools": [],
 }
+_EMPTY = {"annotations", "tool_calls"}  # fields of a message that are dropped if they are empty
 _SHOWN = 60  # characters of a client's value in a message
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 # What a field must be, by the type of pydantic's error; numbers get their bounds from the schema.
@@ -118,6 +120,15 @@ class Message(_Strict):
 
     role: Role
     content: Annotated[Text, BeforeValidator(_joined)]
+    name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, fields: Any) -> Any:
+        """The fields of a message, such as an answer of OpenAI's, that are not empty."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if name not in _EMPTY or value != []}
 
 
 class StreamOptions(_Strict):
@@ -146,14 +157,19 @@ class Body(_Strict):
     @classmethod
     def _asks_for_nothing(cls, fields: Any) -> Any:
         """Drop fields that do not change the text, and refuse unsupported ones that would."""
-        known = {}
+        known, choice = {}, fields.get("tool_choice")
+        unused = {"tools"} if choice == "none" else set()
+        if choice == "auto" and not fields.get("tools"):
+            unused = {"tool_choice"}
         for name, value in fields.items():
-            if value is None or name in _IGNORED:
+            if value is None or name in _IGNORED | unused:
                 continue
             if name in cls.model_fields:
                 known[name] = value
             elif name not in _NEUTRAL:
                 remedy = suggestion(name, cls.model_fields, "leave it out.")
+                if name == "max_completion_tokens":  # a chat's
+                    remedy = "give max_tokens."
                 told = f"The field {shown(name)} is not known here: {remedy}"
                 raise Refusal(told, param=shown(name).strip('"'))
             elif not _same(value, _NEUTRAL[name]):
@@ -200,9 +216,13 @@ def parse(body: bytes, kind: type[AnyBody]) -> AnyBody:
         content = json.loads(body.decode("utf-8"), parse_constant=_no_number)
     except UnicodeDecodeError:
         raise Refusal("The body is not UTF-8: send JSON in UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise Refusal(f"The body is not JSON: {told}.") from None
+    except RecursionError:
+        raise Refusal("The body is nested too deeply: nest it less.") from None
+    except (json.JSONDecodeError, UserError) as error:
+        raise Refusal(f"The body is not JSON: {error}.") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise Refusal(f"The body holds a number of more than {most} digits: shorten it.") from None
     if not isinstance(content, dict):
         raise Refusal(f"The body must be a JSON object, not {shown(content)}.")
     try:
@@ -248,6 +268,8 @@ def _number(kind: type[Body], name: str) -> str:
     """The numbers that a field accepts, in words."""
     said = kind.model_json_schema()["properties"][name]
     said = next((part for part in said.get("anyOf", ()) if part["type"] != "null"), said)
+    if name == "draft_depth" and said["maximum"] == 0:
+        return "0 on this server, which makes no drafts"
     number = "a whole number" if said["type"] == "integer" else "a number"
     return f"{number} from {said['minimum']} to {said['maximum']}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -20,7 +21,7 @@ from mtp_lightning.serving.guard import Connection
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.worker import Worker
 
-# Seconds after the grace period, for the current round and for sending the rest.
+# Seconds for the current round, and after the last one for sending the rest.
 _SPARE_SECONDS = 5
 
 
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
             lifespan="off",
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=int(self._grace) + _SPARE_SECONDS,
+            timeout_graceful_shutdown=_SPARE_SECONDS,
         )
         super().__init__(config)
 
@@ -70,8 +71,10 @@ class Server(uvicorn.Server):
             self.worker.join(_SPARE_SECONDS)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse waiting requests, and give running ones the grace period."""
+        """Refuse waiting and new requests, and give running ones the grace period."""
         self.worker.close(self._grace)
+        while self.worker.is_alive() and not self.force_exit:
+            await asyncio.sleep(0.05)
         await super().shutdown(sockets)
 
     @contextmanager

@@ -13,6 +13,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import kernels_told
 from mtp_lightning.experiment.generating import open_for
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.run.layout import CHECKPOINTS
 from mtp_lightning.settings import require, require_number, require_whole
 
@@ -38,6 +39,7 @@ def serve(cfg: Any) -> None:
         name, address = _name(cfg, run.path), _address(listening)
         server = Server(cfg, run, name=name)
         print(f"{name} (page: {address.removesuffix('v1')}) answers at {address}", flush=True)
+        print(_context(run), flush=True)
         if told := kernels_told(run.model.head.weight.device.type):
             print(told, flush=True)
         server.run([listening])
@@ -91,6 +93,17 @@ def _name(cfg: Any, file: Path) -> str:
     if file.parent.name == CHECKPOINTS:
         return file.parent.parent.name
     return file.name if file.is_dir() else file.stem
+
+
+def _context(run: OpenedModel) -> str:
+    """One line about the model's context."""
+    told = f"context: {run.seq_len} tokens"
+    if not (run.brings_trunk and run.step):  # not a training that began with an imported trunk
+        return told
+    return (
+        f"{told}, the window of its training; exported with max_positions=N, as mtp-lightning "
+        "heads does, it reads up to the context of its trunk"
+    )
 
 
 def _address(listening: socket.socket) -> str:

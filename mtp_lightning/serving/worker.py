@@ -171,7 +171,7 @@ class Worker(threading.Thread):
         text, done = "".join(fresh.pieces), None
         if sequence.finish_reason is not None:
             done = sequence.generation()
-            # Adds incomplete characters, and characters before a stop string in the same token.
+            # Adds an incomplete character.
             text += (done.text or "")[served.length + len(text) :]
             self._meters.drafts(done)
             del self._running[sequence]

@@ -119,8 +119,19 @@ def test_a_continuation_in_bytes_and_words(
     assert done.generation().text == "".join(done.fresh().pieces) == text
     done = sequence(llama, prompt, ids, stop)
     wanted, found, _ = text.partition(stop)
-    assert done.generation().text == wanted
+    assert done.generation().text == "".join(done.fresh().pieces) == wanted
     assert done.finish_reason == ("stop" if found else "length")
+
+
+def test_a_token_that_begins_before_the_stop_string_is_cut_there() -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    ids = tokenizer.encode("a text ").tolist()
+    whole = [tokenizer.decode([i]) for i in ids]
+    word, number = next((piece, n) for n, piece in enumerate(whole) if len(piece) > 2)
+    done = sequence(tokenizer, [1], ids, word[1:])
+    fresh = done.fresh()
+    assert fresh.pieces == [*whole[:number], word[0]] and done.generation().new_tokens == number + 1
+    assert fresh.token_ids == ids[: number + 1]
 
 
 def test_tokens_without_text_hide_no_stop_string() -> None:

@@ -108,8 +108,8 @@ REFUSED = [
     ({"temperature": -1}, "temperature=-1"),
     ({"temperature": math.nan}, "temperature=nan"),
     ({"top_k": 0}, "top_k=0"),
-    ({"top_p": 0}, "top_p=0"),
-    ({"top_p": 1.5}, "top_p=1.5"),
+    ({"top_p": -0.1}, "top_p=-0.1"),
+    ({"top_p": 1.5}, "top_p=1.5 must be a number from 0"),
 ]
 # A model, options that it does not support, and words of the message.
 REFUSED_OF_A_MODEL = [

@@ -253,6 +253,27 @@ def test_samples_keep_the_measured_number_beside_any_other_text() -> None:
     assert text(False) == text(True)
 
 
+@pytest.mark.parametrize("lookup", [0, 3])
+def test_a_sample_depends_on_its_own_number_of_drafts_alone(lookup: int) -> None:
+    """Whatever the engine's most drafts are, and whether the number is asked for or measured."""
+    model, (prompt,) = small_model(3, 2), random_prompts(3, (4,))
+    asked: dict[str, Any] = {"max_new_tokens": 30, "temperature": 1.0, "seed": 5}
+    shared: dict[str, Any] = {"lookup": lookup, "batch_size": 1}
+    engines = [
+        DecodingOptions(draft_depth=d, measured=MEASURED if d == "auto" else None, **shared)
+        for d in ("auto", 1, 2)
+    ]
+    for drafts in (0, 1, 2, None):
+        depth = drafts or (MEASURED.sampled.best if drafts is None else None)
+        options = {"draft_depth": depth, "speculative": depth is not None, "lookup": lookup}
+        (wanted,) = generate(model, [prompt], **asked, **options)
+        able = [own for own in engines if own.max_draft(model) >= (depth or 0)]
+        for own in able[:1] if drafts is None else able:
+            with Engine(model, own) as engine:
+                (found,) = finished(engine, [Request(prompt=prompt, draft_depth=drafts, **asked)])
+            assert found.token_ids == wanted.token_ids, (drafts, own.draft_depth)
+
+
 def test_a_request_has_its_own_number_and_greedy_text_never_changes() -> None:
     model, prompts = small_model(4, 2), random_prompts(4, (4, 6, 3))
     options = DecodingOptions(draft_depth="auto", measured=MEASURED, batch_size=3)

@@ -77,8 +77,9 @@ def test_a_tiny_temperature_is_finite():
 def test_settings_that_are_nothing_in_single_precision_are_greedy():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     best = torch.tensor([[0.0, 1.0, 0.0]])
-    for options in ({"temperature": 1e-320}, {"temperature": 1.0, "top_p": 1e-320}):
-        assert torch.equal(Sampling(**options).probabilities(logits), best)
+    for options in ({"temperature": 1e-320}, {"top_p": 1e-320}, {"top_p": 0}):
+        sampling = Sampling(**{"temperature": 1.0, **options})
+        assert torch.equal(sampling.probabilities(logits), best)
 
 
 def test_draw_inverts_the_distribution():
@@ -201,9 +202,9 @@ def test_samples_do_not_depend_on_neighbours():
     assert generate(model, prompts, **{**options, "seed": 4})[0].token_ids != together[0].token_ids
 
 
-def rows_of(streams, rounds, *, seed=5, per_round=7):
-    noise = Noise(per_round, "cpu")
-    first = noise.join([(seed, index) for index in streams])
+def rows_of(streams, rounds, *, seed=5, drafts=3, most=3):
+    noise = Noise(most, "cpu")
+    first = noise.join([(seed, index, drafts) for index in streams])
     return torch.stack([first, *(noise.next().clone() for _ in range(rounds))], dim=1)
 
 
@@ -214,15 +215,21 @@ def test_noise_belongs_to_the_prompt():
     assert not torch.equal(rows_of([0], 3, seed=6), rows_of([0], 3))
 
 
+def test_noise_depends_on_the_rows_drafts_and_not_on_the_batchs():
+    padded = rows_of([0, 1], 3, drafts=2, most=5)
+    assert torch.equal(padded[..., [0, 1, 5, 6, 10]], rows_of([0, 1], 3, drafts=2, most=2))
+    assert not padded[..., [2, 3, 4, 7, 8, 9]].any()
+
+
 def test_rows_come_and_go_without_a_trace():
     expected = rows_of(range(40), 200)
-    noise, alive, rounds = Noise(7, "cpu"), [], {}
+    noise, alive, rounds = Noise(3, "cpu"), [], {}
     generator = torch.Generator().manual_seed(1)
     waiting = list(range(40))
     while waiting or alive:
         while waiting and len(alive) < 4 and torch.rand((), generator=generator) < 0.5:
             index = waiting.pop(0)
-            assert torch.equal(noise.join([(5, index)])[0], expected[index, 0])
+            assert torch.equal(noise.join([(5, index, 3)])[0], expected[index, 0])
             alive.append(index)
             rounds[index] = 0
         if not alive:

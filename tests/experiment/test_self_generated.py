@@ -272,7 +272,7 @@ def test_what_cannot_speak(base: Path, tmp_path: Path) -> None:
         corpus(base, tmp_path, new_tokens=42).prepare()
     for key, value in (
         ("n_prompts", 1), ("prompt_tokens", 0), ("new_tokens", 0.5), ("sample_seed", -1),
-        ("decode_batch_size", 0), ("temperature", -1.0), ("top_p", 0.0),
+        ("decode_batch_size", 0), ("temperature", -1.0), ("top_p", -0.1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=key):
             corpus(base, tmp_path, **{key: value})

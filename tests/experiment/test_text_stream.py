@@ -134,6 +134,18 @@ def asked(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     yield ask
 
 
+def test_drafts_that_are_not_made_cannot_be_shown(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="show_drafts=true does not go together with spec"):
+        asked(prompt="ab", show_drafts=True, speculative=False)
+    headless = opened_model(0, seq_len=64, depth=0)
+    monkeypatch.setattr(generating, "open_model", lambda *args, **options: headless)
+    with pytest.raises(ValueError, match="no MTP depth to draft with"):
+        asked(prompt="ab", show_drafts=True)
+    asked(prompt="ab", show_drafts=True, speculative=False, lookup=2)
+
+
 def test_what_generate_says_at_the_end(
     asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ evaluate.py checkpoint=FOLDER decode.new_tokens=1 => decode.new_tokens must be |
 generate.py checkpoint=FOLDER prompt=a draft_depth=0  [15 s] =>
     draft_depth=0 must be | at least 1 | speculative=false is plain decoding
 serve.py checkpoint=FOLDER draft_depth=0  [15 s] => speculative=false is plain decoding
-generate.py checkpoint=FOLDER top_p=2 => top_p must be a number in (0, 1], not 2
+generate.py checkpoint=FOLDER top_p=2 => top_p must be a number in [0, 1], not 2
 serve.py checkpoint=FOLDER port=99999 => port must be a number in [0, 65535], not 99999
 export.py checkpoint=FOLDER output=x dtype=float8 => dtype=float8 | choose one of float32
 # what is missing

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from mtp_lightning.command_line import shell
 from mtp_lightning.errors import UserError
 from mtp_lightning.serving import start
+from tests.decoding.models import opened_model
 from tests.integration.helpers import ROOT, environment, execute
 from tests.serving.conftest import config, events
 
@@ -44,6 +46,7 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
             line,
         )
         assert found, line + (process.communicate(timeout=60)[1] if not line else "")
+        assert re.fullmatch(r"context: \d+ tokens\n", process.stdout.readline())
         assert process.stdout.readline().startswith("CPU layers by ")
         yield process, found[1], found[2]
     finally:
@@ -56,7 +59,7 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     ("grace", "number", "code"), [(60, signal.SIGTERM, 143), (0, signal.SIGINT, 130)]
 )
 def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: int) -> None:
-    """Who waits is told at once; running texts end, or are cut when their time is up."""
+    """Who waits or comes is told at once; running texts end, or are cut when their time is up."""
     import httpx2
 
     settings = [f"checkpoint={finished}", f"grace={grace}", "batch_size=1", "long=slide"]
@@ -78,6 +81,9 @@ def test_a_signal_in_the_midst(finished: Path, grace: int, number: int, code: in
                 time.sleep(0.01)
             process.send_signal(number)
             waiting.join(60)
+            if grace:  # the socket stays open until the running text has ended
+                assert httpx2.get(metrics.replace("metrics", "health")).status_code == 503
+                assert httpx2.post(f"{url}/completions", json=body).status_code == 503
             told += list(found)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == code and waited == [503]
@@ -115,6 +121,23 @@ def test_a_refusal_is_one_sentence_and_a_code(finished: Path) -> None:
     assert done.returncode == 1 and done.stdout == "", done
     assert done.stderr.startswith("error: draft_depth=7, but the model drafts 2 tokens")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.extras
+def test_prompts_that_do_not_fit_are_refused_at_the_start() -> None:
+    from mtp_lightning.serving.parsing import BodyParser
+
+    run = opened_model(0, seq_len=64)
+    with pytest.raises(UserError, match=r"max_prompt=65, but .* on 64 tokens: use at most 64, or"):
+        BodyParser(config(max_prompt=65), run, name="x", max_draft=0)
+    BodyParser(config(max_prompt=65, long="slide"), run, name="x", max_draft=0)
+
+
+def test_the_context_of_heads_on_an_imported_trunk_is_told() -> None:
+    run = opened_model(0, seq_len=64)
+    imported = replace(run, brings_trunk=True)
+    assert start._context(run) == start._context(imported) == "context: 64 tokens"
+    assert "64 tokens, the window of its training" in start._context(replace(imported, step=5))
 
 
 def test_an_address_that_no_machine_has() -> None:

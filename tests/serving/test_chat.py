@@ -98,6 +98,37 @@ def test_a_message_in_parts_and_by_a_newer_role_is_as_in_other_servers(served: S
     assert said[0].usage.prompt_tokens == said[1].usage.prompt_tokens
 
 
+def test_what_changes_nothing_is_accepted(served: Serving) -> None:
+    said = {"role": "assistant", "content": "b", "refusal": None}
+    answered = [*MESSAGES, {**said, "annotations": [], "tool_calls": []}, MESSAGES[1]]
+    plain = [*MESSAGES, said, MESSAGES[1]]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    texts = set()
+    for fields in (
+        {"messages": plain},
+        {"messages": answered},
+        {"messages": [{**message, "name": "me"} for message in plain]},
+        {"messages": plain, "tools": tools, "tool_choice": "none"},
+        {"messages": plain, "tools": [], "tool_choice": "auto"},
+        {"messages": plain, "tool_choice": "auto"},
+    ):
+        body = {"max_tokens": 9, "temperature": 0, **fields}
+        answer = served.post(body, path="chat/completions")
+        assert answer.status_code == 200, answer.text
+        texts.add(answer.json()["choices"][0]["message"]["content"])
+    assert len(texts) == 1
+
+
+def test_a_template_may_read_names(talking: OpenedModel) -> None:
+    template = "{% for m in messages %}{{ m.name }}{% endfor %}"
+    state = {**talking.tokenizer_state, "beside": {"chat_template.jinja": template}}
+    with serving(replace(talking, tokenizer_state=state)) as api:
+        messages = [{"role": "user", "content": "a", "name": "me"}]
+        body = {"messages": messages, "max_tokens": 2}
+        answer = api.post(body, path="chat/completions").json()
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
 def test_the_prompt_is_that_of_transformers(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -195,13 +226,18 @@ def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
         ({"messages": [{"role": "king", "content": "a"}]}, "A role must be one of assistant"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "A role must be one of"),
         ({"messages": [{"role": "user"}]}, "content must be a string, not null"),
-        ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, "not known here"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "not known here"),
+        (
+            {"messages": [{"role": "user", "content": "a", "name": 5}]},
+            "name must be a string, not 5",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type text"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "A user speaks first"),
         ({"top_logprobs": 2}, "needs logprobs=true"),
         ({"logprobs": 2}, "logprobs must be true or false"),
         ({"max_tokens": 2, "max_completion_tokens": 3}, "differ"),
         ({"tools": [{"type": "function"}]}, "tools=a list of 1 is not supported"),
+        ({"tools": [], "tool_choice": "required"}, 'tool_choice="required" is not supported'),
         ({"response_format": {"type": "json_object"}}, "response_format=an object is not"),
         ({"reasoning_effort": "high"}, "not known here"),
         ({"prompt": "a"}, "not known here"),

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.decoding.adaptive import Measured, Payoff
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import ROOT
 from tests.hostile import MARKS, Page
@@ -285,6 +287,48 @@ def test_switches_and_the_keyboard(
     browser.run("document.getElementById('prompt').value = ''")
     press(browser, "write")
     assert "no text" in browser.run("document.getElementById('status').textContent")
+
+
+@in_a_browser
+def test_drafts_start_at_the_servers_default(
+    run: OpenedModel, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never, one = Payoff((1.0, 9.0, 9.0), (0.5, 0.5)), Payoff((1.0, 1.0, 9.0), (0.9, 0.9))
+    options = DecodingOptions(draft_depth="auto", measured=Measured(greedy=one, sampled=never))
+    monkeypatch.setattr("mtp_lightning.serving.server.drafts_settled", lambda *_: options)
+    with serving(run) as found:
+        (model,) = found.get("v1/models").json()["data"]
+        assert model["mtp"]["draft_depth"] == {"greedy": 1, "sampled": 0}
+        assert model["mtp"]["max_draft_depth"] == 2
+        opened(browser, found)
+        about = "document.getElementById('about').textContent"
+        assert "up to 2 tokens, by default 1 (in samples 0)," in browser.run(about)
+        for value, depth in ((0, "1"), (1, "0"), (0, "1")):
+            browser.run(f"""(() => {{
+                document.getElementById("temperature").value = {value};
+                document.getElementById("temperature").dispatchEvent(new Event("input"));
+            }})()""")
+            assert browser.run("document.getElementById('depth-shown').textContent") == depth
+        assert browser.run("document.getElementById('depth').max") == "2"
+
+
+@in_a_browser
+def test_long_passes_are_titled_and_drawn_whole(run: OpenedModel, browser: Browser) -> None:
+    with serving(run, lookup=4, draft_depth=1, batch_size=1) as found:
+        opened(browser, found, width=800)
+        browser.run("document.getElementById('tokens').value = 200")
+        browser.run("document.getElementById('prompt').value = 'import os'.repeat(8)")
+        press(browser, "race")
+        title = browser.run("document.querySelector('article h2').textContent")
+        assert title == "With drafts, up to 4 per pass"
+        widths = browser.run("""(() => {
+            const parent = document.querySelector(".passes");
+            parent.replaceChildren();
+            const taken = ["a", "b", "c", "a long one"];
+            drawPass(parent, {before: "x", taken, own: "y", left: [], number: 1});
+            return [parent.scrollWidth, parent.clientWidth];
+        })()""")
+        assert widths[0] <= widths[1]
 
 
 @in_a_browser
