@@ -5,7 +5,7 @@
 
 The folder is a sweep's (sweep.json, a folder per trial), with the study in ``study.db``. The same
 command continues it, first with interrupted trials. TPE (Bergstra et al. 2011) proposes values;
-after a quarter of its steps, a trial is stopped if its validation loss is above the median of the
+after a quarter of its steps, a trial is stopped if its best loss so far is above the median of the
 others at the same step.
 """
 
