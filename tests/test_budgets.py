@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/decoding": 4_812,
     "mtp_lightning/distributed": 1_300,
     "mtp_lightning/experiment": 2_798,
-    "mtp_lightning/heads": 806,
+    "mtp_lightning/heads": 814,
     "mtp_lightning/interop": 5_260,
     "mtp_lightning/loggers": 667,
     "mtp_lightning/metrics": 1_035,

@@ -46,6 +46,8 @@ _VOCAB = 4096
 _RATE, _WIDTH = 0.004, 576
 # Share of the texts of a chat model that are chats, and the temperature of all.
 _CHATS, _TEMPERATURE = 0.6, 0.8
+# Seconds of a measured call above which it is not repeated.
+_LONG = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,18 +298,22 @@ def _fastest(run: OpenedModel, window: int, *, on_cpu: bool) -> tuple[str, float
     """The precision to train in, and the FLOP/s of reading windows in it."""
     if not on_cpu:
         return "auto", _reads(run, window, half=True)  # bf16-mixed
-    # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
-    fp32, bf16 = _reads(run, window, half=False), _reads(run, window, half=True)
-    return ("bf16-mixed", bf16) if bf16 > fp32 else ("32-true", fp32)
+    fp32 = _reads(run, window, half=False)
+    # bf16 is twice as fast as fp32 on some CPUs, and ten times slower on those without it, where
+    # one window takes as long as all in fp32.
+    if _reads(run, window, half=True, batch=1) > fp32 / 4:
+        bf16 = _reads(run, window, half=True)
+        return ("bf16-mixed", bf16) if bf16 > fp32 else ("32-true", fp32)
+    return "32-true", fp32
 
 
-def _reads(run: OpenedModel, window: int, *, half: bool) -> float:
-    """FLOP/s of reading windows, in fp32 or in bf16."""
+def _reads(run: OpenedModel, window: int, *, half: bool, batch: int = _BATCH) -> float:
+    """FLOP/s of reading ``batch`` windows, in fp32 or in bf16."""
     depth = run.model.depth
     device = run.model.head.weight.device
-    tokens = torch.zeros(_BATCH, window + depth + 1, dtype=torch.long, device=device)
+    tokens = torch.zeros(batch, window + depth + 1, dtype=torch.long, device=device)
     windows = WindowBatch(tokens, depth)
-    flops = forward_flops(run.model.config, window) * _BATCH
+    flops = forward_flops(run.model.config, window) * batch
 
     @torch.no_grad()
     def read() -> None:
@@ -332,7 +338,7 @@ def _writes(run: OpenedModel) -> float:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The median of three calls after a first one."""
+    """The median of three calls after a first one, which is enough if it takes long."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -341,5 +347,7 @@ def _seconds(work: Callable[[], None]) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once()
+    first = once()
+    if first > _LONG:  # start-up is a small part of it
+        return first
     return median(once() for _ in range(3))

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_hours_are_divided(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda run, window, half: 1e9 if half else 1e8)
+    monkeypatch.setattr(planning, "_reads", lambda *_, half, **__: 1e9 if half else 1e8)
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
     monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
@@ -96,6 +96,28 @@ def test_the_model_is_measured_where_it_is_trained(
     assert used == ["cuda", True] and found.precision == "auto"
 
 
+def test_a_slow_precision_is_not_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def reads(run: Any, window: int, *, half: bool, batch: int = 8) -> float:
+        asked.append((half, batch))
+        return slow if half else 70e9
+
+    monkeypatch.setattr(planning, "_reads", reads)
+    run: Any = None
+    slow = 7e9
+    assert planning._fastest(run, 128, on_cpu=True) == ("32-true", 70e9)
+    assert asked == [(False, 8), (True, 1)], "one window tells"
+    slow = 60e9
+    assert planning._fastest(run, 128, on_cpu=True) == ("32-true", 70e9)
+    assert asked[2:] == [(False, 8), (True, 1), (True, 8)]
+    for seconds, calls in ((0.5, 4), (3.0, 1)):
+        clock, worked = iter([x for i in range(4) for x in (10.0 * i, 10.0 * i + seconds)]), []
+        monkeypatch.setattr(time, "perf_counter", clock.__next__)
+        assert planning._seconds(lambda: worked.append(1)) == seconds  # noqa: B023
+        assert len(worked) == calls
+
+
 @pytest.mark.slow
 def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
     model: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +130,7 @@ def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
 def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
     monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
-    monkeypatch.setattr(planning, "_reads", lambda run, window, half: 1e8)
+    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
     # A window fills the context of 48 tokens: there is no room for the format.
     alone = planning.plan(model, hours=1.0, files=[], overrides=[])
