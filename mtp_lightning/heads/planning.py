@@ -48,6 +48,10 @@ _VOCAB = 4096
 _RATE, _WIDTH = 0.004, 576
 # Share of the texts of a chat model that are chats, and the temperature of all.
 _CHATS, _TEMPERATURE = 0.6, 0.8
+# Seconds of five programs; FLOPs per weight of mtp.init=last_block (8192 tokens), and those that
+# read text in the time of a quick certificate of eight prompts, which decodes token by token
+# (SmolLM2, AMD EPYC, AVX2, 2026-11-30). A small model's certificate takes a minute.
+_STARTS, _BEGINNING, _CERTIFICATE = 90.0, 16_000, 230_000
 # Seconds of a measured call above which it is not repeated.
 _LONG = 2.0
 
@@ -144,9 +148,10 @@ class HeadsPlan:
         yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
         whole = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
         over = f", more than --hours={self.hours:g}" if whole > 1.02 * self.hours else ""
+        others = f", with {_minutes(self.others)} for start, certificate, export and speed"
         yield (
-            f"time       about {_minutes(whole)} in all on this machine{over}, with "
-            f"{_minutes(self.others)} for certificate, export and speed"
+            f"time       about {_minutes(whole)} in all on this machine{over}"
+            + (others if self.others else "")
         )
 
     def train(self) -> list[str]:
@@ -276,7 +281,7 @@ def _plan(
     )
     precision, speed = _fastest(run, window, on_cpu=device == "cpu")
     step = (alone if data.cache_states else with_trunk) * found.batch / speed
-    others = _others(found.weights, speed)
+    others = 0.0 if further else _others(found.weights, speed)  # a graft is only exported
     # Seconds that the other phases leave; at least half of the hours.
     left, share = max(3600 * hours - others, 1800 * hours), _TRAINING + (_TEXTS if files else 0)
     written = each = read = 0.0
@@ -318,8 +323,8 @@ def _plan(
 
 
 def _others(weights: int, speed: float) -> float:
-    """Seconds of start-up, certificate, export and measuring the speed; as measured on SmolLM2."""
-    return 60.0 + 1000 * weights / speed
+    """Seconds for the start of training, the certificate, the export and timing drafts."""
+    return _STARTS + weights * _BEGINNING / speed + max(60.0, weights * _CERTIFICATE / speed)
 
 
 def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:

@@ -42,6 +42,8 @@ def test_the_hours_are_divided(
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
     monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    assert planning._others(135 * 10**6, 80e9) == pytest.approx(505, abs=5)  # SmolLM2
+    assert planning._others(1000, 80e9) == pytest.approx(150, abs=1)
     monkeypatch.setattr(planning, "_others", lambda *_: 0.0)
     one, two = (planning.plan(model, hours=h, files=[], overrides=[]) for h in (1.0, 2.0))
     # 35 of the 48 tokens of a text are new, at 1,000 per second; reading them takes some time, too.
