@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from data_modules.cache import build_once, cache_folder, state_of
-from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff
+from mtp_lightning.decoding.adaptive import MIN_GAIN_MEASURED, AutoDepth, Measured, Payoff
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.fused import version
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
@@ -197,8 +197,8 @@ def told(measured: Measured) -> str:
     """A sentence about a measurement, for people."""
     greedy, samples = _fastest(measured.greedy), _fastest(measured.sampled)
     return (
-        f"Measured once, for this machine: {greedy} for greedy text, {samples} for samples. "
-        "draft_depth=N sets another number."
+        f"Measured once, for this machine: {greedy} for greedy text, {samples} for samples; "
+        f"a gain below {MIN_GAIN_MEASURED - 1:.0%} is not used. draft_depth=N sets another number."
     )
 
 

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from mtp_lightning.command_line import vetting
 from mtp_lightning.command_line.literal import literal
 from mtp_lightning.command_line.shell import composing
 from mtp_lightning.paths import CONF
@@ -26,6 +27,17 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return compose(name, overrides=literal(list(overrides)))
+
+
+def checked_config(overrides: Sequence[str]) -> DictConfig:
+    """Compose the config of train.py, and check it as train.py does.
+
+    Raises:
+        UserError: the config has a mistake.
+    """
+    cfg = compose_config("config", overrides)
+    vetting.check(OmegaConf.to_container(cfg), "config", overrides)  # type: ignore[arg-type]
+    return cfg
 
 
 def overridden(group: str) -> list[str]:

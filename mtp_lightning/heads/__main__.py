@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.command_line.shell import Parser, Stopped, readable_errors
 from mtp_lightning.errors import UserError
+from mtp_lightning.run.folder import claimed
 from mtp_lightning.settings import require_number
 from mtp_lightning.stored import read_json
 
@@ -41,22 +43,29 @@ def main(argv: list[str] | None = None, *, program: str = "python -m mtp_lightni
         require_number("--hours", args.hours, above=0)
         require_inputs(args, args.model)
         folder = output_of(args, args.model, "heads")
-        found = make_plan(args.model, folder, args, [args.model], keep=not args.dry_run)
         if args.dry_run:
+            make_plan(args.model, folder, args, [args.model], keep=False)
             return
-        run = run_training(found, folder)
-        run_phase(
-            "certificate",
-            folder / CERTIFICATE / "certificate.json",
-            ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
-        )
-        run_export(run, folder, found.context)
-        way = [f"--activations={found.activations}"]
-        way += [f"--draft-vocab={found.draft_vocab}"] if found.draft_vocab else []
-        model, speed = str(folder / EXPORT), folder / SPEED
-        command = ["mtp_lightning.heads.speed", model, *way, "--output", str(speed)]
-        run_phase("speed", speed, command)
-        _say_result(folder, found)
+        with alone_in(folder):
+            _run(args, folder)
+
+
+def _run(args: Any, folder: Path) -> None:
+    """All phases."""
+    found = make_plan(args.model, folder, args, [args.model], keep=True)
+    run = run_training(found, folder)
+    run_phase(
+        "certificate",
+        folder / CERTIFICATE / "certificate.json",
+        ["mtp_lightning.certify", str(run), "--quick", "--output", str(folder / CERTIFICATE)],
+    )
+    run_export(run, folder, found.context)
+    way = [f"--activations={found.activations}"]
+    way += [f"--draft-vocab={found.draft_vocab}"] if found.draft_vocab else []
+    model, speed = str(folder / EXPORT), folder / SPEED
+    command = ["mtp_lightning.heads.speed", model, *way, "--output", str(speed)]
+    run_phase("speed", speed, command)
+    _say_result(folder, found)
 
 
 def add_options(parser: Parser, *, output: str, hours: str) -> None:
@@ -99,6 +108,11 @@ def output_of(args: Any, model: Path, ending: str) -> Path:
     return (args.output or Path(f"{name}_{ending}")).resolve()
 
 
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Holds the folder of all results, so that no second command works in it."""
+    return claimed(folder, option="--output", seconds=0)
+
+
 def make_plan(
     model: Path,
     folder: Path,
@@ -108,7 +122,8 @@ def make_plan(
     keep: bool,
     further: bool = False,
 ) -> Any:
-    """The folder's plan, or a new one for the options ``args``, which is printed.
+    """The folder's plan, or a new one for the options ``args``, which is printed. A plan that no
+    training has begun is made again for other options.
 
     Args:
         model: the model that gets heads.
@@ -129,28 +144,29 @@ def make_plan(
     texts = [str(Path(text).resolve()) for text in args.text]
     asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
     states = [state_of(source, "") for source in sources]
+    found, wanted = None, {"model": str(model.resolve()), **asked, "sources": states}
     if file.is_file():
         try:
             found = HeadsPlan(**read_json(file))
         except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}): give another --output.") from error
-        for name, value in {"model": str(model.resolve()), **asked}.items():
-            if getattr(found, name) != value:
-                option = "--text" if name == "files" else name
-                raise UserError(
-                    f"{folder} was begun with {option}={getattr(found, name)}, not {value}: repeat "
-                    "that command, or give another --output."
-                )
-        if found.sources != states:
-            raise UserError(
-                f"{folder} was begun with other files than {' and '.join(map(str, sources))} has "
-                "now: give another --output."
-            )
-    else:
+    changed = [name for name, value in wanted.items() if found and getattr(found, name) != value]
+    if found is None or (changed and not (folder / RUN).exists()):
         found = replace(plan(model, further=further, **asked), sources=states)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(asdict(found), file)
+    elif changed == ["sources"]:
+        raise UserError(
+            f"{folder} was begun with other files than {' and '.join(map(str, sources))} has "
+            "now: give another --output."
+        )
+    elif changed:
+        option = "--text" if changed[0] == "files" else changed[0]
+        raise UserError(
+            f"{folder} was begun with {option}={getattr(found, changed[0])}, not "
+            f"{wanted[changed[0]]}: repeat that command, or give another --output."
+        )
     print("\n".join(found.lines()), flush=True)
     return found
 

@@ -22,6 +22,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.heads.__main__ import (
     EXPORT,
     add_options,
+    alone_in,
     make_plan,
     output_of,
     require_inputs,
@@ -74,7 +75,8 @@ def main(argv: list[str], *, program: str) -> None:
         output = output_of(args, args.tuned, "graft")
         if (output / EXPORT).exists():
             raise UserError(f"{output / EXPORT} exists: choose another --output or remove it.")
-        _run(args, output)
+        with alone_in(output):
+            _run(args, output)
 
 
 def _run(args: Any, output: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.chat_template import ChatTemplate
@@ -21,6 +21,8 @@ from mtp_lightning.command_line.literal import quoted
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.compose import checked_config
+from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
@@ -32,12 +34,12 @@ from mtp_lightning.run.config import key_of
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_whole
 
-# Shares of the hours: texts and the trunk's states of them, and steps. The rest is for start-up,
-# validations, the certificate and the export.
+# Shares of the hours that the later phases leave: texts and the trunk's states of them, and steps.
+# The rest is for start-up and validations.
 _TEXTS, _TRAINING = 0.45, 0.35
 _BATCH = 8
 _PROMPT, _NEW, _WINDOW = 32, 88, 128
-_FEWEST = 64  # texts, of which some are held out
+_FEWEST, _FEWEST_STEPS = 64, 10  # texts, of which some are held out, and steps
 # Number of first token ids that the modules are trained on, if the vocabulary has at least four
 # times as many: the head of a small model is most of a step's work.
 _VOCAB = 4096
@@ -46,6 +48,12 @@ _VOCAB = 4096
 _RATE, _WIDTH = 0.004, 576
 # Share of the texts of a chat model that are chats, and the temperature of all.
 _CHATS, _TEMPERATURE = 0.6, 0.8
+# Seconds of five programs; FLOPs per weight of mtp.init=last_block (8192 tokens), and those that
+# read text in the time of a quick certificate of eight prompts, which decodes token by token
+# (SmolLM2, AMD EPYC, AVX2, 2026-11-30). A small model's certificate takes a minute.
+_STARTS, _BEGINNING, _CERTIFICATE = 90.0, 16_000, 230_000
+# Seconds of a measured call above which it is not repeated.
+_LONG = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +64,14 @@ class HeadsPlan:
         model: path of the model, absolute.
         hours: hours of this machine, for everything.
         window: tokens of a training window, which a generated text fills.
+        batch: windows of a step.
         texts: number of texts to generate; 0 if files of text are given.
         files: the user's text files, instead of generated texts.
         steps: optimizer steps.
         tokens_per_second: measured generation speed; 0 with files.
         flops_per_second: measured FLOP/s of the forward pass in ``precision``.
         weights: number of the model's weights.
+        head: the kind of the modules, as in ``mtp=``.
         head_weights: number of the modules' weights.
         overrides: further settings of training, as typed.
         depth: number of modules that are trained.
@@ -73,50 +83,60 @@ class HeadsPlan:
         state_bytes: size of the trunk's states of all texts.
         chat: the chat format's texts before a question, and between it and the answer; empty for a
             model without one.
+        chat_share: share of the texts that are chats.
         context: the most positions of the model, which the export states.
         sources: the cache keys of the files that the model is made of.
+        writing: hours for the texts and the trunk's states of them.
+        training: hours for the steps.
+        others: hours for the phases after training.
     """
 
     model: str
     hours: float
     window: int
-    texts: int
     files: list[str]
-    steps: int
-    tokens_per_second: float
-    flops_per_second: float
     weights: int
-    head_weights: int
     overrides: list[str]
     context: int
+    depth: int
+    switches: list[str]
+    rate: float
+    draft_vocab: int | None
+    chat: list[str]
+    chat_share: float
+    # Numbers that are always valid, until the hours are divided.
+    batch: int = _BATCH
+    texts: int = 1000
+    steps: int = 1000
+    tokens_per_second: float = 0.0
+    flops_per_second: float = 0.0
+    head: str = "sequential"
+    head_weights: int = 0
     sources: list[str] = field(default_factory=list)
-    depth: int = 1
-    switches: list[str] = field(default_factory=list)
-    rate: float = 0.001
     precision: str = "32-true"
     activations: str = "fp32"
-    draft_vocab: int | None = None
     state_bytes: int = 0
-    chat: list[str] = field(default_factory=list)
+    writing: float = 0.0
+    training: float = 0.0
+    others: float = 0.0
 
     def lines(self) -> Iterator[str]:
         """The plan in sentences, printed before training."""
         yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
-        many = "one sequential module" if self.depth == 1 else f"{self.depth} sequential modules"
+        many = f"one {self.head} module" if self.depth == 1 else f"{self.depth} {self.head} modules"
         yield f"head       {many} of {self.head_weights / 1e6:,.1f} M weights"
         if self.files:
             yield f"text       {', '.join(self.files)}"
         else:
-            chats = f" ({_CHATS:.0%} of them chats)" if self.chat else ""
+            chats = f" ({self.chat_share:.0%} of them chats)" if self.chat_share else ""
             yield (
                 f"text       {self.texts:,} texts{chats} that the model writes itself and then "
-                f"reads, about {_minutes(self.hours * _TEXTS)} at {self.tokens_per_second:,.0f} "
+                f"reads, about {_minutes(self.writing)} at {self.tokens_per_second:,.0f} "
                 f"tokens per second with activations={self.activations}"
             )
-        hours = self.hours * (_TRAINING + (_TEXTS if self.files else 0))
         yield (
-            f"training   {self.steps:,} steps of {_BATCH * self.window:,} tokens, about "
-            f"{_minutes(hours)} at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
+            f"training   {self.steps:,} steps of {self.batch * self.window:,} tokens, about "
+            f"{_minutes(self.training)} at {self.flops_per_second / 1e9:,.0f} GFLOP/s in "
             f"{self.precision}, at a rate of {self.rate:.2g}"
             + (f", on the first {self.draft_vocab:,} tokens alone" if self.draft_vocab else "")
         )
@@ -126,7 +146,13 @@ class HeadsPlan:
         # are the trunk's states of the texts.
         disk = 4 * (4 * self.weights + 8 * self.head_weights) + self.state_bytes
         yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
-        yield f"time       about {_minutes(self.hours)} in all on this machine"
+        whole = (self.writing + self.training) / (_TEXTS + _TRAINING) + self.others
+        over = f", more than --hours={self.hours:g}" if whole > 1.02 * self.hours else ""
+        others = f", with {_minutes(self.others)} for start, certificate, export and speed"
+        yield (
+            f"time       about {_minutes(whole)} in all on this machine{over}"
+            + (others if self.others else "")
+        )
 
     def train(self) -> list[str]:
         """The overrides of train.py."""
@@ -144,7 +170,7 @@ class HeadsPlan:
             ]
             if self.chat:
                 before, after = map(quoted, self.chat)
-                data += [f"data.chat_share={_CHATS}", f"data.chat_before={before}"]
+                data += [f"data.chat_share={self.chat_share}", f"data.chat_before={before}"]
                 data += [f"data.chat_after={after}"]
         return [
             "experiment=posthoc_heads",
@@ -155,13 +181,29 @@ class HeadsPlan:
             *([f"objective.draft_vocab={self.draft_vocab}"] if self.draft_vocab else []),
             *data,
             f"data.seq_len={self.window}",
-            f"data.batch_size={_BATCH}",
+            f"data.batch_size={self.batch}",
             f"optimizer.lr={self.rate:.2g}",
             f"trainer.max_steps={self.steps}",
             f"trainer.val_check_interval={max(self.steps // 4, 1)}",
             f"trainer.precision={self.precision}",
             *self.overrides,
         ]
+
+    def as_in(self, cfg: Any) -> HeadsPlan:
+        """The plan with the settings of a config, which the overrides may have changed."""
+        return replace(
+            self,
+            depth=cfg.mtp.depth,
+            window=cfg.data.seq_len,
+            batch=cfg.data.batch_size,
+            texts=cfg.data.get("n_prompts", 0),
+            steps=cfg.trainer.max_steps,
+            rate=cfg.optimizer.lr,
+            precision=cfg.trainer.precision,
+            activations=cfg.data.get("activations", "fp32"),
+            draft_vocab=cfg.objective.draft_vocab,
+            chat_share=cfg.data.get("chat_share", 0.0),
+        )
 
 
 def _minutes(hours: float) -> str:
@@ -209,61 +251,80 @@ def _plan(
 ) -> HeadsPlan:
     """:func:`plan` by a look at the model on a device."""
     run = open_model(path, device=device)
-    trunk, mtp = run.model.config.trunk, run.model.config.mtp
-    _require_trainable(path, mtp, further)
+    trunk, own = run.model.config.trunk, run.model.config.mtp
+    _require_trainable(path, own, further)
     window = min(_WINDOW, run.seq_len)
-    typed = {key_of(word): word.partition("=")[2] for word in overrides}
-    depth = yaml.safe_load(typed.get("mtp.depth", str(max(mtp.depth, 1))))
-    require_whole("mtp.depth", depth, least=1)
-    config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=depth, freeze_trunk=True))
-    draft_vocab = _VOCAB if trunk.vocab_size >= 4 * _VOCAB else None
-    cost = StepCost(config, Objective(term=KL(), draft_vocab=draft_vocab))
-    with_trunk, alone = (
-        cost(window, range(1, depth + 1), main=False, stored=stored) for stored in (False, True)
-    )
-    precision, speed = _fastest(run, window, on_cpu=device == "cpu")
-    # After the speed is measured, since it changes the model's products.
-    integers = device == "cpu" and not files and multiply_integers(run.model) is None
-    written = 0.0 if files else _writes(run)
-    seconds, texts, read = 3600 * hours * _TRAINING, 0, float(window)  # tokens read, per text
-    chat: list[str] = []
-    if files:  # every step computes the trunk's states again
-        seconds += 3600 * hours * _TEXTS
-    else:
-        chat, around = _chat(run, window)
-        asked = _CHATS * (window - _new(window)) if chat else 0  # tokens of questions, per text
-        read += _CHATS * around
-        each = (_new(window) + asked) / written + (with_trunk - alone) * read / window / speed
-        texts = int(3600 * hours * _TEXTS / each)
-    steps = int(seconds * speed / ((with_trunk if files else alone) * _BATCH))
-    if steps < 10 or (not files and texts < _FEWEST):
-        raise UserError(
-            f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
-            "machine: give more."
-        )
-    weights = run.model.config.num_trunk_params()
-    return HeadsPlan(
+    chat, around = ([], 0) if files else _chat(run, window)
+    first = HeadsPlan(
         model=str(path.resolve()),
         hours=hours,
         window=window,
-        texts=texts,
         files=files,
-        steps=steps,
-        tokens_per_second=written,
-        flops_per_second=speed,
-        weights=weights,
-        head_weights=config.num_params() - weights,
+        weights=run.model.config.num_trunk_params(),
         overrides=overrides,
         context=run.seq_len,
-        depth=depth,
-        switches=_switches(mtp) if further else [],
+        depth=max(own.depth, 1),
+        switches=_switches(own) if further else [],
         rate=_RATE * min(_WIDTH / trunk.d_model, 1) / (4 if further else 1),
-        precision=precision,
-        activations="int8" if integers else "fp32",
-        draft_vocab=draft_vocab,
-        state_bytes=int(4 * texts * read * trunk.d_model),
+        draft_vocab=_VOCAB if trunk.vocab_size >= 4 * _VOCAB else None,
         chat=chat,
+        chat_share=_CHATS if chat else 0.0,
     )
+    cfg = checked_config(first.train())
+    found, data = first.as_in(cfg), cfg.data
+    config = ModelConfig(trunk=trunk, mtp=instantiate(cfg.mtp, kind=MTPConfig))
+    require_whole("mtp.depth", config.mtp.depth, least=1)
+    cost = StepCost(config, Objective(term=KL(), draft_vocab=found.draft_vocab))
+    with_trunk, alone = (
+        cost(found.window, range(1, found.depth + 1), main=False, stored=stored)
+        for stored in (False, True)
+    )
+    precision, speed = _fastest(run, window, on_cpu=device == "cpu")
+    step = (alone if data.cache_states else with_trunk) * found.batch / speed
+    others = 0.0 if further else _others(found.weights, speed)  # a graft is only exported
+    # Seconds that the other phases leave; at least half of the hours.
+    left, share = max(3600 * hours - others, 1800 * hours), _TRAINING + (_TEXTS if files else 0)
+    written = each = read = 0.0
+    integers = False
+    if not files:
+        # After the speed is measured, since it changes the model's products.
+        integers = device == "cpu" and "data.activations=fp32" not in overrides
+        integers = integers and multiply_integers(run.model) is None
+        written = _writes(run)
+        read = data.prompt_tokens + data.new_tokens + data.chat_share * around  # tokens, per text
+        each = (data.new_tokens + data.chat_share * data.prompt_tokens) / written
+        each += (with_trunk - alone) * read / found.window / speed if data.cache_states else 0
+    steps, texts = int(left * share / step), int(left * _TEXTS / each) if each else 0
+    typed = {key_of(word) for word in overrides}
+    least = max(
+        0 if "trainer.max_steps" in typed else _FEWEST_STEPS * step / share,
+        0 if "data.n_prompts" in typed else _FEWEST * each / _TEXTS,
+    )
+    if least > left:
+        enough = 1.1 * min(least + others, 2 * least) / 3600
+        raise UserError(
+            f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
+            f"machine, and heads need {_FEWEST_STEPS} and {_FEWEST}: give --hours={enough:.2g}."
+        )
+    activations = "int8" if integers else "fp32"
+    final = replace(first, steps=steps, texts=texts, precision=precision, activations=activations)
+    final = final.as_in(checked_config(final.train()))
+    return replace(
+        final,
+        tokens_per_second=written,
+        flops_per_second=speed,
+        head=config.mtp.variant,
+        head_weights=config.num_params() - first.weights,
+        state_bytes=int(4 * final.texts * read * trunk.d_model) if data.cache_states else 0,
+        writing=final.texts * each / 3600,
+        training=final.steps * step / 3600,
+        others=others / 3600,
+    )
+
+
+def _others(weights: int, speed: float) -> float:
+    """Seconds for the start of training, the certificate, the export and timing drafts."""
+    return _STARTS + weights * _BEGINNING / speed + max(60.0, weights * _CERTIFICATE / speed)
 
 
 def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:
@@ -279,7 +340,11 @@ def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:
 
 def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
     """The texts around a chat's question, and their tokens; none without format or room."""
-    template = ChatTemplate.of(run.tokenizer_state)
+    try:
+        template = ChatTemplate.of(run.tokenizer_state)
+    except UserError as error:
+        print(f"{run.path}: {error} No text is a chat.", file=sys.stderr)
+        return [], 0
     around = None if template is None else template.around()
     if around is None:
         return [], 0
@@ -296,18 +361,22 @@ def _fastest(run: OpenedModel, window: int, *, on_cpu: bool) -> tuple[str, float
     """The precision to train in, and the FLOP/s of reading windows in it."""
     if not on_cpu:
         return "auto", _reads(run, window, half=True)  # bf16-mixed
-    # bf16 is twice as fast as fp32 on some CPUs that have it, and slower on others.
-    fp32, bf16 = _reads(run, window, half=False), _reads(run, window, half=True)
-    return ("bf16-mixed", bf16) if bf16 > fp32 else ("32-true", fp32)
+    fp32 = _reads(run, window, half=False)
+    # bf16 is twice as fast as fp32 on some CPUs, and ten times slower on those without it, where
+    # one window takes as long as all in fp32.
+    if _reads(run, window, half=True, batch=1) > fp32 / 4:
+        bf16 = _reads(run, window, half=True)
+        return ("bf16-mixed", bf16) if bf16 > fp32 else ("32-true", fp32)
+    return "32-true", fp32
 
 
-def _reads(run: OpenedModel, window: int, *, half: bool) -> float:
-    """FLOP/s of reading windows, in fp32 or in bf16."""
+def _reads(run: OpenedModel, window: int, *, half: bool, batch: int = _BATCH) -> float:
+    """FLOP/s of reading ``batch`` windows, in fp32 or in bf16."""
     depth = run.model.depth
     device = run.model.head.weight.device
-    tokens = torch.zeros(_BATCH, window + depth + 1, dtype=torch.long, device=device)
+    tokens = torch.zeros(batch, window + depth + 1, dtype=torch.long, device=device)
     windows = WindowBatch(tokens, depth)
-    flops = forward_flops(run.model.config, window) * _BATCH
+    flops = forward_flops(run.model.config, window) * batch
 
     @torch.no_grad()
     def read() -> None:
@@ -332,7 +401,7 @@ def _writes(run: OpenedModel) -> float:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The median of three calls after a first one."""
+    """The median of three calls after a first one, which is enough if it takes long."""
 
     def once() -> float:
         began = time.perf_counter()
@@ -341,5 +410,7 @@ def _seconds(work: Callable[[], None]) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once()
+    first = once()
+    if first > _LONG:  # start-up is a small part of it
+        return first
     return median(once() for _ in range(3))

@@ -19,7 +19,6 @@ from mtp_lightning.interop.names import has_layout
 from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
-    CheckFailed,
     check_bytes,
     check_tokenizer,
     check_trained,
@@ -39,8 +38,7 @@ def export(cfg: Any) -> Path:
 
     Raises:
         UserError: an option out of range, a model that no layout fits.
-        CheckFailed: what was written is not the model; it keeps the temporary name, and the next
-            export to the same output removes it.
+        CheckFailed: what was written is not the model.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
@@ -55,9 +53,7 @@ def export(cfg: Any) -> Path:
     try:
         (_fill_file if as_file else _fill)(partial, target, run, model, cfg)
         partial.replace(whole)
-    except CheckFailed:
-        raise
-    except BaseException:  # such as a full disk or Ctrl-C
+    except BaseException:  # such as a failed check, a full disk or Ctrl-C
         _remove(partial)
         raise
     return target

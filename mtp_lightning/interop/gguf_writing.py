@@ -145,7 +145,9 @@ def check_file(
         raise CheckFailed(f"the tokenizer in {file} gives {found[:8]}..., not {wanted[:8]}...")
     yield f"its tokenizer gives the same {len(wanted)} ids for a text"
     if llama_cpp.is_there():
-        yield from llama_cpp.check(file, back.model, tokenizer, dtype=dtype, context=back.seq_len)
+        yield from llama_cpp.check(
+            file, back.model, back.tokenizer, dtype=dtype, context=back.seq_len
+        )
     else:
         yield "llama.cpp itself did not read it: pip install -e '.[engines]' lets it"
 

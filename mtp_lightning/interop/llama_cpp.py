@@ -113,7 +113,7 @@ def check(
     Args:
         file: a GGUF file.
         model: what the file holds, with its rounded values, on the CPU.
-        tokenizer: with ``eot_id``.
+        tokenizer: the file's, with ``end_ids``.
         dtype: the file's, a name of ``gguf_writing.TYPES``.
         context: tokens that the file states as its context, which llama.cpp does not exceed.
 
@@ -130,8 +130,9 @@ def check(
         return
     prompts = _prompts(model, begun)
     plain = generate(model, prompts, max_new_tokens=new, speculative=False, eot_id=None)
-    # llama.cpp is told not to end a text.
-    ended = [[*text.token_ids, tokenizer.eot_id].index(tokenizer.eot_id) for text in plain]
+    # llama.cpp is told not to end a text, and then never chooses a token that would.
+    ends = tokenizer.end_ids
+    ended = [[*(t in ends for t in text.token_ids), True].index(True) for text in plain]
     kept = [i for i, n in enumerate(ended) if n]
     if not kept:
         yield "llama.cpp was not asked: the model ends every text at once"

@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, *, option: str = "run_dir", seconds: float = _SECONDS) -> Iterator[None]:
     """Hold a run's folder during a block; create it if needed.
 
     If the block ends with an error before the run has made a step, the folder is removed, unless it
@@ -33,6 +33,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
     Args:
         folder: the run's folder.
+        option: the setting that names the folder, for the message.
+        seconds: the longest time to wait for another process.
 
     Raises:
         BlockingIOError: another process trains in it.
@@ -41,14 +43,14 @@ def claimed(folder: Path) -> Iterator[None]:
     held = any((folder / name).exists() for name in _OTHERS)
     lock = Lock(folder / _LOCK_FILE)
     try:
-        had = lock.wait(seconds=_SECONDS)
+        had = lock.wait(seconds=seconds)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         had = True  # the file system has no locks
     if not had:
         raise BlockingIOError(
-            f"Another process trains in {folder}: wait for its end, or take another run_dir."
+            f"Another process trains in {folder}: wait for its end, or take another {option}."
         )
     for left in (folder / CHECKPOINTS).glob(".*.tmp"):  # left by a kill during a save
         left.unlink(missing_ok=True)

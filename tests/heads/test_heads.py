@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.command_line.literal import literal
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning
-from mtp_lightning.heads.__main__ import PLAN, main, run_phase
+from mtp_lightning.heads.__main__ import PLAN, RUN, main, make_plan, run_phase
 from mtp_lightning.opening import open_model
+from mtp_lightning.run.folder import claimed
 from tests.heads.conftest import Refused
 from tests.integration import helpers
 from tests.interop import folders
@@ -36,10 +38,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_hours_are_divided(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda run, window, half: 1e9 if half else 1e8)
+    monkeypatch.setattr(planning, "_reads", lambda *_, half, **__: 1e9 if half else 1e8)
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
     monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    assert planning._others(135 * 10**6, 80e9) == pytest.approx(505, abs=5)  # SmolLM2
+    assert planning._others(1000, 80e9) == pytest.approx(150, abs=1)
+    monkeypatch.setattr(planning, "_others", lambda *_: 0.0)
     one, two = (planning.plan(model, hours=h, files=[], overrides=[]) for h in (1.0, 2.0))
     # 35 of the 48 tokens of a text are new, at 1,000 per second; reading them takes some time, too.
     assert 0.8 < one.texts * 35 / 1000 / (0.45 * 3600) < 1 and one.window == 48
@@ -68,12 +73,43 @@ def test_the_hours_are_divided(
     cfg = helpers.composed("config", literal(["data=text", paths]))
     assert mine.texts == 0 and list(cfg.data.paths) == texts
     assert mine.train()[-1] == "optimizer.lr=0.1"
-    with pytest.raises(UserError, match="--hours=1e-06 holds 0 steps"):
+    with pytest.raises(UserError, match="--hours=1e-06 holds 0 steps") as few:
         planning.plan(model, hours=1e-6, files=[], overrides=[])
+    enough = float(str(few.value).rpartition("=")[2].rstrip("."))
+    least = planning.plan(model, hours=enough, files=[], overrides=[])
+    assert 64 <= least.texts < 75 and least.steps >= 10
     main([str(model), "--dry-run"])
     said = capsys.readouterr().out
     assert "texts that the model writes itself and then reads, about 27 minutes at 1,000" in said
     assert not Path("hub_heads").exists()
+
+
+def test_the_plan_is_of_the_run_that_is_trained(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
+    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    monkeypatch.setattr(planning, "_others", lambda *_: 600.0)
+
+    def said(hours: float, *overrides: str) -> str:
+        found = planning.plan(model, hours=hours, files=[], overrides=list(overrides))
+        return "\n".join(found.lines())
+
+    numbers = ["data.n_prompts=500", "trainer.max_steps=2000", "data.batch_size=4"]
+    told = said(1.0, *numbers, "data.seq_len=24", "optimizer.lr=0.3", "data.activations=fp32")
+    assert "500 texts that" in told and "2,000 steps of 96 tokens" in told
+    assert "at a rate of 0.3" in told and "with activations=fp32" in told
+    assert "about 15 minutes in all" in told and "with 10 minutes for" in told
+    assert "one parallel module of" in said(1.0, "mtp=parallel")
+    assert "2 parallel modules of" in said(1.0, "mtp=parallel", "mtp.depth=2")
+    with pytest.raises(UserError, match="mtp.depth=0"):
+        said(1.0, "mtp.depth=0")
+    with pytest.raises(UserError, match="data.seq_len must be a whole"):
+        said(1.0, "data.seq_len=none")
+    # The other phases take ten minutes: they leave 50 of an hour, and half of five.
+    assert "about 22 minutes at" in said(1.0) and "about 60 minutes in all on" in said(1.0)
+    short = said(0.1)
+    assert "about 13 minutes in all on this machine, more than --hours=0.1," in short
 
 
 def test_the_model_is_measured_where_it_is_trained(
@@ -96,6 +132,28 @@ def test_the_model_is_measured_where_it_is_trained(
     assert used == ["cuda", True] and found.precision == "auto"
 
 
+def test_a_slow_precision_is_not_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def reads(run: Any, window: int, *, half: bool, batch: int = 8) -> float:
+        asked.append((half, batch))
+        return slow if half else 70e9
+
+    monkeypatch.setattr(planning, "_reads", reads)
+    run: Any = None
+    slow = 7e9
+    assert planning._fastest(run, 128, on_cpu=True) == ("32-true", 70e9)
+    assert asked == [(False, 8), (True, 1)], "one window tells"
+    slow = 60e9
+    assert planning._fastest(run, 128, on_cpu=True) == ("32-true", 70e9)
+    assert asked[2:] == [(False, 8), (True, 1), (True, 8)]
+    for seconds, calls in ((0.5, 4), (3.0, 1)):
+        clock, worked = iter([x for i in range(4) for x in (10.0 * i, 10.0 * i + seconds)]), []
+        monkeypatch.setattr(time, "perf_counter", clock.__next__)
+        assert planning._seconds(lambda: worked.append(1)) == seconds  # noqa: B023
+        assert len(worked) == calls
+
+
 @pytest.mark.slow
 def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
     model: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,8 +166,10 @@ def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
 def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
     monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
-    monkeypatch.setattr(planning, "_reads", lambda run, window, half: 1e8)
+    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
     monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    chats, around = planning._chat(open_model(model), 32)
+    assert chats == ["${x}'Q\n", "\nA:"] and around == 10
     # A window fills the context of 48 tokens: there is no room for the format.
     alone = planning.plan(model, hours=1.0, files=[], overrides=[])
     assert alone.chat == [] and not any("chat" in word for word in alone.train())
@@ -171,7 +231,11 @@ def test_mistakes(
     assert "is a run of this project" in refused(main, model.parent / "run")
     out = tmp_path / "out"
     plan = planning.plan(model, hours=9.0, files=[], overrides=[])
-    out.mkdir()
+    with claimed(out):
+        monkeypatch.setattr(planning, "plan", None)
+        assert f"Another process trains in {out}" in refused(main, model, "--output", out)
+    assert not (out / PLAN).exists()
+    (out / RUN).mkdir(parents=True)
     (out / PLAN).write_text(json.dumps(vars(plan)))
     assert "begun with hours=9.0, not 1.0" in refused(main, model, "--output", out)
     texts = ("--hours", "9", "--text", PLAN, "--output", out)
@@ -180,3 +244,32 @@ def test_mistakes(
     assert "begun with --text=[], not" in refused(main, model, *texts)
     (out / PLAN).write_text("{")
     assert "is damaged" in refused(main, model, "--output", out)
+
+
+def test_a_plan_that_no_training_has_begun_is_made_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in an override, which training found, does not stick to the folder."""
+    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
+    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    for hours, begun in ((1.0, 1.0), (2.0, 2.0)):
+        args = SimpleNamespace(hours=hours, text=[], overrides=[])
+        assert make_plan(model, tmp_path, args, [model], keep=True).hours == begun
+    (tmp_path / RUN).mkdir()
+    with pytest.raises(UserError, match="begun with hours=2.0, not 3.0"):
+        make_plan(
+            model, tmp_path, SimpleNamespace(**{**vars(args), "hours": 3.0}), [model], keep=True
+        )
+
+
+def test_a_template_that_cannot_be_read_is_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def invalid(state: Any) -> None:
+        ChatTemplate("{{ }", {})
+
+    monkeypatch.setattr(ChatTemplate, "of", invalid)
+    assert planning._chat(open_model(model), 32) == ([], 0)
+    told = f"{model}: the model's chat template is not one of Jinja: "
+    said = capsys.readouterr().err
+    assert told in said and said.endswith(" No text is a chat.\n")

@@ -167,7 +167,8 @@ doctor.py => required: folder | --help
 doctor.py FOLDER/nowhere  [*] => NOWHERE
 sweeps.search FOLDER/a?b optimizer.lr='interval(1e-3,1e-2,log)' --trials 1  [30 s] =>
     FOLDER/a?b has a ? or % in its path | choose another folder
-doctor.py FOLDER/file => FOLDER/file is a file: give a folder
+doctor.py FOLDER/file =>
+    FOLDER/file is a file: give a folder | certify FOLDER/file | checkpoint=FOLDER/file
 doctor.py FOLDER/run => FOLDER/run is a run | export.py checkpoint=FOLDER/run
 sweeps.report FOLDER/nowhere  [*] => FOLDER/nowhere | give a sweep's
 sweeps.report FOLDER/empty => FOLDER/empty holds no runs: give

@@ -126,7 +126,7 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
     assert stop.value.code == 1
     assert f"error: {name} is exactly as seed 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.partial" / "config.json").is_file()
+    assert [file.name for file in tmp_path.iterdir()] == ["lost.ckpt"]
 
 
 def test_what_was_not_trained_may_be_as_it_began() -> None:

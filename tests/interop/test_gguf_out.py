@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,41 @@ def test_a_file_that_computes_something_else_fails(what: str, tmp_path: Path) ->
     write(file, other)
     with pytest.raises(CheckFailed, match="computes something else"):
         list(llama_cpp.check(file, model, ByteTokenizer(), dtype="float32", context=64))
+
+
+def test_texts_are_compared_up_to_any_token_that_ends_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp never chooses an end token of the file, nor one that has a name of such tokens."""
+    model, kept = learn("llama"), []
+    tokenizer: Any = SimpleNamespace(end_ids=(256, 23))
+
+    def continued(file: Path, prompts: Any, lengths: Any, *, drafts: int = 0) -> Any:
+        plain = generate(model, prompts, max_new_tokens=32, speculative=False, eot_id=None)
+        ids = [text.token_ids[:n] for text, n in zip(plain, lengths, strict=True)]
+        kept.extend(ids)
+        return [llama_cpp.Continued(text, None, 0, 0) for text in ids]
+
+    monkeypatch.setattr(llama_cpp, "continued", continued)
+    assert list(llama_cpp.check(tmp_path, model, tokenizer, dtype="q8_0", context=64))
+    assert min(map(len, kept)) < 32 and not any(23 in ids for ids in kept)
+
+    class Named(ByteTokenizer):
+        def library_json(self) -> str:
+            content = json.loads(super().library_json())
+            content["added_tokens"].append(
+                {**content["added_tokens"][0], "id": 257, "content": "<|im_end|>"}
+            )
+            return json.dumps(content)
+
+    asked: list[Any] = []
+    monkeypatch.setattr(llama_cpp, "is_there", lambda: True)
+    monkeypatch.setattr(llama_cpp, "check", lambda f, m, t, **_: asked.append(t.end_ids) or [])
+    file = tmp_path / "m.gguf"
+    model = models.build(folders.dense(vocab_size=258), SequentialConfig(depth=0))
+    written = write_file(file, model, Named(), dtype="float32", max_positions=64)
+    list(gguf_writing.check_file(file, model, Named(), written, "float32"))
+    assert asked == [(256, 257)]
 
 
 def test_a_module_that_is_more_than_a_dense_layer_is_refused(tmp_path: Path) -> None:
