@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
+from mtp_lightning.command_line.literal import quoted
 from mtp_lightning.command_line.shell import composing
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
@@ -76,25 +78,42 @@ class Composer:
         return self._parsed[text]
 
 
-def compose_run(overrides: Sequence[str]) -> DictConfig:
+def compose_run(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
     """The config that train.py composes from overrides, without Hydra's own settings.
+
+    Args:
+        overrides: the run's.
+        config_dir: a folder with more configs (``--config-dir``), absolute.
 
     Raises:
         UserError: if they do not match the config.
     """
-    return _composer().compose(overrides)
+    return _composer(config_dir).compose(overrides)
+
+
+def searchpath(config_dir: Path | None) -> list[str]:
+    """The override that adds a folder of configs, for callers that have no ``--config-dir``."""
+    return [f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]"] if config_dir else []
+
+
+def typed_folder(given: str) -> Path:
+    """An existing folder, as it is typed for an option."""
+    if not Path(given).is_dir():
+        raise argparse.ArgumentTypeError(f"{given} is not a folder: check the path")
+    return Path(given)
 
 
 @cache
-def _composer() -> Composer:
-    """A composer of this project's configs."""
+def _composer(config_dir: Path | None) -> Composer:
+    """A composer of this project's configs and those in a folder."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        return Composer(loader.load_configuration("config", [], run_mode=RunMode.RUN), loader)
+        given = searchpath(config_dir)
+        return Composer(loader.load_configuration("config", given, run_mode=RunMode.RUN), loader)
 
 
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:

@@ -122,14 +122,22 @@ class PlannedJob:
 
 
 def job_of(
-    settled: dict[str, Any], folder: Path, overrides: Sequence[str], *, labels: Sequence[str] = ()
+    settled: dict[str, Any],
+    folder: Path,
+    overrides: Sequence[str],
+    *,
+    labels: Sequence[str] = (),
+    config_dir: Path | None = None,
 ) -> Job:
     """A run of this project's train app with a checked config, in a folder, started from here.
+    ``config_dir`` has more configs, as in :func:`sweeps.compose.compose_run`.
 
     Raises:
         UserError: its processes cannot be counted, or would not train together.
     """
-    return Recipe.of(settled).job(folder, overrides, labels=labels, program=app(TRAIN))
+    options = ["--config-dir", str(config_dir)] if config_dir else []
+    recipe = Recipe.of(settled, options=options)
+    return recipe.job(folder, overrides, labels=labels, program=app(TRAIN))
 
 
 def count_processes(settled: dict[str, Any]) -> int:

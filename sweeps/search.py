@@ -28,7 +28,7 @@ from mtp_lightning.errors import UserError, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from mtp_lightning.run.status import read_status, state_of
-from sweeps.compose import compose_run, settle
+from sweeps.compose import compose_run, settle, typed_folder
 from sweeps.devices import typed_devices
 from sweeps.interrupts import alone
 from sweeps.plan import SweepPlan, job_of
@@ -53,6 +53,7 @@ class Search:
         metric: validation value to minimize, a tag of ``metrics.csv`` and ``summary.json``.
         n_trials: total number of trials, whatever their results.
         warmup: the step before which no trial is stopped; None to stop none.
+        config_dir: a folder with more configs, absolute.
 
     Raises:
         UserError: if the folder holds another search.
@@ -68,9 +69,11 @@ class Search:
         n_trials: int,
         warmup: int | None,
         seed: int,
+        config_dir: Path | None = None,
         command: Sequence[str] = (),
     ) -> None:
         self.folder, self.space, self.fixed = folder, space, list(fixed)
+        self._config_dir = config_dir
         self.metric, self.n_trials, self.command = metric, n_trials, list(command)
         self.study = _open_study(folder, warmup=warmup, seed=seed)
         ranges = {key: shown(of) for key, of in space.items()}
@@ -182,11 +185,13 @@ class Search:
         labels = [
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items()
         ]
-        job, _ = _job(folder, overrides, labels)
+        job, _ = _job(folder, overrides, labels, config_dir=self._config_dir)
         yield replace(job, overrides=planned.overrides)
 
 
-def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Job], int]:
+def check(
+    folder: Path, space: Space, fixed: Sequence[str], *, config_dir: Path | None = None
+) -> tuple[list[Job], int]:
     """Tasks with every choice and both bounds of every range, and the optimizer steps of a trial.
 
     Raises:
@@ -198,16 +203,23 @@ def check(folder: Path, space: Space, fixed: Sequence[str]) -> tuple[list[Job], 
         for example in examples(of):
             values = {**base, key: example}
             overrides = [*(f"{k}={v}" for k, v in values.items()), *fixed]
-            job, steps = _job(folder / "trial", overrides)
+            job, steps = _job(folder / "trial", overrides, config_dir=config_dir)
             jobs.append(job)
     return jobs, steps
 
 
-def _job(folder: Path, overrides: Sequence[str], labels: Sequence[str] = ()) -> tuple[Job, int]:
+def _job(
+    folder: Path,
+    overrides: Sequence[str],
+    labels: Sequence[str] = (),
+    *,
+    config_dir: Path | None,
+) -> tuple[Job, int]:
     """A trial's job, and its optimizer steps in the config."""
-    settled = settle(compose_run(overrides), folder)
+    settled = settle(compose_run(overrides, config_dir), folder)
     vetting.check(settled, "config")
-    return job_of(settled, folder, overrides, labels=labels), settled["trainer"]["max_steps"]
+    job = job_of(settled, folder, overrides, labels=labels, config_dir=config_dir)
+    return job, settled["trainer"]["max_steps"]
 
 
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
@@ -279,7 +291,8 @@ def main(
             )
         busy = f"Another search is at work in {folder}: wait, or stop it."
         with alone(folder, busy, "The same command continues."):
-            checked, steps = check(folder, space, fixed)
+            config_dir = args.config_dir and args.config_dir.absolute()
+            checked, steps = check(folder, space, fixed, config_dir=config_dir)
             pool = make_pool(checked, total=args.trials, devices=args.devices, n_jobs=args.n_jobs)
             search = Search(
                 folder,
@@ -289,6 +302,7 @@ def main(
                 n_trials=args.trials,
                 warmup=None if args.no_pruning else steps // 4,
                 seed=args.seed,
+                config_dir=config_dir,
                 command=[program, *arguments],
             )
             pool.run(search.jobs(), watch=search.watch, ended=search.ended)
@@ -302,6 +316,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = Parser(prog=program, description=about, formatter_class=form)
     parser.add_argument("folder", help="folder of the search; an existing search continues")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")
+    more = "a folder with more configs"
+    parser.add_argument("--config-dir", type=typed_folder, metavar="FOLDER", help=more)
     parser.add_argument("--trials", type=int, default=20, help="total number (default 20)")
     parser.add_argument("--metric", default=LOSS, help="to minimize")
     parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")

@@ -46,6 +46,7 @@ from sweeps.claims.result import (
 )
 from sweeps.claims.run import run
 from sweeps.claims.weights import write_weights
+from sweeps.compose import typed_folder
 from sweeps.report import require_packages
 
 RUNS = Path("runs/claims")
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = args.claims.absolute().parent if own else ROOT if checkout else Path.cwd()
     args.given_root, args.root = args.root, args.root or default
     args.results = args.root / "results"
+    args.asked = {"allow": args.allow, "config_dir": args.config_dir}
     with readable_errors():
         if args.seeds and min(args.seeds) < 0:
             raise UserError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
@@ -94,9 +96,7 @@ def _hours(args: argparse.Namespace) -> int:
         print("\n" + "\n".join(refused.values()))
     if args.hours is not None:
         left = [each for each in left if each.claim.label not in refused]
-        more = "".join(f" --allow {shlex.quote(package)}" for package in args.allow)
-        if args.runs != RUNS:
-            more += f" --runs {shlex.quote(str(args.runs))}"
+        more = "" if args.runs == RUNS else f" --runs {shlex.quote(str(args.runs))}"
         if args.given_root is not None:
             more += f" --root {shlex.quote(str(args.given_root))}"
         print("\n" + "\n".join(planned(left, hours=args.hours, cores=args.cores, more=more)))
@@ -184,7 +184,7 @@ def _verdict(args: argparse.Namespace) -> int:
         claims = [claim for pair in pairs for claim in pair]
     code = max(_judge(args, claim) for claim in claims)
     if args.all and args.has_pages:
-        for page in write_pages(args.root, args.claims, allow=args.allow):
+        for page in write_pages(args.root, args.claims, **args.asked):
             print(f"wrote {page}")
     return code
 
@@ -213,7 +213,7 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
 
 
 def _questions(args: argparse.Namespace) -> int:
-    told = block(args.root, args.claims, allow=args.allow)
+    told = block(args.root, args.claims, **args.asked)
     if not told.strip():
         raise UserError(
             f"No claim in {args.claims} that answers one of the three questions has a result in "
@@ -235,7 +235,7 @@ def _say(result: Result) -> None:
 
 
 def _claims(args: argparse.Namespace, wanted: Sequence[str]) -> list[Claim]:
-    claims = [read_claim(name, args.claims, allow=args.allow) for name in wanted]
+    claims = [read_claim(name, args.claims, **args.asked) for name in wanted]
     if args.gpu and args.all:
         claims = [claim for claim in claims if claim.gpu]
     return [claim.on_gpu() for claim in claims] if args.gpu else claims
@@ -289,19 +289,14 @@ def _parser() -> argparse.ArgumentParser:
         option(wanted, "--runs", type=Path, default=folder, help=f"folder of runs ({folder})")
     every = " ".join(parsers)
     own = "a folder with your own claims"
-    option(every, "--claims", type=_folder, default=FOLDER, help=own)
+    option(every, "--claims", type=typed_folder, default=FOLDER, help=own)
     allow = "a package whose classes arms may name; may be repeated"
     option(every, "--allow", action="append", default=[], metavar="PACKAGE", help=allow)
+    more = "a folder with more configs for the arms"
+    option(every, "--config-dir", type=typed_folder, metavar="FOLDER", help=more)
     root = "folder with results/ and pages (this checkout or folder; the parent of --claims)"
     option(every, "--root", type=Path, help=root)
     return parser
-
-
-def _folder(given: str) -> Path:
-    """An existing folder."""
-    if not Path(given).is_dir():
-        raise argparse.ArgumentTypeError(f"{given} is not a folder: check the path")
-    return Path(given)
 
 
 if __name__ == "__main__":

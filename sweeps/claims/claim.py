@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
@@ -109,7 +109,9 @@ class Claim:
     digest: str  # SHA-256 of the file's values
     # The published scale, where a CPU does not reach it.
     gpu: Scale | None = field(default=None, repr=False)
-    folder: str = ""  # the file's folder as typed (`--claims`); "" for the project's own
+    # Options that every command on it needs, as typed: `--claims`, `--allow`, `--config-dir`.
+    options: str = ""
+    config_dir: Path | None = None  # a folder with more configs for its arms, absolute
 
     @property
     def label(self) -> str:
@@ -124,8 +126,7 @@ class Claim:
     def typed(self, action: str) -> str:
         """The command line of an action on this claim."""
         on = "" if self.setting == CPU else f" --{self.setting}"
-        where = f" --claims {shlex.quote(self.folder)}" if self.folder else ""
-        return f"python -m sweeps.claims {action} {self.name}{where}{on}"
+        return f"python -m sweeps.claims {action} {self.name}{self.options}{on}"
 
     def overrides(self, arm: str) -> tuple[str, ...]:
         """All overrides of an arm, in the order in which they are given."""

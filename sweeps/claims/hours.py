@@ -178,17 +178,18 @@ def flops_of(job: ClaimJob) -> float | None:
     the step where it begins.
     """
     from mtp_lightning.plan import plans_of
-    from sweeps.compose import compose_run
+    from sweeps.compose import compose_run, searchpath
 
     asked = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
-    config = compose_run(asked)
+    config = compose_run(asked, job.config_dir)
     if config.init_from is not None:  # a model from elsewhere, whose trunk has other sizes
         return None
     if config.compare.match == "flops":
         asked = [*(o for o in asked if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
     vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
     try:
-        (plan,), _ = plans_of([*asked, f"vocab_size={vocabulary or 257}", "devices=1"])
+        asked += [*searchpath(job.config_dir), f"vocab_size={vocabulary or 257}", "devices=1"]
+        (plan,), _ = plans_of(asked)
     except (UserError, ArithmeticError):
         return None
     data, steps = config.data, config.trainer.max_steps

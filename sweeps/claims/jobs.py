@@ -42,6 +42,7 @@ class ClaimJob(Job):
     seed: int  # the run's
     # Name of the job that it branches or starts from; None for an independent run.
     parent: str | None
+    config_dir: Path | None  # the claim's
 
 
 def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
@@ -126,8 +127,9 @@ class _Arm:
             )
         own = tuple(o for o in given if key_of(o) != self._key)
         self._overrides = (*own, *_FIXED[claim.setting])
+        self._config_dir = claim.config_dir
         try:
-            self._composed = compose_run(self._overrides)
+            self._composed = compose_run(self._overrides, self._config_dir)
         except ValueError as error:
             raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
 
@@ -150,8 +152,10 @@ class _Arm:
             runs / _folder(settled, seed),
             (*self._overrides, *link, f"seed={seed}"),
             labels=(self.name, f"seed={seed}"),
+            config_dir=self._config_dir,
         )
-        return ClaimJob(**vars(job), arm=self.name, seed=seed, parent=parent)
+        of = self._config_dir
+        return ClaimJob(**vars(job), arm=self.name, seed=seed, parent=parent, config_dir=of)
 
 
 def _folder(settled: dict[str, Any], seed: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +49,29 @@ _LOOKUP = "drafts_of_both"
 Pair = tuple[Claim, Result | None]
 
 
-def write_pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> list[Path]:
+def write_pages(root: Path, claims: Path = FOLDER, **asked: Any) -> list[Path]:
     """Replace the text between the markers of the pages, and return the changed pages.
 
     Args:
         root: has ``results/``, ``docs/results.md``, ``README.md`` and perhaps its translations.
         claims: the folder of the claims.
-        allow: packages whose classes arms may name.
+        asked: other arguments of :func:`read_claim`.
 
     Raises:
         OSError: a page is missing.
         UserError: a page has no markers, or a package is missing.
     """
     changed = []
-    for page, text in pages(root, claims, allow=allow).items():
+    for page, text in pages(root, claims, **asked).items():
         if page.read_text(encoding="utf-8") != text:
             write_bytes(text.encode(), page)
             changed.append(page)
     return changed
 
 
-def pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> dict[Path, str]:
+def pages(root: Path, claims: Path = FOLDER, **asked: Any) -> dict[Path, str]:
     """The pages' new texts; arguments and errors as in :func:`write_pages`."""
-    found = _found(root, claims, allow)
+    found = _found(root, claims, **asked)
     facts = {**_results(found), "questions": answers(found, root, page="docs/results.md")}
     texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
     for name in READMES:
@@ -80,10 +80,10 @@ def pages(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> 
     return {page: _between(page, text) for page, text in texts.items()}
 
 
-def block(root: Path, claims: Path = FOLDER, *, allow: Collection[str] = ()) -> str:
+def block(root: Path, claims: Path = FOLDER, **asked: Any) -> str:
     """The answers to the three questions for a page in the checkout's root, such as README.md;
     arguments and errors as in :func:`write_pages`."""
-    return answers(_found(root, claims, allow), root)
+    return answers(_found(root, claims, **asked), root)
 
 
 def answers(found: Sequence[Pair], root: Path, *, page: str = "README.md") -> str:
@@ -97,9 +97,9 @@ def part(found: Sequence[Pair], name: str, root: Path) -> str:
     return _render(READMES[name], {**_answers(found, root, name), **_counts(found)})
 
 
-def _found(root: Path, claims: Path, allow: Collection[str]) -> list[Pair]:
+def _found(root: Path, claims: Path, **asked: Any) -> list[Pair]:
     require_packages("a page of claims")
-    read = [read_claim(name, claims, allow=allow) for name in names(claims)]
+    read = [read_claim(name, claims, **asked) for name in names(claims)]
     # A claim with a published scale comes twice, at both scales.
     every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
     return [(claim, read_result(claim.label, root / "results")) for claim in every]

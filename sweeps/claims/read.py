@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -30,9 +31,15 @@ def names(folder: Path = FOLDER) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ()) -> Claim:
+def read_claim(
+    name: str,
+    folder: Path = FOLDER,
+    *,
+    allow: Collection[str] = (),
+    config_dir: Path | None = None,
+) -> Claim:
     """Read a claim from its file in a folder. Its arms may name classes of this project and of the
-    packages in ``allow``.
+    packages in ``allow``, and configs of this project and of the folder ``config_dir``.
 
     Raises:
         UserError: there is no such claim, or its file is invalid.
@@ -45,7 +52,13 @@ def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ())
         remedy = suggestion(name, names(folder))
         raise UserError(f"There is no claim {name} in {folder}: {remedy}")
     found = _ClaimReader(file, allow).claim(name, read_yaml(file))
-    return replace(found, folder="" if own else str(folder))
+    given = [
+        *([] if own else [("claims", folder)]),
+        *(("allow", package) for package in allow),
+        *([("config-dir", config_dir)] if config_dir else []),
+    ]
+    options = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given)
+    return replace(found, options=options, config_dir=config_dir and config_dir.absolute())
 
 
 class _ClaimReader:
@@ -68,7 +81,7 @@ class _ClaimReader:
         }
 
     def claim(self, name: str, content: Any) -> Claim:
-        not_typed = {"name", "scale", "setting", "digest", "folder"}
+        not_typed = {"name", "scale", "setting", "digest", "options", "config_dir"}
         known = {f.name for f in fields(Claim)} - not_typed | {*_SCALE}
         needed = _needed(Claim) - not_typed | {*_SCALE}
         arms = content.get("arms") if isinstance(content, dict) else None

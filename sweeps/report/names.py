@@ -65,10 +65,13 @@ def in_words(tag: str) -> tuple[str, str]:
 def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Readable names of a claim's arms, whose overrides are given. A name has the values of the
     first keys that distinguish the arm from all others; where the keys of ``names.yaml`` do not
-    suffice, it is the arm's own name."""
+    suffice, it is the arm's own name. A class (``mtp._target_``) replaces its group's choice."""
     given = {
         arm: {key_of(o): o.partition("=")[2] for o in overrides} for arm, overrides in arms.items()
     }
+    for of in given.values():
+        classes = [key for key in of if key.endswith("._target_")]
+        of |= {k.removesuffix("._target_"): _class(of[k]) for k in classes}
     keys = [key for key in _names("keys") if len({of.get(key) for of in given.values()}) > 1]
     names = {}
     for arm, own in given.items():
@@ -86,6 +89,11 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
                 names[arm] = ", ".join(parts)
                 break
     return names
+
+
+def _class(target: str) -> str:
+    """``Gated`` for ``my_ideas.heads.GatedConfig``."""
+    return target.rpartition(".")[2].removesuffix("Config")
 
 
 def joined(names: Sequence[str]) -> str:

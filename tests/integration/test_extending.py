@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,18 +102,18 @@ def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
     """The page's claim as it stands is read; with fewer and smaller steps it is run and judged."""
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
-    claim = read_claim("one_module", mine / "my_claims")
-    assert list(claim.arms) == ["plain", "module"] and len(claim.predictions) == 1
+    claim = read_claim("one_gate", mine / "my_claims")
+    assert list(claim.arms) == ["plain", "gated"] and len(claim.predictions) == 1
 
-    content = yaml.safe_load(FILES["my_claims/one_module.yaml"])
+    content = yaml.safe_load(FILES["my_claims/one_gate.yaml"])
     content |= {"seeds": [0, 1], "minimum": 2}
     content["shared"] += [
         "data=synthetic", "data.source.size=60000", "data.seq_len=32", "data.eval_bytes=1000",
         "trainer.max_steps=4", "trainer.num_threads=1", "callbacks.throughput.measure_matmul=false",
         "~callbacks.speculative_eval",
     ]  # fmt: skip
-    file = tmp_path / "my_claims" / "one_module.yaml"
-    file.parent.mkdir()
+    shutil.copytree(mine, tmp_path, dirs_exist_ok=True, ignore=lambda *_: ["runs"])
+    file = tmp_path / "my_claims" / "one_gate.yaml"
     file.write_text(yaml.safe_dump(content))
     (commit,) = re.findall(r"^```\n(git .*?)^```", SECTIONS[CLAIM], re.M | re.S)
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -121,9 +122,11 @@ def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
         subprocess.run(said, cwd=tmp_path, check=True, capture_output=True)
     for line in "".join(RECIPES[CLAIM]).strip().splitlines():
         done = run([sys.executable, *shlex.split(line)[1:]], tmp_path, cache)
-    assert "one_module: " in done.stdout and "sequential modules − no MTP" in done.stdout
-    result = json.loads((tmp_path / "results" / "one_module.json").read_text())
+    assert "one_gate: " in done.stdout and "gated head − no MTP" in done.stdout
+    result = json.loads((tmp_path / "results" / "one_gate.json").read_text())
     assert result["predicted_in"] and not result["unfinished"]
+    done = run([sys.executable, *shlex.split(result["command"])[1:]], tmp_path, cache)
+    assert "every run is done" in done.stdout
 
 
 def test_ideas_meet_in_a_sweep(mine: Path, cache: Path) -> None:

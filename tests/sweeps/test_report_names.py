@@ -33,9 +33,11 @@ def test_arms_have_the_names_that_tell_them_apart() -> None:
         "seq": ["mtp=sequential"],
         "bpe": ["mtp=none", "tokenizer=bpe_small"],
         "own_key": ["mtp=sequential", "my.key=3"],
+        "own_class": ["mtp=none", "mtp._target_=my_ideas.heads.GatedConfig"],
     }
     found = arm_names({arm: [*shared, *overrides] for arm, overrides in arms.items()})
     told = {"none": "no MTP, bytes", "bpe": "no MTP, BPE", "own_key": "own key"}
+    told["own_class"] = "Gated head"
     told["shared"] = "sequential modules, one for all depths"
     told["seq"] = "seq"  # the keys with names do not tell it from the next
     assert found == told

@@ -20,6 +20,7 @@ from sweeps import plan as plan_module
 from sweeps import search as search_module
 from sweeps.search_space import parse, shown
 from tests.integration.helpers import execute, overrides
+from tests.sweeps.claims.fixture_claims import own_conf
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")
 
@@ -30,7 +31,9 @@ RANGES = ["optimizer.lr=interval(1e-4,1e-1,log)", "mtp.depth=1,2"]
 RUN = """
 import json, math, os, sys, time
 folder, *overrides = sys.argv[1:]
-values = dict(o.lstrip("+").split("=", 1) for o in overrides)
+values = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o)
+if values.get("mtp") == "mine" and "--config-dir" not in overrides:
+    sys.exit("error: no such head")
 print("training", flush=True)
 best = math.log10(float(values["optimizer.lr"]) / 0.01) ** 2 + int(values["mtp.depth"])
 if values.get("seed") == "13":
@@ -71,6 +74,14 @@ def test_fixed_paths_are_taken_as_they_are_typed(tmp_path: Path, fake_runs: None
     assert run(folder, "data=text", "data.paths=文本 (1)", "--trials", "1") == 0
     (job,) = json.loads((folder / "sweep.json").read_text())["jobs"]
     assert "data.paths='文本 (1)'" in job["overrides"]
+
+
+def test_a_folder_of_configs_reaches_the_trials(tmp_path, fake_runs, monkeypatch, capsys):
+    monkeypatch.chdir(own_conf(tmp_path / "conf").parent)
+    own = ["mtp=mine", "--trials", "1"]
+    assert run(tmp_path / "search", *own) == 1
+    assert "needs --config-dir" in capsys.readouterr().err
+    assert run(tmp_path / "search", *own, "--config-dir", "conf") == 0
 
 
 def test_finds_the_better_half(tmp_path, fake_runs, capsys):

@@ -60,6 +60,13 @@ def claim_of(folder: Path, name: str = "mine", **changes: Any) -> Claim:
     return read_claim(name, folder)
 
 
+def own_conf(folder: Path) -> Path:
+    """A folder of configs with ``mtp=mine``: parallel heads, with two depths."""
+    (folder / "mtp").mkdir(parents=True)
+    (folder / "mtp" / "mine.yaml").write_text("defaults: [parallel, _self_]\ndepth: 2\n")
+    return folder
+
+
 def observed(
     claim: Claim,
     values: Mapping[str, Sequence[float | None | str]],

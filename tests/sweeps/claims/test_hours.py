@@ -167,8 +167,9 @@ def test_the_command_prints_costs_a_plan_and_what_to_type(tmp_path, capsys, monk
     out = told(capsys, "hours", *where, "--hours", 3, "--cores", 2)
     for line in (r"mine +8 +8\.00  8 measured", r"all +8 +8\.00", r"mine   1 2 3 +3 of 4 +6\.00"):
         assert re.search(f"^{line}$", out, re.MULTILINE), line
-    command = f"python -m sweeps.claims run mine --claims {claims} --seeds 1 2 3 --jobs 2"
-    command += f" --runs {tmp_path / 'runs'}"
+    out = told(capsys, "hours", *where, "--allow", "ours", "--hours", 3, "--cores", 2)
+    command = f"python -m sweeps.claims run mine --claims {claims} --allow ours --seeds 1 2 3"
+    command += f" --jobs 2 --runs {tmp_path / 'runs'}"
     assert out.splitlines()[-1] == command
     assert "not one seed fits" in told(capsys, "hours", "mine", *where, "--hours", 0.5)
     for wrong, says in ((["--hours", 0], "above 0"), (["--hours", 1, "--cores", 0], "at least 1")):

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
+from sweeps.claims.hours import flops_of
 from sweeps.claims.jobs import config_digest, jobs, require_equal_steps
 from sweeps.claims.preregistration import (
     Preregistration,
@@ -16,7 +18,7 @@ from sweeps.claims.preregistration import (
 )
 from sweeps.claims.read import names, read_claim
 from sweeps.compose import compose_run
-from tests.sweeps.claims.fixture_claims import claim_of, predict
+from tests.sweeps.claims.fixture_claims import claim_of, own_conf, predict
 
 RUNS = Path("/nowhere/runs")
 
@@ -44,6 +46,19 @@ def test_seed_by_seed_over_all_arms(tmp_path: Path) -> None:
 def test_a_run_asks_for_the_machines_of_its_config(tmp_path: Path) -> None:
     wide = ["trainer.num_nodes=2", "trainer.strategy=ddp"]
     assert {job.nodes for job in jobs(claim_of(tmp_path, shared=wide), [0], RUNS)} == {2}
+
+
+def test_arms_choose_from_a_folder_of_configs_at_any_place(tmp_path: Path) -> None:
+    claim_of(tmp_path, arms={"plain": ["mtp=none"], "mtp": ["mtp=mine"]}, shared=[])
+    places = [own_conf(tmp_path / name) for name in ("my conf", "it's 找, [2]")]
+    found = [jobs(read_claim("mine", tmp_path, config_dir=place), [0], RUNS) for place in places]
+    (_, one), (_, other) = found
+    assert one.name == other.name and one.name.startswith("parallel_depth-2_seed-0_")
+    place = one.command.index("--config-dir") + 1
+    assert [job.command[place] for job in (one, other)] == list(map(str, places))
+    assert flops_of(one) == flops_of(other) > flops_of(found[0][0])
+    with pytest.raises(UserError, match="one of your own needs --config-dir"):
+        jobs(read_claim("mine", tmp_path), [0], RUNS)
 
 
 def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tests.sweeps.claims.fixture_claims import (
     PLAIN,
     claim_of,
     commit,
+    own_conf,
     register,
     root,
     run,
@@ -83,16 +84,19 @@ def test_the_verdict_of_a_trial_says_so_everywhere(tmp_path, capsys):
 
 def test_what_came_out_of_ones_own_claims_lies_beside_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_claim(tmp_path / "our claims")
+    write_claim(tmp_path / "our claims", arms={"plain": ["mtp=none"], "mtp": ["mtp=mine"]})
+    own_conf(tmp_path / "our conf")
     predicted = commit(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in (ROOT / "results").iterdir()}
-    where = ["--claims", "our claims"]
+    where = ["--claims", "our claims", "--allow", "ours", "--config-dir", "our conf"]
+    assert "no conf is not a folder" in told(capsys, "list", "--config-dir", "no conf", code=1)
     assert run("run", "mine", *where) == 0
     file = tmp_path / "results" / "mine.json"
     assert f"all numbers: {file}" in told(capsys, "verdict", "mine", *where)
     result = json.loads(file.read_text())
     assert result["verdict"] == "holds" and result["predicted_in"] == predicted
-    assert result["command"] == "python -m sweeps.claims run mine --claims 'our claims'"
+    command = "python -m sweeps.claims run mine --claims 'our claims' --allow ours"
+    assert result["command"] == f"{command} --config-dir 'our conf'"
     plan = json.loads((tmp_path / "runs" / "claims" / "sweep.json").read_text())
     assert plan["command"] == ["python -m sweeps.claims", "run", "mine", *where]
     assert (tmp_path / "results" / "mine.svg").exists()

@@ -135,7 +135,8 @@ def test_classes_of_other_packages_are_allowed_by_name(tmp_path, capsys):
     write_claim(tmp_path, arms=arms)
     with pytest.raises(UserError, match="--allow tests"):
         read_claim("mine", tmp_path)
-    assert read_claim("mine", tmp_path, allow=["tests"]).arms["mtp"] == tuple(arms["mtp"])
+    claim = read_claim("mine", tmp_path, allow=["tests"])
+    assert claim.arms["mtp"] == tuple(arms["mtp"]) and claim.command.endswith(" --allow tests")
     for allow in ([], ["--allow", "tests"]):
         with pytest.raises(SystemExit):
             main(["questions", "--claims", str(tmp_path), "--root", str(tmp_path), *allow])
