@@ -134,7 +134,6 @@ def of_differences(
         "differences_of_task" if settings.is_task else "differences",
         remarks,
         name="differences",
-        tests=sum(c.adjusted is not None for c in comparisons),
         level=f"{settings.level:g}",
         unit=settings.headline.unit,
     )
