@@ -29,7 +29,7 @@ LINES = {
     "mtp_lightning/experiment": 2_801,
     "mtp_lightning/heads": 806,
     "mtp_lightning/interop": 5_260,
-    "mtp_lightning/loggers": 667,
+    "mtp_lightning/loggers": 674,
     "mtp_lightning/metrics": 1_035,
     "mtp_lightning/mtp": 3_891,
     "mtp_lightning/nn": 2_887,
