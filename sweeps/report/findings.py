@@ -95,10 +95,10 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     if settings.is_task and shares:
         # Of equal shares, the one with the most seeds has the narrowest interval.
         best, top = max(shares, key=lambda pair: (pair[1].rate, pair[1].n))
-        equal = [s.label for s, share in shares if share.rate == top.rate and s is not best]
+        equal = [s.name for s, share in shares if share.rate == top.rate and s is not best]
         facts |= {"best": best, "top": top, "equal": equal, "alone": len(shares) == 1}
         curves = [(s, curve) for s in group if (curve := time_to_solve(s, level))]
-        known = [(curve.median, s.label) for s, curve in curves if curve.median is not None]
+        known = [(curve.median, s.name) for s, curve in curves if curve.median is not None]
         if known and top.count:
             step = min(median for median, _ in known)
             labels = [label for median, label in known if median == step]
@@ -142,11 +142,11 @@ def caveats(settings: Settings) -> list[str]:
             if gap := setting.estimate(metric.tag).gap:
                 missing.setdefault(gap, []).append(metric.tag)
         for gap, tags in missing.items():
-            gaps.setdefault((gap, tuple(tags)), []).append(setting.label)
+            gaps.setdefault((gap, tuple(tags)), []).append(setting.name)
         if (n := len(setting.done)) < setting.planned:
-            partial.setdefault((n, setting.planned), []).append(setting.label)
+            partial.setdefault((n, setting.planned), []).append(setting.name)
     counted = [(s, run) for s in settings.all for run in s.done if settings.is_task and s.answers]
-    others = [s.label for s in settings.all if settings.is_task and s.done and not s.answers]
+    others = [s.name for s in settings.all if settings.is_task and s.done and not s.answers]
     return _sentences(
         "caveats.jinja",
         refusal=refusal(settings.all),
@@ -166,7 +166,7 @@ def caveats(settings: Settings) -> list[str]:
         settings=settings.all,
         gaps=gaps,
         partial=partial,
-        pairs=[setting.label for setting in settings.all if len(setting.done) == 2],
+        pairs=[setting.name for setting in settings.all if len(setting.done) == 2],
         absent=[run.name for run in done if not any("progress/tokens" in row for row in run.rows)],
     )
 

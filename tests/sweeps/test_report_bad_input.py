@@ -94,7 +94,7 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: dict[str, Any]) -> Non
     found = one.estimate(LOSS)
     assert found.interval is None and found.gap == "not a number in 1 of 3"
     assert one.estimate(BITS).interval is not None  # which all three have
-    said = "There is no mean of val/loss_depth_0, not a number in 1 of 3 runs, with mtp.depth=1."
+    said = "There is no mean of val/loss_depth_0, not a number in 1 of 3 runs, with D = 1."
     assert said in notes
     (difference,) = compare(settings)
     assert difference.verdict == "no test: a mean is missing"
@@ -135,9 +135,9 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     said = (
         "Means are of 1 of 2 runs, and too good if the others failed because of their seed, with "
     )
-    assert f"{said}mtp.depth=2." in notes
+    assert f"{said}D = 2." in notes
     assert "Add seeds: with two, an interval reaches 6 times the distance" in notes
-    assert "Two seeds have mtp.depth=0." in notes
+    assert "Two seeds have D = 0." in notes
     depth_sweep(tmp_path / "all", {0: (2.0, 2.1), 2: (1.9, 2.2)})
     assert "All settings have two seeds." in noted(tmp_path / "all")
     assert "Holm's correction for all tests of this table." in unescape(page_of(tmp_path / "all"))
