@@ -223,14 +223,15 @@ def overrides_digest(overrides: Sequence[str]) -> str:
 def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
     """A readable name that is safe in paths and, unquoted, in Hydra overrides.
 
-    It holds all overrides if they are short enough; else the varied ones and a digest of all.
+    It holds the varied overrides, or all if none is varied; if they are long, their beginning and a
+    digest of all.
     """
-    name = "_".join(map(_item, overrides)) or "default"
+    shown = [o for o in overrides if key_of(o) in varied] or overrides
+    name = "_".join(map(_item, shown)) or "default"
     if len(name) <= _LONGEST:
         return name
-    shown = "_".join(_item(o) for o in overrides if key_of(o) in varied) or name
-    shown = shown[: _LONGEST - 9].rstrip("_-.")
-    return "_".join(filter(None, (shown, overrides_digest(overrides))))
+    name = name[: _LONGEST - 9].rstrip("_-.")
+    return "_".join(filter(None, (name, overrides_digest(overrides))))
 
 
 def _item(override: str) -> str:

@@ -99,10 +99,10 @@ def _hparams(params: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 def _depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
     """TensorBoard's custom-scalars layout: one chart each for the losses, lambdas and rates of all
-    depths.
+    depths, and one with 95 % intervals for each rate of decoding.
 
     Tags are patterns, so that runs of different D have the same charts: TensorBoard shows the
-    charts of all runs, and equal ones once.
+    charts of all runs, and equal ones once. A chart with intervals takes no patterns.
     """
     charts = {
         "train loss": "train/loss",
@@ -113,6 +113,13 @@ def _depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
         charts["lambda"] = "train/lambda"
         charts["validation agreement"] = "val/agreement"
         charts["validation overlap"] = "val/overlap"
-    return {
-        "depths": {title: ["Multiline", [rf"{tag}_depth_\d+$"]] for title, tag in charts.items()}
+    lines = {title: ["Multiline", [rf"{tag}_depth_\d+$"]] for title, tag in charts.items()}
+    rates = {"tokens per pass": "tokens_per_step"} if depth else {}
+    rates |= {
+        f"acceptance at position {j + 1}": f"acceptance_position_{j + 1}" for j in range(depth)
     }
+    margins = {
+        title: ["Margin", [f"decode/{rate}{end}" for end in ("", "_low", "_high")]]
+        for title, rate in rates.items()
+    }
+    return {"depths": lines | margins}

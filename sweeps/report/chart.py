@@ -222,9 +222,8 @@ class Chart:
         was saved before, and so is laid out."""
         scale, height = _POINTS / self.figure.dpi, self.figure.get_figheight() * _POINTS
         # An axis label without its part in parentheses, such as "(lower is better)".
-        labels = [
-            text.partition(" (")[0] for text in (self.axes.get_xlabel(), self.axes.get_ylabel())
-        ]
+        texts = (self.axes.get_xlabel(), self.axes.get_ylabel())
+        labels = [re.split(r"\s\(", text)[0] for text in texts]
         for name, at, reach in self._points:
             right, up = self.axes.transData.transform(at)
             if self.axes.bbox.contains(right, up):

@@ -49,7 +49,7 @@ def refusal(settings: Sequence[Setting]) -> str:
     for group in groups:
         named.setdefault(_name(group[0]), []).extend(group)
     parts = [
-        f"{name}{_bytes(group)}: {some([setting.label for setting in group])}"
+        f"{name}{_bytes(group)}: {some([setting.name for setting in group])}"
         for name, group in named.items()
     ]
     return sentence("refusal", texts=some(parts, between=" | "), remedy=sentence("remedy"))
@@ -89,7 +89,7 @@ def _context(group: Sequence[Setting]) -> str:
         said = "context_equal" if max(sizes) <= EQUAL_CONTEXT * min(sizes) else "context_differs"
     by_size: dict[str, list[str]] = {}
     for setting, window in zip(group, windows, strict=True):
-        by_size.setdefault(_window(*window), []).append(setting.label)
+        by_size.setdefault(_window(*window), []).append(setting.name)
     named = [f"{size} with {some(labels)}" for size, labels in by_size.items()]
     return sentence(said, windows=some(named, between=" | "))
 
@@ -145,11 +145,11 @@ def meaning(settings: Settings) -> str:
         said = [run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth]
         reads = said[0] if said and predicts_tokens(setting) else None
         if isinstance(reads, bool) and said == [reads] * len(said):
-            by_kind.setdefault(reads, []).append(setting.label)
+            by_kind.setdefault(reads, []).append(setting.name)
     remark = "".join(sentence("teacher_forced" if reads else "blind") for reads in by_kind)
     if len(by_kind) > 1:
         given, blind = (some(by_kind[reads]) for reads in (True, False))
         remark = sentence("two_tasks", given=given, blind=blind)
-    if others := [setting.label for setting in settings.all if not predicts_tokens(setting)]:
+    if others := [setting.name for setting in settings.all if not predicts_tokens(setting)]:
         remark = f"{remark} {sentence('no_tokens', others=some(others))}"
     return remark.lstrip()

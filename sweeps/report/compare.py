@@ -18,7 +18,7 @@ from sweeps.report.collect import FOLDER
 from sweeps.report.comparable import may_compare
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import RunRecord
-from sweeps.report.settings import OF_DEPTHS, Setting, Settings, label_of, show
+from sweeps.report.settings import OF_DEPTHS, Setting, Settings, show
 from sweeps.report.statistics import (
     LEVEL,
     Paired,
@@ -60,11 +60,11 @@ class Comparison:
         return self.result if isinstance(self.result, Unpaired) else None
 
     @property
-    def against(self) -> str:
+    def against(self) -> Setting:
         """The reference's values of the keys in which it differs from the setting."""
         own = self.setting.values
         other = {k: v for k, v in self.reference.values.items() if show(v) != show(own.get(k))}
-        return label_of(other)
+        return Setting(values=other, config={})
 
     @property
     def refused(self) -> bool:

@@ -30,9 +30,9 @@ class Drawing:
     def drawn(self, chart: Chart) -> Drawing:
         """The figure with its chart, whose axes it names."""
         if self.x:
-            chart.axes.set_xlabel(self.x)
+            chart.axes.set_xlabel(_in_lines(self.x))
         if self.y:
-            chart.axes.set_ylabel(self.y)
+            chart.axes.set_ylabel(_in_lines(self.y))
         return replace(self, chart=chart)
 
     def lacking(self, why: str) -> Drawing:
@@ -60,6 +60,12 @@ def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) ->
         for key in ("title", "caption", "x", "y")
     )
     return Drawing(name or of, title, caption, x, y)
+
+
+def _in_lines(label: str) -> str:
+    """An axis label; the part in parentheses of a long one has its own line, because an axis may be
+    shorter than its label, and the font of the page wider than matplotlib's."""
+    return label.replace(" (", "\n(") if len(label) > 30 else label
 
 
 def text_error(settings: Settings, shown: Sequence[Setting]) -> str:

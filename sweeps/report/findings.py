@@ -95,10 +95,10 @@ def _facts(group: Sequence[Setting], settings: Settings, *, named: bool) -> dict
     if settings.is_task and shares:
         # Of equal shares, the one with the most seeds has the narrowest interval.
         best, top = max(shares, key=lambda pair: (pair[1].rate, pair[1].n))
-        equal = [s.label for s, share in shares if share.rate == top.rate and s is not best]
+        equal = [s.name for s, share in shares if share.rate == top.rate and s is not best]
         facts |= {"best": best, "top": top, "equal": equal, "alone": len(shares) == 1}
         curves = [(s, curve) for s in group if (curve := time_to_solve(s, level))]
-        known = [(curve.median, s.label) for s, curve in curves if curve.median is not None]
+        known = [(curve.median, s.name) for s, curve in curves if curve.median is not None]
         if known and top.count:
             step = min(median for median, _ in known)
             labels = [label for median, label in known if median == step]
@@ -134,14 +134,19 @@ def caveats(settings: Settings) -> list[str]:
     versions = [told for run in done if isinstance(told := run.fact("versions"), dict)]
     names = sorted({name for told in versions for name in told})
     packages = [(n, _kinds((run.fact("versions", n) for run in done), between=", ")) for n in names]
-    gaps: list[tuple[Setting, dict[str, list[str]]]] = []
-    for setting in settings.all:
-        gaps.append((setting, {}))
+    gaps: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    partial: dict[tuple[int, int], list[str]] = {}
+    for setting in (s for s in settings.all if s.done):
+        missing: dict[str, list[str]] = {}
         for metric in settings.columns:
-            if (gap := setting.estimate(metric.tag).gap) and setting.done:
-                gaps[-1][1].setdefault(gap, []).append(metric.tag)
+            if gap := setting.estimate(metric.tag).gap:
+                missing.setdefault(gap, []).append(metric.tag)
+        for gap, tags in missing.items():
+            gaps.setdefault((gap, tuple(tags)), []).append(setting.name)
+        if (n := len(setting.done)) < setting.planned:
+            partial.setdefault((n, setting.planned), []).append(setting.name)
     counted = [(s, run) for s in settings.all for run in s.done if settings.is_task and s.answers]
-    others = [s.label for s in settings.all if settings.is_task and s.done and not s.answers]
+    others = [s.name for s in settings.all if settings.is_task and s.done and not s.answers]
     return _sentences(
         "caveats.jinja",
         refusal=refusal(settings.all),
@@ -158,8 +163,10 @@ def caveats(settings: Settings) -> list[str]:
         packages=[found for found in packages if found[1]],
         task_others=others,
         silent=[run.name for _, run in counted if wait_of(run, settings.level) is None],
-        settings=gaps,
-        pairs=[setting.label for setting in settings.all if len(setting.done) == 2],
+        settings=settings.all,
+        gaps=gaps,
+        partial=partial,
+        pairs=[setting.name for setting in settings.all if len(setting.done) == 2],
         absent=[run.name for run in done if not any("progress/tokens" in row for row in run.rows)],
     )
 

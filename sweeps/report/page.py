@@ -62,6 +62,9 @@ def render(
         if drawing.name in svgs
     ]
     compared = configs(runs)
+    said = {r.name: f"{s.name}, seed {r.seed}" for s in settings.all for r in s.runs}
+    # Runs that belong to no setting come last.
+    options = {name: said.get(name, name) for name in [*said, *compared] if name in compared}
     data = {"settings": [setting.name for setting in settings.all], "configs": compared}
     not_done = [run for run in runs if run.state != "done"]
     return made.get_template("report.html.jinja").render(
@@ -71,7 +74,7 @@ def render(
         script=script,
         policy=Markup(_policy(style, script)),
         every=every,
-        compared=list(compared) if len(compared) > 1 else [],
+        compared=list(options.items()) if len(options) > 1 else [],
         title=question(settings.varied, settings.headline, task=settings.is_task)
         or joined([sweep.folder.resolve().name for sweep in sweeps]),
         command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),

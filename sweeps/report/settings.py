@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -54,15 +54,19 @@ class Setting:
     @property
     def label(self) -> str:
         """The varied keys with their values; ``all runs`` if nothing varies."""
-        return label_of(self.values) or "all runs"
+        return self._named(lambda key, value: f"{key}={value}")
 
     @property
     def name(self) -> str:
         """The label in readable names: ``linear heads, D = 2``."""
+        return self._named(name_of)
+
+    def _named(self, said: Callable[[str, str], str]) -> str:
+        """The values of the varied keys, without those that a head or plain training lacks."""
         shown = [
             (k, v) for k, v in self.values.items() if v is not None or not lies_in(k, OF_DEPTHS)
         ]
-        return ", ".join(name_of(key, show(value)) for key, value in shown) or "all runs"
+        return ", ".join(said(key, show(value)) for key, value in shown) or "all runs"
 
     @property
     def done(self) -> list[RunRecord]:
@@ -101,12 +105,6 @@ class Setting:
         if any(value is not None for value in finals.values()):
             gap = f"not a number in {len(finals) - len(good)} of {len(finals)}"
         return Estimate(None, gap, good)
-
-
-def label_of(values: Mapping[str, Any]) -> str:
-    """Values of the varied keys as typed, without those that a head or plain training lacks."""
-    shown = [(k, v) for k, v in values.items() if v is not None or not lies_in(k, OF_DEPTHS)]
-    return ", ".join(f"{key}={show(value)}" for key, value in shown)
 
 
 @dataclass(kw_only=True)

@@ -99,7 +99,7 @@ def _metrics(settings: Settings) -> list[Metric]:
 
 def of_gains(family: Family, number: int = 0) -> Table:
     """The compute-equivalent gain of every arm."""
-    plain = ", ".join(setting.label for setting in family.plain)
+    plain = "; ".join(setting.name for setting in family.plain)
     table = _table("gains", name=f"gains-{number}" if number else "", plain=plain)
     for arm in family.arms:
         gain = _interval(arm.total, 3, gap=arm.why)
@@ -134,7 +134,6 @@ def of_differences(
         "differences_of_task" if settings.is_task else "differences",
         remarks,
         name="differences",
-        tests=sum(c.adjusted is not None for c in comparisons),
         level=f"{settings.level:g}",
         unit=settings.headline.unit,
     )
@@ -155,7 +154,7 @@ def of_differences(
             for p in (c.result.p if c.result else None, c.adjusted)
         ]
         outcome = TableCell(c.verdict, kind="text beyond" if c.differs else "text")
-        table.rows.append([_text(c.setting.label), _text(c.against), *numbers, *ps, outcome])
+        table.rows.append([_text(c.setting.label), _text(c.against.label), *numbers, *ps, outcome])
     return table
 
 

@@ -34,7 +34,11 @@ def charts_of_a_run(folder: Path, depth: int) -> dict[str, list[str]]:
     logger.finalize("success")
     (event,) = events(folder).Tensors(metadata.CONFIG_SUMMARY_TAG)
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    return {
+        chart.title: list(chart.multiline.tag)
+        or [tag for one in chart.margin.series for tag in (one.value, one.lower, one.upper)]
+        for chart in layout.category[0].chart
+    }
 
 
 def test_charts_group_the_depths(tmp_path: Path) -> None:
@@ -43,6 +47,12 @@ def test_charts_group_the_depths(tmp_path: Path) -> None:
         (pattern,) = got[title]
         assert all(re.match(pattern, f"{tag}_depth_{k}") for k in (0, 1, 2, 10))
         assert not re.match(pattern, tag) and not re.match(pattern, f"{tag}_depth_1_scaled")
+    for title, tag in (
+        ("tokens per pass", "decode/tokens_per_step"),
+        ("acceptance at position 2", "decode/acceptance_position_2"),
+    ):
+        assert got[title] == [tag, f"{tag}_low", f"{tag}_high"]
+    assert "acceptance at position 3" not in got
 
 
 def test_no_lambda_chart_without_depths(tmp_path: Path) -> None:

@@ -173,7 +173,9 @@ def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Pa
     assert re.search(r'0\.720 <span class="half">0\.\d+ to 0\.\d+</span>', table)
     assert "0.800" in table and "out of range: its loss of" in table
     assert 'id="figure-gains"' in html and (tmp_path / "figures" / "gains.svg").exists()
-    (sentence,) = [text for text in said if "mtp=sequential" in text and "Plain training" in text]
+    (sentence,) = [
+        text for text in said if "sequential modules" in text and "Plain training" in text
+    ]
     assert "needs 0.72 times the FLOPs of" in sentence
     assert "a price of 0.80 times an effect of 0.90" in sentence
 

@@ -17,11 +17,14 @@ GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
 
 
-def test_short_names_show_everything_and_long_ones_what_varies() -> None:
-    assert folder_name(["mtp.depth=2", "seed=0"], ["seed"]) == "mtp.depth-2_seed-0"
+def test_names_show_what_varies() -> None:
+    assert folder_name(["mtp.depth=2", "seed=0", "model=pico"], ["seed"]) == "seed-0"
+    assert folder_name(["mtp.depth=2", "seed=0"], []) == "mtp.depth-2_seed-0"
     assert folder_name(["+sweeps=depth", "mtp.depth=0"], []) == "sweeps-depth_mtp.depth-0"
     name = folder_name([*LONG, "seed=3"], ["seed"])
-    assert name == f"seed-3_{overrides_digest([*LONG, 'seed=3'])}"
+    assert name == "seed-3"
+    name = folder_name([*LONG, "seed=3"], [key.partition("=")[0] for key in LONG])
+    assert len(name) <= 80 and name.endswith(f"_{overrides_digest([*LONG, 'seed=3'])}")
     assert folder_name([], []) == "default"
 
 
@@ -51,6 +54,22 @@ def test_a_job_keeps_its_folder_when_values_are_added_or_reordered(tmp_path: Pat
     assert stored["varied"] == ["mtp.depth", "seed"]
     assert [job["folder"] for job in stored["jobs"]] == [job.folder for job in second]
     assert stored["command"][-1] == "more" and stored["version"] == 1
+
+
+def test_commands_that_differ_in_a_constant_have_other_folders(tmp_path: Path) -> None:
+    plan = SweepPlan(tmp_path)
+    one, two = (
+        [job.folder for job in plan.add([[*job, f"model={model}"] for job in GRID])]
+        for model in ("pico", "micro")
+    )
+    assert one[0] == "mtp.depth-0_seed-0" and len({*one, *two}) == 8
+
+
+def test_a_sweep_of_older_names_continues_in_its_folders(tmp_path: Path) -> None:
+    jobs = [{"folder": "seed-0_model-pico", "overrides": ["seed=0", "model=pico"]}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"version": 1, "jobs": jobs}))
+    found = SweepPlan(tmp_path).add([[f"seed={seed}", "model=pico"] for seed in (0, 1)])
+    assert [job.folder for job in found] == ["seed-0_model-pico", "seed-1"]
 
 
 def test_fewer_values_remove_nothing(tmp_path: Path) -> None:

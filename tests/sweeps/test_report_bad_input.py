@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import RunRecord, read_run, read_sweep
 from sweeps.status import main as status_of
 from tests.sweeps.fixture_runs import NONE, VERSIONS, depth_sweep, trained_on, write_plan, write_run
-from tests.sweeps.reported import answered, collected, noted, runs_of
+from tests.sweeps.reported import answered, collected, noted, page_of, runs_of
 
 
 def states(folder: Path) -> dict[str, tuple[str, str]]:
@@ -93,7 +94,8 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: dict[str, Any]) -> Non
     found = one.estimate(LOSS)
     assert found.interval is None and found.gap == "not a number in 1 of 3"
     assert one.estimate(BITS).interval is not None  # which all three have
-    assert "mtp.depth=1: no mean of val/loss_depth_0: not a number in 1 of 3 runs." in notes
+    said = "There is no mean of val/loss_depth_0, not a number in 1 of 3 runs, with D = 1."
+    assert said in notes
     (difference,) = compare(settings)
     assert difference.verdict == "no test: a mean is missing"
     assert difference.result is None and difference.adjusted is None
@@ -121,7 +123,7 @@ def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> N
     assert setting.estimate(LOSS).values == {0: 2.0}
     # Four have a config. Nothing tells the two others apart yet: their folders are empty.
     assert len(setting.runs) == 4
-    assert "means are of 1 of" in notes
+    assert "Means are of 1 of" in notes
 
 
 def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
@@ -130,8 +132,15 @@ def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
     write_plan(tmp_path, jobs)
     settings, notes = collected(tmp_path), noted(tmp_path)
     assert runs_of(settings) == [("mtp.depth=0", 2, 2), ("mtp.depth=2", 1, 2)]
-    assert "mtp.depth=2: means are of 1 of 2 runs." in notes
-    assert "mtp.depth=0: with two seeds an interval reaches 6 times the distance" in notes
+    said = (
+        "Means are of 1 of 2 runs, and too good if the others failed because of their seed, with "
+    )
+    assert f"{said}D = 2." in notes
+    assert "Add seeds: with two, an interval reaches 6 times the distance" in notes
+    assert "Two seeds have D = 0." in notes
+    depth_sweep(tmp_path / "all", {0: (2.0, 2.1), 2: (1.9, 2.2)})
+    assert "All settings have two seeds." in noted(tmp_path / "all")
+    assert "Holm's correction for all tests of this table." in unescape(page_of(tmp_path / "all"))
 
 
 def test_a_switch_is_named_as_it_is_typed(tmp_path: Path) -> None:

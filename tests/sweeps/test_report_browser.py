@@ -103,6 +103,14 @@ def test_the_page_reads(browser, page, tmp_path, width, dark):
         [svg.getBoundingClientRect().width, svg.querySelectorAll("path").length])""")
     assert len(drawn) >= 8
     assert all(wide > 300 and paths > 5 for wide, paths in drawn)
+    # A table that scrolls has a shadow, and its first column, which stays, lines and a background.
+    styles = browser.run("""(() => {
+        const [frame, name] = ["", " tbody tr + tr th"].map(part =>
+            getComputedStyle(document.querySelector(".table" + part)));
+        return [frame.backgroundAttachment, name.borderTopWidth, name.borderRightWidth,
+                name.backgroundColor === getComputedStyle(document.body).backgroundColor];
+    })()""")
+    assert styles == ["local, scroll", "1px", "1px", True]
     # Text of figures, in CSS pixels.
     small = browser.run("""Math.min(...[...document.querySelectorAll("figure svg text")]
         .map(text => text.getBoundingClientRect().height).filter(height => height > 0))""")

@@ -171,5 +171,5 @@ def test_the_figures_are_in_tensorboard(sweep: Path) -> None:
 def test_every_run_has_its_depths_in_one_chart(sweep: Path) -> None:
     """And runs of different D share the charts."""
     titles = Board(sweep).charts()
-    assert {"train loss", "validation loss", "lambda"} <= set(titles)
-    assert len(titles) == len(set(titles)) == 6
+    assert {"train loss", "validation loss", "lambda", "tokens per pass"} <= set(titles)
+    assert len(titles) == len(set(titles)) == 8

@@ -58,6 +58,8 @@ def test_a_report_begins_with_its_question(tmp_path: Path) -> None:
     html = page_of(tmp_path)
     assert "<h1>Which D gives the lowest loss in nats per token?</h1>" in html
     assert f"<code>mtp-lightning report {tmp_path}</code>" in html
+    assert html.count(">D = 1, seed 2</option>") == 2  # of "Two runs"
     first = html.index('id="figure-')
     assert html[first:].startswith('id="figure-differences"')
-    assert "difference in nats per token (lower is better)" in html
+    # The label has two lines, as it is longer than its axis.
+    assert ">difference in nats per token<" in html and ">(lower is better)<" in html

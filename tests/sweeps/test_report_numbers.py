@@ -34,10 +34,10 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"
     text = answered(settings)
-    assert "mtp.depth=1 is better than mtp.depth=0 by 0.1003 nats per token, beyond noise" in text
+    assert "D = 1 is better than D = 0 by 0.1003 nats per token, beyond noise" in text
     assert "1 other difference is within noise" in text
-    assert "mtp.depth=1 has the lowest validation loss of the main depth: 2.0330 ±" in text
-    speed = "1.20 times as fast as plain decoding with mtp.depth=2 (95 % interval 1.20 to 1.20)"
+    assert "D = 1 has the lowest validation loss of the main depth: 2.0330 ±" in text
+    speed = "1.20 times as fast as plain decoding with D = 2 (95 % interval 1.20 to 1.20)"
     assert f"{speed}, the largest speed-up, at 2.00 ± 0.00 tokens" in text
 
 
@@ -74,8 +74,8 @@ def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
     assert [c.verdict for c in found] == [FACT, "identical", "within noise"]
     assert not any(c.differs for c in found) and [c.adjusted is None for c in found] == [1, 1, 0]
     text = answered(settings)
-    assert "mtp.depth=1 differs from mtp.depth=0 by −0.1000 nats per token at all 3 seeds" in text
-    assert "mtp.depth=2 equals mtp.depth=0 at all 3 seeds" in text and "(1 paired t-test" in text
+    assert "D = 1 differs from D = 0 by −0.1000 nats per token at all 3 seeds" in text
+    assert "D = 2 equals D = 0 at all 3 seeds" in text and "(1 paired t-test" in text
     del losses[3]
     depth_sweep(tmp_path / "two", losses)
     settings = collected(tmp_path / "two")
@@ -97,7 +97,7 @@ def test_a_grid_is_compared_with_plain_training_which_has_no_lambda(tmp_path: Pa
         write_run(tmp_path / f"{depth}{weight}", {"mtp.depth": depth, "mtp_lambda": weight})
     settings = collected(tmp_path)
     assert [r.label for r in references(settings)] == ["mtp.depth=0"] * 3
-    assert [c.against for c in compare(settings)] == ["mtp.depth=0"] * 2
+    assert [c.against.label for c in compare(settings)] == ["mtp.depth=0"] * 2
     assert len(settings.left_out) == 1, "plain training with another lambda is the same run"
     chosen = references(settings, "mtp.depth=1, mtp_lambda=0.1")
     assert {r.label for r in chosen} == {"mtp.depth=1, mtp_lambda=0.1"}

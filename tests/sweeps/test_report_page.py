@@ -227,7 +227,7 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
     for text in (drawn["loss_depth"].caption, drawn["agreement_depth"].caption, html):
         assert "The depths solve two different tasks" in text and "decode/*" in text
         where = text.index("two different tasks")
-        given, blind = text[where : where + 400].split("reads the true tokens before its target")
+        given, blind = text[where : where + 450].split("it reads none")
         assert "sequential" in given and "parallel" not in given
         assert "parallel" in blind and "linear" in blind
     table = re.search(r'<h2 id="settings">.*?</caption>', html, re.DOTALL)
@@ -247,7 +247,7 @@ def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
     caption = drawings(tmp_path)["loss_depth"].caption  # drawn with its main depth alone
     assert "two different tasks" not in caption and "reads the true tokens before its" in caption
     where = caption.index("predicts no token of its own")
-    assert "bag" in caption[where - 60 : where]
+    assert "bag" in caption[where:]
 
 
 def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_two_folders(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "b", {0: (1.0, 1.1001)})
     path, sentences, _ = report([tmp_path / "a", tmp_path / "b"])
     assert path == tmp_path / "report_a_b" / "report.html"
-    assert any("folder=b is better than folder=a by 1.0000" in text for text in sentences)
+    assert any("b is better than a by 1.0000" in text for text in sentences)
     with pytest.raises(ValueError, match="given twice"):
         report([tmp_path / "a", tmp_path / "b" / ".." / "a"])
     equal = [tmp_path / name / "sweep" for name in ("x", "y")]
@@ -279,7 +279,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.001)})
     main([str(tmp_path), "--reference", "mtp.depth=1"])
     said = capsys.readouterr().out
-    assert "mtp.depth=0 is worse than mtp.depth=1" in said and f"{tmp_path}/report.html" in said
+    assert "D = 0 is worse than D = 1" in said and f"{tmp_path}/report.html" in said
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def test_the_report_shows_its_ends(tmp_path: Path) -> None:
     low, high = wilson(values)
     assert f'98.7 % <span class="half">{100 * low:.1f} % to {100 * high:.1f} %</span>' in page
     assert re.search(r'2\.1000 <span class="half">± 0\.\d+</span>', page)  # the loss keeps its own
-    assert f"tokens: 0.98667 ({low:.5g} to {high:.5g})</title>" in page
+    assert f"agreement: 0.98667 ({low:.5g} to {high:.5g})</title>" in page
     assert re.search(r"nats per token: 2\.1 ± 0\.\d+</title>", page)
 
 

@@ -115,7 +115,7 @@ def test_the_test_is_fishers_with_holms_correction(tmp_path: Path) -> None:
     seeds = {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: (LATE, *(4 * (NEVER,))), 3: 5 * (NEVER,)}
     settings = collected(sweep(tmp_path, seeds))
     found = compare(settings)
-    assert [c.against for c in found] == 3 * ["mtp.depth=0"]
+    assert [c.against.label for c in found] == 3 * ["mtp.depth=0"]
     p = [2 / 252, 1.0, 1.0]  # five and one of ten solve, none of ten
     assert [c.solved.p for c in found if c.solved] == pytest.approx(p)
     assert [c.adjusted for c in found] == pytest.approx(holm(p))
@@ -130,12 +130,12 @@ def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
     text = answered(folder)
     assert (
         "The largest share of seeds solves the task (a final val/exact_match above 0.95) with "
-        "mtp.depth=1: 5 of 5 seeds (95 % interval 47.8 % to 100.0 %); an equal share with "
-        "mtp.depth=2." in text
+        "D = 1: 5 of 5 seeds (95 % interval 47.8 % to 100.0 %); an equal share with "
+        "D = 2." in text
     )
-    assert "Half of the seeds have solved it earliest by step 10, with mtp.depth=2 (Kapl" in text
+    assert "Half of the seeds have solved it earliest by step 10, with D = 2 (Kapl" in text
     assert (
-        "mtp.depth=1 has a larger share of seeds that solve than mtp.depth=0: 5 of 5 against 0 of "
+        "D = 1 has a larger share of seeds that solve than D = 0: 5 of 5 against 0 of "
         "5, beyond noise (Fisher's exact test, unpaired, Holm's p = 0.016)" in text
     )
     assert "loss" not in text and "t-test" not in text and "So few seeds" not in text
@@ -150,8 +150,8 @@ def test_three_seeds_can_show_nothing(tmp_path: Path) -> None:
 def test_none_solved_and_all_solved(tmp_path: Path) -> None:
     none = answered(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
     assert (
-        "No seed solves the task (a final val/exact_match above 0.95): with mtp.depth=0 0 of 4 "
-        "seeds (95 % interval 0.0 % to 60.2 %); the same with mtp.depth=1." in none
+        "No seed solves the task (a final val/exact_match above 0.95): 0 of 4 seeds (95 % "
+        "interval 0.0 % to 60.2 %) with D = 0; the same with D = 1." in none
     )
     assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
     every = answered(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
@@ -337,7 +337,7 @@ def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (LATE, NEVER)})
     write_run(tmp_path / "text", {"mtp.depth": 3})
-    said = "The comparison leaves out settings without val/exact_match: mtp.depth=3."
+    said = "The comparison leaves out settings without val/exact_match: D = 3."
     assert said in noted(tmp_path)
     assert report([tmp_path])[0].is_file()
 

@@ -47,7 +47,7 @@ def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
     settings = sweep(tmp_path, {0: A, 1: A})
     (found,), text, notes = said(settings, tmp_path)
     assert found.verdict == "beyond noise" and found.result is not None
-    assert "mtp.depth=1 has the lowest validation loss of the main depth" in text
+    assert "D = 1 has the lowest validation loss of the main depth" in text
     assert refusal(settings.all) == "" and "text" not in notes + text
     assert settings.varied == ["mtp.depth"]
 
@@ -58,13 +58,13 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
     assert [c.verdict for c in found] == [OTHER_DATA, "beyond noise"]
     assert found[0].result is None and found[0].adjusted is None and not found[0].differs
     assert found[1].adjusted == found[1].result.p  # one test alone
-    assert "mtp.depth=1 is better" not in text and "is better than mtp.depth=0" in text
+    assert "D = 1 is better" not in text and "is better than D = 0" in text
     assert "Of those on evaluation data a1a1a1a1: " in text
-    assert "mtp.depth=2 has the lowest validation loss of the main depth: 1.8" in text
-    assert "as fast as plain decoding with mtp.depth=2" in text
+    assert "D = 2 has the lowest validation loss of the main depth: 1.8" in text
+    assert "as fast as plain decoding with D = 2" in text
     for where in (text, notes):
-        assert "data a1a1a1a1 (1,000,000 to 1,000,002 bytes): mtp.depth=0; mtp.depth=2" in where
-        assert "data b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
+        assert "data a1a1a1a1 (1,000,000 to 1,000,002 bytes): D = 0; D = 2" in where
+        assert "data b2b2b2b2 (1,000,001 bytes): D = 1" in where
         assert sentence("remedy") in where and "data.eval_bytes" in where
 
 
@@ -88,7 +88,7 @@ def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> N
 def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
     sweep(tmp_path, {0: A, 1: B})
     html = page_of(tmp_path)
-    assert html.count("on data a1a1a1a1 (1,000,000 bytes): mtp.depth=0 | data b2b2b2b2") == 4
+    assert html.count("on data a1a1a1a1 (1,000,000 bytes): D = 0 | data b2b2b2b2") == 4
     for heading in ("settings", "differences"):
         where = html.index(f'<h2 id="{heading}">')
         assert "have different evaluation data" in html[where : html.index("</caption>", where)]
@@ -107,7 +107,7 @@ def test_seeds_of_two_texts_have_no_common_mean(tmp_path: Path) -> None:
     found, _, notes = said(settings, tmp_path)
     verdicts = {c.setting.label.split("=")[-1]: c.verdict for c in found}
     assert verdicts == {"a1a1a1a1": "beyond noise", "b2b2b2b2": OTHER_DATA}
-    assert f"data b2b2b2b2 (1,000,001 bytes): mtp.depth=1, {TEXT}=b2b2b2b2" in notes
+    assert f"data b2b2b2b2 (1,000,001 bytes): D = 1, {TEXT}=b2b2b2b2" in notes
 
 
 def test_digests_that_begin_alike_are_two_texts(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
     (found,), text, notes = said(settings, tmp_path)
     assert found.verdict == OTHER_DATA and "lowest" not in text
     part = "unknown data, or a part that each has for itself (1,000,000 to 1,000,001"
-    assert f"{part} bytes): mtp.depth=0; mtp.depth=1" in notes
+    assert f"{part} bytes): D = 0; D = 1" in notes
     # Other counts within one setting are another part.
     more = {"seed": 3, "mtp.depth": 1}
     write_run(tmp_path / "more", more, summary=evaluated(None, bytes=5))
@@ -153,7 +153,7 @@ def test_runs_that_do_not_name_their_text_compare_with_none(tmp_path: Path) -> N
     settings = sweep(tmp_path, {0: OLD, 1: A, 2: OLD})
     found, _, notes = said(settings, tmp_path)
     assert [c.verdict for c in found] == [OTHER_DATA] * 2
-    assert "unknown data, or a part that each has for itself: mtp.depth=0; mtp.depth=2" in notes
+    assert "unknown data, or a part that each has for itself: D = 0; D = 2" in notes
     mixed = sweep(tmp_path / "mixed", {1: (OLD, A, None)})
     names = ["a1a1a1a1", "unknown", "unknown (1,000,001 bytes)"]
     assert [s.values[TEXT] for s in mixed.all] == names

@@ -95,7 +95,7 @@ def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
     for worker in workers:
         assert worker.wait(240) == 0, log_of(folder)
     begun = {job.parent.name: job.read_text() for job in folder.glob("*/begun")}
-    assert begun == {f"seed-{i}_trainer.accelerator-cpu": "x" for i in range(10, 20)}
+    assert begun == {f"seed-{i}": "x" for i in range(10, 20)}
     assert sorted(states(folder).values()) == ["done"] * 9 + ["failed"]
     told = told_of(folder, code=1)
     assert "10 jobs: 9 done, 1 failed" in told and "error: unlucky" in told
