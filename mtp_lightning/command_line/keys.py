@@ -143,7 +143,7 @@ def _trainer_arguments() -> frozenset[str]:
     return frozenset()
 
 
-def require_taken(name: str, value: Any, says: str, option: str) -> None:
+def require_taken(name: str, value: Any, says: str, option: str = "this option") -> None:
     """Refuse a value that a key's comment does not allow; ``option`` is what has such a key.
 
     Raises:
