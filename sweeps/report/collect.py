@@ -25,8 +25,6 @@ _TELLING = (
     "trainer.max_steps",
 )
 
-# Keys of MTP that plain training has, too.
-_SAID = ("mtp", "mtp._target_", "mtp.depth")
 FOLDER = "folder"  # the key that separates settings of two sweeps
 DATA = "data.fingerprint"  # of the data that a finished run was trained on
 TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
@@ -67,11 +65,8 @@ def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings
 
 
 def ignored(key: str) -> bool:
-    """Whether a key separates no settings: the seed, and keys that do not change the numbers.
-
-    ``branch_from`` is such a key: a branch equals, to the last bit, a run of its config that was
-    never branched. Its value usually names a run of the same seed.
-    """
+    """Whether a key separates no settings: the seed, and keys that do not change the numbers. A
+    branch equals, to the last bit, a run of its config that was never branched."""
     return key in ("seed", "branch_from") or not has_bearing(key)
 
 
@@ -149,8 +144,7 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
     candidates = [FOLDER, *(key for key in named if key == "mtp.depth"), *named]
     chosen: list[str] = []
     for key in dict.fromkeys(candidates):
-        of_mtp = key not in _SAID and lies_in(key, OF_DEPTHS)
-        having = [s for s in settings if not of_mtp or _value(s, key) is not None]
+        having = [s for s in settings if not _of_mtp(key) or _value(s, key) is not None]
         if not ignored(key) and _n_parts(having, [key]) > 1:
             chosen.append(key)
     keys = {key for setting in settings for key in setting.config}
@@ -175,10 +169,15 @@ def _n_parts(settings: list[Setting], keys: list[str]) -> int:
     return len({tuple(show(_value(setting, key)) for key in keys) for setting in settings})
 
 
+def _of_mtp(key: str) -> bool:
+    """Whether plain training lacks a key."""
+    return key not in ("mtp", "mtp._target_", "mtp.depth") and lies_in(key, OF_DEPTHS)
+
+
 def _value(setting: Setting, key: str) -> Any:
     """A setting's value of a config key, or its choice of a config group; None for one of MTP that
     changes nothing in plain training."""
-    if key not in _SAID and lies_in(key, OF_DEPTHS) and _is_plain(setting.config):
+    if _of_mtp(key) and _is_plain(setting.config):
         return None
     if key in setting.config:
         value = setting.config[key]

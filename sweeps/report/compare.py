@@ -62,9 +62,8 @@ class Comparison:
     @property
     def against(self) -> Setting:
         """The reference's values of the keys in which it differs from the setting."""
-        own = self.setting.values
-        other = {k: v for k, v in self.reference.values.items() if show(v) != show(own.get(k))}
-        return Setting(values=other, config={})
+        keys = _differing(self.reference, self.setting)
+        return Setting(values={key: self.reference.values[key] for key in keys}, config={})
 
     @property
     def refused(self) -> bool:
@@ -105,8 +104,7 @@ def _unlike(setting: Setting, plain: Setting) -> str:
     if plain.depth != 0 or setting.depth == 0:
         return ""
     keys = ("trainer.max_steps", "model", "data", "tokenizer")
-    differ = [k for k, v in setting.values.items() if show(v) != show(plain.values[k])]
-    other = [key for key in differ if lies_in(key, keys)]
+    other = [key for key in _differing(setting, plain) if lies_in(key, keys)]
     return f"not compared: no plain training of this {', '.join(other)}" if other else ""
 
 
@@ -154,9 +152,7 @@ def references(settings: Settings, named: str | None = None) -> list[Setting]:
         smallest = {show(next(iter(s.values.values()), None)) for s in strata.values()}
         if len(smallest) == 1:
             return [strata[_others(setting)] for setting in settings.all]
-    if not plain:
-        return [settings.all[0]] * len(settings.all)
-    return [min(plain, key=partial(_distance, setting)) for setting in settings.all]
+    return [min(plain or settings.all[:1], key=partial(_distance, s)) for s in settings.all]
 
 
 def _others(setting: Setting) -> tuple[str, ...]:
@@ -164,10 +160,15 @@ def _others(setting: Setting) -> tuple[str, ...]:
     return tuple(show(value) for value in list(setting.values.values())[1:])
 
 
+def _differing(one: Setting, other: Setting) -> list[str]:
+    """The varied keys in which two settings differ."""
+    return [k for k, v in one.values.items() if show(v) != show(other.values.get(k))]
+
+
 def _distance(setting: Setting, plain: Setting) -> tuple[int, int]:
     """The number of varied keys outside the groups of MTP in which two settings differ, and that of
     all such keys."""
-    differ = [k for k, v in setting.values.items() if show(v) != show(plain.values[k])]
+    differ = _differing(setting, plain)
     return sum(not lies_in(key, OF_DEPTHS) for key in differ), len(differ)
 
 

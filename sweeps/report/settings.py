@@ -63,9 +63,7 @@ class Setting:
 
     def _named(self, said: Callable[[str, str], str]) -> str:
         """The values of the varied keys, without those that a head or plain training lacks."""
-        shown = [
-            (k, v) for k, v in self.values.items() if v is not None or not lies_in(k, OF_DEPTHS)
-        ]
+        shown = [(k, v) for k, v in self.values.items() if not lacks(k, v)]
         return ", ".join(said(key, show(value)) for key, value in shown) or "all runs"
 
     @property
@@ -168,6 +166,11 @@ class Settings:
         sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in found if m]
         others = [metric for metric in OF_TASKS if metric.tag in tags]
         return [ANSWERS, *sets, *others, *TABLE]
+
+
+def lacks(key: str, value: Any) -> bool:
+    """Whether a value says that a head or plain training has no such key of MTP."""
+    return value is None and lies_in(key, OF_DEPTHS)
 
 
 def is_number(value: Any) -> bool:

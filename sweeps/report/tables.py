@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from mtp_lightning.run.config import lies_in
 from mtp_lightning.run.layout import LOG_FILE
 from sweeps.report.comparable import error_of_text
 from sweeps.report.compare import Comparison, solved_share, time_to_solve
@@ -19,7 +18,7 @@ from sweeps.report.equivalent import Family
 from sweeps.report.metrics import BITS, EXACT, STEPS, Metric, ends, number, p_value, spread
 from sweeps.report.names import texts
 from sweeps.report.read import RunRecord
-from sweeps.report.settings import OF_DEPTHS, Settings, show
+from sweeps.report.settings import Settings, lacks, show
 from sweeps.report.statistics import Interval
 
 
@@ -56,10 +55,8 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
     table.head.extend([("Seeds", "done of planned"), *solving])
     table.head.extend((metric.name, metric.unit) for metric in metrics)
     for setting in settings.all:
-        values = setting.values.items()
-        lacks = [value is None and lies_in(key, OF_DEPTHS) for key, value in values]
-        keys = [_text("–" if no else show(v)) for (_, v), no in zip(values, lacks, strict=True)]
-        keys = keys or [_text("all runs")]
+        said = ["–" if lacks(k, v) else show(v) for k, v in setting.values.items()]
+        keys = [_text(value) for value in said or ["all runs"]]
         done, planned = len(setting.done), setting.planned
         seeds = f"{done} of {planned}" if done < planned else str(done)
         cells = [*keys, TableCell(seeds, str(done), kind="some" * (done < planned))]
