@@ -27,7 +27,7 @@ LINES = {
     "mtp_lightning/decoding": 4_838,
     "mtp_lightning/distributed": 1_300,
     "mtp_lightning/experiment": 2_813,
-    "mtp_lightning/heads": 895,
+    "mtp_lightning/heads": 906,
     "mtp_lightning/interop": 5_259,
     "mtp_lightning/loggers": 674,
     "mtp_lightning/metrics": 1_035,

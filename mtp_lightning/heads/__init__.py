@@ -1,6 +1,6 @@
 """``mtp-lightning heads MODEL``: heads for a finished model, in one command.
 
-``planning.py`` looks at the model and the machine and divides the hours; ``__main__.py`` runs the
+``timing.py`` measures the machine, ``planning.py`` divides the hours, and ``__main__.py`` runs the
 phases one after the other, each by the app that does it alone: train, certify, export. A folder
 keeps the plan and what every phase left, so that the same command continues where it was stopped.
 

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-
-from data_modules.windows import WindowBatch
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.command_line.literal import quoted
-from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import checked_config
 from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.heads.timing import fastest_precision, other_seconds, writing_speed
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.objective.cost import StepCost, forward_flops
+from mtp_lightning.objective.cost import StepCost
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.opening import OpenedModel, open_model, read_model
@@ -48,12 +43,6 @@ _VOCAB = 4096
 _RATE, _WIDTH = 0.004, 576
 # Share of the texts of a chat model that are chats, and the temperature of all.
 _CHATS, _TEMPERATURE = 0.6, 0.8
-# Seconds of five programs; FLOPs per weight of mtp.init=last_block (8192 tokens), and those that
-# read text in the time of a quick certificate of eight prompts, which decodes token by token
-# (SmolLM2, AMD EPYC, AVX2, 2026-11-30). A small model's certificate takes a minute.
-_STARTS, _BEGINNING, _CERTIFICATE = 90.0, 16_000, 230_000
-# Seconds of a measured call above which it is not repeated.
-_LONG = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,9 +268,9 @@ def _plan(
         cost(found.window, range(1, found.depth + 1), main=False, stored=stored)
         for stored in (False, True)
     )
-    precision, speed = _fastest(run, window, on_cpu=device == "cpu")
+    precision, speed = fastest_precision(run, window, on_cpu=device == "cpu")
     step = (alone if data.cache_states else with_trunk) * found.batch / speed
-    others = 0.0 if further else _others(found.weights, speed)  # a graft is only exported
+    others = 0.0 if further else other_seconds(found.weights, speed)  # a graft is only exported
     # Seconds that the other phases leave; at least half of the hours.
     left, share = max(3600 * hours - others, 1800 * hours), _TRAINING + (_TEXTS if files else 0)
     written = each = read = 0.0
@@ -290,7 +279,7 @@ def _plan(
         # After the speed is measured, since it changes the model's products.
         integers = device == "cpu" and "data.activations=fp32" not in overrides
         integers = integers and multiply_integers(run.model) is None
-        written = _writes(run)
+        written = writing_speed(run)
         read = data.prompt_tokens + data.new_tokens + data.chat_share * around  # tokens, per text
         each = (data.new_tokens + data.chat_share * data.prompt_tokens) / written
         each += (with_trunk - alone) * read / found.window / speed if data.cache_states else 0
@@ -322,11 +311,6 @@ def _plan(
     )
 
 
-def _others(weights: int, speed: float) -> float:
-    """Seconds for the start of training, the certificate, the export and timing drafts."""
-    return _STARTS + weights * _BEGINNING / speed + max(60.0, weights * _CERTIFICATE / speed)
-
-
 def _require_trainable(path: Path, mtp: MTPConfig, further: bool) -> None:
     """Refuse a model that has heads, unless they are to be trained further and can be."""
     if further and not isinstance(mtp, SequentialConfig):
@@ -355,62 +339,3 @@ def _chat(run: OpenedModel, window: int) -> tuple[list[str], int]:
 def _switches(mtp: MTPConfig) -> list[str]:
     """Settings for training a model's own modules further."""
     return ["mtp.init=random", *(f"mtp.{name}={getattr(mtp, name)}" for name in mtp.meaning)]
-
-
-def _fastest(run: OpenedModel, window: int, *, on_cpu: bool) -> tuple[str, float]:
-    """The precision to train in, and the FLOP/s of reading windows in it."""
-    if not on_cpu:
-        return "auto", _reads(run, window, half=True)  # bf16-mixed
-    fp32 = _reads(run, window, half=False)
-    # bf16 is twice as fast as fp32 on some CPUs, and ten times slower on those without it, where
-    # one window takes as long as all in fp32.
-    if _reads(run, window, half=True, batch=1) > fp32 / 4:
-        bf16 = _reads(run, window, half=True)
-        return ("bf16-mixed", bf16) if bf16 > fp32 else ("32-true", fp32)
-    return "32-true", fp32
-
-
-def _reads(run: OpenedModel, window: int, *, half: bool, batch: int = _BATCH) -> float:
-    """FLOP/s of reading ``batch`` windows, in fp32 or in bf16."""
-    depth = run.model.depth
-    device = run.model.head.weight.device
-    tokens = torch.zeros(batch, window + depth + 1, dtype=torch.long, device=device)
-    windows = WindowBatch(tokens, depth)
-    flops = forward_flops(run.model.config, window) * batch
-
-    @torch.no_grad()
-    def read() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            run.model.head(run.model(windows)[0])
-
-    return flops / _seconds(read)
-
-
-def _writes(run: OpenedModel) -> float:
-    """Tokens per second of texts that are written together."""
-    n, new = 32, 8
-    prompts: list[Any] = [[i % run.model.config.trunk.vocab_size] for i in range(n)]
-
-    def write() -> None:
-        generate(
-            run.model, prompts, batch_size=n, max_new_tokens=new, temperature=1.0, eot_id=-1,
-            speculative=False,
-        )  # fmt: skip
-
-    return n * new / _seconds(write)
-
-
-def _seconds(work: Callable[[], None]) -> float:
-    """The median of three calls after a first one, which is enough if it takes long."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():  # a GPU still works when the call returns
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    first = once()
-    if first > _LONG:  # start-up is a small part of it
-        return first
-    return median(once() for _ in range(3))

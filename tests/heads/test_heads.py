@@ -17,7 +17,7 @@ import torch
 from mtp_lightning.chat_template import ChatTemplate
 from mtp_lightning.command_line.literal import literal
 from mtp_lightning.errors import UserError
-from mtp_lightning.heads import planning
+from mtp_lightning.heads import planning, timing
 from mtp_lightning.heads.__main__ import PLAN, RUN, main, make_plan, run_phase
 from mtp_lightning.opening import open_model
 from mtp_lightning.run.folder import claimed
@@ -38,13 +38,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_hours_are_divided(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda *_, half, **__: 1e9 if half else 1e8)
+    monkeypatch.setattr(timing, "_reading_speed", lambda *_, half, **__: 1e9 if half else 1e8)
     monkeypatch.setattr(planning, "pick_accelerator", lambda name: "cpu")
     monkeypatch.setattr(planning, "multiply_integers", lambda model: None)
-    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
-    assert planning._others(135 * 10**6, 80e9) == pytest.approx(505, abs=5)  # SmolLM2
-    assert planning._others(1000, 80e9) == pytest.approx(150, abs=1)
-    monkeypatch.setattr(planning, "_others", lambda *_: 0.0)
+    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
+    assert timing.other_seconds(135 * 10**6, 80e9) == pytest.approx(505, abs=5)  # SmolLM2
+    assert timing.other_seconds(1000, 80e9) == pytest.approx(150, abs=1)
+    monkeypatch.setattr(planning, "other_seconds", lambda *_: 0.0)
     one, two = (planning.plan(model, hours=h, files=[], overrides=[]) for h in (1.0, 2.0))
     # 35 of the 48 tokens of a text are new, at 1,000 per second; reading them takes some time, too.
     assert 0.8 < one.texts * 35 / 1000 / (0.45 * 3600) < 1 and one.window == 48
@@ -87,9 +87,9 @@ def test_the_hours_are_divided(
 def test_the_plan_is_of_the_run_that_is_trained(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
-    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
-    monkeypatch.setattr(planning, "_others", lambda *_: 600.0)
+    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
+    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
+    monkeypatch.setattr(planning, "other_seconds", lambda *_: 600.0)
 
     def said(hours: float, *overrides: str) -> str:
         found = planning.plan(model, hours=hours, files=[], overrides=list(overrides))
@@ -126,8 +126,8 @@ def test_the_model_is_measured_where_it_is_trained(
         return 1e8
 
     monkeypatch.setattr(planning, "open_model", opened)
-    monkeypatch.setattr(planning, "_reads", reads)
-    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    monkeypatch.setattr(timing, "_reading_speed", reads)
+    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
     found = planning._plan("cuda", model, 1.0, [], [], False)
     assert used == ["cuda", True] and found.precision == "auto"
 
@@ -139,18 +139,18 @@ def test_a_slow_precision_is_not_timed_for_long(monkeypatch: pytest.MonkeyPatch)
         asked.append((half, batch))
         return slow if half else 70e9
 
-    monkeypatch.setattr(planning, "_reads", reads)
+    monkeypatch.setattr(timing, "_reading_speed", reads)
     run: Any = None
     slow = 7e9
-    assert planning._fastest(run, 128, on_cpu=True) == ("32-true", 70e9)
+    assert timing.fastest_precision(run, 128, on_cpu=True) == ("32-true", 70e9)
     assert asked == [(False, 8), (True, 1)], "one window tells"
     slow = 60e9
-    assert planning._fastest(run, 128, on_cpu=True) == ("32-true", 70e9)
+    assert timing.fastest_precision(run, 128, on_cpu=True) == ("32-true", 70e9)
     assert asked[2:] == [(False, 8), (True, 1), (True, 8)]
     for seconds, calls in ((0.5, 4), (3.0, 1)):
         clock, worked = iter([x for i in range(4) for x in (10.0 * i, 10.0 * i + seconds)]), []
         monkeypatch.setattr(time, "perf_counter", clock.__next__)
-        assert planning._seconds(lambda: worked.append(1)) == seconds  # noqa: B023
+        assert timing._seconds(lambda: worked.append(1)) == seconds  # noqa: B023
         assert len(worked) == calls
 
 
@@ -166,8 +166,8 @@ def test_a_gpu_is_looked_at_by_a_process_that_gives_it_back(
 def test_a_chat_model_writes_chats(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("${x}'Q\n{{ messages[0]['content'] }}\nA:", {})
     monkeypatch.setattr(ChatTemplate, "of", lambda state: template)
-    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
-    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
+    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
     chats, around = planning._chat(open_model(model), 32)
     assert chats == ["${x}'Q\n", "\nA:"] and around == 10
     # A window fills the context of 48 tokens: there is no room for the format.
@@ -250,8 +250,8 @@ def test_a_plan_that_no_training_has_begun_is_made_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mistake in an override, which training found, does not stick to the folder."""
-    monkeypatch.setattr(planning, "_reads", lambda *_, **__: 1e8)
-    monkeypatch.setattr(planning, "_writes", lambda run: 1000.0)
+    monkeypatch.setattr(timing, "_reading_speed", lambda *_, **__: 1e8)
+    monkeypatch.setattr(planning, "writing_speed", lambda run: 1000.0)
     for hours, begun in ((1.0, 1.0), (2.0, 2.0)):
         args = SimpleNamespace(hours=hours, text=[], overrides=[])
         assert make_plan(model, tmp_path, args, [model], keep=True).hours == begun
