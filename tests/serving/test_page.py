@@ -332,6 +332,18 @@ def test_long_passes_are_titled_and_drawn_whole(run: OpenedModel, browser: Brows
 
 
 @in_a_browser
+def test_a_text_that_ends_with_a_draft_has_a_last_pass(run: OpenedModel, browser: Browser) -> None:
+    with serving(run, draft_depth=1) as found:
+        opened(browser, found)
+        said = browser.run("""(() => {
+            const column = new Column("title", ""), tokens = [["a", 0], ["b", 1], ["c", 0], ["d", 1]];
+            column.take({tokens: tokens.map(([text, depth]) => ({text, depth})), text: "abcd"});
+            return column.told;
+        })()""")
+        assert said == "4 tokens in 3 passes, 1.33 per pass; 2 drafts accepted of 2"
+
+
+@in_a_browser
 def test_a_tree_is_drawn(drawing_trees: Serving, browser: Browser) -> None:
     opened(browser, drawing_trees)
     press(browser, "write")
