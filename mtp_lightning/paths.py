@@ -11,8 +11,6 @@ ROOT = _PACKAGE.parent
 # setup.py installs conf/ as mtp_lightning/conf, since `conf` is too common a name for a package in
 # site-packages.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else ROOT / "conf"
-# The prepared sweeps.
-SWEEPS = ROOT / "sweeps"
 
 
 def app(name: str) -> list[str]:

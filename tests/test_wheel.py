@@ -74,7 +74,7 @@ def test_what_it_leaves_in_site_packages(environment: Path) -> None:
 
 
 def test_the_copy_is_what_runs(environment: Path, tmp_path: Path) -> None:
-    program = "import mtp_lightning.paths as p; print(p.CONF, p.SWEEPS, *p.app('train'))"
+    program = "import mtp_lightning.paths as p; print(p.CONF, *p.app('train'))"
     done = subprocess.run(
         [environment / "bin" / "python", "-c", program],
         capture_output=True,
@@ -82,9 +82,8 @@ def test_the_copy_is_what_runs(environment: Path, tmp_path: Path) -> None:
         check=True,
         cwd=tmp_path,
     )
-    conf, sweeps, *app = done.stdout.split()
+    conf, *app = done.stdout.split()
     assert Path(conf) == site_packages(environment) / "mtp_lightning" / "conf"
-    assert Path(sweeps) == site_packages(environment) / "sweeps"
     assert app == ["-m", "mtp_lightning.apps.train"]
 
 

@@ -16,10 +16,9 @@ from typing import Any
 import yaml
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.paths import CONF, SWEEPS
+from mtp_lightning.paths import CONF
 
 _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
-_SWEEPS = "sweeps"
 # libyaml, if it is there, reads conf/ ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WIDTH = 100
@@ -86,7 +85,6 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
     files = [
         (f.parent.relative_to(root).as_posix(), f) for root in roots for f in root.rglob("*.yaml")
     ]
-    files += [(_SWEEPS, file) for file in SWEEPS.glob("*.yaml")]
     found: dict[str, list[Option]] = {}
     for group, file in sorted(files, key=lambda found: (found[0], found[1].name)):
         name = "" if group == "." else group

@@ -1,4 +1,4 @@
-"""sweeps/*.yaml: each composes, and names its question and its cost."""
+"""conf/sweeps/*.yaml: each composes, and names its question and its cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sweeps.compose import compose_run
 from tests.sweeps.typed import execute
 
 ROOT = Path(__file__).parents[2]
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((ROOT / "conf" / "sweeps").glob("*.yaml"))
 NAMES = {"depth", "lambda", "size", "variant", "schedule", "depth_lambda_size"}
 
 
