@@ -105,9 +105,9 @@ class WindowDataModule(LightningDataModule, ABC):
                 (``validate``) only for a validation.
 
         Raises:
-            UserError: about the data (text that is empty, not UTF-8, shorter than a window ...).
+            UserError: about the data (text that is empty, not UTF-8, shorter than a window ...), or
+                a source's package that is not installed.
             OSError: if a file cannot be read or written.
-            MissingPackageError: if a source's package is not installed.
         """
         if stage == "fit":
             self.train_dataloader().check()

@@ -1,7 +1,8 @@
-"""The error for mistakes that a user can fix."""
+"""The error for mistakes that a user can fix, and the sentences that several places need."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -10,6 +11,28 @@ class UserError(ValueError):
 
     The apps print the sentence and exit with code 1. Other errors keep their traceback.
     """
+
+
+def missing_package(name: str, *, what: str, extra: str | None) -> UserError:
+    """The error for an optional package that is not installed.
+
+    Args:
+        name: the package.
+        what: the setting or file that needs it.
+        extra: this project's extra that installs it; None if there is none.
+    """
+    checkout = "" if extra is None else f" (in a checkout: pip install -e '.[{extra}]')"
+    return UserError(f"{what} needs the package {name}: pip install {name}{checkout}.")
+
+
+def require_package(name: str, *, what: str, extra: str) -> None:
+    """Check that a package is installed, before hours of work that would fail without it.
+
+    Raises:
+        UserError: :func:`missing_package`.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise missing_package(name, what=what, extra=extra)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

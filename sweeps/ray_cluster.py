@@ -10,8 +10,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from mtp_lightning.command_line import vetting
 from mtp_lightning.command_line.literal import literal
-from mtp_lightning.command_line.shell import Parser, readable_errors, require_package
-from mtp_lightning.errors import UserError, suggestion
+from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.errors import UserError, require_package, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from mtp_lightning.run.status import read_status, state_of

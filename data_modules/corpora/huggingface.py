@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import FileSource, MissingPackageError
+from data_modules.sources.base import FileSource
 from data_modules.sources.text import expand
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 
 
 class HuggingFaceSource(FileSource):
@@ -28,7 +28,7 @@ class HuggingFaceSource(FileSource):
         cache_dir: where the ``datasets`` library keeps its files (its own default if None).
 
     Raises:
-        MissingPackageError: from ``documents`` and ``fingerprint``, without ``datasets``.
+        UserError: from ``documents`` and ``fingerprint``, without ``datasets``.
         UserError: if the dataset cannot be opened or has no such text column.
         OSError: if it is not found or the network is missing.
     """
@@ -58,10 +58,9 @@ class HuggingFaceSource(FileSource):
 
     @cached_property
     def _dataset(self) -> Any:
-        try:
-            import datasets
-        except ImportError:
-            raise MissingPackageError("data=huggingface", package="datasets", extra="hf") from None
+        require_package("datasets", what="data=huggingface", extra="hf")
+        import datasets
+
         try:
             dataset = datasets.load_dataset(
                 self.path,

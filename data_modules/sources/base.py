@@ -13,14 +13,6 @@ from data_modules.digests import content_digest, digest
 from mtp_lightning.errors import UserError
 
 
-class MissingPackageError(ImportError, UserError):
-    """An optional package is not installed."""
-
-    def __init__(self, what: str, *, package: str, extra: str | None) -> None:
-        checkout = "" if extra is None else f" (in a checkout: pip install -e '.[{extra}]')"
-        super().__init__(f"{what} needs the package {package!r}: pip install {package}{checkout}")
-
-
 class Source(ABC):
     """A corpus: documents in a fixed order.
 

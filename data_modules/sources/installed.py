@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-from data_modules.sources.base import MissingPackageError, decode_utf8
-from mtp_lightning.errors import UserError
+from data_modules.sources.base import decode_utf8
+from mtp_lightning.errors import UserError, missing_package
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ def installed(
         extra: the extra of this project that installs the package; None for the user's own choice.
 
     Raises:
-        MissingPackageError: if it is not installed.
-        UserError: if its installer recorded no files, or none of them is wanted.
+        UserError: if it is not installed, or its installer recorded no file that is wanted.
     """
     try:
         found = metadata.distribution(name)
     except (metadata.PackageNotFoundError, ValueError):
-        raise MissingPackageError(needed_by, package=name, extra=extra) from None
+        raise missing_package(name, what=needed_by, extra=extra) from None
     files = {
         file.as_posix(): Path(str(file.locate()))
         for file in found.files or ()

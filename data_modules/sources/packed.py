@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from data_modules.sources.base import MissingPackageError
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 
 COMPRESSED = (".gz", ".zst")
 """Suffixes of files that are decompressed as they are read."""
@@ -22,8 +21,8 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed if its suffix says so.
 
     Raises:
-        UserError: if the data is damaged or truncated; also from reads inside the block.
-        MissingPackageError: for ``.zst`` without pyarrow.
+        UserError: if the data is damaged or truncated; also from reads inside the block; for
+            ``.zst`` without pyarrow.
     """
     suffix = path.suffix.lower()
     with path.open("rb") as file:
@@ -54,11 +53,10 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _pyarrow(what: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingPackageError(str(what), package="pyarrow", extra="hf") from None
+    require_package("pyarrow", what=str(what), extra="hf")
+    import pyarrow
+    import pyarrow.parquet
+
     return pyarrow
 
 
@@ -66,8 +64,8 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
     """The rows of a column, read one batch at a time.
 
     Raises:
-        UserError: if it is not a parquet file, is damaged, or has no such column of strings.
-        MissingPackageError: without pyarrow.
+        UserError: if it is not a parquet file, is damaged, or has no such column of strings; or
+            without pyarrow.
     """
     pyarrow = _pyarrow(path)
     try:

@@ -41,8 +41,8 @@ class TextSource(FileSource):
         FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
             glob or folder without a file.
         UserError: from these too: an empty file, one that is not UTF-8 (with the byte offset), a
-            line that is not a JSON object with that field, a damaged compressed file.
-        MissingPackageError: from these too: parquet or ``.zst`` without pyarrow.
+            line that is not a JSON object with that field, a damaged compressed file, parquet or
+            ``.zst`` without pyarrow.
     """
 
     name = "text"

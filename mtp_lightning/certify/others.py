@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from mtp_lightning import llama_server
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.parts import is_gguf
 
 Prompts = Sequence[Sequence[int]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import signal
@@ -37,21 +36,6 @@ def printable(text: str) -> str:
     terminal's title, colors or input. They are replaced by Python's notation, except for line ends
     and tabs."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
-
-def require_package(name: str, *, what: str, extra: str) -> None:
-    """Check that a package is installed, before hours of work that would fail without it.
-
-    Args:
-        name: the package.
-        what: the setting that needs it, for the message.
-        extra: this project's extra that installs it.
-
-    Raises:
-        UserError: it is not installed; the message has the command that installs it.
-    """
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{what} needs the package {name}: pip install -e '.[{extra}]'.")
 
 
 class Parser(argparse.ArgumentParser):

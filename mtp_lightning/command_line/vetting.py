@@ -16,8 +16,7 @@ from mtp_lightning import parts
 from mtp_lightning.command_line import keys
 from mtp_lightning.command_line.explained import groups, value_at
 from mtp_lightning.command_line.literal import INPUTS, LISTS
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, values
 

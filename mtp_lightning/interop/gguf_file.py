@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.interop import config_reading, gguf_fields, gguf_tokenizer
 from mtp_lightning.interop.gguf_blocks import Blocks, numbers
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.stored import LARGEST_VOCAB
 
 _STRING, _ARRAY = 8, 9

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.command_line.shell import require_package
+from mtp_lightning.errors import require_package
 from mtp_lightning.interop import gguf_fields, gguf_file, gguf_tokenizer, llama_cpp
 from mtp_lightning.interop.gguf_layout import GGUFEntry, Layout, entries, layout_of
 from mtp_lightning.interop.gguf_reader import read_header

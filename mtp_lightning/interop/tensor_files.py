@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.nn.weight_map import MappedWeight
 from mtp_lightning.nn.weight_scales import WeightScales
 from mtp_lightning.opening import Stored

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.command_line.shell import require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.interop.config_json import ARCHITECTURES, STANDS_FOR
 
 

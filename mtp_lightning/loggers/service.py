@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.command_line.shell import require_package
+from mtp_lightning.errors import require_package
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.layout import METRICS_FILE, TRACKERS_FILE

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.shell import Stopped, require_package
+from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.experiment.device import kernels_told
 from mtp_lightning.experiment.generating import open_for
 from mtp_lightning.opening import OpenedModel

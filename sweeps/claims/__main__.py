@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.shell import Parser, readable_errors, require_package
-from mtp_lightning.errors import UserError
+from mtp_lightning.command_line.shell import Parser, readable_errors
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.paths import CONF, ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim, is_stale

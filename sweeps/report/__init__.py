@@ -6,7 +6,7 @@ seed), compare.py and equivalent.py (differences, gains), figures.py with lines.
 templates have the words. The report trains nothing and writes nothing into a run's folder.
 """
 
-from mtp_lightning.command_line.shell import require_package
+from mtp_lightning.errors import require_package
 
 
 def require_packages(what: str) -> None:

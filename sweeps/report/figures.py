@@ -139,7 +139,7 @@ def _point(
 ) -> None:
     """Draw a setting at its cost and loss, with both intervals."""
     x, y = at
-    own: Any = {"x_reach": x.half, "y_reach": y.half, "filled": filled}
+    own: Any = {"x_reach": reach_of([x]), "y_reach": reach_of([y]), "filled": filled}
     chart.draw(setting.name, look, [x.mean], [y.mean], markersize=7, elinewidth=0.8, **own)
 
 

@@ -114,10 +114,11 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> dict[str, bytes]
     """Write every drawing as PNG and SVG, in place of an earlier report's; returns the SVGs, by
     name. Drawings without a figure are skipped."""
     folder.mkdir(parents=True, exist_ok=True)
-    for drawing in drawings:
-        for ending in ("png", "svg"):
-            for old in folder.glob(f"{drawing.name}*.{ending}"):  # also heat_map_1
-                old.unlink()
+    names = "|".join(re.escape(drawing.name) for drawing in drawings)
+    own = re.compile(rf"({names})(_\d+)?\.(png|svg)")
+    for old in folder.iterdir():
+        if own.fullmatch(old.name):
+            old.unlink()
     svgs = {}
     for drawing in drawings:
         if drawing.chart is not None:

@@ -114,7 +114,7 @@ def test_wrong_names_are_one_sentence(names):
 
 
 def test_missing_and_unlisted_packages_are_one_sentence(site):
-    with pytest.raises(ImportError, match=r"^data=packages needs the package 'nowhere': pip inst"):
+    with pytest.raises(UserError, match=r"^data=packages needs the package nowhere: pip install"):
         PackagesSource(["nowhere"]).fingerprint()
     site("editable", "1.0", {"editable/a.py": code("a", 1)}, recorded=False)
     with pytest.raises(UserError, match="'editable' lists no usable file"):

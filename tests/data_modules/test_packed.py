@@ -68,4 +68,4 @@ def test_parquet_rows_are_documents(tmp_path):
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
-    refused(r"needs the package 'pyarrow'.*\.\[hf\]", tmp_path / name)
+    refused(r"needs the package pyarrow: .*\.\[hf\]", tmp_path / name)

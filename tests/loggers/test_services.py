@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.command_line import shell
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.mlflow import RunMLflow
@@ -167,9 +166,10 @@ def test_an_interrupted_run_is_one_run(
 def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, (kind, _) in SERVICES.items():
-        message = rf"^logger={name} needs the package {name}: pip install -e '.\[{name}\]'.$"
+        checkout = rf"\(in a checkout: pip install -e '\.\[{name}\]'\)"
+        message = rf"^logger={name} needs the package {name}: pip install {name} {checkout}\.$"
         with pytest.raises(ValueError, match=message):
             kind(tmp_path, "lab")
 
