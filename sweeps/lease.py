@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Lock
 
 from mtp_lightning.stored import read_json
+from sweeps.process import is_gone
 
 FOLDER = ".leases"
 STALE_SECONDS = 120.0
@@ -85,6 +86,10 @@ class Leases:
     def free(self, lease: Lease | None) -> bool:
         """Whether a job with this lease may be taken."""
         return lease is None or lease.age > self._stale
+
+    def lost(self, folder: Path, lease: Lease | None) -> bool:
+        """Whether a job whose status is running has no process any more."""
+        return is_gone(folder) if lease is None else self.free(lease)
 
     def take(self, job: str, lease: Lease | None) -> bool:
         """Try to take a job whose newest lease is free, or that has none; returns whether this

@@ -20,6 +20,8 @@ from mtp_lightning.run.status import last_words, now, state_of, write_status
 from sweeps.devices import Devices
 
 _LOCK_FILE = ".lock"
+# A job that has written nothing for so long may be dead.
+SILENT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -211,9 +213,9 @@ def silence(folder: Path) -> float:
 def is_gone(folder: Path) -> bool:
     """Whether the processes of a job whose status is running are gone, as after a power failure.
 
-    Where locks do not reach other machines, a job there has a minute to show that it lives.
+    Where locks do not reach other machines, a job there has some minutes to show that it lives.
     """
-    return Lock(folder / _LOCK_FILE).is_free() and silence(folder) > 60
+    return Lock(folder / _LOCK_FILE).is_free() and silence(folder) > SILENT_SECONDS
 
 
 def ignore_signal() -> None:

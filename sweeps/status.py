@@ -20,7 +20,6 @@ from mtp_lightning.run.status import STATES, describe_failure, read_status
 from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, look_at
 from sweeps.plan import SweepPlan, varied_labels
-from sweeps.process import is_gone
 
 _FREE = "lost"  # a job whose status is running, but whose process or worker is gone
 
@@ -34,9 +33,7 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
     for job in plan.jobs:
         status, lease = statuses[job.folder], newest_leases.get(job.folder)
         state = str(status["state"])
-        if state == "running" and (
-            is_gone(plan.folder / job.folder) if lease is None else leases.free(lease)
-        ):
+        if state == "running" and leases.lost(plan.folder / job.folder, lease):
             state = _FREE
         counts[state] += 1
         if state in ("running", _FREE):

@@ -22,7 +22,7 @@ from sweeps.claims.result import Result
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, shares_by_row, styled
 from sweeps.report.metrics import number
 from sweeps.report.names import in_words, name_of
-from sweeps.report.statistics import interval
+from sweeps.report.statistics import Interval, interval
 
 # The suffix of the file with the curves.
 CURVE = "_curve"
@@ -110,9 +110,9 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Chart:
         chart.axes.axvline(1 if ratio else 0, color=QUIET, linewidth=1)
     for y, entry in enumerate(shown):
         effect, low, high = (entry[key] for key in ("effect", "low", "high"))
-        reach = None if low is None else [[effect - low], [high - effect]]
+        ends = None if low is None else Interval(effect, None, entry["n"], (low, high))
         filled = entry["verdict"] != UNDECIDED
-        chart.draw("", _LOOK, [effect], [y], x_reach=reach, filled=filled)
+        chart.draw("", _LOOK, [ends or effect], [y], filled=filled)
         bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
         chart.axes.plot(bounds, [y] * len(bounds), "|", color=COLORS[1], markersize=14)
     if words.is_share(shown[0]) and not ratio:

@@ -186,36 +186,34 @@ class Chart:
         self,
         name: str,
         look: Look,
-        xs: Sequence[float],
-        ys: Sequence[float],
+        xs: Sequence[float | Interval],
+        ys: Sequence[float | Interval],
         *,
         tooltips: bool = True,
-        x_reach: Any = None,
-        y_reach: Any = None,
         filled: bool = True,
         **style: Any,
     ) -> None:
         """Draw points of the setting of that name, joined by a line if ``style`` has a linestyle.
 
         Args:
+            xs: the points' x, either all numbers or all means with their intervals.
+            ys: the same of y.
             tooltips: whether the points show their values under the pointer.
-            x_reach: intervals as matplotlib's ``xerr``: half widths, or distances down and up.
-            y_reach: the same of y.
             filled: False for hollow markers.
             style: options of matplotlib's ``errorbar``.
         """
         given = {"color": look.color, "marker": look.marker, "linestyle": "none"}
         given |= {} if filled else {"markerfacecolor": "none"}
+        x_means, y_means = _means(xs), _means(ys)
         container = self.axes.errorbar(
-            xs, ys, xerr=x_reach, yerr=y_reach, label=name, **{**given, **style}
+            x_means, y_means, xerr=_reach(xs), yerr=_reach(ys), label=name, **{**given, **style}
         )
         container.lines[0].set_label(name if tooltips else f"_{name}")
         self._mark("series", name, container.get_children())
-        for i, at in enumerate(
-            zip(xs, ys, strict=True) if tooltips and name in self._names else ()
-        ):
-            reach = (_said(at[0], x_reach, i), _said(at[1], y_reach, i))
-            self._points.append((name, at, reach))
+        if tooltips and name in self._names:
+            points = zip(x_means, y_means, strict=True)
+            for at, x, y in zip(points, xs, ys, strict=True):
+                self._points.append((name, at, (_said(x), _said(y))))
 
     def points(self) -> Iterator[tuple[int, float, float, str]]:
         """(Number of the setting, x, y in the SVG, tooltip) of the visible points of a figure that
@@ -298,24 +296,29 @@ def shares_by_row(rows: Sequence[tuple[str, Look, Share]], *, names: Sequence[st
     shown = rows[::-1]
     chart = by_row([label for label, _, _ in shown], names=names)
     for y, (label, look, share) in enumerate(shown):
-        chart.draw(label, look, [share.rate], [y], x_reach=share.reach)
+        chart.draw(label, look, [share.interval], [y])
     chart.percent("x")
     return chart
 
 
-def reach_of(found: Iterable[Interval]) -> list[tuple[float, ...]]:
+def _means(values: Sequence[float | Interval]) -> list[float]:
+    return [value.mean if isinstance(value, Interval) else value for value in values]
+
+
+def _reach(values: Sequence[float | Interval]) -> list[tuple[float, ...]] | None:
     """Distances to the lower and to the upper ends of intervals, as matplotlib takes them."""
-    return [*zip(*(one.reach for one in found), strict=True)]
+    reach = [value.reach for value in values if isinstance(value, Interval)]
+    return [*zip(*reach, strict=True)] or None
 
 
-def _said(at: float, reach: Any, i: int) -> str:
-    """The interval of the i-th point: `` ± HALF``, or `` (LOW to HIGH)``; empty without one."""
-    down, up = (reach[0][i], reach[1][i]) if isinstance(reach, list) else (reach, reach)
-    if not down and not up:
+def _said(value: float | Interval) -> str:
+    """An interval: `` ± HALF``, or `` (LOW to HIGH)``; empty for a number alone."""
+    if not isinstance(value, Interval) or not any(value.reach):
         return ""
+    (down, up), (low, high) = value.reach, value.span
     half = (down + up) / 2
     even = abs(up - down) <= 2e-6 * half
-    return f" ± {_digits(half)}" if even else f" ({_digits(at - down)} to {_digits(at + up)})"
+    return f" ± {_digits(half)}" if even else f" ({_digits(low)} to {_digits(high)})"
 
 
 def _digits(value: float) -> str:

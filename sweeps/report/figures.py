@@ -139,8 +139,8 @@ def _point(
 ) -> None:
     """Draw a setting at its cost and loss, with both intervals."""
     x, y = at
-    own: Any = {"x_reach": reach_of([x]), "y_reach": reach_of([y]), "filled": filled}
-    chart.draw(setting.name, look, [x.mean], [y.mean], markersize=7, elinewidth=0.8, **own)
+    style: Any = {"filled": filled, "markersize": 7, "elinewidth": 0.8}
+    chart.draw(setting.name, look, [x], [y], **style)
 
 
 def solved(settings: Settings) -> Drawing:
@@ -165,8 +165,7 @@ def differences(comparisons: Sequence[Comparison], settings: Settings) -> Drawin
     chart.axes.axvline(0, color=QUIETLY.color, linewidth=1)
     look = Look(COLORS[0], "-", "o")
     for y, (found, difference) in enumerate(shown):
-        own: Any = {"x_reach": difference.half, "filled": found.differs}
-        chart.draw(found.setting.name, look, [difference.mean], [y], **own)
+        chart.draw(found.setting.name, look, [difference], [y], filled=found.differs)
     return drawing.drawn(chart)
 
 

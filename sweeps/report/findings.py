@@ -12,7 +12,7 @@ from sweeps.report import metrics
 from sweeps.report.comparable import by_text, contexts, error_of_text, refusal
 from sweeps.report.compare import Comparison, smallest_p, solved_share, time_to_solve, wait_of
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, ends, plural
+from sweeps.report.metrics import BITS, EXACT, FLOPS, SPEEDUP, plural, spread
 from sweeps.report.read import STATES
 from sweeps.report.settings import Setting, Settings
 from sweeps.report.statistics import LEVEL, Share
@@ -111,7 +111,9 @@ def _where(group: Sequence[Setting]) -> str:
 
 
 def _share(found: Share) -> str:
-    return f"{found.count} of {plural(found.n, 'seed')} (95 % interval {ends(found)})"
+    return (
+        f"{found.count} of {plural(found.n, 'seed')} (95 % interval {spread(found.interval, '%')})"
+    )
 
 
 def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> list[Setting]:

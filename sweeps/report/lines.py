@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sweeps.report.chart import QUIET, Chart, key_to, looks, reach_of
+from sweeps.report.chart import QUIET, Chart, key_to, looks
 from sweeps.report.comparable import predicts_tokens
 from sweeps.report.drawing import Drawing, drawing_of
 from sweeps.report.metrics import LOSS, PER_STEP, SPEEDUP
@@ -106,9 +106,8 @@ def _chart_of(
     for at, (setting, line) in enumerate(lines):
         aside, look = apart * ((at + 0.5) / len(lines) - 0.5), look_of[setting]
         if line:
-            xs, ys = [x + aside for x in line], [found.mean for found in line.values()]
-            style = {"linestyle": look.dash, "elinewidth": 1}
-            chart.draw(setting.name, look, xs, ys, y_reach=reach_of(line.values()), **style)
+            xs, style = [x + aside for x in line], {"linestyle": look.dash, "elinewidth": 1}
+            chart.draw(setting.name, look, xs, [*line.values()], **style)
         if crosses:
             xs, ys = [x + aside for x in crosses[at]], [f.mean for f in crosses[at].values()]
             chart.axes.plot(xs, ys, "x", color=look.color)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.run.solved import EXACT as EXACT
-from sweeps.report.statistics import Interval, Share
+from sweeps.report.statistics import Interval
 
 LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"
 BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootstrap
@@ -94,11 +94,6 @@ def form_of(tag: str) -> str | int:
     if is_share(tag) or "/gap_depth" in tag:
         return "%"
     return BY_TAG[tag].form if tag in BY_TAG else 4
-
-
-def ends(share: Share) -> str:
-    """A share's interval: ``28.4 % to 99.5 %``."""
-    return f"{number(share.low, '%')} to {number(share.high, '%')}"
 
 
 def spread(found: Interval, form: str | int) -> str:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import flatten, key_of, read_yaml
+from mtp_lightning.run.config import LATER, flatten, key_of, read_yaml
 from mtp_lightning.run.layout import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -21,8 +21,9 @@ from mtp_lightning.run.layout import (
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.status import read_status
 from mtp_lightning.stored import read_json
+from sweeps.lease import look_at
 from sweeps.plan import SweepPlan, varied_keys
-from sweeps.process import is_gone, silence
+from sweeps.process import SILENT_SECONDS, silence
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
@@ -143,15 +144,23 @@ def read_sweep(folder: str | Path, *, name: str = "") -> SweepRecord:
     except (OSError, UserError):
         sweep.notes.append(f"{SWEEP_FILE} is damaged: jobs that have not begun are unknown.")
     sweep.varied = varied_keys(list(jobs.values()))
+    leases, newest = look_at(folder)
+
+    def read(path: Path) -> RunRecord:
+        run = read_run(path, sweep=name)
+        if run.state == "running" and leases.lost(path, newest.get(path.name)):
+            run.state, run.reason = "interrupted", "its process is gone"
+        return run
+
     # Names that begin with a dot are folders of a run, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
     found = [path.name for path in inside if _is_run(path)]
     for run_name in [*jobs, *(n for n in found if n not in jobs)]:
-        run = read_run(folder / run_name, sweep=name)
+        run = read(folder / run_name)
         run.overrides = _overrides(jobs.get(run_name)) or run.overrides
         sweep.runs.append(run)
     if not sweep.runs and _is_run(folder):
-        sweep.runs.append(read_run(folder, sweep=name))
+        sweep.runs.append(read(folder))
     inner = [path.name for path in sorted(folder.iterdir()) if (path / SWEEP_FILE).is_file()]
     if inner and not sweep.runs:
         raise FileNotFoundError(
@@ -175,7 +184,7 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
         return run
     config = _read_yaml(folder / CONFIG_FILE)
     if isinstance(config, dict):
-        run.config = flatten(config)
+        run.config = LATER | flatten(config)
     elif (folder / CONFIG_FILE).exists():
         run.notes.append(f"{CONFIG_FILE} is damaged")
     run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
@@ -191,9 +200,8 @@ def read_run(folder: Path, *, sweep: str = "") -> RunRecord:
     run.reason = str(status.get("reason") or "")
     if state is not None and state != "done":
         run.state = state
-        if state == "running" and is_gone(folder):
-            run.state, run.reason = "interrupted", "its process is gone"
-        elif state == "running" and not run.reason and (seconds := silence(folder)) > 600:
+        seconds = silence(folder)
+        if state == "running" and not run.reason and seconds > SILENT_SECONDS:
             run.reason = f"nothing written for {seconds / 60:.0f} minutes: is it alive?"
         return run
     summary, problem = _read_summary(folder / SUMMARY_FILE)

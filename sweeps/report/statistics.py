@@ -150,9 +150,9 @@ class Share:
         return self.count / self.n
 
     @property
-    def reach(self) -> list[list[float]]:
-        """Distances of the rate to the lower and the upper end, as matplotlib takes them."""
-        return [[self.rate - self.low], [self.high - self.rate]]
+    def interval(self) -> Interval:
+        """The rate with its interval."""
+        return Interval(self.rate, (self.high - self.low) / 2, self.n, (self.low, self.high))
 
 
 def share(count: int, n: int) -> Share:

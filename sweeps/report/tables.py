@@ -15,7 +15,7 @@ from mtp_lightning.run.layout import LOG_FILE
 from sweeps.report.comparable import error_of_text
 from sweeps.report.compare import Comparison, solved_share, time_to_solve
 from sweeps.report.equivalent import Family
-from sweeps.report.metrics import BITS, EXACT, STEPS, Metric, ends, number, p_value, spread
+from sweeps.report.metrics import BITS, EXACT, STEPS, Metric, number, p_value, spread
 from sweeps.report.names import texts
 from sweeps.report.read import RunRecord
 from sweeps.report.settings import Settings, lacks, show
@@ -65,7 +65,7 @@ def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
             curve = time_to_solve(setting, settings.level)
             median = curve.median if curve else None
             late = f"not by step {curve.times[-1]:,.0f}" if curve and median is None else ""
-            counts = f"{share.count} of {share.n}: {ends(share)}" if share else ""
+            counts = f"{share.count} of {share.n}: {spread(share.interval, '%')}" if share else ""
             gap = setting.estimate(EXACT).gap
             rate = None if share is None else share.rate
             cells.append(_number(rate, "%", beside=counts, gap=gap))
@@ -138,7 +138,8 @@ def of_differences(
         if settings.is_task:
             shares = [c.solved.own, c.solved.other] if c.solved else []
             numbers = [
-                TableCell(f"{x.count} of {x.n}", repr(x.rate), beside=ends(x)) for x in shares
+                TableCell(f"{x.count} of {x.n}", repr(x.rate), beside=spread(x.interval, "%"))
+                for x in shares
             ] or 2 * [TableCell("–", "")]
         else:
             difference = c.paired.difference if c.paired else None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.run.lock import Lock
+from sweeps.lease import Leases
 from sweeps.report.compare import compare
 from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import RunRecord, read_run, read_sweep
@@ -172,17 +173,31 @@ def test_a_running_job_whose_process_is_gone_is_interrupted(tmp_path, capsys):
     for name in "ab":
         folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
         for file in folder.iterdir():
-            os.utime(file, (time.time() - 90,) * 2)
+            os.utime(file, (time.time() - 900,) * 2)
     lives, killed = (Lock(tmp_path / name / ".lock") for name in "ab")
     assert lives.acquire() and killed.acquire()
     killed.release()  # as the system does for a process that it kills
-    assert states(tmp_path) == {"a": ("running", ""), "b": ("interrupted", "its process is gone")}
+    silent = "nothing written for 15 minutes: is it alive?"
+    gone = ("interrupted", "its process is gone")
+    assert states(tmp_path) == {"a": ("running", silent), "b": gone}
     with pytest.raises(SystemExit):
         status_of([str(tmp_path)])
     assert "2 jobs: 1 running, 1 lost" in capsys.readouterr().out
     (tmp_path / "b" / "job.log").write_text("where locks do not reach, it may be alive elsewhere")
     assert states(tmp_path)["b"] == ("running", "")
     lives.release()
+
+
+def test_a_job_whose_worker_has_a_lease_is_not_gone(tmp_path: Path) -> None:
+    write_plan(tmp_path, {"a": ["seed=0"], "b": ["seed=1"]})
+    for name in "ab":
+        folder = write_run(tmp_path / name, status={"state": "running"}, done=False)
+        for file in folder.iterdir():
+            os.utime(file, (time.time() - 900,) * 2)
+    worker = Leases(tmp_path, owner="elsewhere-1")
+    assert worker.take("a", None) and worker.take("b", None)
+    worker.release("b")
+    assert [state for state, _ in states(tmp_path).values()] == ["running", "interrupted"]
 
 
 def test_a_damaged_plan_and_a_damaged_status_are_noted(tmp_path: Path) -> None:

@@ -70,12 +70,16 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     grid(tmp_path)
     report([tmp_path])
     before = (tmp_path / "runs.csv").read_bytes()
+    mine = [tmp_path / "figures" / name for name in ("speedup_final.png", "heat_map_paper.svg")]
+    for file in mine:
+        file.write_bytes(b"the user's")
     for run in {*tmp_path.glob("d2*"), *tmp_path.glob("*_l0.3_*")}:
         for file in run.iterdir():
             file.unlink()
     path, sentences, _ = report([tmp_path])
     assert path == tmp_path / "report.html" and sentences[0].startswith("2 settings")
     assert not (tmp_path / "figures" / "heat_map.svg").exists()  # lambda is not varied any more
+    assert all(file.exists() for file in mine)
     assert (tmp_path / "runs.csv").read_bytes() != before
     assert len(list((tmp_path / "figures").glob("events*"))) == 1
 
