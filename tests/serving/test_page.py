@@ -336,7 +336,8 @@ def test_a_text_that_ends_with_a_draft_has_a_last_pass(run: OpenedModel, browser
     with serving(run, draft_depth=1) as found:
         opened(browser, found)
         said = browser.run("""(() => {
-            const column = new Column("title", ""), tokens = [["a", 0], ["b", 1], ["c", 0], ["d", 1]];
+            const tokens = [["a", 0], ["b", 1], ["c", 0], ["d", 1]];
+            const column = new Column("title", "");
             column.take({tokens: tokens.map(([text, depth]) => ({text, depth})), text: "abcd"});
             return column.told;
         })()""")
