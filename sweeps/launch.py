@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line.explained import groups
+from mtp_lightning.command_line.keys import NEEDS, require_taken
 from mtp_lightning.command_line.shell import program as typed
 from mtp_lightning.command_line.shell import readable_errors, this_program
-from mtp_lightning.errors import UserError
+from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
@@ -53,18 +57,20 @@ _SWEEP_SETTINGS = (
 
 
 def launch(
-    run: RunJobs | None,
+    module: str | None,
+    settings: Mapping[str, Any],
     *,
     config: DictConfig,
     hydra_context: HydraContext,
     batch: Sequence[Sequence[str]],
-    dry_run: bool = False,
+    dry_run: bool,
 ) -> list[JobReturn]:
     """Runs the jobs of a sweep that are not done, and reports the results of all.
 
     Args:
-        run: runs jobs, each to its end; their status files say how they ended. None leaves them to
-            workers.
+        module: the launcher's module, whose ``run`` runs jobs, each to its end; their status files
+            say how they ended. None leaves them to workers.
+        settings: keyword arguments of ``run``.
         config: the sweep's own config.
         hydra_context: composes the jobs' configs.
         batch: every job's overrides.
@@ -80,6 +86,7 @@ def launch(
     with readable_errors():
         plan = SweepPlan(Path(config.hydra.sweep.dir).absolute())
         try:
+            run = None if module is None else _runner(module, settings, config)
             settled = _checked(plan, config, hydra_context, batch)
         except UserError:
             _forget(plan.folder)
@@ -94,6 +101,27 @@ def launch(
             return []
         _say_end(plan.folder, jobs)
         return [_job_return(job) for job in jobs]
+
+
+def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> RunJobs:
+    """The function that runs jobs with the launcher's settings.
+
+    Raises:
+        UserError: a setting has a wrong value, or the module or a package that it needs is missing.
+    """
+    chosen = config.hydra.runtime.choices["hydra/launcher"]
+    for option in groups()["hydra/launcher"]:
+        if option.name == chosen:
+            if needs := NEEDS.search(option.says):
+                require_package(needs[1], what=f"hydra/launcher={chosen}", extra=needs[2])
+            for key in option.keys:
+                if key.name in settings:
+                    require_taken(f"hydra.launcher.{key.name}", settings[key.name], key.says)
+    try:
+        run = import_module(module).run
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"hydra.launcher.module={module} cannot be used: {error}.") from error
+    return partial(run, **settings)
 
 
 def _checked(

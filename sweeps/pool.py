@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.run.status import state_of, write_status
 from sweeps.devices import DeviceQueue, Devices, choose_gpus
 from sweeps.display import Display, make_display
@@ -41,7 +39,7 @@ class Pool:
         *,
         queue: DeviceQueue,
         display: Display,
-        grace_seconds: float = 60.0,
+        grace_seconds: float,
         memory: MemoryUse | None = None,
     ) -> None:
         self.queue = queue
@@ -100,8 +98,7 @@ class Pool:
                 return None
             if not self._has_memory(waiting.processes):
                 return waiting
-            wanted = waiting.devices or waiting.processes
-            devices = self.queue.take(wanted, on_cpu=waiting.on_cpu)
+            devices = self.queue.take(waiting.processes, on_cpu=waiting.on_cpu)
             if devices is None:
                 # No job overtakes it: a job for two devices would wait forever.
                 return waiting
@@ -194,26 +191,17 @@ def make_pool(
     queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, threads=threads_per_process)
     for job in jobs:
         refuse_several_machines(job)
-        queue.check(0 if job.on_cpu else job.devices or job.processes)
+        queue.check(0 if job.on_cpu else job.processes)
     memory = MemoryUse() if n_jobs is None else None
     display = make_display(len(jobs) if total is None else total)
     return Pool(queue=queue, display=display, grace_seconds=grace_seconds, memory=memory)
 
 
-def run(jobs: Sequence[Job], *, devices_per_job: int | None = None, **settings: Any) -> None:
-    """Runs jobs in a pool with the settings of :func:`make_pool`, each on ``devices_per_job``
-    devices, by default its ``trainer.devices``.
+def run(jobs: Sequence[Job], **settings: Any) -> None:
+    """Runs jobs in a pool with the settings of :func:`make_pool`.
 
     Raises:
         UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
-    if devices_per_job is not None:
-        for job in jobs:
-            if devices_per_job < job.processes:
-                raise UserError(
-                    f"hydra.launcher.devices_per_job={devices_per_job} is less than {job.label} "
-                    f"asks for with trainer.devices={job.processes}."
-                )
-        jobs = [replace(job, devices=devices_per_job) for job in jobs]
     make_pool(jobs, **settings).run(jobs)

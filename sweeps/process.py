@@ -33,7 +33,6 @@ class Job:
     command: tuple[str, ...]  # the whole command line, including the folder
     processes: int = 1  # that train together on each machine
     nodes: int = 1  # machines that train together
-    devices: int = 0  # number of devices; 0 for one per process
     max_steps: int | None = None  # optimizer steps, to estimate its time; None if unknown
     on_cpu: bool = False  # whether it asks for the CPU even if there are GPUs
     labels: tuple[str, ...] = ()  # overrides that distinguish it from the others of its sweep
@@ -74,7 +73,7 @@ class JobProcess:
         devices: Devices,
         *,
         ignore_usr2: bool = False,
-        grace_seconds: float = 60.0,
+        grace_seconds: float,
     ) -> None:
         self.job = job
         self.devices = devices

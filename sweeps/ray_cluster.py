@@ -10,18 +10,19 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from mtp_lightning.errors import UserError, require_package
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
 from sweeps.process import Job, JobProcess, refuse_several_machines
 
 
-def run_remotely(job: Job, threads: int) -> None:
+def run_remotely(job: Job, threads: int, grace_seconds: float) -> None:
     """Runs a job in a Ray worker; Ray cancels it with a KeyboardInterrupt."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = f"ray:{os.uname().nodename}" + (f":cuda:{gpus}" if gpus else "")
-    process = JobProcess(job, Devices(gpus=None, threads=threads, name=name))
+    devices = Devices(gpus=None, threads=threads, name=name)
+    process = JobProcess(job, devices, grace_seconds=grace_seconds)
     try:
         process.wait()
     except KeyboardInterrupt:
@@ -43,7 +44,6 @@ def run(
         UserError: if Ray is not installed, or has no cluster at the address.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
-    require_package("ray", what="hydra/launcher=ray", extra="ray")
     import ray
 
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -67,7 +67,7 @@ def run(
             gpus = 0 if job.on_cpu else gpus_per_process * n
             _check_room(ray, cpus=cpus_per_process * n, gpus=gpus)
             options = remote.options(num_cpus=cpus_per_process * n, num_gpus=gpus)
-            refs[job] = options.remote(job, cpus_per_process)
+            refs[job] = options.remote(job, cpus_per_process, grace_seconds)
 
         ended: dict[Job, str] = {}
 

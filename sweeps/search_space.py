@@ -60,19 +60,21 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
     for argument in arguments:
         key, _, text = argument.partition("=")
         form = _FORM.fullmatch(text.strip().strip("'\""))
-        if form is not None:
-            space[key] = _interval(argument, form)
-            continue
         try:
-            override = OverridesParser.create().parse_override(argument)
+            override = None if form else OverridesParser.create().parse_override(argument)
         except HydraException as error:
             raise UserError(
                 f"{argument} is neither an override nor a range like interval(1e-4,1e-2,log), "
                 "int(1,4) or choice(a,b)."
             ) from error
-        if not override.is_sweep_override():
+        if override is not None and not override.is_sweep_override():
             fixed.append(argument)
-        elif override.is_discrete_sweep():
+            continue
+        if key in space:
+            raise UserError(f"{argument} gives {key} a second range: leave one out.")
+        if form is not None:
+            space[key] = _interval(argument, form)
+        elif override is not None and override.is_discrete_sweep():
             space[key] = CategoricalDistribution(tuple(map(str, override.sweep_string_iterator())))
         else:
             raise UserError(f"{argument}: write it as {key}=interval(a,b), or with ,log.")

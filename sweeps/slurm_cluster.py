@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mtp_lightning.errors import UserError, require_package
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
@@ -132,7 +132,6 @@ def run(
         UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
-    require_package("submitit", what="hydra/launcher=slurm", extra="slurm")
     import submitit
 
     folder = jobs[0].folder.parent / ".slurm"

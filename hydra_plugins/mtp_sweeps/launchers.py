@@ -4,8 +4,6 @@ start, so their own imports wait until they run."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from importlib import import_module
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -42,22 +40,13 @@ class SweepLauncher(Launcher):
 
         assert self.config is not None
         return launch(
-            None if self.module is None else partial(_run, self.module, **self.settings),
+            self.module,
+            self.settings,
             config=self.config,
             hydra_context=self.hydra_context,
             batch=job_overrides,
             dry_run=self.dry_run,
         )
-
-
-def _run(module: str, jobs: Any, **settings: Any) -> None:
-    from mtp_lightning.errors import UserError
-
-    try:
-        run = import_module(module).run
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"hydra.launcher.module={module} cannot be used: {error}.") from error
-    run(jobs, **settings)
 
 
 class GridSweeper(BasicSweeper):

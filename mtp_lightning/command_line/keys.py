@@ -38,7 +38,7 @@ _TYPE = re.compile(
 )
 # A word that a number's key takes too, with its meaning: ``(int >= 1; all: the whole split)``.
 _WORD = re.compile(r"; (\w+): ([^();]+)\)")
-_NEEDS = re.compile(r"needs (\w+): pip install -e '\.\[(\w+)\]'")
+NEEDS = re.compile(r"needs (\w+): pip install -e '\.\[(\w+)\]'")
 _NAMED = re.compile(r"\+([\w.]+)=")
 
 
@@ -95,7 +95,7 @@ def _read_conf() -> dict[str, KeyRules]:
                     rules.keys[name] = says or rules.keys.get(name, "")
                     if target:
                         rules.open |= not target.startswith(_OWN) or "More keys" in part.says
-                    needs = _NEEDS.search(part.says)
+                    needs = NEEDS.search(part.says)
                     if needs is not None and name == "_target_":  # the file's own class
                         rules.needs = (f"{group}={option.name}", needs[1], needs[2])
     return found

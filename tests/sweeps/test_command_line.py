@@ -102,12 +102,18 @@ WRONG = {
     "added key": ({"+swep": "depth"}, (), "swep is not a key: did you mean sweeps?"),
     "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices must be a whole number"),
     "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
-    # Refused when the jobs are run, after the sweep is planned.
     "module": ({"seed": "0,1"}, ("hydra.launcher.module=sweeps.pol",), "sweeps.pol cannot be used"),
-    "devices": (
-        {"trainer.devices": "1,2", "trainer.strategy": "ddp"},
-        ("hydra.launcher.devices_per_job=1",),
-        "devices_per_job=1 is less",
+    "launcher": (
+        {"seed": "0,1"},
+        ("hydra.launcher.n_jobs=0",),
+        "n_jobs must be a whole number of at least 1",
+    ),
+    "a word": ({"seed": "0,1"}, ("hydra.launcher.grace_seconds=abc",), "must be a number"),
+    # Refused when the jobs are run, after the sweep is planned.
+    "machines": (
+        {"trainer.num_nodes": "1,2", "trainer.strategy": "ddp"},
+        (),
+        "num_nodes=2 in a sweep takes",
     ),
 }
 
@@ -119,7 +125,7 @@ def test_what_is_wrong_is_said_before_any_job_starts(tmp_path, cache, case):
     assert told in execute(args, tmp_path, code=1).stderr
     # Hydra has made the folder; it stays only if the sweep was planned before it was refused.
     planned = (tmp_path / "sweep" / "sweep.json").exists()
-    assert (tmp_path / "sweep").exists() == planned == (case in ("module", "devices"))
+    assert (tmp_path / "sweep").exists() == planned == (case == "machines")
 
 
 @pytest.mark.parametrize(

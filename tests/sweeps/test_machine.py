@@ -263,7 +263,9 @@ def test_a_pool_starts_no_more_than_memory_holds(machine, tmp_path, capsys, free
         command = ("sh", "-c", f"cd {folder}; {script}")
         jobs.append(Job(folder=folder, overrides=(str(i),), command=command))
     use = MemoryUse(machine.root)
-    Pool(queue=DeviceQueue(n_jobs=4), display=Lines(len(jobs)), memory=use).run(jobs)
+    Pool(queue=DeviceQueue(n_jobs=4), display=Lines(len(jobs)), grace_seconds=60, memory=use).run(
+        jobs
+    )
     spans = [[int((t.folder / name).read_text()) for name in "ab"] for t in jobs]
     most = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
     assert most == at_once

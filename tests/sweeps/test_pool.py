@@ -225,8 +225,6 @@ def test_what_no_device_can_run_is_refused_before_a_job_starts(tmp_path: Path) -
     far, wide = (job(tmp_path / name, DONE, **{name: 2}) for name in ("nodes", "processes"))
     with pytest.raises(UserError, match="num_nodes=2 in a sweep takes hydra/launcher=slurm"):
         run([wide, far])
-    with pytest.raises(UserError, match="devices_per_job=1 is less than processes asks for"):
-        run([wide], devices_per_job=1)
     assert read_status(wide.folder) is read_status(far.folder) is None
 
 

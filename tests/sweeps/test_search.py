@@ -245,13 +245,14 @@ REFUSED = {
     "mtp.depht=1,2": "mtp.depht",
     "mtp=sequential,sequentail": "sequentail",
     "trainer.devices=-1": "not -1",
-    "mtp.depth=int(1,300)": "mtp.depth=300",
+    "model.n_layers=int(0,4)": "model.n_layers must be a whole number of at least 1, not 0",
     "model.d_ff=interval(4,1)": "both bounds must be finite, and the lower one come first",
     "mtp_lambda=interval(0.1,inf)": "both bounds must be finite",
     "optimizer.lr=0.5": "optimizer.lr=0.5 fixes a key that is searched",
     "model.d_ff=interval(0,1,log)": "above 0",
     "model.d_ff=int(1.5,4)": "must be numbers",
     "model.d_ff=interval(1,2": "neither an override nor a range",
+    "mtp.depth=4,8": "mtp.depth=4,8 gives mtp.depth a second range",
     "trainer.num_nodes=2 trainer.strategy=ddp": "num_nodes=2 in a sweep takes hydra/launcher=slurm",
 }
 

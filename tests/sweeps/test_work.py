@@ -159,7 +159,9 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
             worker.beat()
         return worker.watch(job)
 
-    Pool(queue=queue, display=Lines(2)).run(worker, watch=watch, ended=worker.ended)
+    Pool(queue=queue, display=Lines(2), grace_seconds=60).run(
+        worker, watch=watch, ended=worker.ended
+    )
     assert time.monotonic() - began < 300
     status = read_status(tmp_path / "seed-0")
     assert (status["state"], status["device"]) == ("running", "other")
