@@ -79,4 +79,5 @@ def _judge(job: Job, said: str, *, interrupted: str | None) -> None:
     old = read_status(job.folder) or {}
     kept = {key: old.get(key) for key in ("device", "pid", "started")}
     state = "failed" if interrupted is None else "interrupted"
-    write_status(job.folder, job.overrides, state, reason=interrupted or said, **kept)
+    reason = "; ".join(filter(None, (interrupted, said)))
+    write_status(job.folder, job.overrides, state, reason=reason, **kept)

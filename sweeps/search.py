@@ -311,9 +311,7 @@ def main(
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    about = (__doc__ or "").replace("python -m sweeps.search", program)
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=program, description=about, formatter_class=form)
+    parser = Parser.of(__doc__, module="sweeps.search", program=program)
     parser.add_argument("folder", help="folder of the search; an existing search continues")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")
     more = "a folder with more configs"

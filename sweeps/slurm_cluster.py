@@ -151,7 +151,7 @@ def run(
             "nodes": nodes,
             "ntasks_per_node": 1,
             "cpus_per_task": cpus_per_process * n,
-            "gpus_per_node": 0 if on_cpu else gpus_per_process * n,
+            "gpus_per_node": None if on_cpu else gpus_per_process * n or None,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
             # Slurm's limit is per array.
             "array_parallelism": max(1, n_jobs * len(same) // len(jobs)),
@@ -160,7 +160,7 @@ def run(
             "additional_parameters": dict(additional or {}),
             "setup": [f"export PYTHONPATH={ROOT}:$PYTHONPATH"],
         }
-        executor.update_parameters(**{k: v for k, v in settings.items() if v not in (None, 0)})
+        executor.update_parameters(**{k: v for k, v in settings.items() if v is not None})
         try:
             with executor.batch():
                 submitted = [executor.submit(SlurmRun(job, cpus_per_process)) for job in same]

@@ -7,7 +7,6 @@ The exit code is 0 if all jobs are done, 1 if some failed, and 2 if some have no
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -66,9 +65,7 @@ def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.status"
 ) -> None:
     """The command line."""
-    about = (__doc__ or "").replace("python -m sweeps.status", program)
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=program, description=about, formatter_class=form)
+    parser = Parser.of(__doc__, module="sweeps.status", program=program)
     parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)
     with readable_errors():

@@ -1,7 +1,7 @@
 """A worker: runs the jobs of a planned sweep one after another, until all have ended.
 
     python train.py -m +sweeps=depth sweep_dir=runs/depth hydra/launcher=plan
-    python -m sweeps.work runs/depth        # as often as you like, on any machine with the folder
+    python -m sweeps.work runs/depth        # once per machine, on any number of them
 
 Workers know of each other only through the folder (``lease.py``). If a worker dies, others take
 over its jobs after two minutes, and continue from their checkpoints.
@@ -66,6 +66,10 @@ class SweepWorker:
             planned.folder: _job(plan.folder, planned, labels[planned.folder], program, allow)
             for planned in plan.jobs
         }
+        if program and all(one.recipe and one.recipe.program == TRAIN for one in plan.jobs):
+            raise UserError(
+                f"The jobs in {plan.folder} run this project's {TRAIN}.py: leave --program out."
+            )
         self.too_large = {n: job for n, job in self.jobs.items() if not _fits(job, queue)}
         self._left = [name for name in self.jobs if name not in self.too_large]
         self._free: deque[tuple[str, Lease | None]] = deque()
@@ -241,9 +245,7 @@ def _say_end(worker: SweepWorker) -> None:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    about = (__doc__ or "").replace("python -m sweeps.work", program)
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=program, description=about, formatter_class=form)
+    parser = Parser.of(__doc__, module="sweeps.work", program=program)
     parser.add_argument("folder", help="folder of a sweep that was planned or started")
     gpus = "auto, cpu or GPUs: 0,1"
     parser.add_argument("--devices", type=typed_devices, default="auto", help=gpus)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.sources.base import Source, digest
+from data_modules.digests import digest
+from data_modules.sources.base import Source
 from mtp_lightning.settings import require_whole
 
 SUCCESSORS = 16

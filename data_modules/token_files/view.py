@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from data_modules.digests import digest
 from data_modules.encoding import PIECE, piece_digest, pieces
 from data_modules.shards import Shard, ShardedTokens, cut
-from data_modules.sources.base import digest, digest_files
+from data_modules.sources.base import digest_files
 from data_modules.splitting import cut_index
 from data_modules.store_builder import keep_store, progress
 from data_modules.token_files.formats import TokenSource

@@ -47,6 +47,14 @@ class Parser(argparse.ArgumentParser):
             "--version", action=_ShowVersion, nargs=0, help="show the version and exit"
         )
 
+    @classmethod
+    def of(cls, doc: str | None, *, module: str, program: str) -> Parser:
+        """A parser whose help is the docstring of the tool's module, with the command as it was
+        typed in place of ``python -m MODULE``."""
+        about = (doc or "").replace(f"python -m {module}", program)
+        form = argparse.RawDescriptionHelpFormatter
+        return cls(prog=program, description=about, formatter_class=form)
+
     def error(self, message: str) -> NoReturn:
         """Print the error, and exit with code 1: 2 has a meaning in some programs."""
         self.exit(1, f"error: {printable(message)}. ({self.prog} --help)\n")

@@ -13,7 +13,7 @@ from mtp_lightning.command_line import vetting
 from mtp_lightning.command_line.literal import literal
 from mtp_lightning.command_line.shell import composing
 from mtp_lightning.paths import CONF
-from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in
+from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in, values_by_key
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -60,8 +60,8 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
         choices = dict(hydra_config.runtime.choices)
-        given = [o for o in hydra_config.overrides.task if not o.startswith("~")]
-        texts = {key_of(o): o.partition("=")[2] for o in given}
+        task = hydra_config.overrides.task
+        texts = values_by_key(o for o in task if not o.startswith("~"))
         keys += texts
     chosen: dict[str, Any] = {}
     for key in keys:

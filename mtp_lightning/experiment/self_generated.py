@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from data_modules import TokenDataModule
+from data_modules.digests import digest
 from data_modules.encoding import Encoded
 from data_modules.encoding import encoded as encoded_piece
 from data_modules.overlap import LineOverlap
 from data_modules.prompts import take_prompts
-from data_modules.sources.base import Source, digest
+from data_modules.sources.base import Source
 from data_modules.store_builder import keep_store, progress, write_documents
 from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer

@@ -13,6 +13,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
 from mtp_lightning.paths import app
+from mtp_lightning.run.config import values_by_key
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.status import state_of
@@ -159,7 +160,7 @@ class Sweep(_Folder):
         plan = self._plan
         rows = {}
         for job, run in zip(plan["jobs"], self.runs, strict=True):
-            told = dict(override.partition("=")[::2] for override in job["overrides"])
+            told = values_by_key(job["overrides"])
             row = {"state": state_of(run.folder)} | {key: told.get(key) for key in plan["varied"]}
             if (run.folder / SUMMARY_FILE).is_file():
                 numbers = run.summary.items()

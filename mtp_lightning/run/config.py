@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def read_yaml(path: Path) -> Any:
 def key_of(override: str) -> str:
     """``+mtp.depth=2`` -> ``mtp.depth``."""
     return override.split("=", 1)[0].lstrip("+~")
+
+
+def values_by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """The typed values of overrides, by key; of several for one key, the last."""
+    return {key_of(override): override.partition("=")[2] for override in overrides}
 
 
 def lies_in(key: str, groups: Collection[str]) -> bool:

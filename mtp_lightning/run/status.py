@@ -73,8 +73,7 @@ def _blank(overrides: Sequence[str]) -> dict[str, Any]:
 
 def describe_failure(folder: Path) -> str:
     """One line with the job's state, the reason, and the path of its log."""
-    status = read_status(folder)
-    assert status is not None
+    status = read_status(folder) or {"state": "pending", "reason": "no readable status"}
     return f"{status['state']}: {folder.name}: {status['reason']} (log: {folder / LOG_FILE})"
 
 

@@ -178,10 +178,8 @@ def _verdict(args: argparse.Namespace) -> int:
         raise UserError("verdict needs either names of claims or --all.")
     require_packages("a verdict")
     claims = _claims(args, args.names or names(args.claims))
-    if args.all:  # at both scales
-        gpu = args.gpu
-        pairs = ([claim, *([claim.on_gpu()] if claim.gpu and not gpu else [])] for claim in claims)
-        claims = [claim for pair in pairs for claim in pair]
+    if args.all and not args.gpu:
+        claims = [scaled for claim in claims for scaled in claim.scales]
     code = max(_judge(args, claim) for claim in claims)
     if args.all and args.has_pages:
         for page in write_pages(args.root, args.claims, **args.asked):
@@ -253,11 +251,7 @@ _ACTIONS: dict[str, tuple[Callable[[argparse.Namespace], int], str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m sweeps.claims",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser.of(__doc__, module="sweeps.claims", program="python -m sweeps.claims")
     parser.set_defaults(all=False, gpu=False, seeds=None)  # of actions without these options
     actions = parser.add_subparsers(dest="action", required=True)
     parsers = {name: actions.add_parser(name, help=said) for name, (_, said) in _ACTIONS.items()}

@@ -144,6 +144,11 @@ class Claim:
         return replace(self, scale=self.gpu, setting=GPU)
 
     @property
+    def scales(self) -> list[Claim]:
+        """The claim, and the claim at its published scale if it has one."""
+        return [self, *([self.on_gpu()] if self.gpu else [])]
+
+    @property
     def measures(self) -> list[ClaimMeasure]:
         """What the predictions read from runs, in their order, without repetition."""
         return list(dict.fromkeys(prediction.measure.of_run for prediction in self.predictions))

@@ -29,7 +29,7 @@ from sweeps.claims.preregistration import read_preregistration
 from sweeps.claims.recall import with_stored
 from sweeps.claims.result import Result, in_order, own, state
 from sweeps.claims.words import aligned
-from sweeps.report.equivalent import OF_DEPTHS
+from sweeps.report.settings import OF_DEPTHS
 
 MEASURED, ELSEWHERE = "measured", "measured elsewhere"
 BY_FLOPS, EXPECTED = "by FLOPs", "as the claim expects"

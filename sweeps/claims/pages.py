@@ -100,8 +100,7 @@ def part(found: Sequence[Pair], name: str, root: Path) -> str:
 def _found(root: Path, claims: Path, **asked: Any) -> list[Pair]:
     require_packages("a page of claims")
     read = [read_claim(name, claims, **asked) for name in names(claims)]
-    # A claim with a published scale comes twice, at both scales.
-    every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
+    every = [scaled for claim in read for scaled in claim.scales]
     return [(claim, read_result(claim.label, root / "results")) for claim in every]
 
 

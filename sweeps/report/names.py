@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.run.config import key_of, read_yaml
+from mtp_lightning.run.config import read_yaml, values_by_key
 
 
 @cache
@@ -66,9 +66,7 @@ def arm_names(arms: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Readable names of a claim's arms, whose overrides are given. A name has the values of the
     first keys that distinguish the arm from all others; where the keys of ``names.yaml`` do not
     suffice, it is the arm's own name. A class (``mtp._target_``) replaces its group's choice."""
-    given = {
-        arm: {key_of(o): o.partition("=")[2] for o in overrides} for arm, overrides in arms.items()
-    }
+    given = {arm: values_by_key(overrides) for arm, overrides in arms.items()}
     for of in given.values():
         classes = [key for key in of if key.endswith("._target_")]
         of |= {k.removesuffix("._target_"): _class(of[k]) for k in classes}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import LATER, flatten, key_of, read_yaml
+from mtp_lightning.run.config import LATER, flatten, read_yaml, values_by_key
 from mtp_lightning.run.layout import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -261,5 +261,4 @@ def _overrides(given: Any) -> dict[str, str]:
     """Overrides by key, without Hydra's leading ``+``."""
     if not isinstance(given, list | tuple):
         return {}
-    set_ones = [str(text) for text in given if "=" in str(text) and str(text)[:1] != "~"]
-    return {key_of(text): text.partition("=")[2] for text in set_ones}
+    return values_by_key(str(o) for o in given if "=" in str(o) and str(o)[:1] != "~")

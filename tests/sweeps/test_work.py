@@ -142,7 +142,7 @@ def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -
         job.recipe = recipe
     leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
     queue = DeviceQueue(n_jobs=2)
-    worker = SweepWorker(laid, leases=leases, queue=queue, look_seconds=0, program=["x"])
+    worker = SweepWorker(laid, leases=leases, queue=queue, look_seconds=0)
     sleeps = "trap '' TERM; echo > begun; sleep 600"
     programs = {"seed-0": sleeps, "seed-1": "echo {} > summary.json"}
     for name, job in worker.jobs.items():
@@ -200,13 +200,16 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         ([str(folder), "--stale=0"], "--stale must be above 0"),
         ([str(folder), "--threads=many"], "threads_per_process=many"),
     ]
-    for name in ("cwd", "run"):
+    for name, changed, told in (
+        ("cwd", {"cwd": "/not/here"}, "has no such folder"),
+        ("own", {"program": "train"}, "run this project's train.py: leave --program out"),
+        ("run", None, "does not say how"),
+    ):
         (copy := tmp_path / name).mkdir()
-        jobs = [{**job, "run": {**job["run"], "cwd": "/not/here"}} for job in stored["jobs"]]
-        if name == "run":
-            jobs = [{key: job[key] for key in ("folder", "overrides")} for job in jobs]
+        jobs = [{key: job[key] for key in ("folder", "overrides")} for job in stored["jobs"]]
+        if changed is not None:
+            jobs = [{**job, "run": {**job["run"], **changed}} for job in stored["jobs"]]
         (copy / "sweep.json").write_text(json.dumps({**stored, "jobs": jobs}))
-        told = "has no such folder" if name == "cwd" else "does not say how"
         cases.append(([str(copy), "--program=x"], told))
     for arguments, told in cases:
         command = [sys.executable, "-m", "sweeps.work", *arguments]
