@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from data_modules.claim import alive, claim
+from data_modules.build_turn import alive, folder_to_build
 from data_modules.digests import stamp
 from data_modules.seal import require_sealed, seal
 from mtp_lightning.system import sync_file, sync_folder
@@ -21,7 +21,7 @@ from mtp_lightning.system import sync_file, sync_folder
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
-LEASE = 600.0
+STALE_SECONDS = 600.0
 """Seconds without a sign of life after which the remains of a build are removed."""
 
 
@@ -31,7 +31,7 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen).expanduser()
 
 
-def state_of(path: Path, known: str) -> str:
+def cache_key(path: Path, known: str) -> str:
     """The cache key of a file, or of a folder and the folders in it: two hex digests,
     ``PATH-STATE``. The state has the files' names, sizes and times. Any change of a file changes
     its time ctime, which no program can set.
@@ -50,11 +50,12 @@ def state_of(path: Path, known: str) -> str:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Makes sure that the folder ``target`` exists and is complete.
 
-    One of the processes that need it builds it, and the others wait (:mod:`data_modules.claim`).
-    ``build`` fills a temporary folder next to the target, which is then renamed in one step. A
-    killed build leaves only the temporary folder, which a later call removes once it has shown no
-    sign of life for :data:`LEASE`. If two processes build anyway, because one was taken for dead,
-    the first to finish wins, and the other uses the winner's folder.
+    One of the processes that need it builds it, and the others wait
+    (:mod:`data_modules.build_turn`). ``build`` fills a temporary folder next to the target, which
+    is then renamed in one step. A killed build leaves only the temporary folder, which a later call
+    removes once it has shown no sign of life for :data:`STALE_SECONDS`. If two processes build
+    anyway, because one was taken for dead, the first to finish wins, and the other uses the
+    winner's folder.
 
     A built folder is sealed, and its files are checked at each later use
     (:mod:`data_modules.seal`).
@@ -80,7 +81,7 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target.parent)
-        temporary = claim(target)
+        temporary = folder_to_build(target)
     except OSError as error:
         raise OSError(
             f"cannot write in the cache folder {target.parent} ({error.strerror}): "
@@ -130,6 +131,6 @@ def _remove_stale(folder: Path) -> None:
         now = os.stat(new).st_mtime
     for path in found:
         with suppress(FileNotFoundError):  # finished just now
-            if path.stat().st_mtime < now - LEASE:
+            if path.stat().st_mtime < now - STALE_SECONDS:
                 log.info("removing the remains of a killed build: %s", path)
                 shutil.rmtree(path, ignore_errors=True)

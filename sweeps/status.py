@@ -20,7 +20,7 @@ from sweeps.display import duration, newest
 from sweeps.lease import Lease, Leases, look_at
 from sweeps.plan import SweepPlan, varied_labels
 
-_FREE = "lost"  # a job whose status is running, but whose process or worker is gone
+_LOST = "lost"  # a job whose status is running, but whose process or worker is gone
 
 
 def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -28,14 +28,14 @@ def describe(plan: SweepPlan, statuses: dict[str, dict[str, Any]]) -> Iterator[s
     leases, newest_leases = look_at(plan.folder)
     labels = varied_labels(plan.jobs)
     running: list[str] = []
-    counts = dict.fromkeys((*STATES, _FREE), 0)
+    counts = dict.fromkeys((*STATES, _LOST), 0)
     for job in plan.jobs:
         status, lease = statuses[job.folder], newest_leases.get(job.folder)
         state = str(status["state"])
         if state == "running" and leases.lost(plan.folder / job.folder, lease):
-            state = _FREE
+            state = _LOST
         counts[state] += 1
-        if state in ("running", _FREE):
+        if state in ("running", _LOST):
             step, loss = newest(plan.folder / job.folder)
             of = f" of {job.recipe.max_steps}" if job.recipe and job.recipe.max_steps else ""
             name = " ".join(labels[job.folder]) or job.folder

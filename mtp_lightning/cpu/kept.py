@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_modules.cache import build_once, cache_folder, state_of
+from data_modules.cache import build_once, cache_folder, cache_key
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import dense_matrices
 from mtp_lightning.cpu.packed import Kind, PackedWeight, is_kept, keep_as, keep_packed, packed_of
@@ -100,7 +100,7 @@ class CPUKeeper:
 def _folder(path: Path) -> Path:
     """The cache folder for the packed weights of a file or folder in its present state."""
     code, sources = native.code()[0], native.lib().built_from().decode()
-    return cache_folder() / "packed" / state_of(path, f"{code} {sources}")
+    return cache_folder() / "packed" / cache_key(path, f"{code} {sources}")
 
 
 def _nothing(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data_modules.cache import build_once, cache_folder, state_of
+from data_modules.cache import build_once, cache_folder, cache_key
 from mtp_lightning.decoding.adaptive import MIN_GAIN_MEASURED, AutoDepth, Measured, Payoff
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.fused import version
@@ -64,7 +64,7 @@ def settle_drafts(
     device = model.head.weight.device
     known |= {"on": [str(device), processor(), torch.__version__, version(device.type)]}
     n = asked.max_draft(model)
-    folder = cache_folder() / "drafts" / state_of(opened.path, json.dumps(known))
+    folder = cache_folder() / "drafts" / cache_key(opened.path, json.dumps(known))
     measured = _kept(folder, n, lambda: measure(model, asked, _prompts(opened)))
     return replace(options, draft_depth="auto", measured=measured)
 

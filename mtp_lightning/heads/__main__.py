@@ -136,14 +136,14 @@ def make_plan(
     Raises:
         UserError: the folder was begun with other options, or its plan is damaged.
     """
-    from data_modules.cache import state_of
+    from data_modules.cache import cache_key
     from mtp_lightning.heads.planning import HeadsPlan, plan
     from mtp_lightning.run.atomic import write_json
 
     file = folder / PLAN
     texts = [str(Path(text).resolve()) for text in args.text]
     asked = {"hours": args.hours, "files": texts, "overrides": args.overrides}
-    states = [state_of(source, "") for source in sources]
+    states = [cache_key(source, "") for source in sources]
     found, wanted = None, {"model": str(model.resolve()), **asked, "sources": states}
     if file.is_file():
         try:

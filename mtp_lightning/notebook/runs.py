@@ -161,7 +161,8 @@ class Sweep(_Folder):
         rows = {}
         for job, run in zip(plan["jobs"], self.runs, strict=True):
             told = values_by_key(job["overrides"])
-            row = {"state": state_of(run.folder)} | {key: told.get(key) for key in plan["varied"]}
+            row: dict[str, Any] = {"state": state_of(run.folder)}
+            row |= {key: told.get(key) for key in plan["varied"]}
             if (run.folder / SUMMARY_FILE).is_file():
                 numbers = run.summary.items()
                 row |= {k: v for k, v in numbers if isinstance(v, int | float) and k not in row}

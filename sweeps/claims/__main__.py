@@ -27,12 +27,11 @@ from mtp_lightning.paths import CONF, ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.figure import write_figures
-from sweeps.claims.hours import Left, costs, left_of, listing, planned
+from sweeps.claims.hours import Pending, costs, listing, pending_of, planned
 from sweeps.claims.jobs import require_equal_steps
 from sweeps.claims.pages import block, write_pages
 from sweeps.claims.preregistration import predicted_in
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.recall import left_to_run, stored_runs
 from sweeps.claims.result import (
     NOT_RUN,
     Result,
@@ -44,6 +43,7 @@ from sweeps.claims.result import (
     state,
     write_result,
 )
+from sweeps.claims.reuse import left_to_run, stored_runs
 from sweeps.claims.run import run
 from sweeps.claims.weights import write_weights
 from sweeps.compose import typed_folder
@@ -89,7 +89,7 @@ def _hours(args: argparse.Namespace) -> int:
         claims = [claim for claim in in_order(claims, results) if not claim.superseded_by]
     print("Composing the runs that are left: about a minute.", file=sys.stderr, flush=True)
     runs = args.runs.absolute()
-    left = left_of(claims, runs, results)
+    left = pending_of(claims, runs, results)
     refused = {each.claim.label: why for each in left if (why := _refused(each, runs, results))}
     print("\n".join(costs([each for each in left if each.costs or args.names])))
     if refused:
@@ -103,7 +103,7 @@ def _hours(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refused(left: Left, runs: Path, results: Mapping[str, Result]) -> str:
+def _refused(left: Pending, runs: Path, results: Mapping[str, Result]) -> str:
     """Why a claim's pending runs cannot be started from this checkout; empty if they can."""
     stored = results.get(left.claim.label)
     if not left.costs or stored is None:

@@ -17,8 +17,8 @@ from sweeps.claims import words
 from sweeps.claims.claim import ClaimMeasure
 from sweeps.claims.decide import UNDECIDED, arm_share
 from sweeps.claims.observe import POINTS
-from sweeps.claims.recall import runs_of
 from sweeps.claims.result import Result
+from sweeps.claims.reuse import runs_of
 from sweeps.report.chart import COLORS, QUIET, Chart, Look, by_row, looks_of, shares_by_row, styled
 from sweeps.report.metrics import number
 from sweeps.report.names import in_words, name_of

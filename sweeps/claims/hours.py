@@ -22,12 +22,12 @@ from mtp_lightning.run.config import key_of, lies_in
 from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim, is_stale
 from sweeps.claims.decide import UNDECIDED
-from sweeps.claims.enough import seeds_enough
 from sweeps.claims.jobs import ClaimJob, branch_step, jobs
 from sweeps.claims.observe import ArmRun, Arms, observe
+from sweeps.claims.power import seeds_needed
 from sweeps.claims.preregistration import read_preregistration
-from sweeps.claims.recall import with_stored
-from sweeps.claims.result import Result, in_order, own, state
+from sweeps.claims.result import Result, in_order, state, with_own_costs
+from sweeps.claims.reuse import with_stored
 from sweeps.claims.words import aligned
 from sweeps.report.settings import OF_DEPTHS
 
@@ -47,7 +47,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Left:
+class Pending:
     """A claim with its number of finished runs, and the costs of the pending ones, seed by seed."""
 
     claim: Claim
@@ -71,13 +71,13 @@ class Left:
         return ", ".join(f"{n} {source}" for source, n in counts.items())
 
 
-def left_of(
+def pending_of(
     claims: Sequence[Claim],
     runs: Path,
     results: Mapping[str, Result],
     *,
     count_flops: bool = True,
-) -> list[Left]:
+) -> list[Pending]:
     """The pending runs of claims. A run that several claims share counts for the first of them.
 
     Args:
@@ -94,7 +94,7 @@ def left_of(
     found = []
     for claim, arms, finished in zip(claims, seen, done, strict=True):
         costs = _costs(claim, arms, pace, runs, taken, count_flops=count_flops)
-        found.append(Left(claim, len(finished), tuple(costs)))
+        found.append(Pending(claim, len(finished), tuple(costs)))
     return found
 
 
@@ -168,7 +168,10 @@ def _runs(claim: Claim, runs: Path, results: Mapping[str, Result]) -> Arms:
         arms = with_stored(observe(claim, runs, started), claim, results)
     except UserError:  # the folder has runs of other configs: use the stored ones
         arms = with_stored(observe(claim, runs, {}), claim, results)
-    return {arm: {s: own(claim, arm, run) for s, run in of.items()} for arm, of in arms.items()}
+    return {
+        arm: {s: with_own_costs(claim, arm, run) for s, run in of.items()}
+        for arm, of in arms.items()
+    }
 
 
 def flops_of(job: ClaimJob) -> float | None:
@@ -198,7 +201,9 @@ def flops_of(job: ClaimJob) -> float | None:
     return float(whole * (1 - (branch_step(job.overrides) or 0) / steps))
 
 
-def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Left, list[int]]]:
+def fitting(
+    left: Sequence[Pending], *, hours: float, cores: int
+) -> list[tuple[Pending, list[int]]]:
     """The seeds that end in time, claim by claim in the given order.
 
     A seed fits if all its arms do. Seeds stay in the claim's order; if the next one does not fit,
@@ -232,14 +237,14 @@ def makespan(hours: Sequence[float], cores: int) -> float:
 def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) -> list[str]:
     """One line per claim, decided claims first."""
     rows = []
-    for left in left_of(in_order(claims, results), runs, results, count_flops=False):
+    for left in pending_of(in_order(claims, results), runs, results, count_flops=False):
         claim, result = left.claim, results.get(left.claim.label)
         entries = [] if result is None or is_stale(result, claim) else result["predictions"]
         said = state(claim, result)
         after = f" Superseded by {claim.superseded_by}." if claim.superseded_by else ""
         enough: list[int | None] = []
         if said.startswith(UNDECIDED) and importlib.util.find_spec("scipy") is not None:
-            enough = seeds_enough(entries, claim.scale.minimum)
+            enough = seeds_needed(entries, claim.scale.minimum)
         rows.append(
             [
                 claim.label,
@@ -255,7 +260,7 @@ def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) 
     return aligned(head, rows, right=(1, 3, 4, 5))
 
 
-def costs(left: Sequence[Left]) -> list[str]:
+def costs(left: Sequence[Pending]) -> list[str]:
     """The pending runs of every claim, and their sum."""
     rows = [
         [each.claim.label, str(len(each.costs)), f"{each.hours:.2f}", each.sources] for each in left
@@ -265,7 +270,7 @@ def costs(left: Sequence[Left]) -> list[str]:
     return aligned(["claim", "runs left", "core-hours", "from"], rows, right=(1, 2))
 
 
-def planned(left: Sequence[Left], *, hours: float, cores: int, more: str = "") -> list[str]:
+def planned(left: Sequence[Pending], *, hours: float, cores: int, more: str = "") -> list[str]:
     """The seeds that fit into a time, and the commands that run them, with the options ``more``."""
     chosen = fitting(left, hours=hours, cores=cores)
     rows = [

@@ -18,8 +18,8 @@ from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim, Stored, is_stale
 from sweeps.claims.decide import FAILS, HOLDS
-from sweeps.claims.enough import seeds_enough
 from sweeps.claims.figure import CURVE, caption, files_of, seeds_and_size
+from sweeps.claims.power import seeds_needed
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, read_result, state
 from sweeps.report import require_packages
@@ -143,7 +143,7 @@ def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
     if result is None:
         return facts | {"predictions": words.entries(None, claim)}
-    enough = seeds_enough(result["predictions"], claim.scale.minimum)
+    enough = seeds_needed(result["predictions"], claim.scale.minimum)
     more = ["" if n is None else f"about {n} seeds per arm would decide it" for n in enough]
     arms = {words.names_in(result)[arm]: of for arm, of in result["arms"].items()}
     done = [sum(run["state"] == "done" for run in of["seeds"].values()) for of in arms.values()]

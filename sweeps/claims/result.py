@@ -18,7 +18,7 @@ from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overa
 from sweeps.claims.jobs import branch_step
 from sweeps.claims.observe import ArmRun, Arms, observe
 from sweeps.claims.preregistration import read_preregistration
-from sweeps.claims.recall import beginning, with_stored
+from sweeps.claims.reuse import beginning, with_stored
 from sweeps.plan import read_versioned
 from sweeps.report.statistics import survival
 
@@ -52,7 +52,9 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
     prediction's commit then."""
     findings = decide(claim, arms)
     verdict = overall([finding.verdict for finding in findings])
-    runs = [own(claim, arm, run) for arm, of_arm in arms.items() for run in of_arm.values()]
+    runs = [
+        with_own_costs(claim, arm, run) for arm, of_arm in arms.items() for run in of_arm.values()
+    ]
     ended = sorted(run.ended for run in runs if run.done and run.ended)
     return {
         "version": VERSION,
@@ -160,7 +162,7 @@ def _times(claim: Claim, runs: Collection[ArmRun]) -> dict[str, Any]:
     return found
 
 
-def own(claim: Claim, arm: str, run: ArmRun) -> ArmRun:
+def with_own_costs(claim: Claim, arm: str, run: ArmRun) -> ArmRun:
     """A run with the FLOPs and seconds of its own steps; those of a branch count its parent's."""
     begun = branch_step(claim.overrides(arm))
     if begun is None or not run.done:

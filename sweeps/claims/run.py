@@ -10,8 +10,8 @@ from mtp_lightning.run.status import describe_failure, read_status, state_of, wr
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.preregistration import register
-from sweeps.claims.recall import left_to_run, shared_runs
 from sweeps.claims.result import read_results
+from sweeps.claims.reuse import left_to_run, shared_runs
 from sweeps.interrupts import alone
 from sweeps.plan import PlannedJob, SweepPlan, must_run
 from sweeps.pool import make_pool

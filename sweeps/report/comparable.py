@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, some
+from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, first_few
 from sweeps.report.names import sentence
 from sweeps.report.settings import Setting, Settings
 
@@ -49,10 +49,10 @@ def refusal(settings: Sequence[Setting]) -> str:
     for group in groups:
         named.setdefault(_name(group[0]), []).extend(group)
     parts = [
-        f"{name}{_bytes(group)}: {some([setting.name for setting in group])}"
+        f"{name}{_bytes(group)}: {first_few([setting.name for setting in group])}"
         for name, group in named.items()
     ]
-    return sentence("refusal", texts=some(parts, between=" | "), remedy=sentence("remedy"))
+    return sentence("refusal", texts=first_few(parts, between=" | "), remedy=sentence("remedy"))
 
 
 def _name(setting: Setting) -> str:
@@ -90,8 +90,8 @@ def _context(group: Sequence[Setting]) -> str:
     by_size: dict[str, list[str]] = {}
     for setting, window in zip(group, windows, strict=True):
         by_size.setdefault(_window(*window), []).append(setting.name)
-    named = [f"{size} with {some(labels)}" for size, labels in by_size.items()]
-    return sentence(said, windows=some(named, between=" | "))
+    named = [f"{size} with {first_few(labels)}" for size, labels in by_size.items()]
+    return sentence(said, windows=first_few(named, between=" | "))
 
 
 def _window(tokens: int | None, rate: float | None) -> str:
@@ -133,7 +133,7 @@ def predicts_tokens(setting: Setting) -> bool:
     return all(run.summary.get("mtp_predicts_tokens", True) for run in setting.done)
 
 
-def meaning(settings: Settings) -> str:
+def note_on_depths(settings: Settings) -> str:
     """A note below charts and tables on what the teacher-forced numbers of depths mean; empty if no
     run says it.
 
@@ -148,8 +148,8 @@ def meaning(settings: Settings) -> str:
             by_kind.setdefault(reads, []).append(setting.name)
     remark = "".join(sentence("teacher_forced" if reads else "blind") for reads in by_kind)
     if len(by_kind) > 1:
-        given, blind = (some(by_kind[reads]) for reads in (True, False))
+        given, blind = (first_few(by_kind[reads]) for reads in (True, False))
         remark = sentence("two_tasks", given=given, blind=blind)
     if others := [setting.name for setting in settings.all if not predicts_tokens(setting)]:
-        remark = f"{remark} {sentence('no_tokens', others=some(others))}"
+        remark = f"{remark} {sentence('no_tokens', others=first_few(others))}"
     return remark.lstrip()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sweeps.report.chart import GRID, INK, PAPER, Chart
-from sweeps.report.comparable import meaning, text_errors
+from sweeps.report.comparable import note_on_depths, text_errors
 from sweeps.report.metrics import BITS
 from sweeps.report.names import sentence, texts
 from sweeps.report.settings import Setting, Settings
@@ -52,7 +52,7 @@ def drawing_of(settings: Settings, of: str, *, name: str = "", **values: Any) ->
         "level": f"{settings.level:g}",
         "unit": settings.headline.unit,
         "seeds": sentence("seeds"),
-        "meaning": meaning(settings),
+        "meaning": note_on_depths(settings),
         "text_error": text_error(settings, settings.all),
     }
     title, caption, x, y = (

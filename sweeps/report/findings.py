@@ -24,7 +24,7 @@ _WORDS = {
     "number": metrics.number,
     "p_value": metrics.p_value,
     "plural": plural,
-    "some": metrics.some,
+    "first_few": metrics.first_few,
     "shown": metrics.with_interval,
     "EXACT": EXACT,
     "LEVEL": LEVEL,

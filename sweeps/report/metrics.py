@@ -121,7 +121,7 @@ def equals(p: float | None) -> str:
     return text if text.startswith("<") else f"= {text}"
 
 
-def some(names: Sequence[str], *, between: str = "; ") -> str:
+def first_few(names: Sequence[str], *, between: str = "; ") -> str:
     """The first four names, and the number of the others."""
     rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return between.join(names[:4]) + rest

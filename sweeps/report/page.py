@@ -18,7 +18,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.run.config import PLACES, lies_in
 from sweeps.report import tables
-from sweeps.report.comparable import contexts, meaning, refusal, text_errors
+from sweeps.report.comparable import contexts, note_on_depths, refusal, text_errors
 from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.drawing import Drawing, as_inline
 from sweeps.report.equivalent import Family
@@ -52,7 +52,7 @@ def render(
     runs, sweeps = settings.runs, settings.sweeps
     # The notes say this, too, but readers of a table may not have read them.
     warnings = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
-    remarks = [*filter(None, [meaning(settings), text_errors(settings.all)]), *warnings]
+    remarks = [*filter(None, [note_on_depths(settings), text_errors(settings.all)]), *warnings]
     made = environment("sweeps.report", html=True)
     style, script = (
         Markup(made.get_template(f"{name}.jinja").render()) for name in ("report.css", "page.js")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules import cache, claim
+from data_modules import build_turn, cache
 from data_modules.cache import build_once, cache_folder
 from data_modules.encoding import pieces
 from data_modules.splitting import DocumentSplit
@@ -126,7 +126,7 @@ def test_a_failing_build_leaves_nothing_and_a_full_disk_is_said(tmp_path):
 
 def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
     """The first one was taken for dead, and was only asleep."""
-    monkeypatch.setattr(claim, "SILENCE", 0.0)
+    monkeypatch.setattr(build_turn, "SILENCE", 0.0)
 
     def slower(folder: Path) -> None:
         build_once(tmp_path / "target", lambda other: (other / "who").write_text("winner"))
@@ -140,7 +140,11 @@ def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path, monkeypatch):
 def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
     silent, alive = tmp_path / ".k.building-host-1-01234567", tmp_path / ".k.building-89abcdef"
     finished = tmp_path / "finished"
-    for folder, age in ((silent, cache.LEASE + 60), (alive, cache.LEASE - 60), (finished, 1e6)):
+    for folder, age in (
+        (silent, cache.STALE_SECONDS + 60),
+        (alive, cache.STALE_SECONDS - 60),
+        (finished, 1e6),
+    ):
         folder.mkdir()
         os.utime(folder, (time.time() - age,) * 2)
     build_once(tmp_path / "target", lambda folder: None)
@@ -149,8 +153,8 @@ def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
 
 def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
     """Other hosts, containers and processes then leave its folder alone."""
-    monkeypatch.setattr(cache, "LEASE", 0.8)
-    monkeypatch.setattr(claim, "BEAT", 0.02)
+    monkeypatch.setattr(cache, "STALE_SECONDS", 0.8)
+    monkeypatch.setattr(build_turn, "BEAT", 0.02)
 
     def build(folder: Path) -> None:
         for i in range(8):
@@ -159,6 +163,6 @@ def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
         (folder / "whole").write_text("")
 
     assert (build_once(tmp_path / "target", build) / "whole").exists()
-    monkeypatch.setattr(claim, "BEAT", 60)
+    monkeypatch.setattr(build_turn, "BEAT", 60)
     with pytest.raises(FileNotFoundError):
         build_once(tmp_path / "slow", build)

@@ -11,7 +11,7 @@ import pytest
 
 from sweeps.report.__main__ import main, report
 from sweeps.report.chart import key_to, looks, styled
-from sweeps.report.comparable import meaning
+from sweeps.report.comparable import note_on_depths
 from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
 from sweeps.report.settings import Setting
@@ -238,9 +238,9 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
     assert table and "two different tasks" in table[0]
     assert "two different tasks" not in drawn["loss_tokens"].caption
     variants(tmp_path / "given", {"sequential": True, "none": None})
-    assert "reads the true tokens before its" in meaning(collected(tmp_path / "given"))
+    assert "reads the true tokens before its" in note_on_depths(collected(tmp_path / "given"))
     variants(tmp_path / "blind", {"parallel": False})
-    assert "reads no token beyond" in meaning(collected(tmp_path / "blind"))
+    assert "reads no token beyond" in note_on_depths(collected(tmp_path / "blind"))
 
 
 def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:

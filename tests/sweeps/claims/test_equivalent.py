@@ -16,8 +16,8 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, decide
 from sweeps.claims.jobs import jobs
 from sweeps.claims.observe import ArmRun, Arms
-from sweeps.claims.recall import shared_runs
 from sweeps.claims.result import make_result
+from sweeps.claims.reuse import shared_runs
 from sweeps.claims.run import _Ready, _with_parents
 from tests.sweeps.claims.fixture_claims import BEGAN, claim_of, finished, predict
 

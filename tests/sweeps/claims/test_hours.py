@@ -15,20 +15,20 @@ from scipy import stats
 from mtp_lightning.system import this_machine
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import decide
-from sweeps.claims.enough import seeds_enough
 from sweeps.claims.hours import (
     BY_FLOPS,
     EXPECTED,
     MEASURED,
     Cost,
-    Left,
+    Pending,
     fitting,
     flops_of,
-    left_of,
     makespan,
+    pending_of,
 )
 from sweeps.claims.jobs import jobs
 from sweeps.claims.pages import pages
+from sweeps.claims.power import seeds_needed
 from sweeps.claims.result import Result, make_result, write_result
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,
@@ -62,7 +62,7 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     claim = claim_of(tmp_path, shared=SMALL, minutes=600)
     took = {s: (m, HERE) for s, m in enumerate((30.0, 60.0, 45.0))}
     done = {"plain": took | {3: (600.0, ELSEWHERE)}, "mtp": {0: (90.0, HERE)}}
-    (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, done)})
+    (left,) = pending_of([claim], tmp_path / "runs", {"mine": finished(claim, done)})
     assert left.done == 5 and left.seeds == [1, 2, 3, 4]
     costs = [("mtp", 1, 1.5), ("mtp", 2, 1.5), ("mtp", 3, 1.5), ("plain", 4, 0.75), ("mtp", 4, 1.5)]
     assert [(c.arm, c.seed, c.hours) for c in left.costs] == costs
@@ -70,7 +70,7 @@ def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
     assert left.hours == 6.75 and left.sources == "5 measured"
     # If no run has finished on this machine, those of others count, and the table says so.
     far = {arm: {0: (60.0, ELSEWHERE)} for arm in claim.arms}
-    (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, far)})
+    (left,) = pending_of([claim], tmp_path / "runs", {"mine": finished(claim, far)})
     assert left.hours == 8 and left.sources == "8 measured elsewhere"
 
 
@@ -78,16 +78,16 @@ def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path, monkeypatch):
     monkeypatch.setattr("sweeps.claims.hours.flops_of", lambda job: 3e12)
     claim = claim_of(tmp_path, shared=SMALL, minutes=600, seeds=[0, 4], minimum=2)
     results = {"mine": finished(claim, {"plain": {0: (100.0, HERE)}})}
-    (left,) = left_of([claim], tmp_path / "runs", results)
+    (left,) = pending_of([claim], tmp_path / "runs", results)
     of = {cost.arm: cost for cost in left.costs if cost.seed == 4}
     assert of["plain"].source == MEASURED and of["mtp"].source == BY_FLOPS
     # 1e12 FLOPs took 100 minutes.
     assert of["mtp"].hours == pytest.approx(3 * 100 / 60)
     # Without composing, or without any finished run, the claim's own estimate counts.
-    (quick,) = left_of([claim], tmp_path / "runs", results, count_flops=False)
+    (quick,) = pending_of([claim], tmp_path / "runs", results, count_flops=False)
     assert {c.hours for c in quick.costs if c.arm == "mtp"} == {2.5}
     assert {c.source for c in quick.costs if c.arm == "mtp"} == {EXPECTED}
-    (left,) = left_of([claim], tmp_path / "runs", {})
+    (left,) = pending_of([claim], tmp_path / "runs", {})
     assert {c.source for c in left.costs} == {EXPECTED} and left.hours == pytest.approx(10)
 
 
@@ -103,7 +103,7 @@ def test_a_branch_costs_only_its_own_steps(tmp_path: Path, monkeypatch: pytest.M
     asked = {"arms": arms, "seeds": [0, 1], "minimum": 2, "predictions": predictions}
     claim = claim_of(tmp_path, shared=SMALL, **asked)
     result = finished(claim, {"short": {0: (100.0, HERE)}})
-    (left,) = left_of([claim], tmp_path / "runs", {"mine": result})
+    (left,) = pending_of([claim], tmp_path / "runs", {"mine": result})
     of = {cost.arm: cost.hours for cost in left.costs if cost.seed == 1}
     # A fifth of 1e12 FLOPs took a fifth of 100 minutes.
     assert of["short"] == pytest.approx(20 / 60) and of["next"] == pytest.approx(200 / 60)
@@ -133,9 +133,9 @@ def test_flops_are_unknown_where_the_trunk_is_that_of_another_model(tmp_path: Pa
     assert [flops_of(job) for job in jobs(claim, [0], tmp_path)] == [None, None]
 
 
-def left(name: str, seeds: int, hours: list[float], claim: Claim) -> Left:
+def left(name: str, seeds: int, hours: list[float], claim: Claim) -> Pending:
     costs = [Cost(f"a{i}", s, h, MEASURED) for s in range(seeds) for i, h in enumerate(hours)]
-    return Left(replace(claim, name=name), 0, tuple(costs))
+    return Pending(replace(claim, name=name), 0, tuple(costs))
 
 
 def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -
     predictions = [predict("mtp", "below", by, against="plain")]
     (entry,) = entries_of(tmp_path, {"plain": plain, "mtp": moved}, predictions=predictions)
     assert entry["verdict"] == "undecided"
-    (number,) = seeds_enough([entry], 3)
+    (number,) = seeds_needed([entry], 3)
     normal = math.ceil((1.959964 + 0.841621) ** 2 * (deviation / 0.02) ** 2)
     assert normal < number < normal + 5, "the noise of few seeds is not known well"
     claim = claim_of(tmp_path, predictions=predictions)
@@ -217,12 +217,12 @@ def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
         ({"plain": [2.0], "mtp": [1.0]}, {}),  # no noise is known
         ({"plain": plain, "mtp": [1.9, 2.0, 2.1]}, {}),  # a fact
     ):
-        assert seeds_enough(entries_of(tmp_path, values, **changes), 3) == [None]
+        assert seeds_needed(entries_of(tmp_path, values, **changes), 3) == [None]
     # Too few seeds: at least the claim's own minimum.
     few = entries_of(tmp_path, {"plain": plain, "mtp": [1.0, 1.101, 1.19]}, minimum=5)
-    assert few[0]["why"].startswith("n = 3") and seeds_enough(few, 5) == [5]
+    assert few[0]["why"].startswith("n = 3") and seeds_needed(few, 5) == [5]
     two = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
-    assert seeds_enough(two, 5) == [None], "two seeds do not say how large the noise is"
+    assert seeds_needed(two, 5) == [None], "two seeds do not say how large the noise is"
 
 
 @pytest.mark.parametrize("deviation", [0.02, 0.035])
@@ -235,7 +235,7 @@ def test_a_few_seeds_are_enough_as_often_as_is_said(tmp_path: Path, deviation: f
     moved = [2 - 0.03 + deviation * n for n in noise]
     predictions = [predict("mtp", "below", against="plain")]
     values = {"plain": [2.0] * 3, "mtp": moved}
-    (number,) = seeds_enough(entries_of(tmp_path, values, predictions=predictions), 3)
+    (number,) = seeds_needed(entries_of(tmp_path, values, predictions=predictions), 3)
     assert number is not None and number > 3
 
     def decided(n: int) -> float:
@@ -252,8 +252,8 @@ def test_the_correction_for_other_predictions_needs_more_seeds(tmp_path: Path) -
     one = [predict("mtp", "below", against="plain")]
     both = [*one, predict("mtp", "above", 0.3, against="plain")]
     values = {"plain": plain, "mtp": noisy}
-    (alone,) = seeds_enough(entries_of(tmp_path, values, predictions=one), 3)
-    corrected = seeds_enough(entries_of(tmp_path, values, predictions=both), 3)
+    (alone,) = seeds_needed(entries_of(tmp_path, values, predictions=one), 3)
+    corrected = seeds_needed(entries_of(tmp_path, values, predictions=both), 3)
     assert alone is not None and corrected[1] is not None and corrected[0] is not None
     assert max(corrected) > 3 and corrected[0] >= alone
 
@@ -272,7 +272,7 @@ def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
     of_one = p * (1 - p) / (5 / n - 0.4) ** 2
     both = enumerate((of_two, of_one))
     expected = [math.ceil(z[ps[i] < ps[1 - i]] ** 2 * each) for i, each in both]
-    assert seeds_enough(result["predictions"], 3) == expected
+    assert seeds_needed(result["predictions"], 3) == expected
     write_result(result, "mine", root(tmp_path) / "results")
     page = pages(tmp_path, claims)[tmp_path / "docs" / "results.md"]
     assert f"the noise; about {expected[0]} seeds per arm would decide it |" in page

@@ -12,8 +12,8 @@ import pytest
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
 from sweeps.claims.preregistration import Preregistration
-from sweeps.claims.recall import beginning, left_to_run, shared_runs, with_stored
 from sweeps.claims.result import Result, judge, make_result, read_results, write_result
+from sweeps.claims.reuse import beginning, left_to_run, shared_runs, with_stored
 from sweeps.claims.run import run
 from tests.sweeps.claims.fixture_claims import (
     BEGAN,

@@ -30,7 +30,7 @@ SILENCE = 8 * BEAT
 _MACHINE = ".machine"
 
 
-def claim(target: Path) -> Path | None:
+def folder_to_build(target: Path) -> Path | None:
     """Makes a folder to build ``target`` in, after waiting for a process that builds it already.
 
     Args:

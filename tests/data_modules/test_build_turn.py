@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from data_modules import claim
+from data_modules import build_turn
 from data_modules.cache import build_once
 from tests.data_modules.programs import start
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "BEAT", 0.1)
-    monkeypatch.setattr(claim, "SILENCE", 2.0)
+    monkeypatch.setattr(build_turn, "BEAT", 0.1)
+    monkeypatch.setattr(build_turn, "SILENCE", 2.0)
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def killed(tmp_path: Path) -> Path:
 
 
 def test_a_killed_builder_of_this_machine_is_not_waited_for(tmp_path, killed, monkeypatch):
-    monkeypatch.setattr(claim, "SILENCE", 1e9)
+    monkeypatch.setattr(build_turn, "SILENCE", 1e9)
     assert (killed / "half").exists()
     build_once(tmp_path / "target", lambda folder: (folder / "whole").touch())
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -13,7 +13,7 @@ POWER = 0.8
 MOST = 10_000  # above it, the effect counts as equal to the threshold
 
 
-def seeds_enough(entries: list[Stored], minimum: int) -> list[int | None]:
+def seeds_needed(entries: list[Stored], minimum: int) -> list[int | None]:
     """The seeds per arm that would decide each prediction in 80 % of cases.
 
     The observed effect and variance are taken as true, on the scale of the verdict's test:
