@@ -134,6 +134,14 @@ def test_heads_are_compared_with_plain_training_of_their_size(tmp_path: Path) ->
     assert asked.verdict == "one seed: no test"
 
 
+def test_runs_from_before_a_key_are_of_the_setting_with_its_default(tmp_path: Path) -> None:
+    for seed in range(4):
+        later = {"data.train_windows": "all"} if seed > 1 else {}
+        write_run(tmp_path / f"{seed}", {"seed": seed, **later})
+    (setting,) = collected(tmp_path).all
+    assert len(setting.runs) == 4
+
+
 def test_branches_of_two_seeds_are_one_setting(tmp_path: Path) -> None:
     for seed in (0, 1):
         parent = tmp_path / "runs" / f"long_seed={seed}"

@@ -156,6 +156,18 @@ def test_the_front_is_filled(tmp_path: Path) -> None:
     assert [value != "none" for value in filled.values()] == [True, True, False]
 
 
+def test_a_speed_is_drawn_with_the_ends_of_its_interval(tmp_path: Path) -> None:
+    for seed, speed in enumerate((100.0, 180.0, 60.0)):
+        summary = {"decode/tokens_per_second": speed}
+        write_run(tmp_path / f"{seed}", {"seed": seed}, loss=2.0 + seed / 8, summary=summary)
+    (across, _) = drawings(tmp_path)["pareto_decoding"].chart.axes.containers[0].lines[2]
+    low, high = across.get_segments()[0][:, 0]
+    (setting,) = collected(tmp_path).all
+    interval = setting.estimate("decode/tokens_per_second").interval
+    assert interval is not None and (low, high) == pytest.approx(interval.span)
+    assert low > 0
+
+
 def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
     write_run(tmp_path / "a", loss=2.0)
     lacking = {name: d.why for name, d in drawings(tmp_path).items() if d.why}
