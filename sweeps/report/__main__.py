@@ -106,7 +106,7 @@ def main(
     option("--watch", action="store_true", help=serve)
     port = "port of --watch (default: a free one)"
     option("--port", type=int, default=0, metavar="PORT", help=port)
-    diff = "print how two runs' configs differ, instead of a report"
+    diff = "print how two runs' configs differ and both runs' numbers, instead of a report"
     option("--diff", action="store_true", help=diff)
     given = parser.parse_args(arguments)
     with readable_errors():
@@ -119,7 +119,7 @@ def main(
                 raise UserError("--diff prints differences alone: leave the other options out.")
             from sweeps.report.page import differences
 
-            print("\n".join(differences(given.folders)) or "no difference")
+            print("\n".join(differences(given.folders)))
             return
         asked = {"output": given.output, "reference": given.reference, "level": given.solved}
         if given.watch:

@@ -23,6 +23,7 @@ from sweeps.report.compare import Comparison, wait_of
 from sweeps.report.drawing import Drawing, as_inline
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
+from sweeps.report.metrics import TABLE
 from sweeps.report.names import joined, question
 from sweeps.report.read import RunRecord, read_sweep
 from sweeps.report.settings import Settings, is_number, show
@@ -181,14 +182,15 @@ def _told(run: RunRecord) -> dict[str, str]:
 
 
 def differences(folders: Sequence[str | Path]) -> list[str]:
-    """One line per key in which two runs differ: ``KEY: A | B``.
+    """One line per key in which two runs differ: ``KEY: A | B``. Then the two runs' numbers, those
+    of the table of settings, if both runs are finished.
 
     Raises:
         UserError: these are not two folders, or a folder is not that of one run with a config.
     """
     if len(folders) != 2:
         raise UserError(f"--diff compares two runs, not {len(folders)}: give two folders.")
-    found: list[dict[str, str]] = []
+    pair: list[RunRecord] = []
     for folder in folders:
         runs = read_sweep(folder).runs
         if len(runs) != 1 or not runs[0].config:
@@ -196,7 +198,11 @@ def differences(folders: Sequence[str | Path]) -> list[str]:
                 f"{folder} is not a run with a config.yaml: --diff compares the folders of two "
                 "runs."
             )
-        found.append(_told(runs[0]))
-    left, right = found
+        pair.append(runs[0])
+    left, right = map(_told, pair)
     keys = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
-    return [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
+    lines = [f"{key}: {left.get(key, '–')} | {right.get(key, '–')}" for key in keys]
+    a, b = (run.summary for run in pair)
+    shown = (m for m in TABLE if is_number(a.get(m.tag)) and is_number(b.get(m.tag)))
+    numbers = [f"{m.tag}: {m.show(a[m.tag])} | {m.show(b[m.tag])}" for m in shown]
+    return [*(lines or ["the configs are equal"]), *numbers]

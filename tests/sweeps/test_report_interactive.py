@@ -85,11 +85,15 @@ def test_configs_are_compared(data, tmp_path, capsys):
     assert len(data["configs"]) == 9
     for name, changes in (("a", {"mtp.depth": 1}), ("b", {"mtp.depth": 2, "x": "<b>"})):
         changes["logger.csv.folder"] = str(tmp_path / name)  # as every run has it
-        write_run(tmp_path / name, {"seed": 0, "run_dir": name, **changes}, loss=2.0)
+        loss = 2.0 if name == "a" else 2.5
+        write_run(tmp_path / name, {"seed": 0, "run_dir": name, **changes}, loss=loss)
     main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert capsys.readouterr().out == "data.depth: 1 | 2\nmtp.depth: 1 | 2\nx: – | <b>\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["data.depth: 1 | 2", "mtp.depth: 1 | 2", "x: – | <b>"]
+    assert lines[3] == "val/loss_depth_0: 2.0000 | 2.5000" and "flops: 3 G | 3 G" in lines
     main(["--diff", str(tmp_path / "a"), str(tmp_path / "a")])
-    assert capsys.readouterr().out == "no difference\n"
+    equal = ["the configs are equal", "val/loss_depth_0: 2.0000 | 2.0000"]
+    assert capsys.readouterr().out.splitlines()[:2] == equal
     for wrong, said in (
         (["--diff", str(tmp_path / "a")], "compares two runs, not 1"),
         (["--diff", str(tmp_path / "a"), str(tmp_path)], "is not a run with a config.yaml"),
