@@ -21,7 +21,6 @@ from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed
 from mtp_lightning.mtp.sequential import SequentialModule
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.trunk import TrunkState
 
 
 class _JoinStruct(ctypes.Structure):
@@ -73,15 +72,6 @@ class _TrunkStruct(ctypes.Structure):
     )
 
 
-# ``Kept`` of decode.cpp.
-_KEPT = (
-    TrunkState.BEFORE_LAST,
-    TrunkState.NORMED_BEFORE_LAST,
-    TrunkState.LAST_BLOCK,
-    TrunkState.FINAL,
-)
-
-
 class FusedModule:
     """A sequential module: the norms of its two inputs, their projection, its blocks, a norm."""
 
@@ -125,7 +115,8 @@ class FusedTrunk:
         blocks: the trunk's blocks, with the final norm.
         head: the head's packed weight.
         embedding: [V, C], with numbers of its own or kept packed.
-        kept: the trunk's state that the stack branches from.
+        branch: the block after which the stack reads the trunk's state, ``mtp.branch``.
+        input_norm: whether it reads the state after the final norm, ``mtp.input_norm``.
     """
 
     def __init__(
@@ -134,12 +125,14 @@ class FusedTrunk:
         head: PackedWeight,
         embedding: Tensor,
         *,
-        kept: TrunkState,
+        branch: str,
+        input_norm: str,
     ) -> None:
         self._alive = blocks, head, embedding
         self._n, self._outputs = blocks.n, head.outputs
+        kept = 2 * (branch == "final") + (input_norm == "post")  # ``Kept`` of decode.cpp
         self._trunk = _TrunkStruct(
-            blocks.n, head.outputs, _KEPT.index(kept), blocks.eps, ctypes.addressof(blocks.array),
+            blocks.n, head.outputs, kept, blocks.eps, ctypes.addressof(blocks.array),
             blocks.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)

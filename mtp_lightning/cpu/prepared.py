@@ -101,7 +101,8 @@ class CPUPasses(Prepared):
         found = self._ends(self._model.head.weight)
         if blocks is None or found is None:
             return None
-        return FusedTrunk(blocks, *found, kept=stack.config.start_state)
+        config = stack.config
+        return FusedTrunk(blocks, *found, branch=config.branch, input_norm=config.input_norm)
 
     def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
         """A head's packed weight and the embedding; None if decode.cpp does not support them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +13,6 @@ from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import embedding
 from mtp_lightning.nn.norm import RMSNorm
-
-
-class TrunkState(Enum):
-    """The trunk's hidden state that a stack branches from.
-
-    ``BEFORE_LAST`` is after all blocks except the last, ``LAST_BLOCK`` after all blocks;
-    ``NORMED_BEFORE_LAST`` and ``FINAL`` are the same two after the trunk's final norm.
-    """
-
-    BEFORE_LAST = auto()
-    NORMED_BEFORE_LAST = auto()
-    LAST_BLOCK = auto()
-    FINAL = auto()
 
 
 @dataclass(frozen=True)
@@ -84,15 +70,13 @@ class Trunk(nn.Module):
                 after[layer + 1] = h_BTC
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last, after)
 
-    def state(self, output: TrunkOutput, which: TrunkState) -> Tensor:
-        """One of the hidden states [B, T, C] of a pass."""
-        if which is TrunkState.NORMED_BEFORE_LAST:
-            return self.norm(output.before_last)
-        return {
-            TrunkState.BEFORE_LAST: output.before_last,
-            TrunkState.LAST_BLOCK: output.last_block,
-            TrunkState.FINAL: output.final,
-        }[which]
+    def state(self, output: TrunkOutput, branch: str, input_norm: str) -> Tensor:
+        """The hidden state [B, T, C] after all blocks (``final``) or after all except the last
+        (``before_last``), after the final norm (``post``) or before it (``pre``)."""
+        normed = input_norm == "post"
+        if branch == "final":
+            return output.final if normed else output.last_block
+        return self.norm(output.before_last) if normed else output.before_last
 
     def hold_in_bf16(self) -> None:
         """Hold the matrices of a frozen trunk in bf16, in half of their memory.
