@@ -30,6 +30,7 @@ DOORS = (
     "mtp_lightning.mtp.inputs",
     "mtp_lightning.mtp.kinds",
     "mtp_lightning.mtp.feed",
+    "mtp_lightning.mtp.chunk",
     "mtp_lightning.objective.terms.base",
     "mtp_lightning.objective.balance.base",
     "mtp_lightning.callbacks.base",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
+from mtp_lightning.mtp.chunk import Chunk, Teacher
+from mtp_lightning.objective.terms.base import Term
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.mtp.chunk import Teacher
 from mtp_lightning.mtp.feed import HeadWeight, Loss, Prediction
 from mtp_lightning.nn.head import log_probs
 from mtp_lightning.nn.ops import compute_dtype, cross_entropy, exp_, matmul_transposed, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
-from mtp_lightning.objective.terms.base import Teacher
 
 # Numbers in one chunk of logits. On a CPU a chunk should fit into the cache; on a GPU it must be
 # large enough to fill the device. Measured by benchmarks/head.py.
