@@ -36,7 +36,7 @@ from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.inputs import BranchPoint
-from mtp_lightning.nn.attention import KVSink, Positions
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
@@ -130,7 +130,7 @@ class Sampler(nn.Module):
         self.down.weight.zero_()
 
 
-class MaskCache(KVSink):
+class MaskCache:
     """Keys and values of a pass over whole windows, and then the cache of a pass over the masks
     after every token, which are ordered [T, D]: all those after the first token come first.
 
@@ -146,6 +146,7 @@ class MaskCache(KVSink):
         self._own: Tensor | None = None
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Take one layer's keys and values of the tokens."""
         self._tokens[layer] = entry_BTMH
 
     def append(self, layer: int, entry_BPMH: Tensor) -> None:
@@ -207,9 +208,8 @@ class MaskedMTP(MTPStack):
         sees = positions.dense_mask()
         cache = MaskCache(self.depth, sees)
         # Entries and updates, looked up by layer, would compile every block again.
-        if is_compiled(trunk):
-            cache.keep = torch.compiler.disable(cache.keep)  # type: ignore[method-assign]
-        output = trunk(embedded_BTC, replace(positions, kv_sink=cache))
+        keep = torch.compiler.disable(cache.keep) if is_compiled(trunk) else cache.keep
+        output = trunk(embedded_BTC, replace(positions, kv_sink=keep))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
         places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
         places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,15 +31,6 @@ if TYPE_CHECKING:
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
-class KVSink:
-    """Receives the keys and values of a pass over whole windows, and drops them; a subclass keeps
-    them. It is a plain class, because FSDP copies dataclasses and containers among a layer's
-    arguments."""
-
-    def keep(self, layer: int, entry_BTMH: Tensor) -> None:
-        """Take one layer's rotated keys and values, as part of the autograd graph."""
-
-
 @dataclass(frozen=True)
 class Positions:
     """Positions and mask of the tokens of one pass, shared by all layers.
@@ -50,7 +41,9 @@ class Positions:
             None is causal. With a cache, the mask that its ``attend`` expects.
         cache: keys and values to append to; None for a pass over whole windows.
         auxiliary: collects the layers' auxiliary outputs in training; None for none.
-        kv_sink: receives what a cache would hold of a pass over whole windows; None for none.
+        kv_sink: receives every layer's index and what a cache would hold of a pass over whole
+            windows, its rotated keys and values [B, T, M, H], as part of the autograd graph; None
+            for none.
         updates: linear layer -> what is added to its output in this pass; None for none.
     """
 
@@ -59,7 +52,7 @@ class Positions:
     mask: Tensor | BlockMask | None = None
     cache: Any = None
     auxiliary: AuxiliaryOutputs | None = None
-    kv_sink: KVSink | None = None
+    kv_sink: Callable[[int, Tensor], None] | None = None
     updates: Mapping[nn.Module, nn.Module] | None = None
 
     @staticmethod
@@ -117,11 +110,16 @@ class Positions:
         if self.auxiliary is None and self.kv_sink is None:
             return self
         auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
-        return replace(self, auxiliary=auxiliary, kv_sink=self.kv_sink and KVSink())
+        kv_sink = None if self.kv_sink is None else _drop
+        return replace(self, auxiliary=auxiliary, kv_sink=kv_sink)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
         return layer(x) if self.updates is None else layer(x) + self.updates[layer](x)
+
+
+def _drop(layer: int, entry_BTMH: Tensor) -> None:
+    """A ``kv_sink`` of a repeated pass, whose entries are known."""
 
 
 class _OpenPass(Positions):
@@ -269,7 +267,7 @@ class Attention(nn.Module):
             if positions.kv_sink is not None:
                 key, value = qkv[:, :, self.n_heads :].split(self.n_kv_heads, dim=2)
                 key = rotary(key, positions.cos, positions.sin)
-                positions.kv_sink.keep(layer, torch.cat((key, value), dim=2))
+                positions.kv_sink(layer, torch.cat((key, value), dim=2))
             mixed = rotary_attention(
                 qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
             )
