@@ -53,7 +53,7 @@ class Objective:
         tau: threshold of the mask, in nats; None for a running quantile.
         quantile: the running quantile; None for 0.95.
         confidence: whether depths learn to estimate the acceptance of their drafts
-            (``rules/confidence.py``).
+            (``terms/confidence.py``).
         draft_vocab: N, with a frozen trunk: the depths are trained on the first N token ids alone.
             Only these rows of the head are computed, and teachers are conditional on these tokens;
             positions with another target add nothing. None for all tokens.
@@ -81,17 +81,12 @@ class Objective:
         draft_vocab: int | None = None,
     ) -> None:
         self.train_head = require_bool("objective.train_head", train_head)
-        require_bool("objective.confidence", confidence)
+        self.confidence = require_bool("objective.confidence", confidence)
         if draft_vocab is not None:
             require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
         self.term, self.draft_vocab = term, draft_vocab
         self.terms = list(term.parts())
-        self.rules: list[Rule] = []
-        if confidence:
-            from mtp_lightning.objective.rules.confidence import ConfidenceRule
-
-            self.rules.append(ConfidenceRule())
-        self.rules += [
+        self.rules: list[Rule] = [
             *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
             *(rule for _, one in self.terms for rule in one.rules(self.setting)),
@@ -115,12 +110,15 @@ class Objective:
         """
         self._check_draft_vocab(model)
         bound = copy(self)
-        own = [weighted for rule in self.rules for weighted in rule.terms(model.mtp)]
+        bound.terms = [(weight, term.for_model(model)) for weight, term in self.term.parts()]
+        if self.confidence and model.mtp.confidence is not None:
+            from mtp_lightning.objective.terms.confidence import ConfidenceError, ConfidenceTerm
+
+            bound.terms += [(1.0, ConfidenceTerm(model.mtp)), (0.0, ConfidenceError(model.mtp))]
         if model.mtp.rescorer is not None:
             from mtp_lightning.objective.terms.rescoring import RescoringTerm
 
-            own.append((1.0, RescoringTerm(model.mtp.rescorer)))
-        bound.terms = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
+            bound.terms.append((1.0, RescoringTerm(model.mtp.rescorer)))
         return bound
 
     @property
@@ -199,8 +197,6 @@ class Objective:
 
     def mixed(self, losses_KP: Tensor) -> Tensor:
         """The loss of every depth [D + 1]: the weighted sum of its terms."""
-        if len(self.terms) == 1 and self.terms[0][0] == 1:
-            return losses_KP[:, 0]
         weighted = [losses_KP[1:, i] * weight for i, (weight, _) in enumerate(self.terms)]
         return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))
 
@@ -218,8 +214,9 @@ class Objective:
             UserError: naming both, and the remedy.
         """
         head = [] if self.train_head else ["objective.train_head=false"]
-        settings = ([] if self.term.of_token else [self.setting]) + head
-        settings += [rule.setting for rule in self.rules]
+        confidence = ["objective.confidence=true"] if self.confidence else []
+        rules = confidence + [rule.setting for rule in self.rules]
+        settings = ([] if self.term.of_token else [self.setting]) + head + rules
         if self.draft_vocab is not None:
             settings.append(f"objective.draft_vocab={self.draft_vocab}")
         if mtp.depth and not mtp.predicts_tokens and settings:
@@ -227,12 +224,12 @@ class Objective:
                 f"{settings[0]} is for depths that predict a token, and mtp={mtp.variant} has its "
                 "own loss: leave it out."
             )
-        draft_rules = [rule.setting for rule in self.rules if rule.of_drafts]
+        draft_rules = confidence + [rule.setting for rule in self.rules if rule.of_drafts]
         separate_training = [self.setting for _, term in self.terms if term.of_state] + head
         mtp.check_objective(draft_rules, separate_training)
-        if mtp.depth == 0 and self.rules:
+        if mtp.depth == 0 and rules:
             raise UserError(
-                f"{self.rules[0].setting} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
+                f"{rules[0]} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
                 "or more, or leave it out."
             )
 

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.registry import imported
@@ -42,17 +41,14 @@ class Rule(ABC):
 
     Attributes:
         setting: the setting that selects it, for messages: ``objective.mask=entropy``.
-        of_drafts: whether it depends on every token up to a depth's, like drafts.
+        of_drafts: whether it needs a prediction of every token up to depth k; stacks that skip
+            tokens refuse it.
         measures: the measures that it needs.
     """
 
     setting: str
     of_drafts: ClassVar[bool] = True
     measures: tuple[PositionMeasure, ...] = ()
-
-    def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
-        """Additional terms that every depth is trained on, each with its weight."""
-        return ()
 
     def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         """The targets after the rule has changed them, in the same order.
