@@ -272,7 +272,7 @@ class CompiledSession(Session):
         cache = self.depth_caches[k - 1]
         branch = self.states[0].narrow(1, start, width)
         first = self._stack.reads(k).start
-        logits, hidden, *sure = self._run(
+        logits, hidden, *confidence = self._run(
             ("depth", k),
             lambda: _DepthPass(self.model, k),
             cache,
@@ -286,7 +286,7 @@ class CompiledSession(Session):
         cache.lengths = [start + width]
         if k < self.max_draft:
             self.states[k].narrow(1, start, width).copy_(hidden)
-        return DepthDraft(logits, *sure)
+        return DepthDraft(logits, *confidence)
 
     def _at(self, position: int) -> Tensor:
         # torch.tensor would copy from the host, which waits for a GPU.

@@ -62,7 +62,7 @@ class Session:
         capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
-        one_cache: all drafts use the first depth's cache, also where the stack does not need that.
+        one_cache: force one cache for all drafts, even if the stack supports one per depth.
         most_drafts: most drafts of a round, if more than ``max_draft``.
 
     Attributes:
@@ -87,8 +87,6 @@ class Session:
         trunk = model.config.trunk
         self.model = model
         self._stack = stack = model.mtp
-        # Whether the head's logits alone make a draft.
-        self._only_head = stack.confidence is None and stack.rescorer is None
         self.max_draft = max_draft
         self.most_drafts = max(max_draft, most_drafts)
         self.n: list[int] = []
@@ -241,16 +239,16 @@ class Session:
         """
         newest_B1C, logits_BV = self._newest(k)
         self.newest_B1C, self._n_drafted = newest_B1C, k
-        if logits_BV is not None and self._only_head:
-            return DepthDraft(logits_BV)
         stack, state_BC = self._stack, self._stack.head_input(newest_B1C)[:, 0]
-        sure_B = None if stack.confidence is None else stack.confidence(k, state_BC).sigmoid()
+        confidence_B = None
+        if stack.confidence is not None:
+            confidence_B = stack.confidence(k, state_BC).sigmoid()
         if logits_BV is None:
             logits_BV = self._draft_head(state_BC)
         if stack.rescorer is not None:
             before_B1 = Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
             logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
-        return DepthDraft(logits_BV, sure_B)
+        return DepthDraft(logits_BV, confidence_B)
 
     def _newest(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and

@@ -56,12 +56,12 @@ class Draft(NamedTuple):
         tokens_B: the drafts.
         q_BV: the distributions over the whole vocabulary that they were drawn from; None if each
             had probability 1.
-        believed_B: the rows that are confident enough to draft at this depth; None for all.
+        confident_B: the rows that are confident enough to draft at this depth; None for all.
     """
 
     tokens_B: Tensor
     q_BV: Tensor | None = None
-    believed_B: Tensor | None = None
+    confident_B: Tensor | None = None
 
 
 class Round(NamedTuple):
@@ -106,7 +106,8 @@ class Decoder:
         self._verify = verify
         self._vocab = session.model.config.trunk.vocab_size
         self._most = self._most_drafts()
-        # Every round takes equally many numbers, so that a row's depend only on how many it had.
+        # Every round consumes the same number of random numbers, so a row's stream depends only on
+        # its round count.
         self._noise = Noise(self._most, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
         self._row_sampling: RowSampling | None = None
@@ -189,21 +190,21 @@ class Decoder:
         enough."""
         product_B: Tensor | None = None
         for k in range(1, n_drafts + 1):
-            logits_BV, sure_B = self.session.draft(k)
-            believed_B = None
+            logits_BV, confidence_B = self.session.draft(k)
+            confident_B = None
             if self.min_confidence:
-                if sure_B is None:
-                    sure_B = likeliest(logits_BV)
-                product_B = sure_B if product_B is None else product_B * sure_B
-                believed_B = product_B >= self.min_confidence
-                if not bool(believed_B.any()):
+                if confidence_B is None:
+                    confidence_B = likeliest(logits_BV)
+                product_B = confidence_B if product_B is None else product_B * confidence_B
+                confident_B = product_B >= self.min_confidence
+                if not bool(confident_B.any()):
                     return
             if noise_BR is None:
-                yield Draft(logits_BV.argmax(dim=-1), None, believed_B)
+                yield Draft(logits_BV.argmax(dim=-1), None, confident_B)
             else:
                 q_BV = self._sampling.probabilities(logits_BV)
                 token_B = draw(q_BV, noise_BR[:, k - 1])
-                yield Draft(token_B, over_all(q_BV, self._vocab), believed_B)
+                yield Draft(token_B, over_all(q_BV, self._vocab), confident_B)
 
     def _replaced(
         self, drafts: Iterator[Draft], known: Sequence[Sequence[int]], caps: list[int]
@@ -219,13 +220,15 @@ class Decoder:
         padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
         own_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
         k = 0
-        for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
+        for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
             own_B = own_BM[:, min(k, most) - 1]
             token_B = torch.where(own_B < 0, token_B, own_B)
             if q_BV is not None:
                 own_BV = certain(token_B, self._vocab)
                 q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
-            yield Draft(token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0))
+            if confident_B is not None:
+                confident_B = confident_B | (own_B >= 0)
+            yield Draft(token_B, q_BV, confident_B)
         caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
         for own_B in own_BM.unbind(1)[k:]:
             yield Draft(own_B.clamp(min=0))
@@ -255,16 +258,17 @@ class Decoder:
 
     def _sample(self, made: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
         session = self.session
-        sure_B = torch.full((len(caps),), self._most, device=noise_BR.device)
+        limit_B = torch.full((len(caps),), self._most, device=noise_BR.device)
         drafts, proposals = [], []
-        for k, (token_B, q_BV, believed_B) in enumerate(made, start=1):
+        for k, (token_B, q_BV, confident_B) in enumerate(made, start=1):
             drafts.append(token_B.unsqueeze(1))
             proposals.append(certain(token_B, self._vocab) if q_BV is None else q_BV)
             session.put(drafts[-1], k)
-            if believed_B is not None:
-                sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
+            if confident_B is not None:
+                limit_B = torch.where(confident_B, limit_B, limit_B.clamp(max=k - 1))
         n_drafts = len(drafts)
-        limit_B = sure_B.minimum(torch.tensor(caps, device=sure_B.device)).clamp(max=n_drafts)
+        # Only now: looked-up drafts lower the caps while they are made.
+        limit_B = limit_B.minimum(torch.tensor(caps, device=limit_B.device)).clamp(max=n_drafts)
         logits_BTV = session.verify(n_drafts)
         p_BTV = self._sampling.probabilities(logits_BTV)
         if not n_drafts:
@@ -272,9 +276,11 @@ class Decoder:
             session.put(tokens_B1, 1)
             return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(drafts, dim=1)
-        q_BMV, half = torch.stack(proposals, dim=1), self._most
+        q_BMV = torch.stack(proposals, dim=1)
+        # The numbers that decide over acceptance come after those that the drafts are drawn by.
+        accept_BM = noise_BR[:, self._most : self._most + n_drafts]
         tokens_BT, accepted_B = self._verify(
-            p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
+            p_BTV, q_BMV, draft_BM, accept_BM, noise_BR[:, -1], limit_B
         )
         session.put(tokens_BT, 1)
         counts_B2 = torch.stack((accepted_B, limit_B), dim=1)
