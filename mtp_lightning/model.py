@@ -250,7 +250,7 @@ class MTPModel(nn.Module):
         tokens: Tensor,
         positions: Positions,
         *,
-        stride: int = 1,
+        tokens_apart: int = 1,
     ) -> Tensor:
         """Hidden state of depth ``k`` at the newest positions of a text that is being decoded.
 
@@ -260,7 +260,7 @@ class MTPModel(nn.Module):
             previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
             tokens: ids [B, at least T]; the first stands ``mtp.reads(k).start`` positions ahead.
             positions: of the T positions, with the cache of this depth.
-            stride: see :class:`BranchPoint`.
+            tokens_apart: see :class:`BranchPoint`.
 
         Returns:
             [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.
@@ -271,7 +271,7 @@ class MTPModel(nn.Module):
             embedded=self.trunk.embedding(tokens),
             positions=positions,
             first=self.mtp.reads(k).start,
-            stride=stride,
+            tokens_apart=tokens_apart,
             head=self.head,
         )
         return self.mtp.depth_state(k, at, previous_BTC)

@@ -97,8 +97,8 @@ class TreeSession(Session):
         tokens = torch.cat([read(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
         branch = read(self.states[0], "positions")
         previous = branch if k == 1 else read(self.states[k - 1], "before")
-        stride = caught_up + nodes.stop - 1
-        hidden = self.model.depth_state(k, branch, previous, tokens, positions, stride=stride)
+        width = caught_up + nodes.stop - 1
+        hidden = self.model.depth_state(k, branch, previous, tokens, positions, tokens_apart=width)
         if k < len(self.states):
             cache.runs.write(self.states[k], hidden)
         return self._drafted(k, hidden)

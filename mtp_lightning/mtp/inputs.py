@@ -1,4 +1,5 @@
-"""The inputs of a stack: the branch point, of the trunk and of the text.
+"""What a stack reads: the trunk's hidden state, the tokens with their embeddings, and the
+positions.
 
 Shapes: B batch, T positions, C d_model.
 """
@@ -25,8 +26,8 @@ class BranchPoint:
         embedded: their embeddings [B, at least T, C].
         positions: of the T positions, not shifted; in decoding, with the cache of one depth.
         first: how far ahead of the first position the first of ``tokens`` is.
-        stride: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1 in a
-            text, and T if ``tokens`` holds a separate list of T tokens for every k.
+        tokens_apart: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1
+            in a text, and T if ``tokens`` holds a separate list of T tokens for every k.
         head: the shared head, for depths that depend on the probability of a token.
         key: key of the random choices in training; None for no random choices.
     """
@@ -36,7 +37,7 @@ class BranchPoint:
     embedded: Tensor
     positions: Positions
     first: int = 0
-    stride: int = 1
+    tokens_apart: int = 1
     head: Head | None = None
     key: RandomKey | None = None
 
@@ -49,5 +50,5 @@ class BranchPoint:
         return self._at(k, self.embedded)
 
     def _at(self, k: int, field: Tensor) -> Tensor:
-        start = (k - self.first) * self.stride
+        start = (k - self.first) * self.tokens_apart
         return field[:, start : start + self.hidden.shape[1]]
