@@ -128,6 +128,14 @@ class WindowBatch:
             valid = same if valid is None else same & valid
         return valid
 
+    def positions_with_teacher(self, k: int) -> int:
+        """The number of positions of a window that have a teacher at depth k, the first ones.
+
+        The teacher of depth k at position i is the main prediction of the same token, at i + sk. So
+        the last sk positions have none: theirs would lie beyond the window.
+        """
+        return max(self.seq_len - self.stride * k, 0)
+
     def counts(self) -> Tensor:
         """``[D+1]`` int64 number of valid targets of every depth, on the batch's device."""
         if self.every_target_counts:

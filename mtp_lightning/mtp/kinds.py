@@ -119,7 +119,8 @@ class SideBySide(MTPStack):
     def feed(
         self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
-        # The variants here use the shared head; heads of yours with their own are trained together.
+        # HeadByHead supports only the shared head. A subclass with its own head trains all depths
+        # together.
         if self.own_head is not None:
             return super().feed(final_BTC, at, batch, depths)
         return HeadByHead(self, final_BTC, at, depths)
@@ -204,7 +205,7 @@ class HeadByHead(Feed):
             return [None] * len(leaves), [None] * len(own)
         inputs = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *own]
         # The balance losses of the head's own experts share this backward pass.
-        of_losses = [torch.full_like(loss, request.auxiliary) for loss in losses]
+        of_losses = [torch.full_like(loss, request.auxiliary_factor) for loss in losses]
         gradients = torch.autograd.grad(
             [hidden, *losses], inputs, [prediction.gradient, *of_losses], allow_unused=True
         )

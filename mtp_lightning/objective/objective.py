@@ -2,8 +2,7 @@
 
 ``L_k = sum_TERM weight_TERM * L_k/TERM``, and each ``L_k/TERM`` is a mean over the positions of
 depth k that count for the term: those with a valid target and, if the term compares with a teacher,
-with a teacher. The teacher of depth k at position t is the main prediction at t + k, so the last k
-positions of a window have none.
+with a teacher (``WindowBatch.positions_with_teacher``).
 
 Shapes: B batch, T positions, K = D + 1 depths, P terms.
 """
@@ -147,10 +146,10 @@ class Objective:
                 tokens_BT = self._kept(targets_of(term, stack, k, batch))
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
-                coefficient, stride = factors[k] * weight / count, batch.stride
+                coefficient, shift = factors[k] * weight / count, batch.stride * k
                 found.append(
                     DepthTarget(
-                        k, tokens_BT, coefficient, term, index, stride=stride, before=before_BT
+                        k, tokens_BT, coefficient, term, index, shift=shift, before=before_BT
                     )
                 )
         return found
