@@ -14,7 +14,7 @@ from mtp_lightning.command_line import literal
 from mtp_lightning.command_line.explained import value_at
 from mtp_lightning.command_line.vetting import require_prompts
 from mtp_lightning.decoding import Generation, generate
-from mtp_lightning.decoding.fused import keeper
+from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions, not_together
 from mtp_lightning.decoding.paying import settle_drafts
@@ -67,7 +67,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
         raise not_together("show_drafts=true", "speculative=false")
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
-    run = open_for(cfg)
+    run = open_from_config(cfg)
     if cfg.show_drafts and not cfg.lookup:
         run.model.mtp.require_drafts()
     terminal = sys.stdout.isatty()
@@ -131,7 +131,7 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
     return f"{told}, {per_step:.2f} per pass" if per_step > 1 else told
 
 
-def open_for(cfg: Any) -> OpenedModel:
+def open_from_config(cfg: Any) -> OpenedModel:
     """Open the model of ``conf/generate.yaml`` on its device and in its precision.
 
     Raises:
@@ -143,10 +143,10 @@ def open_for(cfg: Any) -> OpenedModel:
     )
     set_threads(cfg.num_threads)
     given = {name: getattr(cfg, name) for name in ("allow", *_PRECISION, "compile")}
-    return open_to_decode(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **given)
+    return open_for_decoding(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **given)
 
 
-def open_to_decode(
+def open_for_decoding(
     path: str | Path,
     *,
     device: str = "cpu",
@@ -172,12 +172,12 @@ def open_to_decode(
     rounds = precision != "fp32" or head_precision not in ("fp32", None)
     packs = device == "cpu" and not compile
     # A weight is rounded before it is packed, and so after the whole model is read.
-    keeping = keeper if packs and not rounds else None
-    run = open_model(path, device=device, allow=allow, keeper=keeping)
+    at_once = packer_for if packs and not rounds else None
+    run = open_model(path, device=device, allow=allow, packer_for=at_once)
     use_precision(run.model, precision, head_precision)
-    if packs and rounds and (keep := keeper(run.model)) is not None:
+    if packs and rounds and (packer := packer_for(run.model)) is not None:
         for weight in run.model.parameters():
-            keep.keep(weight)
+            packer.pack(weight)
     use_activations(run.model, activations)
     return run
 
