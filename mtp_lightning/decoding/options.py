@@ -317,17 +317,17 @@ class DecodingOptions(TextOptions):
 
     def _check_vocabulary(self, tokens: int, model: MTPModel) -> None:
         model.mtp.require_drafts()
-        vocab, rank = model.config.trunk.vocab_size, model.config.mtp.rank
+        vocab, mtp = model.config.trunk.vocab_size, model.config.mtp
         if tokens > vocab:
             raise UserError(
                 f"draft_vocab={tokens}, but the model has {vocab} tokens: use at most {vocab}."
             )
-        if rank > 1:
-            raise not_together(f"draft_vocab={tokens}", f"mtp.rank={rank}")
+        if mtp.depths_are_joint:
+            raise not_together(f"draft_vocab={tokens}", f"mtp.rank={mtp.rank}")
         if model.head_of(1) is not model.head:
             raise UserError(
-                f"draft_vocab={tokens} shortens the trunk's head, and mtp="
-                f"{model.config.mtp.variant} drafts by a head of its own: leave it out."
+                f"draft_vocab={tokens} shortens the trunk's head, and mtp={mtp.variant} drafts by "
+                "a head of its own: leave it out."
             )
 
 

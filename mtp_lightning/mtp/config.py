@@ -111,6 +111,12 @@ class MTPConfig(Registered, ABC, family="mtp"):
         """The trunk's states that the stack starts from, as a part of the key of their cache."""
         return self.branch, self.input_norm
 
+    @property
+    def depths_are_joint(self) -> bool:
+        """Whether one mixture predicts the next token and all depths, so that no depth has a loss
+        and a head's logits of its own."""
+        return self.rank > 1
+
     def shared_blocks(self, n_layers: int) -> int:
         """How many of the trunk's blocks the depths read, from the first on."""
         return n_layers - (self.branch == "before_last")
