@@ -144,7 +144,8 @@ def _trainer_arguments() -> frozenset[str]:
 
 
 def require_taken(name: str, value: Any, says: str, option: str = "this option") -> None:
-    """Refuse a value that a key's comment does not allow; ``option`` is what has such a key.
+    """Refuse a value that a key's comment does not allow; ``option`` is the config option that owns
+    the key, for messages.
 
     Raises:
         UserError: the value is not allowed; the message names the values that are.

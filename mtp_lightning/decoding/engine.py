@@ -300,8 +300,8 @@ class Engine:
 
         Returns:
             The number of drafts that the modules make for every row; for each row, the most that
-            it accepts; and what records the round's time, or None if the time does not show what
-            that number of drafts costs.
+            it accepts; and the :class:`AutoDepth` to record the round with, None if a row's number
+            is fixed or no row has room for as many drafts as it chose.
         """
         auto, usual = self._auto, self.max_draft
         fixed = [self._fixed_depth(sequence.request) for sequence in self._sequences]
@@ -316,8 +316,8 @@ class Engine:
         return n_drafts, caps, auto if free and n_drafts == wanted else None
 
     def _fixed_depth(self, request: Request) -> int | None:
-        """The number of drafts that must not change between rounds: the request's own, or the
-        measured one for samples, whose text depends on it; None for any number."""
+        """The request's fixed number of drafts: its own setting, or the measured one if it samples
+        (its text depends on it). None: it may vary."""
         known = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)

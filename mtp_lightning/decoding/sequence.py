@@ -301,8 +301,8 @@ class TextSequence:
 
     def fresh(self) -> Fresh:
         """The tokens since the last call that certainly belong to the text. Tokens that could begin
-        a stop string are held back; of those that do, only a token that begins before the stop
-        string is returned, and its piece ends there."""
+        a stop string are held back. If a stop string was found, the last token returned is the last
+        one with characters before it, and its piece ends there."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
         self._read(end)
