@@ -19,7 +19,7 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, is_plain, open_pass
 from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
 from mtp_lightning.mtp.sequential import SequentialModule
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 
 
@@ -93,11 +93,11 @@ class FusedModule:
         )  # fmt: skip
         return FusedModule(join, blocks, (enorm, hnorm, weight))
 
-    def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
+    def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext) -> bool:
         """Whether a pass has few tokens and writes to a cache."""
-        return self.blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
+        return self.blocks.fits(embedded_BTC, ctx) and native.fits(hidden_BTC)
 
-    def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+    def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         """Hidden states and embeddings [B, T, C] -> [B, T, C]."""
         hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
         h_BTC = torch.empty_like(hidden)
@@ -105,7 +105,7 @@ class FusedModule:
             ctypes.byref(self.join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
             hidden.shape[0] * hidden.shape[1],
         )  # fmt: skip
-        return self.blocks.in_place(h_BTC, positions, 0)
+        return self.blocks.in_place(h_BTC, ctx, 0)
 
 
 class FusedTrunk:

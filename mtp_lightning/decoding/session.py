@@ -25,7 +25,7 @@ from torch import Tensor
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, read_together
 from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
@@ -201,8 +201,8 @@ class Session:
         """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
         catch up when they draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
-        positions = Positions.of_cache(self.trunk_cache.rows(rows), starts, width)
-        hidden = self._trunk(positions, rows)
+        ctx = ForwardContext.of_cache(self.trunk_cache.rows(rows), starts, width)
+        hidden = self._trunk(ctx, rows)
         self.n[rows] = lengths
         self.trunk_cache.lengths[rows] = lengths
         return hidden
@@ -217,16 +217,16 @@ class Session:
             cache.open(self.n, width)
             kept = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, kept)
-        return self.model.head(self._trunk(Positions.of_cache(cache, self.n, width)))
+        return self.model.head(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
 
-    def _trunk(self, positions: Positions, rows: slice = slice(None)) -> Tensor:
+    def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
         states if drafts are made. Returns the head's input, [rows, T, C]."""
-        model, runs = self.model, positions.cache.runs
+        model, runs = self.model, ctx.cache.runs
         # Only the trunk must be batch-invariant: it decides the text, drafts do not.
         with batch_invariant_pass(runs.width, self.tokens_BS.device):
             tokens = runs.read(self.tokens_BS[rows])
-            output = model.trunk(model.trunk.embedding(tokens), positions)
+            output = model.trunk(model.trunk.embedding(tokens), ctx)
             main = model.mtp.main_state(output.final)
         if self._trunk_gives_branch:
             runs.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
@@ -282,17 +282,17 @@ class Session:
         newest = self.newest_B1C
         assert newest is not None
         cache = self.depth_caches[0]
-        positions = Positions.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
+        ctx = ForwardContext.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
         tokens = cache.runs.read(self.tokens_BS, 1)
-        return self.model.depth_state(1, newest, newest, tokens, positions)
+        return self.model.depth_state(1, newest, newest, tokens, ctx)
 
     def _append(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
         positions to the text. The next verify pass overwrites their entries."""
         if self._trunk_gives_branch or k > 1:
             return
-        positions = Positions.of_cache(self.trunk_cache, self.n, self.max_draft)
-        branch = self._stack.append(self.model.trunk, positions)
+        ctx = ForwardContext.of_cache(self.trunk_cache, self.n, self.max_draft)
+        branch = self._stack.append(self.model.trunk, ctx)
         newest = [max(n - 1, 0) for n in self.n]
         Runs(self._tables, newest, 1).write(self.states[0], branch)
         # Drafts are made at the newest position alone.
@@ -325,13 +325,13 @@ class Session:
                 cache.lengths[rows] = filled[rows] = known[rows]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        positions, runs = Positions.of_cache(cache, starts, width), cache.runs
+        ctx, runs = ForwardContext.of_cache(cache, starts, width), cache.runs
         first = self._stack.reads(k).start
         read = runs if first == k else Runs(self._tables, starts, width + k - first)
         tokens = read.read(self.tokens_BS[rows], first)
         branch = runs.read(self.states[0][rows])
         previous = branch if k == 1 else runs.read(self.states[k - 1][rows])
-        hidden = self.model.depth_state(k, branch, previous, tokens, positions)
+        hidden = self.model.depth_state(k, branch, previous, tokens, ctx)
         if k < len(self.states):
             runs.write(self.states[k][rows], hidden)
         return hidden

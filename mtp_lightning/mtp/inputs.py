@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_modules.windows import RandomKey
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.head import Head
 
 
 @dataclass(frozen=True)
-class BranchPoint:
+class StackInputs:
     """Everything that the depths read of the trunk and of the text, over whole windows or at the
     newest positions of decoding.
 
@@ -24,7 +24,7 @@ class BranchPoint:
         hidden: the trunk's state [B, T, C] that the stack starts from.
         tokens: int64 token ids [B, at least T]; depths that read tokens ahead need more than T.
         embedded: their embeddings [B, at least T, C].
-        positions: of the T positions, not shifted; in decoding, with the cache of one depth.
+        ctx: of the T positions, not shifted; in decoding, with the cache of one depth.
         first: how far ahead of the first position the first of ``tokens`` is.
         tokens_apart: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1
             in a text, and T if ``tokens`` holds a separate list of T tokens for every k.
@@ -35,7 +35,7 @@ class BranchPoint:
     hidden: Tensor
     tokens: Tensor
     embedded: Tensor
-    positions: Positions
+    ctx: ForwardContext
     first: int = 0
     tokens_apart: int = 1
     head: Head | None = None

@@ -39,7 +39,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
@@ -130,31 +130,31 @@ class JointLinearMTP(MTPStack):
     def reads(self, k: int) -> range:
         return range(k, k + 1)
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        before_BTX = self.main_state(at.hidden) if k == 1 else previous_BTC
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        before_BTX = self.main_state(inputs.hidden) if k == 1 else previous_BTC
         hidden_BTAC, log_weights_BTA = unpack(before_BTX, self.d_model)
-        log_p_BTA = _token_log_probs(at, hidden_BTAC, at.tokens_at(k))
+        log_p_BTA = _token_log_probs(inputs, hidden_BTAC, inputs.tokens_at(k))
         log_weights_BTA = (log_weights_BTA + log_p_BTA).log_softmax(-1)
-        return pack(self.components(k, at.hidden), log_weights_BTA)
+        return pack(self.components(k, inputs.hidden), log_weights_BTA)
 
     def feed(
-        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
-        return JointFeed(self, final_BTC, at, depths)
+        return JointFeed(self, final_BTC, inputs, depths)
 
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
 
 
-def _token_log_probs(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
+def _token_log_probs(inputs: StackInputs, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
     """The log-probability of a token by every component, ``log p_a`` [B, T, A], in chunks."""
-    assert at.head is not None, "the components' weights depend on the head's log-probabilities"
+    assert inputs.head is not None, "the components' weights depend on the head's log-probabilities"
     hidden_MAC, token_M = hidden_BTAC.flatten(0, 1), tokens_BT.flatten()
-    rank, vocab = hidden_MAC.shape[1], at.head.weight.shape[0]
+    rank, vocab = hidden_MAC.shape[1], inputs.head.weight.shape[0]
     rows = max(1, _CHUNK_NUMEL // (vocab * rank))
     found = []
     for h_RAC, token_R in zip(hidden_MAC.split(rows), token_M.split(rows), strict=True):
-        log_p_RAV = at.head.differentiable_log_probs(h_RAC)
+        log_p_RAV = inputs.head.differentiable_log_probs(h_RAC)
         found.append(_at_token(log_p_RAV, token_R))
     return torch.cat(found).unflatten(0, tokens_BT.shape)
 
@@ -164,14 +164,14 @@ class JointFeed(Feed):
     prediction."""
 
     def __init__(
-        self, stack: JointLinearMTP, final_BTC: Tensor, at: BranchPoint, depths: Sequence[int]
+        self, stack: JointLinearMTP, final_BTC: Tensor, inputs: StackInputs, depths: Sequence[int]
     ) -> None:
         deepest = max(depths, default=0)
         parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]
         parts_MKAC = torch.stack(parts, dim=2).flatten(0, 1)
         super().__init__([parts_MKAC, stack.log_weights(final_BTC).flatten(0, 1)])
         # The tokens between determine the weights, whether they are targets or not.
-        self.between = [at.tokens_at(k + 1).flatten() for k in range(deepest)]
+        self.between = [inputs.tokens_at(k + 1).flatten() for k in range(deepest)]
 
     @property
     def main(self) -> Tensor:

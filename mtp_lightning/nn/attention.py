@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Positions:
-    """Positions and mask of the tokens of one pass, shared by all layers.
+class ForwardContext:
+    """What all layers of one pass share: positions and mask of its tokens, the cache, and where the
+    layers report.
 
     Attributes:
         cos, sin: rotary table, [T, 1, H/2]; with a cache over whole heads, [1 | B, T, 1, H].
@@ -65,8 +66,8 @@ class Positions:
         documents: Tensor | None = None,
         in_blocks: bool = False,
         auxiliary: AuxiliaryOutputs | None = None,
-    ) -> Positions:
-        """Positions 0 .. T-1 of whole windows.
+    ) -> ForwardContext:
+        """The context of positions 0 .. T-1 of whole windows.
 
         Args:
             config: the trunk's.
@@ -75,7 +76,7 @@ class Positions:
             dtype: the model's.
             documents: ids [B, T]; tokens then attend only within their document.
             in_blocks: whether the mask may be a block mask (``document_attention.py``).
-            auxiliary: see :class:`Positions`.
+            auxiliary: see :class:`ForwardContext`.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
@@ -83,10 +84,10 @@ class Positions:
         if documents is not None:
             in_blocks = in_blocks and config.attention.reads_blocks(config)
             mask = block_mask(documents) if in_blocks else dense_mask(documents)
-        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, auxiliary=auxiliary)
+        return ForwardContext(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, auxiliary=auxiliary)
 
     @staticmethod
-    def of_cache(cache: KVCache, starts: list[int], n_new: int) -> Positions:
+    def of_cache(cache: KVCache, starts: list[int], n_new: int) -> ForwardContext:
         """Open a pass of ``cache`` over the positions ``start .. start + n_new - 1`` of every row.
 
         Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
@@ -95,7 +96,7 @@ class Positions:
         return _OpenPass(cache)
 
     @staticmethod
-    def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
+    def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> ForwardContext:
         """Open a pass of ``cache`` over a tree in every row, its first token at ``starts``."""
         cache.open_tree(starts, branches)
         return _OpenPass(cache)
@@ -104,8 +105,8 @@ class Positions:
         """``mask`` as a tensor, also if it is a block mask."""
         return of_blocks(self.mask) if isinstance(self.mask, BlockMask) else self.mask
 
-    def repeated(self) -> Positions:
-        """The positions for repeating this pass under activation recomputation: layers compute the
+    def repeated(self) -> ForwardContext:
+        """The context for repeating this pass under activation recomputation: layers compute the
         same (autograd compares), but do not report a second time."""
         if self.auxiliary is None and self.kv_sink is None:
             return self
@@ -122,7 +123,7 @@ def _drop(layer: int, entry_BTMH: Tensor) -> None:
     """A ``kv_sink`` of a repeated pass, whose entries are known."""
 
 
-class _OpenPass(Positions):
+class _OpenPass(ForwardContext):
     """The open pass of a cache. Tables and mask are computed when the first layer reads them: fused
     passes never do, and they would take a tenth of a small model's round."""
 
@@ -259,29 +260,27 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
+        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``ctx.cache``."""
         batch, seq_len, _ = x_BTC.shape
-        qkv = self.heads(x_BTC, positions)
-        if positions.cache is None:
-            if positions.kv_sink is not None:
+        qkv = self.heads(x_BTC, ctx)
+        if ctx.cache is None:
+            if ctx.kv_sink is not None:
                 key, value = qkv[:, :, self.n_heads :].split(self.n_kv_heads, dim=2)
-                key = rotary(key, positions.cos, positions.sin)
-                positions.kv_sink(layer, torch.cat((key, value), dim=2))
-            mixed = rotary_attention(
-                qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
-            )
+                key = rotary(key, ctx.cos, ctx.sin)
+                ctx.kv_sink(layer, torch.cat((key, value), dim=2))
+            mixed = rotary_attention(qkv, ctx.cos, ctx.sin, ctx.mask, self.n_heads, self.n_kv_heads)
         else:
             n_turned = self.n_heads + self.n_kv_heads
-            turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
+            turn_in_place(qkv.narrow(2, 0, n_turned), ctx.cos, ctx.sin)
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
-            positions.cache.append(layer, entry)
-            mixed = positions.cache.attend(layer, query, positions.mask)
-        return positions.linear(self.out, mixed.reshape(batch, seq_len, -1))
+            ctx.cache.append(layer, entry)
+            mixed = ctx.cache.attend(layer, query, ctx.mask)
+        return ctx.linear(self.out, mixed.reshape(batch, seq_len, -1))
 
-    def heads(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
+    def heads(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         """The heads of queries, keys and values before RoPE, [B, T, N + 2 M, H] for M key heads."""
-        qkv = self.qkv(x_BTC) if positions is None else positions.linear(self.qkv, x_BTC)
+        qkv = self.qkv(x_BTC) if ctx is None else ctx.linear(self.qkv, x_BTC)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
         qkv = qkv.view(*x_BTC.shape[:2], -1, self.d_head)

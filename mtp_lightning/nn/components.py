@@ -109,9 +109,9 @@ class LayerConfig(Registered, ABC):
 class AttentionConfig(LayerConfig, family="attention"):
     """The layer that mixes positions.
 
-    Its ``forward(x_BTC, positions, layer)`` returns [B, T, C]. All layers of a pass share
-    ``positions``: the rotary table, the mask and, in decoding, the cache. There the layer appends
-    its ``cache_entry`` of every new token, at the index ``layer``.
+    Its ``forward(x_BTC, ctx, layer)`` returns [B, T, C]. All layers of a pass share ``ctx``
+    (``ForwardContext``): the rotary table, the mask and, in decoding, the cache. There the layer
+    appends its ``cache_entry`` of every new token, at the index ``layer``.
     """
 
     modules: ClassVar[dict[str, str]] = {"grouped_query": "attention", "latent": "mla"}
@@ -153,8 +153,8 @@ class AttentionConfig(LayerConfig, family="attention"):
 class FeedForwardConfig(LayerConfig, family="feed_forward"):
     """The layer that transforms every position separately.
 
-    Its ``forward(x_BTC, positions)`` returns [B, T, C]. It may add an auxiliary loss with
-    ``positions.auxiliary.add_loss`` if ``positions.auxiliary`` is not None.
+    Its ``forward(x_BTC, ctx)`` returns [B, T, C]. It may add an auxiliary loss with
+    ``ctx.auxiliary.add_loss`` if ``ctx.auxiliary`` is not None.
     """
 
     modules: ClassVar[dict[str, str]] = {"dense": "feed_forward", "experts": "moe"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import embedding
@@ -56,7 +56,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
+    def forward(self, embedded_BTC: Tensor, ctx: ForwardContext) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
 
         The caller embeds the tokens, because the prediction depths read the same embeddings,
@@ -65,7 +65,7 @@ class Trunk(nn.Module):
         h_BTC = before_last = embedded_BTC
         after = {0: h_BTC} if 0 in self.kept else {}
         for layer, block in enumerate(self.blocks):
-            before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
+            before_last, h_BTC = h_BTC, block(h_BTC, ctx, layer)
             if layer + 1 in self.kept:
                 after[layer + 1] = h_BTC
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last, after)

@@ -39,8 +39,8 @@ def feed_and_targets(
     before the rules. Arguments as in :func:`micro_batch_loss`."""
     targets = objective.targets(model.mtp, plan, batch)
     depths = [k for k in by_depth(targets) if k]
-    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary)
-    return model.mtp.feed(final, at, batch, depths), targets
+    final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
+    return model.mtp.feed(final, inputs, batch, depths), targets
 
 
 def micro_batch_loss(
