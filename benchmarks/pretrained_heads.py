@@ -30,7 +30,7 @@ from mtp_lightning.cpu.packed import packed_of
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.paying import settle_drafts
+from mtp_lightning.decoding.paying import with_measured_depth
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -286,7 +286,7 @@ def pretrained_heads(
     }
     short = draft_vocab[0] if draft_vocab else None
     asked = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
-    settled = settle_drafts(asked, opened, rows=1, on=[head_precision, activations])
+    settled = with_measured_depth(asked, opened, rows=1, on=[head_precision, activations])
     options["drafts_that_pay"] = pay = {
         "draft_depth": settled.draft_depth, "measured": settled.measured, "draft_vocab": short
     }  # fmt: skip

@@ -337,7 +337,7 @@ def chosen_together() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("options", chosen_together(), ids="+".join)
 def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Path) -> None:
     from mtp_lightning.experiment import build
-    from mtp_lightning.experiment.device import settle_device
+    from mtp_lightning.experiment.device import resolve_auto
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.experiment.trainer import build_trainer
 
@@ -359,7 +359,7 @@ def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Pa
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=option not in EXTRAS)
     if option in EXTRAS:
         return
-    cfg = settle_device(cfg)
+    cfg = resolve_auto(cfg)
     data = instantiate(cfg.data)
     if group == "tokenizer" and name != "ids":  # which reads no text
         data.prepare()

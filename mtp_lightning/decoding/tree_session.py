@@ -151,7 +151,7 @@ class TreeSession(Session):
             path_BE: the path's nodes, node 0 first; entries after the accepted ones are ignored.
             accepted: for each row, the number of accepted drafts.
         """
-        self.trunk_cache.settle(path_BE)
+        self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
             read = self.trunk_cache.runs.read(self.states[0])
             runs = Runs(self._tables, self.n, path_BE.shape[1])

@@ -17,7 +17,7 @@ from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions, not_together
-from mtp_lightning.decoding.paying import settle_drafts
+from mtp_lightning.decoding.paying import with_measured_depth
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
@@ -190,12 +190,12 @@ def continue_prompts(
     Raises:
         UserError: an option is out of range.
     """
-    options = drafts_settled(cfg, run, rows=len(prompts))
+    options = decoding_options(cfg, run, rows=len(prompts))
     ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
     return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
 
 
-def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
+def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
     """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of
     the tokens that the modules were trained on.
 
@@ -213,12 +213,12 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     if cfg.get("show_drafts"):
         return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in _PRECISION}
-    settled = settle_drafts(options, run, rows=min(options.slots, rows or 1), **precision)
-    measured = settled.measured
+    fastest = with_measured_depth(options, run, rows=min(options.slots, rows or 1), **precision)
+    measured = fastest.measured
     if rows is not None and measured is not None and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
         return options.plain(but_lookups=True)
-    return settled
+    return fastest
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:

@@ -28,7 +28,7 @@ from mtp_lightning.experiment.build import (
     match_reference,
 )
 from mtp_lightning.experiment.compose import hyperparameters
-from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
+from mtp_lightning.experiment.device import kernels_told, resolve_auto, use_tensor_cores
 from mtp_lightning.experiment.starting import begin_module, find_origin, recall_data
 from mtp_lightning.experiment.trainer import build_trainer
 from mtp_lightning.loggers.guard import GuardedLogger
@@ -112,7 +112,7 @@ class PreparedRun:
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> PreparedRun:
     """Build everything that a run's trainer needs. Without ``peers``, this process is alone."""
     peers = Peers() if peers is None else peers
-    config = settle_device(cfg)
+    config = resolve_auto(cfg)
     origin = find_origin(config, folder, peers)
     config = recall_data(config, origin)
     if origin.trunk is not None:

@@ -53,8 +53,9 @@ class MTPStack(nn.Module, ABC):
     # Whether drafts attend to the cache entries of earlier drafts, so that all depths share the
     # first depth's cache.
     one_cache: ClassVar[bool] = False
-    # Whether depths are trained one after another.
-    in_turn: ClassVar[bool] = False
+    # Whether depths are trained one after another, each with its backward pass in the forward pass
+    # of the whole stack.
+    trains_in_forward: ClassVar[bool] = False
     # Whether a depth is computed from the one before it.
     chained: ClassVar[bool] = False
     # Whether the module of depth 1 computes any depth, so that it drafts any number of tokens.

@@ -107,7 +107,8 @@ class EagleConfig(ModulesConfig, variant="eagle"):
         """
         whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
         entry = trunk.attention.cache_entry(trunk)
-        if (entry.n_vectors, entry.width, trunk.d_rope) != whole_heads:
+        rope_head_dim = trunk.attention.rope_head_dim(trunk)
+        if (entry.n_vectors, entry.width, rope_head_dim) != whole_heads:
             raise UserError(
                 "mtp=eagle stores keys and values of whole heads, and the cache of "
                 f"model.attention={trunk.attention.variant} does not: use "
@@ -173,9 +174,9 @@ class DraftAttention(Attention):
             before: the entries of the steps before, in order.
         """
         kv = self.n_kv_heads
-        turned, value = self.heads(x_BTX).split([self.n_heads + kv, kv], dim=2)
-        turned = rotary(turned, ctx.cos, ctx.sin)
-        query, key = turned.split([self.n_heads, kv], dim=2)
+        rotated, value = self.heads(x_BTX).split([self.n_heads + kv, kv], dim=2)
+        rotated = rotary(rotated, ctx.cos, ctx.sin)
+        query, key = rotated.split([self.n_heads, kv], dim=2)
         if before:
             mixed = attend_steps(query, [*before, (key, value)], ctx.dense_mask())
         else:

@@ -81,7 +81,7 @@ class SideBySide(MTPStack):
         rescorer: changes the logits of all depths by the token before; None for none.
     """
 
-    in_turn: ClassVar[bool] = True
+    trains_in_forward: ClassVar[bool] = True
 
     def __init__(
         self,

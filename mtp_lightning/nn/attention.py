@@ -23,7 +23,7 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import rotary, rotary_attention
-from mtp_lightning.nn.rope import rope_table, turn_in_place
+from mtp_lightning.nn.rope import rope_table, rotate_in_place
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_bool
 
@@ -90,7 +90,7 @@ class ForwardContext:
     def of_cache(cache: KVCache, starts: list[int], n_new: int) -> ForwardContext:
         """Open a pass of ``cache`` over the positions ``start .. start + n_new - 1`` of every row.
 
-        Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
+        Its rotary table is over whole heads, for :func:`rotate_in_place`: [1 | B, T, 1, H].
         """
         cache.open(starts, n_new)
         return _OpenPass(cache)
@@ -184,13 +184,13 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
             )
 
     def check(self, trunk: TrunkConfig) -> None:
-        if self.turned_size(trunk) > trunk.d_head:
+        if self.rotary_dim(trunk) > trunk.d_head:
             raise UserError(
                 f"model.attention.d_rope={self.d_rope} is more than a head has, model.d_head="
                 f"{trunk.d_head}: lower it, or leave it out to rotate all."
             )
 
-    def turned_size(self, trunk: TrunkConfig) -> int:
+    def rotary_dim(self, trunk: TrunkConfig) -> int:
         return trunk.d_head if self.d_rope is None else self.d_rope
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
@@ -221,18 +221,18 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
 
         Its rotary pairs are (j, j + R/2) in the first R dimensions; here they are (j, j + H/2).
         """
-        size, turned = trunk.d_head, self.turned_size(trunk)
-        if turned == size:
+        size, rotary_dim = trunk.d_head, self.rotary_dim(trunk)
+        if rotary_dim == size:
             return None, None
-        pairs, moving = size // 2, turned // 2
+        pairs, moving = size // 2, rotary_dim // 2
         order = tuple(
             j + side * moving if j < moving else j + moving + side * (pairs - moving)
             for side in (0, 1)
             for j in range(pairs)
         )
-        n_turned = trunk.n_heads + trunk.n_kv_heads
-        heads = [head * size + at for head in range(n_turned) for at in order]
-        return order, (*heads, *range(n_turned * size, qkv_width(trunk)))
+        n_rotary_heads = trunk.n_heads + trunk.n_kv_heads
+        heads = [head * size + at for head in range(n_rotary_heads) for at in order]
+        return order, (*heads, *range(n_rotary_heads * size, qkv_width(trunk)))
 
 
 def qkv_width(trunk: TrunkConfig) -> int:
@@ -271,8 +271,8 @@ class Attention(nn.Module):
                 ctx.kv_sink(layer, torch.cat((key, value), dim=2))
             mixed = rotary_attention(qkv, ctx.cos, ctx.sin, ctx.mask, self.n_heads, self.n_kv_heads)
         else:
-            n_turned = self.n_heads + self.n_kv_heads
-            turn_in_place(qkv.narrow(2, 0, n_turned), ctx.cos, ctx.sin)
+            n_rotary_heads = self.n_heads + self.n_kv_heads
+            rotate_in_place(qkv.narrow(2, 0, n_rotary_heads), ctx.cos, ctx.sin)
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
             ctx.cache.append(layer, entry)
             mixed = ctx.cache.attend(layer, query, ctx.mask)

@@ -132,13 +132,13 @@ class AttentionConfig(LayerConfig, family="attention"):
             raise UserError(f"model.d_head={d_head} must be even: RoPE rotates pairs of it.")
         return d_head
 
-    def rotary_size(self, trunk: TrunkConfig) -> int:
+    def rope_head_dim(self, trunk: TrunkConfig) -> int:
         """The number of dimensions of a head that the rotary table covers."""
         return trunk.d_head
 
-    def turned_size(self, trunk: TrunkConfig) -> int:
+    def rotary_dim(self, trunk: TrunkConfig) -> int:
         """How many of them are rotated; the others have angles of 0."""
-        return self.rotary_size(trunk)
+        return self.rope_head_dim(trunk)
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
         """Whether the layer accepts a block mask of documents (``document_attention.py``) instead

@@ -23,7 +23,7 @@ from mtp_lightning.nn.document_attention import MIN_WIDTH
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
-from mtp_lightning.nn.rope import turn_in_place
+from mtp_lightning.nn.rope import rotate_in_place
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_number
 
@@ -88,7 +88,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
             )
         return self.d_head
 
-    def rotary_size(self, trunk: TrunkConfig) -> int:
+    def rope_head_dim(self, trunk: TrunkConfig) -> int:
         return self.d_rope
 
     def check(self, trunk: TrunkConfig) -> None:
@@ -187,8 +187,8 @@ class LatentAttention(nn.Module):
         part, as value.
         """
         assert ctx.cache is not None
-        turn_in_place(query_rope, ctx.cos, ctx.sin)
-        turn_in_place(key_rope, ctx.cos, ctx.sin)
+        rotate_in_place(query_rope, ctx.cos, ctx.sin)
+        rotate_in_place(key_rope, ctx.cos, ctx.sin)
         entry = torch.cat((latent_BTR.unsqueeze(2), key_rope), dim=-1)
         ctx.cache.append(layer, entry)
         up = self.kv_up.weight.to(query_nope.dtype).view(

@@ -160,7 +160,7 @@ class Objective:
             return tokens_BT
         return tokens_BT.masked_fill(tokens_BT >= self.draft_vocab, IGNORE_INDEX)
 
-    def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+    def apply_rules(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         """The targets after all rules have changed them; ``seen`` holds :attr:`measures`."""
         targets = list(targets)
         for rule in self.rules:

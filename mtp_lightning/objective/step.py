@@ -6,7 +6,7 @@ OptimizerStep.__call__
         Objective.targets       what each depth is trained on (objective.py, targets.py)
         MTPModel.run_trunk      the trunk's hidden states (model.py)
         MTPStack.feed           the depths' hidden states (mtp/base.py, mtp/feed.py)
-        prepass, settle         rules change the targets (rules/)
+        prepass, apply_rules         rules change the targets (rules/)
         stream_loss             losses and gradients of all states
             through_head            chunk by chunk: logits, terms (through_head.py, terms/)
     backward                through depths and trunk

@@ -71,12 +71,12 @@ def micro_batch_loss(
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
     seen = prepass(weight_VC, feed, targets, objective.measures)
-    # Meta tensors have no values, so the rules are skipped.
-    settled = targets if weight_VC.is_meta else objective.settle(targets, seen)
+    if not weight_VC.is_meta:  # meta tensors have no values for the rules
+        targets = objective.apply_rules(targets, seen)
     total, sums = stream_loss(
         weight_VC,
         feed,
-        settled,
+        targets,
         train_head=objective.train_head and model.config.mtp.detach != "all",
         auxiliary_factor=1 / plan.windows,
         compiled=model.has_compiled_kernels,
@@ -85,7 +85,7 @@ def micro_batch_loss(
         if loss.requires_grad:  # the losses of heads side by side are already backpropagated
             total = total + 1 / plan.windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
-    for target, own_sum in zip(settled, sums, strict=True):
+    for target, own_sum in zip(targets, sums, strict=True):
         sums_KP[target.depth, target.index] = own_sum
     return total, sums_KP
 

@@ -163,7 +163,7 @@ CASES = {
     "wide heads": {"heads": 2, "kv": 1, "d_head": 48},
     "norms": {"qk_norm": True},
     "biases": {"qkv_bias": True},
-    "half turned": {"d_rope": 4},
+    "half rotated": {"d_rope": 4},
     "one layer": {"layers": 1},
 }
 
@@ -247,7 +247,7 @@ def test_every_path_has_its_bits(tiny_trunk, starts):
             found = trunk(new, ForwardContext.of_tree(cache, starts, branches)).final
             expected = trunk(new[:, path], ForwardContext.of_cache(chain, starts, len(path))).final
             assert torch.equal(found[:, path], expected)
-            cache.settle(torch.tensor([path] * rows))
+            cache.keep_path(torch.tensor([path] * rows))
             cache.lengths = ends = [start + len(path) for start in starts]
             kept, alone = (
                 trunk(after, ForwardContext.of_cache(c, ends, 2)) for c in (cache, chain)

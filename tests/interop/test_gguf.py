@@ -277,7 +277,7 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     assert set(first.state()["beside"]) == kept
 
 
-def test_heads_that_are_turned_in_part_are_refused(tmp_path: Path) -> None:
+def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
     def in_part(writer: Any) -> None:
         writer.add_rope_dimension_count(8)
 

@@ -84,7 +84,7 @@ LATENT, EXPERTS = deepseek.LATENT, deepseek.EXPERTS
 LAYERS: dict[str, LayerConfig] = {
     "grouped": GroupedQueryConfig(),
     "grouped with all": GroupedQueryConfig(qk_norm=True, qkv_bias=True),
-    "grouped, half turned": GroupedQueryConfig(qk_norm=True, qkv_bias=True, d_rope=4),
+    "grouped, half rotated": GroupedQueryConfig(qk_norm=True, qkv_bias=True, d_rope=4),
     "latent": LATENT,
     "latent, direct": replace(LATENT, q_rank=None),
     "dense": DenseConfig(),

@@ -16,7 +16,7 @@ from mtp_lightning.nn.rope import RopeScaling, over_whole_heads, rope_table
 from tests import deepseek, reference
 
 BIASED = GroupedQueryConfig(qkv_bias=True)
-HALF_TURNED = GroupedQueryConfig(d_rope=4)
+HALF_ROTATED = GroupedQueryConfig(d_rope=4)
 NORMED = GroupedQueryConfig(qk_norm=True)
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
@@ -56,7 +56,7 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
 
 @pytest.mark.parametrize(
     "change",
-    [{"rope_scaling": SCALING}, *({"attention": a} for a in (BIASED, HALF_TURNED, NORMED))],
+    [{"rope_scaling": SCALING}, *({"attention": a} for a in (BIASED, HALF_ROTATED, NORMED))],
 )
 def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
     """Token by token, against whole windows that are read again for every token."""
@@ -76,9 +76,9 @@ def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_part_of_each_head_is_turned(tiny_trunk: TrunkConfig, masked: bool) -> None:
-    """The reference is loops in double precision; heads that are turned whole differ from it."""
-    trunk = replace(tiny_trunk, attention=HALF_TURNED, d_head=8)
+def test_a_part_of_each_head_is_rotated(tiny_trunk: TrunkConfig, masked: bool) -> None:
+    """The reference is loops in double precision; heads that are rotated whole differ from it."""
+    trunk = replace(tiny_trunk, attention=HALF_ROTATED, d_head=8)
     attention = deepseek.build(trunk).trunk.blocks[0].attention
     x_BTC = torch.randn(1, 9, trunk.d_model)
     documents = torch.tensor([[0] * 4 + [1] * 5]) if masked else None
@@ -86,7 +86,7 @@ def test_a_part_of_each_head_is_turned(tiny_trunk: TrunkConfig, masked: bool) ->
     found = attention(x_BTC, ctx)[0].double()
     weights = {f"a.{name}": w.double() for name, w in attention.state_dict().items()}
     listed = documents[0].tolist() if masked else None
-    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed, turned=4)
+    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed, rotary_dim=4)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     whole = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed)
     assert (found - whole).abs().max() > 1e-3

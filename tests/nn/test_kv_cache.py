@@ -15,7 +15,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables
-from mtp_lightning.nn.rope import over_whole_heads, rope_table, turn_in_place
+from mtp_lightning.nn.rope import over_whole_heads, rope_table, rotate_in_place
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from tests.deepseek import trunk as deepseek_trunk
 from tests.kernels import BATCH_INVARIANT, prepared
@@ -53,7 +53,7 @@ def test_turning_in_place_is_rotary():
     cos, sin = (t.unsqueeze(-2) for t in rope_table(positions, 8, 100.0))
     expected = rotary(x, cos, sin)
     whole = (t.unsqueeze(-2) for t in over_whole_heads(*rope_table(positions, 8, 100.0)))
-    turn_in_place(x, *whole)
+    rotate_in_place(x, *whole)
     torch.testing.assert_close(x, expected)
 
 
@@ -181,7 +181,7 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
             kept._stored = [s.clone() for s in cache._stored]
             kept._kept = dict(cache._kept)
             kept.resize(rows)
-            kept.settle(torch.tensor([path] * rows))
+            kept.keep_path(torch.tensor([path] * rows))
             ends = [start + len(path) for start in starts]
             kept.lengths = ends
             expected = layer(after, ForwardContext.of_cache(chain, ends, 2))

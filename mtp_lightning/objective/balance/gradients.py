@@ -210,7 +210,7 @@ def add_gradients(
     plan = replace(plan, factors=[float(k in totals) for k in range(model.depth + 1)])
     with torch.enable_grad(), _only(model, parameters):
         feed, targets = feed_and_targets(model, objective, plan, batch)
-        of_task = by_depth(objective.settle(targets, {}))
+        of_task = by_depth(objective.apply_rules(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):
             prediction = feed.prediction(k, hidden, of_task[k])
