@@ -17,11 +17,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.shell import program as typed
 from mtp_lightning.command_line.shell import readable_errors, this_program
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
+from mtp_lightning.run.config import affects_training, flatten, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.compose import Composer, settle
@@ -118,7 +118,7 @@ def _checked(
     for planned in planned_jobs:
         own_paths, run_folder = paths[frozenset(planned.overrides)], plan.folder / planned.folder
         own = settle(composer.compose([*own_paths, *planned.overrides]), run_folder)
-        vetting.check(own, "config", [*own_paths, *planned.overrides])
+        check_config.check(own, "config", [*own_paths, *planned.overrides])
         planned.recipe = Recipe.of(own, program=program, options=[*options, *own_paths])
         job = planned.recipe.job(
             run_folder, planned.overrides, labels=labels[planned.folder], program=this_program()
@@ -218,7 +218,9 @@ def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
         f"{key} was {old[key]}, is {new[key]}"
         for key in old.keys() & new.keys()
         # The run decided what "auto" meant.
-        if new[key] not in (old[key], "auto") and has_bearing(key) and there not in str(new[key])
+        if new[key] not in (old[key], "auto")
+        and affects_training(key)
+        and there not in str(new[key])
     ]
     return "; ".join(sorted(changed))
 

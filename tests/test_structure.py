@@ -79,7 +79,7 @@ EXPERIMENT = "mtp_lightning/experiment/"
 CONFIGURED = (
     EXPERIMENT,
     *(f"mtp_lightning/{name}" for name in ("apps/", "interop/exporting.py", "plan.py")),
-    "mtp_lightning/command_line/literal.py",
+    "mtp_lightning/command_line/quote.py",
 )
 LAZY = (
     "tokenizers",
@@ -209,7 +209,7 @@ def test_apps_wait_with_slow_imports() -> None:
         for name in (name for file in files for name in imports(file, top_only=True)):
             allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
             assert allowed or _standard(name), (app, name)
-        for file in ("command_line/shell", "command_line/literal", "paths", "errors", "console"):
+        for file in ("command_line/shell", "command_line/quote", "paths", "errors", "console"):
             for name in imports(f"mtp_lightning/{file}.py", top_only=True):
                 assert takes(name, *SHARED_WITH_SWEEPS) or _standard(name), (app, name)
 

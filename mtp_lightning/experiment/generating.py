@@ -10,9 +10,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from mtp_lightning.command_line import literal
-from mtp_lightning.command_line.explained import value_at
-from mtp_lightning.command_line.vetting import require_prompts
+from mtp_lightning.command_line import quote
+from mtp_lightning.command_line.check_config import require_prompts
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.generate import OnTokens
@@ -241,7 +241,7 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
             found = [stdin.read().rstrip("\n")]
         except UnicodeDecodeError as error:
             raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
-        literal.require_utf8([f"prompt={found[0]}"])
+        quote.require_utf8([f"prompt={found[0]}"])
     if not found or not all(found):
         raise UserError("The prompt is empty: give prompt=TEXT or prompts=FILE.")
     return found
