@@ -79,11 +79,11 @@ class Engine:
         self._model = model
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
-        self._auto, known = depths, options.measured
+        self._auto, measured = depths, options.measured
         if depths is None and options.draft_depth == "auto" and self.max_draft:
             from mtp_lightning.decoding.adaptive import AutoDepth
 
-            self._auto = AutoDepth(self.max_draft, None if known is None else known.greedy)
+            self._auto = AutoDepth(self.max_draft, None if measured is None else measured.greedy)
         self._lookups: Lookups | None = None
         if options.lookup:
             from mtp_lightning.decoding.lookup import Lookups
@@ -278,12 +278,12 @@ class Engine:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
         n_drafts, caps, recorder = self._plan(rooms)
-        known = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
-        if any(known):
-            caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
-            n_drafts, recorder = 0 if all(known) else n_drafts, None
+        looked_up = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
+        if any(looked_up):
+            caps = [len(own) or cap for own, cap in zip(looked_up, caps, strict=True)]
+            n_drafts, recorder = 0 if all(looked_up) else n_drafts, None
         start = time.perf_counter()
-        outcome = decoder.round(n_drafts, caps, known)
+        outcome = decoder.round(n_drafts, caps, looked_up)
         if recorder is not None:
             seconds = time.perf_counter() - start
             # A draft that was not made, for lack of confidence, counts as a failed one.
@@ -318,10 +318,10 @@ class Engine:
     def _fixed_depth(self, request: Request) -> int | None:
         """The request's fixed number of drafts: its own setting, or the measured one if it samples
         (its text depends on it). None: it may vary."""
-        known = self.options.measured
+        measured = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)
-        return known.sampled.best if known is not None and request.temperature else None
+        return measured.sampled.best if measured is not None and request.temperature else None
 
     def _most_drafts(self, request: Request) -> int:
         """The most drafts of a request's rounds."""

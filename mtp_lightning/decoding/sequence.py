@@ -161,14 +161,14 @@ def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray
     """Numerators and denominators [N] of every rate, one per generation."""
     accepted_ND = np.array([g.drafts_accepted for g in generations])
     reached_ND = np.array([g.drafts_reached for g in generations])
-    found = {
+    counts = {
         f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
         for j in range(reached_ND.shape[1])
     }
     passes_N = np.array([g.verify_passes for g in generations])
     # The first token comes from the prompt's pass.
     emitted_N = np.array([g.new_tokens - 1 for g in generations])
-    return found | {"tokens_per_step": (emitted_N, passes_N)}
+    return counts | {"tokens_per_step": (emitted_N, passes_N)}
 
 
 class TextSequence:
@@ -287,10 +287,10 @@ class TextSequence:
             self._read(end)
             searched = max(0, len(self._text) + 1 - self._longest_stop)
             self._text += self._pieces[-1]
-            found = [at for s in self.request.stop if (at := self._text.find(s, searched)) >= 0]
-            if found:
+            places = [at for s in self.request.stop if (at := self._text.find(s, searched)) >= 0]
+            if places:
                 del self.token_ids[end:], self.depths[end:], self.lookup_mask[end:]
-                self._text = self._text[: min(found)]
+                self._text = self._text[: min(places)]
                 begins = itertools.accumulate(map(len, self._pieces), initial=0)
                 self._pieces = [
                     piece[: max(len(self._text) - begin, 0)]

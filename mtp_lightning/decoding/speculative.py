@@ -25,7 +25,8 @@ class RowResult(NamedTuple):
     """The result of one round for one row.
 
     Attributes:
-        tokens: the accepted drafts and the trunk's own token after them.
+        tokens: the accepted drafts and the trunk's own token after them: the bonus token if all
+            drafts were accepted, else the recovered token (vLLM's terms).
         accepted: number of accepted drafts.
         reached: number of drafts that were verified in sequence, the first rejected one included.
         rejected: every draft that could have been accepted and was not: its depth, its token, and
@@ -161,27 +162,27 @@ class Decoder:
         return self._row_sampling
 
     def round(
-        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+        self, n_drafts: int, caps: Sequence[int], looked_up: Sequence[Sequence[int]] = ()
     ) -> Round:
         """Draft, verify, accept.
 
         Args:
             n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
-            known: for each row, the drafts that were looked up for it in place of the modules';
+            looked_up: for each row, the drafts that were looked up for it in place of the modules';
                 empty for none in any row.
         """
         caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
         drafts = self._drafts(n_drafts, noise_BR)
-        if any(known):
-            drafts = self._replaced(drafts, known, caps)
+        if any(looked_up):
+            drafts = self._replaced(drafts, looked_up, caps)
         if noise_BR is None:
             done = self._greedy(drafts, caps)
         else:
             done = self._sample(drafts, caps, noise_BR)
         self.session.accept(done.accepted)
-        if any(known):
-            rows = zip(done.rows, known, strict=True)
+        if any(looked_up):
+            rows = zip(done.rows, looked_up, strict=True)
             done = done._replace(rows=[row._replace(looked_up=bool(own)) for row, own in rows])
         return done
 
@@ -207,7 +208,7 @@ class Decoder:
                 yield Draft(token_B, over_all(q_BV, self._vocab), confident_B)
 
     def _replaced(
-        self, drafts: Iterator[Draft], known: Sequence[Sequence[int]], caps: list[int]
+        self, drafts: Iterator[Draft], looked_up: Sequence[Sequence[int]], caps: list[int]
     ) -> Iterator[Draft]:
         """The modules' drafts, in which looked-up drafts replace those of the rows that have some;
         then the rest of the looked-up drafts. Lowers the caps of the other rows to the number of
@@ -215,9 +216,9 @@ class Decoder:
 
         The modules read looked-up drafts like their own, so their caches stay true.
         """
-        most = max(map(len, known))
+        most = max(map(len, looked_up))
         # After a row's own drafts any token will do: it is not accepted.
-        padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
+        padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in looked_up]
         own_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
         k = 0
         for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
@@ -229,7 +230,7 @@ class Decoder:
             if confident_B is not None:
                 confident_B = confident_B | (own_B >= 0)
             yield Draft(token_B, q_BV, confident_B)
-        caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
+        caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, looked_up, strict=True)]
         for own_B in own_BM.unbind(1)[k:]:
             yield Draft(own_B.clamp(min=0))
 

@@ -181,20 +181,20 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     config = module.model.config
     free = ["mtp.init", *(f"trunk.{key}" for key in config.trunk.training_keys)]
     stored = checkpoint["model_config"]
-    begun = stored["mtp"].get("init", "random")
-    if begun != config.mtp.init:
+    stored_init = stored["mtp"].get("init", "random")
+    if stored_init != config.mtp.init:
         raise UserError(
-            f"{source} is of a run whose modules began with mtp.init={begun}, and a run that "
-            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={begun}, or "
+            f"{source} is of a run whose modules began with mtp.init={stored_init}, and a run that "
+            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={stored_init}, or "
             "start in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
-        differences.sort(key=lambda told: ".variant:" not in told)  # says most
+        differences.sort(key=lambda line: ".variant:" not in line)  # it explains most of the others
         more = [f"and {n} more"] if (n := len(differences) - _SHOWN) > 0 else []
-        told = "; ".join([*differences[:_SHOWN], *more])
+        shown = "; ".join([*differences[:_SHOWN], *more])
         raise UserError(
-            f"{source} holds another architecture than this config ({told}): "
+            f"{source} holds another architecture than this config ({shown}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
     if checkpoint.get("optimizer_states") == []:

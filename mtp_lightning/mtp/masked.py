@@ -241,10 +241,10 @@ class MaskedMTP(MTPStack):
 
     def _updates(self, trunk: Trunk) -> dict[nn.Module, nn.Module]:
         """The updates by the layers that they belong to."""
-        found: dict[nn.Module, nn.Module] = {}
+        by_layer: dict[nn.Module, nn.Module] = {}
         for block, updates in zip(trunk.blocks, self.updates, strict=True):
-            found |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
-        return found
+            by_layer |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
+        return by_layer
 
     def reads(self, k: int) -> range:
         return range(k, k + 1)

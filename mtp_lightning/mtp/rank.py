@@ -152,11 +152,11 @@ def _token_log_probs(inputs: StackInputs, hidden_BTAC: Tensor, tokens_BT: Tensor
     hidden_MAC, token_M = hidden_BTAC.flatten(0, 1), tokens_BT.flatten()
     rank, vocab = hidden_MAC.shape[1], inputs.head.weight.shape[0]
     rows = max(1, _CHUNK_NUMEL // (vocab * rank))
-    found = []
+    parts = []
     for h_RAC, token_R in zip(hidden_MAC.split(rows), token_M.split(rows), strict=True):
         log_p_RAV = inputs.head.differentiable_log_probs(h_RAC)
-        found.append(_at_token(log_p_RAV, token_R))
-    return torch.cat(found).unflatten(0, tokens_BT.shape)
+        parts.append(_at_token(log_p_RAV, token_R))
+    return torch.cat(parts).unflatten(0, tokens_BT.shape)
 
 
 class JointFeed(Feed):
@@ -238,21 +238,21 @@ def _cross_entropy(
     deepest_R = [target.tokens_R for target in targets if target.depth == depths - 1]
     tokens = [*between_R, *deepest_R][:depths]
     with torch.enable_grad():
-        found = [_at_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
-        held_RKA = torch.stack(found, dim=1).detach().requires_grad_()
+        at_tokens = [_at_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
+        at_token_RKA = torch.stack(at_tokens, dim=1).detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
-        weights = _weights_after(start_RA, held_RKA[:, :-1].unbind(1))
-        loss = held_RKA.new_zeros(())
+        weights = _weights_after(start_RA, at_token_RKA[:, :-1].unbind(1))
+        loss = at_token_RKA.new_zeros(())
         for target in targets:
             k = target.depth
-            value_R = -(weights[k] + held_RKA[:, k]).logsumexp(-1)
+            value_R = -(weights[k] + at_token_RKA[:, k]).logsumexp(-1)
             loss = loss + _counted(value_R, target)
-        d_held_RKA, d_log_w_RA = torch.autograd.grad(loss, (held_RKA, start_RA))
+        d_at_token_RKA, d_log_w_RA = torch.autograd.grad(loss, (at_token_RKA, start_RA))
     # d log_softmax(z)_token / dz = one_hot(token) - softmax(z).
-    d_logits = exp_(log_p_RKAV).mul_(-d_held_RKA.unsqueeze(-1))
+    d_logits = exp_(log_p_RKAV).mul_(-d_at_token_RKA.unsqueeze(-1))
     for k, token_R in enumerate(tokens):
-        index = token_R[:, None, None].expand(-1, d_held_RKA.shape[2], 1)
-        d_logits[:, k].scatter_add_(-1, index, d_held_RKA[:, k].unsqueeze(-1))
+        index = token_R[:, None, None].expand(-1, d_at_token_RKA.shape[2], 1)
+        d_logits[:, k].scatter_add_(-1, index, d_at_token_RKA[:, k].unsqueeze(-1))
     return d_logits, d_log_w_RA
 
 
@@ -263,8 +263,8 @@ def _by_autograd(
     with torch.enable_grad():
         log_p = log_p_RKAV.detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
-        held = [_at_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
-        weights = _weights_after(start_RA, held)
+        at_tokens = [_at_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
+        weights = _weights_after(start_RA, at_tokens)
         loss = log_p.new_zeros(())
         mixed: dict[int, Tensor] = {}
         for target in targets:
@@ -286,10 +286,10 @@ def _counted(value_R: Tensor, target: LossTarget) -> Tensor:
 def _weights_after(log_w_RA: Tensor, log_p: Sequence[Tensor]) -> list[Tensor]:
     """``log w^k`` [R, A] of every depth, from the components' log-probabilities ``log p_a`` [R, A]
     of the tokens before it."""
-    found = [log_w_RA]
+    log_weights = [log_w_RA]
     for log_p_RA in log_p:
-        found.append((found[-1] + log_p_RA).log_softmax(-1))
-    return found
+        log_weights.append((log_weights[-1] + log_p_RA).log_softmax(-1))
+    return log_weights
 
 
 def _at_token(log_p_RAV: Tensor, token_R: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Selector(Rescorer):
             if weight not in into:
                 into[weight] = torch.zeros_like(weight)
         d_before, d_after, d_gate = (into[weight] for weight in self._weights)
-        found = []
+        results = []
         assert chunk.before_R is not None
         for rows in self._parts(chunk):
             with torch.enable_grad():
@@ -99,8 +99,8 @@ class Selector(Rescorer):
             d_before.index_add_(0, chunk.before_R[rows], of_before_Rr)
             d_after.index_add_(0, ids_RK.flatten(), of_after_RKr.flatten(0, 1))
             d_gate.add_(of_gate)
-            found.append((value_R.detach(), d_hidden_RC, ids_RK, d_unary_RK))
-        value_R, d_hidden_RC, ids_RK, d_unary_RK = map(torch.cat, zip(*found, strict=True))
+            results.append((value_R.detach(), d_hidden_RC, ids_RK, d_unary_RK))
+        value_R, d_hidden_RC, ids_RK, d_unary_RK = map(torch.cat, zip(*results, strict=True))
         return StateGradient(value_R, d_hidden_RC, (ids_RK, d_unary_RK))
 
     def _parts(self, chunk: Chunk) -> Iterator[slice]:

@@ -123,8 +123,8 @@ class Objective:
     @property
     def measures(self) -> list[PositionMeasure]:
         """The measures that a prepass computes for the rules, each once."""
-        found = {measure.name: measure for rule in self.rules for measure in rule.measures}
-        return list(found.values())
+        by_name = {measure.name: measure for rule in self.rules for measure in rule.measures}
+        return list(by_name.values())
 
     def targets(self, stack: MTPStack, plan: StepPlan, batch: WindowBatch) -> list[DepthTarget]:
         """The main prediction's target, then those of every depth with a factor: one for each term
@@ -137,7 +137,7 @@ class Objective:
         """
         factors, counts = plan.factors, plan.counts
         main = factors[0] / counts.valid[0]
-        found = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
+        targets = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
         for k in plan.active:
             for index, (weight, term) in enumerate(self.terms):
                 count = counts.of(k, term)
@@ -147,12 +147,12 @@ class Objective:
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
                 coefficient, shift = factors[k] * weight / count, batch.stride * k
-                found.append(
+                targets.append(
                     DepthTarget(
                         k, tokens_BT, coefficient, term, index, shift=shift, before=before_BT
                     )
                 )
-        return found
+        return targets
 
     def _kept(self, tokens_BT: Tensor) -> Tensor:
         """Targets among the first ``draft_vocab`` ids; -100 for others."""

@@ -119,10 +119,10 @@ def prepass(
     def measured(k: int, hidden: Tensor) -> Prediction:
         measured_targets = []
         for measure in of_depths if k else of_main:
-            found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
-            seen[measure.name][k] = found
+            values_BT = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
+            seen[measure.name][k] = values_BT
             measured_targets.append(
-                DepthTarget(k, tokens[k], 1.0, measure, shift=shifts[k], record=found)
+                DepthTarget(k, tokens[k], 1.0, measure, shift=shifts[k], record=values_BT)
             )
         prediction = feed.prediction(k, hidden, measured_targets)
         prediction.needs_gradient = False
@@ -181,8 +181,8 @@ def stream_loss(
         # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.
         weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]
         total = torch.stack(weighted).sum().to(torch.promote_types(weight_VC.dtype, torch.float32))
-    known = [head.gradient, *gradients, *(of_terms.get(p) for p in parameters)]
-    return _WithGradients.apply((total, known), *inputs), sums
+    of_inputs = [head.gradient, *gradients, *(of_terms.get(p) for p in parameters)]
+    return _WithGradients.apply((total, of_inputs), *inputs), sums
 
 
 class _WithGradients(torch.autograd.Function):

@@ -252,16 +252,16 @@ class _HeadPass:
 
     def _teach(self, targets: Sequence[ChunkTarget], rows: slice, main_MC: Tensor) -> None:
         """Set the targets' teachers; those of one depth share a teacher."""
-        found: dict[int, Teacher] = {}
+        teachers: dict[int, Teacher] = {}
         for target in (target for target in targets if target.term.needs_teacher):
             k, shift = target.depth, target.shift
-            if k not in found:
+            if k not in teachers:
                 # Positions whose teacher lies beyond the window get another one, and do not count.
                 at = torch.arange(rows.start + shift, rows.stop + shift, device=main_MC.device)
                 main_RC = main_MC[at % main_MC.shape[0]]
                 log_p_RV = log_probs(main_RC, self.weight)
-                found[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
-            target.teacher = found[k]
+                teachers[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
+            target.teacher = teachers[k]
 
     def _chunk_targets(
         self, rows: slice | Tensor, teacher: Teacher | None = None
@@ -315,11 +315,11 @@ class _HeadPass:
                 continue
             factor_R = target.scale_R1(log_q_RV.dtype).squeeze(-1)
             into = {} if self.of_terms is None else self.of_terms
-            found = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
-            target.note(found.value_R)
-            total_RC = found.hidden_RC if total_RC is None else total_RC + found.hidden_RC
-            if found.logits is not None:
-                of_logits.append(found.logits)
+            learned = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
+            target.note(learned.value_R)
+            total_RC = learned.hidden_RC if total_RC is None else total_RC + learned.hidden_RC
+            if learned.logits is not None:
+                of_logits.append(learned.logits)
         return total_RC, of_logits
 
     def _of_several(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:

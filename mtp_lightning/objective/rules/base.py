@@ -72,21 +72,21 @@ class Rule(ABC):
 
 
 def chosen(
-    setting: str, word: str, known: Mapping[str, tuple[str, Sequence[str]]], **given: Any
+    setting: str, word: str, classes: Mapping[str, tuple[str, Sequence[str]]], **given: Any
 ) -> list[Rule]:
     """The rule that a setting of the objective selects, imported on demand; empty for ``none``.
 
     Args:
         setting: the setting's key.
         word: its value.
-        known: each word's class, ``MODULE.CLASS`` of this package, and the settings that it reads.
+        classes: each word's class, ``MODULE.CLASS`` of this package, and the settings that it reads.
         given: the values of these settings; None if not set.
 
     Raises:
         UserError: the word is unknown, or a setting is out of range or not read by the rule.
     """
-    require_choice(f"objective.{setting}", word, ("none", *known))
-    for reader, (_, keys) in known.items():
+    require_choice(f"objective.{setting}", word, ("none", *classes))
+    for reader, (_, keys) in classes.items():
         for key in keys:
             if given[key] is not None and reader != word:
                 raise UserError(
@@ -95,6 +95,6 @@ def chosen(
                 )
     if word == "none":
         return []
-    name, keys = known[word]
+    name, keys = classes[word]
     kind = imported(f"{__package__}.{name}")
     return [kind(**{key: given[key] for key in keys if given[key] is not None})]
