@@ -185,8 +185,8 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     if stored_init != config.mtp.init:
         raise UserError(
             f"{source} is of a run whose modules began with mtp.init={stored_init}, and a run that "
-            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={stored_init}, or "
-            "start in another run_dir."
+            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={stored_init}, "
+            "or start in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:

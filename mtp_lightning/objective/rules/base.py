@@ -79,7 +79,8 @@ def chosen(
     Args:
         setting: the setting's key.
         word: its value.
-        classes: each word's class, ``MODULE.CLASS`` of this package, and the settings that it reads.
+        classes: each word's class, ``MODULE.CLASS`` of this package, and the settings that it
+            reads.
         given: the values of these settings; None if not set.
 
     Raises:
