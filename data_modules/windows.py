@@ -129,11 +129,8 @@ class WindowBatch:
         return valid
 
     def positions_with_teacher(self, k: int) -> int:
-        """The number of positions of a window that have a teacher at depth k, the first ones.
-
-        The teacher of depth k at position i is the main prediction of the same token, at i + sk. So
-        the last sk positions have none: theirs would lie beyond the window.
-        """
+        """How many positions of a window, the first ones, have a teacher at depth k: the main
+        prediction of the same token, at i + sk. That of the last sk lies beyond the window."""
         return max(self.seq_len - self.stride * k, 0)
 
     def counts(self) -> Tensor:

@@ -198,8 +198,7 @@ class MTPModel(nn.Module):
         Args:
             batch: windows built for this model's depth.
             active: depths that will be computed.
-            auxiliary: collects auxiliary outputs of the trunk and, through the inputs, of the
-                stack.
+            auxiliary: collects auxiliary outputs of the trunk and, through the inputs, the stack.
 
         Returns:
             The trunk's output [B, T, C], which the head projects, and what the stack reads.

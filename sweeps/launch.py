@@ -216,11 +216,9 @@ def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     there = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
-        for key in old.keys() & new.keys()
+        for key in filter(affects_training, old.keys() & new.keys())
         # The run decided what "auto" meant.
-        if new[key] not in (old[key], "auto")
-        and affects_training(key)
-        and there not in str(new[key])
+        if new[key] not in (old[key], "auto") and there not in str(new[key])
     ]
     return "; ".join(sorted(changed))
 

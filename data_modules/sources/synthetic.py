@@ -92,6 +92,5 @@ def _invent(bits: np.random.Philox, n: int) -> list[str]:
 
 
 def _sentences(words: list[str]) -> str:
-    """The words in sentences of twelve, each on a line of its own."""
     lines = (words[i : i + 12] for i in range(0, len(words), 12))
     return "".join(" ".join(line) + ".\n" for line in lines)

@@ -144,8 +144,7 @@ def _trainer_arguments() -> frozenset[str]:
 
 
 def require_allowed(name: str, value: Any, comment: str, option: str = "this option") -> None:
-    """Refuse a value that a key's comment does not allow; ``option`` is the config option that owns
-    the key, for messages.
+    """Refuse a value that a key's comment does not allow; ``option`` owns the key, for messages.
 
     Raises:
         UserError: the value is not allowed; the message names the values that are.

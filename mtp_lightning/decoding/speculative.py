@@ -227,9 +227,7 @@ class Decoder:
             if q_BV is not None:
                 own_BV = certain(token_B, self._vocab)
                 q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
-            if confident_B is not None:
-                confident_B = confident_B | (own_B >= 0)
-            yield Draft(token_B, q_BV, confident_B)
+            yield Draft(token_B, q_BV, None if confident_B is None else confident_B | (own_B >= 0))
         caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, looked_up, strict=True)]
         for own_B in own_BM.unbind(1)[k:]:
             yield Draft(own_B.clamp(min=0))

@@ -184,9 +184,9 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     stored_init = stored["mtp"].get("init", "random")
     if stored_init != config.mtp.init:
         raise UserError(
-            f"{source} is of a run whose modules began with mtp.init={stored_init}, and a run that "
-            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={stored_init}, "
-            "or start in another run_dir."
+            f"{source} is of a run whose modules began with mtp.init={stored_init}, and a run "
+            f"that continues cannot change it to mtp.init={config.mtp.init}: set mtp.init="
+            f"{stored_init}, or start in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:

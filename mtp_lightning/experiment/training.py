@@ -142,8 +142,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
             module.model.load_state_dict(model_weights(whole))
         with peers.in_turn():
             data.states = keep_states(module.model, data, config.trainer)
-    # ``origin`` (the loaded checkpoint) goes out of scope here, which frees its memory before
-    # training.
+    # ``origin``, the loaded checkpoint, ends here, which frees its memory before training.
     return PreparedRun(
         config=config,
         stored=stored,

@@ -123,13 +123,11 @@ def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreem
         tokens = text.unsqueeze(0)
         embedded = model.trunk.embedding(tokens)
         n = len(text) - 1  # the last position has no next token to read
-        output = model.trunk(
-            embedded, ForwardContext.of_window(trunk, len(text), device=text.device)
-        )
-        chosen = model.head(output.final)[0, 1:].argmax(-1)
-        rights = {}
+        ctx = ForwardContext.of_window(trunk, len(text), device=text.device)
+        output = model.trunk(embedded, ctx)
+        chosen, rights = model.head(output.final)[0, 1:].argmax(-1), {}
         for (input_norm, concat), stack in stacks.items():
-            hidden = output.final if input_norm == "post" else output.last_block
+            hidden = model.trunk.state(output, "final", input_norm)
             ctx = ForwardContext.of_window(trunk, n, device=text.device)
             inputs = StackInputs(hidden[:, :n], tokens, embedded, ctx)
             drafted = model.head(dict(stack.states(inputs, [1]))[1])[0].argmax(-1)
