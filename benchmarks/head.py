@@ -254,7 +254,7 @@ def objective_pass(
     )
     targets = objective.targets(stack, plan, batch)
     feed = Together(states[0], list(enumerate(states))[1:], {})
-    targets = objective.settle(targets, prepass(weight_VC, feed, targets, objective.measures))
+    targets = objective.apply_rules(targets, prepass(weight_VC, feed, targets, objective.measures))
     if not alone:
         loss, _ = stream_loss(weight_VC, feed, targets)
         loss.backward()

@@ -164,8 +164,8 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
 
     def pytorch_attention(qkv_BTNH: Tensor) -> Tensor:
         query, key, value = qkv_BTNH.split((n_heads, n_kv, n_kv), dim=-2)
-        turned = (composed_rope(query, cos, sin), composed_rope(key, cos, sin), value)
-        query, key, value = (x.transpose(1, 2) for x in turned)
+        rotated = (composed_rope(query, cos, sin), composed_rope(key, cos, sin), value)
+        query, key, value = (x.transpose(1, 2) for x in rotated)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2)
 

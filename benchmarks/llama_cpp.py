@@ -40,12 +40,12 @@ def ours(task: Row) -> Iterator[Row]:
     from benchmarks.workloads import prepare_process
     from mtp_lightning.decoding import generate
     from mtp_lightning.decoding.precision import split
-    from mtp_lightning.experiment.generating import open_to_decode
+    from mtp_lightning.experiment.generating import open_for_decoding
 
     prepare_process()
     torch.set_num_threads(task["threads"])
     weights, activations = split(task["precision"])
-    model = open_to_decode(task["model"], precision=weights, activations=activations).model
+    model = open_for_decoding(task["model"], precision=weights, activations=activations).model
     way = {"draft_depth": "auto"} if task["drafts"] else {"speculative": False}
 
     def decode(n: int) -> list[list[int]]:

@@ -30,9 +30,9 @@ from mtp_lightning.cpu.packed import packed_of
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.paying import settle_drafts
+from mtp_lightning.decoding.paying import with_measured_depth
 from mtp_lightning.decoding.sequence import rates
-from mtp_lightning.experiment.generating import open_to_decode
+from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
@@ -275,7 +275,7 @@ def pretrained_heads(
         python: the interpreter of the environment that has llama-cpp-python.
     """
     torch.set_num_threads(1)
-    opened = open_to_decode(run, head_precision=head_precision, activations=activations)
+    opened = open_for_decoding(run, head_precision=head_precision, activations=activations)
     theirs, tokenizer = Transformers(open_model(run).model, opened.tokenizer), opened.tokenizer
     options: dict[str, Row] = {"plain": {"speculative": False}}
     options |= {f"drafts_{depth}": {"draft_depth": depth} for depth in drafts}
@@ -286,7 +286,7 @@ def pretrained_heads(
     }
     short = draft_vocab[0] if draft_vocab else None
     asked = DecodingOptions(draft_vocab=short, max_context=opened.seq_len)
-    settled = settle_drafts(asked, opened, rows=1, on=[head_precision, activations])
+    settled = with_measured_depth(asked, opened, rows=1, on=[head_precision, activations])
     options["drafts_that_pay"] = pay = {
         "draft_depth": settled.draft_depth, "measured": settled.measured, "draft_vocab": short
     }  # fmt: skip

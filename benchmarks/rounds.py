@@ -29,7 +29,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
-from mtp_lightning.experiment.generating import open_to_decode
+from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.model import MTPModel
 from mtp_lightning.system import processor
 
@@ -163,7 +163,7 @@ def rounds(
         temperature: 0 is greedy.
     """
     torch.set_num_threads(1)
-    opened = open_to_decode(
+    opened = open_for_decoding(
         run,
         precision=precision,
         head_precision=head_precision or None,

@@ -128,6 +128,11 @@ class WindowBatch:
             valid = same if valid is None else same & valid
         return valid
 
+    def positions_with_teacher(self, k: int) -> int:
+        """How many positions of a window, the first ones, have a teacher at depth k: the main
+        prediction of the same token, at i + sk. That of the last sk lies beyond the window."""
+        return max(self.seq_len - self.stride * k, 0)
+
     def counts(self) -> Tensor:
         """``[D+1]`` int64 number of valid targets of every depth, on the batch's device."""
         if self.every_target_counts:

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mtp_lightning.command_line.explained import Option, groups  # noqa: E402
+from mtp_lightning.command_line.conf_comments import Option, groups  # noqa: E402
 
 # Modules that a user of the library, or somebody who extends it, imports from.
 DOORS = (
@@ -30,6 +30,7 @@ DOORS = (
     "mtp_lightning.mtp.inputs",
     "mtp_lightning.mtp.kinds",
     "mtp_lightning.mtp.feed",
+    "mtp_lightning.mtp.chunk",
     "mtp_lightning.objective.terms.base",
     "mtp_lightning.objective.balance.base",
     "mtp_lightning.callbacks.base",
@@ -132,14 +133,14 @@ def _settings() -> str:
 
 def _option(option: Option) -> str:
     title = f"{option.group}={option.name}" if option.group else f"{option.name}.yaml"
-    says = re.sub(r"^ {2,}(\S.*)$", r"    \1", option.says, flags=re.MULTILINE)
-    says = re.sub(r"^(?! {4})(.*)\n(?= {4})", r"\1\n\n", says, flags=re.MULTILINE)
+    comment = re.sub(r"^ {2,}(\S.*)$", r"    \1", option.comment, flags=re.MULTILINE)
+    comment = re.sub(r"^(?! {4})(.*)\n(?= {4})", r"\1\n\n", comment, flags=re.MULTILINE)
     rows = [
-        f"| `{key.name}` | {_code(key.default) if key.default else ''} | {_cell(key.says)} |"
+        f"| `{key.name}` | {_code(key.default) if key.default else ''} | {_cell(key.comment)} |"
         for key in option.keys
     ]
     table = ["| key | default | |\n|---|---|---|\n" + "\n".join(rows)] if rows else []
-    return "\n\n".join([f"### `{title}`", _escaped(says), *table])
+    return "\n\n".join([f"### `{title}`", _escaped(comment), *table])
 
 
 def _escaped(text: str) -> str:

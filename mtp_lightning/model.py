@@ -18,9 +18,9 @@ from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
@@ -182,9 +182,9 @@ class MTPModel(nn.Module):
             UserError: the batch was built for another depth.
         """
         active = range(1, self.depth + 1) if active is None else active
-        final_BTC, at = self.run_trunk(batch, active)
+        final_BTC, inputs = self.run_trunk(batch, active)
         main = self.mtp.main_state(final_BTC)
-        return {0: main, **dict(self.mtp.states(at, active))}
+        return {0: main, **dict(self.mtp.states(inputs, active))}
 
     def run_trunk(
         self,
@@ -192,17 +192,16 @@ class MTPModel(nn.Module):
         active: Sequence[int],
         *,
         auxiliary: AuxiliaryOutputs | None = None,
-    ) -> tuple[Tensor, BranchPoint]:
+    ) -> tuple[Tensor, StackInputs]:
         """The trunk over whole windows, or its states that are stored in the batch.
 
         Args:
             batch: windows built for this model's depth.
             active: depths that will be computed.
-            auxiliary: collects auxiliary outputs of the trunk and, through the branch point, of the
-                stack.
+            auxiliary: collects auxiliary outputs of the trunk and, through the inputs, the stack.
 
         Returns:
-            The trunk's output [B, T, C], which the head projects, and the branch point.
+            The trunk's output [B, T, C], which the head projects, and what the stack reads.
 
         Raises:
             UserError: the batch was built for another depth.
@@ -210,7 +209,7 @@ class MTPModel(nn.Module):
         batch.require_depth(self.depth, self.config.mtp.stride)
         seq_len = batch.seq_len
         documents = None if batch.documents is None else batch.documents[:, :seq_len]
-        positions = Positions.of_window(
+        ctx = ForwardContext.of_window(
             self.config.trunk,
             seq_len,
             device=batch.tokens.device,
@@ -229,13 +228,13 @@ class MTPModel(nn.Module):
             branch = read[0] if len(read) == 1 else torch.cat(read, dim=-1)
         elif active:
             output, branch = self.mtp.through_trunk(
-                self.trunk, embedded[:, :seq_len], positions, batch.key
+                self.trunk, embedded[:, :seq_len], ctx, batch.key
             )
             final = output.final
         else:
-            final = branch = self.trunk(embedded[:, :seq_len], positions).final
-        at = BranchPoint(branch, tokens, embedded, positions, head=self.head, key=batch.key)
-        return final, at
+            final = branch = self.trunk(embedded[:, :seq_len], ctx).final
+        inputs = StackInputs(branch, tokens, embedded, ctx, head=self.head, key=batch.key)
+        return final, inputs
 
     def draft_logits(self, k: int, hidden: Tensor, before: Tensor) -> Tensor:
         """The logits [..., V] that drafts of depth ``k`` >= 1 are chosen by, from the inputs of its
@@ -248,9 +247,9 @@ class MTPModel(nn.Module):
         branch_BTC: Tensor,
         previous_BTC: Tensor,
         tokens: Tensor,
-        positions: Positions,
+        ctx: ForwardContext,
         *,
-        stride: int = 1,
+        tokens_apart: int = 1,
     ) -> Tensor:
         """Hidden state of depth ``k`` at the newest positions of a text that is being decoded.
 
@@ -259,19 +258,19 @@ class MTPModel(nn.Module):
             branch_BTC: trunk state that the stack starts from.
             previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
             tokens: ids [B, at least T]; the first stands ``mtp.reads(k).start`` positions ahead.
-            positions: of the T positions, with the cache of this depth.
-            stride: see :class:`BranchPoint`.
+            ctx: of the T positions, with the cache of this depth.
+            tokens_apart: see :class:`StackInputs`.
 
         Returns:
             [B, T, C], which the next depth reads, and the head after ``mtp.head_input``.
         """
-        at = BranchPoint(
+        inputs = StackInputs(
             hidden=branch_BTC,
             tokens=tokens,
             embedded=self.trunk.embedding(tokens),
-            positions=positions,
+            ctx=ctx,
             first=self.mtp.reads(k).start,
-            stride=stride,
+            tokens_apart=tokens_apart,
             head=self.head,
         )
-        return self.mtp.depth_state(k, at, previous_BTC)
+        return self.mtp.depth_state(k, inputs, previous_BTC)

@@ -142,7 +142,7 @@ class MTPModule(pl.LightningModule):
         self.seconds += time.perf_counter() - began
         # The rates in the precision that Lightning's log() gives a number.
         logged_rates = {tag: torch.tensor(rate) for tag, rate in rates.items()}
-        self._values = {**result.log_values(), **logged_rates}
+        self._values = {**result.values, **logged_rates}
         # For callbacks that monitor a value, such as Lightning's EarlyStopping. Lightning's log()
         # does this too, but takes a quarter of a millisecond per value.
         self.trainer.callback_metrics.update(

@@ -88,9 +88,11 @@ class StoredModel:
     step: int = 0
     threads: int | None = None
 
-    def build(self, keeper: Callable[[MTPModel], Keeper | None] | None = None) -> MTPModel:
+    def build(
+        self, packer_for: Callable[[MTPModel], WeightPacker | None] | None = None
+    ) -> MTPModel:
         """See :func:`build_model`."""
-        return build_model(self.config, self.weights, source=str(self.path), keeper=keeper)
+        return build_model(self.config, self.weights, source=str(self.path), packer_for=packer_for)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +137,11 @@ class OpenedModel:
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
-class Keeper(Protocol):
+class WeightPacker(Protocol):
     """Stores the weights of a decode-only model in packed form only, which takes at most half the
     memory."""
 
-    def keep(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
+    def pack(self, weight: torch.Tensor, scales: WeightScales | None = None) -> None:
         """Pack a loaded weight of the model, if it can be packed."""
 
     def restore(self) -> frozenset[str]:
@@ -155,7 +157,7 @@ def open_model(
     *,
     device: torch.device | str = "cpu",
     allow: Collection[str] = (),
-    keeper: Callable[[MTPModel, Path], Keeper | None] | None = None,
+    packer_for: Callable[[MTPModel, Path], WeightPacker | None] | None = None,
 ) -> OpenedModel:
     """Build a trained model.
 
@@ -164,7 +166,7 @@ def open_model(
             or a GGUF file.
         device: the model's device.
         allow: packages whose variants the model may use.
-        keeper: ``keeper`` of ``decoding/fused.py`` for a model that only decodes.
+        packer_for: ``packer_for`` of ``decoding/fused.py`` for a model that only decodes.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -174,9 +176,9 @@ def open_model(
     found = read_model(path, allow=allow)
     if found.tokenizer_state is None:
         raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
-    keep = None if keeper is None else lambda model: keeper(model, found.path)
+    of_model = None if packer_for is None else lambda model: packer_for(model, found.path)
     return OpenedModel(
-        model=found.build(keep).to(device),
+        model=found.build(of_model).to(device),
         tokenizer_state=found.tokenizer_state,
         config=found.run_config,
         step=found.step,
@@ -269,7 +271,7 @@ def build_model(
     weights: Mapping[str, torch.Tensor | Stored],
     *,
     source: str,
-    keeper: Callable[[MTPModel], Keeper | None] | None = None,
+    packer_for: Callable[[MTPModel], WeightPacker | None] | None = None,
 ) -> MTPModel:
     """Build a model in evaluation mode on the CPU, and load its weights one at a time.
 
@@ -277,7 +279,7 @@ def build_model(
         config: the model's config.
         weights: the weights by the model's names. With float64 tensors the model is in float64.
         source: the weights' origin, for messages.
-        keeper: see :func:`open_model`. It is called with the model alone.
+        packer_for: see :func:`open_model`. It is called with the model alone.
 
     Raises:
         UserError: see :func:`load_weights`.
@@ -296,13 +298,13 @@ def build_model(
     tensors = (x for x in weights.values() if isinstance(x, torch.Tensor))
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         model.double()
-    keep = None if keeper is None else keeper(model)
-    if keep is not None:  # load_weights allocates memory for one weight at a time
+    packer = None if packer_for is None else packer_for(model)
+    if packer is not None:  # load_weights allocates memory for one weight at a time
         for parameter in model.parameters():
             parameter.data.untyped_storage().resize_(0)
-    load_weights(model, weights, source=source, keep=keep)
-    if keep is not None:
-        keep.remember()
+    load_weights(model, weights, source=source, packer=packer)
+    if packer is not None:
+        packer.remember()
     return model.eval()
 
 
@@ -312,7 +314,7 @@ def load_weights(
     weights: Mapping[str, torch.Tensor | Stored],
     *,
     source: str,
-    keep: Keeper | None = None,
+    packer: WeightPacker | None = None,
 ) -> None:
     """Load all weights or none, one at a time.
 
@@ -321,7 +323,7 @@ def load_weights(
         weights: the weights by the model's names. For bf16 parameters they are rounded, and a
             warning says so.
         source: the weights' origin, for messages.
-        keep: packs the loaded parameters, and restores those that are packed already.
+        packer: packs the loaded parameters, and restores those that are packed already.
 
     Raises:
         UserError: names or shapes differ, or values are not finite; the message names them.
@@ -330,7 +332,7 @@ def load_weights(
     needed, held = ({n: t.shape for n, t in found.items()} for found in (own, weights))
     require_fitting(needed, held, message=f"The weights in {source} do not fit the model")
     there = {"head.weight"} if model.config.trunk.tie_embeddings else set()
-    there |= frozenset() if keep is None else keep.restore()
+    there |= frozenset() if packer is None else packer.restore()
     rounded, broken = 0, []
     for name in [name for name in own if name not in there]:
         found, target = weights[name], own[name]
@@ -344,8 +346,8 @@ def load_weights(
             rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
         if not _is_finite(target):
             broken.append(name)
-        if keep is not None and name in parameters:
-            keep.keep(parameters[name], found.scales() if isinstance(found, Stored) else None)
+        if packer is not None and name in parameters:
+            packer.pack(parameters[name], found.scales() if isinstance(found, Stored) else None)
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise UserError(

@@ -244,10 +244,10 @@ class Plan:
         with counted_flops() as of_trunk:
             meta.run_trunk(window, ())
         with counted_flops() as of_all:
-            _, at = meta.run_trunk(window, depths)
-            list(meta.mtp.states(at, depths))
+            _, inputs = meta.run_trunk(window, depths)
+            list(meta.mtp.states(inputs, depths))
         with torch.device("meta"), counted_flops() as of_block:
-            Block(trunk)(at.hidden[..., : trunk.d_model], at.positions)
+            Block(trunk)(inputs.hidden[..., : trunk.d_model], inputs.ctx)
         return (of_all.total - of_trunk.total) / of_block.total
 
     @cached_property

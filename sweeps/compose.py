@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
-from mtp_lightning.command_line.literal import quoted
+from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.command_line.shell import composing
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF

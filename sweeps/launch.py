@@ -19,13 +19,13 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from mtp_lightning.command_line import vetting
-from mtp_lightning.command_line.explained import groups
-from mtp_lightning.command_line.keys import NEEDS, require_taken
+from mtp_lightning.command_line import check_config
+from mtp_lightning.command_line.conf_comments import groups
+from mtp_lightning.command_line.keys import NEEDS, require_allowed
 from mtp_lightning.command_line.shell import program as typed
 from mtp_lightning.command_line.shell import readable_errors, this_program
 from mtp_lightning.errors import UserError, require_package
-from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
+from mtp_lightning.run.config import affects_training, flatten, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.compose import Composer, settle
@@ -112,11 +112,11 @@ def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> Run
     chosen = config.hydra.runtime.choices["hydra/launcher"]
     for option in groups()["hydra/launcher"]:
         if option.name == chosen:
-            if needs := NEEDS.search(option.says):
+            if needs := NEEDS.search(option.comment):
                 require_package(needs[1], what=f"hydra/launcher={chosen}", extra=needs[2])
             for key in option.keys:
                 if key.name in settings:
-                    require_taken(f"hydra.launcher.{key.name}", settings[key.name], key.says)
+                    require_allowed(f"hydra.launcher.{key.name}", settings[key.name], key.comment)
     try:
         run = import_module(module).run
     except (ImportError, AttributeError) as error:
@@ -146,7 +146,7 @@ def _checked(
     for planned in planned_jobs:
         own_paths, run_folder = paths[frozenset(planned.overrides)], plan.folder / planned.folder
         own = settle(composer.compose([*own_paths, *planned.overrides]), run_folder)
-        vetting.check(own, "config", [*own_paths, *planned.overrides])
+        check_config.check(own, "config", [*own_paths, *planned.overrides])
         planned.recipe = Recipe.of(own, program=program, options=[*options, *own_paths])
         job = planned.recipe.job(
             run_folder, planned.overrides, labels=labels[planned.folder], program=this_program()
@@ -244,9 +244,9 @@ def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     there = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
-        for key in old.keys() & new.keys()
+        for key in filter(affects_training, old.keys() & new.keys())
         # The run decided what "auto" meant.
-        if new[key] not in (old[key], "auto") and has_bearing(key) and there not in str(new[key])
+        if new[key] not in (old[key], "auto") and there not in str(new[key])
     ]
     return "; ".join(sorted(changed))
 

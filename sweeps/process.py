@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtp_lightning.command_line.literal import quoted
+from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE, STATUS_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock

@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtp_lightning.command_line import vetting
-from mtp_lightning.command_line.literal import literal
+from mtp_lightning.command_line import check_config
+from mtp_lightning.command_line.quote import literal
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.errors import UserError, require_package, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
@@ -217,7 +217,7 @@ def _job(
 ) -> tuple[Job, int]:
     """A trial's job, and its optimizer steps in the config."""
     settled = settle(compose_run(overrides, config_dir), folder)
-    vetting.check(settled, "config")
+    check_config.check(settled, "config")
     job = job_of(settled, folder, overrides, labels=labels, config_dir=config_dir)
     return job, settled["trainer"]["max_steps"]
 

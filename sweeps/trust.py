@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from mtp_lightning.command_line.literal import INPUTS
+from mtp_lightning.command_line.quote import INPUTS
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import PLACES, lies_in

@@ -12,7 +12,7 @@ from tests.reference import Weights, rms_norm
 
 
 def turn(x: Tensor, position: int, theta: float) -> Tensor:
-    """[H] turned in pairs (2j, 2j + 1), as complex numbers times e^(i position theta^(-2j/H))."""
+    """[H] rotated in pairs (2j, 2j + 1), as complex numbers times e^(i position theta^(-2j/H))."""
     out = x.clone()
     for j in range(x.shape[0] // 2):
         angle = position * theta ** (-2 * j / x.shape[0])

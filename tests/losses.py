@@ -12,7 +12,7 @@ from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.objective.balance.base import NoBalance
-from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.plan import PositionCounts, StepPlan, step_counts
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
@@ -27,7 +27,7 @@ def gradients(model: MTPModel) -> dict[str, Tensor]:
 
 
 def step_of(
-    model: MTPModel, term: Term | Objective | None = None, **settings: object
+    model: MTPModel, term: Term | Objective = CROSS_ENTROPY, **settings: object
 ) -> OptimizerStep:
     """A step with all lambdas 1 / D."""
     depth = model.depth
@@ -50,7 +50,7 @@ def reported_loss(
     main: float = 1.0,
     key: RandomKey | None = None,
     windows: int | None = None,
-    term: Term | Objective | None = None,
+    term: Term | Objective = CROSS_ENTROPY,
     taught: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, AuxiliaryOutputs]:
     """A micro-batch's part of L, its summed losses [D + 1], or [D + 1, P] of P terms, and what the

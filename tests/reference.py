@@ -16,14 +16,14 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * gain
 
 
-def rotate(x: Tensor, position: int, theta: float, turned: int | None = None) -> Tensor:
-    """One head's vector [H], turned: pairs (j, j + H/2) by the angle position * theta^(-2j/R), of
-    which the first R/2; R is ``turned``, by default H."""
+def rotate(x: Tensor, position: int, theta: float, rotary_dim: int | None = None) -> Tensor:
+    """One head's vector [H], rotated: pairs (j, j + H/2) by the angle position * theta^(-2j/R), of
+    which the first R/2; R is ``rotary_dim``, by default H."""
     half = x.shape[0] // 2
-    turned = turned or x.shape[0]
+    rotary_dim = rotary_dim or x.shape[0]
     out = x.clone()
-    for j in range(turned // 2):
-        angle = position * theta ** (-2 * j / turned)
+    for j in range(rotary_dim // 2):
+        angle = position * theta ** (-2 * j / rotary_dim)
         a, b = x[j], x[j + half]
         out[j] = a * math.cos(angle) - b * math.sin(angle)
         out[j + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -36,7 +36,7 @@ def attention(
     prefix: str,
     c: TrunkConfig,
     documents: list[int] | None,
-    turned: int | None = None,
+    rotary_dim: int | None = None,
 ) -> Tensor:
     """x [T, C] of one window."""
     assert c.d_head is not None
@@ -47,13 +47,13 @@ def attention(
     for head in range(n):
         kv = head // (n // m)
         for i in range(seq_len):
-            q = rotate(qkv[i, head * h : (head + 1) * h], i, c.rope_theta, turned)
+            q = rotate(qkv[i, head * h : (head + 1) * h], i, c.rope_theta, rotary_dim)
             scores, values = [], []
             for j in range(i + 1):
                 if documents is not None and documents[i] != documents[j]:
                     continue
                 start = (n + kv) * h
-                k = rotate(qkv[j, start : start + h], j, c.rope_theta, turned)
+                k = rotate(qkv[j, start : start + h], j, c.rope_theta, rotary_dim)
                 scores.append(q @ k / math.sqrt(h))
                 start = (n + m + kv) * h
                 values.append(qkv[j, start : start + h])

@@ -131,9 +131,9 @@ def test_qk_norm_equals_the_equations() -> None:
         layer.query_norm.weight.uniform_(0.5, 1.5)
         layer.key_norm.weight.uniform_(0.5, 1.5)
     x = torch.randn(1, 9, 32)
-    from mtp_lightning.nn.attention import Positions
+    from mtp_lightning.nn.attention import ForwardContext
 
-    found = layer(x, Positions.of_window(config, 9, device=x.device))[0].double()
+    found = layer(x, ForwardContext.of_window(config, 9, device=x.device))[0].double()
     w = {name: t.double() for name, t in layer.state_dict().items()}
     q, k, v = (x[0].double() @ w["qkv.weight"].T).view(9, 8, 8).split([4, 2, 2], dim=1)
     q = reference.rms_norm(q, w["query_norm.weight"], config.norm_eps)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning import matching
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -106,9 +106,9 @@ def test_flops_lengthens_the_run_to_a_costlier_reference() -> None:
 
 def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="compare.match=time is unknown"):
-        vetting.check({"compare": {"match": "time", "reference": None}}, "config")
+        check_config.check({"compare": {"match": "time", "reference": None}}, "config")
     with pytest.raises(ValueError, match="compare.reference=runs/a is used by nothing"):
-        vetting.check({"compare": {"match": "none", "reference": "runs/a"}}, "config")
+        check_config.check({"compare": {"match": "none", "reference": "runs/a"}}, "config")
     with pytest.raises(FileNotFoundError, match="holds no summary.json"):
         matching.run_reference(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"parameters": 3}))

@@ -110,7 +110,7 @@ def of_a_notebook(folder: Path, sweep: Path) -> Path:
     text = "".join(MARKS)
     ids = [ord(letter) for letter in text]
     drafts = [number % 3 > 0 for number in range(len(ids))]
-    made = Generation(ids, text, "stop", len(ids), 1.0, 6.0, 3, 2.0, [0.5], [3], [6], drafts)
+    made = Generation(ids, text, "stop", 1.0, 3, [3], [6], drafts)
     parts: list[Any] = [Run(own), Run(folder), Sweep(sweep), Text(MARKS[1], made, Letters())]
     return page_of(folder / "notebook.html", "\n".join(part._repr_html_() for part in parts))
 

@@ -9,7 +9,7 @@ import torch
 
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.plan import STRATEGIES, Machines, Plan, describe, kept_bytes, main, plans_of
@@ -87,11 +87,11 @@ def test_what_a_block_keeps(kind: str) -> None:
     layer = 0 if "dense" in kind else 2
     block = Block(trunk, layer)
     T = 64
-    positions = Positions.of_window(
+    ctx = ForwardContext.of_window(
         trunk, T, device=torch.device("cpu"), dtype=torch.float32, documents=None
     )
     given = {p.untyped_storage()._cdata for p in block.parameters()}
-    given |= {t.untyped_storage()._cdata for t in (positions.cos, positions.sin)}
+    given |= {t.untyped_storage()._cdata for t in (ctx.cos, ctx.sin)}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_what_a_block_keeps(kind: str) -> None:
 
     held: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        block(torch.randn(1, T, trunk.d_model, requires_grad=True), positions)
+        block(torch.randn(1, T, trunk.d_model, requires_grad=True), ctx)
     single = 4 * (2 * trunk.d_model + trunk.n_heads)
     expected = 2 * (kept_bytes(trunk, layer) - single) + single
     assert 0.6 < sum(kept.values()) / T / expected < 1.6

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.command_line.literal import literal
+from mtp_lightning.command_line.quote import literal
 from tests.integration.helpers import composed, execute, train_here
 from tests.warm import Done
 

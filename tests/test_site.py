@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.command_line.explained import groups
+from mtp_lightning.command_line.conf_comments import groups
 from tests.integration.helpers import ROOT, environment
 from tests.sweeps.browser import CHROMIUM, Browser
 

@@ -79,7 +79,7 @@ EXPERIMENT = "mtp_lightning/experiment/"
 CONFIGURED = (
     EXPERIMENT,
     *(f"mtp_lightning/{name}" for name in ("apps/", "interop/exporting.py", "plan.py")),
-    "mtp_lightning/command_line/literal.py",
+    "mtp_lightning/command_line/quote.py",
 )
 LAZY = (
     "tokenizers",
@@ -209,7 +209,7 @@ def test_apps_wait_with_slow_imports() -> None:
         for name in (name for file in files for name in imports(file, top_only=True)):
             allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
             assert allowed or _standard(name), (app, name)
-        for file in ("command_line/shell", "command_line/literal", "paths", "errors", "console"):
+        for file in ("command_line/shell", "command_line/quote", "paths", "errors", "console"):
             for name in imports(f"mtp_lightning/{file}.py", top_only=True):
                 assert takes(name, *SHARED_WITH_SWEEPS) or _standard(name), (app, name)
 
@@ -337,7 +337,7 @@ def chosen_together() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("options", chosen_together(), ids="+".join)
 def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Path) -> None:
     from mtp_lightning.experiment import build
-    from mtp_lightning.experiment.device import settle_device
+    from mtp_lightning.experiment.device import resolve_auto
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.experiment.trainer import build_trainer
 
@@ -359,7 +359,7 @@ def test_every_option_composes_and_builds(options: tuple[str, ...], tmp_path: Pa
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=option not in EXTRAS)
     if option in EXTRAS:
         return
-    cfg = settle_device(cfg)
+    cfg = resolve_auto(cfg)
     data = instantiate(cfg.data)
     if group == "tokenizer" and name != "ids":  # which reads no text
         data.prepare()

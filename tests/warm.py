@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # What every app imports before it has checked its config, and what a run imports after that.
-LIGHT = ("mtp_lightning.apps", "mtp_lightning.command_line.vetting", "mtp_lightning.console")
+LIGHT = ("mtp_lightning.apps", "mtp_lightning.command_line.check_config", "mtp_lightning.console")
 HEAVY = (
     *LIGHT,
     *(f"mtp_lightning.experiment.{name}" for name in ("training", "evaluating", "generating")),

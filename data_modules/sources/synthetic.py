@@ -92,6 +92,6 @@ def _invent(bits: np.random.Philox, n: int) -> list[str]:
     return words
 
 
-def _sentences(words: list[str], per_sentence: int = 12) -> str:
-    lines = (words[i : i + per_sentence] for i in range(0, len(words), per_sentence))
+def _sentences(words: list[str]) -> str:
+    lines = (words[i : i + 12] for i in range(0, len(words), 12))
     return "".join(" ".join(line) + ".\n" for line in lines)

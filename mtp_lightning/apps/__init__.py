@@ -1,8 +1,8 @@
 """The Hydra apps: each composes its config from the command line and calls one function with it.
 
-Arguments are quoted for Hydra (``literal.py``), Hydra composes the config, and ``vetting.py``
+Arguments are quoted for Hydra (``quote.py``), Hydra composes the config, and ``check_config.py``
 checks it. Only then is the app's function called, which imports torch. Hydra's errors become one
-sentence with this project's remedy (``misspelt.py``).
+sentence with this project's remedy (``hydra_errors.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import parts
-from mtp_lightning.command_line.literal import literal, require_utf8
+from mtp_lightning.command_line.quote import literal, require_utf8
 from mtp_lightning.command_line.shell import (
     QUIET,
     VERBOSE,
@@ -132,7 +132,7 @@ class Check(Callback):
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
         """Check the config; Hydra calls this before the app's task."""
         with readable_errors():
-            from mtp_lightning.command_line import vetting
+            from mtp_lightning.command_line import check_config
 
             plain, typed = OmegaConf.to_container(config), list(config.hydra.overrides.task)
             # A sweep's own job types a value of each of its keys.
@@ -141,7 +141,7 @@ class Check(Callback):
                 keys = ", ".join(sorted(swept))
                 raise UserError(f"+sweeps=... varies {keys}: add -m for a run with each value.")
             name, folder = str(config.hydra.job.config_name), str(config.hydra.run.dir)
-            vetting.check(plain, name, typed, folder=folder)  # type: ignore[arg-type]
+            check_config.check(plain, name, typed, folder=folder)  # type: ignore[arg-type]
 
 
 def _explain(arguments: list[str]) -> None:
@@ -152,7 +152,7 @@ def _explain(arguments: list[str]) -> None:
     parser.add_argument("--version", action="store_true")
     known, _ = parser.parse_known_args(arguments)
     if known.word or known.version:
-        from mtp_lightning.command_line.explained import help_for
+        from mtp_lightning.command_line.conf_comments import help_for
 
         print(version() if known.version else help_for(known.word, known.config_dir))
         sys.exit(0)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.command_line.vetting import check_settings
+from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.errors import UserError, suggestion
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.explained import Option, groups, included, value_at
+from mtp_lightning.command_line.conf_comments import Option, groups, included, value_at
 from mtp_lightning.settings import (
     require,
     require_bool,
@@ -86,16 +86,16 @@ def _read_conf() -> dict[str, KeyRules]:
         files = {option.name: option for option in options}
         for option in options:
             for part in reversed(included(option, files)):
-                for key, says in _rules(part):
+                for key, comment in _rules(part):
                     owner, _, name = key.rpartition(".")
                     target = _target(option, owner, files)
                     path = ".".join(filter(None, [group.replace("/", "."), owner]))
                     path = path if group else f"{option.name}:{owner}"
                     rules = found.setdefault(target or path, KeyRules())
-                    rules.keys[name] = says or rules.keys.get(name, "")
+                    rules.keys[name] = comment or rules.keys.get(name, "")
                     if target:
-                        rules.open |= not target.startswith(_OWN) or "More keys" in part.says
-                    needs = NEEDS.search(part.says)
+                        rules.open |= not target.startswith(_OWN) or "More keys" in part.comment
+                    needs = NEEDS.search(part.comment)
                     if needs is not None and name == "_target_":  # the file's own class
                         rules.needs = (f"{group}={option.name}", needs[1], needs[2])
     return found
@@ -108,9 +108,9 @@ def _rules(option: Option) -> Iterator[tuple[str, str]]:
     for entry in option.content.get("defaults", []):  # groups within this one
         yield from ((str(name), "") for name in (entry if isinstance(entry, dict) else ()))
     prefix = f"{option.group.replace('/', '.')}."
-    for text in (option.says, *(key.says for key in option.keys)):
+    for text in (option.comment, *(key.comment for key in option.keys)):
         yield from ((key.removeprefix(prefix), "") for key in _NAMED.findall(text))
-    yield from ((key.name, key.says) for key in option.keys)
+    yield from ((key.name, key.comment) for key in option.keys)
 
 
 def _classes(node: Any, path: str) -> Iterator[str]:
@@ -143,32 +143,32 @@ def _trainer_arguments() -> frozenset[str]:
     return frozenset()
 
 
-def require_taken(name: str, value: Any, says: str, option: str = "this option") -> None:
-    """Refuse a value that a key's comment does not allow; ``option`` is what has such a key.
+def require_allowed(name: str, value: Any, comment: str, option: str = "this option") -> None:
+    """Refuse a value that a key's comment does not allow; ``option`` owns the key, for messages.
 
     Raises:
         UserError: the value is not allowed; the message names the values that are.
     """
     if isinstance(value, str) and "${" in value:
         return
-    if value is None and re.search(r"\bnull\b", says):
+    if value is None and re.search(r"\bnull\b", comment):
         return
-    if fixed := re.match(r"always (\d+) here", says):
+    if fixed := re.match(r"always (\d+) here", comment):
         require(value == int(fixed[1]), name, value, f"{fixed[1]} with {option}")
-    found = _TYPE.search(says)
+    found = _TYPE.search(comment)
     if found is None:
-        choices = _choices(says)
+        choices = _choices(comment)
         if choices and isinstance(value, str):
             require_choice(name, value, choices)
         return
     kind, lower, low, high, closed, rest = found.groups()
     words = re.findall(r", or (\w+)", rest)
-    if word := _WORD.search(says):
+    if word := _WORD.search(comment):
         name = f"{name} ({word[1]} for {word[2]})"
         words.append(word[1])
     if isinstance(value, str) and value in words:
         return
-    if isinstance(value, list) and re.search(r"\blist\b|floats", says):
+    if isinstance(value, list) and re.search(r"\blist\b|floats", comment):
         return
     bounds: dict[str, Any] = {}
     if low:
@@ -189,11 +189,11 @@ def _number(text: str) -> float:
     return float(text) if "." in text else int(text)
 
 
-def _choices(says: str) -> list[str]:
+def _choices(comment: str) -> list[str]:
     """The words of ``fraction (of the run) | steps | tokens``; empty if others are allowed."""
-    while (bare := re.sub(r"\([^()]*\)", "", says)) != says:
-        says = bare
-    parts = [re.findall(r"[\w.-]+", part) for part in says.split("|")]
+    while (bare := re.sub(r"\([^()]*\)", "", comment)) != comment:
+        comment = bare
+    parts = [re.findall(r"[\w.-]+", part) for part in comment.split("|")]
     if len(parts) == 1 or not all(parts):
         return []
     words = [parts[0][-1], *(part[0] for part in parts[1:])]

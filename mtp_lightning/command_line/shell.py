@@ -209,7 +209,7 @@ def composing(overrides: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from mtp_lightning.command_line.misspelt import sentence
+        from mtp_lightning.command_line.hydra_errors import sentence
 
         told = sentence(error, overrides)
         if not told or os.environ.get("HYDRA_FULL_ERROR") == "1":

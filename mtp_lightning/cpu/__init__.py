@@ -6,7 +6,7 @@ names it.
 """
 
 from mtp_lightning.cpu import attention, experts, layers, library, linear
-from mtp_lightning.cpu.kept import CPUKeeper
+from mtp_lightning.cpu.kept import CPUWeightPacker
 from mtp_lightning.cpu.prepared import CPUPasses, multiply_integers
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
@@ -17,7 +17,7 @@ fused.register(
     fused.DecodingCode(
         passes=CPUPasses,
         rounded_weights_need=lambda: library.NEEDED if library.library is None else None,
-        keeper=CPUKeeper.of,
+        packer_for=CPUWeightPacker.of,
         multiply_integers=multiply_integers,
         version=library.version(),
     ),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import PackedStruct, packed_of
-from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.attention import Attention, ForwardContext
 from mtp_lightning.nn.batch_invariant import MAX_INVARIANT_POSITIONS, MAX_VERIFY_WIDTH
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.feed_forward import FeedForward
@@ -121,31 +121,31 @@ class FusedBlocks:
             return None
         return FusedBlocks(known, last)
 
-    def fits(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> bool:
+    def fits(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> bool:
         """Whether a pass has few tokens, writes to a cache, and uses the layers' own weights."""
-        cache = positions.cache
+        cache = ctx.cache
         batch, n_new, _ = x_BTC.shape
         return (
             (n_new <= MAX_VERIFY_WIDTH or batch * n_new <= MAX_INVARIANT_POSITIONS)
             and isinstance(cache, KVCache)
-            and positions.updates is None
+            and ctx.updates is None
             and native.fits(x_BTC, cache.tables.cos_S1H)
         )
 
-    def __call__(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
+    def __call__(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
         """The blocks' output [B, T, C] for new tokens, after the norm if there is one.
 
         Args:
             x_BTC: the input, which is not changed.
-            positions: those of a pass that :meth:`fits`.
+            ctx: that of a pass that :meth:`fits`.
             layer: index of the first block in the cache.
         """
         h_BTC = x_BTC.clone(memory_format=torch.contiguous_format)
-        return self.in_place(h_BTC, positions, layer)
+        return self.in_place(h_BTC, ctx, layer)
 
-    def in_place(self, h_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
+    def in_place(self, h_BTC: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         """The same, with the output before the norm in the place of the input ``h_BTC``."""
-        cache = positions.cache
+        cache = ctx.cache
         assert isinstance(cache, KVCache)
         normed = h_BTC if self.gain is None else torch.empty_like(h_BTC)
         native.lib().decode_blocks(

@@ -37,8 +37,8 @@ _ALIGNED = 4096
 _INDEX, _NUMBERS = "index.json", "packed.bin"
 
 
-class CPUKeeper:
-    """The :class:`~mtp_lightning.opening.Keeper` of a model on a CPU: of the matrices that
+class CPUWeightPacker:
+    """The :class:`~mtp_lightning.opening.WeightPacker` of a model on a CPU: of the matrices that
     are only multiplied by rows, and of the embedding."""
 
     def __init__(self, model: MTPModel, path: Path | None) -> None:
@@ -52,11 +52,11 @@ class CPUKeeper:
         self._weights = {n: w for n, w in model.named_parameters() if id(w) in known}
 
     @classmethod
-    def of(cls, model: MTPModel, path: Path | None = None) -> CPUKeeper | None:
-        """``keeper`` of ``decoding/fused.py``."""
+    def of(cls, model: MTPModel, path: Path | None = None) -> CPUWeightPacker | None:
+        """``packer_for`` of ``decoding/fused.py``."""
         return None if native.library is None else cls(model, path)
 
-    def keep(self, weight: Tensor, scales: WeightScales | None = None) -> None:
+    def pack(self, weight: Tensor, scales: WeightScales | None = None) -> None:
         if any(weight is one for one in self._weights.values()):
             keep_packed(weight, scales)
             if weight is self._embedding.weight:

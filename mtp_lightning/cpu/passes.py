@@ -19,9 +19,8 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, is_plain, open_pass
 from mtp_lightning.cpu.packed import PackedStruct, PackedWeight, is_kept, packed_of
 from mtp_lightning.mtp.sequential import SequentialModule
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.trunk import TrunkState
 
 
 class _JoinStruct(ctypes.Structure):
@@ -73,15 +72,6 @@ class _TrunkStruct(ctypes.Structure):
     )
 
 
-# ``Kept`` of decode.cpp.
-_KEPT = (
-    TrunkState.BEFORE_LAST,
-    TrunkState.NORMED_BEFORE_LAST,
-    TrunkState.LAST_BLOCK,
-    TrunkState.FINAL,
-)
-
-
 class FusedModule:
     """A sequential module: the norms of its two inputs, their projection, its blocks, a norm."""
 
@@ -103,11 +93,11 @@ class FusedModule:
         )  # fmt: skip
         return FusedModule(join, blocks, (enorm, hnorm, weight))
 
-    def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
+    def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext) -> bool:
         """Whether a pass has few tokens and writes to a cache."""
-        return self.blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
+        return self.blocks.fits(embedded_BTC, ctx) and native.fits(hidden_BTC)
 
-    def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+    def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         """Hidden states and embeddings [B, T, C] -> [B, T, C]."""
         hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
         h_BTC = torch.empty_like(hidden)
@@ -115,7 +105,7 @@ class FusedModule:
             ctypes.byref(self.join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
             hidden.shape[0] * hidden.shape[1],
         )  # fmt: skip
-        return self.blocks.in_place(h_BTC, positions, 0)
+        return self.blocks.in_place(h_BTC, ctx, 0)
 
 
 class FusedTrunk:
@@ -125,7 +115,8 @@ class FusedTrunk:
         blocks: the trunk's blocks, with the final norm.
         head: the head's packed weight.
         embedding: [V, C], with numbers of its own or kept packed.
-        kept: the trunk's state that the stack branches from.
+        branch: the block after which the stack reads the trunk's state, ``mtp.branch``.
+        input_norm: whether it reads the state after the final norm, ``mtp.input_norm``.
     """
 
     def __init__(
@@ -134,12 +125,14 @@ class FusedTrunk:
         head: PackedWeight,
         embedding: Tensor,
         *,
-        kept: TrunkState,
+        branch: str,
+        input_norm: str,
     ) -> None:
         self._alive = blocks, head, embedding
         self._n, self._outputs = blocks.n, head.outputs
+        kept = 2 * (branch == "final") + (input_norm == "post")  # ``Kept`` of decode.cpp
         self._trunk = _TrunkStruct(
-            blocks.n, head.outputs, _KEPT.index(kept), blocks.eps, ctypes.addressof(blocks.array),
+            blocks.n, head.outputs, kept, blocks.eps, ctypes.addressof(blocks.array),
             blocks.gain, _embedding(embedding), head.struct,
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)

@@ -31,7 +31,7 @@ from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.sequential import SequentialModule, SequentialMTP
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
@@ -101,7 +101,8 @@ class CPUPasses(Prepared):
         found = self._ends(self._model.head.weight)
         if blocks is None or found is None:
             return None
-        return FusedTrunk(blocks, *found, kept=stack.config.start_state)
+        config = stack.config
+        return FusedTrunk(blocks, *found, branch=config.branch, input_norm=config.input_norm)
 
     def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
         """A head's packed weight and the embedding; None if decode.cpp does not support them."""
@@ -140,10 +141,10 @@ class _WholeTrunk:
         before, last = FusedBlocks.of(shared), FusedBlocks.of([own], trunk.norm)
         return None if before is None or last is None else cls(before, last)
 
-    def __call__(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
-        before_last = self._before(embedded_BTC, positions)
+    def __call__(self, embedded_BTC: Tensor, ctx: ForwardContext) -> TrunkOutput:
+        before_last = self._before(embedded_BTC, ctx)
         h_BTC = before_last.clone()
-        final_BTC = self._last.in_place(h_BTC, positions, self._before.n)
+        final_BTC = self._last.in_place(h_BTC, ctx, self._before.n)
         return TrunkOutput(final_BTC, h_BTC, before_last)
 
 

@@ -28,13 +28,13 @@ def first_drafts(generation: Generation, max_new_tokens: int) -> list[tuple[int,
     The prompt's pass gives token 0; every later pass gives the accepted drafts and then the trunk's
     own token. A pass with room for a single token verifies no draft.
     """
-    found, at_start = [], True
+    drafts, at_start = [], True
     for place in range(1, generation.new_tokens):
         accepted = generation.accepted_mask[place]
         if at_start and place < max_new_tokens - 1:
-            found.append((place, accepted))
+            drafts.append((place, accepted))
         at_start = not accepted
-    return found
+    return drafts
 
 
 @torch.inference_mode()

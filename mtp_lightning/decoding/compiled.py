@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mtp_lightning.decoding.programs import program, require_compiler
 from mtp_lightning.decoding.session import DepthDraft, Session
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.components import CacheEntry
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
@@ -99,14 +99,14 @@ class _Pass(nn.Module):
         self.model = model
         self.training = model.training
 
-    def _positions(
+    def _context(
         self, start_B: Tensor, width: int, cos: Tensor, sin: Tensor, entries: Sequence[Tensor]
-    ) -> Positions:
+    ) -> ForwardContext:
         positions_BT = start_B.unsqueeze(1) + torch.arange(width, device=start_B.device)
         trunk = self.model.config.trunk
         entry = trunk.attention.cache_entry(trunk)
         cache = StaticCache(entries, positions_BT, entry) if entries else None
-        return Positions(cos[positions_BT], sin[positions_BT], cache=cache)
+        return ForwardContext(cos[positions_BT], sin[positions_BT], cache=cache)
 
 
 class _TrunkPass(_Pass):
@@ -123,8 +123,8 @@ class _TrunkPass(_Pass):
         self, tokens_BT: Tensor, start_B: Tensor, cos: Tensor, sin: Tensor, *entries: Tensor
     ) -> tuple[Tensor, ...]:
         model = self.model
-        positions = self._positions(start_B, tokens_BT.shape[1], cos, sin, entries)
-        output = model.trunk(model.trunk.embedding(tokens_BT), positions)
+        ctx = self._context(start_B, tokens_BT.shape[1], cos, sin, entries)
+        output = model.trunk(model.trunk.embedding(tokens_BT), ctx)
         logits = model.head(model.mtp.main_state(output.final))
         return (logits, model.mtp.branch(model.trunk, output)) if self.drafts else (logits,)
 
@@ -152,8 +152,8 @@ class _DepthPass(_Pass):
         *entries: Tensor,
     ) -> tuple[Tensor, ...]:
         model, k = self.model, self.k
-        positions = self._positions(start_B, branch_BTC.shape[1], cos, sin, entries)
-        hidden = model.depth_state(k, branch_BTC, previous_BTC, tokens_BS, positions)
+        ctx = self._context(start_B, branch_BTC.shape[1], cos, sin, entries)
+        hidden = model.depth_state(k, branch_BTC, previous_BTC, tokens_BS, ctx)
         last_B1C = model.mtp.head_input(hidden.index_select(1, last_B))
         # The first of the tokens stands ``reads(k).start`` positions ahead.
         before_B1 = tokens_BS.index_select(1, last_B + (k - model.mtp.reads(k).start))
@@ -272,7 +272,7 @@ class CompiledSession(Session):
         cache = self.depth_caches[k - 1]
         branch = self.states[0].narrow(1, start, width)
         first = self._stack.reads(k).start
-        logits, hidden, *sure = self._run(
+        logits, hidden, *confidence = self._run(
             ("depth", k),
             lambda: _DepthPass(self.model, k),
             cache,
@@ -286,7 +286,7 @@ class CompiledSession(Session):
         cache.lengths = [start + width]
         if k < self.max_draft:
             self.states[k].narrow(1, start, width).copy_(hidden)
-        return DepthDraft(logits, *sure)
+        return DepthDraft(logits, *confidence)
 
     def _at(self, position: int) -> Tensor:
         # torch.tensor would copy from the host, which waits for a GPU.

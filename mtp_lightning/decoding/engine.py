@@ -79,11 +79,11 @@ class Engine:
         self._model = model
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
-        self._auto, known = depths, options.measured
+        self._auto, measured = depths, options.measured
         if depths is None and options.draft_depth == "auto" and self.max_draft:
             from mtp_lightning.decoding.adaptive import AutoDepth
 
-            self._auto = AutoDepth(self.max_draft, None if known is None else known.greedy)
+            self._auto = AutoDepth(self.max_draft, None if measured is None else measured.greedy)
         self._lookups: Lookups | None = None
         if options.lookup:
             from mtp_lightning.decoding.lookup import Lookups
@@ -278,12 +278,12 @@ class Engine:
             lengths = decoder.session.n
             rooms = [min(room, limit - n - 1) for room, n in zip(rooms, lengths, strict=True)]
         n_drafts, caps, recorder = self._plan(rooms)
-        known = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
-        if any(known):
-            caps = [len(own) or cap for own, cap in zip(known, caps, strict=True)]
-            n_drafts, recorder = 0 if all(known) else n_drafts, None
+        looked_up = [] if self._lookups is None else self._lookups.drafts(self._sequences, rooms)
+        if any(looked_up):
+            caps = [len(own) or cap for own, cap in zip(looked_up, caps, strict=True)]
+            n_drafts, recorder = 0 if all(looked_up) else n_drafts, None
         start = time.perf_counter()
-        outcome = decoder.round(n_drafts, caps, known)
+        outcome = decoder.round(n_drafts, caps, looked_up)
         if recorder is not None:
             seconds = time.perf_counter() - start
             # A draft that was not made, for lack of confidence, counts as a failed one.
@@ -300,8 +300,8 @@ class Engine:
 
         Returns:
             The number of drafts that the modules make for every row; for each row, the most that
-            it accepts; and what records the round's time, or None if the time does not show what
-            that number of drafts costs.
+            it accepts; and the :class:`AutoDepth` to record the round with, None if a row's number
+            is fixed or no row has room for as many drafts as it chose.
         """
         auto, usual = self._auto, self.max_draft
         fixed = [self._fixed_depth(sequence.request) for sequence in self._sequences]
@@ -316,12 +316,12 @@ class Engine:
         return n_drafts, caps, auto if free and n_drafts == wanted else None
 
     def _fixed_depth(self, request: Request) -> int | None:
-        """The number of drafts that must not change between rounds: the request's own, or the
-        measured one for samples, whose text depends on it; None for any number."""
-        known = self.options.measured
+        """The request's fixed number of drafts: its own setting, or the measured one if it samples
+        (its text depends on it). None: it may vary."""
+        measured = self.options.measured
         if request.draft_depth is not None:
             return min(request.draft_depth, self.max_draft)
-        return known.sampled.best if known is not None and request.temperature else None
+        return measured.sampled.best if measured is not None and request.temperature else None
 
     def _most_drafts(self, request: Request) -> int:
         """The most drafts of a request's rounds."""

@@ -26,7 +26,7 @@ from mtp_lightning.nn.block import eager_blocks
 from mtp_lightning.nn.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from mtp_lightning.opening import Keeper
+    from mtp_lightning.opening import WeightPacker
 
 
 TrunkPass = Callable[[KVCache, Tensor, Tensor | None], Tensor]
@@ -68,14 +68,14 @@ class DecodingCode:
     Attributes:
         passes: prepares a model, until :meth:`FusedPasses.close`.
         rounded_weights_need: what the device lacks to read rounded weights fast; None for nothing.
-        keeper: packs the weights of a model that only decodes.
+        packer_for: packs the weights of a model that only decodes.
         multiply_integers: makes products with weights in blocks sums of integers.
         version: identifies the code, whose speed may change with it.
     """
 
     passes: Callable[[MTPModel], FusedPasses]
     rounded_weights_need: Callable[[], str | None]
-    keeper: Callable[[MTPModel, Path | None], Keeper | None]
+    packer_for: Callable[[MTPModel, Path | None], WeightPacker | None]
     multiply_integers: Callable[[MTPModel], str | None]
     version: str
 
@@ -119,16 +119,16 @@ def multiply_integers(model: MTPModel) -> str | None:
     return code.multiply_integers(model)
 
 
-def keeper(model: MTPModel, path: Path | None = None) -> Keeper | None:
-    """The object that keeps a model's weights packed; None if no part has code for it.
+def packer_for(model: MTPModel, path: Path | None = None) -> WeightPacker | None:
+    """The packer of a model's weights; None if no part has code for it.
 
     Args:
         model: without numbers yet, or with those that are to be kept.
-        path: the file or folder that its weights are read from, for :meth:`Keeper.restore`; None
-            for a model with other numbers.
+        path: the file or folder that its weights are read from, for :meth:`WeightPacker.restore`;
+            None for a model with other numbers.
     """
     code = _code(model.head.weight.device.type)
-    return None if code is None else code.keeper(model, path)
+    return None if code is None else code.packer_for(model, path)
 
 
 @contextmanager

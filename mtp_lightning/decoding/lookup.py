@@ -90,15 +90,13 @@ def longest_match(ids: np.ndarray) -> tuple[int, int]:
     return length, start
 
 
-def lookups_alone(
-    prompts: Sequence[Prompt], generations: Sequence[Generation], most: int = 8
-) -> dict[str, float]:
-    """The tokens per pass of greedy texts if all drafts were looked up, without running a model.
+def lookups_alone(prompts: Sequence[Prompt], generations: Sequence[Generation]) -> dict[str, float]:
+    """The tokens per pass of greedy texts if all drafts were looked up, at most 8 per round; no
+    model runs.
 
     Args:
         prompts: token ids.
         generations: their greedy continuations.
-        most: most drafts per round.
 
     Returns:
         ``lookup_tokens_per_step``, the tokens per pass; empty without a pass.
@@ -110,7 +108,7 @@ def lookups_alone(
         text.add(ids[:1])  # by the prompt's pass
         at = 1
         while at < len(ids):
-            drafts = text.drafts(min(most, len(ids) - at - 1))
+            drafts = text.drafts(min(8, len(ids) - at - 1))
             same = takewhile(lambda pair: pair[0] == pair[1], zip(drafts, ids[at:], strict=False))
             end = at + len(list(same)) + 1
             text.add(ids[at:end])

@@ -79,13 +79,13 @@ class TextOptions(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._settle_whole("max_new_tokens", least=1)
-        self._settle_whole("seed")
-        self._settle_whole("logprobs", least=0)
-        self._settle_whole("eot_id", least=-1)
+        self._set_whole("max_new_tokens", least=1)
+        self._set_whole("seed")
+        self._set_whole("logprobs", least=0)
+        self._set_whole("eot_id", least=-1)
         if not isinstance(self.stop, Sequence):
             raise UserError(f"stop={self.stop!r} must be a string or a list of strings.")
-        self._settle("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for string in self.stop:
             if not isinstance(string, str) or not string:
                 raise UserError(f"stop={string!r} must be a string of at least one character.")
@@ -95,15 +95,15 @@ class TextOptions(Sampling):
         """The options of how its tokens are chosen, alone."""
         return Sampling(**_values(self, Sampling))
 
-    def _settle(self, name: str, value: Any) -> None:
+    def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _settle_whole(self, name: str, *, least: int | None = None) -> None:
+    def _set_whole(self, name: str, *, least: int | None = None) -> None:
         """Check that a field is a whole number or None, and turn NumPy's integers into ``int``."""
         value = getattr(self, name)
         if value is not None:
             value = operator.index(value) if is_whole(value) else value
-            self._settle(name, require_whole(name, value, least=least))
+            self._set(name, require_whole(name, value, least=least))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ class Request(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._settle_whole("draft_depth", least=0)
+        self._set_whole("draft_depth", least=0)
         ids = self.prompt
-        self._settle("prompt", ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids))
+        self._set("prompt", ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +185,8 @@ class DecodingOptions(TextOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._settle_whole("batch_size", least=1)
-        self._settle_whole("max_context", least=1)
+        self._set_whole("batch_size", least=1)
+        self._set_whole("max_context", least=1)
         require_choice("long", self.long, ("refuse", "slide"))
         require_bool("speculative", self.speculative)
         depth = self.draft_depth
@@ -201,9 +201,9 @@ class DecodingOptions(TextOptions):
         require_whole("lookup", self.lookup, least=0)
         require_number("lookup", self.lookup, most=MOST_LOOKUPS)
         if self.tree is not None and not isinstance(self.tree, Tree):
-            self._settle("tree", Tree(self.tree))
+            self._set("tree", Tree(self.tree))
         least = 1 if self.tree is None else max(self.tree.widths)
-        self._settle_whole("draft_vocab", least=least)
+        self._set_whole("draft_vocab", least=least)
         require_bool("compile", self.compile)
         if self.compile and self.slots != 1:
             raise UserError(
@@ -317,17 +317,17 @@ class DecodingOptions(TextOptions):
 
     def _check_vocabulary(self, tokens: int, model: MTPModel) -> None:
         model.mtp.require_drafts()
-        vocab, rank = model.config.trunk.vocab_size, model.config.mtp.rank
+        vocab, mtp = model.config.trunk.vocab_size, model.config.mtp
         if tokens > vocab:
             raise UserError(
                 f"draft_vocab={tokens}, but the model has {vocab} tokens: use at most {vocab}."
             )
-        if rank > 1:
-            raise not_together(f"draft_vocab={tokens}", f"mtp.rank={rank}")
+        if mtp.depths_are_joint:
+            raise not_together(f"draft_vocab={tokens}", f"mtp.rank={mtp.rank}")
         if model.head_of(1) is not model.head:
             raise UserError(
-                f"draft_vocab={tokens} shortens the trunk's head, and mtp="
-                f"{model.config.mtp.variant} drafts by a head of its own: leave it out."
+                f"draft_vocab={tokens} shortens the trunk's head, and mtp={mtp.variant} drafts by "
+                "a head of its own: leave it out."
             )
 
 

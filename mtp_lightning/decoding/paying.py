@@ -40,10 +40,10 @@ _ROUNDS, _LEAST = 48, 4
 _SECONDS = 3.0
 
 
-def settle_drafts(
+def with_measured_depth(
     options: DecodingOptions, opened: OpenedModel, *, rows: int, **setting: Any
 ) -> DecodingOptions:
-    """Decide how many tokens to draft where the options leave it open (None or ``"auto"``).
+    """The options, with the measured number of drafts where they leave it open (None, ``"auto"``).
 
     The first call for a model measures, which takes seconds; later ones look it up in the cache
     folder until a file of the model, the machine, its fast code or a setting changes.

@@ -86,23 +86,16 @@ class Generation:
         token_ids: all generated tokens, a final end-of-text token or stop string included.
         text: their text without an end-of-text token or stop string; None without a tokenizer.
         finish_reason: ``length``, ``eot`` or ``stop``.
-        new_tokens: number of ``token_ids``.
         seconds: time since the engine took the request, reading the prompt included.
-        tokens_per_second: ``new_tokens / seconds``.
         verify_passes: passes of the trunk after the prompt's.
-        tokens_per_step: tokens from verify passes / ``verify_passes``, the trunk's own token
-            included: 1 in plain decoding. The first token is left out: it comes from the prompt's
-            pass.
-        acceptance: for every draft position, drafts accepted / drafts that reached it; None if none
-            did. Drafts after the text's end are left out.
-        drafts_accepted: the numerators of ``acceptance``.
-        drafts_reached: the denominators of ``acceptance``.
+        drafts_accepted: for every draft position, the drafts accepted. Drafts after the text's end
+            are left out.
+        drafts_reached: for every draft position, the drafts that reached it.
         accepted_mask: which of ``token_ids`` were drafts.
         logprobs: one per token if the request asked for them, else None.
         drafts: number of drafts made, accepted or not; every candidate of a tree counts. Drafts
             beyond ``max_new_tokens`` are left out.
         lookups: number of those that were looked up in the text; ``acceptance`` is of the others.
-        lookups_accepted: number of those that were accepted.
         lookup_mask: which of ``token_ids`` were such drafts.
         rejected: the drafts that were not accepted.
     """
@@ -110,21 +103,43 @@ class Generation:
     token_ids: list[int]
     text: str | None
     finish_reason: str
-    new_tokens: int
     seconds: float
-    tokens_per_second: float
     verify_passes: int
-    tokens_per_step: float
-    acceptance: list[float | None]
     drafts_accepted: list[int]
     drafts_reached: list[int]
     accepted_mask: list[bool]
     logprobs: list[LogProb] | None = None
     drafts: int = 0
     lookups: int = 0
-    lookups_accepted: int = 0
     lookup_mask: list[bool] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of ``token_ids``."""
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """``new_tokens / seconds``."""
+        return self.new_tokens / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens from verify passes / ``verify_passes``, the trunk's own token included: 1 in plain
+        decoding. The first token is left out: it comes from the prompt's pass."""
+        return (self.new_tokens - 1) / self.verify_passes if self.verify_passes else 1.0
+
+    @property
+    def acceptance(self) -> list[float | None]:
+        """For every draft position, drafts accepted / drafts that reached it; None if none did."""
+        pairs = zip(self.drafts_accepted, self.drafts_reached, strict=True)
+        return [accepted / reached if reached else None for accepted, reached in pairs]
+
+    @property
+    def lookups_accepted(self) -> int:
+        """Number of ``lookups`` that were accepted."""
+        return sum(self.lookup_mask)
 
 
 def rates(generations: Sequence[Generation]) -> dict[str, float]:
@@ -146,13 +161,14 @@ def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray
     """Numerators and denominators [N] of every rate, one per generation."""
     accepted_ND = np.array([g.drafts_accepted for g in generations])
     reached_ND = np.array([g.drafts_reached for g in generations])
-    found = {
+    counts = {
         f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
         for j in range(reached_ND.shape[1])
     }
     passes_N = np.array([g.verify_passes for g in generations])
-    emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
-    return found | {"tokens_per_step": (emitted_N, passes_N)}
+    # The first token comes from the prompt's pass.
+    emitted_N = np.array([g.new_tokens - 1 for g in generations])
+    return counts | {"tokens_per_step": (emitted_N, passes_N)}
 
 
 class TextSequence:
@@ -271,10 +287,10 @@ class TextSequence:
             self._read(end)
             searched = max(0, len(self._text) + 1 - self._longest_stop)
             self._text += self._pieces[-1]
-            found = [at for s in self.request.stop if (at := self._text.find(s, searched)) >= 0]
-            if found:
+            places = [at for s in self.request.stop if (at := self._text.find(s, searched)) >= 0]
+            if places:
                 del self.token_ids[end:], self.depths[end:], self.lookup_mask[end:]
-                self._text = self._text[: min(found)]
+                self._text = self._text[: min(places)]
                 begins = itertools.accumulate(map(len, self._pieces), initial=0)
                 self._pieces = [
                     piece[: max(len(self._text) - begin, 0)]
@@ -285,8 +301,8 @@ class TextSequence:
 
     def fresh(self) -> Fresh:
         """The tokens since the last call that certainly belong to the text. Tokens that could begin
-        a stop string are held back; of those that do, only a token that begins before the stop
-        string is returned, and its piece ends there."""
+        a stop string are held back. If a stop string was found, the last token returned is the last
+        one with characters before it, and its piece ends there."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
         self._read(end)
@@ -327,25 +343,17 @@ class TextSequence:
     def generation(self) -> Generation:
         """The result of a finished sequence."""
         assert self.finish_reason is not None
-        n = len(self.token_ids)
         return Generation(
             token_ids=self.token_ids,
             text=self._final_text(),
             finish_reason=self.finish_reason,
-            new_tokens=n,
             seconds=self._seconds,
-            tokens_per_second=n / max(self._seconds, 1e-9),
             verify_passes=self._passes,
-            tokens_per_step=(n - 1) / self._passes if self._passes else 1.0,
-            acceptance=[
-                a / r if r else None for a, r in zip(self._accepted, self._reached, strict=True)
-            ],
             drafts_accepted=self._accepted,
             drafts_reached=self._reached,
             accepted_mask=[depth > 0 for depth in self.depths],
             logprobs=self.logprobs if self.request.logprobs is not None else None,
             drafts=self._drafted,
-            lookups_accepted=sum(self.lookup_mask),
             lookups=self._lookups,
             lookup_mask=self.lookup_mask,
             rejected=self.rejected,

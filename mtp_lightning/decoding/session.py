@@ -25,7 +25,7 @@ from torch import Tensor
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import MAX_VERIFY_WIDTH, batch_invariant_pass, read_together
 from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
@@ -62,7 +62,7 @@ class Session:
         capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
         draft_vocab: drafts are chosen among this many first token ids; None is all.
-        one_cache: all drafts use the first depth's cache, also where the stack does not need that.
+        one_cache: force one cache for all drafts, even if the stack supports one per depth.
         most_drafts: most drafts of a round, if more than ``max_draft``.
 
     Attributes:
@@ -87,8 +87,6 @@ class Session:
         trunk = model.config.trunk
         self.model = model
         self._stack = stack = model.mtp
-        # Whether the head's logits alone make a draft.
-        self._only_head = stack.confidence is None and stack.rescorer is None
         self.max_draft = max_draft
         self.most_drafts = max(max_draft, most_drafts)
         self.n: list[int] = []
@@ -203,8 +201,8 @@ class Session:
         """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
         catch up when they draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
-        positions = Positions.of_cache(self.trunk_cache.rows(rows), starts, width)
-        hidden = self._trunk(positions, rows)
+        ctx = ForwardContext.of_cache(self.trunk_cache.rows(rows), starts, width)
+        hidden = self._trunk(ctx, rows)
         self.n[rows] = lengths
         self.trunk_cache.lengths[rows] = lengths
         return hidden
@@ -219,16 +217,16 @@ class Session:
             cache.open(self.n, width)
             kept = self.states[0] if self._trunk_gives_branch else None
             return self._fused_trunk(cache, self.tokens_BS, kept)
-        return self.model.head(self._trunk(Positions.of_cache(cache, self.n, width)))
+        return self.model.head(self._trunk(ForwardContext.of_cache(cache, self.n, width)))
 
-    def _trunk(self, positions: Positions, rows: slice = slice(None)) -> Tensor:
+    def _trunk(self, ctx: ForwardContext, rows: slice = slice(None)) -> Tensor:
         """Let the trunk read the tokens of an open pass of some rows, and store the stack's branch
         states if drafts are made. Returns the head's input, [rows, T, C]."""
-        model, runs = self.model, positions.cache.runs
+        model, runs = self.model, ctx.cache.runs
         # Only the trunk must be batch-invariant: it decides the text, drafts do not.
         with batch_invariant_pass(runs.width, self.tokens_BS.device):
             tokens = runs.read(self.tokens_BS[rows])
-            output = model.trunk(model.trunk.embedding(tokens), positions)
+            output = model.trunk(model.trunk.embedding(tokens), ctx)
             main = model.mtp.main_state(output.final)
         if self._trunk_gives_branch:
             runs.write(self.states[0][rows], model.mtp.branch(model.trunk, output))
@@ -241,16 +239,16 @@ class Session:
         """
         newest_B1C, logits_BV = self._newest(k)
         self.newest_B1C, self._n_drafted = newest_B1C, k
-        if logits_BV is not None and self._only_head:
-            return DepthDraft(logits_BV)
         stack, state_BC = self._stack, self._stack.head_input(newest_B1C)[:, 0]
-        sure_B = None if stack.confidence is None else stack.confidence(k, state_BC).sigmoid()
+        confidence_B = None
+        if stack.confidence is not None:
+            confidence_B = stack.confidence(k, state_BC).sigmoid()
         if logits_BV is None:
             logits_BV = self._draft_head(state_BC)
         if stack.rescorer is not None:
             before_B1 = Runs(self._tables, self.n, 1).read(self.tokens_BS, k - 1)
             logits_BV = stack.rescore(k, state_BC, logits_BV, before_B1[:, 0])
-        return DepthDraft(logits_BV, sure_B)
+        return DepthDraft(logits_BV, confidence_B)
 
     def _newest(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Bring depth ``k`` up to date. Returns the states [B, 1, C] that the drafts come from, and
@@ -284,17 +282,17 @@ class Session:
         newest = self.newest_B1C
         assert newest is not None
         cache = self.depth_caches[0]
-        positions = Positions.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
+        ctx = ForwardContext.of_cache(cache, [max(n, 1) + k - 2 for n in self.n], 1)
         tokens = cache.runs.read(self.tokens_BS, 1)
-        return self.model.depth_state(1, newest, newest, tokens, positions)
+        return self.model.depth_state(1, newest, newest, tokens, ctx)
 
     def _append(self, k: int) -> None:
         """Before the first draft of a round, read the branch state of a stack that appends
         positions to the text. The next verify pass overwrites their entries."""
         if self._trunk_gives_branch or k > 1:
             return
-        positions = Positions.of_cache(self.trunk_cache, self.n, self.max_draft)
-        branch = self._stack.append(self.model.trunk, positions)
+        ctx = ForwardContext.of_cache(self.trunk_cache, self.n, self.max_draft)
+        branch = self._stack.append(self.model.trunk, ctx)
         newest = [max(n - 1, 0) for n in self.n]
         Runs(self._tables, newest, 1).write(self.states[0], branch)
         # Drafts are made at the newest position alone.
@@ -327,13 +325,13 @@ class Session:
                 cache.lengths[rows] = filled[rows] = known[rows]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        positions, runs = Positions.of_cache(cache, starts, width), cache.runs
+        ctx, runs = ForwardContext.of_cache(cache, starts, width), cache.runs
         first = self._stack.reads(k).start
         read = runs if first == k else Runs(self._tables, starts, width + k - first)
         tokens = read.read(self.tokens_BS[rows], first)
         branch = runs.read(self.states[0][rows])
         previous = branch if k == 1 else runs.read(self.states[k - 1][rows])
-        hidden = self.model.depth_state(k, branch, previous, tokens, positions)
+        hidden = self.model.depth_state(k, branch, previous, tokens, ctx)
         if k < len(self.states):
             runs.write(self.states[k][rows], hidden)
         return hidden

@@ -25,7 +25,8 @@ class RowResult(NamedTuple):
     """The result of one round for one row.
 
     Attributes:
-        tokens: the accepted drafts and the trunk's own token after them.
+        tokens: the accepted drafts and the trunk's own token after them: the bonus token if all
+            drafts were accepted, else the recovered token (vLLM's terms).
         accepted: number of accepted drafts.
         reached: number of drafts that were verified in sequence, the first rejected one included.
         rejected: every draft that could have been accepted and was not: its depth, its token, and
@@ -56,12 +57,12 @@ class Draft(NamedTuple):
         tokens_B: the drafts.
         q_BV: the distributions over the whole vocabulary that they were drawn from; None if each
             had probability 1.
-        believed_B: the rows that are confident enough to draft at this depth; None for all.
+        confident_B: the rows that are confident enough to draft at this depth; None for all.
     """
 
     tokens_B: Tensor
     q_BV: Tensor | None = None
-    believed_B: Tensor | None = None
+    confident_B: Tensor | None = None
 
 
 class Round(NamedTuple):
@@ -106,7 +107,8 @@ class Decoder:
         self._verify = verify
         self._vocab = session.model.config.trunk.vocab_size
         self._most = self._most_drafts()
-        # Every round takes equally many numbers, so that a row's depend only on how many it had.
+        # Every round consumes the same number of random numbers, so a row's stream depends only on
+        # its round count.
         self._noise = Noise(self._most, session.tokens_BS.device)
         self._samplings: list[Sampling] = []
         self._row_sampling: RowSampling | None = None
@@ -160,27 +162,27 @@ class Decoder:
         return self._row_sampling
 
     def round(
-        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+        self, n_drafts: int, caps: Sequence[int], looked_up: Sequence[Sequence[int]] = ()
     ) -> Round:
         """Draft, verify, accept.
 
         Args:
             n_drafts: M, the number of drafts that the modules make for every row.
             caps: for each row, the most drafts that it may accept; fewer than M near its end.
-            known: for each row, the drafts that were looked up for it in place of the modules';
+            looked_up: for each row, the drafts that were looked up for it in place of the modules';
                 empty for none in any row.
         """
         caps, noise_BR = list(caps), None if self._sampling.greedy else self._noise.next()
         drafts = self._drafts(n_drafts, noise_BR)
-        if any(known):
-            drafts = self._replaced(drafts, known, caps)
+        if any(looked_up):
+            drafts = self._replaced(drafts, looked_up, caps)
         if noise_BR is None:
             done = self._greedy(drafts, caps)
         else:
             done = self._sample(drafts, caps, noise_BR)
         self.session.accept(done.accepted)
-        if any(known):
-            rows = zip(done.rows, known, strict=True)
+        if any(looked_up):
+            rows = zip(done.rows, looked_up, strict=True)
             done = done._replace(rows=[row._replace(looked_up=bool(own)) for row, own in rows])
         return done
 
@@ -189,24 +191,24 @@ class Decoder:
         enough."""
         product_B: Tensor | None = None
         for k in range(1, n_drafts + 1):
-            logits_BV, sure_B = self.session.draft(k)
-            believed_B = None
+            logits_BV, confidence_B = self.session.draft(k)
+            confident_B = None
             if self.min_confidence:
-                if sure_B is None:
-                    sure_B = likeliest(logits_BV)
-                product_B = sure_B if product_B is None else product_B * sure_B
-                believed_B = product_B >= self.min_confidence
-                if not bool(believed_B.any()):
+                if confidence_B is None:
+                    confidence_B = likeliest(logits_BV)
+                product_B = confidence_B if product_B is None else product_B * confidence_B
+                confident_B = product_B >= self.min_confidence
+                if not bool(confident_B.any()):
                     return
             if noise_BR is None:
-                yield Draft(logits_BV.argmax(dim=-1), None, believed_B)
+                yield Draft(logits_BV.argmax(dim=-1), None, confident_B)
             else:
                 q_BV = self._sampling.probabilities(logits_BV)
                 token_B = draw(q_BV, noise_BR[:, k - 1])
-                yield Draft(token_B, over_all(q_BV, self._vocab), believed_B)
+                yield Draft(token_B, over_all(q_BV, self._vocab), confident_B)
 
     def _replaced(
-        self, drafts: Iterator[Draft], known: Sequence[Sequence[int]], caps: list[int]
+        self, drafts: Iterator[Draft], looked_up: Sequence[Sequence[int]], caps: list[int]
     ) -> Iterator[Draft]:
         """The modules' drafts, in which looked-up drafts replace those of the rows that have some;
         then the rest of the looked-up drafts. Lowers the caps of the other rows to the number of
@@ -214,19 +216,19 @@ class Decoder:
 
         The modules read looked-up drafts like their own, so their caches stay true.
         """
-        most = max(map(len, known))
+        most = max(map(len, looked_up))
         # After a row's own drafts any token will do: it is not accepted.
-        padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in known]
+        padded = [[*own, *[0] * (most - len(own))] if own else [-1] * most for own in looked_up]
         own_BM = torch.tensor(padded, device=self.session.tokens_BS.device)
         k = 0
-        for k, (token_B, q_BV, believed_B) in enumerate(drafts, start=1):
+        for k, (token_B, q_BV, confident_B) in enumerate(drafts, start=1):
             own_B = own_BM[:, min(k, most) - 1]
             token_B = torch.where(own_B < 0, token_B, own_B)
             if q_BV is not None:
                 own_BV = certain(token_B, self._vocab)
                 q_BV = torch.where(own_B.unsqueeze(1) < 0, q_BV, own_BV)
-            yield Draft(token_B, q_BV, None if believed_B is None else believed_B | (own_B >= 0))
-        caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, known, strict=True)]
+            yield Draft(token_B, q_BV, None if confident_B is None else confident_B | (own_B >= 0))
+        caps[:] = [cap if own else min(cap, k) for cap, own in zip(caps, looked_up, strict=True)]
         for own_B in own_BM.unbind(1)[k:]:
             yield Draft(own_B.clamp(min=0))
 
@@ -255,16 +257,17 @@ class Decoder:
 
     def _sample(self, made: Iterator[Draft], caps: Sequence[int], noise_BR: Tensor) -> Round:
         session = self.session
-        sure_B = torch.full((len(caps),), self._most, device=noise_BR.device)
+        limit_B = torch.full((len(caps),), self._most, device=noise_BR.device)
         drafts, proposals = [], []
-        for k, (token_B, q_BV, believed_B) in enumerate(made, start=1):
+        for k, (token_B, q_BV, confident_B) in enumerate(made, start=1):
             drafts.append(token_B.unsqueeze(1))
             proposals.append(certain(token_B, self._vocab) if q_BV is None else q_BV)
             session.put(drafts[-1], k)
-            if believed_B is not None:
-                sure_B = torch.where(believed_B, sure_B, sure_B.clamp(max=k - 1))
+            if confident_B is not None:
+                limit_B = torch.where(confident_B, limit_B, limit_B.clamp(max=k - 1))
         n_drafts = len(drafts)
-        limit_B = sure_B.minimum(torch.tensor(caps, device=sure_B.device)).clamp(max=n_drafts)
+        # Only now: looked-up drafts lower the caps while they are made.
+        limit_B = limit_B.minimum(torch.tensor(caps, device=limit_B.device)).clamp(max=n_drafts)
         logits_BTV = session.verify(n_drafts)
         p_BTV = self._sampling.probabilities(logits_BTV)
         if not n_drafts:
@@ -272,9 +275,11 @@ class Decoder:
             session.put(tokens_B1, 1)
             return Round([RowResult.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM = torch.cat(drafts, dim=1)
-        q_BMV, half = torch.stack(proposals, dim=1), self._most
+        q_BMV = torch.stack(proposals, dim=1)
+        # The numbers that decide over acceptance come after those that the drafts are drawn by.
+        accept_BM = noise_BR[:, self._most : self._most + n_drafts]
         tokens_BT, accepted_B = self._verify(
-            p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
+            p_BTV, q_BMV, draft_BM, accept_BM, noise_BR[:, -1], limit_B
         )
         session.put(tokens_BT, 1)
         counts_B2 = torch.stack((accepted_B, limit_B), dim=1)

@@ -69,10 +69,10 @@ class Tree:
 
     def parents(self, depth: int | None = None) -> list[int]:
         """The parent of every node down to ``depth``, by default of all nodes; -1 for node 0."""
-        found = [-1]
+        parents = [-1]
         for e in range(self.depth if depth is None else depth):
-            found += [node for node in self.level(e) for _ in range(self.widths[e])]
-        return found
+            parents += [node for node in self.level(e) for _ in range(self.widths[e])]
+        return parents
 
 
 def ancestor(parents: Sequence[int], node: int, up: int) -> int | None:

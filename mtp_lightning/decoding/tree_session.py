@@ -23,7 +23,7 @@ from torch import Tensor
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree, ancestor
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
@@ -86,7 +86,7 @@ class TreeSession(Session):
             0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(known)
         ]
         cache = self.depth_caches[k - 1]
-        positions = Positions.of_tree(cache, starts, self._branches(k - 1, caught_up))
+        ctx = ForwardContext.of_tree(cache, starts, self._branches(k - 1, caught_up))
         n_B1 = torch.tensor(self.n, device=self.tokens_BS.device).unsqueeze(1)
 
         def read(buffer: Tensor, what: str, j: int = 0) -> Tensor:
@@ -97,8 +97,8 @@ class TreeSession(Session):
         tokens = torch.cat([read(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
         branch = read(self.states[0], "positions")
         previous = branch if k == 1 else read(self.states[k - 1], "before")
-        stride = caught_up + nodes.stop - 1
-        hidden = self.model.depth_state(k, branch, previous, tokens, positions, stride=stride)
+        width = caught_up + nodes.stop - 1
+        hidden = self.model.depth_state(k, branch, previous, tokens, ctx, tokens_apart=width)
         if k < len(self.states):
             cache.runs.write(self.states[k], hidden)
         return self._drafted(k, hidden)
@@ -133,16 +133,16 @@ class TreeSession(Session):
         branches = Branches([parent - 1 for parent in parents], self.tokens_BS.device)
         cache = self.depth_caches[0]
         starts = [min(n, held) for n, held in zip(self.n, cache.lengths, strict=True)]
-        positions = Positions.of_tree(cache, starts, branches)
+        ctx = ForwardContext.of_tree(cache, starts, branches)
         before = self._outputs[:, parents]
         tokens = Runs(self._tables, self.n, len(nodes)).read(self.tokens_BS, 1)
-        hidden = self.model.depth_state(1, before, before, tokens, positions)
+        hidden = self.model.depth_state(1, before, before, tokens, ctx)
         return self._drafted(k, hidden)
 
     def verify_tree(self) -> Tensor:
         """Read every row's pending token and its tree. Returns logits [B, 1 + nodes, V]."""
         cache, branches = self.trunk_cache, self._branches(self.tree.depth, 1)
-        return self.model.head(self._trunk(Positions.of_tree(cache, self.n, branches)))
+        return self.model.head(self._trunk(ForwardContext.of_tree(cache, self.n, branches)))
 
     def accept_path(self, path_BE: Tensor, accepted: Sequence[int]) -> None:
         """Keep the pending token and a path of the tree in every row.
@@ -151,7 +151,7 @@ class TreeSession(Session):
             path_BE: the path's nodes, node 0 first; entries after the accepted ones are ignored.
             accepted: for each row, the number of accepted drafts.
         """
-        self.trunk_cache.settle(path_BE)
+        self.trunk_cache.keep_path(path_BE)
         if self._trunk_gives_branch:
             read = self.trunk_cache.runs.read(self.states[0])
             runs = Runs(self._tables, self.n, path_BE.shape[1])

@@ -36,7 +36,7 @@ class TreeDecoder(Decoder):
         return len(self.session.tree)
 
     def round(
-        self, n_drafts: int, caps: Sequence[int], known: Sequence[Sequence[int]] = ()
+        self, n_drafts: int, caps: Sequence[int], looked_up: Sequence[Sequence[int]] = ()
     ) -> Round:
         """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""
         short = [self.session.is_short(row) for row in range(len(caps))]

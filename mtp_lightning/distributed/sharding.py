@@ -222,7 +222,7 @@ class Sharded(Tensors):
             return
         # Heads that are trained one after the other are gathered with the root, because their
         # gradients are computed during a forward pass (mtp/kinds.py).
-        alone = run.model.mtp.in_turn
+        alone = run.model.mtp.trains_in_forward
         inside = (run.model.trunk if alone else run.model).modules()
         units = [module for module in inside if isinstance(module, Block)]
         shard(

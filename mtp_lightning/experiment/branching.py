@@ -17,12 +17,12 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten
+from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten
 from mtp_lightning.run.layout import CHECKPOINTS, kept_at
 
 # Keys that a branch may change: those of later steps, and of logging and callbacks.
 _FREE = (
-    *(*WITHOUT_BEARING, "callbacks", "branch_from"),
+    *(*NOT_TRAINING, "callbacks", "branch_from"),
     *("optimizer.schedule", "lambda_schedule", "mtp_lambda"),
     *("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps"),
 )

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
 from mtp_lightning import processes
-from mtp_lightning.command_line.vetting import require_reach
+from mtp_lightning.command_line.check_config import require_reach
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import overridden
 from mtp_lightning.experiment.device import holds_in_bf16

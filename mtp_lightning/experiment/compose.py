@@ -9,11 +9,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning.command_line import vetting
-from mtp_lightning.command_line.literal import literal
+from mtp_lightning.command_line import check_config
+from mtp_lightning.command_line.quote import literal
 from mtp_lightning.command_line.shell import composing
 from mtp_lightning.paths import CONF
-from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in, values_by_key
+from mtp_lightning.run.config import affects_training, is_plain, key_of, lies_in, values_by_key
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -36,7 +36,7 @@ def checked_config(overrides: Sequence[str]) -> DictConfig:
         UserError: the config has a mistake.
     """
     cfg = compose_config("config", overrides)
-    vetting.check(OmegaConf.to_container(cfg), "config", overrides)  # type: ignore[arg-type]
+    check_config.check(OmegaConf.to_container(cfg), "config", overrides)  # type: ignore[arg-type]
     return cfg
 
 
@@ -65,7 +65,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
         keys += texts
     chosen: dict[str, Any] = {}
     for key in keys:
-        if not has_bearing(key):
+        if not affects_training(key):
             continue
         value = choices.get(key) or OmegaConf.select(cfg, key)
         if OmegaConf.is_dict(value):  # a group from which several options are chosen

@@ -20,7 +20,7 @@ AUTO = "auto"
 MIXED = ("bf16-mixed", "bf16-true")
 
 
-def settle_device(cfg: DictConfig) -> DictConfig:
+def resolve_auto(cfg: DictConfig) -> DictConfig:
     """Replace every ``auto`` of the config with the device's choice, so that the stored config says
     how the run was computed.
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_modules.window_module import WindowDataModule
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.measure import decoding_report, prompts_that_fit
 from mtp_lightning.decoding.options import DecodingOptions
@@ -68,7 +68,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         OSError: a file is missing.
     """
     quiet_lightning()
-    vetting.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
+    check_config.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
     check_precision(cfg.precision, cfg.head_precision, activations=cfg.activations)
     allow = trusted_packages(cfg)
     run = open_model(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)

@@ -10,14 +10,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from mtp_lightning.command_line import literal
-from mtp_lightning.command_line.explained import value_at
-from mtp_lightning.command_line.vetting import require_prompts
+from mtp_lightning.command_line import quote
+from mtp_lightning.command_line.check_config import require_prompts
+from mtp_lightning.command_line.conf_comments import value_at
 from mtp_lightning.decoding import Generation, generate
-from mtp_lightning.decoding.fused import keeper
+from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions, not_together
-from mtp_lightning.decoding.paying import settle_drafts
+from mtp_lightning.decoding.paying import with_measured_depth
 from mtp_lightning.decoding.precision import check_precision, use_activations, use_precision
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
@@ -67,7 +67,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     if cfg.show_drafts and not (cfg.speculative or cfg.lookup):
         raise not_together("show_drafts=true", "speculative=false")
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
-    run = open_for(cfg)
+    run = open_from_config(cfg)
     if cfg.show_drafts and not cfg.lookup:
         run.model.mtp.require_drafts()
     terminal = sys.stdout.isatty()
@@ -131,7 +131,7 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
     return f"{told}, {per_step:.2f} per pass" if per_step > 1 else told
 
 
-def open_for(cfg: Any) -> OpenedModel:
+def open_from_config(cfg: Any) -> OpenedModel:
     """Open the model of ``conf/generate.yaml`` on its device and in its precision.
 
     Raises:
@@ -143,10 +143,10 @@ def open_for(cfg: Any) -> OpenedModel:
     )
     set_threads(cfg.num_threads)
     given = {name: getattr(cfg, name) for name in ("allow", *_PRECISION, "compile")}
-    return open_to_decode(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **given)
+    return open_for_decoding(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), **given)
 
 
-def open_to_decode(
+def open_for_decoding(
     path: str | Path,
     *,
     device: str = "cpu",
@@ -172,12 +172,12 @@ def open_to_decode(
     rounds = precision != "fp32" or head_precision not in ("fp32", None)
     packs = device == "cpu" and not compile
     # A weight is rounded before it is packed, and so after the whole model is read.
-    keeping = keeper if packs and not rounds else None
-    run = open_model(path, device=device, allow=allow, keeper=keeping)
+    at_once = packer_for if packs and not rounds else None
+    run = open_model(path, device=device, allow=allow, packer_for=at_once)
     use_precision(run.model, precision, head_precision)
-    if packs and rounds and (keep := keeper(run.model)) is not None:
+    if packs and rounds and (packer := packer_for(run.model)) is not None:
         for weight in run.model.parameters():
-            keep.keep(weight)
+            packer.pack(weight)
     use_activations(run.model, activations)
     return run
 
@@ -190,12 +190,12 @@ def continue_prompts(
     Raises:
         UserError: an option is out of range.
     """
-    options = drafts_settled(cfg, run, rows=len(prompts))
+    options = decoding_options(cfg, run, rows=len(prompts))
     ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
     return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
 
 
-def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
+def decoding_options(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> DecodingOptions:
     """The options of ``conf/generate.yaml`` or ``conf/serve.yaml``, with as many drafts as pay, of
     the tokens that the modules were trained on.
 
@@ -213,12 +213,12 @@ def drafts_settled(cfg: Any, run: OpenedModel, *, rows: int | None = None) -> De
     if cfg.get("show_drafts"):
         return options  # it also shows drafts that slow decoding down
     precision = {name: cfg[name] for name in _PRECISION}
-    settled = settle_drafts(options, run, rows=min(options.slots, rows or 1), **precision)
-    measured = settled.measured
+    fastest = with_measured_depth(options, run, rows=min(options.slots, rows or 1), **precision)
+    measured = fastest.measured
     if rows is not None and measured is not None and not measured.pays:
         # Without the draft caches. A server (rows=None) keeps them: a request may set draft_depth.
         return options.plain(but_lookups=True)
-    return settled
+    return fastest
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:
@@ -241,7 +241,7 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
             found = [stdin.read().rstrip("\n")]
         except UnicodeDecodeError as error:
             raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
-        literal.require_utf8([f"prompt={found[0]}"])
+        quote.require_utf8([f"prompt={found[0]}"])
     if not found or not all(found):
         raise UserError("The prompt is empty: give prompt=TEXT or prompts=FILE.")
     return found

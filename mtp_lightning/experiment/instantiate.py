@@ -15,7 +15,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import DATA, not_importable, own_targets, require_target, targets
 
@@ -33,7 +33,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
     """
     target = config.get("_target_")
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    vetting.check_values(plain, config._get_full_key(""))
+    check_config.check_values(plain, config._get_full_key(""))
     try:
         built = hydra.utils.instantiate(config, **arguments, _convert_="all")
     except InstantiationException as error:

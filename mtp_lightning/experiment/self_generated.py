@@ -26,7 +26,7 @@ from data_modules.sources.base import Source
 from data_modules.store_builder import keep_store, progress, write_documents
 from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer
-from mtp_lightning.command_line.vetting import check_settings
+from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.precision import use_activations
 from mtp_lightning.decoding.sampling import Sampling

@@ -19,7 +19,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.processes import Peers
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten, read_yaml
+from mtp_lightning.run.config import NOT_TRAINING, describe_differences, flatten, read_yaml
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, LAST, SUMMARY_FILE
 from mtp_lightning.stored import require_text
 
@@ -98,7 +98,7 @@ def _kept_none(folder: Path) -> bool:
     return isinstance(own, dict) and flatten(own).get("callbacks.checkpoints.keep") == "none"
 
 
-def recall_data(config: DictConfig, origin: Origin) -> DictConfig:
+def restore_data_digest(config: DictConfig, origin: Origin) -> DictConfig:
     """Return a continuing run's config with the digest of the model that generated its data.
 
     With the digest, the model itself need not be read: it may be gone, or trained further.
@@ -112,7 +112,7 @@ def recall_data(config: DictConfig, origin: Origin) -> DictConfig:
     return config
 
 
-def begin_module(
+def load_start(
     module: MTPModule,
     data: WindowDataModule,
     origin: Origin,
@@ -143,7 +143,7 @@ def begin_module(
 
             check_branch(origin.content, stored, allow=trusted_packages(stored))
         elif changed := describe_differences(
-            origin.content["config"], module.extra["config"], ignore=WITHOUT_BEARING
+            origin.content["config"], module.extra["config"], ignore=NOT_TRAINING
         ):
             log.warning("Continuing with changed settings: %s.", "; ".join(changed))
         # Checkpoints from before this check do not say what they were trained on.
@@ -181,20 +181,20 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     config = module.model.config
     free = ["mtp.init", *(f"trunk.{key}" for key in config.trunk.training_keys)]
     stored = checkpoint["model_config"]
-    begun = stored["mtp"].get("init", "random")
-    if begun != config.mtp.init:
+    stored_init = stored["mtp"].get("init", "random")
+    if stored_init != config.mtp.init:
         raise UserError(
-            f"{source} is of a run whose modules began with mtp.init={begun}, and a run that "
-            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={begun}, or "
-            "start in another run_dir."
+            f"{source} is of a run whose modules began with mtp.init={stored_init}, and a run "
+            f"that continues cannot change it to mtp.init={config.mtp.init}: set mtp.init="
+            f"{stored_init}, or start in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
-        differences.sort(key=lambda told: ".variant:" not in told)  # says most
+        differences.sort(key=lambda line: ".variant:" not in line)  # it explains most of the others
         more = [f"and {n} more"] if (n := len(differences) - _SHOWN) > 0 else []
-        told = "; ".join([*differences[:_SHOWN], *more])
+        shown = "; ".join([*differences[:_SHOWN], *more])
         raise UserError(
-            f"{source} holds another architecture than this config ({told}): "
+            f"{source} holds another architecture than this config ({shown}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
     if checkpoint.get("optimizer_states") == []:

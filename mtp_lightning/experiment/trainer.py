@@ -112,7 +112,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     """Build Lightning's Trainer with callbacks and loggers.
 
     Args:
-        cfg: the config, after :func:`settle_device`.
+        cfg: the config, after :func:`resolve_auto`.
         resume_step: the optimizer step that the run continues from; logs after it are dropped.
         may_skip: whether some parameters get no gradient in some steps.
 

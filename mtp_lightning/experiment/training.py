@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import processes
 from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.command_line.shell import VERBOSE, Stopped
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.build import (
@@ -28,8 +28,8 @@ from mtp_lightning.experiment.build import (
     match_reference,
 )
 from mtp_lightning.experiment.compose import hyperparameters
-from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
-from mtp_lightning.experiment.starting import begin_module, find_origin, recall_data
+from mtp_lightning.experiment.device import kernels_told, resolve_auto, use_tensor_cores
+from mtp_lightning.experiment.starting import find_origin, load_start, restore_data_digest
 from mtp_lightning.experiment.trainer import build_trainer
 from mtp_lightning.loggers.guard import GuardedLogger
 from mtp_lightning.module import MTPModule
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     keep_freed_memory()
-    vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
+    check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     folder, devices = Path(cfg.paths.output_dir), cfg.trainer.devices
     peers = processes.find(cfg.trainer)
     with peers.watched(folder), ExitStack() as claim:
@@ -77,7 +77,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         peers.require_shared(folder)
         run = prepare(cfg, folder, peers)
         params = hyperparameters(cfg)
-        return finished(run, fitted(run, params), params)
+        return finish(run, fit(run, params), params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,9 @@ class PreparedRun:
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> PreparedRun:
     """Build everything that a run's trainer needs. Without ``peers``, this process is alone."""
     peers = Peers() if peers is None else peers
-    config = settle_device(cfg)
+    config = resolve_auto(cfg)
     origin = find_origin(config, folder, peers)
-    config = recall_data(config, origin)
+    config = restore_data_digest(config, origin)
     if origin.trunk is not None:
         from mtp_lightning.experiment.init_from import adopt_trunk
 
@@ -129,7 +129,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     config, matched = match_reference(stored, data.tokenizer.vocab_size)
     _require_affordable(config, data.tokenizer.vocab_size)
     module = build_module(config, data, stored=stored)
-    step = begin_module(module, data, origin, stored, folder, steps=config.trainer.max_steps)
+    step = load_start(module, data, origin, stored, folder, steps=config.trainer.max_steps)
     if data.cache_states:
         from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states
@@ -142,7 +142,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
             module.model.load_state_dict(model_weights(whole))
         with peers.in_turn():
             data.states = keep_states(module.model, data, config.trainer)
-    # The origin, whose memory training needs, ends here.
+    # ``origin``, the loaded checkpoint, ends here, which frees its memory before training.
     return PreparedRun(
         config=config,
         stored=stored,
@@ -171,7 +171,7 @@ def _as_trained(run: PreparedRun) -> DictConfig:
     return stored
 
 
-def fitted(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
+def fit(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     """Train the run, validate its last step, and return the trainer."""
     use_tensor_cores(run.config)
     data, module = run.data, run.module
@@ -203,7 +203,7 @@ def fitted(run: PreparedRun, params: dict[str, Any]) -> pl.Trainer:
     return trainer
 
 
-def finished(run: PreparedRun, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:
+def finish(run: PreparedRun, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:
     """Store and print the summary and samples of the model's text, then remove surplus checkpoints;
     return the summary."""
     module, data, folder, config = run.module, run.data, run.folder, run.config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.chat_template import ChatTemplate
-from mtp_lightning.command_line.literal import quoted
+from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.decoding.fused import multiply_integers
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.compose import checked_config

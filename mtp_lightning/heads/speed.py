@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mtp_lightning.command_line.shell import Parser, readable_errors
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.paying import settle_drafts, told
-from mtp_lightning.experiment.generating import open_to_decode
+from mtp_lightning.decoding.paying import told, with_measured_depth
+from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
@@ -25,12 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with readable_errors():
         set_threads(None)
         device = pick_accelerator("auto")
-        opened = open_to_decode(args.model, device=device, activations=args.activations)
+        opened = open_for_decoding(args.model, device=device, activations=args.activations)
         opened.model.mtp.require_drafts()
         options = DecodingOptions(draft_vocab=args.draft_vocab, max_context=opened.seq_len)
         # Device, threads and words are generate.py's, so that it finds the measurement.
         setting = {"precision": "fp32", "head_precision": None, "activations": args.activations}
-        measured = settle_drafts(options, opened, rows=1, **setting).measured
+        measured = with_measured_depth(options, opened, rows=1, **setting).measured
         assert measured is not None
         write_json({"said": told(measured), **asdict(measured)}, args.output)
 

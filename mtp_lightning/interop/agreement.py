@@ -14,9 +14,9 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.config import Concat, InputNorm
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 
 # The trunk continues these texts, and drafts are compared with its continuations.
 _BEGINNINGS = (
@@ -123,14 +123,14 @@ def agreement_of_conventions(model: MTPModel, texts: Sequence[Tensor]) -> Agreem
         tokens = text.unsqueeze(0)
         embedded = model.trunk.embedding(tokens)
         n = len(text) - 1  # the last position has no next token to read
-        output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
-        chosen = model.head(output.final)[0, 1:].argmax(-1)
-        rights = {}
+        ctx = ForwardContext.of_window(trunk, len(text), device=text.device)
+        output = model.trunk(embedded, ctx)
+        chosen, rights = model.head(output.final)[0, 1:].argmax(-1), {}
         for (input_norm, concat), stack in stacks.items():
-            hidden = output.final if input_norm == "post" else output.last_block
-            positions = Positions.of_window(trunk, n, device=text.device)
-            at = BranchPoint(hidden[:, :n], tokens, embedded, positions)
-            drafted = model.head(dict(stack.states(at, [1]))[1])[0].argmax(-1)
+            hidden = model.trunk.state(output, "final", input_norm)
+            ctx = ForwardContext.of_window(trunk, n, device=text.device)
+            inputs = StackInputs(hidden[:, :n], tokens, embedded, ctx)
+            drafted = model.head(dict(stack.states(inputs, [1]))[1])[0].argmax(-1)
             rights[input_norm, concat] = drafted == chosen
         return chosen, rights
 

@@ -95,7 +95,7 @@ def trunk_type(trunk: TrunkConfig) -> str:
             "ones with grouped-query attention and those of Qwen3's and GLM-4.5's mixtures can."
         )
     assert isinstance(attention, GroupedQueryConfig)
-    if attention.turned_size(trunk) < trunk.d_head:
+    if attention.rotary_dim(trunk) < trunk.d_head:
         raise UserError(
             f"model.attention.d_rope={attention.d_rope} cannot be exported with dense layers: of "
             "the supported layouts only GLM-4.5's rotates a part of each head."
@@ -123,7 +123,7 @@ def _mixture_type(trunk: TrunkConfig) -> str:
     if e.scoring == "sigmoid":  # DeepSeek-V3's experts, of which one at least is shared
         return "glm4_moe" if e.n_shared > 0 and e.n_routed // e.n_groups > 1 else ""
     plain = (e.n_shared, e.n_groups, e.scaling, a.qkv_bias) == (0, 1, 1.0, False)
-    return "qwen3_moe" if plain and a.qk_norm and a.turned_size(trunk) == trunk.d_head else ""
+    return "qwen3_moe" if plain and a.qk_norm and a.rotary_dim(trunk) == trunk.d_head else ""
 
 
 def _check_deepseek(trunk: TrunkConfig) -> None:
@@ -253,9 +253,9 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
 def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
     a, e = trunk.attention, trunk.feed_forward
     assert isinstance(a, GroupedQueryConfig) and isinstance(e, ExpertsConfig)
-    size, turned = trunk.d_head, a.turned_size(trunk)
-    share = turned / size
-    if int(size * share) < turned:  # readers round down, as transformers does
+    size, rotary_dim = trunk.d_head, a.rotary_dim(trunk)
+    share = rotary_dim / size
+    if int(size * share) < rotary_dim:  # readers round down, as transformers does
         share = math.nextafter(share, 1.0)
     rope = {**rope_type(trunk), "rope_theta": trunk.rope_theta, "partial_rotary_factor": share}
     return {

@@ -118,11 +118,11 @@ def _shape(fields: Mapping[str, Any], depth: int, source: str) -> dict[str, Any]
             d_head = _given(fields, "head_dim", shape["d_model"] // shape["n_heads"])
             name = "partial_rotary_factor"  # transformers 5 has it in the rotary parameters
             share = _given(_rotary(fields)[1], name, fields[name])
-            turned = int(d_head * float(share))  # as transformers rounds
+            rotary_dim = int(d_head * float(share))  # as transformers rounds
             shape["attention"] |= {
                 "qk_norm": bool(fields.get("use_qk_norm")),
                 "qkv_bias": bool(fields.get("attention_bias")),
-                "d_rope": None if turned == d_head else turned,
+                "d_rope": None if rotary_dim == d_head else rotary_dim,
             }
     return shape
 
@@ -243,8 +243,8 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
             "plain rotary positions and those of type llama3 or yarn can be imported."
         )
     switches = _SWITCHES.get(fields["model_type"], ())
-    turned = rope.get("partial_rotary_factor")
-    if turned not in (None, 1.0) and "partial_rotary_factor" not in switches:
+    rotated_share = rope.get("partial_rotary_factor")
+    if rotated_share not in (None, 1.0) and "partial_rotary_factor" not in switches:
         raise UserError(
             f"{source} has {name} with a partial_rotary_factor: heads of "
             f"{fields['model_type']} can only be imported if they are rotated whole."

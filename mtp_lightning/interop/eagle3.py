@@ -70,8 +70,8 @@ def obstacle(config: ModelConfig) -> str:
     assert isinstance(mtp, EagleConfig)
     if mtp.confidence:
         return "objective.confidence=true"
-    if (turned := trunk.attention.turned_size(trunk)) != trunk.d_head:
-        return f"model.attention.d_rope={turned}"
+    if (rotary_dim := trunk.attention.rotary_dim(trunk)) != trunk.d_head:
+        return f"model.attention.d_rope={rotary_dim}"
     layers = list(mtp.layers_of(trunk.n_layers))
     ascending = layers == sorted(set(layers)) and layers[-1] < trunk.n_layers
     return "" if ascending else f"mtp.layers={layers}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, config_json, gguf_writing, speculators
 from mtp_lightning.interop.names import has_layout
@@ -41,7 +41,7 @@ def export(cfg: Any) -> Path:
         CheckFailed: what was written is not the model.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
-    vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
+    check_config.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
     target = Path(cfg.output)
     as_file, apart = target.suffix.lower() == ".gguf", cfg.layout == speculators.LAYOUT
     _require_possible(cfg, target, as_file=as_file, apart=apart)

@@ -64,7 +64,7 @@ def to_fields(layout: Layout, *, max_positions: int) -> dict[str, Value]:
         "vocab_size": trunk.vocab_size,
         **_values(_TRUNK, trunk),
         "attention.value_length": trunk.d_head,
-        "rope.dimension_count": a.turned_size(trunk),
+        "rope.dimension_count": a.rotary_dim(trunk),
     }
     if isinstance(a, LatentAttentionConfig):
         found |= {

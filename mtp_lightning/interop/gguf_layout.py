@@ -228,7 +228,7 @@ def entries(layout: Layout) -> Iterator[GGUFEntry]:
 
 def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
     trunk = layout.config.trunk
-    turned = {"self_attn.q_proj": trunk.n_heads, "self_attn.k_proj": trunk.n_kv_heads}
+    rotary_heads = {"self_attn.q_proj": trunk.n_heads, "self_attn.k_proj": trunk.n_kv_heads}
     for name, shape in place.parts:
         if name in _TOP:
             yield GGUFEntry(name=_TOP[name], shape=shape, parts=(name,))
@@ -242,8 +242,8 @@ def _entries(layout: Layout, place: MappedWeight) -> Iterator[GGUFEntry]:
         after_attention = layout.arch == "glm4moe" and rest == "post_attention_layernorm"
         theirs = "post_attention_norm" if after_attention else _LAYER[rest]
         entry = GGUFEntry(name=f"blk.{layer}.{theirs}.{kind}", shape=shape, parts=(name,))
-        if layout.arch == "llama" and rest in turned:
-            entry = _in_pairs(entry, turned[rest])
+        if layout.arch == "llama" and rest in rotary_heads:
+            entry = _in_pairs(entry, rotary_heads[rest])
         yield entry
 
 

@@ -19,10 +19,10 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.config import MTPConfig
 from mtp_lightning.mtp.feed import Feed, HeadWeight, OwnLoss, Together
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
@@ -53,8 +53,9 @@ class MTPStack(nn.Module, ABC):
     # Whether drafts attend to the cache entries of earlier drafts, so that all depths share the
     # first depth's cache.
     one_cache: ClassVar[bool] = False
-    # Whether depths are trained one after another.
-    in_turn: ClassVar[bool] = False
+    # Whether depths are trained one after another, each with its backward pass in the forward pass
+    # of the whole stack.
+    trains_in_forward: ClassVar[bool] = False
     # Whether a depth is computed from the one before it.
     chained: ClassVar[bool] = False
     # Whether the module of depth 1 computes any depth, so that it drafts any number of tokens.
@@ -81,23 +82,23 @@ class MTPStack(nn.Module, ABC):
         return ()
 
     def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None
+        self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
 
         Args:
             trunk: the trunk.
             embedded_BTC: embeddings of the windows' tokens.
-            positions: their positions.
+            ctx: their positions and mask.
             key: key of the random choices in training; None for no random choices.
         """
-        output = trunk(embedded_BTC, positions)
+        output = trunk(embedded_BTC, ctx)
         return output, self.branch(trunk, output)
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from; if ``config.n_states`` is
         above 1, that many states side by side."""
-        hidden = trunk.state(output, self.config.start_state)
+        hidden = trunk.state(output, self.config.branch, self.config.input_norm)
         # Detach once, before the loop over depths: detached at every depth, the earlier modules
         # would learn only from their own loss.
         return hidden if self.config.detach == "none" else hidden.detach()
@@ -142,37 +143,37 @@ class MTPStack(nn.Module, ABC):
         return None
 
     def feed(
-        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
         """How the stack is trained on a micro-batch: which states go through the head, in which
         order.
 
         Args:
             final_BTC: the trunk's output.
-            at: the branch point.
+            inputs: what the stack reads.
             batch: the windows.
             depths: the depths that are trained, in order.
         """
         own = {k: loss for k in depths if (loss := self.own_loss(k, batch)) is not None}
-        states, head = list(self.states(at, depths)), self.own_head
+        states, head = list(self.states(inputs, depths)), self.own_head
         if head is None:
             return Together(final_BTC, states, own)
         tokens_N = None if head.is_whole else head.tokens
         return Together(final_BTC, states, own, HeadWeight(head.weight, tokens_N=tokens_N))
 
     # Its states over whole windows.
-    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
 
         A generator: a depth that no other depth reads is released when the next one is asked for.
 
         Args:
-            at: the branch point.
+            inputs: what the stack reads.
             active: depths in 1 .. D.
         """
-        previous = at.hidden
+        previous = inputs.hidden
         for k in self.with_prerequisites(active):
-            hidden = self.depth_state(k, at, previous)
+            hidden = self.depth_state(k, inputs, previous)
             if self.chained:
                 previous = hidden
             if k in active:
@@ -206,17 +207,17 @@ class MTPStack(nn.Module, ABC):
         """Width of a depth's hidden state."""
         return d_model
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
         """The hidden state of depth ``k``, [B, T, C], over whole windows or at the newest positions
         of decoding: the state that the next depth reads. By default the branch itself.
 
         Args:
             k: the depth.
-            at: the branch point, with the tokens of :meth:`reads`.
+            inputs: what the stack reads, with the tokens of :meth:`reads`.
             previous_BTC: the hidden state of depth ``k - 1`` if depths are chained; for depth 1,
                 and if not, the branch.
         """
-        return at.hidden
+        return inputs.hidden
 
     # Drafting.
     def rescore(self, k: int, hidden: Tensor, logits: Tensor, before: Tensor) -> Tensor:
@@ -230,13 +231,13 @@ class MTPStack(nn.Module, ABC):
         most; 0 for stacks that start from the trunk's own states."""
         return 0
 
-    def append(self, trunk: Trunk, positions: Positions) -> Tensor:
+    def append(self, trunk: Trunk, ctx: ForwardContext) -> Tensor:
         """The branch state [B, 1, ..] of the newest token read, from a pass of the trunk over the
         positions after it. The trunk's cache keeps nothing of that pass.
 
         Args:
             trunk: the trunk.
-            positions: :attr:`appended` positions or fewer, open in the trunk's cache.
+            ctx: of :attr:`appended` positions or fewer, open in the trunk's cache.
         """
         raise NotImplementedError
 

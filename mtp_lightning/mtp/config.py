@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.trunk import TrunkState
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require, require_choice, require_whole
 
@@ -31,13 +30,6 @@ _CHOICES = {
     "concat": Concat,
     "detach": Detach,
     "init": Init,
-}
-
-_STATES = {
-    ("before_last", "pre"): TrunkState.BEFORE_LAST,
-    ("before_last", "post"): TrunkState.NORMED_BEFORE_LAST,
-    ("final", "pre"): TrunkState.LAST_BLOCK,
-    ("final", "post"): TrunkState.FINAL,
 }
 
 
@@ -115,14 +107,15 @@ class MTPConfig(Registered, ABC, family="mtp"):
         return f"mtp={self.variant} needs it trained, so set mtp=sequential mtp.freeze_trunk=true"
 
     @property
-    def start_state(self) -> TrunkState:
-        """The trunk's hidden state that the stack starts from."""
-        return _STATES[self.branch, self.input_norm]
-
-    @property
     def read_states(self) -> tuple[Any, ...]:
         """The trunk's states that the stack starts from, as a part of the key of their cache."""
         return self.branch, self.input_norm
+
+    @property
+    def depths_are_joint(self) -> bool:
+        """Whether one mixture predicts the next token and all depths, so that no depth has a loss
+        and a head's logits of its own."""
+        return self.rank > 1
 
     def shared_blocks(self, n_layers: int) -> int:
         """How many of the trunk's blocks the depths read, from the first on."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, embedding
@@ -128,8 +128,8 @@ class TokensMLP(Correction):
         super().__init__(trunk.d_model, trunk)
         self.up = Linear((k + 1) * trunk.d_model, trunk.d_model)
 
-    def forward(self, k: int, at: BranchPoint) -> Tensor:
-        parts = [at.hidden, *(at.embedded_at(j) for j in range(1, k + 1))]
+    def forward(self, k: int, inputs: StackInputs) -> Tensor:
+        parts = [inputs.hidden, *(inputs.embedded_at(j) for j in range(1, k + 1))]
         return self.down(F.silu(self.up(torch.cat(parts, dim=-1))))
 
 
@@ -141,5 +141,5 @@ class Bigrams(Correction):
         # Optimizers recognize a lookup table by this name (optim/groups.py).
         self.embedding = embedding(trunk.vocab_size, rank)
 
-    def forward(self, k: int, at: BranchPoint) -> Tensor:
-        return self.down(self.embedding(at.tokens_at(k)))
+    def forward(self, k: int, inputs: StackInputs) -> Tensor:
+        return self.down(self.embedding(inputs.tokens_at(k)))

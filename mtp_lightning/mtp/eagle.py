@@ -30,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import ModulesConfig
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.own_head import OwnHead
-from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
+from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.head import Head
@@ -107,7 +107,8 @@ class EagleConfig(ModulesConfig, variant="eagle"):
         """
         whole_heads = 2 * trunk.n_kv_heads, trunk.d_head, trunk.d_head
         entry = trunk.attention.cache_entry(trunk)
-        if (entry.n_vectors, entry.width, trunk.d_rope) != whole_heads:
+        rope_head_dim = trunk.attention.rope_head_dim(trunk)
+        if (entry.n_vectors, entry.width, rope_head_dim) != whole_heads:
             raise UserError(
                 "mtp=eagle stores keys and values of whole heads, and the cache of "
                 f"model.attention={trunk.attention.variant} does not: use "
@@ -163,23 +164,23 @@ class DraftAttention(Attention):
         self.qkv = Linear(2 * trunk.d_model, self.qkv.weight.shape[0])
 
     def step(
-        self, x_BTX: Tensor, positions: Positions, before: Sequence[Entry]
+        self, x_BTX: Tensor, ctx: ForwardContext, before: Sequence[Entry]
     ) -> tuple[Tensor, Entry]:
         """The output [B, T, C] of one step over whole windows, and its own entry.
 
         Args:
             x_BTX: the layer's input, X = 2 C.
-            positions: those of this step.
+            ctx: that of this step.
             before: the entries of the steps before, in order.
         """
         kv = self.n_kv_heads
-        turned, value = self.heads(x_BTX).split([self.n_heads + kv, kv], dim=2)
-        turned = rotary(turned, positions.cos, positions.sin)
-        query, key = turned.split([self.n_heads, kv], dim=2)
+        rotated, value = self.heads(x_BTX).split([self.n_heads + kv, kv], dim=2)
+        rotated = rotary(rotated, ctx.cos, ctx.sin)
+        query, key = rotated.split([self.n_heads, kv], dim=2)
         if before:
-            mixed = attend_steps(query, [*before, (key, value)], positions.dense_mask())
+            mixed = attend_steps(query, [*before, (key, value)], ctx.dense_mask())
         else:
-            mixed = attention(query, key, value, positions.mask)
+            mixed = attention(query, key, value, ctx.mask)
         return self.out(mixed.flatten(2)), (key, value)
 
 
@@ -234,27 +235,27 @@ class DraftLayer(nn.Module):
         self.norm = RMSNorm(width, eps)
         self.head = OwnHead(trunk.vocab_size, width, config.draft_vocab)
 
-    def forward(self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+    def forward(self, hidden: Tensor, embedded_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         """The next state [B, T, C] at positions of a cache; ``hidden`` is the state before it, or
         the trunk's states [B, T, 3 C]."""
         hidden_BTC, x_BTX = self._inputs(hidden, embedded_BTC)
-        return self._after(hidden_BTC, self.attention(x_BTX, positions))
+        return self._after(hidden_BTC, self.attention(x_BTX, ctx))
 
     def step(
-        self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions, before: Sequence[Entry]
+        self, hidden: Tensor, embedded_BTC: Tensor, ctx: ForwardContext, before: Sequence[Entry]
     ) -> tuple[Tensor, Entry]:
         """One step over whole windows, and its entry; see :meth:`DraftAttention.step`."""
         if self.recompute and self.training and torch.is_grad_enabled():
             # A copy of the list, which the caller extends before the backward pass.
-            given = hidden, embedded_BTC, positions, [*before]
+            given = hidden, embedded_BTC, ctx, [*before]
             return checkpoint(self._step, *given, use_reentrant=False, preserve_rng_state=False)
-        return self._step(hidden, embedded_BTC, positions, before)
+        return self._step(hidden, embedded_BTC, ctx, before)
 
     def _step(
-        self, hidden: Tensor, embedded_BTC: Tensor, positions: Positions, before: Sequence[Entry]
+        self, hidden: Tensor, embedded_BTC: Tensor, ctx: ForwardContext, before: Sequence[Entry]
     ) -> tuple[Tensor, Entry]:
         hidden_BTC, x_BTX = self._inputs(hidden, embedded_BTC)
-        mixed_BTC, entry = self.attention.step(x_BTX, positions, before)
+        mixed_BTC, entry = self.attention.step(x_BTX, ctx, before)
         return self._after(hidden_BTC, mixed_BTC), entry
 
     def _inputs(self, hidden: Tensor, embedded_BTC: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,27 +324,27 @@ class EagleMTP(Chain):
         states = torch.cat([output.after[n] for n in self.blocks_kept], dim=-1)
         return states if self.config.detach == "none" else states.detach()
 
-    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        hidden, entries = at.hidden, list[Entry]()
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        hidden, entries = inputs.hidden, list[Entry]()
         for k in self.with_prerequisites(active):
-            positions = self._moved(at.positions, k)
-            hidden, entry = self.layer.step(hidden, self.tokens_of(k, at), positions, entries)
+            ctx = self._moved(inputs.ctx, k)
+            hidden, entry = self.layer.step(hidden, self.tokens_of(k, inputs), ctx, entries)
             entries.append(entry)
             if k in active:
                 yield k, self.head_input(hidden)
 
-    def _moved(self, positions: Positions, k: int) -> Positions:
+    def _moved(self, ctx: ForwardContext, k: int) -> ForwardContext:
         """The positions of step ``k``, k - 1 after those of step 1."""
         if k == 1:
-            return positions
-        steps_T = torch.arange(len(positions.cos), device=positions.cos.device) + k - 1
-        cos, sin = rope_table(steps_T, **self.trunk_config.rotary, dtype=positions.cos.dtype)
-        return replace(positions, cos=cos.unsqueeze(-2), sin=sin.unsqueeze(-2))
+            return ctx
+        steps_T = torch.arange(len(ctx.cos), device=ctx.cos.device) + k - 1
+        cos, sin = rope_table(steps_T, **self.trunk_config.rotary, dtype=ctx.cos.dtype)
+        return replace(ctx, cos=cos.unsqueeze(-2), sin=sin.unsqueeze(-2))
 
     def step(
-        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext
     ) -> Tensor:
-        return self.layer(previous_BTC, embedded_BTC, positions)
+        return self.layer(previous_BTC, embedded_BTC, ctx)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         return self.layer.norm(hidden)

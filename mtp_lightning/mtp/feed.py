@@ -144,13 +144,13 @@ class LossRequest:
         targets: depth -> its targets, in the order of depths, the main prediction's first.
         needs: which of the feed's inputs need a gradient.
         train_head: whether the depths train the shared head; the main prediction always does.
-        auxiliary: factor of the layers' auxiliary losses.
+        auxiliary_factor: factor of the layers' auxiliary losses.
     """
 
     targets: Mapping[int, Sequence[Any]]
     needs: Sequence[bool]
     train_head: bool = True
-    auxiliary: float = 1.0
+    auxiliary_factor: float = 1.0
 
 
 ThroughHead = Callable[[Sequence[Prediction]], None]
@@ -181,7 +181,7 @@ class Feed(ABC):
         yield from ()
 
     def prediction(self, k: int, hidden: Tensor, targets: Sequence[Any]) -> Prediction:
-        """A hidden state of depth ``k`` on its way through its head, which gets no gradient."""
+        """The prediction of depth ``k``; by default it does not train its head."""
         return Prediction(hidden, targets, train_head=False)
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""The inputs of a stack: the branch point, of the trunk and of the text.
+"""What a stack reads: the trunk's hidden state, the tokens with their embeddings, and the
+positions.
 
 Shapes: B batch, T positions, C d_model.
 """
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data_modules.windows import RandomKey
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.head import Head
 
 
 @dataclass(frozen=True)
-class BranchPoint:
+class StackInputs:
     """Everything that the depths read of the trunk and of the text, over whole windows or at the
     newest positions of decoding.
 
@@ -23,10 +24,10 @@ class BranchPoint:
         hidden: the trunk's state [B, T, C] that the stack starts from.
         tokens: int64 token ids [B, at least T]; depths that read tokens ahead need more than T.
         embedded: their embeddings [B, at least T, C].
-        positions: of the T positions, not shifted; in decoding, with the cache of one depth.
+        ctx: of the T positions, not shifted; in decoding, with the cache of one depth.
         first: how far ahead of the first position the first of ``tokens`` is.
-        stride: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1 in a
-            text, and T if ``tokens`` holds a separate list of T tokens for every k.
+        tokens_apart: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1
+            in a text, and T if ``tokens`` holds a separate list of T tokens for every k.
         head: the shared head, for depths that depend on the probability of a token.
         key: key of the random choices in training; None for no random choices.
     """
@@ -34,9 +35,9 @@ class BranchPoint:
     hidden: Tensor
     tokens: Tensor
     embedded: Tensor
-    positions: Positions
+    ctx: ForwardContext
     first: int = 0
-    stride: int = 1
+    tokens_apart: int = 1
     head: Head | None = None
     key: RandomKey | None = None
 
@@ -49,5 +50,5 @@ class BranchPoint:
         return self._at(k, self.embedded)
 
     def _at(self, k: int, field: Tensor) -> Tensor:
-        start = (k - self.first) * self.stride
+        start = (k - self.first) * self.tokens_apart
         return field[:, start : start + self.hidden.shape[1]]

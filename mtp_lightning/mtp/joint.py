@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.config import BranchConfig
-from mtp_lightning.mtp.inputs import BranchPoint
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
 
@@ -55,27 +55,27 @@ class JointMTP(MTPStack):
     def reads(self, k: int) -> range:
         return range(k + 1)
 
-    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         if active:
-            hidden_BTJC = self._read(at, max(active) + 1)
+            hidden_BTJC = self._read(inputs, max(active) + 1)
             for k in self.with_prerequisites(active):
                 yield k, hidden_BTJC[:, :, k]
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        return self._read(at, k + 1)[:, :, k]
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        return self._read(inputs, k + 1)[:, :, k]
 
-    def _read(self, at: BranchPoint, places: int) -> Tensor:
+    def _read(self, inputs: StackInputs, places: int) -> Tensor:
         """The hidden states ``h^0 .. h^(places - 1)``, [B, T, J, C]."""
-        tokens_BTJC = torch.stack([at.embedded_at(j) for j in range(places)], dim=2)
+        tokens_BTJC = torch.stack([inputs.embedded_at(j) for j in range(places)], dim=2)
         if self.config.detach == "all":
             tokens_BTJC = tokens_BTJC.detach()
-        branch_BT1C = at.hidden.unsqueeze(2)
+        branch_BT1C = inputs.hidden.unsqueeze(2)
         window = self.norm((self.gamma * branch_BT1C + tokens_BTJC).flatten(0, 1))
-        positions = Positions.of_window(
+        ctx = ForwardContext.of_window(
             self.trunk_config,
             places,
             device=window.device,
             dtype=self.gamma.dtype,
-            auxiliary=at.positions.auxiliary,
+            auxiliary=inputs.ctx.auxiliary,
         )
-        return branch_BT1C + self.attention(window, positions).view_as(tokens_BTJC)
+        return branch_BT1C + self.attention(window, ctx).view_as(tokens_BTJC)

@@ -7,7 +7,7 @@ kind                    depth k at position i reads                 variants
                                                                     eagle
 :class:`SideBySide`     the branch point, and with a correction     parallel, linear
                         true tokens up to i + k
-:class:`Targets`        nothing: it is the main prediction          parameter_free, none,
+:class:`NoModules`      nothing: it is the main prediction          parameter_free, none,
                                                                     teacherless
 :class:`TrainingOnly`   the branch point; it predicts no token and  top, bag, registers
                         shapes the trunk in training alone
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import NO_DRAFTS, MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, LossRequest, OneState, Prediction, ThroughHead, added
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.rescoring import Rescorer
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.settings import require_whole
 
@@ -55,19 +55,19 @@ class Chain(MTPStack):
 
     @abstractmethod
     def step(
-        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext
     ) -> Tensor:
         """Hidden state [B, T, C] of depth ``k``, from that of depth ``k - 1`` (for depth 1, the
         branch) and from its token input."""
 
-    def tokens_of(self, k: int, at: BranchPoint) -> Tensor:
+    def tokens_of(self, k: int, inputs: StackInputs) -> Tensor:
         """The token input [B, T, C] of depth ``k``: by default the embeddings of the true tokens
         ``k`` positions ahead."""
-        embedded_BTC = at.embedded_at(k)
+        embedded_BTC = inputs.embedded_at(k)
         return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        return self.step(k, previous_BTC, self.tokens_of(k, at), at.positions)
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        return self.step(k, previous_BTC, self.tokens_of(k, inputs), inputs.ctx)
 
 
 class SideBySide(MTPStack):
@@ -81,7 +81,7 @@ class SideBySide(MTPStack):
         rescorer: changes the logits of all depths by the token before; None for none.
     """
 
-    in_turn: ClassVar[bool] = True
+    trains_in_forward: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class SideBySide(MTPStack):
         self.corrections = nn.ModuleList(corrections)
 
     @abstractmethod
-    def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
+    def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         """The output of head ``k`` [B, T, C]. :meth:`depth_state` adds the correction, which gives
         the depth's hidden state."""
 
@@ -108,21 +108,22 @@ class SideBySide(MTPStack):
         modules = (self.depths, self.corrections) if self.corrections else (self.depths,)
         return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        hidden = self.step(k, at.hidden, at.positions)
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        hidden = self.step(k, inputs.hidden, inputs.ctx)
         if not self.corrections:
             return hidden
         if self.config.detach == "all":
-            at = replace(at, embedded=at.embedded.detach())
-        return hidden + self.corrections[k - 1](k, at)
+            inputs = replace(inputs, embedded=inputs.embedded.detach())
+        return hidden + self.corrections[k - 1](k, inputs)
 
     def feed(
-        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
-        # The variants here use the shared head; heads of yours with their own are trained together.
+        # HeadByHead supports only the shared head. A subclass with its own head trains all depths
+        # together.
         if self.own_head is not None:
-            return super().feed(final_BTC, at, batch, depths)
-        return HeadByHead(self, final_BTC, at, depths)
+            return super().feed(final_BTC, inputs, batch, depths)
+        return HeadByHead(self, final_BTC, inputs, depths)
 
     def draft_obstacle(self) -> str:
         if self.config.stride == 1:
@@ -143,19 +144,19 @@ class HeadByHead(Feed):
     """
 
     def __init__(
-        self, stack: SideBySide, final_BTC: Tensor, at: BranchPoint, depths: Sequence[int]
+        self, stack: SideBySide, final_BTC: Tensor, stack_inputs: StackInputs, depths: Sequence[int]
     ) -> None:
-        self.stack, self.at, self.depths = stack, at, depths
+        self.stack, self.stack_inputs, self.depths = stack, stack_inputs, depths
         # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
-        self.common = {"hidden": at.hidden}
+        self.common = {"hidden": stack_inputs.hidden}
         if stack.corrections and depths:
-            self.common["embedded"] = at.embedded
+            self.common["embedded"] = stack_inputs.embedded
         used = [p for k in depths for p in stack.parameters_of(k)]
         super().__init__([final_BTC, *self.common.values(), *used])
 
     def states(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
         # A second forward pass of each head, which reports no router loads: input_gradients() does.
-        silent = replace(self.at, positions=replace(self.at.positions, auxiliary=None))
+        silent = replace(self.stack_inputs, ctx=replace(self.stack_inputs.ctx, auxiliary=None))
         for state in self.stack.states(silent, self.depths):
             yield [state]
 
@@ -180,15 +181,17 @@ class HeadByHead(Feed):
         Returns:
             The gradients of the shared inputs, and those of the head's own parameters.
         """
-        own, positions = self.stack.parameters_of(k), self.at.positions
-        reported = None if positions.auxiliary is None else AuxiliaryOutputs()
+        own, ctx = self.stack.parameters_of(k), self.stack_inputs.ctx
+        reported = None if ctx.auxiliary is None else AuxiliaryOutputs()
         with torch.set_grad_enabled(any(request.needs)):
             needs = zip(self.common.items(), request.needs[1:], strict=False)
             leaves: dict[str, Any] = {
                 name: tensor.detach().requires_grad_(wanted) for (name, tensor), wanted in needs
             }
-            at = replace(self.at, **leaves, positions=replace(positions, auxiliary=reported))
-            ((_, hidden),) = self.stack.states(at, [k])
+            stack_inputs = replace(
+                self.stack_inputs, **leaves, ctx=replace(ctx, auxiliary=reported)
+            )
+            ((_, hidden),) = self.stack.states(stack_inputs, [k])
         prediction = Prediction(
             hidden,
             request.targets[k],
@@ -197,14 +200,14 @@ class HeadByHead(Feed):
         )
         through_head([prediction])
         losses: list[Tensor] = []
-        if positions.auxiliary is not None and reported is not None:
+        if ctx.auxiliary is not None and reported is not None:
             losses = reported.losses
-            positions.auxiliary.add(reported)  # detached: their backward pass is the one below
+            ctx.auxiliary.add(reported)  # detached: their backward pass is the one below
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(own)
         inputs = [*(leaf for leaf in leaves.values() if leaf.requires_grad), *own]
         # The balance losses of the head's own experts share this backward pass.
-        of_losses = [torch.full_like(loss, request.auxiliary) for loss in losses]
+        of_losses = [torch.full_like(loss, request.auxiliary_factor) for loss in losses]
         gradients = torch.autograd.grad(
             [hidden, *losses], inputs, [prediction.gradient, *of_losses], allow_unused=True
         )
@@ -212,11 +215,11 @@ class HeadByHead(Feed):
         return [found.get(leaf) for leaf in leaves.values()], [found[p] for p in own]
 
 
-class Targets(MTPStack):
+class NoModules(MTPStack):
     """A stack without modules: every depth is the main prediction, with a target further ahead."""
 
     def feed(
-        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
         return OneState(final_BTC, depths)
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.inputs import BranchPoint
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class TrunkText:
     """The states of a trained trunk over some windows of text, which new modules are fitted to.
 
     Attributes:
-        at: the branch point, over T positions.
+        inputs: what the stack reads, over T positions.
         before: the states before the blocks that a module copies [B, T + D, C].
         documents: document ids [B, T + D], or None without a document mask. A module is not fitted
             to states of another document.
     """
 
-    at: BranchPoint
+    inputs: StackInputs
     before: Tensor
     documents: Tensor | None
 
@@ -77,8 +77,8 @@ def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
     seq_len, end = batch.seq_len, batch.seq_len + stack.depth
     documents = None if batch.documents is None else batch.documents[:, :end].to(weight.device)
 
-    def positions(n: int) -> Positions:
-        return Positions.of_window(
+    def context(n: int) -> ForwardContext:
+        return ForwardContext.of_window(
             trunk.config,
             n,
             device=weight.device,
@@ -91,12 +91,12 @@ def read_text(trunk: Trunk, stack: MTPStack, batch: WindowBatch) -> TrunkText:
     own, before = trunk.kept, max(len(trunk.blocks) - stack.config.blocks, 0)
     trunk.kept = {*own, before}
     try:
-        output = trunk(embedded, positions(end))
+        output = trunk(embedded, context(end))
     finally:
         trunk.kept = own
     hidden = stack.branch(trunk, output)[:, :seq_len]
-    at = BranchPoint(hidden, tokens, embedded, positions(seq_len))
-    return TrunkText(at, output.after[before], documents)
+    inputs = StackInputs(hidden, tokens, embedded, context(seq_len))
+    return TrunkText(inputs, output.after[before], documents)
 
 
 def copy_last_blocks(blocks: Sequence[nn.Module], trunk: Trunk) -> None:

@@ -23,7 +23,7 @@ from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 
@@ -75,5 +75,5 @@ class LinearMTP(SideBySide):
         for parameter in self.depths.parameters():
             parameter.zero_()
 
-    def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
+    def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         return branch_BTC + F.silu(self.depths[k - 1](branch_BTC))

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.inputs import BranchPoint
-from mtp_lightning.nn.attention import KVSink, Positions
+from mtp_lightning.mtp.inputs import StackInputs
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block, eager_blocks, is_compiled
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
@@ -130,7 +130,7 @@ class Sampler(nn.Module):
         self.down.weight.zero_()
 
 
-class MaskCache(KVSink):
+class MaskCache:
     """Keys and values of a pass over whole windows, and then the cache of a pass over the masks
     after every token, which are ordered [T, D]: all those after the first token come first.
 
@@ -146,6 +146,7 @@ class MaskCache(KVSink):
         self._own: Tensor | None = None
 
     def keep(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Take one layer's keys and values of the tokens."""
         self._tokens[layer] = entry_BTMH
 
     def append(self, layer: int, entry_BPMH: Tensor) -> None:
@@ -201,57 +202,56 @@ class MaskedMTP(MTPStack):
         self.sampler = Sampler(trunk)
 
     def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None
+        self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         batch, seq_len, width = embedded_BTC.shape
-        sees = positions.dense_mask()
+        sees = ctx.dense_mask()
         cache = MaskCache(self.depth, sees)
         # Entries and updates, looked up by layer, would compile every block again.
-        if is_compiled(trunk):
-            cache.keep = torch.compiler.disable(cache.keep)  # type: ignore[method-assign]
-        output = trunk(embedded_BTC, replace(positions, kv_sink=cache))
+        keep = torch.compiler.disable(cache.keep) if is_compiled(trunk) else cache.keep
+        output = trunk(embedded_BTC, replace(ctx, kv_sink=keep))
         masks_BPC = self.masks.to(embedded_BTC.dtype).repeat(batch, seq_len, 1)
         places = torch.arange(seq_len, device=masks_BPC.device).unsqueeze(1)
         places = places + torch.arange(1, self.depth + 1, device=masks_BPC.device)
         cos, sin = over_whole_heads(
-            *rope_table(places.flatten(), **self.trunk_config.rotary, dtype=positions.cos.dtype)
+            *rope_table(places.flatten(), **self.trunk_config.rotary, dtype=ctx.cos.dtype)
         )
-        after = Positions(
+        after = ForwardContext(
             cos.unsqueeze(-2), sin.unsqueeze(-2), cache=cache, updates=self._updates(trunk)
         )
         with eager_blocks(trunk):
             z_BPC = trunk(masks_BPC, after).final
         z_BTDC = z_BPC.view(batch, seq_len, self.depth, width)
-        if positions.auxiliary is not None and self.config.consistency and seq_len > 1:
+        if ctx.auxiliary is not None and self.config.consistency and seq_len > 1:
             loss = self.config.consistency * consistency(z_BTDC, output.final.detach(), sees)
-            positions.auxiliary.add_loss(loss, "train/consistency_loss")
+            ctx.auxiliary.add_loss(loss, "train/consistency_loss")
         return output, z_BTDC.flatten(2)
 
     @property
     def appended(self) -> int:
         return self.depth
 
-    def append(self, trunk: Trunk, positions: Positions) -> Tensor:
-        cache = positions.cache
+    def append(self, trunk: Trunk, ctx: ForwardContext) -> Tensor:
+        cache = ctx.cache
         assert isinstance(cache, KVCache)
         n_masks = cache.runs.width
         masks_BDC = self.masks[:n_masks].expand(cache.batch_size, -1, -1)
-        z_BDC = trunk(masks_BDC, replace(positions, updates=self._updates(trunk))).final
+        z_BDC = trunk(masks_BDC, replace(ctx, updates=self._updates(trunk))).final
         return F.pad(z_BDC, (0, 0, 0, self.depth - n_masks)).flatten(1).unsqueeze(1)
 
     def _updates(self, trunk: Trunk) -> dict[nn.Module, nn.Module]:
         """The updates by the layers that they belong to."""
-        found: dict[nn.Module, nn.Module] = {}
+        by_layer: dict[nn.Module, nn.Module] = {}
         for block, updates in zip(trunk.blocks, self.updates, strict=True):
-            found |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
-        return found
+            by_layer |= {layer: updates[name] for name, layer in _updated(block)}  # type: ignore[index]
+        return by_layer
 
     def reads(self, k: int) -> range:
         return range(k, k + 1)
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        z_BTC = at.hidden.chunk(self.depth, dim=-1)[k - 1]
-        return z_BTC + self.sampler(z_BTC, at.embedded_at(k))
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        z_BTC = inputs.hidden.chunk(self.depth, dim=-1)[k - 1]
+        return z_BTC + self.sampler(z_BTC, inputs.embedded_at(k))
 
 
 def _updated(block: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.config import BranchConfig
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 
@@ -67,6 +67,6 @@ class NextLatMTP(Chain):
         self.depths = nn.ModuleList(StateModel(trunk) for _ in range(min(config.depth, 1)))
 
     def step(
-        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext
     ) -> Tensor:
         return self.depths[0](previous_BTC, embedded_BTC)

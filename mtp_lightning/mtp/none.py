@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import NoModules
 from mtp_lightning.nn.config import TrunkConfig
 
 
@@ -18,5 +18,5 @@ class NoMTPConfig(MTPConfig, variant="none"):
 
     depth: int = 0
 
-    def build(self, trunk: TrunkConfig) -> Targets:
-        return Targets(self)
+    def build(self, trunk: TrunkConfig) -> NoModules:
+        return NoModules(self)

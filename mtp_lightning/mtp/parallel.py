@@ -20,7 +20,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import Branch, Init, InputNorm
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
@@ -73,8 +73,8 @@ class ParallelHead(nn.Module):
         self.block = Block(trunk)
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
 
-    def forward(self, branch_BTC: Tensor, positions: Positions) -> Tensor:
-        return self.norm(self.block(branch_BTC, positions))
+    def forward(self, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.norm(self.block(branch_BTC, ctx))
 
 
 class ParallelMTP(SideBySide):
@@ -98,5 +98,5 @@ class ParallelMTP(SideBySide):
             if self.config.init == "last_block":
                 copy_last_blocks([module.block], trunk)
 
-    def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
-        return self.depths[k - 1](branch_BTC, positions)
+    def step(self, k: int, branch_BTC: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.depths[k - 1](branch_BTC, ctx)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import NoModules
 from mtp_lightning.nn.config import TrunkConfig
 
 
@@ -26,7 +26,7 @@ class ParameterFreeConfig(MTPConfig, variant="parameter_free"):
         return ParameterFreeMTP(self)
 
 
-class ParameterFreeMTP(Targets):
+class ParameterFreeMTP(NoModules):
     """Every depth is the main prediction's hidden state."""
 
     def draft_obstacle(self) -> str:

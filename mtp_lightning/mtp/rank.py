@@ -39,7 +39,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Feed, Loss, LossRequest, LossTarget, Prediction, ThroughHead
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.mixture_of_softmaxes import pack, unpack
@@ -130,33 +130,33 @@ class JointLinearMTP(MTPStack):
     def reads(self, k: int) -> range:
         return range(k, k + 1)
 
-    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        before_BTX = self.main_state(at.hidden) if k == 1 else previous_BTC
+    def depth_state(self, k: int, inputs: StackInputs, previous_BTC: Tensor) -> Tensor:
+        before_BTX = self.main_state(inputs.hidden) if k == 1 else previous_BTC
         hidden_BTAC, log_weights_BTA = unpack(before_BTX, self.d_model)
-        log_p_BTA = _token_log_probs(at, hidden_BTAC, at.tokens_at(k))
+        log_p_BTA = _token_log_probs(inputs, hidden_BTAC, inputs.tokens_at(k))
         log_weights_BTA = (log_weights_BTA + log_p_BTA).log_softmax(-1)
-        return pack(self.components(k, at.hidden), log_weights_BTA)
+        return pack(self.components(k, inputs.hidden), log_weights_BTA)
 
     def feed(
-        self, final_BTC: Tensor, at: BranchPoint, batch: WindowBatch, depths: Sequence[int]
+        self, final_BTC: Tensor, inputs: StackInputs, batch: WindowBatch, depths: Sequence[int]
     ) -> Feed:
-        return JointFeed(self, final_BTC, at, depths)
+        return JointFeed(self, final_BTC, inputs, depths)
 
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
 
 
-def _token_log_probs(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
+def _token_log_probs(inputs: StackInputs, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
     """The log-probability of a token by every component, ``log p_a`` [B, T, A], in chunks."""
-    assert at.head is not None, "the components' weights depend on the head's log-probabilities"
+    assert inputs.head is not None, "the components' weights depend on the head's log-probabilities"
     hidden_MAC, token_M = hidden_BTAC.flatten(0, 1), tokens_BT.flatten()
-    rank, vocab = hidden_MAC.shape[1], at.head.weight.shape[0]
+    rank, vocab = hidden_MAC.shape[1], inputs.head.weight.shape[0]
     rows = max(1, _CHUNK_NUMEL // (vocab * rank))
-    found = []
+    parts = []
     for h_RAC, token_R in zip(hidden_MAC.split(rows), token_M.split(rows), strict=True):
-        log_p_RAV = at.head.differentiable_log_probs(h_RAC)
-        found.append(_at_token(log_p_RAV, token_R))
-    return torch.cat(found).unflatten(0, tokens_BT.shape)
+        log_p_RAV = inputs.head.differentiable_log_probs(h_RAC)
+        parts.append(_at_token(log_p_RAV, token_R))
+    return torch.cat(parts).unflatten(0, tokens_BT.shape)
 
 
 class JointFeed(Feed):
@@ -164,14 +164,14 @@ class JointFeed(Feed):
     prediction."""
 
     def __init__(
-        self, stack: JointLinearMTP, final_BTC: Tensor, at: BranchPoint, depths: Sequence[int]
+        self, stack: JointLinearMTP, final_BTC: Tensor, inputs: StackInputs, depths: Sequence[int]
     ) -> None:
         deepest = max(depths, default=0)
         parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]
         parts_MKAC = torch.stack(parts, dim=2).flatten(0, 1)
         super().__init__([parts_MKAC, stack.log_weights(final_BTC).flatten(0, 1)])
         # The tokens between determine the weights, whether they are targets or not.
-        self.between = [at.tokens_at(k + 1).flatten() for k in range(deepest)]
+        self.between = [inputs.tokens_at(k + 1).flatten() for k in range(deepest)]
 
     @property
     def main(self) -> Tensor:
@@ -238,21 +238,21 @@ def _cross_entropy(
     deepest_R = [target.tokens_R for target in targets if target.depth == depths - 1]
     tokens = [*between_R, *deepest_R][:depths]
     with torch.enable_grad():
-        found = [_at_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
-        held_RKA = torch.stack(found, dim=1).detach().requires_grad_()
+        at_tokens = [_at_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
+        at_token_RKA = torch.stack(at_tokens, dim=1).detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
-        weights = _weights_after(start_RA, held_RKA[:, :-1].unbind(1))
-        loss = held_RKA.new_zeros(())
+        weights = _weights_after(start_RA, at_token_RKA[:, :-1].unbind(1))
+        loss = at_token_RKA.new_zeros(())
         for target in targets:
             k = target.depth
-            value_R = -(weights[k] + held_RKA[:, k]).logsumexp(-1)
+            value_R = -(weights[k] + at_token_RKA[:, k]).logsumexp(-1)
             loss = loss + _counted(value_R, target)
-        d_held_RKA, d_log_w_RA = torch.autograd.grad(loss, (held_RKA, start_RA))
+        d_at_token_RKA, d_log_w_RA = torch.autograd.grad(loss, (at_token_RKA, start_RA))
     # d log_softmax(z)_token / dz = one_hot(token) - softmax(z).
-    d_logits = exp_(log_p_RKAV).mul_(-d_held_RKA.unsqueeze(-1))
+    d_logits = exp_(log_p_RKAV).mul_(-d_at_token_RKA.unsqueeze(-1))
     for k, token_R in enumerate(tokens):
-        index = token_R[:, None, None].expand(-1, d_held_RKA.shape[2], 1)
-        d_logits[:, k].scatter_add_(-1, index, d_held_RKA[:, k].unsqueeze(-1))
+        index = token_R[:, None, None].expand(-1, d_at_token_RKA.shape[2], 1)
+        d_logits[:, k].scatter_add_(-1, index, d_at_token_RKA[:, k].unsqueeze(-1))
     return d_logits, d_log_w_RA
 
 
@@ -263,8 +263,8 @@ def _by_autograd(
     with torch.enable_grad():
         log_p = log_p_RKAV.detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
-        held = [_at_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
-        weights = _weights_after(start_RA, held)
+        at_tokens = [_at_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
+        weights = _weights_after(start_RA, at_tokens)
         loss = log_p.new_zeros(())
         mixed: dict[int, Tensor] = {}
         for target in targets:
@@ -286,10 +286,10 @@ def _counted(value_R: Tensor, target: LossTarget) -> Tensor:
 def _weights_after(log_w_RA: Tensor, log_p: Sequence[Tensor]) -> list[Tensor]:
     """``log w^k`` [R, A] of every depth, from the components' log-probabilities ``log p_a`` [R, A]
     of the tokens before it."""
-    found = [log_w_RA]
+    log_weights = [log_w_RA]
     for log_p_RA in log_p:
-        found.append((found[-1] + log_p_RA).log_softmax(-1))
-    return found
+        log_weights.append((log_weights[-1] + log_p_RA).log_softmax(-1))
+    return log_weights
 
 
 def _at_token(log_p_RAV: Tensor, token_R: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.kinds import TrainingOnly, TrainingOnlyConfig
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.init import generator
 from mtp_lightning.nn.rope import rope_table
@@ -71,9 +71,9 @@ class Registers(TrainingOnly):
         # A matrix, so that it is initialized like an embedding.
         self.register = nn.Parameter(torch.empty(1, trunk.d_model))
 
-    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         # Without random choices (in validation) there are no registers.
-        return iter(()) if at.key is None else super().states(at, active)
+        return iter(()) if inputs.key is None else super().states(inputs, active)
 
     def offset(self, key: RandomKey) -> int:
         """d, the same for all windows of a step, on every rank."""
@@ -87,20 +87,20 @@ class Registers(TrainingOnly):
         return batch.targets(self.offset(batch.key) - 1)
 
     def through_trunk(
-        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None
+        self, trunk: Trunk, embedded_BTC: Tensor, ctx: ForwardContext, key: RandomKey | None
     ) -> tuple[TrunkOutput, Tensor]:
         if key is None:
-            output = trunk(embedded_BTC, positions)
+            output = trunk(embedded_BTC, ctx)
             return output, output.final
         seq_len = embedded_BTC.shape[1]
         registers_BTC = self.register.to(embedded_BTC.dtype).expand_as(embedded_BTC)
         both = torch.cat((embedded_BTC, registers_BTC), dim=1)
-        output = trunk(both, self.positions(positions, seq_len, self.offset(key)))
+        output = trunk(both, self.context(ctx, seq_len, self.offset(key)))
         tokens, registers = (output.at(half) for half in (slice(seq_len), slice(seq_len, None)))
         return tokens, registers.final
 
-    def positions(self, tokens: Positions, seq_len: int, d: int) -> Positions:
-        """The 2 T positions of [tokens ; registers], from those of the T tokens alone."""
+    def context(self, tokens: ForwardContext, seq_len: int, d: int) -> ForwardContext:
+        """The context of the 2 T positions of [tokens ; registers], from that of the T tokens."""
         config, device = self.trunk_config, tokens.cos.device
         places_T = torch.arange(seq_len, device=device)
         places = torch.cat((places_T, places_T + d - 1))

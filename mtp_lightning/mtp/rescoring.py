@@ -10,44 +10,11 @@ Shapes: R positions of one chunk, C d_model, V vocabulary, K tokens that a loss 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-
-class Forced(NamedTuple):
-    """A depth's prediction at some positions, with the text's own tokens (teacher forcing).
-
-    Attributes:
-        k: the depth.
-        log_q_RV: the head's log-probabilities, at least fp32.
-        hidden_RC: the depth's state.
-        before_R: ids of the tokens before the targets.
-        target_R: ids of the targets; arbitrary at positions that do not count.
-    """
-
-    k: int
-    log_q_RV: Tensor
-    hidden_RC: Tensor
-    before_R: Tensor
-    target_R: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class StateGradient:
-    """The losses of a chunk, and the gradient of their sum, each times a factor.
-
-    Attributes:
-        value_R: the losses, in nats.
-        hidden_RC: gradient with respect to the depth's state.
-        logits: token ids [R, K] and the gradient with respect to their logits [R, K], if the loss
-            depends on some of the head's logits.
-    """
-
-    value_R: Tensor
-    hidden_RC: Tensor
-    logits: tuple[Tensor, Tensor] | None = None
+from mtp_lightning.mtp.chunk import Chunk, StateGradient
 
 
 class Rescorer(nn.Module, ABC):
@@ -73,17 +40,18 @@ class Rescorer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def value(self, forced: Forced) -> Tensor:
-        """The loss of every position [R], in nats."""
+    def value(self, chunk: Chunk) -> Tensor:
+        """The loss of every position [R], in nats; arguments as in :meth:`state_gradient`."""
 
     @abstractmethod
     def state_gradient(
-        self, forced: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
+        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
         """:meth:`value` and its gradient.
 
         Args:
-            forced: the predictions at the chunk's positions.
+            chunk: the depth's prediction, with its state and the text's own tokens before the
+                targets (teacher forcing).
             factor_R: factors of the losses, such as mask times coefficient.
             into: receives the gradients of the rescorer's own parameters, which are added.
         """

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.rescoring import Forced, Rescorer, StateGradient
+from mtp_lightning.mtp.chunk import Chunk, StateGradient
+from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear, embedding
 
@@ -76,50 +77,51 @@ class Selector(Rescorer):
         return rescored_XV.scatter(-1, ids_XK.expand_as(scores_XK), scores_XK)
 
     @torch.no_grad()
-    def value(self, forced: Forced) -> Tensor:
-        return torch.cat([self._part(part)[0] for part, _ in self._parts(forced)])
+    def value(self, chunk: Chunk) -> Tensor:
+        return torch.cat([self._part(chunk, rows)[0] for rows in self._parts(chunk)])
 
     @torch.no_grad()
     def state_gradient(
-        self, forced: Forced, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
+        self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
         for weight in self._weights:
             if weight not in into:
                 into[weight] = torch.zeros_like(weight)
         d_before, d_after, d_gate = (into[weight] for weight in self._weights)
-        found = []
-        for part, rows in self._parts(forced):
+        results = []
+        assert chunk.before_R is not None
+        for rows in self._parts(chunk):
             with torch.enable_grad():
-                value_R, ids_RK, leaves = self._part(part)
+                value_R, ids_RK, leaves = self._part(chunk, rows)
                 d_unary_RK, of_before_Rr, of_after_RKr, d_hidden_RC, of_gate = torch.autograd.grad(
                     (value_R * factor_R[rows]).sum(), leaves
                 )
-            d_before.index_add_(0, part.before_R, of_before_Rr)
+            d_before.index_add_(0, chunk.before_R[rows], of_before_Rr)
             d_after.index_add_(0, ids_RK.flatten(), of_after_RKr.flatten(0, 1))
             d_gate.add_(of_gate)
-            found.append((value_R.detach(), d_hidden_RC, ids_RK, d_unary_RK))
-        value_R, d_hidden_RC, ids_RK, d_unary_RK = map(torch.cat, zip(*found, strict=True))
+            results.append((value_R.detach(), d_hidden_RC, ids_RK, d_unary_RK))
+        value_R, d_hidden_RC, ids_RK, d_unary_RK = map(torch.cat, zip(*results, strict=True))
         return StateGradient(value_R, d_hidden_RC, (ids_RK, d_unary_RK))
 
-    def _parts(self, forced: Forced) -> Iterator[tuple[Forced, slice]]:
-        """Yield parts of the positions, each with its slice, so small that the candidates' rows of
-        B hold at most :data:`_NUMEL` numbers."""
+    def _parts(self, chunk: Chunk) -> Iterator[slice]:
+        """Yield parts of the positions, so small that the candidates' rows of B hold at most
+        :data:`_NUMEL` numbers."""
         step = max(1, _NUMEL // (CANDIDATES * self.gate.weight.shape[0]))
-        for start in range(0, len(forced.target_R), step):
-            rows = slice(start, start + step)
-            yield Forced(forced.k, *(tensor[rows] for tensor in forced[1:])), rows  # type: ignore[index]
+        for start in range(0, len(chunk.targets_R), step):
+            yield slice(start, start + step)
 
-    def _part(self, forced: Forced) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Losses [R], the candidates' ids [R, K], and the tensors that the losses are
-        differentiable by, in the order of the arguments of :func:`_scores`."""
-        target_R1 = forced.target_R.unsqueeze(-1)
-        ids_RK = candidates(forced.log_q_RV, target_R1)
+    def _part(self, chunk: Chunk, rows: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Losses [R] of some positions, the candidates' ids [R, K], and the tensors that the losses
+        are differentiable by, in the order of the arguments of :func:`_scores`."""
+        assert chunk.before_R is not None and chunk.hidden_RC is not None
+        log_q_RV, target_R1 = chunk.log_probs_RV[rows], chunk.targets_R[rows].unsqueeze(-1)
+        ids_RK = candidates(log_q_RV, target_R1)
         table_A, table_B, gate = self._weights
         read = (
-            forced.log_q_RV.gather(-1, ids_RK),
-            F.embedding(forced.before_R, table_A),
+            log_q_RV.gather(-1, ids_RK),
+            F.embedding(chunk.before_R[rows], table_A),
             F.embedding(ids_RK, table_B),
-            forced.hidden_RC,
+            chunk.hidden_RC[rows],
             gate,
         )
         needs_gradient = torch.is_grad_enabled()

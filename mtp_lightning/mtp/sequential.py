@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from data_modules.windows import RandomKey
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.config import BranchConfig, Concat, Init, InputNorm
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
@@ -111,10 +111,10 @@ class SequentialModule(nn.Module):
         self.block = Block(trunk)
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
 
-    def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+    def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext) -> Tensor:
         h_BTC = self.eh_proj(self.joined(hidden_BTC, embedded_BTC))
         for layer, block in enumerate(self.blocks):
-            h_BTC = block(h_BTC, positions, layer)
+            h_BTC = block(h_BTC, ctx, layer)
         return self.norm(h_BTC)
 
     @property
@@ -162,30 +162,30 @@ class SequentialMTP(Chain):
         if self.config.init == "random":
             return
         assert text is not None
-        hidden = text.at.hidden
+        hidden = text.inputs.hidden
         for k in range(1, len(self.depths) + 1):  # a shared module is fitted as depth 1
             module = self.module(k)
-            tokens = self.tokens_of(k, text.at)
+            tokens = self.tokens_of(k, text.inputs)
             if k - 1 in fresh:
                 copy_last_blocks(module.blocks, trunk)
                 x, y = text.wanted(k, module.joined(hidden, tokens))
                 module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
-            hidden = module(hidden, tokens, text.at.positions)
+            hidden = module(hidden, tokens, text.inputs.ctx)
 
     @property
     def reads_tokens(self) -> bool:
         return super().reads_tokens and self.config.reads_tokens
 
-    def tokens_of(self, k: int, at: BranchPoint) -> Tensor:
-        embedded_BTC = super().tokens_of(k, at)
+    def tokens_of(self, k: int, inputs: StackInputs) -> Tensor:
+        embedded_BTC = super().tokens_of(k, inputs)
         p = self.config.token_dropout
-        if p == 0 or (p < 1 and at.key is None):
+        if p == 0 or (p < 1 and inputs.key is None):
             return embedded_BTC
         blank_BTC = self.blank.to(embedded_BTC.dtype).expand_as(embedded_BTC)
-        if at.key is None or p == 1:
+        if inputs.key is None or p == 1:
             return blank_BTC
         batch, seq_len, _ = embedded_BTC.shape
-        dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, at.key), embedded_BTC.device)
+        dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, inputs.key), embedded_BTC.device)
         return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
 
     def module(self, k: int) -> SequentialModule:
@@ -193,17 +193,17 @@ class SequentialMTP(Chain):
         return cast(SequentialModule, self.depths[0 if len(self.depths) == 1 else k - 1])
 
     def step(
-        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, ctx: ForwardContext
     ) -> Tensor:
-        return self.module(k)(previous_BTC, embedded_BTC, positions)
+        return self.module(k)(previous_BTC, embedded_BTC, ctx)
 
-    def states(self, at: BranchPoint, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        if at.key is None or not self.config.hidden_state_mixing:
-            yield from super().states(at, active)
+    def states(self, inputs: StackInputs, active: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        if inputs.key is None or not self.config.hidden_state_mixing:
+            yield from super().states(inputs, active)
             return
-        history = [at.hidden]
+        history = [inputs.hidden]
         for k in self.with_prerequisites(active):
-            history.append(self.depth_state(k, at, _mixed(k, history, at.key)))
+            history.append(self.depth_state(k, inputs, _mixed(k, history, inputs.key)))
             if k in active:
                 yield k, history[-1]
 

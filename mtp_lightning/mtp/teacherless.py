@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import NoModules
 from mtp_lightning.nn.config import TrunkConfig
 
 DUMMY = 0
@@ -36,7 +36,7 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
         return Teacherless(self)
 
 
-class Teacherless(Targets):
+class Teacherless(NoModules):
     """The empty stack of a model that is not shown answers."""
 
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +23,7 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import rotary, rotary_attention
-from mtp_lightning.nn.rope import rope_table, turn_in_place
+from mtp_lightning.nn.rope import rope_table, rotate_in_place
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_bool
 
@@ -31,18 +31,10 @@ if TYPE_CHECKING:
     from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
-class KVSink:
-    """Receives the keys and values of a pass over whole windows, and drops them; a subclass keeps
-    them. It is a plain class, because FSDP copies dataclasses and containers among a layer's
-    arguments."""
-
-    def keep(self, layer: int, entry_BTMH: Tensor) -> None:
-        """Take one layer's rotated keys and values, as part of the autograd graph."""
-
-
 @dataclass(frozen=True)
-class Positions:
-    """Positions and mask of the tokens of one pass, shared by all layers.
+class ForwardContext:
+    """What all layers of one pass share: positions and mask of its tokens, the cache, and where the
+    layers report.
 
     Attributes:
         cos, sin: rotary table, [T, 1, H/2]; with a cache over whole heads, [1 | B, T, 1, H].
@@ -50,7 +42,9 @@ class Positions:
             None is causal. With a cache, the mask that its ``attend`` expects.
         cache: keys and values to append to; None for a pass over whole windows.
         auxiliary: collects the layers' auxiliary outputs in training; None for none.
-        kv_sink: receives what a cache would hold of a pass over whole windows; None for none.
+        kv_sink: receives every layer's index and what a cache would hold of a pass over whole
+            windows, its rotated keys and values [B, T, M, H], as part of the autograd graph; None
+            for none.
         updates: linear layer -> what is added to its output in this pass; None for none.
     """
 
@@ -59,7 +53,7 @@ class Positions:
     mask: Tensor | BlockMask | None = None
     cache: Any = None
     auxiliary: AuxiliaryOutputs | None = None
-    kv_sink: KVSink | None = None
+    kv_sink: Callable[[int, Tensor], None] | None = None
     updates: Mapping[nn.Module, nn.Module] | None = None
 
     @staticmethod
@@ -72,8 +66,8 @@ class Positions:
         documents: Tensor | None = None,
         in_blocks: bool = False,
         auxiliary: AuxiliaryOutputs | None = None,
-    ) -> Positions:
-        """Positions 0 .. T-1 of whole windows.
+    ) -> ForwardContext:
+        """The context of positions 0 .. T-1 of whole windows.
 
         Args:
             config: the trunk's.
@@ -82,7 +76,7 @@ class Positions:
             dtype: the model's.
             documents: ids [B, T]; tokens then attend only within their document.
             in_blocks: whether the mask may be a block mask (``document_attention.py``).
-            auxiliary: see :class:`Positions`.
+            auxiliary: see :class:`ForwardContext`.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
@@ -90,19 +84,19 @@ class Positions:
         if documents is not None:
             in_blocks = in_blocks and config.attention.reads_blocks(config)
             mask = block_mask(documents) if in_blocks else dense_mask(documents)
-        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, auxiliary=auxiliary)
+        return ForwardContext(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, auxiliary=auxiliary)
 
     @staticmethod
-    def of_cache(cache: KVCache, starts: list[int], n_new: int) -> Positions:
+    def of_cache(cache: KVCache, starts: list[int], n_new: int) -> ForwardContext:
         """Open a pass of ``cache`` over the positions ``start .. start + n_new - 1`` of every row.
 
-        Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
+        Its rotary table is over whole heads, for :func:`rotate_in_place`: [1 | B, T, 1, H].
         """
         cache.open(starts, n_new)
         return _OpenPass(cache)
 
     @staticmethod
-    def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
+    def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> ForwardContext:
         """Open a pass of ``cache`` over a tree in every row, its first token at ``starts``."""
         cache.open_tree(starts, branches)
         return _OpenPass(cache)
@@ -111,20 +105,25 @@ class Positions:
         """``mask`` as a tensor, also if it is a block mask."""
         return of_blocks(self.mask) if isinstance(self.mask, BlockMask) else self.mask
 
-    def repeated(self) -> Positions:
-        """The positions for repeating this pass under activation recomputation: layers compute the
+    def repeated(self) -> ForwardContext:
+        """The context for repeating this pass under activation recomputation: layers compute the
         same (autograd compares), but do not report a second time."""
         if self.auxiliary is None and self.kv_sink is None:
             return self
         auxiliary = None if self.auxiliary is None else AuxiliaryOutputs(keep=False)
-        return replace(self, auxiliary=auxiliary, kv_sink=self.kv_sink and KVSink())
+        kv_sink = None if self.kv_sink is None else _drop
+        return replace(self, auxiliary=auxiliary, kv_sink=kv_sink)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """``layer`` of ``x``, with its update."""
         return layer(x) if self.updates is None else layer(x) + self.updates[layer](x)
 
 
-class _OpenPass(Positions):
+def _drop(layer: int, entry_BTMH: Tensor) -> None:
+    """A ``kv_sink`` of a repeated pass, whose entries are known."""
+
+
+class _OpenPass(ForwardContext):
     """The open pass of a cache. Tables and mask are computed when the first layer reads them: fused
     passes never do, and they would take a tenth of a small model's round."""
 
@@ -185,13 +184,13 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
             )
 
     def check(self, trunk: TrunkConfig) -> None:
-        if self.turned_size(trunk) > trunk.d_head:
+        if self.rotary_dim(trunk) > trunk.d_head:
             raise UserError(
                 f"model.attention.d_rope={self.d_rope} is more than a head has, model.d_head="
                 f"{trunk.d_head}: lower it, or leave it out to rotate all."
             )
 
-    def turned_size(self, trunk: TrunkConfig) -> int:
+    def rotary_dim(self, trunk: TrunkConfig) -> int:
         return trunk.d_head if self.d_rope is None else self.d_rope
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
@@ -222,18 +221,18 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
 
         Its rotary pairs are (j, j + R/2) in the first R dimensions; here they are (j, j + H/2).
         """
-        size, turned = trunk.d_head, self.turned_size(trunk)
-        if turned == size:
+        size, rotary_dim = trunk.d_head, self.rotary_dim(trunk)
+        if rotary_dim == size:
             return None, None
-        pairs, moving = size // 2, turned // 2
+        pairs, moving = size // 2, rotary_dim // 2
         order = tuple(
             j + side * moving if j < moving else j + moving + side * (pairs - moving)
             for side in (0, 1)
             for j in range(pairs)
         )
-        n_turned = trunk.n_heads + trunk.n_kv_heads
-        heads = [head * size + at for head in range(n_turned) for at in order]
-        return order, (*heads, *range(n_turned * size, qkv_width(trunk)))
+        n_rotary_heads = trunk.n_heads + trunk.n_kv_heads
+        heads = [head * size + at for head in range(n_rotary_heads) for at in order]
+        return order, (*heads, *range(n_rotary_heads * size, qkv_width(trunk)))
 
 
 def qkv_width(trunk: TrunkConfig) -> int:
@@ -261,29 +260,27 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
+        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``ctx.cache``."""
         batch, seq_len, _ = x_BTC.shape
-        qkv = self.heads(x_BTC, positions)
-        if positions.cache is None:
-            if positions.kv_sink is not None:
+        qkv = self.heads(x_BTC, ctx)
+        if ctx.cache is None:
+            if ctx.kv_sink is not None:
                 key, value = qkv[:, :, self.n_heads :].split(self.n_kv_heads, dim=2)
-                key = rotary(key, positions.cos, positions.sin)
-                positions.kv_sink.keep(layer, torch.cat((key, value), dim=2))
-            mixed = rotary_attention(
-                qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
-            )
+                key = rotary(key, ctx.cos, ctx.sin)
+                ctx.kv_sink(layer, torch.cat((key, value), dim=2))
+            mixed = rotary_attention(qkv, ctx.cos, ctx.sin, ctx.mask, self.n_heads, self.n_kv_heads)
         else:
-            n_turned = self.n_heads + self.n_kv_heads
-            turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
+            n_rotary_heads = self.n_heads + self.n_kv_heads
+            rotate_in_place(qkv.narrow(2, 0, n_rotary_heads), ctx.cos, ctx.sin)
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
-            positions.cache.append(layer, entry)
-            mixed = positions.cache.attend(layer, query, positions.mask)
-        return positions.linear(self.out, mixed.reshape(batch, seq_len, -1))
+            ctx.cache.append(layer, entry)
+            mixed = ctx.cache.attend(layer, query, ctx.mask)
+        return ctx.linear(self.out, mixed.reshape(batch, seq_len, -1))
 
-    def heads(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
+    def heads(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         """The heads of queries, keys and values before RoPE, [B, T, N + 2 M, H] for M key heads."""
-        qkv = self.qkv(x_BTC) if positions is None else positions.linear(self.qkv, x_BTC)
+        qkv = self.qkv(x_BTC) if ctx is None else ctx.linear(self.qkv, x_BTC)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
         qkv = qkv.view(*x_BTC.shape[:2], -1, self.d_head)

@@ -15,7 +15,7 @@ def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
 
 
 class AuxiliaryOutputs:
-    """Collects auxiliary outputs. It is part of the :class:`Positions` that every block receives;
+    """Collects auxiliary outputs. It is part of the context that every block receives;
     without one, layers report nothing.
 
     Args:

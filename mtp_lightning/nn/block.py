@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
 
@@ -42,11 +42,11 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = config.feed_forward.build(config, layer)
 
-    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's index in the cache, if there is one."""
         if self.recompute and self.training and torch.is_grad_enabled():
             # Only the first pass reports to the auxiliary; its repetitions do not.
-            passes = itertools.chain([positions], itertools.repeat(positions.repeated()))
+            passes = itertools.chain([ctx], itertools.repeat(ctx.repeated()))
             return checkpoint(
                 lambda x: self._compute(x, next(passes), layer),
                 x_BTC,
@@ -54,8 +54,8 @@ class Block(nn.Module):
                 # Nothing in a block is random.
                 preserve_rng_state=False,
             )
-        return self._compute(x_BTC, positions, layer)
+        return self._compute(x_BTC, ctx, layer)
 
-    def _compute(self, x_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
-        h_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), positions, layer)
-        return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC), positions)
+    def _compute(self, x_BTC: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
+        h_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), ctx, layer)
+        return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC), ctx)

@@ -109,9 +109,9 @@ class LayerConfig(Registered, ABC):
 class AttentionConfig(LayerConfig, family="attention"):
     """The layer that mixes positions.
 
-    Its ``forward(x_BTC, positions, layer)`` returns [B, T, C]. All layers of a pass share
-    ``positions``: the rotary table, the mask and, in decoding, the cache. There the layer appends
-    its ``cache_entry`` of every new token, at the index ``layer``.
+    Its ``forward(x_BTC, ctx, layer)`` returns [B, T, C]. All layers of a pass share ``ctx``
+    (``ForwardContext``): the rotary table, the mask and, in decoding, the cache. There the layer
+    appends its ``cache_entry`` of every new token, at the index ``layer``.
     """
 
     modules: ClassVar[dict[str, str]] = {"grouped_query": "attention", "latent": "mla"}
@@ -132,13 +132,13 @@ class AttentionConfig(LayerConfig, family="attention"):
             raise UserError(f"model.d_head={d_head} must be even: RoPE rotates pairs of it.")
         return d_head
 
-    def rotary_size(self, trunk: TrunkConfig) -> int:
+    def rope_head_dim(self, trunk: TrunkConfig) -> int:
         """The number of dimensions of a head that the rotary table covers."""
         return trunk.d_head
 
-    def turned_size(self, trunk: TrunkConfig) -> int:
+    def rotary_dim(self, trunk: TrunkConfig) -> int:
         """How many of them are rotated; the others have angles of 0."""
-        return self.rotary_size(trunk)
+        return self.rope_head_dim(trunk)
 
     def reads_blocks(self, trunk: TrunkConfig) -> bool:
         """Whether the layer accepts a block mask of documents (``document_attention.py``) instead
@@ -153,8 +153,8 @@ class AttentionConfig(LayerConfig, family="attention"):
 class FeedForwardConfig(LayerConfig, family="feed_forward"):
     """The layer that transforms every position separately.
 
-    Its ``forward(x_BTC, positions)`` returns [B, T, C]. It may add an auxiliary loss with
-    ``positions.auxiliary.add_loss`` if ``positions.auxiliary`` is not None.
+    Its ``forward(x_BTC, ctx)`` returns [B, T, C]. It may add an auxiliary loss with
+    ``ctx.auxiliary.add_loss`` if ``ctx.auxiliary`` is not None.
     """
 
     modules: ClassVar[dict[str, str]] = {"dense": "feed_forward", "experts": "moe"}

@@ -134,18 +134,13 @@ class TrunkConfig:
             raise UserError(f"The trunk's config does not fit this version: {error}.") from error
 
     @property
-    def d_rope(self) -> int:
-        """The part of a head that the rotary table is made for."""
-        return self.attention.rotary_size(self)
-
-    @property
     def rotary(self) -> dict[str, Any]:
         """Arguments of :func:`~mtp_lightning.nn.rope.rope_table`, except positions and dtype."""
         return {
-            "d_head": self.d_rope,
+            "d_head": self.attention.rope_head_dim(self),
             "theta": self.rope_theta,
             "scaling": self.rope_scaling,
-            "turned": self.attention.turned_size(self),
+            "rotary_dim": self.attention.rotary_dim(self),
         }
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -44,8 +44,8 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(d_model, 2 * d_ff)
         self.down = Linear(d_ff, d_model)
 
-    def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``positions`` are read for the layers' updates alone."""
-        if positions is not None and positions.updates is not None:
-            return positions.linear(self.down, gated(positions.linear(self.gate_up, x_BTC)))
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; ``ctx`` is read for the layers' updates alone."""
+        if ctx is not None and ctx.updates is not None:
+            return ctx.linear(self.down, gated(ctx.linear(self.gate_up, x_BTC)))
         return swiglu(x_BTC, self.gate_up.weight, self.down.weight)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +11,6 @@ from mtp_lightning.nn.ops import linear, log_softmax_, matmul_transposed
 
 class Head(nn.Module):
     """``logits = hidden @ weight.T``; a tied head is given the embedding's parameter."""
-
-    # Whether every token has a row.
-    is_whole: ClassVar[bool] = True
 
     def __init__(self, vocab_size: int, d_model: int, *, tied: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -28,10 +23,6 @@ class Head(nn.Module):
         if h_BTC.shape[-1] == d_model:
             return linear(h_BTC, self.weight)
         return mixed_log_probs(h_BTC, d_model, self.differentiable_log_probs)
-
-    def tokens_of(self, rows: Tensor) -> Tensor:
-        """The tokens that some rows stand for."""
-        return rows
 
     def log_probs(self, h_RC: Tensor) -> Tensor:
         """Log-probabilities of all tokens [R, V] of one chunk, as :func:`log_probs`."""

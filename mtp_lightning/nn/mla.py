@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import AttentionConfig, CacheEntry, check_whole
 from mtp_lightning.nn.config import TrunkConfig
@@ -23,7 +23,7 @@ from mtp_lightning.nn.document_attention import MIN_WIDTH
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import attention, rotary
-from mtp_lightning.nn.rope import turn_in_place
+from mtp_lightning.nn.rope import rotate_in_place
 from mtp_lightning.nn.weight_map import MappedWeight, renamed
 from mtp_lightning.settings import require_number
 
@@ -88,7 +88,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
             )
         return self.d_head
 
-    def rotary_size(self, trunk: TrunkConfig) -> int:
+    def rope_head_dim(self, trunk: TrunkConfig) -> int:
         return self.d_rope
 
     def check(self, trunk: TrunkConfig) -> None:
@@ -144,8 +144,8 @@ class LatentAttention(nn.Module):
         stretch = trunk.rope_scaling
         self.score_factor = 1.0 if stretch is None else stretch.score_factor
 
-    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
+        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``ctx.cache``."""
         batch, seq_len, _ = x_BTC.shape
         if self.q_rank is None:
             query = self.query(x_BTC)
@@ -157,18 +157,18 @@ class LatentAttention(nn.Module):
         latent_BTR, key_rope = self.kv_down(x_BTC).split([self.kv_rank, self.d_rope], dim=-1)
         latent_BTR = self.kv_norm(latent_BTR)
         key_rope = pairs_to_halves(key_rope).unsqueeze(2)
-        if positions.cache is not None:
-            return self._decode(query_nope, query_rope, latent_BTR, key_rope, positions, layer)
+        if ctx.cache is not None:
+            return self._decode(query_nope, query_rope, latent_BTR, key_rope, ctx, layer)
 
-        query_rope = rotary(query_rope, positions.cos, positions.sin)
-        key_rope = rotary(key_rope, positions.cos, positions.sin)
+        query_rope = rotary(query_rope, ctx.cos, ctx.sin)
+        key_rope = rotary(key_rope, ctx.cos, ctx.sin)
         key_value = self.kv_up(latent_BTR).view(batch, seq_len, self.n_heads, -1)
         key_nope, value = key_value.split([self.d_nope, self.d_value], dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
         if self.score_factor != 1.0:
             query = query * self.score_factor
         key = torch.cat((key_nope, key_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
-        mixed = attention(query, key, value, positions.mask)
+        mixed = attention(query, key, value, ctx.mask)
         return self.out(mixed.flatten(2))
 
     def _decode(
@@ -177,7 +177,7 @@ class LatentAttention(nn.Module):
         query_rope: Tensor,
         latent_BTR: Tensor,
         key_rope: Tensor,
-        positions: Positions,
+        ctx: ForwardContext,
         layer: int,
     ) -> Tensor:
         """Attention over the stored latents, with ``kv_up`` absorbed (V2, section 2.1.2).
@@ -186,11 +186,11 @@ class LatentAttention(nn.Module):
         single entry [c ; rotary key] of a token serves all heads as key and, without its rotary
         part, as value.
         """
-        assert positions.cache is not None
-        turn_in_place(query_rope, positions.cos, positions.sin)
-        turn_in_place(key_rope, positions.cos, positions.sin)
+        assert ctx.cache is not None
+        rotate_in_place(query_rope, ctx.cos, ctx.sin)
+        rotate_in_place(key_rope, ctx.cos, ctx.sin)
         entry = torch.cat((latent_BTR.unsqueeze(2), key_rope), dim=-1)
-        positions.cache.append(layer, entry)
+        ctx.cache.append(layer, entry)
         up = self.kv_up.weight.to(query_nope.dtype).view(
             self.n_heads, self.d_nope + self.d_value, self.kv_rank
         )
@@ -198,7 +198,7 @@ class LatentAttention(nn.Module):
         query = torch.cat((_by_head(query_nope, key_up), query_rope), dim=-1)
         # The cache scales scores by the entry's width; correct that to the head's width.
         query = query * (self.score_factor * (entry.shape[-1] / self.d_head) ** 0.5)
-        mixed = positions.cache.attend(layer, query, positions.mask)[..., : self.kv_rank]
+        mixed = ctx.cache.attend(layer, query, ctx.mask)[..., : self.kv_rank]
         return self.out(_by_head(mixed, value_up.transpose(1, 2)).flatten(2))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import FeedForwardConfig, check_whole
@@ -236,9 +236,9 @@ class MoE(nn.Module):
         of_one = sum(weight[0].numel() for weight in self.experts.parameters())
         return (self.config.n_routed - self.config.top_k) * of_one
 
-    def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
-        """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``positions.auxiliary``."""
-        auxiliary = None if positions is None else positions.auxiliary
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``ctx.auxiliary``."""
+        auxiliary = None if ctx is None else ctx.auxiliary
         x_MC = x_BTC.reshape(-1, x_BTC.shape[-1])
         scores_ME, chosen_MK, gates_MK = self.router(x_MC, auxiliary)
         if auxiliary is not None and self.config.sequence_loss and scores_ME.requires_grad:

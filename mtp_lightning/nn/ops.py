@@ -96,8 +96,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: of the angles, broadcast against [..., H/2].
     """
     left, right = x.chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
 @Op

@@ -101,8 +101,9 @@ class PositionTables:
 
         cos, sin = over_whole_heads(*rope_table(self.columns_S, **config.rotary, dtype=dtype))
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
-        self.before = torch.zeros((), device=device, dtype=dtype)
-        self.behind = torch.full_like(self.before, -math.inf)
+        # The values of additive masks.
+        self.visible = torch.zeros((), device=device, dtype=dtype)
+        self.hidden = torch.full_like(self.visible, -math.inf)
 
     def at_each(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary table of any positions, [B, T, 1, H]."""
@@ -113,4 +114,4 @@ class PositionTables:
     def mask_of(self, positions: Tensor, width: int) -> Tensor:
         """Additive mask [..., P] of queries at ``positions`` [...]."""
         hidden = self.columns_S[:width] > positions.unsqueeze(-1)
-        return torch.where(hidden, self.behind, self.before)
+        return torch.where(hidden, self.hidden, self.visible)

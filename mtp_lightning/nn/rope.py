@@ -146,7 +146,7 @@ def rope_table(
     theta: float,
     scaling: Scaling | None = None,
     *,
-    turned: int | None = None,
+    rotary_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotary angle.
@@ -156,15 +156,15 @@ def rope_table(
         d_head: H, even.
         theta: base of the frequencies ``theta^(-2j/R)``.
         scaling: how the frequencies are stretched to longer contexts.
-        turned: R, the number of dimensions that are rotated, even: the first R/2 pairs. The angles
-            of the other pairs are 0. None is H.
+        rotary_dim: R, the number of dimensions that are rotated, even: the first R/2 pairs. The
+            angles of the other pairs are 0. None is H.
         dtype: the model's; the tables are at least fp32.
 
     Returns:
         Two tensors of [..., H/2], fp32 or fp64.
     """
-    turned = d_head if turned is None else turned
-    half = turned // 2
+    rotary_dim = d_head if rotary_dim is None else rotary_dim
+    half = rotary_dim // 2
     # In fp64: fp32 would round the angle of position 100,000 too coarsely.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
     frequency = theta**-exponent
@@ -174,18 +174,18 @@ def rope_table(
     dtype = torch.promote_types(dtype, torch.float32)
     magnitude = 1.0 if scaling is None else scaling.magnitude
     cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
-    at_rest = (0, (d_head - turned) // 2)
+    at_rest = (0, (d_head - rotary_dim) // 2)
     cos, sin = F.pad(cos, at_rest, value=1.0), F.pad(sin, at_rest)
     return cos.to(dtype), sin.to(dtype)
 
 
 def over_whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """A :func:`rope_table` [..., H/2] as one of [..., H], signs included: see
-    :func:`turn_in_place`."""
+    :func:`rotate_in_place`."""
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def turn_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """``ops.rotary`` in place, in three calls and without autograd, with tables
     :func:`over_whole_heads`."""
     swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)

@@ -2,7 +2,7 @@
 
 A token at depth e of the tree has a position e after the first token's. It attends to the entries
 stored before the pass, to its ancestors and to itself. Entries are stored in the order of the
-tokens until :meth:`TreeCache.settle` moves those of one path to their positions.
+tokens until :meth:`TreeCache.keep_path` moves those of one path to their positions.
 
 Shapes: B rows, T new tokens, E tokens of a path, P stored positions that a pass reads, N heads,
 M vectors of an entry, H head size.
@@ -100,7 +100,7 @@ class TreeCache(KVCache):
             return tables.mask_of(self.positions, self._width)
         places = tables.columns_S[: self._width] - self._starts_B1() + 1
         sees_BTP = branches.sees_TW[:, places.clamp_(0, branches.width + 1)].transpose(0, 1)
-        return torch.where(sees_BTP, tables.before, tables.behind)
+        return torch.where(sees_BTP, tables.visible, tables.hidden)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         super().append(layer, entry_BTMH)
@@ -130,7 +130,7 @@ class TreeCache(KVCache):
         assert mixed is not None
         return mixed
 
-    def settle(self, path_BE: Tensor) -> None:
+    def keep_path(self, path_BE: Tensor) -> None:
         """Keep one path of the last pass's tree in every row.
 
         Args:

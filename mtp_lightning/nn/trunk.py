@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import embedding
 from mtp_lightning.nn.norm import RMSNorm
-
-
-class TrunkState(Enum):
-    """The trunk's hidden state that a stack branches from.
-
-    ``BEFORE_LAST`` is after all blocks except the last, ``LAST_BLOCK`` after all blocks;
-    ``NORMED_BEFORE_LAST`` and ``FINAL`` are the same two after the trunk's final norm.
-    """
-
-    BEFORE_LAST = auto()
-    NORMED_BEFORE_LAST = auto()
-    LAST_BLOCK = auto()
-    FINAL = auto()
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
+    def forward(self, embedded_BTC: Tensor, ctx: ForwardContext) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
 
         The caller embeds the tokens, because the prediction depths read the same embeddings,
@@ -79,20 +65,18 @@ class Trunk(nn.Module):
         h_BTC = before_last = embedded_BTC
         after = {0: h_BTC} if 0 in self.kept else {}
         for layer, block in enumerate(self.blocks):
-            before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
+            before_last, h_BTC = h_BTC, block(h_BTC, ctx, layer)
             if layer + 1 in self.kept:
                 after[layer + 1] = h_BTC
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last, after)
 
-    def state(self, output: TrunkOutput, which: TrunkState) -> Tensor:
-        """One of the hidden states [B, T, C] of a pass."""
-        if which is TrunkState.NORMED_BEFORE_LAST:
-            return self.norm(output.before_last)
-        return {
-            TrunkState.BEFORE_LAST: output.before_last,
-            TrunkState.LAST_BLOCK: output.last_block,
-            TrunkState.FINAL: output.final,
-        }[which]
+    def state(self, output: TrunkOutput, branch: str, input_norm: str) -> Tensor:
+        """The hidden state [B, T, C] after all blocks (``final``) or after all except the last
+        (``before_last``), after the final norm (``post``) or before it (``pre``)."""
+        normed = input_norm == "post"
+        if branch == "final":
+            return output.final if normed else output.last_block
+        return self.norm(output.before_last) if normed else output.before_last
 
     def hold_in_bf16(self) -> None:
         """Hold the matrices of a frozen trunk in bf16, in half of their memory.

@@ -2,8 +2,7 @@
 
 ``L_k = sum_TERM weight_TERM * L_k/TERM``, and each ``L_k/TERM`` is a mean over the positions of
 depth k that count for the term: those with a valid target and, if the term compares with a teacher,
-with a teacher. The teacher of depth k at position t is the main prediction at t + k, so the last k
-positions of a window have none.
+with a teacher (``WindowBatch.positions_with_teacher``).
 
 Shapes: B batch, T positions, K = D + 1 depths, P terms.
 """
@@ -53,7 +52,7 @@ class Objective:
         tau: threshold of the mask, in nats; None for a running quantile.
         quantile: the running quantile; None for 0.95.
         confidence: whether depths learn to estimate the acceptance of their drafts
-            (``rules/confidence.py``).
+            (``terms/confidence.py``).
         draft_vocab: N, with a frozen trunk: the depths are trained on the first N token ids alone.
             Only these rows of the head are computed, and teachers are conditional on these tokens;
             positions with another target add nothing. None for all tokens.
@@ -81,17 +80,12 @@ class Objective:
         draft_vocab: int | None = None,
     ) -> None:
         self.train_head = require_bool("objective.train_head", train_head)
-        require_bool("objective.confidence", confidence)
+        self.confidence = require_bool("objective.confidence", confidence)
         if draft_vocab is not None:
             require_whole("objective.draft_vocab (null for all tokens)", draft_vocab, least=2)
         self.term, self.draft_vocab = term, draft_vocab
         self.terms = list(term.parts())
-        self.rules: list[Rule] = []
-        if confidence:
-            from mtp_lightning.objective.rules.confidence import ConfidenceRule
-
-            self.rules.append(ConfidenceRule())
-        self.rules += [
+        self.rules: list[Rule] = [
             *chosen("mask", mask, _MASKS, tau=tau, quantile=quantile),
             *chosen("weights", weights, _WEIGHTS, decay=decay, smoothing=smoothing),
             *(rule for _, one in self.terms for rule in one.rules(self.setting)),
@@ -115,19 +109,22 @@ class Objective:
         """
         self._check_draft_vocab(model)
         bound = copy(self)
-        own = [weighted for rule in self.rules for weighted in rule.terms(model.mtp)]
+        bound.terms = [(weight, term.for_model(model)) for weight, term in self.term.parts()]
+        if self.confidence and model.mtp.confidence is not None:
+            from mtp_lightning.objective.terms.confidence import ConfidenceError, ConfidenceTerm
+
+            bound.terms += [(1.0, ConfidenceTerm(model.mtp)), (0.0, ConfidenceError(model.mtp))]
         if model.mtp.rescorer is not None:
             from mtp_lightning.objective.terms.rescoring import RescoringTerm
 
-            own.append((1.0, RescoringTerm(model.mtp.rescorer)))
-        bound.terms = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
+            bound.terms.append((1.0, RescoringTerm(model.mtp.rescorer)))
         return bound
 
     @property
     def measures(self) -> list[PositionMeasure]:
         """The measures that a prepass computes for the rules, each once."""
-        found = {measure.name: measure for rule in self.rules for measure in rule.measures}
-        return list(found.values())
+        by_name = {measure.name: measure for rule in self.rules for measure in rule.measures}
+        return list(by_name.values())
 
     def targets(self, stack: MTPStack, plan: StepPlan, batch: WindowBatch) -> list[DepthTarget]:
         """The main prediction's target, then those of every depth with a factor: one for each term
@@ -140,7 +137,7 @@ class Objective:
         """
         factors, counts = plan.factors, plan.counts
         main = factors[0] / counts.valid[0]
-        found = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
+        targets = [DepthTarget(0, self._kept(batch.targets(0)), main, _MAIN_TERM)]
         for k in plan.active:
             for index, (weight, term) in enumerate(self.terms):
                 count = counts.of(k, term)
@@ -149,13 +146,13 @@ class Objective:
                 tokens_BT = self._kept(targets_of(term, stack, k, batch))
                 # Before a depth's target is the target of the depth before.
                 before_BT = batch.shifted(batch.tokens, k - 1) if term.reads_before else None
-                coefficient, stride = factors[k] * weight / count, batch.stride
-                found.append(
+                coefficient, shift = factors[k] * weight / count, batch.stride * k
+                targets.append(
                     DepthTarget(
-                        k, tokens_BT, coefficient, term, index, stride=stride, before=before_BT
+                        k, tokens_BT, coefficient, term, index, shift=shift, before=before_BT
                     )
                 )
-        return found
+        return targets
 
     def _kept(self, tokens_BT: Tensor) -> Tensor:
         """Targets among the first ``draft_vocab`` ids; -100 for others."""
@@ -163,7 +160,7 @@ class Objective:
             return tokens_BT
         return tokens_BT.masked_fill(tokens_BT >= self.draft_vocab, IGNORE_INDEX)
 
-    def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+    def apply_rules(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         """The targets after all rules have changed them; ``seen`` holds :attr:`measures`."""
         targets = list(targets)
         for rule in self.rules:
@@ -199,8 +196,6 @@ class Objective:
 
     def mixed(self, losses_KP: Tensor) -> Tensor:
         """The loss of every depth [D + 1]: the weighted sum of its terms."""
-        if len(self.terms) == 1 and self.terms[0][0] == 1:
-            return losses_KP[:, 0]
         weighted = [losses_KP[1:, i] * weight for i, (weight, _) in enumerate(self.terms)]
         return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))
 
@@ -218,8 +213,9 @@ class Objective:
             UserError: naming both, and the remedy.
         """
         head = [] if self.train_head else ["objective.train_head=false"]
-        settings = ([] if self.term.of_token else [self.setting]) + head
-        settings += [rule.setting for rule in self.rules]
+        confidence = ["objective.confidence=true"] if self.confidence else []
+        rules = confidence + [rule.setting for rule in self.rules]
+        settings = ([] if self.term.of_token else [self.setting]) + head + rules
         if self.draft_vocab is not None:
             settings.append(f"objective.draft_vocab={self.draft_vocab}")
         if mtp.depth and not mtp.predicts_tokens and settings:
@@ -227,12 +223,12 @@ class Objective:
                 f"{settings[0]} is for depths that predict a token, and mtp={mtp.variant} has its "
                 "own loss: leave it out."
             )
-        draft_rules = [rule.setting for rule in self.rules if rule.of_drafts]
+        draft_rules = confidence + [rule.setting for rule in self.rules if rule.of_drafts]
         separate_training = [self.setting for _, term in self.terms if term.of_state] + head
         mtp.check_objective(draft_rules, separate_training)
-        if mtp.depth == 0 and self.rules:
+        if mtp.depth == 0 and rules:
             raise UserError(
-                f"{self.rules[0].setting} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
+                f"{rules[0]} has nothing to act on at mtp.depth=0: set mtp.depth to 1 "
                 "or more, or leave it out."
             )
 
@@ -242,7 +238,7 @@ class Objective:
             return
         if mtp.trains_trunk:
             reason = f"leaves out what the trunk is trained on: {mtp.how_to_freeze}"
-        elif mtp.rank > 1:
+        elif mtp.depths_are_joint:
             reason = f"leaves out tokens that mtp.rank={mtp.rank} depends on: set mtp.rank=1"
         elif model.head_of(1) is not model.head:
             reason = f"shortens the shared head, and mtp={mtp.variant} has one of its own"

@@ -49,20 +49,19 @@ def step_counts(stack: MTPStack, batch: WindowBatch) -> PositionCounts:
     # Masks are counted on the host, which avoids waiting for a GPU.
     masked = batch if batch.host is None else replace(batch.host, key=batch.key)
     masks = [stack.valid(k, masked) for k in range(batch.depth + 1)]
-    # The last positions have no teacher, which would lie beyond the window.
-    taught = [max(batch.seq_len - batch.stride * k, 0) for k in range(batch.depth + 1)]
+    taught = [batch.positions_with_teacher(k) for k in range(batch.depth + 1)]
     # Each mask counts twice: over all positions, and over those with a teacher.
     parts = list(zip(masks * 2, [batch.seq_len] * len(masks) + taught, strict=True))
     if all(mask is None for mask in masks):  # known from the sizes, the same on all ranks
-        found = [len(batch) * width * world_size() for _, width in parts]
+        counts = [len(batch) * width * world_size() for _, width in parts]
     else:
         whole = torch.ones(masked.tokens.shape, dtype=torch.bool, device=masked.device)
         total = torch.stack([(whole if m is None else m)[:, :width].sum() for m, width in parts])
         if world_size() > 1:  # ranks communicate through their devices
             total = sum_over_ranks(total.to(batch.device))
-        found = total.tolist()
+        counts = total.tolist()
     every = len(batch) * batch.seq_len * world_size()
-    return PositionCounts(found[: len(masks)], found[len(masks) :], every)
+    return PositionCounts(counts[: len(masks)], counts[len(masks) :], every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ OptimizerStep.__call__
         Objective.targets       what each depth is trained on (objective.py, targets.py)
         MTPModel.run_trunk      the trunk's hidden states (model.py)
         MTPStack.feed           the depths' hidden states (mtp/base.py, mtp/feed.py)
-        prepass, settle         rules change the targets (rules/)
+        prepass, apply_rules         rules change the targets (rules/)
         stream_loss             losses and gradients of all states
             through_head            chunk by chunk: logits, terms (through_head.py, terms/)
     backward                through depths and trunk
@@ -53,29 +53,19 @@ class StepResult:
         loss: L, without the experts' balance losses.
         losses: [D + 1], L_k, fp64; 0 where not computed.
         flops: FLOPs of the step, positions without a valid target included.
-        dtype: dtype in which losses are logged.
-        values: by log tag, the values of balancing and clipping.
+        values: all values to log, by tag; losses without their factors.
     """
 
     plan: StepPlan
     loss: Tensor
     losses: Tensor
     flops: int
-    dtype: torch.dtype
     values: Mapping[str, Tensor | float]
 
     @property
     def tokens(self) -> int:
         """Valid targets of the main prediction."""
         return self.plan.counts.valid[0]
-
-    def log_values(self) -> dict[str, Tensor | float]:
-        """All values to log, by tag; losses without their factors."""
-        plan = self.plan
-        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
-        values |= {f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in plan.tasks}
-        lambdas = enumerate(plan.factors[1:], start=1)
-        return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
 
 
 class OptimizerStep:
@@ -85,7 +75,7 @@ class OptimizerStep:
         model: in training mode.
         schedule: lambda_k as a function of progress.
         balance: the rule that weighs the tasks by measurements.
-        objective: the objective of the MTP depths; None is cross-entropy, like the main
+        objective: the objective of the MTP depths; by default cross-entropy, like the main
             prediction's.
         seed: seed of the random choices in training.
         accumulate: number of micro-batches that a rank's batch is split into.
@@ -101,7 +91,7 @@ class OptimizerStep:
         *,
         schedule: LambdaSchedule,
         balance: Balance,
-        objective: Objective | None = None,
+        objective: Objective = CROSS_ENTROPY,
         seed: int = 0,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -109,8 +99,8 @@ class OptimizerStep:
         self.model = model
         self.schedule = schedule
         self.balance = balance
-        self.cost = StepCost(model.config, objective or CROSS_ENTROPY)
-        self.objective = self.cost.objective.for_model(model)
+        self.cost = StepCost(model.config, objective)
+        self.objective = objective.for_model(model)
         self.objective.check(model.config.mtp)
         balance.check(model.config)
         if balance.scope is not None:
@@ -210,13 +200,16 @@ class OptimizerStep:
         for tag, of_tag in auxiliary.by_tag.items():
             values[tag] = sum_over_ranks((torch.stack(of_tag) * (1 / plan.windows)).sum())
         values |= self.objective.log_values(losses_KP.to(dtype), plan.active)
-        further = sum(plan.factors[k] * losses[k] for k in plan.active)
+        loss = plan.factors[0] * losses[0] + sum(plan.factors[k] * losses[k] for k in plan.active)
+        values["train/loss"] = loss.to(dtype)
+        values |= {f"train/loss_depth_{k}": losses[k].to(dtype) for k in plan.tasks}
+        lambdas = enumerate(plan.factors[1:], start=1)
+        values |= {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
         return StepResult(
             plan=plan,
-            loss=plan.factors[0] * losses[0] + further,
+            loss=loss,
             losses=losses,
             flops=self._flops(plan, measured=gradients is not None),
-            dtype=dtype,
             values=values,
         )
 

@@ -39,8 +39,8 @@ def feed_and_targets(
     before the rules. Arguments as in :func:`micro_batch_loss`."""
     targets = objective.targets(model.mtp, plan, batch)
     depths = [k for k in by_depth(targets) if k]
-    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary)
-    return model.mtp.feed(final, at, batch, depths), targets
+    final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
+    return model.mtp.feed(final, inputs, batch, depths), targets
 
 
 def micro_batch_loss(
@@ -71,21 +71,21 @@ def micro_batch_loss(
     feed, targets = feed_and_targets(model, objective, plan, batch, auxiliary)
     weight_VC = model.head.weight[: objective.draft_vocab]
     seen = prepass(weight_VC, feed, targets, objective.measures)
-    # Without values (meta device), rules have nothing to change targets by.
-    settled = targets if weight_VC.is_meta else objective.settle(targets, seen)
+    if not weight_VC.is_meta:  # meta tensors have no values for the rules
+        targets = objective.apply_rules(targets, seen)
     total, sums = stream_loss(
         weight_VC,
         feed,
-        settled,
+        targets,
         train_head=objective.train_head and model.config.mtp.detach != "all",
-        auxiliary=1 / plan.windows,
+        auxiliary_factor=1 / plan.windows,
         compiled=model.has_compiled_kernels,
     )
     for loss in () if auxiliary is None else auxiliary.losses:
         if loss.requires_grad:  # the losses of heads side by side are already backpropagated
             total = total + 1 / plan.windows * loss
     sums_KP = sums.new_zeros(model.depth + 1, len(objective.terms))
-    for target, own_sum in zip(settled, sums, strict=True):
+    for target, own_sum in zip(targets, sums, strict=True):
         sums_KP[target.depth, target.index] = own_sum
     return total, sums_KP
 
@@ -114,14 +114,16 @@ def prepass(
     of_depths = [measure for measure in measures if not measure.of_main]
     seen: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in measures}
     dtype = torch.promote_types(compute_dtype(feed.main), torch.float32)
-    tokens = tokens_of(targets)
+    tokens, shifts = tokens_of(targets), {target.depth: target.shift for target in targets}
 
     def measured(k: int, hidden: Tensor) -> Prediction:
         measured_targets = []
         for measure in of_depths if k else of_main:
-            found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
-            seen[measure.name][k] = found
-            measured_targets.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
+            values_BT = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
+            seen[measure.name][k] = values_BT
+            measured_targets.append(
+                DepthTarget(k, tokens[k], 1.0, measure, shift=shifts[k], record=values_BT)
+            )
         prediction = feed.prediction(k, hidden, measured_targets)
         prediction.needs_gradient = False
         return prediction
@@ -141,7 +143,7 @@ def stream_loss(
     targets: Sequence[DepthTarget],
     *,
     train_head: bool = True,
-    auxiliary: float = 1.0,
+    auxiliary_factor: float = 1.0,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss of the main prediction and of some depths.
@@ -152,8 +154,8 @@ def stream_loss(
         targets: the main prediction's, then those of the feed's depths in order; one target per
             term of a depth.
         train_head: whether the depths train the shared head, or only pass through it.
-        auxiliary: factor of the auxiliary losses of layers whose backward pass happens here (those
-            of heads side by side); they are left out of the total.
+        auxiliary_factor: factor of the auxiliary losses of layers whose backward pass happens here
+            (those of heads side by side); they are left out of the total.
         compiled: whether plain cross-entropy uses one compiled kernel.
 
     Returns:
@@ -172,14 +174,15 @@ def stream_loss(
         main = feed.main if any(p.needs_teacher for p in predictions) else None
         through_head(head, predictions, main_hidden=main, compiled=compiled, of_terms=of_terms)
 
-    request = LossRequest(by_depth(targets), needs[: len(feed.inputs)], train_head, auxiliary)
+    needs = needs[: len(feed.inputs)]
+    request = LossRequest(by_depth(targets), needs, train_head, auxiliary_factor)
     with torch.no_grad():
         gradients = feed.input_gradients(request, send)
         # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.
         weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]
         total = torch.stack(weighted).sum().to(torch.promote_types(weight_VC.dtype, torch.float32))
-    known = [head.gradient, *gradients, *(of_terms.get(p) for p in parameters)]
-    return _WithGradients.apply((total, known), *inputs), sums
+    of_inputs = [head.gradient, *gradients, *(of_terms.get(p) for p in parameters)]
+    return _WithGradients.apply((total, of_inputs), *inputs), sums
 
 
 class _WithGradients(torch.autograd.Function):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
+from mtp_lightning.mtp.chunk import Chunk, Teacher
+from mtp_lightning.objective.terms.base import Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class DepthTarget:
         weights: [...] weights of the positions, which multiply loss and gradient; None is 1.
         values: [...] the losses, if they depend on other depths and are known from a prepass;
             ``weights`` then multiply only the gradient.
-        stride: s; the main prediction of the same token is s k positions to the right.
+        shift: how many positions to the right the main prediction of the same token is.
         record: [...] a tensor that receives the loss of every position; None for none.
         total: fp64 scalar that the summed loss is added to; None for none.
         before: [...] ids of the tokens before the targets; None unless the term reads them.
@@ -44,7 +45,7 @@ class DepthTarget:
     index: int = 0
     weights: Tensor | None = None
     values: Tensor | None = None
-    stride: int = 1
+    shift: int = 0
     record: Tensor | None = None
     total: Tensor | None = None
     before: Tensor | None = None
@@ -65,6 +66,7 @@ class ChunkTarget:
 
     Attributes:
         depth: k.
+        shift: that of the target.
         coefficient: factor of the summed loss.
         of_token: whether the loss is ``-log q(target)`` and reads no other log-probability.
         tokens_R: target ids; 0 at positions that do not count.
@@ -75,7 +77,8 @@ class ChunkTarget:
     def __init__(
         self, target: DepthTarget, rows: slice | Tensor, teacher: Teacher | None = None
     ) -> None:
-        self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
+        self.depth, self.shift = target.depth, target.shift
+        self.coefficient, self.term = target.coefficient, target.term
         self.of_token = target.term.of_token
         tokens_R = target.tokens.reshape(-1)[rows]
         self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
@@ -127,11 +130,11 @@ def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
 
 
 def targets_of(term: Term, stack: MTPStack, k: int, batch: WindowBatch) -> Tensor:
-    """``[B, T]`` targets of depth k for a term; -100 where it does not count, such as at the last k
-    positions (s k with a stride of s) of a term whose teacher would lie beyond the window."""
+    """``[B, T]`` targets of depth k for a term; -100 where it does not count, such as where a term
+    has no teacher."""
     targets_BT = stack.targets(k, batch)
     if term.needs_teacher:
         targets_BT = targets_BT.clone()
-        targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
+        targets_BT[:, batch.positions_with_teacher(k) :] = IGNORE_INDEX
         return targets_BT
     return targets_BT.clamp(min=0) if term.counts_padding else targets_BT

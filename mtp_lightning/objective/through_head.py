@@ -6,10 +6,10 @@ states and of the head's weight, and dropped. Only the weight's gradient, shared
 remains of size V.
 
 A teacher (the main prediction of the same target tokens) is computed chunk by chunk too; a chunk
-serves all depths before the next one is computed. The teacher of depth k at position t is the main
-prediction at t + k (t + s k with a stride of s), so a chunk of main positions is used by every
-depth k positions to the left. The first k main positions of a window would teach the last k
-positions of the window before, which do not count; so every position is visited exactly once.
+serves all depths before the next one is computed. A depth uses a chunk of main positions at the
+positions that are ``DepthTarget.shift`` to the left. The first of a window would teach the last
+positions of the window before, which have no teacher and do not count; so every position is visited
+exactly once.
 
 Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk, N their hidden
 states (R, or several for each position).
@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.mtp.chunk import Teacher
 from mtp_lightning.mtp.feed import HeadWeight, Loss, Prediction
 from mtp_lightning.nn.head import log_probs
 from mtp_lightning.nn.ops import compute_dtype, cross_entropy, exp_, matmul_transposed, no_autocast
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
-from mtp_lightning.objective.terms.base import Teacher
 
 # Numbers in one chunk of logits. On a CPU a chunk should fit into the cache; on a GPU it must be
 # large enough to fill the device. Measured by benchmarks/head.py.
@@ -114,7 +114,7 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) 
         teacher = Teacher(main_RV, main_MC[rows])
         for one in passes:
             if one.depth:
-                left = rows_left(rows, one.depth * one.targets[0].stride, main_MC)
+                left = rows_left(rows, one.targets[0].shift, main_MC)
                 # The chunk has no name here, so that run_chunk can free it.
                 one.run_chunk(
                     left, log_probs(one.h_NC[left], one.weight), one.teacher_of_rows(teacher)
@@ -127,11 +127,12 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, passes: Sequence[_HeadPass]) 
         one.finish()
 
 
-def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
-    """``rows`` moved by ``k`` to the left; rows before the first wrap around to the end."""
-    if rows.start >= k:
-        return slice(rows.start - k, rows.stop - k)
-    return torch.arange(rows.start - k, rows.stop - k, device=h_MC.device) % h_MC.shape[0]
+def rows_left(rows: slice, shift: int, h_MC: Tensor) -> slice | Tensor:
+    """``rows`` moved by ``shift`` to the left; rows before the first wrap around to the end."""
+    start, stop = rows.start - shift, rows.stop - shift
+    if start >= 0:
+        return slice(start, stop)
+    return torch.arange(start, stop, device=h_MC.device) % h_MC.shape[0]
 
 
 class _HeadPass:
@@ -251,16 +252,16 @@ class _HeadPass:
 
     def _teach(self, targets: Sequence[ChunkTarget], rows: slice, main_MC: Tensor) -> None:
         """Set the targets' teachers; those of one depth share a teacher."""
-        found: dict[int, Teacher] = {}
+        teachers: dict[int, Teacher] = {}
         for target in (target for target in targets if target.term.needs_teacher):
-            k = target.depth
-            if k not in found:
+            k, shift = target.depth, target.shift
+            if k not in teachers:
                 # Positions whose teacher lies beyond the window get another one, and do not count.
-                at = torch.arange(rows.start + k, rows.stop + k, device=main_MC.device)
+                at = torch.arange(rows.start + shift, rows.stop + shift, device=main_MC.device)
                 main_RC = main_MC[at % main_MC.shape[0]]
                 log_p_RV = log_probs(main_RC, self.weight)
-                found[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
-            target.teacher = found[k]
+                teachers[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
+            target.teacher = teachers[k]
 
     def _chunk_targets(
         self, rows: slice | Tensor, teacher: Teacher | None = None
@@ -314,11 +315,11 @@ class _HeadPass:
                 continue
             factor_R = target.scale_R1(log_q_RV.dtype).squeeze(-1)
             into = {} if self.of_terms is None else self.of_terms
-            found = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
-            target.note(found.value_R)
-            total_RC = found.hidden_RC if total_RC is None else total_RC + found.hidden_RC
-            if found.logits is not None:
-                of_logits.append(found.logits)
+            learned = target.term.state_gradient(target.chunk(log_q_RV, h_RC), factor_R, into)
+            target.note(learned.value_R)
+            total_RC = learned.hidden_RC if total_RC is None else total_RC + learned.hidden_RC
+            if learned.logits is not None:
+                of_logits.append(learned.logits)
         return total_RC, of_logits
 
     def _of_several(self, targets: Sequence[ChunkTarget], log_q_RV: Tensor, h_RC: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mtp_lightning.command_line.vetting import check_settings
+from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import is_number, require
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, dataclass
 
-from mtp_lightning.command_line.vetting import check_settings
+from mtp_lightning.command_line.check_config import check_settings
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_choice
 

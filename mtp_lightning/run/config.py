@@ -17,7 +17,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Keys of the folders of runs, and of how a sweep runs its jobs.
 PLACES = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
 # Keys that change no result: these, and those of caches, loggers and watching callbacks.
-WITHOUT_BEARING = (
+NOT_TRAINING = (
     *PLACES,
     "stack",  # a preset's values for mtp, which has them as its own keys
     "data.cache_dir",
@@ -74,9 +74,9 @@ def lies_in(key: str, groups: Collection[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def has_bearing(key: str) -> bool:
+def affects_training(key: str) -> bool:
     """Whether a dotted key can change a run's results."""
-    return not lies_in(key, WITHOUT_BEARING)
+    return not lies_in(key, NOT_TRAINING)
 
 
 def is_plain(depth: Any, target: Any) -> bool:

@@ -77,12 +77,12 @@ def describe_failure(folder: Path) -> str:
     return f"{status['state']}: {folder.name}: {status['reason']} (log: {folder / LOG_FILE})"
 
 
-def last_words(log: Path, *, size: int = 20_000) -> str:
+def last_words(log: Path) -> str:
     """The line of a log that explains best why its process ended: the last error, or else the last
     line."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - size))
+            file.seek(max(0, log.stat().st_size - 20_000))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return "no log"

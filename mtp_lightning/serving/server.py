@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.experiment.generating import drafts_settled
+from mtp_lightning.experiment.generating import decoding_options
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.guard import Connection
@@ -43,7 +43,7 @@ class Server(uvicorn.Server):
     def __init__(self, cfg: Any, run: OpenedModel, *, name: str) -> None:
         self.signum: int | None = None
         self._grace = float(cfg.grace)
-        engine = Engine(run.model, drafts_settled(cfg, run), tokenizer=run.tokenizer)
+        engine = Engine(run.model, decoding_options(cfg, run), tokenizer=run.tokenizer)
         meters = Meters()
         self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)
         endpoint = Endpoint(cfg, run, name=name, engine=engine, worker=self.worker, meters=meters)

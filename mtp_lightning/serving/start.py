@@ -12,7 +12,7 @@ from mtp_lightning.command_line.shell import Stopped
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.experiment.device import kernels_told
-from mtp_lightning.experiment.generating import open_for
+from mtp_lightning.experiment.generating import open_from_config
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.run.layout import CHECKPOINTS
 from mtp_lightning.settings import require, require_number, require_whole
@@ -35,7 +35,7 @@ def serve(cfg: Any) -> None:
     from mtp_lightning.serving.server import Server
 
     with listen(str(cfg.host), cfg.port) as listening:  # fails before a large model is read
-        run = open_for(cfg)
+        run = open_from_config(cfg)
         name, address = _name(cfg, run.path), _address(listening)
         server = Server(cfg, run, name=name)
         print(f"{name} (page: {address.removesuffix('v1')}) answers at {address}", flush=True)

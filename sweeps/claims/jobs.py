@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import open_dict
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import LATER, flatten, has_bearing, is_plain, key_of, lies_in
+from mtp_lightning.run.config import LATER, affects_training, flatten, is_plain, key_of, lies_in
 from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, settle
 from sweeps.plan import job_of
@@ -88,7 +88,7 @@ def config_digest(config: Mapping[str, Any]) -> str:
     flat = {
         key: value
         for key, value in flatten(dict(config)).items()
-        if has_bearing(key) and not (key in LATER and value == LATER[key])
+        if affects_training(key) and not (key in LATER and value == LATER[key])
     }
     if is_plain(flat.get("mtp.depth"), flat.get("mtp._target_")):
         flat = {key: value for key, value in flat.items() if not lies_in(key, OF_DEPTHS)}

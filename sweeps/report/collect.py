@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from mtp_lightning.run.config import has_bearing, is_plain, lies_in
+from mtp_lightning.run.config import affects_training, is_plain, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import RunRecord, SweepRecord
 from sweeps.report.settings import OF_DEPTHS, SOLVED, Setting, Settings, order, show
@@ -67,7 +67,7 @@ def collect(sweeps: Sequence[SweepRecord], *, level: float = SOLVED) -> Settings
 def ignored(key: str) -> bool:
     """Whether a key separates no settings: the seed, and keys that do not change the numbers. A
     branch equals, to the last bit, a run of its config that was never branched."""
-    return key in ("seed", "branch_from") or not has_bearing(key)
+    return key in ("seed", "branch_from") or not affects_training(key)
 
 
 def _seed_keys(runs: Iterable[RunRecord]) -> set[str]:

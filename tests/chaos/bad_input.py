@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.command_line.explained import read_option
+from mtp_lightning.command_line.conf_comments import read_option
 from tests.chaos.cases import Case, hold
 from tests.chaos.given import (
     AS_TEXT,
@@ -76,12 +76,12 @@ def cases(folder: Path) -> list[Case]:
                 path = f"{group.replace('/', '.')}.{key.name}"
                 if path.rpartition(".")[2] in _FREE:
                     continue
-                for value in wrong_values(key.says):
+                for value in wrong_values(key.comment):
                     attempt = partial(_train_with, path, value, settings, cache, option, sound)
                     made.append(Case("bad input", f"{option} {path}={value}", attempt))
     for name in ("generate", "evaluate", "export"):
         for key in read_option(CONF / f"{name}.yaml", "").keys:
-            for value in wrong_values(key.says):
+            for value in wrong_values(key.comment):
                 attempt = partial(_app_with, name, f"{key.name}={value}", finished)
                 made.append(Case("bad input", f"{name} {key.name}={value}", attempt))
         for what, make in FILES.items():

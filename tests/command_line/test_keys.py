@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from mtp_lightning.command_line import keys
-from mtp_lightning.command_line.explained import groups
+from mtp_lightning.command_line.conf_comments import groups
 from mtp_lightning.errors import UserError
 
 
-def says(app: str, key: str) -> str:
+def comment(app: str, key: str) -> str:
     node, _, name = key.rpartition(".")
     return keys.of_node(node, app).keys[name]
 
@@ -31,14 +31,14 @@ def says(app: str, key: str) -> str:
 )
 def test_a_word_that_a_comment_only_mentions_is_refused(app: str, key: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}.*{value}"):
-        keys.require_taken(key, value, says(app, key))
+        keys.require_allowed(key, value, comment(app, key))
 
 
 def test_a_words_meaning_may_have_a_type() -> None:
     rules = keys.of_class("data_modules.tasks.Navigation")
     assert rules is not None
     with pytest.raises(UserError, match="must be a number"):
-        keys.require_taken("density", "random", rules.keys["density"])
+        keys.require_allowed("density", "random", rules.keys["density"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_words_meaning_may_have_a_type() -> None:
     ],
 )
 def test_a_declared_word_is_taken(app: str, key: str, value: Any) -> None:
-    keys.require_taken(key, value, says(app, key))
+    keys.require_allowed(key, value, comment(app, key))
 
 
 def test_every_default_is_taken() -> None:
@@ -70,5 +70,5 @@ def test_every_default_is_taken() -> None:
                 value: Any = option.content
                 for name in key.name.split("."):
                     value = value[name]
-                if key.says and value != "???":
-                    keys.require_taken(f"{option.name}:{key.name}", value, key.says)
+                if key.comment and value != "???":
+                    keys.require_allowed(f"{option.name}:{key.name}", value, key.comment)

@@ -38,4 +38,4 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[..., MTPModel]:
         return SimpleNamespace(model=small_model(2, 1))
 
     monkeypatch.setattr(generating, "open_model", found)
-    return lambda **asked: generating.open_for(SimpleNamespace(**{**plain, **asked})).model
+    return lambda **asked: generating.open_from_config(SimpleNamespace(**{**plain, **asked})).model

@@ -9,7 +9,7 @@ import torch
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.packed import Kind, packed_weight
 from mtp_lightning.decoding.precision import round_weights
-from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
+from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
@@ -148,12 +148,12 @@ def run(trunk, x, starts, *, packed, before):
     for entries, held in zip(cache.entries_L_BSMH, before, strict=True):
         entries.copy_(held)
     cache.lengths = list(starts)
-    positions = Positions.of_cache(cache, list(starts), x.shape[1])
+    ctx = ForwardContext.of_cache(cache, list(starts), x.shape[1])
     if packed:
         with prepared(trunk):
             assert fused(trunk) or len(trunk.blocks) == 1
-            return trunk(x, positions), cache.entries_L_BSMH
-    return trunk(x, positions), cache.entries_L_BSMH
+            return trunk(x, ctx), cache.entries_L_BSMH
+    return trunk(x, ctx), cache.entries_L_BSMH
 
 
 CASES = {
@@ -163,7 +163,7 @@ CASES = {
     "wide heads": {"heads": 2, "kv": 1, "d_head": 48},
     "norms": {"qk_norm": True},
     "biases": {"qkv_bias": True},
-    "half turned": {"d_rope": 4},
+    "half rotated": {"d_rope": 4},
     "one layer": {"layers": 1},
 }
 
@@ -236,7 +236,7 @@ def test_every_path_has_its_bits(tiny_trunk, starts):
     def filled():
         tables = PositionTables(tiny_trunk, 48)
         cache = TreeCache(tiny_trunk, tables, n_layers=tiny_trunk.n_layers, batch_size=rows)
-        trunk(x[:, : max(starts)], Positions.of_cache(cache, [0] * rows, max(starts)))
+        trunk(x[:, : max(starts)], ForwardContext.of_cache(cache, [0] * rows, max(starts)))
         return cache
 
     branches = Branches(PARENTS, torch.device("cpu"))
@@ -244,10 +244,12 @@ def test_every_path_has_its_bits(tiny_trunk, starts):
         assert "forward" in vars(trunk)
         for path in PATHS:
             cache, chain = filled(), filled()
-            found = trunk(new, Positions.of_tree(cache, starts, branches)).final
-            expected = trunk(new[:, path], Positions.of_cache(chain, starts, len(path))).final
+            found = trunk(new, ForwardContext.of_tree(cache, starts, branches)).final
+            expected = trunk(new[:, path], ForwardContext.of_cache(chain, starts, len(path))).final
             assert torch.equal(found[:, path], expected)
-            cache.settle(torch.tensor([path] * rows))
+            cache.keep_path(torch.tensor([path] * rows))
             cache.lengths = ends = [start + len(path) for start in starts]
-            kept, alone = (trunk(after, Positions.of_cache(c, ends, 2)) for c in (cache, chain))
+            kept, alone = (
+                trunk(after, ForwardContext.of_cache(c, ends, 2)) for c in (cache, chain)
+            )
             assert torch.equal(kept.final, alone.final)

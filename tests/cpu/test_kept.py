@@ -15,7 +15,7 @@ from mtp_lightning.cpu import kept as kept_weights
 from mtp_lightning.cpu import packed
 from mtp_lightning.cpu.packed import Kind, is_kept, keep_packed, packed_weight
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.fused import keeper
+from mtp_lightning.decoding.fused import packer_for
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.weight_scales import WeightScales
@@ -73,7 +73,7 @@ def test_a_weight_is_packed_by_given_scales(bits, group):
 
 def kept(model: MTPModel) -> MTPModel:
     """The model as generate.py opens it, and at least half of its numbers in packed form alone."""
-    found = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
+    found = build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
     sizes = [(weight.numel(), is_kept(weight)) for weight in found.parameters()]
     assert sum(n for n, without in sizes if without) > sum(n for n, _ in sizes) / 2
     return found
@@ -126,9 +126,9 @@ def test_rounded_weights_are_kept_as_well(precision):
     model = small_model(2, 2, vocab=300)
     use_precision(model, precision)
     light = copy.deepcopy(model)
-    keep = keeper(light)
+    packer = packer_for(light)
     for weight in light.parameters():
-        keep.keep(weight)
+        packer.pack(weight)
     prompts = random_prompts(4, (5, 20), 300)
     expected, found = (generate(m, prompts, max_new_tokens=12) for m in (model, light))
     assert ids_of(found) == ids_of(expected)
@@ -136,7 +136,7 @@ def test_rounded_weights_are_kept_as_well(precision):
 
 def test_weights_that_are_read_otherwise_stay():
     model = small_model(1, 1, deepseek=True)
-    light = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
+    light = build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
     for block in light.trunk.blocks:
         assert not any(is_kept(weight) for weight in block.parameters())
     prompts = random_prompts(4, (5, 20))
@@ -146,12 +146,12 @@ def test_weights_that_are_read_otherwise_stay():
 
 def test_without_the_library_nothing_is_kept(monkeypatch):
     use_library(monkeypatch, None)
-    assert keeper(small_model(1, 1)) is None
+    assert packer_for(small_model(1, 1)) is None
 
 
 def test_a_model_of_float64_stays():
     model = small_model(1, 1).double()
-    light = build_model(model.config, model.state_dict(), source="here", keeper=keeper)
+    light = build_model(model.config, model.state_dict(), source="here", packer_for=packer_for)
     assert not any(is_kept(weight) for weight in light.parameters())
     assert torch.equal(light.head.weight, model.head.weight)
 
@@ -165,8 +165,8 @@ def cached(tmp_path, monkeypatch):
     path.write_bytes(b"its numbers")
 
     def opened() -> MTPModel:
-        keep = functools.partial(keeper, path=path)
-        return build_model(model.config, model.state_dict(), source="here", keeper=keep)
+        at_path = functools.partial(packer_for, path=path)
+        return build_model(model.config, model.state_dict(), source="here", packer_for=at_path)
 
     return model, path, opened
 

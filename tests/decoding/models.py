@@ -71,9 +71,7 @@ def opened_model(seed: int, *, seq_len: int, depth: int = 2, path: Path = Path("
 def generation(accepted, reached, passes, new, **more) -> Generation:
     """A text of these counts."""
     return Generation(
-        token_ids=[0] * new, text=None, finish_reason="length", new_tokens=new, seconds=1.0,
-        tokens_per_second=float(new), verify_passes=passes, tokens_per_step=(new - 1) / passes,
-        acceptance=[a / r for a, r in zip(accepted, reached, strict=True)],
+        token_ids=[0] * new, text=None, finish_reason="length", seconds=1.0, verify_passes=passes,
         drafts_accepted=accepted, drafts_reached=reached, accepted_mask=[False] * new, **more,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.kv_cache import KVCache
 from tests.decoding.models import ids_of, random_prompts, small_model, steer_drafts
 
@@ -107,17 +107,17 @@ every_model = pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def drafts_of(model: MTPModel, text: list[int], n_drafts: int) -> list[int]:
     """Drafts without a cache: the module reads all true states, and after them its own."""
-    positions = Positions.of_window(
+    ctx = ForwardContext.of_window(
         model.config.trunk, len(text) - 1, device="cpu", dtype=torch.float32
     )
-    output = model.trunk(model.trunk.embedding(torch.tensor([text[:-1]])), positions)
+    output = model.trunk(model.trunk.embedding(torch.tensor([text[:-1]])), ctx)
     states, drafts = model.mtp.branch(model.trunk, output), []
     for _ in range(n_drafts):
         following = torch.tensor([[*text[1:], *drafts]])
-        positions = Positions.of_window(
+        ctx = ForwardContext.of_window(
             model.config.trunk, states.shape[1], device="cpu", dtype=torch.float32
         )
-        read = model.mtp.step(1, states, model.trunk.embedding(following), positions)
+        read = model.mtp.step(1, states, model.trunk.embedding(following), ctx)
         drafts.append(int(model.head(read[:, -1:]).argmax()))
         states = torch.cat((states, read[:, -1:]), dim=1)
     return drafts

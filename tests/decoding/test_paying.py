@@ -18,8 +18,8 @@ from mtp_lightning.decoding import generate, paying
 from mtp_lightning.decoding.adaptive import AutoDepth, Measured, Payoff, expected_tokens, fastest
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
-from mtp_lightning.decoding.paying import measure, settle_drafts, told
-from mtp_lightning.experiment.generating import drafts_settled
+from mtp_lightning.decoding.paying import measure, told, with_measured_depth
+from mtp_lightning.experiment.generating import decoding_options
 from mtp_lightning.opening import OpenedModel
 from tests.decoding.models import finished, opened_model, random_prompts, small_model
 from tests.integration.helpers import composed
@@ -90,12 +90,14 @@ def test_it_is_measured_once_for_a_model_and_a_setting(
     counted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, options = opened_at(tmp_path), DecodingOptions(max_context=64)
-    settled = settle_drafts(options, opened, rows=1, precision="fp32")
+    settled = with_measured_depth(options, opened, rows=1, precision="fp32")
     known = settled.measured
     assert settled == replace(options, draft_depth="auto", measured=known) and known is not None
     for payoff in (known.greedy, known.sampled):
         assert payoff.costs[0] == 1 and min(payoff.costs) >= 1 and len(payoff.accepted) == 2
-    again = settle_drafts(replace(options, draft_depth="auto"), opened, rows=1, precision="fp32")
+    again = with_measured_depth(
+        replace(options, draft_depth="auto"), opened, rows=1, precision="fp32"
+    )
     assert again == settled and len(counted) == 1
     # Whatever changes the speed is measured by itself.
     for number, (changed, more) in enumerate(
@@ -106,20 +108,20 @@ def test_it_is_measured_once_for_a_model_and_a_setting(
         ],
         start=2,
     ):
-        settle_drafts(changed, opened, **more)  # type: ignore[arg-type]
+        with_measured_depth(changed, opened, **more)  # type: ignore[arg-type]
         assert len(counted) == number
     os.utime(opened.path, (1, 1))  # another file at the same path
-    settle_drafts(options, opened, rows=1, precision="fp32")
+    with_measured_depth(options, opened, rows=1, precision="fp32")
     assert len(counted) == 5
     monkeypatch.setattr(paying, "version", lambda device: f"faster code for {device}")
-    settle_drafts(options, opened, rows=1, precision="fp32")
+    with_measured_depth(options, opened, rows=1, precision="fp32")
     assert len(counted) == 6
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[]", '{"greedy": 1}', "COSTS", "SHORT"])
 def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path) -> None:
     opened, options = opened_at(tmp_path), DecodingOptions()
-    first = settle_drafts(options, opened, rows=1)
+    first = with_measured_depth(options, opened, rows=1)
     (file,) = (tmp_path / "cache").glob("drafts/*/measured.json")
     stored = json.loads(file.read_text())
     if damage == "COSTS":
@@ -129,9 +131,9 @@ def test_what_is_kept_is_checked(damage: str, counted: list[Any], tmp_path: Path
         stored["sampled"]["accepted"].pop()
         damage = json.dumps(stored)
     file.write_text(damage)
-    assert settle_drafts(options, opened, rows=1).measured is not None and len(counted) == 2
+    assert with_measured_depth(options, opened, rows=1).measured is not None and len(counted) == 2
     assert first.measured is not None
-    assert settle_drafts(options, opened, rows=1).measured is not None
+    assert with_measured_depth(options, opened, rows=1).measured is not None
 
 
 def test_an_error_of_measuring_is_not_taken_for_a_damaged_folder(
@@ -146,7 +148,7 @@ def test_an_error_of_measuring_is_not_taken_for_a_damaged_folder(
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(paying, "measure", fails)
     with pytest.raises(ValueError, match="no memory"):
-        settle_drafts(DecodingOptions(), opened_at(tmp_path), rows=1)
+        with_measured_depth(DecodingOptions(), opened_at(tmp_path), rows=1)
     assert len(calls) == 1
 
 
@@ -166,7 +168,7 @@ def test_drafts_are_of_the_tokens_that_the_modules_were_trained_on(
     ):
         words = [f"{name}={value}".lower() for name, value in asked.items()]
         cfg = composed("generate", ["checkpoint=mine", *words])
-        options = drafts_settled(cfg, run)
+        options = decoding_options(cfg, run)
         assert options.draft_vocab == expected
         assert generate(run.model, [[1]], options, max_new_tokens=1)
 
@@ -179,9 +181,9 @@ def test_a_number_of_ones_own_is_kept(counted: list[Any], tmp_path: Path) -> Non
         DecodingOptions(tree=[2, 1]),  # type: ignore[arg-type]
         DecodingOptions(compile=True),
     ):
-        assert settle_drafts(options, opened, rows=1) is options
+        assert with_measured_depth(options, opened, rows=1) is options
     plain = replace(opened, model=small_model(1, 0, vocab=257))
-    assert settle_drafts(DecodingOptions(), plain, rows=1) == DecodingOptions()
+    assert with_measured_depth(DecodingOptions(), plain, rows=1) == DecodingOptions()
     assert not counted
 
 
@@ -192,7 +194,7 @@ def test_where_nothing_can_be_kept_it_is_measured(
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "file" / "below"))
     opened = opened_at(tmp_path)
     for _ in range(2):
-        assert settle_drafts(DecodingOptions(), opened, rows=1).measured is not None
+        assert with_measured_depth(DecodingOptions(), opened, rows=1).measured is not None
     assert len(counted) == 2
 
 

@@ -22,7 +22,7 @@ def config(**trainer: object) -> DictConfig:
 
 def settled(**trainer: object) -> tuple[object, ...]:
     given = config(**trainer)
-    found = device.settle_device(given).trainer
+    found = device.resolve_auto(given).trainer
     assert given == config(**trainer)  # unchanged
     return found.accelerator, found.precision, found.compile
 

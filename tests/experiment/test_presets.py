@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning.command_line import vetting
+from mtp_lightning.command_line import check_config
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment import build
 from mtp_lightning.experiment.instantiate import instantiate
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Path) -> None:
     cfg = chosen(preset, word, folder)
-    vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
+    check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     asked = OmegaConf.select(cfg, "stack.depth")
     begins = cfg.mtp.get("init", "random")
     assert begins == (OmegaConf.select(cfg, "stack.init") or "random") or "init" not in cfg.mtp
@@ -120,6 +120,6 @@ def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
     typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
     cfg = composed("config", [*typed, f"paths.output_dir={folder}/run"])
     with pytest.raises(UserError, match="mtp.depth must be 0 with mtp=none, not 2"):
-        vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
+        check_config.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="mtp.depth must be 0 with mtp=none, not 2"):
         build.build_model_config(cfg, 300)

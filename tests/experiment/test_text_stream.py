@@ -110,7 +110,7 @@ def test_a_text_in_a_line() -> None:
     done = generation([25, 18], [36, 25], 36, 80, drafts=72)
     done = replace(done, text="x", accepted_mask=[True] * 43 + [False] * 37)
     assert told(done) == "80 tokens in 37 passes, 2.16 per pass; 43 drafts accepted of 72"
-    plain = replace(done, new_tokens=1, verify_passes=0, drafts=0)
+    plain = replace(done, token_ids=[0], verify_passes=0, drafts=0)
     assert told(plain) == "1 token in 1 pass"
     assert ends_at_once(done) is None
     assert "first token is the end" in (

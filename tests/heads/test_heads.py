@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mtp_lightning.chat_template import ChatTemplate
-from mtp_lightning.command_line.literal import literal
+from mtp_lightning.command_line.quote import literal
 from mtp_lightning.errors import UserError
 from mtp_lightning.heads import planning, timing
 from mtp_lightning.heads.__main__ import PLAN, RUN, main, make_plan, run_phase

@@ -12,7 +12,7 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.experts import fits_grouped
 from mtp_lightning.nn.moe import MoE
 from mtp_lightning.objective.balance.base import NoBalance
@@ -69,12 +69,12 @@ def test_attention_in_blocks_is_that_of_the_dense_mask(tiny_trunk, latent, dtype
     x = torch.randn(2, 300, trunk.d_model, device="cuda", dtype=dtype)
     found = []
     for in_blocks in (False, True):
-        positions = Positions.of_window(
+        ctx = ForwardContext.of_window(
             trunk, 300, device=x.device, dtype=dtype, documents=documents, in_blocks=in_blocks
         )
         own = x.clone().requires_grad_()
         call = torch.compile(layer) if in_blocks else layer
-        out = call(own, positions)
+        out = call(own, ctx)
         found.append([out, *torch.autograd.grad(out.square().sum(), [own, *layer.parameters()])])
     bound = 0.05 if dtype == torch.bfloat16 else 5e-3
     for a, b in zip(*found, strict=True):

@@ -22,7 +22,7 @@ from mtp_lightning.cpu.packed import Kind, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import require_same_greedy
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.generating import open_to_decode
+from mtp_lightning.experiment.generating import open_for_decoding
 from mtp_lightning.interop import gguf_blocks, gguf_reader, gguf_tokenizer
 from mtp_lightning.interop.gguf_reader import read_header
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -99,7 +99,7 @@ def test_k_quants_are_decoded_from_blocks_to_the_bits_of_the_dequantized_model(
 ) -> None:
     monkeypatch.setattr(gguf_blocks, "_SLAB", 1000)  # several portions a tensor
     file = write_gguf(tmp_path / "tiny.gguf", k_quants=True)
-    dequantized, light = open_model(file).model, open_to_decode(file).model
+    dequantized, light = open_model(file).model, open_for_decoding(file).model
     kinds = {
         "attention.qkv": Kind.BLOCKS8_FULL,  # of rows of Q4_K and Q6_K
         "attention.out": Kind.BLOCKS4_FULL,
@@ -277,7 +277,7 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     assert set(first.state()["beside"]) == kept
 
 
-def test_heads_that_are_turned_in_part_are_refused(tmp_path: Path) -> None:
+def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:
     def in_part(writer: Any) -> None:
         writer.add_rope_dimension_count(8)
 

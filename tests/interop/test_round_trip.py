@@ -179,15 +179,15 @@ def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (3, 2)
 
 
-@pytest.mark.parametrize(("d_head", "turned"), [(44, 30), (16, 16), (128, 64), (20, 2)])
-def test_the_turned_share_survives_its_rounding(d_head: int, turned: int) -> None:
+@pytest.mark.parametrize(("d_head", "rotary_dim"), [(44, 30), (16, 16), (128, 64), (20, 2)])
+def test_the_rotated_share_survives_its_rounding(d_head: int, rotary_dim: int) -> None:
     """30 / 44 * 44 is less than 30."""
     trunk = folders.TRUNKS["glm4_moe"]
-    trunk = replace(trunk, d_head=d_head, attention=replace(trunk.attention, d_rope=turned))
+    trunk = replace(trunk, d_head=d_head, attention=replace(trunk.attention, d_rope=rotary_dim))
     fields = to_json(deepseek.build(trunk).config, depth=0, max_positions=64, dtype="float32",
                      eot_id=None)  # fmt: skip
     back = from_json(fields, depth=0, source="x")
-    assert back.attention.turned_size(back) == turned
+    assert back.attention.rotary_dim(back) == rotary_dim
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ DEEPSEEK = {
     "v_head_dim": 6, "qk_nope_head_dim": 8, "n_group": 4, "topk_group": 2,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.0,
 }  # fmt: skip
-# As GLM-4.5 is: biases, norms on heads, half of which is turned; GLM-4.5-Air is without the norms.
+# As GLM-4.5 is: biases, norms on heads, half of which is rotated; GLM-4.5-Air is without the norms.
 GLM = {
     **SIZES, "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True,
     "use_qk_norm": True, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,

@@ -13,13 +13,13 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.metrics import rates as rates_file
 from mtp_lightning.metrics.rates import DepthRates, bits_per_byte, bits_per_byte_se
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import NoModules
 from mtp_lightning.mtp.own_head import OwnHead
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.nn.head import Head
 
 
-class Stack(Targets):
+class Stack(NoModules):
     """Depths that have a head of their own, or the shared one."""
 
     def __init__(self, own: OwnHead | None = None) -> None:

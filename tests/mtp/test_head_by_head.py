@@ -38,8 +38,8 @@ def joint(
     """The same objective, with a joint backward pass after the forward passes of all heads."""
     factors = [1.0, *weights]
     depths = depths_of(factors)
-    final, at = model.run_trunk(batch, depths, auxiliary=auxiliary)
-    feed = Together(final, list(model.mtp.states(at, depths)), {})
+    final, inputs = model.run_trunk(batch, depths, auxiliary=auxiliary)
+    feed = Together(final, list(model.mtp.states(inputs, depths)), {})
     targets = [
         DepthTarget(k, batch.targets(k), factors[k] / max(counts[k], 1), CrossEntropy())
         for k in (0, *depths)
@@ -191,16 +191,16 @@ def test_heads_with_a_matrix_of_their_own_train_it(tiny_trunk: TrunkConfig) -> N
     model.initialize(0)  # a new layer's weights are whatever its memory held
     batch, own = windows(2, seq_len=9, depth=2), model.mtp.own
     rows = {k: own.rows_of(batch.targets(k)) for k in (1, 2)}
-    final, at = model.run_trunk(batch, [1, 2])
-    for k, hidden in model.mtp.states(at, [1, 2]):
+    final, inputs = model.run_trunk(batch, [1, 2])
+    for k, hidden in model.mtp.states(inputs, [1, 2]):
         log_q_BTN = (hidden @ own.weight.T).log_softmax(-1)[rows[k] >= 0]
         wanted = rows[k][rows[k] >= 0]
         (-log_q_BTN[torch.arange(len(wanted)), wanted].sum()).backward(retain_graph=True)
     expected, own.weight.grad = own.weight.grad, None
 
-    final, at = model.run_trunk(batch, [1, 2])
+    final, inputs = model.run_trunk(batch, [1, 2])
     targets = [DepthTarget(k, rows[k], 1.0, CrossEntropy()) for k in rows]
     targets = [DepthTarget(0, batch.targets(0), 0.0, CrossEntropy()), *targets]
-    feed = model.mtp.feed(final, at, batch, [1, 2])
+    feed = model.mtp.feed(final, inputs, batch, [1, 2])
     stream_loss(model.head.weight, feed, targets)[0].backward()
     torch.testing.assert_close(own.weight.grad, expected)

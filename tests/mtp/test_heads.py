@@ -86,8 +86,8 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     if head in ("nextlat", "linear"):
         expected = {k: found[0] for k in range(3)}
     elif head == "masked":  # the sampler and the updates start at zero
-        _, at = model.run_trunk(windows(1, 8, 2), [1, 2])
-        expected = dict(enumerate([found[0], *at.hidden.chunk(2, -1)]))
+        _, inputs = model.run_trunk(windows(1, 8, 2), [1, 2])
+        expected = dict(enumerate([found[0], *inputs.hidden.chunk(2, -1)]))
     else:
         bare = replace(model.config.mtp, correction="none", correction_rank=None)
         plain = MTPModel(replace(model.config, mtp=bare))

@@ -96,7 +96,7 @@ def test_every_weight_of_a_module(
     last = states["before" if mtp.branch == "before_last" else "last"]
     hidden = last if mtp.input_norm == "pre" else trunk.norm(last)
     hidden = hidden[:, : batch.seq_len]
-    _, at = model.run_trunk(batch, [1])
+    _, inputs = model.run_trunk(batch, [1])
     for k in range(1, mtp.depth + 1):
         module = model.mtp.depths[0 if mtp.share_layers else k - 1]
         token = model.trunk.embedding.weight[batch.tokens[:, k : batch.seq_len + k]]
@@ -122,7 +122,7 @@ def test_every_weight_of_a_module(
                 module.eh_proj.weight.detach().numpy(), wanted, rtol=1e-3, atol=2e-4
             )
         with torch.no_grad():
-            hidden = module(hidden, token, at.positions)
+            hidden = module(hidden, token, inputs.ctx)
 
 
 def _rms(x: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def test_a_finished_trunk_is_left_as_it_is(consistency: float) -> None:
     for number in range(30):
         result = step(batch, Progress(number, 30), optimizer)
         losses.append(float(result.losses[1:].sum()))
-        logged = result.log_values().get("train/consistency_loss")
+        logged = result.values.get("train/consistency_loss")
         assert (logged is None) == (consistency == 0.0) and (logged is None or logged > 0)
     assert losses[-1] < 0.5 * losses[0]
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}

@@ -24,7 +24,7 @@ from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp import selector
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.rescoring import Forced
+from mtp_lightning.mtp.chunk import Chunk
 from mtp_lightning.nn.config import TrunkConfig
 from tests.decoding.models import random_prompts, small_model
 from tests.models import build, windows
@@ -126,10 +126,11 @@ def trained_scores(model: MTPModel, text: list[int], k: int) -> Tensor:
     hidden_C = model(WindowBatch(window, model.depth))[k][0, -1]
     log_q_V = torch.log_softmax(model.head(hidden_C), -1)
     ids = log_q_V.topk(selector.CANDIDATES).indices
-    said = (k, log_q_V[None], hidden_C[None], torch.tensor([text[-1]]))
+    before = torch.tensor([text[-1]])
     found = torch.full_like(log_q_V, -math.inf)
     for b in ids:  # the loss of each candidate as the target
-        found[b] = -model.mtp.rescorer.value(Forced(*said, b[None]))[0]
+        chunk = Chunk(k, log_q_V[None], b[None], hidden_C[None], before_R=before)
+        found[b] = -model.mtp.rescorer.value(chunk)[0]
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_modules.windows import RandomKey, WindowBatch
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.feed import Feed
-from mtp_lightning.mtp.inputs import BranchPoint
+from mtp_lightning.mtp.inputs import StackInputs
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers
@@ -64,13 +64,13 @@ def test_every_step_and_micro_batch_draws_anew(
     def recorded(
         stack: SequentialMTP,
         final_BTC: Tensor,
-        at: BranchPoint,
+        inputs: StackInputs,
         batch: WindowBatch,
         depths: Sequence[int],
     ) -> Feed:
         if not final_BTC.is_meta:  # a step there is counted, not trained
-            keys.append(at.key)
-        return feed(stack, final_BTC, at, batch, depths)
+            keys.append(inputs.key)
+        return feed(stack, final_BTC, inputs, batch, depths)
 
     monkeypatch.setattr(SequentialMTP, "feed", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}

@@ -15,7 +15,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
+from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
@@ -41,17 +41,17 @@ class WindowAttention(Attention):
         super().__init__(trunk, config)
         self.window = config.window
 
-    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        if positions.cache is not None:
-            distance = positions.cache.distances()
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext, layer: int = 0) -> Tensor:
+        if ctx.cache is not None:
+            distance = ctx.cache.distances()
             hidden = (distance < 0) | (distance >= self.window)
             mask = torch.zeros(hidden.shape, dtype=x_BTC.dtype).masked_fill(hidden, -torch.inf)
         else:
             at = torch.arange(x_BTC.shape[1])
             distance = at.unsqueeze(1) - at
             mask = (distance >= 0) & (distance < self.window)
-            mask = mask if positions.mask is None else mask & positions.mask
-        return super().forward(x_BTC, replace(positions, mask=mask), layer)
+            mask = mask if ctx.mask is None else mask & ctx.mask
+        return super().forward(x_BTC, replace(ctx, mask=mask), layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Squared(nn.Module):
         self.up = nn.Linear(d_model, width)
         self.down = nn.Linear(width, d_model, bias=False)
 
-    def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return self.down(self.up(x_BTC).relu().square())
 
 
@@ -84,7 +84,7 @@ LATENT, EXPERTS = deepseek.LATENT, deepseek.EXPERTS
 LAYERS: dict[str, LayerConfig] = {
     "grouped": GroupedQueryConfig(),
     "grouped with all": GroupedQueryConfig(qk_norm=True, qkv_bias=True),
-    "grouped, half turned": GroupedQueryConfig(qk_norm=True, qkv_bias=True, d_rope=4),
+    "grouped, half rotated": GroupedQueryConfig(qk_norm=True, qkv_bias=True, d_rope=4),
     "latent": LATENT,
     "latent, direct": replace(LATENT, q_rank=None),
     "dense": DenseConfig(),

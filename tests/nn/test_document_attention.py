@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import GroupedQueryConfig, Positions
+from mtp_lightning.nn.attention import ForwardContext, GroupedQueryConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.document_attention import block_mask, dense_mask, of_blocks
@@ -50,10 +50,10 @@ def test_blocks_are_the_dense_mask(rows: int, seq_len: int, per_text: int, seed:
             assert found[row, 0, q].tolist() == expected
 
 
-def gradients(model: nn.Module, x: Tensor, positions: Positions) -> list[Tensor]:
+def gradients(model: nn.Module, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
     """The output of an attention layer, and the gradients of its input and parameters."""
     x = x.clone().requires_grad_()
-    out = model(x, positions)
+    out = model(x, ctx)
     return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
 
 
@@ -70,7 +70,7 @@ def test_a_layer_computes_the_same(tiny_trunk: TrunkConfig, kind: str) -> None:
         nn.init.normal_(parameter, 0.5, 0.2)
     x = torch.randn(*DOCUMENTS.shape, trunk.d_model, dtype=torch.float64)
     dense, blocks = (
-        Positions.of_window(
+        ForwardContext.of_window(
             trunk, x.shape[1], device=x.device, dtype=x.dtype, documents=DOCUMENTS, in_blocks=way
         )
         for way in (False, True)
@@ -95,7 +95,7 @@ def test_only_layers_that_can_are_given_blocks(tiny_trunk: TrunkConfig) -> None:
         (deepseek.trunk(latent={"d_nope": 20, "d_value": 12}, d_head=None), Tensor),
         (replace(wide, attention=OwnAttention()), Tensor),
     ):
-        mask = Positions.of_window(
+        mask = ForwardContext.of_window(
             trunk, 200, device=DOCUMENTS.device, documents=DOCUMENTS, in_blocks=True
         ).mask
         assert isinstance(mask, expected)
@@ -128,9 +128,11 @@ def test_compiled_blocks_take_every_mask(
     assert not model.compiled
     for block in (layer for layer in model.modules() if isinstance(layer, Block)):
         block.compile(backend="aot_eager")
-    make = Positions.of_window
+    make = ForwardContext.of_window
     monkeypatch.setattr(
-        Positions, "of_window", lambda *args, **given: make(*args, **given | {"in_blocks": True})
+        ForwardContext,
+        "of_window",
+        lambda *args, **given: make(*args, **given | {"in_blocks": True}),
     )
     torch.compiler.reset()
     first = states(model, batches[0])
@@ -145,8 +147,8 @@ def test_compiled_blocks_take_every_mask(
 def test_registers_see_through_blocks(tiny_trunk: TrunkConfig) -> None:
     stack = build(replace(tiny_trunk, d_head=16), "registers", lookahead=3).mtp
     masks = [
-        stack.positions(
-            Positions.of_window(
+        stack.context(
+            ForwardContext.of_window(
                 stack.trunk_config, 200, device=torch.device("cpu"), documents=DOCUMENTS,
                 in_blocks=way,
             ),

@@ -10,13 +10,13 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions, qkv_width
+from mtp_lightning.nn.attention import Attention, ForwardContext, GroupedQueryConfig, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.rope import RopeScaling, over_whole_heads, rope_table
 from tests import deepseek, reference
 
 BIASED = GroupedQueryConfig(qkv_bias=True)
-HALF_TURNED = GroupedQueryConfig(d_rope=4)
+HALF_ROTATED = GroupedQueryConfig(d_rope=4)
 NORMED = GroupedQueryConfig(qk_norm=True)
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
@@ -31,11 +31,11 @@ def test_a_new_bias_is_zero_and_a_trained_one_counts(tiny_trunk: TrunkConfig) ->
     attention, plain = model.trunk.blocks[0].attention, without.trunk.blocks[0].attention
     assert torch.equal(attention.qkv_bias, torch.zeros(qkv_width(trunk)))
     x_BTC = torch.randn(2, 5, trunk.d_model)
-    positions = Positions.of_window(trunk, 5, device=torch.device("cpu"))
-    assert torch.equal(attention(x_BTC, positions), plain(x_BTC, positions))
+    ctx = ForwardContext.of_window(trunk, 5, device=torch.device("cpu"))
+    assert torch.equal(attention(x_BTC, ctx), plain(x_BTC, ctx))
     with torch.no_grad():
         attention.qkv_bias.normal_()
-    attention(x_BTC, positions).sum().backward()
+    attention(x_BTC, ctx).sum().backward()
     assert attention.qkv_bias.grad.abs().max() > 0
 
 
@@ -47,16 +47,16 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
     attention.out.weight.normal_()
     attention.qkv_bias.normal_()
     x_BTC = torch.randn(1, 4, trunk.d_model)
-    positions = Positions.of_window(trunk, 4, device=torch.device("cpu"))
+    ctx = ForwardContext.of_window(trunk, 4, device=torch.device("cpu"))
     value = attention.qkv_bias[-trunk.n_kv_heads * trunk.d_head :].view(trunk.n_kv_heads, -1)
     repeated = value.repeat_interleave(trunk.n_heads // trunk.n_kv_heads, dim=0).flatten()
     expected = (attention.out.weight @ repeated).expand(1, 4, -1)
-    torch.testing.assert_close(attention(x_BTC, positions), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention(x_BTC, ctx), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"rope_scaling": SCALING}, *({"attention": a} for a in (BIASED, HALF_TURNED, NORMED))],
+    [{"rope_scaling": SCALING}, *({"attention": a} for a in (BIASED, HALF_ROTATED, NORMED))],
 )
 def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
     """Token by token, against whole windows that are read again for every token."""
@@ -66,27 +66,27 @@ def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change:
         for speculative in (False, True)
     )
     ids = [1, 2, 3]
-    positions = Positions.of_window(model.config.trunk, 15, device=torch.device("cpu"))
+    ctx = ForwardContext.of_window(model.config.trunk, 15, device=torch.device("cpu"))
     with torch.no_grad():
         for _ in range(12):
             padded = torch.tensor([ids + [0] * (15 - len(ids))])
-            hidden = model.trunk(model.trunk.embedding(padded), positions).final
+            hidden = model.trunk(model.trunk.embedding(padded), ctx).final
             ids.append(int(model.head(hidden[0, len(ids) - 1]).argmax()))
     assert plain == drafted == ids[3:]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_part_of_each_head_is_turned(tiny_trunk: TrunkConfig, masked: bool) -> None:
-    """The reference is loops in double precision; heads that are turned whole differ from it."""
-    trunk = replace(tiny_trunk, attention=HALF_TURNED, d_head=8)
+def test_a_part_of_each_head_is_rotated(tiny_trunk: TrunkConfig, masked: bool) -> None:
+    """The reference is loops in double precision; heads that are rotated whole differ from it."""
+    trunk = replace(tiny_trunk, attention=HALF_ROTATED, d_head=8)
     attention = deepseek.build(trunk).trunk.blocks[0].attention
     x_BTC = torch.randn(1, 9, trunk.d_model)
     documents = torch.tensor([[0] * 4 + [1] * 5]) if masked else None
-    positions = Positions.of_window(trunk, 9, device=torch.device("cpu"), documents=documents)
-    found = attention(x_BTC, positions)[0].double()
+    ctx = ForwardContext.of_window(trunk, 9, device=torch.device("cpu"), documents=documents)
+    found = attention(x_BTC, ctx)[0].double()
     weights = {f"a.{name}": w.double() for name, w in attention.state_dict().items()}
     listed = documents[0].tolist() if masked else None
-    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed, turned=4)
+    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed, rotary_dim=4)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     whole = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed)
     assert (found - whole).abs().max() > 1e-3

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables
-from mtp_lightning.nn.rope import over_whole_heads, rope_table, turn_in_place
+from mtp_lightning.nn.rope import over_whole_heads, rope_table, rotate_in_place
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from tests.deepseek import trunk as deepseek_trunk
 from tests.kernels import BATCH_INVARIANT, prepared
@@ -53,7 +53,7 @@ def test_turning_in_place_is_rotary():
     cos, sin = (t.unsqueeze(-2) for t in rope_table(positions, 8, 100.0))
     expected = rotary(x, cos, sin)
     whole = (t.unsqueeze(-2) for t in over_whole_heads(*rope_table(positions, 8, 100.0)))
-    turn_in_place(x, *whole)
+    rotate_in_place(x, *whole)
     torch.testing.assert_close(x, expected)
 
 
@@ -66,12 +66,12 @@ def test_passes_of_any_width_equal_one_window(kv, exact):
     config = deepseek_trunk(d_model=32) if latent else TrunkConfig(n_kv_heads=kv, **sizes)
     layer, x = attention(config), torch.randn(3, 30, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(config, 30, device=torch.device("cpu")))
+        expected = layer(x, ForwardContext.of_window(config, 30, device=torch.device("cpu")))
         cache, start = cache_of(config, 3), 0
         for width in (20, 1, 3, 5, 1):
-            positions = Positions.of_cache(cache, [start] * 3, width)
+            ctx = ForwardContext.of_cache(cache, [start] * 3, width)
             with passes(width, exact):
-                got = layer(x[:, start : start + width], positions)
+                got = layer(x[:, start : start + width], ctx)
             close(got, expected[:, start : start + width])
             start += width
 
@@ -80,15 +80,15 @@ def test_passes_of_any_width_equal_one_window(kv, exact):
 def test_rows_of_unequal_lengths_and_rejected_tokens(trunk, exact):
     layer, x = attention(trunk), torch.randn(2, 24, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(trunk, 24, device=torch.device("cpu")))
+        expected = layer(x, ForwardContext.of_window(trunk, 24, device=torch.device("cpu")))
         cache = cache_of(trunk, 2)
-        layer(x[:, :18], Positions.of_cache(cache, [0, 0], 18))
+        layer(x[:, :18], ForwardContext.of_cache(cache, [0, 0], 18))
         for starts in ([4, 11], [6, 12], [3, 20], [7, 7]):  # back and forth, over stale entries
             if max(s - held for s, held in zip(starts, cache.lengths, strict=True)) > 0:
                 continue
             new = torch.stack([x[row, s : s + 3] for row, s in enumerate(starts)])
             with passes(3, exact):
-                got = layer(new, Positions.of_cache(cache, starts, 3))
+                got = layer(new, ForwardContext.of_cache(cache, starts, 3))
             for row, s in enumerate(starts):
                 close(got[row], expected[row, s : s + 3])
 
@@ -96,36 +96,36 @@ def test_rows_of_unequal_lengths_and_rejected_tokens(trunk, exact):
 def test_dropping_a_row_moves_the_last_one_in(trunk):
     layer, x = attention(trunk), torch.randn(3, 12, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(trunk, 12, device=torch.device("cpu")))
+        expected = layer(x, ForwardContext.of_window(trunk, 12, device=torch.device("cpu")))
         cache = cache_of(trunk, 3)
-        layer(x[:, :10], Positions.of_cache(cache, [0, 0, 0], 10))
+        layer(x[:, :10], ForwardContext.of_cache(cache, [0, 0, 0], 10))
         storage = cache.entries_L_BSMH[0].data_ptr()
         cache.drop_row(0)
         assert cache.batch_size == 2 and cache.entries_L_BSMH[0].data_ptr() == storage
-        got = layer(x[[2, 1], 10:], Positions.of_cache(cache, [10, 10], 2))
+        got = layer(x[[2, 1], 10:], ForwardContext.of_cache(cache, [10, 10], 2))
         close(got, expected[[2, 1], 10:])
         # A row's own view writes into the same storage.
-        layer(x[:1, :4], Positions.of_cache(cache.rows(slice(1, 2)), [0], 4))
+        layer(x[:1, :4], ForwardContext.of_cache(cache.rows(slice(1, 2)), [0], 4))
         cache.lengths[1] = 4
-        got = layer(x[:1, 4:6].expand(2, -1, -1), Positions.of_cache(cache, [4, 4], 2))
+        got = layer(x[:1, 4:6].expand(2, -1, -1), ForwardContext.of_cache(cache, [4, 4], 2))
         close(got[1], expected[0, 4:6])
 
 
 def test_rows_come_back_and_storage_grows(trunk):
     layer, x = attention(trunk), torch.randn(3, 40, 32)
     with torch.no_grad():
-        expected = layer(x, Positions.of_window(trunk, 40, device=torch.device("cpu")))
+        expected = layer(x, ForwardContext.of_window(trunk, 40, device=torch.device("cpu")))
         cache = cache_of(trunk, 3, capacity=16)
-        layer(x[:, :10], Positions.of_cache(cache, [0, 0, 0], 10))
+        layer(x[:, :10], ForwardContext.of_cache(cache, [0, 0, 0], 10))
         cache.drop_row(0)
         cache.resize(3)  # x[2], x[1], and a new row
         assert cache.lengths == [10, 10, 0]
-        layer(x[:1, :10], Positions.of_cache(cache.rows(slice(2, 3)), [0], 10))
+        layer(x[:1, :10], ForwardContext.of_cache(cache.rows(slice(2, 3)), [0], 10))
         cache.lengths[2] = 10
         cache.grow(PositionTables(trunk, 48))
         order = [2, 1, 0]
         for start in range(10, 40, 5):
-            got = layer(x[order, start : start + 5], Positions.of_cache(cache, [start] * 3, 5))
+            got = layer(x[order, start : start + 5], ForwardContext.of_cache(cache, [start] * 3, 5))
             close(got, expected[order, start : start + 5])
 
 
@@ -159,17 +159,17 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
     def filled():
         tables = PositionTables(config, 48)
         cache = TreeCache(config, tables, n_layers=1, batch_size=rows)
-        layer(x[:, : max(starts)], Positions.of_cache(cache, [0] * rows, max(starts)))
+        layer(x[:, : max(starts)], ForwardContext.of_cache(cache, [0] * rows, max(starts)))
         return cache
 
     with torch.no_grad(), prepared(layer):
         cache, branches = filled(), Branches(PARENTS, torch.device("cpu"))
         with batch_invariant_pass(len(PARENTS) if exact else 99, torch.device("cpu")):
-            found = layer(new, Positions.of_tree(cache, starts, branches))
+            found = layer(new, ForwardContext.of_tree(cache, starts, branches))
         for path in PATHS:
             chain = filled()
             with batch_invariant_pass(len(path) if exact else 99, torch.device("cpu")):
-                expected = layer(new[:, path], Positions.of_cache(chain, starts, len(path)))
+                expected = layer(new[:, path], ForwardContext.of_cache(chain, starts, len(path)))
             torch.testing.assert_close(found[:, path], expected, rtol=1e-4, atol=1e-5)
             if exact:
                 assert torch.equal(cache.distances()[:, path], chain.distances())
@@ -181,10 +181,10 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
             kept._stored = [s.clone() for s in cache._stored]
             kept._kept = dict(cache._kept)
             kept.resize(rows)
-            kept.settle(torch.tensor([path] * rows))
+            kept.keep_path(torch.tensor([path] * rows))
             ends = [start + len(path) for start in starts]
             kept.lengths = ends
-            expected = layer(after, Positions.of_cache(chain, ends, 2))
+            expected = layer(after, ForwardContext.of_cache(chain, ends, 2))
             torch.testing.assert_close(
-                layer(after, Positions.of_cache(kept, ends, 2)), expected, rtol=1e-4, atol=1e-5
+                layer(after, ForwardContext.of_cache(kept, ends, 2)), expected, rtol=1e-4, atol=1e-5
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
@@ -42,11 +42,11 @@ def test_windows_equal_the_equations(q_rank: int | None, d_value: int, masked: b
     layer = layer_of(config)
     x = torch.randn(2, 37, 32)  # more than one block of queries
     documents = [[0] * 9 + [1] * 28, [3] * 37] if masked else None
-    positions = Positions.of_window(
+    ctx = ForwardContext.of_window(
         config, 37, device=x.device, documents=torch.tensor(documents) if documents else None
     )
     with torch.no_grad():
-        found = layer(x, positions)
+        found = layer(x, ctx)
     torch.testing.assert_close(
         found.double(), expected(x, layer, config, documents), rtol=1e-4, atol=1e-5
     )
@@ -55,10 +55,14 @@ def test_windows_equal_the_equations(q_rank: int | None, d_value: int, masked: b
 def test_gradients_equal_those_in_double_precision() -> None:
     layer = layer_of(deepseek.TRUNK)
     x = torch.randn(2, 37, 32, requires_grad=True)
-    layer(x, Positions.of_window(deepseek.TRUNK, 37, device=x.device)).square().sum().backward()
+    layer(
+        x, ForwardContext.of_window(deepseek.TRUNK, 37, device=x.device)
+    ).square().sum().backward()
     double = layer_of(deepseek.TRUNK).double()
     y = x.detach().double().requires_grad_()
-    double(y, Positions.of_window(deepseek.TRUNK, 37, device=x.device)).square().sum().backward()
+    double(
+        y, ForwardContext.of_window(deepseek.TRUNK, 37, device=x.device)
+    ).square().sum().backward()
     torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-3, atol=1e-4)
     for (name, a), b in zip(layer.named_parameters(), double.parameters(), strict=True):
         torch.testing.assert_close(

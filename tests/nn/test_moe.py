@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mtp_lightning.nn import experts as plain
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.auxiliary import AuxiliaryOutputs
 from mtp_lightning.nn.experts import Experts, routed_experts
 from mtp_lightning.nn.moe import ExpertsConfig, MoE, Router, sequence_balance_loss
@@ -133,9 +133,9 @@ def test_choice_equals_sorting() -> None:
         assert sorted(found) == sorted(expected)
 
 
-def at(auxiliary: AuxiliaryOutputs | None) -> Positions:
+def at(auxiliary: AuxiliaryOutputs | None) -> ForwardContext:
     config = deepseek.trunk()
-    return Positions.of_window(config, 1, device=torch.device("cpu"), auxiliary=auxiliary)
+    return ForwardContext.of_window(config, 1, device=torch.device("cpu"), auxiliary=auxiliary)
 
 
 def test_loads_count_each_reported_pass_once() -> None:

@@ -89,12 +89,12 @@ def test_drafts_are_coloured_and_text_is_text() -> None:
     """Markup in a text stays text, which ends before a stop string."""
     ids = [ord(letter) for letter in "x<b>;;"]
     mask = [False, True, True, False, True, True]
-    generation = Generation(ids, "x<b>", "stop", 6, 1.0, 6.0, 3, 2.0, [0.5], [3], [6], mask)
+    generation = Generation(ids, "x<b>", "stop", 1.0, 3, [3], [6], mask)
     text = Text("<i>", generation, Letters())
     assert list(text.pieces()) == [("x", False), ("<", True), ("b", True), (">", False)]
     page = text._repr_html_()
     assert "&lt;i&gt;</span>x<span" in page and ">&lt;b</span>&gt;</pre>" in page
-    assert "2.00 per pass" in page
+    assert "1.67 per pass" in page
 
 
 def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:

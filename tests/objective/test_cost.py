@@ -175,7 +175,7 @@ class Capped(nn.Linear):
     def __init__(self, d_model: int) -> None:
         super().__init__(d_model, d_model)
 
-    def forward(self, x_BTC, positions=None):
+    def forward(self, x_BTC, ctx=None):
         return super().forward(x_BTC) / max(x_BTC.max().item(), 1.0)
 
 

@@ -127,7 +127,7 @@ def check(case: Case) -> str | None:
     with counted_flops() if counts else nullcontext() as counted:
         result = step(batch, progress, optimizer)
     want = Step(model, batch, RandomKey(step.seed, now), step.schedule.lambdas(progress), asked)
-    found = {tag: float(value) for tag, value in result.log_values().items()}
+    found = {tag: float(value) for tag, value in result.values.items()}
     norm = float(sum(gradient.double().square().sum() for gradient in optimizer.found)) ** 0.5
     assert found == pytest.approx(want.logged | {"train/grad_norm": norm}, rel=1e-9)
     # If no position of a depth has a teacher, a step computes less than it counts.

@@ -113,7 +113,7 @@ def test_a_depth_without_a_target_is_not_computed(
         elif with_targets:
             assert len(result.plan.active) == 1
         assert torch.isfinite(result.losses).all() and torch.isfinite(result.loss)
-        values = {tag: float(value) for tag, value in result.log_values().items()}
+        values = {tag: float(value) for tag, value in result.values.items()}
         assert all(value == value for value in values.values()), values
         for k in {1, 2} - set(result.plan.active):
             assert values[f"train/lambda_depth_{k}"] == 0.0
@@ -166,7 +166,7 @@ def test_nothing_is_computed_for_a_frozen_trunk(
         switches = {"freeze_trunk": True} if frozen else {"detach": "all"}
         result = Trained(tiny_trunk, variant, RULES[rule](DEPTH), **switches)(documents_of(5))
         found[frozen] = result
-        assert ("train/loss_depth_0" in result.log_values()) == (not frozen or rule == "dwa")
+        assert ("train/loss_depth_0" in result.values) == (not frozen or rule == "dwa")
     assert torch.equal(found[True].losses[1:], found[False].losses[1:])
     if rule == "none":
         assert found[True].losses[0] == 0 and found[True].plan.tasks == [1, 2]
@@ -194,7 +194,7 @@ def test_accumulation_is_a_larger_batch(tiny_trunk: TrunkConfig, rule: str, vari
     assert len({tuple(m.counts().tolist()) for m in batch.micro_batches(4)}) > 1
     for _ in range(3):
         expected, found = (
-            {tag: float(value) for tag, value in trained(batch).log_values().items()}
+            {tag: float(value) for tag, value in trained(batch).values.items()}
             for trained in (whole, parts)
         )
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
@@ -220,7 +220,7 @@ def test_measuring_rules_log_norms_and_count_their_cost(
     results = [trained(batch) for _ in range(10)]
     tags = [f"grad/{where}norm_depth_{k}" for k in range(3)]
     last = 9 if rule.name == "trunk_ratio" else 10  # it measures nothing in the last tenth
-    assert [[tag in result.log_values() for tag in tags] for result in results] == [
+    assert [[tag in result.values for tag in tags] for result in results] == [
         [step % every == 0 and step <= last] * 3 for step in range(1, 11)
     ]
     plain = 10 * 2 * trained.step.cost(12, [1, 2])

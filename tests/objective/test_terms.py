@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.chunk import Chunk, Teacher
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.anchor import Anchor
-from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
+from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.objective.terms.eal import EAL

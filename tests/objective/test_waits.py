@@ -26,7 +26,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.attention import ForwardContext
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.trunk import TrunkOutput
 from mtp_lightning.objective.balance.base import NoBalance
@@ -184,8 +184,8 @@ def test_a_mask_in_blocks_copies_nothing_from_the_host(
     batch = masked(windows(4, 12, 0)).to(device)
     seen = []
 
-    def run(embedded: torch.Tensor, positions: Positions) -> TrunkOutput:
-        seen.append(positions.mask)
+    def run(embedded: torch.Tensor, ctx: ForwardContext) -> TrunkOutput:
+        seen.append(ctx.mask)
         return TrunkOutput(embedded, embedded, embedded)
 
     monkeypatch.setattr(model.trunk, "forward", run)

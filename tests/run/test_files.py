@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.run.atomic import replacing, write_bytes, write_json
-from mtp_lightning.run.config import describe_differences, flatten, has_bearing, key_of, lies_in
+from mtp_lightning.run.config import (
+    affects_training,
+    describe_differences,
+    flatten,
+    key_of,
+    lies_in,
+)
 from mtp_lightning.run.lock import Lock
 
 
@@ -63,7 +69,7 @@ def test_bearing() -> None:
         *("run_dir", "sweep.retry_failed", "logger.wandb.project", "data.cache_dir"),
         *("callbacks.progress.refresh_seconds", "callbacks.checkpoints.folder"),
     }
-    assert {key for key in keys | others if has_bearing(key)} == keys
+    assert {key for key in keys | others if affects_training(key)} == keys
 
 
 def test_differences() -> None:

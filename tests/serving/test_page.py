@@ -295,7 +295,7 @@ def test_drafts_start_at_the_servers_default(
 ) -> None:
     never, one = Payoff((1.0, 9.0, 9.0), (0.5, 0.5)), Payoff((1.0, 1.0, 9.0), (0.9, 0.9))
     options = DecodingOptions(draft_depth="auto", measured=Measured(greedy=one, sampled=never))
-    monkeypatch.setattr("mtp_lightning.serving.server.drafts_settled", lambda *_: options)
+    monkeypatch.setattr("mtp_lightning.serving.server.decoding_options", lambda *_: options)
     with serving(run) as found:
         (model,) = found.get("v1/models").json()["data"]
         assert model["mtp"]["draft_depth"] == {"greedy": 1, "sampled": 0}

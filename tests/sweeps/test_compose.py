@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mtp_lightning.command_line.misspelt import sentence
+from mtp_lightning.command_line.hydra_errors import sentence
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from sweeps.compose import Composer, settle

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.command_line.literal import quoted
+from mtp_lightning.command_line.quote import quoted
 from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.literal import quoted
+from mtp_lightning.command_line.quote import quoted
 from tests.integration import helpers
 from tests.integration.helpers import ROOT, overrides
 from tests.warm import LIGHT, Done

@@ -110,7 +110,7 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
         reason = "mtp.freeze_trunk=true gives it none: set mtp.freeze_trunk=false"
     elif config.mtp.detach != "none":
         reason = f"mtp.detach={config.mtp.detach} cuts it off: set mtp.detach=none"
-    elif config.mtp.rank > 1:
+    elif config.mtp.depths_are_joint:
         reason = f"with mtp.rank={config.mtp.rank} no depth's loss is its own: set mtp.rank=1"
     elif config.mtp.shared_blocks(config.trunk.n_layers) == 0:
         layers = config.trunk.n_layers
@@ -210,7 +210,7 @@ def add_gradients(
     plan = replace(plan, factors=[float(k in totals) for k in range(model.depth + 1)])
     with torch.enable_grad(), _only(model, parameters):
         feed, targets = feed_and_targets(model, objective, plan, batch)
-        of_task = by_depth(objective.settle(targets, {}))
+        of_task = by_depth(objective.apply_rules(targets, {}))
         groups = itertools.chain([[(0, feed.main)]], feed.states())
         for k, hidden in itertools.chain.from_iterable(groups):
             prediction = feed.prediction(k, hidden, of_task[k])

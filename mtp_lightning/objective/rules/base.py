@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.registry import imported
@@ -42,17 +41,14 @@ class Rule(ABC):
 
     Attributes:
         setting: the setting that selects it, for messages: ``objective.mask=entropy``.
-        of_drafts: whether it depends on every token up to a depth's, like drafts.
+        of_drafts: whether it needs a prediction of every token up to depth k; stacks that skip
+            tokens refuse it.
         measures: the measures that it needs.
     """
 
     setting: str
     of_drafts: ClassVar[bool] = True
     measures: tuple[PositionMeasure, ...] = ()
-
-    def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
-        """Additional terms that every depth is trained on, each with its weight."""
-        return ()
 
     def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         """The targets after the rule has changed them, in the same order.
@@ -76,21 +72,22 @@ class Rule(ABC):
 
 
 def chosen(
-    setting: str, word: str, known: Mapping[str, tuple[str, Sequence[str]]], **given: Any
+    setting: str, word: str, classes: Mapping[str, tuple[str, Sequence[str]]], **given: Any
 ) -> list[Rule]:
     """The rule that a setting of the objective selects, imported on demand; empty for ``none``.
 
     Args:
         setting: the setting's key.
         word: its value.
-        known: each word's class, ``MODULE.CLASS`` of this package, and the settings that it reads.
+        classes: each word's class, ``MODULE.CLASS`` of this package, and the settings that it
+            reads.
         given: the values of these settings; None if not set.
 
     Raises:
         UserError: the word is unknown, or a setting is out of range or not read by the rule.
     """
-    require_choice(f"objective.{setting}", word, ("none", *known))
-    for reader, (_, keys) in known.items():
+    require_choice(f"objective.{setting}", word, ("none", *classes))
+    for reader, (_, keys) in classes.items():
         for key in keys:
             if given[key] is not None and reader != word:
                 raise UserError(
@@ -99,6 +96,6 @@ def chosen(
                 )
     if word == "none":
         return []
-    name, keys = known[word]
+    name, keys = classes[word]
     kind = imported(f"{__package__}.{name}")
     return [kind(**{key: given[key] for key in keys if given[key] is not None})]

@@ -84,7 +84,8 @@ class Semantic(Term):
         self._model: MTPModel | None = None
 
     def for_model(self, model: MTPModel) -> Semantic:
-        if self.counts_padding and not model.head_of(1).is_whole:
+        own_head = model.mtp.own_head
+        if self.counts_padding and own_head is not None and not own_head.is_whole:
             raise UserError(
                 "objective.terms.anchor.padded=true counts positions without a target, and "
                 "mtp.draft_vocab leaves targets out: set one of the two to its default."
@@ -95,7 +96,8 @@ class Semantic(Term):
 
     def value(self, chunk: Chunk) -> Tensor:
         assert self._model is not None
-        ids_R = self._model.head_of(chunk.depth).tokens_of(chunk.targets_R)
+        own_head = self._model.mtp.own_head
+        ids_R = chunk.targets_R if own_head is None else own_head.tokens_of(chunk.targets_R)
         with torch.no_grad():
             embedded_RC = self._model.trunk.embedding(ids_R)
         return _distance(chunk, embedded_RC)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.rescoring import Forced, Rescorer, StateGradient
+from mtp_lightning.mtp.chunk import StateGradient
+from mtp_lightning.mtp.rescoring import Rescorer
 from mtp_lightning.objective.terms.base import Chunk, Term
 
 
@@ -29,14 +30,9 @@ class RescoringTerm(Term):
         return f"train/loss_depth_{k}/{self.rescorer.name}"
 
     def value(self, chunk: Chunk) -> Tensor:
-        return self.rescorer.value(_forced(chunk))
+        return self.rescorer.value(chunk)
 
     def state_gradient(
         self, chunk: Chunk, factor_R: Tensor, into: dict[nn.Parameter, Tensor]
     ) -> StateGradient:
-        return self.rescorer.state_gradient(_forced(chunk), factor_R, into)
-
-
-def _forced(chunk: Chunk) -> Forced:
-    assert chunk.hidden_RC is not None and chunk.before_R is not None
-    return Forced(chunk.depth, chunk.log_probs_RV, chunk.hidden_RC, chunk.before_R, chunk.targets_R)
+        return self.rescorer.state_gradient(chunk, factor_R, into)

@@ -14,8 +14,8 @@ from typing import Any
 
 from mtp_lightning import parts
 from mtp_lightning.command_line import keys
-from mtp_lightning.command_line.explained import groups, value_at
-from mtp_lightning.command_line.literal import INPUTS, LISTS
+from mtp_lightning.command_line.conf_comments import groups, value_at
+from mtp_lightning.command_line.quote import INPUTS, LISTS
 from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import BYTES_OF_LAYER, require_fits, values
@@ -67,9 +67,9 @@ def check_values(node: Mapping[str, Any], path: str) -> None:
     for inner, found in _nodes(node, path):
         target = str(found.get("_target_", ""))
         said = keys.of_class(target)
-        for key, says in (said.keys if said is not None else {}).items():
+        for key, comment in (said.keys if said is not None else {}).items():
             if key in found:
-                keys.require_taken(_join(inner, key), found[key], says, _option(inner, target))
+                keys.require_allowed(_join(inner, key), found[key], comment, _option(inner, target))
 
 
 def check_settings(built: Any, path: str) -> None:
@@ -100,7 +100,7 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = Fa
         if key in said.keys:
             if value == "???":
                 raise UserError(f"{name} has no value: give it as {name}=...")
-            keys.require_taken(name, value, said.keys[key], _option(path, target))
+            keys.require_allowed(name, value, said.keys[key], _option(path, target))
     if said.needs is not None:
         what, package, extra = said.needs
         require_package(package, what=what, extra=extra)
@@ -119,7 +119,7 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
 
 
 def _unknown(name: str, known: Collection[str]) -> UserError:
-    from mtp_lightning.command_line.misspelt import unknown_key
+    from mtp_lightning.command_line.hydra_errors import unknown_key
 
     return UserError(unknown_key(name, known))
 

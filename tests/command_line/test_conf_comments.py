@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_lightning.callbacks.progress import StepProgressBar
-from mtp_lightning.command_line.explained import Key, Option, groups, help_for, read_option
+from mtp_lightning.command_line.conf_comments import Key, Option, groups, help_for, read_option
 from mtp_lightning.command_line.shell import QUIET
 from mtp_lightning.paths import CONF
 from tests.integration.helpers import ROOT, execute
@@ -26,7 +26,7 @@ def test_a_files_comments(tmp_path: Path) -> None:
     )
     option = read_option(file, "group")
     assert (option.name, option.brief) == ("mine", "What it is")
-    assert option.says == "What it is. And more:\n  a command"
+    assert option.comment == "What it is. And more:\n  a command"
     assert option.keys == (
         Key("first", "1", "one; in two lines"),
         Key("second.third", "null", "inner"),
@@ -36,15 +36,15 @@ def test_a_files_comments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("says", "brief"),
+    ("comment", "brief"),
     [
         ("What is it?\n  a command\n\nMore.", "What is it?"),
         ("1 .. D depths, in stages. More.", "1 .. D depths, in stages"),
         ("By Liu et al. 2019: more.", "By Liu et al. 2019"),
     ],
 )
-def test_the_first_sentence_of_a_comment(says: str, brief: str) -> None:
-    assert Option("group", "name", says, (), {}).brief == brief
+def test_the_first_sentence_of_a_comment(comment: str, brief: str) -> None:
+    assert Option("group", "name", comment, (), {}).brief == brief
 
 
 def test_every_option_is_told() -> None:
@@ -54,7 +54,7 @@ def test_every_option_is_told() -> None:
     assert files == told
     for options in found.values():
         for option in options:
-            assert option.says and option.brief, f"{option.group}={option.name} says nothing"
+            assert option.comment and option.brief, f"{option.group}={option.name} says nothing"
 
 
 def test_help_for_groups_and_options() -> None:

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mtp_lightning.command_line.literal import (
+from mtp_lightning.command_line.quote import (
     INPUTS,
     LISTS,
     MAPPINGS,

@@ -31,12 +31,12 @@ class Key:
     Attributes:
         name: the dotted key, from the root of its file.
         default: the value in YAML; empty for a mapping.
-        says: the comment above the key.
+        comment: the comment above the key.
     """
 
     name: str
     default: str
-    says: str
+    comment: str
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class Option:
     Attributes:
         group: the file's folder in conf/; empty for the root.
         name: the option's name in ``GROUP=NAME``.
-        says: the comment at the top of the file, with its line breaks.
+        comment: the comment at the top of the file, with its line breaks.
         keys: the keys of this file, without those of the files that it includes.
         content: the parsed YAML.
     """
 
     group: str
     name: str
-    says: str
+    comment: str
     keys: tuple[Key, ...]
     content: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def brief(self) -> str:
         """The first sentence of the comment, with its mark if it is a question."""
-        text = " ".join(self.says.split())
+        text = " ".join(self.comment.split())
         found = re.match(r".*?(?<! al)(?<!\.)[.:;?](?= |$)", text)  # not at "..", as in 1 .. D
         return (found.group() if found else text).rstrip(".:; ")
 
@@ -95,7 +95,7 @@ def groups(added: Path | None = None) -> dict[str, list[Option]]:
 def read_option(file: Path, group: str) -> Option:
     """Read one file's comments and keys."""
     text = file.read_text(encoding="utf-8")
-    says, lines = _head(text.splitlines())
+    comment, lines = _head(text.splitlines())
     content = yaml.load(text, _LOADER) or {}
     keys = tuple(
         Key(".".join(path), _default(value_at(content, path)), comment)
@@ -103,7 +103,7 @@ def read_option(file: Path, group: str) -> Option:
         if path[0] not in ("defaults", "hydra")
         and (comment or not isinstance(value_at(content, path), dict))
     )
-    return Option(group, file.stem, says, keys, content)
+    return Option(group, file.stem, comment, keys, content)
 
 
 def help_for(word: str, added: Path | None = None) -> str:
@@ -132,10 +132,10 @@ def help_for(word: str, added: Path | None = None) -> str:
             f"--help {word}: {group} has no option {name!r}; choose one of {', '.join(options)}."
         )
     option = options[name]
-    lines = [f"{group}={name}", "", option.says, ""]
+    lines = [f"{group}={name}", "", option.comment, ""]
     for key in option.keys:
         default = f" = {key.default}" if key.default else ""
-        lines += [f"  {key.name}{default}", *filter(None, [_wrapped(key.says, "      ")])]
+        lines += [f"  {key.name}{default}", *filter(None, [_wrapped(key.comment, "      ")])]
     return "\n".join(lines).rstrip()
 
 

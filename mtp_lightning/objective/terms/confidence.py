@@ -10,24 +10,13 @@ from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.confidence import Confidence
-from mtp_lightning.objective.rules.base import Rule
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.objective.terms.tv import acceptance
 
 
-class ConfidenceRule(Rule):
-    """``objective.confidence=true``: adds a term, and one that is only logged."""
-
-    setting = "objective.confidence=true"
-
-    def terms(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
-        if stack.confidence is None:
-            return []
-        return [(1.0, ConfidenceTerm(stack)), (0.0, ConfidenceError(stack))]
-
-
 class ConfidenceTerm(Term):
-    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``, q as drafted."""
+    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``, q as drafted
+    (``objective.confidence=true``)."""
 
     name = "confidence"
     needs_teacher = True

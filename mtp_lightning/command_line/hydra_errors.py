@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.command_line.explained import groups, included
+from mtp_lightning.command_line.conf_comments import groups, included
 from mtp_lightning.errors import nearest, suggestion
 
 # Files that options include, and that are not options themselves.
