@@ -28,7 +28,7 @@ from mtp_lightning.settings import (
 
 # Groups whose keys are explained in other files, or are Hydra's.
 _ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
-_OWN = ("mtp_lightning.", "data_modules.")
+OWN = ("mtp_lightning.", "data_modules.")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 # A type; its lower bound, its upper bound and whether that one is included; and the text after it.
 _TYPE = re.compile(
@@ -94,7 +94,7 @@ def _read_conf() -> dict[str, KeyRules]:
                     rules = found.setdefault(target or path, KeyRules())
                     rules.keys[name] = comment or rules.keys.get(name, "")
                     if target:
-                        rules.open |= not target.startswith(_OWN) or "More keys" in part.comment
+                        rules.open |= not target.startswith(OWN) or "More keys" in part.comment
                     needs = NEEDS.search(part.comment)
                     if needs is not None and name == "_target_":  # the file's own class
                         rules.needs = (f"{group}={option.name}", needs[1], needs[2])

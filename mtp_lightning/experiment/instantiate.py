@@ -8,7 +8,8 @@ of packages that the user allows by name (:func:`rebuild`, ``mtp_lightning/store
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import hydra
@@ -16,8 +17,17 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.command_line import check_config
+from mtp_lightning.command_line.keys import OWN
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_bool, require_number, require_whole
 from mtp_lightning.stored import DATA, not_importable, own_targets, require_target, targets
+
+# The check of a value whose parameter has such an annotation.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "int": require_whole,
+    "float": require_number,
+    "bool": require_bool,
+}
 
 
 def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
@@ -49,7 +59,23 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         raise UserError(
             f"_target_={target} gives a {type(built).__name__}, and {kind.__name__} is needed here."
         )
+    _require_annotated(type(built), plain, config._get_full_key(""))
     return built
+
+
+def _require_annotated(kind: type, settings: Mapping[str, Any], path: str) -> None:
+    """Refuse values that the annotations of a user's class exclude, such as ``shift: int``. Values
+    of this project's classes were checked by the comments of conf/."""
+    if kind.__module__.startswith((*OWN, "builtins")):
+        return
+    for name, parameter in inspect.signature(kind).parameters.items():
+        annotation = parameter.annotation
+        names = str(getattr(annotation, "__name__", annotation)).split(" | ")
+        check = _CHECKS.get(names[0])
+        if name not in settings or check is None or not set(names[1:]) <= {"None"}:
+            continue
+        if settings[name] is not None or "None" not in names:
+            check(f"{path}.{name}", settings[name])
 
 
 def rebuild(

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_modules.sources import SyntheticSource
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.instantiate import instantiate, rebuild, trusted_packages
 from mtp_lightning.optim.lr_schedule import LRSchedule
 
@@ -21,6 +22,11 @@ import os
 class Text:
     def __init__(self, word="a"):
         self.word = word
+
+
+class Head:
+    def __init__(self, shift: int = 1, sharp: float | None = 1.0, gated: bool = True, name=""):
+        self.shift, self.sharp, self.gated, self.name = shift, sharp, gated, name
 
 
 def touch(path):
@@ -68,6 +74,20 @@ def test_mistakes_are_one_sentence(keys: dict[str, Any], kind: type | None, told
     with pytest.raises(ValueError, match=told) as raised:
         instantiate(node(**keys), kind=kind)
     assert "\n" not in str(raised.value)
+
+
+def test_a_value_fits_its_annotation(theirs: str) -> None:
+    for key, value, told in (
+        ("shift", "maybe", "shift must be a whole number, not 'maybe'"),
+        ("shift", 1.5, "shift must be a whole number, not 1.5"),
+        ("shift", None, "shift must be a whole number, not None"),
+        ("sharp", "often", "sharp must be a number, not 'often'"),
+        ("gated", "perhaps", "gated must be true or false, not 'perhaps'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            instantiate(node(_target_=f"{theirs}.Head", **{key: value}), kind=object)
+    built = instantiate(node(_target_=f"{theirs}.Head", shift=2, sharp=None, name=3), kind=object)
+    assert (built.shift, built.sharp, built.name) == (2, None, 3)
 
 
 FOREIGN = [
