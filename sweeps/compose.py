@@ -118,7 +118,7 @@ def _composer(config_dir: Path | None) -> Composer:
 
 
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Gives a job's config its folder, checks that every value is there, and resolves it.
+    """Sets the folder of a job's config, checks that no value is missing, and resolves it.
 
     Raises:
         UserError: if it is another program's config, or a value is missing.

@@ -97,8 +97,8 @@ class DeviceQueue:
         threads: threads of each process. The default on a CPU is one, which has the best throughput
             alone and next to other jobs (``python -m benchmarks.runs threads``). ``auto`` divides
             the cores among the jobs at once (by default one) and their processes, and is the
-            default with GPUs, where each process has its GPU's share. A job has the same threads,
-            and so the same bits, however many jobs there are or are left.
+            default with GPUs, where each process has its GPU's share. The number of threads, and so
+            the bits of a job, does not depend on how many jobs there are or remain.
         host: name of this machine, if there are several.
 
     Raises:

@@ -6,7 +6,6 @@ that are not done yet.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from mtp_lightning.errors import UserError, require_package
 from mtp_lightning.run.config import affects_training, flatten, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
+from mtp_lightning.stored import read_json
 from sweeps.compose import Composer, settle
 from sweeps.interrupts import alone
 from sweeps.lease import live
@@ -109,11 +109,11 @@ def _runner(module: str, settings: Mapping[str, Any], config: DictConfig) -> Run
     Raises:
         UserError: a setting has a wrong value, or the module or a package that it needs is missing.
     """
-    chosen = config.hydra.runtime.choices["hydra/launcher"]
+    launcher = config.hydra.runtime.choices["hydra/launcher"]
     for option in groups()["hydra/launcher"]:
-        if option.name == chosen:
+        if option.name == launcher:
             if needs := NEEDS.search(option.comment):
-                require_package(needs[1], what=f"hydra/launcher={chosen}", extra=needs[2])
+                require_package(needs[1], what=f"hydra/launcher={launcher}", extra=needs[2])
             for key in option.keys:
                 if key.name in settings:
                     require_allowed(f"hydra.launcher.{key.name}", settings[key.name], key.comment)
@@ -219,8 +219,8 @@ def _options(config: DictConfig) -> list[str]:
 
 def _say_plan(folder: Path, configs: Configs, todo: Sequence[Job]) -> None:
     text = f"{len(configs)} jobs in {_shown(folder)}"
-    waiting = set(todo)
-    skipped = [job for job in configs if job not in waiting]
+    pending = set(todo)
+    skipped = [job for job in configs if job not in pending]
     for state in ("done", "failed"):
         n = sum(state_of(job.folder) == state for job in skipped)
         text += f", {n} {state} before" if n else ""
@@ -269,14 +269,13 @@ def _say_end(folder: Path, jobs: Sequence[Job]) -> None:
 
 def _shown(folder: Path) -> str:
     """The folder as it would be typed."""
-    here = Path.cwd()
-    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    cwd = Path.cwd()
+    return shlex.quote(str(folder.relative_to(cwd) if folder.is_relative_to(cwd) else folder))
 
 
 def _job_return(job: Job) -> JobReturn:
-    summary = json.loads((job.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
         overrides=list(job.overrides), working_dir=str(Path.cwd()), status=JobStatus.COMPLETED
     )
-    result.return_value = summary.get("val/loss_depth_0")
+    result.return_value = read_json(job.folder / SUMMARY_FILE).get("val/loss_depth_0")
     return result

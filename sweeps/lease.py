@@ -78,8 +78,7 @@ class Leases:
     def owner(self, lease: Lease) -> str:
         """The name of the worker that has the job; empty while its lease is being written."""
         try:
-            file = self._folder / f"{lease.job}.{lease.number}"
-            return str(read_json(file)["owner"])
+            return str(read_json(self._folder / f"{lease.job}.{lease.number}")["owner"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 

@@ -72,13 +72,13 @@ class MemoryUse:
             return None
         # A new job has not yet taken all that it will.
         per_process, jobs = self.per_process, self._running.values()
-        wanted = per_process * processes
+        needed = per_process * processes
         promised = sum(max(0, per_process * job.processes - job.current) for job in jobs)
-        if free - promised >= wanted:
+        if free - promised >= needed:
             return None
         return (
             f"{free / 1e9:.1f} GB are available, of which the running jobs will take "
-            f"{promised / 1e9:.1f} more, and one more job takes {wanted / 1e9:.1f}"
+            f"{promised / 1e9:.1f} more, and one more job takes {needed / 1e9:.1f}"
         )
 
 

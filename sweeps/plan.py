@@ -52,7 +52,7 @@ class Recipe:
         labels: Sequence[str],
         program: Sequence[str],
     ) -> Job:
-        """The job that runs so.
+        """The job that this recipe runs.
 
         Args:
             folder: folder of the run, absolute.
@@ -226,8 +226,8 @@ def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
     It holds the varied overrides, or all if none is varied; if they are long, their beginning and a
     digest of all.
     """
-    shown = [o for o in overrides if key_of(o) in varied] or overrides
-    name = "_".join(map(_item, shown)) or "default"
+    parts = [o for o in overrides if key_of(o) in varied] or overrides
+    name = "_".join(map(_item, parts)) or "default"
     if len(name) <= _LONGEST:
         return name
     name = name[: _LONGEST - 9].rstrip("_-.")
@@ -283,10 +283,10 @@ class SweepPlan:
         """
         by_overrides = {frozenset(job.overrides): job for job in self.jobs}
         taken = {job.folder for job in self.jobs}
-        wanted = [without_housekeeping(overrides) for overrides in batch]
-        varied = varied_keys(wanted) if varied is None else varied
+        batch_overrides = [without_housekeeping(overrides) for overrides in batch]
+        varied = varied_keys(batch_overrides) if varied is None else varied
         planned: dict[str, PlannedJob] = {}
-        for overrides in wanted:
+        for overrides in batch_overrides:
             job = by_overrides.get(frozenset(overrides))
             if job is None:
                 job = PlannedJob(self._free_name(overrides, varied, taken), overrides)

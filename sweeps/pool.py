@@ -180,8 +180,7 @@ def make_pool(
     conf/hydra/launcher/local_pool.yaml.
 
     Args:
-        jobs: those that it must be able to run; if all of them ask for the CPU, GPUs are left
-            alone.
+        jobs: the jobs that it must be able to run; if all ask for the CPU, no GPU is used.
         total: number of jobs that will run, for the display; by default that of ``jobs``.
 
     Raises:

@@ -72,8 +72,7 @@ def run(
         ended: dict[Job, str] = {}
 
         def find_ended() -> dict[Job, str]:
-            unfinished = {ref: job for job, ref in refs.items() if job not in ended}
-            if unfinished:
+            if unfinished := {ref: job for job, ref in refs.items() if job not in ended}:
                 done, _ = ray.wait(list(unfinished), num_returns=len(unfinished), timeout=0)
                 ended.update((unfinished[ref], _error(ray, ref)) for ref in done)
             return ended

@@ -28,6 +28,7 @@ from mtp_lightning.errors import UserError, require_package, suggestion
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.metrics import read_metrics, read_newest
 from mtp_lightning.run.status import read_status, state_of
+from mtp_lightning.stored import read_json
 from sweeps.compose import compose_run, settle, typed_folder
 from sweeps.devices import typed_devices
 from sweeps.interrupts import alone
@@ -214,11 +215,7 @@ def check(
 
 
 def _job(
-    folder: Path,
-    overrides: Sequence[str],
-    labels: Sequence[str] = (),
-    *,
-    config_dir: Path | None,
+    folder: Path, overrides: Sequence[str], labels: Sequence[str] = (), *, config_dir: Path | None
 ) -> tuple[Job, int]:
     """A trial's job, and its optimizer steps in the config."""
     settled = settle(compose_run(overrides, config_dir), folder)
@@ -249,8 +246,7 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
 
 def _result(folder: Path, metric: str) -> float:
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return float(summary[metric])
+        return float(read_json(folder / SUMMARY_FILE)[metric])
     except (OSError, ValueError, KeyError, TypeError):
         return math.nan
 

@@ -14,11 +14,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import key_of
 
 if TYPE_CHECKING:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 _FORM = re.compile(r"(interval|int)\(([^(),]+),([^(),]+)(?:,(\s*log\s*))?\)")
 

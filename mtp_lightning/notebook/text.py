@@ -37,10 +37,9 @@ class Text:
         """The generated text in parts, and whether each part was an accepted draft."""
         remaining = len(self.generation.text or "")  # without a stop string
         generation, tokenizer = self.generation, self.tokenizer
-        prompt_ids = tokenizer.encode_prompt(self.prompt)
-        detokenizer = Detokenizer(tokenizer, prompt_ids, tokenizer.end_ids)
+        reader = Detokenizer(tokenizer, tokenizer.encode_prompt(self.prompt), tokenizer.end_ids)
         for token, is_draft in zip(generation.token_ids, generation.accepted_mask, strict=True):
-            text = detokenizer.add(token)
+            text = reader.add(token)
             if text[:remaining]:
                 yield text[:remaining], is_draft
             remaining = max(remaining - len(text), 0)
